@@ -1,0 +1,44 @@
+# Every target makes the virtual environment by itself the first time and reuses it afterwards (tools/venv.sh).
+#   VENV=DIR      where it lies (default .venv)
+#   PYTHON=EXE    which Python it is made with (default: the first suitable one found)
+#   ARGS="..."    handed on to pytest, the quickstart or the benchmark
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+BIN := $(VENV)/bin
+SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh)
+PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test check format bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: ## make or refresh the virtual environment only
+	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)"
+
+quickstart: venv ## watch a model teach itself, on this machine's CPU
+	@$(BIN)/python examples/01_quickstart.py $(ARGS)
+
+# One thread a process: the distributed tests run several processes on few cores.  Nothing is fetched from the hub.
+test: venv ## run the tests (ARGS="-m slow" for the slow ones)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+		$(BIN)/python -m pytest -q tests $(ARGS)
+
+check: venv ## format, lint, types, shell scripts; changes nothing
+	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_FOLDERS)
+	@echo "[check] ruff"; $(BIN)/ruff check $(PYTHON_FOLDERS)
+	@echo "[check] mypy"; $(BIN)/mypy megatron_selfdistill
+	@echo "[check] shellcheck"; $(BIN)/shellcheck $(SHELL_FILES)
+
+format: venv ## let ruff format and fix what it can
+	@$(BIN)/ruff check --fix $(PYTHON_FOLDERS); $(BIN)/ruff format $(PYTHON_FOLDERS)
+
+bench: venv ## time and memory of the two pair orders of the schedule
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark_pair_order.py $(ARGS)
+
+clean: ## remove caches and build leftovers; keeps the virtual environment and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_selfdistill tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,670 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The whole configuration: frozen dataclasses are the schema, hydra's YAML and the command line only override it.
+
+``load(argv)`` composes ``configs/train.yaml`` with overrides and returns a ``Config``; an unknown key, a wrong type or an
+impossible value is one sentence (`ConfigError`), raised on every rank before anything expensive starts.
+Past the builder functions code receives plain arguments, never a ``Config``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_selfdistill.paths import config_dir
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run, in one sentence: the key, what was expected, what it got, what to do."""
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+def _one_of(key: str, value: Any, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    _require(value in choices, f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model is.  Field names are Megatron Core's ``TransformerConfig``'s and ``GPTModel``'s."""
+
+    provider: str | None = None
+    """Dotted path of a function ``model_provider(pre_process, post_process, vp_stage) -> GPTModel`` (Megatron-LM's
+    signature); it replaces every architecture field below except ``vocab_size``."""
+    vocab_size: int | None = None
+    """Valid rows of the output layer, before Megatron's padding; null takes the tokenizer's size."""
+    make_vocab_size_divisible_by: int = 128
+    """The padded vocabulary is a multiple of this times the tensor-parallel size."""
+    num_layers: int = 2
+    """Transformer layers."""
+    hidden_size: int = 64
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of the MLP; null is 4 * hidden_size."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key and value heads (grouped-query attention); null is num_attention_heads."""
+    kv_channels: int | None = None
+    """Channels per head; null is hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 4096
+    """Longest sequence, in tokens, that the model may see."""
+    position_embedding_type: str = "rope"
+    """rope, learned_absolute or none."""
+    rotary_base: int = 10000
+    """Base of the rotary frequencies."""
+    rotary_percent: float = 1.0
+    """Share of the channels that rotate."""
+    rope_scaling: bool = False
+    """Llama 3's frequency scaling."""
+    rope_scaling_factor: float = 8.0
+    """Factor of Llama 3's frequency scaling."""
+    normalization: str = "RMSNorm"
+    """RMSNorm or LayerNorm."""
+    layernorm_epsilon: float = 1e-5
+    """Epsilon of every normalisation."""
+    gated_linear_unit: bool = True
+    """SwiGLU-style MLP (with activation silu)."""
+    activation: str = "silu"
+    """silu or gelu."""
+    add_bias_linear: bool = False
+    """Biases in all linear layers."""
+    add_qkv_bias: bool = False
+    """Biases in the query, key and value projections."""
+    qk_layernorm: bool = False
+    """Normalise queries and keys per head."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output layer to the word embeddings."""
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights, where no checkpoint is loaded."""
+    num_moe_experts: int | None = None
+    """Experts per MoE layer; null is a dense model."""
+    moe_router_topk: int = 2
+    """Experts per token."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert; null is ffn_hidden_size."""
+    moe_aux_loss_coeff: float = 0.0
+    """Load-balancing loss; 0 by default, since self-distillation should not move the router by itself."""
+    moe_z_loss_coeff: float | None = None
+    """Router z-loss; null is none."""
+    moe_router_enable_expert_bias: bool = False
+    """Auxiliary-loss-free balancing by expert biases."""
+    moe_router_score_function: str = "softmax"
+    """softmax or sigmoid (sigmoid is what expert biases need)."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Any further ``TransformerConfig`` field by its own name; it overrides what this project derives."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.normalization", self.normalization, ["RMSNorm", "LayerNorm"])
+        _one_of("model.activation", self.activation, ["silu", "gelu"])
+        _one_of("model.position_embedding_type", self.position_embedding_type, ["rope", "learned_absolute", "none"])
+        if self.kv_channels is None:
+            _require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"model.hidden_size ({self.hidden_size}) must be a multiple of model.num_attention_heads "
+                f"({self.num_attention_heads}), or set model.kv_channels",
+            )
+        groups = self.num_query_groups or self.num_attention_heads
+        _require(
+            self.num_attention_heads % groups == 0,
+            f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+            f"model.num_query_groups ({groups})",
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is cut.  What remains of the world size is data parallelism."""
+
+    tensor_model_parallel_size: int = 1
+    """TP: ranks that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """PP: stages."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """VPP: model chunks per stage (the interleaved schedule); null is none."""
+    context_parallel_size: int = 1
+    """CP: ranks that share each sequence."""
+    expert_model_parallel_size: int = 1
+    """EP: ranks that share the experts."""
+    expert_tensor_parallel_size: int | None = None
+    """ETP: tensor parallelism inside an expert; null is the same as TP."""
+    sequence_parallel: bool = False
+    """SP: cut activations between the tensor-parallel regions along the sequence; with MoE and TP it must be on."""
+    distributed_timeout_minutes: float = 30.0
+    """How long a collective may wait before the run ends."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
+            size = getattr(self, f"{name}_parallel_size")
+            _require(size >= 1, f"parallel.{name}_parallel_size must be at least 1, got {size}")
+        vpp = self.virtual_pipeline_model_parallel_size
+        if vpp is not None:
+            _require(vpp >= 2, f"parallel.virtual_pipeline_model_parallel_size must be null or at least 2, got {vpp}")
+            _require(
+                self.pipeline_model_parallel_size > 1,
+                f"parallel.virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1",
+            )
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.sequence_parallel=true needs tensor_model_parallel_size > 1",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Problems, tokenizer and prompts."""
+
+    path: str | None = None
+    """JSONL or Parquet file, glob, or hub data-set name with problems and solutions."""
+    split: str = "train"
+    """Split of a hub data set."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Our field name -> the column's name, for problem, solution, answer, id, messages."""
+    on_bad_record: str = "error"
+    """error: the first bad record ends the run; skip: count it and go on."""
+    limit: int | None = None
+    """Use only the first so many records."""
+    tokenizer: str | None = None
+    """A Hugging Face folder or a SentencePiece .model file."""
+    chat_template: str | None = None
+    """Jinja chat template (or the path of one); null takes the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables for the chat template, such as enable_thinking."""
+    system_prompt: str | None = None
+    """Put before the conversation in both contexts."""
+    student_template: str = "{problem}"
+    """What the student is shown."""
+    teacher_template: str | None = None
+    """What the teacher is shown, with the slots {problem} and {solution}; null takes the wording in prompts.py."""
+    global_batch_size: int = 32
+    """Problems per step, over all data-parallel ranks."""
+    max_length: int | None = None
+    """Longest context in tokens; null is model.max_position_embeddings."""
+    on_long_context: str = "error"
+    """What to do where the teacher's context cannot fit: error, drop, truncate_start or truncate_end of the solution."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.on_bad_record", self.on_bad_record, ["error", "skip"])
+        _one_of("data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"])
+        _require(self.global_batch_size >= 1, f"data.global_batch_size must be >= 1, got {self.global_batch_size}")
+        known = {"problem", "solution", "answer", "id", "messages"}
+        for name in self.fields:
+            _one_of("a key of data.fields", name, sorted(known))
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the student writes its responses."""
+
+    engine: str = "megatron"
+    """The sampler: megatron (in process, with a KV cache)."""
+    num_samples: int = 1
+    """Responses per problem and step."""
+    max_new_tokens: int = 256
+    """Longest response in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 is all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that hold this much probability."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end a response, besides the tokenizer's end-of-sequence token."""
+    kv_cache_gb: float | None = None
+    """Memory for the KV cache per rank; larger batches are split.  Null is a third of what is free."""
+    replay: str | None = None
+    """A JSONL file of recorded responses (as written by ``rollout.record``) to train on instead of sampling."""
+    record: str | None = None
+    """Write every response, with its step, problem and sample index, to this JSONL file."""
+
+    def __post_init__(self) -> None:
+        _one_of("rollout.engine", self.engine, ["megatron"])
+        _require(self.num_samples >= 1, f"rollout.num_samples must be at least 1, got {self.num_samples}")
+        _require(self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        _require(self.temperature >= 0, f"rollout.temperature must be at least 0, got {self.temperature}")
+        _require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
+        _require(self.top_k >= 0, f"rollout.top_k must be at least 0, got {self.top_k}")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The mixed target q = softmax((w * l_teacher + l_student) / k)."""
+
+    rule: str = "entropy_matched"
+    """How k is found: entropy_matched (per token), fixed, batch (one k per step), or teacher_alone (no mix)."""
+    teacher_weight: float = 0.75
+    """w, the weight of the teacher's logits; the student's weight is 1."""
+    k_max: Any = "1 + w"
+    """Upper bound of k: '1 + w', a number, or null (the strict match)."""
+    k: float | None = None
+    """k of the rule fixed; null is 1 + w."""
+
+    def __post_init__(self) -> None:
+        _one_of("target.rule", self.rule, ["entropy_matched", "fixed", "batch", "teacher_alone"])
+        _require(self.teacher_weight >= 0, f"target.teacher_weight must be at least 0, got {self.teacher_weight}")
+        number = isinstance(self.k_max, int | float) and not isinstance(self.k_max, bool)
+        _require(
+            self.k_max is None or self.k_max == "1 + w" or (number and self.k_max > 0),
+            f"target.k_max must be '1 + w', a positive number or null, got {self.k_max!r}",
+        )
+        _require(self.k is None or self.k > 0, f"target.k must be positive or null, got {self.k}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The divergence between the target q and the student p, in nats per response token."""
+
+    divergence: str = "reverse_kl"
+    """reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
+    jsd_lambda: float = 0.5
+    """The mixture weight of q in the generalised Jensen-Shannon divergence."""
+
+    def __post_init__(self) -> None:
+        _one_of("loss.divergence", self.divergence, ["reverse_kl", "forward_kl", "jsd"])
+        _require(0 < self.jsd_lambda < 1, f"loss.jsd_lambda must lie in (0, 1), got {self.jsd_lambda}")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which weights read the response next to the solution."""
+
+    weights: str = "frozen"
+    """frozen (those at the start of the run), ema (their moving average) or current (the student's own)."""
+    ema_decay: float = 0.99
+    """Decay per optimizer step of the moving average."""
+    offload: str = "none"
+    """none, or cpu: the teacher's weights rest in host memory between steps."""
+
+    def __post_init__(self) -> None:
+        _one_of("teacher.weights", self.weights, ["frozen", "ema", "current"])
+        _one_of("teacher.offload", self.offload, ["none", "cpu"])
+        _require(0 <= self.ema_decay < 1, f"teacher.ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How one step runs through the pipeline."""
+
+    pair_order: str | None = None
+    """teacher_first, alternating, or null: teacher_first with pipelining, else alternating."""
+    max_tokens: int = 8192
+    """Token budget of a microbatch: sequences are packed into rows of at most this length."""
+    teacher_store_gb: float = 4.0
+    """The teacher's hidden rows stay on the device up to this size per rank, and go to pinned host memory above it."""
+    recompute_granularity: str | None = None
+    """Activation recomputation: null, selective or full."""
+    recompute_method: str | None = None
+    """With full recomputation: uniform or block."""
+    recompute_num_layers: int | None = None
+    """With full recomputation: layers per unit."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """With selective recomputation: Megatron's module names."""
+
+    def __post_init__(self) -> None:
+        if self.pair_order is not None:
+            _one_of("schedule.pair_order", self.pair_order, ["teacher_first", "alternating"])
+        _require(self.max_tokens >= 1, f"schedule.max_tokens must be at least 1, got {self.max_tokens}")
+        if self.recompute_granularity is not None:
+            _one_of("schedule.recompute_granularity", self.recompute_granularity, ["selective", "full"])
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Megatron's optimizer, learning-rate schedule and data-parallel reduction."""
+
+    optimizer: str = "adam"
+    """adam or sgd."""
+    precision: str = "bf16"
+    """bf16 (with float32 main parameters) or fp32."""
+    lr: float = 1e-6
+    """Learning rate after warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    lr_decay_steps: int | None = None
+    """Steps until min_lr; null is num_steps."""
+    lr_decay_style: str = "constant"
+    """constant, linear, cosine or inverse-square-root."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Epsilon of Adam."""
+    sgd_momentum: float = 0.0
+    """Momentum of SGD."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 is no clipping."""
+    use_distributed_optimizer: bool = True
+    """Cut optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients bucket by bucket while backward runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters bucket by bucket while forward runs (distributed optimizer only)."""
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.optimizer", self.optimizer, ["adam", "sgd"])
+        _one_of("optimizer.precision", self.precision, ["bf16", "fp32"])
+        styles = ["constant", "linear", "cosine", "inverse-square-root"]
+        _one_of("optimizer.lr_decay_style", self.lr_decay_style, styles)
+        _require(self.lr >= 0, f"optimizer.lr must be at least 0, got {self.lr}")
+        _require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "optimizer.overlap_param_gather=true needs use_distributed_optimizer and overlap_grad_reduce",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is read at the start and written during a run."""
+
+    load: str | None = None
+    """A Megatron torch_dist checkpoint whose weights the run starts from; null starts from random weights."""
+    save_every: int = 100
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_last: int | None = 2
+    """Checkpoints that are kept; null keeps all."""
+    async_save: bool = False
+    """Write in the background while training goes on."""
+    resume: bool = True
+    """Go on from the newest checkpoint in the run folder, if there is one."""
+
+    def __post_init__(self) -> None:
+        _require(self.save_every >= 0, f"checkpoint.save_every must be at least 0, got {self.save_every}")
+        keep = self.keep_last
+        _require(keep is None or keep >= 1, f"checkpoint.keep_last must be null or at least 1, got {keep}")
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Where the numbers of each step go.  They are always written to metrics.jsonl in the run folder."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    console: bool = True
+    """Progress bar and a line every ``console_every`` steps."""
+    console_every: int = 1
+    """Steps between console lines."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out problems, without hints."""
+
+    path: str | None = None
+    """Problems with answers; null is no evaluation."""
+    every: int = 0
+    """Steps between evaluations; 0 is never."""
+    at_start: bool = False
+    """Also evaluate before the first step."""
+    limit: int | None = None
+    """Use only the first so many problems."""
+    num_samples: int = 1
+    """Samples per problem at rollout.temperature, besides one greedy response."""
+    pass_at_k: list[int] = field(default_factory=lambda: [1])
+    """Values of k for pass@k; none may exceed num_samples."""
+    verifier: str = "exact_match"
+    """exact_match, math_verify, or the dotted path of ``verify(response_text, problem) -> bool``."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_samples >= 0, f"evaluation.num_samples must be at least 0, got {self.num_samples}")
+        worst = max(self.pass_at_k, default=0)
+        _require(
+            worst <= max(self.num_samples, 1),
+            f"evaluation.pass_at_k asks for pass@{worst} but evaluation.num_samples is {self.num_samples}",
+        )
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    """When a run is unhealthy.  A guard stops the run with a sentence and a checkpoint; null turns it off."""
+
+    identity_tolerance: float | None = 1e-4
+    """At the start, one prompt read twice by the same weights must give a loss below this, in nats per token."""
+    max_teacher_cross_entropy: float | None = None
+    """At the start, the teacher's cross-entropy on the first responses must lie below this, in nats per token."""
+    non_finite: bool = True
+    """Stop at a loss or gradient norm that is NaN or infinite; the step is not applied."""
+    reference_steps: int = 5
+    """The first steps, whose means are the reference of the guards below."""
+    patience: int = 3
+    """Consecutive steps that must violate a guard before it stops the run."""
+    min_entropy_ratio: float | None = 0.02
+    """Stop when the student's entropy falls below this share of its reference."""
+    max_entropy_ratio: float | None = 2.5
+    """Stop when the student's entropy rises above this multiple of its reference."""
+    min_entropy_rise: float = 0.05
+    """The entropy must also have risen by this many nats per token, so that a tiny reference raises no alarm."""
+    min_length_ratio: float | None = 0.25
+    """Stop when the mean response length falls below this share of its reference."""
+
+    def __post_init__(self) -> None:
+        _require(self.reference_steps >= 1, f"guards.reference_steps must be at least 1, got {self.reference_steps}")
+        _require(self.patience >= 1, f"guards.patience must be at least 1, got {self.patience}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run is."""
+
+    run_dir: str = "runs/default"
+    """The run folder: checkpoints, teacher, metrics, resolved configuration."""
+    num_steps: int = 100
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of data order, sampling streams and initial weights."""
+    objective: str = "self_distillation"
+    """self_distillation; or a baseline on the same data: solutions (next-token training on the solution text) or
+    verified_rollouts (next-token training on own responses whose answer verifies)."""
+    dry_run: bool = False
+    """Stop after everything has been checked and built, before the first step."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What the model is."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How it is cut."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Problems and prompts."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How responses are sampled."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What the student is trained towards."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How the distance to it is measured."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Which weights teach."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """How a step runs through the pipeline."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights are updated."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is read and written."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """Where numbers go."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out problems."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """When to stop."""
+
+    def __post_init__(self) -> None:
+        _one_of("objective", self.objective, ["self_distillation", "solutions", "verified_rollouts"])
+        _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
+
+    def check_world(self, world_size: int) -> None:
+        """Raise `ConfigError` where the parallel sizes, the model and the batch cannot be cut for ``world_size`` ranks."""
+        p, m = self.parallel, self.model
+        tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+        ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size or tp
+        model_size = tp * pp * cp
+        _require(
+            world_size % model_size == 0,
+            f"the world size {world_size} must be a multiple of TP x PP x CP = {tp} x {pp} x {cp} = {model_size}",
+        )
+        _require(
+            world_size % (etp * pp * ep) == 0,
+            f"the world size {world_size} must be a multiple of ETP x EP x PP = {etp} x {ep} x {pp} = {etp * ep * pp}",
+        )
+        _require(
+            ep == 1 or m.num_moe_experts is not None or m.provider is not None,
+            f"parallel.expert_model_parallel_size={ep} needs a mixture of experts (model.num_moe_experts)",
+        )
+        dp = world_size // model_size
+        _require(
+            self.data.global_batch_size >= dp,
+            f"data.global_batch_size ({self.data.global_batch_size}) is smaller than the {dp} data-parallel ranks",
+        )
+        if m.provider is None:
+            self._check_model_divides(tp, pp, ep)
+
+    def _check_model_divides(self, tp: int, pp: int, ep: int) -> None:
+        p, m = self.parallel, self.model
+        ffn = m.ffn_hidden_size or 4 * m.hidden_size
+        for name, size in [
+            ("model.num_attention_heads", m.num_attention_heads),
+            ("model.num_query_groups", m.num_query_groups or m.num_attention_heads),
+            ("model.ffn_hidden_size", ffn),
+        ]:
+            _require(size % tp == 0, f"{name} ({size}) must be a multiple of tensor_model_parallel_size ({tp})")
+        chunks = pp * (p.virtual_pipeline_model_parallel_size or 1)
+        uneven = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
+        if not uneven & set(m.transformer) and "pipeline_model_parallel_layout" not in m.transformer:
+            _require(
+                m.num_layers % chunks == 0,
+                f"model.num_layers ({m.num_layers}) must be a multiple of PP x VPP = {chunks}, "
+                "or give model.transformer.num_layers_in_first_pipeline_stage / ..._last_...",
+            )
+        if m.num_moe_experts is not None:
+            _require(
+                m.num_moe_experts % ep == 0,
+                f"model.num_moe_experts ({m.num_moe_experts}) must be a multiple of EP ({ep})",
+            )
+            _require(
+                tp == 1 or p.sequence_parallel,
+                "a mixture of experts with tensor parallelism needs parallel.sequence_parallel=true",
+            )
+
+
+def load(overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()) -> Config:
+    """Compose ``<config_name>.yaml`` and hydra ``overrides`` into a `Config`.
+
+    ``search_path``: further folders with a lab's own groups, searched after this project's (hydra.searchpath).
+    Raises `ConfigError` with the nearest right name for an unknown key.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    overrides = list(overrides)
+    if search_path:
+        folders = ",".join(f"file://{Path(folder).resolve()}" for folder in search_path)
+        overrides.append(f"hydra.searchpath=[{folders}]")
+    ConfigStore.instance().store("defaults", _defaults())
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            composed = compose(config_name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(overrides, error)) from error
+    return from_mapping(composed)
+
+
+def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
+    """A `Config` from nested mappings; missing keys take their defaults."""
+    schema = OmegaConf.structured(Config)
+    _make_writable(schema)
+    try:
+        merged = OmegaConf.merge(schema, values)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        key = getattr(error, "full_key", None) or ""
+        raise ConfigError(_unknown_key(key) or f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, as written into the run folder."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every key -> (default, documentation), depth first."""
+    out: dict[str, tuple[Any, str]] = {}
+    docs = field_docs(cls)
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if dataclasses.is_dataclass(default):
+            out.update(keys(type(default), f"{prefix}{f.name}."))
+        else:
+            out[prefix + f.name] = (default, docs.get(f.name, ""))
+    return out
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return docs
+
+
+def _defaults() -> DictConfig:
+    """The schema's values as plain nodes, closed to unknown keys except below the free-form dictionaries."""
+    node = OmegaConf.create(dataclasses.asdict(Config()))
+    OmegaConf.set_struct(node, True)
+    for name, (default, _) in keys().items():
+        if isinstance(default, dict):
+            OmegaConf.set_struct(OmegaConf.select(node, name), False)
+    return node
+
+
+def _make_writable(node: Any) -> None:
+    """Frozen dataclasses become read-only nodes; the merge itself must still be able to write."""
+    OmegaConf.set_readonly(node, False)
+    for name in list(node):
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _make_writable(child)
+
+
+def _explain(overrides: Sequence[str], error: Exception) -> str:
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if "=" in override and not key.startswith("hydra") and "@" not in key:
+            sentence = _unknown_key(key)
+            if sentence and not (config_dir() / key).is_dir():
+                return sentence
+    return str(error).splitlines()[0]
+
+
+def _unknown_key(key: str) -> str | None:
+    """A sentence with the nearest right name, or None where the key is right."""
+    known = keys()
+    free_form = [name for name, (default, _) in known.items() if isinstance(default, dict)]
+    sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
+    if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):
+        return None
+    near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)[0]
+    return f"unknown configuration key {key!r}; did you mean {near!r}? (`selfdistill --keys` lists all)"

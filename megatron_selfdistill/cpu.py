@@ -1,0 +1,226 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Megatron Core 0.16 on CPU over gloo; import this before ``megatron.core``.
+
+Megatron Core names CUDA devices, streams and generators in its own code, also where the maths would run
+anywhere.  `install` replaces exactly those names by their CPU counterparts, so that the model, the schedules, the
+optimizer and the checkpoints that run here are Megatron's own.  On a machine with CUDA it does nothing at all.
+
+Each replacement is a plain function: a ``TorchFunctionMode`` would be thread-local (autograd runs backward
+on other threads) and would cost something on every operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CPU = torch.device("cpu")
+
+_FACTORIES = (
+    "tensor as_tensor empty zeros ones full arange rand randn randint randperm linspace eye empty_strided "
+    "empty_like zeros_like ones_like full_like rand_like randn_like"
+).split()
+_TENSOR_FACTORIES = "new_empty new_zeros new_ones new_full new_tensor".split()
+
+
+def install() -> bool:
+    """Apply every replacement once; return whether this process runs on CPU (False where CUDA is present)."""
+    if torch.cuda.is_available():
+        return False
+    if not getattr(torch, "_selfdistill_cpu", False):
+        torch._selfdistill_cpu = True  # type: ignore[attr-defined]
+        _replace_factories()
+        _replace_tensor_methods()
+        _replace_cuda_namespace()
+        _replace_collectives()
+        _replace_megatron_device_code()
+    return True
+
+
+def _names_cuda(device: Any) -> bool:
+    """True for every way of naming a CUDA device, a bare index included; ``meta`` and ``cpu`` stay what they are."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def _replace_factories() -> None:
+    """``torch.empty(device="cuda", pin_memory=True)`` and its kin: Megatron hard-codes the device in ~100 places."""
+
+    def on_cpu(factory: Any) -> Any:
+        @functools.wraps(factory)
+        def create(*args: Any, **kwargs: Any) -> Any:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            return factory(*args, **kwargs)
+
+        return create
+
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    for name in _TENSOR_FACTORIES:
+        setattr(torch.Tensor, name, on_cpu(getattr(torch.Tensor, name)))
+
+
+def _replace_tensor_methods() -> None:
+    tensor, module = torch.Tensor, torch.nn.Module
+
+    def with_cpu_device(method: Any) -> Any:
+        @functools.wraps(method)
+        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+            args = tuple(_CPU if _names_cuda(a) else a for a in args)
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+            return method(self, *args, **kwargs)
+
+        return to
+
+    tensor.to = with_cpu_device(tensor.to)  # type: ignore[method-assign]
+    module.to = with_cpu_device(module.to)  # type: ignore[method-assign]
+    tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    tensor.record_stream = lambda self, *a, **k: None  # type: ignore[method-assign,assignment]
+
+    # The optimizers and clip_grads sort parameters by comparing `Tensor.type()` with 'torch.cuda.FloatTensor'.
+    native_type = tensor.type
+
+    def cuda_type_name(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return native_type(self, *args, **kwargs)
+        return native_type(self).replace("torch.", "torch.cuda.", 1)
+
+    tensor.type = cuda_type_name  # type: ignore[method-assign,assignment]
+
+
+class _Stream:
+    """Stands in for ``torch.cuda.Stream`` and ``Event``: on CPU everything is already in order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        return None
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait = wait_stream = wait_event = synchronize = record
+
+    def record_event(self, *args: Any, **kwargs: Any) -> _Stream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Stream) -> float:
+        return 0.0
+
+
+def _replace_cuda_namespace() -> None:
+    cuda: Any = torch.cuda
+    stream = _Stream()
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *a, **k: stream
+    cuda.stream = lambda s: contextlib.nullcontext()
+    for name in "set_device synchronize empty_cache reset_peak_memory_stats ipc_collect".split():
+        setattr(cuda, name, lambda *a, **k: None)
+    for name in "memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split():
+        setattr(cuda, name, lambda *a, **k: 0)
+    cuda.memory_stats = lambda *a, **k: {}
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    cuda.manual_seed = cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *a, **k: None
+
+
+def _replace_collectives() -> None:
+    """gloo wants plain integers for split sizes and equal sizes in gathers; Megatron's MoE code has neither."""
+    barrier, all_to_all_single = dist.barrier, dist.all_to_all_single
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        return barrier(*args, **kwargs)
+
+    def as_list(sizes: Any) -> Any:
+        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
+
+    def all_to_all_single_list_sizes(
+        output: Any,
+        input: Any,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        # Megatron turns split sizes into numpy only when they live on a GPU; here they arrive as tensors.
+        sizes = as_list(output_split_sizes), as_list(input_split_sizes)
+        return all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
+
+    def all_gather_uneven(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        rows = [t.shape[0] if t.dim() else 0 for t in tensor_list]
+        if len(set(rows)) == 1:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        longest = max(rows)
+        padded = torch.cat([tensor, tensor.new_zeros(longest - tensor.shape[0], *tensor.shape[1:])])
+        buffers = [t.new_empty(longest, *t.shape[1:]) for t in tensor_list]
+        all_gather(buffers, padded, group=group)
+        for out, buffer in zip(tensor_list, buffers, strict=True):
+            out.copy_(buffer[: out.shape[0]])
+        return None
+
+    def reduce_scatter_uneven(
+        output: Any, input_list: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if len({t.shape for t in input_list}) == 1:
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        full = torch.cat(list(input_list))
+        dist.all_reduce(full, op=op, group=group)
+        output.copy_(full.split([t.shape[0] for t in input_list])[dist.get_rank(group)])
+        return None
+
+    dist.barrier = barrier_without_devices
+    dist.all_to_all_single = all_to_all_single_list_sizes
+    dist.all_gather = all_gather_uneven
+    dist.reduce_scatter = reduce_scatter_uneven
+
+
+def _replace_megatron_device_code() -> None:
+    import multiprocessing
+
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+    import megatron.core.tensor_parallel.random as random
+
+    # The RNG tracker and activation recomputation save and restore the generator of the device they compute on.
+    random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+
+    # torch_dist saving *spawns* a Manager, which re-imports `__main__` and costs seconds per rank; a fork does.
+    def forked_results_queue() -> Any:
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = forked_results_queue
+
+
+# Before torch compiles anything: Megatron's `jit_fuser` is `torch.compile`, seconds per function and nothing gained.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+ON_CPU = install()

@@ -1,0 +1,314 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Context pairs to microbatches of one length: packed rows of the student's and of the teacher's stream.
+
+The order of calls on a data-parallel rank, the two all-reduces being the caller's::
+
+    seq_length = all_reduce_max(required_seq_length(contexts, ...))
+    packed = pack(contexts, seq_length=seq_length, ...)
+    packed = pad_to_count(packed, all_reduce_max(len(packed.student)), all_reduce_max(len(packed.teacher)))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.data.contexts import ContextPair
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One packed row of S tokens, covered by segments: sequences with their padding, then padding only."""
+
+    tokens: Tensor
+    """[S] int64; 0 where padded."""
+    position_ids: Tensor
+    """[S] int64; from 0 in each sequence, its padding counted on. 0 all through the segment that is only
+    padding, which may be longer than the positions that the model knows."""
+    cu_seqlens: Tensor
+    """[num_segments + 1] int32, from 0 to S: where each segment begins."""
+    padding_mask: Tensor
+    """[S] bool, True where padded."""
+    response_rows: Tensor
+    """[R] int64: the positions whose hidden states predict the response tokens, in the order of the row."""
+    response_ids: Tensor
+    """[R] int64: which token of ``PackedBatch.response_tokens`` each of them predicts."""
+    num_sequences: int
+    """Sequences in the row; 0 for a weightless one."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest segment, padding included."""
+        return int(self.cu_seqlens.diff().max())
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """What one data-parallel rank trains on in one step. Every response token is once in each stream."""
+
+    seq_length: int
+    """S, of all microbatches of both streams, on all ranks."""
+    student: list[Microbatch]
+    teacher: list[Microbatch]
+    response_tokens: Tensor
+    """[R_total] int64: the responses one after the other, in the order of the contexts."""
+    num_contexts: int
+
+    @property
+    def student_padding_share(self) -> float:
+        """Padding tokens / all tokens of the student's microbatches; 0 if there are none."""
+        return _padding_share(self.student)
+
+    @property
+    def teacher_padding_share(self) -> float:
+        """Padding tokens / all tokens of the teacher's microbatches; 0 if there are none."""
+        return _padding_share(self.teacher)
+
+
+def required_seq_length(
+    contexts: Sequence[ContextPair],
+    *,
+    max_tokens: int,
+    cp_size: int,
+    tp_size: int,
+    seq_multiple: int | None = None,
+    paired: bool,
+) -> int:
+    """The least S with which these contexts fill rows as they would fill rows of ``max_tokens``.
+
+    A multiple of ``tp_size``, or of ``2 * cp_size * tp_size`` if ``cp_size > 1``, and of ``seq_multiple``
+    (which keeps the number of different shapes small); at most ``max_tokens``; that multiple itself if there
+    are no contexts. The maximum over the data-parallel ranks is the ``seq_length`` to hand to ``pack``: any S
+    between this and ``max_tokens`` gives the same rows.
+
+    Raises: ValueError if one context alone is longer than ``max_tokens``, or the prompt of one is empty.
+    """
+    multiple = _length_multiple(cp_size, tp_size, seq_multiple)
+    capacity = max_tokens // multiple * multiple
+    if capacity < 1:
+        raise ValueError(
+            f"max_tokens: expected at least {multiple}, of which a row's length must be a multiple "
+            f"(cp_size {cp_size}, tp_size {tp_size}, seq_multiple {seq_multiple}), got {max_tokens}."
+        )
+    need = 0
+    for lengths, rows in _planned_rows(contexts, capacity, cp_size, paired):
+        need = max(need, *(sum(lengths[index] for index in row) for row in rows), 0)
+    return max(multiple, _round_up(need, multiple))
+
+
+def pack(
+    contexts: Sequence[ContextPair],
+    *,
+    max_tokens: int,
+    cp_size: int,
+    tp_size: int,
+    seq_multiple: int | None = None,
+    paired: bool,
+    seq_length: int | None = None,
+) -> PackedBatch:
+    """Fills microbatches of S tokens: longest context first, each into the first row that has room.
+
+    ``max_tokens``: token budget of a row. ``paired``: row i of both streams holds the same contexts in the
+    same order; else the teacher's stream is packed on its own, for itself. ``seq_length``: S, equal on all
+    data-parallel ranks; by default what these contexts need.  With ``cp_size > 1`` each sequence is padded
+    within its segment to a multiple of ``2 * cp_size``, so that every segment can be cut for context
+    parallelism.
+
+    No contexts give no microbatches. Deterministic. Collectives: none.
+    Raises: ValueError as ``required_seq_length``, and for a ``seq_length`` that is too small or no multiple.
+    """
+    need = required_seq_length(
+        contexts,
+        max_tokens=max_tokens,
+        cp_size=cp_size,
+        tp_size=tp_size,
+        seq_multiple=seq_multiple,
+        paired=paired,
+    )
+    length = need if seq_length is None else seq_length
+    multiple = _length_multiple(cp_size, tp_size, seq_multiple)
+    if length % multiple or not need <= length <= max_tokens:
+        raise ValueError(
+            f"seq_length: expected a multiple of {multiple} from {need} (what these contexts need) to "
+            f"{max_tokens} (max_tokens), got {length}; take the largest required_seq_length over the "
+            "data-parallel ranks."
+        )
+    (_, student_rows), (_, teacher_rows) = _planned_rows(contexts, length, cp_size, paired)
+    segment_multiple = _segment_multiple(cp_size)
+    offsets = [0]
+    for context in contexts:
+        offsets.append(offsets[-1] + len(context.response))
+
+    def microbatches(prompts: list[list[int]], rows: list[list[int]]) -> list[Microbatch]:
+        return [
+            _microbatch(
+                [(prompts[i], contexts[i].response, offsets[i]) for i in row], length, segment_multiple
+            )
+            for row in rows
+        ]
+
+    return PackedBatch(
+        seq_length=length,
+        student=microbatches([context.student_prompt for context in contexts], student_rows),
+        teacher=microbatches([context.teacher_prompt for context in contexts], teacher_rows),
+        response_tokens=_int64([token for context in contexts for token in context.response]),
+        num_contexts=len(contexts),
+    )
+
+
+def pad_to_count(packed: PackedBatch, num_student: int, num_teacher: int) -> PackedBatch:
+    """The same with weightless microbatches (only padding, no response rows) at the end of each stream.
+
+    So every data-parallel rank runs the same number. They carry no loss and no gradient.
+    Raises: ValueError if there are already more.
+    """
+    for stream, have, want in (
+        ("student", len(packed.student), num_student),
+        ("teacher", len(packed.teacher), num_teacher),
+    ):
+        if want < have:
+            raise ValueError(f"Expected at least the {have} {stream} microbatches there are, got {want}.")
+    weightless = _microbatch([], packed.seq_length, 1)
+    return replace(
+        packed,
+        student=packed.student + [weightless] * (num_student - len(packed.student)),
+        teacher=packed.teacher + [weightless] * (num_teacher - len(packed.teacher)),
+    )
+
+
+def context_parallel_positions(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -> Tensor:
+    """The positions of a row that one context-parallel rank holds, [S / cp_size] int64.
+
+    Each segment is cut into ``2 * cp_size`` equal chunks, of which rank r holds chunks r and ``2 * cp_size -
+    1 - r``, so that all ranks do the same causal work; the segments follow each other. This is Transformer
+    Engine's order for packed sequences (``thd_get_partitioned_indices``); with one segment it is
+    ``get_batch_on_this_cp_rank``'s.
+
+    Raises: ValueError if a segment does not divide by ``2 * cp_size``.
+    """
+    if not 0 <= cp_rank < cp_size:
+        raise ValueError(f"cp_rank: expected 0 to {cp_size - 1} (cp_size {cp_size}), got {cp_rank}.")
+    bounds = cu_seqlens.tolist()
+    if cp_size == 1:
+        return torch.arange(bounds[-1])
+    parts = []
+    for start, end in pairwise(bounds):
+        chunk, rest = divmod(end - start, 2 * cp_size)
+        if rest:
+            raise ValueError(
+                f"Expected segments whose length is a multiple of {2 * cp_size} (2 * cp_size), got "
+                f"{end - start} tokens from {start} to {end}; pack with the same cp_size."
+            )
+        for index in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            parts.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))
+    return torch.cat(parts)
+
+
+def _planned_rows(
+    contexts: Sequence[ContextPair], capacity: int, cp_size: int, paired: bool
+) -> list[tuple[list[int], list[list[int]]]]:
+    """For student and teacher: the padded length of every context, and the contexts of each row."""
+    for context in contexts:
+        if not context.student_prompt or not context.teacher_prompt:
+            raise ValueError(
+                f"Problem {context.problem_id}: expected at least one token in each prompt, since the hidden "
+                "state of the last one predicts the response, got an empty prompt; let the chat template "
+                "begin with a token."
+            )
+    multiple = _segment_multiple(cp_size)
+    student = [_round_up(context.student_length, multiple) for context in contexts]
+    teacher = [_round_up(context.teacher_length, multiple) for context in contexts]
+    for stream, lengths in (("student", student), ("teacher", teacher)):
+        longest = max(range(len(contexts)), key=lengths.__getitem__, default=None)
+        if longest is not None and lengths[longest] > capacity:
+            raise ValueError(
+                f"Problem {contexts[longest].problem_id}: expected a {stream}'s context of at most "
+                f"{capacity} tokens, the longest row within max_tokens, got {lengths[longest]} (padding for "
+                "context parallelism included); raise max_tokens, or lower the length that contexts may have."
+            )
+    if paired:
+        rows = _first_fit_decreasing([student, teacher], capacity)
+        return [(student, rows), (teacher, rows)]
+    return [(lengths, _first_fit_decreasing([lengths], capacity)) for lengths in (student, teacher)]
+
+
+def _first_fit_decreasing(streams: list[list[int]], capacity: int) -> list[list[int]]:
+    # Item i has the size streams[k][i] in stream k and goes into the first row where it fits in all of them.
+    # Equal lengths keep their order, so the outcome is the same wherever it is computed.
+    order = sorted(range(len(streams[0])), key=lambda i: -max(lengths[i] for lengths in streams))
+    rows: list[list[int]] = []
+    room: list[list[int]] = []
+    for index in order:
+        sizes = [lengths[index] for lengths in streams]
+        fits = (all(map(int.__le__, sizes, left)) for left in room)
+        number = next((number for number, fit in enumerate(fits) if fit), len(rows))
+        if number == len(rows):
+            rows.append([])
+            room.append([capacity] * len(streams))
+        rows[number].append(index)
+        room[number] = [free - size for size, free in zip(sizes, room[number], strict=True)]
+    return rows
+
+
+def _microbatch(
+    sequences: list[tuple[list[int], list[int], int]], seq_length: int, segment_multiple: int
+) -> Microbatch:
+    """``sequences``: (prompt, response, index of its first token among all response tokens)."""
+    tokens = torch.zeros(seq_length, dtype=torch.int64)
+    position_ids = torch.zeros(seq_length, dtype=torch.int64)
+    padding_mask = torch.ones(seq_length, dtype=torch.bool)
+    bounds = [0]
+    response_rows = [torch.empty(0, dtype=torch.int64)]
+    response_ids = [torch.empty(0, dtype=torch.int64)]
+    for prompt, response, offset in sequences:
+        start, length = bounds[-1], len(prompt) + len(response)
+        end = start + _round_up(length, segment_multiple)
+        tokens[start : start + length] = _int64(prompt + response)
+        position_ids[start:end] = torch.arange(end - start)
+        padding_mask[start : end] = False
+        first_row = start + len(prompt) - 1
+        response_rows.append(torch.arange(first_row, first_row + len(response)))
+        response_ids.append(torch.arange(offset, offset + len(response)))
+        bounds.append(end)
+    if bounds[-1] < seq_length:
+        bounds.append(seq_length)
+    return Microbatch(
+        tokens=tokens,
+        position_ids=position_ids,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        padding_mask=padding_mask,
+        response_rows=torch.cat(response_rows),
+        response_ids=torch.cat(response_ids),
+        num_sequences=len(sequences),
+    )
+
+
+def _padding_share(microbatches: list[Microbatch]) -> float:
+    if not microbatches:
+        return 0.0
+    padding = sum(int(microbatch.padding_mask.sum()) for microbatch in microbatches)
+    return padding / sum(microbatch.padding_mask.numel() for microbatch in microbatches)
+
+
+def _segment_multiple(cp_size: int) -> int:
+    return 2 * cp_size if cp_size > 1 else 1
+
+
+def _length_multiple(cp_size: int, tp_size: int, seq_multiple: int | None) -> int:
+    for name, value in (("cp_size", cp_size), ("tp_size", tp_size), ("seq_multiple", seq_multiple or 1)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}.")
+    return math.lcm(_segment_multiple(cp_size) * tp_size, seq_multiple or 1)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _int64(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

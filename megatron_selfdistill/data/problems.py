@@ -1,0 +1,392 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Problems with solutions, read from JSONL, Parquet or a hub data set, and the shuffled stream of global
+batches."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+FIELDS = ("problem", "messages", "solution", "answer", "id")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem with its privileged solution."""
+
+    id: str
+    """Unique within its data set; the random streams of the sampler depend on it."""
+    messages: tuple[dict[str, Any], ...]
+    """What the student is asked, OpenAI style; a ``problem`` string is one user message. Never ends in a
+    reply."""
+    solution: str
+    """What only the teacher sees."""
+    answer: str | None
+    """The final answer for a verifier, where the data has one."""
+    location: str
+    """``file:line`` (JSONL) or ``file:row`` (everything else), counted from 1, for error messages."""
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """All problems of a data set, in its order, and what was left out."""
+
+    problems: list[Problem]
+    num_skipped: int = 0
+    skipped: list[str] = field(default_factory=list)
+    """One sentence per record left out: place, field, expected, got."""
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the ids and texts in order; the files' names and places do not matter."""
+        digest = hashlib.sha256()
+        for problem in self.problems:
+            content = [problem.id, problem.messages, problem.solution, problem.answer]
+            digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
+
+
+def load_problems(
+    path_or_name: str | Path | Sequence[str | Path],
+    *,
+    fields: Mapping[str, str | None] | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    on_bad_record: str = "error",
+    limit: int | None = None,
+) -> ProblemSet:
+    """Reads and validates a whole data set.
+
+    ``path_or_name``: a ``.jsonl``, ``.json`` or ``.parquet`` file, a glob, a list of these, or the name of a
+    hub data set (of which ``subset`` and ``split`` are taken).  JSON is read line by line here, since
+    ``datasets`` does not say which line is malformed; Parquet and the hub go through ``datasets``.
+    ``fields``: our name -> column name, for those that differ; ``None`` as the column leaves that field
+    unread.  A record has a ``problem`` (text), or else ``messages``, and a ``solution``; ``answer`` and
+    ``id`` are optional.  A missing id is derived from the record's content, with ``-1``, ``-2`` .. for
+    repetitions.
+    ``on_bad_record``: ``error`` raises at the first bad record; ``skip`` leaves it out and counts it.
+    ``limit``: the first so many good records.
+
+    Raises: ValueError naming file, line, field, what was expected and what was found; also for two equal ids
+    and for an empty set.  FileNotFoundError for a missing file.
+    """
+    columns = _columns(fields or {})
+    if on_bad_record not in ("error", "skip"):
+        raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {on_bad_record!r}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least 1 problem or null for all of them, got {limit}.")
+    problems: list[Problem] = []
+    skipped: list[str] = []
+    places: dict[str, str] = {}
+    seen_columns: set[str] = set()
+    for location, record in _records(path_or_name, split, subset):
+        if isinstance(record, dict):
+            seen_columns.update(record)
+        try:
+            problem = _validated(record, location, columns, places)
+        except BadRecordError as error:
+            if on_bad_record == "error":
+                hint = "Mend the record, or set on_bad_record to 'skip'."
+                raise ValueError(f"{location}: {error} {hint}") from None
+            skipped.append(f"{location}: {error}")
+            continue
+        places[problem.id] = location
+        problems.append(problem)
+        if limit is not None and len(problems) == limit:
+            break
+    if not problems:
+        first = f" The first: {skipped[0]}" if skipped else ""
+        raise ValueError(
+            f"{path_or_name}: expected at least one problem, got none ({len(skipped)} bad records).{first}"
+        )
+    _check_columns_exist(path_or_name, columns, seen_columns)
+    return ProblemSet(problems, len(skipped), skipped)
+
+
+class ProblemStream:
+    """Endless shuffled epochs of a data set, in global batches.
+
+    Every rank holds the same stream and takes its share with ``shard``, so the order does not depend on the
+    data-parallel size.  The order of an epoch depends on (seed, epoch) only.  A batch may straddle epochs,
+    and then (or when it is larger than the data set) may hold a problem twice.
+    """
+
+    def __init__(self, problems: ProblemSet, *, batch_size: int, seed: int) -> None:
+        """``batch_size``: problems per step over all data-parallel ranks."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1 problem per step, got {batch_size}.")
+        if not problems.problems:
+            raise ValueError("Expected at least one problem to stream, got an empty data set.")
+        self._set, self._batch_size, self._seed = problems, batch_size, seed
+        self._epoch, self._position = 0, 0
+        self._order = self._epoch_order()
+
+    def next_batch(self) -> list[Problem]:
+        """The next global batch, ``batch_size`` problems, equal on all ranks."""
+        batch: list[Problem] = []
+        while len(batch) < self._batch_size:
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._epoch_order()
+            batch.append(self._set.problems[self._order[self._position]])
+            self._position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, in problems (so it survives another batch size), and what it is a position in."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "fingerprint": self._set.fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where ``state`` was taken. Raises: ValueError if the data set or the seed is another
+        one."""
+        for name, have in (("fingerprint", self._set.fingerprint), ("seed", self._seed)):
+            if state[name] != have:
+                raise ValueError(
+                    f"The position in the checkpoint belongs to a data set with {name} {state[name]}, "
+                    f"but this run's has {name} {have}. "
+                    "Resume with the same problems and seed, or start a new run from the weights."
+                )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = self._epoch_order()
+
+    def _epoch_order(self) -> list[int]:
+        order = list(range(len(self._set)))
+        # Seeding with a string goes through SHA-512: equal on every machine and Python version, unlike
+        # hash().
+        random.Random(f"{self._seed}/{self._epoch}").shuffle(order)
+        return order
+
+
+def shard(batch: Sequence[Problem], dp_rank: int, dp_size: int) -> list[Problem]:
+    """This data-parallel rank's share of a global batch: every ``dp_size``-th problem from ``dp_rank`` on.
+
+    The shares of all ranks together are the batch; their sizes differ by at most one.
+    """
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"dp_rank: expected 0 to {dp_size - 1} (dp_size {dp_size}), got {dp_rank}.")
+    return list(batch[dp_rank::dp_size])
+
+
+class BadRecordError(ValueError):
+    """What is wrong with one record: field, expected, got. Its place is added by ``load_problems``."""
+
+
+def _columns(fields: Mapping[str, str | None]) -> dict[str, str | None]:
+    unknown = sorted(set(fields) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"fields: expected names among {', '.join(FIELDS)}, got {', '.join(unknown)}.")
+    return {name: fields.get(name, name) for name in FIELDS}
+
+
+def _check_columns_exist(source: object, columns: Mapping[str, str | None], seen: set[str]) -> None:
+    # An optional column that was renamed and is nowhere would otherwise be read as None in silence.
+    for name, column in columns.items():
+        if column not in (None, name) and column not in seen:
+            raise ValueError(
+                f"{source}: fields.{name} names the column {column!r}, which no record has. "
+                f"Columns found: {', '.join(sorted(seen))}."
+            )
+
+
+def _validated(
+    record: object, location: str, columns: Mapping[str, str | None], places: Mapping[str, str]
+) -> Problem:
+    if isinstance(record, BadRecordError):
+        raise record
+    if not isinstance(record, dict):
+        raise BadRecordError(f"expected a JSON object per record, got {_shown(record)}.")
+    problem, messages, solution, answer, given_id = (
+        record.get(column) if (column := columns[name]) is not None else None for name in FIELDS
+    )
+    # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
+    if problem is None and messages is not None:
+        conversation = _conversation(messages, columns["messages"])
+    else:
+        text = _text(problem, "problem", columns, record)
+        conversation = ({"role": "user", "content": text},)
+    solution = _text(solution, "solution", columns, record)
+    if answer is not None:
+        answer = _short_text(answer, "answer", columns)
+    if given_id is None:
+        problem_id = _derived_id(conversation, solution, places)
+    else:
+        problem_id = _short_text(given_id, "id", columns)
+        if problem_id in places:
+            raise BadRecordError(
+                f"field 'id': expected a new id, got {problem_id!r} as in {places[problem_id]}."
+            )
+    return Problem(problem_id, conversation, solution, answer, location)
+
+
+def _conversation(messages: object, column: str | None) -> tuple[dict[str, Any], ...]:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise BadRecordError(
+            f"field {column!r}: expected a non-empty list of messages, got {_shown(messages)}."
+        )
+    conversation = []
+    for index, message in enumerate(messages):
+        where = f"field '{column}[{index}]'"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRecordError(
+                f"{where}: expected an object with 'role' and 'content', got {_shown(message)}."
+            )
+        is_tool_call = message["role"] == "assistant" and message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not is_tool_call:
+            raise BadRecordError(
+                f"{where}: expected a string as 'content', got {_shown(message.get('content'))}."
+            )
+        # Columnar files fill what a message lacks with null; chat templates ask whether a key is there.
+        conversation.append({key: value for key, value in message.items() if value is not None})
+    roles = [message["role"] for message in conversation]
+    if "user" not in roles or roles[-1] == "assistant":
+        raise BadRecordError(
+            f"field {column!r}: expected a user message and no reply at the end, got the roles "
+            f"{', '.join(roles)}."
+        )
+    return tuple(conversation)
+
+
+def _text(value: object, name: str, columns: Mapping[str, str | None], record: Mapping[str, Any]) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    got = _shown(value)
+    if columns[name] not in record:
+        got = f"no such field (the record has: {', '.join(map(str, record)) or 'nothing'})"
+    raise BadRecordError(f"field {columns[name] or name!r}: expected a non-empty string, got {got}.")
+
+
+def _short_text(value: object, name: str, columns: Mapping[str, str | None]) -> str:
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
+        return str(value)
+    raise BadRecordError(
+        f"field {columns[name]!r}: expected a non-empty string or a number, got {_shown(value)}."
+    )
+
+
+def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places: Mapping[str, str]) -> str:
+    content = json.dumps([conversation, solution], sort_keys=True, default=str)
+    base = hashlib.sha256(content.encode()).hexdigest()[:16]
+    problem_id, repetition = base, 0
+    while problem_id in places:
+        repetition += 1
+        problem_id = f"{base}-{repetition}"
+    return problem_id
+
+
+def _shown(value: object) -> str:
+    text = "null" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _records(
+    path_or_name: str | Path | Sequence[str | Path], split: str, subset: str | None
+) -> Iterator[tuple[str, object]]:
+    """Yields (location, record); a line that is no JSON is yielded as the BadRecordError that says so."""
+    if isinstance(path_or_name, (str, Path)):
+        paths: list[str | Path] = [path_or_name]
+        if _is_hub_name(path_or_name):
+            yield from _hub_records(str(path_or_name), split, subset)
+            return
+    else:
+        paths = list(path_or_name)
+    for path in paths:
+        for file in _existing_files(path):
+            if file.suffix == ".parquet":
+                yield from _parquet_records(file)
+            else:
+                yield from _json_records(file)
+
+
+def _is_hub_name(path_or_name: str | Path) -> bool:
+    if isinstance(path_or_name, Path) or Path(path_or_name).exists():
+        return False
+    looks_like_a_file = Path(path_or_name).suffix in (".jsonl", ".json", ".parquet")
+    return not looks_like_a_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path_or_name) is not None
+
+
+def _existing_files(path: str | Path) -> list[Path]:
+    # The file itself comes first: its name may hold the characters of a glob.
+    files = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not files:
+        raise FileNotFoundError(
+            f"Problems: expected a file or a glob of files, got {path}, which matches none."
+        )
+    for file in files:
+        if file.is_dir() or file.suffix not in (".jsonl", ".json", ".parquet"):
+            raise ValueError(
+                f"Problems: expected files ending in .jsonl, .json or .parquet, got {file}"
+                f"{' (a folder: name its files, for example with a glob)' if file.is_dir() else ''}."
+            )
+    return files
+
+
+def _json_records(file: Path) -> Iterator[tuple[str, object]]:
+    with file.open("rb") as stream:
+        start = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith(b"["):
+        yield from _json_array_records(file)
+        return
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield f"{file}:{number}", _parsed(line)
+
+
+def _json_array_records(file: Path) -> Iterator[tuple[str, object]]:
+    try:
+        records = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: expected a JSON array of records, got text that is no JSON ({error})."
+        ) from None
+    for row, record in enumerate(records, 1):
+        yield f"{file}:{row}", record
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        start = line[:60].decode(errors="replace").rstrip()
+        return BadRecordError(f"expected one JSON object per line, got {start!r} ({error}).")
+
+
+def _parquet_records(file: Path) -> Iterator[tuple[str, object]]:
+    import datasets  # takes a second to import, and JSONL does not need it
+
+    # Streaming: no Arrow copy of the file in the user's cache, and nothing to lock between ranks.
+    # glob.escape, since data_files are patterns and an existing file's name need not be one.
+    rows = datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train", streaming=True)
+    for row, record in enumerate(rows, 1):
+        yield f"{file}:{row}", record
+
+
+def _hub_records(name: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError) as error:  # not found, no network, unknown split or subset
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"Problems: {name!r} is no file here and could not be had as a hub data set "
+            f"(split {split!r}, subset {subset!r}): {reason}"
+        ) from error
+    for row, record in enumerate(rows, 1):
+        yield f"{name}[{split}]:{row}", record

@@ -1,0 +1,322 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The student's and the teacher's prompt as token ids, through the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_selfdistill.data.problems import Problem
+
+DEFAULT_TEACHER_TEMPLATE = """\
+{problem}
+
+Here is a solution to this problem, for your eyes only:
+
+{solution}
+
+Use it only as a hint. Reason in your own words, step by step, from the problem itself to the final answer, as
+if you had not seen the solution. Never mention that a solution was given."""
+
+
+@dataclass(frozen=True)
+class PromptTemplates:
+    """The wording of both prompts.
+
+    ``{problem}`` and ``{solution}`` are slots, filled as they are, whatever braces the texts hold. Other
+    braces stand for themselves, unless they look like a slot: write ``{{name}}`` for a literal ``{name}``.
+    Raises: ValueError for a missing or an unknown slot.
+    """
+
+    teacher: str = DEFAULT_TEACHER_TEMPLATE
+    """The teacher's wording of the last user message; needs both slots."""
+    student: str = "{problem}"
+    """The student's wording of the last user message; needs ``{problem}``, and only that."""
+    system_prompt: str | None = None
+    """Put before conversations that bring no system message of their own, for both."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Handed to the chat template, e.g. ``enable_thinking``."""
+
+    def __post_init__(self) -> None:
+        for name, needed in (("teacher", {"problem", "solution"}), ("student", {"problem"})):
+            slots = {match[2] for match in _SLOT.finditer(getattr(self, name)) if match[2]}
+            wanted = " and ".join(f"{{{slot}}}" for slot in sorted(needed))
+            if missing := sorted(needed - slots):
+                raise ValueError(
+                    f"The {name}'s template: expected the slots {wanted}, but {{{missing[0]}}} is missing."
+                )
+            if unknown := sorted(slots - needed):
+                raise ValueError(
+                    f"The {name}'s template: expected only the slots {wanted}, got {{{unknown[0]}}}; "
+                    f"write {{{{{unknown[0]}}}}} for literal braces."
+                )
+
+
+class Tokenizer(Protocol):
+    """What the rest of the system asks of a tokenizer; ``load_tokenizer`` makes one."""
+
+    name: str
+    """The path or hub name it was loaded from."""
+    vocab_size: int
+    """One more than the largest token id, added tokens included."""
+    eos_id: int | None
+    """The end-of-sequence token; None where the tokenizer has none."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``; special tokens only where ``text`` spells them."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of ``ids``, for people and verifiers; never for tokenizing again."""
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The conversation as one string, by the chat template, which is given ``kwargs``."""
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> list[int]:
+        """Equals ``encode(render_chat(...))``."""
+        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs))
+
+
+class PromptBuilder:
+    """Turns problems into prompts. Both contexts of a problem end in the same generation prompt."""
+
+    def __init__(self, tokenizer: Tokenizer, templates: PromptTemplates) -> None:
+        self.tokenizer, self.templates = tokenizer, templates
+
+    def student_prompt(self, problem: Problem) -> list[int]:
+        """Token ids of the problem's conversation, up to and including the generation prompt."""
+        return self.tokenizer.encode(self._render(self._student_messages(problem), problem, True))
+
+    def teacher_prompt(self, problem: Problem, solution: str | None = None) -> list[int]:
+        """The same with the teacher's wording in place of the last user message.
+
+        ``solution``: instead of the problem's own (a shortened one, or one that the model found itself).
+        """
+        return self.tokenizer.encode(self._render(self._teacher_messages(problem, solution), problem, True))
+
+    def prompt_pair(self, problem: Problem, solution: str | None = None) -> tuple[list[int], list[int]]:
+        """Student's and teacher's prompt as above, checked to end in the same generation prompt.
+
+        The generation prompt is what ``add_generation_prompt`` adds. Where its first token also holds the end
+        of the message before it (``?\\n\\n`` can be one token), that token belongs to the message and may
+        differ.
+
+        Raises: ValueError if student and teacher would not begin their response after the same token ids.
+        """
+        student = self._split_prompt(self._student_messages(problem), problem)
+        teacher = self._split_prompt(self._teacher_messages(problem, solution), problem)
+        skip = 1 if student.joins_message or teacher.joins_message else 0
+        if student.generation_text != teacher.generation_text or student.tail[skip:] != teacher.tail[skip:]:
+            decode = self.tokenizer.decode
+            raise ValueError(
+                f"{problem.location}: expected both contexts to end in the same generation prompt, got "
+                f"{decode(student.tail)!r} {student.tail} for the student and {decode(teacher.tail)!r} "
+                f"{teacher.tail} for the teacher; the chat template depends on the text of the message: "
+                "change the teacher's template, or fix the generation prompt with chat_template_kwargs."
+            )
+        return student.ids, teacher.ids
+
+    def _student_messages(self, problem: Problem) -> list[dict[str, Any]]:
+        return self._reworded(problem, self.templates.student, {})
+
+    def _teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
+        solution = problem.solution if solution is None else solution
+        return self._reworded(problem, self.templates.teacher, {"solution": solution})
+
+    def _reworded(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[dict[str, Any]]:
+        messages = [dict(message) for message in problem.messages]
+        last = max(index for index, message in enumerate(messages) if message["role"] == "user")
+        texts = {"problem": messages[last]["content"], **slots}
+        # One pass over the template: a text that spells a slot is not filled again.
+        messages[last]["content"] = _SLOT.sub(
+            lambda match: texts[match[2]] if match[2] else f"{{{match[1]}}}", template
+        )
+        if self.templates.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": self.templates.system_prompt})
+        return messages
+
+    def _split_prompt(self, messages: list[dict[str, Any]], problem: Problem) -> _SplitPrompt:
+        before, whole = (self._render(messages, problem, flag) for flag in (False, True))
+        before_ids, ids = self.tokenizer.encode(before), self.tokenizer.encode(whole)
+        equal = 0
+        while equal < min(len(before_ids), len(ids)) and before_ids[equal] == ids[equal]:
+            equal += 1
+        generation_text = whole[len(before) :] if whole.startswith(before) else whole
+        return _SplitPrompt(ids, ids[equal:], generation_text, joins_message=equal < len(before_ids))
+
+    def _render(self, messages: list[dict[str, Any]], problem: Problem, add_generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.render_chat(
+                messages, add_generation_prompt=add_generation_prompt, **self.templates.chat_template_kwargs
+            )
+        except MissingChatTemplateError:
+            raise
+        except Exception as error:  # a template is a program and raises what it likes; we add the place
+            raise ValueError(
+                f"{problem.location}: the chat template refused the conversation: {error}"
+            ) from error
+
+
+def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
+    """A Hugging Face tokenizer (folder or hub name), or a SentencePiece ``.model`` file (or a folder of it).
+
+    ``chat_template``: a Jinja template used instead of the tokenizer's own. Plain text without roles, for
+    base models: ``{% for m in messages %}{{ m.content }}{% endfor %}``.
+    Raises: FileNotFoundError or ValueError in one sentence if there is no tokenizer at ``path``.
+    """
+    path = Path(path) if Path(path).exists() else path
+    if isinstance(path, Path) and path.is_dir():
+        is_hf = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+        if not is_hf and (path / "tokenizer.model").exists():
+            path = path / "tokenizer.model"
+    if str(path).endswith(".model"):
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"Tokenizer: expected a SentencePiece model file, got {path}, which is no file."
+            )
+        return SentencePieceTokenizer(path, chat_template=chat_template)
+    return HuggingFaceTokenizer(path, chat_template=chat_template)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A ``transformers`` tokenizer behind the ``Tokenizer`` protocol."""
+
+    def __init__(self, path: str | Path, *, chat_template: str | None = None) -> None:
+        from transformers import AutoTokenizer  # takes seconds to import
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                "Tokenizer: expected a folder with tokenizer.json, a SentencePiece .model file or a hub "
+                f"name, got {path}: {reason}"
+            ) from error
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
+        self.name = str(path)
+        # Ids may have holes (len() is then too small for an embedding table).
+        self.vocab_size: int = max(len(self._tokenizer), 1 + max(self._tokenizer.get_vocab().values()))
+        self.eos_id: int | None = self._tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        if not self._tokenizer.chat_template:
+            raise MissingChatTemplateError(self.name)
+        return self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model as the ``sentencepiece`` library itself reads it, with ``transformers``' chat
+    templates.
+
+    The classes of ``transformers`` for ``.model`` files convert or post-process, and then differ from what
+    the model was trained on (the prefix space, byte pieces). Here text is ``sp.encode(text)`` exactly;
+    control pieces such as ``<s>``, which that never yields, become their id where the text spells them, and
+    each stretch between is encoded on its own.
+    """
+
+    def __init__(self, path: str | Path, *, chat_template: str | None = None) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._sp = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"Tokenizer: expected a SentencePiece model, got {path}: {error}") from error
+        self._chat_template = chat_template
+        self.name = str(path)
+        self.vocab_size: int = self._sp.get_piece_size()
+        special = {
+            "bos": self._sp.bos_id(),
+            "eos": self._sp.eos_id(),
+            "unk": self._sp.unk_id(),
+            "pad": self._sp.pad_id(),
+        }
+        self._special_tokens = {
+            f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0
+        }
+        self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
+        self._control = {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
+        # Longest first: of two pieces, one of which begins the other, the longer one is meant.
+        pieces = sorted(map(re.escape, self._control), key=len, reverse=True)
+        self._control_pattern = re.compile(f"({'|'.join(pieces)})" if pieces else "(?!)")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._control_pattern.split(text):
+            if part in self._control:
+                ids.append(self._control[part])
+            elif part:
+                ids.extend(self._sp.encode(part))
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        parts: list[str] = []
+        stretch: list[int] = []
+        for token in ids:
+            if self._sp.is_control(int(token)):
+                parts.append(self._sp.decode(stretch))
+                stretch = []
+                if not skip_special_tokens:
+                    parts.append(self._sp.id_to_piece(int(token)))
+            else:
+                stretch.append(int(token))
+        return "".join([*parts, self._sp.decode(stretch)])
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if self._chat_template is None:
+            raise MissingChatTemplateError(self.name)
+        rendered, _ = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=self._chat_template,
+            add_generation_prompt=add_generation_prompt,
+            **{**self._special_tokens, **kwargs},
+        )
+        return rendered[0]
+
+
+class MissingChatTemplateError(ValueError):
+    """Neither the tokenizer nor the config has a chat template."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The tokenizer {name} has no chat template: set data.chat_template, for a model without chat "
+            "roles to '{% for m in messages %}{{ m.content }}{% endfor %}'."
+        )
+
+
+@dataclass(frozen=True)
+class _SplitPrompt:
+    """A prompt's ids, its tail (what follows the ids it shares with the prompt rendered without generation
+    prompt)."""
+
+    ids: list[int]
+    tail: list[int]
+    generation_text: str
+    joins_message: bool
+    """The tail begins within the message: a token spans the boundary."""
+
+
+# `{{name}}` is a literal `{name}` (group 1), `{name}` a slot (group 2); all other braces are text.
+_SLOT = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")

@@ -1,0 +1,34 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The loss of self-distillation: the mixed target, the divergences, and both over a tensor-parallel group.
+
+``target`` and ``divergence`` are the definition on full rows, to be read; ``vocab_parallel`` is the same on vocabulary
+shards, to be used.  Everything here imports torch only.
+"""
+
+from __future__ import annotations
+
+from megatron_selfdistill.loss.divergence import Divergence, divergence, divergence_gradient
+from megatron_selfdistill.loss.target import (
+    Status,
+    Target,
+    TargetRows,
+    beta_grid,
+    mixed_target,
+    solve_batch_k,
+)
+from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, distillation_loss
+
+__all__ = [
+    "Divergence",
+    "Status",
+    "Target",
+    "TargetRows",
+    "TokenStats",
+    "VocabShard",
+    "beta_grid",
+    "distillation_loss",
+    "divergence",
+    "divergence_gradient",
+    "mixed_target",
+    "solve_batch_k",
+]

@@ -1,0 +1,118 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The divergences between student p and target q: reverse KL, forward KL, generalised Jensen-Shannon; values and gradients.
+
+On full rows here; the sharded loss is built from the same elementwise terms, which lose no digits where p and q are close.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KINDS = ("reverse_kl", "forward_kl", "jsd")
+FLOOR = -1e12
+"""Stands for a log-probability or shifted logit of -inf: exp is 0 for every beta in use, and its cube is finite in float32."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What pulls p towards the constant q.
+
+    kind: "reverse_kl" = KL(p || q) = KL(student || target); "forward_kl" = KL(q || p) = KL(target || student); "jsd" =
+        lam KL(q || M) + (1 - lam) KL(p || M) with M = lam q + (1 - lam) p.
+    jsd_lambda: lam, strictly between 0 and 1.
+    """
+
+    kind: str = "reverse_kl"
+    jsd_lambda: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Divergence.kind must be one of {', '.join(KINDS)}; got {self.kind!r}.")
+        if not 0 < self.jsd_lambda < 1:
+            raise ValueError(
+                f"Divergence.jsd_lambda must lie strictly between 0 and 1; got {self.jsd_lambda}. "
+                "For the ends use reverse_kl or forward_kl: there the JSD is 0 for every p."
+            )
+
+
+def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """D(p, q) in nats of every row: [..., V], [..., V] -> [...].
+
+    Equals for reverse KL ``(p * (log_p - log_q)).sum(-1)``, for forward KL ``(q * (log_q - log_p)).sum(-1)``, for JSD
+    ``lam * KL(q, M) + (1 - lam) * KL(p, M)``.  Both log-probabilities normalised, any float dtype, -inf where a column does not exist.
+    Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0 and q is not.
+    """
+    p, q, d = probabilities_and_ratio(log_p, log_q)
+    if divergence.kind == "jsd":
+        return jsd_terms(p, q, d, divergence.jsd_lambda).sum(-1)
+    if divergence.kind == "reverse_kl":
+        value, infinite = reverse_kl_terms(p, q, d), torch.isneginf(log_q) & ~torch.isneginf(log_p)
+    else:
+        value, infinite = forward_kl_terms(p, q, d), torch.isneginf(log_p) & ~torch.isneginf(log_q)
+    return value.sum(-1).masked_fill(infinite.any(-1), torch.inf)
+
+
+def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """dD / ds for the student logits s of p = softmax(s), with q constant: [..., V].
+
+        reverse KL   p ((log p - log q) - KL(p || q))
+        forward KL   p - q
+        JSD          (1 - lam) p (log(p / M) - KL(p || M))
+
+    Each sums to 0 over the vocabulary.  A row whose reverse KL is infinite has no gradient: it comes out as inf and NaN.
+    """
+    p, q, d = probabilities_and_ratio(log_p, log_q)
+    if divergence.kind == "forward_kl":
+        return -q_minus_p(p, q, d)
+    if divergence.kind == "jsd":
+        return jsd_gradient(
+            p, d, divergence.jsd_lambda, -(p * log_mixture_over_p(d, divergence.jsd_lambda)).sum(-1)
+        )
+    infinite = (torch.isneginf(log_q) & ~torch.isneginf(log_p)).any(-1)
+    return reverse_kl_gradient(p, d, -(p * d).sum(-1).masked_fill(infinite, -torch.inf))
+
+
+def probabilities_and_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, q and d = log q - log p, finite also where a log-probability is -inf; NaN stays NaN."""
+    log_p, log_q = log_p.clamp(min=FLOOR), log_q.clamp(min=FLOOR)
+    return log_p.exp(), log_q.exp(), log_q - log_p
+
+
+def q_minus_p(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """q - p, exact to the last digits also where they are close."""
+    return torch.copysign(torch.expm1(-d.abs()).mul_(torch.maximum(p, q)), d)
+
+
+def reverse_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """p (e^d - 1 - d) >= 0.  Sums to KL(p || q) for normalised p and q; an error in the sum of q counts squared only."""
+    return q_minus_p(p, q, d).sub_(p * d)
+
+
+def forward_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """p (e^d (d - 1) + 1) >= 0.  Sums to KL(q || p) for normalised p and q; an error in the sum of q counts squared only."""
+    return (q * d).sub_(q_minus_p(p, q, d))
+
+
+def log_mixture_over_p(d: Tensor, jsd_lambda: float) -> Tensor:
+    """log(M / p) = log(lam e^d + 1 - lam), for any d."""
+    smaller_weight = (d > 0).to(d.dtype).mul_(1 - 2 * jsd_lambda).add_(jsd_lambda)
+    return torch.expm1(-d.abs()).mul_(smaller_weight).log1p_().add_(d.clamp(min=0))
+
+
+def jsd_terms(p: Tensor, q: Tensor, d: Tensor, jsd_lambda: float) -> Tensor:
+    """lam q log(q / M) + (1 - lam) p log(p / M) >= 0; sums to the JSD."""
+    g = log_mixture_over_p(d, jsd_lambda)
+    return (q * (d - g)).mul_(jsd_lambda).sub_((p * g).mul_(1 - jsd_lambda))
+
+
+def reverse_kl_gradient(p: Tensor, d: Tensor, reverse_kl: Tensor) -> Tensor:
+    """p (-d - KL(p || q))."""
+    return (d + reverse_kl[..., None]).mul_(p).neg_()
+
+
+def jsd_gradient(p: Tensor, d: Tensor, jsd_lambda: float, kl_p_mixture: Tensor) -> Tensor:
+    """(1 - lam) p (log(p / M) - KL(p || M))."""
+    return (log_mixture_over_p(d, jsd_lambda) + kl_p_mixture[..., None]).mul_(p).mul_(jsd_lambda - 1)

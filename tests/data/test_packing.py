@@ -1,0 +1,231 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The laws of packing: every response token once, one length, segments that cover, rows that predict."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packing import (
+    Microbatch,
+    PackedBatch,
+    context_parallel_positions,
+    pack,
+    pad_to_count,
+    required_seq_length,
+)
+
+SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 14), st.integers(0, 12)), max_size=14)
+LAYOUTS = st.fixed_dictionaries(
+    {
+        "cp_size": st.sampled_from([1, 2, 3]),
+        "tp_size": st.sampled_from([1, 2, 4]),
+        "seq_multiple": st.sampled_from([None, 8, 10]),
+        "paired": st.booleans(),
+        "max_tokens": st.sampled_from([130, 250]),
+    }
+)
+
+
+def contexts_of(shapes: list[tuple[int, int, int]]) -> list[ContextPair]:
+    """Every token of every context is another number, so that none can be taken for another."""
+    number = iter(range(1, 10**6))
+
+    def fresh(count: int) -> list[int]:
+        return [next(number) for _ in range(count)]
+
+    return [ContextPair(f"p{i}", fresh(s), fresh(t), fresh(r), False) for i, (s, t, r) in enumerate(shapes)]
+
+
+def segments(microbatch: Microbatch) -> list[tuple[int, int]]:
+    bounds = microbatch.cu_seqlens.tolist()
+    return list(pairwise(bounds))
+
+
+def contexts_by_row(stream: list[Microbatch], prompts: list[list[int]]) -> list[list[int]]:
+    index = {prompt[0]: i for i, prompt in enumerate(prompts)}
+    return [[index[int(m.tokens[start])] for start, _ in segments(m)[: m.num_sequences]] for m in stream]
+
+
+def check_stream(stream: list[Microbatch], prompts: list[list[int]], packed: PackedBatch, cp: int) -> None:
+    seq_length = packed.seq_length
+    for m in stream:
+        for tensor in (m.tokens, m.position_ids, m.padding_mask):
+            assert tensor.shape == (seq_length,)
+        assert (m.tokens.dtype, m.position_ids.dtype, m.response_rows.dtype) == (torch.int64,) * 3
+        assert (m.cu_seqlens.dtype, m.padding_mask.dtype) == (torch.int32, torch.bool)
+        assert m.cu_seqlens[0] == 0 and m.cu_seqlens[-1] == seq_length
+        assert (m.cu_seqlens.diff() > 0).all()
+        assert m.max_seqlen == max(end - start for start, end in segments(m))
+        assert len(segments(m)) - m.num_sequences in (0, 1), "at most one segment is only padding"
+        for number, (start, end) in enumerate(segments(m)):
+            real = int((~m.padding_mask[start:end]).sum())
+            assert not m.padding_mask[start : start + real].any(), "padding is at the end"
+            if number < m.num_sequences:
+                assert end - start - real < (2 * cp if cp > 1 else 1)
+                assert m.position_ids[start:end].tolist() == list(range(end - start))
+            else:
+                assert real == 0 and not m.position_ids[start:end].any()
+            if cp > 1:
+                assert (end - start) % (2 * cp) == 0
+        assert not m.tokens[m.padding_mask].any()
+        assert (m.tokens[m.response_rows + 1] == packed.response_tokens[m.response_ids]).all(), "row predicts"
+    ids = torch.cat([torch.empty(0, dtype=torch.int64), *(m.response_ids for m in stream)])
+    assert ids.sort().values.equal(torch.arange(packed.response_tokens.numel())), "every token once"
+    placed = [i for row in contexts_by_row(stream, prompts) for i in row]
+    assert sorted(placed) == list(range(packed.num_contexts))
+
+
+@settings(deadline=None, max_examples=150)
+@given(SHAPES, LAYOUTS)
+def test_every_layout_obeys_the_laws(shapes: list[tuple[int, int, int]], layout: dict[str, Any]) -> None:
+    contexts = contexts_of(shapes)
+    packed = pack(contexts, **layout)
+    cp_size, tp_size = layout["cp_size"], layout["tp_size"]
+    assert packed.seq_length % (tp_size if cp_size == 1 else 2 * cp_size * tp_size) == 0
+    assert packed.seq_length % (layout["seq_multiple"] or 1) == 0
+    assert packed.seq_length <= layout["max_tokens"]
+    assert packed.response_tokens.tolist() == [token for c in contexts for token in c.response]
+    students, teachers = [c.student_prompt for c in contexts], [c.teacher_prompt for c in contexts]
+    check_stream(packed.student, students, packed, cp_size)
+    check_stream(packed.teacher, teachers, packed, cp_size)
+    if layout["paired"]:
+        assert contexts_by_row(packed.student, students) == contexts_by_row(packed.teacher, teachers)
+    for stream, share in (
+        (packed.student, packed.student_padding_share),
+        (packed.teacher, packed.teacher_padding_share),
+    ):
+        every = sum(m.tokens.numel() for m in stream)
+        real = sum(int((m.tokens != 0).sum()) for m in stream)
+        assert math.isclose(share, 1 - real / every if every else 0.0, abs_tol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SHAPES, LAYOUTS, st.integers(0, 3))
+def test_a_longer_row_within_the_budget_holds_the_same_contexts(
+    shapes: list[tuple[int, int, int]], layout: dict[str, Any], more: int
+) -> None:
+    contexts = contexts_of(shapes)
+    need = required_seq_length(contexts, **layout)
+    multiple = required_seq_length([], **layout)
+    longer = min(need + more * multiple, layout["max_tokens"] // multiple * multiple)
+    a, b = pack(contexts, **layout), pack(contexts, **layout, seq_length=longer)
+    assert (a.seq_length, b.seq_length) == (need, longer)
+    for prompts, one, other in (
+        ([c.student_prompt for c in contexts], a.student, b.student),
+        ([c.teacher_prompt for c in contexts], a.teacher, b.teacher),
+    ):
+        assert contexts_by_row(one, prompts) == contexts_by_row(other, prompts)
+
+
+def test_longest_first_into_the_first_row_with_room() -> None:
+    contexts = contexts_of([(2, 1, 1), (5, 1, 2), (3, 1, 1), (5, 1, 1), (1, 1, 1)])
+    packed = pack(contexts, max_tokens=10, cp_size=1, tp_size=1, paired=False)
+    # Lengths 3, 7, 4, 6, 2.
+    assert contexts_by_row(packed.student, [c.student_prompt for c in contexts]) == [[1, 0], [3, 2], [4]]
+    assert packed.seq_length == 10
+    assert len(packed.teacher) == 2, "the teacher's stream (lengths 2, 3, 2, 2, 2) is packed on its own"
+    paired = pack(contexts, max_tokens=10, cp_size=1, tp_size=1, paired=True)
+    assert len(paired.student) == len(paired.teacher) == 3
+
+
+def test_one_row_written_out() -> None:
+    contexts = [
+        ContextPair("a", [11, 12], [1, 2, 3], [13], False),
+        ContextPair("b", [21], [4], [22, 23, 24, 25], True),
+    ]
+    packed = pack(contexts, max_tokens=32, cp_size=2, tp_size=2, seq_multiple=24, paired=False)
+    (m,) = packed.student
+    assert m.tokens.tolist() == [21, 22, 23, 24, 25, 0, 0, 0, 11, 12, 13, 0] + [0] * 12
+    assert m.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3] + [0] * 12
+    assert m.cu_seqlens.tolist() == [0, 8, 12, 24]
+    assert m.response_rows.tolist() == [0, 1, 2, 3, 9]
+    assert m.response_ids.tolist() == [1, 2, 3, 4, 0]
+    assert (m.num_sequences, m.max_seqlen) == (2, 12)
+    assert packed.response_tokens.tolist() == [13, 22, 23, 24, 25]
+    assert packed.student_padding_share == 16 / 24
+
+
+def test_packing_is_deterministic_and_keeps_the_order_of_equal_lengths() -> None:
+    contexts = contexts_of([(3, 3, 3)] * 7)
+    packed = pack(contexts, max_tokens=13, cp_size=1, tp_size=1, paired=False)
+    rows = contexts_by_row(packed.student, [c.student_prompt for c in contexts])
+    assert rows == [[0, 1], [2, 3], [4, 5], [6]]
+    assert packed.seq_length == 12, "no longer than the fullest row"
+
+
+def test_weightless_microbatches_fill_up_to_the_count() -> None:
+    packed = pack(contexts_of([(2, 4, 3)]), max_tokens=16, cp_size=2, tp_size=1, paired=False)
+    padded = pad_to_count(packed, 3, 2)
+    assert (len(padded.student), len(padded.teacher)) == (3, 2)
+    assert padded.student[0] is packed.student[0]
+    for m in (*padded.student[1:], padded.teacher[1]):
+        assert m.num_sequences == m.response_rows.numel() == m.response_ids.numel() == 0
+        assert m.cu_seqlens.tolist() == [0, packed.seq_length]
+        assert m.padding_mask.all() and not m.tokens.any()
+    assert padded.student_padding_share == 1 - 5 / 24
+    with pytest.raises(ValueError, match="at least the 3 student microbatches there are, got 1"):
+        pad_to_count(padded, 1, 2)
+
+
+def test_a_rank_without_contexts_has_only_weightless_microbatches() -> None:
+    layout = {"max_tokens": 64, "cp_size": 2, "tp_size": 2, "paired": True}
+    assert required_seq_length([], **layout) == 8
+    packed = pack([], **layout, seq_length=24)
+    assert (packed.student, packed.teacher, packed.num_contexts) == ([], [], 0)
+    assert packed.response_tokens.shape == (0,) and packed.response_tokens.dtype == torch.int64
+    assert packed.student_padding_share == 0.0
+    padded = pad_to_count(packed, 2, 2)
+    assert [m.tokens.numel() for m in (*padded.student, *padded.teacher)] == [24] * 4
+    assert padded.teacher_padding_share == 1.0
+
+
+def test_what_cannot_be_packed_is_refused_in_a_sentence() -> None:
+    layout = {"cp_size": 1, "tp_size": 4, "paired": False}
+    with pytest.raises(ValueError, match=r"Problem p1: expected a teacher's context of at most 12 .*got 14"):
+        pack(contexts_of([(2, 2, 2), (2, 10, 4)]), max_tokens=15, **layout)
+    with pytest.raises(ValueError, match=r"max_tokens: expected at least 4.*got 3"):
+        pack([], max_tokens=3, **layout)
+    with pytest.raises(ValueError, match=r"seq_length: expected a multiple of 4 from 8 .* to 32 .*got 6"):
+        pack(contexts_of([(2, 2, 4)]), max_tokens=32, **layout, seq_length=6)
+    for wrong in (4, 36):
+        with pytest.raises(ValueError, match=f"seq_length: .*got {wrong};"):
+            pack(contexts_of([(2, 2, 4)]), max_tokens=32, **layout, seq_length=wrong)
+    with pytest.raises(ValueError, match="Problem p: expected at least one token in each prompt"):
+        pack([ContextPair("p", [], [1], [2], False)], max_tokens=32, **layout)
+    with pytest.raises(ValueError, match="tp_size: expected at least 1, got 0"):
+        pack([], max_tokens=32, cp_size=1, tp_size=0, paired=False)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SHAPES, st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2]))
+def test_context_parallel_positions_partition_the_row_evenly(
+    shapes: list[tuple[int, int, int]], cp_size: int, tp_size: int
+) -> None:
+    packed = pack(contexts_of(shapes), max_tokens=256, cp_size=cp_size, tp_size=tp_size, paired=False)
+    for m in pad_to_count(packed, len(packed.student) + 1, len(packed.teacher)).student:
+        held = [context_parallel_positions(m.cu_seqlens, cp_size, rank) for rank in range(cp_size)]
+        assert [h.numel() for h in held] == [packed.seq_length // cp_size] * cp_size
+        assert torch.cat(held).sort().values.equal(torch.arange(packed.seq_length))
+        for start, end in segments(m):
+            # Equal causal work: the positions within a segment have the same sum on every rank.
+            inside = [h[(h >= start) & (h < end)] for h in held]
+            assert len({(h.numel(), int(h.sum())) for h in inside}) == 1
+
+
+def test_context_parallel_positions_are_the_zig_zag_of_each_segment() -> None:
+    cu_seqlens = torch.tensor([0, 4, 12], dtype=torch.int32)
+    assert context_parallel_positions(cu_seqlens, 2, 0).tolist() == [0, 3, 4, 5, 10, 11]
+    assert context_parallel_positions(cu_seqlens, 2, 1).tolist() == [1, 2, 6, 7, 8, 9]
+    assert context_parallel_positions(cu_seqlens, 1, 0).tolist() == list(range(12))
+    with pytest.raises(ValueError, match=r"a multiple of 6 \(2 \* cp_size\), got 4 tokens from 0 to 4"):
+        context_parallel_positions(cu_seqlens, 3, 0)
+    with pytest.raises(ValueError, match="cp_rank: expected 0 to 1"):
+        context_parallel_positions(cu_seqlens, 2, 2)

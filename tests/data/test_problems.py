@@ -1,0 +1,253 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Reading data sets and their stream of batches."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_selfdistill.data.problems import Problem, ProblemSet, ProblemStream, load_problems, shard
+
+
+def write_jsonl(path: Path, *records: object) -> Path:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def record(number: int, **more: object) -> dict[str, object]:
+    return {"problem": f"What is {number} + {number}?", "solution": f"It is {2 * number}.", **more}
+
+
+def problem_set(count: int) -> ProblemSet:
+    messages = [({"role": "user", "content": f"problem {i}"},) for i in range(count)]
+    return ProblemSet([Problem(f"p{i}", messages[i], f"solution {i}", None, f"f:{i}") for i in range(count)])
+
+
+def refusal(path: object, **options: object) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_problems(path, **options)
+    return str(caught.value)
+
+
+def test_a_problem_text_becomes_one_user_message(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", record(1, id="one", answer=2), "", record(2))
+    first, second = load_problems(file).problems
+    assert first == Problem(
+        "one", ({"role": "user", "content": "What is 1 + 1?"},), "It is 2.", "2", f"{file}:1"
+    )
+    assert second.answer is None
+    assert second.location == f"{file}:3", "blank lines are skipped, and counted"
+
+
+def test_messages_are_kept_as_they_are(tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]},
+        {"role": "tool", "content": "4"},
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", {"messages": messages, "solution": "4"})
+    (problem,) = load_problems(file).problems
+    assert problem.messages[0] == messages[0]
+    assert "content" not in problem.messages[2], "null is the same as missing"
+
+
+def test_a_problem_goes_before_messages_that_hold_the_reply(tmp_path: Path) -> None:
+    reply = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    file = write_jsonl(tmp_path / "a.jsonl", record(1, messages=reply))
+    assert load_problems(file).problems[0].messages[0]["content"] == "What is 1 + 1?"
+    assert "no reply at the end, got the roles user, assistant" in refusal(file, fields={"problem": None})
+
+
+def test_columns_can_have_other_names(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", {"question": "q", "worked": "w", "final": "f", "key": 7})
+    fields = {"problem": "question", "solution": "worked", "answer": "final", "id": "key"}
+    (problem,) = load_problems(file, fields=fields).problems
+    assert (problem.id, problem.solution, problem.answer) == ("7", "w", "f")
+
+
+def test_a_renamed_column_that_no_record_has_is_an_error(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", record(1, answer="2"))
+    message = refusal(file, fields={"answer": "anwser"})
+    assert "'anwser'" in message and "Columns found: answer, problem, solution" in message
+
+
+def test_an_unknown_field_name_is_an_error(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", record(1))
+    assert "got question" in refusal(file, fields={"question": "problem"})
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"problem": "p", "solution": ', r"expected one JSON object per line, got '\{\"problem"),
+        ('["p", "s"]', r"expected a JSON object per record, got \[\"p\", \"s\"\]"),
+        ('{"problem": "p"}', r"field 'solution': .* got no such field \(the record has: problem\)"),
+        ('{"problem": "p", "solution": 4}', r"field 'solution': expected a non-empty string, got 4"),
+        ('{"problem": "p", "solution": "  "}', r"field 'solution': .* got \"  \""),
+        ('{"problem": null, "solution": "s"}', r"field 'problem': .* got null"),
+        ('{"problem": "p", "solution": "s", "answer": [1]}', r"field 'answer': .* a number, got \[1\]"),
+        ('{"problem": "p", "solution": "s", "id": true}', r"field 'id': .* or a number, got true"),
+        ('{"messages": [], "solution": "s"}', r"field 'messages': expected a non-empty list"),
+        ('{"messages": [{"role": "user"}], "solution": "s"}', r"'messages\[0\]': .* 'content', got null"),
+        ('{"messages": [{"content": "x"}], "solution": "s"}', r"'messages\[0\]': .* 'role' and"),
+        ('{"messages": [{"role": "system", "content": "x"}], "solution": "s"}', r"the roles system"),
+    ],
+)
+def test_a_bad_record_names_file_line_field_and_what_was_expected(
+    tmp_path: Path, line: str, expected: str
+) -> None:
+    file = write_jsonl(tmp_path / "bad.jsonl", record(1), line)
+    message = refusal(file)
+    assert message.startswith(f"{file}:2: ")
+    assert re.search(expected, message), message
+    kept = load_problems(file, on_bad_record="skip")
+    assert (len(kept), kept.num_skipped) == (1, 1)
+    assert kept.skipped[0].startswith(f"{file}:2: ")
+
+
+def test_equal_ids_are_an_error_that_names_both_places(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", record(1, id="x"))
+    second = write_jsonl(tmp_path / "b.jsonl", record(2, id="y"), record(3, id="x"))
+    message = refusal([first, second])
+    assert f"{first}:1" in message and f"{second}:2" in message and "'x'" in message
+
+
+def test_a_missing_id_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    both = load_problems(write_jsonl(tmp_path / "a.jsonl", record(1), record(2), record(1))).problems
+    other = load_problems(write_jsonl(tmp_path / "b.jsonl", record(2), record(1))).problems
+    assert [both[0].id, both[1].id] == [other[1].id, other[0].id]
+    assert both[2].id == f"{both[0].id}-1"
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.jsonl", f"{tmp_path}/no*.parquet", "no.jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"a file or a glob of files, got .*matches none"):
+            load_problems(path)
+
+
+def test_a_folder_and_other_endings_are_refused(tmp_path: Path) -> None:
+    assert "a folder: name its files" in refusal(tmp_path)
+    (tmp_path / "a.csv").write_text("x")
+    assert "expected files ending in .jsonl" in refusal(tmp_path / "a.csv")
+
+
+def test_an_empty_set_is_an_error(tmp_path: Path) -> None:
+    assert "expected at least one problem, got none" in refusal(write_jsonl(tmp_path / "a.jsonl"))
+    file = write_jsonl(tmp_path / "b.jsonl", "{}")
+    assert "1 bad records). The first: " in refusal(file, on_bad_record="skip")
+
+
+def test_globs_lists_and_json_arrays_are_read_in_order(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a1.jsonl", record(1))
+    write_jsonl(tmp_path / "a0.jsonl", record(0))
+    (tmp_path / "array.json").write_text(json.dumps([record(2), record(3)]))
+    found = load_problems([f"{tmp_path}/a?.jsonl", tmp_path / "array.json"]).problems
+    assert [problem.solution for problem in found] == [f"It is {n}." for n in (0, 2, 4, 6)]
+    assert found[-1].location.endswith("array.json:2")
+    (tmp_path / "[1].jsonl").write_text(json.dumps(record(5)))
+    assert load_problems(f"{tmp_path}/[1].jsonl").problems[0].solution == "It is 10."
+
+
+def test_a_limit_takes_the_first_problems(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", record(1), "broken", record(2), "never reached")
+    found = load_problems(file, limit=2, on_bad_record="skip")
+    assert (len(found), found.num_skipped) == (2, 1)
+
+
+def test_parquet_holds_the_same_problems_as_jsonl(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    rows = [{"messages": messages, "solution": "w", "answer": 3, "id": f"r{i}"} for i in range(3)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a[b].parquet")
+    from_parquet = load_problems(tmp_path / "a[b].parquet")
+    from_jsonl = load_problems(write_jsonl(tmp_path / "a.jsonl", *rows))
+    assert from_parquet.fingerprint == from_jsonl.fingerprint
+    assert from_parquet.problems[2].location == f"{tmp_path}/a[b].parquet:3"
+
+
+def test_a_bad_parquet_row_is_named(tmp_path: Path) -> None:
+    rows = [{"problem": "p", "solution": "s"}, {"problem": "p", "solution": None}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    message = refusal(tmp_path / "a.parquet")
+    assert message.startswith(f"{tmp_path}/a.parquet:2: field 'solution'") and "got null" in message
+
+
+def test_a_hub_name_is_loaded_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, object]]:
+        calls.append((args, kwargs))
+        return [record(1), record(2)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = load_problems("lab/sums", subset="main", split="test")
+    assert calls == [(("lab/sums", "main"), {"split": "test"})]
+    assert found.problems[1].location == "lab/sums[test]:2"
+
+
+def test_a_hub_set_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub\nwith details")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = refusal("lab/sums")
+    assert "could not be had as a hub data set" in message and message.endswith("Couldn't reach the Hub")
+
+
+def test_each_epoch_holds_every_problem_once_and_batches_may_straddle_epochs() -> None:
+    stream = ProblemStream(problem_set(10), batch_size=4, seed=0)
+    drawn = [problem.id for _ in range(15) for problem in stream.next_batch()]
+    epochs = [drawn[start : start + 10] for start in range(0, 60, 10)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert Counter(drawn).most_common()[-1][1] == 6
+    assert len({tuple(epoch) for epoch in epochs}) == 6, "every epoch has its own order"
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only() -> None:
+    def first_epochs(seed: int, batch_size: int) -> list[str]:
+        stream = ProblemStream(problem_set(12), batch_size=batch_size, seed=seed)
+        return [problem.id for _ in range(48 // batch_size) for problem in stream.next_batch()]
+
+    assert first_epochs(3, 4) == first_epochs(3, 16) == first_epochs(3, 48)
+    assert first_epochs(3, 4) != first_epochs(4, 4)
+    # Written out: another Python or another machine must go on with the same order.
+    assert first_epochs(3, 4)[:4] == ["p5", "p7", "p10", "p9"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(0, 12), st.integers(1, 6))
+def test_a_resumed_stream_goes_on_where_it_stopped(count: int, batch: int, steps: int, more: int) -> None:
+    stream = ProblemStream(problem_set(count), batch_size=batch, seed=1)
+    for _ in range(steps):
+        stream.next_batch()
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = ProblemStream(problem_set(count), batch_size=batch, seed=1)
+    resumed.load_state_dict(state)
+    for _ in range(more):
+        assert resumed.next_batch() == stream.next_batch()
+
+
+def test_a_position_in_another_data_set_or_seed_is_an_error() -> None:
+    state = ProblemStream(problem_set(5), batch_size=2, seed=1).state_dict()
+    with pytest.raises(ValueError, match="belongs to a data set with fingerprint"):
+        ProblemStream(problem_set(6), batch_size=2, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="belongs to a data set with seed 1, but this run's has seed 2"):
+        ProblemStream(problem_set(5), batch_size=2, seed=2).load_state_dict(state)
+
+
+@given(st.integers(0, 20), st.integers(1, 6))
+def test_the_shards_of_a_batch_are_the_batch(size: int, dp_size: int) -> None:
+    batch = problem_set(size).problems
+    shards = [shard(batch, rank, dp_size) for rank in range(dp_size)]
+    assert sorted(p.id for part in shards for p in part) == sorted(p.id for p in batch)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    with pytest.raises(ValueError, match="dp_rank"):
+        shard(batch, dp_size, dp_size)

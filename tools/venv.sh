@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR]
+#
+# torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
+# Environment: PYTHON (which interpreter), TORCH_VERSION (default: the tested one).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${1:-.venv}
+TORCH_VERSION=${TORCH_VERSION:-2.13.0}
+TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+main() {
+    local wanted build
+    build=$(torch_build)
+    wanted=$(cat setup.py pyproject.toml tools/venv.sh <(echo "$build $TORCH_VERSION $PWD") | cksum)
+    if [ "$(cat "$VENV/.stamp" 2>/dev/null)" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+        return
+    fi
+    create
+    pip_install "pip and setuptools" --upgrade pip "setuptools>=64" wheel
+    install_torch "$build"
+    "$VENV/bin/python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$VENV/constraints.txt"
+    install_megatron_core
+    pip_install "the project and its tools" --constraint "$VENV/constraints.txt" --no-build-isolation --editable ".[dev]"
+    echo "$wanted" >"$VENV/.stamp"
+    say "ready in $SECONDS s: $VENV, $(cat "$VENV/constraints.txt")"
+}
+
+say() { echo "[venv] $*"; }
+
+fail() {
+    echo "[venv] error: $*" >&2
+    exit 1
+}
+
+# cuda where a GPU answers; macOS has one build only, and it is the CPU's.
+torch_build() {
+    if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda; elif [ "$(uname -s)" = Darwin ]; then echo only; else echo cpu; fi
+}
+
+create() {
+    if [ -e "$VENV/pyvenv.cfg" ] && suitable "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        say "refreshing $VENV"
+        return
+    fi
+    if [ -n "$(ls -A "$VENV" 2>/dev/null)" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
+        fail "$VENV exists and is not a virtual environment; move it away or choose another place with VENV=DIR"
+    fi
+    find_python
+    say "making $VENV with $("$FOUND" --version) ($FOUND)"
+    "$FOUND" -m venv --clear "$VENV" || fail "$FOUND could not make $VENV; its message stands above"
+}
+
+suitable() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+# Sets FOUND to the first Python 3.10 to 3.13 that can make virtual environments: PATH first, then pyenv's.
+find_python() {
+    local candidate without_venv="" seen=""
+    if [ -n "${PYTHON:-}" ]; then
+        suitable "$PYTHON" || fail "expected Python 3.10 to 3.13, got PYTHON=$PYTHON ($("$PYTHON" --version 2>&1 || true))"
+        set -- "$PYTHON"
+    else
+        set -- python3 python3.13 python3.12 python3.11 python3.10 python /usr/bin/python3 \
+            "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[0-3]*/bin/python3
+    fi
+    for candidate in "$@"; do
+        seen="$seen $candidate"
+        suitable "$candidate" || continue
+        # The interpreter behind a virtual environment: remaking the one that is active must not remove its own Python.
+        candidate=$("$candidate" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
+        if "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+            FOUND=$candidate
+            return
+        fi
+        without_venv=${without_venv:-$candidate}
+    done
+    if [ -n "$without_venv" ]; then
+        fail "$without_venv lacks the venv module; install it (Debian and Ubuntu: apt-get install python3-venv) and run this again"
+    fi
+    fail "no Python 3.10 to 3.13 found (tried:$seen); install one, or name it with PYTHON=/path/to/python3"
+}
+
+pip_install() {
+    local what=$1 from=$SECONDS
+    shift
+    say "installing $what ..."
+    "$VENV/bin/python" -m pip install -qq "$@" || fail "pip could not install $what; its message stands above (is a package index reachable?)"
+    say "installing $what: $((SECONDS - from)) s"
+}
+
+install_torch() {
+    local build=$1 cpu="torch==$TORCH_VERSION+cpu" installed
+    installed=$("$VENV/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)
+    case "$build $installed" in
+        "cuda $TORCH_VERSION+cpu") "$VENV/bin/python" -m pip uninstall -qq --yes torch ;; # a GPU has appeared since
+        *" $TORCH_VERSION" | *" $TORCH_VERSION+"*) return ;;
+    esac
+    if [ "$build" = cpu ]; then
+        if can_have "$cpu"; then
+            pip_install "torch $TORCH_VERSION, CPU build (200 MB)" "$cpu"
+            return
+        fi
+        if reachable "$TORCH_CPU_INDEX/torch/" && can_have "$cpu" --extra-index-url "$TORCH_CPU_INDEX"; then
+            pip_install "torch $TORCH_VERSION, CPU build (200 MB) from $TORCH_CPU_INDEX" "$cpu" --extra-index-url "$TORCH_CPU_INDEX"
+            return
+        fi
+        say "no CPU build of torch $TORCH_VERSION can be had here (tried the configured indexes and $TORCH_CPU_INDEX): taking the CUDA build, several GB"
+    fi
+    pip_install "torch $TORCH_VERSION" "torch==$TORCH_VERSION"
+}
+
+# Whether pip finds a wheel for this requirement; a dry run, so a CUDA build is never fetched by mistake.
+can_have() { "$VENV/bin/python" -m pip install --quiet --dry-run --no-deps --only-binary :all: "$@" >/dev/null 2>&1; }
+
+reachable() {
+    "$VENV/bin/python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)' "$1" >/dev/null 2>&1
+}
+
+# Its wheel holds a compiled helper for data sets; only where there is no wheel does this machine have to compile it.
+install_megatron_core() {
+    local requirement
+    requirement=$(sed -n 's/^ *"\(megatron-core[^"]*\)".*/\1/p' setup.py)
+    [ -n "$requirement" ] || fail "expected a megatron-core requirement in setup.py, found none"
+    if ! can_have --constraint "$VENV/constraints.txt" "$requirement"; then
+        command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
+            fail "megatron-core has no wheel for this machine and must be compiled, but there is no C++ compiler; install one (Debian and Ubuntu: apt-get install g++)"
+        "$VENV/bin/python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
+            fail "megatron-core has no wheel for this machine and must be compiled, but Python.h is missing; install Python's headers (Debian and Ubuntu: apt-get install python3-dev)"
+        say "megatron-core has no wheel for this machine: compiling it"
+    fi
+    pip_install "megatron-core" --constraint "$VENV/constraints.txt" "$requirement"
+}
+
+main
