@@ -1,11 +1,13 @@
 # Every target makes the virtual environment by itself the first time and reuses it afterwards (tools/venv.sh).
 #   VENV=DIR      where it lies (default .venv)
 #   PYTHON=EXE    which Python it is made with (default: the first suitable one found)
+#   TESTS=...     which tests make test runs (default tests)
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
 
 VENV ?= .venv
 PYTHON ?=
 ARGS ?=
+TESTS ?= tests
 BIN := $(VENV)/bin
 SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh)
 PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
@@ -25,7 +27,7 @@ quickstart: venv ## watch a model teach itself, on this machine's CPU
 # One thread a process: the distributed tests run several processes on few cores.  Nothing is fetched from the hub.
 test: venv ## run the tests (ARGS="-m slow" for the slow ones)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
-		$(BIN)/python -m pytest -q tests $(ARGS)
+		$(BIN)/python -m pytest -q $(TESTS) $(ARGS)
 
 check: venv ## format, lint, types, shell scripts; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_FOLDERS)

@@ -270,7 +270,7 @@ def _microbatch(
         end = start + _round_up(length, segment_multiple)
         tokens[start : start + length] = _int64(prompt + response)
         position_ids[start:end] = torch.arange(end - start)
-        padding_mask[start : end] = False
+        padding_mask[start : start + length] = False
         first_row = start + len(prompt) - 1
         response_rows.append(torch.arange(first_row, first_row + len(response)))
         response_ids.append(torch.arange(offset, offset + len(response)))

@@ -327,7 +327,7 @@ class _Rows:
             torch.where(torch.isneginf(column[name]), 0.0, column[name])
             for name in ("student_max", "teacher_max")
         ]
-        local_max = mixed_logits(*local, *shard.mix_weights) + column["mix_max"]
+        local_max = mixed_logits(local[0], local[1], *shard.mix_weights) + column["mix_max"]
         reference = mixed_logits(student.maximum, teacher.maximum, *shard.mix_weights)
         # Rounded to what the passes over the logits can subtract, and taken as the reference from here on.
         mix_max = (local_max.amax(0) - reference).to(shard.dtype).double()

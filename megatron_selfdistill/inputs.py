@@ -1,0 +1,155 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Everything that a run reads before it starts: tokenizer, problems, prompts, all checked on every rank before any
+process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_selfdistill.config import Config, ConfigError, DataConfig
+from megatron_selfdistill.data.contexts import ContextCounts, fit_teacher_prompt
+from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
+from megatron_selfdistill.data.prompts import (
+    DEFAULT_TEACHER_TEMPLATE,
+    PromptBuilder,
+    PromptTemplates,
+    Tokenizer,
+    load_tokenizer,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is trained and evaluated on, as texts and as the rules that turn texts into prompts."""
+
+    tokenizer: Tokenizer
+    builder: PromptBuilder
+    problems: ProblemSet
+    """Those whose contexts fit."""
+    counts: ContextCounts
+    """How many problems were kept, had their solution shortened, or were dropped."""
+    evaluation: list[Problem]
+    vocab_size: int
+    """Valid columns of the output layer."""
+    max_length: int
+    """Longest context in tokens."""
+    stop_token_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, config: Config) -> Inputs:
+        """Read and check everything; `ConfigError` is one sentence that names the file, the line or the key."""
+        try:
+            return cls._load(config)
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+
+    @classmethod
+    def _load(cls, config: Config) -> Inputs:
+        data = config.data
+        if data.path is None or data.tokenizer is None:
+            missing = "data.path" if data.path is None else "data.tokenizer"
+            raise ConfigError(f"{missing} is not set: give a file of problems and a tokenizer, or see `make quickstart`")
+        tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
+        builder = PromptBuilder(tokenizer, _templates(data))
+        problems = load_problems(
+            data.path, fields=data.fields, split=data.split, on_bad_record=data.on_bad_record, limit=data.limit
+        )
+        max_length = longest_context(config)
+        problems, counts = _those_that_fit(problems, builder, max_length, config)
+        evaluation: list[Problem] = []
+        if config.evaluation.path is not None:
+            evaluation = load_problems(
+                config.evaluation.path, fields=data.fields, on_bad_record="error", limit=config.evaluation.limit
+            ).problems
+        return cls(
+            tokenizer=tokenizer,
+            builder=builder,
+            problems=problems,
+            counts=counts,
+            evaluation=evaluation,
+            vocab_size=_vocab_size(config, tokenizer),
+            max_length=max_length,
+            stop_token_ids=_stop_tokens(config, tokenizer),
+        )
+
+
+def longest_context(config: Config) -> int:
+    """The longest prompt + response in tokens: what the model, the data and one packed row allow."""
+    p = config.parallel
+    multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
+    row = config.schedule.max_tokens // multiple * multiple
+    if row < 1:
+        raise ConfigError(f"schedule.max_tokens ({config.schedule.max_tokens}) must be at least {multiple}")
+    wanted = config.data.max_length
+    if wanted is not None and wanted > row:
+        raise ConfigError(
+            f"data.max_length ({wanted}) exceeds the longest row within schedule.max_tokens ({row}); raise the latter"
+        )
+    if wanted is not None and config.model.provider is None and wanted > config.model.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_length ({wanted}) exceeds model.max_position_embeddings ({config.model.max_position_embeddings})"
+        )
+    limit = wanted if wanted is not None else config.model.max_position_embeddings
+    return min(limit, row)
+
+
+def _those_that_fit(
+    problems: ProblemSet, builder: PromptBuilder, max_length: int, config: Config
+) -> tuple[ProblemSet, ContextCounts]:
+    kept, truncated = [], 0
+    for problem in problems.problems:
+        pair = fit_teacher_prompt(
+            builder,
+            problem,
+            max_length=max_length,
+            max_new_tokens=config.rollout.max_new_tokens,
+            policy=config.data.on_long_context,
+        )
+        if pair is not None:
+            kept.append(problem)
+            truncated += pair.solution_truncated
+    if not kept:
+        raise ConfigError(
+            f"{config.data.path}: no problem fits: prompt, solution and rollout.max_new_tokens "
+            f"({config.rollout.max_new_tokens}) exceed {max_length} tokens in all {len(problems)} records"
+        )
+    dropped = len(problems) - len(kept)
+    return replace(problems, problems=kept), ContextCounts(len(kept) - truncated, truncated, dropped)
+
+
+def _chat_template(data: DataConfig) -> str | None:
+    """The template itself, or the contents of the file that ``data.chat_template`` names."""
+    template = data.chat_template
+    if template is not None and "{" not in template:
+        return Path(template).read_text()
+    return template
+
+
+def _templates(data: DataConfig) -> PromptTemplates:
+    return PromptTemplates(
+        teacher=data.teacher_template if data.teacher_template is not None else DEFAULT_TEACHER_TEMPLATE,
+        student=data.student_template,
+        system_prompt=data.system_prompt,
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
+
+
+def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
+    stated = config.model.vocab_size
+    if stated is not None and stated < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {stated}, but {config.data.tokenizer} has {tokenizer.vocab_size} tokens: "
+            "the model could not read some of them"
+        )
+    return stated if stated is not None else tokenizer.vocab_size
+
+
+def _stop_tokens(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    stops = dict.fromkeys([*([tokenizer.eos_id] if tokenizer.eos_id is not None else []), *config.rollout.stop_token_ids])
+    if not stops:
+        raise ConfigError(
+            f"{config.data.tokenizer} has no end-of-sequence token: name one in rollout.stop_token_ids, "
+            "or no response would ever end"
+        )
+    return tuple(stops)

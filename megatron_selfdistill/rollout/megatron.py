@@ -1,0 +1,341 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Sampling in process with the training weights and Megatron's KV cache, in every layout that trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.attention import Attention
+
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.rollout.base import (
+    Request,
+    Response,
+    SamplingParams,
+    select_tokens,
+    stream_uniforms,
+)
+from megatron_selfdistill.rollout.decoding import decoding, decoding_overrides, refuse_undecodable
+
+_GIB = 2**30
+# Prompt tokens of one forward pass: activations of a long prefill would outgrow the cache itself.
+_PREFILL_TOKENS = 2**15
+
+
+class MegatronSampler:
+    """Samples from the ``GPTModel`` chunks of this rank; there is no copy of the weights.
+
+    Each data-parallel replica samples its own requests.  Tensor-parallel ranks share every forward, pipeline stages pass
+    hidden states on (and round again under VPP), sequence parallelism is off, and each context-parallel rank decodes
+    its share of the requests whole.  Where expert all-to-alls join ranks that hold different requests, all ranks run
+    the same number of forward passes: those that are done feed one token that nobody reads.
+
+    Prompts of different length: a batch reads its shortest prompt in one pass, then one token per pass, where a longer
+    prompt's own tokens take the place of sampled ones.  So positions are exact and there is no padding.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        grid: Grid,
+        vocab_size: int,
+        max_length: int,
+        kv_cache_gb: float | None = None,
+    ) -> None:
+        """``chunks``: as built or as wrapped for training.  ``vocab_size``: valid columns; the padded ones behind them are
+        cut off before anything looks at the logits.  ``max_length``: longest prompt plus response, in tokens.
+        ``kv_cache_gb``: GiB of KV cache on this rank; None is a third of what is free at each `generate`.
+
+        Raises `ConfigError` for a model that cannot be decoded.
+        """
+        self._chunks = list(chunks)
+        self._models = [unwrapped(chunk) for chunk in chunks]
+        refuse_undecodable(self._models, grid)
+        self._grid = grid
+        self._vocab_size = vocab_size
+        self._max_length = max_length
+        self._kv_cache_gb = kv_cache_gb
+        self._overrides = decoding_overrides(self._models, grid)
+        config = self._models[0].config
+        self._hidden_size = config.hidden_size
+        self._hidden_dtype = config.pipeline_dtype or config.params_dtype
+        self._bytes_per_token = _cache_bytes_per_token(self._models, config.params_dtype)
+        # Expert groups reach beyond the ranks that share this one's requests, along DP, CP or both.  They need not
+        # cover a replica, yet its pipeline ties them together; the world covers every case.
+        self._lock_step = config.num_moe_experts is not None and (
+            config.expert_model_parallel_size > 1
+            or config.expert_tensor_parallel_size not in (None, config.tensor_model_parallel_size)
+        )
+
+    def update_weights(self) -> None:
+        """Nothing to do: the weights that are sampled from are the trainer's own."""
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        """One response per request, in order, on every rank of the replica.
+
+        ``requests`` are those of this data-parallel replica, the same list on each of its TP x CP x PP ranks; may be
+        empty.  A collective over the world: every rank calls it the same number of times.
+
+        Raises, on all ranks alike: ValueError for an empty prompt, for one that leaves no room for ``max_new_tokens``
+        within ``max_length``, and where one sequence alone does not fit into the KV cache.
+        """
+        capacity = self._agree_on_capacity(requests, params)
+        own = list(range(self._grid.cp_rank, len(requests), self._grid.cp_size))
+        responses: dict[int, Response] = {}
+        with decoding(self._chunks, self._models, self._overrides):
+            for batch in split_batches(
+                [len(requests[i].prompt) for i in own], params.max_new_tokens, capacity
+            ):
+                indices = [own[i] for i in batch]
+                written = self._sample_batch([requests[i] for i in indices], params)
+                responses.update(zip(indices, written, strict=True))
+            while self._lock_step and self._anyone_is_busy():
+                self._run_model(StaticInferenceContext(1, 1), self._new_tensor([[0]]))
+        if self._grid.cp_size > 1:
+            shares: list[dict[int, Response]] = [{} for _ in range(self._grid.cp_size)]
+            dist.all_gather_object(shares, responses, group=self._grid.cp_group)
+            responses = {index: response for share in shares for index, response in share.items()}
+        return [responses[i] for i in range(len(requests))]
+
+    def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
+        """Tokens that the KV cache may hold, the least over all ranks: ranks that share forwards must split alike."""
+        if self._kv_cache_gb is not None:
+            allowed = int(self._kv_cache_gb * _GIB)
+        else:
+            allowed = _free_bytes() // 3
+        lengths = [len(request.prompt) for request in requests]
+        extremes = [
+            -(allowed // self._bytes_per_token),
+            max(lengths, default=0),
+            -min(lengths, default=self._max_length),
+        ]
+        agreed = self._new_tensor(extremes)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        capacity, longest, shortest = (
+            int(x) * sign for x, sign in zip(agreed.tolist(), (-1, 1, -1), strict=True)
+        )
+        needed = longest + params.max_new_tokens
+        if shortest < 1:
+            raise ValueError("a request has an empty prompt; a prompt needs at least one token")
+        if longest and needed > self._max_length:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, together more "
+                f"than the {self._max_length} that the model may see; shorten the prompt or lower rollout.max_new_tokens"
+            )
+        if longest and needed > capacity:
+            raise ValueError(
+                f"a sequence of {needed} tokens needs {needed * self._bytes_per_token / _GIB:.3g} GiB of KV cache, but "
+                f"there is room for {capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
+            )
+        return capacity
+
+    def _sample_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        batch = _Batch.start(requests, params, self._grid.device)
+        length, position = batch.tokens.size(1), int(batch.prompt_lengths.min())
+        live = torch.arange(
+            len(requests), device=self._grid.device
+        )  # rows of the batch that are in the cache
+        context = StaticInferenceContext(len(requests), length - 1)  # nobody reads the last token
+        logits = self._prefill(context, batch.tokens[:, :position])
+        while True:
+            tokens = self._draw(batch, live, position, logits, params)
+            batch.write(live, position, tokens)
+            position += 1
+            unfinished = (batch.ends[live] > position).nonzero().flatten()
+            if unfinished.numel() == 0:
+                break
+            if (
+                2 * unfinished.numel() <= live.numel()
+            ):  # the survivors of a long tail should not pay for the rest
+                _keep_rows(context, unfinished)
+                live = live[unfinished]
+            logits = self._next_logits(context, batch.tokens[live, position - 1 : position])
+            context.sequence_len_offset += 1
+        if self._grid.tp_size > 1 or self._grid.pp_size > 1:
+            self._broadcast(batch.log_probs)
+        return batch.responses()
+
+    def _prefill(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
+        """Fill the cache with ``tokens [b, s]``, some rows at a time; the logits ``[b, V]`` behind the last column."""
+        num_rows = max(1, _PREFILL_TOKENS // tokens.size(1))
+        parts = []
+        for rows in tokens.split(num_rows):
+            parts.append(self._next_logits(context, rows))
+            context.batch_size_offset += len(rows)
+        context.batch_size_offset = 0
+        context.sequence_len_offset = tokens.size(1)
+        context.enable_decode_mode()
+        return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+
+    def _next_logits(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
+        if self._lock_step:
+            dist.all_reduce(
+                self._new_tensor(1), op=dist.ReduceOp.MAX
+            )  # meets `_anyone_is_busy` of those that are done
+        return self._run_model(context, tokens)
+
+    def _run_model(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
+        """One forward of ``tokens [b, s]`` behind what the cache holds; logits ``[b, V]`` on the last stage, else None."""
+        start = context.sequence_len_offset
+        position_ids = torch.arange(start, start + tokens.size(1), device=tokens.device).expand_as(tokens)
+        output: Tensor | None = None
+        for model in self._models:
+            if not model.pre_process:
+                shape = (tokens.size(1), tokens.size(0), self._hidden_size)
+                hidden_states = torch.empty(shape, dtype=self._hidden_dtype, device=tokens.device)
+                dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
+                model.set_input_tensor(hidden_states)
+            output = model(tokens, position_ids, None, inference_context=context, runtime_gather_output=True)
+            if not model.post_process:
+                output = output.to(self._hidden_dtype).contiguous()  # type: ignore[union-attr]
+                dist.send(output, dst=self._stage_rank(1), group=self._grid.pp_group)
+                output = None
+        return None if output is None else output[:, -1, : self._vocab_size]
+
+    def _draw(
+        self, batch: _Batch, live: Tensor, position: int, logits: Tensor | None, params: SamplingParams
+    ) -> Tensor:
+        """The tokens ``[b]`` that the model wants at ``position``: drawn on one rank, since a GPU's sums may differ in the
+        last bit between two ranks, and one different token would part them for good."""
+        tokens = torch.empty_like(live)
+        if logits is not None and self._grid.tp_rank == 0:
+            tokens, *log_probs = select_tokens(logits, batch.uniforms[live, position], params)
+            batch.log_probs[:, live, position] = torch.stack(log_probs)
+        self._broadcast(tokens)
+        return tokens
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        """From the first tensor-parallel rank of the last stage to all ranks that share its requests."""
+        grid = self._grid
+        if grid.tp_size > 1 and grid.is_last_stage:
+            dist.broadcast(tensor, src=dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
+        if grid.pp_size > 1:
+            dist.broadcast(tensor, src=grid.last_stage_rank, group=grid.pp_group)
+
+    def _anyone_is_busy(self) -> bool:
+        busy = self._new_tensor(0)
+        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+        return bool(busy.item())
+
+    def _stage_rank(self, step: int) -> int:
+        """Global rank of the stage ``step`` behind or ahead, in a ring: interleaved chunks go round."""
+        return dist.get_global_rank(self._grid.pp_group, (self._grid.pp_rank + step) % self._grid.pp_size)
+
+    def _new_tensor(self, values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._grid.device)
+
+
+def split_batches(lengths: Sequence[int], max_new_tokens: int, capacity: int) -> list[list[int]]:
+    """Indices of ``lengths``, shortest first, in batches whose KV cache holds at most ``capacity`` tokens.
+
+    Within a batch prompts differ by at most ``max_new_tokens``: beyond that, two batches take fewer passes than one
+    that steps through the difference token by token.  A sequence that exceeds ``capacity`` alone gets its own batch.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches:
+            batch = batches[-1]
+            fits = (len(batch) + 1) * (lengths[index] + max_new_tokens) <= capacity
+            if fits and lengths[index] - lengths[batch[0]] <= max_new_tokens:
+                batch.append(index)
+                continue
+        batches.append([index])
+    return batches
+
+
+@dataclass
+class _Batch:
+    """Sequences that are written together; column i of each is its i-th token, prompt included."""
+
+    tokens: Tensor
+    """``[b, length]`` int64: the prompts, then what has been written."""
+    prompt_lengths: Tensor
+    """``[b]`` int64."""
+    ends: Tensor
+    """``[b]`` int64: the column behind the last token, as far as is known."""
+    uniforms: Tensor
+    """``[b, length]`` float64: the uniform that draws each response token."""
+    log_probs: Tensor
+    """``[2, b, length]`` float64: of the model, and of the distribution drawn from; complete on the drawing rank."""
+    stop_token_ids: Tensor
+    """``[n]`` int64."""
+
+    @staticmethod
+    def start(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> _Batch:
+        prompt_lengths = [len(request.prompt) for request in requests]
+        length = max(prompt_lengths) + params.max_new_tokens
+        tokens = np.zeros((len(requests), length), dtype=np.int64)
+        uniforms = np.zeros((len(requests), length))
+        for row, request in enumerate(requests):
+            end = len(request.prompt)
+            tokens[row, :end] = request.prompt
+            if params.temperature > 0:
+                uniforms[row, end : end + params.max_new_tokens] = stream_uniforms(
+                    request.stream, params.max_new_tokens
+                )
+        lengths = torch.tensor(prompt_lengths, device=device)
+        return _Batch(
+            tokens=torch.from_numpy(tokens).to(device),
+            prompt_lengths=lengths,
+            ends=lengths + params.max_new_tokens,
+            uniforms=torch.from_numpy(uniforms).to(device),
+            log_probs=torch.zeros(2, len(requests), length, dtype=torch.float64, device=device),
+            stop_token_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
+        )
+
+    def write(self, live: Tensor, position: int, tokens: Tensor) -> None:
+        """Put ``tokens`` into column ``position`` of the rows ``live``, except where it still belongs to a prompt."""
+        ends = self.ends[live]
+        own = self.prompt_lengths[live] <= position
+        self.tokens[live, position] = torch.where(own, tokens, self.tokens[live, position])
+        if self.stop_token_ids.numel():
+            stopped = own & (position < ends) & torch.isin(tokens, self.stop_token_ids)
+            self.ends[live] = torch.where(stopped, position + 1, ends)
+
+    def responses(self) -> list[Response]:
+        stops = set(self.stop_token_ids.tolist())
+        spans = zip(self.prompt_lengths.tolist(), self.ends.tolist(), strict=True)
+        rows = zip(spans, self.tokens.tolist(), *self.log_probs.tolist(), strict=True)
+        return [
+            Response(
+                token_ids=tokens[start:end],
+                log_probs=log_probs[start:end],
+                sampled_log_probs=sampled[start:end],
+                finish_reason="stop" if tokens[end - 1] in stops else "length",
+            )
+            for (start, end), tokens, log_probs, sampled in rows
+        ]
+
+
+def _keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
+    """Drop all other sequences from the cache."""
+    cache = context.key_value_memory_dict
+    for layer_number, (keys, values) in cache.items():
+        cache[layer_number] = keys[:, rows], values[:, rows]
+    context.max_batch_size = rows.numel()
+
+
+def _cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
+    """What ``Attention._allocate_memory`` takes per sequence and position on this rank, over all its layers."""
+    layers = [m for model in models for m in model.modules() if isinstance(m, Attention)]
+    values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
+    return max(1, values * dtype.itemsize)  # a stage may have no layer
+
+
+def _free_bytes() -> int:
+    """Free memory that this rank may count on: its device's, or its share of the machine's."""
+    if torch.cuda.is_available():
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

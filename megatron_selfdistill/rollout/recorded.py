@@ -1,0 +1,65 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Responses written down in one run and trained on in another: the same tokens in every layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_selfdistill.rollout.base import Response
+
+Key = tuple[int, str, int]
+"""(step, problem id, sample index)"""
+
+
+class Recording:
+    """A JSONL file of responses, one object per response: step, problem_id, sample_index and `Response`'s fields."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the whole file.  Raises ValueError naming file and line of a record that is not a response."""
+        self.path = Path(path)
+        self._responses: dict[Key, Response] = {}
+        with self.path.open() as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    key = record.pop("step"), record.pop("problem_id"), record.pop("sample_index")
+                    self._responses[key] = Response(**record)
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(
+                        f"{self.path}:{number}: expected a response as rollout.record writes it, got {line[:60]!r} ({error})"
+                    ) from None
+
+    def responses(self, keys: Sequence[Key]) -> list[Response]:
+        """The responses of these keys, in order.  Raises ValueError for one that was not recorded."""
+        for key in keys:
+            if key not in self._responses:
+                step, problem_id, sample = key
+                raise ValueError(
+                    f"{self.path}: no response of step {step} to problem {problem_id!r}, sample {sample}; it was "
+                    "recorded with other data, another seed, or fewer steps"
+                )
+        return [self._responses[key] for key in keys]
+
+
+def record(
+    path: str | Path, keys: Sequence[Key], responses: Sequence[Response], dp_group: dist.ProcessGroup, writes: bool
+) -> None:
+    """Append this step's responses of all data-parallel ranks; only the rank with ``writes`` touches the file.
+
+    Collectives: one all-gather of objects over ``dp_group``.
+    """
+    mine = [
+        {"step": step, "problem_id": problem_id, "sample_index": sample, **asdict(response)}
+        for (step, problem_id, sample), response in zip(keys, responses, strict=True)
+    ]
+    everyone: list[list[dict]] = [[] for _ in range(dp_group.size())]
+    dist.all_gather_object(everyone, mine, group=dp_group)
+    if writes:
+        with Path(path).open("a") as lines:
+            for records in everyone:
+                lines.writelines(json.dumps(entry) + "\n" for entry in records)

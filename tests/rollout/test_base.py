@@ -1,0 +1,139 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Streams, and how one token is drawn from one row of logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_selfdistill.rollout import base
+from megatron_selfdistill.rollout.base import SamplingParams, select_tokens, stream_seed, stream_uniforms
+
+NUM_DRAWS = 20_000
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, -3.0, 1.2, 0.0, -0.4, 1.9, -7.0], dtype=torch.float32)
+
+
+def params(**changes) -> SamplingParams:
+    return SamplingParams(**{"max_new_tokens": 1, **changes})
+
+
+def expected_probs(temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
+    """The distribution, token by token, in float64."""
+    logits = LOGITS.double() / temperature
+    probs = (logits - logits.logsumexp(0)).exp()
+    ranked = sorted(range(len(probs)), key=lambda v: (-probs[v].item(), v))
+    kept = ranked[: top_k or len(ranked)]
+    mass, nucleus = sum(probs[v].item() for v in kept), []
+    for v in kept:
+        if sum(probs[w].item() for w in nucleus) >= top_p * mass:
+            break
+        nucleus.append(v)
+    cut = torch.zeros_like(probs)
+    cut[nucleus] = probs[nucleus]
+    return cut / cut.sum()
+
+
+def chi_square_p_value(tokens: torch.Tensor, probs: torch.Tensor) -> float:
+    """Of the counts of ``tokens`` under ``probs``; tokens of expectation below 5 share one bin."""
+    counts = torch.bincount(tokens, minlength=len(probs)).double()
+    assert counts[probs == 0].sum() == 0, "a token without probability was drawn"
+    expected = probs * len(tokens)
+    large = expected >= 5
+    bins = [(counts[large], expected[large]), (counts[~large].sum()[None], expected[~large].sum()[None])]
+    statistic = sum(((c - e)[e > 0] ** 2 / e[e > 0]).sum() for c, e in bins)
+    freedom = int(large.sum()) - 1 + int(expected[~large].sum() > 0)
+    return torch.special.gammaincc(torch.tensor(freedom / 2.0).double(), statistic / 2).item()
+
+
+def draw(sampling: SamplingParams) -> torch.Tensor:
+    uniforms = torch.from_numpy(stream_uniforms(17, NUM_DRAWS))
+    return select_tokens(LOGITS.expand(NUM_DRAWS, -1), uniforms, sampling)[0]
+
+
+CASES = [
+    {},
+    {"temperature": 0.6},
+    {"top_k": 4},
+    {"top_p": 0.8},
+    {"temperature": 1.5, "top_k": 6, "top_p": 0.7},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_drawn_frequencies_match_the_distribution(case):
+    assert chi_square_p_value(draw(params(**case)), expected_probs(**case)) > 1e-3
+
+
+def test_the_chi_square_test_rejects_a_temperature_that_is_5_percent_off():
+    assert chi_square_p_value(draw(params(temperature=1.0)), expected_probs(temperature=1.05)) < 1e-3
+    assert chi_square_p_value(draw(params(temperature=1.0)), expected_probs(temperature=1.2)) < 1e-9
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_log_probs_are_of_the_model_and_of_the_distribution_drawn_from(case):
+    uniforms = torch.linspace(0, 1, 200, dtype=torch.float64)[:-1]
+    tokens, log_probs, sampled = select_tokens(LOGITS.expand(199, -1), uniforms, params(**case))
+    torch.testing.assert_close(log_probs, LOGITS.double().log_softmax(0)[tokens])
+    torch.testing.assert_close(sampled, expected_probs(**case).log()[tokens])
+
+
+def test_greedy_takes_the_lowest_id_among_equals_and_is_certain():
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
+    tokens, log_probs, sampled = select_tokens(logits, torch.zeros(2), params(temperature=0))
+    assert tokens.tolist() == [1, 0]
+    torch.testing.assert_close(log_probs, logits.double().log_softmax(-1)[[0, 1], tokens])
+    assert sampled.tolist() == [0, 0]
+
+
+def test_equal_logits_are_kept_from_the_lowest_id_up_by_top_k():
+    uniforms = torch.linspace(0, 1, 100, dtype=torch.float64)[:-1]
+    tokens, _, _ = select_tokens(torch.zeros(99, 8), uniforms, params(top_k=3))
+    assert set(tokens.tolist()) == {0, 1, 2}
+
+
+def test_the_ends_of_the_uniforms_draw_tokens_that_have_probability():
+    logits = torch.tensor([[-float("inf"), 1.0, -float("inf"), 1.0, -float("inf")]])
+    last = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert select_tokens(logits, torch.zeros(1), params())[0].tolist() == [1]
+    assert select_tokens(logits, last, params())[0].tolist() == [3]
+
+
+def test_a_row_of_nan_gives_a_valid_token_and_says_nan():
+    logits = torch.stack([torch.full((6,), float("nan")), torch.zeros(6)])
+    tokens, log_probs, _ = select_tokens(logits, torch.full((2,), 0.5), params())
+    assert 0 <= tokens[0] < 6 and log_probs[0].isnan() and log_probs[1].isfinite()
+
+
+def test_groups_of_rows_change_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, uniforms = torch.randn(33, 50, generator=generator), torch.rand(33, generator=generator)
+    whole = select_tokens(logits, uniforms, params(top_p=0.9))
+    monkeypatch.setattr(base, "_MAX_ELEMENTS", 200)
+    for a, b in zip(whole, select_tokens(logits, uniforms, params(top_p=0.9)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_stream_is_named_by_all_four_and_stays_what_it_is():
+    names = [(0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1), (0, 11, "a", 0)]
+    assert len({stream_seed(*name) for name in names}) == len(names)
+    # Recorded once: a run that is resumed by another version must go on with the same streams.
+    assert stream_seed(7, 3, "problem-12", 1) == 5963692021953218046
+    np.testing.assert_array_equal(stream_uniforms(stream_seed(7, 3, "problem-12", 1), 2), [0.1, 0.2])
+
+
+def test_the_first_uniforms_do_not_depend_on_how_many_are_wanted():
+    np.testing.assert_array_equal(stream_uniforms(5, 100)[:7], stream_uniforms(5, 7))
+    np.testing.assert_array_equal(
+        stream_uniforms(5, 7), np.random.Generator(np.random.Philox(key=5)).random(7)
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+    ids=str,
+)
+def test_impossible_parameters_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        params(**wrong)
