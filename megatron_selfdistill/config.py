@@ -112,7 +112,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("model.normalization", self.normalization, ["RMSNorm", "LayerNorm"])
         _one_of("model.activation", self.activation, ["silu", "gelu"])
-        _one_of("model.position_embedding_type", self.position_embedding_type, ["rope", "learned_absolute", "none"])
+        _one_of(
+            "model.position_embedding_type",
+            self.position_embedding_type,
+            ["rope", "learned_absolute", "none"],
+        )
         if self.kv_channels is None:
             _require(
                 self.hidden_size % self.num_attention_heads == 0,
@@ -154,7 +158,10 @@ class ParallelConfig:
             _require(size >= 1, f"parallel.{name}_parallel_size must be at least 1, got {size}")
         vpp = self.virtual_pipeline_model_parallel_size
         if vpp is not None:
-            _require(vpp >= 2, f"parallel.virtual_pipeline_model_parallel_size must be null or at least 2, got {vpp}")
+            _require(
+                vpp >= 2,
+                f"parallel.virtual_pipeline_model_parallel_size must be null or at least 2, got {vpp}",
+            )
             _require(
                 self.pipeline_model_parallel_size > 1,
                 f"parallel.virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1",
@@ -200,8 +207,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.on_bad_record", self.on_bad_record, ["error", "skip"])
-        _one_of("data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"])
-        _require(self.global_batch_size >= 1, f"data.global_batch_size must be >= 1, got {self.global_batch_size}")
+        _one_of(
+            "data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"]
+        )
+        _require(
+            self.global_batch_size >= 1, f"data.global_batch_size must be >= 1, got {self.global_batch_size}"
+        )
         known = {"problem", "solution", "answer", "id", "messages"}
         for name in self.fields:
             _one_of("a key of data.fields", name, sorted(known))
@@ -235,7 +246,9 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         _one_of("rollout.engine", self.engine, ["megatron"])
         _require(self.num_samples >= 1, f"rollout.num_samples must be at least 1, got {self.num_samples}")
-        _require(self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        _require(
+            self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, got {self.max_new_tokens}"
+        )
         _require(self.temperature >= 0, f"rollout.temperature must be at least 0, got {self.temperature}")
         _require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
         _require(self.top_k >= 0, f"rollout.top_k must be at least 0, got {self.top_k}")
@@ -256,7 +269,9 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         _one_of("target.rule", self.rule, ["entropy_matched", "fixed", "batch", "teacher_alone"])
-        _require(self.teacher_weight >= 0, f"target.teacher_weight must be at least 0, got {self.teacher_weight}")
+        _require(
+            self.teacher_weight >= 0, f"target.teacher_weight must be at least 0, got {self.teacher_weight}"
+        )
         number = isinstance(self.k_max, int | float) and not isinstance(self.k_max, bool)
         _require(
             self.k_max is None or self.k_max == "1 + w" or (number and self.k_max > 0),
@@ -457,7 +472,10 @@ class GuardsConfig:
     """Stop when the mean response length falls below this share of its reference."""
 
     def __post_init__(self) -> None:
-        _require(self.reference_steps >= 1, f"guards.reference_steps must be at least 1, got {self.reference_steps}")
+        _require(
+            self.reference_steps >= 1,
+            f"guards.reference_steps must be at least 1, got {self.reference_steps}",
+        )
         _require(self.patience >= 1, f"guards.patience must be at least 1, got {self.patience}")
 
 
@@ -541,7 +559,9 @@ class Config:
             ("model.num_query_groups", m.num_query_groups or m.num_attention_heads),
             ("model.ffn_hidden_size", ffn),
         ]:
-            _require(size % tp == 0, f"{name} ({size}) must be a multiple of tensor_model_parallel_size ({tp})")
+            _require(
+                size % tp == 0, f"{name} ({size}) must be a multiple of tensor_model_parallel_size ({tp})"
+            )
         chunks = pp * (p.virtual_pipeline_model_parallel_size or 1)
         uneven = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
         if not uneven & set(m.transformer) and "pipeline_model_parallel_layout" not in m.transformer:
@@ -561,7 +581,9 @@ class Config:
             )
 
 
-def load(overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()) -> Config:
+def load(
+    overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()
+) -> Config:
     """Compose ``<config_name>.yaml`` and hydra ``overrides`` into a `Config`.
 
     ``search_path``: further folders with a lab's own groups, searched after this project's (hydra.searchpath).
@@ -625,7 +647,11 @@ def field_docs(cls: type) -> dict[str, str]:
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for node, after in zip(body, body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(after, ast.Expr)
+        ):
             docs[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
     return docs
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
+import time
 from typing import Any
 
 import torch
@@ -203,6 +205,7 @@ def _replace_collectives() -> None:
 
 def _replace_megatron_device_code() -> None:
     import multiprocessing
+    from multiprocessing.managers import SyncManager
 
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as random
@@ -214,10 +217,23 @@ def _replace_megatron_device_code() -> None:
     # torch_dist saving *spawns* a Manager, which re-imports `__main__` and costs seconds per rank; a fork does.
     def forked_results_queue() -> Any:
         if filesystem_async._results_queue is None:
-            filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+            manager.start(_end_with_parent, (os.getpid(),))
+            filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
     filesystem_async._get_write_results_queue = forked_results_queue
+
+
+def _end_with_parent(parent: int) -> None:
+    """In the Manager's process: end when the rank has been killed, which cannot tell it, and free the rank's sockets."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # Before torch compiles anything: Megatron's `jit_fuser` is `torch.compile`, seconds per function and nothing gained.

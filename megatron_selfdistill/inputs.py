@@ -49,18 +49,27 @@ class Inputs:
         data = config.data
         if data.path is None or data.tokenizer is None:
             missing = "data.path" if data.path is None else "data.tokenizer"
-            raise ConfigError(f"{missing} is not set: give a file of problems and a tokenizer, or see `make quickstart`")
+            raise ConfigError(
+                f"{missing} is not set: give a file of problems and a tokenizer, or see `make quickstart`"
+            )
         tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
         builder = PromptBuilder(tokenizer, _templates(data))
         problems = load_problems(
-            data.path, fields=data.fields, split=data.split, on_bad_record=data.on_bad_record, limit=data.limit
+            data.path,
+            fields=data.fields,
+            split=data.split,
+            on_bad_record=data.on_bad_record,
+            limit=data.limit,
         )
         max_length = longest_context(config)
         problems, counts = _those_that_fit(problems, builder, max_length, config)
         evaluation: list[Problem] = []
         if config.evaluation.path is not None:
             evaluation = load_problems(
-                config.evaluation.path, fields=data.fields, on_bad_record="error", limit=config.evaluation.limit
+                config.evaluation.path,
+                fields=data.fields,
+                on_bad_record="error",
+                limit=config.evaluation.limit,
             ).problems
         return cls(
             tokenizer=tokenizer,
@@ -77,7 +86,9 @@ class Inputs:
 def longest_context(config: Config) -> int:
     """The longest prompt + response in tokens: what the model, the data and one packed row allow."""
     p = config.parallel
-    multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
+    multiple = p.tensor_model_parallel_size * (
+        2 * p.context_parallel_size if p.context_parallel_size > 1 else 1
+    )
     row = config.schedule.max_tokens // multiple * multiple
     if row < 1:
         raise ConfigError(f"schedule.max_tokens ({config.schedule.max_tokens}) must be at least {multiple}")
@@ -146,7 +157,9 @@ def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def _stop_tokens(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
-    stops = dict.fromkeys([*([tokenizer.eos_id] if tokenizer.eos_id is not None else []), *config.rollout.stop_token_ids])
+    stops = dict.fromkeys(
+        [*([tokenizer.eos_id] if tokenizer.eos_id is not None else []), *config.rollout.stop_token_ids]
+    )
     if not stops:
         raise ConfigError(
             f"{config.data.tokenizer} has no end-of-sequence token: name one in rollout.stop_token_ids, "

@@ -162,7 +162,9 @@ def _distributed_optimizer_of(param: Tensor, optimizer: MegatronOptimizer) -> Di
     """The distributed optimizer (dense or expert) whose gradient buffers hold ``param``; None where there is none."""
     optimizers = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     for candidate in optimizers:
-        if isinstance(candidate, DistributedOptimizer) and any(param in b.param_index_map for b in candidate.buffers):
+        if isinstance(candidate, DistributedOptimizer) and any(
+            param in b.param_index_map for b in candidate.buffers
+        ):
             return candidate
     return None
 

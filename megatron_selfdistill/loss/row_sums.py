@@ -146,15 +146,15 @@ def _moments(x: Tensor, argmax: Tensor, betas: Sequence[float], fresh: Sequence[
     return sums
 
 
-SECOND_PASS = ("tail", "first", "second", "third", "reverse_kl", "student_mean")
+SECOND_PASS = ("tail", "first", "second", "third", "fourth", "reverse_kl", "student_mean")
 SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2")
 """Columns of ``second_pass``; the longer list for forward KL."""
 
 
 def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, forward_kl: bool) -> Tensor:
-    """Moments of x under q, relative to the given normaliser, and the terms of the divergences; [T, 6], or [T, 10] for forward KL.
+    """Moments of x under q, relative to the given normaliser, and the terms of the divergences; [T, 7], or [T, 11] for forward KL.
 
-    tail .. third: sums of q x^k without the shard's largest column; student_mean: sum of p x;
+    tail .. fourth: sums of q x^k without the shard's largest column; student_mean: sum of p x;
     reverse_kl, forward_kl: the non-negative terms of the divergence; y0 .. y2: sums of q y x^k.
     """
 
@@ -169,7 +169,7 @@ def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, fo
             divergences += [forward_kl_terms(p, q, d).sum(1), term.sum(1)]
             divergences += [term.mul_(x).sum(1), term.mul_(x).sum(1)]
         q.scatter_(1, mix_argmax[rows, None], 0.0)
-        moments = [q.sum(1), q.mul_(x).sum(1), q.mul_(x).sum(1), q.mul_(x).sum(1)]
+        moments = [q.sum(1)] + [q.mul_(x).sum(1) for _ in range(4)]
         return torch.stack(moments + divergences, dim=1)
 
     return shard.over_rows(work, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS))

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -258,7 +259,7 @@ def _monotone_cubic_root(positions: list[float], heights: list[float]) -> float:
     if heights[-1] >= 0:
         return positions[-1]
     cell = sum(height > 0 for height in heights) - 1
-    widths = [b - a for a, b in zip(positions, positions[1:], strict=False)]
+    widths = [b - a for a, b in pairwise(positions)]
     secants = [(b - a) / h for a, b, h in zip(heights, heights[1:], widths, strict=False)]
 
     def slope(i: int) -> float:

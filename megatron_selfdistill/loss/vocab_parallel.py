@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.loss.divergence import FLOOR, Divergence
-from megatron_selfdistill.loss.entropy_match import Cumulants, GridSolution, polish_step, solve_on_grid
+from megatron_selfdistill.loss.entropy_match import Cumulants, GridSolution, polish, solve_on_grid
 from megatron_selfdistill.loss.row_sums import (
     FIRST_PASS,
     SECOND_PASS,
@@ -195,8 +195,7 @@ def _forward(
         )
     else:
         beta = torch.full_like(rows.student.entropy, betas[-1])
-        inside = torch.zeros_like(beta, dtype=torch.bool)
-        solution = GridSolution(beta, rows.mix.log_sum[:, -1], beta, beta, inside)
+        solution = GridSolution.given(beta, rows.mix.log_sum[:, -1])
 
     constants = rows.constants(solution.beta, solution.log_sum, dtype)
     forward_kl = divergence.kind == "forward_kl"
@@ -411,35 +410,36 @@ class _Final:
         beta, assumed = solution.beta, constants.log_sum.double()
         tops = (beta * rows.shift).exp()
         scale = assumed.exp()
-        cumulants = Cumulants.from_sums(
-            scale * part["tail"] + (tops.sum(0) - 1),
-            scale * part["first"] + (tops * rows.shift).sum(0),
-            scale * part["second"] + (tops * rows.shift**2).sum(0),
-            scale * part["third"] + (tops * rows.shift**3).sum(0),
+        shift = rows.shift
+        tail, *sums = (
+            scale * part[name] + (tops * shift**power).sum(0)
+            for power, name in enumerate(("tail", "first", "second", "third", "fourth"))
         )
-        step = polish_step(solution, cumulants, rows.student.entropy, rows.max_entropy, dtype=dtype)
-        moved = cumulants.moved(step)
+        tail = tail - 1  # each rank's largest column stands in ``tops``, and the largest of all is 1
+        cumulants = Cumulants.from_sums(tail, *sums[:3])
+        fourth = cumulants.fourth(*(value / (1 + tail) for value in sums[1:]))
+        polished = polish(solution, cumulants, fourth, rows.student.entropy, rows.max_entropy, dtype=dtype)
+        step, rise = polished.beta - beta, polished.log_sum - cumulants.log_sum
+        entropy = polished.log_sum - polished.beta * polished.mean
         log_ratio = cumulants.log_sum - assumed  # log of the sum of q as the second pass normalised it
-        variance, third = cumulants.variance, cumulants.third
 
+        # Each is taken at solution.beta, then moved: KL(p || q) = log S0 - beta E_p[x] + const,
+        # KL(q || p) = -H(q) - E_q[y] + const.
         reverse_kl = part["reverse_kl"] - log_ratio.expm1() + log_ratio
-        reverse_kl += step * (
-            cumulants.mean - part["student_mean"] + step * (variance / 2 + step * third / 6)
-        )
+        reverse_kl += rise - step * part["student_mean"]
         forward_kl = torch.zeros_like(reverse_kl)
         if "forward_kl" in part:
             forward_kl = (part["forward_kl"] + log_ratio.expm1()) * (-log_ratio).exp() - log_ratio
             y0, y1, y2 = (part[name] * (-log_ratio).exp() for name in ("y0", "y1", "y2"))
-            mean, square = cumulants.mean, variance + cumulants.mean**2
-            covariance = y1 - mean * y0
-            third_with_y = y2 - 2 * mean * y1 - y0 * square + 2 * mean**2 * y0
-            slope, bend = beta * variance - covariance, variance + beta * third - third_with_y
-            forward_kl += step * (slope + step * bend / 2)
+            mean = cumulants.mean
+            slope = y1 - mean * y0
+            bend = y2 - 2 * mean * y1 - y0 * (cumulants.variance + mean**2) + 2 * mean**2 * y0
+            forward_kl += cumulants.entropy(beta) - entropy - step * (slope + step * bend / 2)
         only_student, only_target = rows.one_sided
         return cls(
-            beta=beta + step,
-            log_sum=moved.log_sum,
-            entropy=moved.entropy(beta + step).clamp(min=0),
+            beta=polished.beta,
+            log_sum=polished.log_sum,
+            entropy=entropy.clamp(min=0),
             reverse_kl=reverse_kl.clamp(min=0).masked_fill(only_student, torch.inf),
             forward_kl=forward_kl.clamp(min=0).masked_fill(only_target, torch.inf),
         )

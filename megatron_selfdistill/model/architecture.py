@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -23,7 +21,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill import cpu, repairs
+from megatron_selfdistill.config import (
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+)
 from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
@@ -64,7 +69,8 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size
+        or parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         # With two stages the previous and the next one are the same peer, and batched messages would cross.
         "batch_p2p_comm": parallel.pipeline_model_parallel_size != 2,

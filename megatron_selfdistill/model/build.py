@@ -13,7 +13,11 @@ import torch
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core
 from megatron.core import tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -32,7 +36,11 @@ TESTED_MEGATRON_VERSIONS = ("0.16.1",)
 def megatron_in_use() -> str:
     """Version and place of the Megatron Core that this process imported; a lab's own copy comes first on its path."""
     version = megatron.core.__version__
-    note = "" if version in TESTED_MEGATRON_VERSIONS else f" (never tested here; tested: {TESTED_MEGATRON_VERSIONS[0]})"
+    note = (
+        ""
+        if version in TESTED_MEGATRON_VERSIONS
+        else f" (never tested here; tested: {TESTED_MEGATRON_VERSIONS[0]})"
+    )
     return f"megatron.core {version} from {next(iter(megatron.core.__path__))}{note}"
 
 
@@ -65,7 +73,9 @@ def build_chunks(
     return chunks
 
 
-def wrap_for_training(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
+def wrap_for_training(
+    chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig
+) -> list[DistributedDataParallel]:
     """Megatron's DDP around each chunk, and on the shared ``TransformerConfig`` the hooks that its schedules call."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -180,7 +190,9 @@ def _load_provider(dotted_path: str) -> Callable[[bool, bool, int | None], Any]:
 def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
     """A provider's own configuration must agree with ``parallel``, or groups and shards would not fit."""
     if not isinstance(chunk, GPTModel):
-        raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
+        raise ConfigError(
+            f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}"
+        )
     refuse_known_faults(chunk.config)
     for name, expected in [
         ("tensor_model_parallel_size", grid.tp_size),
@@ -191,4 +203,6 @@ def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
     ]:
         got = getattr(chunk.config, name)
         if got != expected:
-            raise ConfigError(f"model.provider={path!r} built with {name}={got}, but parallel.{name} is {expected}")
+            raise ConfigError(
+                f"model.provider={path!r} built with {name}={got}, but parallel.{name} is {expected}"
+            )

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """What a sampler is: requests in, responses out, and how one token is drawn from one row of logits.
 
-A response travels as token ids.  Its random stream is named by (run seed, step, problem id, sample index) and nothing
-else, so that no batch, order, split or layout changes what is written.
+A response travels as token ids.  Its random stream is named by (run seed, step, problem id, sample index) and
+nothing else, so that no batch, order, split or layout changes what is written.
 """
 
 from __future__ import annotations
@@ -79,16 +79,16 @@ class Response:
 
 
 def stream_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:
-    """The 64-bit name of one sample's random stream: BLAKE2b of the four, equal in every process and version."""
+    """The 64-bit name of one sample's random stream: BLAKE2b of the four, equal in every process."""
     # The id comes last: it may hold any character, also the separator.
     name = f"{run_seed}\0{step}\0{sample_index}\0{problem_id}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 def stream_uniforms(stream: int, count: int) -> np.ndarray:
-    """The first ``count`` uniforms of a stream, float64 in [0, 1): Philox counters 1.. under the key ``stream``.
+    """The first ``count`` uniforms of a stream, float64 in [0, 1): Philox under the key ``stream``.
 
-    Equals ``Generator(Philox(key=stream)).random(count)``, from the raw words, whose values numpy keeps for ever.
+    Equals ``Generator(Philox(key=stream)).random(count)``, from the raw words, whose values numpy guarantees.
     """
     words = np.random.Philox(key=stream).random_raw(count)
     return (words >> np.uint64(11)) * 2.0**-53
@@ -97,19 +97,21 @@ def stream_uniforms(stream: int, count: int) -> np.ndarray:
 def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per row by inverting the CDF, in float64.
 
-    token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to ``top_k``, then to
-    ``top_p``, renormalised.  Sums run over token ids, not over ranks, so a rounding error in the logits moves a draw only
-    where the uniform lies within that error of a boundary.  Temperature 0 is the argmax, the lowest id among equals.
+    token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to ``top_k``,
+    then to ``top_p``, renormalised.  Sums run over token ids, not over ranks, so a rounding error in the
+    logits moves a draw only where the uniform lies within that error of a boundary.  Temperature 0 is the
+    argmax, the lowest id among equals.
 
-    Shapes: logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused when
-    greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both ``[b]`` float64, in nats.
-    A NaN row gives some valid token with log-probability NaN.
+    Shapes: logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1),
+    unused when greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both
+    ``[b]`` float64, in nats.  A NaN row gives some valid token with log-probability NaN.
     """
     rows = max(1, _MAX_ELEMENTS // logits.size(-1))
     if logits.size(0) > rows:
         groups = zip(logits.split(rows), uniforms.split(rows), strict=True)
-        tokens, log_probs, sampled = zip(*(select_tokens(x, u, params) for x, u in groups), strict=True)
-        return torch.cat(tokens), torch.cat(log_probs), torch.cat(sampled)
+        drawn = [select_tokens(some_logits, some_uniforms, params) for some_logits, some_uniforms in groups]
+        tokens, log_probs, sampled_log_probs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return tokens, log_probs, sampled_log_probs
     scores = logits.double()
     if params.temperature == 0:
         tokens = scores.argmax(-1)  # torch: "the indices of the first maximal value"
@@ -126,7 +128,7 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
 
 
 def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
-    """``probs`` with what top_k and top_p exclude set to 0, not renormalised; equals are kept from the lowest id up."""
+    """``probs``, 0 where top_k and top_p exclude, not renormalised; of equals the lowest ids stay."""
     top_k = min(params.top_k, probs.size(-1))
     if top_k in (0, probs.size(-1)) and params.top_p == 1:
         return probs

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A training model that decodes for a while: what it must not be, what changes, and everything restored afterwards."""
+"""A training model that decodes for a while: what it must not be, what changes, and how it is restored."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def decoding_overrides(models: Sequence[GPTModel], grid: Grid) -> list[Override]
     """What differs between a training step and decoding, found once per model.
 
     * Sequence parallelism is off: one token per sequence cannot be cut, so activations are whole on each
-      tensor-parallel rank.  Megatron caches the switch in its linear layers and embeddings, Transformer Engine in its own.
-    * Context parallelism is off: each context-parallel rank decodes sequences of its own, so every group that cuts a
-      sequence (rotary embedding, attention) becomes a group of one.
+      tensor-parallel rank.  Megatron caches the switch in its linear layers and embeddings, Transformer
+      Engine in its own.
+    * Context parallelism is off: each context-parallel rank decodes sequences of its own, so every group
+      that cuts a sequence (rotary embedding, attention) becomes a group of one.
     * Multi-latent attention leaves its fused rotary embedding, which refuses a KV cache.
 
     Collectives: none (a group of one needs no other rank).
@@ -68,11 +69,12 @@ def decoding_overrides(models: Sequence[GPTModel], grid: Grid) -> list[Override]
 def decoding(
     chunks: Sequence[torch.nn.Module], models: Sequence[GPTModel], overrides: Sequence[Override]
 ) -> Iterator[None]:
-    """The models in evaluation mode, without autograd, with ``overrides``; all of it undone on leaving, also by an error.
+    """The models in evaluation mode, without autograd, with ``overrides``; all of it undone on leaving, also
+    by an error.
 
-    ``chunks`` are the ``models`` as wrapped for training.  Under ``overlap_param_gather`` the parameters are gathered
-    first (a collective over the data-parallel ranks) and the hooks that would gather them during the forward are
-    off: a rank with nothing to decode runs no forward, and the others would wait for it.
+    ``chunks`` are the ``models`` as wrapped for training.  Under ``overlap_param_gather`` the parameters are
+    gathered first (a collective over the data-parallel ranks) and the hooks that would gather them during the
+    forward are off: a rank with nothing to decode runs no forward, and the others would wait for it.
     """
     modules = [module for model in models for module in model.modules()]
     training = [(module, module.training) for module in modules]
@@ -106,7 +108,7 @@ def decoding(
 
 
 def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
-    """Raise `ConfigError` where Megatron's static KV cache would be wrong, or not the model that is trained."""
+    """Raise `ConfigError` where Megatron's static KV cache would be wrong, or not the trained model."""
     config = models[0].config
     rotary = {model.position_embedding_type for model in models}
     attention = [m for model in models for m in model.modules() if isinstance(m, Attention)]
@@ -134,7 +136,8 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
         ),
         (
             config.tp_comm_overlap,
-            "tp_comm_overlap reserves buffers for sequence-parallel shapes, decoding has others: set tp_comm_overlap=false",
+            "tp_comm_overlap reserves buffers for sequence-parallel shapes, decoding has others: "
+            "set model.transformer.tp_comm_overlap=false",
         ),
         (
             config.transformer_impl == "inference_optimized",
@@ -142,7 +145,7 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
         ),
         (
             config.experimental_attention_variant is not None,
-            f"attention variant {config.experimental_attention_variant!r} has no static KV cache in Megatron Core",
+            f"attention variant {config.experimental_attention_variant!r} has no static KV cache in Megatron",
         ),
         (
             getattr(config, "fine_grained_activation_offloading", False),
@@ -150,7 +153,8 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
         ),
         (
             bool(config.window_size),
-            "sliding-window attention ignores its window on a static KV cache: set model.transformer.window_size=null",
+            "sliding-window attention ignores its window on a static KV cache: "
+            "set model.transformer.window_size=null",
         ),
         (
             getattr(config, "cache_mla_latents", False),
@@ -158,7 +162,7 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
         ),
         (
             any(layer.attn_mask_type != AttnMaskType.causal for layer in attention),
-            "the layer spec must say attn_mask_type=causal for its self-attention, or prompts would attend ahead",
+            "the layer spec must say attn_mask_type=causal for self-attention, or prompts would attend ahead",
         ),
         (
             moe and config.moe_router_load_balancing_type == "sinkhorn",
@@ -166,7 +170,8 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
         ),
         (
             moe and bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing),
-            "a router with random inputs (moe_input_jitter_eps, moe_router_force_load_balancing) cannot be sampled from",
+            "a random router cannot be sampled from: unset moe_input_jitter_eps and "
+            "moe_router_force_load_balancing",
         ),
         (
             moe and config.moe_expert_capacity_factor is not None,

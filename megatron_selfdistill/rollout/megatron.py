@@ -36,13 +36,15 @@ _PREFILL_TOKENS = 2**15
 class MegatronSampler:
     """Samples from the ``GPTModel`` chunks of this rank; there is no copy of the weights.
 
-    Each data-parallel replica samples its own requests.  Tensor-parallel ranks share every forward, pipeline stages pass
-    hidden states on (and round again under VPP), sequence parallelism is off, and each context-parallel rank decodes
-    its share of the requests whole.  Where expert all-to-alls join ranks that hold different requests, all ranks run
-    the same number of forward passes: those that are done feed one token that nobody reads.
+    Each data-parallel replica samples its own requests.  Tensor-parallel ranks share every forward, pipeline
+    stages pass hidden states on (and round again under VPP), sequence parallelism is off, and each
+    context-parallel rank decodes its share of the requests whole.  Where expert all-to-alls join ranks that
+    hold different requests, all ranks run the same number of forward passes: those that are done feed one
+    token that nobody reads.
 
-    Prompts of different length: a batch reads its shortest prompt in one pass, then one token per pass, where a longer
-    prompt's own tokens take the place of sampled ones.  So positions are exact and there is no padding.
+    Prompts of different length: a batch reads its shortest prompt in one pass, then one token per pass, where
+    a longer prompt's own tokens take the place of sampled ones.  So positions are exact and there is no
+    padding.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class MegatronSampler:
         max_length: int,
         kv_cache_gb: float | None = None,
     ) -> None:
-        """``chunks``: as built or as wrapped for training.  ``vocab_size``: valid columns; the padded ones behind them are
-        cut off before anything looks at the logits.  ``max_length``: longest prompt plus response, in tokens.
-        ``kv_cache_gb``: GiB of KV cache on this rank; None is a third of what is free at each `generate`.
+        """``chunks``: as built or as wrapped for training.  ``vocab_size``: valid columns; the padded ones
+        behind them are cut off before anything looks at the logits.  ``max_length``: longest prompt plus
+        response, in tokens.  ``kv_cache_gb``: GiB of KV cache on this rank; None is a third of what is free
+        at each `generate`, a number makes the splits, and so the last bits of the log-probs, repeatable.
 
         Raises `ConfigError` for a model that cannot be decoded.
         """
@@ -71,8 +74,8 @@ class MegatronSampler:
         self._hidden_size = config.hidden_size
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
         self._bytes_per_token = _cache_bytes_per_token(self._models, config.params_dtype)
-        # Expert groups reach beyond the ranks that share this one's requests, along DP, CP or both.  They need not
-        # cover a replica, yet its pipeline ties them together; the world covers every case.
+        # Expert groups reach beyond the ranks that share this one's requests, along DP, CP or both.  They
+        # need not cover a replica, yet its pipeline ties them together; the world covers every case.
         self._lock_step = config.num_moe_experts is not None and (
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size not in (None, config.tensor_model_parallel_size)
@@ -84,19 +87,18 @@ class MegatronSampler:
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         """One response per request, in order, on every rank of the replica.
 
-        ``requests`` are those of this data-parallel replica, the same list on each of its TP x CP x PP ranks; may be
-        empty.  A collective over the world: every rank calls it the same number of times.
+        ``requests`` are those of this data-parallel replica, the same list on each of its TP x CP x PP ranks;
+        may be empty.  A collective over the world: every rank calls it the same number of times.
 
-        Raises, on all ranks alike: ValueError for an empty prompt, for one that leaves no room for ``max_new_tokens``
-        within ``max_length``, and where one sequence alone does not fit into the KV cache.
+        Raises, on all ranks alike: ValueError for an empty prompt, for one that leaves no room for
+        ``max_new_tokens`` within ``max_length``, and where one sequence alone does not fit into the KV cache.
         """
         capacity = self._agree_on_capacity(requests, params)
         own = list(range(self._grid.cp_rank, len(requests), self._grid.cp_size))
         responses: dict[int, Response] = {}
         with decoding(self._chunks, self._models, self._overrides):
-            for batch in split_batches(
-                [len(requests[i].prompt) for i in own], params.max_new_tokens, capacity
-            ):
+            lengths = [len(requests[i].prompt) for i in own]
+            for batch in split_batches(lengths, params.max_new_tokens, capacity):
                 indices = [own[i] for i in batch]
                 written = self._sample_batch([requests[i] for i in indices], params)
                 responses.update(zip(indices, written, strict=True))
@@ -109,34 +111,28 @@ class MegatronSampler:
         return [responses[i] for i in range(len(requests))]
 
     def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
-        """Tokens that the KV cache may hold, the least over all ranks: ranks that share forwards must split alike."""
-        if self._kv_cache_gb is not None:
-            allowed = int(self._kv_cache_gb * _GIB)
-        else:
-            allowed = _free_bytes() // 3
+        """Tokens that the KV cache may hold, the least over all ranks: all must split alike."""
+        gib = self._kv_cache_gb
+        allowed = _free_bytes() // 3 if gib is None else int(gib * _GIB)
         lengths = [len(request.prompt) for request in requests]
-        extremes = [
-            -(allowed // self._bytes_per_token),
-            max(lengths, default=0),
-            -min(lengths, default=self._max_length),
-        ]
-        agreed = self._new_tensor(extremes)
+        room = allowed // self._bytes_per_token
+        agreed = self._new_tensor([-room, max(lengths, default=0), -min(lengths, default=1)])
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        capacity, longest, shortest = (
-            int(x) * sign for x, sign in zip(agreed.tolist(), (-1, 1, -1), strict=True)
-        )
+        capacity, longest, shortest = -int(agreed[0]), int(agreed[1]), -int(agreed[2])
         needed = longest + params.max_new_tokens
         if shortest < 1:
             raise ValueError("a request has an empty prompt; a prompt needs at least one token")
         if longest and needed > self._max_length:
             raise ValueError(
-                f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, together more "
-                f"than the {self._max_length} that the model may see; shorten the prompt or lower rollout.max_new_tokens"
+                f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, "
+                f"together more than the {self._max_length} that the model may see; shorten the prompt or "
+                "lower rollout.max_new_tokens"
             )
         if longest and needed > capacity:
             raise ValueError(
-                f"a sequence of {needed} tokens needs {needed * self._bytes_per_token / _GIB:.3g} GiB of KV cache, but "
-                f"there is room for {capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
+                f"a sequence of {needed} tokens needs {needed * self._bytes_per_token / _GIB:.3g} GiB of KV "
+                f"cache, but there is room for {capacity} tokens; raise rollout.kv_cache_gb or lower "
+                "rollout.max_new_tokens"
             )
         return capacity
 
@@ -167,7 +163,7 @@ class MegatronSampler:
         return batch.responses()
 
     def _prefill(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
-        """Fill the cache with ``tokens [b, s]``, some rows at a time; the logits ``[b, V]`` behind the last column."""
+        """Fill the cache with ``tokens [b, s]``, some rows at a time; returns the logits ``[b, V]``."""
         num_rows = max(1, _PREFILL_TOKENS // tokens.size(1))
         parts = []
         for rows in tokens.split(num_rows):
@@ -186,7 +182,7 @@ class MegatronSampler:
         return self._run_model(context, tokens)
 
     def _run_model(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
-        """One forward of ``tokens [b, s]`` behind what the cache holds; logits ``[b, V]`` on the last stage, else None."""
+        """A forward of ``tokens [b, s]`` behind the cache; logits ``[b, V]`` on the last stage, else None."""
         start = context.sequence_len_offset
         position_ids = torch.arange(start, start + tokens.size(1), device=tokens.device).expand_as(tokens)
         output: Tensor | None = None
@@ -206,8 +202,8 @@ class MegatronSampler:
     def _draw(
         self, batch: _Batch, live: Tensor, position: int, logits: Tensor | None, params: SamplingParams
     ) -> Tensor:
-        """The tokens ``[b]`` that the model wants at ``position``: drawn on one rank, since a GPU's sums may differ in the
-        last bit between two ranks, and one different token would part them for good."""
+        """The tokens ``[b]`` that the model wants at ``position``: drawn on one rank, since a GPU's sums may
+        differ in the last bit between two ranks, and one different token would part them for good."""
         tokens = torch.empty_like(live)
         if logits is not None and self._grid.tp_rank == 0:
             tokens, *log_probs = select_tokens(logits, batch.uniforms[live, position], params)
@@ -239,8 +235,9 @@ class MegatronSampler:
 def split_batches(lengths: Sequence[int], max_new_tokens: int, capacity: int) -> list[list[int]]:
     """Indices of ``lengths``, shortest first, in batches whose KV cache holds at most ``capacity`` tokens.
 
-    Within a batch prompts differ by at most ``max_new_tokens``: beyond that, two batches take fewer passes than one
-    that steps through the difference token by token.  A sequence that exceeds ``capacity`` alone gets its own batch.
+    Within a batch prompts differ by at most ``max_new_tokens``: beyond that, two batches take fewer passes
+    than one that steps through the difference token by token.  A sequence that exceeds ``capacity`` alone
+    gets its own batch.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -267,7 +264,7 @@ class _Batch:
     uniforms: Tensor
     """``[b, length]`` float64: the uniform that draws each response token."""
     log_probs: Tensor
-    """``[2, b, length]`` float64: of the model, and of the distribution drawn from; complete on the drawing rank."""
+    """``[2, b, length]`` float64: of the model, and of the distribution drawn from."""
     stop_token_ids: Tensor
     """``[n]`` int64."""
 
@@ -295,7 +292,7 @@ class _Batch:
         )
 
     def write(self, live: Tensor, position: int, tokens: Tensor) -> None:
-        """Put ``tokens`` into column ``position`` of the rows ``live``, except where it still belongs to a prompt."""
+        """Put ``tokens`` into column ``position`` of the rows ``live`` whose prompt has ended."""
         ends = self.ends[live]
         own = self.prompt_lengths[live] <= position
         self.tokens[live, position] = torch.where(own, tokens, self.tokens[live, position])
@@ -327,7 +324,7 @@ def _keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
 
 
 def _cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
-    """What ``Attention._allocate_memory`` takes per sequence and position on this rank, over all its layers."""
+    """What ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
     layers = [m for model in models for m in model.modules() if isinstance(m, Attention)]
     values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
     return max(1, values * dtype.itemsize)  # a stage may have no layer

@@ -1,0 +1,248 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The folder that checkpoints lie in: which one is the latest, and how a new one appears in it all at once.
+
+    begin -> ``.writing_iter_0000004_1f3a...`` is filled by all ranks -> publish -> ``iter_0000004``
+
+A folder under its final name is complete.  What a killed save leaves behind keeps its temporary name and goes at the
+next `begin`, unless a live process holds its lock.  Nothing here communicates; one rank calls it for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+import uuid
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemReader
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_TEMPORARY = ".writing_"
+_REPLACED = ".old"
+_ITERATION = re.compile(r"iter_(\d+)(?:\.old)?")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read, in one sentence; raised on every rank."""
+
+
+def iteration_name(step: int) -> str:
+    """Megatron-LM's name of a checkpoint's folder."""
+    return f"iter_{step:07d}"
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration in a checkpoint's name; 0 for ``release`` and for any other name, as Megatron-LM counts it."""
+    match = _ITERATION.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def latest(folder: Path) -> Path | None:
+    """The complete checkpoint that the tracker file names; else the newest complete one; else None.
+
+    The tracker comes first because Megatron's users set it back by hand in order to return to an older checkpoint.
+    """
+    if not folder.is_dir():
+        return None
+    found = [path for path in folder.iterdir() if _ITERATION.fullmatch(path.name)]
+    # A replaced folder counts after the one that replaces it, should the process have died between two renames.
+    candidates = sorted(found, key=lambda path: (iteration_of(path), path.suffix != _REPLACED), reverse=True)
+    named = _tracked(folder)
+    if named is not None:
+        candidates = [named, *candidates]
+    for path in candidates:
+        reason = incomplete(path)
+        if reason is None:
+            return path
+        logger.warning("%s is not used: %s", path, reason)
+    return None
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint at ``path``: itself, or what Megatron's tracker file in it names.
+
+    Raises: CheckpointError where there is no complete torch_dist checkpoint.
+    """
+    path = Path(path)
+    chosen = _tracked(path) or path
+    reason = incomplete(chosen)
+    if reason is not None:
+        raise CheckpointError(
+            f"expected a Megatron torch_dist checkpoint (an iter_ folder, or the folder with {TRACKER}) at "
+            f"{path}, but {chosen} {reason}"
+        )
+    return chosen
+
+
+def incomplete(path: Path) -> str | None:
+    """Why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is one.
+
+    Every data file must be as long as Megatron's ``.metadata`` says; contents are not read.
+    """
+    if not path.is_dir():
+        return "does not exist" if not path.exists() else "is not a folder"
+    if not (path / "metadata.json").is_file():
+        legacy = any(path.glob("mp_rank_*"))
+        return "is in the legacy format: save it with --ckpt-format torch_dist" if legacy else "has no metadata.json"
+    for name in ("common.pt", ".metadata"):
+        if not (path / name).is_file():
+            return f"has no {name}"
+    if not zipfile.is_zipfile(path / "common.pt"):
+        return "has a damaged common.pt"
+    try:
+        storage = FileSystemReader(path).read_metadata().storage_data
+    except Exception as error:  # a damaged pickle raises almost anything
+        return f"has a damaged .metadata ({type(error).__name__}: {error})"
+    ends: dict[str, int] = {}
+    for place in storage.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size < end:
+            return f"has {size} bytes of {name}, expected {end}"
+    return None
+
+
+@dataclass
+class Temporary:
+    """A checkpoint that is being written.  Every rank (and each writer forked from it) shares its lock."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self._lock: int | None = None
+
+    def hold(self) -> Temporary:
+        """Share the lock: no other process removes the folder before this one and its forks have let go or died."""
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(OSError):  # a file system without locks: then `_remove_leftovers` removes nothing
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return self
+
+    def release(self) -> None:
+        """Let go of the lock; may be called twice."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def is_abandoned(self) -> bool:
+        """Whether nobody alive holds the lock."""
+        if not self._lock_path.exists():
+            return True
+        descriptor = os.open(self._lock_path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def remove(self) -> None:
+        """Delete the folder, then its lock: a folder without a lock is nobody's."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.lock")
+
+
+def begin(folder: Path, name: str, num_bytes: int) -> Temporary:
+    """An empty temporary folder for the checkpoint ``name``, locked by this process.  Leftovers are removed first.
+
+    Raises: CheckpointError if the disk has less than ``num_bytes`` free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"a checkpoint needs {num_bytes:,} bytes but {folder} has {free:,} free: make room, or lower "
+            "checkpoint.keep_last"
+        )
+    temporary = Temporary(folder / f"{_TEMPORARY}{name}_{uuid.uuid4().hex[:8]}").hold()
+    temporary.path.mkdir()
+    return temporary
+
+
+def publish(temporary: Temporary, target: Path) -> None:
+    """Give a completely written folder its name.  After a crash at any point the old or the new one is there."""
+    for file in temporary.path.iterdir():
+        if file.suffix != ".distcp":  # Megatron has synced those, each on the machine that wrote it
+            _sync(file)
+    _sync(temporary.path)
+    replaced = target.with_name(target.name + _REPLACED)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    temporary.path.rename(target)
+    _sync(target.parent)
+    temporary.remove()  # its lock
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def set_latest(target: Path) -> None:
+    """Point Megatron's tracker file at ``target``, atomically."""
+    tracker = target.parent / TRACKER
+    new = tracker.with_name(f"{_TEMPORARY}{TRACKER}")
+    new.write_text(str(iteration_of(target)))
+    _sync(new)
+    os.replace(new, tracker)
+    _sync(target.parent)
+
+
+def prune(target: Path, keep_last: int | None) -> None:
+    """Delete all but the last ``keep_last`` checkpoints up to and including ``target``; None keeps all."""
+    if keep_last is None:
+        return
+    older = [path for path in target.parent.iterdir() if _ITERATION.fullmatch(path.name)]
+    older = sorted((path for path in older if iteration_of(path) <= iteration_of(target)), key=iteration_of)
+    for path in older[:-keep_last]:
+        # Out of sight first, so that a kill in between leaves no half checkpoint under a checkpoint's name.
+        doomed = Temporary(path.with_name(f"{_TEMPORARY}{path.name}_{uuid.uuid4().hex[:8]}"))
+        path.rename(doomed.path)
+        doomed.remove()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name.startswith(_TEMPORARY) and path.suffix != ".lock":
+            if path.is_file():
+                path.unlink()
+            elif (left := Temporary(path)).is_abandoned():
+                left.remove()
+        elif path.suffix == ".lock" and path.name.startswith(_TEMPORARY):
+            temporary = Temporary(path.with_suffix(""))
+            if not temporary.path.exists() and temporary.is_abandoned():
+                temporary.remove()
+        elif path.suffix == _REPLACED and incomplete(path.with_suffix("")) is None:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _tracked(folder: Path) -> Path | None:
+    """The folder that the tracker file names, whether or not it is there."""
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if text == "release":
+        return folder / "release"
+    return folder / iteration_name(int(text)) if text.isdecimal() else None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,176 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a checkpoint holds of a live run, in Megatron-LM's keys: weights, optimizer, random states; and putting it back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_selfdistill.checkpoint.folder import CheckpointError
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.parallel import Grid
+
+CONTENT = {
+    # Whole optimizer tensors under the parameters' names: the only format that loads in every other layout.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Without it a mixture of experts' names would depend on how many optimizers a rank happens to have.
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+"""Megatron's ``content_metadata``: how state is cut into named tensors."""
+
+
+def model_state(chunks: Sequence[torch.nn.Module], grid: Grid, content: dict[str, Any]) -> dict[str, Any]:
+    """``{"model": ...}``, or ``model0``, ``model1`` ... with virtual stages: the chunks' sharded state dicts."""
+    metadata = {**content, "dp_cp_group": grid.dp_cp_group}
+    states = [unwrapped(chunk).sharded_state_dict(metadata=metadata) for chunk in chunks]
+    return dict(zip(_chunk_keys(chunks), states, strict=True))
+
+
+def load_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """The inverse of `model_state`, from loaded tensors."""
+    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
+        unwrapped(chunk).load_state_dict(loaded[key])
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer, model: dict[str, Any], content: dict[str, Any], is_loading: bool = False
+) -> Any:
+    """The optimizer's sharded state dict; ``model`` is `model_state`'s.
+
+    Collectives: with the distributed optimizer and not ``is_loading``, all-gathers of float32 state over the
+    data-parallel ranks, 12 bytes of host memory per parameter of this rank's model shard.
+    """
+    _create_state(optimizer)
+    return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=content)
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
+    """The inverse of `optimizer_state`.  Every parameter gets a ``step`` tensor of its own."""
+    optimizer.load_state_dict(loaded)
+    for single in _single_optimizers(optimizer):
+        if not isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for state in single.optimizer.state.values():
+            # Megatron leaves out a step of 0, and torch increments a shared tensor once per parameter.
+            step = state.get("step", 0.0)
+            state["step"] = step.clone() if torch.is_tensor(step) else torch.tensor(float(step))
+
+
+def uses_distributed_optimizer(optimizer: MegatronOptimizer) -> bool:
+    """Whether optimizer state is cut over data-parallel ranks, which decides its names in a checkpoint."""
+    return any(isinstance(single, DistributedOptimizer) for single in _single_optimizers(optimizer))
+
+
+@contextlib.contextmanager
+def gathered_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """With ``overlap_param_gather`` a rank's copy of what others updated is one step old until the next forward:
+    gather it now, and keep the forward hooks off for the while.  Without, nothing."""
+    hooked = [chunk for chunk in chunks if getattr(chunk, "remove_forward_pre_hook_handles", None)]
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
+
+
+def random_state(grid: Grid) -> ShardedObject:
+    """The random states of this rank: Python, NumPy, torch on CPU and GPU, Megatron's tracker.
+
+    Megatron-LM's name and content; one object per (pipeline, tensor, data x context) coordinate, its cut with experts.
+    """
+    states = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+    sizes = (grid.pp_size, grid.tp_size, grid.dp_cp_group.size())
+    place = (grid.pp_rank, grid.tp_rank, grid.dp_cp_group.rank())
+    return ShardedObject("rng_state", [states], sizes, place, replica_id=0)
+
+
+def load_random_state(loaded: list[dict[str, Any]]) -> None:
+    """The inverse of `random_state`."""
+    (states,) = loaded
+    random.setstate(states["random_rng_state"])
+    np.random.set_state(states["np_rng_state"])
+    torch.set_rng_state(states["torch_rng_state"])
+    torch.cuda.set_rng_state(states["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(states["rng_tracker_states"])
+
+
+def layout(grid: Grid) -> dict[str, int]:
+    """The sizes that decide which rank does what; random states are meaningless under others."""
+    return {
+        "tensor_model_parallel_size": grid.tp_size,
+        "pipeline_model_parallel_size": grid.pp_size,
+        "virtual_pipeline_model_parallel_size": grid.virtual_pipeline_model_parallel_size or 1,
+        "context_parallel_size": grid.cp_size,
+        "expert_model_parallel_size": grid.ep_size,
+        "data_parallel_size": grid.dp_size,
+    }
+
+
+def _chunk_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def _single_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [single for single in chained if not getattr(single, "is_stub_optimizer", False)]
+
+
+def _create_state(optimizer: MegatronOptimizer) -> None:
+    """Make the tensors of optimizers that have not stepped yet, as they are before the first step.
+
+    Megatron describes state that exists: without it a save before the first step, and each load, would fail.
+    """
+    for single in _single_optimizers(optimizer):
+        if single.init_state_fn is None:  # SGD: Megatron calls it all the same
+            single.init_state_fn = lambda *_: None
+        if not single.optimizer.state:
+            _step_without_effect(single.optimizer)
+        states = single.optimizer.state.values()
+        if isinstance(single, DistributedOptimizer) and not all("exp_avg" in state for state in states):
+            raise CheckpointError(
+                "Megatron's distributed optimizer can only be saved with adam: set "
+                "optimizer.use_distributed_optimizer=false for sgd"
+            )
+
+
+def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
+    """One step with zero gradients, no learning rate and no decay; then the count of steps is 0 again."""
+    kept = [(group, {key: group[key] for key in ("lr", "weight_decay")}) for group in optimizer.param_groups]
+    grads: list[tuple[Tensor, Tensor | None]] = []
+    for group, _ in kept:
+        group |= {"lr": 0.0, "weight_decay": 0.0}
+        for param in group["params"]:
+            grads.append((param, param.grad))
+            if param.numel():  # FusedAdam fails on empty tensors
+                param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for param, grad in grads:
+        param.grad = grad
+    for group, values in kept:
+        group.update(values)
+        if "step" in group:  # Transformer Engine's and apex's FusedAdam count here
+            group["step"] = group["step"] * 0
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].zero_()

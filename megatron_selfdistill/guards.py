@@ -1,0 +1,170 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""When a run is unhealthy: numbers that are not finite, entropy or length that collapses, entropy that explodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_selfdistill.config import GuardsConfig
+
+
+class RunUnhealthy(RuntimeError):
+    """The run should stop; the message says what was seen, what was expected and where to look."""
+
+
+class Guards:
+    """Compares the metrics of every step with those of the first ``reference_steps``.
+
+    It reads loss/mean, gradient_norm, entropy/student and response/length_mean; a guard whose metric a run
+    does not have is silent.  Where every rank is given the same metrics, all ranks raise at the same step.
+    """
+
+    def __init__(self, config: GuardsConfig) -> None:
+        self.config = config
+        self.limits = _limits(config)
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.violations: dict[str, int] = {}
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Once per step, after it.
+
+        Raises: `RunUnhealthy`, at once as `check_finite`, or at the ``patience``-th step in a row that
+        violates a limit.  The first ``reference_steps`` finite values of a metric are its reference and are
+        not judged; after those, NaN violates every limit on it.
+        """
+        self.check_finite(step, metrics)
+        for key in dict.fromkeys(limit.key for limit in self.limits):
+            if key not in metrics:
+                continue
+            if self.counts.get(key, 0) < self.config.reference_steps:
+                self._add_to_reference(key, metrics[key])
+            else:
+                for limit in self.limits:
+                    if limit.key == key:
+                        self._judge(step, limit, metrics[key])
+
+    def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raise `RunUnhealthy` where loss/mean or gradient_norm is NaN or infinite (option non_finite).
+
+        To be called before the optimizer step, with what is known by then, so that the weights stay sound.
+        """
+        for key in ("loss/mean", "gradient_norm"):
+            if self.config.non_finite and not math.isfinite(metrics.get(key, 0.0)):
+                raise RunUnhealthy(
+                    f"step {step}: expected a finite {key}, got {metrics[key]}; look at the steps before "
+                    "it in metrics.jsonl, and resume with a lower optimizer.lr or with optimizer.precision=fp32 "
+                    "(guards.non_finite=false goes on regardless)"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """References and counters: with them a resumed run guards as if it had never stopped."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts), "violations": dict(self.violations)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; limits and patience stay those of the configuration."""
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+        self.violations = dict(state["violations"])
+
+    def _add_to_reference(self, key: str, value: float) -> None:
+        if math.isfinite(value):
+            self.sums[key] = self.sums.get(key, 0.0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def _judge(self, step: int, limit: _Limit, value: float) -> None:
+        reference = self.sums[limit.key] / self.counts[limit.key]
+        in_a_row = self.violations.get(limit.option, 0) + 1 if limit.violated(value, reference) else 0
+        self.violations[limit.option] = in_a_row
+        if in_a_row >= self.config.patience:
+            side = "below" if limit.is_minimum else "above"
+            raise RunUnhealthy(
+                f"step {step}: {limit.name}: {limit.key} has been {side} {limit.ratio:g} times its reference "
+                f"for {in_a_row} steps; it is {value:.4g}, and its mean over the first {self.counts[limit.key]} "
+                f"steps was {reference:.4g}; {limit.advice} (guards.{limit.option}=null turns this guard off)"
+            )
+
+
+def check_identity(loss: float, tolerance: float | None) -> None:
+    """Raise `RunUnhealthy` unless ``|loss| <= tolerance``, in nats per token; None checks nothing.
+
+    ``loss``: mean divergence where the same weights read the same prompt as student and as teacher.  The
+    target is then the student's own distribution, and every divergence from it is 0.
+    """
+    if tolerance is not None and not abs(loss) <= tolerance:
+        raise RunUnhealthy(
+            "identity check: one prompt read twice by the same weights must give a loss of at most "
+            f"{tolerance:g} nats per token, got {loss:g}; student and teacher do not compute the same "
+            "function: look at dropout, the parallel sizes, packing and a model.provider of your own, and compare "
+            "with a run on one rank (guards.identity_tolerance=null turns this check off)"
+        )
+
+
+def check_teacher_canary(teacher_cross_entropy: float, maximum: float | None) -> None:
+    """Raise `RunUnhealthy` unless ``teacher_cross_entropy <= maximum``, nats per token; None checks nothing.
+
+    ``teacher_cross_entropy``: of the first responses, as in `metrics.step_metrics`.
+    """
+    if maximum is not None and not teacher_cross_entropy <= maximum:
+        raise RunUnhealthy(
+            "teacher canary: the teacher's cross-entropy on the first responses must be at most "
+            f"{maximum:g} nats per token, got {teacher_cross_entropy:g}; the teacher does not recognise what "
+            "the student writes: look at checkpoint.load, the tokenizer, the chat template and "
+            "data.teacher_template (guards.max_teacher_cross_entropy=null turns this check off)"
+        )
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """``metrics[key]`` must stay on one side of ``ratio`` times its reference."""
+
+    name: str
+    key: str
+    option: str
+    ratio: float
+    advice: str
+    is_minimum: bool = True
+    slack: float = 0.0
+    """A maximum is violated only beyond reference + slack."""
+
+    def violated(self, value: float, reference: float) -> bool:
+        if self.is_minimum:
+            return not value >= self.ratio * reference  # a NaN violates
+        return not value <= max(self.ratio * reference, reference + self.slack)
+
+
+def _limits(config: GuardsConfig) -> list[_Limit]:
+    """Those that the configuration leaves on."""
+    limits = []
+    if config.min_entropy_ratio is not None:
+        advice = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"
+        limits.append(
+            _Limit(
+                "entropy collapse", "entropy/student", "min_entropy_ratio", config.min_entropy_ratio, advice
+            )
+        )
+    if config.max_entropy_ratio is not None:
+        advice = "use reverse KL, k_max = 1 + w and a frozen teacher (the defaults), or lower optimizer.lr"
+        limits.append(
+            _Limit(
+                "entropy explosion",
+                "entropy/student",
+                "max_entropy_ratio",
+                config.max_entropy_ratio,
+                advice,
+                is_minimum=False,
+                slack=config.min_entropy_rise,
+            )
+        )
+    if config.min_length_ratio is not None:
+        advice = (
+            "responses no longer show their work: read some, and change data.teacher_template or the teacher"
+        )
+        limits.append(
+            _Limit(
+                "length collapse", "response/length_mean", "min_length_ratio", config.min_length_ratio, advice
+            )
+        )
+    return limits

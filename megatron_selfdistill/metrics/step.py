@@ -1,0 +1,215 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The numbers of one step over the global batch, with the same bits on every rank.
+
+So whatever is decided from them is decided everywhere.  Entropies, log-probs and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.data.packing import Microbatch, PackedBatch
+from megatron_selfdistill.loss.target import Status
+from megatron_selfdistill.loss.vocab_parallel import TokenStats
+from megatron_selfdistill.rollout.base import Response
+
+if TYPE_CHECKING:  # a run's metrics are read where there is no Megatron
+    from megatron_selfdistill.parallel import Grid
+    from megatron_selfdistill.schedule import StepOutput
+
+K_RESOLUTION = 0.01
+"""Relative width of the bins from which k's percentiles are read: they are off by half of it at most."""
+K_RANGE = 2.0**10
+"""The histogram spans [1 / K_RANGE, K_RANGE]; a k beyond counts as its nearer end."""
+MAX_GRID = 16
+"""Most betas that a target's grid has."""
+
+_NUM_BINS = math.ceil(2 * math.log(K_RANGE) / math.log1p(K_RESOLUTION))
+
+# Key of each mean -> the count that divides its sum: response tokens; those with a target (a baseline's loss
+# has none); those whose log-prob the sampler gave.
+_OVER = {
+    "loss/mean": "tokens/response",
+    "student_nll": "tokens/response",
+    "loss/reverse_kl": "targets",
+    "entropy/student": "targets",
+    "entropy/teacher": "targets",
+    "entropy/target": "targets",
+    "entropy/target_minus_student": "targets",
+    "k/mean": "targets",
+    **{f"status/{status.name.lower()}": "targets" for status in Status},
+    "top1_agreement": "targets",
+    "teacher_cross_entropy": "targets",
+    "sampler/log_prob_mean_abs_diff": "sampled",
+}
+_SUMS = ("tokens/response", "targets", "sampled", *_OVER)
+
+
+def step_metrics(output: StepOutput, sampler_log_probs: Tensor | None, grid: Grid) -> dict[str, float]:
+    """Means over the response tokens of the global batch, under flat keys; equal on all ranks.
+
+    ``sampler_log_probs`` [R_total]: the sampler's raw log-prob of each of ``PackedBatch.response_tokens``, of
+    this replica, compared with the student's in this forward pass; None where nobody sampled.
+
+        tokens/response, loss/mean, student_nll = mean -log p(response token)
+        loss/reverse_kl, entropy/{student,teacher,target}, entropy/target_minus_student = mean H(q) - H(p)
+        k/{mean,p01,p99} of k = 1 / beta; percentiles are nearest ranks, to a relative K_RESOLUTION / 2
+        status/{matched,capped,out_of_range,undetermined,given}: shares of the tokens
+        top1_agreement, teacher_cross_entropy = mean -log-prob of the response token under the teacher
+        sampler/log_prob_{mean,max}_abs_diff
+
+    A loss without a target (`schedule.next_token`) has the first line only; without ``sampler_log_probs`` the
+    last is missing.  A token with NaN makes the means that it enters NaN; percentiles leave it out.
+    Collectives over the world: a sum of 1.4 k float64, a maximum of 3, a broadcast of both from rank 0.
+    """
+    sums = torch.zeros(len(_SUMS) + _NUM_BINS, dtype=torch.float64, device=grid.device)
+    maxima = torch.full((3,), -math.inf, dtype=torch.float64, device=grid.device)
+    if output.stats is not None and _holds_rows(grid):
+        rows = _row_values(output.stats, output.response_ids, sampler_log_probs)
+        nothing = sums[:0]
+        sums[: len(_SUMS)] = torch.stack([rows.get(key, nothing).sum() for key in _SUMS])
+        k = rows.get("k/mean", nothing)
+        k = k[torch.isfinite(k)]
+        sums[len(_SUMS) :] = _histogram(k)
+        differences = rows.get("sampler/log_prob_mean_abs_diff", nothing)
+        # The maximum of NaN and a number depends on their order.
+        for i, values in enumerate((k, -k, differences.nan_to_num(nan=math.inf, posinf=math.inf))):
+            maxima[i] = values.max() if values.numel() else -math.inf
+    total, maximum = _over_all_ranks(sums, maxima, grid)
+
+    named = dict(zip(_SUMS, total, strict=False))
+    metrics = {"tokens/response": named["tokens/response"]}
+    metrics |= {key: named[key] / named[over] for key, over in _OVER.items() if named[over]}
+    counts = total[len(_SUMS) :]
+    if sum(counts):
+        for name, share in (("k/p01", 0.01), ("k/p99", 0.99)):
+            metrics[name] = min(max(_percentile(counts, share), -maximum[1]), maximum[0])
+    if named["sampled"]:
+        metrics["sampler/log_prob_max_abs_diff"] = maximum[2]
+    return metrics
+
+
+def batch_entropies(output: StepOutput, grid: Grid) -> tuple[float, list[float], list[float]]:
+    """(mean H(p), betas, mean H(softmax(beta m)) at each of them) over the global batch, equal on all ranks.
+
+    It is what `loss.target.solve_batch_k` takes for the rule "batch".  Tokens with NaN are left out.
+    Collectives as `step_metrics`.
+    Raises: ValueError where the loss had no target, or no token had finite entropies.
+    """
+    sums = torch.zeros(2 + MAX_GRID, dtype=torch.float64, device=grid.device)
+    betas = torch.zeros(MAX_GRID, dtype=torch.float64, device=grid.device)
+    stats = output.stats
+    if stats is not None and _holds_rows(grid):
+        num_betas = len(stats.grid_betas)
+        betas[:num_betas] = stats.grid_betas.double()
+        entropies = torch.cat([stats.student_entropy[:, None], stats.grid_entropies], dim=1).double()
+        entropies = entropies[torch.isfinite(entropies).all(1)]
+        sums[0] = len(entropies)
+        sums[1 : 2 + num_betas] = entropies.sum(0)
+    total, found = _over_all_ranks(sums, betas, grid)
+    grid_betas = [beta for beta in found if beta > 0]
+    if not grid_betas or not total[0]:
+        raise ValueError(
+            "batch_entropies: expected tokens with finite entropies at the betas of a grid, got "
+            f"{total[0]:g} tokens and {len(grid_betas)} betas; the rule batch needs a distillation loss and "
+            "finite logits."
+        )
+    means = [value / total[0] for value in total[1 : 2 + len(grid_betas)]]
+    return means[0], grid_betas, means[1:]
+
+
+def rollout_metrics(
+    responses: Sequence[Response], grid: Grid, batch: PackedBatch | None = None
+) -> dict[str, float]:
+    """Lengths of the global batch's responses in tokens, padding of its microbatches; equal on all ranks.
+
+    ``responses``, ``batch``: of this replica, the same on each of its ranks.
+    Keys: tokens/rollout, response/length_mean, response/length_max, response/truncated_share (of those that
+    reached the limit), and with ``batch`` padding/student and padding/teacher (padding / all its tokens).
+    Without any response there is only the first.  Collectives as `step_metrics`.
+    """
+    sums = torch.zeros(7, dtype=torch.float64, device=grid.device)
+    longest = torch.zeros(1, dtype=torch.float64, device=grid.device)
+    if grid.tp_rank == grid.cp_rank == grid.pp_rank == 0:
+        lengths = [len(response.token_ids) for response in responses]
+        num_cut = sum(response.finish_reason == "length" for response in responses)
+        streams = (batch.student, batch.teacher) if batch is not None else ((), ())
+        numbers = [len(lengths), sum(lengths), num_cut, *_padding(streams[0]), *_padding(streams[1])]
+        sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
+        longest += max(lengths, default=0)
+    (count, tokens, truncated, *padding), (length_max,) = _over_all_ranks(sums, longest, grid)
+    metrics = {"tokens/rollout": tokens}
+    if count:
+        metrics |= {"response/length_mean": tokens / count, "response/length_max": length_max}
+        metrics["response/truncated_share"] = truncated / count
+    if batch is not None:
+        for stream, padded, in_all in zip(("student", "teacher"), padding[::2], padding[1::2], strict=True):
+            metrics[f"padding/{stream}"] = padded / in_all if in_all else 0.0
+    return metrics
+
+
+def _holds_rows(grid: Grid) -> bool:
+    """The last stage has the rows; its tensor-parallel ranks all have the same ones."""
+    return grid.is_last_stage and grid.tp_rank == 0
+
+
+def _row_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None) -> dict[str, Tensor]:
+    """The summands of `_SUMS`, [R] float64 each; without those that this loss does not know."""
+    student_log_prob = stats.student_log_prob.double()
+    one = torch.ones_like(student_log_prob)
+    rows = {"tokens/response": one, "loss/mean": stats.loss.double(), "student_nll": -student_log_prob}
+    if stats.grid_betas.numel():
+        student_entropy, target_entropy = stats.student_entropy.double(), stats.target_entropy.double()
+        rows |= {
+            "targets": one,
+            "loss/reverse_kl": stats.reverse_kl.double(),
+            "entropy/student": student_entropy,
+            "entropy/teacher": stats.teacher_entropy.double(),
+            "entropy/target": target_entropy,
+            "entropy/target_minus_student": target_entropy - student_entropy,
+            "k/mean": 1 / stats.beta.double(),
+            "top1_agreement": stats.top1_agreement.double(),
+            "teacher_cross_entropy": -stats.teacher_log_prob.double(),
+        }
+        rows |= {f"status/{status.name.lower()}": (stats.status == status).double() for status in Status}
+    if sampler_log_probs is not None:
+        theirs = sampler_log_probs[ids.to(sampler_log_probs.device)].to(one.device, torch.float64)
+        rows |= {"sampled": one, "sampler/log_prob_mean_abs_diff": (theirs - student_log_prob).abs()}
+    return rows
+
+
+def _histogram(k: Tensor) -> Tensor:
+    """Counts of k in bins of equal width in log k."""
+    bins = ((k * K_RANGE).log() / math.log1p(K_RESOLUTION)).floor().clamp(0, _NUM_BINS - 1)
+    return torch.bincount(bins.long(), minlength=_NUM_BINS).double()
+
+
+def _percentile(counts: Sequence[float], share: float) -> float:
+    """The nearest rank, the least value that ``share`` of all do not exceed: the middle of its bin."""
+    wanted, seen, index = math.ceil(share * sum(counts)), counts[0], 0
+    while seen < wanted:
+        index += 1
+        seen += counts[index]
+    return (1 + K_RESOLUTION) ** (index + 0.5) / K_RANGE
+
+
+def _padding(stream: Sequence[Microbatch]) -> tuple[int, int]:
+    masks = [microbatch.padding_mask for microbatch in stream]
+    return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+
+
+def _over_all_ranks(sums: Tensor, maxima: Tensor, grid: Grid) -> tuple[list[float], list[float]]:
+    """Sums and maxima over the world.  A rank whose values another one has too contributes zeros."""
+    if grid.world_size > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        both = torch.cat([sums, maxima])
+        dist.broadcast(both, src=0)  # an all-reduce need not give every rank the same bits
+        sums, maxima = both[: len(sums)], both[len(sums) :]
+    return sums.tolist(), maxima.tolist()
