@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The whole configuration: frozen dataclasses are the schema, hydra's YAML and the command line only override it.
+"""The whole configuration: frozen dataclasses are the schema; hydra's YAML and the command line override it.
 
-``load(argv)`` composes ``configs/train.yaml`` with overrides and returns a ``Config``; an unknown key, a wrong type or an
-impossible value is one sentence (`ConfigError`), raised on every rank before anything expensive starts.
-Past the builder functions code receives plain arguments, never a ``Config``.
+``load(argv)`` composes ``configs/train.yaml`` with overrides and returns a ``Config``; an unknown key, a
+wrong type or an impossible value is one sentence (`ConfigError`), raised on every rank before anything
+expensive starts. Past the builder functions code receives plain arguments, never a ``Config``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,12 +29,19 @@ from megatron_selfdistill.paths import config_dir
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run, in one sentence: the key, what was expected, what it got, what to do."""
+    """A configuration that cannot run, in one sentence: the key, what was expected, what it got."""
 
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ConfigError(sentence)
+
+
+def _at_least(least: float, section: str, values: Any, names: str) -> None:
+    """Each of the named fields is null or at least ``least``."""
+    for name in names.split():
+        value = getattr(values, name)
+        _require(value is None or value >= least, f"{section}.{name} must be at least {least}, got {value}")
 
 
 def _one_of(key: str, value: Any, choices: Iterable[str]) -> None:
@@ -44,8 +56,8 @@ class ModelConfig:
     """What the model is.  Field names are Megatron Core's ``TransformerConfig``'s and ``GPTModel``'s."""
 
     provider: str | None = None
-    """Dotted path of a function ``model_provider(pre_process, post_process, vp_stage) -> GPTModel`` (Megatron-LM's
-    signature); it replaces every architecture field below except ``vocab_size``."""
+    """Dotted path of a function ``model_provider(pre_process, post_process, vp_stage) -> GPTModel``
+    (Megatron-LM's signature); it replaces every architecture field below except ``vocab_size``."""
     vocab_size: int | None = None
     """Valid rows of the output layer, before Megatron's padding; null takes the tokenizer's size."""
     make_vocab_size_divisible_by: int = 128
@@ -110,6 +122,9 @@ class ModelConfig:
     """Any further ``TransformerConfig`` field by its own name; it overrides what this project derives."""
 
     def __post_init__(self) -> None:
+        sizes = "vocab_size make_vocab_size_divisible_by num_layers hidden_size ffn_hidden_size kv_channels"
+        _at_least(1, "model", self, f"{sizes} num_attention_heads num_query_groups max_position_embeddings")
+        _at_least(1, "model", self, "num_moe_experts moe_router_topk moe_ffn_hidden_size")
         _one_of("model.normalization", self.normalization, ["RMSNorm", "LayerNorm"])
         _one_of("model.activation", self.activation, ["silu", "gelu"])
         _one_of(
@@ -148,14 +163,18 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = None
     """ETP: tensor parallelism inside an expert; null is the same as TP."""
     sequence_parallel: bool = False
-    """SP: cut activations between the tensor-parallel regions along the sequence; with MoE and TP it must be on."""
+    """SP: cut activations between the tensor-parallel regions along the sequence; with MoE and TP it must be
+    on."""
     distributed_timeout_minutes: float = 30.0
     """How long a collective may wait before the run ends."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
-            size = getattr(self, f"{name}_parallel_size")
-            _require(size >= 1, f"parallel.{name}_parallel_size must be at least 1, got {size}")
+        axes = "tensor_model pipeline_model context expert_model expert_tensor".split()
+        _at_least(1, "parallel", self, " ".join(f"{axis}_parallel_size" for axis in axes))
+        _require(
+            self.distributed_timeout_minutes > 0,
+            f"parallel.distributed_timeout_minutes must be positive, got {self.distributed_timeout_minutes}",
+        )
         vpp = self.virtual_pipeline_model_parallel_size
         if vpp is not None:
             _require(
@@ -197,22 +216,22 @@ class DataConfig:
     student_template: str = "{problem}"
     """What the student is shown."""
     teacher_template: str | None = None
-    """What the teacher is shown, with the slots {problem} and {solution}; null takes the wording in prompts.py."""
+    """What the teacher is shown, with the slots {problem} and {solution}; null takes the wording in
+    prompts.py."""
     global_batch_size: int = 32
     """Problems per step, over all data-parallel ranks."""
     max_length: int | None = None
     """Longest context in tokens; null is model.max_position_embeddings."""
     on_long_context: str = "error"
-    """What to do where the teacher's context cannot fit: error, drop, truncate_start or truncate_end of the solution."""
+    """What to do where the teacher's context cannot fit: error, drop, truncate_start or truncate_end of the
+    solution."""
 
     def __post_init__(self) -> None:
         _one_of("data.on_bad_record", self.on_bad_record, ["error", "skip"])
         _one_of(
             "data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"]
         )
-        _require(
-            self.global_batch_size >= 1, f"data.global_batch_size must be >= 1, got {self.global_batch_size}"
-        )
+        _at_least(1, "data", self, "global_batch_size limit max_length")
         known = {"problem", "solution", "answer", "id", "messages"}
         for name in self.fields:
             _one_of("a key of data.fields", name, sorted(known))
@@ -239,19 +258,16 @@ class RolloutConfig:
     kv_cache_gb: float | None = None
     """Memory for the KV cache per rank; larger batches are split.  Null is a third of what is free."""
     replay: str | None = None
-    """A JSONL file of recorded responses (as written by ``rollout.record``) to train on instead of sampling."""
+    """A JSONL file of recorded responses (as written by ``rollout.record``) to train on instead of
+    sampling."""
     record: str | None = None
     """Write every response, with its step, problem and sample index, to this JSONL file."""
 
     def __post_init__(self) -> None:
         _one_of("rollout.engine", self.engine, ["megatron"])
-        _require(self.num_samples >= 1, f"rollout.num_samples must be at least 1, got {self.num_samples}")
-        _require(
-            self.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, got {self.max_new_tokens}"
-        )
-        _require(self.temperature >= 0, f"rollout.temperature must be at least 0, got {self.temperature}")
+        _at_least(1, "rollout", self, "num_samples max_new_tokens")
+        _at_least(0, "rollout", self, "temperature top_k kv_cache_gb")
         _require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
-        _require(self.top_k >= 0, f"rollout.top_k must be at least 0, got {self.top_k}")
 
 
 @dataclass(frozen=True)
@@ -259,7 +275,8 @@ class TargetConfig:
     """The mixed target q = softmax((w * l_teacher + l_student) / k)."""
 
     rule: str = "entropy_matched"
-    """How k is found: entropy_matched (per token), fixed, batch (one k per step), or teacher_alone (no mix)."""
+    """How k is found: entropy_matched (per token), fixed, batch (one k per step), or teacher_alone (no
+    mix)."""
     teacher_weight: float = 0.75
     """w, the weight of the teacher's logits; the student's weight is 1."""
     k_max: Any = "1 + w"
@@ -269,9 +286,7 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         _one_of("target.rule", self.rule, ["entropy_matched", "fixed", "batch", "teacher_alone"])
-        _require(
-            self.teacher_weight >= 0, f"target.teacher_weight must be at least 0, got {self.teacher_weight}"
-        )
+        _at_least(0, "target", self, "teacher_weight")
         number = isinstance(self.k_max, int | float) and not isinstance(self.k_max, bool)
         _require(
             self.k_max is None or self.k_max == "1 + w" or (number and self.k_max > 0),
@@ -320,7 +335,8 @@ class ScheduleConfig:
     max_tokens: int = 8192
     """Token budget of a microbatch: sequences are packed into rows of at most this length."""
     teacher_store_gb: float = 4.0
-    """The teacher's hidden rows stay on the device up to this size per rank, and go to pinned host memory above it."""
+    """The teacher's hidden rows stay on the device up to this size per rank, and go to pinned host memory
+    above it."""
     recompute_granularity: str | None = None
     """Activation recomputation: null, selective or full."""
     recompute_method: str | None = None
@@ -333,7 +349,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.pair_order is not None:
             _one_of("schedule.pair_order", self.pair_order, ["teacher_first", "alternating"])
-        _require(self.max_tokens >= 1, f"schedule.max_tokens must be at least 1, got {self.max_tokens}")
+        _at_least(1, "schedule", self, "max_tokens recompute_num_layers")
+        _at_least(0, "schedule", self, "teacher_store_gb")
         if self.recompute_granularity is not None:
             _one_of("schedule.recompute_granularity", self.recompute_granularity, ["selective", "full"])
 
@@ -380,7 +397,13 @@ class OptimizerConfig:
         _one_of("optimizer.precision", self.precision, ["bf16", "fp32"])
         styles = ["constant", "linear", "cosine", "inverse-square-root"]
         _one_of("optimizer.lr_decay_style", self.lr_decay_style, styles)
-        _require(self.lr >= 0, f"optimizer.lr must be at least 0, got {self.lr}")
+        _at_least(
+            0, "optimizer", self, "lr min_lr lr_warmup_steps weight_decay adam_eps sgd_momentum clip_grad"
+        )
+        _at_least(1, "optimizer", self, "lr_decay_steps")
+        for name in ("adam_beta1", "adam_beta2"):
+            beta = getattr(self, name)
+            _require(0 <= beta < 1, f"optimizer.{name} must lie in [0, 1), got {beta}")
         _require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
             "optimizer.overlap_param_gather=true needs use_distributed_optimizer and overlap_grad_reduce",
@@ -403,9 +426,8 @@ class CheckpointConfig:
     """Go on from the newest checkpoint in the run folder, if there is one."""
 
     def __post_init__(self) -> None:
-        _require(self.save_every >= 0, f"checkpoint.save_every must be at least 0, got {self.save_every}")
-        keep = self.keep_last
-        _require(keep is None or keep >= 1, f"checkpoint.keep_last must be null or at least 1, got {keep}")
+        _at_least(0, "checkpoint", self, "save_every")
+        _at_least(1, "checkpoint", self, "keep_last")
 
 
 @dataclass(frozen=True)
@@ -418,6 +440,9 @@ class MetricsConfig:
     """Progress bar and a line every ``console_every`` steps."""
     console_every: int = 1
     """Steps between console lines."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "metrics", self, "console_every")
 
 
 @dataclass(frozen=True)
@@ -440,7 +465,12 @@ class EvaluationConfig:
     """exact_match, math_verify, or the dotted path of ``verify(response_text, problem) -> bool``."""
 
     def __post_init__(self) -> None:
-        _require(self.num_samples >= 0, f"evaluation.num_samples must be at least 0, got {self.num_samples}")
+        _at_least(0, "evaluation", self, "every num_samples")
+        _at_least(1, "evaluation", self, "limit")
+        _require(
+            min(self.pass_at_k, default=1) >= 1,
+            f"evaluation.pass_at_k must hold numbers of at least 1, got {self.pass_at_k}",
+        )
         worst = max(self.pass_at_k, default=0)
         _require(
             worst <= max(self.num_samples, 1),
@@ -453,9 +483,11 @@ class GuardsConfig:
     """When a run is unhealthy.  A guard stops the run with a sentence and a checkpoint; null turns it off."""
 
     identity_tolerance: float | None = 1e-4
-    """At the start, one prompt read twice by the same weights must give a loss below this, in nats per token."""
+    """At the start, one prompt read twice by the same weights must give a loss below this, in nats per
+    token."""
     max_teacher_cross_entropy: float | None = None
-    """At the start, the teacher's cross-entropy on the first responses must lie below this, in nats per token."""
+    """At the start, the teacher's cross-entropy on the first responses must lie below this, in nats per
+    token."""
     non_finite: bool = True
     """Stop at a loss or gradient norm that is NaN or infinite; the step is not applied."""
     reference_steps: int = 5
@@ -467,16 +499,13 @@ class GuardsConfig:
     max_entropy_ratio: float | None = 2.5
     """Stop when the student's entropy rises above this multiple of its reference."""
     min_entropy_rise: float = 0.05
-    """The entropy must also have risen by this many nats per token, so that a tiny reference raises no alarm."""
+    """The entropy must also have risen by this many nats per token, so that a tiny reference raises no
+    alarm."""
     min_length_ratio: float | None = 0.25
     """Stop when the mean response length falls below this share of its reference."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.reference_steps >= 1,
-            f"guards.reference_steps must be at least 1, got {self.reference_steps}",
-        )
-        _require(self.patience >= 1, f"guards.patience must be at least 1, got {self.patience}")
+        _at_least(1, "guards", self, "reference_steps patience")
 
 
 @dataclass(frozen=True)
@@ -490,8 +519,8 @@ class Config:
     seed: int = 0
     """Seed of data order, sampling streams and initial weights."""
     objective: str = "self_distillation"
-    """self_distillation; or a baseline on the same data: solutions (next-token training on the solution text) or
-    verified_rollouts (next-token training on own responses whose answer verifies)."""
+    """self_distillation; or a baseline on the same data: solutions (next-token training on the solution text)
+    or verified_rollouts (next-token training on own responses whose answer verifies)."""
     dry_run: bool = False
     """Stop after everything has been checked and built, before the first step."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -526,18 +555,22 @@ class Config:
         _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
 
     def check_world(self, world_size: int) -> None:
-        """Raise `ConfigError` where the parallel sizes, the model and the batch cannot be cut for ``world_size`` ranks."""
+        """Raise `ConfigError` where the parallel sizes, the model and the batch cannot be cut for
+        ``world_size`` ranks.
+        """
         p, m = self.parallel, self.model
         tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
         ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size or tp
         model_size = tp * pp * cp
         _require(
             world_size % model_size == 0,
-            f"the world size {world_size} must be a multiple of TP x PP x CP = {tp} x {pp} x {cp} = {model_size}",
+            f"the world size {world_size} must be a multiple of "
+            f"TP x PP x CP = {tp} x {pp} x {cp} = {model_size}",
         )
         _require(
             world_size % (etp * pp * ep) == 0,
-            f"the world size {world_size} must be a multiple of ETP x EP x PP = {etp} x {ep} x {pp} = {etp * ep * pp}",
+            f"the world size {world_size} must be a multiple of "
+            f"ETP x EP x PP = {etp} x {ep} x {pp} = {etp * ep * pp}",
         )
         _require(
             ep == 1 or m.num_moe_experts is not None or m.provider is not None,
@@ -546,7 +579,8 @@ class Config:
         dp = world_size // model_size
         _require(
             self.data.global_batch_size >= dp,
-            f"data.global_batch_size ({self.data.global_batch_size}) is smaller than the {dp} data-parallel ranks",
+            f"data.global_batch_size ({self.data.global_batch_size}) must be at least the number of "
+            f"data-parallel ranks ({dp})",
         )
         if m.provider is None:
             self._check_model_divides(tp, pp, ep)
@@ -575,6 +609,13 @@ class Config:
                 m.num_moe_experts % ep == 0,
                 f"model.num_moe_experts ({m.num_moe_experts}) must be a multiple of EP ({ep})",
             )
+            etp = p.expert_tensor_parallel_size or tp
+            expert_ffn = m.moe_ffn_hidden_size or ffn
+            _require(
+                expert_ffn % etp == 0,
+                f"model.moe_ffn_hidden_size ({expert_ffn}) must be a multiple of the tensor parallelism "
+                f"inside an expert ({etp}): set parallel.expert_tensor_parallel_size",
+            )
             _require(
                 tp == 1 or p.sequence_parallel,
                 "a mixture of experts with tensor parallelism needs parallel.sequence_parallel=true",
@@ -586,14 +627,9 @@ def load(
 ) -> Config:
     """Compose ``<config_name>.yaml`` and hydra ``overrides`` into a `Config`.
 
-    ``search_path``: further folders with a lab's own groups, searched after this project's (hydra.searchpath).
-    Raises `ConfigError` with the nearest right name for an unknown key.
+    ``search_path``: further folders with a lab's own groups, searched after this project's
+    (hydra.searchpath). Raises `ConfigError` with the nearest right name for an unknown key.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-
     overrides = list(overrides)
     if search_path:
         folders = ",".join(f"file://{Path(folder).resolve()}" for folder in search_path)
@@ -603,7 +639,7 @@ def load(
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = compose(config_name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(overrides, error)) from error
     return from_mapping(composed)
 
@@ -646,7 +682,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass."""
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for node, after in zip(body, body[1:], strict=False):
+    for node, after in pairwise(body):
         if (
             isinstance(node, ast.AnnAssign)
             and isinstance(node.target, ast.Name)
@@ -676,21 +712,51 @@ def _make_writable(node: Any) -> None:
 
 
 def _explain(overrides: Sequence[str], error: Exception) -> str:
+    """A sentence for what hydra refused: the first override that names an unknown key or option."""
+    groups = _groups()
     for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~")
-        if "=" in override and not key.startswith("hydra") and "@" not in key:
+        key, equals, value = override.partition("=")
+        if not equals or key.startswith(("hydra", "+", "~")) or "@" in key:
+            continue
+        if key not in groups:
             sentence = _unknown_key(key)
-            if sentence and not (config_dir() / key).is_dir():
+            if sentence:
                 return sentence
+        elif isinstance(error, MissingConfigException) and f"'{key}/{value}'" in str(error):
+            near = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.0)[0]
+            return f"{key}={value}: there is no such file; did you mean {key}={near}?"
     return str(error).splitlines()[0]
+
+
+def _groups() -> dict[str, list[str]]:
+    """Hydra groups that the project ships -> their options."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(config_dir().iterdir())
+        if folder.is_dir()
+    }
 
 
 def _unknown_key(key: str) -> str | None:
     """A sentence with the nearest right name, or None where the key is right."""
+    key = key.split("[")[0]  # an element of a list
     known = keys()
     free_form = [name for name, (default, _) in known.items() if isinstance(default, dict)]
     sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
     if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):
         return None
-    near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.0)[0]
+    names = [*known] if "." in key else [*known, *sections, *_groups()]
+    near = _nearest(key, names)
     return f"unknown configuration key {key!r}; did you mean {near!r}? (`selfdistill --keys` lists all)"
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
+    """The name with the same last part; else the likeliest misspelling within the section; else overall."""
+    section, _, last = key.rpartition(".")
+    same_last = [name for name in names if name.rpartition(".")[2] == last]
+    if not same_last:
+        siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == section}
+        close = difflib.get_close_matches(last, siblings, n=1)
+        if close:
+            return siblings[close[0]]
+    return difflib.get_close_matches(key, same_last or names, n=1, cutoff=0.0)[0]

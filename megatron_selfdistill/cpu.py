@@ -2,8 +2,9 @@
 """Megatron Core 0.16 on CPU over gloo; import this before ``megatron.core``.
 
 Megatron Core names CUDA devices, streams and generators in its own code, also where the maths would run
-anywhere.  `install` replaces exactly those names by their CPU counterparts, so that the model, the schedules, the
-optimizer and the checkpoints that run here are Megatron's own.  On a machine with CUDA it does nothing at all.
+anywhere. `install` replaces exactly those names by their CPU counterparts, so that the model, the schedules,
+the optimizer and the checkpoints that run here are Megatron's own. On a machine with CUDA it does nothing at
+all.
 
 Each replacement is a plain function: a ``TorchFunctionMode`` would be thread-local (autograd runs backward
 on other threads) and would cost something on every operator.
@@ -45,7 +46,7 @@ def install() -> bool:
 
 
 def _names_cuda(device: Any) -> bool:
-    """True for every way of naming a CUDA device, a bare index included; ``meta`` and ``cpu`` stay what they are."""
+    """True for every way of naming a CUDA device, a bare index included; not for ``meta`` and ``cpu``."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     if isinstance(device, str):
@@ -54,7 +55,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _replace_factories() -> None:
-    """``torch.empty(device="cuda", pin_memory=True)`` and its kin: Megatron hard-codes the device in ~100 places."""
+    """``torch.empty(device="cuda", pin_memory=True)`` and its kin: Megatron has ~100 such calls."""
 
     def on_cpu(factory: Any) -> Any:
         @functools.wraps(factory)
@@ -93,7 +94,8 @@ def _replace_tensor_methods() -> None:
     tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
     tensor.record_stream = lambda self, *a, **k: None  # type: ignore[method-assign,assignment]
 
-    # The optimizers and clip_grads sort parameters by comparing `Tensor.type()` with 'torch.cuda.FloatTensor'.
+    # The optimizers and clip_grads sort parameters by comparing `Tensor.type()` with
+    # 'torch.cuda.FloatTensor'.
     native_type = tensor.type
 
     def cuda_type_name(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +155,7 @@ def _replace_cuda_namespace() -> None:
 
 
 def _replace_collectives() -> None:
-    """gloo wants plain integers for split sizes and equal sizes in gathers; Megatron's MoE code has neither."""
+    """gloo wants integers as split sizes and equal sizes in gathers; Megatron's MoE code has neither."""
     barrier, all_to_all_single = dist.barrier, dist.all_to_all_single
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
@@ -210,11 +212,11 @@ def _replace_megatron_device_code() -> None:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as random
 
-    # The RNG tracker and activation recomputation save and restore the generator of the device they compute on.
+    # The RNG tracker and activation recomputation save and restore the generator of their device.
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
 
-    # torch_dist saving *spawns* a Manager, which re-imports `__main__` and costs seconds per rank; a fork does.
+    # torch_dist saving *spawns* a Manager, which re-imports `__main__`: seconds per rank; a fork costs none.
     def forked_results_queue() -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context("fork"))
@@ -226,7 +228,9 @@ def _replace_megatron_device_code() -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """In the Manager's process: end when the rank has been killed, which cannot tell it, and free the rank's sockets."""
+    """In the Manager's process: end when the rank has been killed, which cannot tell it, and free the rank's
+    sockets.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -236,7 +240,7 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# Before torch compiles anything: Megatron's `jit_fuser` is `torch.compile`, seconds per function and nothing gained.
+# Before torch compiles anything: Megatron's `jit_fuser` is `torch.compile`, which takes seconds per function.
 if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 ON_CPU = install()

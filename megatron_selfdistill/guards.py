@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""When a run is unhealthy: numbers that are not finite, entropy or length that collapses, entropy that explodes."""
+"""When a run is unhealthy: numbers that are not finite, entropy or length far from that of the start."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Guards:
             if self.config.non_finite and not math.isfinite(metrics.get(key, 0.0)):
                 raise RunUnhealthy(
                     f"step {step}: expected a finite {key}, got {metrics[key]}; look at the steps before "
-                    "it in metrics.jsonl, and resume with a lower optimizer.lr or with optimizer.precision=fp32 "
+                    "it in metrics.jsonl, and resume with a lower optimizer.lr or optimizer.precision=fp32 "
                     "(guards.non_finite=false goes on regardless)"
                 )
 
@@ -82,8 +82,9 @@ class Guards:
             side = "below" if limit.is_minimum else "above"
             raise RunUnhealthy(
                 f"step {step}: {limit.name}: {limit.key} has been {side} {limit.ratio:g} times its reference "
-                f"for {in_a_row} steps; it is {value:.4g}, and its mean over the first {self.counts[limit.key]} "
-                f"steps was {reference:.4g}; {limit.advice} (guards.{limit.option}=null turns this guard off)"
+                f"for {in_a_row} steps; it is {value:.4g}, and its mean over the first "
+                f"{self.counts[limit.key]} steps was {reference:.4g}; {limit.advice} "
+                f"(guards.{limit.option}=null turns this guard off)"
             )
 
 
@@ -97,8 +98,8 @@ def check_identity(loss: float, tolerance: float | None) -> None:
         raise RunUnhealthy(
             "identity check: one prompt read twice by the same weights must give a loss of at most "
             f"{tolerance:g} nats per token, got {loss:g}; student and teacher do not compute the same "
-            "function: look at dropout, the parallel sizes, packing and a model.provider of your own, and compare "
-            "with a run on one rank (guards.identity_tolerance=null turns this check off)"
+            "function: look at dropout, the parallel sizes, packing and a model.provider of your own, and "
+            "compare with a run on one rank (guards.identity_tolerance=null turns this check off)"
         )
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Everything that a run reads before it starts: tokenizer, problems, prompts, all checked on every rank before any
-process group exists."""
+"""Everything that a run reads before it starts: tokenizer, problems, prompts, all checked on every rank
+before any process group exists."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Inputs:
 
     @classmethod
     def load(cls, config: Config) -> Inputs:
-        """Read and check everything; `ConfigError` is one sentence that names the file, the line or the key."""
+        """Read and check everything; `ConfigError` names the file, the line or the key in one sentence."""
         try:
             return cls._load(config)
         except (ValueError, OSError) as error:
@@ -95,11 +95,13 @@ def longest_context(config: Config) -> int:
     wanted = config.data.max_length
     if wanted is not None and wanted > row:
         raise ConfigError(
-            f"data.max_length ({wanted}) exceeds the longest row within schedule.max_tokens ({row}); raise the latter"
+            f"data.max_length ({wanted}) exceeds the longest row within schedule.max_tokens ({row}); "
+            "raise the latter"
         )
     if wanted is not None and config.model.provider is None and wanted > config.model.max_position_embeddings:
         raise ConfigError(
-            f"data.max_length ({wanted}) exceeds model.max_position_embeddings ({config.model.max_position_embeddings})"
+            f"data.max_length ({wanted}) exceeds model.max_position_embeddings "
+            f"({config.model.max_position_embeddings})"
         )
     limit = wanted if wanted is not None else config.model.max_position_embeddings
     return min(limit, row)

@@ -99,7 +99,8 @@ def world_size() -> int:
 def initialize(config: ParallelConfig, seed: int) -> Grid:
     """Start torch.distributed (unless it runs), Megatron's groups and the tensor-parallel random states.
 
-    gloo on CPU, NCCL on GPUs (each rank takes the device LOCAL_RANK).  A plain ``python`` start is a world of one.
+    gloo on CPU, NCCL on GPUs (each rank takes the device LOCAL_RANK). A plain ``python`` start is a world of
+    one.
     """
     if not dist.is_initialized():
         _init_process_group(config)

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What Megatron Core 0.16 gets wrong on any device, set right; each repair says what it mends and when it applies.
+"""What Megatron Core 0.16 gets wrong on any device, set right; each repair says what it mends and when.
 
-Three families: names left undefined where Transformer Engine is absent, the distributed optimizer's checkpoints where
-``torch.optim.AdamW`` does the work (no Transformer Engine, no NVIDIA apex), and the MoE router's padding mask.
-Nothing here changes a number that Megatron gets right.
+Three families: names left undefined where Transformer Engine is absent, the distributed optimizer's
+checkpoints where ``torch.optim.AdamW`` does the work (no Transformer Engine, no NVIDIA apex), and the MoE
+router's padding mask. Nothing here changes a number that Megatron gets right.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def apply() -> None:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine imports; a broken installation raises instead of being taken for an absent one."""
+    """Whether Transformer Engine imports; a broken installation raises, and is not taken for none."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:
@@ -41,7 +41,7 @@ def have_transformer_engine() -> bool:
 
 
 def _define_names_missing_without_transformer_engine() -> None:
-    """Without Transformer Engine the router, selective recomputation, MLA and shared experts raise NameError or worse."""
+    """Without Transformer Engine the router, selective recomputation, MLA and shared experts fail."""
     if have_transformer_engine():
         return
     import megatron.core.tensor_parallel.random as random
@@ -71,10 +71,10 @@ def _define_names_missing_without_transformer_engine() -> None:
 def _load_torch_adam_into_distributed_optimizer(optimizer_class: Any) -> None:
     """Make the distributed optimizer's state load into ``torch.optim.AdamW``.
 
-    Megatron writes for FusedAdam, whose state holds no ``step``.  With torch's AdamW: (1) the state must exist before
-    the sharded state dict describes it; (2) the copies must not touch leaves under autograd nor look up ``step``;
-    (3) ``load_state_dict`` gives all parameters ONE step tensor, which each update then increments once per
-    parameter: silently wrong bias correction from the first resumed step on.
+    Megatron writes for FusedAdam, whose state holds no ``step``. With torch's AdamW: (1) the state must exist
+    before the sharded state dict describes it; (2) the copies must not touch leaves under autograd nor look
+    up ``step``; (3) ``load_state_dict`` gives all parameters ONE step tensor, which each update then
+    increments once per parameter: silently wrong bias correction from the first resumed step on.
     """
     sharded_state_dict, load_state_dict = optimizer_class.sharded_state_dict, optimizer_class.load_state_dict
 
@@ -105,8 +105,8 @@ def _load_torch_adam_into_distributed_optimizer(optimizer_class: Any) -> None:
 
 
 def _mask_padding_in_expert_bias_counts(router_class: Any) -> None:
-    """0.16.1 combines ``routing_map [tokens, experts]`` with ``padding_mask [tokens]``: a shape error, or worse a
-    broadcast when tokens == experts."""
+    """0.16.1 combines ``routing_map [tokens, experts]`` with ``padding_mask [tokens]``: a shape error, or
+    worse a broadcast when tokens == experts."""
     apply_expert_bias = router_class._apply_expert_bias
 
     def apply_expert_bias_per_token(self: Any, routing_map: Any, padding_mask: Any = None) -> Any:

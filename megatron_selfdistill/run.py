@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +13,54 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill import schedule
-from megatron_selfdistill.checkpoint.megatron import (
-    Checkpointer,
-    load_frozen_teacher,
-    load_weights,
-    megatron_args,
-    save_frozen_teacher,
-)
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.checkpoint.arguments import megatron_args
+from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights
+from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.packing import PackedBatch, pack, pad_to_count, required_seq_length
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
 from megatron_selfdistill.evaluate import EvaluationResult, evaluate, load_verifier
-from megatron_selfdistill.guards import Guards, RunUnhealthy, check_identity, check_teacher_canary
+from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target, solve_batch_k
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
-from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
+from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed
 from megatron_selfdistill.rollout.megatron import MegatronSampler
-from megatron_selfdistill.rollout.recorded import Recorder, RecordedSampler
+from megatron_selfdistill.rollout.recorded import Recording, record
 from megatron_selfdistill.teacher import Teacher
+
+IDENTITY_CONTEXTS = 8  # per replica, read twice at the start of a run
 
 
 class Run:
-    """Model, teacher, sampler, optimizer, data and checkpoints of one rank, and the steps between them.
+    """Model, teacher, sampler, optimizer, data and checkpoints of one rank.
 
-    Every rank of the world makes the same calls in the same order.
+    Every rank of the world makes the same calls in the same order.  ``step`` counts the optimizer steps done.
     """
 
     def __init__(self, config: Config, inputs: Inputs, grid: Grid) -> None:
         self.config, self.inputs, self.grid = config, inputs, grid
         self.run_dir = Path(config.run_dir)
-        self.phases = Phases()
-        self._build_model()
-        self._build_data()
-        self.guards = Guards(config.guards)
-        self.verify = load_verifier(config.evaluation.verifier)
+        self.phases = Phases(grid.device)
+        self.stream = ProblemStream(inputs.problems, batch_size=config.data.global_batch_size, seed=config.seed)
+        self.recording = Recording(config.rollout.replay) if config.rollout.replay else None
         self.checkpointer = Checkpointer(
             self.run_dir, grid, keep_last=config.checkpoint.keep_last, async_save=config.checkpoint.async_save
         )
+        self.resumed_from = self._checkpoint_to_resume()
+        self._build_model()
+        self.guards = Guards(config.guards)
         self.step = 0
         self.batch_k: float | None = None  # of target.rule=batch: solved from the step before
-        self._resume_or_start()
+        self.sampler_log_probs: torch.Tensor | None = None
+        if self.resumed_from is not None:
+            self._resume(self.resumed_from)
+        self._checked = self.step > 0  # the identity law and the teacher's canary, once per run
         self.log = MetricsLog(
             self.run_dir,
             num_steps=config.num_steps,
@@ -69,7 +71,7 @@ class Run:
         )
         self.log.resume(self.step)
 
-    # -- one step, in the order of the loop ---------------------------------------------------------------------
+    # -- a step, in the order of the loop ------------------------------------------------------------------------
 
     def next_problems(self) -> list[Problem]:
         """This replica's share of the next global batch."""
@@ -84,9 +86,10 @@ class Run:
             if self.recording is not None:
                 responses = self.recording.responses(keys)
             else:
+                prompts = {pair.problem_id: pair.student_prompt for pair in map(self._prompts, problems)}
                 requests = [
-                    Request(pair.student_prompt, stream_seed(self.config.seed, *key))
-                    for pair, key in zip(self._prompts(problems), keys, strict=True)
+                    Request(prompts[problem_id], stream_seed(self.config.seed, step, problem_id, sample))
+                    for step, problem_id, sample in keys
                 ]
                 responses = self.sampler.generate(requests, self.sampling)
             if self.config.rollout.record:
@@ -96,30 +99,31 @@ class Run:
     def pack(self, problems: Sequence[Problem], responses: Sequence[Response]) -> PackedBatch:
         """Both contexts of every response as microbatches: as many, and as long, on every replica."""
         with self.phases("pack"):
-            contexts = build_contexts(self._prompts(problems), responses)
-            self.sampler_log_probs: torch.Tensor | None = torch.tensor(
-                [value for response in responses for value in response.log_probs], dtype=torch.float64
-            )
+            samples = len(responses) // max(len(problems), 1)
+            owners = [problem for problem in problems for _ in range(samples)]
             if self.config.objective == "verified_rollouts":
-                owners = [p for p in problems for _ in range(self.config.rollout.num_samples)]
-                right = [self._is_right(p, r) for p, r in zip(owners, responses, strict=True)]
-                contexts = [context for context, keep in zip(contexts, right, strict=True) if keep]
-            if self.config.objective != "self_distillation":
-                self.sampler_log_probs = None
+                right = [self._is_right(*pair) for pair in zip(owners, responses, strict=True)]
+                owners = [problem for problem, keep in zip(owners, right, strict=True) if keep]
+                responses = [response for response, keep in zip(responses, right, strict=True) if keep]
+            contexts = build_contexts([self._prompts(problem) for problem in owners], responses)
+            self._contexts = contexts
+            log_probs = [value for response in responses for value in response.log_probs]
+            sampled = self.config.objective != "solutions"
+            self.sampler_log_probs = torch.tensor(log_probs, dtype=torch.float64) if sampled else None
             return self._pack(contexts)
 
     def forward_backward(self, batch: PackedBatch) -> schedule.StepOutput | None:
         """Gradients of the batch in ``main_grad``; None where no replica has a response to train on."""
-        has_tokens = torch.tensor([len(batch.response_tokens)], device=self.grid.device)
-        dist.all_reduce(has_tokens, group=self.grid.dp_group)
-        if not has_tokens.item():
+        if not self._anywhere(len(batch.response_tokens)):
             return None
         with self.phases("train"):
+            if not self._checked:
+                self._check_identity()
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            with self._teaching() as teacher:
-                return self._schedule(batch, teacher, self._row_loss())
+            with self.teacher.on_device() as teacher:
+                return self._schedule(batch, teacher if self.distils else None, self._row_loss())
 
     def update(self, output: schedule.StepOutput | None) -> dict[str, float]:
         """Check the numbers, apply the gradient, move the teacher; returns the step's metrics, equal on all ranks.
@@ -129,32 +133,252 @@ class Run:
         if output is None:
             return {}
         metrics = step_metrics(output, self.sampler_log_probs, self.grid)
+        if not self._checked:
+            self._checked = True
+            if self.distils:
+                check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.max_teacher_cross_entropy)
         with self.phases("optimizer"):
             self.optimizer.prepare_grads()
             metrics["gradient_norm"] = float(self.optimizer.get_grad_norm())
-            self.guards.check_finite(self.step, metrics)
+            self.guards.check_finite(self.step + 1, metrics)
             self.scheduler.step(1)
+            metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
             self.optimizer.step()
             self.teacher.update(self.optimizer)
-        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        if self.config.target.rule == "batch":
-            self.batch_k = solve_batch_k(*batch_entropies(output, self.grid), self._target().k_bound)
+            self._gather_parameters()
+        if self.config.target.rule == "batch" and self.distils:
+            self.batch_k = solve_batch_k(
+                *batch_entropies(output, self.grid), self._target().k_bound, max_entropy=math.log(self.inputs.vocab_size)
+            )
         self.sampler.update_weights()
         return metrics
 
     def finish_step(self, metrics: dict[str, float], responses: Sequence[Response], batch: PackedBatch) -> None:
-        """Count the step; log, evaluate, guard and save what is due."""
-        metrics |= rollout_metrics(responses, self.grid) | self._padding(batch)
+        """Count the step; log, evaluate, guard and save what is due.  Raises `RunUnhealthy` where a guard trips."""
         self.step += 1
-        every = self.config.evaluation.every
-        if every and self.step % every == 0:
-            metrics |= self.evaluate().metrics()
-        self.log.log(self.step, metrics | self.phases.metrics())
+        metrics |= rollout_metrics(responses, self.grid, batch)
+        timed = self.phases.metrics(rollout=metrics["tokens/rollout"], train=self._tokens_read(batch, metrics))
+        self.log.log(self.step, metrics | timed)
         self.guards.check(self.step, metrics)
-        save_every = self.config.checkpoint.save_every
-        if self.step == self.config.num_steps or (save_every and self.step % save_every == 0):
+        last = self.step == self.config.num_steps
+        if self.config.evaluation.every and (self.step % self.config.evaluation.every == 0 or last):
+            self.evaluate()
+        if last or (self.config.checkpoint.save_every and self.step % self.config.checkpoint.save_every == 0):
             self.save()
         self.checkpointer.poll()
 
-    def check_first_step(self, batch: PackedBatch, contexts_seen: None = None) -> None:
-        ...
+    # -- beside the loop -----------------------------------------------------------------------------------------
+
+    def evaluate(self, hinted: bool = False) -> EvaluationResult:
+        """Held-out problems, without hints unless ``hinted``; logged under the present step."""
+        with self.phases("evaluation"):
+            result = evaluate(
+                self.sampler,
+                self.inputs.builder,
+                self.inputs.tokenizer,
+                self.inputs.evaluation,
+                load_verifier(self.config.evaluation.verifier),
+                params=self.sampling,
+                num_samples=self.config.evaluation.num_samples,
+                ks=self.config.evaluation.pass_at_k,
+                seed=self.config.seed,
+                step=self.step,
+                grid=self.grid,
+                max_length=self.inputs.max_length,
+                hinted=hinted,
+            )
+        self.log.log_evaluation(self.step, result.metrics())
+        return result
+
+    def save(self) -> None:
+        """A checkpoint of the present step."""
+        with self.phases("checkpoint"):
+            self.checkpointer.save(
+                self.step,
+                chunks=self.chunks,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                teacher=self.teacher if self.distils else None,
+                trainer_state={
+                    "stream": self.stream.state_dict(),
+                    "guards": self.guards.state_dict(),
+                    "batch_k": self.batch_k,
+                },
+                args=megatron_args(self.chunks[0], self.config.model),
+            )
+
+    def close(self) -> None:
+        """Finish saves in the background and close the logs."""
+        self.checkpointer.finish()
+        self.log.close()
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher; the baselines train on next tokens."""
+        return self.config.objective == "self_distillation"
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _build_model(self) -> None:
+        config, grid = self.config, self.grid
+        architecture = None
+        if config.model.provider is None:
+            architecture = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
+
+        def new_chunks() -> list[torch.nn.Module]:
+            return build_chunks(config.model, architecture, grid, self.inputs.vocab_size)
+
+        self.chunks = wrap_for_training(new_chunks(), config.optimizer)
+        self.vocab = VocabShard.from_group(unwrapped(self.chunks[-1]).vocab_size, self.inputs.vocab_size, grid.tp_group)
+        if config.checkpoint.load is not None and self.resumed_from is None:
+            load_weights(Path(config.checkpoint.load), self.chunks, self.inputs.vocab_size)
+        self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
+        self.teacher = Teacher(
+            config.teacher.weights if self.distils else "current",
+            self.chunks,
+            new_chunks,
+            ema_decay=config.teacher.ema_decay,
+            offload=config.teacher.offload == "cpu",
+        )
+        self.sampler = MegatronSampler(
+            self.chunks, grid, self.inputs.vocab_size, self.inputs.max_length, config.rollout.kv_cache_gb
+        )
+        rollout = config.rollout
+        self.sampling = SamplingParams(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            stop_token_ids=self.inputs.stop_token_ids,
+        )
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        latest = self.checkpointer.latest()
+        if latest is not None and not self.config.checkpoint.resume:
+            raise ConfigError(
+                f"checkpoint.resume=false, but {self.run_dir} holds {latest.name} of an earlier run: "
+                "choose another run_dir, or let it resume"
+            )
+        return latest
+
+    def _resume(self, path: Path) -> None:
+        state = self.checkpointer.load(
+            path,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            teacher=self.teacher if self.distils else None,
+        )
+        self.step, self.batch_k = state["step"], state["batch_k"]
+        self.stream.load_state_dict(state["stream"])
+        self.guards.load_state_dict(state["guards"])
+
+    # -- what the steps above need -------------------------------------------------------------------------------
+
+    def _schedule(
+        self, batch: PackedBatch, teacher: Sequence[torch.nn.Module] | None, row_loss: schedule.RowLoss, **options: Any
+    ) -> schedule.StepOutput:
+        return schedule.run(
+            self.chunks,
+            teacher,
+            batch,
+            row_loss,
+            self.grid,
+            self.vocab,
+            pair_order=self.pair_order,
+            teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
+            **options,
+        )
+
+    @property
+    def pair_order(self) -> str:
+        """As configured; by default teacher_first where there is a pipeline to keep full, else alternating."""
+        return self.config.schedule.pair_order or ("teacher_first" if self.grid.pp_size > 1 else "alternating")
+
+    def _target(self) -> Target:
+        target = self.config.target
+        k = self.batch_k if target.rule == "batch" else target.k
+        return Target(target.rule, target.teacher_weight, target.k_max, k)
+
+    def _row_loss(self) -> schedule.RowLoss:
+        if not self.distils:
+            return schedule.next_token
+        loss = self.config.loss
+        return schedule.self_distillation(self._target(), Divergence(loss.divergence, loss.jsd_lambda))
+
+    def _pack(self, contexts: Sequence[ContextPair]) -> PackedBatch:
+        arguments: dict[str, Any] = {
+            "max_tokens": self.config.schedule.max_tokens,
+            "cp_size": self.grid.cp_size,
+            "tp_size": self.grid.tp_size,
+            "paired": self.pair_order == "alternating",
+        }
+        (seq_length,) = self._largest(required_seq_length(contexts, **arguments))
+        batch = pack(contexts, **arguments, seq_length=seq_length)
+        return pad_to_count(batch, *self._counts(*self._largest(len(batch.student), len(batch.teacher))))
+
+    def _counts(self, num_student: int, num_teacher: int) -> tuple[int, int]:
+        """Raised to at least one student, and in total to what the schedule takes."""
+        num_student, num_teacher = max(num_student, 1), max(num_teacher, 1)
+        multiple = schedule.microbatch_multiple(self.grid)
+        while (num_student + (num_teacher if self.distils else 0)) % multiple:
+            num_student += 1
+            num_teacher += self.pair_order == "alternating"
+        return num_student, num_teacher
+
+    def _prompts(self, problem: Problem) -> PromptPair:
+        pair = fit_teacher_prompt(
+            self.inputs.builder,
+            problem,
+            max_length=self.inputs.max_length,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            policy=self.config.data.on_long_context,
+        )
+        assert pair is not None, "Inputs.load kept only the problems that fit"
+        return pair
+
+    def _solution(self, problem: Problem) -> Response:
+        """The solution's own text as the response: what fine-tuning on solutions imitates."""
+        limit = self.config.rollout.max_new_tokens
+        tokens = [*self.inputs.tokenizer.encode(problem.solution), self.inputs.stop_token_ids[0]]
+        unknown = [math.nan] * min(len(tokens), limit)
+        return Response(tokens[:limit], unknown, unknown, "stop" if len(tokens) <= limit else "length")
+
+    def _is_right(self, problem: Problem, response: Response) -> bool:
+        text = self.inputs.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+        return load_verifier(self.config.evaluation.verifier)(text, problem)
+
+    def _check_identity(self) -> None:
+        """One prompt read twice by the same weights has no loss: sharding, packing and exchange work in this layout."""
+        if not self.distils or self.config.guards.identity_tolerance is None:
+            return
+        same = [replace(c, teacher_prompt=c.student_prompt) for c in self._contexts[:IDENTITY_CONTEXTS]]
+        batch = self._pack(same)
+        target = Target(teacher_weight=self.config.target.teacher_weight)
+        loss = self.config.loss
+        row_loss = schedule.self_distillation(target, Divergence(loss.divergence, loss.jsd_lambda))
+        output = self._schedule(batch, self.chunks, row_loss, forward_only=True)
+        check_identity(step_metrics(output, None, self.grid)["loss/mean"], self.config.guards.identity_tolerance)
+
+    def _gather_parameters(self) -> None:
+        """With overlap_param_gather the next training forward would gather them; the sampler reads them before."""
+        if self.config.optimizer.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def _tokens_read(self, batch: PackedBatch, metrics: dict[str, float]) -> float:
+        """Tokens, without padding, that student and teacher read in this step, over the global batch."""
+        streams = [(batch.student, metrics["padding/student"])]
+        if self.distils:
+            streams.append((batch.teacher, metrics["padding/teacher"]))
+        return sum(self.grid.dp_size * len(s) * batch.seq_length * (1 - padding) for s, padding in streams)
+
+    def _anywhere(self, count: int) -> bool:
+        return self._largest(count)[0] > 0
+
+    def _largest(self, *values: int) -> list[int]:
+        """Each value's maximum over the replicas."""
+        tensor = torch.tensor(values, device=self.grid.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.grid.dp_group)
+        return tensor.tolist()
+

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which weights teach: frozen (those at the start of the run), their exponential moving average, or the current ones."""
+"""Which weights teach: those at the start of the run, their moving average, or the current ones."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ Chunks = list[torch.nn.Module]
 class Teacher:
     """The teacher's chunks on this rank, cut like the student's.
 
-    ``frozen`` and ``ema`` hold a copy in the parameters' dtype; ``ema`` holds a float32 master beside it, because an
-    average in bf16 never moves (its step is below half a unit in the last place).  ``current`` holds nothing.
-    With ``offload`` the copy rests in pinned host memory and is on the device only within `on_device`.
+    ``frozen`` and ``ema`` hold a copy in the parameters' dtype; ``ema`` holds a float32 master beside it,
+    because an average in bf16 never moves (its step is below half a unit in the last place). ``current``
+    holds nothing. With ``offload`` the copy rests in pinned host memory and is on the device only within
+    `on_device`.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Teacher:
             self.copy_student()
 
     def copy_student(self) -> None:
-        """Take the student's present weights (the start of a run, or after loading a checkpoint to start from)."""
+        """Take the student's present weights: at the start of a run, once its checkpoint has been read."""
         if self.weights == "current":
             return
         with torch.no_grad(), self.on_device(keep=True):
@@ -61,10 +62,11 @@ class Teacher:
             self.masters = [mine.detach().float() for mine, _ in self._pairs()]
 
     def update(self, optimizer: MegatronOptimizer) -> None:
-        """After an optimizer step, for ``ema``: master = decay * master + (1 - decay) * the optimizer's float32 main
-        parameter, then the copy is cast from it.  Buffers (expert biases) are copied.
+        """After an optimizer step, for ``ema``: master = decay * master + (1 - decay) * the optimizer's
+        float32 main parameter, then the copy is cast from it. Buffers (expert biases) are copied.
 
-        Collectives: under the distributed optimizer one all-reduce per bf16 parameter over the ranks that share it.
+        Collectives: under the distributed optimizer one all-reduce per bf16 parameter over the ranks that
+        share it.
         """
         if self.weights != "ema":
             return
@@ -77,7 +79,10 @@ class Teacher:
 
     @contextlib.contextmanager
     def on_device(self, keep: bool = False) -> Iterator[Chunks]:
-        """The chunks, ready to run.  With ``offload`` they leave the device at the end (``keep``: written back first)."""
+        """The chunks, ready to run.
+
+        With ``offload`` they leave the device at the end (``keep``: written back first).
+        """
         if not self.offload:
             yield self.chunks
             return
@@ -94,8 +99,8 @@ class Teacher:
                 param.data = host
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the teacher: the float32 master for ``ema``, the copy for ``frozen``; keys begin
-        with ``teacher.``.  Tensors are shared, not copied."""
+        """What a checkpoint holds of the teacher: the float32 master for ``ema``, the copy for ``frozen``;
+        keys begin with ``teacher.``. Tensors are shared, not copied."""
         if self.weights == "current":
             return {}
         with self.masters_in_place():
@@ -118,7 +123,7 @@ class Teacher:
 
     @contextlib.contextmanager
     def masters_in_place(self) -> Iterator[None]:
-        """The parameters *are* the float32 masters for the while, so that Megatron's own state dicts describe them."""
+        """The parameters *are* the float32 masters for the while: Megatron's state dicts describe them."""
         params = [mine for mine, _ in self._pairs()]
         data = [p.data for p in params]
         for param, master in zip(params, self.masters, strict=False):  # no masters unless ema
@@ -140,10 +145,10 @@ class Teacher:
 
 
 def main_parameter(param: Tensor, optimizer: MegatronOptimizer) -> Tensor:
-    """The whole float32 parameter that the optimizer updates for ``param``, in ``param``'s shape, on every rank.
+    """The whole float32 parameter that the optimizer updates for ``param``, in its shape, on every rank.
 
-    For float32 training that is the parameter.  The distributed optimizer keeps slices of a bf16 parameter's main copy
-    on some of its data-parallel ranks; all others add zeros, which is exact.
+    For float32 training that is the parameter. The distributed optimizer keeps slices of a bf16 parameter's
+    main copy on some of its data-parallel ranks; all others add zeros, which is exact.
     """
     if param.dtype == torch.float32:
         return param.detach()
@@ -159,7 +164,7 @@ def main_parameter(param: Tensor, optimizer: MegatronOptimizer) -> Tensor:
 
 
 def _distributed_optimizer_of(param: Tensor, optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
-    """The distributed optimizer (dense or expert) whose gradient buffers hold ``param``; None where there is none."""
+    """The distributed optimizer (dense or expert) whose gradient buffers hold ``param``, or None."""
     optimizers = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     for candidate in optimizers:
         if isinstance(candidate, DistributedOptimizer) and any(

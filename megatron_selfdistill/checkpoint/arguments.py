@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import unwrapped
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
@@ -47,6 +48,7 @@ def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namesp
         "norm_epsilon": config.layernorm_epsilon,
         "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
         "num_experts": config.num_moe_experts,
+        "transformer_impl": "transformer_engine" if uses_transformer_engine() else "local",
         "ckpt_format": "torch_dist",
         "use_dist_ckpt": True,
         "data_parallel_random_init": False,

@@ -67,7 +67,8 @@ def latest(folder: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint at ``path``: itself, or what Megatron's tracker file in it names.
+    """The checkpoint at ``path``: itself (after a crash, the one that it was about to replace), or what Megatron's tracker
+    file in it names.
 
     Raises: CheckpointError where there is no complete torch_dist checkpoint.
     """
@@ -75,6 +76,9 @@ def resolve(path: Path) -> Path:
     chosen = _tracked(path) or path
     reason = incomplete(chosen)
     if reason is not None:
+        replaced = chosen.with_name(chosen.name + _REPLACED)
+        if replaced.is_dir() and incomplete(replaced) is None:
+            return replaced
         raise CheckpointError(
             f"expected a Megatron torch_dist checkpoint (an iter_ folder, or the folder with {TRACKER}) at "
             f"{path}, but {chosen} {reason}"
@@ -215,7 +219,7 @@ def prune(target: Path, keep_last: int | None) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in list(folder.iterdir()):
         if path.name.startswith(_TEMPORARY) and path.suffix != ".lock":
             if path.is_file():
                 path.unlink()

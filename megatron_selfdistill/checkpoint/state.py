@@ -32,10 +32,9 @@ CONTENT = {
 """Megatron's ``content_metadata``: how state is cut into named tensors."""
 
 
-def model_state(chunks: Sequence[torch.nn.Module], grid: Grid, content: dict[str, Any]) -> dict[str, Any]:
+def model_state(chunks: Sequence[torch.nn.Module], content: dict[str, Any]) -> dict[str, Any]:
     """``{"model": ...}``, or ``model0``, ``model1`` ... with virtual stages: the chunks' sharded state dicts."""
-    metadata = {**content, "dp_cp_group": grid.dp_cp_group}
-    states = [unwrapped(chunk).sharded_state_dict(metadata=metadata) for chunk in chunks]
+    states = [unwrapped(chunk).sharded_state_dict(metadata=dict(content)) for chunk in chunks]
     return dict(zip(_chunk_keys(chunks), states, strict=True))
 
 

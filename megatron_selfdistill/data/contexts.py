@@ -179,7 +179,7 @@ def _longest_fitting(
     while too_long - fits > 1:
         length = (fits + too_long) // 2
         if len(builder.teacher_prompt(problem, cut(problem.solution, length))) <= room:
-            fits = length - 1
+            fits = length
         else:
             too_long = length
     _, teacher = builder.prompt_pair(problem, cut(problem.solution, fits))

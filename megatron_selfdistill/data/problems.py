@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,25 +86,8 @@ def load_problems(
         raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {on_bad_record!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 problem or null for all of them, got {limit}.")
-    problems: list[Problem] = []
-    skipped: list[str] = []
-    places: dict[str, str] = {}
-    seen_columns: set[str] = set()
-    for location, record in _records(path_or_name, split, subset):
-        if isinstance(record, dict):
-            seen_columns.update(record)
-        try:
-            problem = _validated(record, location, columns, places)
-        except BadRecordError as error:
-            if on_bad_record == "error":
-                hint = "Mend the record, or set on_bad_record to 'skip'."
-                raise ValueError(f"{location}: {error} {hint}") from None
-            skipped.append(f"{location}: {error}")
-            continue
-        places[problem.id] = location
-        problems.append(problem)
-        if limit is not None and len(problems) == limit:
-            break
+    records = _records(path_or_name, split, subset)
+    problems, skipped, seen_columns = _good_problems(records, columns, on_bad_record, limit)
     if not problems:
         first = f" The first: {skipped[0]}" if skipped else ""
         raise ValueError(
@@ -192,6 +175,35 @@ def _columns(fields: Mapping[str, str | None]) -> dict[str, str | None]:
     if unknown:
         raise ValueError(f"fields: expected names among {', '.join(FIELDS)}, got {', '.join(unknown)}.")
     return {name: fields.get(name, name) for name in FIELDS}
+
+
+def _good_problems(
+    records: Iterable[tuple[str, object]],
+    columns: Mapping[str, str | None],
+    on_bad_record: str,
+    limit: int | None,
+) -> tuple[list[Problem], list[str], set[str]]:
+    """The good problems, a sentence for each bad record that was skipped, and all columns seen."""
+    problems: list[Problem] = []
+    skipped: list[str] = []
+    places: dict[str, str] = {}
+    seen_columns: set[str] = set()
+    for location, record in records:
+        if isinstance(record, dict):
+            seen_columns.update(record)
+        try:
+            problem = _validated(record, location, columns, places)
+        except BadRecordError as error:
+            if on_bad_record == "error":
+                hint = "Mend the record, or set on_bad_record to 'skip'."
+                raise ValueError(f"{location}: {error} {hint}") from None
+            skipped.append(f"{location}: {error}")
+            continue
+        places[problem.id] = location
+        problems.append(problem)
+        if limit is not None and len(problems) == limit:
+            break
+    return problems, skipped, seen_columns
 
 
 def _check_columns_exist(source: object, columns: Mapping[str, str | None], seen: set[str]) -> None:

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The loss of self-distillation: the mixed target, the divergences, and both over a tensor-parallel group.
 
-``target`` and ``divergence`` are the definition on full rows, to be read; ``vocab_parallel`` is the same on vocabulary
-shards, to be used.  Everything here imports torch only.
+``target`` and ``divergence`` are the definition on full rows, to be read; ``vocab_parallel`` is the same on
+vocabulary shards, to be used.  Everything here imports torch only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The divergences between student p and target q: reverse KL, forward KL, generalised Jensen-Shannon; values and gradients.
+"""The divergences between student p and target q: reverse KL, forward KL, generalised Jensen-Shannon.
 
-On full rows here; the sharded loss is built from the same elementwise terms, which lose no digits where p and q are close.
+On full rows here; the sharded loss is built from the same elementwise terms, which lose no digits where p and
+q are close.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from torch import Tensor
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 FLOOR = -1e12
-"""Stands for a log-probability or shifted logit of -inf: exp is 0 for every beta in use, and its cube is finite in float32."""
+"""Stands for a log-probability or shifted logit of -inf: its exp is 0, and its cube finite in float32."""
 
 
 @dataclass(frozen=True)
 class Divergence:
     """What pulls p towards the constant q.
 
-    kind: "reverse_kl" = KL(p || q) = KL(student || target); "forward_kl" = KL(q || p) = KL(target || student); "jsd" =
+    kind: "reverse_kl" = KL(p || q) = KL(student || target); "forward_kl" = KL(q || p) = KL(target ||
+        student); "jsd" =
         lam KL(q || M) + (1 - lam) KL(p || M) with M = lam q + (1 - lam) p.
     jsd_lambda: lam, strictly between 0 and 1.
     """
@@ -41,9 +43,10 @@ class Divergence:
 def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """D(p, q) in nats of every row: [..., V], [..., V] -> [...].
 
-    Equals for reverse KL ``(p * (log_p - log_q)).sum(-1)``, for forward KL ``(q * (log_q - log_p)).sum(-1)``, for JSD
-    ``lam * KL(q, M) + (1 - lam) * KL(p, M)``.  Both log-probabilities normalised, any float dtype, -inf where a column does not exist.
-    Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0 and q is not.
+    Equals for reverse KL ``(p * (log_p - log_q)).sum(-1)``, for forward KL ``(q * (log_q - log_p)).sum(-1)``,
+    for JSD ``lam * KL(q, M) + (1 - lam) * KL(p, M)``.  Both log-probabilities normalised, any float dtype,
+    -inf where a column does not exist. Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0
+    and q is not.
     """
     p, q, d = probabilities_and_ratio(log_p, log_q)
     if divergence.kind == "jsd":
@@ -62,7 +65,8 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
         forward KL   p - q
         JSD          (1 - lam) p (log(p / M) - KL(p || M))
 
-    Each sums to 0 over the vocabulary.  A row whose reverse KL is infinite has no gradient: it comes out as inf and NaN.
+    Each sums to 0 over the vocabulary.  A row whose reverse KL is infinite has no gradient: it comes out as
+    inf and NaN.
     """
     p, q, d = probabilities_and_ratio(log_p, log_q)
     if divergence.kind == "forward_kl":
@@ -87,12 +91,12 @@ def q_minus_p(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 
 
 def reverse_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """p (e^d - 1 - d) >= 0.  Sums to KL(p || q) for normalised p and q; an error in the sum of q counts squared only."""
+    """p (e^d - 1 - d) >= 0; sums to KL(p || q).  An error in the normaliser of q counts squared only."""
     return q_minus_p(p, q, d).sub_(p * d)
 
 
 def forward_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """p (e^d (d - 1) + 1) >= 0.  Sums to KL(q || p) for normalised p and q; an error in the sum of q counts squared only."""
+    """p (e^d (d - 1) + 1) >= 0; sums to KL(q || p).  An error in the normaliser of q counts squared only."""
     return (q * d).sub_(q_minus_p(p, q, d))
 
 

@@ -1,12 +1,17 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The solver for beta = 1 / k: moment sums of the mix in, the beta with H(softmax(beta m)) = H(p) out.
 
-With x = m - max m, S_k = sum e^(beta x) x^k, u = log beta:  H = log S0 - beta mu,  dH/du = -v,  d2H/du2 = -(2 v + beta^3 k3),
-where mu, Var, k3 are the first cumulants of x under softmax(beta x) and v = beta^2 Var.  The unknown is sought on the logit-entropy
-G(u) = log H - log(Hmax - H), nearly a straight line for H -> 0 and for H -> Hmax = log(number of valid columns):
-a quintic Hermite polynomial between two neighbours of a grid of betas gives a first value, one Halley step polishes it.
+With x = m - max m, S_k = sum e^(beta x) x^k, u = log beta, and mu, Var, k3, k4 the cumulants of x under
+softmax(beta x), v = beta^2 Var:
 
-All arithmetic is elementwise in float64 and free of communication, so ranks that hold the same sums get the same bits.
+    H = log S0 - beta mu
+    dH/du = -v,  d2H/du2 = -(2 v + beta^3 k3),  d3H/du3 = -(4 v + 5 beta^3 k3 + beta^4 k4)
+
+The unknown is sought on the logit-entropy G(u) = log H - log(Hmax - H), nearly a straight line for H -> 0 and
+for H -> Hmax = log(number of valid columns).  A quintic Hermite polynomial between two neighbours of a grid of
+betas gives a first value; one step of the Newton-Halley-Householder family, at that value, polishes it.
+
+All arithmetic is elementwise in float64 and free of communication: ranks with the same sums get the same bits.
 """
 
 from __future__ import annotations
@@ -21,16 +26,18 @@ from megatron_selfdistill.loss.target import MIN_ENTROPY
 
 LEAST_ENTROPY = 1e-30
 LEAST_DEFICIT = 1e-12
-"""Floors of H and Hmax - H inside logarithms; below what sums in the precision of the logits can tell from 0."""
+"""Floors of H and Hmax - H inside logarithms, far below what float32 sums can tell from 0."""
 SNAP = 4.0
-"""A grid point whose entropy equals H(p) to this many rounding errors is the root: equal logits give beta (1 + w) = 1 exactly."""
+"""A grid point whose entropy equals H(p) to this many rounding errors is the root.
+
+So equal logits give beta (1 + w) = 1 exactly."""
 SNAP_LIMIT = 5e-6
 """Nats; the largest mismatch that counts as rounding."""
 
 
 @dataclass(frozen=True)
 class Cumulants:
-    """Of x under softmax(beta x), elementwise over any shape: log-normaliser, mean, variance, third cumulant."""
+    """Of x under softmax(beta x), in any shape: log-normaliser, mean, variance, third cumulant."""
 
     log_sum: Tensor
     mean: Tensor
@@ -39,7 +46,7 @@ class Cumulants:
 
     @classmethod
     def from_sums(cls, tail: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Cumulants:
-        """From S0 - 1, S1, S2, S3.  Without its largest term, which is 1, S0 keeps the digits of an almost certain row."""
+        """From S0 - 1, S1, S2, S3.  Without its largest term, 1, S0 keeps the digits of a very sure row."""
         total = 1 + tail
         mean, square, cube = first / total, second / total, third / total
         return cls(tail.log1p(), mean, square - mean * mean, cube - 3 * mean * square + 2 * mean**3)
@@ -67,7 +74,7 @@ class Cumulants:
 class GridSolution:
     """The first value of beta, per token, float64.
 
-    beta: the root of the interpolating polynomial, or an end of the grid, or a grid point that matches to rounding.
+    beta: the root of the polynomial, or an end of the grid, or a grid point that matches to rounding.
     log_sum: estimate of log S0 there, to about 1e-4; exact at grid points.
     lowest, highest: the ends of the cell that holds the root.
     inside: bool; only such tokens are polished.
@@ -97,7 +104,8 @@ def solve_on_grid(
 ) -> GridSolution:
     """Invert the entropies on the grid, per token.
 
-    betas: the J >= 2 rising values at which ``cumulants`` [T, J] were taken; student_entropy, max_entropy [T]; all float64.
+    betas: the J >= 2 rising values at which ``cumulants`` [T, J] were taken.
+    student_entropy, max_entropy: [T] float64.
     favoured: of several grid points that match to rounding the one nearest to this index is taken.
     dtype: that of the sums behind them; sets what counts as a rounding error, and beta is rounded to it.
     H(p) is raised to MIN_ENTROPY first.  A root outside the grid gives the nearer end; NaN in gives NaN out.
@@ -150,16 +158,17 @@ def polish(
     *,
     dtype: torch.dtype,
 ) -> Polished:
-    """One step of Householder's method of third order (the successor of Newton's and Halley's) on the logit-entropy.
+    """One step on the logit-entropy by Householder's method of third order, the next after Newton and Halley.
 
     here, fourth: the cumulants of x at ``solution.beta``, the fourth one by itself; all [T] float64.
     The step ends within the token's cell, at a beta that ``dtype`` can hold; tokens not inside the grid stay.
-    Halley's step, which needs no fourth cumulant, leaves 2e-5 nats where a bulk of columns melts within one cell
-    (V = 50000); this one leaves 7e-7.
+    Halley's step, which needs no fourth cumulant, leaves 2e-5 nats where a bulk of columns melts within one
+    cell (V = 50000); this one leaves 7e-7.
     """
     beta = solution.beta
     f, slope, curvature = _mismatch(here, beta, student_entropy.clamp(min=MIN_ENTROPY), max_entropy)
-    newton, bend, twist = -f / slope, curvature / slope, _third_derivative(here, fourth, beta, max_entropy) / slope
+    third = _third_derivative(here, fourth, beta, max_entropy)
+    newton, bend, twist = -f / slope, curvature / slope, third / slope
     ratio = (1 + bend * newton / 2) / (1 + bend * newton + twist * newton**2 / 6)
     factor = (newton * ratio.clamp(0.5, 2.0)).exp()
     moved = torch.minimum(torch.maximum(beta * factor, solution.lowest), solution.highest).to(dtype).double()
@@ -227,7 +236,7 @@ def _root_in_cell(
 
 
 def _log_sum_in_cell(left: Cumulants, right: Cumulants, step: Tensor, x: Tensor) -> Tensor:
-    """log S0 at x in [0, 1] between two grid points ``step`` apart: its derivatives in beta are the cumulants."""
+    """log S0 at x in [0, 1] between two grid points ``step`` apart; its derivatives are the cumulants."""
     ends = [(c.log_sum, c.mean * step, c.variance * step**2) for c in (left, right)]
     return _value(_quintic(*ends[0], *ends[1]), x)
 

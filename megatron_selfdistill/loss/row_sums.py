@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The passes over one vocabulary shard: everything that reads [T, columns] logits, chunk of rows by chunk of rows.
+"""The passes over one vocabulary shard: all that reads [T, columns] logits, chunk of rows by chunk of rows.
 
-Logits are widened to float32 (float64 stays) one chunk at a time.  Shifted logits are y = s - max s, z = t - max t and
-x = (w z + y) - max(w z + y): m up to a constant, with the small rounding errors of differences instead of those of m.
-The largest term of each sum of exponentials, exactly 1, is left out of the sum ("tail") and added in float64 by the caller:
-an almost certain row keeps all digits of its entropy.
+Logits are widened to float32 (float64 stays) one chunk at a time.  Shifted logits are y = s - max s, z = t -
+max t and x = (w z + y) - max(w z + y): m up to a constant, with the small rounding errors of differences
+instead of those of m. The largest term of each sum of exponentials, exactly 1, is left out of the sum
+("tail") and added in float64 by the caller: an almost certain row keeps all digits of its entropy.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Shard:
 class RowConstants:
     """What turns a row of logits into log p and log q; [T] each, in the dtype of the statistics.
 
-    log p = s - student_max - student_log_sum;  log q = beta x - log_sum with x = w (t - teacher_max) + (s - student_max) - mix_max.
+    log p = s - student_max - student_log_sum;  log q = beta x - log_sum with x = w (t - teacher_max) + (s -
+    student_max) - mix_max.
     """
 
     student_max: Tensor
@@ -81,19 +82,22 @@ class RowConstants:
 
 
 FIRST_PASS = (
-    "student_max student_tail student_first student_argmax teacher_max teacher_tail teacher_first teacher_argmax "
+    "student_max student_tail student_first student_argmax "
+    "teacher_max teacher_tail teacher_first teacher_argmax "
     "mix_max num_student num_mix num_both"
 ).split()
-"""Columns of ``first_pass``, before the four moment sums of each beta.  Indices and counts stay below 2^24: exact in float32."""
+"""Columns of ``first_pass``, before the four moment sums of each beta.
+
+Indices and counts stay below 2^24: exact in float32."""
 
 
 def first_pass(shard: Shard, betas: Sequence[float], fresh: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Maxima, sums of exponentials and moment sums of this shard's columns, relative to its own maxima.
 
-    betas: J values; those with an index in ``fresh`` are evaluated by exp, the others as the square of the one before, which must
-    be half as large.
-    Returns ([T, len(FIRST_PASS) + 4 J]: FIRST_PASS, then S0 - 1, S1, S2, S3 of x for each beta; the local argmax of m [T]).
-    On a shard of padding only the maxima are -inf and the sums 0.
+    betas: J values; those with an index in ``fresh`` are evaluated by exp, the others as the square of the
+    one before, which must be half as large.
+    Returns: [T, len(FIRST_PASS) + 4 J], FIRST_PASS and then S0 - 1, S1, S2, S3 of x for each beta; and the
+    local argmax of m [T].  On a shard of padding only, the maxima are -inf and the sums 0.
     """
     mix_argmax = torch.zeros(shard.student.shape[0], dtype=torch.int64, device=shard.student.device)
 
@@ -121,7 +125,7 @@ def first_pass(shard: Shard, betas: Sequence[float], fresh: Sequence[int]) -> tu
 
 
 def _without_minus_inf(maximum: Tensor) -> Tensor:
-    """A row without any finite column is shifted by 0; NaN and +inf stay, and spoil their row, as they should."""
+    """A row of -inf is shifted by 0; NaN and +inf stay, and spoil their row, as they should."""
     return maximum.masked_fill(torch.isneginf(maximum), 0.0)
 
 
@@ -152,7 +156,7 @@ SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2")
 
 
 def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, forward_kl: bool) -> Tensor:
-    """Moments of x under q, relative to the given normaliser, and the terms of the divergences; [T, 7], or [T, 11] for forward KL.
+    """Moments of x under q with the given normaliser, and the divergences: [T, 7], for forward KL [T, 11].
 
     tail .. fourth: sums of q x^k without the shard's largest column; student_mean: sum of p x;
     reverse_kl, forward_kl: the non-negative terms of the divergence; y0 .. y2: sums of q y x^k.
@@ -196,7 +200,8 @@ def write_gradient(
 ) -> None:
     """The gradient with respect to the student's logits, times grad_loss [T], into ``out`` [T, num_valid].
 
-    centre: KL(p || q) for reverse KL, KL(p || M) for JSD, unused for forward KL.  ``out`` may be the student's logits themselves.
+    centre: KL(p || q) for reverse KL, KL(p || M) for JSD, unused for forward KL.  ``out`` may be the
+    student's logits themselves.
     """
     if shard.student.shape[1] == 0:
         return

@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The target distribution q of every response token, on full rows: the definition that the sharded loss is tested against.
+"""The target distribution q of every response token, on full rows: the definition of what the loss computes.
 
     m = w t + s        s, t: logits of student and teacher at the same token; w = teacher_weight
     q = softmax(m / k)
     k : H(q) = H(p),   p = softmax(s),   k <= k_max
 
-Inside, beta = 1 / k is the unknown.  H(softmax(beta m)) falls monotonically from log(number of valid columns) to log(number
-of ties at the maximum), so the root is unique.  Entropies are in nats.
+Inside, beta = 1 / k is the unknown.  H(softmax(beta m)) falls monotonically from log(number of valid columns)
+to log(number of ties at the maximum), so the root is unique.  Entropies are in nats.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ RULES = ("entropy_matched", "fixed", "batch", "teacher_alone")
 RANGE = 16.0
 """beta (1 + w) stays within [1 / RANGE, RANGE]; also the span of the grid of betas."""
 MIN_ENTROPY = 1e-6
-"""Nats.  Below it the entropy of a float32 row is rounding noise and determines no beta: this entropy is matched instead."""
+"""Nats.  A smaller entropy is rounding noise and determines no beta: this entropy is matched instead."""
 MATCH_TOLERANCE = 1e-5
-"""Nats.  A token whose beta lies at an end of the range counts as matched when its entropies agree to this."""
+"""Nats.  A token with beta at an end of the range counts as matched when its entropies agree to this."""
 
 
 class Status(IntEnum):
@@ -48,10 +48,11 @@ class Status(IntEnum):
 class Target:
     """Which target distribution the student is pulled towards.
 
-    rule: "entropy_matched" (one k per token), "fixed" (k of this record), "batch" (k solved from the mean entropies of the step
-        before, see ``solve_batch_k``, and put into ``k``) or "teacher_alone" (q = softmax(t)).
+    rule: "entropy_matched" (one k per token), "fixed" (k of this record), "batch" (k solved from the mean
+        entropies of the step before, see ``solve_batch_k``, and put into ``k``) or "teacher_alone" (q = softmax(t)).
     teacher_weight: w in m = w t + s.
-    k_max: upper bound of k for entropy_matched and batch; "1 + w" is never softer than the geometric mean; None is no bound.
+    k_max: upper bound of k for entropy_matched and batch; "1 + w" is never softer than the geometric mean;
+        None is no bound.
     k: k for fixed and batch; None is 1 + w, which is also the value of step 0 under batch.
     """
 
@@ -72,7 +73,7 @@ class Target:
         smallest = (1 + self.teacher_weight) * 2 / RANGE
         if self.k_bound is not None and not self.k_bound >= smallest:
             raise ValueError(
-                f"Target.k_max must be at least (1 + w) / {RANGE / 2:g} = {smallest:g}, or no k is left in the range; "
+                f"Target.k_max must be at least (1 + w) / {RANGE / 2:g} = {smallest:g}, or no k is left; "
                 f"got {self.k_bound:g}. Use a larger k_max, or None for no bound."
             )
         if self.k is not None and not (math.isfinite(self.k) and self.k > 0):
@@ -110,7 +111,7 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetRows:
-    """log_q [..., V] and beta [...] in the dtype of the logits (at least float32); status [...] int64, values of Status."""
+    """log_q [..., V] and beta [...] in the dtype of the logits, at least float32; status [...] int64."""
 
     log_q: Tensor
     beta: Tensor
@@ -120,14 +121,15 @@ class TargetRows:
 def mixed_target(student_logits: Tensor, teacher_logits: Tensor, target: Target) -> TargetRows:
     """The target of every row, by bisection to machine precision.
 
-    Shapes: both logits [..., V], full rows, -inf at columns that do not exist.  float64 in, float64 out; narrower than float32 is
+    Shapes: both logits [..., V], full rows, -inf at columns that do not exist.  float64 in, float64 out;
+    narrower than float32 is
     computed in float32.  The result is a constant: no gradient flows.
     A row whose logits hold NaN or +inf has beta NaN and a log_q of NaN.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"mixed_target: student_logits and teacher_logits must have one shape; got {tuple(student_logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}."
+            "mixed_target: student_logits and teacher_logits must have one shape; "
+            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
         )
     dtype = torch.promote_types(
         torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32
@@ -178,8 +180,8 @@ def _bisect(mix: Tensor, entropy_wanted: Tensor, low: float, high: float) -> Ten
 def beta_grid(target: Target) -> tuple[float, ...]:
     """The grid of betas, each twice the one before; its ends are the range of beta.
 
-    From 1 / (RANGE (1 + w)), or from 1 / k_max where that is larger, up to at most RANGE / (1 + w): 9 values without a bound, 5 with
-    k_max = 1 + w.  The one given beta under fixed and teacher_alone.
+    From 1 / (RANGE (1 + w)), or from 1 / k_max where that is larger, up to at most RANGE / (1 + w): 9 values
+    without a bound, 5 with k_max = 1 + w.  The one given beta under fixed and teacher_alone.
     """
     if target.rule in ("fixed", "teacher_alone"):
         assert target.given_beta is not None
@@ -222,12 +224,13 @@ def solve_batch_k(
     *,
     max_entropy: float = math.inf,
 ) -> float:
-    """One k such that the mean entropy of the mix equals the mean entropy of the student, for the rule "batch".
+    """For the rule "batch": one k such that the mean entropies of mix and student are equal.
 
-    ``mean_grid_entropies[j]`` is the mean over tokens of H(softmax(betas[j] m)), as in ``TokenStats.grid_entropies``; betas rise.
-    Between grid points the logit-entropy log H - log(1 - H / max_entropy) is interpolated over log beta by a monotone cubic
-    (Fritsch and Carlson 1980).  ``max_entropy``: log of the number of valid columns; without it the scale is log H.
-    Beyond the grid, k is that of the nearer end; it never exceeds ``k_max``.  All entropies in nats.
+    ``mean_grid_entropies[j]`` is the mean over tokens of H(softmax(betas[j] m)), as in
+    ``TokenStats.grid_entropies``; betas rise. Between grid points the logit-entropy log H - log(1 - H /
+    max_entropy) is interpolated over log beta by a monotone cubic (Fritsch and Carlson 1980).
+    ``max_entropy``: log of the number of valid columns; without it the scale is log H. Beyond the grid, k is
+    that of the nearer end; it never exceeds ``k_max``.  All entropies in nats.
     """
     positions = torch.as_tensor(betas, dtype=torch.float64, device="cpu").log()
     entropies = torch.as_tensor(mean_grid_entropies, dtype=torch.float64, device="cpu")
@@ -239,7 +242,7 @@ def solve_batch_k(
     wanted = torch.tensor(float(mean_student_entropy), dtype=torch.float64)
     if not (torch.isfinite(wanted) and torch.isfinite(entropies).all()):
         raise ValueError(
-            f"solve_batch_k: the mean entropies must be finite; got {float(wanted)} and {entropies.tolist()}. "
+            f"solve_batch_k: mean entropies must be finite; got {float(wanted)} and {entropies.tolist()}. "
             "Leave rows with NaN out of the means."
         )
     heights = _logit(entropies, max_entropy) - _logit(wanted.clamp(min=MIN_ENTROPY), max_entropy)

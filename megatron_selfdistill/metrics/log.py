@@ -90,7 +90,7 @@ class MetricsLog:
                 self._console.step_line(step, "  ".join(shown))
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics taken between steps, ``step`` being done; on the console always a line, with all of them."""
+        """Metrics taken when ``step`` steps are done; always a line on the console, with all of them."""
         if not self.enabled:
             return
         self._write(step, metrics)

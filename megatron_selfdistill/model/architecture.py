@@ -1,13 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""From a `ModelConfig` to Megatron's ``TransformerConfig`` and layer spec: Transformer Engine's where it imports, else
-the local spec with this project's RMSNorm and core attention.
+"""From a `ModelConfig` to Megatron's ``TransformerConfig`` and layer spec: Transformer Engine's where it
+imports, else the local spec with this project's RMSNorm and core attention.
 
-What Megatron Core computes wrongly in some combination is refused here, with a sentence, before a process group starts.
+What Megatron Core computes wrongly in some combination is refused here, with a sentence, before a process
+group starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import math
 from typing import Any
@@ -33,13 +35,20 @@ from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
+# Process groups, optimizer and loss are built from these keys: an override here would contradict them.
+_SET_ELSEWHERE = {
+    **{f.name: f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)},
+    **dict.fromkeys(["bf16", "fp16", "params_dtype", "pipeline_dtype"], "optimizer.precision"),
+}
+
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig
 ) -> TransformerConfig:
     """Megatron's configuration of the model; ``model.transformer`` has the last word.
 
-    Raises `ConfigError` for a field that ``TransformerConfig`` does not have and for what `refuse_known_faults` lists.
+    Raises `ConfigError` for a field of ``model.transformer`` that ``TransformerConfig`` does not have or that
+    belongs to another section, for what Megatron Core refuses, and for what `refuse_known_faults` lists.
     """
     dtype = torch.bfloat16 if optimizer.precision == "bf16" else torch.float32
     moe = model.num_moe_experts is not None
@@ -58,7 +67,7 @@ def transformer_config(
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
         "init_method_std": model.init_method_std,
-        "hidden_dropout": 0.0,  # the student re-reads its own response: dropout would make p differ from the sampler's
+        "hidden_dropout": 0.0,  # with dropout, p would differ from what the sampler drew from
         "attention_dropout": 0.0,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -99,14 +108,25 @@ def transformer_config(
     known = {f.name for f in dataclasses.fields(cls)}
     for name in model.transformer:
         if name not in known:
-            raise ConfigError(f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field")
-    config = cls(**values)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field{hint}"
+            )
+        if name in _SET_ELSEWHERE:
+            raise ConfigError(f"model.transformer.{name} cannot be set here: set {_SET_ELSEWHERE[name]}")
+    try:
+        config = cls(**values)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
     refuse_known_faults(config)
     return config
 
 
 def refuse_known_faults(config: TransformerConfig) -> None:
-    """Raise `ConfigError` where Megatron Core 0.16 would compute wrong numbers, hang or crash, and say what to do."""
+    """Raise `ConfigError` where Megatron Core 0.16 would compute wrong numbers, hang or crash, and say what
+    to do.
+    """
     local = not uses_transformer_engine()
     vpp = config.virtual_pipeline_model_parallel_size
     faults = [
@@ -127,13 +147,13 @@ def refuse_known_faults(config: TransformerConfig) -> None:
         ),
         (
             config.calculate_per_token_loss,
-            "calculate_per_token_loss multiplies router losses by tokens per response token; the loss is already "
-            "divided by the response tokens of the global batch: leave it false",
+            "calculate_per_token_loss multiplies router losses by tokens per response token; the loss is "
+            "already divided by the response tokens of the global batch: leave it false",
         ),
         (
             getattr(config, "defer_embedding_wgrad_compute", False),
-            "defer_embedding_wgrad_compute keeps the gradients of whole logit rows, but only response positions are "
-            "projected here: leave it false",
+            "defer_embedding_wgrad_compute keeps the gradients of whole logit rows, but only response "
+            "positions are projected here: leave it false",
         ),
         (
             config.mtp_num_layers is not None,
@@ -149,13 +169,18 @@ def refuse_known_faults(config: TransformerConfig) -> None:
         ),
         (
             config.hidden_dropout > 0 or config.attention_dropout > 0,
-            "dropout makes the student that is trained differ from the one that sampled: leave hidden_dropout and "
-            "attention_dropout at 0",
+            "dropout makes the student that is trained differ from the one that sampled: leave hidden_dropout "
+            "and attention_dropout at 0",
         ),
         (
             config.moe_expert_capacity_factor is not None,
-            "moe_expert_capacity_factor drops tokens by what else is in the microbatch, so a response's gradient "
-            "would depend on packing: leave it null",
+            "moe_expert_capacity_factor drops tokens by what else is in the microbatch, so a response's "
+            "gradient would depend on packing: leave it null",
+        ),
+        (
+            bool(config.moe_z_loss_coeff) and (config.sequence_parallel or config.context_parallel_size > 1),
+            "moe_z_loss_coeff averages over each rank's own real tokens, so with sequence or context "
+            "parallelism it would depend on where padding lies: set model.moe_z_loss_coeff=null",
         ),
     ]
     for found, sentence in faults:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The model chunks of this rank, wrapped for data parallelism, with Megatron's optimizer and schedule of learning rates."""
+"""The model chunks of this rank, wrapped for data parallelism, with Megatron's optimizer and scheduler."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TESTED_MEGATRON_VERSIONS = ("0.16.1",)
 
 
 def megatron_in_use() -> str:
-    """Version and place of the Megatron Core that this process imported; a lab's own copy comes first on its path."""
+    """Version and place of the Megatron Core that this process imported: the first one on its path."""
     version = megatron.core.__version__
     note = (
         ""
@@ -49,8 +49,8 @@ def build_chunks(
 ) -> list[torch.nn.Module]:
     """One ``GPTModel`` per virtual pipeline stage of this rank, on its device, in ``Float16Module`` for bf16.
 
-    ``config`` is None with ``model.provider``, which makes its own.  Under pipelining the first chunk of the first
-    stage embeds and the last chunk of the last stage projects.
+    ``config`` is None with ``model.provider``, which makes its own. Under pipelining the first chunk of the
+    first stage embeds and the last chunk of the last stage projects.
     """
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
     provider = _load_provider(model.provider) if model.provider else None
@@ -76,7 +76,7 @@ def build_chunks(
 def wrap_for_training(
     chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig
 ) -> list[DistributedDataParallel]:
-    """Megatron's DDP around each chunk, and on the shared ``TransformerConfig`` the hooks that its schedules call."""
+    """Megatron's DDP around each chunk, and on their ``TransformerConfig`` the hooks that schedules call."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
@@ -103,7 +103,7 @@ def wrap_for_training(
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, num_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Megatron's optimizer (float32 main parameters beside bf16 ones) and its scheduler, counted in optimizer steps."""
+    """Megatron's optimizer (float32 main parameters beside bf16 ones); its scheduler, counted in steps."""
     bf16 = optimizer.precision == "bf16"
     config = MegatronOptimizerConfig(
         optimizer=optimizer.optimizer,

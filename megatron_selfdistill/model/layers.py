@@ -1,6 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What Megatron's local layer spec lacks without Transformer Engine: RMSNorm for sequence parallelism, and a core
-attention with grouped queries, packed sequences, context parallelism and a KV cache."""
+"""What Megatron's local layer spec lacks without Transformer Engine: RMSNorm for sequence parallelism, and a
+core attention with grouped queries, packed sequences, context parallelism and a KV cache."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from megatron_selfdistill.data.packing import context_parallel_positions
 
 
 class RMSNorm(torch.nn.Module):
-    """``x * rsqrt(mean(x^2) + eps) * weight``, the mean in float32, the product in the input's dtype (Hugging Face's order).
+    """``x * rsqrt(mean(x^2) + eps) * weight``, the mean in float32, the product in the input's dtype (Hugging
+    Face's order).
 
-    Shapes: ``[..., hidden_size]`` in and out.  Under sequence parallelism each rank normalises its own rows and
-    ``finalize_model_grads`` sums the weight's gradient over the tensor-parallel group, because the weight says so.
-    Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Megatron's ``WrappedTorchNorm`` refuses sequence parallelism.
+    Shapes: ``[..., hidden_size]`` in and out. Under sequence parallelism each rank normalises its own rows
+    and ``finalize_model_grads`` sums the weight's gradient over the tensor-parallel group, because the weight
+    says so.
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Megatron's ``WrappedTorchNorm`` refuses sequence
+    parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -44,13 +47,13 @@ class RMSNorm(torch.nn.Module):
 class CoreAttention(MegatronModule):
     """``softmax(scale * q k^T + mask) v`` with a causal mask, as Megatron's ``core_attention`` submodule.
 
-    Query position i sees key position j iff j <= i and both lie in the same sequence, so packed sequences equal each
-    sequence alone, also when context parallelism cuts them.
+    Query position i sees key position j iff j <= i and both lie in the same sequence, so packed sequences
+    equal each sequence alone, also when context parallelism cuts them.
 
-    Shapes: query ``[s, b, n, d]`` and key, value ``[s, b, n_kv, d]``, or packed (``qkv_format="thd"``) ``[t, n, d]``;
-    result ``[s, b, n * d_v]`` or ``[t, n * d_v]``.  With a KV cache the keys are the whole prefix and the queries
-    its last rows.  Collectives: under context parallelism one all-gather of K and V forward, one all-reduce of
-    their gradients backward.
+    Shapes: query ``[s, b, n, d]`` and key, value ``[s, b, n_kv, d]``, or packed (``qkv_format="thd"``)
+    ``[t, n, d]``; result ``[s, b, n * d_v]`` or ``[t, n * d_v]``. With a KV cache the keys are the whole
+    prefix and the queries its last rows. Collectives: under context parallelism one all-gather of K and V
+    forward, one all-reduce of their gradients backward.
     """
 
     def __init__(
@@ -134,7 +137,7 @@ class CoreAttention(MegatronModule):
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which rows attend together.  Either ``allowed [t/cp, t]`` (context parallel), or ``batches`` and ``place``."""
+    """Which rows attend together: ``allowed [t/cp, t]`` (context parallel), or ``batches`` and ``place``."""
 
     allowed: Tensor | None
     batches: list[Tensor]
@@ -197,7 +200,7 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        # gloo has no reduce_scatter for every dtype, and this path serves machines without Transformer Engine only.
+        # gloo has no reduce_scatter for every dtype; machines with Transformer Engine never come here.
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None

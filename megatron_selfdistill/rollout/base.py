@@ -77,6 +77,11 @@ class Response:
     finish_reason: str
     """stop (the last token is a stop token) or length."""
 
+    @property
+    def truncated(self) -> bool:
+        """It reached ``max_new_tokens`` without a stop token."""
+        return self.finish_reason == "length"
+
 
 def stream_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:
     """The 64-bit name of one sample's random stream: BLAKE2b of the four, equal in every process."""

@@ -78,6 +78,12 @@ def test_special_tokens_are_single_ids(chat_folder: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nWhat is 3 + 4?\nassistant\n\n"
 
 
+def test_a_first_token_is_there_only_if_the_template_writes_it(chat_folder: Path, chat_template: str) -> None:
+    assert AutoTokenizer.from_pretrained(chat_folder)("x")["input_ids"][0] == 0, "tokenizing alone adds it"
+    assert 0 not in builder(chat_folder).student_prompt(PROBLEM)
+    assert builder(chat_folder, "<|endoftext|>" + chat_template).student_prompt(PROBLEM).count(0) == 1
+
+
 def test_texts_with_braces_and_slots_are_left_alone(chat_folder: Path) -> None:
     problem = chat(("user", "Let {solution} be {x} in {{y}}."), solution=r"\boxed{7} {problem} {0}")
     build = builder(chat_folder, teacher=r"{problem} / {solution} / \boxed{} {{answer}} {{}} { }")

@@ -1,0 +1,81 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The frozen teacher is as large as the model and never changes: it is written once, beside the checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.checkpoint import folder, transfer
+from megatron_selfdistill.checkpoint.agreement import from_all_ranks, on_rank_0
+from megatron_selfdistill.checkpoint.folder import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+NAME = "teacher"
+
+
+class TeacherState(Protocol):
+    """What is asked of a teacher: ``weights`` is frozen, ema or current."""
+
+    weights: str
+
+    def sharded_state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save_frozen_teacher(run_dir: Path, teacher: TeacherState) -> str:
+    """Write ``run_dir/teacher``, atomically, unless exactly these weights lie there; returns their mark, by which
+    checkpoints know them again.  Collective.
+
+    Other weights there come from an earlier start in the same run folder, and are replaced.
+    """
+    target = Path(run_dir) / NAME
+    if on_rank_0(lambda: folder.incomplete(target)) is None:
+        if _holds_same_weights(target, teacher):
+            return transfer.read_common(target)["teacher_id"]
+        if dist.get_rank() == 0:
+            logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", target)
+    contents = {"teacher_id": on_rank_0(lambda: uuid.uuid4().hex), **teacher.sharded_state_dict()}
+    mark = contents["teacher_id"]
+    transfer.write_now(*transfer.begin_write(contents, target), target)
+    return mark
+
+
+def load_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None = None) -> str:
+    """The inverse of `save_frozen_teacher`, in any layout; returns the mark.  Collective.
+
+    Raises: CheckpointError where there is none, or not the one with this ``mark``.
+    """
+    target = Path(run_dir) / NAME
+    path = on_rank_0(lambda: folder.resolve(target))
+    found = transfer.read_common(path).get("teacher_id")
+    if mark is not None and found != mark:
+        raise CheckpointError(
+            f"{path} is not the teacher that this checkpoint was trained with: a later start in the same run "
+            "folder replaced it"
+        )
+    wanted = teacher.sharded_state_dict()
+    transfer.require_fit(wanted, path)
+    teacher.load_state_dict(transfer.read(wanted, path))
+    return found
+
+
+def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:
+    """Whether every tensor of ``teacher`` is on disk, bit for bit; reads all of it once."""
+    wanted = dict(enumerate(transfer.tensors(teacher.sharded_state_dict())))
+    own = {index: tensor.data for index, tensor in wanted.items()}
+    try:
+        transfer.require_fit(wanted, path)
+    except CheckpointError:  # on all ranks: another model
+        return False
+    for tensor in wanted.values():
+        tensor.data = torch.empty_like(tensor.data)
+    loaded = transfer.read(wanted, path)
+    return all(from_all_ranks(all(torch.equal(loaded[index], own[index]) for index in own)))

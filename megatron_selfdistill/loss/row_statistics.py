@@ -1,0 +1,203 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""From the sums of all vocabulary shards to the statistics of whole rows: float64 on [T, J] numbers.
+
+Every rank computes this from the same gathered sums, so every rank gets the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.loss.divergence import FLOOR
+from megatron_selfdistill.loss.entropy_match import Cumulants, GridSolution, polish
+from megatron_selfdistill.loss.row_sums import (
+    FIRST_PASS,
+    SECOND_PASS,
+    SECOND_PASS_FORWARD,
+    RowConstants,
+    Shard,
+)
+from megatron_selfdistill.loss.target import mixed_logits
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Student or teacher over the whole vocabulary, [T] float64 each.
+
+    log_sum: log of the normaliser relative to the maximum; argmax: the lowest column at the maximum.
+    """
+
+    maximum: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    argmax: Tensor
+
+    @classmethod
+    def merge(cls, maximum: Tensor, tail: Tensor, first: Tensor, argmax: Tensor) -> Softmax:
+        """From the ranks' maxima, sums and argmaxes, [tp_size, T] each."""
+        top = maximum.amax(0)
+        shift = (maximum - top).clamp(min=FLOOR)
+        weight, total = shift.exp(), 1 + tail
+        whole_tail = (weight * total).sum(0) - 1
+        log_sum = whole_tail.log1p()
+        entropy = log_sum - (weight * (first + shift * total)).sum(0) / (1 + whole_tail)
+        lowest = torch.where(maximum == top, argmax, torch.inf).amin(0)
+        return cls(top, log_sum, entropy.clamp(min=0), lowest)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the first pass says about every row, over the whole vocabulary, in float64.
+
+    mix: [T, J] of x at every beta; grid_entropies: the same as entropies.
+    mix_max: [T] max of w z + y, with y and z relative to the maxima of s and t; x is relative to it.
+    shift: [tp_size, T] the maximum of x on each rank.
+    max_entropy: [T] log of the number of columns with m > -inf.
+    one_sided: [T] bool: whether some column exists for p only; for q only.
+    token_logits: [T] the student's and the teacher's logit of the response token.
+    """
+
+    student: Softmax
+    teacher: Softmax
+    mix: Cumulants
+    grid_entropies: Tensor
+    mix_max: Tensor
+    shift: Tensor
+    max_entropy: Tensor
+    one_sided: tuple[Tensor, Tensor]
+    token_logits: tuple[Tensor, Tensor]
+    mix_weights: tuple[float, float]
+
+    @classmethod
+    def merge(cls, gathered: Tensor, betas: list[float], shard: Shard) -> Rows:
+        """From [tp_size, T, FIRST_PASS + 4 J + the 2 token logits]."""
+        column = dict(zip(FIRST_PASS, gathered.unbind(2), strict=False))
+        sides = [
+            Softmax.merge(*(column[f"{side}_{name}"] for name in ("max", "tail", "first", "argmax")))
+            for side in ("student", "teacher")
+        ]
+        student, teacher = sides
+        local = [
+            torch.where(torch.isneginf(column[name]), 0.0, column[name])
+            for name in ("student_max", "teacher_max")
+        ]
+        local_max = mixed_logits(local[0], local[1], *shard.mix_weights) + column["mix_max"]
+        reference = mixed_logits(student.maximum, teacher.maximum, *shard.mix_weights)
+        # Rounded to what the passes over the logits can subtract, and taken as the reference from here on.
+        mix_max = (local_max.amax(0) - reference).to(shard.dtype).double()
+        shift = (local_max - (reference + mix_max)).clamp(min=FLOOR)
+
+        grid = torch.tensor(betas, dtype=torch.float64, device=gathered.device)
+        moments = gathered[:, :, len(FIRST_PASS) : -2].unflatten(2, (len(betas), 4)).unbind(3)
+        mix = _merge_moments(moments, shift[:, :, None], grid)
+        num_student, num_mix, num_both = (
+            column[name].sum(0) for name in ("num_student", "num_mix", "num_both")
+        )
+        return cls(
+            student=student,
+            teacher=teacher,
+            mix=mix,
+            grid_entropies=mix.entropy(grid),
+            mix_max=mix_max,
+            shift=shift,
+            max_entropy=num_mix.log(),
+            one_sided=(num_student > num_both, num_mix > num_both),
+            token_logits=(gathered[:, :, -2].sum(0), gathered[:, :, -1].sum(0)),
+            mix_weights=shard.mix_weights,
+        )
+
+    @property
+    def top1_agreement(self) -> Tensor:
+        return (self.student.argmax == self.teacher.argmax) & torch.isfinite(self.student.argmax)
+
+    def constants(self, beta: Tensor, log_sum: Tensor, dtype: torch.dtype) -> RowConstants:
+        """For the passes over the logits at this beta."""
+        student = self.student
+        values = (student.maximum, self.teacher.maximum, self.mix_max, student.log_sum, beta, log_sum)
+        return RowConstants(*(value.to(dtype) for value in values))
+
+    def log_probs(
+        self, tokens: Tensor, beta: Tensor, log_sum: Tensor, vocab_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the response token, under student, teacher and target."""
+        y, z = self.token_logits[0] - self.student.maximum, self.token_logits[1] - self.teacher.maximum
+        x = mixed_logits(y, z, *self.mix_weights) - self.mix_max
+        log_probs = (y - self.student.log_sum, z - self.teacher.log_sum, beta * x - log_sum)
+        unknown = (tokens < 0) | (tokens >= vocab_size)
+        first, second, third = (value.masked_fill(unknown, torch.nan) for value in log_probs)
+        return first, second, third
+
+
+def _merge_moments(moments: tuple[Tensor, ...], shift: Tensor, beta: Tensor) -> Cumulants:
+    """The cumulants of x, from the ranks' S0 - 1, S1, S2, S3 relative to their own maxima."""
+    tail, s1, s2, s3 = moments
+    s0, weight = 1 + tail, (beta * shift).exp()
+    return Cumulants.from_sums(
+        (weight * s0).sum(0) - 1,
+        (weight * (s1 + shift * s0)).sum(0),
+        (weight * (s2 + shift * (2 * s1 + shift * s0))).sum(0),
+        (weight * (s3 + shift * (3 * s2 + shift * (3 * s1 + shift * s0)))).sum(0),
+    )
+
+
+@dataclass(frozen=True)
+class Final:
+    """The polished beta of every token and what belongs to it; [T] float64."""
+
+    beta: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+
+    @classmethod
+    def polish(
+        cls,
+        solution: GridSolution,
+        rows: Rows,
+        gathered: Tensor,
+        constants: RowConstants,
+        dtype: torch.dtype,
+    ) -> Final:
+        """From [tp_size, T, SECOND_PASS or its longer form], taken at ``solution.beta``."""
+        names = SECOND_PASS if gathered.shape[2] == len(SECOND_PASS) else SECOND_PASS_FORWARD
+        part = dict(zip(names, gathered.sum(0).unbind(1), strict=True))
+        beta, assumed = solution.beta, constants.log_sum.double()
+        tops = (beta * rows.shift).exp()
+        scale = assumed.exp()
+        shift = rows.shift
+        tail, *sums = (
+            scale * part[name] + (tops * shift**power).sum(0)
+            for power, name in enumerate(("tail", "first", "second", "third", "fourth"))
+        )
+        tail = tail - 1  # each rank's largest column stands in ``tops``, and the largest of all is 1
+        cumulants = Cumulants.from_sums(tail, *sums[:3])
+        fourth = cumulants.fourth(*(value / (1 + tail) for value in sums[1:]))
+        polished = polish(solution, cumulants, fourth, rows.student.entropy, rows.max_entropy, dtype=dtype)
+        step, rise = polished.beta - beta, polished.log_sum - cumulants.log_sum
+        entropy = polished.log_sum - polished.beta * polished.mean
+        log_ratio = cumulants.log_sum - assumed  # log of the sum of q as the second pass normalised it
+
+        # Each is taken at solution.beta, then moved: KL(p || q) = log S0 - beta E_p[x] + const,
+        # KL(q || p) = -H(q) - E_q[y] + const.
+        reverse_kl = part["reverse_kl"] - log_ratio.expm1() + log_ratio
+        reverse_kl += rise - step * part["student_mean"]
+        forward_kl = torch.zeros_like(reverse_kl)
+        if "forward_kl" in part:
+            forward_kl = (part["forward_kl"] + log_ratio.expm1()) * (-log_ratio).exp() - log_ratio
+            y0, y1, y2 = (part[name] * (-log_ratio).exp() for name in ("y0", "y1", "y2"))
+            mean = cumulants.mean
+            slope = y1 - mean * y0
+            bend = y2 - 2 * mean * y1 - y0 * (cumulants.variance + mean**2) + 2 * mean**2 * y0
+            forward_kl += cumulants.entropy(beta) - entropy - step * (slope + step * bend / 2)
+        only_student, only_target = rows.one_sided
+        return cls(
+            beta=polished.beta,
+            log_sum=polished.log_sum,
+            entropy=entropy.clamp(min=0),
+            reverse_kl=reverse_kl.clamp(min=0).masked_fill(only_student, torch.inf),
+            forward_kl=forward_kl.clamp(min=0).masked_fill(only_target, torch.inf),
+        )

@@ -1,0 +1,125 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Train a Megatron model on its own responses, towards what it would have said had it known the solution.
+
+    selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
+    torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.run import Run
+
+EXIT_BAD_INPUT, EXIT_UNHEALTHY = 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, 2 for bad input, 3 where a guard stopped the run."""
+    arguments = _parser().parse_args(argv)
+    if arguments.keys:
+        for key, (default, doc) in configuration.keys().items():
+            print(f"{key}={default}\n    {doc}")
+        return 0
+    try:
+        config = configuration.load(arguments.overrides, arguments.config_name, arguments.config_dir)
+        if arguments.print:
+            print(configuration.to_yaml(config))
+            return 0
+        return train(config)
+    except ConfigError as error:
+        print(f"[rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+def train(config: Config) -> int:
+    """The whole run: check, build, loop.  Returns 0, or `EXIT_UNHEALTHY` where a guard stopped it, with a checkpoint.
+
+    Raises `ConfigError` for bad input: what can be seen without other ranks is seen before they are met.
+    """
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.guards import RunUnhealthy
+    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run import Run
+
+    config.check_world(parallel.world_size())
+    inputs = Inputs.load(config)
+    grid = parallel.initialize(config.parallel, config.seed)
+    try:
+        run = Run(config, inputs, grid)
+        try:
+            _announce(run)
+            if not config.dry_run:
+                loop(run)
+            return 0
+        except RunUnhealthy as unhealthy:
+            run.save()
+            run.log.message(f"stopped: {unhealthy}")
+            return EXIT_UNHEALTHY
+        finally:
+            run.close()
+    finally:
+        parallel.shutdown()
+
+
+def loop(run: Run) -> None:
+    """The algorithm."""
+    if run.step == 0 and run.config.evaluation.at_start:
+        run.evaluate()
+    while run.step < run.config.num_steps:
+        problems = run.next_problems()
+        responses = run.generate(problems)  # on-policy: the current weights
+        batch = run.pack(problems, responses)  # the same responses behind two prompts
+        output = run.forward_backward(batch)  # teacher and student in one pipeline schedule
+        metrics = run.update(output)
+        run.finish_step(metrics, responses, batch)
+
+
+def _announce(run: Run) -> None:
+    """Write the resolved configuration into the run folder and say what will run."""
+    from megatron_selfdistill.model.architecture import uses_transformer_engine
+    from megatron_selfdistill.model.build import megatron_in_use
+
+    if not run.grid.is_reporter:
+        return
+    grid, counts = run.grid, run.inputs.counts
+    folder = Path(run.config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(configuration.to_yaml(run.config))
+    layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
+    vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
+    start = f"resumes {run.resumed_from}" if run.resumed_from else f"starts from {run.config.checkpoint.load or 'random'}"
+    for line in (
+        f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}",
+        f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
+        f"pair order {run.pair_order}",
+        f"{len(run.inputs.problems)} problems ({counts.truncated} with a shortened solution, {counts.dropped} too long, "
+        f"{run.inputs.problems.num_skipped} bad); contexts of at most {run.inputs.max_length} tokens",
+        f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
+    ):
+        run.log.message(line)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selfdistill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=strict")
+    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
+    parser.add_argument("--config-dir", action="append", default=[], help="a folder with further configuration groups")
+    parser.add_argument("--keys", action="store_true", help="list every key with its default and meaning, and exit")
+    parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Resuming equals never having stopped: bit for bit in the same layout, to 1e-6 in others."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import layouts
+import pytest
+import tiny_run
+from tiny_run import Setup
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+TP2_PP2 = {**TP2, **PP2, "sequence_parallel": True}
+EP2 = {"expert_model_parallel_size": 2}
+WHOLE: dict = {}
+
+
+def setup_of(precision: str = "fp32", distributed: bool = True, **changes) -> Setup:
+    overlap = changes.pop("overlap", False)
+    optimizer = dataclasses.replace(
+        tiny_run.ADAM,
+        precision=precision,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    return Setup(optimizer=optimizer, **changes)
+
+
+def joined(per_rank: list[dict], what: str) -> dict:
+    return layouts.join([outcome[what] for outcome in per_rank])
+
+
+def assert_equal_to_the_last_bit(resumed: list[dict], never_stopped: list[dict]) -> None:
+    for what in ("parameters", "weights", "teacher"):
+        worst, where = layouts.worst_difference(joined(resumed, what), joined(never_stopped, what))
+        assert worst == 0.0, (what, where)
+    assert [r["lr"] for r in resumed] == [n["lr"] for n in never_stopped]
+    assert [r["drawn"] for r in resumed] == [n["drawn"] for n in never_stopped]
+
+
+def assert_close(resumed: list[dict], never_stopped: list[dict]) -> None:
+    for what in ("parameters", "teacher"):
+        worst, where = layouts.worst_difference(joined(resumed, what), joined(never_stopped, what))
+        assert worst < 1e-6, (what, where)
+    assert resumed[0]["lr"] == never_stopped[0]["lr"]
+
+
+SAME_LAYOUT = {
+    "TP1": (1, setup_of()),
+    "TP1 bf16": (1, setup_of("bf16")),
+    "TP1 plain optimizer": (1, setup_of(distributed=False)),
+    "TP1 plain optimizer bf16": (1, setup_of("bf16", distributed=False)),
+    "DP2 overlapped": (2, setup_of("bf16", overlap=True)),
+    "TP2xPP2 tied": (4, setup_of("bf16", kind="tied").cut(**TP2_PP2)),
+    "PP2xVPP2": (2, setup_of(teacher="frozen").cut(**VPP2)),
+    "EP2": (2, setup_of("bf16", kind="moe").cut(**EP2)),
+}
+
+
+@pytest.mark.parametrize("name", SAME_LAYOUT)
+def test_resuming_in_the_same_layout_is_bit_for_bit_never_having_stopped(ranks, tmp_path, name):
+    world_size, setup = SAME_LAYOUT[name]
+    never_stopped = ranks.run(tiny_run.save_and_go_on, setup, tmp_path, world_size=world_size)
+    resumed = ranks.run(tiny_run.resume_and_go_on, setup, tmp_path, world_size=world_size)
+    assert_equal_to_the_last_bit(resumed, never_stopped)
+
+
+FROM_ONE_RANK = {"TP2": TP2, "PP2": PP2, "DP2": WHOLE}
+OPTIMIZERS = {
+    "fp32": setup_of(),
+    "bf16": setup_of("bf16"),
+    "plain fp32": setup_of(distributed=False),
+    "plain bf16": setup_of("bf16", distributed=False),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_on_one_rank(ranks, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
+    saved = {}
+    for name, setup in OPTIMIZERS.items():
+        folder = tmp_path_factory.mktemp("run")
+        saved[name] = folder, ranks.run(tiny_run.save_and_go_on, setup, folder, world_size=1)
+    return saved
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("layout", FROM_ONE_RANK)
+def test_a_run_of_one_rank_goes_on_in_other_layouts(ranks, saved_on_one_rank, layout, optimizer):
+    folder, never_stopped = saved_on_one_rank[optimizer]
+    setup = OPTIMIZERS[optimizer].cut(**FROM_ONE_RANK[layout])
+    assert_close(ranks.run(tiny_run.resume_and_go_on, setup, folder, world_size=2), never_stopped)
+
+
+OTHER_LAYOUTS = {
+    "TP2xPP2 -> TP1": (4, setup_of(teacher="frozen").cut(**TP2_PP2), 1, WHOLE),
+    "TP2xPP2 bf16 -> PP2xVPP2": (4, setup_of("bf16").cut(**TP2_PP2), 2, VPP2),
+    "DP2 overlapped -> PP2, tied": (2, setup_of("bf16", overlap=True, kind="tied"), 2, PP2),
+    "EP2 -> one rank": (2, setup_of(kind="moe").cut(**EP2), 1, WHOLE),
+    "PP2 -> EP2": (2, setup_of("bf16", kind="moe").cut(**PP2), 2, EP2),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+def test_a_run_of_several_ranks_goes_on_in_another_layout(ranks, tmp_path, name):
+    world_size, setup, new_world_size, sizes = OTHER_LAYOUTS[name]
+    never_stopped = ranks.run(tiny_run.save_and_go_on, setup, tmp_path, world_size=world_size)
+    resumed = ranks.run(tiny_run.resume_and_go_on, setup.cut(**sizes), tmp_path, world_size=new_world_size)
+    assert_close(resumed, never_stopped)
+
+
+def test_a_background_save_holds_the_moment_of_the_save(ranks, tmp_path):
+    setup = setup_of("bf16").cut(**TP2)
+    never_stopped = ranks.run(tiny_run.save_and_go_on, setup, tmp_path, async_save=True, world_size=2)
+    assert_equal_to_the_last_bit(
+        ranks.run(tiny_run.resume_and_go_on, setup, tmp_path, world_size=2), never_stopped
+    )
