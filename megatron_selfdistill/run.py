@@ -110,7 +110,19 @@ class Run:
             log_probs = [value for response in responses for value in response.log_probs]
             sampled = self.config.objective != "solutions"
             self.sampler_log_probs = torch.tensor(log_probs, dtype=torch.float64) if sampled else None
-            return self._pack(contexts)
+            return self.pack_contexts(contexts)
+
+    def pack_contexts(self, contexts: Sequence[ContextPair]) -> PackedBatch:
+        """Microbatches of these contexts, for this replica; every replica calls it with its own."""
+        arguments: dict[str, Any] = {
+            "max_tokens": self.config.schedule.max_tokens,
+            "cp_size": self.grid.cp_size,
+            "tp_size": self.grid.tp_size,
+            "paired": self.pair_order == "alternating",
+        }
+        (seq_length,) = self._largest(required_seq_length(contexts, **arguments))
+        batch = pack(contexts, **arguments, seq_length=seq_length)
+        return pad_to_count(batch, *self._counts(*self._largest(len(batch.student), len(batch.teacher))))
 
     def forward_backward(self, batch: PackedBatch) -> schedule.StepOutput | None:
         """Gradients of the batch in ``main_grad``; None where no replica has a response to train on."""
@@ -189,6 +201,16 @@ class Run:
             )
         self.log.log_evaluation(self.step, result.metrics())
         return result
+
+    def measure(self, problems: Sequence[Problem], responses: Sequence[Response]) -> dict[str, float]:
+        """The metrics of these responses (one per problem) under the present weights, student and teacher; nothing is
+        trained.  Entropies are the student's own, at temperature 1, at every response token."""
+        contexts = build_contexts([self._prompts(problem) for problem in problems], responses)
+        batch = self.pack_contexts(contexts)
+        with self.teacher.on_device() as teacher:
+            output = self._schedule(batch, teacher, self._distillation_loss(self._target()), forward_only=True)
+        log_probs = torch.tensor([x for response in responses for x in response.log_probs], dtype=torch.float64)
+        return step_metrics(output, log_probs, self.grid)
 
     def save(self) -> None:
         """A checkpoint of the present step."""
@@ -301,21 +323,11 @@ class Run:
         return Target(target.rule, target.teacher_weight, target.k_max, k)
 
     def _row_loss(self) -> schedule.RowLoss:
-        if not self.distils:
-            return schedule.next_token
-        loss = self.config.loss
-        return schedule.self_distillation(self._target(), Divergence(loss.divergence, loss.jsd_lambda))
+        return self._distillation_loss(self._target()) if self.distils else schedule.next_token
 
-    def _pack(self, contexts: Sequence[ContextPair]) -> PackedBatch:
-        arguments: dict[str, Any] = {
-            "max_tokens": self.config.schedule.max_tokens,
-            "cp_size": self.grid.cp_size,
-            "tp_size": self.grid.tp_size,
-            "paired": self.pair_order == "alternating",
-        }
-        (seq_length,) = self._largest(required_seq_length(contexts, **arguments))
-        batch = pack(contexts, **arguments, seq_length=seq_length)
-        return pad_to_count(batch, *self._counts(*self._largest(len(batch.student), len(batch.teacher))))
+    def _distillation_loss(self, target: Target) -> schedule.RowLoss:
+        loss = self.config.loss
+        return schedule.self_distillation(target, Divergence(loss.divergence, loss.jsd_lambda))
 
     def _counts(self, num_student: int, num_teacher: int) -> tuple[int, int]:
         """Raised to at least one student, and in total to what the schedule takes."""
@@ -353,10 +365,8 @@ class Run:
         if not self.distils or self.config.guards.identity_tolerance is None:
             return
         same = [replace(c, teacher_prompt=c.student_prompt) for c in self._contexts[:IDENTITY_CONTEXTS]]
-        batch = self._pack(same)
-        target = Target(teacher_weight=self.config.target.teacher_weight)
-        loss = self.config.loss
-        row_loss = schedule.self_distillation(target, Divergence(loss.divergence, loss.jsd_lambda))
+        batch = self.pack_contexts(same)
+        row_loss = self._distillation_loss(Target(teacher_weight=self.config.target.teacher_weight))
         output = self._schedule(batch, self.chunks, row_loss, forward_only=True)
         check_identity(step_metrics(output, None, self.grid)["loss/mean"], self.config.guards.identity_tolerance)
 

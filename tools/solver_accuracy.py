@@ -3,7 +3,7 @@
 
     python tools/solver_accuracy.py [--vocab-size 8192] [--tokens 24] [--seed 0] [--strict]
 
-Every class is compared with a bisection in float64 on the same logits.  ``--strict`` prints the target without a bound on k
+Every class is compared with float64 on the same logits.  ``--strict`` takes the target without a bound on k
 instead of the one with k <= 1 + w.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     target = Target(k_max=None) if arguments.strict else Target()
     print(
-        "| class | beta (1 + w) | matched | capped | beyond | undetermined | H(q) - H(p) | sum q - 1 | reverse KL |"
+        "| class | beta (1+w) | matched | capped | beyond | undetermined | H(q)-H(p) | sum q-1 | reverse KL |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name in DISTRIBUTIONS:
@@ -106,7 +106,7 @@ def _normal(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Ten
 
 
 def _llm(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """A broad bulk and a few tall columns, of a height that varies from row to row: entropies from 0.01 to several nats."""
+    """A broad bulk and a few tall columns, higher in some rows: entropies from 0.01 to several nats."""
     logits = 2.2 * _normal(num_tokens, vocab_size, generator)
     heads = torch.randint(vocab_size, (num_tokens, 12), generator=generator)
     height = 8 + 8 * torch.rand(num_tokens, 1, generator=generator)

@@ -49,7 +49,8 @@ class Target:
     """Which target distribution the student is pulled towards.
 
     rule: "entropy_matched" (one k per token), "fixed" (k of this record), "batch" (k solved from the mean
-        entropies of the step before, see ``solve_batch_k``, and put into ``k``) or "teacher_alone" (q = softmax(t)).
+        entropies of the step before, see ``solve_batch_k``, and put into ``k``) or "teacher_alone"
+        (q = softmax(t)).
     teacher_weight: w in m = w t + s.
     k_max: upper bound of k for entropy_matched and batch; "1 + w" is never softer than the geometric mean;
         None is no bound.

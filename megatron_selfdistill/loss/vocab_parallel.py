@@ -122,8 +122,8 @@ def distillation_loss(
 ) -> TokenStats:
     """The divergence between student and mixed target of every response token, over ``vocab.group``.
 
-    Equals ``divergence(log_softmax(s), mixed_target(s, t, target).log_q, divergence)`` on the valid columns of
-    all ranks together.
+    Equals ``divergence(log_softmax(s), mixed_target(s, t, target).log_q, divergence)`` on the valid columns
+    of all ranks together.
 
     Shapes: both logits [T, vocab.size], any float dtype; response_tokens [T] int64, global ids.
     Ranks: T and response_tokens are equal on all ranks of the group; so is the result.

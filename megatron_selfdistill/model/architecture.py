@@ -169,8 +169,8 @@ def refuse_known_faults(config: TransformerConfig) -> None:
         ),
         (
             config.hidden_dropout > 0 or config.attention_dropout > 0,
-            "dropout makes the student that is trained differ from the one that sampled: leave hidden_dropout "
-            "and attention_dropout at 0",
+            "dropout makes the student that is trained differ from the one that sampled: leave "
+            "hidden_dropout and attention_dropout at 0",
         ),
         (
             config.moe_expert_capacity_factor is not None,

@@ -1,0 +1,192 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The definition of the target on full rows: it matches entropies, respects the bound, and says what it did."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_selfdistill.loss import Status, Target, beta_grid, mixed_target, solve_batch_k
+
+STRICT = Target(k_max=None)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    return -torch.where(torch.isfinite(log_probs), log_probs.exp() * log_probs, 0.0).sum(-1)
+
+
+def pair(seed: int, num_rows: int = 16, vocab_size: int = 200) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    s, t = (3 * torch.randn(num_rows, vocab_size, generator=generator, dtype=torch.float64) for _ in "st")
+    return s, t
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), weight=st.floats(0.05, 4.0))
+def test_the_strict_target_has_the_students_entropy(seed: int, weight: float) -> None:
+    s, t = pair(seed)
+    rows = mixed_target(s, t, Target(teacher_weight=weight, k_max=None))
+    matched = rows.status == Status.MATCHED
+    assert matched.any()
+    gap = entropy(rows.log_q) - entropy(s.log_softmax(-1))
+    assert gap[matched].abs().max() < 1e-12
+    expected = (rows.beta[:, None] * (weight * t + s)).log_softmax(-1)
+    torch.testing.assert_close(rows.log_q, expected, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), k_max=st.sampled_from(["1 + w", 0.5, 1.2, 3.0]))
+def test_the_bound_holds_and_a_capped_target_is_sharper_than_the_student(
+    seed: int, k_max: float | str
+) -> None:
+    s, t = pair(seed)
+    s, t = torch.cat([s, s]), torch.cat([t, 2 * s])
+    target = Target(k_max=k_max)
+    rows, free = mixed_target(s, t, target), mixed_target(s, t, STRICT)
+    assert target.k_bound is not None
+    torch.testing.assert_close(rows.beta, free.beta.clamp(min=1 / target.k_bound), rtol=1e-12, atol=0)
+    capped = rows.status == Status.CAPPED
+    assert torch.equal(capped, free.beta < 1 / target.k_bound)
+    assert (entropy(rows.log_q) <= entropy(s.log_softmax(-1)) + 1e-9)[capped].all()
+
+
+def test_equal_logits_give_the_geometric_mean_and_the_student_itself() -> None:
+    s, _ = pair(0)
+    for target in (STRICT, Target(), Target(k_max=1.0, teacher_weight=0.0)):
+        rows = mixed_target(s, s, target)
+        torch.testing.assert_close(rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(rows.log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
+        assert (rows.status == Status.MATCHED).all()
+
+
+def test_every_status_says_what_happened() -> None:
+    flat, sharp, sure = torch.zeros(8).double(), torch.arange(8).double(), torch.tensor([40.0] + [0.0] * 7)
+    student = torch.stack([sharp, sharp, sure.double(), flat + 0.01 * sharp])
+    teacher = torch.stack([3 * sharp, -sharp, sharp, 40 * sharp])
+    assert mixed_target(student, teacher, Target()).status.tolist() == [
+        Status.CAPPED,
+        Status.MATCHED,
+        Status.UNDETERMINED,
+        Status.CAPPED,
+    ]
+    assert mixed_target(student, teacher, STRICT).status[3] == Status.OUT_OF_RANGE
+    tied = torch.tensor([[3.0, 0.0, -5.0]]).double(), torch.tensor([[0.0, 4.0, 0.0]]).double()
+    rows = mixed_target(*tied, STRICT)
+    assert rows.status == Status.OUT_OF_RANGE and rows.beta.item() == pytest.approx(16 / 1.75)
+    assert mixed_target(student, teacher, Target("fixed", k=2.0)).status.tolist() == [Status.GIVEN] * 4
+
+
+def test_given_rules_use_their_k_and_teacher_alone_is_the_teacher() -> None:
+    s, t = pair(1)
+    mix = 0.75 * t + s
+    for target, expected in (
+        (Target("fixed", k=2.5), mix / 2.5),
+        (Target("fixed"), mix / 1.75),
+        (Target("batch"), mix / 1.75),
+        (Target("batch", k=1.1), mix / 1.1),
+        (Target("teacher_alone"), t),
+    ):
+        torch.testing.assert_close(mixed_target(s, t, target).log_q, expected.log_softmax(-1))
+
+
+def test_columns_of_minus_infinity_do_not_exist() -> None:
+    s, t = pair(2)
+    kept = torch.arange(200) % 4 != 0
+    masked = mixed_target(s.masked_fill(~kept, -torch.inf), t.masked_fill(~kept, -torch.inf), STRICT)
+    removed = mixed_target(s[:, kept], t[:, kept], STRICT)
+    torch.testing.assert_close(masked.beta, removed.beta)
+    torch.testing.assert_close(masked.log_q[:, kept], removed.log_q)
+    no_weight = mixed_target(s, t.masked_fill(~kept, -torch.inf), Target(teacher_weight=0.0))
+    torch.testing.assert_close(no_weight.log_q, s.log_softmax(-1))
+
+
+def test_nan_stays_in_its_row() -> None:
+    s, t = pair(3)
+    broken = t.clone()
+    broken[2, 5], broken[7, 0] = torch.nan, torch.inf
+    rows, clean = mixed_target(s, broken, Target()), mixed_target(s, t, Target())
+    good = torch.ones(16, dtype=torch.bool)
+    good[[2, 7]] = False
+    assert torch.isnan(rows.beta[~good]).all() and torch.isnan(rows.log_q[~good]).all()
+    assert torch.equal(rows.log_q[good], clean.log_q[good])
+
+
+def test_narrow_dtypes_are_computed_in_float32() -> None:
+    s, t = pair(4)
+    assert mixed_target(s.bfloat16(), t.bfloat16(), Target()).log_q.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("target", "count", "lowest"),
+    [
+        (STRICT, 9, 1 / 16 / 1.75),
+        (Target(), 5, 1 / 1.75),
+        (Target(k_max=2.0), 5, 0.5),
+        (Target(k_max=0.5), 3, 2.0),
+        (Target(k_max=1000.0), 9, 1 / 16 / 1.75),
+        (Target("fixed", k=4.0), 1, 0.25),
+        (Target("teacher_alone"), 1, 1.0),
+    ],
+)
+def test_the_grid_doubles_from_the_bound_and_stays_in_the_range(
+    target: Target, count: int, lowest: float
+) -> None:
+    grid = beta_grid(target)
+    assert len(grid) == count and grid[0] == pytest.approx(lowest)
+    assert all(b == 2 * a for a, b in zip(grid, grid[1:], strict=False))
+    if count > 1:
+        assert grid[0] * 1.75 >= 1 / 16 - 1e-9 and grid[-1] * 1.75 <= 16 + 1e-9
+    assert target.lowest_is_bound == (target.k_max is not None and target.k_max != 1000.0)
+
+
+@pytest.mark.parametrize("k_max", [None, "1 + w"])
+def test_the_batch_k_matches_the_mean_entropies(k_max: float | str | None) -> None:
+    s, t = pair(5, 64)
+    target = Target("batch", k_max=k_max)
+    grid = beta_grid(Target(k_max=k_max))
+    mix = 0.75 * t + s
+    means = [entropy((beta * mix).log_softmax(-1)).mean() for beta in grid]
+    wanted = entropy(s.log_softmax(-1)).mean()
+    k = solve_batch_k(float(wanted), grid, torch.stack(means), target.k_bound, max_entropy=math.log(200))
+    reached = entropy((mix / k).log_softmax(-1)).mean()
+    assert abs(float(reached - wanted)) < 0.02
+    rough = solve_batch_k(float(wanted), grid, torch.stack(means), target.k_bound)
+    assert rough == pytest.approx(k, rel=0.02)
+
+
+def test_the_batch_k_is_exact_at_grid_points_and_clamped_outside() -> None:
+    betas, entropies = [0.5, 1.0, 2.0, 4.0], [4.0, 3.0, 1.5, 0.2]
+    for beta, value in zip(betas, entropies, strict=True):
+        assert solve_batch_k(value, betas, entropies, None) == pytest.approx(1 / beta, rel=1e-9)
+    assert solve_batch_k(5.0, betas, entropies, None) == 2.0
+    assert solve_batch_k(5.0, betas, entropies, 1.75) == 1.75
+    assert solve_batch_k(0.0, betas, entropies, None) == 0.25
+    ks = [solve_batch_k(h, betas, entropies, None) for h in torch.linspace(0.2, 4.0, 50).tolist()]
+    assert ks == sorted(ks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"rule": "mixed"}, "Target.rule must be one of entropy_matched, fixed, batch, teacher_alone; got"),
+        ({"teacher_weight": -1.0}, "must be a finite number >= 0; got -1.0"),
+        ({"k_max": "w"}, "must be '1 \\+ w', a number or None; got 'w'"),
+        ({"k_max": 0.1}, "must be at least \\(1 \\+ w\\) / 8 = 0.21875"),
+        ({"rule": "fixed", "k": 0.0}, "Target.k must be a finite number > 0"),
+    ],
+)
+def test_a_wrong_target_is_refused_with_a_sentence(arguments: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Target(**arguments)
+
+
+def test_mean_entropies_with_nan_are_refused_with_a_sentence() -> None:
+    with pytest.raises(ValueError, match="must be finite; got nan"):
+        solve_batch_k(math.nan, [1.0, 2.0], [2.0, 1.0], None)
+    with pytest.raises(ValueError, match="equally long, at least 2; got 1 and 1"):
+        solve_batch_k(1.0, [1.0], [1.0], None)

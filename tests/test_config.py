@@ -1,0 +1,299 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The schema documents every key, and a configuration that cannot run fails in one sentence, at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config import Config, ConfigError, from_mapping, keys, load, to_yaml
+from megatron_selfdistill.paths import config_dir
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SECTIONS = [cls for cls in vars(configuration).values() if dataclasses.is_dataclass(cls)]
+SHIPPED = sorted(p.relative_to(config_dir()) for p in config_dir().glob("*/*.yaml"))
+
+
+def sentence_of(*overrides: str, **kwargs) -> str:
+    """The one sentence with which these overrides fail."""
+    with pytest.raises(ConfigError) as caught:
+        load(list(overrides), **kwargs)
+    text = str(caught.value)
+    assert text and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda cls: cls.__name__)
+def test_every_field_has_a_documentation_string(section):
+    docs = configuration.field_docs(section)
+    undocumented = [f.name for f in dataclasses.fields(section) if len(docs.get(f.name, "")) < 5]
+    assert undocumented == []
+
+
+def test_a_field_without_documentation_is_seen():
+    docs = configuration.field_docs(_HalfDocumented)
+    assert docs == {"documented": "What it means."}
+
+
+@dataclasses.dataclass
+class _HalfDocumented:
+    documented: int = 1
+    """What it means."""
+    bare: int = 2
+
+
+def test_keys_lists_each_field_of_each_section_once_with_its_default():
+    expected = {}
+    for f in dataclasses.fields(Config):
+        value = getattr(Config(), f.name)
+        if dataclasses.is_dataclass(value):
+            expected |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in dataclasses.fields(value)}
+        else:
+            expected[f.name] = value
+    listed = keys()
+    assert {name: default for name, (default, _) in listed.items()} == expected
+    assert all(documentation for _, documentation in listed.values())
+
+
+def test_the_composed_defaults_are_the_schemas():
+    assert load() == Config()
+
+
+def test_the_written_configuration_reads_back_as_itself():
+    config = load(["recipe=literal", "model=llama_1b", "optimizer.lr=3e-6", "data.fields.problem=question"])
+    assert from_mapping(OmegaConf.create(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("model.num_layer=3", "model.num_layers"),
+        ("modle.num_layers=3", "model.num_layers"),
+        ("++model.num_layer=3", "model.num_layers"),
+        ("+target.kmax=2", "target.k_max"),
+        ("num_step=3", "num_steps"),
+        ("lr=1e-6", "optimizer.lr"),
+        ("target.lr=1e-6", "optimizer.lr"),
+        ("recepie=literal", "recipe"),
+        ("optimizer.clipgrad=1", "optimizer.clip_grad"),
+    ],
+)
+def test_a_misspelt_key_fails_with_the_nearest_right_name(override, nearest):
+    text = sentence_of("seed=1", override)
+    assert "unknown configuration key" in text
+    assert f"did you mean {nearest!r}?" in text
+
+
+def test_a_misspelt_option_of_a_group_fails_with_the_nearest_file():
+    assert "did you mean recipe=literal?" in sentence_of("recipe=literl")
+
+
+def test_a_misspelt_key_in_a_file_fails_with_the_nearest_right_name(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "ours.yaml").write_text("num_layers: 3\nhiden_size: 32\n")
+    text = sentence_of("model=ours", search_path=[tmp_path])
+    assert "'model.hiden_size'" in text and "did you mean 'model.hidden_size'?" in text
+
+
+def test_a_misspelt_key_in_nested_mappings_fails_with_the_nearest_right_name():
+    with pytest.raises(ConfigError, match=r"'guards.patiance'; did you mean 'guards.patience'\?"):
+        from_mapping({"guards": {"patiance": 3}})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.num_layers=three", "model.num_layers"),
+        ("model.num_layers=2.5", "model.num_layers"),
+        ("model.num_layers=null", "model.num_layers"),
+        ("dry_run=maybe", "dry_run"),
+        ("optimizer.lr=[1]", "optimizer.lr"),
+        ("rollout.stop_token_ids=[a]", "rollout.stop_token_ids"),
+        ("data.fields=3", "data.fields"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_key(override, words):
+    text = sentence_of(override)
+    assert words in text and "unknown" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objective=solution", "objective must be one of"),
+        ("num_steps=0", "num_steps must be at least 1, got 0"),
+        ("model.normalization=rmsnorm", "did you mean 'RMSNorm'?"),
+        ("model.num_layers=0", "model.num_layers must be at least 1"),
+        ("model.num_query_groups=0", "model.num_query_groups must be at least 1"),
+        ("model.num_query_groups=3", "must be a multiple of model.num_query_groups (3)"),
+        ("model.hidden_size=65", "model.hidden_size (65) must be a multiple"),
+        ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size must be at least 1"),
+        ("parallel.expert_tensor_parallel_size=0", "parallel.expert_tensor_parallel_size must be at least 1"),
+        ("parallel.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
+        ("parallel.virtual_pipeline_model_parallel_size=2", "needs pipeline_model_parallel_size > 1"),
+        ("data.on_long_context=trunkate_end", "did you mean 'truncate_end'?"),
+        ("data.fields.solutoin=hint", "did you mean 'solution'?"),
+        ("data.global_batch_size=0", "data.global_batch_size must be at least 1"),
+        ("rollout.engine=vllm", "rollout.engine must be one of megatron"),
+        ("rollout.top_p=0", "rollout.top_p must lie in (0, 1]"),
+        ("rollout.temperature=-1", "rollout.temperature must be at least 0"),
+        ("target.rule=entropy", "target.rule must be one of"),
+        ("target.k_max=abc", "target.k_max must be '1 + w', a positive number or null, got 'abc'"),
+        ("target.k_max=0", "target.k_max must be"),
+        ("target.k_max=true", "target.k_max must be"),
+        ("target.k=-1", "target.k must be positive"),
+        ("loss.divergence=kl", "loss.divergence must be one of"),
+        ("loss.jsd_lambda=1", "loss.jsd_lambda must lie in (0, 1)"),
+        ("teacher.weights=eam", "did you mean 'ema'?"),
+        ("teacher.ema_decay=1", "teacher.ema_decay must lie in [0, 1)"),
+        ("schedule.pair_order=alternate", "did you mean 'alternating'?"),
+        ("optimizer.precision=fp16", "optimizer.precision must be one of bf16, fp32"),
+        ("optimizer.adam_beta2=1", "optimizer.adam_beta2 must lie in [0, 1)"),
+        ("optimizer.lr_warmup_steps=-1", "optimizer.lr_warmup_steps must be at least 0"),
+        ("optimizer.overlap_param_gather=true", "needs use_distributed_optimizer and overlap_grad_reduce"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1"),
+        ("metrics.console_every=0", "metrics.console_every must be at least 1"),
+        ("evaluation.pass_at_k=[4]", "pass@4 but evaluation.num_samples is 1"),
+        ("evaluation.pass_at_k=[0]", "must hold numbers of at least 1"),
+        ("guards.patience=0", "guards.patience must be at least 1"),
+    ],
+)
+def test_an_impossible_value_is_one_sentence(override, words):
+    assert words in sentence_of(override)
+
+
+TP, PP, CP = (f"parallel.{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context"))
+EP, ETP = (f"parallel.{axis}_parallel_size" for axis in ("expert_model", "expert_tensor"))
+VPP = "parallel.virtual_pipeline_model_parallel_size"
+MOE = "model.num_moe_experts=4"
+IMPOSSIBLE_WORLDS = [
+    (3, [f"{TP}=2"], "world size 3 must be a multiple of TP x PP x CP = 2 x 1 x 1 = 2"),
+    (4, [f"{TP}=2", f"{CP}=4"], "TP x PP x CP = 2 x 1 x 4 = 8"),
+    (1, [f"{PP}=2"], "TP x PP x CP = 1 x 2 x 1 = 2"),
+    (6, [MOE, f"{EP}=4"], "world size 6 must be a multiple of ETP x EP x PP = 1 x 4 x 1 = 4"),
+    (2, [f"{EP}=2"], "needs a mixture of experts (model.num_moe_experts)"),
+    (3, [MOE, f"{EP}=3"], "model.num_moe_experts (4) must be a multiple of EP (3)"),
+    (8, [f"{TP}=8"], "model.num_attention_heads (4) must be a multiple of tensor_model_parallel_size (8)"),
+    (4, [f"{TP}=4", "model.num_query_groups=2"], "model.num_query_groups (2) must be a multiple of"),
+    (4, [f"{TP}=4", "model.ffn_hidden_size=66"], "model.ffn_hidden_size (66) must be a multiple of"),
+    (3, [f"{PP}=3"], "model.num_layers (2) must be a multiple of PP x VPP = 3"),
+    (2, [f"{PP}=2", f"{VPP}=2"], "model.num_layers (2) must be a multiple of PP x VPP = 4"),
+    (2, [f"{TP}=2", MOE], "needs parallel.sequence_parallel=true"),
+    (
+        4,
+        [f"{TP}=4", "parallel.sequence_parallel=true", MOE, "model.moe_ffn_hidden_size=6"],
+        "model.moe_ffn_hidden_size (6) must be a multiple of the tensor parallelism inside an expert (4)",
+    ),
+    (64, [], "data.global_batch_size (32) must be at least the number of data-parallel ranks (64)"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "overrides", "words"), IMPOSSIBLE_WORLDS)
+def test_parallel_sizes_that_cannot_be_are_one_sentence(world_size, overrides, words):
+    config = load(overrides)
+    with pytest.raises(ConfigError) as caught:
+        config.check_world(world_size)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, []),
+        (32, []),
+        (8, [f"{TP}=2", f"{PP}=2", f"{CP}=2", "parallel.sequence_parallel=true"]),
+        (4, [MOE, f"{EP}=4"]),
+        (4, [f"{TP}=2", MOE, f"{EP}=4", f"{ETP}=1", "parallel.sequence_parallel=true"]),
+        (4, [f"{PP}=2", f"{VPP}=2", "model.num_layers=4"]),
+        (3, [f"{PP}=3", "model.num_layers=4", "model.transformer.num_layers_in_first_pipeline_stage=2"]),
+        (8, ["parallel=node_of_8", "model=qwen3_8b"]),
+        (6, [f"{TP}=6", "model.provider=lab.models.provide"]),
+    ],
+)
+def test_parallel_sizes_that_can_be_pass(world_size, overrides):
+    load(overrides).check_world(world_size)
+
+
+def test_parallel_sizes_are_checked_without_torch():
+    code = (
+        "import sys\nfrom megatron_selfdistill.config import load\n"
+        "try:\n    load(['parallel.tensor_model_parallel_size=2']).check_world(3)\n"
+        "except ValueError as error:\n    sys.exit(0 if 'torch' not in sys.modules else 2)\nsys.exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=str)
+def test_every_shipped_file_composes_and_sets_what_it_says(file):
+    group, option = file.parts[0], file.stem
+    config = dataclasses.asdict(load([f"{group}={option}"]))
+    written = OmegaConf.to_container(OmegaConf.load(config_dir() / file))
+    target = config if "_global_" in (config_dir() / file).read_text() else config[group]
+    assert written, "a file that sets nothing"
+    assert_contains(target, written)
+
+
+def assert_contains(values: dict, part: dict) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            assert_contains(values[key], value)
+        else:
+            assert values[key] == value, key
+
+
+def test_groups_compose_with_each_other_and_the_command_line_has_the_last_word():
+    config = load(
+        "recipe=literal target=strict optimizer=fp32 model=qwen3_8b target.teacher_weight=1.5".split()
+    )
+    assert (config.loss.divergence, config.teacher.weights) == ("forward_kl", "current")
+    assert (config.target.k_max, config.target.teacher_weight) == (None, 1.5)
+    assert (config.optimizer.precision, config.model.num_layers) == ("fp32", 36)
+
+
+def test_a_labs_folder_adds_groups_and_options(tmp_path):
+    for name, text in {
+        "model/ours.yaml": "num_layers: 6\n",
+        "cluster/big.yaml": "# @package _global_\nparallel: {tensor_model_parallel_size: 2}\nnum_steps: 7\n",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    config = load(["model=ours", "+cluster=big"], search_path=[tmp_path])
+    by_hydra = load(["model=ours", "+cluster=big", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert (config.model.num_layers, config.parallel.tensor_model_parallel_size, config.num_steps) == (6, 2, 7)
+    assert by_hydra == config
+    assert load(["recipe=literal"], search_path=[tmp_path]).teacher.weights == "current"
+    assert load().model.num_layers == 2, "the lab's folder is forgotten by the next call"
+
+
+def test_free_form_dictionaries_take_new_keys():
+    config = load(
+        [
+            "data.fields.problem=question",
+            "data.chat_template_kwargs.enable_thinking=false",
+            "model.transformer.moe_shared_expert_intermediate_size=64",
+            "model.transformer.nested={a: 1}",
+        ]
+    )
+    assert config.data.fields == {"problem": "question"}
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    assert config.model.transformer == {"moe_shared_expert_intermediate_size": 64, "nested": {"a": 1}}
+
+
+def test_the_configs_are_found_from_any_folder(tmp_path):
+    code = "from megatron_selfdistill.config import load; print(load(['model=qwen3_8b']).model.hidden_size)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); {code}"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "4096"
+    assert re.search(r"\S", done.stdout)
