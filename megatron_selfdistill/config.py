@@ -12,12 +12,14 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -46,8 +48,9 @@ def _at_least(least: float, section: str, values: Any, names: str) -> None:
 
 def _one_of(key: str, value: Any, choices: Iterable[str]) -> None:
     choices = list(choices)
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    spelt = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(str(value).lower(), spelt, n=1)
+    hint = f"; did you mean {spelt[near[0]]!r}?" if near else ""
     _require(value in choices, f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
@@ -639,7 +642,7 @@ def load(
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = compose(config_name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_explain(overrides, error)) from error
     return from_mapping(composed)
 
@@ -725,7 +728,12 @@ def _explain(overrides: Sequence[str], error: Exception) -> str:
         elif isinstance(error, MissingConfigException) and f"'{key}/{value}'" in str(error):
             near = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.0)[0]
             return f"{key}={value}: there is no such file; did you mean {key}={near}?"
-    return str(error).splitlines()[0]
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(str(error).split())
+    first = str(error).splitlines()[0]
+    in_file = re.search(r"full_key: (\S+)", str(error))  # hydra tells only there what does not fit the schema
+    sentence = _unknown_key(in_file[1]) if in_file else None
+    return f"{first.split(':')[0]}: {sentence}" if sentence else first
 
 
 def _groups() -> dict[str, list[str]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,14 +76,21 @@ class Run:
 
     def next_problems(self) -> list[Problem]:
         """This replica's share of the next global batch."""
-        return shard(self.stream.next_batch(), self.grid.dp_rank, self.grid.dp_size)
+        batch = self.stream.next_batch()
+        first = _first_sample_indices(batch, self.config.rollout.num_samples)
+        self._first_samples = shard(first, self.grid.dp_rank, self.grid.dp_size)
+        return shard(batch, self.grid.dp_rank, self.grid.dp_size)
 
     def generate(self, problems: Sequence[Problem]) -> list[Response]:
         """``rollout.num_samples`` responses per problem, problem by problem, by the current weights."""
         with self.phases("rollout"):
             if self.config.objective == "solutions":
                 return [self._solution(problem) for problem in problems]
-            keys = [(self.step, p.id, i) for p in problems for i in range(self.config.rollout.num_samples)]
+            keys = [
+                (self.step, problem.id, first + i)
+                for problem, first in zip(problems, self._first_samples, strict=True)
+                for i in range(self.config.rollout.num_samples)
+            ]
             if self.recording is not None:
                 responses = self.recording.responses(keys)
             else:
@@ -392,3 +400,12 @@ class Run:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.grid.dp_group)
         return tensor.tolist()
 
+
+def _first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int]:
+    """0 for each problem; where an epoch ends within the batch a problem can come again, and its samples count on."""
+    seen: Counter[str] = Counter()
+    first = []
+    for problem in batch:
+        first.append(seen[problem.id])
+        seen[problem.id] += num_samples
+    return first

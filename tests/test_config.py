@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +98,14 @@ def test_a_misspelt_key_in_a_file_fails_with_the_nearest_right_name(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "ours.yaml").write_text("num_layers: 3\nhiden_size: 32\n")
     text = sentence_of("model=ours", search_path=[tmp_path])
+    assert text.startswith("In 'model/ours'")
     assert "'model.hiden_size'" in text and "did you mean 'model.hidden_size'?" in text
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "ours.yaml").write_text("num_layers: [3\n")
+    assert "model/ours.yaml" in sentence_of("model=ours", search_path=[tmp_path])
 
 
 def test_a_misspelt_key_in_nested_mappings_fails_with_the_nearest_right_name():
@@ -166,7 +172,9 @@ def test_a_value_of_the_wrong_type_names_its_key(override, words):
     ],
 )
 def test_an_impossible_value_is_one_sentence(override, words):
-    assert words in sentence_of(override)
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(OmegaConf.from_dotlist([override]))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 TP, PP, CP = (f"parallel.{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context"))
@@ -197,7 +205,7 @@ IMPOSSIBLE_WORLDS = [
 
 @pytest.mark.parametrize(("world_size", "overrides", "words"), IMPOSSIBLE_WORLDS)
 def test_parallel_sizes_that_cannot_be_are_one_sentence(world_size, overrides, words):
-    config = load(overrides)
+    config = from_mapping(OmegaConf.from_dotlist(overrides))
     with pytest.raises(ConfigError) as caught:
         config.check_world(world_size)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -248,6 +256,11 @@ def assert_contains(values: dict, part: dict) -> None:
             assert values[key] == value, key
 
 
+def test_a_group_wins_over_the_recipe():
+    assert load(["recipe=literal", "target=capped"]).target.k_max == "1 + w"
+    assert load(["target=batch"]).target.rule == "batch", "also over the default recipe"
+
+
 def test_groups_compose_with_each_other_and_the_command_line_has_the_last_word():
     config = load(
         "recipe=literal target=strict optimizer=fp32 model=qwen3_8b target.teacher_weight=1.5".split()
@@ -266,7 +279,11 @@ def test_a_labs_folder_adds_groups_and_options(tmp_path):
         (tmp_path / name).write_text(text)
     config = load(["model=ours", "+cluster=big"], search_path=[tmp_path])
     by_hydra = load(["model=ours", "+cluster=big", f"hydra.searchpath=[file://{tmp_path}]"])
-    assert (config.model.num_layers, config.parallel.tensor_model_parallel_size, config.num_steps) == (6, 2, 7)
+    assert (config.model.num_layers, config.parallel.tensor_model_parallel_size, config.num_steps) == (
+        6,
+        2,
+        7,
+    )
     assert by_hydra == config
     assert load(["recipe=literal"], search_path=[tmp_path]).teacher.weights == "current"
     assert load().model.num_layers == 2, "the lab's folder is forgotten by the next call"
@@ -296,4 +313,3 @@ def test_the_configs_are_found_from_any_folder(tmp_path):
         text=True,
     )
     assert done.stdout.strip() == "4096"
-    assert re.search(r"\S", done.stdout)

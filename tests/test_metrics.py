@@ -45,8 +45,8 @@ LAYOUTS = [
 ]
 
 
-def all_rows(rule: str = "entropy_matched", num_tokens: int = NUM_TOKENS) -> TokenStats:
-    """The statistics of a whole batch, by the real loss on rows of every sharpness."""
+def all_logits(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(student, teacher): rows of every sharpness, that agree more or less."""
     generator = torch.Generator().manual_seed(5)
 
     def logits() -> torch.Tensor:
@@ -54,13 +54,17 @@ def all_rows(rule: str = "entropy_matched", num_tokens: int = NUM_TOKENS) -> Tok
         return scale * torch.randn(num_tokens, VOCAB_SIZE, generator=generator, dtype=torch.float64)
 
     student = logits()
-    teacher = student + logits() / 3
-    tokens = torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=generator)
+    return student, student + logits() / 3
+
+
+def all_rows(num_tokens: int = NUM_TOKENS, target: Target | None = None) -> TokenStats:
+    """The statistics of a whole batch, by the real loss."""
+    student, teacher = all_logits(num_tokens)
     return distillation_loss(
         student,
         teacher,
-        tokens,
-        target=Target(rule),
+        torch.arange(num_tokens) % VOCAB_SIZE,
+        target=target or Target(),
         divergence=Divergence(),
         vocab=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE),
     )
@@ -84,16 +88,14 @@ def sampler_log_probs(stats: TokenStats) -> torch.Tensor:
 
 
 def share_of_rank(sizes: dict[str, int]) -> tuple[Any, Any, torch.Tensor]:
-    """(grid, output, sampler's log-probs) of this rank, whose replica holds every dp_size-th token of the batch."""
+    """(grid, output, sampler's log-probs) of this rank; its replica holds every dp_size-th token."""
     from megatron_selfdistill import parallel
     from megatron_selfdistill.config import ParallelConfig
 
     grid = parallel.initialize(ParallelConfig(**sizes), 0)
     stats = all_rows()
     replica = torch.arange(NUM_TOKENS)[grid.dp_rank :: grid.dp_size]
-    ids = torch.randperm(len(replica))[grid.cp_rank :: grid.cp_size] if grid.cp_size == 1 else None
-    if ids is None:
-        ids = torch.arange(len(replica))[grid.cp_rank :: grid.cp_size]
+    ids = torch.arange(len(replica)).flip(0)[grid.cp_rank :: grid.cp_size]  # packing changes the order
     output = output_of(some_rows(stats, replica[ids]), ids) if grid.is_last_stage else output_of(None)
     return grid, output, sampler_log_probs(stats)[replica]
 
@@ -185,9 +187,7 @@ def test_a_nan_token_shows_in_the_means_and_not_in_the_percentiles():
     broken = {name: getattr(stats, name).detach().clone() for name in ("loss", "beta", "student_log_prob")}
     for values in broken.values():
         values[3] = math.nan
-    found = step_metrics(
-        output_of(dataclasses.replace(stats, **broken)), sampler_log_probs(stats), ONE_RANK
-    )
+    found = step_metrics(output_of(dataclasses.replace(stats, **broken)), sampler_log_probs(stats), ONE_RANK)
     assert math.isnan(found["loss/mean"]) and math.isnan(found["k/mean"])
     assert found["sampler/log_prob_max_abs_diff"] == math.inf
     assert math.isfinite(found["entropy/student"]) and math.isfinite(found["k/p99"])
@@ -218,12 +218,14 @@ def test_batch_entropies_are_the_means_over_the_global_batch(ranks, world_size, 
 
 
 def test_one_k_solved_from_batch_entropies_matches_the_mean_entropy():
-    stats = all_rows("batch")
-    k = solve_batch_k(*batch_entropies(output_of(stats), ONE_RANK), 1e9)
-    mean, betas, means = batch_entropies(output_of(stats), ONE_RANK)
-    assert 1 / betas[-1] <= k <= 1 / betas[0]
-    nearest = min(range(len(betas)), key=lambda j: abs(betas[j] - 1 / k))
-    assert abs(means[nearest] - mean) <= max(abs(a - b) for a, b in zip(means, means[1:], strict=False))
+    student, teacher = all_logits(NUM_TOKENS)
+    target = Target("batch", k_max=None)
+    k = solve_batch_k(*batch_entropies(output_of(all_rows(target=target)), ONE_RANK), None)
+    q = ((target.teacher_weight * teacher + student) / k).softmax(-1)
+    p = student.softmax(-1)
+    assert float(-(q * q.log()).sum(-1).mean()) == pytest.approx(
+        float(-(p * p.log()).sum(-1).mean()), rel=0.01
+    )
 
 
 def test_batch_entropies_leave_out_nan_and_need_a_target():

@@ -1,185 +1,133 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A tiny training run that is saved and resumed in any layout; its gradients are functions of parameter and step."""
+"""Whole training runs of a tiny model on column subtraction, in this process, on ranks or in a process of their own."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-from dataclasses import dataclass, field
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import layouts
-import models
-import numpy as np
-import torch
-from torch import Tensor
+import pytest
 
-from megatron_selfdistill.checkpoint.megatron import Checkpointer, megatron_args
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.teacher import Teacher, main_parameter
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY / "examples"))
 
-ADAM = OptimizerConfig(precision="fp32", lr=1e-2, lr_decay_style="linear", weight_decay=0.1)
+# Not equal between runs: clocks, and memory.
+NOT_REPRODUCIBLE = ("seconds/", "tokens_per_second/", "memory/")
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A run's model, layout and optimizer."""
+def write_data(folder: Path, num_problems: int = 40) -> None:
+    """A tokenizer and problems with answers as hints."""
+    import subtraction
 
-    kind: str = "gqa"
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optimizer: OptimizerConfig = ADAM
-    teacher: str = "ema"
-    seed: int = 0
-    model_changes: dict[str, Any] = field(default_factory=dict)
-
-    def cut(self, **sizes: Any) -> Setup:
-        """The same in another layout."""
-        return dataclasses.replace(self, parallel=ParallelConfig(**sizes))
-
-    @property
-    def model(self) -> ModelConfig:
-        return models.model_config(self.kind, **self.model_changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    subtraction.write_tokenizer(folder / "tokenizer")
+    subtraction.write_problems(folder / "problems.jsonl", subtraction.distinct(num_problems, "train", seed=1))
 
 
-@dataclass
-class TinyRun:
-    """One rank of a run."""
-
-    setup: Setup
-    grid: Grid
-    chunks: list[Any]
-    optimizer: Any
-    scheduler: Any
-    teacher: Teacher
-    checkpointer: Checkpointer
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """What `Checkpointer.load` fills."""
-        return {
-            "chunks": self.chunks,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "teacher": self.teacher,
-        }
-
-    @property
-    def args(self) -> argparse.Namespace:
-        return megatron_args(self.chunks[0], self.setup.model)
-
-    def step(self, index: int) -> None:
-        """Optimizer step ``index`` with the gradients of that step."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        params = [p for chunk in self.chunks for p in unwrapped(chunk).parameters()]
-        values = [p.data for p in params]
-        for p in params:
-            p.data = p.main_grad
-        models.fill_from_names(self.chunks, seed=1000 + index)
-        for p, value in zip(params, values, strict=True):
-            p.data = value
-        self.scheduler.step(1)
-        assert self.optimizer.step()[0]
-        self.teacher.update(self.optimizer)
-
-    def save(self, step: int, **trainer_state: Any) -> Path:
-        return self.checkpointer.save(step, **self.parts, trainer_state=trainer_state, args=self.args)
-
-    def load_latest(self) -> dict[str, Any]:
-        path = self.checkpointer.latest()
-        assert path is not None
-        return self.checkpointer.load(path, **self.parts)
-
-    def parameters(self) -> dict[str, Any]:
-        """The float32 parameters that the optimizer updates, for `layouts.join`."""
-        for chunk in self.chunks:
-            if self.setup.optimizer.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-        return layouts.shards(self.chunks, lambda p: main_parameter(p, self.optimizer).clone())
-
-    def weights(self) -> dict[str, Any]:
-        """The parameters that the model computes with."""
-        return layouts.shards(self.chunks, lambda p: p.detach().float().clone())
-
-    def teacher_weights(self) -> dict[str, Any]:
-        """The teacher's float32 master, or its copy where it has none."""
-        with self.teacher.masters_in_place():
-            return layouts.shards(self.teacher.chunks, lambda p: p.detach().float().clone())
-
-    def adam_steps(self) -> list[Tensor]:
-        """The ``step`` tensor of every parameter's Adam state."""
-        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        return [state["step"] for single in chained for state in single.optimizer.state.values()]
+def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
+    """A run of 6 steps of 8 problems; ``more`` has the last word."""
+    return [
+        f"run_dir={run_dir}",
+        f"data.path={data}/problems.jsonl",
+        f"data.tokenizer={data}/tokenizer",
+        "data.teacher_template='{problem}H{solution}|'",
+        "data.global_batch_size=8",
+        "rollout.max_new_tokens=14",
+        "schedule.max_tokens=256",
+        "model.num_layers=4",
+        "model.hidden_size=32",
+        "model.num_query_groups=2",
+        "model.make_vocab_size_divisible_by=8",
+        "model.max_position_embeddings=128",
+        "model.init_method_std=0.2",
+        "optimizer=fp32",
+        "optimizer.lr=1e-3",
+        "optimizer.lr_warmup_steps=2",
+        "num_steps=6",
+        "checkpoint.save_every=3",
+        "metrics.console=false",
+        "metrics.tensorboard=false",
+        *more,
+    ]
 
 
-def start(
-    setup: Setup, run_dir: Path, *, keep_last: int | None = None, async_save: bool = False, steps: int = 0
-) -> TinyRun:
-    """A run that has taken ``steps`` steps from weights of ``setup.seed``."""
-    chunks, grid = models.build(setup.model, setup.parallel, optimizer=setup.optimizer, seed=setup.seed)
-    config = unwrapped(chunks[0]).config
-    student = wrap_for_training(chunks, setup.optimizer)
-    optimizer, scheduler = build_optimizer(student, setup.optimizer, 10)
-    optimizer.reload_model_params()  # filled after the main parameters' precursors were built
-    teacher = Teacher(
-        setup.teacher,
-        student,
-        lambda: build_chunks(setup.model, config, grid, models.VOCAB_SIZE),
-        ema_decay=0.5,
-    )
-    checkpointer = Checkpointer(run_dir, grid, keep_last=keep_last, async_save=async_save)
-    run = TinyRun(setup, grid, student, optimizer, scheduler, teacher, checkpointer)
-    for index in range(1, steps + 1):
-        run.step(index)
-    return run
+def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
+    """``selfdistill`` with these arguments on this rank; ``kill_at`` names a place of `killed_at`."""
+    from megatron_selfdistill.train import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        if kill_at is not None:
+            killed_at(kill_at, patch)
+        return main(list(arguments))
 
 
-def save_and_go_on(setup: Setup, run_dir: Path, async_save: bool = False) -> dict[str, Any]:
-    """Two steps, a checkpoint, two more steps: what a run that never stopped holds in the end."""
-    run = start(setup, run_dir, steps=2, async_save=async_save)
-    run.save(2, position=[3, 5])
-    drawn = draw()
-    run.step(3)
-    run.checkpointer.poll()
-    run.step(4)
-    run.checkpointer.finish()
-    return ended(run, drawn)
+def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
+    """This process kills itself: in the middle of its 5th step, or in the middle of writing its 2nd checkpoint."""
+
+    def kill(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if place == "step":
+        from megatron_selfdistill.run import Run
+
+        update = Run.update
+
+        def update_or_die(self: Any, output: Any) -> Any:
+            if self.step == 4:
+                self.teacher.update = kill  # the weights have moved, the step is not counted
+            return update(self, output)
+
+        patch.setattr(Run, "update", update_or_die)
+    else:
+        from megatron_selfdistill.checkpoint import folder
+
+        calls = []
+        publish = folder.publish
+
+        def publish_or_die(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            if len(calls) > 2:  # the frozen teacher, the checkpoint of step 3, and now that of step 6
+                kill()
+            return publish(*args, **kwargs)
+
+        patch.setattr(folder, "publish", publish_or_die)
 
 
-def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
-    """Other weights and other steps, the checkpoint on top of them, then steps 3 and 4."""
-    run = start(dataclasses.replace(setup, seed=5), run_dir, steps=1)
-    state = run.load_latest()
-    drawn = draw()
-    assert state == {"step": 2, "position": [3, 5]}
-    steps = run.adam_steps()
-    assert [float(step) for step in steps] == [2.0] * len(steps)
-    assert len({step.data_ptr() for step in steps}) == len(steps)
-    run.step(3)
-    run.step(4)
-    return ended(run, drawn)
+def in_new_process(arguments: Sequence[str], kill_at: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`start` in a Python of its own, as one that dies must be."""
+    code = f"import tiny_run, sys; sys.exit(tiny_run.start({list(arguments)!r}, {kill_at!r}))"
+    paths = [str(REPOSITORY / "tests"), str(REPOSITORY), str(REPOSITORY / "examples")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 
 
-def ended(run: TinyRun, drawn: list[float]) -> dict[str, Any]:
-    return {
-        "parameters": run.parameters(),
-        "weights": run.weights(),
-        "teacher": run.teacher_weights(),
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "drawn": drawn,
-    }
+def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without clocks."""
+    from megatron_selfdistill.metrics import read_metrics
+
+    return [
+        {k: v for k, v in line.items() if not k.startswith(NOT_REPRODUCIBLE)} for line in read_metrics(run_dir)
+    ]
 
 
-def draw() -> list[float]:
-    """One number of each random stream."""
-    import random
+def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:
+    """Every tensor of a checkpoint, in full: weights, optimizer state, and the teacher's average."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
 
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    return load_plain_tensors(str(run_dir / "checkpoints" / f"iter_{step:07d}"))
 
-    with get_cuda_rng_tracker().fork():
-        tracked = torch.rand(()).item()
-    return [random.random(), float(np.random.random()), torch.rand(()).item(), tracked]
+
+def differences(one: Path, other: Path) -> list[tuple[str, float]]:
+    """Which tensors of two runs' last checkpoints differ, and by how much; needs an initialised process group."""
+    a, b = final_tensors(one), final_tensors(other)
+    assert a.keys() == b.keys()
+    return [
+        (key, float((a[key].double() - b[key].double()).abs().max()))
+        for key in a
+        if hasattr(a[key], "equal") and not a[key].equal(b[key])
+    ]

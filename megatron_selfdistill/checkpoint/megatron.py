@@ -121,7 +121,8 @@ class Checkpointer:
         same_layout = own["layout"] == state.layout(self.grid)
         with state.gathered_parameters(chunks):
             model = state.model_state(chunks, content)
-            wanted = {**model, "optimizer": state.optimizer_state(optimizer, model, content, is_loading=True)}
+            optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
+            wanted = {**model, "optimizer": optimizer_state}
             if teacher is not None and teacher.weights == "ema":
                 wanted |= teacher.sharded_state_dict()
             if same_layout:
@@ -129,9 +130,9 @@ class Checkpointer:
             transfer.require_fit(wanted, found)
             loaded = transfer.read(wanted, found)
             state.load_model_state(chunks, loaded)
-            state.load_optimizer_state(optimizer, loaded["optimizer"])
+            state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"])
         scheduler.num_steps = 0  # its load_state_dict counts on from where it is
-        scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        scheduler.load_state_dict(common["opt_param_scheduler"])
         if teacher is not None and teacher.weights == "ema":
             teacher.load_state_dict(loaded)
         if teacher is not None and teacher.weights == "frozen":
@@ -195,6 +196,7 @@ class Checkpointer:
             # As bytes: Megatron-LM reads this file too, and refuses classes that it does not know.
             "trainer_state": pickle.dumps(trainer_state),
             "layout": state.layout(self.grid),
+            "optimizer_steps": state.optimizer_steps(optimizer),
             "distributed_optimizer": state.uses_distributed_optimizer(optimizer),
             "teacher": teacher.weights if teacher is not None else None,
             "teacher_folder": f"../../{frozen_teacher.NAME}" if frozen else None,
@@ -243,5 +245,5 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None) -> i
     wanted = state.model_state(chunks, state.CONTENT)
     transfer.require_fit(wanted, found, only_weights=True, vocab_size=vocab_size)
     with state.gathered_parameters(chunks):
-        state.load_model_state(chunks, transfer.read(wanted, found, with_common=False))
+        state.load_model_state(chunks, transfer.read(wanted, found))
     return folder.iteration_of(found)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -56,16 +58,32 @@ def optimizer_state(
     return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=content)
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
-    """The inverse of `optimizer_state`.  Every parameter gets a ``step`` tensor of its own."""
-    optimizer.load_state_dict(loaded)
+def load_optimizer_state(
+    optimizer: MegatronOptimizer, wanted: Any, loaded: dict[str, Any], num_steps: int
+) -> None:
+    """The inverse of `optimizer_state`: ``wanted`` is what it returned, ``loaded`` its tensors, ``num_steps`` what
+    `optimizer_steps` counted.
+
+    Hyperparameters stay those of this run's configuration, and the number of Megatron's chained optimizers that of this
+    layout (experts have one of their own under expert parallelism only).
+    """
+    optimizer.load_state_dict(merge(_unsharded(wanted), loaded))
     for single in _single_optimizers(optimizer):
-        if not isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            continue
         for state in single.optimizer.state.values():
-            # Megatron leaves out a step of 0, and torch increments a shared tensor once per parameter.
-            step = state.get("step", 0.0)
-            state["step"] = step.clone() if torch.is_tensor(step) else torch.tensor(float(step))
+            if "exp_avg" in state and isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                # A tensor for each parameter: torch increments a shared one once per parameter.
+                state["step"] = torch.tensor(float(num_steps))
+        for group in single.optimizer.param_groups:
+            if "step" in group:  # Transformer Engine's and apex's FusedAdam count here
+                group["step"] = _like(group["step"], num_steps)
+
+
+def optimizer_steps(optimizer: MegatronOptimizer) -> int:
+    """Updates so far, as Adam's bias correction counts them; 0 for SGD, which does not."""
+    inner = [single.optimizer for single in _single_optimizers(optimizer)]
+    counts = [state["step"] for one in inner for state in one.state.values() if "step" in state]
+    counts += [group["step"] for one in inner for group in one.param_groups if "step" in group]
+    return max((int(count) for count in counts), default=0)
 
 
 def uses_distributed_optimizer(optimizer: MegatronOptimizer) -> bool:
@@ -168,8 +186,19 @@ def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
         param.grad = grad
     for group, values in kept:
         group.update(values)
-        if "step" in group:  # Transformer Engine's and apex's FusedAdam count here
-            group["step"] = group["step"] * 0
+        if "step" in group:
+            group["step"] = _like(group["step"], 0)
     for state in optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"].zero_()
+
+
+def _like(count: Any, value: int) -> Any:
+    return torch.full_like(count, value) if torch.is_tensor(count) else value
+
+
+def _unsharded(sharded_state_dict: Any) -> Any:
+    """A copy of what is no tensor of a checkpoint."""
+    copied, _ = extract_matching_values(sharded_state_dict, lambda _: True)
+    _, persistent = extract_nonpersistent(copied)
+    return extract_sharded_base(persistent)[1]

@@ -84,11 +84,11 @@ def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None
         temporary.release()
 
 
-def read(wanted: dict[str, Any], path: Path, *, with_common: bool = True) -> dict[str, Any]:
-    """``wanted`` with its sharded tensors read, mostly in place, and (unless it is left unread, which then executes no
-    pickle of unknown origin) the common state beside them."""
-    common = {} if with_common else {"common_strategy": _NothingInCommon()}
-    return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False, **common)
+def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tensors and sharded objects of ``wanted``, read mostly in place; no pickle beside them is executed."""
+    return dist_checkpointing.load(
+        wanted, str(path), common_strategy=_NothingInCommon(), validate_access_integrity=False
+    )
 
 
 def read_common(path: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import checkpointed_run
 import layouts
 import pytest
-import tiny_run
-from tiny_run import Setup
+from checkpointed_run import Setup
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -22,7 +22,7 @@ WHOLE: dict = {}
 def setup_of(precision: str = "fp32", distributed: bool = True, **changes) -> Setup:
     overlap = changes.pop("overlap", False)
     optimizer = dataclasses.replace(
-        tiny_run.ADAM,
+        checkpointed_run.ADAM,
         precision=precision,
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=overlap,
@@ -65,8 +65,8 @@ SAME_LAYOUT = {
 @pytest.mark.parametrize("name", SAME_LAYOUT)
 def test_resuming_in_the_same_layout_is_bit_for_bit_never_having_stopped(ranks, tmp_path, name):
     world_size, setup = SAME_LAYOUT[name]
-    never_stopped = ranks.run(tiny_run.save_and_go_on, setup, tmp_path, world_size=world_size)
-    resumed = ranks.run(tiny_run.resume_and_go_on, setup, tmp_path, world_size=world_size)
+    never_stopped = ranks.run(checkpointed_run.save_and_go_on, setup, tmp_path, world_size=world_size)
+    resumed = ranks.run(checkpointed_run.resume_and_go_on, setup, tmp_path, world_size=world_size)
     assert_equal_to_the_last_bit(resumed, never_stopped)
 
 
@@ -84,7 +84,7 @@ def saved_on_one_rank(ranks, tmp_path_factory) -> dict[str, tuple[Path, list[dic
     saved = {}
     for name, setup in OPTIMIZERS.items():
         folder = tmp_path_factory.mktemp("run")
-        saved[name] = folder, ranks.run(tiny_run.save_and_go_on, setup, folder, world_size=1)
+        saved[name] = folder, ranks.run(checkpointed_run.save_and_go_on, setup, folder, world_size=1)
     return saved
 
 
@@ -93,7 +93,7 @@ def saved_on_one_rank(ranks, tmp_path_factory) -> dict[str, tuple[Path, list[dic
 def test_a_run_of_one_rank_goes_on_in_other_layouts(ranks, saved_on_one_rank, layout, optimizer):
     folder, never_stopped = saved_on_one_rank[optimizer]
     setup = OPTIMIZERS[optimizer].cut(**FROM_ONE_RANK[layout])
-    assert_close(ranks.run(tiny_run.resume_and_go_on, setup, folder, world_size=2), never_stopped)
+    assert_close(ranks.run(checkpointed_run.resume_and_go_on, setup, folder, world_size=2), never_stopped)
 
 
 OTHER_LAYOUTS = {
@@ -108,14 +108,14 @@ OTHER_LAYOUTS = {
 @pytest.mark.parametrize("name", OTHER_LAYOUTS)
 def test_a_run_of_several_ranks_goes_on_in_another_layout(ranks, tmp_path, name):
     world_size, setup, new_world_size, sizes = OTHER_LAYOUTS[name]
-    never_stopped = ranks.run(tiny_run.save_and_go_on, setup, tmp_path, world_size=world_size)
-    resumed = ranks.run(tiny_run.resume_and_go_on, setup.cut(**sizes), tmp_path, world_size=new_world_size)
+    never_stopped = ranks.run(checkpointed_run.save_and_go_on, setup, tmp_path, world_size=world_size)
+    resumed = ranks.run(checkpointed_run.resume_and_go_on, setup.cut(**sizes), tmp_path, world_size=new_world_size)
     assert_close(resumed, never_stopped)
 
 
 def test_a_background_save_holds_the_moment_of_the_save(ranks, tmp_path):
     setup = setup_of("bf16").cut(**TP2)
-    never_stopped = ranks.run(tiny_run.save_and_go_on, setup, tmp_path, async_save=True, world_size=2)
+    never_stopped = ranks.run(checkpointed_run.save_and_go_on, setup, tmp_path, async_save=True, world_size=2)
     assert_equal_to_the_last_bit(
-        ranks.run(tiny_run.resume_and_go_on, setup, tmp_path, world_size=2), never_stopped
+        ranks.run(checkpointed_run.resume_and_go_on, setup, tmp_path, world_size=2), never_stopped
     )

@@ -59,7 +59,9 @@ def test_equal_logits_give_the_geometric_mean_and_the_student_itself() -> None:
     s, _ = pair(0)
     for target in (STRICT, Target(), Target(k_max=1.0, teacher_weight=0.0)):
         rows = mixed_target(s, s, target)
-        torch.testing.assert_close(rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0
+        )
         torch.testing.assert_close(rows.log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
         assert (rows.status == Status.MATCHED).all()
 

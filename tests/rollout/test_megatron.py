@@ -15,7 +15,8 @@ from models import VOCAB_SIZE, build, model_config
 
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed
+from megatron_selfdistill.rollout import megatron
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed, stream_uniforms
 from megatron_selfdistill.rollout.megatron import MegatronSampler, split_batches
 
 MAX_LENGTH = 64
@@ -117,7 +118,9 @@ def write_in_layout(
         requests = []
     sampler = sampler_of(chunks, grid)
     whole = sampler.generate(requests, GREEDY)
-    early = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
+        early = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
     per_token = sampler._bytes_per_token
     small = sampler_of(chunks, grid, kv_cache_gb=2.5 * (max(PROMPT_LENGTHS) + NEW_TOKENS) * per_token / 2**30)
     batches = []
@@ -221,8 +224,29 @@ def test_a_sample_depends_on_its_stream_only_not_on_order_batch_or_layout(ranks)
             assert together[i].sampled_log_probs == pytest.approx(expected[i].sampled_log_probs, abs=1e-4)
 
 
+def draw_by_hand() -> tuple[list[Response], list[list[int]]]:
+    """Samples, and the same by hand: token i is where the CDF passes the stream's i-th uniform."""
+    [model], grid = build(model_config(), parallel())
+    requests = make_requests()[:4]
+    responses = sampler_of([model], grid).generate(requests, dataclasses.replace(SAMPLED, top_p=1.0))
+    model.eval()
+    texts = []
+    for request in requests:
+        tokens = list(request.prompt)
+        for uniform in stream_uniforms(request.stream, NEW_TOKENS):
+            cdf = log_softmax_behind(model, tokens).exp().cumsum(0)
+            tokens.append(int((cdf <= uniform).sum()))
+        texts.append(tokens[len(request.prompt) :])
+    return responses, texts
+
+
+def test_token_i_of_a_sample_is_drawn_by_uniform_i_of_its_stream(ranks):
+    [(responses, texts)] = ranks.run(draw_by_hand, world_size=1)
+    assert [response.token_ids for response in responses] == texts
+
+
 def first_tokens(sampling: SamplingParams, count: int) -> tuple[list[int], list[float]]:
-    """The second token of ``count`` samples whose first is forced, and log softmax without a cache."""
+    """The first token of ``count`` samples of one prompt, and log softmax without a cache."""
     [model], grid = build(model_config(), parallel())
     prompt = make_requests()[0].prompt
     requests = [Request(prompt, stream_seed(1, 0, "x", i)) for i in range(count)]

@@ -1,0 +1,360 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Evaluation gives the same result in every layout; verifiers and pass@k keep their word."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_selfdistill import evaluate as module
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, Tokenizer
+from megatron_selfdistill.evaluate import (
+    EvaluationResult,
+    evaluate,
+    exact_match,
+    load_verifier,
+    math_verify,
+    pass_at_k,
+)
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+
+STOP = ord("$")
+PARAMS = SamplingParams(max_new_tokens=4, temperature=1.0, stop_token_ids=(STOP,))
+ONE_RANK = SimpleNamespace(
+    world_size=1,
+    dp_rank=0,
+    dp_size=1,
+    **{f"{axis}_{what}": n for axis in ("tp", "cp", "pp") for what, n in (("rank", 0), ("size", 1))},
+)
+
+
+class Characters(Tokenizer):
+    """One token per character."""
+
+    name, vocab_size, eos_id = "characters", 128, STOP
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(map(chr, ids))
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        return "".join(message["content"] for message in messages) + ":" * add_generation_prompt
+
+
+class FakeSampler:
+    """Answers ``a+b:`` by the right sum, a wrong one or without an end, as the stream says; a hint helps."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, SamplingParams]] = []
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        self.calls.append((len(requests), params))
+        return [self.answer(request, params) for request in requests]
+
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        prompt = "".join(map(chr, request.prompt))
+        a, b = prompt.split(":")[0].split("|")[0].split("+")
+        draw = random.Random(request.stream).random() if params.temperature else int(a) % 3 / 3
+        total = int(a) + int(b) + (draw > 0.6 and "|" not in prompt)
+        text = f"{total:04d}" if 0.2 < draw < 0.4 else f"{total}$"
+        ids = [ord(character) for character in text[: params.max_new_tokens]]
+        return Response(ids, [0.0] * len(ids), [0.0] * len(ids), "stop" if ids[-1] == STOP else "length")
+
+    def update_weights(self) -> None:
+        pass
+
+
+def sums(count: int = 7) -> list[Problem]:
+    return [
+        Problem(f"p{a}", ({"role": "user", "content": f"{a}+8"},), f"it is {a + 8}", str(a + 8), f"file:{a}")
+        for a in range(count)
+    ]
+
+
+def builder() -> PromptBuilder:
+    return PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
+
+
+def run(
+    problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **options: Any
+) -> EvaluationResult:
+    options = {"params": PARAMS, "num_samples": 6, "ks": [1, 4], "seed": 3, "step": 20} | options
+    verifier = options.pop("verifier", exact_match)
+    return evaluate(
+        sampler or FakeSampler(),
+        builder(),
+        Characters(),
+        problems,
+        verifier,
+        grid=grid,
+        max_length=options.pop("max_length", 100),
+        **options,
+    )
+
+
+def run_in_layout(sizes: dict[str, int], count: int) -> tuple[EvaluationResult, list[int], list[str]]:
+    """(result, sizes of the calls of the sampler, ids that this rank verified)"""
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.config import ParallelConfig
+
+    grid = parallel.initialize(ParallelConfig(**sizes), 0)
+    sampler, verified = FakeSampler(), []
+
+    def verifier(text: str, problem: Problem) -> bool:
+        verified.append(problem.id)
+        return exact_match(text, problem)
+
+    result = run(sums(count), grid, sampler, verifier=verifier)
+    return result, [number for number, _ in sampler.calls], verified
+
+
+def verifier_that_fails_on_p1(text: str, problem: Problem) -> bool:
+    if problem.id == "p1":
+        raise KeyError("unit")
+    return True
+
+
+def failing_run() -> str:
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.config import ParallelConfig
+
+    with pytest.raises(RuntimeError) as failure:
+        run(sums(), parallel.initialize(ParallelConfig(), 0), verifier=verifier_that_fails_on_p1)
+    return str(failure.value)
+
+
+def problem_with(answer: str | None) -> Problem:
+    return Problem("p", ({"role": "user", "content": "?"},), "so", answer, "file.jsonl:7")
+
+
+def test_accuracies_lengths_and_shares_are_counted_from_the_transcripts():
+    result = run(sums(), num_transcripts=None)
+    for name, kind in (("greedy", {None}), ("sampled", set(range(6)))):
+        those = [t for t in result.transcripts if t.sample in kind]
+        assert len(those) == 7 * len(kind)
+        for what, attribute in (
+            ("accuracy", "correct"),
+            ("truncated_share", "truncated"),
+            ("mean_length", "length"),
+        ):
+            mean = sum(getattr(t, attribute) for t in those) / len(those)
+            assert getattr(result, f"{name}_{what}") == pytest.approx(mean), what
+    by_problem = [
+        [t.correct for t in result.transcripts if t.problem_id == f"p{a}" and t.sample is not None]
+        for a in range(7)
+    ]
+    for k in (1, 4):
+        subsets = [any(subset) for right in by_problem for subset in itertools.combinations(right, k)]
+        assert result.pass_at_k[k] == pytest.approx(sum(subsets) / len(subsets))
+    assert 0 < result.greedy_accuracy < 1 and 0 < result.sampled_accuracy < result.pass_at_k[4] < 1
+
+
+def test_transcripts_are_what_was_read_and_written():
+    result = run(sums(3), num_transcripts=2, num_samples=1, ks=[1])
+    assert [(t.problem_id, t.sample) for t in result.transcripts] == [
+        ("p0", None),
+        ("p0", 0),
+        ("p1", None),
+        ("p1", 0),
+    ]
+    first = result.transcripts[0]
+    assert (first.prompt, first.response, first.correct, first.length) == ("0+8:", "8", True, 2)
+
+
+def test_a_truncated_response_is_wrong_though_it_ends_in_the_answer():
+    class Endless(FakeSampler):
+        def answer(self, request, params):
+            return Response([ord("8")], [0.0], [0.0], "length")
+
+    result = run(sums(1), sampler=Endless())
+    assert result.greedy_accuracy == 0 and result.greedy_truncated_share == 1
+
+
+def test_greedy_is_greedy_and_samples_are_drawn_as_asked():
+    sampler = FakeSampler()
+    run(
+        sums(),
+        sampler=sampler,
+        params=SamplingParams(4, temperature=0.7, top_k=5, top_p=0.9, stop_token_ids=(STOP,)),
+    )
+    (count, greedy), (num_sampled, sampled) = sampler.calls
+    assert (count, num_sampled) == (7, 42)
+    assert (greedy.temperature, greedy.top_k, greedy.top_p) == (0, 0, 1) and greedy.stop_token_ids == (STOP,)
+    assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.7, 5, 0.9)
+
+
+def test_without_samples_only_greedy_is_reported():
+    sampler = FakeSampler()
+    result = run(sums(), sampler=sampler, num_samples=0, ks=[1])
+    assert len(sampler.calls) == 1 and result.sampled_accuracy is None and result.pass_at_k == {}
+    assert result.metrics().keys() == {
+        f"evaluation/greedy_{name}" for name in ("accuracy", "mean_length", "truncated_share")
+    }
+
+
+def test_metrics_are_flat_numbers():
+    metrics = run(sums()).metrics("test")
+    assert metrics["test/pass_at_4"] > metrics["test/sampled_accuracy"] > 0
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_samples_depend_on_seed_and_step():
+    first = run(sums(), num_transcripts=None).transcripts
+    assert run(sums(), num_transcripts=None).transcripts == first
+    assert run(sums(), num_transcripts=None, step=21).transcripts != first
+    assert run(sums(), num_transcripts=None, seed=4).transcripts != first
+
+
+def test_hinted_evaluation_shows_the_solution():
+    plain, hinted = run(sums()), run(sums(), hinted=True)
+    assert hinted.transcripts[0].prompt == "0+8|it is 8:"
+    assert hinted.sampled_accuracy > plain.sampled_accuracy
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [
+        (2, {}),
+        (2, {"tensor_model_parallel_size": 2}),
+        (4, {"pipeline_model_parallel_size": 2}),
+        (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
+    ],
+)
+def test_every_layout_gives_every_rank_the_same_result_and_verifies_once(ranks, world_size, sizes):
+    alone = run(sums())
+    found = ranks.run(run_in_layout, sizes, 7, world_size=world_size)
+    assert [result for result, _, _ in found] == [alone] * world_size
+    truncated = alone.greedy_truncated_share * 7 + alone.sampled_truncated_share * 42
+    assert sum(len(verified) for _, _, verified in found) == round(49 - truncated)
+    assert all(verified for _, _, verified in found)
+
+
+def test_a_replica_without_problems_still_calls_the_sampler(ranks):
+    found = ranks.run(run_in_layout, {}, 1, world_size=2)
+    assert [calls for _, calls, _ in found] == [[1, 6], [0, 0]]
+    assert found[0][0] == found[1][0] == run(sums(1))
+
+
+def test_a_verifier_that_fails_on_one_rank_stops_all_of_them(ranks):
+    sentences = ranks.run(failing_run, world_size=2)
+    assert sentences == ["file:1: the verifier failed with KeyError: 'unit'"] * 2
+
+
+def test_problems_that_cannot_be_judged_are_found_before_sampling():
+    sampler = FakeSampler()
+    with pytest.raises(ValueError, match=r"^file.jsonl:7: expected an answer .* 1 of 8 problems"):
+        run([*sums(), problem_with(None)], sampler=sampler)
+    with pytest.raises(ValueError, match=r"^file:0: expected a prompt of at most 3 tokens .* got 4"):
+        run(sums(), sampler=sampler, max_length=7)
+    with pytest.raises(ValueError, match="at least one problem"):
+        run([], sampler=sampler)
+    with pytest.raises(ValueError, match=r"1 to the 6 samples, got \[8\]"):
+        run(sums(), sampler=sampler, ks=[8])
+    assert sampler.calls == []
+
+
+def test_a_verifier_of_ones_own_needs_no_answers():
+    problems = [Problem(p.id, p.messages, p.solution, None, p.location) for p in sums()]
+    assert run(problems, verifier=lambda text, problem: text in problem.solution).greedy_accuracy > 0
+
+
+@pytest.mark.parametrize("right", itertools.product([False, True], repeat=5))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right):
+    for k in range(1, 6):
+        subsets = list(itertools.combinations(right, k))
+        assert pass_at_k(5, sum(right), k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
+def test_pass_at_k_needs_enough_samples(n, c, k):
+    with pytest.raises(ValueError, match="draw at least k samples"):
+        pass_at_k(n, c, k)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("092", "092", True),
+        ("  092\n", " 092 ", True),
+        ("092", "92", False),
+        ("first 1\nthen 2\n\n42\n", "42", True),
+        ("42\nthen 2", "42", False),
+        ("so it is 42", "42", False),
+        (r"so \boxed{41}, no, \boxed{42}. Done", "42", True),
+        (r"so \boxed{42}, no, \boxed{41}" + "\n42", "42", False),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
+        (r"\boxed{42} or \boxed{4", "42", True),
+        ("3 + 4 = 7\n#### 7", "7", True),
+        ("#### 7\n#### 8", "7", False),
+        ("42\n</think>\nno idea", "42", False),
+        (r"\boxed{7}</think> it is" + "\n42", "42", True),
+        ("a  b\nc", "a b c", True),
+        ("", "42", False),
+    ],
+)
+def test_exact_match_compares_the_final_answer(response, answer, right):
+    assert exact_match(response, problem_with(answer)) is right
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        (r"so it is $\frac{1}{2}$", "1/2", True),
+        ("the answer is 0.5", r"\frac{1}{2}", True),
+        (r"\boxed{1+x^2}", "x^2+1", True),
+        (r"\boxed{1+x^3}", "x^2+1", False),
+        ("the answer is 12345", "12,345", True),
+        (r"\boxed{2^{1/2}}", r"$\sqrt{2}$", True),
+        ("it is 41", "42", False),
+        (r"\boxed{42}</think> it is 41", "42", False),
+        (r"$\boxed{\text{Monday}}$", r"\text{Monday}", True),
+        ("", "42", False),
+    ],
+)
+def test_math_verify_compares_what_is_meant(response, answer, right):
+    assert math_verify(response, problem_with(answer)) is right
+
+
+def test_math_verify_gives_up_on_an_expression_that_takes_for_ever(monkeypatch):
+    monkeypatch.setattr(module, "MATH_TIMEOUT_SECONDS", 1)
+    assert math_verify(r"\boxed{9999999!}", problem_with("42")) is False
+
+
+def test_math_verify_works_in_a_thread():
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(math_verify("it is 42", problem_with("42"))))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
+    (tmp_path / "lab_verifiers.py").write_text(
+        "def even(text, problem):\n    return int(text) % 2 == 0\n\nlimit = 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_verifier("lab_verifiers.even")("4", problem_with(None))
+    for name, sentence in [
+        ("lab_verifiers.odd", "no attribute 'odd'"),
+        ("lab_verifiers.limit", "which is a int"),
+        ("no_such_lab.even", "PYTHONPATH"),
+        ("exactmatch", "must be exact_match, math_verify or the dotted path"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            load_verifier(name)
+
+
+def test_the_built_in_verifiers_have_names():
+    assert load_verifier("exact_match") is exact_match and load_verifier("math_verify") is math_verify

@@ -1,0 +1,180 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whatever a run reads is checked before it starts, and what cannot be read is named in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_selfdistill.config import Config, ConfigError, from_mapping
+from megatron_selfdistill.inputs import Inputs, longest_context
+
+PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
+CHARACTERS = "0123456789-=b.,;:|H$_"
+
+
+def character_tokenizer(folder: Path, **special: str) -> str:
+    """A Hugging Face folder with one token per character."""
+    words = {character: i for i, character in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_", **special).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Problems of one length and solutions of 3, 8 and 60 characters, and two tokenizers."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write(folder / "problems.jsonl", [{"problem": "500-408=", "solution": "0" * n} for n in (3, 8, 60)])
+    write(folder / "held_out.jsonl", [{"problem": "1-1=", "solution": "0", "answer": "0"}] * 3)
+    character_tokenizer(folder / "tokenizer", eos_token="$")
+    character_tokenizer(folder / "endless")
+    return folder
+
+
+def write(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    """Contexts of at most 40 tokens, 10 for the response: 9 of the wording leave 21 for a solution."""
+    values = {
+        "data": {
+            "path": str(folder / "problems.jsonl"),
+            "tokenizer": str(folder / "tokenizer"),
+            "chat_template": PLAIN,
+            "teacher_template": "{problem}{solution}|",
+            "max_length": 40,
+            "on_long_context": "drop",
+        },
+        "rollout": {"max_new_tokens": 10},
+    }
+    return from_mapping(OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides))))
+
+
+def sentence_of(config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Inputs.load(config)
+    text = str(caught.value)
+    assert text and "\n" not in text
+    return text
+
+
+def test_what_is_read_is_what_the_files_say(folder):
+    held_out = folder / "held_out.jsonl"
+    inputs = Inputs.load(config_of(folder, f"evaluation.path={held_out}", "evaluation.limit=2"))
+    assert [p.solution for p in inputs.problems.problems] == ["000", "0" * 8]
+    assert len(inputs.evaluation) == 2 and inputs.evaluation[0].answer == "0"
+    assert (inputs.vocab_size, inputs.max_length) == (len(CHARACTERS), 40)
+    assert inputs.stop_token_ids == (CHARACTERS.index("$"),)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.path=null"], "data.path is not set"),
+        (["data.tokenizer=null"], "data.tokenizer is not set"),
+        (["data.path={folder}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
+        (["data.tokenizer={folder}/nothing"], "Tokenizer: expected a folder with tokenizer.json"),
+        (["data.tokenizer={folder}/nothing.model"], "nothing.model, which is no file"),
+        (["data.chat_template={folder}/no_template.jinja"], "no_template.jinja"),
+        (["data.chat_template=null"], "has no chat template: set data.chat_template"),
+        (["data.teacher_template='{{problem}}'"], "{solution}"),
+        (["data.tokenizer={folder}/endless"], "has no end-of-sequence token"),
+        (["model.vocab_size=20"], "model.vocab_size is 20, but"),
+        (
+            ["schedule.max_tokens=39"],
+            "data.max_length (40) exceeds the longest row within schedule.max_tokens (39)",
+        ),
+        (
+            ["schedule.max_tokens=43", "parallel.context_parallel_size=2", "data.max_length=41"],
+            "data.max_length (41) exceeds the longest row within schedule.max_tokens (40)",
+        ),
+        (
+            ["model.max_position_embeddings=39"],
+            "data.max_length (40) exceeds model.max_position_embeddings (39)",
+        ),
+        (
+            ["schedule.max_tokens=3", "data.max_length=null", "parallel.context_parallel_size=2"],
+            "schedule.max_tokens (3) must be at least 4",
+        ),
+        (["data.max_length=16"], "no problem fits"),
+        (["data.max_length=10"], "expected max_new_tokens to leave room for a prompt"),
+        (
+            ["data.on_long_context=error"],
+            "problems.jsonl:3: expected a teacher's prompt of at most 30 tokens",
+        ),
+        (["evaluation.path={folder}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
+        (["data.fields.answer=result"], "fields.answer names the column 'result'"),
+        (["data.limit=0"], "data.limit must be at least 1"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(folder, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        Inputs.load(config_of(folder, *(o.replace("{folder}", str(folder)) for o in overrides)))
+    text = str(caught.value)
+    assert words.lower() in text.lower() and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "lengths", "counts"),
+    [
+        ("drop", [3, 8], (2, 0, 1)),
+        ("truncate_start", [3, 8, 60], (2, 1, 0)),
+        ("truncate_end", [3, 8, 60], (2, 1, 0)),
+    ],
+)
+def test_each_policy_counts_what_it_keeps_truncates_and_drops(folder, policy, lengths, counts):
+    inputs = Inputs.load(config_of(folder, f"data.on_long_context={policy}"))
+    assert [len(p.solution) for p in inputs.problems.problems] == lengths
+    assert (inputs.counts.kept, inputs.counts.truncated, inputs.counts.dropped) == counts
+
+
+def test_bad_records_are_skipped_and_counted_when_asked(folder, tmp_path):
+    records = tmp_path / "bad.jsonl"
+    write(records, [{"problem": "1-1=", "solution": "0"}, {"problem": "2-1="}])
+    assert "bad.jsonl:2" in sentence_of(config_of(folder, f"data.path={records}"))
+    inputs = Inputs.load(config_of(folder, f"data.path={records}", "data.on_bad_record=skip"))
+    assert len(inputs.problems) == 1 and len(inputs.problems.skipped) == 1
+
+
+def test_the_chat_template_may_be_a_file(folder, tmp_path):
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    by_text = Inputs.load(config_of(folder))
+    by_file = Inputs.load(config_of(folder, f"data.chat_template={tmp_path / 'template.jinja'}"))
+    problem = by_text.problems.problems[0]
+    assert by_file.builder.prompt_pair(problem) == by_text.builder.prompt_pair(problem)
+
+
+def test_more_stop_tokens_join_the_tokenizers_own_and_may_replace_a_missing_one(folder):
+    both = Inputs.load(config_of(folder, "rollout.stop_token_ids=[3,19,3]"))
+    alone = Inputs.load(
+        config_of(folder, f"data.tokenizer={folder / 'endless'}", "rollout.stop_token_ids=[3]")
+    )
+    assert both.stop_token_ids == (CHARACTERS.index("$"), 3)
+    assert alone.stop_token_ids == (3,)
+
+
+def test_a_models_own_vocabulary_may_be_larger_than_the_tokenizers(folder):
+    assert Inputs.load(config_of(folder, "model.vocab_size=32")).vocab_size == 32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "longest"),
+    [
+        (["data.max_length=null"], 4096),
+        (["data.max_length=null", "schedule.max_tokens=100"], 100),
+        (["data.max_length=null", "schedule.max_tokens=103", "parallel.context_parallel_size=2"], 100),
+        (["data.max_length=null", "schedule.max_tokens=103", "parallel.tensor_model_parallel_size=4"], 100),
+        (["data.max_length=null", "model.max_position_embeddings=64"], 64),
+        ([], 40),
+    ],
+)
+def test_the_longest_context_is_the_least_of_model_row_and_wish(folder, overrides, longest):
+    assert longest_context(config_of(folder, *overrides)) == longest
