@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -681,6 +682,7 @@ def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     return out
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass."""
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]

@@ -85,8 +85,10 @@ def test_the_reference_steps_are_not_judged():
     assert stopped_at(Guards(CONFIG), entropies(0.06, 5.0, 0.0001)) is None
 
 
-def test_nan_violates_once_there_is_a_reference():
-    config = dataclasses.replace(CONFIG, non_finite=False)
+@pytest.mark.parametrize("only", ["min_entropy_ratio", "max_entropy_ratio"])
+def test_nan_violates_once_there_is_a_reference(only):
+    off = {name: None for name in ("min_entropy_ratio", "max_entropy_ratio") if name != only}
+    config = dataclasses.replace(CONFIG, non_finite=False, **off)
     trace = entropies(math.nan, 0.06, 0.06, math.nan, 0.06, math.nan, 0.06, math.nan, math.nan)
     step, sentence = stopped_at(Guards(config), trace)
     assert step == 8 and "it is nan" in sentence

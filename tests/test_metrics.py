@@ -273,8 +273,7 @@ def test_phases_add_up_and_begin_anew():
     assert found["tokens_per_second/rollout"] == pytest.approx(1000 / found["seconds/rollout"])
     assert found["seconds/train"] >= 0.01 and "tokens_per_second/train" not in found
     assert next(value for key, value in found.items() if key.startswith("memory/")) > 0
-    later = phases.metrics(rollout=1000)
-    assert "seconds/rollout" not in later and later["seconds/step"] < 0.02
+    assert phases.metrics(rollout=1000).keys() & {"seconds/rollout", "tokens_per_second/rollout"} == set()
 
 
 def log_steps(run_dir: Path, steps: range, done: int, **options: Any) -> None:
@@ -308,10 +307,11 @@ def test_a_run_that_starts_again_forgets_everything(tmp_path):
     assert [values["step"] for values in read_metrics(tmp_path)] == [0]
 
 
-def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+@pytest.mark.parametrize("missing", [1, 7])
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, missing):
     log_steps(tmp_path, range(1, 4), done=0)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text()[:-7])
+    path.write_text(path.read_text()[:-missing])
     assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2]
     log_steps(tmp_path, range(4, 5), done=3)
     assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2, 4]

@@ -131,3 +131,8 @@ def differences(one: Path, other: Path) -> list[tuple[str, float]]:
         for key in a
         if hasattr(a[key], "equal") and not a[key].equal(b[key])
     ]
+
+
+def starts_with_an_even_token(text: str, problem: Any) -> bool:
+    """A verifier that an untrained model satisfies now and then."""
+    return text[:1] in set("02468-b,:H~")

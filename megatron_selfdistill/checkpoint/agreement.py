@@ -48,6 +48,6 @@ def from_all_ranks(value: T) -> list[T]:
     return gathered
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """One line for a message: our own errors are sentences already."""
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

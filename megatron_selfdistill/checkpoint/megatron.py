@@ -180,7 +180,7 @@ class Checkpointer:
         done = False
         try:
             done = bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
-        except Exception as error:
+        except transfer.WRITE_ERRORS as error:
             done = True
             raise CheckpointError(f"could not write a checkpoint in the background: {describe(error)}") from error
         finally:

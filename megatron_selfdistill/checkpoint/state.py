@@ -20,7 +20,6 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_selfdistill.checkpoint.folder import CheckpointError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.parallel import Grid
 
@@ -67,10 +66,17 @@ def load_optimizer_state(
     Hyperparameters stay those of this run's configuration, and the number of Megatron's chained optimizers that of this
     layout (experts have one of their own under expert parallelism only).
     """
-    optimizer.load_state_dict(merge(_unsharded(wanted), loaded))
+    complete = merge(_unsharded(wanted), loaded)
+    for single, single_state in _with_states(optimizer, complete):
+        if not isinstance(single, DistributedOptimizer):
+            # Megatron leaves out a step of 0 and the state of SGD without momentum, and then looks for them.
+            inner = single_state.get("optimizer", single_state).setdefault("state", {})
+            if _is_torch_adam(single) and any(isinstance(key, int) for key in inner):
+                inner["common_step"] = torch.tensor(float(num_steps))
+    optimizer.load_state_dict(complete)
     for single in _single_optimizers(optimizer):
         for state in single.optimizer.state.values():
-            if "exp_avg" in state and isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            if "exp_avg" in state and _is_torch_adam(single):
                 # A tensor for each parameter: torch increments a shared one once per parameter.
                 state["step"] = torch.tensor(float(num_steps))
         for group in single.optimizer.param_groups:
@@ -153,6 +159,18 @@ def _single_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [single for single in chained if not getattr(single, "is_stub_optimizer", False)]
 
 
+def _with_states(optimizer: MegatronOptimizer, states: Any) -> list[tuple[MegatronOptimizer, dict[str, Any]]]:
+    """Each of Megatron's chained optimizers with its part of ``states``, as `ChainedOptimizer` cuts it."""
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    if len(chained) == 1:
+        return [(chained[0], states)]
+    return [(single, states[index]) for index, single in enumerate(chained)]
+
+
+def _is_torch_adam(single: MegatronOptimizer) -> bool:
+    return isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
 def _create_state(optimizer: MegatronOptimizer) -> None:
     """Make the tensors of optimizers that have not stepped yet, as they are before the first step.
 
@@ -163,12 +181,6 @@ def _create_state(optimizer: MegatronOptimizer) -> None:
             single.init_state_fn = lambda *_: None
         if not single.optimizer.state:
             _step_without_effect(single.optimizer)
-        states = single.optimizer.state.values()
-        if isinstance(single, DistributedOptimizer) and not all("exp_avg" in state for state in states):
-            raise CheckpointError(
-                "Megatron's distributed optimizer can only be saved with adam: set "
-                "optimizer.use_distributed_optimizer=false for sgd"
-            )
 
 
 def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:

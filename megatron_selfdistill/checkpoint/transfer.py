@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core import dist_checkpointing
@@ -29,6 +30,9 @@ from megatron_selfdistill.checkpoint.state import CONTENT
 # Beside the model in a checkpoint, and no part of it.
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
 _SHOWN = 4
+
+WRITE_ERRORS = (Exception, CheckpointException)
+"""What a failing write raises: torch's own exception is no ``Exception``."""
 
 
 def begin_write(
@@ -62,7 +66,7 @@ def begin_write(
             async_sharded_save=True,
             content_metadata=dict(CONTENT),
         )
-    except Exception as error:
+    except WRITE_ERRORS as error:
         temporary.release()
         raise CheckpointError(f"could not write {target}: {describe(error)}") from error
 
@@ -78,7 +82,7 @@ def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None
     """Execute what `begin_write` prepared, and release its lock."""
     try:
         request.execute_sync()
-    except Exception as error:
+    except WRITE_ERRORS as error:
         raise CheckpointError(f"could not write {target}: {describe(error)}") from error
     finally:
         temporary.release()

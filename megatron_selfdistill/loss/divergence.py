@@ -102,14 +102,20 @@ def forward_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 
 def log_mixture_over_p(d: Tensor, jsd_lambda: float) -> Tensor:
     """log(M / p) = log(lam e^d + 1 - lam), for any d."""
-    smaller_weight = (d > 0).to(d.dtype).mul_(1 - 2 * jsd_lambda).add_(jsd_lambda)
-    return torch.expm1(-d.abs()).mul_(smaller_weight).log1p_().add_(d.clamp(min=0))
+    return _log_mixture_over_larger(d, jsd_lambda).add_(d.clamp(min=0))
 
 
 def jsd_terms(p: Tensor, q: Tensor, d: Tensor, jsd_lambda: float) -> Tensor:
     """lam q log(q / M) + (1 - lam) p log(p / M) >= 0; sums to the JSD."""
-    g = log_mixture_over_p(d, jsd_lambda)
-    return (q * (d - g)).mul_(jsd_lambda).sub_((p * g).mul_(1 - jsd_lambda))
+    over_larger = _log_mixture_over_larger(d, jsd_lambda)
+    from_q = (d.clamp(max=0) - over_larger).mul_(q).mul_(jsd_lambda)
+    return from_q.sub_((d.clamp(min=0) + over_larger).mul_(p).mul_(1 - jsd_lambda))
+
+
+def _log_mixture_over_larger(d: Tensor, jsd_lambda: float) -> Tensor:
+    """log(M / max(p, q)): finite and exact also where one of them is as good as 0."""
+    weight_of_smaller = (d > 0).to(d.dtype).mul_(1 - 2 * jsd_lambda).add_(jsd_lambda)
+    return torch.expm1(-d.abs()).mul_(weight_of_smaller).log1p_()
 
 
 def reverse_kl_gradient(p: Tensor, d: Tensor, reverse_kl: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ softmax(beta x), v = beta^2 Var:
     dH/du = -v,  d2H/du2 = -(2 v + beta^3 k3),  d3H/du3 = -(4 v + 5 beta^3 k3 + beta^4 k4)
 
 The unknown is sought on the logit-entropy G(u) = log H - log(Hmax - H), nearly a straight line for H -> 0
-and for H -> Hmax = log(number of valid columns).  A quintic Hermite polynomial between two neighbours of a grid of
-betas gives a first value; one step of the Newton-Halley-Householder family, at that value, polishes it.
+and for H -> Hmax = log(number of valid columns).  A quintic Hermite polynomial between two neighbours of a
+grid of betas gives a first value; one step of the Newton-Halley-Householder family, there, polishes it.
 
 All arithmetic is elementwise in float64, without communication: ranks with the same sums get the same bits.
 """

@@ -198,6 +198,11 @@ class Final:
             beta=polished.beta,
             log_sum=polished.log_sum,
             entropy=entropy.clamp(min=0),
-            reverse_kl=reverse_kl.clamp(min=0).masked_fill(only_student, torch.inf),
-            forward_kl=forward_kl.clamp(min=0).masked_fill(only_target, torch.inf),
+            reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
+            forward_kl=_infinite_where(only_target, forward_kl.clamp(min=0)),
         )
+
+
+def _infinite_where(one_sided: Tensor, kl: Tensor) -> Tensor:
+    """NaN stays: a row with NaN has no countable columns."""
+    return kl.masked_fill(one_sided & ~torch.isnan(kl), torch.inf)

@@ -91,11 +91,11 @@ FIRST_PASS = (
 Indices and counts stay below 2^24: exact in float32."""
 
 
-def first_pass(shard: Shard, betas: Sequence[float], fresh: Sequence[int]) -> tuple[Tensor, Tensor]:
+def first_pass(shard: Shard, betas: Sequence[float], doubled: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Maxima, sums of exponentials and moment sums of this shard's columns, relative to its own maxima.
 
-    betas: J values; those with an index in ``fresh`` are evaluated by exp, the others as the square of the
-    one before, which must be half as large.
+    betas: J values.
+    doubled: indices of those that are twice the one before, and whose exponentials may be squares of its own.
     Returns: [T, len(FIRST_PASS) + 4 J], FIRST_PASS and then S0 - 1, S1, S2, S3 of x for each beta; and the
     local argmax of m [T].  On a shard of padding only, the maxima are -inf and the sums 0.
     """
@@ -114,7 +114,7 @@ def first_pass(shard: Shard, betas: Sequence[float], fresh: Sequence[int]) -> tu
         columns = [student_max, *_tail_and_first(y, student_argmax), student_argmax]
         columns += [teacher_max, *_tail_and_first(z, teacher_argmax), teacher_argmax]
         columns += [top, _count(y), _count(x), _count(torch.minimum(x, y))]
-        columns += _moments(x, mix_argmax[rows], betas, fresh)
+        columns += _moments(x, mix_argmax[rows], betas, doubled)
         return torch.stack([column.to(shard.dtype) for column in columns], dim=1)
 
     sums = shard.over_rows(work, len(FIRST_PASS) + 4 * len(betas))
@@ -139,13 +139,13 @@ def _tail_and_first(shifted: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:
     return e.sum(1), e.mul_(shifted).sum(1)
 
 
-def _moments(x: Tensor, argmax: Tensor, betas: Sequence[float], fresh: Sequence[int]) -> list[Tensor]:
+def _moments(x: Tensor, argmax: Tensor, betas: Sequence[float], doubled: Sequence[int]) -> list[Tensor]:
     sums, e, term = [], torch.empty_like(x), torch.empty_like(x)
     for j, beta in enumerate(betas):
-        if j in fresh:
-            torch.mul(x, beta, out=e).exp_().scatter_(1, argmax[:, None], 0.0)
-        else:
+        if j in doubled:
             e.square_()
+        else:
+            torch.mul(x, beta, out=e).exp_().scatter_(1, argmax[:, None], 0.0)
         sums += [e.sum(1), torch.mul(e, x, out=term).sum(1), term.mul_(x).sum(1), term.mul_(x).sum(1)]
     return sums
 

@@ -71,10 +71,10 @@ class Target:
             )
         if isinstance(self.k_max, str) and self.k_max != "1 + w":
             raise ValueError(f"Target.k_max must be '1 + w', a number or None; got {self.k_max!r}.")
-        smallest = (1 + self.teacher_weight) * 2 / RANGE
-        if self.k_bound is not None and not self.k_bound >= smallest:
+        smallest = self.geometric_k / RANGE
+        if self.k_bound is not None and not self.k_bound > smallest:
             raise ValueError(
-                f"Target.k_max must be at least (1 + w) / {RANGE / 2:g} = {smallest:g}, or no k is left; "
+                f"Target.k_max must be above (1 + w) / {RANGE:g} = {smallest:g}, or no k is left; "
                 f"got {self.k_bound:g}. Use a larger k_max, or None for no bound."
             )
         if self.k is not None and not (math.isfinite(self.k) and self.k > 0):
@@ -179,19 +179,21 @@ def _bisect(mix: Tensor, entropy_wanted: Tensor, low: float, high: float) -> Ten
 
 
 def beta_grid(target: Target) -> tuple[float, ...]:
-    """The grid of betas, each twice the one before; its ends are the range of beta.
+    """The grid of betas; its ends are the range of beta.
 
-    From 1 / (RANGE (1 + w)), or from 1 / k_max where that is larger, up to at most RANGE / (1 + w): 9 values
-    without a bound, 5 with k_max = 1 + w.  The one given beta under fixed and teacher_alone.
+    1 / (1 + w) times powers of 2, so that equal logits find their root on it.
+    From 1 / (RANGE (1 + w)) to RANGE / (1 + w); with a bound inside that range, from 1 / k_max on: 9 values
+    without a bound, 5 with k_max = 1 + w.  Under fixed and teacher_alone, the one given beta.
     """
     if target.rule in ("fixed", "teacher_alone"):
         assert target.given_beta is not None
         return (target.given_beta,)
-    lowest = 1 / (RANGE * target.geometric_k)
-    if target.k_bound is not None:
-        lowest = max(lowest, 1 / target.k_bound)
-    count = 1 + math.floor(math.log2(RANGE / (target.geometric_k * lowest)) + 1e-9)
-    return tuple(lowest * 2**j for j in range(count))
+    octaves = round(math.log2(RANGE))
+    grid = [2.0**j / target.geometric_k for j in range(-octaves, octaves + 1)]
+    if target.k_bound is None or not target.lowest_is_bound:
+        return tuple(grid)
+    lowest = 1 / target.k_bound
+    return (lowest, *(beta for beta in grid if beta > lowest * (1 + 1e-9)))
 
 
 def status_given(beta: Tensor) -> Tensor:

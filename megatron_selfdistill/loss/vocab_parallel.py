@@ -192,7 +192,8 @@ def _forward(
     favoured = min(range(len(grid)), key=lambda j: abs(grid[j] * target.geometric_k - 1))
     betas = grid if target.rule != "batch" else [*grid, *_representable([target.given_beta], dtype)]
 
-    sums, mix_argmax = first_pass(shard, betas, fresh=(0, favoured, len(grid)))
+    doubled = [j for j in range(1, len(betas)) if j != favoured and betas[j] == 2 * betas[j - 1]]
+    sums, mix_argmax = first_pass(shard, betas, doubled)
     sums[:, [FIRST_PASS.index("student_argmax"), FIRST_PASS.index("teacher_argmax")]] += vocab.start
     token_logits = _token_logits(shard, response_tokens - vocab.start)
     rows = Rows.merge(_gather(torch.cat([sums, token_logits], dim=1), vocab.group), betas, shard)
@@ -275,7 +276,7 @@ def _gather(columns: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or columns.shape[0] == 0 or dist.get_world_size(group) == 1:
         return columns[None].double()
     gathered = columns.new_empty(dist.get_world_size(group), *columns.shape)
-    dist.all_gather_into_tensor(gathered, columns.contiguous(), group=group)
+    dist.all_gather(list(gathered.unbind(0)), columns.contiguous(), group=group)
     return gathered.double()
 
 

@@ -88,7 +88,7 @@ MISFITS = {
     ),
     "layers": (
         models.model_config("gqa", num_layers=2),
-        r"shape \[4, 32, 64\], expected \[2, 32, 64\].*; and 3 more",
+        r"linear_fc1.weight has shape \[4, 128, 32\], expected \[2, 128, 32\]; .*; and 2 more",
     ),
     "width": (
         models.model_config("gqa", hidden_size=64),

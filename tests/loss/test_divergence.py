@@ -97,7 +97,7 @@ def test_divergence_is_zero_only_for_equal_distributions(kind: Divergence) -> No
     assert divergence_gradient(log_p, log_p, kind).abs().max() < 1e-16
     moved = s.clone()
     moved[:, 0] += 1e-3
-    assert (divergence(log_p, moved.log_softmax(-1), kind) > 1e-11).all()
+    assert (divergence(log_p, moved.log_softmax(-1), kind) > 1e-12).all()
 
 
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.0, 100.0))
@@ -141,5 +141,5 @@ def test_columns_of_minus_infinity_equal_removed_columns(kind: Divergence) -> No
 def test_an_unknown_kind_or_a_lambda_at_the_ends_is_refused_with_a_sentence() -> None:
     with pytest.raises(ValueError, match="must be one of reverse_kl, forward_kl, jsd; got 'kl'"):
         Divergence("kl")
-    with pytest.raises(ValueError, match="strictly between 0 and 1; got 1.0"):
+    with pytest.raises(ValueError, match=r"strictly between 0 and 1; got 1\.0"):
         Divergence("jsd", 1.0)

@@ -1,9 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The solver is accurate on every class of distributions, and its ends, ties and floors behave as documented."""
+"""The solver is accurate on every class of distributions; its ends, ties and floors are as documented."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, di
 from megatron_selfdistill.loss.entropy_match import Cumulants
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "solver_accuracy.py"
-SEEDS = 3
+SEEDS = 2
 
 
 def load_tool() -> ModuleType:
@@ -129,6 +130,12 @@ def test_an_almost_certain_row_keeps_the_digits_of_its_entropy() -> None:
 
 def test_the_tool_prints_one_row_per_class() -> None:
     command = [sys.executable, str(TOOL), "--vocab-size", "200", "--tokens", "4"]
-    table = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TOOL.parents[1]).stdout
+    table = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(TOOL.parents[1])},
+    ).stdout
     rows = table.strip().split("\n")
     assert len(rows) == 2 + len(tool.DISTRIBUTIONS) and all(row.count("|") == 10 for row in rows)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Laws of the sharded loss that need no reference: identity, invariances, isolation of bad values, columns of -inf."""
+"""Laws of the sharded loss that need no reference: identity, invariances, bad values, columns of -inf."""
 
 from __future__ import annotations
 

@@ -1,0 +1,99 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Two numbers that add up to a given one: a task with many right answers.
+
+    prompt     57:
+    response   12;45$       any two numbers from 00 that add up to 57
+    hint       H31;26|      one right answer of the 58
+
+The corpus of the base model draws among all right answers alike, and in half of its demonstrations without a hint one
+digit is off by one.  Demonstrations behind a hint are right, and only 30 % of them copy it: a teacher that copied its
+hint would teach one answer.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+NAME = "additions"
+ALPHABET = "0123456789;:|H$_"  # '$' ends a text, '_' pads
+OVERRIDES = ("rollout.max_new_tokens=8", "evaluation.verifier=additions.verify")
+PRETRAINING_STEPS = 5000
+WEAK_PRETRAINING_STEPS = 1500
+SUMS = range(10, 100)
+NUM_TRAINING = 2000
+
+Record = dict[str, Any]
+
+
+def held_out_problems() -> list[Record]:
+    """The sums that are divisible by 3, once each: neither the corpus nor the training problems have them."""
+    rng = random.Random(12345)
+    return [record(total, total - total % 3, rng) for total in SUMS if is_held_out(total)]
+
+
+def training_problems(seed: int) -> list[Record]:
+    """Problems with one right answer as the hint; most sums come often, with other hints."""
+    rng = random.Random(777 + seed)
+    return [record(draw(rng), number, rng) for number in range(NUM_TRAINING)]
+
+
+def corpus_row(rng: random.Random) -> tuple[str, str, str]:
+    """(prompt, text to read, text to predict): 65 % without a hint, of which half are wrong; 35 % behind one, all right,
+    of which 30 % copy it.  Behind a hint the text to read has a wrong digit in 60 % of the rows: a teacher must have
+    seen prefixes that are wrong."""
+    total = draw(rng)
+    right = some_answer(total, rng)
+    if rng.random() < 0.65:
+        text = (off_by_one(right, rng) if rng.random() < 0.5 else right) + "$"
+        return f"{total:02d}:", text, text
+    hint = right if rng.random() < 0.3 else some_answer(total, rng)
+    return f"{total:02d}:H{hint}|", right + "$", right + "$"
+
+
+def verify(response: str, problem: Any) -> bool:
+    """The two numbers add up (``evaluation.verifier=additions.verify``)."""
+    return is_right(response, int(problem.answer))
+
+
+def is_right(response: str, total: int) -> bool:
+    first, _, second = response.partition(";")
+    two_digits = all(len(number) == 2 and number.isdigit() for number in (first, second))
+    return two_digits and int(first) + int(second) == total
+
+
+def shows_work(response: str) -> bool:
+    """Two numbers of two digits: this task has no other work."""
+    return len(response) == 5 and response[2] == ";"
+
+
+def record(total: int, number: int, rng: random.Random) -> Record:
+    """One line of the JSONL that ``data.path`` takes; the solution is one right answer."""
+    solution = some_answer(total, rng)
+    identity = f"{total}={solution}/{number}"
+    return {"id": identity, "problem": f"{total:02d}:", "solution": solution, "answer": str(total)}
+
+
+def some_answer(total: int, rng: random.Random) -> str:
+    """Uniform among all."""
+    first = rng.randint(0, total)
+    return f"{first:02d};{total - first:02d}"
+
+
+def off_by_one(text: str, rng: random.Random) -> str:
+    """``text`` with one of its digits a step higher or lower (9 and 0 are neighbours)."""
+    place = rng.choice([0, 1, 3, 4])
+    digit = (int(text[place]) + rng.choice([-1, 1])) % 10
+    return f"{text[:place]}{digit}{text[place + 1 :]}"
+
+
+def draw(rng: random.Random) -> int:
+    """A sum that is not held out."""
+    while True:
+        total = rng.choice(SUMS)
+        if not is_held_out(total):
+            return total
+
+
+def is_held_out(total: int) -> bool:
+    return total % 3 == 0

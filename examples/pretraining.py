@@ -1,0 +1,144 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The base model of an example: plain next-token training with the trainer's own parts, cached after the first time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import random
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill import parallel
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.run import Run
+
+CONFIG_NAME = "quickstart"
+OVERRIDES = (
+    "objective=solutions",
+    "optimizer.lr=5e-3",
+    "optimizer.min_lr=2.5e-4",
+    "optimizer.lr_warmup_steps=50",
+    "optimizer.lr_decay_style=linear",
+    "optimizer.weight_decay=0.01",
+    "optimizer.adam_beta2=0.98",
+    "metrics.console_every=300",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A pretrained model and what is needed to train it further."""
+
+    task: ModuleType
+    seed: int
+    folder: Path
+    seconds: float
+    """Wall time of its pretraining; 0 where it was there already."""
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What a run needs to start from it."""
+        return (
+            *self.task.OVERRIDES,
+            f"data.tokenizer={self.folder / 'tokenizer'}",
+            f"evaluation.path={self.folder / 'held_out.jsonl'}",
+            f"checkpoint.load={self.folder / 'checkpoints'}",
+            f"seed={self.seed}",
+        )
+
+
+def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
+    """Pretrain a model on ``task.corpus_row``, or find the one of before.
+
+    ``task``: a module such as subtraction.py, with NAME, ALPHABET, OVERRIDES, PRETRAINING_STEPS, corpus_row, verify,
+    held_out_problems, training_problems.  ``root``: where bases lie, one folder for each task, seed and settings: a
+    changed task or setting makes another one.  ``num_steps``: instead of the task's own.
+    """
+    num_steps = num_steps or task.PRETRAINING_STEPS
+    plain = configuration.load([*task.OVERRIDES, *OVERRIDES, f"num_steps={num_steps}", f"seed={seed}"], CONFIG_NAME)
+    key = hashlib.md5((configuration.to_yaml(plain) + inspect.getsource(task)).encode()).hexdigest()[:8]
+    folder = root / f"{task.NAME}-seed{seed}-{key}"
+    began = time.perf_counter()
+    if (folder / "checkpoints").exists():  # saved once, at the end, under this name only when complete
+        return Base(task, seed, folder, 0.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder / "tokenizer", task.ALPHABET)
+    write_records(folder / "held_out.jsonl", task.held_out_problems())
+    paths = [
+        f"data.tokenizer={folder / 'tokenizer'}",
+        f"data.path={folder / 'held_out.jsonl'}",  # a run needs one; pretraining reads the corpus instead
+        f"evaluation.path={folder / 'held_out.jsonl'}",
+        f"run_dir={folder}",
+    ]
+    pretrain(
+        configuration.load(
+            [*task.OVERRIDES, *OVERRIDES, f"num_steps={num_steps}", f"seed={seed}", *paths], CONFIG_NAME
+        ),
+        task,
+    )
+    return Base(task, seed, folder, time.perf_counter() - began)
+
+
+def pretrain(config: Config, task: ModuleType) -> None:
+    """``num_steps`` steps of next-token training; the loop of train.py, with rows of a corpus for responses."""
+    grid = parallel.initialize(config.parallel, config.seed)
+    try:
+        run = Run(config, Inputs.load(config), grid)
+        try:
+            while run.step < config.num_steps:
+                rng = random.Random(f"{config.seed}/{run.step}")  # by step: a resumed run reads the same rows
+                batch = corpus_batch(run, [task.corpus_row(rng) for _ in range(config.data.global_batch_size)])
+                metrics = run.update(run.forward_backward(batch))
+                run.finish_step(metrics, [], batch)
+        finally:
+            run.close()
+    finally:
+        parallel.shutdown()
+
+
+def corpus_batch(run: Run, rows: Sequence[tuple[str, str, str]]) -> PackedBatch:
+    """Rows of (prompt, text to read, text to predict) as microbatches; both texts are equally long."""
+    encode = run.inputs.tokenizer.encode
+    contexts, labels = [], []
+    for number, (prompt, text, wanted) in enumerate(rows):
+        tokens = encode(prompt)
+        contexts.append(ContextPair(str(number), tokens, tokens, encode(text), False))
+        labels += encode(wanted)
+    return dataclasses.replace(run.pack_contexts(contexts), response_tokens=torch.tensor(labels))
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    """JSONL as ``data.path`` takes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in records), encoding="utf-8")
+    return path
+
+
+def write_tokenizer(folder: Path, alphabet: str) -> None:
+    """A Hugging Face tokenizer with one token per character, whose chat template is the text itself.
+
+    ``alphabet``: its last two characters are the end of a text and the padding.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    end, padding = alphabet[-2:]
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=padding))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=padding, unk_token=padding)
+    fast.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    fast.save_pretrained(folder)

@@ -1,0 +1,124 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Column subtraction of numbers with two to four digits: prompts, hints and responses of every length.
+
+    prompt     h5t0u0-t4u8:                          each digit behind the name of its place, no leading zeros
+    response   u08=2b,t04=5b,h5=4.;h4t5u2$           a column without a lower digit has none
+    hint       Hh4t5u2|                              the answer alone, or
+               Hu08=2b,t04=5b,h5=4.;h4t5u2|          the whole work
+
+Widths change where everything stands, so a model must find a digit by the name of its place.  (Without names, a model
+of this size learns the columns of variable width an order of magnitude more slowly.)
+The pupils' bugs are those of subtraction.py.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from subtraction import Pair, Record, split_of
+
+NAME = "ragged_subtraction"
+ALPHABET = "0123456789-=b.,;:|Huthk$_"
+OVERRIDES = ("rollout.max_new_tokens=44", "evaluation.verifier=ragged_subtraction.verify")
+PRETRAINING_STEPS = 1500
+PLACES = "uthk"
+NUM_HELD_OUT, NUM_TRAINING = 300, 2000
+
+
+def held_out_problems() -> list[Record]:
+    """The same for every seed, hints by turns long and short."""
+    return _records(NUM_HELD_OUT, "test", seed=12345)
+
+
+def training_problems(seed: int) -> list[Record]:
+    """Problems whose hints are the whole work for one half and the answer alone for the other."""
+    return _records(NUM_TRAINING, "train", seed=777 + seed)
+
+
+def corpus_row(rng: random.Random) -> tuple[str, str, str]:
+    """(prompt, text to read, text to predict), as in subtraction.py."""
+    a, b = draw(rng, "corpus")
+    kind, prompt = rng.random(), problem_text(a, b)
+    if kind < 0.65:
+        text = work(a, b, rng, bug=0.25, zero_bug=0.75)
+        return prompt, text, text
+    clean = work(a, b)
+    hint = clean[:-1] if kind < 0.80 else answer(a, b)
+    draft = work(a, b, rng, bug=0.4, zero_bug=0.6, slip=0.1) if rng.random() < 0.6 else clean
+    return f"{prompt}H{hint}|", draft, clean
+
+
+def verify(response: str, problem: Any) -> bool:
+    """The answer after the one ';' is right (``evaluation.verifier=ragged_subtraction.verify``)."""
+    return response.count(";") == 1 and response.partition(";")[2] == problem.answer
+
+
+def shows_work(response: str) -> bool:
+    """A column is written out for every digit of the answer."""
+    columns, _, result = response.partition(";")
+    return bool(columns) and 2 * (columns.count(",") + 1) == len(result)
+
+
+def problem_text(a: int, b: int) -> str:
+    return f"{with_places(str(a))}-{with_places(str(b))}:"
+
+
+def answer(a: int, b: int) -> str:
+    """With as many digits as the upper number."""
+    return with_places(f"{a - b:0{len(str(a))}d}")
+
+
+def with_places(digits: str) -> str:
+    """``h5t0u0`` for ``500``."""
+    return "".join(PLACES[len(digits) - 1 - i] + digit for i, digit in enumerate(digits))
+
+
+def work(
+    a: int, b: int, rng: random.Random | None = None, bug: float = 0.0, zero_bug: float = 0.0, slip: float = 0.0
+) -> str:
+    """The columns and the answer; ``bug``, ``zero_bug`` and ``slip`` as in subtraction.py."""
+    columns, digits, borrow = [], "", 0
+    lower = str(b)[::-1]
+    for place, upper in enumerate(str(a)[::-1]):
+        written = lower[place] if place < len(lower) else ""
+        top, bottom = int(upper), int(written or 0)
+        needs = top - bottom - borrow < 0
+        digit, carried = (top - bottom - borrow) % 10, int(needs)
+        if rng is not None and needs and rng.random() < (zero_bug if top == 0 else bug):
+            digit, carried = abs(top - bottom), 0
+        if rng is not None and slip and rng.random() < slip:
+            digit = rng.randrange(10)
+        columns.append(f"{PLACES[place]}{upper}{written}={digit}{'b' if carried else '.'}")
+        digits = f"{digit}{digits}"
+        borrow = carried
+    return f"{','.join(columns)};{with_places(digits)}$"
+
+
+def draw(rng: random.Random, split: str) -> Pair:
+    """a > b of two to four and of one to as many digits, with at least one borrow and many zeros on top."""
+    while True:
+        width = rng.randint(2, 4)
+        lower_width = rng.randint(1, width)
+        top = [rng.randrange(1, 10)] + [0 if rng.random() < 0.25 else rng.randrange(10) for _ in range(width - 1)]
+        bottom = [rng.randrange(1, 10)] + [rng.randrange(10) for _ in range(lower_width - 1)]
+        a, b = int("".join(map(str, top))), int("".join(map(str, bottom)))
+        borrows = any(x < y for x, y in zip(reversed(top), reversed(bottom), strict=False))
+        if a > b and borrows and split_of(a, b) == split:
+            return a, b
+
+
+def _records(count: int, split: str, seed: int) -> list[Record]:
+    rng, pairs = random.Random(seed), {}
+    while len(pairs) < count:
+        pairs[draw(rng, split)] = None
+    return [
+        {
+            "id": f"{a}-{b}",
+            "problem": problem_text(a, b),
+            "solution": work(a, b)[:-1] if number % 2 else answer(a, b),
+            "answer": answer(a, b),
+            "as_response": f";{answer(a, b)}",
+        }
+        for number, (a, b) in enumerate(pairs)
+    ]

@@ -1,0 +1,80 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Twenty steps of a whole run are the same steps in every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+from tiny_run import overrides, reproducible_metrics
+
+STEPS = 20
+LAYOUTS = {
+    "TP2": ["parallel.tensor_model_parallel_size=2"],
+    "PP2": ["parallel.pipeline_model_parallel_size=2"],
+    "DP2": [],
+    "CP2": ["parallel.context_parallel_size=2"],
+    "PP2xVPP2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, ranks) -> Path:
+    """Data, a checkpoint to start from, and 20 steps of one rank with their responses."""
+    folder = tmp_path_factory.mktemp("layouts")
+    tiny_run.write_data(folder)
+    train(ranks, 1, overrides(folder, folder / "start", "num_steps=1", "optimizer.lr=0"))
+    train(ranks, 1, run_of(folder, "one", f"rollout.record={folder}/one.jsonl"))
+    return folder
+
+
+def run_of(folder: Path, name: str, *options: str) -> list[str]:
+    start = f"checkpoint.load={folder}/start/checkpoints"
+    return overrides(folder, folder / name, start, f"num_steps={STEPS}", "checkpoint.save_every=0", *options)
+
+
+def train(ranks, world_size: int, arguments: list[str]) -> None:
+    statuses = ranks.run(tiny_run.start, arguments, world_size=world_size, init_process_group=False)
+    assert statuses == [0] * world_size
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_twenty_steps_on_recorded_responses_have_the_same_losses(ranks, folder, name):
+    train(ranks, 2, run_of(folder, name, *LAYOUTS[name], f"rollout.replay={folder}/one.jsonl"))
+    assert_same_losses(folder / "one", folder / name)
+
+
+def test_torchrun_gives_the_same_losses(folder):
+    """The command that a lab types, with two processes that torchrun starts."""
+    arguments = run_of(folder, "torchrun", *LAYOUTS["PP2"], f"rollout.replay={folder}/one.jsonl")
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_selfdistill.train", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(tiny_run.REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(folder / "one", folder / "torchrun")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_first_steps_sampled_responses_are_equal(ranks, folder, name):
+    recording = folder / f"sampled_{name}.jsonl"
+    train(ranks, 2, run_of(folder, f"sampled_{name}", *LAYOUTS[name], "num_steps=1", f"rollout.record={recording}"))
+    assert first_responses(recording) == first_responses(folder / "one.jsonl")
+
+
+def assert_same_losses(one: Path, other: Path) -> None:
+    expected, got = reproducible_metrics(one), reproducible_metrics(other)
+    assert len(expected) == len(got) == STEPS
+    for a, b in zip(expected, got, strict=True):
+        assert b["loss/mean"] == pytest.approx(a["loss/mean"], abs=1e-5)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+        assert b["tokens/response"] == a["tokens/response"]
+
+
+def first_responses(path: Path) -> dict[tuple[str, int], list[int]]:
+    records = map(json.loads, path.read_text().splitlines())
+    return {(r["problem_id"], r["sample_index"]): r["token_ids"] for r in records if r["step"] == 0}
