@@ -6,8 +6,7 @@
     hint       Hh4t5u2|                              the answer alone, or
                Hu08=2b,t04=5b,h5=4.;h4t5u2|          the whole work
 
-Widths change where everything stands, so a model must find a digit by the name of its place.  (Without names, a model
-of this size learns the columns of variable width an order of magnitude more slowly.)
+Nothing stands at a fixed distance from anything else: a model must find a digit by the name of its place.
 The pupils' bugs are those of subtraction.py.
 """
 
@@ -21,7 +20,7 @@ from subtraction import Pair, Record, split_of
 NAME = "ragged_subtraction"
 ALPHABET = "0123456789-=b.,;:|Huthk$_"
 OVERRIDES = ("rollout.max_new_tokens=44", "evaluation.verifier=ragged_subtraction.verify")
-PRETRAINING_STEPS = 1500
+PRETRAINING_STEPS = 1200
 PLACES = "uthk"
 NUM_HELD_OUT, NUM_TRAINING = 300, 2000
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_selfdistill import schedule
+from megatron_selfdistill.batch import largest, pack_everywhere
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
-from megatron_selfdistill.data.packing import PackedBatch, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
-from megatron_selfdistill.evaluate import EvaluationResult, evaluate, load_verifier
+from megatron_selfdistill.evaluate import EvaluationResult, evaluate, load_verifier, response_text
 from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.divergence import Divergence
@@ -61,7 +61,7 @@ class Run:
         self.sampler_log_probs: torch.Tensor | None = None
         if self.resumed_from is not None:
             self._resume(self.resumed_from)
-        self._checked = self.step > 0  # the identity law and the teacher's canary, once per run
+        self._checked = False  # the identity law and the teacher's canary, at the start of every launch
         self.log = MetricsLog(
             self.run_dir,
             num_steps=config.num_steps,
@@ -122,19 +122,17 @@ class Run:
 
     def pack_contexts(self, contexts: Sequence[ContextPair]) -> PackedBatch:
         """Microbatches of these contexts, for this replica; every replica calls it with its own."""
-        arguments: dict[str, Any] = {
-            "max_tokens": self.config.schedule.max_tokens,
-            "cp_size": self.grid.cp_size,
-            "tp_size": self.grid.tp_size,
-            "paired": self.pair_order == "alternating",
-        }
-        (seq_length,) = self._largest(required_seq_length(contexts, **arguments))
-        batch = pack(contexts, **arguments, seq_length=seq_length)
-        return pad_to_count(batch, *self._counts(*self._largest(len(batch.student), len(batch.teacher))))
+        return pack_everywhere(
+            contexts,
+            max_tokens=self.config.schedule.max_tokens,
+            pair_order=self.pair_order,
+            with_teacher=self.distils,
+            grid=self.grid,
+        )
 
     def forward_backward(self, batch: PackedBatch) -> schedule.StepOutput | None:
         """Gradients of the batch in ``main_grad``; None where no replica has a response to train on."""
-        if not self._anywhere(len(batch.response_tokens)):
+        if not largest(self.grid, len(batch.response_tokens))[0]:
             return None
         with self.phases("train"):
             if not self._checked:
@@ -155,7 +153,7 @@ class Run:
         metrics = step_metrics(output, self.sampler_log_probs, self.grid)
         if not self._checked:
             self._checked = True
-            if self.distils:
+            if self.distils and self.step == 0:
                 check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.max_teacher_cross_entropy)
         with self.phases("optimizer"):
             self.optimizer.prepare_grads()
@@ -165,7 +163,6 @@ class Run:
             metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
             self.optimizer.step()
             self.teacher.update(self.optimizer)
-            self._gather_parameters()
         if self.config.target.rule == "batch" and self.distils:
             self.batch_k = solve_batch_k(
                 *batch_entropies(output, self.grid), self._target().k_bound, max_entropy=math.log(self.inputs.vocab_size)
@@ -207,7 +204,7 @@ class Run:
                 max_length=self.inputs.max_length,
                 hinted=hinted,
             )
-        self.log.log_evaluation(self.step, result.metrics())
+        self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
         return result
 
     def measure(self, problems: Sequence[Problem], responses: Sequence[Response]) -> dict[str, float]:
@@ -337,15 +334,6 @@ class Run:
         loss = self.config.loss
         return schedule.self_distillation(target, Divergence(loss.divergence, loss.jsd_lambda))
 
-    def _counts(self, num_student: int, num_teacher: int) -> tuple[int, int]:
-        """Raised to at least one student, and in total to what the schedule takes."""
-        num_student, num_teacher = max(num_student, 1), max(num_teacher, 1)
-        multiple = schedule.microbatch_multiple(self.grid)
-        while (num_student + (num_teacher if self.distils else 0)) % multiple:
-            num_student += 1
-            num_teacher += self.pair_order == "alternating"
-        return num_student, num_teacher
-
     def _prompts(self, problem: Problem) -> PromptPair:
         pair = fit_teacher_prompt(
             self.inputs.builder,
@@ -365,8 +353,8 @@ class Run:
         return Response(tokens[:limit], unknown, unknown, "stop" if len(tokens) <= limit else "length")
 
     def _is_right(self, problem: Problem, response: Response) -> bool:
-        text = self.inputs.tokenizer.decode(response.token_ids, skip_special_tokens=True)
-        return load_verifier(self.config.evaluation.verifier)(text, problem)
+        verify = load_verifier(self.config.evaluation.verifier)
+        return not response.truncated and verify(response_text(response, self.inputs.tokenizer), problem)
 
     def _check_identity(self) -> None:
         """One prompt read twice by the same weights has no loss: sharding, packing and exchange work in this layout."""
@@ -378,27 +366,12 @@ class Run:
         output = self._schedule(batch, self.chunks, row_loss, forward_only=True)
         check_identity(step_metrics(output, None, self.grid)["loss/mean"], self.config.guards.identity_tolerance)
 
-    def _gather_parameters(self) -> None:
-        """With overlap_param_gather the next training forward would gather them; the sampler reads them before."""
-        if self.config.optimizer.overlap_param_gather:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
-
     def _tokens_read(self, batch: PackedBatch, metrics: dict[str, float]) -> float:
         """Tokens, without padding, that student and teacher read in this step, over the global batch."""
         streams = [(batch.student, metrics["padding/student"])]
         if self.distils:
             streams.append((batch.teacher, metrics["padding/teacher"]))
         return sum(self.grid.dp_size * len(s) * batch.seq_length * (1 - padding) for s, padding in streams)
-
-    def _anywhere(self, count: int) -> bool:
-        return self._largest(count)[0] > 0
-
-    def _largest(self, *values: int) -> list[int]:
-        """Each value's maximum over the replicas."""
-        tensor = torch.tensor(values, device=self.grid.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.grid.dp_group)
-        return tensor.tolist()
 
 
 def _first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int]:

@@ -23,10 +23,12 @@ NOT_REPRODUCIBLE = ("seconds/", "tokens_per_second/", "memory/")
 def write_data(folder: Path, num_problems: int = 40) -> None:
     """A tokenizer and problems with answers as hints."""
     import subtraction
+    from pretraining import write_records, write_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    subtraction.write_tokenizer(folder / "tokenizer")
-    subtraction.write_problems(folder / "problems.jsonl", subtraction.distinct(num_problems, "train", seed=1))
+    write_tokenizer(folder / "tokenizer", subtraction.ALPHABET)
+    pairs = subtraction.distinct(num_problems, "train", seed=1)
+    write_records(folder / "problems.jsonl", [subtraction.record(a, b) for a, b in pairs])
 
 
 def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:

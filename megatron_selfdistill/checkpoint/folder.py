@@ -95,7 +95,11 @@ def incomplete(path: Path) -> str | None:
         return "does not exist" if not path.exists() else "is not a folder"
     if not (path / "metadata.json").is_file():
         legacy = any(path.glob("mp_rank_*"))
-        return "is in the legacy format: save it with --ckpt-format torch_dist" if legacy else "has no metadata.json"
+        return (
+            "is in the legacy format: save it with --ckpt-format torch_dist"
+            if legacy
+            else "has no metadata.json"
+        )
     for name in ("common.pt", ".metadata"):
         if not (path / name).is_file():
             return f"has no {name}"
@@ -128,7 +132,9 @@ class Temporary:
     def hold(self) -> Temporary:
         """Share the lock: no other process removes the folder before this one and its forks have let go or died."""
         self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT)
-        with contextlib.suppress(OSError):  # a file system without locks: then `_remove_leftovers` removes nothing
+        with contextlib.suppress(
+            OSError
+        ):  # a file system without locks: then `_remove_leftovers` removes nothing
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         return self
 

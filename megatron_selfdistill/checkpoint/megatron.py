@@ -23,7 +23,11 @@ from megatron_selfdistill.checkpoint import folder, frozen_teacher, state, trans
 from megatron_selfdistill.checkpoint.agreement import describe, on_each_rank, on_rank_0
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.folder import CheckpointError, Temporary
-from megatron_selfdistill.checkpoint.frozen_teacher import TeacherState, load_frozen_teacher, save_frozen_teacher
+from megatron_selfdistill.checkpoint.frozen_teacher import (
+    TeacherState,
+    load_frozen_teacher,
+    save_frozen_teacher,
+)
 from megatron_selfdistill.parallel import Grid
 
 __all__ = [
@@ -130,7 +134,9 @@ class Checkpointer:
             transfer.require_fit(wanted, found)
             loaded = transfer.read(wanted, found)
             state.load_model_state(chunks, loaded)
-            state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"])
+            state.load_optimizer_state(
+                optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"]
+            )
         scheduler.num_steps = 0  # its load_state_dict counts on from where it is
         scheduler.load_state_dict(common["opt_param_scheduler"])
         if teacher is not None and teacher.weights == "ema":
@@ -182,7 +188,9 @@ class Checkpointer:
             done = bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
         except transfer.WRITE_ERRORS as error:
             done = True
-            raise CheckpointError(f"could not write a checkpoint in the background: {describe(error)}") from error
+            raise CheckpointError(
+                f"could not write a checkpoint in the background: {describe(error)}"
+            ) from error
         finally:
             if done:
                 self._pending.release()

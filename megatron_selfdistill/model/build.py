@@ -53,7 +53,7 @@ def build_chunks(
     first stage embeds and the last chunk of the last stage projects.
     """
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
-    provider = _load_provider(model.provider) if model.provider else None
+    provider = _load_provider(model.provider, num_chunks) if model.provider else None
     chunks: list[torch.nn.Module] = []
     for index in range(num_chunks):
         vp_stage = index if num_chunks > 1 else None
@@ -77,6 +77,8 @@ def wrap_for_training(
     chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig
 ) -> list[DistributedDataParallel]:
     """Megatron's DDP around each chunk, and on their ``TransformerConfig`` the hooks that schedules call."""
+    for chunk in chunks:
+        _check_precision(chunk.config, optimizer)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
@@ -171,20 +173,39 @@ def _gpt_model(
     )
 
 
-def _load_provider(dotted_path: str) -> Callable[[bool, bool, int | None], Any]:
+def _load_provider(dotted_path: str, num_chunks: int) -> Callable[[bool, bool, int | None], Any]:
     """The function at ``package.module.function``, called as Megatron-LM calls its ``model_provider``."""
     module_name, _, name = dotted_path.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"model.provider={dotted_path!r} must be a dotted path, package.module.function")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.provider={dotted_path!r} cannot be imported: {error}") from error
-    takes_vp_stage = "vp_stage" in inspect.signature(function).parameters
+    if not callable(function):
+        raise ConfigError(
+            f"model.provider={dotted_path!r} must name a function, got {type(function).__name__}"
+        )
+    parameters = inspect.signature(function).parameters.values()
+    takes_vp_stage = any(p.name == "vp_stage" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if num_chunks > 1 and not takes_vp_stage:
+        raise ConfigError(
+            f"model.provider={dotted_path!r} must take vp_stage to build {num_chunks} chunks per stage: "
+            "add it, or set parallel.virtual_pipeline_model_parallel_size=null"
+        )
 
     def provide(pre_process: bool, post_process: bool, vp_stage: int | None) -> Any:
         extra = {"vp_stage": vp_stage} if takes_vp_stage else {}
         return function(pre_process=pre_process, post_process=post_process, **extra)
 
     return provide
+
+
+def _check_precision(config: TransformerConfig, optimizer: OptimizerConfig) -> None:
+    """A provider's own precision must be the optimizer's, or there would be no main parameters, or stale ones."""
+    built = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
+    if built != optimizer.precision:
+        raise ConfigError(f"the model was built in {built}, but optimizer.precision is {optimizer.precision}")
 
 
 def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
@@ -194,10 +215,15 @@ def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
             f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}"
         )
     refuse_known_faults(chunk.config)
+    if chunk.post_process and not chunk.parallel_output:
+        raise ConfigError(
+            f"model.provider={path!r} must build with parallel_output=True: the loss is vocab-parallel"
+        )
     for name, expected in [
         ("tensor_model_parallel_size", grid.tp_size),
         ("pipeline_model_parallel_size", grid.pp_size),
         ("context_parallel_size", grid.cp_size),
+        ("expert_model_parallel_size", grid.ep_size),
         ("virtual_pipeline_model_parallel_size", grid.virtual_pipeline_model_parallel_size),
         ("sequence_parallel", grid.sequence_parallel),
     ]:

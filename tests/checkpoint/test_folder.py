@@ -81,7 +81,9 @@ DAMAGE = {
     "common.pt cut off": cut_off_common,
     "no metadata.json": lambda path: (path / "metadata.json").unlink(),
     "no .metadata": lambda path: (path / ".metadata").unlink(),
-    ".metadata cut off": lambda path: (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:-9]),
+    ".metadata cut off": lambda path: (path / ".metadata").write_bytes(
+        (path / ".metadata").read_bytes()[:-9]
+    ),
     "all gone": shutil.rmtree,
 }
 
@@ -172,7 +174,9 @@ def test_a_crash_at_any_moment_leaves_a_latest_that_loads(checkpoints, complete,
 
 
 def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path):
-    with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes but .* has [\d,]+ free"):
+    with pytest.raises(
+        CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes but .* has [\d,]+ free"
+    ):
         folder.begin(tmp_path, "iter_0000001", 10**18)
     assert names(tmp_path) == []
 

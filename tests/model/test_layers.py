@@ -184,7 +184,7 @@ def real_rows() -> Tensor:
 
 
 def packed_attention(group, mutation: str | None = None) -> list[Tensor]:
-    """Output and gradients of query, key and value, of the positions that this context-parallel rank holds."""
+    """Output and gradients of query, key and value, at the positions that this rank of ``group`` holds."""
     held = context_parallel_positions(torch.tensor(BOUNDS), group.size(), group.rank())
     rows = random_qkv(BOUNDS[-1])
     query, key, value = (x[held].clone().requires_grad_() for x in rows)

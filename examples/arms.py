@@ -1,0 +1,257 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the examples share: an arm is a run of the trainer from one base model, measured in the end on held-out problems.
+
+Nothing here trains or samples by itself: an arm is a list of overrides for ``selfdistill --config-name quickstart``, and
+`command` says how to repeat it by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pretraining import CONFIG_NAME, Base, make_base
+from rich.console import Console
+from rich.table import Table
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill import parallel
+from megatron_selfdistill.evaluate import EvaluationResult, Transcript
+from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.run import Run
+from megatron_selfdistill.train import EXIT_UNHEALTHY, train
+
+console = Console()
+
+SELF_DISTILLATION: tuple[str, ...] = ()
+"""The default recipe: the match capped at k = 1 + w, reverse KL, a frozen teacher."""
+TEACHER_ALONE = ("recipe=teacher_alone",)
+FORWARD_KL = ("loss.divergence=forward_kl",)
+STRICT = ("target=strict",)
+VERIFIED_ROLLOUTS = ("objective=verified_rollouts",)
+"""Next-token training on the own responses that a verifier accepts (rejection fine-tuning)."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    title: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model does on the held-out problems.  Shares are of all responses of the kind."""
+
+    greedy: float
+    sampled: float
+    """At temperature 1."""
+    pass_at_8: float
+    hinted: float
+    """Greedy, behind the teacher's prompt."""
+    entropy: float
+    """Mean over the tokens of one sampled response per problem, nats."""
+    shows_work: float
+    """Share of the sampled responses."""
+    length: float
+    """Mean of the sampled responses, tokens."""
+    different: float
+    """Different right answers among the samples of a problem, mean over the problems."""
+    transcripts: tuple[Transcript, ...]
+    """The greedy response to each problem."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An arm that has run."""
+
+    arm: Arm
+    run_dir: Path
+    status: int
+    """The exit status: 0, or 3 where a guard stopped the run."""
+    seconds: float
+    """Wall time of the run with its evaluations, without the measurement."""
+    measurement: Measurement
+
+    @property
+    def stopped(self) -> bool:
+        return self.status == EXIT_UNHEALTHY
+
+
+def run_arm(arm: Arm, base: Base, folder: Path, *, num_samples: int = 8) -> Outcome:
+    """Train from ``base`` in ``folder/<title>``, which is made anew, and measure what came out."""
+    run_dir = folder / arm.title.lower().replace(" ", "_").replace(",", "").replace("%", "")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    overrides = (*base.overrides, *arm.overrides)
+    console.rule(f"[bold]{arm.title}", align="left")
+    console.print(f"[dim]{command((*overrides, f'run_dir={run_dir}-by-hand'))}", highlight=False, soft_wrap=True)
+    began = time.perf_counter()
+    status = train(configuration.load([*overrides, f"run_dir={run_dir}"], CONFIG_NAME))
+    seconds = time.perf_counter() - began
+    return Outcome(arm, run_dir, status, seconds, measure(base, run_dir, num_samples=num_samples))
+
+
+def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) -> Measurement:
+    """The held-out problems of the task, by the model in the run folder ``trained``, or by the base itself.
+
+    ``num_samples``: sampled responses per problem, at least 8.
+    """
+    overrides = [
+        *base.overrides,
+        f"data.path={base.folder / 'held_out.jsonl'}",
+        f"evaluation.num_samples={num_samples}",
+        "evaluation.pass_at_k=[1,8]",
+        "metrics.console=false",
+        f"run_dir={(trained or base.folder) / 'measured'}",
+    ]
+    if trained is not None:
+        overrides.append(f"checkpoint.load={trained / 'checkpoints'}")
+    config = configuration.load(overrides, CONFIG_NAME)
+    with console.status("measuring on held-out problems"):
+        grid = parallel.initialize(config.parallel, config.seed)
+        try:
+            run = Run(config, Inputs.load(config), grid)
+            try:
+                result = run.evaluate(num_transcripts=None)
+                hinted = run.evaluate(hinted=True)
+                problems = run.inputs.evaluation
+                own = run.measure(problems, run.generate(problems))
+            finally:
+                run.close()
+        finally:
+            parallel.shutdown()
+    return _measurement(result, hinted.greedy_accuracy, own["entropy/student"], base.task.shows_work)
+
+
+def _measurement(
+    result: EvaluationResult, hinted: float, entropy: float, shows_work: Callable[[str], bool]
+) -> Measurement:
+    samples = [t for t in result.transcripts if t.sample is not None]
+    right: dict[str, set[str]] = {t.problem_id: set() for t in samples}
+    for transcript in samples:
+        if transcript.correct:
+            right[transcript.problem_id].add(transcript.response)
+    assert result.sampled_accuracy is not None and result.sampled_mean_length is not None
+    return Measurement(
+        greedy=result.greedy_accuracy,
+        sampled=result.sampled_accuracy,
+        pass_at_8=result.pass_at_k[8],
+        hinted=hinted,
+        entropy=entropy,
+        shows_work=sum(shows_work(t.response) for t in samples) / len(samples),
+        length=result.sampled_mean_length,
+        different=sum(map(len, right.values())) / len(right),
+        transcripts=tuple(t for t in result.transcripts if t.sample is None),
+    )
+
+
+def command(overrides: Sequence[str]) -> str:
+    """The shell command that runs the trainer with these overrides, from the present folder."""
+    script = Path(sys.executable).parent / "selfdistill"
+    program = "selfdistill" if shutil.which("selfdistill") else _relative(script)
+    if not shutil.which("selfdistill") and not script.exists():
+        program = f"{_relative(Path(sys.executable))} -m megatron_selfdistill.train"
+    settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parent))} OMP_NUM_THREADS=1"
+    return f"{settings} {program} --config-name {CONFIG_NAME} {shlex.join(overrides)}"
+
+
+def _relative(path: Path) -> str:
+    """As seen from the present folder, where it lies below it."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+COLUMNS: dict[str, Callable[[Measurement], str]] = {
+    "greedy": lambda m: f"{m.greedy:.3f}",
+    "sampled": lambda m: f"{m.sampled:.3f}",
+    "pass@8": lambda m: f"{m.pass_at_8:.3f}",
+    "hinted": lambda m: f"{m.hinted:.2f}",
+    "entropy": lambda m: f"{m.entropy:.3f}",
+    "shows work": lambda m: f"{m.shows_work:.2f}",
+    "length": lambda m: f"{m.length:.1f}",
+    "different": lambda m: f"{m.different:.1f}",
+}
+LEGEND = (
+    "greedy, sampled (T = 1), pass@8: accuracy on held-out problems without hints; hinted: greedy, with the hint; "
+    "entropy: nats per token; length: tokens."
+)
+QUICKSTART_COLUMNS = ("greedy", "sampled", "pass@8", "hinted", "entropy", "shows work", "length")
+
+
+def comparison(
+    title: str, rows: Mapping[str, tuple[Measurement, float | None]], columns: Sequence[str] = QUICKSTART_COLUMNS
+) -> Table:
+    """``rows``: label -> (measurement, seconds of training)."""
+    table = Table(title=title, title_justify="left", title_style="bold", caption=LEGEND, caption_justify="left")
+    table.add_column("")
+    for name in (*columns, "seconds"):
+        table.add_column(name, justify="right")
+    for label, (measurement, seconds) in rows.items():
+        cells = [COLUMNS[name](measurement) for name in columns]
+        table.add_row(label, *cells, "" if seconds is None else f"{seconds:.0f}")
+    return table
+
+
+def rows_of(before: Measurement, outcomes: Sequence[Outcome]) -> dict[str, tuple[Measurement, float | None]]:
+    """The rows of `comparison`: the base, then each arm."""
+    rows: dict[str, tuple[Measurement, float | None]] = {"before": (before, None)}
+    for outcome in outcomes:
+        note = " (stopped by a guard)" if outcome.stopped else ""
+        rows[outcome.arm.title + note] = (outcome.measurement, outcome.seconds)
+    return rows
+
+
+def show_transcripts(before: Measurement, after: Measurement, count: int = 4) -> None:
+    """The greedy responses to the first held-out problems, chosen by nothing but their order."""
+    table = Table(title="The first held-out problems, greedy", title_justify="left", title_style="bold")
+    for name in ("problem", "before", "after"):
+        table.add_column(name)
+    for old, new in list(zip(before.transcripts, after.transcripts, strict=True))[:count]:
+        table.add_row(old.prompt, _marked(old), _marked(new))
+    console.print(table)
+
+
+def _marked(transcript: Transcript) -> str:
+    return f"[green]{transcript.response} ✓" if transcript.correct else f"[red]{transcript.response} ✗"
+
+
+def prepared_base(task: Any, seed: int, folder: Path, num_steps: int | None = None) -> Base:
+    """The base model with this seed under ``folder/bases``, and a line on the console."""
+    steps = num_steps or task.PRETRAINING_STEPS
+    console.rule(f"[bold]base model, seed {seed}: {steps} steps of next-token training", align="left")
+    base = make_base(task, seed, folder / "bases", steps)
+    found = f"pretrained in {base.seconds:.0f} s" if base.seconds else "found"
+    console.print(f"{found}: {base.folder}", highlight=False)
+    return base
+
+
+def example_parser(doc: str | None, folder: str) -> argparse.ArgumentParser:
+    """Options that all examples have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=5, help="of the base, the data and the samples (default: 5)")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where everything goes (default: runs)")
+    parser.set_defaults(name=folder)
+    return parser
+
+
+def prepare_process() -> None:
+    """One thread, and no warnings about libraries that a CPU run does not need.
+
+    The matrices are so small that a second thread costs more than it brings.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")

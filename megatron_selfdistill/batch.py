@@ -1,0 +1,44 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The contexts of every replica as microbatches that one schedule takes: as many, and as long, everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packing import PackedBatch, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.schedule import microbatch_multiple
+
+
+def pack_everywhere(
+    contexts: Sequence[ContextPair], *, max_tokens: int, pair_order: str, with_teacher: bool, grid: Grid
+) -> PackedBatch:
+    """This replica's contexts, packed into rows of at most ``max_tokens``.
+
+    Every replica gets the same sequence length and number of microbatches, at least one of each stream and in total a
+    multiple of what the schedule takes; a replica that has fewer gets weightless ones, with no contexts only those.
+    ``pair_order=alternating`` packs both streams alike.
+
+    Collectives: two maxima over the data-parallel ranks.
+    Raises: ValueError where one context alone exceeds ``max_tokens``.
+    """
+    paired = pair_order == "alternating"
+    sizes = {"max_tokens": max_tokens, "cp_size": grid.cp_size, "tp_size": grid.tp_size}
+    (seq_length,) = largest(grid, required_seq_length(contexts, **sizes, paired=paired))
+    batch = pack(contexts, **sizes, paired=paired, seq_length=seq_length)
+    num_student, num_teacher = largest(grid, max(len(batch.student), 1), max(len(batch.teacher), 1))
+    while (num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):
+        num_student += 1
+        num_teacher += paired
+    return pad_to_count(batch, num_student, num_teacher)
+
+
+def largest(grid: Grid, *values: int) -> list[int]:
+    """Each value's maximum over the replicas.  One all-reduce over the data-parallel ranks."""
+    tensor = torch.tensor(values, device=grid.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=grid.dp_group)
+    return tensor.tolist()
