@@ -17,19 +17,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pretraining import CONFIG_NAME, Base, make_base
 from rich.console import Console
 from rich.table import Table
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill import parallel
-from megatron_selfdistill.evaluate import EvaluationResult, Transcript
-from megatron_selfdistill.inputs import Inputs
-from megatron_selfdistill.run import Run
 from megatron_selfdistill.train import EXIT_UNHEALTHY, train
+
+if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
+    from megatron_selfdistill.evaluate import EvaluationResult, Transcript
 
 console = Console()
 
@@ -107,9 +105,15 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
 
     ``num_samples``: sampled responses per problem, at least 8.
     """
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run import Run
+
+    held_out = base.folder / "held_out.jsonl"
     overrides = [
         *base.overrides,
-        f"data.path={base.folder / 'held_out.jsonl'}",
+        f"data.path={held_out}",
+        f"data.global_batch_size={len(held_out.read_text().splitlines())}",  # one batch is all of them
         f"evaluation.num_samples={num_samples}",
         "evaluation.pass_at_k=[1,8]",
         "metrics.console=false",
@@ -125,7 +129,7 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
             try:
                 result = run.evaluate(num_transcripts=None)
                 hinted = run.evaluate(hinted=True)
-                problems = run.inputs.evaluation
+                problems = run.next_problems()
                 own = run.measure(problems, run.generate(problems))
             finally:
                 run.close()
@@ -253,5 +257,7 @@ def prepare_process() -> None:
     The matrices are so small that a second thread costs more than it brings.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    import torch
+
+    torch.set_num_threads(1)

@@ -12,17 +12,14 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill import parallel
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackedBatch
-from megatron_selfdistill.inputs import Inputs
-from megatron_selfdistill.run import Run
+
+if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
+    from megatron_selfdistill.data.packing import PackedBatch
+    from megatron_selfdistill.run import Run
 
 CONFIG_NAME = "quickstart"
 OVERRIDES = (
@@ -94,6 +91,10 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
 
 def pretrain(config: Config, task: ModuleType) -> None:
     """``num_steps`` steps of next-token training; the loop of train.py, with rows of a corpus for responses."""
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run import Run
+
     grid = parallel.initialize(config.parallel, config.seed)
     try:
         run = Run(config, Inputs.load(config), grid)
@@ -111,6 +112,10 @@ def pretrain(config: Config, task: ModuleType) -> None:
 
 def corpus_batch(run: Run, rows: Sequence[tuple[str, str, str]]) -> PackedBatch:
     """Rows of (prompt, text to read, text to predict) as microbatches; both texts are equally long."""
+    import torch
+
+    from megatron_selfdistill.data.contexts import ContextPair
+
     encode = run.inputs.tokenizer.encode
     contexts, labels = [], []
     for number, (prompt, text, wanted) in enumerate(rows):

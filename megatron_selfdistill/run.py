@@ -186,8 +186,9 @@ class Run:
 
     # -- beside the loop -----------------------------------------------------------------------------------------
 
-    def evaluate(self, hinted: bool = False) -> EvaluationResult:
-        """Held-out problems, without hints unless ``hinted``; logged under the present step."""
+    def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
+        """Held-out problems, without hints unless ``hinted``; logged under the present step.  ``num_transcripts``:
+        problems whose responses are kept as text; None keeps all."""
         with self.phases("evaluation"):
             result = evaluate(
                 self.sampler,
@@ -203,6 +204,7 @@ class Run:
                 grid=self.grid,
                 max_length=self.inputs.max_length,
                 hinted=hinted,
+                num_transcripts=num_transcripts,
             )
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
         return result

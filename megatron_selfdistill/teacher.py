@@ -141,6 +141,8 @@ class Teacher:
     def _copy_buffers(self) -> None:
         for mine, theirs in zip(self.chunks, self.student, strict=True):
             for a, b in zip(unwrapped(mine).buffers(), unwrapped(theirs).buffers(), strict=True):
+                if a.dtype != b.dtype:  # routers turn their bf16 biases into float32 when they first run
+                    a.data = a.data.to(b.dtype)
                 a.copy_(b)
 
 
@@ -167,9 +169,7 @@ def _distributed_optimizer_of(param: Tensor, optimizer: MegatronOptimizer) -> Di
     """The distributed optimizer (dense or expert) whose gradient buffers hold ``param``, or None."""
     optimizers = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     for candidate in optimizers:
-        if isinstance(candidate, DistributedOptimizer) and any(
-            param in b.param_index_map for b in candidate.buffers
-        ):
+        if isinstance(candidate, DistributedOptimizer) and any(param in b.param_index_map for b in candidate.buffers):
             return candidate
     return None
 

@@ -1,5 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A tiny training run that is saved and resumed in any layout; its gradients are functions of parameter and step."""
+"""A tiny training run that is saved and resumed in any layout; its gradients are functions of parameter and
+step."""
 
 from __future__ import annotations
 
@@ -157,6 +158,10 @@ def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
     state = run.load_latest()
     drawn = draw()
     assert state == {"step": 2, "position": [3, 5]}
+    if setup.teacher == "ema":
+        copies = [p for chunk in run.teacher.chunks for p in unwrapped(chunk).parameters()]
+        for master, copy in zip(run.teacher.masters, copies, strict=True):
+            assert torch.equal(copy, master.to(copy.dtype))
     steps = run.adam_steps()
     assert [float(step) for step in steps] == [2.0] * len(steps)
     assert len({step.data_ptr() for step in steps}) == len(steps)

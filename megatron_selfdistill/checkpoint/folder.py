@@ -67,8 +67,8 @@ def latest(folder: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint at ``path``: itself (after a crash, the one that it was about to replace), or what Megatron's tracker
-    file in it names.
+    """The checkpoint at ``path``: itself (after a crash, the one that it was about to replace), or what Megatron's
+    tracker file in it names.
 
     Raises: CheckpointError where there is no complete torch_dist checkpoint.
     """
@@ -95,11 +95,7 @@ def incomplete(path: Path) -> str | None:
         return "does not exist" if not path.exists() else "is not a folder"
     if not (path / "metadata.json").is_file():
         legacy = any(path.glob("mp_rank_*"))
-        return (
-            "is in the legacy format: save it with --ckpt-format torch_dist"
-            if legacy
-            else "has no metadata.json"
-        )
+        return "is in the legacy format: save it with --ckpt-format torch_dist" if legacy else "has no metadata.json"
     for name in ("common.pt", ".metadata"):
         if not (path / name).is_file():
             return f"has no {name}"
@@ -132,9 +128,7 @@ class Temporary:
     def hold(self) -> Temporary:
         """Share the lock: no other process removes the folder before this one and its forks have let go or died."""
         self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT)
-        with contextlib.suppress(
-            OSError
-        ):  # a file system without locks: then `_remove_leftovers` removes nothing
+        with contextlib.suppress(OSError):  # a file system without locks: then `_remove_leftovers` removes nothing
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         return self
 

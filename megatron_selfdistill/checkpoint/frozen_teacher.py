@@ -55,8 +55,8 @@ def load_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None =
     """
     target = Path(run_dir) / NAME
     path = on_rank_0(lambda: folder.resolve(target))
-    found = transfer.read_common(path).get("teacher_id")
-    if mark is not None and found != mark:
+    found = transfer.read_common(path)["teacher_id"]
+    if mark not in (None, found):
         raise CheckpointError(
             f"{path} is not the teacher that this checkpoint was trained with: a later start in the same run "
             "folder replaced it"
@@ -69,8 +69,8 @@ def load_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None =
 
 def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:
     """Whether every tensor of ``teacher`` is on disk, bit for bit; reads all of it once."""
-    wanted = dict(enumerate(transfer.tensors(teacher.sharded_state_dict())))
-    own = {index: tensor.data for index, tensor in wanted.items()}
+    wanted = {str(i): tensor for i, tensor in enumerate(transfer.tensors(teacher.sharded_state_dict()))}
+    own = {name: tensor.data for name, tensor in wanted.items()}
     try:
         transfer.require_fit(wanted, path)
     except CheckpointError:  # on all ranks: another model
@@ -78,4 +78,4 @@ def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:
     for tensor in wanted.values():
         tensor.data = torch.empty_like(tensor.data)
     loaded = transfer.read(wanted, path)
-    return all(from_all_ranks(all(torch.equal(loaded[index], own[index]) for index in own)))
+    return all(from_all_ranks(all(torch.equal(loaded[name], own[name]) for name in own)))

@@ -79,8 +79,8 @@ class Checkpointer:
         trainer_state: dict[str, Any],
         args: argparse.Namespace,
     ) -> Path:
-        """Write ``iter_<step>``, make it the latest, then prune to ``keep_last``.  With ``async_save`` return as soon as
-        the tensors may change again, and do the rest in `poll` or `finish`.
+        """Write ``iter_<step>``, make it the latest, then prune to ``keep_last``.  With ``async_save`` return as soon
+        as the tensors may change again, and do the rest in `poll` or `finish`.
 
         ``trainer_state``: anything that pickles; rank 0's is kept.  ``args``: `megatron_args`.  An ``ema`` teacher is
         written along; a ``frozen`` one is written once, beside the checkpoints, and referred to.
@@ -134,9 +134,7 @@ class Checkpointer:
             transfer.require_fit(wanted, found)
             loaded = transfer.read(wanted, found)
             state.load_model_state(chunks, loaded)
-            state.load_optimizer_state(
-                optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"]
-            )
+            state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"])
         scheduler.num_steps = 0  # its load_state_dict counts on from where it is
         scheduler.load_state_dict(common["opt_param_scheduler"])
         if teacher is not None and teacher.weights == "ema":
@@ -188,9 +186,7 @@ class Checkpointer:
             done = bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
         except transfer.WRITE_ERRORS as error:
             done = True
-            raise CheckpointError(
-                f"could not write a checkpoint in the background: {describe(error)}"
-            ) from error
+            raise CheckpointError(f"could not write a checkpoint in the background: {describe(error)}") from error
         finally:
             if done:
                 self._pending.release()
@@ -222,7 +218,7 @@ class Checkpointer:
         own = common.get("selfdistill")
         if own is None:
             raise CheckpointError(
-                f"{path} was not written by a run of this program: to start from its weights, give it as checkpoint.load"
+                f"{path} was not written by a run of this program: to start from its weights, set checkpoint.load"
             )
         weights = teacher.weights if teacher is not None else None
         if own["teacher"] != weights:

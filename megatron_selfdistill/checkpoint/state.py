@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a checkpoint holds of a live run, in Megatron-LM's keys: weights, optimizer, random states; and putting it back."""
+"""What a checkpoint holds of a live run, in Megatron-LM's keys: weights, optimizer, random states; and the way back."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def optimizer_state(
     return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=content)
 
 
-def load_optimizer_state(
-    optimizer: MegatronOptimizer, wanted: Any, loaded: dict[str, Any], num_steps: int
-) -> None:
+def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict[str, Any], num_steps: int) -> None:
     """The inverse of `optimizer_state`: ``wanted`` is what it returned, ``loaded`` its tensors, ``num_steps`` what
     `optimizer_steps` counted.
 
@@ -98,7 +96,7 @@ def uses_distributed_optimizer(optimizer: MegatronOptimizer) -> bool:
 
 
 @contextlib.contextmanager
-def gathered_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
     """With ``overlap_param_gather`` a rank's copy of what others updated is one step old until the next forward:
     gather it now, and keep the forward hooks off for the while.  Without, nothing."""
     hooked = [chunk for chunk in chunks if getattr(chunk, "remove_forward_pre_hook_handles", None)]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Between sharded state dicts and one torch_dist folder: write it under a temporary name, check that it fits, read it."""
+"""Between sharded state dicts and one torch_dist folder: write under a temporary name, check that it fits, read."""
 
 from __future__ import annotations
 
@@ -109,9 +109,7 @@ def require_fit(
     layer) the number of rows may differ, but be no smaller than ``vocab_size``.  Reads no tensor data.
     """
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}
-    for theirs in from_all_ranks(
-        {t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}
-    ):
+    for theirs in from_all_ranks({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
         expected |= theirs
     stored = on_rank_0(lambda: _stored_shapes(path))
     faults = [f"{key} is missing" for key in sorted(expected.keys() - stored.keys())]
@@ -162,7 +160,5 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _num_bytes(contents: dict[str, Any]) -> int:
     """Of the tensors whose first holder this rank is."""
-    data = [
-        value.data for value in nested_values(contents) if is_main_replica(getattr(value, "replica_id", 1))
-    ]
+    data = [value.data for value in nested_values(contents) if is_main_replica(getattr(value, "replica_id", 1))]
     return sum(tensor.numel() * tensor.element_size() for tensor in data if torch.is_tensor(tensor))

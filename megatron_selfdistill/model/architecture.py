@@ -78,8 +78,7 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size
-        or parallel.tensor_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         # With two stages the previous and the next one are the same peer, and batched messages would cross.
         "batch_p2p_comm": parallel.pipeline_model_parallel_size != 2,
@@ -110,9 +109,7 @@ def transformer_config(
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field{hint}"
-            )
+            raise ConfigError(f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field{hint}")
         if name in _SET_ELSEWHERE:
             raise ConfigError(f"model.transformer.{name} cannot be set here: set {_SET_ELSEWHERE[name]}")
     try:

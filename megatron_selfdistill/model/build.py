@@ -36,11 +36,7 @@ TESTED_MEGATRON_VERSIONS = ("0.16.1",)
 def megatron_in_use() -> str:
     """Version and place of the Megatron Core that this process imported: the first one on its path."""
     version = megatron.core.__version__
-    note = (
-        ""
-        if version in TESTED_MEGATRON_VERSIONS
-        else f" (never tested here; tested: {TESTED_MEGATRON_VERSIONS[0]})"
-    )
+    note = "" if version in TESTED_MEGATRON_VERSIONS else f" (never tested here; tested: {TESTED_MEGATRON_VERSIONS[0]})"
     return f"megatron.core {version} from {next(iter(megatron.core.__path__))}{note}"
 
 
@@ -73,9 +69,7 @@ def build_chunks(
     return chunks
 
 
-def wrap_for_training(
-    chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig
-) -> list[DistributedDataParallel]:
+def wrap_for_training(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
     """Megatron's DDP around each chunk, and on their ``TransformerConfig`` the hooks that schedules call."""
     for chunk in chunks:
         _check_precision(chunk.config, optimizer)
@@ -183,9 +177,7 @@ def _load_provider(dotted_path: str, num_chunks: int) -> Callable[[bool, bool, i
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.provider={dotted_path!r} cannot be imported: {error}") from error
     if not callable(function):
-        raise ConfigError(
-            f"model.provider={dotted_path!r} must name a function, got {type(function).__name__}"
-        )
+        raise ConfigError(f"model.provider={dotted_path!r} must name a function, got {type(function).__name__}")
     parameters = inspect.signature(function).parameters.values()
     takes_vp_stage = any(p.name == "vp_stage" or p.kind is p.VAR_KEYWORD for p in parameters)
     if num_chunks > 1 and not takes_vp_stage:
@@ -202,7 +194,7 @@ def _load_provider(dotted_path: str, num_chunks: int) -> Callable[[bool, bool, i
 
 
 def _check_precision(config: TransformerConfig, optimizer: OptimizerConfig) -> None:
-    """A provider's own precision must be the optimizer's, or there would be no main parameters, or stale ones."""
+    """A provider's precision must be the optimizer's: main parameters are made for that one."""
     built = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
     if built != optimizer.precision:
         raise ConfigError(f"the model was built in {built}, but optimizer.precision is {optimizer.precision}")
@@ -211,14 +203,10 @@ def _check_precision(config: TransformerConfig, optimizer: OptimizerConfig) -> N
 def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
     """A provider's own configuration must agree with ``parallel``, or groups and shards would not fit."""
     if not isinstance(chunk, GPTModel):
-        raise ConfigError(
-            f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}"
-        )
+        raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
     refuse_known_faults(chunk.config)
     if chunk.post_process and not chunk.parallel_output:
-        raise ConfigError(
-            f"model.provider={path!r} must build with parallel_output=True: the loss is vocab-parallel"
-        )
+        raise ConfigError(f"model.provider={path!r} must build with parallel_output=True: the loss is vocab-parallel")
     for name, expected in [
         ("tensor_model_parallel_size", grid.tp_size),
         ("pipeline_model_parallel_size", grid.pp_size),
@@ -229,6 +217,4 @@ def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
     ]:
         got = getattr(chunk.config, name)
         if got != expected:
-            raise ConfigError(
-                f"model.provider={path!r} built with {name}={got}, but parallel.{name} is {expected}"
-            )
+            raise ConfigError(f"model.provider={path!r} built with {name}={got}, but parallel.{name} is {expected}")

@@ -71,9 +71,7 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if attention_type != "self":
-            raise ValueError(
-                f"CoreAttention computes causal self-attention, got attention_type={attention_type!r}"
-            )
+            raise ValueError(f"CoreAttention computes causal self-attention, got attention_type={attention_type!r}")
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = pg_collection.cp
@@ -93,9 +91,7 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
         if self.cp_group.size() > 1:
-            raise ValueError(
-                "context parallelism needs packed sequences (packed_seq_params with qkv_format='thd')"
-            )
+            raise ValueError("context parallelism needs packed sequences (packed_seq_params with qkv_format='thd')")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is not None:
             out = self._attend(q, k, v, allowed=~attention_mask)  # Megatron: True is masked
@@ -120,9 +116,7 @@ class CoreAttention(MegatronModule):
             out.append(self._attend(q, k, v, causal=True).transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(out)[layout.place]  # repeats lie behind their segment's end: nothing real saw them
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -175,9 +169,7 @@ def _segments_by_length(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device:
     return _Layout(allowed=None, batches=batches, place=place.to(device))
 
 
-def _position_and_segment_mask(
-    cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device
-) -> _Layout:
+def _position_and_segment_mask(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device) -> _Layout:
     cp_size = cp_group.size()
     held = [context_parallel_positions(cu_seqlens, cp_size, rank) for rank in range(cp_size)]
     queries, keys = held[cp_group.rank()], torch.cat(held)

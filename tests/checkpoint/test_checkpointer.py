@@ -110,9 +110,7 @@ def read_as_megatron(run_dir: Path) -> None:
         f"{layer}mlp.linear_fc1.weight",
         f"{layer}mlp.linear_fc2.weight",
     }
-    optimizer_keys = {
-        f"optimizer.state.{s}.{k}" for s in ("param", "exp_avg", "exp_avg_sq") for k in model_keys
-    }
+    optimizer_keys = {f"optimizer.state.{s}.{k}" for s in ("param", "exp_avg", "exp_avg_sq") for k in model_keys}
     assert tensor_keys(path) == model_keys | optimizer_keys | {f"teacher.{k}" for k in model_keys}
 
 
@@ -203,9 +201,7 @@ def save_before_the_first_step(setup: Setup, run_dir: Path) -> None:
     assert worst[0] == 0, worst
     fresh = checkpointed_run.start(setup, run_dir / "never saved")
     fresh.step(1)
-    assert (
-        layouts.worst_difference(layouts.join([fresh.parameters()]), layouts.join([run.parameters()]))[0] == 0
-    )
+    assert layouts.worst_difference(layouts.join([fresh.parameters()]), layouts.join([run.parameters()]))[0] == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

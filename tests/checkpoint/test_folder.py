@@ -1,5 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The folder of checkpoints: what counts as complete, and that a crash at any moment leaves one that loads."""
+"""The folder of checkpoints: what counts as complete, and that a crash at any moment leaves one that
+loads."""
 
 from __future__ import annotations
 
@@ -81,9 +82,7 @@ DAMAGE = {
     "common.pt cut off": cut_off_common,
     "no metadata.json": lambda path: (path / "metadata.json").unlink(),
     "no .metadata": lambda path: (path / ".metadata").unlink(),
-    ".metadata cut off": lambda path: (path / ".metadata").write_bytes(
-        (path / ".metadata").read_bytes()[:-9]
-    ),
+    ".metadata cut off": lambda path: (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:-9]),
     "all gone": shutil.rmtree,
 }
 
@@ -104,7 +103,7 @@ def test_an_unreadable_tracker_file_leaves_the_newest(checkpoints):
 def test_a_legacy_checkpoint_is_told_from_none(tmp_path):
     (tmp_path / "iter_0000005" / "mp_rank_00").mkdir(parents=True)
     (tmp_path / folder.TRACKER).write_text("5")
-    with pytest.raises(CheckpointError, match="legacy format.*--ckpt-format torch_dist"):
+    with pytest.raises(CheckpointError, match=r"legacy format.*--ckpt-format torch_dist"):
         folder.resolve(tmp_path)
 
 
@@ -126,7 +125,8 @@ class Crash(BaseException):
 
 
 def crash_at(patch: pytest.MonkeyPatch, count: int) -> None:
-    """Raise `Crash` instead of the ``count``-th change of the file system from now on, and of all later ones."""
+    """Raise `Crash` instead of the ``count``-th change of the file system from now on, and of all later
+    ones."""
     left = [count]
 
     def dying(original):
@@ -174,9 +174,7 @@ def test_a_crash_at_any_moment_leaves_a_latest_that_loads(checkpoints, complete,
 
 
 def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes but .* has [\d,]+ free"
-    ):
+    with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes but .* has [\d,]+ free"):
         folder.begin(tmp_path, "iter_0000001", 10**18)
     assert names(tmp_path) == []
 
@@ -189,8 +187,6 @@ def test_leftovers_are_removed_unless_their_writer_lives(tmp_path):
     assert not dead.path.exists()
     new = folder.begin(tmp_path, "iter_0000003", 0)
     assert alive.path.exists()
-    assert names(tmp_path) == sorted(
-        name for t in (alive, new) for name in (t.path.name, f"{t.path.name}.lock")
-    )
+    assert names(tmp_path) == sorted(name for t in (alive, new) for name in (t.path.name, f"{t.path.name}.lock"))
     alive.release()
     new.release()

@@ -110,7 +110,5 @@ def test_a_vocabulary_that_is_too_small_is_refused(ranks, saved):
 
 def test_a_folder_without_checkpoint_is_refused(ranks, tmp_path):
     model = models.model_config("gqa")
-    ranks.run(
-        refuse, model, tmp_path, "expected a Megatron torch_dist checkpoint .* no metadata.json", world_size=1
-    )
+    ranks.run(refuse, model, tmp_path, "expected a Megatron torch_dist checkpoint .* no metadata.json", world_size=1)
     ranks.run(refuse, model, tmp_path / "nowhere", "does not exist", world_size=1)

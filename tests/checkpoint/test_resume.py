@@ -109,9 +109,7 @@ OTHER_LAYOUTS = {
 def test_a_run_of_several_ranks_goes_on_in_another_layout(ranks, tmp_path, name):
     world_size, setup, new_world_size, sizes = OTHER_LAYOUTS[name]
     never_stopped = ranks.run(checkpointed_run.save_and_go_on, setup, tmp_path, world_size=world_size)
-    resumed = ranks.run(
-        checkpointed_run.resume_and_go_on, setup.cut(**sizes), tmp_path, world_size=new_world_size
-    )
+    resumed = ranks.run(checkpointed_run.resume_and_go_on, setup.cut(**sizes), tmp_path, world_size=new_world_size)
     assert_close(resumed, never_stopped)
 
 
