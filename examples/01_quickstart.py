@@ -12,64 +12,61 @@ response is ever judged.  Held-out problems are answered without hints, before a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 import arms
 import subtraction
+import tables
 from arms import Arm, Measurement, Outcome, console
 from pretraining import write_records
 from rich.table import Table
 
-from megatron_selfdistill.report.curves import plot_curves
-
-SELF_DISTILLATION = Arm("Self-distillation", arms.SELF_DISTILLATION)
-TEACHER_ALONE = Arm("Teacher alone", arms.TEACHER_ALONE)
 IMITATION = Arm("Fine-tuning on the hint text", ("objective=solutions", "data.fields.solution=as_response"))
-LITERAL = Arm("Literal recipe", ("recipe=literal",))
 
 NUMBERS = ("greedy", "sampled", "pass_at_8", "hinted", "entropy", "shows_work", "length")
 
-WHAT_NEXT = """\
+WHAT_NEXT = """
 What to try next
-  other recipes   --literal adds the strict match with forward KL and a live teacher: it collapses, a guard stops it
+  --literal       the strict match with forward KL and a live teacher: it collapses, and a guard stops it
   other examples  02_wrong_hints.py       most hints are wrong
                   03_hard_problems.py     the base is never right
                   04_many_answers.py      many right answers: are they kept?
                   05_variable_widths.py   prompts, hints and responses of every length
-  any setting     the commands above take further overrides: target.teacher_weight=1.5 loss.divergence=jsd ...
-                  (selfdistill --keys lists them all)
-  your own        selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/mine
+  any setting     the commands above take more overrides, such as target.teacher_weight=1.5 (selfdistill --keys)
+  your own data   selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/mine
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arms.example_parser(__doc__, "quickstart")
+    parser = arms.example_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", help="run each of these; report the mean and the worst")
     parser.add_argument("--literal", action="store_true", help="also run recipe=literal, which collapses")
-    parser.add_argument("--only", action="store_true", help="self-distillation alone, without the arms to compare with")
+    parser.add_argument("--only", action="store_true", help="self-distillation without the arms to compare with")
     options = parser.parse_args(argv)
     arms.prepare_process()
-    folder = options.folder / options.name
-    compared = () if options.only else (TEACHER_ALONE, IMITATION)
-    chosen = (SELF_DISTILLATION, *compared, *((LITERAL,) if options.literal else ()))
     began = time.perf_counter()
-    results = {seed: one_seed(seed, chosen, options.folder) for seed in options.seeds or [options.seed]}
+    chosen = [arms.SELF_DISTILLATION]
+    if not options.only:
+        chosen += [arms.TEACHER_ALONE, IMITATION]
+    if options.literal:
+        chosen.append(arms.LITERAL)
+    seeds = options.seeds or [options.seed]
+    results = {seed: one_seed(seed, chosen, options.folder, options.steps) for seed in seeds}
     if len(results) > 1:
         console.print(over_seeds(results))
-    for seed, (before, outcomes) in results.items():
-        write_numbers(folder / f"seed{seed}" / "results.json", before, outcomes)
-    console.print(WHAT_NEXT, highlight=False)
-    console.print(f"{time.perf_counter() - began:.0f} s in all", highlight=False)
+    console.print(WHAT_NEXT, soft_wrap=True)
+    console.print(f"{time.perf_counter() - began:.0f} s in all")
     return 0
 
 
-def one_seed(seed: int, chosen: Sequence[Arm], root: Path) -> tuple[Measurement, list[Outcome]]:
+def one_seed(
+    seed: int, chosen: Sequence[Arm], root: Path, num_steps: int | None = None
+) -> tuple[Measurement, list[Outcome]]:
     """Pretrain or find the base, run every arm, show what came out."""
     base = arms.prepared_base(subtraction, seed, root)
     folder = root / "quickstart" / f"seed{seed}"
@@ -77,58 +74,52 @@ def one_seed(seed: int, chosen: Sequence[Arm], root: Path) -> tuple[Measurement,
     before = arms.measure(base)
     console.print(
         f"{len(before.transcripts)} held-out problems without hints: greedy {before.greedy:.3f}, sampled "
-        f"{before.sampled:.3f}; with the answer as a hint: {before.hinted:.3f}",
-        highlight=False,
+        f"{before.sampled:.3f}; with the answer as a hint: {before.hinted:.3f}"
     )
-    with_data = [dataclasses.replace(arm, overrides=(f"data.path={problems}", *arm.overrides)) for arm in chosen]
-    outcomes = [arms.run_arm(arm, base, folder) for arm in with_data]
-    console.rule(f"[bold]seed {seed}", align="left")
-    arms.show_transcripts(before, outcomes[0].measurement)
-    console.print(arms.comparison("Column subtraction", arms.rows_of(before, outcomes)))
-    console.print(judgement(outcomes), highlight=False)
-    picture = plot_curves({o.arm.title: o.run_dir for o in outcomes}, folder / "curves.png")
-    console.print(f"curves: {picture}\n", highlight=False)
+    steps = () if num_steps is None else (f"num_steps={num_steps}",)
+    runs = [Arm(arm.title, (*arm.overrides, *steps)).on(problems) for arm in chosen]
+    _, outcomes = tables.compare(f"Column subtraction, seed {seed}", base, runs, folder, before=before)
+    tables.show_transcripts(before, outcomes[0].measurement)
+    console.print(judgement(outcomes), soft_wrap=True)
+    write_numbers(folder / "results.json", before, outcomes)
     return before, outcomes
 
 
 def judgement(outcomes: Sequence[Outcome]) -> str:
     """What the table says, and what it does not."""
     by_title = {outcome.arm.title: outcome.measurement for outcome in outcomes}
-    ours, alone = by_title[SELF_DISTILLATION.title], by_title.get(TEACHER_ALONE.title)
-    if alone is None:
+    if arms.TEACHER_ALONE.title not in by_title:
         return ""
+    ours, alone = by_title[arms.SELF_DISTILLATION.title], by_title[arms.TEACHER_ALONE.title]
     difference = ours.sampled - alone.sampled
-    verdict = (
-        f"The mix is better than the teacher alone here, by {difference:.3f} (sampled)."
-        if difference > 0.02
-        else f"The mix is no better than the teacher alone here ({difference:+.3f} sampled): with reverse KL and a good "
-        "teacher, plain on-policy self-distillation does as well.  The mix pays with forward KL and poor teachers "
-        "(02_wrong_hints.py, 04_many_answers.py)."
-    )
+    if difference > 0.02:
+        verdict = f"The mix is better than the teacher alone here, by {difference:.3f} (sampled)."
+    else:
+        verdict = (
+            f"The mix is no better than the teacher alone here ({difference:+.3f} sampled): under reverse KL and with a "
+            "good teacher,\nplain on-policy self-distillation does as well.  02_wrong_hints.py shows where the mix pays."
+        )
     return (
-        f"{verdict}\nFine-tuning on the text of the hints teaches to state an answer without working it out "
-        f"({by_title[IMITATION.title].greedy:.3f}).  With a verifier, rejection fine-tuning would do about as well as "
-        "self-distillation, and with worked solutions in the student's own format plain fine-tuning would do better; "
-        "self-distillation needs neither."
+        f"{verdict}\nFine-tuning on the text of the hints teaches to state answers without working them out "
+        f"({by_title[IMITATION.title].greedy:.3f}).\nNot in the table: with a verifier, rejection fine-tuning does about "
+        "as well as self-distillation; with worked solutions in the\nstudent's own format, plain fine-tuning is better "
+        "and cheaper.  Self-distillation needs neither."
     )
 
 
-def over_seeds(results: dict[int, tuple[Measurement, list[Outcome]]]) -> Table:
+def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Table:
     """Mean and worst of each arm."""
-    table = Table(title=f"{len(results)} seeds: mean (worst)", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("greedy", "sampled", "pass@8", "seconds"):
-        table.add_column(name, justify="right")
+    table = tables.new_table(f"{len(results)} seeds: mean (worst)", ("greedy", "sampled", "pass@8", "seconds"))
     rows: dict[str, list[Measurement]] = {"before": [before for before, _ in results.values()]}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {}
     for _, outcomes in results.values():
         for outcome in outcomes:
-            rows.setdefault(outcome.arm.title, []).append(outcome.measurement)
-            seconds[outcome.arm.title] = seconds.get(outcome.arm.title, 0.0) + outcome.seconds / len(results)
+            rows.setdefault(tables.label(outcome), []).append(outcome.measurement)
+            seconds.setdefault(tables.label(outcome), []).append(outcome.seconds)
     for label, measured in rows.items():
         cells = [[getattr(m, name) for m in measured] for name in ("greedy", "sampled", "pass_at_8")]
         shown = [f"{mean(values):.3f} ({min(values):.3f})" for values in cells]
-        table.add_row(label, *shown, f"{seconds[label]:.0f}" if label in seconds else "")
+        table.add_row(label, *shown, f"{mean(seconds[label]):.0f}" if label in seconds else "")
     return table
 
 

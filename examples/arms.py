@@ -8,20 +8,21 @@ Nothing here trains or samples by itself: an arm is a list of overrides for ``se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pretraining import CONFIG_NAME, Base, make_base
 from rich.console import Console
-from rich.table import Table
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.train import EXIT_UNHEALTHY, train
@@ -29,15 +30,7 @@ from megatron_selfdistill.train import EXIT_UNHEALTHY, train
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
     from megatron_selfdistill.evaluate import EvaluationResult, Transcript
 
-console = Console()
-
-SELF_DISTILLATION: tuple[str, ...] = ()
-"""The default recipe: the match capped at k = 1 + w, reverse KL, a frozen teacher."""
-TEACHER_ALONE = ("recipe=teacher_alone",)
-FORWARD_KL = ("loss.divergence=forward_kl",)
-STRICT = ("target=strict",)
-VERIFIED_ROLLOUTS = ("objective=verified_rollouts",)
-"""Next-token training on the own responses that a verifier accepts (rejection fine-tuning)."""
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,22 @@ class Arm:
     """One way to train."""
 
     title: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+    def on(self, problems: Path) -> Arm:
+        """The same on a file of problems."""
+        return dataclasses.replace(self, overrides=(f"data.path={problems}", *self.overrides))
+
+
+SELF_DISTILLATION = Arm("Self-distillation")
+"""The default recipe: the match capped at k = 1 + w, reverse KL, a frozen teacher."""
+STRICT = Arm("Strict match", ("target=strict",))
+TEACHER_ALONE = Arm("Teacher alone", ("recipe=teacher_alone",))
+FORWARD_KL = Arm("Forward KL", ("loss.divergence=forward_kl",))
+TEACHER_ALONE_FORWARD_KL = Arm("Teacher alone, forward KL", ("recipe=teacher_alone", "loss.divergence=forward_kl"))
+LITERAL = Arm("Literal recipe", ("recipe=literal",))
+REJECTION = Arm("RFT with a verifier", ("objective=verified_rollouts",))
+"""Rejection fine-tuning: next-token training on the own responses that the verifier accepts."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,18 @@ class Outcome:
 
     @property
     def stopped(self) -> bool:
+        """A guard stopped the run."""
         return self.status == EXIT_UNHEALTHY
 
 
 def run_arm(arm: Arm, base: Base, folder: Path, *, num_samples: int = 8) -> Outcome:
     """Train from ``base`` in ``folder/<title>``, which is made anew, and measure what came out."""
-    run_dir = folder / arm.title.lower().replace(" ", "_").replace(",", "").replace("%", "")
+    run_dir = folder / "".join(c if c.isalnum() or c == "-" else "_" for c in arm.title.lower())
     shutil.rmtree(run_dir, ignore_errors=True)
     overrides = (*base.overrides, *arm.overrides)
     console.rule(f"[bold]{arm.title}", align="left")
-    console.print(f"[dim]{command((*overrides, f'run_dir={run_dir}-by-hand'))}", highlight=False, soft_wrap=True)
+    by_hand = command((*overrides, f"run_dir={run_dir}-by-hand"))
+    console.print(by_hand, style="dim", markup=False, soft_wrap=True)
     began = time.perf_counter()
     status = train(configuration.load([*overrides, f"run_dir={run_dir}"], CONFIG_NAME))
     seconds = time.perf_counter() - began
@@ -101,7 +111,7 @@ def run_arm(arm: Arm, base: Base, folder: Path, *, num_samples: int = 8) -> Outc
 
 
 def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) -> Measurement:
-    """The held-out problems of the task, by the model in the run folder ``trained``, or by the base itself.
+    """The base's held-out problems, by the model in the run folder ``trained``, or by the base itself.
 
     ``num_samples``: sampled responses per problem, at least 8.
     """
@@ -109,11 +119,10 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
 
-    held_out = base.folder / "held_out.jsonl"
     overrides = [
         *base.overrides,
-        f"data.path={held_out}",
-        f"data.global_batch_size={len(held_out.read_text().splitlines())}",  # one batch is all of them
+        f"data.path={base.held_out}",
+        f"data.global_batch_size={len(base.held_out.read_text().splitlines())}",  # one batch is all of them
         f"evaluation.num_samples={num_samples}",
         "evaluation.pass_at_k=[1,8]",
         "metrics.console=false",
@@ -162,10 +171,13 @@ def _measurement(
 
 def command(overrides: Sequence[str]) -> str:
     """The shell command that runs the trainer with these overrides, from the present folder."""
-    script = Path(sys.executable).parent / "selfdistill"
-    program = "selfdistill" if shutil.which("selfdistill") else _relative(script)
-    if not shutil.which("selfdistill") and not script.exists():
+    if shutil.which("selfdistill"):
+        program = "selfdistill"
+    elif (script := Path(sys.executable).parent / "selfdistill").exists():
+        program = _relative(script)
+    else:
         program = f"{_relative(Path(sys.executable))} -m megatron_selfdistill.train"
+    # The folder is where the verifiers are; one thread, as here, gives the same numbers to the last digit.
     settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parent))} OMP_NUM_THREADS=1"
     return f"{settings} {program} --config-name {CONFIG_NAME} {shlex.join(overrides)}"
 
@@ -178,76 +190,22 @@ def _relative(path: Path) -> str:
         return str(path)
 
 
-COLUMNS: dict[str, Callable[[Measurement], str]] = {
-    "greedy": lambda m: f"{m.greedy:.3f}",
-    "sampled": lambda m: f"{m.sampled:.3f}",
-    "pass@8": lambda m: f"{m.pass_at_8:.3f}",
-    "hinted": lambda m: f"{m.hinted:.2f}",
-    "entropy": lambda m: f"{m.entropy:.3f}",
-    "shows work": lambda m: f"{m.shows_work:.2f}",
-    "length": lambda m: f"{m.length:.1f}",
-    "different": lambda m: f"{m.different:.1f}",
-}
-LEGEND = (
-    "greedy, sampled (T = 1), pass@8: accuracy on held-out problems without hints; hinted: greedy, with the hint; "
-    "entropy: nats per token; length: tokens."
-)
-QUICKSTART_COLUMNS = ("greedy", "sampled", "pass@8", "hinted", "entropy", "shows work", "length")
-
-
-def comparison(
-    title: str, rows: Mapping[str, tuple[Measurement, float | None]], columns: Sequence[str] = QUICKSTART_COLUMNS
-) -> Table:
-    """``rows``: label -> (measurement, seconds of training)."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption=LEGEND, caption_justify="left")
-    table.add_column("")
-    for name in (*columns, "seconds"):
-        table.add_column(name, justify="right")
-    for label, (measurement, seconds) in rows.items():
-        cells = [COLUMNS[name](measurement) for name in columns]
-        table.add_row(label, *cells, "" if seconds is None else f"{seconds:.0f}")
-    return table
-
-
-def rows_of(before: Measurement, outcomes: Sequence[Outcome]) -> dict[str, tuple[Measurement, float | None]]:
-    """The rows of `comparison`: the base, then each arm."""
-    rows: dict[str, tuple[Measurement, float | None]] = {"before": (before, None)}
-    for outcome in outcomes:
-        note = " (stopped by a guard)" if outcome.stopped else ""
-        rows[outcome.arm.title + note] = (outcome.measurement, outcome.seconds)
-    return rows
-
-
-def show_transcripts(before: Measurement, after: Measurement, count: int = 4) -> None:
-    """The greedy responses to the first held-out problems, chosen by nothing but their order."""
-    table = Table(title="The first held-out problems, greedy", title_justify="left", title_style="bold")
-    for name in ("problem", "before", "after"):
-        table.add_column(name)
-    for old, new in list(zip(before.transcripts, after.transcripts, strict=True))[:count]:
-        table.add_row(old.prompt, _marked(old), _marked(new))
-    console.print(table)
-
-
-def _marked(transcript: Transcript) -> str:
-    return f"[green]{transcript.response} ✓" if transcript.correct else f"[red]{transcript.response} ✗"
-
-
-def prepared_base(task: Any, seed: int, folder: Path, num_steps: int | None = None) -> Base:
-    """The base model with this seed under ``folder/bases``, and a line on the console."""
+def prepared_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
+    """The base model with this seed under ``root/bases``, and a line on the console."""
     steps = num_steps or task.PRETRAINING_STEPS
     console.rule(f"[bold]base model, seed {seed}: {steps} steps of next-token training", align="left")
-    base = make_base(task, seed, folder / "bases", steps)
+    base = make_base(task, seed, root / "bases", steps)
     found = f"pretrained in {base.seconds:.0f} s" if base.seconds else "found"
-    console.print(f"{found}: {base.folder}", highlight=False)
+    console.print(f"{found}: {base.folder}", soft_wrap=True)
     return base
 
 
-def example_parser(doc: str | None, folder: str) -> argparse.ArgumentParser:
+def example_parser(doc: str | None) -> argparse.ArgumentParser:
     """Options that all examples have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=5, help="of the base, the data and the samples (default: 5)")
+    parser.add_argument("--steps", type=int, default=None, help="of each arm, instead of the example's own")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where everything goes (default: runs)")
-    parser.set_defaults(name=folder)
     return parser
 
 

@@ -42,6 +42,8 @@ class Base:
     task: ModuleType
     seed: int
     folder: Path
+    held_out: Path
+    """The problems that it is measured on."""
     seconds: float
     """Wall time of its pretraining; 0 where it was there already."""
 
@@ -51,7 +53,7 @@ class Base:
         return (
             *self.task.OVERRIDES,
             f"data.tokenizer={self.folder / 'tokenizer'}",
-            f"evaluation.path={self.folder / 'held_out.jsonl'}",
+            f"evaluation.path={self.held_out}",
             f"checkpoint.load={self.folder / 'checkpoints'}",
             f"seed={self.seed}",
         )
@@ -65,28 +67,24 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
     changed task or setting makes another one.  ``num_steps``: instead of the task's own.
     """
     num_steps = num_steps or task.PRETRAINING_STEPS
-    plain = configuration.load([*task.OVERRIDES, *OVERRIDES, f"num_steps={num_steps}", f"seed={seed}"], CONFIG_NAME)
-    key = hashlib.md5((configuration.to_yaml(plain) + inspect.getsource(task)).encode()).hexdigest()[:8]
+    settings = [*task.OVERRIDES, *OVERRIDES, f"num_steps={num_steps}", f"seed={seed}"]
+    resolved = configuration.to_yaml(configuration.load(settings, CONFIG_NAME))
+    key = hashlib.md5((resolved + inspect.getsource(task)).encode()).hexdigest()[:8]
     folder = root / f"{task.NAME}-seed{seed}-{key}"
-    began = time.perf_counter()
+    held_out = folder / "held_out.jsonl"
     if (folder / "checkpoints").exists():  # saved once, at the end, under this name only when complete
-        return Base(task, seed, folder, 0.0)
+        return Base(task, seed, folder, held_out, 0.0)
+    began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder / "tokenizer", task.ALPHABET)
-    write_records(folder / "held_out.jsonl", task.held_out_problems())
+    write_records(held_out, task.held_out_problems())
     paths = [
         f"data.tokenizer={folder / 'tokenizer'}",
-        f"data.path={folder / 'held_out.jsonl'}",  # a run needs one; pretraining reads the corpus instead
-        f"evaluation.path={folder / 'held_out.jsonl'}",
+        f"data.path={held_out}",  # a run needs problems; pretraining reads the corpus instead
         f"run_dir={folder}",
     ]
-    pretrain(
-        configuration.load(
-            [*task.OVERRIDES, *OVERRIDES, f"num_steps={num_steps}", f"seed={seed}", *paths], CONFIG_NAME
-        ),
-        task,
-    )
-    return Base(task, seed, folder, time.perf_counter() - began)
+    pretrain(configuration.load([*settings, *paths], CONFIG_NAME), task)
+    return Base(task, seed, folder, held_out, time.perf_counter() - began)
 
 
 def pretrain(config: Config, task: ModuleType) -> None:

@@ -3,7 +3,7 @@
 
 A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` hands a zero gradient back, so that the
 schedule's sends and receives match.  On the last stage it leaves its final hidden states at response positions in a
-`_TeacherBank`; when the student's microbatch arrives, both are projected there and the loss is taken.
+`TeacherBank`; when the student's microbatch arrives, both are projected there and the loss is taken.
 """
 
 from __future__ import annotations
@@ -18,24 +18,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import (
-    gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from megatron_selfdistill.data.packing import Microbatch, PackedBatch, context_parallel_positions
+from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.forward import Inputs, hidden_states, inputs_of, project, rows_at
 from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.teacher_bank import TeacherBank, local_response_rows
 
 RowLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
-"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a differentiable loss."""
+"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats, its loss differentiable."""
 
 PAIR_ORDERS = ("teacher_first", "alternating")
 
@@ -116,7 +112,7 @@ def run(
         grid=grid,
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / num_response_tokens,
-        bank=_TeacherBank(batch, grid, config.hidden_size, teacher_store_bytes) if teacher is not None else None,
+        bank=TeacherBank(batch, grid, config.hidden_size, teacher_store_bytes) if teacher is not None else None,
     )
     iterators = [iter(order) for _ in student]
     with (
@@ -168,10 +164,10 @@ class _Step:
     grid: Grid
     vocab: VocabShard
     loss_scale: float
-    bank: _TeacherBank | None
+    bank: TeacherBank | None
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
-    inputs: dict[tuple[str, int], _Inputs] = field(default_factory=dict)
+    inputs: dict[tuple[str, int], Inputs] = field(default_factory=dict)
 
     def forward(self, iterator: Iterator[tuple[str, int]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         stream, index = next(iterator)
@@ -182,16 +178,16 @@ class _Step:
     def _student(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         model = unwrapped(chunk)
         microbatch = self.batch.student[index]
-        hidden = _hidden_states(chunk, self._inputs("student", index), self.grid)
+        hidden = hidden_states(chunk, self._inputs("student", index), self.grid)
 
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            rows, ids = _local_response_rows(microbatch, self.grid)
+            rows, ids = local_response_rows(microbatch, self.grid)
             teacher_logits = None
             if self.bank is not None:
                 with torch.no_grad():
                     rows_of_teacher = self.bank.take(index, model.config.params_dtype)
-                    teacher_logits = _project(unwrapped(self.teacher[-1]), rows_of_teacher)
-            student_logits = _project(model, _rows(hidden, rows, self.grid))
+                    teacher_logits = project(unwrapped(self.teacher[-1]), rows_of_teacher)
+            student_logits = project(model, rows_at(hidden, rows, self.grid))
             tokens = self.batch.response_tokens[ids].to(self.grid.device)
             stats = self.row_loss(student_logits, teacher_logits, tokens, self.vocab)
             loss = stats.loss.sum() * self.loss_scale
@@ -212,7 +208,7 @@ class _Step:
         if teacher_chunk is not chunk and input_tensor is not None:
             unwrapped(teacher_chunk).set_input_tensor(input_tensor)
         with torch.no_grad():
-            hidden = _hidden_states(teacher_chunk, self._inputs("teacher", index), self.grid)
+            hidden = hidden_states(teacher_chunk, self._inputs("teacher", index), self.grid)
         if not model.post_process:
             return _Bridge.apply(hidden, edge), None
 
@@ -223,9 +219,9 @@ class _Step:
 
         return hidden, loss_func
 
-    def _inputs(self, stream: str, index: int) -> _Inputs:
+    def _inputs(self, stream: str, index: int) -> Inputs:
         if (stream, index) not in self.inputs:  # once for all chunks of a virtual pipeline and all their layers
-            self.inputs[stream, index] = _inputs_of(getattr(self.batch, stream)[index], self.grid)
+            self.inputs[stream, index] = inputs_of(getattr(self.batch, stream)[index], self.grid)
         return self.inputs[stream, index]
 
     def collected(self) -> tuple[Tensor, TokenStats | None]:
@@ -249,182 +245,6 @@ class _Bridge(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         shape, dtype, device = ctx.edge
         return None, torch.zeros(shape, dtype=dtype, device=device)
-
-
-class _TeacherBank:
-    """The teacher's final hidden states at response positions, one block ``[R_j, h / tp]`` per student microbatch j.
-
-    A block's rows are those that this context-parallel rank's student holds, in its order; each tensor-parallel rank
-    keeps a slice of the width, so that any choice of rows is the same choice on all of them.  Above ``store_bytes``
-    the blocks rest in pinned host memory.
-    Collectives, per teacher microbatch under context parallelism: one all-to-all that sends each row to the rank
-    whose student holds the same response token.  No autograd.
-    """
-
-    def __init__(self, batch: PackedBatch, grid: Grid, hidden_size: int, store_bytes: float) -> None:
-        self.batch, self.grid, self.store_bytes = batch, grid, store_bytes
-        self.width = hidden_size // grid.tp_size
-        total = len(batch.response_tokens)
-        self.owner = torch.zeros(total, dtype=torch.int64)  # context-parallel rank of each token's student row
-        self.block = torch.zeros(total, dtype=torch.int64)  # its student microbatch
-        self.place = torch.zeros(total, dtype=torch.int64)  # its row in that microbatch's block
-        self.sizes: list[int] = []
-        for j, microbatch in enumerate(batch.student):
-            for rank in range(grid.cp_size):
-                _, ids = _response_rows_of(microbatch, grid.cp_size, rank)
-                self.owner[ids], self.block[ids] = rank, j
-                self.place[ids] = torch.arange(len(ids))
-                if rank == grid.cp_rank:
-                    self.sizes.append(len(ids))
-        self.blocks: dict[int, Tensor] = {}
-
-    def put(self, index: int, hidden: Tensor) -> None:
-        """Keep the rows of teacher microbatch ``index``; ``hidden [s / cp (/ tp), 1, h]``."""
-        rows, ids = _local_response_rows(self.batch.teacher[index], self.grid)
-        hidden = _rows(hidden, rows, self.grid)
-        kept = hidden.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width)
-        kept, ids = self._exchange(index, kept, ids)
-        for j in self.block[ids].unique().tolist():
-            chosen = (self.block[ids] == j).nonzero().flatten()
-            target = self._allocate(j, kept)
-            target[self.place[ids[chosen]].to(target.device)] = kept[chosen.to(kept.device)].to(target.device)
-
-    def take(self, index: int, dtype: torch.dtype) -> Tensor:
-        """The rows of student microbatch ``index`` at full width, ``[R, 1, h]``; the block is freed."""
-        block = self.blocks.pop(index, None)
-        if block is None:
-            if self.sizes[index]:
-                raise RuntimeError(f"student microbatch {index} came before the teacher had read its responses")
-            block = torch.empty(0, self.width, dtype=dtype, device=self.grid.device)
-        block = block.to(self.grid.device, non_blocking=True)
-        return gather_from_tensor_model_parallel_region(block).unsqueeze(1)
-
-    def _allocate(self, index: int, like: Tensor) -> Tensor:
-        if index not in self.blocks:
-            row_bytes = like.size(1) * like.element_size()
-            on_host = sum(self.sizes) * row_bytes > self.store_bytes and not cpu.ON_CPU
-            shape = (self.sizes[index], like.size(1))
-            if on_host:
-                self.blocks[index] = torch.empty(shape, dtype=like.dtype, pin_memory=True)
-            else:
-                self.blocks[index] = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return self.blocks[index]
-
-    def _exchange(self, index: int, kept: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        if self.grid.cp_size == 1:
-            return kept, ids
-        by_owner = torch.argsort(self.owner[ids], stable=True)
-        send = torch.bincount(self.owner[ids], minlength=self.grid.cp_size).tolist()
-        received = []
-        for rank in range(self.grid.cp_size):
-            _, theirs = _response_rows_of(self.batch.teacher[index], self.grid.cp_size, rank)
-            received.append(theirs[self.owner[theirs] == self.grid.cp_rank])
-        counts = [len(x) for x in received]
-        out = kept.new_empty(sum(counts), kept.size(1))
-        dist.all_to_all_single(
-            out, kept[by_owner.to(kept.device)].contiguous(), counts, send, group=self.grid.cp_group
-        )
-        return out, torch.cat(received)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """One microbatch as the model takes it: this context-parallel rank's share, ``[1, s / cp]``, on the device."""
-
-    tokens: Tensor
-    position_ids: Tensor
-    padding_mask: Tensor
-    packed_seq_params: PackedSeqParams
-
-
-def _inputs_of(microbatch: Microbatch, grid: Grid) -> _Inputs:
-    held = context_parallel_positions(microbatch.cu_seqlens, grid.cp_size, grid.cp_rank)
-    cu_seqlens, longest = microbatch.cu_seqlens.to(grid.device), microbatch.max_seqlen
-    return _Inputs(
-        tokens=microbatch.tokens[held].unsqueeze(0).to(grid.device),
-        position_ids=microbatch.position_ids[held].unsqueeze(0).to(grid.device),
-        padding_mask=microbatch.padding_mask[held].unsqueeze(0).to(grid.device),
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,  # padding lies behind its sequence, where causal attention never looks
-            cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
-    )
-
-
-def _hidden_states(chunk: torch.nn.Module, inputs: _Inputs, grid: Grid) -> Tensor:
-    """The chunk's output before any projection, ``[s / cp (/ tp), 1, h]`` in the parameters' dtype."""
-    model = unwrapped(chunk)
-    extra: dict[str, Any] = {}
-    if model.config.num_moe_experts is not None:
-        mask = inputs.padding_mask
-        if grid.sequence_parallel and not model.pre_process:
-            # Megatron cuts the mask where it embeds; later stages get their activations cut and the mask whole.
-            mask = mask.chunk(grid.tp_size, dim=1)[grid.tp_rank]
-        extra["padding_mask"] = mask
-    if model.config.bf16:
-        extra["fp32_output"] = False  # Float16Module would upcast what the output layer takes in bf16
-    with _without_projection(model):
-        return chunk(
-            input_ids=inputs.tokens,
-            position_ids=inputs.position_ids,
-            attention_mask=None,
-            packed_seq_params=inputs.packed_seq_params,
-            **extra,
-        )
-
-
-@contextlib.contextmanager
-def _without_projection(model: GPTModel) -> Iterator[None]:
-    """``GPTModel.forward`` returns its final hidden states (final norm included) where it believes another stage
-    follows; any ``GPTModel``, also a lab's own, so needs no subclass."""
-    post_process = model.post_process
-    model.post_process = False
-    try:
-        yield
-    finally:
-        model.post_process = post_process
-
-
-def _rows(hidden: Tensor, rows: Tensor, grid: Grid) -> Tensor:
-    """``hidden[rows]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks."""
-    if grid.sequence_parallel:
-        # The output layer all-reduces the gradient of its input itself: here it must only be cut, not summed.
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-    return hidden.index_select(0, rows.to(hidden.device))
-
-
-def _project(model: GPTModel, rows: Tensor) -> Tensor:
-    """Vocabulary-parallel logits ``[R, v / tp]`` of ``rows [R, 1, h]``, through the output layer as a module (so that
-    DDP's parameter-gather hook fires), without its sequence-parallel gather."""
-    layer = model.output_layer
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    sequence_parallel = layer.sequence_parallel
-    layer.sequence_parallel = False
-    try:
-        logits, _ = layer(rows, weight=weight)
-    finally:
-        layer.sequence_parallel = sequence_parallel
-    return logits.squeeze(1)
-
-
-def _local_response_rows(microbatch: Microbatch, grid: Grid) -> tuple[Tensor, Tensor]:
-    return _response_rows_of(microbatch, grid.cp_size, grid.cp_rank)
-
-
-def _response_rows_of(microbatch: Microbatch, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
-    """(row in that rank's share, response id) of each response token whose hidden state the rank holds."""
-    if cp_size == 1:
-        return microbatch.response_rows, microbatch.response_ids
-    held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
-    place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
-    place[held] = torch.arange(len(held))
-    rows = place[microbatch.response_rows]
-    return rows[rows >= 0], microbatch.response_ids[rows >= 0]
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from megatron_selfdistill.data.packing import PackedBatch, pack, pad_to_count, r
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
+from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.teacher import Teacher
@@ -227,9 +228,9 @@ def mutated(name: str | None, grid: Grid) -> Iterator[None]:
     """The named fault, for the while."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "backbone gradient x TP":
-            gather = schedule.gather_from_sequence_parallel_region
+            gather = forward.gather_from_sequence_parallel_region
             patch.setattr(
-                schedule,
+                forward,
                 "gather_from_sequence_parallel_region",
                 lambda hidden, tensor_parallel_output_grad: gather(hidden, tensor_parallel_output_grad=True),
             )

@@ -16,7 +16,7 @@ PACKAGE = "megatron_selfdistill"
 
 # A module may import from those before it, never from those after it.  Folders count as one.
 ORDER = (
-    "paths config cpu repairs parallel data inputs loss model checkpoint teacher rollout schedule batch "
+    "paths config cpu repairs parallel data inputs loss model checkpoint teacher teacher_bank rollout schedule batch "
     "score metrics guards stop evaluate run train report"
 ).split()
 

@@ -150,7 +150,7 @@ class _ActivationMeter:
         from megatron_selfdistill import schedule
 
         self.now = self.peak = 0
-        self.bank, meter = schedule._TeacherBank, self
+        self.bank, meter = schedule.TeacherBank, self
 
         class Counted(self.bank):  # type: ignore[name-defined,misc]
             def _allocate(self, index: int, like: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ class _ActivationMeter:
                 meter.add(-self.blocks[index].nbytes if index in self.blocks else 0)
                 return super().take(index, dtype)
 
-        schedule._TeacherBank = Counted
+        schedule.TeacherBank = Counted
         self.hooks = torch.autograd.graph.saved_tensors_hooks(_Kept.of(self), lambda kept: kept.tensor)
         self.hooks.__enter__()
         return self
@@ -172,7 +172,7 @@ class _ActivationMeter:
         from megatron_selfdistill import schedule
 
         self.hooks.__exit__(*error)
-        schedule._TeacherBank = self.bank
+        schedule.TeacherBank = self.bank
 
     def add(self, num_bytes: int) -> None:
         self.now += num_bytes

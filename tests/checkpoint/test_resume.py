@@ -100,6 +100,7 @@ OTHER_LAYOUTS = {
     "TP2xPP2 -> TP1": (4, setup_of(teacher="frozen").cut(**TP2_PP2), 1, WHOLE),
     "TP2xPP2 bf16 -> PP2xVPP2": (4, setup_of("bf16").cut(**TP2_PP2), 2, VPP2),
     "DP2 overlapped -> PP2, tied": (2, setup_of("bf16", overlap=True, kind="tied"), 2, PP2),
+    "CP2 -> one rank": (2, setup_of("bf16").cut(context_parallel_size=2), 1, WHOLE),
     "EP2 -> one rank": (2, setup_of(kind="moe").cut(**EP2), 1, WHOLE),
     "PP2 -> EP2": (2, setup_of("bf16", kind="moe").cut(**PP2), 2, EP2),
 }

@@ -59,9 +59,7 @@ def test_gradient_equals_finite_differences(kind: Divergence) -> None:
     s, t = pair(1, shape=(1, 12))
     log_q, h = t.log_softmax(-1), 1e-6
     offsets = h * torch.eye(12, dtype=torch.float64)
-    up, down = (
-        by_definition((s + sign * offsets).log_softmax(-1), log_q.expand(12, 12), kind) for sign in (1, -1)
-    )
+    up, down = (by_definition((s + sign * offsets).log_softmax(-1), log_q.expand(12, 12), kind) for sign in (1, -1))
     gradient = divergence_gradient(s.log_softmax(-1), log_q, kind)[0]
     torch.testing.assert_close(gradient, (up - down) / (2 * h), rtol=1e-7, atol=1e-9)
 
@@ -80,9 +78,7 @@ def test_float32_is_no_worse_than_the_definition_in_float32(kind: Divergence) ->
 @every_divergence
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.0, 30.0))
-def test_divergence_is_not_negative_and_its_gradient_sums_to_zero(
-    kind: Divergence, seed: int, scale: float
-) -> None:
+def test_divergence_is_not_negative_and_its_gradient_sums_to_zero(kind: Divergence, seed: int, scale: float) -> None:
     s, t = pair(seed, scale)
     log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
     assert (divergence(log_p, log_q, kind) >= -1e-15).all()

@@ -40,9 +40,7 @@ def solve(student: Tensor, teacher: Tensor, target: Target) -> tuple[Tensor, Ten
     return stats.beta, stats.status
 
 
-@pytest.mark.parametrize(
-    "target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}"
-)
+@pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}")
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
 def test_the_entropies_match_on_every_class_of_distributions(name: str, target: Target) -> None:
     for seed in range(SEEDS):
@@ -56,6 +54,18 @@ def test_the_entropies_match_on_every_class_of_distributions(name: str, target: 
             assert accuracy.reverse_kl.max() <= 5e-6
 
 
+@pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
+def test_forward_kl_is_exact_also_where_the_last_step_of_the_solver_is_long(name: str) -> None:
+    student, teacher = tool.draw(name, 16, 4096, 0)
+    vocab, tokens = VocabShard(0, 4096, 4096), torch.zeros(16, dtype=torch.int64)
+    arguments = {"target": Target(k_max=None), "divergence": Divergence("forward_kl"), "vocab": vocab}
+    stats = distillation_loss(student, teacher, tokens, **arguments)
+    mix = student.double() + 0.75 * teacher.double()
+    log_p, log_q = student.double().log_softmax(-1), (stats.beta.double()[:, None] * mix).log_softmax(-1)
+    exact = torch.where(torch.isfinite(log_p), log_q.exp() * (log_q - log_p), 0.0).sum(-1)
+    torch.testing.assert_close(stats.loss.double(), exact, rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", ["language model, bf16", "teacher sharper", "disagree"])
 def test_the_entropies_match_on_a_large_vocabulary(name: str) -> None:
     student, teacher = tool.draw(name, 6, 152_064, 0)
@@ -63,9 +73,7 @@ def test_the_entropies_match_on_a_large_vocabulary(name: str) -> None:
     assert accuracy.mismatch.max() <= 1e-5 and accuracy.normalisation.max() <= 1e-6
 
 
-@pytest.mark.parametrize(
-    "target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}"
-)
+@pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}")
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
 def test_beta_and_status_equal_bisection(name: str, target: Target) -> None:
     student, teacher = tool.draw(name, 16, 2000, 7)
@@ -80,9 +88,7 @@ def test_beta_and_status_equal_bisection(name: str, target: Target) -> None:
     sharp = (reference.status == Status.MATCHED) & (entropy > 1e-2)
     torch.testing.assert_close(beta[sharp].double(), reference.beta[sharp], rtol=2e-5, atol=0)
     outside = (reference.status == Status.CAPPED) | (reference.status == Status.OUT_OF_RANGE)
-    torch.testing.assert_close(
-        beta[outside & agree].double(), reference.beta[outside & agree], rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(beta[outside & agree].double(), reference.beta[outside & agree], rtol=1e-6, atol=0)
 
 
 def test_equal_logits_give_one_to_within_1e_6_on_every_class() -> None:

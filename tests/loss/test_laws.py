@@ -91,9 +91,7 @@ def test_permuting_the_vocabulary_permutes_the_gradient(target: Target, kind: Di
 @every_divergence
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_and_infinity_stay_in_their_row(
-    target: Target, kind: Divergence, side: str, value: float
-) -> None:
+def test_nan_and_infinity_stay_in_their_row(target: Target, kind: Divergence, side: str, value: float) -> None:
     student, teacher = pair(3)
     clean, clean_gradient = run(student, teacher, target, kind)
     (student if side == "student" else teacher)[4, 100] = value

@@ -41,9 +41,7 @@ def test_the_strict_target_has_the_students_entropy(seed: int, weight: float) ->
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), k_max=st.sampled_from(["1 + w", 0.5, 1.2, 3.0]))
-def test_the_bound_holds_and_a_capped_target_is_sharper_than_the_student(
-    seed: int, k_max: float | str
-) -> None:
+def test_the_bound_holds_and_a_capped_target_is_sharper_than_the_student(seed: int, k_max: float | str) -> None:
     s, t = pair(seed)
     s, t = torch.cat([s, s]), torch.cat([t, 2 * s])
     target = Target(k_max=k_max)
@@ -59,9 +57,7 @@ def test_equal_logits_give_the_geometric_mean_and_the_student_itself() -> None:
     s, _ = pair(0)
     for target in (STRICT, Target(), Target(k_max=1.0, teacher_weight=0.0)):
         rows = mixed_target(s, s, target)
-        torch.testing.assert_close(
-            rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0
-        )
+        torch.testing.assert_close(rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0)
         torch.testing.assert_close(rows.log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
         assert (rows.status == Status.MATCHED).all()
 

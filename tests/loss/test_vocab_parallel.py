@@ -40,9 +40,7 @@ COLLECTIVES = [
 ]
 
 
-def logits(
-    dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def logits(dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Valid columns of both and the response tokens; rows are sharp, flat, agreeing, disagreeing, equal."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_rows, VOCAB_SIZE)
@@ -52,6 +50,9 @@ def logits(
     teacher[::3] = 3 * torch.randn(teacher[::3].shape, generator=generator)
     teacher[1] = student[1]
     teacher[2] = 2 * student[2]
+    # The best columns have one index within their shards of 128 or 256, or tie across shards.
+    student[4, 40] = teacher[4, 40 + 128] = student[5, 40] = teacher[5, 40 + 256] = 12.0
+    student[7, [40, 300]] = teacher[7, [40, 200]] = 25.0
     tokens = torch.randint(VOCAB_SIZE, (num_rows,), generator=generator)
     return student.to(dtype), teacher.to(dtype), tokens
 
@@ -185,9 +186,7 @@ def test_all_statistics_equal_float64(rule: str) -> None:
     for name, value in expected.items():
         ours = getattr(stats, name)
         assert ours.dtype == torch.float32 and not ours.requires_grad
-        torch.testing.assert_close(
-            ours.double(), value, rtol=5e-6, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(ours.double(), value, rtol=5e-6, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
     assert torch.equal(stats.top1_agreement, s.argmax(-1) == t.argmax(-1))
     matched = target.rule == "entropy_matched"
     assert ((stats.status == Status.GIVEN) == (not matched)).all()
@@ -317,9 +316,7 @@ def test_shapes_that_do_not_fit_are_refused_with_a_sentence() -> None:
 
 def test_rows_in_chunks_equal_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [run_loss(*logits(), Target(), kind) for kind in DIVERGENCES.values()]
-    monkeypatch.setattr(
-        "megatron_selfdistill.loss.row_sums.CHUNK_BYTES", {"cpu": 3 * 370 * 4, "other": 3 * 370 * 4}
-    )
+    monkeypatch.setattr("megatron_selfdistill.loss.row_sums.CHUNK_BYTES", {"cpu": 3 * 370 * 4, "other": 3 * 370 * 4})
     for (stats, gradient), kind in zip(whole, DIVERGENCES.values(), strict=True):
         chunked, chunked_gradient = run_loss(*logits(), Target(), kind)
         assert torch.equal(chunked_gradient, gradient)

@@ -121,15 +121,15 @@ def test_the_teacher_canary_stops_a_run_before_its_first_update(ranks, data, tmp
 
 def with_a_broken_teacher_pass(arguments: list[str]) -> int:
     """Every teacher microbatch reads its tokens one position late."""
-    from megatron_selfdistill import schedule
+    from megatron_selfdistill.teacher_bank import TeacherBank
 
-    rows = schedule._TeacherBank.put
+    rows = TeacherBank.put
 
     def late(self, index, hidden):  # type: ignore[no-untyped-def]
         return rows(self, index, hidden.roll(1, 0))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule._TeacherBank, "put", late)
+        patch.setattr(TeacherBank, "put", late)
         return tiny_run.start(arguments)
 
 

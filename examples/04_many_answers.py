@@ -1,0 +1,64 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Many right answers: 57 = 12 + 45 = 31 + 26 = ...  Does training on one answer each keep the others?
+
+Accuracy and the number of different right answers among 32 samples are counted on held-out sums.  Self-distillation
+removes the errors and keeps the variety; rejection fine-tuning with a verifier narrows.  Fine-tuning on the solutions
+does as well as self-distillation, since a solution here is a response in the student's own format.
+
+Then the same from a weak base, which was pretrained too shortly to use a hint: there self-distillation does not help,
+and a verifier does.
+
+    python examples/04_many_answers.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import additions
+import arms
+import tables
+from arms import Arm, console
+from pretraining import write_records
+
+from megatron_selfdistill.report.curves import ENTROPY, SAMPLED
+
+IMITATION = Arm("Fine-tuning on solutions", ("objective=solutions",))
+ARMS = (arms.SELF_DISTILLATION, arms.STRICT, arms.TEACHER_ALONE, IMITATION, arms.REJECTION)
+WEAK_ARMS = (arms.SELF_DISTILLATION, arms.TEACHER_ALONE, arms.FORWARD_KL, arms.REJECTION)
+NUM_SAMPLES = 32
+COLUMNS = ("greedy", "sampled", "different", "pass@8", "hinted", "entropy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arms.example_parser(__doc__)
+    parser.add_argument("--no-weak", action="store_true", help="without the second part, from a weak base")
+    options = parser.parse_args(argv)
+    arms.prepare_process()
+    folder = options.folder / "many_answers" / f"seed{options.seed}"
+    problems = write_records(folder / "train.jsonl", additions.training_problems(options.seed))
+    one_base("A base that can use hints", ARMS, additions.PRETRAINING_STEPS, problems, folder / "strong", options)
+    if not options.no_weak:
+        one_base("A weak base", WEAK_ARMS, additions.WEAK_PRETRAINING_STEPS, problems, folder / "weak", options)
+        console.print(
+            "Behind a hint the weak base is hardly better than without one: there is nothing to distil, whatever the "
+            "target, while a verifier still helps.\nLook at `hinted` before training: the method needs a base that can "
+            "use a hint.",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def one_base(title: str, chosen: Sequence[Arm], num_steps: int, problems: Path, folder: Path, options) -> None:  # type: ignore[no-untyped-def]
+    """Pretrain for ``num_steps`` or find the base, run the arms, show what came out."""
+    base = arms.prepared_base(additions, options.seed, options.folder, num_steps)
+    steps = () if options.steps is None else (f"num_steps={options.steps}",)
+    settings = ("evaluation.num_samples=16", *steps)
+    runs = [Arm(arm.title, (*arm.overrides, *settings)).on(problems) for arm in chosen]
+    tables.compare(title, base, runs, folder, columns=COLUMNS, panels=(SAMPLED, ENTROPY), num_samples=NUM_SAMPLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

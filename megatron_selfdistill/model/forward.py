@@ -1,0 +1,106 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""One packed microbatch through a model chunk, without its output layer; then logits at chosen rows only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from megatron_selfdistill.data.packing import Microbatch, context_parallel_positions
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.parallel import Grid
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One microbatch as the model takes it: this context-parallel rank's share, ``[1, s / cp]``, on the device."""
+
+    tokens: Tensor
+    position_ids: Tensor
+    padding_mask: Tensor
+    packed_seq_params: PackedSeqParams
+
+
+def inputs_of(microbatch: Microbatch, grid: Grid) -> Inputs:
+    held = context_parallel_positions(microbatch.cu_seqlens, grid.cp_size, grid.cp_rank)
+    cu_seqlens, longest = microbatch.cu_seqlens.to(grid.device), microbatch.max_seqlen
+    return Inputs(
+        tokens=microbatch.tokens[held].unsqueeze(0).to(grid.device),
+        position_ids=microbatch.position_ids[held].unsqueeze(0).to(grid.device),
+        padding_mask=microbatch.padding_mask[held].unsqueeze(0).to(grid.device),
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=cu_seqlens,  # padding lies behind its sequence, where causal attention never looks
+            cu_seqlens_kv_padded=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+    )
+
+
+def hidden_states(chunk: torch.nn.Module, inputs: Inputs, grid: Grid) -> Tensor:
+    """The chunk's output before any projection, ``[s / cp (/ tp), 1, h]`` in the parameters' dtype."""
+    model = unwrapped(chunk)
+    extra: dict[str, Any] = {}
+    if model.config.num_moe_experts is not None:
+        mask = inputs.padding_mask
+        if grid.sequence_parallel and not model.pre_process:
+            # Megatron cuts the mask where it embeds; later stages get their activations cut and the mask whole.
+            mask = mask.chunk(grid.tp_size, dim=1)[grid.tp_rank]
+        extra["padding_mask"] = mask
+    if model.config.bf16:
+        extra["fp32_output"] = False  # Float16Module would upcast what the output layer takes in bf16
+    with _without_projection(model):
+        return chunk(
+            input_ids=inputs.tokens,
+            position_ids=inputs.position_ids,
+            attention_mask=None,
+            packed_seq_params=inputs.packed_seq_params,
+            **extra,
+        )
+
+
+@contextlib.contextmanager
+def _without_projection(model: GPTModel) -> Iterator[None]:
+    """``GPTModel.forward`` returns its final hidden states (final norm included) where it believes another stage
+    follows; any ``GPTModel``, also a lab's own, so needs no subclass."""
+    post_process = model.post_process
+    model.post_process = False
+    try:
+        yield
+    finally:
+        model.post_process = post_process
+
+
+def rows_at(hidden: Tensor, rows: Tensor, grid: Grid) -> Tensor:
+    """``hidden[rows]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks."""
+    if grid.sequence_parallel:
+        # The output layer all-reduces the gradient of its input itself: here it must only be cut, not summed.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    return hidden.index_select(0, rows.to(hidden.device))
+
+
+def project(model: GPTModel, rows: Tensor) -> Tensor:
+    """Vocabulary-parallel logits ``[R, v / tp]`` of ``rows [R, 1, h]``, through the output layer as a module (so that
+    DDP's parameter-gather hook fires), without its sequence-parallel gather."""
+    layer = model.output_layer
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    sequence_parallel = layer.sequence_parallel
+    layer.sequence_parallel = False
+    try:
+        logits, _ = layer(rows, weight=weight)
+    finally:
+        layer.sequence_parallel = sequence_parallel
+    return logits.squeeze(1)
