@@ -164,9 +164,8 @@ class Run:
             self.optimizer.step()
             self.teacher.update(self.optimizer)
         if self.config.target.rule == "batch" and self.distils:
-            self.batch_k = solve_batch_k(
-                *batch_entropies(output, self.grid), self._target().k_bound, max_entropy=math.log(self.inputs.vocab_size)
-            )
+            entropies, bound = batch_entropies(output, self.grid), self._target().k_bound
+            self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.inputs.vocab_size))
         self.sampler.update_weights()
         return metrics
 

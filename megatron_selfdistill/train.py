@@ -97,13 +97,14 @@ def _announce(run: Run) -> None:
     (folder / "config.yaml").write_text(configuration.to_yaml(run.config))
     layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
-    start = f"resumes {run.resumed_from}" if run.resumed_from else f"starts from {run.config.checkpoint.load or 'random'}"
+    start = run.config.checkpoint.load or "random weights"
+    start = f"resumes {run.resumed_from}" if run.resumed_from else f"starts from {start}"
     for line in (
         f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}",
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
-        f"{len(run.inputs.problems)} problems ({counts.truncated} with a shortened solution, {counts.dropped} too long, "
-        f"{run.inputs.problems.num_skipped} bad); contexts of at most {run.inputs.max_length} tokens",
+        f"{len(run.inputs.problems)} problems ({counts.truncated} with a shortened solution; left out: {counts.dropped} "
+        f"too long, {run.inputs.problems.num_skipped} bad); contexts of at most {run.inputs.max_length} tokens",
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
     ):
         run.log.message(line)

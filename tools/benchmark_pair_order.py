@@ -3,8 +3,8 @@
 
     python tools/benchmark_pair_order.py --pp 4 --num-microbatches 16
 
-One process per pipeline stage on this machine (gloo on CPU, NCCL with as many GPUs).  Steps of both orders take turns, so
-that whatever else the machine does hits both; the medians' ratio is what counts.  Where cores are fewer than stages,
+One process per pipeline stage on this machine (gloo on CPU, NCCL with as many GPUs).  Steps of both orders take turns,
+so that whatever else the machine does hits both; the medians' ratio is what counts.  Where cores are fewer than stages,
 compute hides the bubbles: ``--stage-ms F B`` lets every stage wait instead, for F ms forward and B ms backward more.
 """
 

@@ -22,18 +22,14 @@ Pair = tuple[Tensor, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=24, help="tokens per class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strict", action="store_true", help="no bound on k")
     arguments = parser.parse_args()
     target = Target(k_max=None) if arguments.strict else Target()
-    print(
-        "| class | beta (1+w) | matched | capped | beyond | undetermined | H(q)-H(p) | sum q-1 | reverse KL |"
-    )
+    print("| class | beta (1+w) | matched | capped | beyond | undetermined | H(q)-H(p) | sum q-1 | reverse KL |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in DISTRIBUTIONS:
         student, teacher = draw(name, arguments.tokens, arguments.vocab_size, arguments.seed)
@@ -85,9 +81,7 @@ def markdown_row(name: str, accuracy: Accuracy, target: Target) -> str:
     relative = accuracy.beta * target.geometric_k
     ordered = (Status.MATCHED, Status.CAPPED, Status.OUT_OF_RANGE, Status.UNDETERMINED)
     shares = " | ".join(f"{(accuracy.status == status).double().mean():.2f}" for status in ordered)
-    errors = " | ".join(
-        f"{e.max():.1e}" for e in (accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl)
-    )
+    errors = " | ".join(f"{e.max():.1e}" for e in (accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl))
     return f"| {name} | {relative.min():.3f} .. {relative.max():.3f} | {shares} | {errors} |"
 
 

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 FIELDS = ("problem", "messages", "solution", "answer", "id")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class ProblemStream:
         return order
 
 
-def shard(batch: Sequence[Problem], dp_rank: int, dp_size: int) -> list[Problem]:
+def shard(batch: Sequence[T], dp_rank: int, dp_size: int) -> list[T]:
     """This data-parallel rank's share of a global batch: every ``dp_size``-th problem from ``dp_rank`` on.
 
     The shares of all ranks together are the batch; their sizes differ by at most one.

@@ -72,9 +72,7 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
     if divergence.kind == "forward_kl":
         return -q_minus_p(p, q, d)
     if divergence.kind == "jsd":
-        return jsd_gradient(
-            p, d, divergence.jsd_lambda, -(p * log_mixture_over_p(d, divergence.jsd_lambda)).sum(-1)
-        )
+        return jsd_gradient(p, d, divergence.jsd_lambda, -(p * log_mixture_over_p(d, divergence.jsd_lambda)).sum(-1))
     infinite = (torch.isneginf(log_q) & ~torch.isneginf(log_p)).any(-1)
     return reverse_kl_gradient(p, d, -(p * d).sum(-1).masked_fill(infinite, -torch.inf))
 

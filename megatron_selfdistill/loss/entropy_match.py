@@ -63,10 +63,7 @@ class Cumulants:
 
     def at(self, index: Tensor) -> Cumulants:
         """Those of one grid point per row: [T, J] and index [T] -> [T]."""
-        pick = [
-            t.gather(1, index[:, None]).squeeze(1)
-            for t in (self.log_sum, self.mean, self.variance, self.third)
-        ]
+        pick = [t.gather(1, index[:, None]).squeeze(1) for t in (self.log_sum, self.mean, self.variance, self.third)]
         return Cumulants(*pick)
 
 
@@ -182,9 +179,7 @@ def polish(
     )
 
 
-def _mismatch(
-    cumulants: Cumulants, beta: Tensor, wanted: Tensor, max_entropy: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _mismatch(cumulants: Cumulants, beta: Tensor, wanted: Tensor, max_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G(H) - G(wanted), and its first two derivatives with respect to log beta."""
     entropy = cumulants.entropy(beta).clamp(min=LEAST_ENTROPY)
     deficit = (max_entropy - entropy).clamp(min=LEAST_DEFICIT)
@@ -212,15 +207,9 @@ def _third_derivative(here: Cumulants, fourth: Tensor, beta: Tensor, max_entropy
     )
 
 
-def _root_in_cell(
-    f: Tensor, slope: Tensor, curvature: Tensor, cell: Tensor, lowest: Tensor, highest: Tensor
-) -> Tensor:
+def _root_in_cell(f: Tensor, slope: Tensor, curvature: Tensor, cell: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     width = (highest / lowest).log()
-    ends = [
-        _pick(values, cell + side) * width**k
-        for side in (0, 1)
-        for k, values in enumerate((f, slope, curvature))
-    ]
+    ends = [_pick(values, cell + side) * width**k for side in (0, 1) for k, values in enumerate((f, slope, curvature))]
     curve = _quintic(*ends)
     left, right = torch.zeros_like(lowest), torch.ones_like(lowest)
     at_left, at_right = ends[0], ends[3]

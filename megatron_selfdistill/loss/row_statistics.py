@@ -81,8 +81,7 @@ class Rows:
         ]
         student, teacher = sides
         local = [
-            torch.where(torch.isneginf(column[name]), 0.0, column[name])
-            for name in ("student_max", "teacher_max")
+            torch.where(torch.isneginf(column[name]), 0.0, column[name]) for name in ("student_max", "teacher_max")
         ]
         local_max = mixed_logits(local[0], local[1], *shard.mix_weights) + column["mix_max"]
         reference = mixed_logits(student.maximum, teacher.maximum, *shard.mix_weights)
@@ -93,9 +92,7 @@ class Rows:
         grid = torch.tensor(betas, dtype=torch.float64, device=gathered.device)
         moments = gathered[:, :, len(FIRST_PASS) : -2].unflatten(2, (len(betas), 4)).unbind(3)
         mix = _merge_moments(moments, shift[:, :, None], grid)
-        num_student, num_mix, num_both = (
-            column[name].sum(0) for name in ("num_student", "num_mix", "num_both")
-        )
+        num_student, num_mix, num_both = (column[name].sum(0) for name in ("num_student", "num_mix", "num_both"))
         return cls(
             student=student,
             teacher=teacher,
@@ -188,11 +185,8 @@ class Final:
         forward_kl = torch.zeros_like(reverse_kl)
         if "forward_kl" in part:
             forward_kl = (part["forward_kl"] + log_ratio.expm1()) * (-log_ratio).exp() - log_ratio
-            y0, y1, y2 = (part[name] * (-log_ratio).exp() for name in ("y0", "y1", "y2"))
-            mean = cumulants.mean
-            slope = y1 - mean * y0
-            bend = y2 - 2 * mean * y1 - y0 * (cumulants.variance + mean**2) + 2 * mean**2 * y0
-            forward_kl += cumulants.entropy(beta) - entropy - step * (slope + step * bend / 2)
+            mean_y = _taylor_of_mean_y(cumulants, [part[f"y{k}"] * (-log_ratio).exp() for k in range(4)], step)
+            forward_kl += cumulants.entropy(beta) - entropy - mean_y
         only_student, only_target = rows.one_sided
         return cls(
             beta=polished.beta,
@@ -206,3 +200,13 @@ class Final:
 def _infinite_where(one_sided: Tensor, kl: Tensor) -> Tensor:
     """NaN stays: a row with NaN has no countable columns."""
     return kl.masked_fill(one_sided & ~torch.isnan(kl), torch.inf)
+
+
+def _taylor_of_mean_y(here: Cumulants, moments: list[Tensor], step: Tensor) -> Tensor:
+    """E_q[y] at beta + step minus E_q[y] at beta, from E_q[y x^k], k = 0 .. 3: its derivatives are joint cumulants."""
+    y0, y1, y2, y3 = moments
+    mean = here.mean
+    first = y1 - mean * y0
+    second = y2 - 2 * mean * y1 + mean**2 * y0 - y0 * here.variance
+    third = y3 - 3 * mean * y2 + 3 * mean**2 * y1 - mean**3 * y0 - y0 * here.third - 3 * here.variance * first
+    return step * (first + step * (second / 2 + step * third / 6))

@@ -151,15 +151,15 @@ def _moments(x: Tensor, argmax: Tensor, betas: Sequence[float], doubled: Sequenc
 
 
 SECOND_PASS = ("tail", "first", "second", "third", "fourth", "reverse_kl", "student_mean")
-SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2")
+SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2", "y3")
 """Columns of ``second_pass``; the longer list for forward KL."""
 
 
 def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, forward_kl: bool) -> Tensor:
-    """Moments of x under q with the given normaliser, and the divergences: [T, 7], for forward KL [T, 11].
+    """Moments of x under q with the given normaliser, and the divergences: [T, 7], for forward KL [T, 12].
 
     tail .. fourth: sums of q x^k without the shard's largest column; student_mean: sum of p x;
-    reverse_kl, forward_kl: the non-negative terms of the divergence; y0 .. y2: sums of q y x^k.
+    reverse_kl, forward_kl: the non-negative terms of the divergence; y0 .. y3: sums of q y x^k.
     """
 
     def work(rows: slice) -> Tensor:
@@ -171,7 +171,7 @@ def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, fo
         if forward_kl:
             term = q * y
             divergences += [forward_kl_terms(p, q, d).sum(1), term.sum(1)]
-            divergences += [term.mul_(x).sum(1), term.mul_(x).sum(1)]
+            divergences += [term.mul_(x).sum(1) for _ in range(3)]
         q.scatter_(1, mix_argmax[rows, None], 0.0)
         moments = [q.sum(1)] + [q.mul_(x).sum(1) for _ in range(4)]
         return torch.stack(moments + divergences, dim=1)

@@ -66,9 +66,7 @@ class Target:
         if self.rule not in RULES:
             raise ValueError(f"Target.rule must be one of {', '.join(RULES)}; got {self.rule!r}.")
         if not (math.isfinite(self.teacher_weight) and self.teacher_weight >= 0):
-            raise ValueError(
-                f"Target.teacher_weight must be a finite number >= 0; got {self.teacher_weight}."
-            )
+            raise ValueError(f"Target.teacher_weight must be a finite number >= 0; got {self.teacher_weight}.")
         if isinstance(self.k_max, str) and self.k_max != "1 + w":
             raise ValueError(f"Target.k_max must be '1 + w', a number or None; got {self.k_max!r}.")
         smallest = self.geometric_k / RANGE
@@ -132,9 +130,7 @@ def mixed_target(student_logits: Tensor, teacher_logits: Tensor, target: Target)
             "mixed_target: student_logits and teacher_logits must have one shape; "
             f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
         )
-    dtype = torch.promote_types(
-        torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32
-    )
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     with torch.no_grad():
         student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
         mix = mixed_logits(student, teacher, *target.mix_weights)

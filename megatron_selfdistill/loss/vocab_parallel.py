@@ -64,9 +64,7 @@ class VocabShard:
         return min(self.size, max(0, self.vocab_size - self.start))
 
     @classmethod
-    def from_group(
-        cls, padded_vocab_size: int, vocab_size: int, group: dist.ProcessGroup | None
-    ) -> VocabShard:
+    def from_group(cls, padded_vocab_size: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
         """The shard of this rank of ``group``, as Megatron splits an output layer: equal, in rank order."""
         tp_size, tp_rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         if padded_vocab_size % tp_size or vocab_size > padded_vocab_size:
@@ -138,9 +136,7 @@ def distillation_loss(
     Raises: ValueError if shapes do not fit.
     """
     _check(student_logits, teacher_logits, response_tokens, vocab)
-    dtype = torch.promote_types(
-        torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32
-    )
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     with torch.no_grad():
         valid = slice(0, vocab.num_valid)
         shard = Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
@@ -159,9 +155,7 @@ def distillation_loss(
     return forward.stats
 
 
-def _check(
-    student_logits: Tensor, teacher_logits: Tensor, response_tokens: Tensor, vocab: VocabShard
-) -> None:
+def _check(student_logits: Tensor, teacher_logits: Tensor, response_tokens: Tensor, vocab: VocabShard) -> None:
     shape = tuple(student_logits.shape)
     if len(shape) != 2 or shape[1] != vocab.size or tuple(teacher_logits.shape) != shape:
         raise ValueError(
@@ -216,9 +210,7 @@ def _forward(
     if divergence.kind == "forward_kl":
         loss = final.forward_kl
     elif divergence.kind == "jsd":
-        loss, centre = (
-            _gather(jsd_pass(shard, constants, divergence.jsd_lambda), vocab.group).sum(0).unbind(1)
-        )
+        loss, centre = _gather(jsd_pass(shard, constants, divergence.jsd_lambda), vocab.group).sum(0).unbind(1)
         loss = loss.clamp(min=0)
     if target.given_beta is None:
         status = token_status(

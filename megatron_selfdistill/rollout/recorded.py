@@ -31,7 +31,8 @@ class Recording:
                     self._responses[key] = Response(**record)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(
-                        f"{self.path}:{number}: expected a response as rollout.record writes it, got {line[:60]!r} ({error})"
+                        f"{self.path}:{number}: expected a response as rollout.record writes it, got "
+                        f"{line[:60]!r} ({error})"
                     ) from None
 
     def responses(self, keys: Sequence[Key]) -> list[Response]:

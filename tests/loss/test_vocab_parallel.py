@@ -50,9 +50,6 @@ def logits(dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0
     teacher[::3] = 3 * torch.randn(teacher[::3].shape, generator=generator)
     teacher[1] = student[1]
     teacher[2] = 2 * student[2]
-    # The best columns have one index within their shards of 128 or 256, or tie across shards.
-    student[4, 40] = teacher[4, 40 + 128] = student[5, 40] = teacher[5, 40 + 256] = 12.0
-    student[7, [40, 300]] = teacher[7, [40, 200]] = 25.0
     tokens = torch.randint(VOCAB_SIZE, (num_rows,), generator=generator)
     return student.to(dtype), teacher.to(dtype), tokens
 
@@ -210,6 +207,23 @@ def test_every_split_of_the_vocabulary_gives_the_same_and_the_same_bits_on_every
         joined = torch.cat([shard[1] for shard in shards], 1)
         torch.testing.assert_close(joined, gradient, rtol=2e-6, atol=1e-6)
         assert (joined[:, VOCAB_SIZE:] == 0).all()
+
+
+def agreement_across_shards() -> list[bool]:
+    """Best columns with one index within their shards of 128 or 256, alike, and tied across shards."""
+    student, teacher, tokens = logits(num_rows=5)
+    for row, (best_of_student, best_of_teacher) in enumerate(
+        [([40], [168]), ([40], [296]), ([40, 300], [40, 200]), ([40, 300], [300]), ([300], [300])]
+    ):
+        student[row, best_of_student], teacher[row, best_of_teacher] = 30.0, 30.0
+    stats, _ = run_loss(student, teacher, tokens, Target(), Divergence(), dist.group.WORLD)
+    return stats.top1_agreement.tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_agreement_compares_global_columns_and_the_lowest_of_equal_maxima(ranks: RankPool, world_size: int) -> None:
+    for agreement in ranks.run(agreement_across_shards, world_size=world_size):
+        assert agreement == [False, False, True, False, True]
 
 
 def count_collectives(kind: Divergence, rule: Target, num_rows: int) -> tuple[list[str], list[str]]:

@@ -158,9 +158,8 @@ def auxiliary_gradient(
             (microbatch,) = getattr(batch, name)
             stream.append(dataclasses.replace(microbatch, response_ids=microbatch.response_ids + offset))
         offset += response
-    joined = dataclasses.replace(
-        batches[0], **streams, response_tokens=torch.cat([b.response_tokens for b in batches]), num_contexts=len(batches)
-    )
+    tokens = torch.cat([batch.response_tokens for batch in batches])
+    joined = dataclasses.replace(batches[0], **streams, response_tokens=tokens, num_contexts=len(batches))
     joined = pad_to_count(joined, len(batches) + weightless, len(batches) + weightless)
     loss_of = schedule.self_distillation(Target(), Divergence())
     if not finalize:  # finalizing turns the counts into expert biases
