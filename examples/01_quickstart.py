@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """A model teaches itself to subtract: it reads its own responses next to the answers.  Minutes on a CPU.
 
-A base model has learnt column subtraction from pupils' homework, mistakes included, and to work cleanly where the answer
-is given as a hint.  Then it trains itself on 2000 problems of which it knows the answers alone: it responds without the
-hint, reads its response behind the hint, and moves towards a mix of the two.  No worked solution is ever seen and no
-response is ever judged.  Held-out problems are answered without hints, before and after.
+A base model has learnt column subtraction from pupils' homework, mistakes included, and to work cleanly where the
+answer is given as a hint.  Then it trains itself on 2000 problems of which it knows the answers alone: it responds
+without the hint, reads its response behind the hint, and moves towards a mix of the two.  No worked solution is ever
+seen and no response is ever judged.  Held-out problems are answered without hints, before and after.
 
     python examples/01_quickstart.py
     python examples/01_quickstart.py --seeds 5 6 7        mean and worst of three
@@ -96,14 +96,15 @@ def judgement(outcomes: Sequence[Outcome]) -> str:
         verdict = f"The mix is better than the teacher alone here, by {difference:.3f} (sampled)."
     else:
         verdict = (
-            f"The mix is no better than the teacher alone here ({difference:+.3f} sampled): under reverse KL and with a "
-            "good teacher,\nplain on-policy self-distillation does as well.  02_wrong_hints.py shows where the mix pays."
+            f"The mix is no better than the teacher alone here ({difference:+.3f} sampled): under reverse KL and with "
+            "a good teacher,\nplain on-policy self-distillation does as well.  02_wrong_hints.py shows where the mix "
+            "pays."
         )
     return (
         f"{verdict}\nFine-tuning on the text of the hints teaches to state answers without working them out "
-        f"({by_title[IMITATION.title].greedy:.3f}).\nNot in the table: with a verifier, rejection fine-tuning does about "
-        "as well as self-distillation; with worked solutions in the\nstudent's own format, plain fine-tuning is better "
-        "and cheaper.  Self-distillation needs neither."
+        f"({by_title[IMITATION.title].greedy:.3f}).\nNot in the table: with a verifier, rejection fine-tuning does "
+        "about as well as self-distillation; with worked solutions in the\nstudent's own format, plain fine-tuning is "
+        "better and cheaper.  Self-distillation needs neither."
     )
 
 

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Hard problems: two columns must borrow with a zero on top (300-004), and the base is never right.
 
-Self-distillation learns from rollouts that are all wrong: every token behind the hint is a lesson.  Rejection fine-tuning
-with a verifier has nothing to learn from until a rollout happens to be right, and starts slowly.  Rollouts are the
-student's own.  The teacher alone does as well as the mix.
+Self-distillation learns from rollouts that are all wrong: every token behind the hint is a lesson.  Rejection
+fine-tuning with a verifier has nothing to learn from until a rollout happens to be right, and starts slowly.  Rollouts
+are the student's own.  The teacher alone does as well as the mix.
 
     python examples/03_hard_problems.py
 """
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     moments = sorted({step for step in (25, 50, 75) if step < steps} | {0, steps})
     console.print(tables.accuracy_by_step("Greedy accuracy by step", outcomes, moments))
     console.print(
-        f"Before training {before.greedy:.3f} of the greedy responses and {before.sampled:.3f} of the samples are right."
-        f"\nA verifier's reward is almost silent there, and RFT starts slowly; the teacher's tokens teach from the first "
-        "step on.\nThe teacher alone learns these problems as well as the mix.",
+        f"Before training {before.greedy:.3f} of the greedy responses and {before.sampled:.3f} of the samples are "
+        "right.\nA verifier's reward is almost silent there, and RFT starts slowly; the teacher's tokens teach from the "
+        "first step on.\nThe teacher alone learns these problems as well as the mix.",
         soft_wrap=True,
     )
     return 0

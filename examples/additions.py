@@ -39,9 +39,8 @@ def training_problems(seed: int) -> list[Record]:
 
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
-    """(prompt, text to read, text to predict): 65 % without a hint, of which half are wrong; 35 % behind one, all right,
-    of which 30 % copy it.  Behind a hint the text to read has a wrong digit in 60 % of the rows: a teacher must have
-    seen prefixes that are wrong."""
+    """(prompt, text to read, text to predict): 65 % without a hint, of which half are wrong; 35 % behind one, all
+    right, of which 30 % copy it."""
     total = draw(rng)
     right = some_answer(total, rng)
     if rng.random() < 0.65:

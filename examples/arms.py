@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the examples share: an arm is a run of the trainer from one base model, measured in the end on held-out problems.
+"""What the examples share: an arm is a run of the trainer from one base model, measured in the end.
 
-Nothing here trains or samples by itself: an arm is a list of overrides for ``selfdistill --config-name quickstart``, and
-`command` says how to repeat it by hand.
+Nothing here trains or samples by itself: an arm is a list of overrides for ``selfdistill --config-name quickstart``,
+and `command` says how to repeat it by hand.
 """
 
 from __future__ import annotations

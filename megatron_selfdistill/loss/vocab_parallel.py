@@ -212,13 +212,6 @@ def _forward(
     elif divergence.kind == "jsd":
         loss, centre = _gather(jsd_pass(shard, constants, divergence.jsd_lambda), vocab.group).sum(0).unbind(1)
         loss = loss.clamp(min=0)
-    if target.given_beta is None:
-        status = token_status(
-            rows.student.entropy, final.entropy, final.beta, grid[0], grid[-1], target.lowest_is_bound
-        )
-    else:
-        status = status_given(final.beta)
-
     student_log_prob, teacher_log_prob, target_log_prob = rows.log_probs(
         response_tokens, final.beta, final.log_sum, vocab.vocab_size
     )
@@ -229,7 +222,7 @@ def _forward(
         teacher_entropy=rows.teacher.entropy,
         target_entropy=final.entropy,
         beta=final.beta,
-        status=status,
+        status=_status(target, rows, final, grid),
         student_log_prob=student_log_prob,
         teacher_log_prob=teacher_log_prob,
         target_log_prob=target_log_prob,
@@ -242,6 +235,13 @@ def _forward(
         if value.is_floating_point():
             setattr(stats, field.name, value.to(dtype))
     return _Forward(stats, constants, centre.to(dtype))
+
+
+def _status(target: Target, rows: Rows, final: Final, grid: list[float]) -> Tensor:
+    if target.given_beta is not None:
+        return status_given(final.beta)
+    ends = grid[0], grid[-1]
+    return token_status(rows.student.entropy, final.entropy, final.beta, *ends, target.lowest_is_bound)
 
 
 def _representable(betas: Any, dtype: torch.dtype) -> list[float]:

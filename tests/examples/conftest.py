@@ -1,0 +1,36 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""One base model for all tests of the examples."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "examples"))  # as `python examples/...` does
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """The ``--folder`` of every example in this session."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def base(root):
+    """The quickstart's base of seed 5, pretrained in full."""
+    import pretraining
+    import subtraction
+
+    return pretraining.make_base(subtraction, 5, root / "bases")
