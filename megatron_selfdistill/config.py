@@ -232,9 +232,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.on_bad_record", self.on_bad_record, ["error", "skip"])
-        _one_of(
-            "data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"]
-        )
+        _one_of("data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"])
         _at_least(1, "data", self, "global_batch_size limit max_length")
         known = {"problem", "solution", "answer", "id", "messages"}
         for name in self.fields:
@@ -401,9 +399,7 @@ class OptimizerConfig:
         _one_of("optimizer.precision", self.precision, ["bf16", "fp32"])
         styles = ["constant", "linear", "cosine", "inverse-square-root"]
         _one_of("optimizer.lr_decay_style", self.lr_decay_style, styles)
-        _at_least(
-            0, "optimizer", self, "lr min_lr lr_warmup_steps weight_decay adam_eps sgd_momentum clip_grad"
-        )
+        _at_least(0, "optimizer", self, "lr min_lr lr_warmup_steps weight_decay adam_eps sgd_momentum clip_grad")
         _at_least(1, "optimizer", self, "lr_decay_steps")
         for name in ("adam_beta1", "adam_beta2"):
             beta = getattr(self, name)
@@ -568,13 +564,11 @@ class Config:
         model_size = tp * pp * cp
         _require(
             world_size % model_size == 0,
-            f"the world size {world_size} must be a multiple of "
-            f"TP x PP x CP = {tp} x {pp} x {cp} = {model_size}",
+            f"the world size {world_size} must be a multiple of TP x PP x CP = {tp} x {pp} x {cp} = {model_size}",
         )
         _require(
             world_size % (etp * pp * ep) == 0,
-            f"the world size {world_size} must be a multiple of "
-            f"ETP x EP x PP = {etp} x {ep} x {pp} = {etp * ep * pp}",
+            f"the world size {world_size} must be a multiple of ETP x EP x PP = {etp} x {ep} x {pp} = {etp * ep * pp}",
         )
         _require(
             ep == 1 or m.num_moe_experts is not None or m.provider is not None,
@@ -597,9 +591,7 @@ class Config:
             ("model.num_query_groups", m.num_query_groups or m.num_attention_heads),
             ("model.ffn_hidden_size", ffn),
         ]:
-            _require(
-                size % tp == 0, f"{name} ({size}) must be a multiple of tensor_model_parallel_size ({tp})"
-            )
+            _require(size % tp == 0, f"{name} ({size}) must be a multiple of tensor_model_parallel_size ({tp})")
         chunks = pp * (p.virtual_pipeline_model_parallel_size or 1)
         uneven = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
         if not uneven & set(m.transformer) and "pipeline_model_parallel_layout" not in m.transformer:
@@ -626,9 +618,7 @@ class Config:
             )
 
 
-def load(
-    overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()
-) -> Config:
+def load(overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()) -> Config:
     """Compose ``<config_name>.yaml`` and hydra ``overrides`` into a `Config`.
 
     ``search_path``: further folders with a lab's own groups, searched after this project's
@@ -688,11 +678,7 @@ def field_docs(cls: type) -> dict[str, str]:
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for node, after in pairwise(body):
-        if (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(after, ast.Expr)
-        ):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
             docs[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
     return docs
 
@@ -761,12 +747,7 @@ def _unknown_key(key: str) -> str | None:
 
 
 def _nearest(key: str, names: Sequence[str]) -> str:
-    """The name with the same last part; else the likeliest misspelling within the section; else overall."""
-    section, _, last = key.rpartition(".")
+    """The name whose last part is the key's, in another section; else the one that is spelt most alike."""
+    last = key.rpartition(".")[2]
     same_last = [name for name in names if name.rpartition(".")[2] == last]
-    if not same_last:
-        siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == section}
-        close = difflib.get_close_matches(last, siblings, n=1)
-        if close:
-            return siblings[close[0]]
     return difflib.get_close_matches(key, same_last or names, n=1, cutoff=0.0)[0]

@@ -86,22 +86,18 @@ class Inputs:
 def longest_context(config: Config) -> int:
     """The longest prompt + response in tokens: what the model, the data and one packed row allow."""
     p = config.parallel
-    multiple = p.tensor_model_parallel_size * (
-        2 * p.context_parallel_size if p.context_parallel_size > 1 else 1
-    )
+    multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
     row = config.schedule.max_tokens // multiple * multiple
     if row < 1:
         raise ConfigError(f"schedule.max_tokens ({config.schedule.max_tokens}) must be at least {multiple}")
     wanted = config.data.max_length
     if wanted is not None and wanted > row:
         raise ConfigError(
-            f"data.max_length ({wanted}) exceeds the longest row within schedule.max_tokens ({row}); "
-            "raise the latter"
+            f"data.max_length ({wanted}) exceeds the longest row within schedule.max_tokens ({row}); raise the latter"
         )
     if wanted is not None and config.model.provider is None and wanted > config.model.max_position_embeddings:
         raise ConfigError(
-            f"data.max_length ({wanted}) exceeds model.max_position_embeddings "
-            f"({config.model.max_position_embeddings})"
+            f"data.max_length ({wanted}) exceeds model.max_position_embeddings ({config.model.max_position_embeddings})"
         )
     limit = wanted if wanted is not None else config.model.max_position_embeddings
     return min(limit, row)

@@ -158,6 +158,4 @@ def _init_process_group(config: ParallelConfig) -> None:
     with socket.socket() as probe:  # any free port: nobody else will connect
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    dist.init_process_group(
-        backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, timeout=timeout
-    )
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, timeout=timeout)

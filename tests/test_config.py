@@ -262,9 +262,7 @@ def test_a_group_wins_over_the_recipe():
 
 
 def test_groups_compose_with_each_other_and_the_command_line_has_the_last_word():
-    config = load(
-        "recipe=literal target=strict optimizer=fp32 model=qwen3_8b target.teacher_weight=1.5".split()
-    )
+    config = load("recipe=literal target=strict optimizer=fp32 model=qwen3_8b target.teacher_weight=1.5".split())
     assert (config.loss.divergence, config.teacher.weights) == ("forward_kl", "current")
     assert (config.target.k_max, config.target.teacher_weight) == (None, 1.5)
     assert (config.optimizer.precision, config.model.num_layers) == ("fp32", 36)

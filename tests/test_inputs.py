@@ -154,9 +154,7 @@ def test_the_chat_template_may_be_a_file(folder, tmp_path):
 
 def test_more_stop_tokens_join_the_tokenizers_own_and_may_replace_a_missing_one(folder):
     both = Inputs.load(config_of(folder, "rollout.stop_token_ids=[3,19,3]"))
-    alone = Inputs.load(
-        config_of(folder, f"data.tokenizer={folder / 'endless'}", "rollout.stop_token_ids=[3]")
-    )
+    alone = Inputs.load(config_of(folder, f"data.tokenizer={folder / 'endless'}", "rollout.stop_token_ids=[3]"))
     assert both.stop_token_ids == (CHARACTERS.index("$"), 3)
     assert alone.stop_token_ids == (3,)
 

@@ -244,9 +244,7 @@ def specs(moe: bool) -> dict:
     grid_of = ParallelConfig()
     initialize(grid_of, seed=1)
     model = dataclasses.replace(MOE if moe else DENSE, qk_layernorm=True)
-    block = layer_spec(
-        transformer_config(model, grid_of, OptimizerConfig(precision="fp32"), ScheduleConfig())
-    )
+    block = layer_spec(transformer_config(model, grid_of, OptimizerConfig(precision="fp32"), ScheduleConfig()))
     layer = block.layer_specs[0].submodules
     attention = layer.self_attention.submodules
     norms = [block.layer_norm, layer.input_layernorm, layer.pre_mlp_layernorm]

@@ -151,9 +151,7 @@ def test_a_model_of_another_precision_than_the_optimizers_is_refused(ranks):
 def learning_rates(num_steps: int, **changes) -> list[float]:
     optimizer = OptimizerConfig(precision="fp32", optimizer="sgd", use_distributed_optimizer=False, **changes)
     chunks, _ = models.build(models.model_config("gqa", num_layers=1), ParallelConfig(), optimizer=optimizer)
-    megatron_optimizer, scheduler = build_optimizer(
-        wrap_for_training(chunks, optimizer), optimizer, num_steps
-    )
+    megatron_optimizer, scheduler = build_optimizer(wrap_for_training(chunks, optimizer), optimizer, num_steps)
     rates = []
     for _ in range(num_steps):
         scheduler.step(1)

@@ -109,8 +109,10 @@ def test_rms_norm_of_bf16_rounds_only_the_normed_input_and_the_product():
     x = torch.randn(64, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
     norm = RMSNorm(config(params_dtype=torch.bfloat16, bf16=True), 24)
     assert norm.weight.dtype == torch.bfloat16
+    norm.weight.data.copy_(torch.linspace(0.3, 1.7, 24))
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert norm(x).equal(exact.bfloat16())
+    assert norm(x).equal((exact.bfloat16().double() * norm.weight.double()).bfloat16())
+    assert not norm(x).equal((exact * norm.weight.double()).bfloat16()), "or the order would not matter"
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -189,9 +191,7 @@ def packed_attention(group, mutation: str | None = None) -> list[Tensor]:
     rows = random_qkv(BOUNDS[-1])
     query, key, value = (x[held].clone().requires_grad_() for x in rows)
     upstream = torch.zeros(BOUNDS[-1], HEADS * CHANNELS)
-    upstream[real_rows()] = torch.randn(
-        len(real_rows()), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1)
-    )
+    upstream[real_rows()] = torch.randn(len(real_rows()), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         if mutation:
             patch.setattr(layers, *MUTATIONS[mutation])
