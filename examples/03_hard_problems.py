@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(tables.accuracy_by_step("Greedy accuracy by step", outcomes, moments))
     console.print(
         f"Before training {before.greedy:.3f} of the greedy responses and {before.sampled:.3f} of the samples are "
-        "right.\nA verifier's reward is almost silent there, and RFT starts slowly; the teacher's tokens teach from the "
-        "first step on.\nThe teacher alone learns these problems as well as the mix.",
+        "right.\nA verifier's reward is almost silent there, and RFT starts slowly; the teacher's tokens teach from "
+        "the first step on.\nThe teacher alone learns these problems as well as the mix.",
         soft_wrap=True,
     )
     return 0

@@ -25,7 +25,9 @@ ARMS = (arms.SELF_DISTILLATION, arms.TEACHER_ALONE, arms.REJECTION)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = arms.example_parser(__doc__).parse_args(argv)
+    parser = arms.example_parser(__doc__)
+    parser.add_argument("--only", action="store_true", help="self-distillation without the arms to compare with")
+    options = parser.parse_args(argv)
     arms.prepare_process()
     folder = options.folder / "variable_widths" / f"seed{options.seed}"
     base = arms.prepared_base(ragged_subtraction, options.seed, options.folder)
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lengths = [len(record[name]) for record in records]
         console.print(f"{name}s of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.1f} on average")
     steps = () if options.steps is None else (f"num_steps={options.steps}",)
-    runs = [Arm(arm.title, (*arm.overrides, *steps)).on(problems) for arm in ARMS]
+    runs = [Arm(arm.title, (*arm.overrides, *steps)).on(problems) for arm in (ARMS[:1] if options.only else ARMS)]
     before, outcomes = tables.compare("Subtraction of two to four digits", base, runs, folder)
     tables.show_transcripts(before, outcomes[0].measurement, count=6)
     logged = [line for line in read_metrics(outcomes[0].run_dir) if "padding/teacher" in line]

@@ -65,7 +65,7 @@ class Measurement:
     """At temperature 1."""
     pass_at_8: float
     hinted: float
-    """Greedy, behind the teacher's prompt."""
+    """At temperature 1, behind the teacher's prompt."""
     entropy: float
     """Mean over the tokens of one sampled response per problem, nats."""
     shows_work: float
@@ -144,7 +144,8 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
                 run.close()
         finally:
             parallel.shutdown()
-    return _measurement(result, hinted.greedy_accuracy, own["entropy/student"], base.task.shows_work)
+    assert hinted.sampled_accuracy is not None
+    return _measurement(result, hinted.sampled_accuracy, own["entropy/student"], base.task.shows_work)
 
 
 def _measurement(

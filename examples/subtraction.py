@@ -137,7 +137,7 @@ def distinct(count: int, split: str, seed: int) -> list[Pair]:
 
 def hard_problems(split: str) -> list[Pair]:
     """Every problem of a split in which two columns must borrow with a zero on top: 300-004, 700-128."""
-    pairs = ((a, b) for a in range(100, 10**NUM_DIGITS) for b in range(a))
+    pairs = ((a, b) for a in range(100, 10**NUM_DIGITS) if str(a).count("0") >= 2 for b in range(a))
     return [pair for pair in pairs if borrows_from_zero(*pair) >= 2 and split_of(*pair) == split]
 
 

@@ -29,7 +29,7 @@ MEANING = {
     "sampled": "the same at T = 1",
     "pass@8": "one of 8 samples is right",
     "different": "different right answers among the samples of a problem",
-    "hinted": "greedy accuracy behind the hint",
+    "hinted": "sampled behind the hint",
     "entropy": "nats per token",
     "work": "share that shows its work",
     "length": "tokens",
@@ -91,7 +91,7 @@ def new_table(title: str, columns: Sequence[str], caption: str | None = None) ->
 
 
 def label(outcome: Outcome) -> str:
-    return outcome.arm.title + (" (stopped by a guard)" if outcome.stopped else "")
+    return outcome.arm.title + (" (stopped)" if outcome.stopped else "")
 
 
 def show_transcripts(before: Measurement, after: Measurement, count: int = 4) -> None:

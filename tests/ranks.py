@@ -40,6 +40,9 @@ MAX_WORLD_SIZE = 8
 # After one rank has failed, how long the others may take to notice before they are killed.
 _GRACE_SECONDS = 5.0
 _LOG_TAIL_CHARS = 6000
+# Megatron's caches keep some models, and with them process groups of three threads each, alive for as long as a process
+# lives; after hundreds of calls those threads would be all that the machine does.
+_CALLS_PER_PROCESS = 25
 
 
 class RankError(AssertionError):
@@ -94,6 +97,9 @@ class RankPool:
             self._ranks[rank].requests.send_bytes(request)
         name = f"{fn.__module__}.{fn.__qualname__}"
         outcomes, hung = self._collect(world_size, timeout)
+        if self._num_calls % _CALLS_PER_PROCESS == 0:
+            for rank in list(self._ranks):
+                self._kill(rank)
         return _results(outcomes, hung, name, world_size, timeout)
 
     def close(self) -> None:

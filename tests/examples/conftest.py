@@ -3,14 +3,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "examples"))  # as `python examples/...` does
+
+
+def example(name: str) -> ModuleType:
+    """``examples/<name>.py`` as a module; its name begins with a number and cannot be imported."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", REPOSITORY / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_example():
+    """`example`."""
+    return example
 
 
 @pytest.fixture(scope="session", autouse=True)

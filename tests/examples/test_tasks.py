@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from types import SimpleNamespace
@@ -99,7 +98,7 @@ def test_demonstrations_without_a_hint_are_buggy_and_those_behind_one_clean():
     assert 0.62 < len(right[False]) / 4000 < 0.68
 
 
-def test_wrong_hints_differ_in_one_digit_and_the_answers_stay_right():
+def test_wrong_hints_differ_in_one_digit_and_the_answers_stay_right(load_example):
     records = load_example("02_wrong_hints").problems_with_wrong_hints(5, 0.6)
     differing = [sum(x != y for x, y in zip(r["solution"], r["answer"], strict=True)) for r in records]
     assert set(differing) == {0, 1}
@@ -155,13 +154,3 @@ def test_the_tokenizer_has_one_token_per_character(tmp_path):
 def test_records_are_written_as_jsonl(tmp_path):
     path = pretraining.write_records(tmp_path / "deep" / "some.jsonl", subtraction.held_out_problems()[:3])
     assert [json.loads(line) for line in path.read_text().splitlines()] == subtraction.held_out_problems()[:3]
-
-
-def load_example(name: str):
-    """An example, whose name begins with a number, as a module."""
-    from conftest_examples import REPOSITORY
-
-    spec = importlib.util.spec_from_file_location(f"example_{name}", REPOSITORY / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

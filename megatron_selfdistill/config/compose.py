@@ -1,0 +1,161 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""From YAML files and the command line to a `Config`: hydra composes, the schema judges, an error is one sentence."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_selfdistill.config.schema import Config, ConfigError
+from megatron_selfdistill.paths import config_dir
+
+
+def load(overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()) -> Config:
+    """Compose ``<config_name>.yaml`` and hydra ``overrides`` into a `Config`.
+
+    ``search_path``: further folders with a lab's own groups, searched after this project's
+    (hydra.searchpath). Raises `ConfigError` with the nearest right name for an unknown key.
+    """
+    overrides = list(overrides)
+    if search_path:
+        folders = ",".join(f"file://{Path(folder).resolve()}" for folder in search_path)
+        overrides.append(f"hydra.searchpath=[{folders}]")
+    ConfigStore.instance().store("defaults", _defaults())
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            composed = compose(config_name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(_explain(overrides, error)) from error
+    return from_mapping(composed)
+
+
+def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
+    """A `Config` from nested mappings; missing keys take their defaults."""
+    schema = OmegaConf.structured(Config)
+    _make_writable(schema)
+    try:
+        merged = OmegaConf.merge(schema, values)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        key = getattr(error, "full_key", None) or ""
+        raise ConfigError(_unknown_key(key) or f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, as written into the run folder."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every key -> (default, documentation), depth first."""
+    out: dict[str, tuple[Any, str]] = {}
+    docs = field_docs(cls)
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if dataclasses.is_dataclass(default):
+            out.update(keys(type(default), f"{prefix}{f.name}."))
+        else:
+            out[prefix + f.name] = (default, docs.get(f.name, ""))
+    return out
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for node, after in pairwise(body):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return docs
+
+
+def _defaults() -> DictConfig:
+    """The schema's values as plain nodes, closed to unknown keys except below the free-form dictionaries."""
+    node = OmegaConf.create(dataclasses.asdict(Config()))
+    OmegaConf.set_struct(node, True)
+    for name, (default, _) in keys().items():
+        if isinstance(default, dict):
+            OmegaConf.set_struct(OmegaConf.select(node, name), False)
+    return node
+
+
+def _make_writable(node: Any) -> None:
+    """Frozen dataclasses become read-only nodes; the merge itself must still be able to write."""
+    OmegaConf.set_readonly(node, False)
+    for name in list(node):
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _make_writable(child)
+
+
+def _explain(overrides: Sequence[str], error: Exception) -> str:
+    """A sentence for what hydra refused: the first override that names an unknown key or option."""
+    groups = _groups()
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or key.startswith(("hydra", "+", "~")) or "@" in key:
+            continue
+        if key not in groups:
+            sentence = _unknown_key(key)
+            if sentence:
+                return sentence
+        elif isinstance(error, MissingConfigException) and f"'{key}/{value}'" in str(error):
+            near = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.0)[0]
+            return f"{key}={value}: there is no such file; did you mean {key}={near}?"
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(str(error).split())
+    first = str(error).splitlines()[0]
+    in_file = re.search(r"full_key: (\S+)", str(error))  # hydra tells only there what does not fit the schema
+    sentence = _unknown_key(in_file[1]) if in_file else None
+    return f"{first.split(':')[0]}: {sentence}" if sentence else first
+
+
+def _groups() -> dict[str, list[str]]:
+    """Hydra groups that the project ships -> their options."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(config_dir().iterdir())
+        if folder.is_dir()
+    }
+
+
+def _unknown_key(key: str) -> str | None:
+    """A sentence with the nearest right name, or None where the key is right."""
+    key = key.split("[")[0]  # an element of a list
+    known = keys()
+    free_form = [name for name, (default, _) in known.items() if isinstance(default, dict)]
+    sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
+    if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):
+        return None
+    names = [*known] if "." in key else [*known, *sections, *_groups()]
+    near = _nearest(key, names)
+    return f"unknown configuration key {key!r}; did you mean {near!r}? (`selfdistill --keys` lists all)"
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
+    """The name whose last part is the key's, in another section; else the one that is spelt most alike."""
+    last = key.rpartition(".")[2]
+    same_last = [name for name in names if name.rpartition(".")[2] == last]
+    return difflib.get_close_matches(key, same_last or names, n=1, cutoff=0.0)[0]
