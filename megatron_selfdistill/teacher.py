@@ -40,7 +40,7 @@ class Teacher:
     ) -> None:
         self.weights, self.ema_decay = weights, ema_decay
         self.student = list(student)
-        self.offload = offload and weights != "current" and not cpu.ON_CPU
+        self.offload = offload and weights != "current"
         self.chunks = self.student if weights == "current" else build_chunks()
         self.masters: list[Tensor] = []
         self._resting: list[Tensor] = []
@@ -59,7 +59,8 @@ class Teacher:
                 mine.copy_(theirs)
             self._copy_buffers()
         if self.weights == "ema":
-            self.masters = [mine.detach().float() for mine, _ in self._pairs()]
+            rests = torch.device("cpu") if self.offload else None
+            self.masters = [mine.detach().to(rests, torch.float32) for mine, _ in self._pairs()]
 
     def update(self, optimizer: MegatronOptimizer) -> None:
         """After an optimizer step, for ``ema``: master = decay * master + (1 - decay) * the optimizer's
@@ -81,7 +82,7 @@ class Teacher:
     def on_device(self, keep: bool = False) -> Iterator[Chunks]:
         """The chunks, ready to run.
 
-        With ``offload`` they leave the device at the end (``keep``: written back first).
+        With ``offload`` they leave the device at the end; what was changed is kept only with ``keep``.
         """
         if not self.offload:
             yield self.chunks
@@ -89,13 +90,16 @@ class Teacher:
         params = [p for chunk in self.chunks for p in chunk.parameters()]
         if self._resting:
             for param, host in zip(params, self._resting, strict=True):
-                param.data = host.to(torch.cuda.current_device(), non_blocking=True)
+                param.data = host.to(torch.cuda.current_device(), non_blocking=True, copy=True)
         try:
             yield self.chunks
         finally:
-            if keep or not self._resting:
-                self._resting = [p.detach().cpu().pin_memory() for p in params]
+            if not self._resting:
+                self._resting = [torch.empty_like(p, device="cpu", pin_memory=True) for p in params]
+                keep = True
             for param, host in zip(params, self._resting, strict=True):
+                if keep:
+                    host.copy_(param.detach())
                 param.data = host
 
     def sharded_state_dict(self) -> dict[str, Any]:

@@ -236,7 +236,9 @@ class RolloutConfig:
     stop_token_ids: list[int] = field(default_factory=list)
     """Tokens that end a response, besides the tokenizer's end-of-sequence token."""
     kv_cache_gb: float | None = None
-    """Memory for the KV cache per rank; larger batches are split.  Null is a third of what is free."""
+    """Memory for the KV cache per rank; larger batches are split.  Null is a third of what is free: the
+    splits, and with them the last bits of log-probs, then follow the memory that happens to be free; set a number where a
+    resumed run must repeat every bit."""
     replay: str | None = None
     """A JSONL file of recorded responses (as written by ``rollout.record``) to train on instead of
     sampling."""
@@ -382,6 +384,11 @@ class OptimizerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             beta = getattr(self, name)
             _require(0 <= beta < 1, f"optimizer.{name} must lie in [0, 1), got {beta}")
+        _require(
+            self.optimizer != "sgd" or not self.use_distributed_optimizer,
+            "optimizer.optimizer=sgd needs optimizer.use_distributed_optimizer=false: Megatron's distributed optimizer is "
+            "Adam's",
+        )
         _require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
             "optimizer.overlap_param_gather=true needs use_distributed_optimizer and overlap_grad_reduce",
