@@ -19,8 +19,8 @@ class TeacherBank:
     """The teacher's final hidden states at response positions, one block ``[R_j, h / tp]`` per student microbatch j.
 
     A block's rows are those that this context-parallel rank's student holds, in its order; each tensor-parallel rank
-    keeps a slice of the width, so that any choice of rows is the same choice on all of them.  Above ``store_bytes``
-    the blocks rest in pinned host memory.
+    keeps a slice of the width, so that any choice of rows is the same choice on all of them.  Blocks
+    beyond ``store_bytes`` rest in pinned host memory.
     Collectives, per teacher microbatch under context parallelism: one all-to-all that sends each row to the rank
     whose student holds the same response token.  No autograd.
     """
@@ -65,13 +65,13 @@ class TeacherBank:
 
     def _allocate(self, index: int, like: Tensor) -> Tensor:
         if index not in self.blocks:
-            row_bytes = like.size(1) * like.element_size()
-            on_host = sum(self.sizes) * row_bytes > self.store_bytes and not cpu.ON_CPU
             shape = (self.sizes[index], like.size(1))
-            if on_host:
-                self.blocks[index] = torch.empty(shape, dtype=like.dtype, pin_memory=True)
+            on_device = sum(block.nbytes for block in self.blocks.values() if block.device == self.grid.device)
+            needed = shape[0] * shape[1] * like.element_size()
+            if on_device + needed > self.store_bytes:
+                self.blocks[index] = torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=True)
             else:
-                self.blocks[index] = torch.empty(shape, dtype=like.dtype, device=like.device)
+                self.blocks[index] = torch.empty(shape, dtype=like.dtype, device=self.grid.device)
         return self.blocks[index]
 
     def _exchange(self, index: int, kept: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
