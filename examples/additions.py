@@ -5,9 +5,9 @@
     response   12;45$       any two numbers from 00 that add up to 57
     hint       H31;26|      one right answer of the 58
 
-The corpus of the base model draws among all right answers alike, and in half of its demonstrations without a hint one
-digit is off by one.  Demonstrations behind a hint are right, and only 30 % of them copy it: a teacher that copied its
-hint would teach one answer.
+The corpus of the base model draws among all right answers alike, and in half of its demonstrations without a hint a
+digit of the second number is off by one.  Demonstrations behind a hint are right, and only 30 % of them copy it: a
+teacher that copied its hint would teach one answer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 NAME = "additions"
 ALPHABET = "0123456789;:|H$_"  # '$' ends a text, '_' pads
 OVERRIDES = ("rollout.max_new_tokens=8", "evaluation.verifier=additions.verify")
+PRETRAINING = ("optimizer.lr=3e-3", "optimizer.min_lr=1.5e-4")
 PRETRAINING_STEPS = 5000
 WEAK_PRETRAINING_STEPS = 1500
 SUMS = range(10, 100)
@@ -39,11 +40,11 @@ def training_problems(seed: int) -> list[Record]:
 
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
-    """(prompt, text to read, text to predict): 65 % without a hint, of which half are wrong; 35 % behind one, all
+    """(prompt, text to read, text to predict): half without a hint, of which half are wrong; half behind one, all
     right, of which 30 % copy it."""
     total = draw(rng)
     right = some_answer(total, rng)
-    if rng.random() < 0.65:
+    if rng.random() < 0.5:
         text = (off_by_one(right, rng) if rng.random() < 0.5 else right) + "$"
         return f"{total:02d}:", text, text
     hint = right if rng.random() < 0.3 else some_answer(total, rng)
@@ -80,8 +81,8 @@ def some_answer(total: int, rng: random.Random) -> str:
 
 
 def off_by_one(text: str, rng: random.Random) -> str:
-    """``text`` with one of its digits a step higher or lower (9 and 0 are neighbours)."""
-    place = rng.choice([0, 1, 3, 4])
+    """``text`` with a digit of its second number a step higher or lower (9 and 0 are neighbours)."""
+    place = rng.choice([3, 4])
     digit = (int(text[place]) + rng.choice([-1, 1])) % 10
     return f"{text[:place]}{digit}{text[place + 1 :]}"
 

@@ -62,12 +62,12 @@ class Base:
 def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
     """Pretrain a model on ``task.corpus_row``, or find the one of before.
 
-    ``task``: a module such as subtraction.py, with NAME, ALPHABET, OVERRIDES, PRETRAINING_STEPS, corpus_row, verify,
-    held_out_problems, training_problems.  ``root``: where bases lie, one folder for each task, seed and settings: a
-    changed task or setting makes another one.  ``num_steps``: instead of the task's own.
+    ``task``: a module such as subtraction.py, with NAME, ALPHABET, OVERRIDES, PRETRAINING, PRETRAINING_STEPS,
+    corpus_row, held_out_problems, training_problems, verify, shows_work.  ``root``: where bases lie, one folder for
+    each task, seed and settings: a changed task or setting makes another one.  ``num_steps``: instead of the task's.
     """
     num_steps = num_steps or task.PRETRAINING_STEPS
-    settings = [*task.OVERRIDES, *OVERRIDES, f"num_steps={num_steps}", f"seed={seed}"]
+    settings = [*task.OVERRIDES, *OVERRIDES, *task.PRETRAINING, f"num_steps={num_steps}", f"seed={seed}"]
     resolved = configuration.to_yaml(configuration.load(settings, CONFIG_NAME))
     key = hashlib.md5((resolved + inspect.getsource(task)).encode()).hexdigest()[:8]
     folder = root / f"{task.NAME}-seed{seed}-{key}"

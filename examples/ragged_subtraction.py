@@ -20,6 +20,7 @@ from subtraction import Pair, Record, split_of
 NAME = "ragged_subtraction"
 ALPHABET = "0123456789-=b.,;:|Huthk$_"
 OVERRIDES = ("rollout.max_new_tokens=44", "evaluation.verifier=ragged_subtraction.verify")
+PRETRAINING: tuple[str, ...] = ()  # what differs from pretraining.py
 PRETRAINING_STEPS = 1200
 PLACES = "uthk"
 NUM_HELD_OUT, NUM_TRAINING = 300, 2000

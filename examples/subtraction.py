@@ -19,7 +19,8 @@ from typing import Any
 NAME = "subtraction"
 ALPHABET = "0123456789-=b.,;:|HX~$_"  # '$' ends a text, '_' pads
 OVERRIDES: tuple[str, ...] = ()  # configs/quickstart.yaml is written for this task
-PRETRAINING_STEPS = 1200
+PRETRAINING: tuple[str, ...] = ()  # what differs from pretraining.py
+PRETRAINING_STEPS = 1500
 NUM_DIGITS = 3
 NUM_HELD_OUT, NUM_TRAINING = 300, 2000
 

@@ -90,11 +90,13 @@ class MetricsLog:
                 self._console.step_line(step, "  ".join(shown))
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics taken when ``step`` steps are done; always a line on the console, with all of them."""
+        """Metrics taken when ``step`` steps are done; always a line on the console, with the accuracies (of k > 1
+        for pass@k), or with all of them where there is no accuracy."""
         if not self.enabled:
             return
         self._write(step, metrics)
-        self.message(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        accuracies = [k for k in metrics if k.endswith("_accuracy") or ("/pass_at_" in k and not k.endswith("_at_1"))]
+        self.message(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.4g}" for key in accuracies or metrics))
 
     def message(self, text: str) -> None:
         """A line on the console, above the progress bar."""

@@ -110,8 +110,8 @@ def test_the_printed_command_is_the_run(base, problems, root):
 
 
 def test_variable_widths_are_learnt(root, load_example, monkeypatch):
-    monkeypatch.setattr(ragged_subtraction, "PRETRAINING_STEPS", 900)
-    load_example("05_variable_widths").main(["--folder", str(root), "--steps", "50", "--only"])
+    monkeypatch.setattr(ragged_subtraction, "PRETRAINING_STEPS", 800)
+    load_example("05_variable_widths").main(["--folder", str(root), "--steps", "30", "--only"])
     run_dir = root / "variable_widths" / "seed5" / "self-distillation"
     lines = read_metrics(run_dir)
     accuracy = [line["evaluation/greedy_accuracy"] for line in lines if "evaluation/greedy_accuracy" in line]
