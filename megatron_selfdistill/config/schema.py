@@ -100,6 +100,8 @@ class ModelConfig:
     """Auxiliary-loss-free balancing by expert biases."""
     moe_router_score_function: str = "softmax"
     """softmax or sigmoid (sigmoid is what expert biases need)."""
+    num_carried_mtp_layers: int = 0
+    """Multi-token-prediction layers that a checkpoint holds for others: converted both ways, never built or trained."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Any further ``TransformerConfig`` field by its own name; it overrides what this project derives."""
 
@@ -107,6 +109,7 @@ class ModelConfig:
         sizes = "vocab_size make_vocab_size_divisible_by num_layers hidden_size ffn_hidden_size kv_channels"
         _at_least(1, "model", self, f"{sizes} num_attention_heads num_query_groups max_position_embeddings")
         _at_least(1, "model", self, "num_moe_experts moe_router_topk moe_ffn_hidden_size")
+        _at_least(0, "model", self, "num_carried_mtp_layers")
         _one_of("model.normalization", self.normalization, ["RMSNorm", "LayerNorm"])
         _one_of("model.activation", self.activation, ["silu", "gelu"])
         _one_of(
@@ -481,7 +484,7 @@ class GuardsConfig:
     """Consecutive steps that must violate a guard before it stops the run."""
     min_entropy_ratio: float | None = 0.02
     """Stop when the student's entropy falls below this share of its reference."""
-    max_entropy_ratio: float | None = 2.5
+    max_entropy_ratio: float | None = 4.0
     """Stop when the student's entropy rises above this multiple of its reference."""
     min_entropy_rise: float = 0.05
     """The entropy must also have risen by this many nats per token, so that a tiny reference raises no

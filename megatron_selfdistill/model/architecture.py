@@ -33,7 +33,7 @@ from megatron_selfdistill.config import (
 )
 from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
 # Process groups, optimizer and loss are built from these keys: an override here would contradict them.
 _SET_ELSEWHERE = {
@@ -62,7 +62,7 @@ def transformer_config(
         "normalization": model.normalization,
         "layernorm_epsilon": model.layernorm_epsilon,
         "gated_linear_unit": model.gated_linear_unit,
-        "activation_func": _ACTIVATIONS[model.activation],
+        "activation_func": ACTIVATIONS[model.activation],
         "add_bias_linear": model.add_bias_linear,
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
@@ -103,7 +103,10 @@ def transformer_config(
         }
     values |= _without_fused_kernels()
     values |= model.transformer
-    cls = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
+    mla = bool(values.get("multi_latent_attention"))
+    cls = MLATransformerConfig if mla else TransformerConfig
+    if mla:  # latent attention rotates by itself and does not ask GPTModel
+        values = {"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent} | values
     known = {f.name for f in dataclasses.fields(cls)}
     for name in model.transformer:
         if name not in known:
@@ -220,9 +223,16 @@ def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
             norm = getattr(attention.submodules, name, None)
             if norm is not None and norm is not IdentityOp:
                 setattr(attention.submodules, name, RMSNorm)
-    if getattr(layer.mlp, "submodules", None) is not None and hasattr(layer.mlp.submodules, "experts"):
-        # Transformer Engine's MoE layer keeps pre_mlp_layernorm apart; the local map would rename it.
-        layer.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    # Names of a checkpoint are those of Transformer Engine's spec, where a norm belongs to the linear layer after it.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if config.multi_latent_attention:  # three linear layers read the input: its norm keeps its own name
+        names = {
+            "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+            "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        }
+    if not hasattr(getattr(layer.mlp, "submodules", None), "experts"):  # a router and experts read theirs, too
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    layer.sharded_state_dict_keys_map = names
 
 
 def _without_fused_kernels() -> dict[str, Any]:

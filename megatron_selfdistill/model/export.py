@@ -1,0 +1,353 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A live model in any layout as a stream of (Hugging Face name, full tensor), bucket by bucket: a sampler's weights.
+
+    exporter = Exporter(chunks, grid, family.rules(model), bucket_bytes=2**30)      # once
+    for tensors in exporter.stream():                                              # after each step, on every rank
+        sampler.load_weights(tensors)
+
+A bucket takes two transfers: its pipeline stage hands each rank's shards on to the same place in the other stages, then
+the ranks that share the tensors (TP, or expert TP x EP) gather them.  That way no byte crosses between two stages more
+often than it must, whatever TP is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule
+from megatron_selfdistill.parallel import Grid
+
+_ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
+_MOST_PADDING = 1.25  # an all-gather of unequal shares moves so many times their bytes, at most
+_SHOWN = 4
+
+
+def export(
+    chunks: Sequence[torch.nn.Module],
+    grid: Grid,
+    rules: Sequence[Rule],
+    *,
+    bucket_bytes: int = 2**30,
+    on_ranks: Collection[int] | None = None,
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """`Exporter.stream` for once."""
+    return Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks).stream()
+
+
+class Exporter:
+    """Who holds which part of every tensor, found once; the weights of the moment, at each `stream`.
+
+    ``chunks``: of this rank, as built or as wrapped for training.  ``rules``: of the whole model; those of carried
+    tensors, which no live model has, are left out.  ``on_ranks``: the global ranks that want the tensors, equal on all
+    ranks; None is every rank.  A replica without any of them takes no part in the transfers of its dense tensors.
+
+    Memory of a rank: ``bucket_bytes`` of full tensors, and while they are made the shards that they are made of (as
+    much again, and at most a quarter of padding) and one tensor more.  A tensor that is larger than ``bucket_bytes`` is
+    a bucket of its own.
+    Collectives: three gathers of descriptions, over TP, expert TP x EP and PP.
+    Raises: `ConfigError` on all ranks, naming the first tensors that the rules lack, that the model lacks, or that have
+    another shape.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        grid: Grid,
+        rules: Sequence[Rule],
+        *,
+        bucket_bytes: int = 2**30,
+        on_ranks: Collection[int] | None = None,
+    ) -> None:
+        if bucket_bytes < 1:
+            raise ConfigError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
+        self._chunks, self._grid = list(chunks), grid
+        on_ranks = None if on_ranks is None else frozenset(on_ranks)
+        self._wanted_here = on_ranks is None or grid.rank in on_ranks
+        # Experts have a grid of their own: they are cut over expert TP x EP, which may reach beyond a replica.
+        self._groups = {False: grid.tp_group, True: unwrapped(chunks[0]).pg_collection.tp_ep}
+        stages = self._describe_stages()
+        self._gathers = stages[grid.pp_rank].wanting(on_ranks)
+        self._relays = {expert: any(stage.wanting(on_ranks)[expert] for stage in stages) for expert in self._groups}
+        group_sizes = {expert: group.size() for expert, group in self._groups.items()}
+        self._buckets = [_packed(run, group_sizes) for run in _runs(_locate(rules, stages), bucket_bytes)]
+
+    def stream(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Every tensor of the rules once, full, in its live dtype: the same lists on every rank of ``on_ranks``, empty
+        ones elsewhere.
+
+        A list is emptied when the next one is asked for, so that ``for tensors in stream()`` never holds two buckets:
+        keep the tensors, not the list.  They are copies, on this rank's device; some share storage with each other.
+        Buckets follow the pipeline's stages, dense tensors before experts, else the order of the rules.
+
+        Collectives: every rank of the world iterates to the end; what ``overlap_param_gather`` has left to gather
+        is gathered first, over the data-parallel ranks.  Per bucket one broadcast over PP and one all-gather over TP
+        or expert TP x EP (or a broadcast per sender, where few of them have something to send).
+        """
+        for chunk in self._chunks:
+            if getattr(chunk, "remove_forward_pre_hook_handles", None):
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+        # Anew each time: training wraps, offloads and recasts what it holds, so storage does not last.
+        shards = {_place(shard): shard.data for shard in _sharded_tensors(self._chunks)}
+        for bucket in self._buckets:
+            tensors = self._full_tensors(bucket, shards)
+            yield tensors
+            tensors.clear()
+
+    @torch.no_grad()
+    def _full_tensors(self, bucket: _Bucket, shards: dict[_Place, Tensor]) -> list[tuple[str, Tensor]]:
+        if not self._relays[bucket.expert]:
+            return []
+        packed = self._packed_shards(bucket, shards)
+        if not self._gathers[bucket.expert]:
+            return []
+        buffers = _gathered(packed, bucket.num_bytes, self._groups[bucket.expert])
+        del packed
+        if not self._wanted_here:
+            return []
+        return [named for tensor in bucket.tensors for named in tensor.assemble(buffers, self._grid.device)]
+
+    def _packed_shards(self, bucket: _Bucket, shards: dict[_Place, Tensor]) -> Tensor:
+        """What this rank, or the one in its place in the bucket's stage, sends; behind it, room up to what any does."""
+        me = self._groups[bucket.expert].rank()
+        packed = torch.empty(max(bucket.num_bytes), dtype=torch.uint8, device=self._grid.device)
+        if bucket.stage == self._grid.pp_rank:
+            for tensor in bucket.tensors:
+                for part in tensor.parts:
+                    if part.member == me:
+                        held = shards[tensor.rule.megatron, part.start]
+                        part.within(packed, tensor.dtype).copy_(held[tuple(slice(n) for n in part.size)])
+        if self._grid.pp_size > 1 and bucket.num_bytes[me]:
+            source = dist.get_global_rank(self._grid.pp_group, bucket.stage)
+            dist.broadcast(packed[: bucket.num_bytes[me]], src=source, group=self._grid.pp_group)
+        return packed
+
+    def _describe_stages(self) -> list[_Stage]:
+        """What the ranks of each pipeline stage hold that hold this rank's place in it."""
+        entries: dict[bool, list[_Entry]] = {False: [], True: []}
+        for shard in _sharded_tensors(self._chunks):
+            where, start = _place(shard)
+            shape = tuple(shard.global_shape[shard.prepend_axis_num :])
+            entries[_is_expert(where)].append(_Entry(where, start, tuple(shard.local_shape), shape, shard.data.dtype))
+        members = {expert: _all_gather_object(entries[expert], group) for expert, group in self._groups.items()}
+        ranks = {expert: dist.get_process_group_ranks(group) for expert, group in self._groups.items()}
+        return _all_gather_object(_Stage(members, ranks), self._grid.pp_group)
+
+
+_Place = tuple[MegatronSlice, tuple[int, ...]]
+"""A slice of a checkpoint, and where in it a shard begins."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A shard that some rank holds."""
+
+    where: MegatronSlice
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the whole slice, padded rows included."""
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One pipeline stage; by False (dense) or True (experts), by member of the group that shares those tensors."""
+
+    members: dict[bool, list[list[_Entry]]]
+    ranks: dict[bool, list[int]]
+
+    def wanting(self, on_ranks: Collection[int] | None) -> dict[bool, bool]:
+        """Whether any of the ranks that share those tensors wants them."""
+        return {
+            expert: on_ranks is None or any(rank in on_ranks for rank in ranks) for expert, ranks in self.ranks.items()
+        }
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block of a tensor, and where the member that sends it puts it."""
+
+    member: int
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    offset: int = 0
+    """In the member's packed bytes."""
+
+    def within(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(self.size) * dtype.itemsize
+        return packed[self.offset : self.offset + num_bytes].view(dtype).view(self.size)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    rule: Rule
+    stage: int
+    expert: bool
+    dtype: torch.dtype
+    parts: tuple[_Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.rule.shape) * self.dtype.itemsize
+
+    def assemble(self, buffers: Sequence[Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        full = torch.empty(self.rule.shape, dtype=self.dtype, device=device)
+        for part in self.parts:
+            block = tuple(slice(start, start + n) for start, n in zip(part.start, part.size, strict=True))
+            full[block].copy_(part.within(buffers[part.member], self.dtype))
+        return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    stage: int
+    expert: bool
+    tensors: tuple[_Tensor, ...]
+    num_bytes: tuple[int, ...]
+    """That each member of the group sends."""
+
+
+def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
+    """Each rule's tensor with its stage, and one sender for each part of it, in the order of sending."""
+    held: dict[MegatronSlice, dict[int, list[tuple[int, _Entry]]]] = {}
+    for number, stage in enumerate(stages):
+        for members in stage.members.values():
+            for member, entries in enumerate(members):
+                for entry in entries:
+                    held.setdefault(entry.where, {}).setdefault(number, []).append((member, entry))
+    rules = [rule for rule in rules if not rule.carried]
+    loads: defaultdict[tuple[int, bool], Counter[int]] = defaultdict(Counter)
+    mapped = Counter(rule.megatron for rule in rules)
+    faults = [f"{_name(where)} has no rule" for where in held if where not in mapped]
+    faults += [f"{_name(where)} has {count} rules" for where, count in mapped.items() if count > 1]
+    tensors = []
+    for rule in rules:
+        if rule.megatron not in held:
+            faults.append(f"{_name(rule.megatron)} is not in the model")
+            continue
+        # Tied embeddings live in the first and in the last stage.
+        number, found = min(held[rule.megatron].items())
+        shape, dtype, expert = found[0][1].shape, found[0][1].dtype, _is_expert(rule.megatron)
+        padded = rule.vocabulary and shape[0] >= rule.shape[0] and shape[1:] == rule.shape[1:]
+        parts = _senders(found, rule.shape, loads[number, expert])
+        if shape != rule.shape and not padded:
+            faults.append(f"{_name(rule.megatron)} has shape {list(shape)}, expected {list(rule.shape)}")
+        elif sum(math.prod(part.size) for part in parts) != math.prod(rule.shape):
+            faults.append(f"{_name(rule.megatron)} is incomplete: the ranks of its stage do not cover it")
+        else:
+            tensors.append(_Tensor(rule, number, expert, dtype, parts))
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ConfigError(f"the rules do not fit the live model: {'; '.join(faults[:_SHOWN])}{more}")
+    return _taking_turns(tensors)
+
+
+def _senders(found: Sequence[tuple[int, _Entry]], shape: Sequence[int], load: Counter[int]) -> tuple[_Part, ...]:
+    """One part for each place, from that holder of it which has the least to send, without what lies beyond ``shape``
+    (padded rows); ``load`` counts on."""
+    parts: dict[tuple[int, ...], _Part] = {}
+    for member, entry in found:
+        size = tuple(min(n, end - start) for n, end, start in zip(entry.size, shape, entry.start, strict=True))
+        if min(size) > 0 and (entry.start not in parts or load[member] < load[parts[entry.start].member]):
+            parts[entry.start] = _Part(member, entry.start, size)
+    for part in parts.values():
+        load[part.member] += math.prod(part.size)
+    return tuple(parts.values())
+
+
+def _taking_turns(tensors: Sequence[_Tensor]) -> list[_Tensor]:
+    """By stage, dense before experts; experts of different ranks take turns, so that each rank sends its share of a
+    bucket and the gather needs no padding."""
+    turns: Counter[tuple[int, int]] = Counter()
+    keys = []
+    for tensor in tensors:
+        sender = (tensor.stage, tensor.parts[0].member)
+        keys.append((tensor.stage, tensor.expert, turns[sender] if tensor.expert else 0))
+        turns[sender] += tensor.expert
+    return [tensors[i] for i in sorted(range(len(tensors)), key=keys.__getitem__)]
+
+
+def _runs(tensors: Sequence[_Tensor], bucket_bytes: int) -> list[list[_Tensor]]:
+    """Consecutive tensors of one stage and kind, at most ``bucket_bytes`` together unless it is a single one."""
+    runs: list[list[_Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        room -= tensor.num_bytes
+        if not runs or room < 0 or (runs[-1][0].stage, runs[-1][0].expert) != (tensor.stage, tensor.expert):
+            runs.append([])
+            room = bucket_bytes - tensor.num_bytes
+        runs[-1].append(tensor)
+    return runs
+
+
+def _packed(tensors: Sequence[_Tensor], group_sizes: dict[bool, int]) -> _Bucket:
+    """The tensors, each part with its place among the bytes that its member sends."""
+    first = tensors[0]
+    sent = [0] * group_sizes[first.expert]
+    placed = []
+    for tensor in tensors:
+        parts = []
+        for part in tensor.parts:
+            parts.append(replace(part, offset=sent[part.member]))
+            num_bytes = math.prod(part.size) * tensor.dtype.itemsize
+            sent[part.member] += math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT
+        placed.append(replace(tensor, parts=tuple(parts)))
+    return _Bucket(first.stage, first.expert, tuple(placed), tuple(sent))
+
+
+def _gathered(packed: Tensor, num_bytes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """Every member's bytes.  ``packed`` begins with this member's and is as long as the longest."""
+    if group.size() == 1:
+        return [packed]
+    if len(num_bytes) * max(num_bytes) <= _MOST_PADDING * sum(num_bytes):
+        everything = packed.new_empty(len(num_bytes) * packed.numel())
+        dist.all_gather_into_tensor(everything, packed, group=group)
+        return list(everything.view(len(num_bytes), -1))
+    buffers = []
+    for member, length in enumerate(num_bytes):
+        buffers.append(packed[:length] if member == group.rank() else packed.new_empty(length))
+        if length:
+            dist.broadcast(buffers[-1], src=dist.get_global_rank(group, member), group=group)
+    return buffers
+
+
+def _sharded_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
+    """The model's tensors as a checkpoint would name and cut them."""
+    for chunk in chunks:
+        state_dict = unwrapped(chunk).sharded_state_dict()
+        apply_factories(state_dict)
+        yield from (value for value in nested_values(state_dict) if isinstance(value, ShardedTensor))
+
+
+def _place(shard: ShardedTensor) -> _Place:
+    stacked = shard.prepend_axis_num
+    where = MegatronSlice(shard.key, tuple(shard.global_offset[:stacked]))
+    return where, tuple(shard.global_offset[stacked:])
+
+
+def _is_expert(where: MegatronSlice) -> bool:
+    return ".experts." in where.key  # shared experts are dense: each token passes them
+
+
+def _name(where: MegatronSlice) -> str:
+    return f"{where.key}{list(where.index)}" if where.index else where.key
+
+
+def _all_gather_object(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    values = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

@@ -1,0 +1,165 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The tensors of a decoder: Megatron's keys and transformers' names, one rule each.
+
+Megatron's names are Transformer Engine's, where the norm before a linear layer belongs to that layer; this project's
+local spec stores the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.model.hf.rules import CARRIED, MegatronSlice, QueryGroups, Rule, query_groups, rows
+
+Architecture = dict[str, Any]
+Place = Callable[..., MegatronSlice]
+"""From a tensor's name within its layer, and an expert's number, to where it lies."""
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What follows ``model.layers.3.`` in the names of a mixture of experts."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None = None) -> list[Rule]:
+    """Each tensor of the model once; ``arch`` is `family.architecture`'s."""
+    if arch["vocab_size"] is None:
+        raise ConfigError("model.vocab_size is null: a conversion needs the number of vocabulary rows")
+    num_layers, hidden = arch["num_layers"], arch["hidden_size"]
+    is_moe = arch["moe_layer_freq"] or [0] * num_layers
+    if stacked is None:
+        stacked = len(set(is_moe)) == 1
+    vocabulary = (arch["vocab_size"], hidden)
+    embedding = MegatronSlice("embedding.word_embeddings.weight")
+    rules = [rows(embedding, {"model.embed_tokens.weight": vocabulary}, vocabulary=True)]
+    for layer in range(num_layers):
+        rules += layer_rules(arch, names, f"model.layers.{layer}", _place(layer, stacked), bool(is_moe[layer]))
+    rules.append(rows(MegatronSlice("decoder.final_layernorm.weight"), {"model.norm.weight": (hidden,)}))
+    if not arch["share_embeddings_and_output_weights"]:
+        rules.append(rows(MegatronSlice("output_layer.weight"), {"lm_head.weight": vocabulary}, vocabulary=True))
+    for layer in range(num_layers, num_layers + arch["num_carried_mtp_layers"]):
+        rules += carried_rules(arch, names, f"model.layers.{layer}", is_moe=arch["num_moe_experts"] is not None)
+    return rules
+
+
+def layer_rules(arch: Architecture, names: ExpertNames, hf: str, place: Place, is_moe: bool) -> Iterator[Rule]:
+    """One transformer layer; ``hf`` is ``model.layers.3``."""
+    attention = _latent_attention if arch["multi_latent_attention"] else _attention
+    yield from attention(arch, hf, place)
+    norm = {f"{hf}.post_attention_layernorm.weight": (arch["hidden_size"],)}
+    if is_moe:
+        yield rows(place("pre_mlp_layernorm.weight"), norm)
+        yield from _experts(arch, names, f"{hf}.{names.block}", place)
+    else:
+        yield rows(place("mlp.linear_fc1.layer_norm_weight"), norm)
+        yield from _mlp("mlp", arch["hidden_size"], arch["ffn_hidden_size"], f"{hf}.mlp", ExpertNames(), place)
+
+
+def carried_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: bool) -> Iterator[Rule]:
+    """A multi-token-prediction layer: its own embedding, projection, norms and output around a transformer layer, each
+    tensor as it is, under `CARRIED` and its Hugging Face name."""
+    hidden, vocabulary = arch["hidden_size"], (arch["vocab_size"], arch["hidden_size"])
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{hf}.embed_tokens.weight": vocabulary,
+        f"{hf}.enorm.weight": (hidden,),
+        f"{hf}.hnorm.weight": (hidden,),
+        f"{hf}.eh_proj.weight": (hidden, 2 * hidden),
+        f"{hf}.shared_head.norm.weight": (hidden,),
+        f"{hf}.shared_head.head.weight": vocabulary,
+    }
+    float32 = set()
+    for rule in layer_rules(arch, names, hf, _place(0, True), is_moe):
+        shapes |= zip(rule.hf_names, rule.hf_shapes, strict=True)
+        float32 |= set(rule.hf_names) if rule.float32 else set()
+    for name, shape in shapes.items():
+        yield rows(MegatronSlice(CARRIED + name), {name: shape}, float32=name in float32)
+
+
+def _place(layer: int, stacked: bool) -> Place:
+    prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
+
+    def place(name: str, *expert: int) -> MegatronSlice:
+        return MegatronSlice(prefix + name, ((layer,) if stacked else ()) + expert)
+
+    return place
+
+
+def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
+    """Multi-head and grouped-query attention."""
+    hidden, channels = arch["hidden_size"], arch["kv_channels"]
+    heads, groups = arch["num_attention_heads"], arch["num_query_groups"]
+    sizes = {"q": heads * channels, "k": groups * channels, "v": groups * channels}
+    arrangement = QueryGroups(heads, groups, channels)
+    yield rows(place("self_attention.linear_qkv.layer_norm_weight"), {f"{hf}.input_layernorm.weight": (hidden,)})
+    weights: dict[str, tuple[int, ...]] = {f"{hf}.self_attn.{x}_proj.weight": (n, hidden) for x, n in sizes.items()}
+    yield query_groups(place("self_attention.linear_qkv.weight"), weights, arrangement)
+    if arch["add_qkv_bias"]:
+        biases: dict[str, tuple[int, ...]] = {f"{hf}.self_attn.{x}_proj.bias": (n,) for x, n in sizes.items()}
+        yield query_groups(place("self_attention.linear_qkv.bias"), biases, arrangement)
+    if arch["qk_layernorm"]:
+        for x in "qk":
+            norm = {f"{hf}.self_attn.{x}_norm.weight": (channels,)}
+            yield rows(place(f"self_attention.{x}_layernorm.weight"), norm)
+    yield rows(
+        place("self_attention.linear_proj.weight"), {f"{hf}.self_attn.o_proj.weight": (hidden, heads * channels)}
+    )
+
+
+def _latent_attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
+    """DeepSeek's multi-latent attention.  Both sides lay out heads alike (rows without position, then rotary rows;
+    keys, then values) and rotate neighbouring channels, so every tensor is taken as it is."""
+    hidden, heads = arch["hidden_size"], arch["num_attention_heads"]
+    q_rank, kv_rank = arch["q_lora_rank"], arch["kv_lora_rank"]
+    rotary, value = arch["qk_pos_emb_head_dim"], arch["v_head_dim"]
+    queries = heads * (arch["qk_head_dim"] + rotary)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"input_layernorm.weight": ("input_layernorm.weight", (hidden,))}
+    if q_rank is None:
+        tensors["self_attention.linear_q_proj.weight"] = ("self_attn.q_proj.weight", (queries, hidden))
+    else:
+        tensors["self_attention.linear_q_down_proj.weight"] = ("self_attn.q_a_proj.weight", (q_rank, hidden))
+        tensors["self_attention.linear_q_up_proj.layer_norm_weight"] = ("self_attn.q_a_layernorm.weight", (q_rank,))
+        tensors["self_attention.linear_q_up_proj.weight"] = ("self_attn.q_b_proj.weight", (queries, q_rank))
+    tensors |= {
+        "self_attention.linear_kv_down_proj.weight": (
+            "self_attn.kv_a_proj_with_mqa.weight",
+            (kv_rank + rotary, hidden),
+        ),
+        "self_attention.linear_kv_up_proj.layer_norm_weight": ("self_attn.kv_a_layernorm.weight", (kv_rank,)),
+        "self_attention.linear_kv_up_proj.weight": (
+            "self_attn.kv_b_proj.weight",
+            (heads * (arch["qk_head_dim"] + value), kv_rank),
+        ),
+        "self_attention.linear_proj.weight": ("self_attn.o_proj.weight", (hidden, heads * value)),
+    }
+    for name, (hf_name, shape) in tensors.items():
+        yield rows(place(name), {f"{hf}.{hf_name}": shape})
+
+
+def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> Iterator[Rule]:
+    """The router, its expert bias, each expert, the shared experts (one wide MLP)."""
+    hidden, num_experts = arch["hidden_size"], arch["num_moe_experts"]
+    yield rows(place("mlp.router.weight"), {f"{hf}.gate.weight": (num_experts, hidden)})
+    if arch["moe_router_enable_expert_bias"]:
+        bias = {f"{hf}.gate.e_score_correction_bias": (num_experts,)}
+        yield rows(place("mlp.router.expert_bias"), bias, float32=True)
+    for expert in range(num_experts):
+        width = arch["moe_ffn_hidden_size"]
+        yield from _mlp("mlp.experts.experts", hidden, width, f"{hf}.experts.{expert}", names, place, expert)
+    width = arch["moe_shared_expert_intermediate_size"]
+    if width is not None:
+        yield from _mlp("mlp.shared_experts", hidden, width, f"{hf}.shared_experts", names, place)
+
+
+def _mlp(name: str, hidden: int, width: int, hf: str, names: ExpertNames, place: Place, *expert: int) -> Iterator[Rule]:
+    """A gated MLP: gate over up in ``linear_fc1``, down in ``linear_fc2``."""
+    gate_up = {f"{hf}.{names.gate}.weight": (width, hidden), f"{hf}.{names.up}.weight": (width, hidden)}
+    yield rows(place(f"{name}.linear_fc1.weight", *expert), gate_up)
+    yield rows(place(f"{name}.linear_fc2.weight", *expert), {f"{hf}.{names.down}.weight": (hidden, width)})

@@ -1,0 +1,140 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Llama 2 and 3, Mistral, Qwen2 (and 2.5), Qwen3: one decoder, four spellings of its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_selfdistill.config import ConfigError, ModelConfig
+from megatron_selfdistill.model.hf.family import Family, HFConfig
+from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
+
+COMMON_DEFAULTS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "partial_rotary_factor": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": None,
+}
+
+
+def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
+    """The decoder that all families share; ``fields`` add to it or replace it."""
+    config.require("hidden_act", ("silu",), "only silu is known here")
+    heads = config["num_attention_heads"]
+    common: dict[str, Any] = {
+        "vocab_size": config["vocab_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": config["num_key_value_heads"] or heads,
+        "kv_channels": config["head_dim"] or config["hidden_size"] // heads,
+        "max_position_embeddings": config["max_position_embeddings"],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "share_embeddings_and_output_weights": config["tie_word_embeddings"],
+        "init_method_std": config["initializer_range"],
+    }
+    return ModelConfig(**(common | fields))
+
+
+def write_common(arch: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `read_common`, for grouped-query attention."""
+    return {
+        "vocab_size": arch["vocab_size"],
+        "num_hidden_layers": arch["num_layers"],
+        "hidden_size": arch["hidden_size"],
+        "intermediate_size": arch["ffn_hidden_size"] or arch["moe_ffn_hidden_size"],
+        "num_attention_heads": arch["num_attention_heads"],
+        "num_key_value_heads": arch["num_query_groups"] or arch["num_attention_heads"],
+        "head_dim": arch["kv_channels"],
+        "hidden_act": "silu",
+        "max_position_embeddings": arch["max_position_embeddings"],
+        "rms_norm_eps": arch["layernorm_epsilon"],
+        "tie_word_embeddings": arch["share_embeddings_and_output_weights"],
+    }
+
+
+def require_full_attention(config: HFConfig, active: bool) -> None:
+    """Refuse a sliding window that some layer would apply within the model's longest sequence."""
+    window, longest = config["sliding_window"], config["max_position_embeddings"]
+    if active and window is not None and window < longest:
+        raise ConfigError(
+            f"config.json of {config.architecture} has an active sliding_window of {window} tokens, which is not "
+            f"converted; if no sequence is longer, set sliding_window to null and max_position_embeddings to {window}"
+        )
+
+
+def _sliding_layers(config: HFConfig) -> bool:
+    """Whether a Qwen config.json lets some layer slide."""
+    if config["layer_types"] is not None:
+        return "sliding_attention" in config["layer_types"]
+    return config["use_sliding_window"] and config["max_window_layers"] < config["num_hidden_layers"]
+
+
+def _reader(*, slides: Callable[[HFConfig], bool], bias: bool, **fields: Any) -> Callable[[HFConfig], ModelConfig]:
+    def read(config: HFConfig) -> ModelConfig:
+        for name in ("attention_bias", "mlp_bias"):
+            config.require(name, (False, None), "biases besides those of Qwen2's q, k and v are not known here")
+        require_full_attention(config, slides(config))
+        return read_common(config, add_qkv_bias=bias, **fields, **llama3_fields(read_rope(config), config))
+
+    return read
+
+
+def _write(arch: dict[str, Any]) -> dict[str, Any]:
+    return write_common(arch) | write_llama3(arch)
+
+
+def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
+    """transformers' Qwen2 derives the channels per head, and old versions of it do not look for them."""
+    config = _write(arch)
+    if config["head_dim"] is not None and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
+        del config["head_dim"]
+    return config
+
+
+def _write_full_attention(arch: dict[str, Any]) -> dict[str, Any]:
+    """transformers' Mistral slides where config.json is silent."""
+    return _write(arch) | {"sliding_window": None}
+
+
+LLAMA = Family(
+    "LlamaForCausalLM",
+    "llama",
+    _reader(slides=lambda config: False, bias=False),
+    lambda arch: _write(arch) | {"attention_bias": False, "mlp_bias": False},
+    COMMON_DEFAULTS,
+)
+MISTRAL = Family(
+    "MistralForCausalLM",
+    "mistral",
+    _reader(slides=lambda config: True, bias=False),
+    _write_full_attention,
+    COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+)
+QWEN2 = Family(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    _reader(slides=_sliding_layers, bias=True),
+    _write_without_head_dim,
+    COMMON_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+)
+QWEN3 = Family(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    _reader(slides=_sliding_layers, bias=False, qk_layernorm=True),
+    lambda arch: _write(arch) | {"attention_bias": False},
+    COMMON_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+)

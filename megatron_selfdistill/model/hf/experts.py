@@ -1,0 +1,111 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Mixtral and Qwen3-MoE: the common decoder with a softmax router over experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_selfdistill.config import ConfigError, ModelConfig
+from megatron_selfdistill.model.hf.decoder import ExpertNames
+from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, require_full_attention, write_common
+from megatron_selfdistill.model.hf.family import Family, HFConfig
+from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
+
+
+def _read_mixtral(config: HFConfig) -> ModelConfig:
+    require_full_attention(config, active=True)
+    return read_common(
+        config,
+        num_moe_experts=config["num_local_experts"],
+        moe_router_topk=config["num_experts_per_tok"],
+        moe_ffn_hidden_size=config["intermediate_size"],
+        **llama3_fields(read_rope(config), config),
+    )
+
+
+def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
+    _require_experts(arch)
+    return {
+        **write_common(arch),
+        **write_llama3(arch),
+        "num_local_experts": arch["num_moe_experts"],
+        "num_experts_per_tok": arch["moe_router_topk"],
+        "sliding_window": None,
+    }
+
+
+def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
+    config.require("attention_bias", (False, None), "biases are not known here")
+    require_full_attention(config, active=config["use_sliding_window"])
+    step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
+    is_moe = [int(i not in dense and (i + 1) % step == 0) for i in range(config["num_hidden_layers"])]
+    if not any(is_moe):
+        raise ConfigError("config.json of Qwen3MoeForCausalLM has no layer with experts: call it Qwen3ForCausalLM")
+    transformer: dict[str, Any] = {} if all(is_moe) else {"moe_layer_freq": is_moe}
+    if not config["norm_topk_prob"]:
+        transformer["moe_router_pre_softmax"] = True  # a softmax over the chosen experts alone would sum to 1
+    num_experts = config.values.get("num_local_experts") or config["num_experts"]  # transformers 5 renames it
+    return read_common(
+        config,
+        qk_layernorm=True,
+        num_moe_experts=num_experts,
+        moe_router_topk=config["num_experts_per_tok"],
+        moe_ffn_hidden_size=config["moe_intermediate_size"],
+        transformer=transformer,
+        **llama3_fields(read_rope(config), config),
+    )
+
+
+def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:
+    _require_experts(arch)
+    return {
+        **write_common(arch),
+        **write_llama3(arch),
+        "attention_bias": False,
+        "num_experts": arch["num_moe_experts"],
+        "num_experts_per_tok": arch["moe_router_topk"],
+        "moe_intermediate_size": arch["moe_ffn_hidden_size"],
+        "norm_topk_prob": not arch["moe_router_pre_softmax"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, moe in enumerate(arch["moe_layer_freq"]) if not moe],
+        "use_sliding_window": False,
+    }
+
+
+def _require_experts(arch: dict[str, Any]) -> None:
+    if arch["num_moe_experts"] is None:
+        raise ConfigError("this model has no experts")
+
+
+MIXTRAL = Family(
+    "MixtralForCausalLM",
+    "mixtral",
+    _read_mixtral,
+    _write_mixtral,
+    COMMON_DEFAULTS
+    | {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+)
+QWEN3_MOE = Family(
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    _read_qwen3_moe,
+    _write_qwen3_moe,
+    COMMON_DEFAULTS
+    | {
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+        "sliding_window": 4096,
+    },
+)

@@ -1,0 +1,200 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A family of Hugging Face models: its config.json to a `ModelConfig` and back, and its rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_selfdistill.config import ConfigError, ModelConfig
+from megatron_selfdistill.model.hf.decoder import ExpertNames, decoder_rules
+from megatron_selfdistill.model.hf.rules import Rule
+
+
+class HFConfig:
+    """A config.json: what it says, else what transformers' class of this architecture assumes."""
+
+    def __init__(self, architecture: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.architecture, self.values, self.defaults = architecture, values, defaults
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self.values:
+            return self.values[key]
+        if key in self.defaults:
+            return self.defaults[key]
+        raise ConfigError(f"config.json of {self.architecture} has no {key}")
+
+    def require(self, key: str, allowed: tuple[Any, ...], otherwise: str) -> None:
+        """Refuse any other value of a field that changes the model's numbers."""
+        if self[key] not in allowed:
+            raise ConfigError(f"config.json of {self.architecture} has {key}={self[key]!r}: {otherwise}")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of transformers."""
+
+    architecture: str
+    """As in ``architectures`` of config.json: ``LlamaForCausalLM``."""
+    model_type: str
+    """As in ``model_type``: ``llama``."""
+    read: Callable[[HFConfig], ModelConfig]
+    """Every field of config.json that changes logits; refuses what Megatron cannot do."""
+    write: Callable[[dict[str, Any]], dict[str, Any]]
+    """From `architecture` of a model to the fields of config.json."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers' configuration class assumes where config.json is silent."""
+    expert_names: ExpertNames = field(default_factory=ExpertNames)
+    """How this family names the tensors of its mixture of experts."""
+
+    def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
+        """The model that a config.json describes.
+
+        Raises: ConfigError, one sentence, for a field that is missing or that Megatron Core would compute otherwise.
+        """
+        _require_known_quantization(hf_config)
+        return self.read(HFConfig(self.architecture, hf_config, self.defaults))
+
+    def hf_config(
+        self, model: ModelConfig, dtype: str = "bfloat16", extra: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A config.json for ``model``, that any version of transformers and vLLM reads.
+
+        ``extra``: the original config.json, which is then returned with its ``torch_dtype`` set and without its
+        ``quantization_config`` (the written weights are not quantised); or a few further keys such as token ids.
+        Raises: ConfigError where the result would describe another model, showing both.
+        """
+        config = dict(extra or {})
+        if "num_hidden_layers" not in config:
+            config = self.describe(model) | config
+        config.pop("quantization_config", None)
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+        differing = differences(self.model_config(config), model)
+        if differing:
+            raise ConfigError(f"a config.json of {self.architecture} cannot be this model's: {said(differing)}")
+        return config
+
+    def describe(self, model: ModelConfig) -> dict[str, Any]:
+        """The config.json nearest to ``model``, which may leave out what this family cannot say."""
+        return {"architectures": [self.architecture], "model_type": self.model_type} | self.write(architecture(model))
+
+    def rules(self, model: ModelConfig, stacked: bool | None = None) -> list[Rule]:
+        """Every tensor of the model, each exactly once: embedding, layers, norm, output, then carried layers.
+
+        ``stacked``: whether a torch_dist checkpoint holds all layers under one key; null is what Megatron writes for
+        this model (stacked, unless dense and MoE layers are mixed).
+        """
+        return decoder_rules(architecture(model), self.expert_names, stacked)
+
+
+_NO_PART_OF_A_MODEL = {
+    *"provider make_vocab_size_divisible_by init_method_std transformer".split(),
+    *"moe_aux_loss_coeff moe_z_loss_coeff".split(),
+}
+
+_MLA = {
+    "q_lora_rank": 512,
+    "kv_lora_rank": 512,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_type": "yarn",
+}
+_YARN = {
+    "rotary_scaling_factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+_MOE = {
+    "moe_layer_freq": 1,
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+    "moe_apply_probs_on_input": False,
+}
+_ANY = {
+    "multi_latent_attention": False,
+    "layernorm_zero_centered_gamma": False,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "softmax_scale": None,
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
+    "linear_attention_freq": None,
+    "experimental_attention_variant": None,
+    "apply_residual_connection_post_layernorm": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+}
+TRANSFORMER_DEFAULTS = {**_ANY, **_MOE, **_MLA, **_YARN}
+"""The keys of ``model.transformer`` that change logits, with Megatron's defaults; others (kernels, parallelism,
+training) do not matter to a conversion."""
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """All that decides a model's tensors and logits, by Megatron's names: fields of `ModelConfig`, then those keys of
+    ``model.transformer`` that matter.  Nulls are replaced by what they mean, and fields without effect by null, so two
+    configurations of one model are equal."""
+    values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in _NO_PART_OF_A_MODEL}
+    values |= {name: model.transformer.get(name, default) for name, default in TRANSFORMER_DEFAULTS.items()}
+    # The dictionary may override a field.
+    values |= {name: value for name, value in model.transformer.items() if name in values}
+    heads = values["num_attention_heads"]
+    values["ffn_hidden_size"] = values["ffn_hidden_size"] or 4 * values["hidden_size"]
+    values["num_query_groups"] = values["num_query_groups"] or heads
+    values["kv_channels"] = values["kv_channels"] or values["hidden_size"] // heads
+    without_effect: set[str] = set()
+    if values["num_moe_experts"] is None:
+        without_effect |= _MOE.keys() | {name for name in values if name.startswith("moe_")}
+    else:
+        values["moe_ffn_hidden_size"] = values["moe_ffn_hidden_size"] or values["ffn_hidden_size"]
+        values["moe_layer_freq"] = moe_layers(values["moe_layer_freq"], values["num_layers"])
+        if 0 not in values["moe_layer_freq"]:
+            without_effect.add("ffn_hidden_size")
+    if values["multi_latent_attention"]:
+        without_effect |= {"kv_channels", "num_query_groups", "rope_scaling", "rope_scaling_factor"}
+    else:
+        without_effect |= _MLA.keys() | _YARN.keys()
+    if values["rope_type"] != "yarn":
+        without_effect |= _YARN.keys()
+    if not values["rope_scaling"]:
+        without_effect.add("rope_scaling_factor")
+    return values | dict.fromkeys(without_effect & values.keys())
+
+
+def moe_layers(freq: int | list[int], num_layers: int) -> list[int]:
+    """Per layer, 1 for experts and 0 for a dense MLP: Megatron's ``moe_layer_freq`` written out."""
+    return [int(i % freq == 0) for i in range(num_layers)] if isinstance(freq, int) else [int(f) for f in freq]
+
+
+def differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Where two configurations describe different models: name -> (of ``a``, of ``b``); empty for the same model."""
+    left, right = architecture(a), architecture(b)
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+
+
+def said(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """`differences` from a config.json to a model, in words."""
+    return "; ".join(f"{name} would be {a!r} but the model has {b!r}" for name, (a, b) in differing.items())
+
+
+def _require_known_quantization(hf_config: Mapping[str, Any]) -> None:
+    quantization = hf_config.get("quantization_config")
+    if quantization is None:
+        return
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if method != "fp8" or not block or len(block) != 2:
+        raise ConfigError(
+            f"config.json has quantization_config with quant_method={method!r} and weight_block_size={block}: only "
+            "block-scaled fp8 weights can be dequantised; take the unquantised model"
+        )

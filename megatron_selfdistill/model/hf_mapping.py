@@ -1,0 +1,144 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Hugging Face models and Megatron's: one table of tensors per family, read in both directions, in full tensors.
+
+    family = family_of(config)                    # config.json as a dict
+    model = family.model_config(config)           # ModelConfig
+    rules = check_names(family.rules(model), names_in_the_folder)
+    rule.to_megatron(*hf_tensors), rule.to_hf(tensor)
+
+Nothing here reads a file, knows about ranks or computes: sharding is Megatron's, streaming the converter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron_selfdistill.config import ConfigError, ModelConfig
+from megatron_selfdistill.model.hf import deepseek, dense, experts
+from megatron_selfdistill.model.hf.family import Family, architecture, differences, said
+from megatron_selfdistill.model.hf.rules import CARRIED, MegatronSlice, Rule, dequantise_blocks
+
+__all__ = [
+    "CARRIED",
+    "FAMILIES",
+    "TIED",
+    "Family",
+    "MegatronSlice",
+    "Rule",
+    "architecture",
+    "check_names",
+    "check_shapes",
+    "dequantise_blocks",
+    "differences",
+    "family_of",
+    "family_of_model",
+    "without_absent_layers",
+]
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        dense.LLAMA,
+        dense.MISTRAL,
+        dense.QWEN2,
+        dense.QWEN3,
+        experts.MIXTRAL,
+        experts.QWEN3_MOE,
+        deepseek.DEEPSEEK_V3,
+    )
+}
+"""By the name in ``architectures`` of a config.json."""
+
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
+"""In a tied model the first, where a folder has it at all, must equal the second, and is not converted."""
+
+_SHOWN = 4
+_SCALES = "_scale_inv"
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, by its ``architectures``, else by its ``model_type``.
+
+    Raises: ConfigError that lists the known ones.
+    """
+    named = list(hf_config.get("architectures") or [])
+    for name in named:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    if not named:
+        for family in FAMILIES.values():
+            if family.model_type == hf_config.get("model_type"):
+                return family
+    got = ", ".join(named) or f"model_type {hf_config.get('model_type')!r}"
+    raise ConfigError(f"config.json says {got}, but only these architectures are known: {', '.join(FAMILIES)}")
+
+
+def family_of_model(model: ModelConfig) -> Family:
+    """The first family whose config.json can say all that ``model`` is.  Mistral's says no more than Llama's.
+
+    Raises: ConfigError with the nearest family and what it cannot say.
+    """
+    unlike: list[tuple[int, str]] = []
+    for family in FAMILIES.values():
+        try:
+            differing = differences(family.model_config(family.describe(model)), model)
+        except ConfigError:
+            continue
+        if not differing:
+            return family
+        unlike.append((len(differing), f"{family.architecture}, {said(differing)}"))
+    nearest = f" (nearest: {min(unlike)[1]})" if unlike else ""
+    raise ConfigError(f"no known Hugging Face architecture is this model{nearest}")
+
+
+def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
+    """The rules that apply to a folder with tensors ``hf_names``: all, less carried layers that it has none of.
+
+    Companions of FP8 weights (``..._scale_inv``), the inverse frequencies that old files hold, and `TIED` are expected.
+    Raises: ConfigError, one sentence naming the first missing and the first unexpected tensors.
+    """
+    found = set(hf_names)
+    rules = without_absent_layers(rules, found)
+    mapped = {name for rule in rules for name in rule.hf_names}
+    expected = mapped | {name + _SCALES for name in mapped}
+    if TIED[1] in mapped:
+        expected.add(TIED[0])
+    missing = sorted(mapped - found)
+    extra = sorted(name for name in found - expected if not name.endswith("rotary_emb.inv_freq"))
+    faults = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in extra]
+    _raise_first(faults)
+    return rules
+
+
+def check_shapes(rules: Iterable[Rule], hf_shapes: Mapping[str, Iterable[int]]) -> None:
+    """Raise ConfigError, one sentence, unless every mapped tensor has its shape.  Reads no data."""
+    faults = []
+    for rule in rules:
+        for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
+            if tuple(hf_shapes[name]) != shape:
+                faults.append(f"{name} has shape {list(hf_shapes[name])}, expected {list(shape)}")
+    _raise_first(faults)
+
+
+def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[Rule]:
+    """``rules`` less the carried layers of which ``names`` (Hugging Face names, or a checkpoint's keys) has nothing:
+    transformers writes ``num_nextn_predict_layers`` to config.json, but not those layers."""
+    rules, found = list(rules), set(names)
+    present = {
+        _layer_of(rule)
+        for rule in rules
+        if rule.carried and (rule.megatron.key in found or found.intersection(rule.hf_names))
+    }
+    return [rule for rule in rules if not rule.carried or _layer_of(rule) in present]
+
+
+def _layer_of(rule: Rule) -> str:
+    """Of a carried tensor ``hf_carried.model.layers.61.eh_proj.weight``: 61."""
+    return rule.hf_names[0].split(".")[2]
+
+
+def _raise_first(faults: list[str]) -> None:
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ConfigError(f"the tensors do not fit this model: {'; '.join(faults[:_SHOWN])}{more}")
