@@ -97,8 +97,8 @@ def judgement(outcomes: Sequence[Outcome]) -> str:
     else:
         verdict = (
             f"The mix is no better than the teacher alone here ({difference:+.3f} sampled): under reverse KL and with "
-            "a good teacher,\nplain on-policy self-distillation does as well.  02_wrong_hints.py shows where the mix "
-            "pays."
+            "a good teacher,\nplain on-policy self-distillation does as well.  02_wrong_hints.py and forward KL show "
+            "where the mix pays."
         )
     return (
         f"{verdict}\nFine-tuning on the text of the hints teaches to state answers without working them out "

@@ -3,9 +3,9 @@
 
 The task of the quickstart, its base and its recipe; only the hints of the training problems change.  On-policy reverse
 KL learns almost as well from hints of which most are wrong: a wrong digit is adopted only where the student itself
-already writes it.  Under forward KL it is adopted, and there the mix loses less than the teacher alone.  Where the
-teacher alone does as well as the mix (under reverse KL), the table shows it.  The entropy guard is off, so that every
-arm runs to its end.
+already writes it, and there the teacher alone does as well as the mix.  Under forward KL wrong digits are adopted: the
+samples get worse than before training, with 30 % wrong hints less so for the mix than for the teacher alone, with 60 %
+for both.  The entropy guard, which stops such runs, is off here, so that every arm runs to its end.
 
     python examples/02_wrong_hints.py
 """
@@ -22,7 +22,7 @@ import tables
 from arms import Arm, Outcome, console
 from pretraining import write_records
 
-WITHOUT_GUARD = "guards.max_entropy_ratio=null"  # it would end the worst arm early
+WITHOUT_GUARD = "guards.max_entropy_ratio=null"
 ARMS = (arms.SELF_DISTILLATION, arms.TEACHER_ALONE, arms.FORWARD_KL, arms.TEACHER_ALONE_FORWARD_KL)
 
 

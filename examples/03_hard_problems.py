@@ -2,8 +2,8 @@
 """Hard problems: two columns must borrow with a zero on top (300-004), and the base is never right.
 
 Self-distillation learns from rollouts that are all wrong: every token behind the hint is a lesson.  Rejection
-fine-tuning with a verifier has nothing to learn from until a rollout happens to be right, and starts slowly.  Rollouts
-are the student's own.  The teacher alone does as well as the mix.
+fine-tuning with a verifier learns only from rollouts that happen to be right, a few per cent at first: it is behind at
+the beginning, and catches up.  Rollouts are the student's own.  The teacher alone does as well as the mix.
 
     python examples/03_hard_problems.py
 """
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(tables.accuracy_by_step("Greedy accuracy by step", outcomes, moments))
     console.print(
         f"Before training {before.greedy:.3f} of the greedy responses and {before.sampled:.3f} of the samples are "
-        "right.\nA verifier's reward is almost silent there, and RFT starts slowly; the teacher's tokens teach from "
-        "the first step on.\nThe teacher alone learns these problems as well as the mix.",
+        "right.\nA verifier is almost silent at first, so RFT starts behind; the teacher's tokens teach from the "
+        "first step on.\nThe teacher alone learns these problems as well as the mix.",
         soft_wrap=True,
     )
     return 0

@@ -170,7 +170,7 @@ def _measurement(
     )
 
 
-def command(overrides: Sequence[str]) -> str:
+def command(overrides: Sequence[str], config_name: str = CONFIG_NAME) -> str:
     """The shell command that runs the trainer with these overrides, from the present folder."""
     if shutil.which("selfdistill"):
         program = "selfdistill"
@@ -180,7 +180,7 @@ def command(overrides: Sequence[str]) -> str:
         program = f"{_relative(Path(sys.executable))} -m megatron_selfdistill.train"
     # The folder is where the verifiers are; one thread, as here, gives the same numbers to the last digit.
     settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parent))} OMP_NUM_THREADS=1"
-    return f"{settings} {program} --config-name {CONFIG_NAME} {shlex.join(overrides)}"
+    return f"{settings} {program} --config-name {config_name} {shlex.join(overrides)}"
 
 
 def _relative(path: Path) -> str:

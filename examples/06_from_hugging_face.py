@@ -1,0 +1,260 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""From a Hugging Face folder to a self-distilled Hugging Face folder, through Megatron, on a CPU.
+
+transformers makes a small Qwen3 that has learnt column subtraction from pupils' homework, mistakes included.  Its
+folder becomes a Megatron checkpoint, which trains itself as in 01_quickstart.py, on problems with their answers as
+hints; the result becomes a Hugging Face folder again.  transformers loads it and answers held-out problems, before and
+after; its logits are those of the Megatron model that was trained.
+
+    python examples/06_from_hugging_face.py
+    python examples/06_from_hugging_face.py --hf Qwen3-0.6B --data problems.jsonl       your own model and problems
+
+With a model of your own, settings of `selfdistill` may follow, such as rollout.max_new_tokens=200.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import arms
+import subtraction
+from arms import console
+from pretraining import CONFIG_NAME, write_records, write_tokenizer
+
+from megatron_selfdistill import config as configuration
+
+if TYPE_CHECKING:  # torch, transformers and Megatron are imported by what needs them: --help answers at once
+    from torch import Tensor
+
+    from megatron_selfdistill.run import Run
+
+PRETRAINING_STEPS = 600
+PRETRAINING_BATCH = 64
+NUM_STEPS = 60
+NUM_SHOWN = 300  # held-out problems that transformers answers
+NUM_TEXTS = 8  # texts that logits are compared on
+TOLERANCE = 1e-3
+
+# The quickstart's settings; what the model is, its checkpoint says.
+SUBTRACTION = ("~model", "model.make_vocab_size_divisible_by=8", "evaluation.every=0", "evaluation.at_start=false")
+OWN_MODEL = ("optimizer=fp32", "data.global_batch_size=8", "schedule.max_tokens=2048", "metrics.console_every=1")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is distilled, and how."""
+
+    hf: Path
+    """The Hugging Face folder to start from."""
+    config_name: str
+    overrides: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arms.example_parser(__doc__)
+    parser.add_argument("--hf", type=Path, help="a Hugging Face folder to start from, instead of a model made here")
+    parser.add_argument("--data", type=Path, help="with --hf: JSONL with problem and solution")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --hf: settings of selfdistill")
+    options = parser.parse_args(argv)
+    if (options.hf is None) != (options.data is None) or (options.overrides and options.hf is None):
+        parser.error("--hf and --data go together, and settings go with them")
+    arms.prepare_process()
+    root = options.folder / "from_hugging_face" / (options.hf.name if options.hf else f"seed{options.seed}")
+    if options.hf is None:
+        task = subtraction_task(options.seed, options.folder)
+    else:
+        task = Task(options.hf, "train", (*OWN_MODEL, f"data.path={options.data}", *options.overrides))
+    out, difference = distil(task, root, options.steps or NUM_STEPS, options.seed)
+    if options.hf is None:
+        console.print(f"greedy answers by transformers on {NUM_SHOWN} held-out problems")
+        for label, folder in (("before", task.hf), ("after", out)):
+            console.print(f"  {label:<8} {accuracy(folder):.3f}   {folder}")
+    console.print(
+        f"{out}: largest difference between its logits and those of the live Megatron model: {difference:.1e}"
+    )
+    return 0 if difference <= TOLERANCE else 1
+
+
+def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, float]:
+    """Convert, train, convert back: the new Hugging Face folder, and how far its logits are from the live model's."""
+    from megatron_selfdistill.checkpoint import convert
+
+    megatron, run_dir, out = root / "megatron", root / "run", root / "self_distilled"
+    for folder in (megatron, run_dir, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    announce("Hugging Face to Megatron", f"tools/convert.py hf-to-megatron --hf {task.hf} --out {megatron}")
+    convert.hf_to_megatron(task.hf, megatron)
+    overrides = (
+        *task.overrides,
+        f"num_steps={num_steps}",
+        f"seed={seed}",
+        f"data.tokenizer={task.hf}",
+        f"checkpoint.load={megatron}",
+        f"run_dir={run_dir}",
+    )
+    announce("self-distillation", arms.command(overrides, task.config_name))
+    texts, live = train(overrides, task.config_name)
+    announce(
+        "Megatron to Hugging Face",
+        f"tools/convert.py megatron-to-hf --megatron {run_dir / 'checkpoints'} --hf-config {task.hf} --out {out}",
+    )
+    convert.megatron_to_hf(run_dir / "checkpoints", out, hf_config=task.hf)
+    return out, largest_difference(out, texts, live)
+
+
+def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], list[Tensor]]:
+    """The trainer's own parts and loop; then a few prompts as tokens, and the live model's logits on them."""
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+    from megatron_selfdistill.guards import RunUnhealthy
+    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.train import loop
+
+    given = configuration.given_keys(overrides, config_name)
+    config = with_stored_architecture(configuration.load(overrides, config_name), given)
+    inputs = Inputs.load(config)
+    grid = parallel.initialize(config.parallel, config.seed)
+    try:
+        run = Run(config, inputs, grid)
+        try:
+            loop(run)
+        except RunUnhealthy as unhealthy:
+            run.save()
+            console.print(f"stopped: {unhealthy}")
+        finally:
+            run.close()
+        texts = [inputs.builder.student_prompt(problem) for problem in inputs.problems.problems[:NUM_TEXTS]]
+        return texts, [logits(run, text) for text in texts]
+    finally:
+        parallel.shutdown()
+
+
+def logits(run: Run, tokens: Sequence[int]) -> Tensor:
+    """``[length, vocabulary]`` of the model that was trained; on one rank it is a single chunk."""
+    import torch
+
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        return run.chunks[0](ids, torch.arange(len(tokens))[None], None)[0, :, : run.inputs.vocab_size].float()
+
+
+def largest_difference(hf: Path, texts: Sequence[Sequence[int]], live: Sequence[Tensor]) -> float:
+    """Between transformers' logits and the live model's, on the same tokens."""
+    import torch
+
+    _, model = load(hf)
+    with torch.no_grad():
+        theirs = [
+            model(torch.tensor([text])).logits[0, :, : mine.shape[-1]] for text, mine in zip(texts, live, strict=True)
+        ]
+    return max(float((a - b).abs().max()) for a, b in zip(theirs, live, strict=True))
+
+
+def accuracy(hf: Path) -> float:
+    """Share of held-out problems that transformers' greedy decoding solves."""
+    import torch
+
+    tokenizer, model = load(hf)
+    problems = subtraction.held_out_problems()[:NUM_SHOWN]
+    prompts = tokenizer([problem["problem"] for problem in problems], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        written = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=26, do_sample=False)[
+            :, prompts.shape[1] :
+        ]
+    answers = [text.partition(";")[2] for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    return sum(a == problem["answer"] for a, problem in zip(answers, problems, strict=True)) / len(problems)
+
+
+def load(hf: Path) -> tuple[Any, Any]:
+    """transformers' tokenizer and model, in float32 as the CPU run was."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(hf), AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+
+
+def subtraction_task(seed: int, root: Path) -> Task:
+    """The model made here, and problems with answers as hints."""
+    hf = root / "bases" / f"qwen3-seed{seed}-{PRETRAINING_STEPS}"
+    began = time.perf_counter()
+    announce("base model", f"{PRETRAINING_STEPS} steps of next-token training in transformers")
+    if not hf.exists():
+        make_qwen3(hf, seed)
+        console.print(f"pretrained in {time.perf_counter() - began:.0f} s: {hf}", soft_wrap=True)
+    problems = write_records(root / "from_hugging_face" / "train.jsonl", subtraction.training_problems(seed))
+    return Task(hf, CONFIG_NAME, (*SUBTRACTION, f"data.path={problems}"))
+
+
+def make_qwen3(folder: Path, seed: int) -> None:
+    """A Qwen3 of a tenth of a million parameters; transformers and torch train it on the quickstart's corpus."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    end, padding = len(subtraction.ALPHABET) - 2, len(subtraction.ALPHABET) - 1
+    config = Qwen3Config(
+        vocab_size=len(subtraction.ALPHABET),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=192,
+        rope_theta=1000.0,
+        initializer_range=0.0875,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=padding,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 5e-3, PRETRAINING_STEPS, pct_start=0.05, anneal_strategy="linear", cycle_momentum=False
+    )
+    for number in range(PRETRAINING_STEPS):
+        rng = random.Random(f"{seed}/{number}")
+        tokens, labels = corpus_batch([subtraction.corpus_row(rng) for _ in range(PRETRAINING_BATCH)], padding)
+        loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    temporary = folder.with_suffix(".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.eval().save_pretrained(temporary)
+    write_tokenizer(temporary, subtraction.ALPHABET)
+    temporary.rename(folder)  # complete, or not there
+
+
+def corpus_batch(rows: Sequence[tuple[str, str, str]], padding: int) -> tuple[Tensor, Tensor]:
+    """Rows of (prompt, text to read, text to predict) as ``[b, s]`` tokens and labels; -100 where nothing is learnt."""
+    import torch
+
+    length = max(len(prompt) + len(text) for prompt, text, _ in rows)
+    tokens, labels = torch.full((len(rows), length), padding), torch.full((len(rows), length), -100)
+    for i, (prompt, text, wanted) in enumerate(rows):
+        tokens[i, : len(prompt) + len(text)] = torch.tensor([subtraction.ALPHABET.index(c) for c in prompt + text])
+        first = len(prompt) - 1
+        labels[i, first : first + len(wanted)] = torch.tensor([subtraction.ALPHABET.index(c) for c in wanted])
+    return tokens, labels
+
+
+def announce(title: str, command: str) -> None:
+    """A rule and, dim, how the same is done by hand."""
+    console.rule(f"[bold]{title}", align="left")
+    console.print(command, style="dim", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
