@@ -176,8 +176,9 @@ def accuracy(hf: Path) -> float:
 def load(hf: Path) -> tuple[Any, Any]:
     """transformers' tokenizer and model, in float32 as the CPU run was."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     return AutoTokenizer.from_pretrained(hf), AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
 
 
@@ -196,8 +197,9 @@ def subtraction_task(seed: int, root: Path) -> Task:
 def make_qwen3(folder: Path, seed: int) -> None:
     """A Qwen3 of a tenth of a million parameters; transformers and torch train it on the quickstart's corpus."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoModelForCausalLM, Qwen3Config, logging
 
+    logging.disable_progress_bar()
     end, padding = len(subtraction.ALPHABET) - 2, len(subtraction.ALPHABET) - 1
     config = Qwen3Config(
         vocab_size=len(subtraction.ALPHABET),

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 
@@ -68,6 +69,10 @@ def _replace_factories() -> None:
 
         return create
 
+    # ``with torch.device("meta")`` knows the functions that it applies to by identity, and looks them up when first
+    # used: had it only seen the replacements, it would do nothing, and transformers would load models without their
+    # rotary frequencies.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
     for name in _TENSOR_FACTORIES:

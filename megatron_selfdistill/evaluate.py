@@ -236,9 +236,7 @@ def _check(problems: Sequence[Problem], verifier: Verifier, num_samples: int, ks
     if not problems:
         raise ValueError("Evaluation: expected at least one problem, got none.")
     if num_samples and (max(ks, default=1) > num_samples or min(ks, default=1) < 1):
-        raise ValueError(
-            f"Evaluation: expected every k of pass@k from 1 to the {num_samples} samples, got {list(ks)}."
-        )
+        raise ValueError(f"Evaluation: expected every k of pass@k from 1 to the {num_samples} samples, got {list(ks)}.")
     unanswered = [problem for problem in problems if problem.answer is None]
     if unanswered and verifier in BUILT_IN.values():
         raise ValueError(
@@ -312,9 +310,7 @@ def _judged_by_all(
 def response_text(response: Response, tokenizer: Tokenizer) -> str:
     """What the model said, without special tokens and the stop token, which may be an ordinary one."""
     ended = response.finish_reason == "stop"
-    return tokenizer.decode(
-        response.token_ids[:-1] if ended else response.token_ids, skip_special_tokens=True
-    )
+    return tokenizer.decode(response.token_ids[:-1] if ended else response.token_ids, skip_special_tokens=True)
 
 
 def _result(
@@ -352,9 +348,7 @@ def _result(
         sampled_mean_length=share(every_sample, "length") if num_samples else None,
         sampled_truncated_share=share(every_sample, "truncated") if num_samples else None,
         pass_at_k={
-            k: sum(pass_at_k(num_samples, c, k) for c in num_correct) / len(problems)
-            for k in ks
-            if num_samples
+            k: sum(pass_at_k(num_samples, c, k) for c in num_correct) / len(problems) for k in ks if num_samples
         },
         transcripts=transcripts,
     )

@@ -142,9 +142,7 @@ def _limits(config: GuardsConfig) -> list[_Limit]:
     if config.min_entropy_ratio is not None:
         advice = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"
         limits.append(
-            _Limit(
-                "entropy collapse", "entropy/student", "min_entropy_ratio", config.min_entropy_ratio, advice
-            )
+            _Limit("entropy collapse", "entropy/student", "min_entropy_ratio", config.min_entropy_ratio, advice)
         )
     if config.max_entropy_ratio is not None:
         advice = "use reverse KL, k_max = 1 + w and a frozen teacher (the defaults), or lower optimizer.lr"
@@ -160,12 +158,8 @@ def _limits(config: GuardsConfig) -> list[_Limit]:
             )
         )
     if config.min_length_ratio is not None:
-        advice = (
-            "responses no longer show their work: read some, and change data.teacher_template or the teacher"
-        )
+        advice = "responses no longer show their work: read some, and change data.teacher_template or the teacher"
         limits.append(
-            _Limit(
-                "length collapse", "response/length_mean", "min_length_ratio", config.min_length_ratio, advice
-            )
+            _Limit("length collapse", "response/length_mean", "min_length_ratio", config.min_length_ratio, advice)
         )
     return limits

@@ -15,7 +15,7 @@ import torch
 from megatron_selfdistill import schedule
 from megatron_selfdistill.batch import largest, pack_everywhere
 from megatron_selfdistill.checkpoint.arguments import megatron_args
-from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights
+from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.packing import PackedBatch
@@ -51,7 +51,11 @@ class Run:
         self.stream = ProblemStream(inputs.problems, batch_size=config.data.global_batch_size, seed=config.seed)
         self.recording = Recording(config.rollout.replay) if config.rollout.replay else None
         self.checkpointer = Checkpointer(
-            self.run_dir, grid, keep_last=config.checkpoint.keep_last, async_save=config.checkpoint.async_save
+            self.run_dir,
+            grid,
+            keep_last=config.checkpoint.keep_last,
+            async_save=config.checkpoint.async_save,
+            verify=config.checkpoint.verify,
         )
         self.resumed_from = self._checkpoint_to_resume()
         self._build_model()
@@ -232,7 +236,7 @@ class Run:
                     "guards": self.guards.state_dict(),
                     "batch_k": self.batch_k,
                 },
-                args=megatron_args(self.chunks[0], self.config.model),
+                args=megatron_args(self.chunks[0], replace(self.config.model, vocab_size=self.inputs.vocab_size)),
             )
 
     def close(self) -> None:
@@ -258,9 +262,13 @@ class Run:
 
         self.chunks = wrap_for_training(new_chunks(), config.optimizer)
         self.vocab = VocabShard.from_group(unwrapped(self.chunks[-1]).vocab_size, self.inputs.vocab_size, grid.tp_group)
-        if config.checkpoint.load is not None and self.resumed_from is None:
-            load_weights(Path(config.checkpoint.load), self.chunks, self.inputs.vocab_size)
+        vocab_size, verify = self.inputs.vocab_size, config.checkpoint.verify
+        load = None if self.resumed_from is not None else config.checkpoint.load
+        if load is not None and not config.checkpoint.load_optimizer:
+            load_weights(Path(load), self.chunks, vocab_size, verify)
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
+        if load is not None and config.checkpoint.load_optimizer:
+            load_weights_and_optimizer(Path(load), self.chunks, self.optimizer, vocab_size, verify)
         self.teacher = Teacher(
             config.teacher.weights if self.distils else "current",
             self.chunks,

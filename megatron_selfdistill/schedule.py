@@ -31,7 +31,7 @@ from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.teacher_bank import TeacherBank, local_response_rows
 
 RowLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
-"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats; its loss has a gradient."""
+"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient."""
 
 PAIR_ORDERS = ("teacher_first", "alternating")
 

@@ -85,9 +85,7 @@ class TeacherBank:
             received.append(theirs[self.owner[theirs] == self.grid.cp_rank])
         counts = [len(x) for x in received]
         out = kept.new_empty(sum(counts), kept.size(1))
-        dist.all_to_all_single(
-            out, kept[by_owner.to(kept.device)].contiguous(), counts, send, group=self.grid.cp_group
-        )
+        dist.all_to_all_single(out, kept[by_owner.to(kept.device)].contiguous(), counts, send, group=self.grid.cp_group)
         return out, torch.cat(received)
 
 

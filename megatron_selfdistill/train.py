@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Train a Megatron model on its own responses, towards what it would have said had it known the solution.
 
-    selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
-    torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
+selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
+torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -35,22 +36,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.print:
             print(configuration.to_yaml(config))
             return 0
-        return train(config)
-    except ConfigError as error:
+        given = configuration.given_keys(arguments.overrides, arguments.config_name, arguments.config_dir)
+        return train(config, given)
+    except (ConfigError, CheckpointError) as error:
         print(f"[rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
 
 
-def train(config: Config) -> int:
+def train(config: Config, given: Collection[str] | None = None) -> int:
     """The whole run: check, build, loop.  Returns 0, or `EXIT_UNHEALTHY` where a guard stopped it, with a checkpoint.
 
+    ``given``: the keys that somebody set, which must not contradict the checkpoint that the run starts from; null: all
+    that are not at their defaults.
     Raises `ConfigError` for bad input: what can be seen without other ranks is seen before they are met.
     """
     from megatron_selfdistill import parallel
+    from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
     from megatron_selfdistill.guards import RunUnhealthy
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
 
+    config = with_stored_architecture(config, given)
     config.check_world(parallel.world_size())
     inputs = Inputs.load(config)
     grid = parallel.initialize(config.parallel, config.seed)
@@ -86,6 +92,7 @@ def loop(run: Run) -> None:
 
 def _announce(run: Run) -> None:
     """Write the resolved configuration into the run folder and say what will run."""
+    from megatron_selfdistill.checkpoint.convert import carry_companions
     from megatron_selfdistill.model.architecture import uses_transformer_engine
     from megatron_selfdistill.model.build import megatron_in_use
 
@@ -95,6 +102,8 @@ def _announce(run: Run) -> None:
     folder = Path(run.config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(configuration.to_yaml(run.config))
+    if run.config.checkpoint.load:
+        carry_companions(Path(run.config.checkpoint.load), folder)
     layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
     start = run.config.checkpoint.load or "random weights"
@@ -103,8 +112,8 @@ def _announce(run: Run) -> None:
         f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}",
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
-        f"{len(run.inputs.problems)} problems ({counts.truncated} with a shortened solution; left out: {counts.dropped} "
-        f"too long, {run.inputs.problems.num_skipped} bad); contexts of at most {run.inputs.max_length} tokens",
+        f"{len(run.inputs.problems)} problems ({counts.truncated} with a shortened solution; left out: "
+        f"{counts.dropped} too long, {run.inputs.problems.num_skipped} bad); contexts of at most {run.inputs.max_length} tokens",
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
     ):
         run.log.message(line)

@@ -44,9 +44,7 @@ _GQA = ModelConfig(
 _MODELS = {
     "gqa": _GQA,  # grouped queries, untied
     "tied": dataclasses.replace(_GQA, share_embeddings_and_output_weights=True, add_qkv_bias=True),
-    "moe": dataclasses.replace(
-        _GQA, num_layers=2, num_moe_experts=4, moe_ffn_hidden_size=32, qk_layernorm=True
-    ),
+    "moe": dataclasses.replace(_GQA, num_layers=2, num_moe_experts=4, moe_ffn_hidden_size=32, qk_layernorm=True),
 }
 
 
@@ -108,9 +106,7 @@ def full_weight(key: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
     """The whole tensor named ``key``.  More rows leave the first ones as they are, so that vocabularies
     padded for different TP sizes agree."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    normal = np.random.Generator(np.random.Philox(int.from_bytes(digest, "little"))).standard_normal(
-        tuple(shape)
-    )
+    normal = np.random.Generator(np.random.Philox(int.from_bytes(digest, "little"))).standard_normal(tuple(shape))
     weight = torch.from_numpy(normal).float()
     if "norm" in key:
         return 1 + 0.2 * weight

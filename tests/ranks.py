@@ -109,9 +109,7 @@ class RankPool:
             self._kill(rank, wait=1.0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _request(
-        self, fn: Callable, args: tuple, kwargs: dict, world_size: int, timeout: float, init: bool
-    ) -> bytes:
+    def _request(self, fn: Callable, args: tuple, kwargs: dict, world_size: int, timeout: float, init: bool) -> bytes:
         if "<" in fn.__qualname__:
             raise ValueError(
                 f"expected a function at the top of a module, got {fn.__qualname__}; ranks import it by name"
@@ -166,9 +164,7 @@ class RankPool:
             self._context.set_forkserver_preload(["rank_worker"])
             forkserver.ensure_running()
 
-    def _collect(
-        self, world_size: int, timeout: float
-    ) -> tuple[dict[int, rank_worker.Outcome], dict[int, str]]:
+    def _collect(self, world_size: int, timeout: float) -> tuple[dict[int, rank_worker.Outcome], dict[int, str]]:
         """Wait until each rank has sent its outcome and is ready again; after a failure kill them all."""
         outcomes: dict[int, rank_worker.Outcome] = {}
         pending = {self._ranks[rank].requests: rank for rank in range(world_size)}

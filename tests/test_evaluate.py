@@ -87,9 +87,7 @@ def builder() -> PromptBuilder:
     return PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
 
 
-def run(
-    problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **options: Any
-) -> EvaluationResult:
+def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **options: Any) -> EvaluationResult:
     options = {"params": PARAMS, "num_samples": 6, "ks": [1, 4], "seed": 3, "step": 20} | options
     verifier = options.pop("verifier", exact_match)
     return evaluate(
@@ -152,8 +150,7 @@ def test_accuracies_lengths_and_shares_are_counted_from_the_transcripts():
             mean = sum(getattr(t, attribute) for t in those) / len(those)
             assert getattr(result, f"{name}_{what}") == pytest.approx(mean), what
     by_problem = [
-        [t.correct for t in result.transcripts if t.problem_id == f"p{a}" and t.sample is not None]
-        for a in range(7)
+        [t.correct for t in result.transcripts if t.problem_id == f"p{a}" and t.sample is not None] for a in range(7)
     ]
     for k in (1, 4):
         subsets = [any(subset) for right in by_problem for subset in itertools.combinations(right, k)]
@@ -341,9 +338,7 @@ def test_math_verify_works_in_a_thread():
 
 
 def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
-    (tmp_path / "lab_verifiers.py").write_text(
-        "def even(text, problem):\n    return int(text) % 2 == 0\n\nlimit = 3\n"
-    )
+    (tmp_path / "lab_verifiers.py").write_text("def even(text, problem):\n    return int(text) % 2 == 0\n\nlimit = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_verifier("lab_verifiers.even")("4", problem_with(None))
     for name, sentence in [

@@ -55,9 +55,7 @@ def wrong_way_imports(source: str, module: str) -> list[str]:
     """The imports of ``source`` that run against `ORDER`, or that name a part that it does not know."""
     importer = part_of(module)
     if importer is None:
-        return [
-            f"{module} imports {name}" for name in imported_names(source, module) if name.startswith(PACKAGE)
-        ]
+        return [f"{module} imports {name}" for name in imported_names(source, module) if name.startswith(PACKAGE)]
     if importer not in ORDER:
         return [f"{module}: not in ORDER; give it a place in the data flow"]
     wrong = []
@@ -112,9 +110,7 @@ def test_a_wrong_way_import_is_found(module, source):
 
 
 def test_a_right_way_import_passes():
-    source = (
-        "import torch\nfrom .build import f\nfrom ..data import x\nimport megatron_selfdistill.loss.target"
-    )
+    source = "import torch\nfrom .build import f\nfrom ..data import x\nimport megatron_selfdistill.loss.target"
     assert wrong_way_imports(source, f"{PACKAGE}.model.layers") == []
 
 

@@ -176,9 +176,7 @@ def test_k_percentiles_are_nearest_ranks_within_the_stated_resolution(spread):
 
 def test_percentiles_of_one_k_are_that_k():
     stats = all_rows()
-    found = step_metrics(
-        output_of(dataclasses.replace(stats, beta=torch.full_like(stats.beta, 0.4))), None, ONE_RANK
-    )
+    found = step_metrics(output_of(dataclasses.replace(stats, beta=torch.full_like(stats.beta, 0.4))), None, ONE_RANK)
     assert found["k/p01"] == found["k/p99"] == 2.5
 
 
@@ -223,9 +221,7 @@ def test_one_k_solved_from_batch_entropies_matches_the_mean_entropy():
     k = solve_batch_k(*batch_entropies(output_of(all_rows(target=target)), ONE_RANK), None)
     q = ((target.teacher_weight * teacher + student) / k).softmax(-1)
     p = student.softmax(-1)
-    assert float(-(q * q.log()).sum(-1).mean()) == pytest.approx(
-        float(-(p * p.log()).sum(-1).mean()), rel=0.01
-    )
+    assert float(-(q * q.log()).sum(-1).mean()) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=0.01)
 
 
 def test_batch_entropies_leave_out_nan_and_need_a_target():

@@ -18,12 +18,8 @@ import pytest
 from megatron_selfdistill import __version__, paths
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHIPPED = (
-    "setup.py pyproject.toml MANIFEST.in LICENSE README.md CHANGELOG.md configs megatron_selfdistill".split()
-)
-CONFIGS = sorted(
-    str(path.relative_to(REPOSITORY / "configs")) for path in (REPOSITORY / "configs").rglob("*.yaml")
-)
+SHIPPED = "setup.py pyproject.toml MANIFEST.in LICENSE README.md CHANGELOG.md configs megatron_selfdistill".split()
+CONFIGS = sorted(str(path.relative_to(REPOSITORY / "configs")) for path in (REPOSITORY / "configs").rglob("*.yaml"))
 
 WHAT_IS_FOUND = """
 import importlib.metadata, json
@@ -79,9 +75,7 @@ def source_tree(tmp_path_factory):
 def sdist(source_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdist")
     code = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=source_tree, check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=source_tree, check=True, capture_output=True)
     return next(folder.glob("*.tar.gz"))
 
 

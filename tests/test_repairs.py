@@ -222,6 +222,13 @@ def test_every_way_of_naming_cuda_means_the_cpu(device):
 
 
 @cpu_only
+def test_a_device_that_is_a_context_applies_to_the_replaced_factories():
+    """transformers loads models under it; where it is ignored, their rotary frequencies are never set."""
+    with torch.device("meta"):
+        made = [torch.empty(2), torch.tensor(1.0), torch.arange(3), torch.nn.Linear(2, 2).weight]
+    assert {tensor.device.type for tensor in made} == {"meta"}
+
+
 def test_meta_stays_meta():
     for device in ("meta", torch.device("meta")):
         made = [torch.empty(3, device=device), torch.ones(2).to(device), torch.nn.Linear(2, 2, device=device).weight]

@@ -112,9 +112,7 @@ def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
     """metrics.jsonl without clocks."""
     from megatron_selfdistill.metrics import read_metrics
 
-    return [
-        {k: v for k, v in line.items() if not k.startswith(NOT_REPRODUCIBLE)} for line in read_metrics(run_dir)
-    ]
+    return [{k: v for k, v in line.items() if not k.startswith(NOT_REPRODUCIBLE)} for line in read_metrics(run_dir)]
 
 
 def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:

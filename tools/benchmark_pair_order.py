@@ -80,9 +80,7 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
             for chunk in chunks:
                 chunk.zero_grad_buffer()
             seconds, peak = _measured(
-                lambda order=order: schedule.run(
-                    chunks, teacher.chunks, batch, row_loss, grid, vocab, pair_order=order
-                )
+                lambda order=order: schedule.run(chunks, teacher.chunks, batch, row_loss, grid, vocab, pair_order=order)
             )
             if repeat:  # the first round warms up
                 found[order]["seconds"].append(seconds)

@@ -20,7 +20,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
+from megatron_selfdistill.checkpoint import manifest
+from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.manifest import sync
+from megatron_selfdistill.checkpoint.unpickler import load_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +31,6 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _TEMPORARY = ".writing_"
 _REPLACED = ".old"
 _ITERATION = re.compile(r"iter_(\d+)(?:\.old)?")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read, in one sentence; raised on every rank."""
 
 
 def iteration_name(step: int) -> str:
@@ -46,19 +45,8 @@ def iteration_of(path: Path) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The complete checkpoint that the tracker file names; else the newest complete one; else None.
-
-    The tracker comes first because Megatron's users set it back by hand in order to return to an older checkpoint.
-    """
-    if not folder.is_dir():
-        return None
-    found = [path for path in folder.iterdir() if _ITERATION.fullmatch(path.name)]
-    # A replaced folder counts after the one that replaces it, should the process have died between two renames.
-    candidates = sorted(found, key=lambda path: (iteration_of(path), path.suffix != _REPLACED), reverse=True)
-    named = _tracked(folder)
-    if named is not None:
-        candidates = [named, *candidates]
-    for path in candidates:
+    """The first complete one of `candidates`; None where there is none."""
+    for path in candidates(folder):
         reason = incomplete(path)
         if reason is None:
             return path
@@ -66,14 +54,28 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def candidates(folder: Path) -> list[Path]:
+    """What the tracker file names, then every checkpoint in ``folder``, the newest first; complete or not.
+
+    The tracker comes first because Megatron's users set it back by hand in order to return to an older checkpoint.
+    """
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _ITERATION.fullmatch(path.name)]
+    # A replaced folder counts after the one that replaces it, should the process have died between two renames.
+    found.sort(key=lambda path: (iteration_of(path), path.suffix != _REPLACED), reverse=True)
+    named = tracked(folder)
+    return found if named is None else [named, *(path for path in found if path != named)]
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint at ``path``: itself (after a crash, the one that it was about to replace), or what Megatron's
     tracker file in it names.
 
-    Raises: CheckpointError where there is no complete torch_dist checkpoint.
+    Raises: CheckpointError where there is no complete torch_dist checkpoint; it names the newest complete one nearby.
     """
     path = Path(path)
-    chosen = _tracked(path) or path
+    chosen = tracked(path) or path
     reason = incomplete(chosen)
     if reason is not None:
         replaced = chosen.with_name(chosen.name + _REPLACED)
@@ -81,15 +83,23 @@ def resolve(path: Path) -> Path:
             return replaced
         raise CheckpointError(
             f"expected a Megatron torch_dist checkpoint (an iter_ folder, or the folder with {TRACKER}) at "
-            f"{path}, but {chosen} {reason}"
+            f"{path}, but {chosen} {reason}{instead_of(chosen)}"
         )
     return chosen
+
+
+def instead_of(damaged: Path) -> str:
+    """The end of a sentence that offers the newest complete checkpoint beside ``damaged``; empty if there is none."""
+    whole = (other for other in candidates(damaged.parent) if other != damaged and incomplete(other) is None)
+    newest = next(whole, None)
+    return "" if newest is None else f"; the newest complete one is {newest}"
 
 
 def incomplete(path: Path) -> str | None:
     """Why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is one.
 
-    Every data file must be as long as Megatron's ``.metadata`` says; contents are not read.
+    Every file must be as long as its manifest says, or, where another program wrote it without one, at least as long as
+    Megatron's ``.metadata`` says; contents are not read.
     """
     if not path.is_dir():
         return "does not exist" if not path.exists() else "is not a folder"
@@ -102,9 +112,12 @@ def incomplete(path: Path) -> str | None:
     if not zipfile.is_zipfile(path / "common.pt"):
         return "has a damaged common.pt"
     try:
-        storage = FileSystemReader(path).read_metadata().storage_data
-    except Exception as error:  # a damaged pickle raises almost anything
-        return f"has a damaged .metadata ({type(error).__name__}: {error})"
+        entries = manifest.read(path)
+        if entries is not None and (fault := manifest.wrong_size(path, entries)) is not None:
+            return fault
+        storage = load_metadata(path).storage_data
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path} ")
     ends: dict[str, int] = {}
     for place in storage.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -162,7 +175,7 @@ class Temporary:
 
 
 def begin(folder: Path, name: str, num_bytes: int) -> Temporary:
-    """An empty temporary folder for the checkpoint ``name``, locked by this process.  Leftovers are removed first.
+    """An empty temporary folder for ``name``, locked by this process.  What killed writers left is removed first.
 
     Raises: CheckpointError if the disk has less than ``num_bytes`` free.
     """
@@ -171,7 +184,7 @@ def begin(folder: Path, name: str, num_bytes: int) -> Temporary:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise CheckpointError(
-            f"a checkpoint needs {num_bytes:,} bytes but {folder} has {free:,} free: make room, or lower "
+            f"{name} needs {num_bytes:,} bytes but {folder} has {free:,} free: make room; in a run, lower "
             "checkpoint.keep_last"
         )
     temporary = Temporary(folder / f"{_TEMPORARY}{name}_{uuid.uuid4().hex[:8]}").hold()
@@ -180,19 +193,39 @@ def begin(folder: Path, name: str, num_bytes: int) -> Temporary:
 
 
 def publish(temporary: Temporary, target: Path) -> None:
-    """Give a completely written folder its name.  After a crash at any point the old or the new one is there."""
+    """Give a completely written folder its manifest, then its name.  After a crash at any point the old or the new one
+    is there."""
+    manifest.write(temporary.path)
     for file in temporary.path.iterdir():
         if file.suffix != ".distcp":  # Megatron has synced those, each on the machine that wrote it
-            _sync(file)
-    _sync(temporary.path)
+            sync(file)
+    sync(temporary.path)
     replaced = target.with_name(target.name + _REPLACED)
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     temporary.path.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     temporary.remove()  # its lock
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def publish_new(temporary: Temporary, target: Path) -> None:
+    """Give a folder whose files are synced a name that must be free: nothing is ever replaced.
+
+    Raises: CheckpointError where something has taken the name.
+    """
+    require_free(target)
+    sync(temporary.path)
+    temporary.path.rename(target)
+    sync(target.parent)
+    temporary.remove()  # its lock
+
+
+def require_free(target: Path) -> None:
+    """Raise CheckpointError if ``target`` is there, unless it is an empty folder."""
+    if target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None):
+        raise CheckpointError(f"{target} is there already and is not overwritten: choose another name, or remove it")
 
 
 def set_latest(target: Path) -> None:
@@ -200,9 +233,9 @@ def set_latest(target: Path) -> None:
     tracker = target.parent / TRACKER
     new = tracker.with_name(f"{_TEMPORARY}{TRACKER}")
     new.write_text(str(iteration_of(target)))
-    _sync(new)
+    sync(new)
     os.replace(new, tracker)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def prune(target: Path, keep_last: int | None) -> None:
@@ -229,11 +262,11 @@ def _remove_leftovers(folder: Path) -> None:
             temporary = Temporary(path.with_suffix(""))
             if not temporary.path.exists() and temporary.is_abandoned():
                 temporary.remove()
-        elif path.suffix == _REPLACED and incomplete(path.with_suffix("")) is None:
+        elif _ITERATION.fullmatch(path.name) and path.suffix == _REPLACED and incomplete(path.with_suffix("")) is None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _tracked(folder: Path) -> Path | None:
+def tracked(folder: Path) -> Path | None:
     """The folder that the tracker file names, whether or not it is there."""
     tracker = folder / TRACKER
     if not tracker.is_file():
@@ -242,11 +275,3 @@ def _tracked(folder: Path) -> Path | None:
     if text == "release":
         return folder / "release"
     return folder / iteration_name(int(text)) if text.isdecimal() else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -48,10 +48,13 @@ def save_frozen_teacher(run_dir: Path, teacher: TeacherState) -> str:
     return mark
 
 
-def load_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None = None) -> str:
+def load_frozen_teacher(
+    run_dir: Path, teacher: TeacherState, mark: str | None = None, verify: str = "checksums"
+) -> str:
     """The inverse of `save_frozen_teacher`, in any layout; returns the mark.  Collective.
 
-    Raises: CheckpointError where there is none, or not the one with this ``mark``.
+    ``verify``: what of its manifest is compared, checksums or sizes.
+    Raises: CheckpointError where there is none that is whole, or not the one with this ``mark``.
     """
     target = Path(run_dir) / NAME
     path = on_rank_0(lambda: folder.resolve(target))
@@ -61,6 +64,7 @@ def load_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None =
             f"{path} is not the teacher that this checkpoint was trained with: a later start in the same run "
             "folder replaced it"
         )
+    transfer.require_whole(path, verify)
     wanted = teacher.sharded_state_dict()
     transfer.require_fit(wanted, path)
     teacher.load_state_dict(transfer.read(wanted, path))

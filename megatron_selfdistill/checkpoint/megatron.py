@@ -1,6 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Megatron's torch_dist checkpoints: save a run (in the background when asked), resume it in any layout, and start from
-weights that Megatron-LM wrote."""
+"""Megatron's torch_dist checkpoints: save a run, in the background when asked, and resume it in any layout."""
 
 from __future__ import annotations
 
@@ -23,6 +22,7 @@ from megatron_selfdistill.checkpoint import folder, frozen_teacher, state, trans
 from megatron_selfdistill.checkpoint.agreement import describe, on_each_rank, on_rank_0
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.folder import CheckpointError, Temporary
+from megatron_selfdistill.checkpoint.foreign import load_weights, load_weights_and_optimizer
 from megatron_selfdistill.checkpoint.frozen_teacher import (
     TeacherState,
     load_frozen_teacher,
@@ -35,6 +35,7 @@ __all__ = [
     "Checkpointer",
     "load_frozen_teacher",
     "load_weights",
+    "load_weights_and_optimizer",
     "megatron_args",
     "save_frozen_teacher",
 ]
@@ -50,14 +51,17 @@ class Checkpointer:
     All methods are collective: every rank calls them, in the same order.  They raise `CheckpointError` on all ranks.
     """
 
-    def __init__(self, run_dir: Path, grid: Grid, *, keep_last: int | None, async_save: bool) -> None:
+    def __init__(
+        self, run_dir: Path, grid: Grid, *, keep_last: int | None, async_save: bool, verify: str = "checksums"
+    ) -> None:
+        """``verify``: what of a checkpoint's manifest is compared before it is loaded, checksums or sizes."""
         if not filesystem_async.HAVE_PSUTIL:
             raise CheckpointError(
                 "torch_dist checkpoints need psutil, without which Megatron's writers hang: pip install psutil"
             )
         self.run_dir, self.grid = Path(run_dir), grid
         self.folder = self.run_dir / "checkpoints"
-        self.keep_last, self.async_save = keep_last, async_save
+        self.keep_last, self.async_save, self.verify = keep_last, async_save, verify
         self._teacher_id: str | None = None
         # Forked writers: a persistent one would share memory with the weights that go on changing.
         self._queue = AsyncCallsQueue(persistent=False)
@@ -65,8 +69,14 @@ class Checkpointer:
         self._validated = False
 
     def latest(self) -> Path | None:
-        """The checkpoint to resume from (`folder.latest`), equal on all ranks; None where there is none."""
-        return on_rank_0(lambda: folder.latest(self.folder))
+        """The first of `folder.candidates` that is whole, equal on all ranks; None where there is none."""
+        for path in on_rank_0(lambda: folder.candidates(self.folder)):
+            fault = transfer.damage(path, self.verify)
+            if fault is None:
+                return path
+            if self.grid.is_reporter:
+                logger.warning("%s is not used: it %s", path, fault)
+        return None
 
     def save(
         self,
@@ -141,7 +151,7 @@ class Checkpointer:
             teacher.load_state_dict(loaded)
         if teacher is not None and teacher.weights == "frozen":
             folder_of_teacher = (found / own["teacher_folder"]).resolve()
-            self._teacher_id = load_frozen_teacher(folder_of_teacher.parent, teacher, own["teacher_id"])
+            self._teacher_id = load_frozen_teacher(folder_of_teacher.parent, teacher, own["teacher_id"], self.verify)
         if same_layout:  # last: nothing may draw a number after it
             state.load_random_state(loaded["rng_state"])
         elif self.grid.is_reporter:
@@ -233,21 +243,3 @@ class Checkpointer:
                 f"has {distributed}, which names its state differently: set it back"
             )
         return own
-
-
-def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None) -> int:
-    """Read only the model's weights from a torch_dist checkpoint, which Megatron-LM or anyone wrote; returns its
-    iteration (0 for ``release``).  Collective.
-
-    ``path``: an ``iter_`` folder, or the folder with Megatron's tracker file.  ``vocab_size``: the valid rows, all of
-    which the checkpoint must have; padding rows that it lacks become zero.  Its pickled ``args`` stay unread.  With an
-    optimizer that keeps float32 main parameters, call its ``reload_model_params`` afterwards.
-    Raises: CheckpointError before anything is loaded, naming the first tensors that are missing, unexpected or of
-    another shape.
-    """
-    found = on_rank_0(lambda: folder.resolve(path))
-    wanted = state.model_state(chunks, state.CONTENT)
-    transfer.require_fit(wanted, found, only_weights=True, vocab_size=vocab_size)
-    with state.gathered_parameters(chunks):
-        state.load_model_state(chunks, transfer.read(wanted, found))
-    return folder.iteration_of(found)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-from megatron_selfdistill.checkpoint import folder
+from megatron_selfdistill.checkpoint import folder, manifest
 from megatron_selfdistill.checkpoint.agreement import describe, from_all_ranks, on_each_rank, on_rank_0
 from megatron_selfdistill.checkpoint.folder import CheckpointError, Temporary
 from megatron_selfdistill.checkpoint.state import CONTENT
+from megatron_selfdistill.checkpoint.streaming import TorchDistSource
+from megatron_selfdistill.checkpoint.weights import NOT_BUILT, NOT_WEIGHTS
 
-# Beside the model in a checkpoint, and no part of it.
-_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
 _SHOWN = 4
 
 WRITE_ERRORS = (Exception, CheckpointException)
@@ -74,6 +76,8 @@ def begin_write(
         folder.publish(temporary, target)
         published()
 
+    if request.async_fn is not None:  # None on a rank without anything to write
+        request = request._replace(async_fn=functools.partial(_write_and_sum_up, request.async_fn, temporary.path))
     request.add_finalize_fn(lambda: on_rank_0(publish))
     return request, temporary
 
@@ -100,6 +104,11 @@ def read_common(path: Path) -> dict[str, Any]:
     return dist_checkpointing.load_common_state_dict(str(path))
 
 
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every tensor in a torch_dist checkpoint; no pickle but a restricted one is read."""
+    return TorchDistSource(path).shapes
+
+
 def require_fit(
     wanted: dict[str, Any], path: Path, *, only_weights: bool = False, vocab_size: int | None = None
 ) -> None:
@@ -111,10 +120,10 @@ def require_fit(
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}
     for theirs in from_all_ranks({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
         expected |= theirs
-    stored = on_rank_0(lambda: _stored_shapes(path))
+    stored = on_rank_0(lambda: stored_shapes(path))
     faults = [f"{key} is missing" for key in sorted(expected.keys() - stored.keys())]
     if only_weights:
-        extra = (key for key in stored.keys() - expected.keys() if not key.startswith(_NOT_WEIGHTS))
+        extra = (key for key in stored.keys() - expected.keys() if not key.startswith(NOT_WEIGHTS + NOT_BUILT))
         faults += [f"{key} is unexpected" for key in sorted(extra)]
     for key in sorted(expected.keys() & stored.keys()):
         (shape, padded), found = expected[key], stored[key]
@@ -123,6 +132,11 @@ def require_fit(
                 faults.append(f"{key} has {found[0]} rows, expected at least {vocab_size}")
         elif found != shape:
             faults.append(f"{key} has shape {list(found)}, expected {list(shape)}")
+    raise_first(path, faults)
+
+
+def raise_first(path: Path, faults: Sequence[str]) -> None:
+    """Raise `CheckpointError` with the first of ``faults``, which are equal on all ranks, if there are any."""
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise CheckpointError(f"{path} does not fit this model: {'; '.join(faults[:_SHOWN])}{more}")
@@ -134,11 +148,46 @@ def tensors(contents: dict[str, Any]) -> Sequence[ShardedTensor]:
     return [value for value in nested_values(plain) if isinstance(value, ShardedTensor)]
 
 
+def damage(path: Path, verify: str) -> str | None:
+    """Why the checkpoint at ``path`` is not whole ("has a damaged __0_0.distcp: ..."), or None; equal on all ranks.
+
+    ``verify``: ``sizes`` compares the lengths of all files; ``checksums`` also reads them, each on one rank, which
+    warms the cache for the load that follows.  Collective.
+    """
+    reason = on_rank_0(lambda: folder.incomplete(path))
+    if reason is not None or verify == "sizes":
+        return reason
+
+    def check() -> str | None:
+        entries = manifest.read(path)
+        if entries is None:  # another program's
+            return None
+        return manifest.wrong_contents(path, entries, dist.get_rank(), dist.get_world_size())
+
+    return next((fault for fault in from_all_ranks(on_each_rank(check)) if fault is not None), None)
+
+
+def require_whole(path: Path, verify: str) -> None:
+    """Raise `CheckpointError` on all ranks where `damage` finds some; it offers the newest complete one nearby."""
+    fault = damage(path, verify)
+    if fault is not None:
+        raise CheckpointError(f"{path} {fault}{on_rank_0(lambda: folder.instead_of(path))}")
+
+
 class _NothingInCommon(TorchCommonLoadStrategy):
     """Leaves common.pt unread: it holds a lab's pickled arguments, whose classes need not exist here."""
 
     def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
         return {}
+
+
+def _write_and_sum_up(
+    write: Callable[..., None], path: Path, rank: int, buckets: Any, *more: Any, **options: Any
+) -> None:
+    """Megatron's writer of this rank, then the checksums of its files, in the background too and on its own machine."""
+    write(rank, buckets, *more, **options)
+    with contextlib.suppress(OSError):  # one rank must not miss the barrier; rank 0 sums up what no rank did
+        manifest.write_part(path, str(rank), [Path(file) for file, _, _ in buckets])
 
 
 def _begin_folder(target: Path, num_bytes: int) -> Temporary:
@@ -151,11 +200,6 @@ def _begin_folder(target: Path, num_bytes: int) -> Temporary:
 
     path = on_rank_0(begin)
     return on_each_rank(lambda: begun[0] if begun else Temporary(path).hold())
-
-
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    metadata = dist_checkpointing.load_tensors_metadata(str(path))
-    return {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
 
 
 def _num_bytes(contents: dict[str, Any]) -> int:

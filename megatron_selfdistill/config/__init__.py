@@ -1,14 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The whole configuration: frozen dataclasses are the schema; hydra's YAML and the command line override it.
 
-``load(argv)`` composes ``configs/train.yaml`` with overrides and returns a ``Config``; an unknown key, a wrong type or an
-impossible value is one sentence (`ConfigError`), raised on every rank before anything expensive starts.  Past the
+``load(argv)`` composes ``configs/train.yaml`` with overrides and returns a ``Config``; an unknown key, a wrong type or
+an impossible value is one sentence (`ConfigError`), raised on every rank before anything expensive starts.  Past the
 builder functions code receives plain arguments, never a ``Config``.
 """
 
 from __future__ import annotations
 
-from megatron_selfdistill.config.compose import field_docs, from_mapping, keys, load, to_yaml
+from megatron_selfdistill.config.compose import field_docs, from_mapping, given_keys, keys, load, to_yaml
 from megatron_selfdistill.config.schema import (
     CheckpointConfig,
     Config,
@@ -45,6 +45,7 @@ __all__ = [
     "TeacherConfig",
     "field_docs",
     "from_mapping",
+    "given_keys",
     "keys",
     "load",
     "to_yaml",

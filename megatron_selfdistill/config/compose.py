@@ -32,18 +32,45 @@ def load(overrides: Sequence[str] = (), config_name: str = "train", search_path:
     ``search_path``: further folders with a lab's own groups, searched after this project's
     (hydra.searchpath). Raises `ConfigError` with the nearest right name for an unknown key.
     """
+    return from_mapping(_compose(_defaults(), overrides, config_name, search_path))
+
+
+def given_keys(
+    overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()
+) -> frozenset[str]:
+    """The keys that the YAML files or ``overrides`` of the same call of `load` set, also to their defaults."""
+    unset = _defaults()
+    for name, (default, _) in keys().items():
+        if not isinstance(default, dict):
+            OmegaConf.update(unset, name, _UNSET)
+    composed = OmegaConf.to_container(_compose(unset, overrides, config_name, search_path), resolve=False)
+    given = set()
+    for name, (default, _) in keys().items():
+        value: Any = composed
+        for part in name.split("."):
+            value = value[part]
+        if value != (default if isinstance(default, dict) else _UNSET):
+            given.add(name)
+    return frozenset(given)
+
+
+_UNSET = "???"  # omegaconf's own mark: a value that nobody gave
+
+
+def _compose(
+    defaults: DictConfig, overrides: Sequence[str], config_name: str, search_path: Sequence[str]
+) -> DictConfig:
     overrides = list(overrides)
     if search_path:
         folders = ",".join(f"file://{Path(folder).resolve()}" for folder in search_path)
         overrides.append(f"hydra.searchpath=[{folders}]")
-    ConfigStore.instance().store("defaults", _defaults())
+    ConfigStore.instance().store("defaults", defaults)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose(config_name, overrides=overrides)
+            return compose(config_name, overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_explain(overrides, error)) from error
-    return from_mapping(composed)
 
 
 def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:

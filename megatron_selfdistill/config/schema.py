@@ -240,8 +240,8 @@ class RolloutConfig:
     """Tokens that end a response, besides the tokenizer's end-of-sequence token."""
     kv_cache_gb: float | None = None
     """Memory for the KV cache per rank; larger batches are split.  Null is a third of what is free: the
-    splits, and with them the last bits of log-probs, then follow the memory that happens to be free; set a number where a
-    resumed run must repeat every bit."""
+    splits, and with them the last bits of log-probs, then follow the memory that happens to be free; set a number
+    where a resumed run must repeat every bit."""
     replay: str | None = None
     """A JSONL file of recorded responses (as written by ``rollout.record``) to train on instead of
     sampling."""
@@ -389,8 +389,8 @@ class OptimizerConfig:
             _require(0 <= beta < 1, f"optimizer.{name} must lie in [0, 1), got {beta}")
         _require(
             self.optimizer != "sgd" or not self.use_distributed_optimizer,
-            "optimizer.optimizer=sgd needs optimizer.use_distributed_optimizer=false: Megatron's distributed optimizer is "
-            "Adam's",
+            "optimizer.optimizer=sgd needs optimizer.use_distributed_optimizer=false: Megatron's distributed optimizer "
+            "is Adam's",
         )
         _require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
@@ -403,7 +403,13 @@ class CheckpointConfig:
     """What is read at the start and written during a run."""
 
     load: str | None = None
-    """A Megatron torch_dist checkpoint whose weights the run starts from; null starts from random weights."""
+    """A Megatron checkpoint (torch_dist or legacy) whose weights the run starts from; null starts from random weights.
+    Its stored arguments give the architecture: what model.* says besides must not contradict them."""
+    load_optimizer: bool = False
+    """Take over its optimizer state too (torch_dist, the same kind of optimizer)."""
+    verify: str = "checksums"
+    """What is compared with a checkpoint's manifest before it is loaded: checksums (reads every file once, spread over
+    the ranks) or sizes.  Checkpoints of other programs have no manifest."""
     save_every: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: int | None = 2
@@ -414,6 +420,7 @@ class CheckpointConfig:
     """Go on from the newest checkpoint in the run folder, if there is one."""
 
     def __post_init__(self) -> None:
+        _one_of("checkpoint.verify", self.verify, ["checksums", "sizes"])
         _at_least(0, "checkpoint", self, "save_every")
         _at_least(1, "checkpoint", self, "keep_last")
 
@@ -484,7 +491,7 @@ class GuardsConfig:
     """Consecutive steps that must violate a guard before it stops the run."""
     min_entropy_ratio: float | None = 0.02
     """Stop when the student's entropy falls below this share of its reference."""
-    max_entropy_ratio: float | None = 4.0
+    max_entropy_ratio: float | None = 3.0
     """Stop when the student's entropy rises above this multiple of its reference."""
     min_entropy_rise: float = 0.05
     """The entropy must also have risen by this many nats per token, so that a tiny reference raises no

@@ -35,9 +35,7 @@ class ContextCounts:
     dropped: int = 0
 
     def __add__(self, other: ContextCounts) -> ContextCounts:
-        return ContextCounts(
-            self.kept + other.kept, self.truncated + other.truncated, self.dropped + other.dropped
-        )
+        return ContextCounts(self.kept + other.kept, self.truncated + other.truncated, self.dropped + other.dropped)
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,7 @@ def plan_contexts(
     """``fit_teacher_prompt`` for each problem: the pairs that fit, in order, and how many did."""
     pairs = []
     for problem in problems:
-        pair = fit_teacher_prompt(
-            builder, problem, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy
-        )
+        pair = fit_teacher_prompt(builder, problem, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy)
         if pair is not None:
             pairs.append(pair)
     truncated = sum(pair.solution_truncated for pair in pairs)
@@ -108,9 +104,7 @@ def fit_teacher_prompt(
     Raises: ValueError also if the two prompts do not end in the same generation prompt.
     """
     if policy not in POLICIES:
-        raise ValueError(
-            f"Policy for contexts that do not fit: expected one of {', '.join(POLICIES)}, got {policy!r}."
-        )
+        raise ValueError(f"Policy for contexts that do not fit: expected one of {', '.join(POLICIES)}, got {policy!r}.")
     room = max_length - max_new_tokens
     if room < 1:
         raise ValueError(
@@ -137,17 +131,14 @@ def fit_teacher_prompt(
     return None if shorter is None else replace(pair, teacher_prompt=shorter, solution_truncated=True)
 
 
-def build_contexts(
-    prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse]
-) -> list[ContextPair]:
+def build_contexts(prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse]) -> list[ContextPair]:
     """One context pair per response; ``prompt_pairs[i]`` is what ``responses[i]`` answers.
 
     For several samples of a problem its pair is repeated. Responses stay the token ids that were sampled.
     """
     if len(prompt_pairs) != len(responses):
         raise ValueError(
-            f"Expected one prompt pair per response, got {len(prompt_pairs)} pairs and {len(responses)} "
-            "responses."
+            f"Expected one prompt pair per response, got {len(prompt_pairs)} pairs and {len(responses)} responses."
         )
     return [
         ContextPair(

@@ -146,9 +146,7 @@ def pack(
 
     def microbatches(prompts: list[list[int]], rows: list[list[int]]) -> list[Microbatch]:
         return [
-            _microbatch(
-                [(prompts[i], contexts[i].response, offsets[i]) for i in row], length, segment_multiple
-            )
+            _microbatch([(prompts[i], contexts[i].response, offsets[i]) for i in row], length, segment_multiple)
             for row in rows
         ]
 

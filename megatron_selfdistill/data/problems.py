@@ -218,9 +218,7 @@ def _check_columns_exist(source: object, columns: Mapping[str, str | None], seen
             )
 
 
-def _validated(
-    record: object, location: str, columns: Mapping[str, str | None], places: Mapping[str, str]
-) -> Problem:
+def _validated(record: object, location: str, columns: Mapping[str, str | None], places: Mapping[str, str]) -> Problem:
     if isinstance(record, BadRecordError):
         raise record
     if not isinstance(record, dict):
@@ -242,36 +240,27 @@ def _validated(
     else:
         problem_id = _short_text(given_id, "id", columns)
         if problem_id in places:
-            raise BadRecordError(
-                f"field 'id': expected a new id, got {problem_id!r} as in {places[problem_id]}."
-            )
+            raise BadRecordError(f"field 'id': expected a new id, got {problem_id!r} as in {places[problem_id]}.")
     return Problem(problem_id, conversation, solution, answer, location)
 
 
 def _conversation(messages: object, column: str | None) -> tuple[dict[str, Any], ...]:
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise BadRecordError(
-            f"field {column!r}: expected a non-empty list of messages, got {_shown(messages)}."
-        )
+        raise BadRecordError(f"field {column!r}: expected a non-empty list of messages, got {_shown(messages)}.")
     conversation = []
     for index, message in enumerate(messages):
         where = f"field '{column}[{index}]'"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRecordError(
-                f"{where}: expected an object with 'role' and 'content', got {_shown(message)}."
-            )
+            raise BadRecordError(f"{where}: expected an object with 'role' and 'content', got {_shown(message)}.")
         is_tool_call = message["role"] == "assistant" and message.get("tool_calls")
         if not isinstance(message.get("content"), str) and not is_tool_call:
-            raise BadRecordError(
-                f"{where}: expected a string as 'content', got {_shown(message.get('content'))}."
-            )
+            raise BadRecordError(f"{where}: expected a string as 'content', got {_shown(message.get('content'))}.")
         # Columnar files fill what a message lacks with null; chat templates ask whether a key is there.
         conversation.append({key: value for key, value in message.items() if value is not None})
     roles = [message["role"] for message in conversation]
     if "user" not in roles or roles[-1] == "assistant":
         raise BadRecordError(
-            f"field {column!r}: expected a user message and no reply at the end, got the roles "
-            f"{', '.join(roles)}."
+            f"field {column!r}: expected a user message and no reply at the end, got the roles {', '.join(roles)}."
         )
     return tuple(conversation)
 
@@ -288,9 +277,7 @@ def _text(value: object, name: str, columns: Mapping[str, str | None], record: M
 def _short_text(value: object, name: str, columns: Mapping[str, str | None]) -> str:
     if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
         return str(value)
-    raise BadRecordError(
-        f"field {columns[name]!r}: expected a non-empty string or a number, got {_shown(value)}."
-    )
+    raise BadRecordError(f"field {columns[name]!r}: expected a non-empty string or a number, got {_shown(value)}.")
 
 
 def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places: Mapping[str, str]) -> str:
@@ -338,9 +325,7 @@ def _existing_files(path: str | Path) -> list[Path]:
     # The file itself comes first: its name may hold the characters of a glob.
     files = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not files:
-        raise FileNotFoundError(
-            f"Problems: expected a file or a glob of files, got {path}, which matches none."
-        )
+        raise FileNotFoundError(f"Problems: expected a file or a glob of files, got {path}, which matches none.")
     for file in files:
         if file.is_dir() or file.suffix not in (".jsonl", ".json", ".parquet"):
             raise ValueError(
@@ -366,9 +351,7 @@ def _json_array_records(file: Path) -> Iterator[tuple[str, object]]:
     try:
         records = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(
-            f"{file}: expected a JSON array of records, got text that is no JSON ({error})."
-        ) from None
+        raise ValueError(f"{file}: expected a JSON array of records, got text that is no JSON ({error}).") from None
     for row, record in enumerate(records, 1):
         yield f"{file}:{row}", record
 

@@ -158,9 +158,7 @@ class PromptBuilder:
         except MissingChatTemplateError:
             raise
         except Exception as error:  # a template is a program and raises what it likes; we add the place
-            raise ValueError(
-                f"{problem.location}: the chat template refused the conversation: {error}"
-            ) from error
+            raise ValueError(f"{problem.location}: the chat template refused the conversation: {error}") from error
 
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
@@ -177,9 +175,7 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
             path = path / "tokenizer.model"
     if str(path).endswith(".model"):
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"Tokenizer: expected a SentencePiece model file, got {path}, which is no file."
-            )
+            raise FileNotFoundError(f"Tokenizer: expected a SentencePiece model file, got {path}, which is no file.")
         return SentencePieceTokenizer(path, chat_template=chat_template)
     return HuggingFaceTokenizer(path, chat_template=chat_template)
 
@@ -249,9 +245,7 @@ class SentencePieceTokenizer(Tokenizer):
             "unk": self._sp.unk_id(),
             "pad": self._sp.pad_id(),
         }
-        self._special_tokens = {
-            f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0
-        }
+        self._special_tokens = {f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0}
         self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
         self._control = {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
         # Longest first: of two pieces, one of which begins the other, the longer one is meant.

@@ -21,9 +21,7 @@ class Phases:
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.device = (
-            torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-        )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         self.seconds: dict[str, float] = {}
         self._began = time.perf_counter()
 

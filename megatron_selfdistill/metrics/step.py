@@ -124,9 +124,7 @@ def batch_entropies(output: StepOutput, grid: Grid) -> tuple[float, list[float],
     return means[0], grid_betas, means[1:]
 
 
-def rollout_metrics(
-    responses: Sequence[Response], grid: Grid, batch: PackedBatch | None = None
-) -> dict[str, float]:
+def rollout_metrics(responses: Sequence[Response], grid: Grid, batch: PackedBatch | None = None) -> dict[str, float]:
     """Lengths of the global batch's responses in tokens, padding of its microbatches; equal on all ranks.
 
     ``responses``, ``batch``: of this replica, the same on each of its ranks.

@@ -51,14 +51,10 @@ def decoding_overrides(models: Sequence[GPTModel], grid: Grid) -> list[Override]
             overrides += [Override(m, name, False) for m in modules if getattr(m, name, None) is True]
     if grid.cp_size > 1:
         alone = dist.new_group([grid.rank], use_local_synchronization=True)
-        collections = {
-            id(m.pg_collection): m.pg_collection for m in modules if hasattr(m, "pg_collection")
-        }.values()
+        collections = {id(m.pg_collection): m.pg_collection for m in modules if hasattr(m, "pg_collection")}.values()
         overrides += [Override(config, "context_parallel_size", 1) for config in configs]
         overrides += [Override(c, "cp", alone) for c in collections if getattr(c, "cp", None) is not None]
-        overrides += [
-            Override(m, "cp_group", alone) for m in modules if getattr(m, "cp_group", None) is not None
-        ]
+        overrides += [Override(m, "cp_group", alone) for m in modules if getattr(m, "cp_group", None) is not None]
     for config in configs:
         if config.multi_latent_attention and config.apply_rope_fusion:
             overrides.append(Override(config, "apply_rope_fusion", False))
@@ -81,9 +77,7 @@ def decoding(
     before = [(o.owner, o.name, getattr(o.owner, o.name)) for o in overrides]
     # Rotary embeddings are cached under arguments that do not name the context-parallel group.
     rotary = {type(m).forward for m in modules} if any(o.name == "cp_group" for o in overrides) else set()
-    gathering = [
-        c for c in chunks if isinstance(c, DistributedDataParallel) and c.remove_forward_pre_hook_handles
-    ]
+    gathering = [c for c in chunks if isinstance(c, DistributedDataParallel) and c.remove_forward_pre_hook_handles]
     try:
         for chunk in gathering:
             chunk.disable_forward_pre_hook(param_sync=True)
@@ -153,8 +147,7 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
         ),
         (
             bool(config.window_size),
-            "sliding-window attention ignores its window on a static KV cache: "
-            "set model.transformer.window_size=null",
+            "sliding-window attention ignores its window on a static KV cache: set model.transformer.window_size=null",
         ),
         (
             getattr(config, "cache_mla_latents", False),
@@ -170,8 +163,7 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
         ),
         (
             moe and bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing),
-            "a random router cannot be sampled from: unset moe_input_jitter_eps and "
-            "moe_router_force_load_balancing",
+            "a random router cannot be sampled from: unset moe_input_jitter_eps and moe_router_force_load_balancing",
         ),
         (
             moe and config.moe_expert_capacity_factor is not None,

@@ -139,9 +139,7 @@ class MegatronSampler:
     def _sample_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         batch = _Batch.start(requests, params, self._grid.device)
         length, position = batch.tokens.size(1), int(batch.prompt_lengths.min())
-        live = torch.arange(
-            len(requests), device=self._grid.device
-        )  # rows of the batch that are in the cache
+        live = torch.arange(len(requests), device=self._grid.device)  # rows of the batch that are in the cache
         context = StaticInferenceContext(len(requests), length - 1)  # nobody reads the last token
         logits = self._prefill(context, batch.tokens[:, :position])
         while True:
@@ -151,9 +149,7 @@ class MegatronSampler:
             unfinished = (batch.ends[live] > position).nonzero().flatten()
             if unfinished.numel() == 0:
                 break
-            if (
-                2 * unfinished.numel() <= live.numel()
-            ):  # the survivors of a long tail should not pay for the rest
+            if 2 * unfinished.numel() <= live.numel():  # the survivors of a long tail should not pay for the rest
                 _keep_rows(context, unfinished)
                 live = live[unfinished]
             logits = self._next_logits(context, batch.tokens[live, position - 1 : position])
@@ -176,9 +172,7 @@ class MegatronSampler:
 
     def _next_logits(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
         if self._lock_step:
-            dist.all_reduce(
-                self._new_tensor(1), op=dist.ReduceOp.MAX
-            )  # meets `_anyone_is_busy` of those that are done
+            dist.all_reduce(self._new_tensor(1), op=dist.ReduceOp.MAX)  # meets `_anyone_is_busy` of those that are done
         return self._run_model(context, tokens)
 
     def _run_model(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:

@@ -145,7 +145,7 @@ def crash_at(patch: pytest.MonkeyPatch, count: int) -> None:
         (os, "replace"),
         (os, "unlink"),  # rmtree's
         (os, "rmdir"),
-        (folder, "_sync"),
+        (folder, "sync"),
     ]:
         patch.setattr(owner, name, dying(getattr(owner, name)))
 

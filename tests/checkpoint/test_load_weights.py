@@ -31,6 +31,7 @@ def save_with_payload(setup: Setup, run_dir: Path) -> dict:
     path = run.save(3)
     if run.grid.rank == 0:
         torch.save({"args": Payload(run_dir / "executed")}, path / "common.pt")
+        (path / "manifest.json").unlink()  # as another program would have written it
     return run.weights()
 
 

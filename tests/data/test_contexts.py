@@ -87,9 +87,7 @@ def test_a_cut_solution_is_as_long_as_fits_and_stays_text(bpe: PromptBuilder, po
 
 def test_the_plan_counts_what_was_kept_truncated_and_dropped(characters: PromptBuilder) -> None:
     problems = [problem("1-1:", "0123"), problem("1-1:", "01234"), problem("111111111-1:", "0")]
-    pairs, counts = plan_contexts(
-        characters, problems, max_length=20, max_new_tokens=10, policy="truncate_end"
-    )
+    pairs, counts = plan_contexts(characters, problems, max_length=20, max_new_tokens=10, policy="truncate_end")
     assert [pair.problem_id for pair in pairs] == ["1-1:/0123", "1-1:/01234"]
     assert counts == ContextCounts(kept=1, truncated=1, dropped=1)
     assert counts + counts == ContextCounts(2, 2, 2)

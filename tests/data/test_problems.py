@@ -40,9 +40,7 @@ def refusal(path: object, **options: object) -> str:
 def test_a_problem_text_becomes_one_user_message(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", record(1, id="one", answer=2), "", record(2))
     first, second = load_problems(file).problems
-    assert first == Problem(
-        "one", ({"role": "user", "content": "What is 1 + 1?"},), "It is 2.", "2", f"{file}:1"
-    )
+    assert first == Problem("one", ({"role": "user", "content": "What is 1 + 1?"},), "It is 2.", "2", f"{file}:1")
     assert second.answer is None
     assert second.location == f"{file}:3", "blank lines are skipped, and counted"
 
@@ -102,9 +100,7 @@ def test_an_unknown_field_name_is_an_error(tmp_path: Path) -> None:
         ('{"messages": [{"role": "system", "content": "x"}], "solution": "s"}', r"the roles system"),
     ],
 )
-def test_a_bad_record_names_file_line_field_and_what_was_expected(
-    tmp_path: Path, line: str, expected: str
-) -> None:
+def test_a_bad_record_names_file_line_field_and_what_was_expected(tmp_path: Path, line: str, expected: str) -> None:
     file = write_jsonl(tmp_path / "bad.jsonl", record(1), line)
     message = refusal(file)
     assert message.startswith(f"{file}:2: ")

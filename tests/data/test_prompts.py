@@ -106,9 +106,7 @@ def test_the_teachers_wording_replaces_the_last_user_message_only(chat_folder: P
 def test_the_system_prompt_goes_before_both(chat_folder: Path) -> None:
     build = builder(chat_folder, system_prompt="Be brief.")
     for prompt in build.prompt_pair(PROBLEM):
-        assert build.tokenizer.decode(prompt).startswith(
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
-        )
+        assert build.tokenizer.decode(prompt).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
 
 
 def test_chat_template_kwargs_reach_the_template(chat_folder: Path) -> None:
@@ -124,9 +122,7 @@ def test_generation_prompts_that_differ_are_an_error(chat_folder: Path, chat_tem
     )
     build = builder(chat_folder, switch)
     build.prompt_pair(PROBLEM)
-    with pytest.raises(
-        ValueError, match=r"^sums.jsonl:1: expected both contexts to end in the same generation"
-    ):
+    with pytest.raises(ValueError, match=r"^sums.jsonl:1: expected both contexts to end in the same generation"):
         build.prompt_pair(chat(("user", "x"), solution="say /no_think"))
     counting = chat_template.replace("assistant\n", "assistant {{ messages[-1].content|length }}\n")
     with pytest.raises(ValueError, match="generation prompt"):
@@ -148,9 +144,7 @@ def test_a_token_that_spans_message_and_generation_prompt_may_differ(chat_folder
         builder(chat_folder, late, teacher="{problem} {solution} truly.").prompt_pair(problem)
 
 
-def test_a_tokenizer_without_chat_template_needs_one(
-    character_folder: Path, sentencepiece_file: Path
-) -> None:
+def test_a_tokenizer_without_chat_template_needs_one(character_folder: Path, sentencepiece_file: Path) -> None:
     for path in (character_folder, sentencepiece_file):
         with pytest.raises(ValueError, match=r"has no chat template: set data\.chat_template"):
             builder(path).student_prompt(PROBLEM)
@@ -158,9 +152,7 @@ def test_a_tokenizer_without_chat_template_needs_one(
 
 def test_a_template_that_refuses_the_conversation_names_the_problem(chat_folder: Path) -> None:
     refusing = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(
-        ValueError, match=r"^sums\.jsonl:1: the chat template refused .*System role not supported"
-    ):
+    with pytest.raises(ValueError, match=r"^sums\.jsonl:1: the chat template refused .*System role not supported"):
         builder(chat_folder, refusing).student_prompt(PROBLEM)
 
 
@@ -198,16 +190,12 @@ def test_sentencepiece_prompts_go_through_the_given_template(
     build = builder(sentencepiece_file, "{{ bos_token }}" + chat_template)
     student, teacher = build.prompt_pair(PROBLEM)
     (think,) = (
-        set(build.tokenizer.encode("<think>"))
-        - set(build.tokenizer.encode(""))
-        - set(build.tokenizer.encode(" "))
+        set(build.tokenizer.encode("<think>")) - set(build.tokenizer.encode("")) - set(build.tokenizer.encode(" "))
     )
     for prompt in (student, teacher):
         assert prompt[0] == 1 and think in prompt[-3:]
     hugging_face = builder(chat_folder, "<s>" + chat_template)
-    assert build.tokenizer.decode(teacher) == hugging_face.tokenizer.decode(
-        hugging_face.teacher_prompt(PROBLEM)
-    )
+    assert build.tokenizer.decode(teacher) == hugging_face.tokenizer.decode(hugging_face.teacher_prompt(PROBLEM))
 
 
 def test_a_folder_with_only_a_sentencepiece_model_is_one(sentencepiece_file: Path, tmp_path: Path) -> None:

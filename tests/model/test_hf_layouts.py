@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.checkpoint.convert import hf_to_megatron
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.model import architecture, forward
 from megatron_selfdistill.model.build import unwrapped
@@ -81,12 +82,15 @@ class Loaded:
 
 
 def load(
-    folders: dict[str, Path], layout: Layout, precisions: Sequence[str], swapped: bool = False
+    folders: dict[str, Path], layout: Layout, precisions: Sequence[str], how: str = "by rules"
 ) -> dict[tuple[str, str], Loaded]:
+    """``how``: ``by rules``, ``swapped`` (two layers) or ``from checkpoint`` (as `hf_to_megatron` wrote it)."""
+    from megatron_selfdistill.checkpoint.megatron import load_weights
+
     found = {}
     for kind, folder in folders.items():
         _, model, rules, tensors = hf_models.read(folder)
-        if swapped:
+        if how == "swapped":
             names = {"model.layers.1.": "model.layers.2.", "model.layers.2.": "model.layers.1."}
             tensors = {names.get(name[:15], name[:15]) + name[15:]: tensor for name, tensor in tensors.items()}
         for precision in precisions:
@@ -95,7 +99,10 @@ def load(
                 patch.setattr(architecture, "refuse_known_faults", lambda config: None)
                 optimizer = OptimizerConfig(precision=precision)
                 chunks, grid = models.build(model, layout.parallel(kind), optimizer=optimizer)
-            hf_models.fill(chunks, rules, tensors)
+            if how == "from checkpoint":
+                load_weights(folder / "megatron", chunks, model.vocab_size)
+            else:
+                hf_models.fill(chunks, rules, tensors)
             logits = logits_through_the_pipeline(chunks, grid, SEQUENCES)
             found[kind, precision] = Loaded(logits, changed_by_export(chunks, grid, rules, tensors, precision))
     return found
@@ -170,21 +177,25 @@ class Comparison:
         return found
 
     @functools.cache  # noqa: B019  (lives as long as the tests of this file)
-    def loaded(self, layout: str, swapped: bool = False) -> dict[tuple[str, str], Loaded]:
+    def loaded(self, layout: str, how: str = "by rules") -> dict[tuple[str, str], Loaded]:
         """On the last rank, once the others agree."""
         assert self.expected
         cut, world_size, kinds = LAYOUTS[layout]
-        folders = {kind: self.root / kind for kind in (SWAPPABLE if swapped else kinds)}
-        precisions = ("fp32",) if swapped else ("fp32", "bf16")
-        per_rank = self.ranks.run(load, folders, cut, precisions, swapped, world_size=world_size, timeout=300)
+        folders = {kind: self.root / kind for kind in (SWAPPABLE if how == "swapped" else kinds)}
+        if how == "from checkpoint":
+            for folder in folders.values():
+                if not (folder / "megatron").exists():
+                    hf_to_megatron(folder, folder / "megatron")
+        precisions = ("fp32", "bf16") if how == "by rules" else ("fp32",)
+        per_rank = self.ranks.run(load, folders, cut, precisions, how, world_size=world_size, timeout=300)
         last = per_rank[-1]
         for key, rank in ((key, rank) for rank in per_rank for key in last):
             assert rank[key].logits is None or torch.equal(rank[key].logits, last[key].logits), key
             assert rank[key].changed == last[key].changed, key
         return last
 
-    def difference(self, layout: str, kind: str) -> float:
-        return float((self.loaded(layout)[kind, "fp32"].logits - self.expected[kind]["fp32"]).abs().max())
+    def difference(self, layout: str, kind: str, how: str = "by rules") -> float:
+        return float((self.loaded(layout, how)[kind, "fp32"].logits - self.expected[kind]["fp32"]).abs().max())
 
     def bf16_errors(self, layout: str, kind: str) -> tuple[float, float]:
         """Median distance from float32 arithmetic on the same bf16 weights: of this layout, and of transformers.  (A
@@ -228,9 +239,17 @@ def test_the_live_model_is_exported_as_it_came(comparison, layout, kind):
         assert comparison.loaded(layout)[kind, precision].changed == []
 
 
+@pytest.mark.parametrize(
+    ("layout", "kind"), [case for case in CASES if case[0] in ("TP2xPP2", "EP2xPP2", "TP2xEP2, ETP1")]
+)
+def test_the_written_checkpoint_loads_in_any_layout_and_leaves_it_as_it_came(comparison, layout, kind):
+    assert comparison.difference(layout, kind, "from checkpoint") <= TOLERANCE
+    assert comparison.loaded(layout, "from checkpoint")[kind, "fp32"].changed == []
+
+
 @pytest.mark.parametrize("layout", ["PP2", "PP2xVPP2"])
 def test_layers_that_are_swapped_across_stages_are_seen(comparison, layout):
-    loaded = comparison.loaded(layout, swapped=True)
+    loaded = comparison.loaded(layout, "swapped")
     for kind in SWAPPABLE:
         assert (loaded[kind, "fp32"].logits - comparison.expected[kind]["fp32"]).abs().max() > 1000 * TOLERANCE
 

@@ -125,9 +125,7 @@ def test_a_stream_is_named_by_all_four_and_stays_what_it_is():
 
 def test_the_first_uniforms_do_not_depend_on_how_many_are_wanted():
     np.testing.assert_array_equal(stream_uniforms(5, 100)[:7], stream_uniforms(5, 7))
-    np.testing.assert_array_equal(
-        stream_uniforms(5, 7), np.random.Generator(np.random.Philox(key=5)).random(7)
-    )
+    np.testing.assert_array_equal(stream_uniforms(5, 7), np.random.Generator(np.random.Philox(key=5)).random(7))
 
 
 @pytest.mark.parametrize(

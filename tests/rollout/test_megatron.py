@@ -50,9 +50,7 @@ def sampler_of(chunks, grid, kv_cache_gb=None) -> MegatronSampler:
     return MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb)
 
 
-def write_without_cache(
-    kind: str, requests: list[Request], count: int
-) -> list[tuple[list[int], list[float]]]:
+def write_without_cache(kind: str, requests: list[Request], count: int) -> list[tuple[list[int], list[float]]]:
     """Per request: greedy tokens, each from a forward of the whole prefix on one rank, and their float64
     log-probs."""
     [model], _ = build(model_config(kind), parallel())
@@ -406,9 +404,7 @@ def test_parameters_that_are_gathered_with_the_next_forward_are_gathered_before_
     ranks.run(decode_after_an_overlapped_step, world_size=2)
 
 
-def write_special(
-    changes: dict[str, Any], config: ParallelConfig, precision: str, schedule: ScheduleConfig | None
-):
+def write_special(changes: dict[str, Any], config: ParallelConfig, precision: str, schedule: ScheduleConfig | None):
     chunks, grid = build(
         model_config(**changes), config, optimizer=OptimizerConfig(precision=precision), schedule=schedule
     )
@@ -464,9 +460,7 @@ def refuse() -> list[str]:
     room = sampler_of([model], grid, kv_cache_gb=1e-6)
     collect(lambda: room.generate(make_requests(), GREEDY), ValueError)
     collect(lambda: sampler_of([model], grid).generate([Request([1] * 60, 0)], GREEDY), ValueError)
-    collect(
-        lambda: sampler_of([model], grid).generate([*make_requests(), Request([], 0)], GREEDY), ValueError
-    )
+    collect(lambda: sampler_of([model], grid).generate([*make_requests(), Request([], 0)], GREEDY), ValueError)
     assert sampler_of([model], grid).generate([], GREEDY) == []
     for name, value in [("flash_decode", True), ("cuda_graph_impl", "local"), ("window_size", (8, 0))]:
         unwrapped(model).config.__dict__[name], before = value, getattr(unwrapped(model).config, name)

@@ -216,8 +216,8 @@ def test_the_parity_test_catches(outcomes, mutation):
 
 
 def compare_parameters(outcomes, case: Case, world_size: int, reference: Case | None = None) -> None:
-    """Assert that every tensor has moved, and by the same amount as on one rank, to 1e-3 of that amount (a weight near 1
-    moves by few of its last bits)."""
+    """Assert that every tensor has moved, and by the same amount as on one rank, to 1e-3 of that amount (a weight
+    near 1 moves by few of its last bits)."""
     reference = reference or dataclasses.replace(case, parallel=ParallelConfig(), extra_weightless=0)
     moved, expected = (
         {key: value - initial(key, value) for key, value in params.items()}

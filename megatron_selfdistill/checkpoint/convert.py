@@ -1,0 +1,432 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""From a Hugging Face folder to a Megatron checkpoint and back, a tensor at a time.
+
+Everything is checked before anything is written; a folder gets its name only when it is complete.  One process without
+a process group does it: sharding happens when Megatron loads the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.checkpoint import folder, manifest, streaming
+from megatron_selfdistill.checkpoint.arguments import converted_args
+from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.names import names
+from megatron_selfdistill.checkpoint.safetensors_folder import (
+    SafetensorsFolder,
+    SafetensorsWriter,
+    copy_companions,
+    read_config,
+)
+from megatron_selfdistill.checkpoint.state import CONTENT
+from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.streaming import Piece
+from megatron_selfdistill.checkpoint.weights import Weights, open_weights, require_sound
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.model.architecture import padded_vocab_size
+from megatron_selfdistill.model.hf.rules import Rows
+from megatron_selfdistill.model.hf_mapping import (
+    TIED,
+    Family,
+    Rule,
+    check_names,
+    check_shapes,
+    dequantise_blocks,
+    family_of,
+    family_of_model,
+)
+
+COMPANIONS = "huggingface"
+"""The folder in a Megatron checkpoint with the config.json, tokenizer and generation files that it came with."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Whom to tell: ``start`` the bytes that will be written, ``advance`` those that were, ``say`` what is decided."""
+
+    start: Callable[[int], None] = lambda _: None
+    advance: Callable[[int], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
+
+
+def hf_to_megatron(hf: Path, out: Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Path:
+    """Write the model in the Hugging Face folder ``hf`` as ``out/release``, a torch_dist checkpoint; returns that.
+
+    ``dtype``: of all weights but those that Megatron keeps in float32; null keeps each as it is (FP8: bf16).
+    Memory: the tensors of one rule, and its result where they must be rearranged.
+    Raises: CheckpointError or ConfigError, one sentence, before anything is written; OSError while it is.
+    """
+    hf, out, progress = Path(hf), Path(out), progress or Progress()
+    folder.require_free(out)
+    model, rules, tensors = _read_hf(hf)
+    pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype))
+    weights_dtype = next(piece.dtype for piece in pieces)
+    common = {
+        "args": converted_args(model, "fp32" if weights_dtype == torch.float32 else "bf16"),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": dict(CONTENT),
+    }
+    num_bytes = sum(piece.num_bytes for piece in pieces)
+    with _new_folder(out, num_bytes) as temporary:
+        progress.start(num_bytes)
+        release = temporary / "release"
+        streaming.write(release, pieces, common, empty_objects=_extra_states(rules), progress=progress.advance)
+        companions = release / COMPANIONS
+        companions.mkdir()
+        shutil.copyfile(hf / "config.json", companions / "config.json")
+        copy_companions(hf, companions)
+        manifest.write(release)
+        (temporary / folder.TRACKER).write_text("release")
+        for path in (companions / "config.json", companions, release, temporary / folder.TRACKER):
+            manifest.sync(path)
+    return out / "release"
+
+
+def megatron_to_hf(
+    megatron: Path,
+    out: Path,
+    *,
+    iteration: int | None = None,
+    hf_config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face folder ``out``.
+
+    ``hf_config``: a folder with the original config.json and tokenizer files; null takes those that the checkpoint
+    carries, else a config.json is made from the stored arguments.  ``dtype``: of all floating-point weights; null
+    keeps each.  ``vocab_size``: the true vocabulary where the checkpoint does not tell (`true_vocab_size`).
+    Memory: one full tensor of Megatron's, and its parts where they must be rearranged.
+    Raises: CheckpointError or ConfigError, one sentence, before anything is written; OSError while it is.
+    """
+    out, progress = Path(out), progress or Progress()
+    folder.require_free(out)
+    weights = open_weights(megatron, iteration)
+    require_sound(weights, progress.say)
+    beside = Path(hf_config) if hf_config is not None else _companions(weights.path)
+    original = read_config(beside) if beside is not None and (hf_config or (beside / "config.json").is_file()) else None
+    model, family = _described(weights, original, beside, vocab_size, progress)
+    rules = family.rules(model)
+    weights.fitting(rules)
+    kept = {rule: dtype if dtype and not rule.float32 else weights.dtype(rule) for rule in rules}
+    first = str(kept[rules[0]]).removeprefix("torch.")
+    config = _config(family, model, first, original, weights)
+    tensors = [
+        (name, kept[rule], shape) for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
+    ]
+    num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
+    with _new_folder(out, num_bytes) as temporary:
+        progress.start(num_bytes)
+        writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
+        for rule in rules:
+            for name, part in zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True):
+                writer.write(name, part.to(kept[rule]))
+                progress.advance(part.numel() * kept[rule].itemsize)
+        writer.close()
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        manifest.sync(temporary / "config.json")
+        if beside is not None:
+            copy_companions(beside, temporary)
+    return out
+
+
+def carry_companions(checkpoint: Path, run_dir: Path) -> None:
+    """Copy the Hugging Face files that ``checkpoint`` carries into a run folder, from where its checkpoints can be
+    converted back; nothing where it carries none."""
+    beside = _companions(folder.tracked(checkpoint) or checkpoint)
+    target = run_dir / COMPANIONS
+    if beside is not None and beside.absolute() != target.absolute():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(beside / "config.json", target / "config.json")
+        copy_companions(beside, target)
+
+
+def describe(path: Path) -> dict[str, str]:
+    """What a checkpoint is, for people: family, sizes, parallel layout, iteration, parameters, types, vocabulary."""
+    path = Path(path)
+    if (path / "config.json").is_file() and folder.tracked(path) is None:
+        return _describe_hf(path)
+    weights = open_weights(path)
+    lines = {"checkpoint": f"{weights.path}", "format": _FORMATS[weights.format], "iteration": str(weights.iteration)}
+    sizes = weights.sizes()
+    lines["parameters"] = f"{_parameters(sizes)}, padding included"
+    if weights.args is None:
+        return lines | {"arguments": "none are stored: the architecture is not known"}
+    args, beside = weights.args, _companions(weights.path)
+    model = architecture_from_args(args)
+    try:
+        vocab_size = true_vocab_size(args, _num_tokens(beside), weights.num_rows)
+        lines["vocabulary"] = f"{vocab_size} true rows, {weights.num_rows} with padding"
+    except CheckpointError as error:
+        vocab_size = weights.num_rows
+        lines["vocabulary"] = str(error)
+    model = replace(model, vocab_size=vocab_size)
+    sizes_of = {axis: getattr(args, name, None) or 1 for axis, name in _LAYOUT.items()}
+    lines["written by"] = " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())
+    lines["manifest"] = "sizes agree" if (weights.path / manifest.NAME).is_file() else "none (another program's)"
+    return lines | _describe_model(model)
+
+
+_FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
+_LAYOUT = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+}
+
+
+def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], SafetensorsFolder]:
+    """The model in a Hugging Face folder, the rules of its tensors, and these; all checked against each other."""
+    config = read_config(hf)
+    family = family_of(config)
+    model = family.model_config(config)
+    tensors = SafetensorsFolder(hf)
+    rules = check_names(family.rules(model), tensors.tensors)
+    check_shapes(rules, {name: tensor.shape for name, tensor in tensors.tensors.items()})
+    carried = {rule.hf_names[0].split(".")[2] for rule in rules if rule.carried}
+    model = replace(model, num_carried_mtp_layers=len(carried))
+    tied = model.share_embeddings_and_output_weights and TIED[0] in tensors.tensors
+    if tied and not torch.equal(tensors.read(TIED[0]), tensors.read(TIED[1])):
+        raise CheckpointError(f"{hf} ties its embeddings (tie_word_embeddings), but {TIED[0]} is not {TIED[1]}")
+    return model, rules, tensors
+
+
+class _HFReader:
+    """Full tensors of a Hugging Face folder, dequantised, in the type in which they will be stored."""
+
+    def __init__(self, tensors: SafetensorsFolder, block: tuple[int, int] | None, dtype: torch.dtype | None) -> None:
+        self.tensors, self._block, self._dtype = tensors, block, dtype
+
+    def dtype(self, rule: Rule, name: str) -> torch.dtype:
+        found = self.tensors.tensors[name].dtype
+        if self._dtype is not None:
+            return torch.float32 if rule.float32 else self._dtype
+        return torch.bfloat16 if found in _FLOAT8 else found
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = self.tensors.read(name)
+        if tensor.dtype in _FLOAT8:
+            scales = f"{name}_scale_inv"
+            if scales not in self.tensors.tensors or self._block is None:
+                raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or its block size is missing")
+            tensor = dequantise_blocks(tensor, self.tensors.read(scales), self._block)
+        return tensor.to(dtype)
+
+
+def _block(hf: Path) -> tuple[int, int] | None:
+    block = (read_config(hf).get("quantization_config") or {}).get("weight_block_size")
+    return tuple(block) if block else None
+
+
+def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader) -> list[Piece]:
+    """How each rectangle of the checkpoint is made; nothing is read yet."""
+    depth: dict[str, tuple[int, ...]] = {}
+    kept: dict[str, torch.dtype] = {}
+    for rule in rules:
+        key, index = rule.megatron.key, rule.megatron.index
+        seen = depth.get(key, (0,) * len(index))
+        depth[key] = tuple(max(a, b + 1) for a, b in zip(seen, index, strict=True))
+        for name in rule.hf_names:
+            dtype = reader.dtype(rule, name)
+            kept[key] = torch.promote_types(kept.get(key, dtype), dtype)  # one type for all layers of a key
+    pieces: list[Piece] = []
+    for rule in rules:
+        pieces += _pieces_of(rule, depth[rule.megatron.key], kept[rule.megatron.key], model, reader)
+    return pieces
+
+
+def _extra_states(rules: list[Rule]) -> list[str]:
+    """Where Megatron looks for a layer's FP8 statistics, in every layer spec: linear layers, norms, attention.
+
+    Its loader stops where one is missing, and takes None for none.
+    """
+    states: dict[tuple[str, tuple[int, ...]], None] = {}
+    for rule in rules:
+        module, _, name = rule.megatron.key.rpartition(".")
+        if rule.carried or module.endswith(("word_embeddings", "output_layer", "router")):
+            continue
+        states[module, rule.megatron.index] = None
+        if name == "layer_norm_weight":  # as the local spec calls the norm that is a part of this layer
+            states |= {(other.rpartition(".")[0], rule.megatron.index): None for other in names(rule.megatron.key)}
+        if module.endswith("self_attention.linear_proj"):
+            states[module.replace("linear_proj", "core_attention"), rule.megatron.index] = None
+    shape: dict[str, tuple[int, ...]] = {}
+    for module, index in states:
+        seen = shape.get(module, (0,) * len(index))
+        shape[module] = tuple(max(a, b + 1) for a, b in zip(seen, index, strict=True))
+    return [
+        f"{module}._extra_state/shard_{'.'.join(map(str, index or (0,)))}_{'.'.join(map(str, shape[module] or (1,)))}"
+        for module, index in states
+    ]
+
+
+def _pieces_of(
+    rule: Rule, stacked: tuple[int, ...], dtype: torch.dtype, model: ModelConfig, reader: _HFReader
+) -> Iterator[Piece]:
+    key, index, leading = rule.megatron.key, rule.megatron.index, (1,) * len(rule.megatron.index)
+    padded = rule.shape
+    if rule.vocabulary:
+        padded = (padded_vocab_size(rule.shape[0], model.make_vocab_size_divisible_by, 1), *rule.shape[1:])
+    tail = (0,) * (len(padded) - 1)
+
+    def piece(row: int, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Piece:
+        sizes = leading + shape
+        return Piece(key, stacked + padded, (*index, row, *tail), sizes, dtype, lambda: make().reshape(sizes))
+
+    if isinstance(rule.arrangement, Rows):  # one below the other: each is a rectangle of its own, and held alone
+        row = 0
+        for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
+            yield piece(row, shape, functools.partial(reader.read, name, dtype))
+            row += shape[0]
+    else:
+        yield piece(0, rule.shape, lambda: rule.to_megatron(*(reader.read(name, dtype) for name in rule.hf_names)))
+    if padded != rule.shape:
+        rest = (padded[0] - rule.shape[0], *padded[1:])
+        yield piece(rule.shape[0], rest, lambda: torch.zeros(rest, dtype=dtype))
+
+
+def _described(
+    weights: Weights,
+    original: Mapping[str, Any] | None,
+    beside: Path | None,
+    vocab_size: int | None,
+    progress: Progress,
+) -> tuple[ModelConfig, Family]:
+    """The model in a Megatron checkpoint, and as what family it leaves."""
+    if weights.args is None and original is None:
+        raise CheckpointError(f"{weights.path} stores no arguments: name a folder with its config.json in --hf-config")
+    if weights.args is not None:
+        model = architecture_from_args(weights.args)
+    else:
+        model = family_of(original or {}).model_config(original or {})
+    num_tokens = None if original is None else max(original.get("vocab_size") or 0, _num_tokens(beside) or 0)
+    if vocab_size is None:
+        vocab_size = true_vocab_size(weights.args, num_tokens or _num_tokens(beside), weights.num_rows)
+    elif vocab_size > weights.num_rows:
+        raise CheckpointError(f"--vocab-size {vocab_size} exceeds the {weights.num_rows} rows on disk")
+    progress.say(f"vocabulary: {vocab_size} of {weights.num_rows} rows on disk")
+    model = replace(model, vocab_size=vocab_size)
+    carried = weights.num_carried_layers
+    if model.num_carried_mtp_layers != carried:
+        progress.say(f"{model.num_carried_mtp_layers} multi-token-prediction layers stayed behind when it was trained")
+        model = replace(model, num_carried_mtp_layers=carried)
+    family = family_of(original) if original is not None else family_of_model(model)
+    progress.say(f"{family.architecture}; {_FORMATS[weights.format]}; iteration {weights.iteration}")
+    return model, family
+
+
+def _config(
+    family: Family, model: ModelConfig, dtype: str, original: Mapping[str, Any] | None, weights: Weights
+) -> dict[str, Any]:
+    """The config.json: the original one, if it describes this model."""
+    if original is None or family.model_config(original).num_carried_mtp_layers == model.num_carried_mtp_layers:
+        return family.hf_config(model, dtype, original)
+    counts = {name: model.num_carried_mtp_layers for name in _MTP_LAYERS if name in original} or {_MTP_LAYERS[0]: 0}
+    config = family.hf_config(model, dtype, {**original, **counts})
+    if getattr(weights.args, "num_carried_mtp_layers", None) == model.num_carried_mtp_layers:
+        # The folder that was converted had no such layers either, whatever its config.json said.
+        config = {name: original.get(name, value) for name, value in config.items() if name in original}
+        config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    return config
+
+
+_MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+
+def _companions(path: Path) -> Path | None:
+    """The Hugging Face files of a checkpoint: in it, beside it, or in the run folder that it belongs to."""
+    for parent in (path, path.parent, path.parent.parent):
+        if (parent / COMPANIONS / "config.json").is_file():
+            return parent / COMPANIONS
+    return None
+
+
+def _num_tokens(beside: Path | None) -> int | None:
+    """Tokens of the tokenizer that lies beside the weights; None where there is none."""
+    if beside is None or not any((beside / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    if (beside / "tokenizer.json").is_file():
+        content = json.loads((beside / "tokenizer.json").read_text())
+        vocabulary = content.get("model", {}).get("vocab") or {}
+        ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in content.get("added_tokens", [])]
+        return max([*ids, *added], default=-1) + 1 or None
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(beside / "tokenizer.model")).vocab_size()
+
+
+@contextmanager
+def _new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that gets its name if all goes well, and goes if not."""
+    target = target.absolute()
+    temporary = folder.begin(target.parent, target.name, num_bytes + 2**20)
+    try:
+        yield temporary.path
+        folder.publish_new(temporary, target)
+    except BaseException:
+        temporary.remove()
+        raise
+    finally:
+        temporary.release()
+
+
+def _describe_hf(path: Path) -> dict[str, str]:
+    config = read_config(path)
+    family = family_of(config)
+    tensors = SafetensorsFolder(path).tensors
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    lines = {"checkpoint": str(path), "format": "Hugging Face safetensors", "parameters": _parameters(sizes)}
+    return lines | _describe_model(family.model_config(config), family)
+
+
+def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[str, str]:
+    try:
+        name = (family or family_of_model(model)).architecture
+    except ValueError as error:
+        name = f"none that Hugging Face has ({error})"
+    lines = {
+        "family": name,
+        "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_hidden_size}",
+        "attention": f"{model.num_attention_heads} heads, {model.num_query_groups or model.num_attention_heads} groups",
+        "norm": f"{model.normalization}, epsilon {model.layernorm_epsilon}",
+        "positions": f"{model.position_embedding_type}, base {model.rotary_base}",
+        "longest sequence": f"{model.max_position_embeddings} tokens",
+        "embeddings": "tied" if model.share_embeddings_and_output_weights else "untied",
+    }
+    if model.num_moe_experts is not None:
+        lines["experts"] = (
+            f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}, {model.moe_router_topk} per token"
+        )
+    if model.num_carried_mtp_layers:
+        lines["multi-token prediction"] = f"{model.num_carried_mtp_layers} layers, carried along"
+    if model.transformer:
+        lines["further"] = ", ".join(f"{name}={value}" for name, value in model.transformer.items())
+    return lines
+
+
+def _parameters(sizes: Mapping[torch.dtype, int]) -> str:
+    kinds = ", ".join(f"{count:,} {str(dtype).removeprefix('torch.')}" for dtype, count in sizes.items())
+    return f"{sum(sizes.values()):,} ({kinds})"

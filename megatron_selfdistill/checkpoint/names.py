@@ -1,0 +1,50 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""One tensor, many names: how different layer specs and versions of Megatron call the same weight on disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+Place = tuple[str, tuple[int, ...]]
+"""A key, and the leading indices (layer, expert) of the tensor that is stored under it."""
+
+# Transformer Engine fuses a norm into the linear layer after it, the local spec does not.
+_SAME_TENSOR = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+)
+_LAYERS = "decoder.layers."
+_NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def names(key: str) -> Iterator[str]:
+    """``key``, then what other layer specs call the same tensor."""
+    yield key
+    for pair in _SAME_TENSOR:
+        for ours, theirs in (pair, pair[::-1]):
+            if f".{ours}" in key:
+                yield key.replace(f".{ours}", f".{theirs}", 1)
+
+
+def places(key: str, index: tuple[int, ...]) -> Iterator[Place]:
+    """Where the tensor may lie: under each of its `names`, with the layer's number in the index or in the name."""
+    for name in names(key):
+        yield name, index
+        match = _NUMBERED.fullmatch(name)
+        if match is not None:
+            yield f"{_LAYERS}{match[2]}", (int(match[1]), *index)
+        elif name.startswith(_LAYERS) and index:
+            yield f"{_LAYERS}{index[0]}.{name.removeprefix(_LAYERS)}", index[1:]
+
+
+def shown(key: str, index: tuple[int, ...]) -> str:
+    """For a message: ``decoder.layers.mlp.linear_fc2.weight[3]``."""
+    return key + (str(list(index)) if index else "")
+
+
+def has_numbered_layers(keys: Iterator[str] | set[str] | dict[str, object]) -> bool:
+    """Whether the layers of a torch_dist checkpoint have keys of their own instead of being stacked."""
+    return any(_NUMBERED.fullmatch(key) for key in keys)

@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""How long a conversion takes and how much memory it needs, beside plainly copying the same files.
+
+    tools/benchmark_convert.py --gigabytes 6 --folder /tmp/convert
+
+Makes a random Llama of that size, converts it there and back in processes of their own, and compares every tensor of
+the result with the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table: step, seconds per GB, peak memory; returns 1 if a tensor came back changed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model, in bf16")
+    parser.add_argument("--folder", type=Path, required=True, help="new folder; three times the model's size, removed")
+    parser.add_argument("--only-make", action="store_true", help="only make the model, and print its sizes")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder
+    if arguments.only_make:
+        print(json.dumps(make_model(folder, arguments.gigabytes)))
+        return 0
+    folder.mkdir(parents=True)
+    try:
+        return measure(folder, arguments.gigabytes)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(folder: Path, gigabytes: float) -> int:
+    # In a process of its own: a child's peak counts from the size of the parent that it was forked from.
+    make = [sys.executable, __file__, "--only-make", "--gigabytes", str(gigabytes), "--folder", str(folder / "hf")]
+    largest, total = json.loads(subprocess.run(make, check=True, capture_output=True).stdout)
+    convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py")]
+    steps = {
+        "imports alone": [*convert, "inspect", str(folder / "hf")],
+        "cp -r": ["cp", "-r", str(folder / "hf"), str(folder / "copy")],
+        "hf-to-megatron": [*convert, "hf-to-megatron", "--hf", str(folder / "hf"), "--out", str(folder / "megatron")],
+        "megatron-to-hf": [*convert, "megatron-to-hf", "--megatron", str(folder / "megatron"), "--out"],
+    }
+    steps["megatron-to-hf"] += [str(folder / "back"), "--max-shard-size", "2GB"]
+    print(f"{total / 1e9:.2f} GB; largest tensor {largest / 1e9:.3f} GB")
+    for name, command in steps.items():
+        seconds, peak = run(command)
+        print(
+            f"{name:16} {seconds:7.1f} s  {seconds / total * 1e9:6.2f} s per GB  peak {peak / 1e9:6.3f} GB", flush=True
+        )
+        if name == "cp -r":
+            shutil.rmtree(folder / "copy")
+    changed = compare(folder / "hf", folder / "back")
+    print(f"{len(changed)} tensors changed" + (f", first {changed[0]}" if changed else ""))
+    return 1 if changed else 0
+
+
+def run(command: list[str]) -> tuple[float, int]:
+    """Seconds until the files are on the disk, and peak resident bytes, of a command."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed with status {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def make_model(folder: Path, gigabytes: float) -> tuple[int, int]:
+    """A random Llama; returns the bytes of its largest tensor, and of all."""
+    import torch
+
+    from megatron_selfdistill.checkpoint.safetensors_folder import SafetensorsWriter
+    from megatron_selfdistill.model.hf_mapping import family_of
+
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 64000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "num_hidden_layers": 1,
+        "torch_dtype": "bfloat16",
+    }
+    family = family_of(config)
+
+    def tensors() -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        rules = family.rules(family.model_config(config))
+        pairs = [pair for rule in rules for pair in zip(rule.hf_names, rule.hf_shapes, strict=True)]
+        return [(name, torch.bfloat16, shape) for name, shape in pairs]
+
+    def num_bytes() -> int:
+        return sum(2 * math.prod(shape) for _, _, shape in tensors())
+
+    one = num_bytes()
+    config["num_hidden_layers"] = 2
+    per_layer = num_bytes() - one
+    config["num_hidden_layers"] = max(1, round((gigabytes * 1e9 - one) / per_layer) + 1)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    writer = SafetensorsWriter(folder, tensors(), 5 * 10**9)
+    numbers = torch.randn(1_000_003).bfloat16()  # a prime: no two rows of a tensor are alike
+    for index, (name, _, shape) in enumerate(tensors()):
+        count = math.prod(shape)
+        repeats = count // numbers.numel() + 2
+        writer.write(name, numbers.repeat(repeats)[index : index + count].reshape(shape))
+    writer.close()
+    return max(2 * math.prod(shape) for _, _, shape in tensors()), num_bytes()
+
+
+def compare(before: Path, after: Path) -> list[str]:
+    """The names of tensors that are not bitwise the same in both folders."""
+    import torch
+
+    from megatron_selfdistill.checkpoint.safetensors_folder import SafetensorsFolder
+
+    one, two = SafetensorsFolder(before), SafetensorsFolder(after)
+    if one.tensors.keys() != two.tensors.keys():
+        return sorted(one.tensors.keys() ^ two.tensors.keys())
+    return [name for name in one.tensors if not torch.equal(one.read(name), two.read(name))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
