@@ -113,7 +113,8 @@ def _announce(run: Run) -> None:
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
         f"{len(run.inputs.problems)} problems ({counts.truncated} with a shortened solution; left out: "
-        f"{counts.dropped} too long, {run.inputs.problems.num_skipped} bad); contexts of at most {run.inputs.max_length} tokens",
+        f"{counts.dropped} too long, {run.inputs.problems.num_skipped} bad); "
+        f"contexts of at most {run.inputs.max_length} tokens",
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
     ):
         run.log.message(line)

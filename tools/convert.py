@@ -81,7 +81,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    from megatron_selfdistill.checkpoint.convert import describe
+    from megatron_selfdistill.checkpoint.describe import describe
 
     found = describe(arguments.checkpoint)
     width = max(map(len, found))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint import folder, manifest, streaming
 from megatron_selfdistill.checkpoint.arguments import converted_args
+from megatron_selfdistill.checkpoint.describe import COMPANIONS, FORMATS, companions_of, num_tokens
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.names import names
 from megatron_selfdistill.checkpoint.safetensors_folder import (
@@ -47,9 +48,6 @@ from megatron_selfdistill.model.hf_mapping import (
     family_of,
     family_of_model,
 )
-
-COMPANIONS = "huggingface"
-"""The folder in a Megatron checkpoint with the config.json, tokenizer and generation files that it came with."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
@@ -122,7 +120,7 @@ def megatron_to_hf(
     folder.require_free(out)
     weights = open_weights(megatron, iteration)
     require_sound(weights, progress.say)
-    beside = Path(hf_config) if hf_config is not None else _companions(weights.path)
+    beside = Path(hf_config) if hf_config is not None else companions_of(weights.path)
     original = read_config(beside) if beside is not None and (hf_config or (beside / "config.json").is_file()) else None
     model, family = _described(weights, original, beside, vocab_size, progress)
     rules = family.rules(model)
@@ -152,47 +150,12 @@ def megatron_to_hf(
 def carry_companions(checkpoint: Path, run_dir: Path) -> None:
     """Copy the Hugging Face files that ``checkpoint`` carries into a run folder, from where its checkpoints can be
     converted back; nothing where it carries none."""
-    beside = _companions(folder.tracked(checkpoint) or checkpoint)
+    beside = companions_of(folder.tracked(checkpoint) or checkpoint)
     target = run_dir / COMPANIONS
     if beside is not None and beside.absolute() != target.absolute():
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(beside / "config.json", target / "config.json")
         copy_companions(beside, target)
-
-
-def describe(path: Path) -> dict[str, str]:
-    """What a checkpoint is, for people: family, sizes, parallel layout, iteration, parameters, types, vocabulary."""
-    path = Path(path)
-    if (path / "config.json").is_file() and folder.tracked(path) is None:
-        return _describe_hf(path)
-    weights = open_weights(path)
-    lines = {"checkpoint": f"{weights.path}", "format": _FORMATS[weights.format], "iteration": str(weights.iteration)}
-    sizes = weights.sizes()
-    lines["parameters"] = f"{_parameters(sizes)}, padding included"
-    if weights.args is None:
-        return lines | {"arguments": "none are stored: the architecture is not known"}
-    args, beside = weights.args, _companions(weights.path)
-    model = architecture_from_args(args)
-    try:
-        vocab_size = true_vocab_size(args, _num_tokens(beside), weights.num_rows)
-        lines["vocabulary"] = f"{vocab_size} true rows, {weights.num_rows} with padding"
-    except CheckpointError as error:
-        vocab_size = weights.num_rows
-        lines["vocabulary"] = str(error)
-    model = replace(model, vocab_size=vocab_size)
-    sizes_of = {axis: getattr(args, name, None) or 1 for axis, name in _LAYOUT.items()}
-    lines["written by"] = " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())
-    lines["manifest"] = "sizes agree" if (weights.path / manifest.NAME).is_file() else "none (another program's)"
-    return lines | _describe_model(model)
-
-
-_FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
-_LAYOUT = {
-    "TP": "tensor_model_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "VPP": "virtual_pipeline_model_parallel_size",
-    "EP": "expert_model_parallel_size",
-}
 
 
 def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], SafetensorsFolder]:
@@ -319,9 +282,10 @@ def _described(
         model = architecture_from_args(weights.args)
     else:
         model = family_of(original or {}).model_config(original or {})
-    num_tokens = None if original is None else max(original.get("vocab_size") or 0, _num_tokens(beside) or 0)
     if vocab_size is None:
-        vocab_size = true_vocab_size(weights.args, num_tokens or _num_tokens(beside), weights.num_rows)
+        # A config.json may know of rows that no token has.
+        known = max((original or {}).get("vocab_size") or 0, num_tokens(beside) or 0)
+        vocab_size = true_vocab_size(weights.args, known or None, weights.num_rows)
     elif vocab_size > weights.num_rows:
         raise CheckpointError(f"--vocab-size {vocab_size} exceeds the {weights.num_rows} rows on disk")
     progress.say(f"vocabulary: {vocab_size} of {weights.num_rows} rows on disk")
@@ -331,7 +295,7 @@ def _described(
         progress.say(f"{model.num_carried_mtp_layers} multi-token-prediction layers stayed behind when it was trained")
         model = replace(model, num_carried_mtp_layers=carried)
     family = family_of(original) if original is not None else family_of_model(model)
-    progress.say(f"{family.architecture}; {_FORMATS[weights.format]}; iteration {weights.iteration}")
+    progress.say(f"{family.architecture}; {FORMATS[weights.format]}; iteration {weights.iteration}")
     return model, family
 
 
@@ -353,29 +317,6 @@ def _config(
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
-def _companions(path: Path) -> Path | None:
-    """The Hugging Face files of a checkpoint: in it, beside it, or in the run folder that it belongs to."""
-    for parent in (path, path.parent, path.parent.parent):
-        if (parent / COMPANIONS / "config.json").is_file():
-            return parent / COMPANIONS
-    return None
-
-
-def _num_tokens(beside: Path | None) -> int | None:
-    """Tokens of the tokenizer that lies beside the weights; None where there is none."""
-    if beside is None or not any((beside / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    if (beside / "tokenizer.json").is_file():
-        content = json.loads((beside / "tokenizer.json").read_text())
-        vocabulary = content.get("model", {}).get("vocab") or {}
-        ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = [token["id"] for token in content.get("added_tokens", [])]
-        return max([*ids, *added], default=-1) + 1 or None
-    from sentencepiece import SentencePieceProcessor
-
-    return SentencePieceProcessor(model_file=str(beside / "tokenizer.model")).vocab_size()
-
-
 @contextmanager
 def _new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
     """A temporary folder beside ``target`` that gets its name if all goes well, and goes if not."""
@@ -389,44 +330,3 @@ def _new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         raise
     finally:
         temporary.release()
-
-
-def _describe_hf(path: Path) -> dict[str, str]:
-    config = read_config(path)
-    family = family_of(config)
-    tensors = SafetensorsFolder(path).tensors
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    lines = {"checkpoint": str(path), "format": "Hugging Face safetensors", "parameters": _parameters(sizes)}
-    return lines | _describe_model(family.model_config(config), family)
-
-
-def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[str, str]:
-    try:
-        name = (family or family_of_model(model)).architecture
-    except ValueError as error:
-        name = f"none that Hugging Face has ({error})"
-    lines = {
-        "family": name,
-        "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_hidden_size}",
-        "attention": f"{model.num_attention_heads} heads, {model.num_query_groups or model.num_attention_heads} groups",
-        "norm": f"{model.normalization}, epsilon {model.layernorm_epsilon}",
-        "positions": f"{model.position_embedding_type}, base {model.rotary_base}",
-        "longest sequence": f"{model.max_position_embeddings} tokens",
-        "embeddings": "tied" if model.share_embeddings_and_output_weights else "untied",
-    }
-    if model.num_moe_experts is not None:
-        lines["experts"] = (
-            f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}, {model.moe_router_topk} per token"
-        )
-    if model.num_carried_mtp_layers:
-        lines["multi-token prediction"] = f"{model.num_carried_mtp_layers} layers, carried along"
-    if model.transformer:
-        lines["further"] = ", ".join(f"{name}={value}" for name, value in model.transformer.items())
-    return lines
-
-
-def _parameters(sizes: Mapping[torch.dtype, int]) -> str:
-    kinds = ", ".join(f"{count:,} {str(dtype).removeprefix('torch.')}" for dtype, count in sizes.items())
-    return f"{sum(sizes.values()):,} ({kinds})"

@@ -13,7 +13,8 @@ import models
 import pytest
 import torch
 
-from megatron_selfdistill.checkpoint.convert import describe, megatron_to_hf
+from megatron_selfdistill.checkpoint.convert import megatron_to_hf
+from megatron_selfdistill.checkpoint.describe import describe
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.checkpoint.weights import open_weights

@@ -1,0 +1,123 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a checkpoint is, in a few lines for people: Megatron's, torch_dist or legacy, and Hugging Face's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_selfdistill.checkpoint import folder, manifest
+from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.safetensors_folder import SafetensorsFolder, read_config
+from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.weights import open_weights
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.model.hf_mapping import Family, family_of, family_of_model
+
+COMPANIONS = "huggingface"
+"""The folder in a Megatron checkpoint with the config.json, tokenizer and generation files that it came with."""
+
+FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
+
+
+def describe(path: Path) -> dict[str, str]:
+    """What a checkpoint is, for people: family, sizes, parallel layout, iteration, parameters, types, vocabulary."""
+    path = Path(path)
+    if (path / "config.json").is_file() and folder.tracked(path) is None:
+        return _describe_hf(path)
+    weights = open_weights(path)
+    lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
+    sizes = weights.sizes()
+    lines["parameters"] = f"{_parameters(sizes)}, padding included"
+    if weights.args is None:
+        return lines | {"arguments": "none are stored: the architecture is not known"}
+    args, beside = weights.args, companions_of(weights.path)
+    model = architecture_from_args(args)
+    try:
+        vocab_size = true_vocab_size(args, num_tokens(beside), weights.num_rows)
+        lines["vocabulary"] = f"{vocab_size} true rows, {weights.num_rows} with padding"
+    except CheckpointError as error:
+        vocab_size = weights.num_rows
+        lines["vocabulary"] = str(error)
+    model = replace(model, vocab_size=vocab_size)
+    sizes_of = {axis: getattr(args, name, None) or 1 for axis, name in _LAYOUT.items()}
+    lines["written by"] = " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())
+    lines["manifest"] = "sizes agree" if (weights.path / manifest.NAME).is_file() else "none (another program's)"
+    return lines | _describe_model(model)
+
+
+def companions_of(path: Path) -> Path | None:
+    """The Hugging Face files of a checkpoint: in it, beside it, or in the run folder that it belongs to."""
+    for parent in (path, path.parent, path.parent.parent):
+        if (parent / COMPANIONS / "config.json").is_file():
+            return parent / COMPANIONS
+    return None
+
+
+def num_tokens(beside: Path | None) -> int | None:
+    """Tokens of the tokenizer that lies beside the weights; None where there is none."""
+    if beside is None or not any((beside / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    if (beside / "tokenizer.json").is_file():
+        content = json.loads((beside / "tokenizer.json").read_text())
+        vocabulary = content.get("model", {}).get("vocab") or {}
+        ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in content.get("added_tokens", [])]
+        return max([*ids, *added], default=-1) + 1 or None
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(beside / "tokenizer.model")).vocab_size()
+
+
+_LAYOUT = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+}
+
+
+def _describe_hf(path: Path) -> dict[str, str]:
+    config = read_config(path)
+    family = family_of(config)
+    tensors = SafetensorsFolder(path).tensors
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    lines = {"checkpoint": str(path), "format": "Hugging Face safetensors", "parameters": _parameters(sizes)}
+    return lines | _describe_model(family.model_config(config), family)
+
+
+def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[str, str]:
+    try:
+        name = (family or family_of_model(model)).architecture
+    except ValueError as error:
+        name = f"none that Hugging Face has ({error})"
+    lines = {
+        "family": name,
+        "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_hidden_size}",
+        "attention": f"{model.num_attention_heads} heads, {model.num_query_groups or model.num_attention_heads} groups",
+        "norm": f"{model.normalization}, epsilon {model.layernorm_epsilon}",
+        "positions": f"{model.position_embedding_type}, base {model.rotary_base}",
+        "longest sequence": f"{model.max_position_embeddings} tokens",
+        "embeddings": "tied" if model.share_embeddings_and_output_weights else "untied",
+    }
+    if model.num_moe_experts is not None:
+        lines["experts"] = (
+            f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}, {model.moe_router_topk} per token"
+        )
+    if model.num_carried_mtp_layers:
+        lines["multi-token prediction"] = f"{model.num_carried_mtp_layers} layers, carried along"
+    if model.transformer:
+        lines["further"] = ", ".join(f"{name}={value}" for name, value in model.transformer.items())
+    return lines
+
+
+def _parameters(sizes: Mapping[torch.dtype, int]) -> str:
+    kinds = ", ".join(f"{count:,} {str(dtype).removeprefix('torch.')}" for dtype, count in sizes.items())
+    return f"{sum(sizes.values()):,} ({kinds})"
