@@ -102,6 +102,9 @@ def initialize(config: ParallelConfig, seed: int) -> Grid:
     gloo on CPU, NCCL on GPUs (each rank takes the device LOCAL_RANK). A plain ``python`` start is a world of
     one.
     """
+    if config.tensor_model_parallel_size > 1:
+        # Megatron overlaps a collective with a GEMM by the order of their launch, which a single hardware queue keeps.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         _init_process_group(config)
     if not cpu.ON_CPU:
