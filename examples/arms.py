@@ -14,7 +14,6 @@ import shlex
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from pretraining import CONFIG_NAME, Base, make_base
 from rich.console import Console
 
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.noise import silence_known_warnings
 from megatron_selfdistill.train import EXIT_UNHEALTHY, train
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
@@ -216,7 +216,7 @@ def prepare_process() -> None:
     The matrices are so small that a second thread costs more than it brings.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    warnings.filterwarnings("ignore")
+    silence_known_warnings()
     import torch
 
     torch.set_num_threads(1)

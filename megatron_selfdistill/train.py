@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,21 +17,12 @@ from typing import TYPE_CHECKING
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.noise import silence_known_warnings
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run import Run
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY = 2, 3
-
-# What Megatron Core and torch say once per rank about each other, and what the run's first lines say in one.
-_NOISE = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "full scope is deprecated",
-    "When using async grad allreduce",
-    "`torch.distributed.",
-    "The .grad attribute of a Tensor that is not a leaf",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,8 +51,7 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
     that are not at their defaults.
     Raises `ConfigError` for bad input: what can be seen without other ranks is seen before they are met.
     """
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message=re.escape(message))
+    silence_known_warnings()
     from megatron_selfdistill import parallel
     from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
     from megatron_selfdistill.guards import RunUnhealthy

@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Seconds of imports, which --help and a mistyped option need not wait for.
     from megatron_selfdistill.checkpoint.errors import CheckpointError
     from megatron_selfdistill.config import ConfigError
+    from megatron_selfdistill.noise import silence_known_warnings
 
+    silence_known_warnings()
     try:
         return arguments.run(arguments)
     except (CheckpointError, ConfigError) as error:
