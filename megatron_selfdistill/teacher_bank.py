@@ -61,7 +61,7 @@ class TeacherBank:
                 raise RuntimeError(f"student microbatch {index} came before the teacher had read its responses")
             block = torch.empty(0, self.width, dtype=dtype, device=self.grid.device)
         block = block.to(self.grid.device, non_blocking=True)
-        return gather_from_tensor_model_parallel_region(block).unsqueeze(1)
+        return gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group).unsqueeze(1)
 
     def _allocate(self, index: int, like: Tensor) -> Tensor:
         if index not in self.blocks:

@@ -232,7 +232,7 @@ def mutated(name: str | None, grid: Grid) -> Iterator[None]:
             patch.setattr(
                 forward,
                 "gather_from_sequence_parallel_region",
-                lambda hidden, tensor_parallel_output_grad: gather(hidden, tensor_parallel_output_grad=True),
+                lambda hidden, tensor_parallel_output_grad, group: gather(hidden, True, group),
             )
         elif name in ("gradient x CP", "gradient x num_microbatches"):
             original = schedule._Step.__init__

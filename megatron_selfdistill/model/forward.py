@@ -88,7 +88,7 @@ def rows_at(hidden: Tensor, rows: Tensor, grid: Grid) -> Tensor:
     """``hidden[rows]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks."""
     if grid.sequence_parallel:
         # The output layer all-reduces the gradient of its input itself: here it must only be cut, not summed.
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=grid.tp_group)
     return hidden.index_select(0, rows.to(hidden.device))
 
 
