@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_selfdistill.config import Config, ConfigError, DataConfig
-from megatron_selfdistill.data.contexts import ContextCounts, fit_teacher_prompt
+from megatron_selfdistill.data.contexts import ContextCounts, plan_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
@@ -106,25 +106,24 @@ def longest_context(config: Config) -> int:
 def _those_that_fit(
     problems: ProblemSet, builder: PromptBuilder, max_length: int, config: Config
 ) -> tuple[ProblemSet, ContextCounts]:
-    kept, truncated = [], 0
-    for problem in problems.problems:
-        pair = fit_teacher_prompt(
+    kept, counts = [], ContextCounts()
+    for problem in problems.problems:  # one by one: the prompts of a whole data set need not be in memory
+        pairs, count = plan_contexts(
             builder,
-            problem,
+            [problem],
             max_length=max_length,
             max_new_tokens=config.rollout.max_new_tokens,
             policy=config.data.on_long_context,
         )
-        if pair is not None:
+        counts += count
+        if pairs:
             kept.append(problem)
-            truncated += pair.solution_truncated
     if not kept:
         raise ConfigError(
             f"{config.data.path}: no problem fits: prompt, solution and rollout.max_new_tokens "
             f"({config.rollout.max_new_tokens}) exceed {max_length} tokens in all {len(problems)} records"
         )
-    dropped = len(problems) - len(kept)
-    return replace(problems, problems=kept), ContextCounts(len(kept) - truncated, truncated, dropped)
+    return replace(problems, problems=kept), counts
 
 
 def _chat_template(data: DataConfig) -> str | None:

@@ -83,7 +83,9 @@ class Run:
         batch = self.stream.next_batch()
         first = _first_sample_indices(batch, self.config.rollout.num_samples)
         self._first_samples = shard(first, self.grid.dp_rank, self.grid.dp_size)
-        return shard(batch, self.grid.dp_rank, self.grid.dp_size)
+        problems = shard(batch, self.grid.dp_rank, self.grid.dp_size)
+        self._prompt_pairs = {problem.id: self._prompts(problem) for problem in problems}
+        return problems
 
     def generate(self, problems: Sequence[Problem]) -> list[Response]:
         """``rollout.num_samples`` responses per problem, problem by problem, by the current weights."""
@@ -98,10 +100,9 @@ class Run:
             if self.recording is not None:
                 responses = self.recording.responses(keys)
             else:
-                prompts = {pair.problem_id: pair.student_prompt for pair in map(self._prompts, problems)}
                 requests = [
-                    Request(prompts[problem_id], stream_seed(self.config.seed, step, problem_id, sample))
-                    for step, problem_id, sample in keys
+                    Request(self._prompt_pairs[key[1]].student_prompt, stream_seed(self.config.seed, *key))
+                    for key in keys
                 ]
                 responses = self.sampler.generate(requests, self.sampling)
             if self.config.rollout.record:
@@ -117,7 +118,7 @@ class Run:
                 right = [self._is_right(*pair) for pair in zip(owners, responses, strict=True)]
                 owners = [problem for problem, keep in zip(owners, right, strict=True) if keep]
                 responses = [response for response, keep in zip(responses, right, strict=True) if keep]
-            contexts = build_contexts([self._prompts(problem) for problem in owners], responses)
+            contexts = build_contexts([self._prompt_pairs[problem.id] for problem in owners], responses)
             self._contexts = contexts
             log_probs = [value for response in responses for value in response.log_probs]
             sampled = self.config.objective != "solutions"

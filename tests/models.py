@@ -54,6 +54,21 @@ def model_config(kind: str = "gqa", **changes: Any) -> ModelConfig:
     return dataclasses.replace(_MODELS[kind], **changes)
 
 
+def parallel(
+    tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, ep: int = 1, etp: int | None = None, sp: bool = False
+) -> ParallelConfig:
+    """The cuts of a test, by their short names."""
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        sequence_parallel=sp,
+    )
+
+
 def build(
     model: ModelConfig,
     parallel: ParallelConfig,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import VOCAB_SIZE, build, model_config
+from models import VOCAB_SIZE, build, model_config, parallel
 
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
@@ -32,18 +32,6 @@ def make_requests(count: int = len(PROMPT_LENGTHS)) -> list[Request]:
     lengths = [PROMPT_LENGTHS[i % len(PROMPT_LENGTHS)] for i in range(count)]
     prompts = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
     return [Request(prompt, stream_seed(0, 0, f"problem {i}", 0)) for i, prompt in enumerate(prompts)]
-
-
-def parallel(tp=1, pp=1, vpp=None, cp=1, ep=1, etp=None, sp=False) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        context_parallel_size=cp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        sequence_parallel=sp,
-    )
 
 
 def sampler_of(chunks, grid, kv_cache_gb=None) -> MegatronSampler:

@@ -11,47 +11,33 @@ import layouts
 import pytest
 import torch
 from layouts import Case, join, worst_difference
+from models import parallel
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 
 TOLERANCE = 1e-5
 
 
-def parallel(tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, ep: int = 1, etp: int | None = None):
-    return ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        context_parallel_size=cp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-    )
-
-
-def with_sp(config: ParallelConfig) -> ParallelConfig:
-    return dataclasses.replace(config, sequence_parallel=True)
-
-
 # name -> (model, cuts, world size)
 LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
     "TP2": ("gqa", parallel(tp=2), 2),
     "TP2 tied": ("tied", parallel(tp=2), 2),
-    "TP2+SP": ("gqa", with_sp(parallel(tp=2)), 2),
+    "TP2+SP": ("gqa", parallel(tp=2, sp=True), 2),
     "TP4 tied": ("tied", parallel(tp=4), 4),
     "PP2": ("gqa", parallel(pp=2), 2),
     "PP2 tied": ("tied", parallel(pp=2), 2),
     "PP4": ("gqa", parallel(pp=4), 4),
     "PP2xVPP2": ("gqa", parallel(pp=2, vpp=2), 2),
     "PP2xVPP2 tied": ("tied", parallel(pp=2, vpp=2), 2),
-    "TP2xPP2+SP": ("gqa", with_sp(parallel(tp=2, pp=2)), 4),
-    "TP2xPP2+SP tied": ("tied", with_sp(parallel(tp=2, pp=2)), 4),
+    "TP2xPP2+SP": ("gqa", parallel(tp=2, pp=2, sp=True), 4),
+    "TP2xPP2+SP tied": ("tied", parallel(tp=2, pp=2, sp=True), 4),
     "DP2": ("gqa", parallel(), 2),
     "CP2": ("gqa", parallel(cp=2), 2),
     "CP2xPP2": ("gqa", parallel(cp=2, pp=2), 4),
-    "CP2xTP2+SP": ("gqa", with_sp(parallel(cp=2, tp=2)), 4),
+    "CP2xTP2+SP": ("gqa", parallel(cp=2, tp=2, sp=True), 4),
     "EP2": ("moe", parallel(ep=2), 2),
     "EP2xPP2": ("moe", parallel(ep=2, pp=2), 4),
-    "EP2xTP2+SP": ("moe", with_sp(parallel(ep=2, tp=2, etp=1)), 2),
+    "EP2xTP2+SP": ("moe", parallel(ep=2, tp=2, etp=1, sp=True), 2),
 }
 
 
