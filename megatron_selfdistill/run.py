@@ -171,7 +171,7 @@ class Run:
         if self.config.target.rule == "batch" and self.distils:
             entropies, bound = batch_entropies(output, self.grid), self._target().k_bound
             self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.inputs.vocab_size))
-        self.sampler.update_weights()
+        self.sampler.update_weights(self.step + 1)
         return metrics
 
     def finish_step(self, metrics: dict[str, float], responses: Sequence[Response], batch: PackedBatch) -> None:

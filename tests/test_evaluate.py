@@ -72,7 +72,7 @@ class FakeSampler:
         ids = [ord(character) for character in text[: params.max_new_tokens]]
         return Response(ids, [0.0] * len(ids), [0.0] * len(ids), "stop" if ids[-1] == STOP else "length")
 
-    def update_weights(self) -> None:
+    def update_weights(self, version: int) -> None:
         pass
 
 

@@ -210,8 +210,12 @@ class DataConfig:
     on_long_context: str = "error"
     """What to do where the teacher's context cannot fit: error, drop, truncate_start or truncate_end of the
     solution."""
+    solutions: str = "given"
+    """Which solutions the teacher is shown: given (the data's) or own (the model's own responses whose answer verifies;
+    see the section ``solutions``)."""
 
     def __post_init__(self) -> None:
+        _one_of("data.solutions", self.solutions, ["given", "own"])
         _one_of("data.on_bad_record", self.on_bad_record, ["error", "skip"])
         _one_of("data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"])
         _at_least(1, "data", self, "global_batch_size limit max_length")
@@ -221,11 +225,66 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class SolutionsConfig:
+    """The model's own verified responses as solutions (data.solutions=own)."""
+
+    refresh_every: int = 50
+    """Steps after which the coming steps' problems are solved anew, by the weights of that moment."""
+    num_samples: int = 8
+    """Responses per problem, drawn as rollout.* says, among which solutions are looked for."""
+    keep: int = 2
+    """Verified responses kept per problem; a step shows the teacher the best one that is not the response itself."""
+    pick: str = "shortest"
+    """Which of the verified ones are kept: shortest, most_likely (mean log-prob under the student), random, or
+    learnable (the score of score.py)."""
+    alpha: float = 0.01
+    """With pick=learnable: weight of the least likely token, and of the largest teacher-student log-ratio."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "solutions", self, "refresh_every num_samples keep")
+        _at_least(0, "solutions", self, "alpha")
+        _one_of("solutions.pick", self.pick, ["shortest", "most_likely", "random", "learnable"])
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How the student writes its responses."""
 
     engine: str = "megatron"
-    """The sampler: megatron (in process, with a KV cache)."""
+    """The sampler: megatron (the training weights themselves, with a KV cache) or vllm."""
+    placement: str = "colocated"
+    """Where vLLM runs: colocated (in the trainer's own processes and on their devices) or server (in processes of its
+    own, on other devices or nodes; the trainer then needs no vLLM)."""
+    engine_tp: int = 1
+    """Tensor-parallel size of a vLLM engine.  Colocated: so many consecutive ranks form one engine."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine by their own names, such as max_num_seqs; they override what is derived."""
+    hf_config: str | None = None
+    """Folder with the Hugging Face config.json that vLLM builds the model from; null takes the one that the checkpoint
+    carries, else makes it from the model."""
+    servers: list[str] = field(default_factory=list)
+    """Addresses of vLLM servers that run already (`python -m megatron_selfdistill.serve`), http://host:port."""
+    num_servers: int = 0
+    """Servers that the run starts by itself on the node of rank 0, and ends."""
+    server_python: str | None = None
+    """The Python of the environment with vLLM, for the servers that the run starts; null is the trainer's own."""
+    transfer: str | None = None
+    """How weights reach servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the trainer's
+    own GPUs); null: shared_memory on a CPU, nccl on GPUs."""
+    transfer_dir: str = "/dev/shm"
+    """Folder of the files of transfer=shared_memory; a shared file system where servers are on other nodes."""
+    bucket_mb: float = 1024.0
+    """Weights travel in buckets of this many MiB."""
+    timeout_s: float = 1800.0
+    """A server that gives no sign of progress for so many seconds counts as dead."""
+    max_staleness: int = 0
+    """Optimizer steps by which the weights that wrote a response may be older than the present ones."""
+    guidance: str = "none"
+    """none: the student writes alone; mixed: every token is drawn from the target itself, out of both contexts at once,
+    by the student's present weights.  Such responses are off-policy for the student."""
+    guide_below: float | None = None
+    """With guidance=mixed: guide only problems whose recent success rate is below this (needs answers); null guides
+    all."""
     num_samples: int = 1
     """Responses per problem and step."""
     max_new_tokens: int = 256
@@ -249,10 +308,48 @@ class RolloutConfig:
     """Write every response, with its step, problem and sample index, to this JSONL file."""
 
     def __post_init__(self) -> None:
-        _one_of("rollout.engine", self.engine, ["megatron"])
-        _at_least(1, "rollout", self, "num_samples max_new_tokens")
-        _at_least(0, "rollout", self, "temperature top_k kv_cache_gb")
+        _one_of("rollout.engine", self.engine, ["megatron", "vllm"])
+        _one_of("rollout.placement", self.placement, ["colocated", "server"])
+        _one_of("rollout.guidance", self.guidance, ["none", "mixed"])
+        if self.transfer is not None:
+            _one_of("rollout.transfer", self.transfer, ["shared_memory", "gloo", "nccl", "ipc"])
+        _at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp")
+        _at_least(0, "rollout", self, "temperature top_k kv_cache_gb num_servers max_staleness")
         _require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
+        for name in ("bucket_mb", "timeout_s"):
+            value = getattr(self, name)
+            _require(value > 0, f"rollout.{name} must be positive, got {value}")
+        self._check_servers()
+        self._check_guidance()
+
+    def _check_servers(self) -> None:
+        on_servers = self.engine == "vllm" and self.placement == "server"
+        _require(
+            on_servers or not (self.servers or self.num_servers),
+            "rollout.servers and rollout.num_servers need rollout.engine=vllm and rollout.placement=server",
+        )
+        _require(
+            not on_servers or bool(self.servers) != bool(self.num_servers),
+            "rollout.placement=server needs either rollout.servers (addresses of servers that run) or "
+            "rollout.num_servers (servers that the run starts)",
+        )
+        for address in self.servers:
+            _require(
+                address.startswith(("http://", "https://")),
+                f"rollout.servers must hold addresses such as http://node7:8000, got {address!r}",
+            )
+
+    def _check_guidance(self) -> None:
+        _require(
+            self.guide_below is None or (self.guidance == "mixed" and 0 < self.guide_below <= 1),
+            f"rollout.guide_below must lie in (0, 1] and needs rollout.guidance=mixed, got {self.guide_below} with "
+            f"guidance={self.guidance}",
+        )
+        _require(
+            self.guidance == "none" or (self.temperature in (0, 1) and self.top_k == 0 and self.top_p == 1),
+            "rollout.guidance=mixed draws from the target itself: it needs rollout.temperature=1 (or 0), top_k=0 and "
+            f"top_p=1, got {self.temperature}, {self.top_k} and {self.top_p}",
+        )
 
 
 @dataclass(frozen=True)
@@ -288,8 +385,18 @@ class LossConfig:
     """reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
     jsd_lambda: float = 0.5
     """The mixture weight of q in the generalised Jensen-Shannon divergence."""
+    rollout_correction: str = "none"
+    """none, or truncated: each token's loss is weighted by min(p / mu, rollout_correction_cap), p the student's
+    probability of the token and mu that of the distribution it was drawn from (another engine's, or the guided mix)."""
+    rollout_correction_cap: float = 2.0
+    """Largest importance weight."""
 
     def __post_init__(self) -> None:
+        _one_of("loss.rollout_correction", self.rollout_correction, ["none", "truncated"])
+        _require(
+            self.rollout_correction_cap > 0,
+            f"loss.rollout_correction_cap must be positive, got {self.rollout_correction_cap}",
+        )
         _one_of("loss.divergence", self.divergence, ["reverse_kl", "forward_kl", "jsd"])
         _require(0 < self.jsd_lambda < 1, f"loss.jsd_lambda must lie in (0, 1), got {self.jsd_lambda}")
 
@@ -524,6 +631,8 @@ class Config:
     """How it is cut."""
     data: DataConfig = field(default_factory=DataConfig)
     """Problems and prompts."""
+    solutions: SolutionsConfig = field(default_factory=SolutionsConfig)
+    """Own solutions."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How responses are sampled."""
     target: TargetConfig = field(default_factory=TargetConfig)

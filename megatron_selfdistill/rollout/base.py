@@ -9,26 +9,46 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.target import Target
+
 # Elements of one float64 temporary of `select_tokens` (128 MiB): rows are processed in groups of this size.
 _MAX_ELEMENTS = 2**24
 
 
 class Sampler(Protocol):
-    """Writes responses with the current weights of the student."""
+    """Writes responses with the current weights of the student.
+
+    Every rank of the world makes the same calls in the same order; each call is a collective.
+    """
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """One response per request, in the same order."""
+        """One response per request, in the same order.  ``requests`` are those of this data-parallel replica, the same
+        on each of its ranks.  Raises, on all ranks alike, where a response is missing or came from other weights than
+        the last `update_weights`: never a partial batch."""
         ...
 
-    def update_weights(self) -> None:
-        """Called after each optimizer step; from here on responses come from the new weights."""
+    def update_weights(self, version: int) -> None:
+        """From here on responses come from the student's weights of this moment, which are those after ``version``
+        optimizer steps.  Called before the first `generate` and after each step."""
+        ...
+
+    def sleep(self) -> None:
+        """Give back what only sampling needs (KV cache, a copy of the weights) until it is needed again."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since the last call, under flat keys ``rollout/..``; equal on all ranks."""
+        ...
+
+    def close(self) -> None:
+        """End what was started; may be called twice."""
         ...
 
 
@@ -46,6 +66,8 @@ class SamplingParams:
     """Draw among the fewest most likely tokens that hold this much probability."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response; the one that did is its last token."""
+    target: Target = field(default_factory=Target)
+    """What guided requests are drawn from: the mixed target of both prompts' logits (rollout/guided.py)."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
@@ -62,6 +84,9 @@ class Request:
     """Token ids, at least one."""
     stream: int
     """64-bit name of this sample's random stream, from `stream_seed`; token i uses its i-th uniform."""
+    teacher_prompt: list[int] | None = None
+    """With it the response is *guided*: every token is drawn from the mix of what the same weights say behind both
+    prompts."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +98,19 @@ class Response:
     log_probs: list[float]
     """Per token, nats: log softmax of the model's logits at temperature 1 over the valid vocabulary."""
     sampled_log_probs: list[float]
-    """Per token, nats: the log-probability under the distribution it was drawn from; 0 where greedy."""
+    """Per token, nats: the log-probability under the distribution it was drawn from; 0 where greedy; NaN where the
+    sampler does not know it."""
     finish_reason: str
     """stop (the last token is a stop token) or length."""
+    teacher_log_probs: list[float] | None = None
+    """Of a guided response, per token, nats: log softmax of the logits behind the teacher's prompt."""
+    weight_version: int | None = None
+    """Optimizer steps behind the weights that wrote it, as the sampler that wrote it knows them."""
+
+    @property
+    def guided(self) -> bool:
+        """It was drawn from a mix, so it is off-policy for the student."""
+        return self.teacher_log_probs is not None
 
     @property
     def truncated(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
@@ -69,6 +69,7 @@ class MegatronSampler:
         self._vocab_size = vocab_size
         self._max_length = max_length
         self._kv_cache_gb = kv_cache_gb
+        self._version = 0
         self._overrides = decoding_overrides(self._models, grid)
         config = self._models[0].config
         self._hidden_size = config.hidden_size
@@ -81,8 +82,19 @@ class MegatronSampler:
             or config.expert_tensor_parallel_size not in (None, config.tensor_model_parallel_size)
         )
 
-    def update_weights(self) -> None:
-        """Nothing to do: the weights that are sampled from are the trainer's own."""
+    def update_weights(self, version: int) -> None:
+        """Nothing to send: the weights that are sampled from are the trainer's own."""
+        self._version = version
+
+    def sleep(self) -> None:
+        """Nothing to give back: the KV cache lives for one `generate`."""
+
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         """One response per request, in order, on every rank of the replica.
@@ -108,7 +120,7 @@ class MegatronSampler:
             shares: list[dict[int, Response]] = [{} for _ in range(self._grid.cp_size)]
             dist.all_gather_object(shares, responses, group=self._grid.cp_group)
             responses = {index: response for share in shares for index, response in share.items()}
-        return [responses[i] for i in range(len(requests))]
+        return [replace(responses[i], weight_version=self._version) for i in range(len(requests))]
 
     def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
         """Tokens that the KV cache may hold, the least over all ranks: all must split alike."""
