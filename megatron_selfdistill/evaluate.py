@@ -3,29 +3,23 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import re
-import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch.distributed as dist
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, stream_seed
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
+from megatron_selfdistill.verify import Verifier, check_answers, voted_answer
 
-if TYPE_CHECKING:  # verifiers are also used where there is no Megatron
+if TYPE_CHECKING:
     from megatron_selfdistill.parallel import Grid
-
-Verifier = Callable[[str, Problem], bool]
-"""``verify(response_text, problem)``: whether the response, without its stop token, is right."""
-
-MATH_TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,45 @@ class Transcript:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What became of one response."""
+
+    correct: bool
+    length: int
+    """Tokens, with the stop token."""
+    truncated: bool
+    """It reached the limit; it then counts as wrong."""
+    answer: str | None
+    """What it votes for in a majority (`voted_answer`); None where it is truncated or says nothing."""
+
+
+@dataclass(frozen=True)
+class ProblemResult:
+    """The verdicts on the responses to one problem."""
+
+    id: str
+    greedy: Verdict
+    samples: list[Verdict]
+
+    @property
+    def num_correct(self) -> int:
+        """Of the samples."""
+        return sum(verdict.correct for verdict in self.samples)
+
+    def avg(self) -> float:
+        """avg@k for every k: the share of the samples that are right is its estimate from all of them."""
+        return self.num_correct / len(self.samples)
+
+    def pass_at_k(self, k: int) -> float:
+        """See `pass_at_k`."""
+        return pass_at_k(len(self.samples), self.num_correct, k)
+
+    def majority_at_k(self, k: int) -> float:
+        """See `majority_at_k`."""
+        return majority_at_k([it.answer for it in self.samples], [it.correct for it in self.samples], k)
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """Shares are of all responses of the kind; lengths are in tokens."""
 
@@ -61,13 +94,21 @@ class EvaluationResult:
     sampled_truncated_share: float | None
     pass_at_k: dict[int, float]
     """k -> mean over problems of the unbiased estimate from the samples."""
+    majority_at_k: dict[int, float]
+    """The same of the majority's answer."""
+    problems: list[ProblemResult]
+    """One per problem, in their order."""
     transcripts: list[Transcript]
     """The responses to the first problems: the greedy one, then the samples, problem by problem."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
-        """The numbers under flat keys: evaluation/greedy_accuracy, .., evaluation/pass_at_8."""
+        """The numbers under flat keys: evaluation/greedy_accuracy, .., evaluation/pass_at_8, evaluation/majority_at_8;
+        avg_at_N of N samples is another name of sampled_accuracy."""
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        if self.sampled_accuracy is not None:
+            numbers[f"avg_at_{self.num_samples}"] = self.sampled_accuracy
         numbers |= {f"pass_at_{k}": value for k, value in self.pass_at_k.items()}
+        numbers |= {f"majority_at_{k}": value for k, value in self.majority_at_k.items()}
         return {f"{prefix}/{name}": value for name, value in numbers.items()}
 
 
@@ -85,13 +126,15 @@ def evaluate(
     step: int,
     grid: Grid,
     max_length: int,
+    majority_ks: Sequence[int] = (),
     hinted: bool = False,
     num_transcripts: int | None = 4,
 ) -> EvaluationResult:
     """One greedy response and ``num_samples`` drawn with ``params`` to the student's prompt of every problem.
 
     ``problems``: the same on all ranks, each replica samples every dp_size-th.  ``ks``: of pass@k, at most
-    ``num_samples``; without samples there is none.  ``hinted``: the teacher's prompts, with the solution.
+    ``num_samples``; without samples there is none.  ``majority_ks``: the same of majority@k.  ``hinted``: the
+    teacher's prompts, with the solution.
     ``num_transcripts``: problems whose responses are kept as text; None keeps all.
     The random stream of sample i is ``stream_seed(seed, step, "eval/" + problem.id, i)``, so results do not
     depend on the parallel sizes.  A response that reached the limit is wrong: it has no final answer.
@@ -102,7 +145,10 @@ def evaluate(
     Raises: ValueError in one sentence, before anything is sampled, for problems that cannot be judged or do
     not fit ``max_length``; RuntimeError on every rank where the verifier failed on one.
     """
-    _check(problems, verifier, num_samples, ks)
+    check_samples(num_samples, ks, majority_ks)
+    if not problems:
+        raise ValueError("Evaluation: expected at least one problem, got none.")
+    check_answers(problems, verifier)
     prompt_of = builder.teacher_prompt if hinted else builder.student_prompt
     prompts = [prompt_of(problem) for problem in problems]
     _check_lengths(problems, prompts, params.max_new_tokens, max_length)
@@ -124,7 +170,12 @@ def evaluate(
 
     num_kept = len(problems) if num_transcripts is None else num_transcripts
     verdicts = _judged_by_all(written, problems, verifier, tokenizer, num_kept, grid)
-    return _result(verdicts, prompts, problems, tokenizer, num_samples, ks, num_kept)
+    results = [
+        ProblemResult(problem.id, verdicts[p, None].verdict, [verdicts[p, i].verdict for i in range(num_samples)])
+        for p, problem in enumerate(problems)
+    ]
+    transcripts = _transcripts(verdicts, prompts[:num_kept], problems, tokenizer, num_samples)
+    return _result(results, num_samples, ks, majority_ks, transcripts)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -141,109 +192,69 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def load_verifier(name: str) -> Verifier:
-    """exact_match, math_verify, or a function of the user's by its dotted path, ``package.module.function``.
+def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
+    """The unbiased estimate of the chance that the most frequent answer among k samples is right.
 
-    Raises: ConfigError in one sentence if there is no such function.
+    It is the mean, over all subsets of k of the n samples, of the share of right samples among those that gave the
+    most frequent answer of the subset; where several answers are the most frequent, the mean over these; 0 where no
+    sample of the subset has an answer.  ``answers``: None does not vote.  ``correct``: a verifier may judge two
+    responses with one answer differently.
+
+    Equals the sum over answers a and numbers of votes t of (right share of a) E[1 / (1 + ties); a has t votes and none
+    has more].  Of k of n samples the votes of the answers are independent binomials with p = k / n, given that they
+    sum to k; that makes it a product of polynomials, one per answer that can reach t.
+    Raises: ValueError unless 1 <= k <= n.
     """
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module_name, _, attribute = name.rpartition(".")
-    expected = f"evaluation.verifier must be {', '.join(BUILT_IN)} or the dotted path of a function"
-    if not module_name:
-        raise ConfigError(f"{expected}, got {name!r}")
-    try:
-        verifier = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise ConfigError(
-            f"{expected}, got {name!r}: importing {module_name} failed: {error}; put its folder on PYTHONPATH"
-        ) from error
-    except AttributeError as error:
-        raise ConfigError(f"{expected}, got {name!r}: {error}") from error
-    if not callable(verifier):
-        raise ConfigError(f"{expected}, got {name!r}, which is a {type(verifier).__name__}")
-    return verifier
-
-
-def exact_match(response_text: str, problem: Problem) -> bool:
-    """Whether the response as a whole, or else its final answer, is ``problem.answer``, white space aside.
-
-    The final answer is what stands after the last ``</think>``, and there, of these the first that occurs:
-    what the last ``\\boxed{..}`` holds; what follows the last ``####``; the last line that is not empty.
-    """
-    assert problem.answer is not None
-    wanted = " ".join(problem.answer.split())
-    return wanted in (" ".join(text.split()) for text in (response_text, final_answer(response_text)))
-
-
-def math_verify(response_text: str, problem: Problem) -> bool:
-    """Whether math-verify takes what follows the last ``</think>`` to mean the same as ``problem.answer``.
-
-    The answer is read as LaTeX, with or without dollars; one that cannot be read is compared by
-    `exact_match`. Each parse and each comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong; a
-    signal does that, so outside the main thread there is no time limit.
-    """
-    from math_verify import parse, verify
-
-    assert problem.answer is not None
-    seconds = MATH_TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
-    wanted = _parsed_answer(problem.answer, seconds)
-    if not wanted:
-        return exact_match(response_text, problem)
-    found = parse(_after_thinking(response_text), parsing_timeout=seconds)
-    return bool(verify(list(wanted), found, timeout_seconds=seconds))
-
-
-BUILT_IN: dict[str, Verifier] = {"exact_match": exact_match, "math_verify": math_verify}
-
-
-def final_answer(text: str) -> str:
-    """See `exact_match`; "" where there is none."""
-    text = _after_thinking(text)
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def _after_thinking(text: str) -> str:
-    return text.rpartition("</think>")[2]
-
-
-def _last_boxed(text: str) -> str | None:
-    """What the last ``\\boxed{`` holds up to the brace that closes it; None where none is closed."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[match.end() : end]
-    return None
-
-
-@lru_cache(maxsize=65536)
-def _parsed_answer(answer: str, seconds: int | None) -> tuple[Any, ...]:
-    from math_verify import parse
-
-    text = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
-    return tuple(parse(text, parsing_timeout=seconds))
-
-
-def _check(problems: Sequence[Problem], verifier: Verifier, num_samples: int, ks: Sequence[int]) -> None:
-    if not problems:
-        raise ValueError("Evaluation: expected at least one problem, got none.")
-    if num_samples and (max(ks, default=1) > num_samples or min(ks, default=1) < 1):
-        raise ValueError(f"Evaluation: expected every k of pass@k from 1 to the {num_samples} samples, got {list(ks)}.")
-    unanswered = [problem for problem in problems if problem.answer is None]
-    if unanswered and verifier in BUILT_IN.values():
+    n = len(answers)
+    if not 1 <= k <= n or len(correct) != n:
         raise ValueError(
-            f"{unanswered[0].location}: expected an answer that a response can be compared with, got none "
-            f"(as in {len(unanswered)} of {len(problems)} problems); set data.fields.answer, "
-            "or give a verifier of your own."
+            f"majority_at_k: expected 1 <= k <= num_samples and a verdict per sample, got k = {k}, {n} answers and "
+            f"{len(correct)} verdicts; draw at least k samples."
         )
+    votes = Counter(answer for answer in answers if answer is not None)
+    right = Counter(answer for answer, is_right in zip(answers, correct, strict=True) if is_right)
+    p, num_silent = k / n, n - votes.total()
+    total = 0.0
+    for answer, count in votes.items():
+        others = [number for other, number in votes.items() if other != answer]
+        for t in range(1, min(count, k) + 1) if right[answer] else ():
+            total += right[answer] / count * _binomial(count, p)[t] * _wins(others, num_silent, t, k - t, p)
+    return float(total / _binomial(n, p)[k])
+
+
+def _wins(others: Sequence[int], num_silent: int, t: int, rest: int, p: float) -> float:
+    """E[1 / (1 + ties); no other answer has more than ``t`` votes, and ``rest`` samples gave no or another answer]."""
+    # Answers that cannot reach t need not be told apart: together they are one binomial.
+    below = _binomial(num_silent + sum(count for count in others if count < t), p)[: rest + 1]
+    table = np.zeros((rest + 1, 1))  # [samples so far, ties so far]
+    table[: len(below), 0] = below
+    for count in (count for count in others if count >= t):
+        chances = _binomial(count, p)
+        wider = np.zeros((rest + 1, table.shape[1] + 1))
+        for x in range(min(t, rest + 1)):
+            wider[x:, :-1] += chances[x] * table[: rest + 1 - x]
+        if t <= rest:
+            wider[t:, 1:] += chances[t] * table[: rest + 1 - t]
+        table = wider
+    return float((table[rest] / np.arange(1, table.shape[1] + 1)).sum())
+
+
+@lru_cache(maxsize=4096)
+def _binomial(count: int, p: float) -> np.ndarray:
+    """The probabilities of 0 .. count successes; by convolution, since factorials overflow."""
+    chances = np.ones(1)
+    for _ in range(count):
+        chances = np.convolve(chances, [1 - p, p])
+    return chances
+
+
+def check_samples(num_samples: int, ks: Sequence[int], majority_ks: Sequence[int] = ()) -> None:
+    """Raises: ValueError in one sentence where a k of pass@k or majority@k asks for more samples than there are."""
+    for name, those in (("pass@k", ks), ("majority@k", majority_ks)):
+        if num_samples and (max(those, default=1) > num_samples or min(those, default=1) < 1):
+            raise ValueError(
+                f"Evaluation: expected every k of {name} from 1 to the {num_samples} samples, got {list(those)}."
+            )
 
 
 def _check_lengths(
@@ -259,15 +270,13 @@ def _check_lengths(
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    correct: bool
-    length: int
-    truncated: bool
+class _Judged:
+    verdict: Verdict
     text: str | None
     """Of those that become transcripts."""
 
 
-_Verdicts = dict[tuple[int, "int | None"], _Verdict]
+_Verdicts = dict[tuple[int, "int | None"], _Judged]
 
 
 def _judged_by_all(
@@ -292,11 +301,12 @@ def _judged_by_all(
         text = response_text(response, tokenizer)
         try:
             correct = not truncated and bool(verifier(text, problems[p]))
+            answer = None if truncated else voted_answer(text, verifier)
         except Exception as error:  # raised below, on every rank: alone, it would leave the others waiting
             failure = f"{problems[p].location}: the verifier failed with {type(error).__name__}: {error}"
             break
-        kept = text if p < num_kept else None
-        verdicts[p, sample] = _Verdict(correct, len(response.token_ids), truncated, kept)
+        verdict = Verdict(correct, len(response.token_ids), truncated, answer)
+        verdicts[p, sample] = _Judged(verdict, text if p < num_kept else None)
     gathered: list[Any] = [(verdicts, failure)]
     if grid.world_size > 1:
         gathered = [None] * grid.world_size
@@ -307,48 +317,50 @@ def _judged_by_all(
     return {key: verdict for part, _ in gathered for key, verdict in part.items()}
 
 
-def response_text(response: Response, tokenizer: Tokenizer) -> str:
-    """What the model said, without special tokens and the stop token, which may be an ordinary one."""
-    ended = response.finish_reason == "stop"
-    return tokenizer.decode(response.token_ids[:-1] if ended else response.token_ids, skip_special_tokens=True)
-
-
-def _result(
+def _transcripts(
     verdicts: _Verdicts,
     prompts: Sequence[list[int]],
     problems: Sequence[Problem],
     tokenizer: Tokenizer,
     num_samples: int,
-    ks: Sequence[int],
-    num_kept: int,
-) -> EvaluationResult:
-    greedy = [verdicts[p, None] for p in range(len(problems))]
-    sampled = [[verdicts[p, i] for i in range(num_samples)] for p in range(len(problems))]
-    every_sample = [verdict for of_problem in sampled for verdict in of_problem]
-    num_correct = [sum(verdict.correct for verdict in of_problem) for of_problem in sampled]
-
-    def share(verdicts: list[_Verdict], name: str) -> float:
-        return sum(getattr(verdict, name) for verdict in verdicts) / len(verdicts)
-
+) -> list[Transcript]:
+    """Of the problems whose ``prompts`` are given."""
     transcripts = []
-    for p, problem in enumerate(problems[:num_kept]):
-        prompt = tokenizer.decode(prompts[p])
+    for p, prompt in enumerate(prompts):
+        text = tokenizer.decode(prompt)
         for sample in (None, *range(num_samples)):
-            it = verdicts[p, sample]
-            transcripts.append(
-                Transcript(problem.id, sample, prompt, it.text or "", it.correct, it.length, it.truncated)
-            )
+            it, said = verdicts[p, sample].verdict, verdicts[p, sample].text or ""
+            transcripts.append(Transcript(problems[p].id, sample, text, said, it.correct, it.length, it.truncated))
+    return transcripts
+
+
+def _result(
+    results: list[ProblemResult],
+    num_samples: int,
+    ks: Sequence[int],
+    majority_ks: Sequence[int],
+    transcripts: list[Transcript],
+) -> EvaluationResult:
+    greedy = [result.greedy for result in results]
+    sampled = [verdict for result in results for verdict in result.samples]
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    def share(verdicts: list[Verdict], name: str) -> float:
+        return mean([getattr(verdict, name) for verdict in verdicts])
+
     return EvaluationResult(
-        num_problems=len(problems),
+        num_problems=len(results),
         num_samples=num_samples,
         greedy_accuracy=share(greedy, "correct"),
         greedy_mean_length=share(greedy, "length"),
         greedy_truncated_share=share(greedy, "truncated"),
-        sampled_accuracy=share(every_sample, "correct") if num_samples else None,
-        sampled_mean_length=share(every_sample, "length") if num_samples else None,
-        sampled_truncated_share=share(every_sample, "truncated") if num_samples else None,
-        pass_at_k={
-            k: sum(pass_at_k(num_samples, c, k) for c in num_correct) / len(problems) for k in ks if num_samples
-        },
+        sampled_accuracy=share(sampled, "correct") if num_samples else None,
+        sampled_mean_length=share(sampled, "length") if num_samples else None,
+        sampled_truncated_share=share(sampled, "truncated") if num_samples else None,
+        pass_at_k={k: mean([it.pass_at_k(k) for it in results]) for k in ks if num_samples},
+        majority_at_k={k: mean([it.majority_at_k(k) for it in results]) for k in majority_ks if num_samples},
+        problems=results,
         transcripts=transcripts,
     )

@@ -86,6 +86,11 @@ class Grid:
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
 
     @property
+    def is_first_of_replica(self) -> bool:
+        """The first of the TP x CP x PP ranks that work on the same problems."""
+        return self.tp_rank == self.cp_rank == self.pp_rank == 0
+
+    @property
     def is_reporter(self) -> bool:
         """The one rank that prints and writes metrics: rank 0 of the world."""
         return self.rank == 0

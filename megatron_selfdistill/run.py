@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_selfdistill import schedule
 from megatron_selfdistill.batch import largest, pack_everywhere
@@ -20,20 +21,23 @@ from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
-from megatron_selfdistill.evaluate import EvaluationResult, evaluate, load_verifier, response_text
+from megatron_selfdistill.evaluate import EvaluationResult, evaluate
 from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary
+from megatron_selfdistill.inference import new_chunks
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target, solve_batch_k
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
-from megatron_selfdistill.model.architecture import transformer_config
-from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed
-from megatron_selfdistill.rollout.megatron import MegatronSampler
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, response_text, stream_seed
+from megatron_selfdistill.rollout.factory import configured_target, make_sampler, sampling_params
 from megatron_selfdistill.rollout.recorded import Recording, record
+from megatron_selfdistill.rollout.success import SuccessRates
 from megatron_selfdistill.teacher import Teacher
+from megatron_selfdistill.verify import load_verifier
 
 IDENTITY_CONTEXTS = 8  # per replica, read twice at the start of a run
 
@@ -63,6 +67,11 @@ class Run:
         self.step = 0
         self.batch_k: float | None = None  # of target.rule=batch: solved from the step before
         self.sampler_log_probs: torch.Tensor | None = None
+        self._row_weight: TruncatedImportance | None = None
+        guide_below = config.rollout.guide_below
+        self.success = SuccessRates(guide_below) if guide_below is not None else None
+        self._sampler_step: int | None = None  # whose weights the sampler has
+        self._stream_before: dict[str, Any] | None = None  # while a step is under way: where it began
         if self.resumed_from is not None:
             self._resume(self.resumed_from)
         self._checked = False  # the identity law and the teacher's canary, at the start of every launch
@@ -80,6 +89,7 @@ class Run:
 
     def next_problems(self) -> list[Problem]:
         """This replica's share of the next global batch."""
+        self._stream_before = self.stream.state_dict()
         batch = self.stream.next_batch()
         first = _first_sample_indices(batch, self.config.rollout.num_samples)
         self._first_samples = shard(first, self.grid.dp_rank, self.grid.dp_size)
@@ -88,7 +98,11 @@ class Run:
         return problems
 
     def generate(self, problems: Sequence[Problem]) -> list[Response]:
-        """``rollout.num_samples`` responses per problem, problem by problem, by the current weights."""
+        """``rollout.num_samples`` responses per problem, problem by problem, by the current weights.
+
+        Raises `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
+        """
+        self._send_weights()
         with self.phases("rollout"):
             if self.config.objective == "solutions":
                 return [self._solution(problem) for problem in problems]
@@ -97,14 +111,7 @@ class Run:
                 for problem, first in zip(problems, self._first_samples, strict=True)
                 for i in range(self.config.rollout.num_samples)
             ]
-            if self.recording is not None:
-                responses = self.recording.responses(keys)
-            else:
-                requests = [
-                    Request(self._prompt_pairs[key[1]].student_prompt, stream_seed(self.config.seed, *key))
-                    for key in keys
-                ]
-                responses = self.sampler.generate(requests, self.sampling)
+            responses = self.recording.responses(keys) if self.recording else self._sample(problems, keys)
             if self.config.rollout.record:
                 record(self.config.rollout.record, keys, responses, self.grid.dp_group, self.grid.is_reporter)
             return responses
@@ -123,6 +130,10 @@ class Run:
             log_probs = [value for response in responses for value in response.log_probs]
             sampled = self.config.objective != "solutions"
             self.sampler_log_probs = torch.tensor(log_probs, dtype=torch.float64) if sampled else None
+            if self.config.loss.rollout_correction == "truncated":
+                drawn = [value for response in responses for value in response.sampled_log_probs]
+                drawn_log_probs = torch.tensor(drawn, dtype=torch.float64)
+                self._row_weight = TruncatedImportance(drawn_log_probs, self.config.loss.rollout_correction_cap)
             return self.pack_contexts(contexts)
 
     def pack_contexts(self, contexts: Sequence[ContextPair]) -> PackedBatch:
@@ -140,13 +151,16 @@ class Run:
         if not largest(self.grid, len(batch.response_tokens))[0]:
             return None
         with self.phases("train"):
+            self.sampler.sleep()
             if not self._checked:
                 self._check_identity()
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             with self.teacher.on_device() as teacher:
-                return self._schedule(batch, teacher if self.distils else None, self._row_loss())
+                return self._schedule(
+                    batch, teacher if self.distils else None, self._row_loss(), row_weight=self._row_weight
+                )
 
     def update(self, output: schedule.StepOutput | None) -> dict[str, float]:
         """Check the numbers, apply the gradient, move the teacher; returns the step's metrics, equal on all ranks.
@@ -155,7 +169,7 @@ class Run:
         """
         if output is None:
             return {}
-        metrics = step_metrics(output, self.sampler_log_probs, self.grid)
+        metrics = step_metrics(output, self.sampler_log_probs, self.grid, self.config.loss.rollout_correction_cap)
         if not self._checked:
             self._checked = True
             if self.distils and self.step == 0:
@@ -171,13 +185,13 @@ class Run:
         if self.config.target.rule == "batch" and self.distils:
             entropies, bound = batch_entropies(output, self.grid), self._target().k_bound
             self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.inputs.vocab_size))
-        self.sampler.update_weights(self.step + 1)
         return metrics
 
     def finish_step(self, metrics: dict[str, float], responses: Sequence[Response], batch: PackedBatch) -> None:
         """Count the step; log, evaluate, guard and save what is due.  Raises `RunUnhealthy` where a guard trips."""
         self.step += 1
-        metrics |= rollout_metrics(responses, self.grid, batch)
+        self._stream_before = None
+        metrics |= rollout_metrics(responses, self.grid, batch) | self.sampler.metrics()
         timed = self.phases.metrics(rollout=metrics["tokens/rollout"], train=self._tokens_read(batch, metrics))
         self.log.log(self.step, metrics | timed)
         self.guards.check(self.step, metrics)
@@ -193,6 +207,7 @@ class Run:
     def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
         """Held-out problems, without hints unless ``hinted``; logged under the present step.  ``num_transcripts``:
         problems whose responses are kept as text; None keeps all."""
+        self._send_weights()
         with self.phases("evaluation"):
             result = evaluate(
                 self.sampler,
@@ -224,7 +239,7 @@ class Run:
         return step_metrics(output, log_probs, self.grid)
 
     def save(self) -> None:
-        """A checkpoint of the present step."""
+        """A checkpoint of the present step.  In the middle of one, the step is redone from there."""
         with self.phases("checkpoint"):
             self.checkpointer.save(
                 self.step,
@@ -233,15 +248,17 @@ class Run:
                 scheduler=self.scheduler,
                 teacher=self.teacher if self.distils else None,
                 trainer_state={
-                    "stream": self.stream.state_dict(),
+                    "stream": self._stream_before or self.stream.state_dict(),
                     "guards": self.guards.state_dict(),
                     "batch_k": self.batch_k,
+                    "success": self.success.state_dict() if self.success is not None else None,
                 },
                 args=megatron_args(self.chunks[0], replace(self.config.model, vocab_size=self.inputs.vocab_size)),
             )
 
     def close(self) -> None:
-        """Finish saves in the background and close the logs."""
+        """Finish saves in the background, end the sampler's engines, close the logs."""
+        self.sampler.close()
         self.checkpointer.finish()
         self.log.close()
 
@@ -254,14 +271,11 @@ class Run:
 
     def _build_model(self) -> None:
         config, grid = self.config, self.grid
-        architecture = None
-        if config.model.provider is None:
-            architecture = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
 
-        def new_chunks() -> list[torch.nn.Module]:
-            return build_chunks(config.model, architecture, grid, self.inputs.vocab_size)
+        def initial_chunks() -> list[torch.nn.Module]:
+            return new_chunks(config, grid, self.inputs.vocab_size)
 
-        self.chunks = wrap_for_training(new_chunks(), config.optimizer)
+        self.chunks = wrap_for_training(initial_chunks(), config.optimizer)
         self.vocab = VocabShard.from_group(unwrapped(self.chunks[-1]).vocab_size, self.inputs.vocab_size, grid.tp_group)
         vocab_size, verify = self.inputs.vocab_size, config.checkpoint.verify
         load = None if self.resumed_from is not None else config.checkpoint.load
@@ -273,21 +287,11 @@ class Run:
         self.teacher = Teacher(
             config.teacher.weights if self.distils else "current",
             self.chunks,
-            new_chunks,
+            initial_chunks,
             ema_decay=config.teacher.ema_decay,
             offload=config.teacher.offload == "cpu",
         )
-        self.sampler = MegatronSampler(
-            self.chunks, grid, self.inputs.vocab_size, self.inputs.max_length, config.rollout.kv_cache_gb
-        )
-        rollout = config.rollout
-        self.sampling = SamplingParams(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            stop_token_ids=self.inputs.stop_token_ids,
-        )
+        self.sampler = make_sampler(config, self.inputs, self.chunks, grid)
 
     def _checkpoint_to_resume(self) -> Path | None:
         latest = self.checkpointer.latest()
@@ -309,6 +313,8 @@ class Run:
         self.step, self.batch_k = state["step"], state["batch_k"]
         self.stream.load_state_dict(state["stream"])
         self.guards.load_state_dict(state["guards"])
+        if self.success is not None and state.get("success") is not None:
+            self.success.load_state_dict(state["success"])
 
     # -- what the steps above need -------------------------------------------------------------------------------
 
@@ -332,10 +338,51 @@ class Run:
         """As configured; by default teacher_first where there is a pipeline to keep full, else alternating."""
         return self.config.schedule.pair_order or ("teacher_first" if self.grid.pp_size > 1 else "alternating")
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """How responses are drawn in this step."""
+        return sampling_params(self.config, self.inputs, self.batch_k)
+
+    def _send_weights(self) -> None:
+        """The weights of this moment to the sampler, unless it has them."""
+        if self._sampler_step != self.step:
+            with self.phases("sync"):
+                self.sampler.update_weights(self.step)
+            self._sampler_step = self.step
+
+    def _sample(self, problems: Sequence[Problem], keys: Sequence[tuple[int, str, int]]) -> list[Response]:
+        guided = {problem.id for problem in problems if self._guides(problem)}
+        requests = []
+        for key in keys:
+            pair, stream = self._prompt_pairs[key[1]], stream_seed(self.config.seed, *key)
+            requests.append(Request(pair.student_prompt, stream, pair.teacher_prompt if key[1] in guided else None))
+        responses = self.sampler.generate(requests, self.sampling)
+        if self.success is not None:
+            self.success.record(self._verdicts(problems, guided, responses))
+        return responses
+
+    def _guides(self, problem: Problem) -> bool:
+        if self.config.rollout.guidance == "none":
+            return False
+        return self.success is None or self.success.guides(problem.id)
+
+    def _verdicts(
+        self, problems: Sequence[Problem], guided: Collection[str], responses: Sequence[Response]
+    ) -> list[tuple[str, bool, float]]:
+        """(problem id, guided, share of right responses) of this step's problems of all replicas, equal on all ranks:
+        one rank of each replica judges, since a verifier with a time limit need not say the same twice."""
+        mine = []
+        if self.grid.is_first_of_replica:
+            samples = self.config.rollout.num_samples
+            for i, problem in enumerate(problems):
+                right = [self._is_right(problem, r) for r in responses[i * samples : (i + 1) * samples]]
+                mine.append((problem.id, problem.id in guided, sum(right) / samples))
+        everyone: list[Any] = [None] * self.grid.world_size
+        dist.all_gather_object(everyone, mine)
+        return [visit for visits in everyone for visit in visits]
+
     def _target(self) -> Target:
-        target = self.config.target
-        k = self.batch_k if target.rule == "batch" else target.k
-        return Target(target.rule, target.teacher_weight, target.k_max, k)
+        return configured_target(self.config.target, self.batch_k)
 
     def _row_loss(self) -> schedule.RowLoss:
         return self._distillation_loss(self._target()) if self.distils else schedule.next_token

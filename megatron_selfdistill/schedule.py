@@ -32,6 +32,8 @@ from megatron_selfdistill.teacher_bank import TeacherBank, local_response_rows
 
 RowLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
 """(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient."""
+RowWeight = Callable[[Tensor, Tensor], Tensor]
+"""(student_log_prob [R], response_ids [R]) -> weights [R] of the rows' losses, constants (loss/weighting.py)."""
 
 PAIR_ORDERS = ("teacher_first", "alternating")
 
@@ -46,7 +48,9 @@ class StepOutput:
     response_ids: Tensor
     """[R] int64: which of ``PackedBatch.response_tokens`` each row is."""
     stats: TokenStats | None
-    """Statistics of the rows, detached; None on the other stages."""
+    """Statistics of the rows, detached, the loss without weights; None on the other stages."""
+    weights: Tensor | None = None
+    """[R] of the rows' losses; None where all are 1."""
 
 
 def self_distillation(target: Target, divergence: Divergence) -> RowLoss:
@@ -81,13 +85,15 @@ def run(
     grid: Grid,
     vocab: VocabShard,
     *,
+    row_weight: RowWeight | None = None,
     pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
 ) -> StepOutput:
     """One forward and backward of the global batch; gradients are left in ``main_grad``, reduced and finalised.
 
-    The gradient is that of ``sum(row_loss) / N``, N the response tokens of the global batch, whatever the cuts.
+    The gradient is that of ``sum(row_weight * row_loss) / N``, N the response tokens of the global batch, whatever the
+    cuts; without ``row_weight`` all weights are 1.
     ``student``: this rank's chunks (DDP); ``teacher``: chunks with the same cuts (the student's own for "current"), or
     None for a loss without a teacher, which leaves ``batch.teacher`` aside.  All ranks of a replica hold the same
     ``batch``; all replicas have the same number of microbatches and ``seq_length``.
@@ -109,6 +115,7 @@ def run(
         teacher=list(teacher) if teacher is not None else [],
         batch=batch,
         row_loss=row_loss,
+        row_weight=row_weight,
         grid=grid,
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / num_response_tokens,
@@ -161,12 +168,14 @@ class _Step:
     teacher: list[torch.nn.Module]
     batch: PackedBatch
     row_loss: RowLoss
+    row_weight: RowWeight | None
     grid: Grid
     vocab: VocabShard
     loss_scale: float
     bank: TeacherBank | None
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
     inputs: dict[tuple[str, int], Inputs] = field(default_factory=dict)
 
     def forward(self, iterator: Iterator[tuple[str, int]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -190,7 +199,11 @@ class _Step:
             student_logits = project(model, rows_at(hidden, rows, self.grid))
             tokens = self.batch.response_tokens[ids].to(self.grid.device)
             stats = self.row_loss(student_logits, teacher_logits, tokens, self.vocab)
-            loss = stats.loss.sum() * self.loss_scale
+            losses = stats.loss
+            if self.row_weight is not None:
+                self.weights.append(self.row_weight(stats.student_log_prob, ids))
+                losses = losses * self.weights[-1]
+            loss = losses.sum() * self.loss_scale
             self.ids.append(ids)
             self.stats.append(_detached(stats))
             return loss, {}
@@ -224,12 +237,12 @@ class _Step:
             self.inputs[stream, index] = inputs_of(getattr(self.batch, stream)[index], self.grid)
         return self.inputs[stream, index]
 
-    def collected(self) -> tuple[Tensor, TokenStats | None]:
+    def collected(self) -> tuple[Tensor, TokenStats | None, Tensor | None]:
         if not self.stats:
-            return torch.empty(0, dtype=torch.int64), None
+            return torch.empty(0, dtype=torch.int64), None, None
         joined = {f.name: torch.cat([getattr(s, f.name) for s in self.stats]) for f in _row_fields()}
         joined |= {name: getattr(self.stats[0], name) for name in _WHOLE_FIELDS}
-        return torch.cat(self.ids), TokenStats(**joined)
+        return torch.cat(self.ids), TokenStats(**joined), torch.cat(self.weights) if self.weights else None
 
 
 class _Bridge(torch.autograd.Function):

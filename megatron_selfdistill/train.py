@@ -18,15 +18,17 @@ from megatron_selfdistill import config as configuration
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.noise import silence_known_warnings
+from megatron_selfdistill.rollout.errors import EngineError
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run import Run
 
-EXIT_BAD_INPUT, EXIT_UNHEALTHY = 2, 3
+EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for bad input, 3 where a guard stopped the run."""
+    """The command line; returns the exit status: 0, 2 for bad input, 3 where a guard stopped the run, 4 where
+    responses could not be had."""
     arguments = _parser().parse_args(argv)
     if arguments.keys:
         for key, (default, doc) in configuration.keys().items():
@@ -39,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         given = configuration.given_keys(arguments.overrides, arguments.config_name, arguments.config_dir)
         return train(config, given)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, EngineError) as error:
         print(f"[rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+        return EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
 
 
 def train(config: Config, given: Collection[str] | None = None) -> int:
-    """The whole run: check, build, loop.  Returns 0, or `EXIT_UNHEALTHY` where a guard stopped it, with a checkpoint.
+    """The whole run: check, build, loop.  Returns 0, or, with a checkpoint to go on from, `EXIT_UNHEALTHY` where a guard
+    stopped it and `EXIT_NO_ROLLOUT` where an engine failed.
 
     ``given``: the keys that somebody set, which must not contradict the checkpoint that the run starts from; null: all
     that are not at their defaults.
@@ -69,10 +72,10 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
             if not config.dry_run:
                 loop(run)
             return 0
-        except RunUnhealthy as unhealthy:
+        except (RunUnhealthy, EngineError) as reason:
             run.save()
-            run.log.message(f"stopped: {unhealthy}")
-            return EXIT_UNHEALTHY
+            run.log.message(f"stopped: {reason}")
+            return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
         finally:
             run.close()
     finally:

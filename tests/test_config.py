@@ -147,7 +147,16 @@ def test_a_value_of_the_wrong_type_names_its_key(override, words):
         ("data.on_long_context=trunkate_end", "did you mean 'truncate_end'?"),
         ("data.fields.solutoin=hint", "did you mean 'solution'?"),
         ("data.global_batch_size=0", "data.global_batch_size must be at least 1"),
-        ("rollout.engine=vllm", "rollout.engine must be one of megatron"),
+        ("rollout.engine=sglang", "rollout.engine must be one of megatron, vllm"),
+        ("rollout.placement=remote", "rollout.placement must be one of colocated, server"),
+        ("rollout.transfer=rdma", "rollout.transfer must be one of shared_memory, gloo, nccl, ipc"),
+        ("rollout.timeout_s=0", "rollout.timeout_s must be positive"),
+        ("rollout.servers=[http://n1:8000]", "need rollout.engine=vllm and rollout.placement=server"),
+        ("rollout.guide_below=0.5", "needs rollout.guidance=mixed"),
+        ("loss.rollout_correction=clipped", "loss.rollout_correction must be one of none, truncated"),
+        ("loss.rollout_correction_cap=0", "loss.rollout_correction_cap must be positive"),
+        ("solutions.pick=longest", "solutions.pick must be one of shortest, most_likely, random, learnable"),
+        ("data.solutions=mine", "data.solutions must be one of given, own"),
         ("rollout.top_p=0", "rollout.top_p must lie in (0, 1]"),
         ("rollout.temperature=-1", "rollout.temperature must be at least 0"),
         ("target.rule=entropy", "target.rule must be one of"),
@@ -311,3 +320,34 @@ def test_the_configs_are_found_from_any_folder(tmp_path):
         text=True,
     )
     assert done.stdout.strip() == "4096"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.engine=vllm", "rollout.placement=server"], "needs either rollout.servers"),
+        (
+            [
+                "rollout.engine=vllm",
+                "rollout.placement=server",
+                "rollout.num_servers=1",
+                "rollout.servers=[http://a:1]",
+            ],
+            "needs either rollout.servers",
+        ),
+        (["rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[node7:8000]"], "such as http://"),
+        (["rollout.guidance=mixed", "rollout.temperature=0.7"], "draws from the target itself"),
+        (["rollout.guidance=mixed", "rollout.top_p=0.9"], "draws from the target itself"),
+        (["loss.rollout_correction=truncated", "objective=solutions"], "nobody samples"),
+        (["loss.rollout_correction=truncated", "rollout.temperature=0"], "rollout.temperature=0"),
+        (
+            ["loss.rollout_correction=truncated", "rollout.engine=vllm", "rollout.temperature=0.7"],
+            "vLLM tells log-probs at temperature 1 only",
+        ),
+        (["rollout.guide_below=0.5", "rollout.guidance=mixed", "rollout.replay=old.jsonl"], "rollout.replay"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_sentence(overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -12,19 +12,13 @@ from typing import Any
 
 import pytest
 
-from megatron_selfdistill import evaluate as module
+from megatron_selfdistill import verify as module
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, Tokenizer
-from megatron_selfdistill.evaluate import (
-    EvaluationResult,
-    evaluate,
-    exact_match,
-    load_verifier,
-    math_verify,
-    pass_at_k,
-)
+from megatron_selfdistill.evaluate import EvaluationResult, evaluate, pass_at_k
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.verify import exact_match, load_verifier, math_verify
 
 STOP = ord("$")
 PARAMS = SamplingParams(max_new_tokens=4, temperature=1.0, stop_token_ids=(STOP,))

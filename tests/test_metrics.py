@@ -33,7 +33,7 @@ from megatron_selfdistill.rollout.base import Response
 
 VOCAB_SIZE, NUM_TOKENS = 50, 231
 ONE_RANK = SimpleNamespace(
-    world_size=1, device=torch.device("cpu"), is_last_stage=True, tp_rank=0, cp_rank=0, pp_rank=0
+    world_size=1, device=torch.device("cpu"), is_last_stage=True, is_first_of_replica=True, tp_rank=0
 )
 LAYOUTS = [
     pytest.param(2, {}, id="dp2"),
@@ -75,10 +75,10 @@ def some_rows(stats: TokenStats, rows: Any) -> TokenStats:
     return TokenStats(**{k: v if k == "grid_betas" else v[rows] for k, v in values.items()})
 
 
-def output_of(stats: TokenStats | None, ids: torch.Tensor | None = None) -> Any:
+def output_of(stats: TokenStats | None, ids: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> Any:
     if ids is None:
         ids = torch.arange(0 if stats is None else len(stats.loss))
-    return SimpleNamespace(stats=stats, response_ids=ids)
+    return SimpleNamespace(stats=stats, response_ids=ids, weights=weights)
 
 
 def sampler_log_probs(stats: TokenStats) -> torch.Tensor:

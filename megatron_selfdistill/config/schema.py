@@ -657,6 +657,26 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, ["self_distillation", "solutions", "verified_rollouts"])
         _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
+        if self.loss.rollout_correction != "none":
+            self._check_correction()
+        _require(
+            self.rollout.guidance == "none" or self.rollout.replay is None,
+            "rollout.guidance=mixed says how responses are sampled, rollout.replay takes them from a file: unset one",
+        )
+
+    def _check_correction(self) -> None:
+        rollout, key = self.rollout, f"loss.rollout_correction={self.loss.rollout_correction}"
+        _require(self.objective != "solutions", f"{key} corrects samples, but with objective=solutions nobody samples")
+        _require(
+            rollout.temperature > 0,
+            f"{key} divides by the probability of a draw, which greedy decoding (rollout.temperature=0) does not have",
+        )
+        plain = rollout.temperature == 1 and rollout.top_k == 0 and rollout.top_p == 1
+        _require(
+            rollout.engine != "vllm" or plain,
+            f"{key} needs the log-prob of what was sampled, and vLLM tells log-probs at temperature 1 only: set "
+            f"rollout.temperature=1, top_k=0 and top_p=1, got {rollout.temperature}, {rollout.top_k}, {rollout.top_p}",
+        )
 
     def check_world(self, world_size: int) -> None:
         """Raise `ConfigError` where the parallel sizes, the model and the batch cannot be cut for

@@ -47,11 +47,15 @@ _OVER = {
     "top1_agreement": "targets",
     "teacher_cross_entropy": "targets",
     "sampler/log_prob_mean_abs_diff": "sampled",
+    "correction/weight_mean": "weighted",
+    "correction/capped": "weighted",
 }
-_SUMS = ("tokens/response", "targets", "sampled", *_OVER)
+_SUMS = ("tokens/response", "targets", "sampled", "weighted", *_OVER)
 
 
-def step_metrics(output: StepOutput, sampler_log_probs: Tensor | None, grid: Grid) -> dict[str, float]:
+def step_metrics(
+    output: StepOutput, sampler_log_probs: Tensor | None, grid: Grid, weight_cap: float = math.inf
+) -> dict[str, float]:
     """Means over the response tokens of the global batch, under flat keys; equal on all ranks.
 
     ``sampler_log_probs`` [R_total]: the sampler's raw log-prob of each of ``PackedBatch.response_tokens``, of
@@ -63,15 +67,21 @@ def step_metrics(output: StepOutput, sampler_log_probs: Tensor | None, grid: Gri
         status/{matched,capped,out_of_range,undetermined,given}: shares of the tokens
         top1_agreement, teacher_cross_entropy = mean -log-prob of the response token under the teacher
         sampler/log_prob_{mean,max}_abs_diff
+        correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
 
-    A loss without a target (`schedule.next_token`) has the first line only; without ``sampler_log_probs`` the
-    last is missing.  A token with NaN makes the means that it enters NaN; percentiles leave it out.
+    A loss without a target (`schedule.next_token`) has the first line only; without ``sampler_log_probs`` or
+    without weights of rows theirs are missing.  A token with NaN makes the means that it enters NaN; percentiles leave
+    it out.
     Collectives over the world: a sum of 1.4 k float64, a maximum of 3, a broadcast of both from rank 0.
     """
     sums = torch.zeros(len(_SUMS) + _NUM_BINS, dtype=torch.float64, device=grid.device)
     maxima = torch.full((3,), -math.inf, dtype=torch.float64, device=grid.device)
     if output.stats is not None and _holds_rows(grid):
         rows = _row_values(output.stats, output.response_ids, sampler_log_probs)
+        if output.weights is not None:
+            weights = output.weights.double()
+            rows |= {"weighted": torch.ones_like(weights), "correction/weight_mean": weights}
+            rows["correction/capped"] = (weights >= weight_cap).double()
         nothing = sums[:0]
         sums[: len(_SUMS)] = torch.stack([rows.get(key, nothing).sum() for key in _SUMS])
         k = rows.get("k/mean", nothing)
@@ -130,22 +140,30 @@ def rollout_metrics(responses: Sequence[Response], grid: Grid, batch: PackedBatc
     ``responses``, ``batch``: of this replica, the same on each of its ranks.
     Keys: tokens/rollout, response/length_mean, response/length_max, response/truncated_share (of those that
     reached the limit), and with ``batch`` padding/student and padding/teacher (padding / all its tokens).
+    Where any response is guided: guided/share of the responses, and guided/log_ratio = mean log q - log p over their
+    tokens, how far off-policy they are for the student (an estimate of KL(q || p) in nats).
     Without any response there is only the first.  Collectives as `step_metrics`.
     """
-    sums = torch.zeros(7, dtype=torch.float64, device=grid.device)
+    sums = torch.zeros(10, dtype=torch.float64, device=grid.device)
     longest = torch.zeros(1, dtype=torch.float64, device=grid.device)
-    if grid.tp_rank == grid.cp_rank == grid.pp_rank == 0:
+    if grid.is_first_of_replica:
         lengths = [len(response.token_ids) for response in responses]
         num_cut = sum(response.finish_reason == "length" for response in responses)
         streams = (batch.student, batch.teacher) if batch is not None else ((), ())
-        numbers = [len(lengths), sum(lengths), num_cut, *_padding(streams[0]), *_padding(streams[1])]
+        numbers: list[float] = [len(lengths), sum(lengths), num_cut, *_padding(streams[0]), *_padding(streams[1])]
+        guided = [response for response in responses if response.guided]
+        ratios = [q - p for r in guided for q, p in zip(r.sampled_log_probs, r.log_probs, strict=True)]
+        numbers += [len(guided), len(ratios), sum(ratios)]
         sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
         longest += max(lengths, default=0)
-    (count, tokens, truncated, *padding), (length_max,) = _over_all_ranks(sums, longest, grid)
+    totals, (length_max,) = _over_all_ranks(sums, longest, grid)
+    count, tokens, truncated, *padding, num_guided, guided_tokens, log_ratio = totals
     metrics = {"tokens/rollout": tokens}
     if count:
         metrics |= {"response/length_mean": tokens / count, "response/length_max": length_max}
         metrics["response/truncated_share"] = truncated / count
+    if num_guided:
+        metrics |= {"guided/share": num_guided / count, "guided/log_ratio": log_ratio / guided_tokens}
     if batch is not None:
         for stream, padded, in_all in zip(("student", "teacher"), padding[::2], padding[1::2], strict=True):
             metrics[f"padding/{stream}"] = padded / in_all if in_all else 0.0

@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.target import Target
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.data.prompts import Tokenizer
 
 # Elements of one float64 temporary of `select_tokens` (128 MiB): rows are processed in groups of this size.
 _MAX_ELEMENTS = 2**24
@@ -118,6 +121,12 @@ class Response:
         return self.finish_reason == "length"
 
 
+def response_text(response: Response, tokenizer: Tokenizer) -> str:
+    """What the model said, without special tokens and the stop token, which may be an ordinary one."""
+    ended = response.finish_reason == "stop"
+    return tokenizer.decode(response.token_ids[:-1] if ended else response.token_ids, skip_special_tokens=True)
+
+
 def stream_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:
     """The 64-bit name of one sample's random stream: BLAKE2b of the four, equal in every process."""
     # The id comes last: it may hold any character, also the separator.
@@ -155,16 +164,29 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
     scores = logits.double()
     if params.temperature == 0:
         tokens = scores.argmax(-1)  # torch: "the indices of the first maximal value"
-        return tokens, _log_prob(scores, tokens), scores.new_zeros(scores.size(0))
+        return tokens, token_log_probs(scores, tokens), scores.new_zeros(scores.size(0))
     probs = _kept(torch.softmax(scores / params.temperature, dim=-1), params)
+    tokens, sampled_log_probs = invert_cdf(probs, uniforms)
+    return tokens, token_log_probs(scores, tokens), sampled_log_probs
+
+
+def invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """min {v : sum_{i <= v} q_i > uniform} per row, and its log q, with q = probs / probs.sum(-1).
+
+    Shapes: probs ``[b, V]`` float64, not negative; uniforms ``[b]`` in [0, 1); returns ``[b]`` int64 and ``[b]``
+    float64.  A NaN row gives the last token with log-probability NaN.
+    """
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     # uniform * total < total also after rounding, and a token without probability has no interval of its own.
     tokens = torch.searchsorted(cdf, uniforms.double()[:, None] * total, right=True)
-    tokens = tokens.clamp_(max=scores.size(-1) - 1)  # a NaN row finds no interval
-    sampled_log_probs = (probs.gather(-1, tokens) / total).log().squeeze(-1)
-    tokens = tokens.squeeze(-1)
-    return tokens, _log_prob(scores, tokens), sampled_log_probs
+    tokens = tokens.clamp_(max=probs.size(-1) - 1)  # a NaN row finds no interval
+    return tokens.squeeze(-1), (probs.gather(-1, tokens) / total).log().squeeze(-1)
+
+
+def token_log_probs(scores: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(scores) of one token per row: ``[b, V]`` and ``[b]`` to ``[b]``, nats."""
+    return scores.gather(-1, tokens[:, None]).squeeze(-1) - scores.logsumexp(-1)
 
 
 def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
@@ -179,10 +201,6 @@ def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
         before = ranked.cumsum(-1) - ranked
         ranked = ranked.masked_fill(before >= params.top_p * ranked.sum(-1, keepdim=True), 0)
     return torch.zeros_like(probs).scatter_(-1, ids, ranked)
-
-
-def _log_prob(scores: Tensor, tokens: Tensor) -> Tensor:
-    return scores.gather(-1, tokens[:, None]).squeeze(-1) - scores.logsumexp(-1)
 
 
 def _require(condition: bool, sentence: str) -> None:

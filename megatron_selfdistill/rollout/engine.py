@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What is asked of one vLLM engine, in this process or behind HTTP, and how a request of ours becomes one of its own."""
+"""What is asked of one vLLM engine, in this process or behind HTTP, and how one of our requests becomes one of its."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-
-
-class EngineError(RuntimeError):
-    """An engine died, hung, refused a request or returned fewer responses than were asked for: one sentence that says
-    which engine, what was expected and what came."""
+from megatron_selfdistill.rollout.errors import EngineError as EngineError
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import pack, pad_to_count
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
 from megatron_selfdistill.teacher import Teacher
 
@@ -37,20 +38,28 @@ def reverse_kl_to_capped_mix(s: torch.Tensor, t: torch.Tensor, w: float = 0.75) 
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def gradients_of_plain_autograd() -> tuple[float, dict, dict]:
+def gradients_of_plain_autograd(cap: float | None) -> tuple[float, dict, dict]:
+    """(loss, by autograd, by the schedule); ``cap`` weights each token by min(p / mu, cap), some made-up mu."""
     model = models.model_config("tied")
     chunks, grid = models.build(model, ParallelConfig())
     teacher = build_chunks(model, chunks[0].config, grid, models.VOCAB_SIZE)
     models.fill_from_names(teacher, seed=1)
     total = sum(len(c.response) for c in contexts())
     loss = torch.zeros((), dtype=torch.float64)
+    sampled = -3 - 6 * torch.rand(total, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    done = 0
     for context in contexts():
         rows = []
         for chunk, prompt in ((chunks[0], context.student_prompt), (teacher[0], context.teacher_prompt)):
             tokens = torch.tensor([prompt + context.response])
             logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
             rows.append(logits[len(prompt) - 1 : -1].double())
-        loss = loss + reverse_kl_to_capped_mix(rows[0], rows[1].detach()).sum() / total
+        losses = reverse_kl_to_capped_mix(rows[0], rows[1].detach())
+        if cap is not None:
+            log_p = torch.log_softmax(rows[0].detach(), -1).gather(1, torch.tensor(context.response)[:, None])[:, 0]
+            losses = losses * torch.minimum((log_p - sampled[done : done + len(log_p)]).exp(), torch.tensor(cap))
+            done += len(log_p)
+        loss = loss + losses.sum() / total
     loss.backward()
     plain = {n: p.grad.clone() for n, p in unwrapped(chunks[0]).named_parameters()}
     chunks[0].zero_grad(set_to_none=True)  # or DDP would add it to its own
@@ -60,15 +69,21 @@ def gradients_of_plain_autograd() -> tuple[float, dict, dict]:
         chunk.zero_grad_buffer()
     batch = pack(contexts(), max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False)
     loss_of = schedule.self_distillation(Target(), Divergence())
-    output = schedule.run(student, teacher, batch, loss_of, grid, layouts.vocab_shard(student, grid))
+    weight = TruncatedImportance(sampled, cap) if cap is not None else None
+    vocab = layouts.vocab_shard(student, grid)
+    output = schedule.run(student, teacher, batch, loss_of, grid, vocab, row_weight=weight)
     ours = {n: p.main_grad.clone() for n, p in unwrapped(student[0]).named_parameters()}
-    assert float(output.stats.loss.mean()) == pytest.approx(float(loss), rel=1e-5)
+    weights = output.weights if weight is not None else 1
+    assert float((weights * output.stats.loss).mean()) == pytest.approx(float(loss), rel=1e-5)
+    if cap is not None:
+        assert 0.2 < (output.weights == cap).double().mean() < 0.9, "some weights are cut and some are not"
     return float(loss), plain, ours
 
 
-def test_gradient_equals_plain_autograd_one_context_at_a_time(ranks):
-    loss, plain, ours = ranks.run(gradients_of_plain_autograd, world_size=1)[0]
-    assert loss > 0.05
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_gradient_equals_plain_autograd_one_context_at_a_time(ranks, cap):
+    loss, plain, ours = ranks.run(gradients_of_plain_autograd, cap, world_size=1)[0]
+    assert loss > 0.005
     worst, where = worst_difference(ours, plain)
     assert worst <= 1e-5, f"{where}: {worst:.1e}"
 

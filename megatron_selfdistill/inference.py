@@ -1,0 +1,58 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A model that only answers: weights from a checkpoint and a sampler, without optimizer and teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_selfdistill.checkpoint.megatron import load_weights
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.loss.vocab_parallel import VocabShard
+from megatron_selfdistill.model.architecture import transformer_config
+from megatron_selfdistill.model.build import build_chunks, unwrapped
+from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.rollout.base import Sampler, SamplingParams
+from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What answers, on this rank."""
+
+    chunks: list[torch.nn.Module]
+    vocab: VocabShard
+    sampler: Sampler
+    sampling: SamplingParams
+
+
+@contextmanager
+def open_inference(config: Config, inputs: Inputs, grid: Grid) -> Iterator[Inference]:
+    """The model of ``checkpoint.load`` (random weights where that is null) with the sampler of ``rollout``, ready to
+    generate; the sampler is closed on leaving.
+
+    Every rank of the world enters and leaves it.  Raises: `ConfigError`, `CheckpointError`.
+    """
+    chunks = new_chunks(config, grid, inputs.vocab_size)
+    if config.checkpoint.load is not None:
+        load_weights(Path(config.checkpoint.load), chunks, inputs.vocab_size, config.checkpoint.verify)
+    vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, inputs.vocab_size, grid.tp_group)
+    sampler = make_sampler(config, inputs, chunks, grid)
+    try:
+        sampler.update_weights(0)
+        yield Inference(chunks, vocab, sampler, sampling_params(config, inputs))
+    finally:
+        sampler.close()
+
+
+def new_chunks(config: Config, grid: Grid, vocab_size: int) -> list[torch.nn.Module]:
+    """This rank's chunks of the configured model, with initial weights."""
+    architecture = None
+    if config.model.provider is None:
+        architecture = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
+    return build_chunks(config.model, architecture, grid, vocab_size)

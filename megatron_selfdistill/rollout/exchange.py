@@ -1,0 +1,232 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Requests of all replicas to the engines and their responses back: what a sampler apart from the training weights needs.
+
+    pooled = pool(requests, grid)  # everybody's requests, on every rank
+    with agreement(grid.device):
+        written = {index: response, ...}  # this rank's share; an error here is raised on all ranks
+    responses = hand_back(written, pooled)  # those of this rank's replica, in order
+
+Every function is a collective over the world.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.engine import EngineError
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.parallel import Grid
+
+_FINISH_REASONS = ("stop", "length")
+_NONE = -1
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The requests of all replicas."""
+
+    requests: list[Request]
+    """One replica's after the other's."""
+    first: int
+    """Index of this replica's first request."""
+    count: int
+    """Requests of this replica."""
+    device: torch.device
+    """Where collectives take their tensors."""
+
+
+def pool(requests: Sequence[Request], grid: Grid) -> Pool:
+    """Everybody's requests on every rank, in the order of the replicas.
+
+    ``requests`` are those of this data-parallel replica, the same on each of its ranks.
+    Collectives: two all-gathers over ``grid.dp_group``; prompts travel as packed integers, padded to the longest share.
+    """
+    packed = torch.from_numpy(_packed_requests(requests)).to(grid.device)
+    shares = _all_gather_uneven(packed, grid.dp_group)
+    pooled = [_unpacked_requests(share.cpu().numpy()) for share in shares]
+    first = sum(len(share) for share in pooled[: grid.dp_rank])
+    return Pool([request for share in pooled for request in share], first, len(requests), grid.device)
+
+
+def hand_back(written: Mapping[int, Response], pooled: Pool) -> list[Response]:
+    """The responses to this replica's requests, in order.
+
+    ``written``: what this rank has, by index into ``pooled.requests``; each index on exactly one rank, on the others
+    it is absent.  Raises `EngineError` on all ranks alike where a response is missing or there twice.
+    Collectives: an all-gather of sizes over the world, then a broadcast from each rank that has responses, so that no
+    rank holds more than one sender's at a time.
+    """
+    packed = torch.from_numpy(_packed_responses(written)).to(pooled.device)
+    own: dict[int, Response] = {}
+    copies = np.zeros(len(pooled.requests), dtype=np.int64)
+    wanted = range(pooled.first, pooled.first + pooled.count)
+    for rank, size in enumerate(_sizes(packed, dist.group.WORLD)):
+        share = packed if rank == dist.get_rank() else packed.new_empty(size)
+        dist.broadcast(share, src=rank)
+        indices, responses = _unpacked_responses(share.cpu().numpy(), wanted)
+        np.add.at(copies, indices, 1)
+        own.update(responses)
+    if (copies != 1).any():
+        index = int((copies != 1).argmax())
+        raise EngineError(
+            f"expected one response to each of {len(copies)} requests, got {copies.sum()}: request {index} has "
+            f"{copies[index]}"
+        )
+    return [own[index] for index in wanted]
+
+
+@contextlib.contextmanager
+def agreement(device: torch.device) -> Iterator[None]:
+    """What is raised inside on some ranks is raised on all of them, when all have left: the first rank's error, by its
+    sentence, as the `EngineError`, `ConfigError` or `ValueError` that it was (others become an `EngineError`).
+
+    Nothing inside may be a collective, unless its failure is one on all ranks.
+    Collectives: one all-reduce over the world; where there was an error, also a gather of sentences.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    agree(error, device)
+
+
+def agree(error: Exception | None, device: torch.device) -> None:
+    """`agreement` for an error in hand; None where this rank has none."""
+    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if not failed.item():
+        return
+    sentences: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(sentences, None if error is None else _sentence(error))
+    kind, sentence = next(found for found in sentences if found is not None)
+    raise {kind.__name__: kind for kind in (EngineError, ConfigError, ValueError)}[kind](sentence) from error
+
+
+def _sentence(error: Exception) -> tuple[str, str]:
+    """The name of the class that it is raised as everywhere, and what it says."""
+    for kind in (EngineError, ConfigError):
+        if isinstance(error, kind):
+            return kind.__name__, str(error)
+    if type(error) is ValueError:  # not its subclasses: UnicodeDecodeError and its like are no sentences
+        return "ValueError", str(error)
+    return "EngineError", f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+
+
+# A request: prompt length, teacher prompt length or -1, stream; then all prompts, then all teacher prompts.
+
+
+def _packed_requests(requests: Sequence[Request]) -> np.ndarray:
+    teachers = [request.teacher_prompt for request in requests]
+    head = np.array(
+        [
+            (
+                len(request.prompt),
+                _NONE if teacher is None else len(teacher),
+                np.uint64(request.stream).astype(np.int64),
+            )
+            for request, teacher in zip(requests, teachers, strict=True)
+        ],
+        dtype=np.int64,
+    )
+    prompts = [np.asarray(request.prompt, dtype=np.int64) for request in requests]
+    prompts += [np.asarray(teacher, dtype=np.int64) for teacher in teachers if teacher is not None]
+    return np.concatenate([np.array([len(requests)], dtype=np.int64), head.ravel(), *prompts])
+
+
+def _unpacked_requests(packed: np.ndarray) -> list[Request]:
+    count = int(packed[0])
+    head = packed[1 : 1 + 3 * count].reshape(count, 3)
+    lengths, teacher_lengths = head[:, 0], head[:, 1]
+    ends = np.concatenate([lengths, teacher_lengths.clip(0)]).cumsum() + 1 + 3 * count
+    texts = np.split(packed, ends)
+    texts[0] = texts[0][1 + 3 * count :]
+    return [
+        Request(
+            prompt=texts[i].tolist(),
+            stream=int(head[i, 2].astype(np.uint64)),
+            teacher_prompt=None if teacher_lengths[i] == _NONE else texts[count + i].tolist(),
+        )
+        for i in range(count)
+    ]
+
+
+# A response: index, length, finish reason, guided, weight version or -1; then all tokens; then, as the bits of float64,
+# all log-probs, all sampled log-probs, and the teacher's of those that are guided.
+
+
+def _packed_responses(written: Mapping[int, Response]) -> np.ndarray:
+    responses = written.values()
+    head = [
+        (
+            index,
+            len(response.token_ids),
+            _FINISH_REASONS.index(response.finish_reason),
+            response.guided,
+            _NONE if response.weight_version is None else response.weight_version,
+        )
+        for index, response in written.items()
+    ]
+    tokens = [np.asarray(response.token_ids, dtype=np.int64) for response in responses]
+    columns = [response.log_probs for response in responses]
+    columns += [response.sampled_log_probs for response in responses]
+    columns += [response.teacher_log_probs for response in responses if response.teacher_log_probs is not None]
+    floats = [np.asarray(column, dtype=np.float64).view(np.int64) for column in columns]
+    return np.concatenate(
+        [np.array([len(head)], dtype=np.int64), np.array(head, dtype=np.int64).ravel(), *tokens, *floats]
+    )
+
+
+def _unpacked_responses(packed: np.ndarray, wanted: range) -> tuple[np.ndarray, dict[int, Response]]:
+    """The indices of all, and those that are ``wanted``."""
+    count = int(packed[0])
+    head = packed[1 : 1 + 5 * count].reshape(count, 5)
+    lengths, guided = head[:, 1], head[:, 3]
+    sizes = np.concatenate([lengths, lengths, lengths, lengths * guided])
+    starts = (sizes.cumsum() - sizes + 1 + 5 * count).reshape(4, count)
+
+    def floats(column: int, i: int) -> list[float]:
+        start = starts[column, i]
+        return packed[start : start + lengths[i]].view(np.float64).tolist()
+
+    responses = {}
+    for i, index in enumerate(head[:, 0].tolist()):
+        if index in wanted:
+            start, version = starts[0, i], int(head[i, 4])
+            responses[index] = Response(
+                token_ids=packed[start : start + lengths[i]].tolist(),
+                log_probs=floats(1, i),
+                sampled_log_probs=floats(2, i),
+                finish_reason=_FINISH_REASONS[head[i, 2]],
+                teacher_log_probs=floats(3, i) if guided[i] else None,
+                weight_version=None if version == _NONE else version,
+            )
+    return head[:, 0], responses
+
+
+def _all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    sizes = _sizes(tensor, group)
+    padded = tensor.new_zeros(max(sizes))
+    padded[: tensor.numel()] = tensor
+    buffers = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(buffers, padded, group=group)
+    return [buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)]
+
+
+def _sizes(tensor: Tensor, group: dist.ProcessGroup) -> list[int]:
+    size = tensor.new_tensor([tensor.numel()])
+    sizes = [torch.empty_like(size) for _ in range(group.size())]
+    dist.all_gather(sizes, size, group=group)
+    return [int(size.item()) for size in sizes]

@@ -1,0 +1,56 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The sampler that a configuration names, and how it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_selfdistill.config import Config, TargetConfig
+from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.rollout.base import Sampler, SamplingParams
+
+
+def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Module], grid: Grid) -> Sampler:
+    """The sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
+
+    One that keeps a copy of the weights has none yet: `Sampler.update_weights` comes first.
+    Collectives: every rank of the world calls it.  Raises: `ConfigError` in one sentence.
+    """
+    rollout = config.rollout
+    if rollout.engine == "megatron":
+        from megatron_selfdistill.rollout.megatron import MegatronSampler
+
+        return MegatronSampler(chunks, grid, inputs.vocab_size, inputs.max_length, rollout.kv_cache_gb)
+    from megatron_selfdistill.rollout.hf_folder import engine_folder
+
+    folder, rules = engine_folder(config, inputs.vocab_size, Path(config.run_dir), grid)
+    if rollout.placement == "server":
+        from megatron_selfdistill.rollout.server import ServerSampler
+
+        return ServerSampler(chunks, grid, folder, rules, config, inputs)
+    from megatron_selfdistill.rollout.vllm import ColocatedSampler
+
+    return ColocatedSampler(chunks, grid, folder, rules, config, inputs)
+
+
+def sampling_params(config: Config, inputs: Inputs, batch_k: float | None = None) -> SamplingParams:
+    """How ``config.rollout`` samples; guided requests are drawn from `configured_target`."""
+    rollout = config.rollout
+    return SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        stop_token_ids=inputs.stop_token_ids,
+        target=configured_target(config.target, batch_k),
+    )
+
+
+def configured_target(target: TargetConfig, batch_k: float | None = None) -> Target:
+    """The `Target` of a configuration; ``batch_k``: what the rule "batch" has solved for this step, null before."""
+    return Target(target.rule, target.teacher_weight, target.k_max, batch_k if target.rule == "batch" else target.k)

@@ -1,0 +1,162 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whether a response is right: verifiers that compare its final answer with the problem's, or one of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.data.problems import Problem
+
+Verifier = Callable[[str, Problem], bool]
+"""``verify(response_text, problem)``: whether the response, without its stop token, is right."""
+
+MATH_TIMEOUT_SECONDS = 5
+
+
+def load_verifier(name: str) -> Verifier:
+    """exact_match, math_verify, or a function of the user's by its dotted path, ``package.module.function``.
+
+    Raises: ConfigError in one sentence if there is no such function.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module_name, _, attribute = name.rpartition(".")
+    expected = f"evaluation.verifier must be {', '.join(BUILT_IN)} or the dotted path of a function"
+    if not module_name:
+        raise ConfigError(f"{expected}, got {name!r}")
+    try:
+        verifier = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f"{expected}, got {name!r}: importing {module_name} failed: {error}; put its folder on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"{expected}, got {name!r}: {error}") from error
+    if not callable(verifier):
+        raise ConfigError(f"{expected}, got {name!r}, which is a {type(verifier).__name__}")
+    return verifier
+
+
+def exact_match(response_text: str, problem: Problem) -> bool:
+    """Whether the response as a whole, or else its final answer, is ``problem.answer``, white space aside.
+
+    The final answer is what stands after the last ``</think>``, and there, of these the first that occurs:
+    what the last ``\\boxed{..}`` holds; what follows the last ``####``; the last line that is not empty.
+    """
+    assert problem.answer is not None
+    wanted = " ".join(problem.answer.split())
+    return wanted in (" ".join(text.split()) for text in (response_text, final_answer(response_text)))
+
+
+def math_verify(response_text: str, problem: Problem) -> bool:
+    """Whether math-verify takes what follows the last ``</think>`` to mean the same as ``problem.answer``.
+
+    The answer is read as LaTeX, with or without dollars; one that cannot be read is compared by
+    `exact_match`. Each parse and each comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong; a
+    signal does that, so outside the main thread there is no time limit.
+    """
+    from math_verify import parse, verify
+
+    assert problem.answer is not None
+    seconds = _seconds()
+    wanted = _parsed_answer(problem.answer, seconds)
+    if not wanted:
+        return exact_match(response_text, problem)
+    found = parse(_after_thinking(response_text), parsing_timeout=seconds)
+    return bool(verify(list(wanted), found, timeout_seconds=seconds))
+
+
+def voted_answer(response_text: str, verifier: Verifier) -> str | None:
+    """What a response votes for where the most frequent answer wins; equal strings are one answer, None is no vote.
+
+    With `math_verify`: the first expression that math-verify reads, a number rounded as it compares numbers (to 6
+    decimals), any other as sympy writes it, so ``1 + x^2`` and ``x^2 + 1`` are one answer but ``(x + 1)^2`` and its
+    expansion are two.  With any other verifier, and where nothing can be read (or not within MATH_TIMEOUT_SECONDS):
+    the final answer (`exact_match`), white space aside.
+    """
+    answer = " ".join(final_answer(response_text).split()) or None
+    if verifier is not math_verify or answer is None:
+        return answer
+    from math_verify import parse
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+
+    seconds = _seconds()
+    found = parse(_after_thinking(response_text), parsing_timeout=seconds)
+    if not found or isinstance(found[0], str):
+        return answer
+    try:
+        return timeout(seconds)(_written)(found[0])
+    except (TimeoutException, ValueError, ArithmeticError):  # too large to be written out
+        return answer
+
+
+def check_answers(problems: Sequence[Problem], verifier: Verifier) -> None:
+    """Raises: ValueError in one sentence where a built-in verifier would find no answer to compare with."""
+    unanswered = [problem for problem in problems if problem.answer is None]
+    if unanswered and verifier in BUILT_IN.values():
+        raise ValueError(
+            f"{unanswered[0].location}: expected an answer that a response can be compared with, got none "
+            f"(as in {len(unanswered)} of {len(problems)} problems); set data.fields.answer, "
+            "or give a verifier of your own."
+        )
+
+
+BUILT_IN: dict[str, Verifier] = {"exact_match": exact_match, "math_verify": math_verify}
+
+
+def final_answer(text: str) -> str:
+    """See `exact_match`; "" where there is none."""
+    text = _after_thinking(text)
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _after_thinking(text: str) -> str:
+    return text.rpartition("</think>")[2]
+
+
+def _seconds() -> int | None:
+    """How long math-verify may take; a signal ends it, which only the main thread can have."""
+    return MATH_TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
+
+
+def _written(expression: Any) -> str:
+    """A sympy expression; equal numbers are written alike."""
+    if not getattr(expression, "is_number", False) or expression.is_Integer or not expression.is_real:
+        return str(expression)
+    value = round(float(expression), 6)
+    if not math.isfinite(value):
+        return str(expression)
+    return str(int(value) if value.is_integer() else value)
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the last ``\\boxed{`` holds up to the brace that closes it; None where none is closed."""
+    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth = 1
+        for end in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[match.end() : end]
+    return None
+
+
+@lru_cache(maxsize=65536)
+def _parsed_answer(answer: str, seconds: int | None) -> tuple[Any, ...]:
+    from math_verify import parse
+
+    text = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    return tuple(parse(text, parsing_timeout=seconds))
