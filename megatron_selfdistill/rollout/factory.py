@@ -35,7 +35,20 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
         return ServerSampler(chunks, grid, folder, rules, config, inputs)
     from megatron_selfdistill.rollout.vllm import ColocatedSampler
 
-    return ColocatedSampler(chunks, grid, folder, rules, config, inputs)
+    return ColocatedSampler(
+        chunks,
+        grid,
+        folder,
+        rules,
+        vocab_size=inputs.vocab_size,
+        max_length=inputs.max_length,
+        engine_tp=rollout.engine_tp,
+        kv_cache_gb=rollout.kv_cache_gb,
+        bucket_bytes=int(rollout.bucket_mb * 2**20),
+        engine_args=rollout.engine_args,
+        guided=rollout.guidance != "none",
+        max_staleness=rollout.max_staleness,
+    )
 
 
 def sampling_params(config: Config, inputs: Inputs, batch_k: float | None = None) -> SamplingParams:

@@ -1,0 +1,12 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""subtraction.py for a base in the shape of a Llama, which vLLM can run too."""
+
+from __future__ import annotations
+
+from subtraction import *  # noqa: F403
+from subtraction import hard_problems, record, verify
+
+__all__ = ["hard_problems", "record", "verify"]
+
+NAME = "llama_subtraction"
+OVERRIDES: tuple[str, ...] = ("model=tiny_llama",)
