@@ -67,10 +67,15 @@ def with_and_without_guidance(settings: Sequence[str], folder: Path) -> list[Arm
     pairs = [(arm, Arm(f"{arm.title}, guided", (*arm.overrides, GUIDED))) for arm in ARMS]
     found = []
     for arm in [*itertools.chain(*pairs), CORRECTED]:
-        recorded = folder / f"{arm.title}.jsonl"
+        recorded = recording(folder, arm)
         recorded.unlink(missing_ok=True)
-        found.append(Arm(arm.title, (*arm.overrides, *settings, f"rollout.record='{recorded}'")))
+        found.append(Arm(arm.title, (*arm.overrides, *settings, f"rollout.record={recorded}")))
     return found
+
+
+def recording(folder: Path, arm: Arm) -> Path:
+    """Where the arm's rollouts are written down."""
+    return folder / f"{arm.title.lower().replace(', ', '-').replace(' ', '-')}.jsonl"
 
 
 def right_rollouts(outcomes: Sequence[Outcome], base: Base) -> Table:
@@ -79,7 +84,7 @@ def right_rollouts(outcomes: Sequence[Outcome], base: Base) -> Table:
     table = tables.new_table("Training rollouts that are right", [f"step {step}" for step in moments])
     answers = {record["id"]: record["answer"] for record in records(outcomes[0].run_dir.parent / "train.jsonl")}
     for outcome in outcomes:
-        written = records(outcome.run_dir.parent / f"{outcome.arm.title}.jsonl")
+        written = records(recording(outcome.run_dir.parent, outcome.arm))
         shares = []
         for moment in moments:
             verdicts = [is_right(r, answers[r["problem_id"]], base) for r in written if r["step"] == moment]

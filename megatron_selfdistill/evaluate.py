@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch.distributed as dist
 
+from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
-from megatron_selfdistill.verify import Verifier, check_answers, voted_answer
+from megatron_selfdistill.verify import Verifier, check_answers, judged_by_all, voted_answer
 
 if TYPE_CHECKING:
     from megatron_selfdistill.parallel import Grid
@@ -142,12 +142,12 @@ def evaluate(
     Returns: the same on every rank.
     Collectives: two calls of ``sampler.generate`` (one without samples), with no requests where a replica has
     no problem; one all_gather_object over the world, whose ranks share the work of the verifier.
-    Raises: ValueError in one sentence, before anything is sampled, for problems that cannot be judged or do
-    not fit ``max_length``; RuntimeError on every rank where the verifier failed on one.
+    Raises: ConfigError in one sentence, before anything is sampled, for problems that cannot be judged or do
+    not fit ``max_length``; VerifierError on every rank where the verifier failed on one.
     """
     check_samples(num_samples, ks, majority_ks)
     if not problems:
-        raise ValueError("Evaluation: expected at least one problem, got none.")
+        raise ConfigError("Evaluation: expected at least one problem, got none.")
     check_answers(problems, verifier)
     prompt_of = builder.teacher_prompt if hinted else builder.student_prompt
     prompts = [prompt_of(problem) for problem in problems]
@@ -168,8 +168,17 @@ def evaluate(
         keys = [(p, i) for p in mine for i in range(num_samples)]
         written |= zip(keys, sampler.generate(requests(num_samples), params), strict=True)
 
+    def judgement(problem: Problem, response: Response) -> _Judged:
+        text, truncated = response_text(response, tokenizer), response.truncated
+        correct = not truncated and bool(verifier(text, problem))
+        answer = None if truncated else voted_answer(text, verifier)
+        kept = text if problem.id in kept_ids else None
+        return _Judged(Verdict(correct, len(response.token_ids), truncated, answer), kept)
+
     num_kept = len(problems) if num_transcripts is None else num_transcripts
-    verdicts = _judged_by_all(written, problems, verifier, tokenizer, num_kept, grid)
+    kept_ids = {problem.id for problem in problems[:num_kept]}
+    questions = {key: (problems[key[0]], response) for key, response in written.items()}
+    verdicts = judged_by_all(questions, judgement, grid)
     results = [
         ProblemResult(problem.id, verdicts[p, None].verdict, [verdicts[p, i].verdict for i in range(num_samples)])
         for p, problem in enumerate(problems)
@@ -249,10 +258,10 @@ def _binomial(count: int, p: float) -> np.ndarray:
 
 
 def check_samples(num_samples: int, ks: Sequence[int], majority_ks: Sequence[int] = ()) -> None:
-    """Raises: ValueError in one sentence where a k of pass@k or majority@k asks for more samples than there are."""
+    """Raises: ConfigError in one sentence where a k of pass@k or majority@k asks for more samples than there are."""
     for name, those in (("pass@k", ks), ("majority@k", majority_ks)):
         if num_samples and (max(those, default=1) > num_samples or min(those, default=1) < 1):
-            raise ValueError(
+            raise ConfigError(
                 f"Evaluation: expected every k of {name} from 1 to the {num_samples} samples, got {list(those)}."
             )
 
@@ -262,7 +271,7 @@ def _check_lengths(
 ) -> None:
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) + max_new_tokens > max_length:
-            raise ValueError(
+            raise ConfigError(
                 f"{problem.location}: expected a prompt of at most {max_length - max_new_tokens} tokens (the "
                 f"longest context {max_length} less max_new_tokens {max_new_tokens}), got {len(prompt)}; "
                 "leave the problem out of the evaluation, or lower max_new_tokens."
@@ -277,44 +286,6 @@ class _Judged:
 
 
 _Verdicts = dict[tuple[int, "int | None"], _Judged]
-
-
-def _judged_by_all(
-    written: dict[tuple[int, int | None], Response],
-    problems: Sequence[Problem],
-    verifier: Verifier,
-    tokenizer: Tokenizer,
-    num_kept: int,
-    grid: Grid,
-) -> _Verdicts:
-    """The verdict on every response of the world, under (index of the problem, sample)."""
-    # The ranks of a replica hold the same responses and each judges some.  So nothing is judged twice, and a
-    # verifier with a time limit cannot give two ranks different results.
-    num_ranks = grid.tp_size * grid.cp_size * grid.pp_size
-    rank = (grid.pp_rank * grid.cp_size + grid.cp_rank) * grid.tp_size + grid.tp_rank
-    verdicts: _Verdicts = {}
-    failure = None
-    for number, ((p, sample), response) in enumerate(written.items()):
-        if number % num_ranks != rank:
-            continue
-        truncated = response.finish_reason == "length"
-        text = response_text(response, tokenizer)
-        try:
-            correct = not truncated and bool(verifier(text, problems[p]))
-            answer = None if truncated else voted_answer(text, verifier)
-        except Exception as error:  # raised below, on every rank: alone, it would leave the others waiting
-            failure = f"{problems[p].location}: the verifier failed with {type(error).__name__}: {error}"
-            break
-        verdict = Verdict(correct, len(response.token_ids), truncated, answer)
-        verdicts[p, sample] = _Judged(verdict, text if p < num_kept else None)
-    gathered: list[Any] = [(verdicts, failure)]
-    if grid.world_size > 1:
-        gathered = [None] * grid.world_size
-        dist.all_gather_object(gathered, (verdicts, failure))
-    failures = [sentence for _, sentence in gathered if sentence is not None]
-    if failures:
-        raise RuntimeError(failures[0])
-    return {key: verdict for part, _ in gathered for key, verdict in part.items()}
 
 
 def _transcripts(

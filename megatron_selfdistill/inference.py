@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from megatron_selfdistill.checkpoint.agreement import on_rank_0
+from megatron_selfdistill.checkpoint.convert import hf_to_megatron
 from megatron_selfdistill.checkpoint.megatron import load_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.inputs import Inputs
@@ -48,6 +52,26 @@ def open_inference(config: Config, inputs: Inputs, grid: Grid) -> Iterator[Infer
         yield Inference(chunks, vocab, sampler, sampling_params(config, inputs))
     finally:
         sampler.close()
+
+
+@contextmanager
+def converted(hf: Path, out: Path) -> Iterator[Path]:
+    """The Hugging Face folder ``hf`` as the Megatron checkpoint ``out``, with its companions, which goes on leaving.
+
+    ``out``: on storage that every rank sees; what a killed process left there is replaced.
+    Every rank of the world enters and leaves it; rank 0 converts.  Raises: `CheckpointError` on every rank.
+    """
+
+    def convert() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        hf_to_megatron(hf, out)
+
+    try:
+        on_rank_0(convert)
+        yield out
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def new_chunks(config: Config, grid: Grid, vocab_size: int) -> list[torch.nn.Module]:

@@ -45,6 +45,39 @@ class Inputs:
             raise ConfigError(str(error)) from error
 
     @classmethod
+    def load_evaluation(cls, config: Config, with_solutions: bool = False) -> Inputs:
+        """Only what is evaluated on, ``evaluation.path``, and how it is shown; there are no problems to train on.
+
+        ``with_solutions``: every problem must have one.  Prompts may be as long as the model and ``data.max_length``
+        allow, since nothing is packed.  Raises: `ConfigError` in one sentence.
+        """
+        data, evaluation = config.data, config.evaluation
+        if evaluation.path is None or data.tokenizer is None:
+            missing = "evaluation.path" if evaluation.path is None else "data.tokenizer"
+            raise ConfigError(f"{missing} is not set: an evaluation needs a file of problems and a tokenizer")
+        try:
+            tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
+            problems = load_problems(
+                evaluation.path,
+                fields=data.fields,
+                on_bad_record="error",
+                limit=evaluation.limit,
+                require_solution=with_solutions,
+            )
+            return cls(
+                tokenizer=tokenizer,
+                builder=PromptBuilder(tokenizer, _templates(data)),
+                problems=ProblemSet([]),
+                counts=ContextCounts(),
+                evaluation=problems.problems,
+                vocab_size=_vocab_size(config, tokenizer),
+                max_length=data.max_length or config.model.max_position_embeddings,
+                stop_token_ids=_stop_tokens(config, tokenizer),
+            )
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+
+    @classmethod
     def _load(cls, config: Config) -> Inputs:
         data = config.data
         if data.path is None or data.tokenizer is None:
@@ -54,9 +87,12 @@ class Inputs:
             )
         tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
         builder = PromptBuilder(tokenizer, _templates(data))
+        fields: dict[str, str | None] = {**data.fields}
+        if data.solutions == "own":
+            fields["solution"] = None
         problems = load_problems(
             data.path,
-            fields=data.fields,
+            fields=fields,
             split=data.split,
             on_bad_record=data.on_bad_record,
             limit=data.limit,
@@ -67,7 +103,7 @@ class Inputs:
         if config.evaluation.path is not None:
             evaluation = load_problems(
                 config.evaluation.path,
-                fields=data.fields,
+                fields=fields,
                 on_bad_record="error",
                 limit=config.evaluation.limit,
             ).problems
@@ -108,9 +144,11 @@ def _those_that_fit(
 ) -> tuple[ProblemSet, ContextCounts]:
     kept, counts = [], ContextCounts()
     for problem in problems.problems:  # one by one: the prompts of a whole data set need not be in memory
+        # Own solutions are found later; until then the answer stands for them.
+        shown = problem if problem.solution or not problem.answer else replace(problem, solution=problem.answer)
         pairs, count = plan_contexts(
             builder,
-            [problem],
+            [shown],
             max_length=max_length,
             max_new_tokens=config.rollout.max_new_tokens,
             policy=config.data.on_long_context,

@@ -4,23 +4,21 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_selfdistill import schedule
 from megatron_selfdistill.batch import largest, pack_everywhere
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config, ConfigError
-from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.contexts import ContextPair, build_contexts
 from megatron_selfdistill.data.packing import PackedBatch
-from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluate import EvaluationResult, evaluate
 from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary
 from megatron_selfdistill.inference import new_chunks
@@ -32,10 +30,10 @@ from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, response_text, stream_seed
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.factory import configured_target, make_sampler, sampling_params
-from megatron_selfdistill.rollout.recorded import Recording, record
-from megatron_selfdistill.rollout.success import SuccessRates
+from megatron_selfdistill.rollouts import Rollouts
+from megatron_selfdistill.score import learnabilities
 from megatron_selfdistill.teacher import Teacher
 from megatron_selfdistill.verify import load_verifier
 
@@ -52,8 +50,6 @@ class Run:
         self.config, self.inputs, self.grid = config, inputs, grid
         self.run_dir = Path(config.run_dir)
         self.phases = Phases(grid.device)
-        self.stream = ProblemStream(inputs.problems, batch_size=config.data.global_batch_size, seed=config.seed)
-        self.recording = Recording(config.rollout.replay) if config.rollout.replay else None
         self.checkpointer = Checkpointer(
             self.run_dir,
             grid,
@@ -66,12 +62,8 @@ class Run:
         self.guards = Guards(config.guards)
         self.step = 0
         self.batch_k: float | None = None  # of target.rule=batch: solved from the step before
-        self.sampler_log_probs: torch.Tensor | None = None
+        self._sampler_log_probs: torch.Tensor | None = None
         self._row_weight: TruncatedImportance | None = None
-        guide_below = config.rollout.guide_below
-        self.success = SuccessRates(guide_below) if guide_below is not None else None
-        self._sampler_step: int | None = None  # whose weights the sampler has
-        self._stream_before: dict[str, Any] | None = None  # while a step is under way: where it began
         if self.resumed_from is not None:
             self._resume(self.resumed_from)
         self._checked = False  # the identity law and the teacher's canary, at the start of every launch
@@ -89,52 +81,25 @@ class Run:
 
     def next_problems(self) -> list[Problem]:
         """This replica's share of the next global batch."""
-        self._stream_before = self.stream.state_dict()
-        batch = self.stream.next_batch()
-        first = _first_sample_indices(batch, self.config.rollout.num_samples)
-        self._first_samples = shard(first, self.grid.dp_rank, self.grid.dp_size)
-        problems = shard(batch, self.grid.dp_rank, self.grid.dp_size)
-        self._prompt_pairs = {problem.id: self._prompts(problem) for problem in problems}
-        return problems
+        return self.rollouts.next_problems(self.step, self.sampling)
 
     def generate(self, problems: Sequence[Problem]) -> list[Response]:
         """``rollout.num_samples`` responses per problem, problem by problem, by the current weights.
 
         Raises `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
-        self._send_weights()
-        with self.phases("rollout"):
-            if self.config.objective == "solutions":
-                return [self._solution(problem) for problem in problems]
-            keys = [
-                (self.step, problem.id, first + i)
-                for problem, first in zip(problems, self._first_samples, strict=True)
-                for i in range(self.config.rollout.num_samples)
-            ]
-            responses = self.recording.responses(keys) if self.recording else self._sample(problems, keys)
-            if self.config.rollout.record:
-                record(self.config.rollout.record, keys, responses, self.grid.dp_group, self.grid.is_reporter)
-            return responses
+        return self.rollouts.generate(problems, self.step, self.sampling)
 
     def pack(self, problems: Sequence[Problem], responses: Sequence[Response]) -> PackedBatch:
         """Both contexts of every response as microbatches: as many, and as long, on every replica."""
         with self.phases("pack"):
-            samples = len(responses) // max(len(problems), 1)
-            owners = [problem for problem in problems for _ in range(samples)]
-            if self.config.objective == "verified_rollouts":
-                right = [self._is_right(*pair) for pair in zip(owners, responses, strict=True)]
-                owners = [problem for problem, keep in zip(owners, right, strict=True) if keep]
-                responses = [response for response, keep in zip(responses, right, strict=True) if keep]
-            contexts = build_contexts([self._prompt_pairs[problem.id] for problem in owners], responses)
-            self._contexts = contexts
-            log_probs = [value for response in responses for value in response.log_probs]
-            sampled = self.config.objective != "solutions"
-            self.sampler_log_probs = torch.tensor(log_probs, dtype=torch.float64) if sampled else None
+            self._contexts, kept = self.rollouts.contexts(problems, responses)
+            if self.config.objective != "solutions":
+                self._sampler_log_probs = _joined(response.log_probs for response in kept)
             if self.config.loss.rollout_correction == "truncated":
-                drawn = [value for response in responses for value in response.sampled_log_probs]
-                drawn_log_probs = torch.tensor(drawn, dtype=torch.float64)
-                self._row_weight = TruncatedImportance(drawn_log_probs, self.config.loss.rollout_correction_cap)
-            return self.pack_contexts(contexts)
+                drawn = _joined(response.sampled_log_probs for response in kept)
+                self._row_weight = TruncatedImportance(drawn, self.config.loss.rollout_correction_cap)
+            return self.pack_contexts(self._contexts)
 
     def pack_contexts(self, contexts: Sequence[ContextPair]) -> PackedBatch:
         """Microbatches of these contexts, for this replica; every replica calls it with its own."""
@@ -169,7 +134,7 @@ class Run:
         """
         if output is None:
             return {}
-        metrics = step_metrics(output, self.sampler_log_probs, self.grid, self.config.loss.rollout_correction_cap)
+        metrics = step_metrics(output, self._sampler_log_probs, self.grid, self.config.loss.rollout_correction_cap)
         if not self._checked:
             self._checked = True
             if self.distils and self.step == 0:
@@ -190,8 +155,7 @@ class Run:
     def finish_step(self, metrics: dict[str, float], responses: Sequence[Response], batch: PackedBatch) -> None:
         """Count the step; log, evaluate, guard and save what is due.  Raises `RunUnhealthy` where a guard trips."""
         self.step += 1
-        self._stream_before = None
-        metrics |= rollout_metrics(responses, self.grid, batch) | self.sampler.metrics()
+        metrics |= rollout_metrics(responses, self.grid, batch) | self.rollouts.finish_step()
         timed = self.phases.metrics(rollout=metrics["tokens/rollout"], train=self._tokens_read(batch, metrics))
         self.log.log(self.step, metrics | timed)
         self.guards.check(self.step, metrics)
@@ -207,7 +171,7 @@ class Run:
     def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
         """Held-out problems, without hints unless ``hinted``; logged under the present step.  ``num_transcripts``:
         problems whose responses are kept as text; None keeps all."""
-        self._send_weights()
+        self.rollouts.send_weights(self.step)
         with self.phases("evaluation"):
             result = evaluate(
                 self.sampler,
@@ -231,7 +195,7 @@ class Run:
     def measure(self, problems: Sequence[Problem], responses: Sequence[Response]) -> dict[str, float]:
         """The metrics of these responses (one per problem) under the present weights, student and teacher; nothing is
         trained.  Entropies are the student's own, at temperature 1, at every response token."""
-        contexts = build_contexts([self._prompts(problem) for problem in problems], responses)
+        contexts = build_contexts([self.rollouts.prompts(problem) for problem in problems], responses)
         batch = self.pack_contexts(contexts)
         with self.teacher.on_device() as teacher:
             output = self._schedule(batch, teacher, self._distillation_loss(self._target()), forward_only=True)
@@ -248,10 +212,9 @@ class Run:
                 scheduler=self.scheduler,
                 teacher=self.teacher if self.distils else None,
                 trainer_state={
-                    "stream": self._stream_before or self.stream.state_dict(),
+                    **self.rollouts.state_dict(),
                     "guards": self.guards.state_dict(),
                     "batch_k": self.batch_k,
-                    "success": self.success.state_dict() if self.success is not None else None,
                 },
                 args=megatron_args(self.chunks[0], replace(self.config.model, vocab_size=self.inputs.vocab_size)),
             )
@@ -292,6 +255,7 @@ class Run:
             offload=config.teacher.offload == "cpu",
         )
         self.sampler = make_sampler(config, self.inputs, self.chunks, grid)
+        self.rollouts = Rollouts(config, self.inputs, grid, self.sampler, self.phases, self._learnabilities)
 
     def _checkpoint_to_resume(self) -> Path | None:
         latest = self.checkpointer.latest()
@@ -311,10 +275,8 @@ class Run:
             teacher=self.teacher if self.distils else None,
         )
         self.step, self.batch_k = state["step"], state["batch_k"]
-        self.stream.load_state_dict(state["stream"])
+        self.rollouts.load_state_dict(state)
         self.guards.load_state_dict(state["guards"])
-        if self.success is not None and state.get("success") is not None:
-            self.success.load_state_dict(state["success"])
 
     # -- what the steps above need -------------------------------------------------------------------------------
 
@@ -343,44 +305,6 @@ class Run:
         """How responses are drawn in this step."""
         return sampling_params(self.config, self.inputs, self.batch_k)
 
-    def _send_weights(self) -> None:
-        """The weights of this moment to the sampler, unless it has them."""
-        if self._sampler_step != self.step:
-            with self.phases("sync"):
-                self.sampler.update_weights(self.step)
-            self._sampler_step = self.step
-
-    def _sample(self, problems: Sequence[Problem], keys: Sequence[tuple[int, str, int]]) -> list[Response]:
-        guided = {problem.id for problem in problems if self._guides(problem)}
-        requests = []
-        for key in keys:
-            pair, stream = self._prompt_pairs[key[1]], stream_seed(self.config.seed, *key)
-            requests.append(Request(pair.student_prompt, stream, pair.teacher_prompt if key[1] in guided else None))
-        responses = self.sampler.generate(requests, self.sampling)
-        if self.success is not None:
-            self.success.record(self._verdicts(problems, guided, responses))
-        return responses
-
-    def _guides(self, problem: Problem) -> bool:
-        if self.config.rollout.guidance == "none":
-            return False
-        return self.success is None or self.success.guides(problem.id)
-
-    def _verdicts(
-        self, problems: Sequence[Problem], guided: Collection[str], responses: Sequence[Response]
-    ) -> list[tuple[str, bool, float]]:
-        """(problem id, guided, share of right responses) of this step's problems of all replicas, equal on all ranks:
-        one rank of each replica judges, since a verifier with a time limit need not say the same twice."""
-        mine = []
-        if self.grid.is_first_of_replica:
-            samples = self.config.rollout.num_samples
-            for i, problem in enumerate(problems):
-                right = [self._is_right(problem, r) for r in responses[i * samples : (i + 1) * samples]]
-                mine.append((problem.id, problem.id in guided, sum(right) / samples))
-        everyone: list[Any] = [None] * self.grid.world_size
-        dist.all_gather_object(everyone, mine)
-        return [visit for visits in everyone for visit in visits]
-
     def _target(self) -> Target:
         return configured_target(self.config.target, self.batch_k)
 
@@ -391,27 +315,22 @@ class Run:
         loss = self.config.loss
         return schedule.self_distillation(target, Divergence(loss.divergence, loss.jsd_lambda))
 
-    def _prompts(self, problem: Problem) -> PromptPair:
-        pair = fit_teacher_prompt(
-            self.inputs.builder,
-            problem,
-            max_length=self.inputs.max_length,
-            max_new_tokens=self.config.rollout.max_new_tokens,
-            policy=self.config.data.on_long_context,
-        )
-        assert pair is not None, "Inputs.load kept only the problems that fit"
-        return pair
-
-    def _solution(self, problem: Problem) -> Response:
-        """The solution's own text as the response: what fine-tuning on solutions imitates."""
-        limit = self.config.rollout.max_new_tokens
-        tokens = [*self.inputs.tokenizer.encode(problem.solution), self.inputs.stop_token_ids[0]]
-        unknown = [math.nan] * min(len(tokens), limit)
-        return Response(tokens[:limit], unknown, unknown, "stop" if len(tokens) <= limit else "length")
-
-    def _is_right(self, problem: Problem, response: Response) -> bool:
-        verify = load_verifier(self.config.evaluation.verifier)
-        return not response.truncated and verify(response_text(response, self.inputs.tokenizer), problem)
+    def _learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
+        self.sampler.sleep()
+        with self.teacher.on_device() as teacher:
+            return learnabilities(
+                candidates,
+                builder=self.inputs.builder,
+                student=self.chunks,
+                teacher=teacher,
+                grid=self.grid,
+                vocab=self.vocab,
+                max_tokens=self.config.schedule.max_tokens,
+                policy=self.config.data.on_long_context,
+                alpha=self.config.solutions.alpha,
+                max_length=self.inputs.max_length,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+            )
 
     def _check_identity(self) -> None:
         """One prompt read twice by the same weights has no loss: sharding, packing and exchange work in this layout."""
@@ -431,11 +350,6 @@ class Run:
         return sum(self.grid.dp_size * len(s) * batch.seq_length * (1 - padding) for s, padding in streams)
 
 
-def _first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int]:
-    """0 for each problem; where an epoch ends within the batch a problem can come again, and its samples count on."""
-    seen: Counter[str] = Counter()
-    first = []
-    for problem in batch:
-        first.append(seen[problem.id])
-        seen[problem.id] += num_samples
-    return first
+def _joined(log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
+    """[R_total] float64, in the order of ``PackedBatch.response_tokens``."""
+    return torch.tensor([value for values in log_probs for value in values], dtype=torch.float64)

@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config, given: Collection[str] | None = None) -> int:
-    """The whole run: check, build, loop.  Returns 0, or, with a checkpoint to go on from, `EXIT_UNHEALTHY` where a guard
-    stopped it and `EXIT_NO_ROLLOUT` where an engine failed.
+    """The whole run: check, build, loop.  Returns 0, or, with a checkpoint to go on from, `EXIT_UNHEALTHY` where a
+    guard stopped it and `EXIT_NO_ROLLOUT` where an engine failed.
 
     ``given``: the keys that somebody set, which must not contradict the checkpoint that the run starts from; null: all
     that are not at their defaults.

@@ -7,17 +7,30 @@ import importlib
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
 
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
+
+if TYPE_CHECKING:  # verifiers are also used where there is no Megatron
+    from megatron_selfdistill.parallel import Grid
+
+Key = TypeVar("Key", bound=Hashable)
+Said = TypeVar("Said")
+Verdict = TypeVar("Verdict")
 
 Verifier = Callable[[str, Problem], bool]
 """``verify(response_text, problem)``: whether the response, without its stop token, is right."""
 
 MATH_TIMEOUT_SECONDS = 5
+
+
+class VerifierError(RuntimeError):
+    """A verifier raised: one sentence that names the problem and what was raised."""
 
 
 def load_verifier(name: str) -> Verifier:
@@ -42,6 +55,45 @@ def load_verifier(name: str) -> Verifier:
     if not callable(verifier):
         raise ConfigError(f"{expected}, got {name!r}, which is a {type(verifier).__name__}")
     return verifier
+
+
+def judge(questions: Mapping[Key, tuple[Problem, str | None]], verifier: Verifier, grid: Grid) -> dict[Key, bool]:
+    """Whether each text answers its problem, over all replicas, equal on every rank; None (a truncated one) is wrong.
+
+    See `judged_by_all`.
+    """
+    return judged_by_all(questions, lambda problem, text: text is not None and bool(verifier(text, problem)), grid)
+
+
+def judged_by_all(
+    questions: Mapping[Key, tuple[Problem, Said]], judgement: Callable[[Problem, Said], Verdict], grid: Grid
+) -> dict[Key, Verdict]:
+    """``judgement(problem, what was said)`` of every question, over all replicas, equal on every rank.
+
+    ``questions``: this replica's, the same and in the same order on each of its ranks, under keys that no other replica
+    has.  The ranks share the work: so nothing is judged twice, and a verifier with a time limit cannot give two ranks
+    different results.
+    Collectives: one all_gather_object over the world.
+    Raises: VerifierError, the same on every rank, where the verifier failed on one.
+    """
+    num_ranks = grid.tp_size * grid.cp_size * grid.pp_size
+    rank = (grid.pp_rank * grid.cp_size + grid.cp_rank) * grid.tp_size + grid.tp_rank
+    verdicts: dict[Key, Verdict] = {}
+    failure = None
+    for key, (problem, said) in list(questions.items())[rank::num_ranks]:
+        try:
+            verdicts[key] = judgement(problem, said)
+        except Exception as error:  # raised below, on every rank: alone, it would leave the others waiting
+            failure = f"{problem.location}: the verifier failed with {type(error).__name__}: {error}"
+            break
+    gathered: list[Any] = [(verdicts, failure)]
+    if grid.world_size > 1:
+        gathered = [None] * grid.world_size
+        dist.all_gather_object(gathered, (verdicts, failure))
+    failures = [sentence for _, sentence in gathered if sentence is not None]
+    if failures:
+        raise VerifierError(failures[0])
+    return {key: verdict for part, _ in gathered for key, verdict in part.items()}
 
 
 def exact_match(response_text: str, problem: Problem) -> bool:
@@ -99,10 +151,10 @@ def voted_answer(response_text: str, verifier: Verifier) -> str | None:
 
 
 def check_answers(problems: Sequence[Problem], verifier: Verifier) -> None:
-    """Raises: ValueError in one sentence where a built-in verifier would find no answer to compare with."""
+    """Raises: ConfigError in one sentence where a built-in verifier would find no answer to compare with."""
     unanswered = [problem for problem in problems if problem.answer is None]
     if unanswered and verifier in BUILT_IN.values():
-        raise ValueError(
+        raise ConfigError(
             f"{unanswered[0].location}: expected an answer that a response can be compared with, got none "
             f"(as in {len(unanswered)} of {len(problems)} problems); set data.fields.answer, "
             "or give a verifier of your own."

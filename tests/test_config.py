@@ -345,6 +345,7 @@ def test_the_configs_are_found_from_any_folder(tmp_path):
             "vLLM tells log-probs at temperature 1 only",
         ),
         (["rollout.guide_below=0.5", "rollout.guidance=mixed", "rollout.replay=old.jsonl"], "rollout.replay"),
+        (["data.solutions=own", "objective=solutions"], "leave data.solutions=given"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_sentence(overrides, words):

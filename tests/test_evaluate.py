@@ -6,19 +6,23 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_selfdistill import verify as module
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, Tokenizer
-from megatron_selfdistill.evaluate import EvaluationResult, evaluate, pass_at_k
+from megatron_selfdistill.evaluate import EvaluationResult, Verdict, evaluate, majority_at_k, pass_at_k
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.verify import exact_match, load_verifier, math_verify
+from megatron_selfdistill.verify import exact_match, load_verifier, math_verify, voted_answer
 
 STOP = ord("$")
 PARAMS = SamplingParams(max_new_tokens=4, temperature=1.0, stop_token_ids=(STOP,))
@@ -108,7 +112,7 @@ def run_in_layout(sizes: dict[str, int], count: int) -> tuple[EvaluationResult, 
         verified.append(problem.id)
         return exact_match(text, problem)
 
-    result = run(sums(count), grid, sampler, verifier=verifier)
+    result = run(sums(count), grid, sampler, verifier=verifier, majority_ks=[3])
     return result, [number for number, _ in sampler.calls], verified
 
 
@@ -149,7 +153,28 @@ def test_accuracies_lengths_and_shares_are_counted_from_the_transcripts():
     for k in (1, 4):
         subsets = [any(subset) for right in by_problem for subset in itertools.combinations(right, k)]
         assert result.pass_at_k[k] == pytest.approx(sum(subsets) / len(subsets))
+    assert [[it.correct for it in problem.samples] for problem in result.problems] == by_problem
     assert 0 < result.greedy_accuracy < 1 and 0 < result.sampled_accuracy < result.pass_at_k[4] < 1
+
+
+def test_each_problem_has_its_verdicts_and_answers():
+    result = run(sums(), num_transcripts=None, majority_ks=[1, 6])
+    said = {(t.problem_id, t.sample): t for t in result.transcripts}
+    for number, problem in enumerate(result.problems):
+        assert problem.id == f"p{number}" and len(problem.samples) == 6
+        for sample, verdict in [(None, problem.greedy), *enumerate(problem.samples)]:
+            it = said[problem.id, sample]
+            answer = None if it.truncated else it.response
+            assert verdict == Verdict(it.correct, it.length, it.truncated, answer)
+    assert result.problems[1].num_correct == sum(said["p1", i].correct for i in range(6))
+    assert result.majority_at_k[1] == pytest.approx(result.sampled_accuracy)
+    expected = [
+        majority_by_enumeration([s.answer for s in p.samples], [s.correct for s in p.samples], 6)
+        for p in result.problems
+    ]
+    assert result.majority_at_k[6] == pytest.approx(sum(expected) / 7) and 0 < result.majority_at_k[6] < 1
+    assert result.metrics("test")["test/majority_at_6"] == result.majority_at_k[6]
+    assert result.metrics("test")["test/avg_at_6"] == result.sampled_accuracy
 
 
 def test_transcripts_are_what_was_read_and_written():
@@ -224,7 +249,7 @@ def test_hinted_evaluation_shows_the_solution():
     ],
 )
 def test_every_layout_gives_every_rank_the_same_result_and_verifies_once(ranks, world_size, sizes):
-    alone = run(sums())
+    alone = run(sums(), majority_ks=[3])
     found = ranks.run(run_in_layout, sizes, 7, world_size=world_size)
     assert [result for result, _, _ in found] == [alone] * world_size
     truncated = alone.greedy_truncated_share * 7 + alone.sampled_truncated_share * 42
@@ -235,7 +260,7 @@ def test_every_layout_gives_every_rank_the_same_result_and_verifies_once(ranks, 
 def test_a_replica_without_problems_still_calls_the_sampler(ranks):
     found = ranks.run(run_in_layout, {}, 1, world_size=2)
     assert [calls for _, calls, _ in found] == [[1, 6], [0, 0]]
-    assert found[0][0] == found[1][0] == run(sums(1))
+    assert found[0][0] == found[1][0] == run(sums(1), majority_ks=[3])
 
 
 def test_a_verifier_that_fails_on_one_rank_stops_all_of_them(ranks):
@@ -251,8 +276,10 @@ def test_problems_that_cannot_be_judged_are_found_before_sampling():
         run(sums(), sampler=sampler, max_length=7)
     with pytest.raises(ValueError, match="at least one problem"):
         run([], sampler=sampler)
-    with pytest.raises(ValueError, match=r"1 to the 6 samples, got \[8\]"):
+    with pytest.raises(ValueError, match=r"pass@k from 1 to the 6 samples, got \[8\]"):
         run(sums(), sampler=sampler, ks=[8])
+    with pytest.raises(ValueError, match=r"majority@k from 1 to the 6 samples, got \[0\]"):
+        run(sums(), sampler=sampler, majority_ks=[0])
     assert sampler.calls == []
 
 
@@ -266,6 +293,71 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right):
     for k in range(1, 6):
         subsets = list(itertools.combinations(right, k))
         assert pass_at_k(5, sum(right), k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+
+
+def majority_by_enumeration(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
+    """The definition: every subset of k votes; a tie is drawn."""
+    outcomes = []
+    for subset in itertools.combinations(range(len(answers)), k):
+        votes = Counter(answers[i] for i in subset if answers[i] is not None)
+        most = max(votes.values(), default=0)
+        winners = [answer for answer, count in votes.items() if count == most]
+        shares = [Fraction(sum(correct[i] for i in subset if answers[i] == winner), most) for winner in winners]
+        outcomes.append(sum(shares) / len(shares) if shares else Fraction(0))
+    return float(sum(outcomes) / len(outcomes))
+
+
+@given(
+    votes=st.lists(st.tuples(st.sampled_from([None, "a", "b", "c", "d"]), st.booleans()), min_size=1, max_size=8),
+    data=st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_majority_at_k_is_the_mean_over_all_subsets(votes, data):
+    answers = [answer for answer, _ in votes]
+    correct = [right and answer is not None for answer, right in votes]
+    k = data.draw(st.integers(1, len(votes)))
+    assert majority_at_k(answers, correct, k) == pytest.approx(majority_by_enumeration(answers, correct, k), abs=1e-12)
+
+
+def test_majority_at_k_of_many_samples_is_found_at_once():
+    answers = [*["7"] * 100, *["8"] * 90, *(str(i) for i in range(10, 76))]
+    correct = [answer == "7" for answer in answers]
+    assert majority_at_k(answers, correct, 256) == pytest.approx(1)
+    assert majority_at_k(answers, correct, 1) == pytest.approx(100 / 256)
+    assert majority_at_k(answers, correct, 2) == pytest.approx(100 / 256)  # two votes agree or are drawn from
+    assert 100 / 256 < majority_at_k(answers, correct, 16) < majority_at_k(answers, correct, 128) < 1
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_majority_at_k_needs_enough_samples(k):
+    with pytest.raises(ValueError, match="draw at least k samples"):
+        majority_at_k(["a", "b", "a"], [True, False, True], k)
+
+
+@pytest.mark.parametrize(
+    ("response", "by_text", "by_meaning"),
+    [
+        ("so\n  4  2 ", "4 2", "2"),
+        (r"it is $\frac{1}{2}$", r"it is $\frac{1}{2}$", "0.5"),
+        ("it is 0.5", "it is 0.5", "0.5"),
+        (r"\boxed{2.0}", "2.0", "2"),
+        (r"\boxed{1/3}", "1/3", "0.333333"),
+        (r"\boxed{0.3333333}", "0.3333333", "0.333333"),
+        (r"\boxed{1+x^2}", "1+x^2", "x**2 + 1"),
+        (r"\boxed{1} </think> \boxed{2}", "2", "2"),
+        ("who knows", "who knows", "who knows"),
+        ("  ", None, None),
+        ("so\n\n</think>\n", None, None),
+    ],
+)
+def test_a_response_votes_for_its_final_answer(response, by_text, by_meaning):
+    assert voted_answer(response, exact_match) == by_text
+    assert voted_answer(response, math_verify) == by_meaning
+
+
+def test_a_number_too_large_to_write_out_is_a_vote_of_its_own():
+    answers = [voted_answer(rf"\boxed{{{text}}}", math_verify) for text in ("9999999!", "9999998!", "2^{20000}")]
+    assert len(set(answers)) == 3 and None not in answers
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.parallel import Grid
-    from megatron_selfdistill.report.comparison import Comparison
 
 EXIT_REFUSED, EXIT_FAILED = 2, 4
 RESERVED = {
@@ -72,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Every rank comes here; rank 0 writes and prints."""
     from megatron_selfdistill import parallel
-    from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
     from megatron_selfdistill.evaluate import check_samples
+    from megatron_selfdistill.inference import converted
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.report.evaluations import require_free
     from megatron_selfdistill.verify import check_answers, load_verifier
@@ -82,18 +81,18 @@ def evaluate(arguments: argparse.Namespace) -> int:
     check_samples(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     require_free(arguments.out, arguments.overwrite)
     model = _model(arguments)
-    config, given = _configured(arguments, model)
-    # Once more below, with the model's vocabulary: what is wrong with the data is said before a long conversion.
+    config = _configured(arguments, model)
+    config.check_world(parallel.world_size())
     inputs = Inputs.load_evaluation(config, arguments.hinted)
     check_answers(inputs.evaluation, load_verifier(config.evaluation.verifier))
     grid = parallel.initialize(config.parallel, config.seed)
     try:
-        with _temporary_folder(arguments.tmp or arguments.out.parent, grid) as folder:
-            checkpoint = dataclasses.replace(config.checkpoint, load=_checkpoint(arguments, model, folder, grid))
+        with _temporary_folder(arguments.tmp or arguments.out.parent, grid) as folder, ExitStack() as stack:
+            load = model["path"]
+            if arguments.hf is not None:
+                load = str(stack.enter_context(converted(arguments.hf, folder / "converted")))
+            checkpoint = dataclasses.replace(config.checkpoint, load=load)
             config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(folder / "run"))
-            config = with_stored_architecture(config, given)
-            config.check_world(grid.world_size)
-            inputs = Inputs.load_evaluation(config, arguments.hinted)
             _evaluate_with(config, inputs, grid, arguments, model)
     finally:
         parallel.shutdown()
@@ -106,6 +105,7 @@ def _evaluate_with(
     from megatron_selfdistill import evaluate as evaluation
     from megatron_selfdistill.inference import open_inference
     from megatron_selfdistill.report.evaluations import write_evaluation
+    from megatron_selfdistill.report.tables import show_summary
     from megatron_selfdistill.verify import load_verifier
 
     with open_inference(config, inputs, grid) as inference:
@@ -132,7 +132,7 @@ def _evaluate_with(
         about = {"model": model, "data": _data(inputs, arguments), "settings": _settings(config, inputs, arguments)}
         summary = write_evaluation(arguments.out, result, about)
         num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
-        _show_summary(summary, f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}")
+        show_summary(summary, f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}")
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -150,10 +150,11 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"format": "megatron", "path": str(weights.path), "iteration": weights.iteration}
 
 
-def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> tuple[Config, frozenset[str]]:
-    """The trainer's configuration with what the options say, and the keys that were set."""
+def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
+    """The trainer's configuration, with what the options say and the architecture that the model has."""
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill import parallel
+    from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
     from megatron_selfdistill.config import ConfigError
 
     named = (arguments.overrides, arguments.config_name, arguments.config_dir)
@@ -172,9 +173,23 @@ def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> tuple[C
             num_samples=arguments.num_samples,
             pass_at_k=arguments.pass_at_k,
         ),
-        checkpoint=dataclasses.replace(config.checkpoint, resume=False),
     )
-    return config, given
+    if arguments.hf is not None:
+        return _with_hf_architecture(config, given, arguments.hf)
+    checkpoint = dataclasses.replace(config.checkpoint, load=model["path"], resume=False)
+    return with_stored_architecture(dataclasses.replace(config, checkpoint=checkpoint), given)
+
+
+def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Config:
+    """What `with_stored_architecture` will find in the checkpoint that ``hf`` becomes."""
+    from megatron_selfdistill.checkpoint.safetensors_folder import read_config
+    from megatron_selfdistill.checkpoint.stored_model import reconcile
+    from megatron_selfdistill.model.hf_mapping import family_of
+
+    description = read_config(hf)
+    fields = {key.removeprefix("model.") for key in given if key.startswith("model.")}
+    stored = family_of(description).model_config(description)
+    return dataclasses.replace(config, model=reconcile(config.model, fields, stored))
 
 
 def _tokenizer_of(path: Path, model_format: str) -> str:
@@ -204,16 +219,6 @@ def _temporary_folder(parent: Path, grid: Grid) -> Iterator[Path]:
     finally:
         if grid.is_reporter:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _checkpoint(arguments: argparse.Namespace, model: dict[str, Any], folder: Path, grid: Grid) -> str:
-    """The Megatron checkpoint to load: the given one, or what the Hugging Face folder becomes, in ``folder``."""
-    from megatron_selfdistill.checkpoint.agreement import on_rank_0
-    from megatron_selfdistill.checkpoint.convert import hf_to_megatron
-
-    if arguments.hf is None:
-        return model["path"]
-    return on_rank_0(lambda: str(hf_to_megatron(arguments.hf, folder / "converted")))
 
 
 def _data(inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -246,32 +251,13 @@ def _settings(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> 
     }
 
 
-def _show_summary(summary: dict[str, Any], line: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    model, data, settings = summary["model"], summary["data"], summary["settings"]
-    iteration = "" if model["iteration"] is None else f", iteration {model['iteration']}"
-    title = f"{model['path']}{iteration}: {data['num_problems']} problems, {settings['num_samples']} samples each"
-    table = Table(title=title, caption=f"95 % intervals over the problems (bootstrap). {line}")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("95 %", justify="right")
-    for name, (low, high) in summary["intervals"].items():
-        table.add_row(name, _shown(summary["metrics"][name]), f"{_shown(low)} to {_shown(high)}")
-    Console().print(table)
-
-
-def _shown(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
 # -- two models -----------------------------------------------------------------------------------------------------
 
 
 def compare(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.report import comparison
     from megatron_selfdistill.report.evaluations import read_evaluation
+    from megatron_selfdistill.report.tables import show_comparison
 
     compared = comparison.compare(
         read_evaluation(arguments.a),
@@ -279,32 +265,11 @@ def compare(arguments: argparse.Namespace) -> int:
         num_resamples=arguments.resamples,
         seed=arguments.seed,
     )
-    _show_comparison(compared)
+    show_comparison(compared)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(compared.json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
-
-
-def _show_comparison(compared: Comparison) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    caption = (
-        f"paired bootstrap over {compared.num_problems} problems, {compared.num_resamples} resamples, "
-        f"seed {compared.seed}"
-    )
-    table = Table(title=f"A = {compared.a}, B = {compared.b}", caption=caption)
-    for column in ("metric", "A", "B", "B - A", "95 %", "P(B <= A)"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
-    for it in compared.differences:
-        interval = f"{it.low:+.3f} to {it.high:+.3f}"
-        numbers = (_shown(it.a), _shown(it.b), f"{it.difference:+.3f}", interval, f"{it.probability_not_above:.4f}")
-        table.add_row(it.metric, *numbers)
-    console.print(table)
-    for name, (a, b) in compared.other_settings.items():
-        console.print(f"not the same in both: {name} is {a!r} in A and {b!r} in B", style="yellow", markup=False)
 
 
 # -- command line ---------------------------------------------------------------------------------------------------
@@ -379,7 +344,9 @@ def _compare_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("a", type=Path, metavar="A", help="results of one evaluation")
     parser.add_argument("b", type=Path, metavar="B", help="results of the other")
-    parser.add_argument("--resamples", type=_positive, default=10_000, metavar="N", help="of the problems (default: 10000)")
+    parser.add_argument(
+        "--resamples", type=_positive, default=10_000, metavar="N", help="of the problems (default: 10000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison there, as JSON")
     return parser

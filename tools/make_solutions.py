@@ -203,7 +203,7 @@ def provenance(config: Config, inputs: Inputs, arguments: argparse.Namespace) ->
         "sampling": {**sampling, "stop_token_ids": list(inputs.stop_token_ids)},
         "prompts": {name: getattr(data, name) for name in wording},
         "verifier": config.evaluation.verifier,
-        **asdict(wanted),
+        **{name: value for name, value in asdict(wanted).items() if name != "refresh_every"},
         "group_size": arguments.group_size,
     }
 
@@ -246,9 +246,9 @@ class Journal:
         done = len(attempts)
         if done < num_problems:  # a group is solved as a whole, so that its batches and their rounding are the same
             done -= done % self.group_size
-            kept = "".join(line + "\n" for line in lines[: done + 1])
-            with self.path.open("r+", encoding="utf-8") as file:
-                file.truncate(len(kept.encode()))
+        whole = "".join(line + "\n" for line in lines[: done + 1])
+        with self.path.open("r+", encoding="utf-8") as file:
+            file.truncate(len(whole.encode()))
         return done, None
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:

@@ -660,6 +660,10 @@ class Config:
         if self.loss.rollout_correction != "none":
             self._check_correction()
         _require(
+            self.data.solutions == "given" or self.objective != "solutions",
+            "objective=solutions trains on the text of given solutions: leave data.solutions=given",
+        )
+        _require(
             self.rollout.guidance == "none" or self.rollout.replay is None,
             "rollout.guidance=mixed says how responses are sampled, rollout.replay takes them from a file: unset one",
         )

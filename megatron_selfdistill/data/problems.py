@@ -4,6 +4,7 @@ batches."""
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import json
@@ -30,7 +31,7 @@ class Problem:
     """What the student is asked, OpenAI style; a ``problem`` string is one user message. Never ends in a
     reply."""
     solution: str
-    """What only the teacher sees."""
+    """What only the teacher sees; "" where solutions are not read, since the model finds its own."""
     answer: str | None
     """The final answer for a verifier, where the data has one."""
     location: str
@@ -67,6 +68,7 @@ def load_problems(
     subset: str | None = None,
     on_bad_record: str = "error",
     limit: int | None = None,
+    require_solution: bool = True,
 ) -> ProblemSet:
     """Reads and validates a whole data set.
 
@@ -74,11 +76,12 @@ def load_problems(
     hub data set (of which ``subset`` and ``split`` are taken).  JSON is read line by line here, since
     ``datasets`` does not say which line is malformed; Parquet and the hub go through ``datasets``.
     ``fields``: our name -> column name, for those that differ; ``None`` as the column leaves that field
-    unread.  A record has a ``problem`` (text), or else ``messages``, and a ``solution``; ``answer`` and
-    ``id`` are optional.  A missing id is derived from the record's content, with ``-1``, ``-2`` .. for
-    repetitions.
+    unread, and the solution empty.  A record has a ``problem`` (text), or else ``messages``, and a
+    ``solution``; ``answer`` and ``id`` are optional.  A missing id is derived from the record's content, with
+    ``-1``, ``-2`` .. for repetitions.
     ``on_bad_record``: ``error`` raises at the first bad record; ``skip`` leaves it out and counts it.
-    ``limit``: the first so many good records.
+    ``limit``: the first so many good records.  ``require_solution``: False reads a record without a solution
+    too, as one whose solution is "".
 
     Raises: ValueError naming file, line, field, what was expected and what was found; also for two equal ids
     and for an empty set.  FileNotFoundError for a missing file.
@@ -89,7 +92,7 @@ def load_problems(
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 problem or null for all of them, got {limit}.")
     records = _records(path_or_name, split, subset)
-    problems, skipped, seen_columns = _good_problems(records, columns, on_bad_record, limit)
+    problems, skipped, seen_columns = _good_problems(records, columns, on_bad_record, limit, require_solution)
     if not problems:
         first = f" The first: {skipped[0]}" if skipped else ""
         raise ValueError(
@@ -127,6 +130,12 @@ class ProblemStream:
             batch.append(self._set.problems[self._order[self._position]])
             self._position += 1
         return batch
+
+    def coming(self, num_batches: int) -> list[Problem]:
+        """The different problems of the next batches, in the order of their first turn; the position stays."""
+        ahead = copy.copy(self)  # `next_batch` replaces what it changes
+        problems = [problem for _ in range(num_batches) for problem in ahead.next_batch()]
+        return list({problem.id: problem for problem in problems}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The position, in problems (so it survives another batch size), and what it is a position in."""
@@ -184,6 +193,7 @@ def _good_problems(
     columns: Mapping[str, str | None],
     on_bad_record: str,
     limit: int | None,
+    require_solution: bool,
 ) -> tuple[list[Problem], list[str], set[str]]:
     """The good problems, a sentence for each bad record that was skipped, and all columns seen."""
     problems: list[Problem] = []
@@ -194,7 +204,7 @@ def _good_problems(
         if isinstance(record, dict):
             seen_columns.update(record)
         try:
-            problem = _validated(record, location, columns, places)
+            problem = _validated(record, location, columns, places, require_solution)
         except BadRecordError as error:
             if on_bad_record == "error":
                 hint = "Mend the record, or set on_bad_record to 'skip'."
@@ -218,7 +228,13 @@ def _check_columns_exist(source: object, columns: Mapping[str, str | None], seen
             )
 
 
-def _validated(record: object, location: str, columns: Mapping[str, str | None], places: Mapping[str, str]) -> Problem:
+def _validated(
+    record: object,
+    location: str,
+    columns: Mapping[str, str | None],
+    places: Mapping[str, str],
+    require_solution: bool,
+) -> Problem:
     if isinstance(record, BadRecordError):
         raise record
     if not isinstance(record, dict):
@@ -232,7 +248,8 @@ def _validated(record: object, location: str, columns: Mapping[str, str | None],
     else:
         text = _text(problem, "problem", columns, record)
         conversation = ({"role": "user", "content": text},)
-    solution = _text(solution, "solution", columns, record)
+    wanted = columns["solution"] is not None and (require_solution or solution is not None)
+    solution = _text(solution, "solution", columns, record) if wanted else ""
     if answer is not None:
         answer = _short_text(answer, "answer", columns)
     if given_id is None:

@@ -16,13 +16,20 @@ from megatron_selfdistill.loss.target import (
     mixed_target,
     solve_batch_k,
 )
-from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.vocab_parallel import (
+    TargetSolution,
+    TokenStats,
+    VocabShard,
+    distillation_loss,
+    solve_target,
+)
 
 __all__ = [
     "Divergence",
     "Status",
     "Target",
     "TargetRows",
+    "TargetSolution",
     "TokenStats",
     "VocabShard",
     "beta_grid",
@@ -31,4 +38,5 @@ __all__ = [
     "divergence_gradient",
     "mixed_target",
     "solve_batch_k",
+    "solve_target",
 ]

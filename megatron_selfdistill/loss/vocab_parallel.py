@@ -34,7 +34,7 @@ from megatron_selfdistill.loss.row_sums import (
     second_pass,
     write_gradient,
 )
-from megatron_selfdistill.loss.target import Target, beta_grid, status_given, token_status
+from megatron_selfdistill.loss.target import Target, beta_grid, mixed_logits, status_given, token_status
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,9 @@ def distillation_loss(
     see ``row_sums.CHUNK_BYTES``.  Kept for backward: both logits and seven numbers per token.
     Raises: ValueError if shapes do not fit.
     """
-    _check(student_logits, teacher_logits, response_tokens, vocab)
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    _check_logits("distillation_loss", student_logits, teacher_logits, vocab)
+    _check_tokens(student_logits, response_tokens)
+    dtype = _sum_dtype(student_logits, teacher_logits)
     with torch.no_grad():
         valid = slice(0, vocab.num_valid)
         shard = Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
@@ -155,18 +156,89 @@ def distillation_loss(
     return forward.stats
 
 
-def _check(student_logits: Tensor, teacher_logits: Tensor, response_tokens: Tensor, vocab: VocabShard) -> None:
+def _check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, vocab: VocabShard) -> None:
     shape = tuple(student_logits.shape)
     if len(shape) != 2 or shape[1] != vocab.size or tuple(teacher_logits.shape) != shape:
         raise ValueError(
-            f"distillation_loss: both logits must be [T, {vocab.size}], the columns of this VocabShard; "
+            f"{caller}: both logits must be [T, {vocab.size}], the columns of this VocabShard; "
             f"got student {shape} and teacher {tuple(teacher_logits.shape)}."
         )
-    if tuple(response_tokens.shape) != shape[:1] or response_tokens.dtype != torch.int64:
+
+
+def _check_tokens(student_logits: Tensor, response_tokens: Tensor) -> None:
+    num_rows = student_logits.shape[0]
+    if tuple(response_tokens.shape) != (num_rows,) or response_tokens.dtype != torch.int64:
         raise ValueError(
-            f"distillation_loss: response_tokens must be int64 of shape ({shape[0]},), one id per row; "
+            f"distillation_loss: response_tokens must be int64 of shape ({num_rows},), one id per row; "
             f"got {response_tokens.dtype} of shape {tuple(response_tokens.shape)}."
         )
+
+
+def _sum_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+
+
+@dataclass(frozen=True)
+class TargetSolution:
+    """Of T rows, equal on all ranks of the group, float64: log q = beta m - log_normaliser, with m of ``Target``."""
+
+    beta: Tensor
+    """[T] 1 / k; 1 under teacher_alone."""
+    log_normaliser: Tensor
+    """[T] log of the sum of e^(beta m), to the accuracy of the sums (float32, or float64 for float64 logits)."""
+
+
+def solve_target(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> TargetSolution:
+    """The beta of every row and the normaliser that goes with it, as `distillation_loss` finds them, bit for bit.
+
+    Shapes, ranks, -inf and NaN as there; there is no response token, no divergence and no gradient.
+    Cost: two all-gathers over ``vocab.group``.
+    Raises: ValueError if shapes do not fit.
+    """
+    _check_logits("solve_target", student_logits, teacher_logits, vocab)
+    dtype = _sum_dtype(student_logits, teacher_logits)
+    with torch.no_grad():
+        valid = slice(0, vocab.num_valid)
+        shard = Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
+        no_token = shard.student.new_zeros(shard.student.shape[0], 2, dtype=dtype)
+        solved = _solve(shard, no_token, target, vocab, forward_kl=False)
+        rows, beta = solved.rows, solved.final.beta
+        highest = mixed_logits(rows.student.maximum, rows.teacher.maximum, *target.mix_weights) + rows.mix_max
+        return TargetSolution(beta, beta * highest + solved.final.log_sum)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """The polished solution of all rows, what it came from, and the betas of the grid."""
+
+    rows: Rows
+    final: Final
+    grid: list[float]
+
+
+def _solve(shard: Shard, token_logits: Tensor, target: Target, vocab: VocabShard, *, forward_kl: bool) -> _Solved:
+    """Two passes and two gathers; ``token_logits [T, 2]`` travel with the first, ``forward_kl`` with the second."""
+    dtype = shard.dtype
+    grid = _representable(beta_grid(target), dtype)
+    favoured = min(range(len(grid)), key=lambda j: abs(grid[j] * target.geometric_k - 1))
+    betas = grid if target.rule != "batch" else [*grid, *_representable([target.given_beta], dtype)]
+
+    doubled = [j for j in range(1, len(betas)) if j != favoured and betas[j] == 2 * betas[j - 1]]
+    sums, mix_argmax = first_pass(shard, betas, doubled)
+    sums[:, [FIRST_PASS.index("student_argmax"), FIRST_PASS.index("teacher_argmax")]] += vocab.start
+    rows = Rows.merge(_gather(torch.cat([sums, token_logits], dim=1), vocab.group), betas, shard)
+
+    if target.given_beta is None:
+        solution = solve_on_grid(
+            betas, rows.mix, rows.student.entropy, rows.max_entropy, favoured=favoured, dtype=dtype
+        )
+    else:
+        beta = torch.full_like(rows.student.entropy, betas[-1])
+        solution = GridSolution.given(beta, rows.mix.log_sum[:, -1])
+
+    constants = rows.constants(solution.beta, solution.log_sum, dtype)
+    part = _gather(second_pass(shard, constants, mix_argmax, forward_kl=forward_kl), vocab.group)
+    return _Solved(rows, Final.polish(solution, rows, part, constants, dtype), grid)
 
 
 @dataclass(frozen=True)
@@ -182,28 +254,9 @@ def _forward(
     shard: Shard, response_tokens: Tensor, target: Target, divergence: Divergence, vocab: VocabShard
 ) -> _Forward:
     dtype, device = shard.dtype, shard.student.device
-    grid = _representable(beta_grid(target), dtype)
-    favoured = min(range(len(grid)), key=lambda j: abs(grid[j] * target.geometric_k - 1))
-    betas = grid if target.rule != "batch" else [*grid, *_representable([target.given_beta], dtype)]
-
-    doubled = [j for j in range(1, len(betas)) if j != favoured and betas[j] == 2 * betas[j - 1]]
-    sums, mix_argmax = first_pass(shard, betas, doubled)
-    sums[:, [FIRST_PASS.index("student_argmax"), FIRST_PASS.index("teacher_argmax")]] += vocab.start
     token_logits = _token_logits(shard, response_tokens - vocab.start)
-    rows = Rows.merge(_gather(torch.cat([sums, token_logits], dim=1), vocab.group), betas, shard)
-
-    if target.given_beta is None:
-        solution = solve_on_grid(
-            betas, rows.mix, rows.student.entropy, rows.max_entropy, favoured=favoured, dtype=dtype
-        )
-    else:
-        beta = torch.full_like(rows.student.entropy, betas[-1])
-        solution = GridSolution.given(beta, rows.mix.log_sum[:, -1])
-
-    constants = rows.constants(solution.beta, solution.log_sum, dtype)
-    forward_kl = divergence.kind == "forward_kl"
-    part = _gather(second_pass(shard, constants, mix_argmax, forward_kl=forward_kl), vocab.group)
-    final = Final.polish(solution, rows, part, constants, dtype)
+    solved = _solve(shard, token_logits, target, vocab, forward_kl=divergence.kind == "forward_kl")
+    rows, final, grid = solved.rows, solved.final, solved.grid
 
     constants = rows.constants(final.beta, final.log_sum, dtype)
     loss = centre = final.reverse_kl

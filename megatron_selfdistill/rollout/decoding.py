@@ -15,9 +15,10 @@ from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 
 from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.model.layers import CoreAttention
 from megatron_selfdistill.parallel import Grid
 
 
@@ -101,11 +102,18 @@ def decoding(
             chunk.enable_forward_pre_hook()
 
 
+def takes_masks(models: Sequence[GPTModel]) -> bool:
+    """Whether attention can hide the columns that a shorter sequence has not reached: Transformer Engine's flash and
+    fused attention take no arbitrary mask."""
+    ours = all(isinstance(layer.core_attention, CoreAttention) for layer in _attention_layers(models))
+    return ours or models[0].config.attention_backend not in (AttnBackend.flash, AttnBackend.fused)
+
+
 def refuse_undecodable(models: Sequence[GPTModel], grid: Grid) -> None:
     """Raise `ConfigError` where Megatron's static KV cache would be wrong, or not the trained model."""
     config = models[0].config
     rotary = {model.position_embedding_type for model in models}
-    attention = [m for model in models for m in model.modules() if isinstance(m, Attention)]
+    attention = list(_attention_layers(models))
     moe = config.num_moe_experts is not None
     refusals = [
         (
@@ -184,3 +192,7 @@ def _clear_caches(functions: set[Any]) -> None:
     for function in functions:
         if hasattr(function, "cache_clear"):
             function.cache_clear()
+
+
+def _attention_layers(models: Sequence[GPTModel]) -> Iterator[Attention]:
+    return (module for model in models for module in model.modules() if isinstance(module, Attention))

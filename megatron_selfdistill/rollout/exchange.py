@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Requests of all replicas to the engines and their responses back: what a sampler apart from the training weights needs.
+"""Requests of all replicas to the engines, their responses back: what a sampler beside the training weights needs.
 
     pooled = pool(requests, grid)  # everybody's requests, on every rank
     with agreement(grid.device):
@@ -12,10 +12,10 @@ Every function is a collective over the world.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -23,14 +23,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.rollout.base import Request, Response
-from megatron_selfdistill.rollout.engine import EngineError
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.errors import EngineError
 
 if TYPE_CHECKING:
     from megatron_selfdistill.parallel import Grid
 
 _FINISH_REASONS = ("stop", "length")
 _NONE = -1
+_HEARTBEAT_SECONDS = 10.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def hand_back(written: Mapping[int, Response], pooled: Pool) -> list[Response]:
     own: dict[int, Response] = {}
     copies = np.zeros(len(pooled.requests), dtype=np.int64)
     wanted = range(pooled.first, pooled.first + pooled.count)
-    for rank, size in enumerate(_sizes(packed, dist.group.WORLD)):
+    for rank, size in enumerate(_sizes(packed, None)):
         share = packed if rank == dist.get_rank() else packed.new_empty(size)
         dist.broadcast(share, src=rank)
         indices, responses = _unpacked_responses(share.cpu().numpy(), wanted)
@@ -115,6 +118,41 @@ def agree(error: Exception | None, device: torch.device) -> None:
     raise {kind.__name__: kind for kind in (EngineError, ConfigError, ValueError)}[kind](sentence) from error
 
 
+def on_rank_0(do: Callable[[], T], device: torch.device) -> T | None:
+    """What ``do()`` returns, on rank 0, and None on the others, which do not call it.  What it raises there is raised
+    on all ranks, as by `agreement`.  ``do`` runs in a thread and uses no collective.
+
+    Collectives: a broadcast over the world every few seconds, since ``do`` may take longer than a collective may wait;
+    then those of `agreement`.
+    """
+    outcome: list[T] = []
+    error: list[Exception] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            outcome.append(do())
+        except Exception as raised:
+            error.append(raised)
+        except BaseException as raised:  # the others must not wait for ever for a thread that has left
+            error.append(EngineError(f"{type(raised).__name__}: {raised}"))
+        finally:
+            ended.set()
+
+    is_rank_0 = dist.get_rank() == 0
+    if is_rank_0:
+        threading.Thread(target=work, name="rank 0 alone", daemon=True).start()
+    going_on = torch.ones(1, dtype=torch.int32, device=device)
+    while going_on.item():
+        if is_rank_0:
+            going_on.fill_(not ended.wait(_HEARTBEAT_SECONDS))
+        dist.broadcast(going_on, src=0)
+    agree(error[0] if error else None, device)
+    return outcome[0] if outcome else None
+
+
 def _sentence(error: Exception) -> tuple[str, str]:
     """The name of the class that it is raised as everywhere, and what it says."""
     for kind in (EngineError, ConfigError):
@@ -123,6 +161,29 @@ def _sentence(error: Exception) -> tuple[str, str]:
     if type(error) is ValueError:  # not its subclasses: UnicodeDecodeError and its like are no sentences
         return "ValueError", str(error)
     return "EngineError", f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+
+
+def check_requests(
+    requests: Sequence[Request], params: SamplingParams, max_length: int, *, guided: bool, who: str
+) -> None:
+    """Raise ValueError for an empty prompt, one that leaves no room for ``max_new_tokens`` within ``max_length``, and,
+    unless ``guided``, one of the teacher, for which ``who`` were not built."""
+    prompts = [prompt for r in requests for prompt in (r.prompt, r.teacher_prompt) if prompt is not None]
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths, default=0)
+    if min(lengths, default=1) < 1:
+        raise ValueError("a request has an empty prompt; a prompt needs at least one token")
+    if longest and longest + params.max_new_tokens > max_length:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, "
+            f"together more than the {max_length} that the model may see; shorten the prompt or lower "
+            "rollout.max_new_tokens"
+        )
+    if not guided and any(request.teacher_prompt is not None for request in requests):
+        raise ValueError(
+            f"a request has a teacher's prompt, but {who} were built without guided decoding; set "
+            "rollout.guidance=mixed"
+        )
 
 
 # A request: prompt length, teacher prompt length or -1, stream; then all prompts, then all teacher prompts.
@@ -225,8 +286,8 @@ def _all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]
     return [buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)]
 
 
-def _sizes(tensor: Tensor, group: dist.ProcessGroup) -> list[int]:
+def _sizes(tensor: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     size = tensor.new_tensor([tensor.numel()])
-    sizes = [torch.empty_like(size) for _ in range(group.size())]
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, size, group=group)
     return [int(size.item()) for size in sizes]

@@ -32,7 +32,26 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
     if rollout.placement == "server":
         from megatron_selfdistill.rollout.server import ServerSampler
 
-        return ServerSampler(chunks, grid, folder, rules, config, inputs)
+        return ServerSampler(
+            chunks,
+            grid,
+            folder,
+            rules,
+            max_length=inputs.max_length,
+            run_dir=Path(config.run_dir),
+            servers=rollout.servers,
+            num_servers=rollout.num_servers,
+            server_python=rollout.server_python,
+            engine_tp=rollout.engine_tp,
+            kv_cache_gb=rollout.kv_cache_gb,
+            engine_args=rollout.engine_args,
+            guided=rollout.guidance != "none",
+            transfer=rollout.transfer,
+            transfer_dir=rollout.transfer_dir,
+            bucket_bytes=int(rollout.bucket_mb * 2**20),
+            timeout_s=rollout.timeout_s,
+            max_staleness=rollout.max_staleness,
+        )
     from megatron_selfdistill.rollout.vllm import ColocatedSampler
 
     return ColocatedSampler(

@@ -3,30 +3,35 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.transformer.attention import Attention
 
+from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.rollout.base import (
-    Request,
-    Response,
-    SamplingParams,
-    select_tokens,
-    stream_uniforms,
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, select_tokens
+from megatron_selfdistill.rollout.decoding import (
+    decoding,
+    decoding_overrides,
+    refuse_undecodable,
+    takes_masks,
 )
-from megatron_selfdistill.rollout.decoding import decoding, decoding_overrides, refuse_undecodable
+from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable, select_mixed_tokens
+from megatron_selfdistill.rollout.kv_cache import (
+    RaggedCache,
+    cache_bytes_per_token,
+    free_bytes,
+    keep_rows,
+    ragged_decoding,
+)
+from megatron_selfdistill.rollout.written import PromptPairs, Written
 
 _GIB = 2**30
 # Prompt tokens of one forward pass: activations of a long prefill would outgrow the cache itself.
@@ -74,7 +79,7 @@ class MegatronSampler:
         config = self._models[0].config
         self._hidden_size = config.hidden_size
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
-        self._bytes_per_token = _cache_bytes_per_token(self._models, config.params_dtype)
+        self._bytes_per_token = cache_bytes_per_token(self._models, config.params_dtype)
         # Expert groups reach beyond the ranks that share this one's requests, along DP, CP or both.  They
         # need not cover a replica, yet its pipeline ties them together; the world covers every case.
         self._lock_step = config.num_moe_experts is not None and (
@@ -103,17 +108,25 @@ class MegatronSampler:
         may be empty.  A collective over the world: every rank calls it the same number of times.
 
         Raises, on all ranks alike: ValueError for an empty prompt, for one that leaves no room for
-        ``max_new_tokens`` within ``max_length``, and where one sequence alone does not fit into the KV cache.
+        ``max_new_tokens`` within ``max_length``, where one request alone does not fit into the KV cache, and where
+        guided requests come with a temperature, top_k or top_p of their own; ConfigError where they come to a model
+        whose attention takes no mask.
         """
         capacity = self._agree_on_capacity(requests, params)
         own = list(range(self._grid.cp_rank, len(requests), self._grid.cp_size))
+        plain = [i for i in own if requests[i].teacher_prompt is None]
+        pairs = [i for i in own if requests[i].teacher_prompt is not None]
         responses: dict[int, Response] = {}
         with decoding(self._chunks, self._models, self._overrides):
-            lengths = [len(requests[i].prompt) for i in own]
-            for batch in split_batches(lengths, params.max_new_tokens, capacity):
-                indices = [own[i] for i in batch]
-                written = self._sample_batch([requests[i] for i in indices], params)
-                responses.update(zip(indices, written, strict=True))
+            for share, sample, room in (
+                (plain, self._sample_batch, capacity),
+                (pairs, self._sample_pairs, capacity // 2),
+            ):
+                lengths = [longest_prompt(requests[i]) for i in share]
+                for batch in split_batches(lengths, params.max_new_tokens, room):
+                    indices = [share[i] for i in batch]
+                    written = sample([requests[i] for i in indices], params)
+                    responses.update(zip(indices, written, strict=True))
             while self._lock_step and self._anyone_is_busy():
                 self._run_model(StaticInferenceContext(1, 1), self._new_tensor([[0]]))
         if self._grid.cp_size > 1:
@@ -125,31 +138,42 @@ class MegatronSampler:
     def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
         """Tokens that the KV cache may hold, the least over all ranks: all must split alike."""
         gib = self._kv_cache_gb
-        allowed = _free_bytes() // 3 if gib is None else int(gib * _GIB)
-        lengths = [len(request.prompt) for request in requests]
-        room = allowed // self._bytes_per_token
-        agreed = self._new_tensor([-room, max(lengths, default=0), -min(lengths, default=1)])
+        allowed = free_bytes() // 3 if gib is None else int(gib * _GIB)
+        prompts = [p for r in requests for p in (r.prompt, r.teacher_prompt) if p is not None]
+        lengths = [len(prompt) for prompt in prompts]
+        taken = [(longest_prompt(r) + params.max_new_tokens) * (1 if r.teacher_prompt is None else 2) for r in requests]
+        room, any_guided = allowed // self._bytes_per_token, len(prompts) > len(requests)
+        maskless = not takes_masks(self._models)
+        mine = [-room, max(lengths, default=0), -min(lengths, default=1), max(taken, default=0), any_guided, maskless]
+        agreed = self._new_tensor(mine)
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        capacity, longest, shortest = -int(agreed[0]), int(agreed[1]), -int(agreed[2])
-        needed = longest + params.max_new_tokens
+        room, longest, shortest, needed, any_guided, maskless = agreed.tolist()
+        capacity, shortest = -room, -shortest
+        if any_guided:
+            refuse_unguidable(params)
+        if any_guided and maskless:
+            raise ConfigError(
+                "guided responses cannot be sampled in process with Transformer Engine's flash or fused attention, "
+                "which take no arbitrary mask; set model.transformer.attention_backend=auto"
+            )
         if shortest < 1:
             raise ValueError("a request has an empty prompt; a prompt needs at least one token")
-        if longest and needed > self._max_length:
+        if longest and longest + params.max_new_tokens > self._max_length:
             raise ValueError(
                 f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, "
                 f"together more than the {self._max_length} that the model may see; shorten the prompt or "
                 "lower rollout.max_new_tokens"
             )
-        if longest and needed > capacity:
+        if needed > capacity:
             raise ValueError(
-                f"a sequence of {needed} tokens needs {needed * self._bytes_per_token / _GIB:.3g} GiB of KV "
-                f"cache, but there is room for {capacity} tokens; raise rollout.kv_cache_gb or lower "
-                "rollout.max_new_tokens"
+                f"one request holds {needed} tokens (a guided one in two sequences), so it needs "
+                f"{needed * self._bytes_per_token / _GIB:.3g} GiB of KV cache, but there is room for "
+                f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )
         return capacity
 
     def _sample_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        batch = _Batch.start(requests, params, self._grid.device)
+        batch = Written.behind_prompts(requests, params, self._grid.device)
         length, position = batch.tokens.size(1), int(batch.prompt_lengths.min())
         live = torch.arange(len(requests), device=self._grid.device)  # rows of the batch that are in the cache
         context = StaticInferenceContext(len(requests), length - 1)  # nobody reads the last token
@@ -162,13 +186,50 @@ class MegatronSampler:
             if unfinished.numel() == 0:
                 break
             if 2 * unfinished.numel() <= live.numel():  # the survivors of a long tail should not pay for the rest
-                _keep_rows(context, unfinished)
+                keep_rows(context, unfinished)
                 live = live[unfinished]
             logits = self._next_logits(context, batch.tokens[live, position - 1 : position])
             context.sequence_len_offset += 1
         if self._grid.tp_size > 1 or self._grid.pp_size > 1:
             self._broadcast(batch.log_probs)
         return batch.responses()
+
+    def _sample_pairs(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        """`_sample_batch` of guided requests; pass i gives token i of every pair."""
+        batch = Written.guided(requests, params, self._grid.device)
+        prompts = PromptPairs.of(requests, self._grid.device)
+        live, longest = torch.arange(len(requests), device=self._grid.device), prompts.tokens.size(1)
+        cache = RaggedCache(2 * len(requests), longest + params.max_new_tokens - 1)  # nobody reads the last token
+        self._prefill_pairs(cache, prompts)
+        cache.start_decoding(prompts.lengths, longest)
+        tokens = prompts.last_tokens
+        with ragged_decoding(self._models, cache):
+            for step in range(params.max_new_tokens):
+                logits = self._next_logits(cache, tokens[:, None], cache.columns[:, None], cache.hidden)
+                drawn = self._draw_mixed(batch, live, step, logits, params)
+                batch.write(live, step, drawn)
+                cache.advance()
+                unfinished = (batch.ends[live] > step + 1).nonzero().flatten()
+                if unfinished.numel() == 0:
+                    break
+                if 2 * unfinished.numel() <= live.numel():
+                    cache.keep(torch.cat([unfinished, unfinished + live.numel()]))
+                    live = live[unfinished]
+                tokens = batch.tokens[live, step].repeat(2)
+        if self._grid.tp_size > 1 or self._grid.pp_size > 1:
+            self._broadcast(batch.log_probs)
+        return batch.responses()
+
+    def _prefill_pairs(self, cache: RaggedCache, prompts: PromptPairs) -> None:
+        """Fill the cache with every prompt, some rows at a time; those of the students first, usually much shorter."""
+        num_pairs = prompts.lengths.numel() // 2
+        for role, longest in enumerate(prompts.longest_by_role):
+            tokens = prompts.tokens[role * num_pairs : (role + 1) * num_pairs, :longest]
+            cache.batch_size_offset = role * num_pairs
+            for rows in tokens.split(max(1, _PREFILL_TOKENS // longest)):
+                self._next_logits(cache, rows)
+                cache.batch_size_offset += len(rows)
+        cache.batch_size_offset = 0
 
     def _prefill(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
         """Fill the cache with ``tokens [b, s]``, some rows at a time; returns the logits ``[b, V]``."""
@@ -182,15 +243,29 @@ class MegatronSampler:
         context.enable_decode_mode()
         return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
 
-    def _next_logits(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
+    def _next_logits(
+        self,
+        context: StaticInferenceContext,
+        tokens: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | None:
         if self._lock_step:
             dist.all_reduce(self._new_tensor(1), op=dist.ReduceOp.MAX)  # meets `_anyone_is_busy` of those that are done
-        return self._run_model(context, tokens)
+        return self._run_model(context, tokens, position_ids, attention_mask)
 
-    def _run_model(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
-        """A forward of ``tokens [b, s]`` behind the cache; logits ``[b, V]`` on the last stage, else None."""
+    def _run_model(
+        self,
+        context: StaticInferenceContext,
+        tokens: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | None:
+        """A forward of ``tokens [b, s]`` behind the cache; logits ``[b, V]`` on the last stage, else None.
+        ``position_ids [b, s]``: by default the columns of the cache.  ``attention_mask``: True is hidden."""
         start = context.sequence_len_offset
-        position_ids = torch.arange(start, start + tokens.size(1), device=tokens.device).expand_as(tokens)
+        if position_ids is None:
+            position_ids = torch.arange(start, start + tokens.size(1), device=tokens.device).expand_as(tokens)
         output: Tensor | None = None
         for model in self._models:
             if not model.pre_process:
@@ -198,7 +273,7 @@ class MegatronSampler:
                 hidden_states = torch.empty(shape, dtype=self._hidden_dtype, device=tokens.device)
                 dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
                 model.set_input_tensor(hidden_states)
-            output = model(tokens, position_ids, None, inference_context=context, runtime_gather_output=True)
+            output = model(tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True)
             if not model.post_process:
                 output = output.to(self._hidden_dtype).contiguous()  # type: ignore[union-attr]
                 dist.send(output, dst=self._stage_rank(1), group=self._grid.pp_group)
@@ -206,7 +281,7 @@ class MegatronSampler:
         return None if output is None else output[:, -1, : self._vocab_size]
 
     def _draw(
-        self, batch: _Batch, live: Tensor, position: int, logits: Tensor | None, params: SamplingParams
+        self, batch: Written, live: Tensor, position: int, logits: Tensor | None, params: SamplingParams
     ) -> Tensor:
         """The tokens ``[b]`` that the model wants at ``position``: drawn on one rank, since a GPU's sums may
         differ in the last bit between two ranks, and one different token would part them for good."""
@@ -214,6 +289,26 @@ class MegatronSampler:
         if logits is not None and self._grid.tp_rank == 0:
             tokens, *log_probs = select_tokens(logits, batch.uniforms[live, position], params)
             batch.log_probs[:, live, position] = torch.stack(log_probs)
+        self._broadcast(tokens)
+        return tokens
+
+    def _draw_mixed(
+        self, batch: Written, live: Tensor, step: int, logits: Tensor | None, params: SamplingParams
+    ) -> Tensor:
+        """`_draw` for pairs: token ``step`` of each, from the logits behind both of its prompts."""
+        tokens = torch.empty_like(live)
+        if logits is not None and self._grid.tp_rank == 0:
+            student_logits, teacher_logits = logits.chunk(2)
+            drawn = select_mixed_tokens(
+                student_logits,
+                teacher_logits,
+                batch.uniforms[live, step],
+                params.target,
+                greedy=params.temperature == 0,
+            )
+            tokens = drawn.token_ids
+            log_probs = [drawn.student_log_probs, drawn.mixed_log_probs, drawn.teacher_log_probs]
+            batch.log_probs[:, live, step] = torch.stack(log_probs)
         self._broadcast(tokens)
         return tokens
 
@@ -255,90 +350,3 @@ def split_batches(lengths: Sequence[int], max_new_tokens: int, capacity: int) ->
                 continue
         batches.append([index])
     return batches
-
-
-@dataclass
-class _Batch:
-    """Sequences that are written together; column i of each is its i-th token, prompt included."""
-
-    tokens: Tensor
-    """``[b, length]`` int64: the prompts, then what has been written."""
-    prompt_lengths: Tensor
-    """``[b]`` int64."""
-    ends: Tensor
-    """``[b]`` int64: the column behind the last token, as far as is known."""
-    uniforms: Tensor
-    """``[b, length]`` float64: the uniform that draws each response token."""
-    log_probs: Tensor
-    """``[2, b, length]`` float64: of the model, and of the distribution drawn from."""
-    stop_token_ids: Tensor
-    """``[n]`` int64."""
-
-    @staticmethod
-    def start(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> _Batch:
-        prompt_lengths = [len(request.prompt) for request in requests]
-        length = max(prompt_lengths) + params.max_new_tokens
-        tokens = np.zeros((len(requests), length), dtype=np.int64)
-        uniforms = np.zeros((len(requests), length))
-        for row, request in enumerate(requests):
-            end = len(request.prompt)
-            tokens[row, :end] = request.prompt
-            if params.temperature > 0:
-                uniforms[row, end : end + params.max_new_tokens] = stream_uniforms(
-                    request.stream, params.max_new_tokens
-                )
-        lengths = torch.tensor(prompt_lengths, device=device)
-        return _Batch(
-            tokens=torch.from_numpy(tokens).to(device),
-            prompt_lengths=lengths,
-            ends=lengths + params.max_new_tokens,
-            uniforms=torch.from_numpy(uniforms).to(device),
-            log_probs=torch.zeros(2, len(requests), length, dtype=torch.float64, device=device),
-            stop_token_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
-        )
-
-    def write(self, live: Tensor, position: int, tokens: Tensor) -> None:
-        """Put ``tokens`` into column ``position`` of the rows ``live`` whose prompt has ended."""
-        ends = self.ends[live]
-        own = self.prompt_lengths[live] <= position
-        self.tokens[live, position] = torch.where(own, tokens, self.tokens[live, position])
-        if self.stop_token_ids.numel():
-            stopped = own & (position < ends) & torch.isin(tokens, self.stop_token_ids)
-            self.ends[live] = torch.where(stopped, position + 1, ends)
-
-    def responses(self) -> list[Response]:
-        stops = set(self.stop_token_ids.tolist())
-        spans = zip(self.prompt_lengths.tolist(), self.ends.tolist(), strict=True)
-        rows = zip(spans, self.tokens.tolist(), *self.log_probs.tolist(), strict=True)
-        return [
-            Response(
-                token_ids=tokens[start:end],
-                log_probs=log_probs[start:end],
-                sampled_log_probs=sampled[start:end],
-                finish_reason="stop" if tokens[end - 1] in stops else "length",
-            )
-            for (start, end), tokens, log_probs, sampled in rows
-        ]
-
-
-def _keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
-    """Drop all other sequences from the cache."""
-    cache = context.key_value_memory_dict
-    for layer_number, (keys, values) in cache.items():
-        cache[layer_number] = keys[:, rows], values[:, rows]
-    context.max_batch_size = rows.numel()
-
-
-def _cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
-    """What ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
-    layers = [m for model in models for m in model.modules() if isinstance(m, Attention)]
-    values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
-    return max(1, values * dtype.itemsize)  # a stage may have no layer
-
-
-def _free_bytes() -> int:
-    """Free memory that this rank may count on: its device's, or its share of the machine's."""
-    if torch.cuda.is_available():
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + cached
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

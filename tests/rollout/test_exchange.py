@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import math
+import time
+from typing import Any
 
-import layouts
 import pytest
 import torch.distributed as dist
+from models import parallel
 
 from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.rollout.base import Request, Response
-from megatron_selfdistill.rollout.engine import EngineError
-from megatron_selfdistill.rollout.exchange import agreement, hand_back, pool
+from megatron_selfdistill.parallel import initialize
+from megatron_selfdistill.rollout import exchange
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.errors import EngineError
+from megatron_selfdistill.rollout.exchange import agreement, check_requests, hand_back, on_rank_0, pool
 
 
 def requests_of(replica: int, count: int) -> list[Request]:
@@ -36,20 +40,119 @@ def response_to(request: Request) -> Response:
     )
 
 
-def exchange(counts: list[int], tp: int, fault: str | None) -> list[str]:
-    """What each rank's replica got back, where response i is written by rank i % world."""
-    grid = layouts.grid(tp)
-    mine = requests_of(grid.dp_rank, counts[grid.dp_rank])
-    pooled = pool(mine, grid)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    written = {i: response_to(r) for i, r in enumerate(pooled.requests) if i % world == rank}
-    if fault == "missing" and rank == 1:
-        written.pop(1)
-    if fault == "twice" and rank == 1:
-        written[0] = response_to(pooled.requests[0])
+def own(replica: int, counts: list[int]) -> list[Request]:
+    return requests_of(replica, counts[replica])
+
+
+def exchanged(tp: int, counts: list[int], fault: str = "") -> tuple[list[Request], list[Response] | str]:
+    """All requests as this rank sees them, and what its replica got back; response i is written by rank i % world."""
+    grid = initialize(parallel(tp=tp), seed=1)
+    pooled = pool(own(grid.dp_rank, counts), grid)
+    written = {i: response_to(r) for i, r in enumerate(pooled.requests) if i % grid.world_size == grid.rank}
+    if fault and grid.rank == 1:
+        written = {i: r for i, r in written.items() if i != 1} if fault == "missing" else {**written, 0: written[1]}
     try:
-        back = hand_back(written, pooled)
+        return pooled.requests, hand_back(written, pooled)
     except EngineError as error:
-        return [str(error)]
-    assert repr(back) == repr([response_to(r) for r in mine])
-    return [repr(pooled.requests)]
+        return pooled.requests, str(error)
+
+
+@pytest.mark.parametrize(
+    ("tp", "world_size", "counts"),
+    [(1, 1, [3]), (1, 1, [0]), (1, 2, [5, 2]), (2, 4, [0, 4]), (2, 4, [7, 1]), (1, 4, [1, 0, 0, 3])],
+)
+def test_every_replica_gets_the_responses_to_its_own_requests(ranks, tp, world_size, counts):
+    everybody = [request for replica in range(len(counts)) for request in own(replica, counts)]
+    for rank, (requests, back) in enumerate(ranks.run(exchanged, tp, counts, world_size=world_size)):
+        assert requests == everybody
+        wanted = [response_to(request) for request in own(rank // tp, counts)]
+        assert repr(back) == repr(wanted)  # NaN is not equal to itself
+
+
+@pytest.mark.parametrize(("fault", "found"), [("missing", "request 1 has 0"), ("twice", "request 0 has 2")])
+def test_a_missing_or_doubled_response_is_an_error_on_all_ranks(ranks, fault, found):
+    sentences = [back for _, back in ranks.run(exchanged, 1, [3, 3], fault, world_size=2)]
+    assert sentences[0] == sentences[1] and found in sentences[0]
+
+
+def agreed(errors: list[Exception | None]) -> tuple[str, str] | None:
+    grid = initialize(parallel(), seed=1)
+    mine = errors[grid.rank]
+    try:
+        with agreement(grid.device):
+            if mine is not None:
+                raise mine
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("errors", "wanted"),
+    [
+        ([None, None], None),
+        ([None, EngineError("gone")], ("EngineError", "gone")),
+        ([ConfigError("first"), ValueError("second")], ("ConfigError", "first")),
+        ([ValueError("no room"), None], ("ValueError", "no room")),
+        ([None, KeyError("x")], ("EngineError", "rank 1: KeyError: 'x'")),
+    ],
+)
+def test_what_one_rank_raises_all_ranks_raise(ranks, errors, wanted):
+    assert ranks.run(agreed, errors, world_size=2) == [wanted, wanted]
+
+
+def alone(seconds: float, fails: bool) -> tuple[Any, str, int]:
+    """What `on_rank_0` gives and raises, and how many broadcasts the ranks met in meanwhile."""
+    grid = initialize(parallel(), seed=1)
+    met: list[int] = []
+    original = dist.broadcast
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        met.append(1)
+        return original(*args, **kwargs)
+
+    def work() -> str:
+        assert grid.rank == 0
+        time.sleep(seconds)
+        if fails:
+            raise EngineError("it took too long")
+        return "done"
+
+    found, sentence = None, ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "_HEARTBEAT_SECONDS", 0.1)
+        patch.setattr(dist, "broadcast", counted)
+        try:
+            found = on_rank_0(work, grid.device)
+        except EngineError as error:
+            sentence = str(error)
+    return found, sentence, len(met)
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_a_collective_may_wait(ranks):
+    first, second = ranks.run(alone, 0.55, False, world_size=2)
+    assert (first[0], second[0]) == ("done", None)
+    assert first[2] == second[2] >= 4
+
+
+def test_what_rank_0_fails_at_alone_all_ranks_raise(ranks):
+    assert [step[:2] for step in ranks.run(alone, 0.0, True, world_size=2)] == [(None, "it took too long")] * 2
+
+
+PARAMS = SamplingParams(max_new_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("request_", "guided", "why"),
+    [
+        (Request([], 1), True, "empty prompt"),
+        (Request([1] * 21, 1), True, "longest prompt has 21 tokens"),
+        (Request([1], 1, [1] * 21), True, "longest prompt has 21 tokens"),
+        (Request([1], 1, []), True, "empty prompt"),
+        (Request([1], 1, [2]), False, "engines were built without guided"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused_before_anybody_is_asked(request_, guided, why):
+    with pytest.raises(ValueError, match=why):
+        check_requests([Request([1] * 20, 2), request_], PARAMS, 30, guided=guided, who="the engines")
+    check_requests([Request([1] * 20, 2), Request([1], 3, [2] * 20)], PARAMS, 30, guided=True, who="the engines")

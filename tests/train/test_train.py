@@ -149,7 +149,7 @@ def test_a_baseline_runs_on_the_same_data(ranks, data, tmp_path, objective):
 def test_samples_of_a_problem_that_comes_twice_in_a_batch_count_on():
     from types import SimpleNamespace
 
-    from megatron_selfdistill.run import _first_sample_indices
+    from megatron_selfdistill.rollouts import _first_sample_indices
 
     batch = [SimpleNamespace(id=i) for i in "abca"]
     assert _first_sample_indices(batch, 4) == [0, 0, 0, 4]

@@ -1,0 +1,247 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""How weights of the trainer arrive in a vLLM worker: our weight-transfer backend, with one class per way of transfer.
+
+The trainer (rollout/transfer.py) says at ``init_weight_transfer_engine`` which way it is, sends buckets that may split
+anywhere between two tensors, and then what it has sent: an update that lacks a tensor, or leaves a parameter of the
+model as it was, fails before the engine may answer with it.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_selfdistill.rollout.wire import (
+    BACKEND,
+    Layout,
+    broadcast,
+    close_group,
+    digest,
+    open_group,
+    own_address,
+    unpack,
+)
+
+_SHOWN = 4
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """What the trainer says once."""
+
+    transfer: str
+    """shared_memory, gloo, nccl or ipc."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the receiver's class."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """What the trainer says of each bucket, and at last, without names, of all of them."""
+
+    names: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
+    where: dict[str, Any] = field(default_factory=dict)
+    """Where the bytes are; the receiver's business."""
+    complete: str | None = None
+    """The `digest` of all names that were sent."""
+
+
+class Receiver(Protocol):
+    """One way in which a bucket arrives."""
+
+    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        """The bucket ``[num_bytes]`` uint8 on the worker's device, for good: nobody writes to it again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """One per worker.  Layers are rebuilt when their last tensor is there (vLLM's layerwise reload)."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    _receiver: Receiver | None = None
+    _reloading = False
+    _verified = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()
+        if init_info.transfer not in _RECEIVERS:
+            raise ValueError(f"expected a transfer among {', '.join(_RECEIVERS)}, got {init_info.transfer!r}")
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._receiver = _RECEIVERS[init_info.transfer](self.device, worker, **init_info.arguments)
+
+    def start_weight_update(self) -> None:
+        if self._reloading:  # an update broke off: its half-filled layers must not be counted on from there
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._reloading, self._verified = True, False
+        initialize_layerwise_reload(self.model)
+        self._received: list[str] = []
+        # Quantised layers make some of their parameters themselves.
+        unquantised = self.model_config.quantization is None
+        self._unloaded = {name for name, _ in self.model.named_parameters()} if unquantised else set()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        if self._receiver is None:
+            raise RuntimeError("expected init_weight_transfer_engine before the first weights; the trainer sends it")
+        if update_info.complete is not None:
+            self._verify(update_info.complete)
+            return
+        layout = Layout(update_info.names, update_info.dtypes, update_info.shapes)
+        tensors = unpack(self._receiver.receive(layout.num_bytes, update_info.where), layout)
+        with disable_mtp_completeness_check():
+            loaded = self.model.load_weights(tensors)
+        self._received += layout.names
+        self._unloaded = set() if loaded is None else self._unloaded - loaded
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def finish_weight_update(self) -> None:
+        if not self._verified:
+            raise RuntimeError("expected to be told that all weights were sent before finish_weight_update")
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._reloading = False
+
+    def shutdown(self) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+    def _verify(self, complete: str) -> None:
+        if digest(self._received) != complete:
+            raise ValueError(
+                f"the trainer sent other tensors than the {len(self._received)} that arrived here, "
+                f"{', '.join(self._received[:_SHOWN])}, ..."
+            )
+        if self._unloaded:
+            missing = sorted(self._unloaded)
+            raise ValueError(
+                f"{len(missing)} parameters of vLLM's model got no weights: {', '.join(missing[:_SHOWN])}; the server "
+                "must run with the config.json of the trained model"
+            )
+        self._verified = True
+
+
+class FileReceiver:
+    """From a file of the trainer's, which it removes afterwards: read as a whole, since on a network file system pages
+    of a removed file cannot be had later."""
+
+    def __init__(self, device: torch.device, worker: int) -> None:
+        self._device = device
+
+    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        packed = torch.empty(num_bytes, dtype=torch.uint8)
+        with open(where["path"], "rb") as bucket:
+            got = bucket.readinto(packed.numpy().data)
+        if got != num_bytes:
+            raise ValueError(f"expected {num_bytes} bytes in {where['path']}, got {got}")
+        return packed.to(self._device)
+
+    def close(self) -> None:
+        pass
+
+
+class BroadcastReceiver:
+    """From rank 0 of a process group that the trainer opened; the workers of all servers follow it."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        worker: int,
+        *,
+        backend: str,
+        host: str,
+        port: int,
+        first_rank: int,
+        world_size: int,
+        timeout_s: float,
+    ) -> None:
+        self._device = torch.device("cpu") if backend == "gloo" else device
+        self._final_device = device
+        self._timeout_s = timeout_s
+        self._broken = False
+        self._store = dist.TCPStore(host, port, world_size, False)
+        address = own_address(host, port)
+        self._group = open_group(backend, self._store, first_rank + worker, world_size, address, timeout_s)
+
+    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        self._broken = True
+        broadcast(self._group, packed, self._timeout_s)
+        self._broken = False
+        return packed.to(self._final_device)
+
+    def close(self) -> None:
+        close_group(self._group, self._broken)
+        del self._group, self._store
+
+
+class IpcReceiver:
+    """From memory of a GPU of this node, by its CUDA IPC handle.  That GPU must be visible here, and reachable from the
+    worker's own."""
+
+    def __init__(self, device: torch.device, worker: int) -> None:
+        self._device = device
+
+    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+        if where["gpu"] not in uuids:
+            raise ValueError(
+                f"the weights lie on GPU {where['gpu']}, which this server cannot see (it sees {', '.join(uuids)}); "
+                "start it with that one in CUDA_VISIBLE_DEVICES too, or choose rollout.transfer=nccl"
+            )
+        source = uuids.index(where["gpu"])
+        storage = torch.UntypedStorage._new_shared_cuda(
+            source,
+            base64.b64decode(where["handle"]),
+            where["storage_bytes"],
+            where["storage_offset"],
+            base64.b64decode(where["counter_handle"]),
+            where["counter_offset"],
+            base64.b64decode(where["event_handle"]),
+            where["event_sync"],
+        )
+        shared = torch.empty(0, dtype=torch.uint8, device=f"cuda:{source}").set_(storage, 0, (num_bytes,), (1,))
+        # A copy: layers that are not complete yet keep their tensors, and the trainer uses its memory again.
+        packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device).copy_(shared)
+        torch.cuda.synchronize(self._device)
+        return packed
+
+    def close(self) -> None:
+        pass
+
+
+_RECEIVERS: dict[str, Any] = {
+    "shared_memory": FileReceiver,
+    "gloo": BroadcastReceiver,
+    "nccl": BroadcastReceiver,
+    "ipc": IpcReceiver,
+}
+
+
+def register() -> None:
+    """Make `SelfDistillEngine` known in this process; again is nothing."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, SelfDistillEngine)

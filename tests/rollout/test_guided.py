@@ -1,0 +1,211 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Drawing one guided token: the distribution is the loss's own target, by tests that would notice another weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
+from megatron_selfdistill.rollout import guided
+from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
+from megatron_selfdistill.rollout.guided import MixedTokens, refuse_unguidable, select_mixed_tokens
+
+TARGETS = {
+    "entropy matched": Target(),
+    "no bound": Target(k_max=None),
+    "w = 2": Target(teacher_weight=2.0),
+    "w = 0": Target(teacher_weight=0.0),
+    "fixed": Target(rule="fixed", k=1.3),
+    "batch": Target(rule="batch", k=1.6),
+    "teacher alone": Target(rule="teacher_alone"),
+}
+
+
+def random_logits(rows: int, columns: int, seed: int = 0, scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (scale * torch.randn(rows, columns, generator=generator) for _ in range(2))
+    return student, teacher, torch.rand(rows, generator=generator, dtype=torch.float64)
+
+
+def draw_by_bisection(student: Tensor, teacher: Tensor, uniforms: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """The tokens and log q, in float64, of the definition in `loss.target`; where the uniform is within 1e-5 of a
+    boundary the token is -1."""
+    log_q = mixed_target(student.double(), teacher.double(), target).log_q
+    cdf = log_q.exp().cumsum(-1)
+    tokens = (cdf <= uniforms[:, None]).sum(-1)
+    unsure = (cdf - uniforms[:, None]).abs().amin(-1) < 1e-5
+    return tokens.masked_fill(unsure, -1), log_q
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_token_is_drawn_where_the_targets_cdf_passes_the_uniform(name: str, dtype: torch.dtype) -> None:
+    target = TARGETS[name]
+    student, teacher, uniforms = random_logits(500, 37)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    drawn = select_mixed_tokens(student, teacher, uniforms, target, greedy=False)
+    tokens, log_q = draw_by_bisection(student, teacher, uniforms, target)
+    sure = tokens >= 0
+    assert sure.sum() > 480
+    assert torch.equal(drawn.token_ids[sure], tokens[sure])
+    for mine, expected in (
+        (drawn.mixed_log_probs, log_q),
+        (drawn.student_log_probs, student.double().log_softmax(-1)),
+        (drawn.teacher_log_probs, teacher.double().log_softmax(-1)),
+    ):
+        assert mine.dtype == torch.float64
+        torch.testing.assert_close(mine, expected.gather(1, drawn.token_ids[:, None])[:, 0], rtol=0, atol=2e-5)
+
+
+# Two contexts that disagree: w = 0.70 instead of 0.75 moves 0.5 to 2 % of each probability.
+STUDENT = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 0.3, 1.2, -2.0])
+TEACHER = torch.tensor([-1.0, 0.5, 2.5, -0.5, 1.5, 2.0, -1.5, 0.0, -2.0, 1.0])
+NUM_DRAWS = 1_000_000
+
+
+def draw_many(target: Target) -> Tensor:
+    uniforms = torch.rand(NUM_DRAWS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    student, teacher = (logits.expand(NUM_DRAWS, -1) for logits in (STUDENT, TEACHER))
+    return select_mixed_tokens(student, teacher, uniforms, target, greedy=False).token_ids
+
+
+def chi_square_p_value(tokens: Tensor, probs: Tensor) -> float:
+    expected = probs.double() * tokens.numel()
+    counts = torch.bincount(tokens, minlength=probs.numel()).double()
+    assert (expected >= 5).all()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((probs.numel() - 1) / 2).double(), statistic / 2).item()
+
+
+@pytest.mark.parametrize("rule", ["entropy_matched", "fixed", "teacher_alone"])
+def test_a_million_draws_tell_the_weight_of_the_teacher_from_one_that_is_a_twentieth_less(rule: str) -> None:
+    target = Target(rule=rule)
+    tokens = draw_many(target)
+
+    def p_value(expected: Target) -> float:
+        return chi_square_p_value(tokens, mixed_target(STUDENT.double(), TEACHER.double(), expected).log_q.exp())
+
+    assert p_value(target) > 1e-3
+    if rule == "entropy_matched":
+        assert p_value(dataclasses.replace(target, teacher_weight=0.70)) < 1e-6
+        # What a solver that stops at its first guess would draw from.
+        assert p_value(Target(rule="fixed")) < 1e-6
+    assert p_value(Target(rule="fixed", teacher_weight=0.70)) < 1e-6
+
+
+def test_a_million_draws_at_a_smaller_weight_are_not_taken_for_the_right_one() -> None:
+    tokens = draw_many(Target(teacher_weight=0.70))
+    expected = mixed_target(STUDENT.double(), TEACHER.double(), Target()).log_q.exp()
+    assert chi_square_p_value(tokens, expected) < 1e-6
+
+
+def test_equal_logits_behind_both_prompts_draw_what_plain_sampling_draws() -> None:
+    student, _, uniforms = random_logits(2000, 101)
+    for name in ("entropy matched", "no bound", "w = 2", "w = 0", "teacher alone"):
+        drawn = select_mixed_tokens(student, student, uniforms, TARGETS[name], greedy=False)
+        tokens, log_probs, sampled_log_probs = select_tokens(student, uniforms, SamplingParams(1))
+        assert torch.equal(drawn.token_ids, tokens)
+        assert torch.equal(drawn.student_log_probs, log_probs)
+        torch.testing.assert_close(drawn.mixed_log_probs, sampled_log_probs, rtol=0, atol=2e-6)
+
+
+def test_greedy_is_the_argmax_of_the_mixed_logits_and_the_lowest_id_among_equals() -> None:
+    student, teacher, uniforms = random_logits(300, 50)
+    drawn = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=True)
+    assert torch.equal(drawn.token_ids, (0.75 * teacher.double() + student.double()).argmax(-1))
+    assert not drawn.mixed_log_probs.any()
+    alone = select_mixed_tokens(student, teacher, uniforms, Target(rule="teacher_alone"), greedy=True)
+    assert torch.equal(alone.token_ids, teacher.argmax(-1))
+    tied = torch.tensor([[0.0, 4.0, 1.0, 4.0]])
+    assert select_mixed_tokens(tied, tied, uniforms[:1], Target(), greedy=True).token_ids.tolist() == [1]
+
+
+def test_a_column_that_does_not_exist_is_never_drawn() -> None:
+    student, teacher, _ = random_logits(400, 9)
+    student[:, [0, 4, 8]] = teacher[:, [0, 4, 8]] = -torch.inf
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        uniforms = torch.full((400,), uniform, dtype=torch.float64)
+        drawn = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False)
+        assert not torch.isin(drawn.token_ids, torch.tensor([0, 4, 8])).any()
+        assert torch.isfinite(drawn.mixed_log_probs).all()
+
+
+def test_a_row_with_nan_spoils_itself_only() -> None:
+    student, teacher, uniforms = random_logits(6, 20)
+    whole = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False)
+    student[2, 3], teacher[4, 0] = torch.nan, torch.nan
+    drawn = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False)
+    sound = torch.tensor([0, 1, 3, 5])
+    for field in dataclasses.fields(MixedTokens):
+        assert torch.equal(getattr(drawn, field.name)[sound], getattr(whole, field.name)[sound])
+    assert drawn.mixed_log_probs[[2, 4]].isnan().all()
+    assert (drawn.token_ids < 20).all()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_rows_are_drawn_alike_in_any_grouping(monkeypatch: pytest.MonkeyPatch, greedy: bool) -> None:
+    student, teacher, uniforms = random_logits(23, 40)
+    whole = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=greedy)
+    monkeypatch.setattr(guided, "_MAX_ELEMENTS", {"cpu": 7 * 40, "other": 7 * 40})
+    split = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=greedy)
+    for field in dataclasses.fields(MixedTokens):
+        assert torch.equal(getattr(whole, field.name), getattr(split, field.name))
+    none = select_mixed_tokens(student[:0], teacher[:0], uniforms[:0], Target(), greedy=greedy)
+    assert none.token_ids.numel() == 0
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_target_is_solved_as_the_loss_solves_it_bit_for_bit(name: str) -> None:
+    target = TARGETS[name]
+    student, teacher, _ = random_logits(200, 64, scale=3.0)
+    vocab = VocabShard(0, 64, 61)
+    tokens = torch.zeros(200, dtype=torch.int64)
+    solution = solve_target(student, teacher, target, vocab)
+    stats = distillation_loss(student, teacher, tokens, target=target, divergence=Divergence(), vocab=vocab)
+    assert torch.equal(solution.beta.float(), stats.beta)
+    weight_t, weight_s = target.mix_weights
+    mix = (weight_t * teacher.double() + weight_s * student.double())[:, :61]
+    normaliser = (solution.beta[:, None] * mix).logsumexp(-1)
+    torch.testing.assert_close(solution.log_normaliser, normaliser, rtol=0, atol=1e-5)
+
+
+def solve_in_shards(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    group = torch.distributed.group.WORLD
+    vocab = VocabShard.from_group(64, 61, group)
+    part = slice(vocab.start, vocab.start + vocab.size)
+    solution = solve_target(student[:, part], teacher[:, part], Target(), vocab)
+    return solution.beta, solution.log_normaliser
+
+
+def test_a_vocabulary_in_shards_gives_the_same_solution(ranks) -> None:
+    student, teacher, _ = random_logits(50, 64)
+    whole = solve_target(student, teacher, Target(), VocabShard(0, 64, 61))
+    for beta, log_normaliser in ranks.run(solve_in_shards, student, teacher, world_size=2):
+        torch.testing.assert_close(beta, whole.beta, rtol=0, atol=1e-6)
+        torch.testing.assert_close(log_normaliser, whole.log_normaliser, rtol=0, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
+    student, teacher, uniforms = random_logits(4, 8)
+    with pytest.raises(ValueError, match=r"one shape; got student \(4, 8\) and teacher \(4, 7\)"):
+        select_mixed_tokens(student, teacher[:, :7], uniforms, Target(), greedy=False)
+    with pytest.raises(ValueError, match=r"one number per row, \(4,\); got \(3,\)"):
+        select_mixed_tokens(student, teacher, uniforms[:3], Target(), greedy=False)
+    with pytest.raises(ValueError, match="solve_target: both logits"):
+        solve_target(student, teacher, Target(), VocabShard(0, 9, 9))
+    for changes in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
+        with pytest.raises(ValueError, match=r"temperature 1 \(or 0, greedy\), top_k 0 and top_p 1"):
+            refuse_unguidable(SamplingParams(8, **changes))
+    for temperature in (0.0, 1.0):
+        refuse_unguidable(SamplingParams(8, temperature=temperature))
+
+
+def test_drawing_guided_tokens_imports_no_megatron() -> None:
+    code = "import sys, megatron_selfdistill.rollout.guided; sys.exit('megatron' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,187 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Servers that a run starts: what they are started with, and what is said when they do not come up."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_selfdistill import serve
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.rollout import server_process
+from megatron_selfdistill.rollout.client import VllmServer
+from megatron_selfdistill.rollout.errors import EngineError
+from megatron_selfdistill.rollout.server_process import ServerProcess, start_servers, wait_until_healthy
+from megatron_selfdistill.rollout.wire import PARENT_VARIABLE, TOKEN_VARIABLE
+
+
+def started(folder: Path, python: Path | str | None, count: int = 1) -> list[ServerProcess]:
+    return start_servers(
+        count,
+        folder=folder / "servers",
+        hf_config=folder,
+        python=None if python is None else str(python),
+        token="secret",
+        tensor_parallel_size=2,
+        dtype=torch.bfloat16,
+        max_model_len=77,
+        kv_cache_gb=0.5,
+        guided=True,
+        engine_args={
+            "max_num_seqs": 8,
+            "enable_prefix_caching": False,
+            "middleware": ["a", "b"],
+            "compilation_config": {"level": 0},
+        },
+        shares_gpus=False,
+    )
+
+
+def script(folder: Path, text: str) -> Path:
+    """A Python that is none: it does what ``text`` says, whatever it is asked."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_a_server_is_told_everything_and_nothing_secret_stands_in_its_command(tmp_path, monkeypatch):
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "PYTHONHOME"):
+        monkeypatch.setenv(name, "7")
+    [one] = started(tmp_path, script(tmp_path, 'echo "$@"; env'))
+    one.process.wait(20)
+    command, *environment = one.log.read_text().splitlines()
+    assert command == (
+        f"-m megatron_selfdistill.serve --port={one.address.rpartition(':')[2]} --hf-config={tmp_path} "
+        "--tensor-parallel-size=2 --dtype=bfloat16 --max-model-len=77 --kv-cache-gb=0.5 --guided -- "
+        '--max-num-seqs=8 --no-enable-prefix-caching --middleware a b --compilation-config={"level": 0}'
+    )
+    variables = dict(line.partition("=")[::2] for line in environment)
+    assert variables[TOKEN_VARIABLE] == "secret" and variables[PARENT_VARIABLE] == str(os.getpid())
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME"} & set(variables)
+    assert [path.name for path in Path(variables["PYTHONPATH"]).iterdir()] == ["megatron_selfdistill"]
+
+
+def test_servers_have_ports_of_their_own_and_logs_of_their_own(tmp_path):
+    processes = started(tmp_path, script(tmp_path, "exit 0"), count=3)
+    assert len({one.address for one in processes}) == len({one.log for one in processes}) == 3
+    for one in processes:
+        one.stop()
+        one.stop()
+
+
+def test_a_server_that_ends_at_once_is_an_error_with_its_last_words(tmp_path):
+    [one] = started(tmp_path, script(tmp_path, "echo no module named vllm >&2; exit 3"))
+    with pytest.raises(EngineError, match=r"(?s)ended with status 3 .*0\.log:\nno module named vllm"):
+        wait_until_healthy([one], [VllmServer(one.address)], 20)
+
+
+def test_a_server_that_does_not_come_up_is_an_error_in_time(tmp_path):
+    [one] = started(tmp_path, script(tmp_path, "echo loading; exec sleep 60"))
+    with pytest.raises(EngineError, match=r"(?s)not up after 0\.5 s .*loading"):
+        wait_until_healthy([one], [VllmServer(one.address)], 0.5)
+    one.stop()
+    assert one.process.returncode is not None
+
+
+def test_a_python_that_is_not_there_is_a_configuration_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"rollout\.server_python=/no/python cannot be started"):
+        started(tmp_path, "/no/python")
+
+
+def test_the_children_of_a_server_end_with_it_also_when_it_was_killed(tmp_path):
+    [one] = started(tmp_path, script(tmp_path, "sleep 100 & echo child $!; wait"))
+    while "child" not in (text := one.log.read_text()):
+        time.sleep(0.02)
+    child = int(text.split()[-1])
+    one.process.kill()
+    one.process.wait()
+    one.stop()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "shares", "visible", "wanted"),
+    [
+        (2, 2, False, "0,1,2,3,4,5", ["2,3", "4,5"]),
+        (1, 1, False, "4,7,9", ["9"]),
+        (2, 1, True, "4,7,9", ["4,7,9", "7,4,9"]),
+        (2, 2, False, "0,1,2,3", None),
+    ],
+)
+def test_servers_get_the_gpus_behind_the_trainers_or_share_them(monkeypatch, count, each, shares, visible, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    if wanted is None:
+        with pytest.raises(ConfigError, match="need 4 besides the 2 of the trainer, but this machine shows 4"):
+            server_process._gpus_of_servers(count, each, shares)
+    else:
+        assert server_process._gpus_of_servers(count, each, shares) == wanted
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "allowed"),
+    [
+        ("127.0.0.1", "", True),
+        ("127.8.0.1", "", True),
+        ("::1", "", True),
+        ("localhost", "", True),
+        ("0.0.0.0", "", False),
+        ("::", "", False),
+        (None, "", False),
+        ("", "", False),
+        ("10.0.0.1", "", False),
+        ("localhost.example.org", "", False),
+        ("0.0.0.0", "token", True),
+    ],
+)
+def test_a_server_without_a_token_listens_on_loopback_only(host, token, allowed):
+    refusal = serve.why_not(host, token)
+    assert (refusal is None) == allowed
+    assert refusal is None or TOKEN_VARIABLE in refusal
+
+
+def test_vllm_is_told_where_weights_come_from_and_that_requests_alone_say_how_to_sample():
+    options = serve.parser().parse_args(["--hf-config=/model", "--max-model-len=9", "--kv-cache-gb=0.5", "--guided"])
+    arguments = serve.engine_arguments(options, on_cpu=False)
+    for argument in (
+        "--load-format=dummy",
+        "--generation-config=vllm",
+        '--weight-transfer-config={"backend": "selfdistill"}',
+        "--kv-cache-memory-bytes=536870912",
+        "--no-async-scheduling",
+    ):
+        assert argument in arguments
+    assert "--enforce-eager" not in arguments
+    plain = serve.engine_arguments(argparse.Namespace(**{**vars(options), "guided": False}), on_cpu=True)
+    assert "--enforce-eager" in plain and not any("logits-processors" in argument for argument in plain)
+
+
+def test_the_trainer_side_of_servers_imports_no_vllm():
+    code = (
+        "import sys; sys.modules['vllm'] = None\n"
+        "import megatron_selfdistill.rollout.server, megatron_selfdistill.serve\n"
+        "import megatron_selfdistill.vllm_plugin.access"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_servers_side_imports_no_megatron():
+    code = (
+        "import sys; sys.modules['megatron'] = None\n"
+        "import megatron_selfdistill.serve, megatron_selfdistill.vllm_plugin.access\n"
+        "import megatron_selfdistill.rollout.wire"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

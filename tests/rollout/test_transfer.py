@@ -1,0 +1,213 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Weights on their way to servers: every bit arrives, or the server that lacks one is named."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_vllm import FakeVllm, fake_servers
+from torch import Tensor
+
+from megatron_selfdistill.rollout.client import VllmServer
+from megatron_selfdistill.rollout.transfer import (
+    BroadcastTransfer,
+    SharedMemoryTransfer,
+    Transfer,
+    WeightUpdate,
+    make_transfer,
+)
+from megatron_selfdistill.rollout.wire import Layout, digest, layout_of, pack, unpack
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
+
+
+def tensors(count: int = 11) -> list[tuple[str, Tensor]]:
+    """Of odd sizes, so that the next one would begin where its type may not; one of them a view, not contiguous."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for i in range(count):
+        wide = torch.randint(100, (3 + i, 5), generator=generator).to(DTYPES[i % len(DTYPES)])
+        found.append((f"layer.{i}.weight", wide.t() if i == 3 else wide[:, :3] if i == 4 else wide))
+    return found
+
+
+def buckets(size: int = 4) -> Iterator[list[tuple[str, Tensor]]]:
+    everything = tensors()
+    for first in range(0, len(everything), size):
+        yield everything[first : first + size]
+
+
+def same(arrived: dict[str, Tensor], sent: list[tuple[str, Tensor]]) -> bool:
+    return list(arrived) == [name for name, _ in sent] and all(
+        arrived[name].dtype == tensor.dtype
+        and arrived[name].shape == tensor.shape
+        and bytes(arrived[name].contiguous().view(torch.uint8).flatten().tolist())
+        == bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+        for name, tensor in sent
+    )
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeVllm]]:
+    with fake_servers(2) as servers:
+        yield servers
+
+
+@pytest.fixture(params=["shared_memory", "gloo"])
+def transfer(request, tmp_path) -> Iterator[Transfer]:
+    made = make_transfer(request.param, folder=str(tmp_path), on_gpu=False, timeout_s=10)
+    yield made
+    made.close()
+
+
+def sent(transfer: Transfer, fakes: list[FakeVllm], version: int, between: dict[int, FakeVllm] | None = None):
+    """An update; before bucket i, the server ``between[i]`` begins to fail at it."""
+    update = WeightUpdate(transfer, [VllmServer(fake.address, timeout_s=10) for fake in fakes], version)
+    for i, bucket in enumerate(buckets()):
+        if between and i in between:
+            between[i].fail_at = "/update_weights"
+        update.send(bucket)
+    update.finish()
+    return update
+
+
+def test_a_bucket_unpacks_to_what_was_packed():
+    everything = tensors()
+    layout = layout_of(everything)
+    packed = pack(everything, layout)
+    assert packed.numel() == layout.num_bytes
+    assert same(dict(unpack(packed, Layout(**vars(layout)))), everything)
+
+
+def test_a_digest_knows_a_missing_and_a_doubled_name_but_no_order():
+    assert digest(["a", "b", "c"]) == digest(["c", "a", "b"])
+    assert len({digest(names) for names in (["a", "b"], ["a"], ["a", "b", "b"], ["ab"], [])}) == 5
+
+
+def test_an_unknown_type_is_refused():
+    with pytest.raises(ValueError, match="'float31'"):
+        _ = Layout(["a"], ["float31"], [[1]]).sizes
+
+
+def test_every_server_gets_every_tensor_to_the_last_bit(transfer, fakes):
+    servers = [VllmServer(fake.address, timeout_s=10) for fake in fakes]
+    for version in (3, 4):
+        update = WeightUpdate(transfer, servers, version)
+        for bucket in buckets():
+            update.send(bucket)
+        update.finish()
+        assert not update.failures and update.servers == servers
+        assert update.num_bytes == sum(tensor.nbytes for _, tensor in tensors())
+        for fake in fakes:
+            assert same(fake.weights, tensors())
+            assert fake.version == str(version)
+    joins = [fake.calls.count("/init_weight_transfer_engine") for fake in fakes]
+    assert joins == [1, 1]  # not anew for each update
+
+
+def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transfer, fakes):
+    update = WeightUpdate(transfer, [VllmServer(fake.address, timeout_s=10) for fake in fakes], 5)
+    update.send(next(buckets()))
+    assert {fake.version for fake in fakes} == {"loading"}
+    transfer.close()
+    calls = [call for call in fakes[0].calls if not call.startswith(("/get_world", "/init_weight"))]
+    assert calls == ["/pause", "/update_weight_version", "/collective_rpc", "/start_weight_update", "/update_weights"]
+
+
+def test_an_update_ends_with_its_version_then_without_the_cache_then_with_answers(transfer, fakes):
+    sent(transfer, fakes, 6)
+    for fake in fakes:
+        assert fake.calls[-4:] == ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/resume"]
+
+
+def test_through_files_a_failing_server_fails_alone(fakes, tmp_path):
+    transfer = SharedMemoryTransfer(tmp_path)
+    update = sent(transfer, fakes, 7, between={1: fakes[0]})
+    assert not update.broken
+    assert [server.address for server in update.servers] == [fakes[1].address]
+    [(server, error)] = update.failures.items()
+    assert server.address == fakes[0].address and "told to fail" in str(error)
+    assert same(fakes[1].weights, tensors()) and fakes[1].version == "7"
+    assert fakes[0].version == "loading"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_in_a_group_a_failing_server_ends_the_update_of_all_and_the_others_can_have_a_new_one(fakes):
+    transfer = BroadcastTransfer("gloo", 3.0)
+    update = sent(transfer, fakes, 7, between={1: fakes[0]})
+    assert update.broken and fakes[0].address in {server.address for server in update.failures}
+    assert {fake.version for fake in fakes} == {"loading"}
+    update = sent(transfer, fakes[1:], 7)
+    assert not update.failures and same(fakes[1].weights, tensors()) and fakes[1].version == "7"
+    transfer.close()
+
+
+def test_a_server_that_was_started_anew_joins_again(transfer, fakes):
+    servers = [VllmServer(fake.address, timeout_s=10) for fake in fakes]
+    for version in (1, 2):
+        update = WeightUpdate(transfer, servers, version)
+        for bucket in buckets():
+            update.send(bucket)
+        update.finish()
+        assert not update.failures
+        fakes[0].restart()
+        transfer.forget(servers[0])
+    assert fakes[1].calls.count("/init_weight_transfer_engine") == (1 if transfer.isolated else 2)
+
+
+def test_no_file_stays_and_none_is_there_before_its_turn(fakes, tmp_path):
+    transfer = SharedMemoryTransfer(tmp_path)
+    seen: list[list[str]] = []
+    fakes[0].update = lambda info: seen.append([path.name for path in tmp_path.iterdir()])  # type: ignore[method-assign]
+    sent(transfer, fakes, 1)
+    assert [len(names) for names in seen] == [1, 1, 1, 0]  # the last is the announcement
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys, torch
+from pathlib import Path
+from megatron_selfdistill.rollout.transfer import _bucket_file
+with _bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_is_in_use_is_not(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    [left] = tmp_path.iterdir()
+    used = tmp_path / left.name.replace("-", "-other")
+    other = tmp_path / "model.bucket"
+    used.touch()
+    other.touch()
+    with used.open("rb") as bucket:
+        fcntl.flock(bucket, fcntl.LOCK_EX)
+        SharedMemoryTransfer(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([used, other])
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu", "kind"),
+    [
+        (None, False, "SharedMemoryTransfer"),
+        (None, True, "BroadcastTransfer"),
+        ("gloo", True, "BroadcastTransfer"),
+        ("ipc", True, "IpcTransfer"),
+    ],
+)
+def test_the_transfer_is_the_one_that_is_named_else_what_the_platform_has(name, on_gpu, kind, tmp_path):
+    made = make_transfer(name, folder=str(tmp_path), on_gpu=on_gpu, timeout_s=1)
+    assert type(made).__name__ == kind
+
+
+def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):
+    modes: list[int] = []
+    fakes[0].update = lambda info: modes.extend(p.stat().st_mode & 0o777 for p in Path(tmp_path).iterdir())  # type: ignore[method-assign]
+    sent(SharedMemoryTransfer(tmp_path), fakes[:1], 1)
+    assert set(modes) == {0o600}

@@ -1,0 +1,53 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Runs whose teacher is shown the model's own solutions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_run
+from tiny_run import differences, overrides, reproducible_metrics
+
+OWN = [
+    "data.solutions=own",
+    "solutions.refresh_every=2",
+    "solutions.num_samples=6",
+    "evaluation.verifier=tiny_run.starts_with_an_even_token",
+    "data.on_long_context=drop",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.write_data(folder)
+    records = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    lines = [json.dumps({key: value for key, value in record.items() if key != "solution"}) for record in records]
+    (folder / "problems.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def train(ranks, arguments: list[str], world_size: int = 1) -> None:
+    assert ranks.run(tiny_run.start, arguments, world_size=world_size, init_process_group=False) == [0] * world_size
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [(1, ["solutions.pick=shortest"]), (2, ["solutions.pick=learnable", "parallel.pipeline_model_parallel_size=2"])],
+)
+def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path, world_size, options):
+    train(ranks, overrides(data, tmp_path / "whole", *OWN, *options), world_size)
+    lines = reproducible_metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines if "solutions/pass_rate" in line] == [1, 3, 5]
+    shares = [line["solutions/left_out_share"] for line in lines]
+    assert max(shares) > 0 and max(shares) < 1
+    assert all(0 < line["solutions/pass_rate"] < 1 for line in lines[::2])
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "iter_0000006")
+    (tmp_path / "halves" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    train(ranks, overrides(data, tmp_path / "halves", *OWN, *options), world_size)
+    assert reproducible_metrics(tmp_path / "halves") == lines
+    assert ranks.run(differences, tmp_path / "whole", tmp_path / "halves", world_size=1) == [[]]

@@ -1,0 +1,229 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""`ServerSampler` with real vLLM servers, from a trainer that has no vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests
+
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.client import VllmServer
+from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
+
+HERE = Path(__file__).resolve().parent
+TIMEOUT = 600.0
+
+
+@contextmanager
+def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[Any]:
+    from megatron_selfdistill.rollout.server import ServerSampler
+
+    os.environ[TOKEN_VARIABLE] = servers.token
+    built = ServerSampler(
+        chunks,
+        grid,
+        servers.hf_config,
+        FAMILY.rules(MODEL),
+        **{"max_length": MAX_LENGTH, "run_dir": servers.hf_config, "servers": servers.addresses, **options},
+    )
+    try:
+        yield built
+    finally:
+        built.close()
+
+
+def own(grid: Any, everything: list[Request]) -> list[Request]:
+    return everything[grid.dp_rank :: grid.dp_size]
+
+
+def tokens(responses: list[Response]) -> list[list[int]]:
+    return [response.token_ids for response in responses]
+
+
+def synced(
+    servers: Reach, layout: dict[str, int], transfer: str
+) -> tuple[list[list[Response]], dict[str, float], bool]:
+    """Greedy responses with the weights of seed 0, then of seed 1; what was measured; whether vLLM is here."""
+    chunks, grid = models.build(MODEL, models.parallel(**layout))
+    everything = requests(12)
+    with sampler(chunks, grid, servers, transfer=transfer, bucket_bytes=60_000) as built:
+        written = []
+        for seed in (0, 1):
+            models.fill_from_names(chunks, seed)
+            built.update_weights(seed)
+            written.append(built.generate(own(grid, everything), GREEDY))
+        return written, built.metrics(), importlib.util.find_spec("vllm") is not None
+
+
+@pytest.fixture(scope="module")
+def expected(ranks) -> dict[int, list[tuple[list[int], list[float]]]]:
+    """By seed: greedy tokens and log-probs of transformers, for `requests(12)`."""
+    prompts = [request.prompt for request in requests(12)]
+    return {
+        seed: ranks.run(greedy_by_transformers, prompts, GREEDY.max_new_tokens, seed, world_size=1, timeout=TIMEOUT)[0]
+        for seed in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "transfer"),
+    [({"tp": 2, "pp": 2}, 4, "shared_memory"), ({"tp": 2, "pp": 2}, 4, "gloo"), ({}, 2, "gloo")],
+    ids=["TP2xPP2, shared memory", "TP2xPP2, gloo", "DP2, gloo"],
+)
+def test_after_a_sync_greedy_tokens_are_those_of_transformers_with_the_same_weights(
+    ranks, servers, expected, layout, world_size, transfer
+):
+    per_rank = ranks.run(synced, servers.reach, layout, transfer, world_size=world_size, timeout=TIMEOUT)
+    num_replicas = 1 if layout else world_size
+    assert not any(has_vllm for _, _, has_vllm in per_rank)
+    for rank, (written, metrics, _) in enumerate(per_rank):
+        replica = rank if num_replicas > 1 else 0
+        for seed, responses in enumerate(written):
+            wanted = expected[seed][replica::num_replicas]
+            assert tokens(responses) == [token_ids for token_ids, _ in wanted]
+            assert {response.weight_version for response in responses} == {seed}
+            differences = [
+                abs(ours - theirs)
+                for response, (_, log_probs) in zip(responses, wanted, strict=True)
+                for ours, theirs in zip(response.log_probs, log_probs, strict=True)
+            ]
+            assert max(differences) < 1e-4
+        assert metrics == per_rank[0][1]
+        print(f"{transfer}: {metrics}")
+    assert metrics["rollout/sync_bytes"] > 0 and metrics["rollout/servers_alive"] == 2
+    assert tokens(per_rank[0][0][0]) != tokens(per_rank[0][0][1])
+
+
+def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
+    """The same guided and plain requests in one call on servers, and in process."""
+    from megatron_selfdistill.rollout.megatron import MegatronSampler
+
+    chunks, grid = models.build(MODEL, models.parallel())
+    plain = requests(8, longest=40)
+    mixed = [Request(r.prompt, r.stream, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
+    in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
+    with sampler(chunks, grid, servers, guided=True) as built:
+        built.update_weights(3)
+        in_process.update_weights(3)
+        return built.generate(mixed, GREEDY), in_process.generate(mixed, GREEDY)
+
+
+def test_guided_responses_of_servers_are_those_in_process(ranks, servers):
+    [(on_servers, in_process)] = ranks.run(guided, servers.reach, world_size=1, timeout=TIMEOUT)
+    assert tokens(on_servers) == tokens(in_process)
+    assert [response.guided for response in on_servers] == [i % 2 == 1 for i in range(8)]
+
+
+def drawn_while_disturbed(
+    servers: Reach, process: int, sent: int, timeout_s: float
+) -> tuple[list[Response], list[Response], dict[str, float], dict[str, float]]:
+    """Drawn responses, twice; the second time with a signal to a server's process after the first tokens."""
+    chunks, grid = models.build(MODEL, models.parallel())
+    everything = requests(96, longest=30)
+    with sampler(chunks, grid, servers, timeout_s=timeout_s) as built:
+        built.update_weights(5)
+        undisturbed = built.generate(everything, DRAWN)
+        before = built.metrics()
+        killer = threading.Timer(0.15, os.kill, (process, sent))
+        killer.start()
+        disturbed = built.generate(everything, DRAWN)
+        killer.join()
+        return undisturbed, disturbed, before, built.metrics()
+
+
+def test_a_server_that_hangs_in_mid_batch_loses_no_request(ranks, servers):
+    process = servers.processes[0].process.pid
+    try:
+        [(undisturbed, disturbed, before, after)] = ranks.run(
+            drawn_while_disturbed, servers.reach, process, signal.SIGSTOP, 8.0, world_size=1, timeout=TIMEOUT
+        )
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert disturbed == undisturbed
+    assert before["rollout/requests_retried"] == 0 and before["rollout/servers_alive"] == 2
+    assert after["rollout/requests_retried"] > 0 and after["rollout/servers_alive"] == 1
+
+
+def test_without_the_token_nothing_but_health_is_answered(servers):
+    server = servers.processes[1].address
+    VllmServer(server).health()
+    for path in ("/weight_info", "/v1/models", "/get_world_size", "/metrics", "/docs"):
+        for headers in ({}, {"Authorization": f"Bearer {servers.reach.token[:-1]}"}):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(urllib.request.Request(server + path, headers=headers), timeout=60)
+            assert refused.value.code == 401, path
+    assert all(servers.reach.token not in one.log.read_text() for one in servers.processes)
+    assert all(servers.reach.token not in command for command in command_lines(servers.processes[1].process.pid))
+
+
+@pytest.mark.parametrize("more", [["--host", "0.0.0.0"], ["--", "--host=::"]])
+def test_another_interface_than_loopback_needs_a_token(servers, more):
+    environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    environment["PYTHONPATH"] = str(HERE.parent.parent)
+    command = [os.environ["SELFDISTILL_VLLM_PYTHON"], "-m", "megatron_selfdistill.serve"]
+    command += [f"--hf-config={servers.reach.hf_config}", *more]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1].endswith("or use --host 127.0.0.1")
+
+
+def test_a_killed_server_loses_no_request_and_leaves_no_process(ranks, servers):
+    process = servers.processes[0].process
+    [(undisturbed, disturbed, _, after)] = ranks.run(
+        drawn_while_disturbed, servers.reach, process.pid, signal.SIGKILL, 60.0, world_size=1, timeout=TIMEOUT
+    )
+    assert process.wait(10) == -signal.SIGKILL
+    assert disturbed == undisturbed
+    assert after["rollout/requests_retried"] > 0 and after["rollout/servers_alive"] == 1
+    assert_session_ends(process.pid)
+
+
+def test_servers_that_a_run_starts_serve_it_and_end_with_it(servers, expected, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)])}
+    environment.pop(TOKEN_VARIABLE, None)
+    command = [sys.executable, str(HERE / "run_with_a_server.py"), str(tmp_path), str(servers.reach.hf_config)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            lines = [line for line in run.stdout if line.startswith(("server ", "tokens "))]
+            server = int(lines[0].split()[1])
+            assert re.findall(r"\d+", lines[1]) == [str(token) for token in expected[0][0][0]]
+        finally:
+            run.kill()
+    assert_session_ends(server)
+
+
+def command_lines(session: int) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.getsid(int(entry.name)) == session:
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ProcessLookupError):
+            continue  # it has ended meanwhile
+    return [line for line in found if line]  # a zombie has none
+
+
+def assert_session_ends(session: int) -> None:
+    """All processes of a server are gone soon, without being stopped by us."""
+    deadline = time.monotonic() + 60
+    # The resource tracker of Python's multiprocessing ends when the last process that it serves has ended.
+    while left := command_lines(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
