@@ -80,17 +80,20 @@ class FakeVllm(ThreadingHTTPServer):
         self.calls: list[str] = []
         self.answered: Counter[str] = Counter()
         self.begun = 0
+        self.transfer = ""
         self.group: Any = None
         self.dead = False
 
     def take_part(self, info: dict[str, Any]) -> None:
         arguments = info["arguments"]
+        self.transfer = info["transfer"]
         if info["transfer"] == "gloo":
             store = dist.TCPStore(arguments["host"], arguments["port"], arguments["world_size"], False)
             address, rank, size = arguments["host"], arguments["first_rank"], arguments["world_size"]
             self.group = open_group("gloo", store, rank, size, address, arguments["timeout_s"])
 
     def update(self, info: dict[str, Any]) -> None:
+        assert self.transfer, "nobody has said how weights come"
         if "complete" in info:
             assert info["complete"] == digest(self.weights)
             return

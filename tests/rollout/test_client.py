@@ -38,9 +38,9 @@ def test_a_response_is_tokens_log_probs_end_and_version(fake):
 
 def test_many_requests_are_in_flight_at_once_and_answers_keep_their_order(fake):
     fake.together = 40
-    requests = [request_of(i, 1) for i in range(40)]
-    outputs = VllmServer(fake.address, timeout_s=20).generate(requests)
-    assert [output.token_ids for output in outputs] == [tokens_behind([i, 1], 3) for i in range(40)]
+    prompts = [(7 * i % 40, 1) for i in range(40)]
+    outputs = VllmServer(fake.address, timeout_s=20).generate([request_of(*prompt) for prompt in prompts])
+    assert [output.token_ids for output in outputs] == [tokens_behind(list(prompt), 3) for prompt in prompts]
 
 
 def changed(**choice: Any) -> str:

@@ -148,6 +148,14 @@ def test_in_a_group_a_failing_server_ends_the_update_of_all_and_the_others_can_h
     transfer.close()
 
 
+def test_a_server_that_failed_once_can_have_the_next_update(transfer, fakes):
+    servers = fakes[:1]
+    assert sent(transfer, servers, 7, between={1: fakes[0]}).broken
+    fakes[0].fail_at = ""
+    assert not sent(transfer, servers, 8).failures
+    assert same(fakes[0].weights, tensors()) and fakes[0].version == "8"
+
+
 def test_a_server_that_was_started_anew_joins_again(transfer, fakes):
     servers = [VllmServer(fake.address, timeout_s=10) for fake in fakes]
     for version in (1, 2):

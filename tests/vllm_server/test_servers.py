@@ -110,6 +110,35 @@ def test_after_a_sync_greedy_tokens_are_those_of_transformers_with_the_same_weig
     assert tokens(per_rank[0][0][0]) != tokens(per_rank[0][0][1])
 
 
+def interrupted(servers: Reach) -> tuple[str, list[Response]]:
+    """What a server says of an update that lacks a bucket; then what all write after a whole one, where a trainer left
+    others half loaded."""
+    from megatron_selfdistill.model.export import export
+    from megatron_selfdistill.rollout.transfer import SharedMemoryTransfer, WeightUpdate
+
+    chunks, grid = models.build(MODEL, models.parallel(), seed=1)
+    clients = [VllmServer(address, servers.token, 60) for address in servers.addresses]
+    stream = export(chunks, grid, FAMILY.rules(MODEL), bucket_bytes=60_000)
+    buckets = [list(bucket) for bucket in stream]
+    with_a_gap = WeightUpdate(SharedMemoryTransfer("/dev/shm"), clients[:1], 9)
+    for bucket in buckets[:-1]:
+        with_a_gap.send(bucket)
+    with_a_gap.finish()
+    broken_off = WeightUpdate(SharedMemoryTransfer("/dev/shm"), clients[1:], 9)
+    for bucket in buckets[:3]:
+        broken_off.send(bucket)
+    models.fill_from_names(chunks, 0)
+    with sampler(chunks, grid, servers) as built:
+        built.update_weights(2)
+        return str(next(iter(with_a_gap.failures.values()))), built.generate(requests(12), GREEDY)
+
+
+def test_half_an_update_is_refused_and_leaves_nothing_behind(ranks, servers, expected):
+    [(sentence, responses)] = ranks.run(interrupted, servers.reach, world_size=1, timeout=TIMEOUT)
+    assert "parameters of vLLM's model got no weights" in sentence
+    assert tokens(responses) == [token_ids for token_ids, _ in expected[0]]
+
+
 def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
     """The same guided and plain requests in one call on servers, and in process."""
     from megatron_selfdistill.rollout.megatron import MegatronSampler

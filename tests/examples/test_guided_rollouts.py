@@ -1,0 +1,23 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""On problems that the base never solves, guided rollouts are right from the first step on."""
+
+from __future__ import annotations
+
+import arms
+import subtraction
+
+
+def test_guided_rollouts_are_right_where_the_student_never_is(load_example, base, root, monkeypatch):
+    example = load_example("07_guided_rollouts")
+    monkeypatch.setattr(example, "llama_subtraction", subtraction)  # the base of the other examples
+    monkeypatch.setattr(example, "ARMS", (arms.SELF_DISTILLATION,))
+    monkeypatch.setattr(example.hard, "NUM_HELD_OUT", 40)
+    assert example.main(["--steps", "2", "--folder", str(root)]) == 0
+    folder = root / "guided_rollouts" / "megatron" / "seed5"
+    answers = {record["id"]: record["answer"] for record in example.records(folder / "train.jsonl")}
+    right = {}
+    for title in ("self-distillation", "self-distillation-guided"):
+        written = example.records(folder / f"{title}.jsonl")
+        assert len(written) == 64 and all((r["teacher_log_probs"] is None) == ("guided" not in title) for r in written)
+        right[title] = sum(example.is_right(r, answers[r["problem_id"]], base) for r in written) / len(written)
+    assert right["self-distillation"] < 0.3 and right["self-distillation-guided"] > 0.6, right
