@@ -35,6 +35,8 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Unless the user asked for more.
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
+# Where vLLM's ranks on a CPU exchange their sums.
+_SHARED_MEMORY = Path("/dev/shm")
 # What an engine says of its weights while they are being replaced, and for good if that breaks off.
 _INCOMPLETE = "incomplete"
 
@@ -69,7 +71,7 @@ class InProcessEngine:
         global _live
         if _live is not None:
             raise ConfigError("this process has a vLLM engine already: close its sampler before the next one is built")
-        self.rank = dist.get_rank()
+        self.rank, self.ident = dist.get_rank(), ident
         # Where memory can be taken away and given back under the same addresses: CUDA's virtual memory.
         self.can_sleep = device.type == "cuda"
         arguments = {
@@ -123,7 +125,7 @@ class InProcessEngine:
         What was cached of the old ones is forgotten.  Raises `EngineError`; nothing that is written then counts, until
         another `load`.
         """
-        from megatron_selfdistill.vllm_plugin.packed import after_reload, before_reload
+        from megatron_selfdistill.rollout.packed import after_reload, before_reload
 
         llm = self._alive()
         with trainer_state_kept():
@@ -273,6 +275,9 @@ def _started(folder: Path, arguments: dict[str, Any], rank: int, local_rank: int
         raise ConfigError(sentence) if refused else EngineError(sentence) from error
     # It would end torch.distributed as a whole, when the engine is collected or at exit.
     llm.llm_engine.engine_core._finalizer.detach()
+    # Every rank has mapped it by now.  vLLM takes the names away for the engine of rank 0 only, and not after a kill.
+    for path in _SHARED_MEMORY.glob(f"{ident}-*"):
+        path.unlink(missing_ok=True)
     return llm
 
 
@@ -324,8 +329,10 @@ def _memory_not_bound() -> Iterator[None]:
 
 def _forget_groups() -> None:
     """vLLM's own process groups end; the trainer's go on.  Its own way (`destroy_distributed_environment`) ends all."""
+    import vllm.distributed
     from vllm import envs
-    from vllm.distributed import parallel_state
+
+    parallel_state = vllm.distributed.parallel_state
 
     def end(group: Any) -> None:
         if dist.is_initialized():

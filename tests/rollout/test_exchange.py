@@ -21,7 +21,9 @@ from megatron_selfdistill.rollout.exchange import agreement, check_requests, han
 
 def requests_of(replica: int, count: int) -> list[Request]:
     return [
-        Request([replica, i, *range(3 * i)], 2**64 - 1 - 10 * replica - i, [7, i] if (replica + i) % 2 else None)
+        Request(
+            [replica, i, *range(3 * i)], 2**64 - 1 - 10 * replica - i, [7, i][: 3 * i] if (replica + i) % 2 else None
+        )
         for i in range(count)
     ]
 

@@ -179,6 +179,8 @@ def written_in_turn(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     mixed = [requests(count)[i] for i in order]
     with sampler(MODELS[kind], chunks, grid, engine_tp=engine_tp, bucket_bytes=50_000) as it:
+        torch.distributed.barrier()
+        assert not list(Path("/dev/shm").glob(f"{it._engine.ident}-*")), "a kill would leave it there"
         it.update_weights(1)
         parts = [it.generate(own(grid, requests(count)), GREEDY)]
         models.fill_from_names(chunks, seed=1)

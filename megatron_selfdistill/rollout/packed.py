@@ -5,7 +5,7 @@
     ...  # vLLM's reload_weights, or the steps of its layerwise reload
     after_reload(model)
 
-On other devices both do nothing: there layers compute with the parameters themselves.
+On other devices both do nothing: there layers compute with the parameters themselves.  Needs vLLM, never Megatron.
 """
 
 from __future__ import annotations
