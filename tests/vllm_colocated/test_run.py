@@ -1,0 +1,69 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whole training runs whose rollouts come from vLLM in the trainer's processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_run
+from tiny_run import overrides, reproducible_metrics
+
+VLLM = [
+    "rollout.engine=vllm",
+    "rollout.kv_cache_gb=0.05",
+    "model.hidden_size=64",  # heads of 32, the least that vLLM's kernels have
+    "model.num_attention_heads=2",
+    "model.num_layers=2",
+    "num_steps=3",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.write_data(folder)
+    return folder
+
+
+def train(ranks, arguments: list[str], world_size: int) -> None:
+    statuses = ranks.run(tiny_run.start, arguments, world_size=world_size, init_process_group=False, timeout=600)
+    assert statuses == [0] * world_size
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, []),
+        (2, ["parallel.tensor_model_parallel_size=2", "rollout.guidance=mixed", "rollout.engine_tp=2"]),
+        (2, ["loss.rollout_correction=truncated", "rollout.num_samples=2"]),
+    ],
+    ids=["one rank", "TP2, guided, one engine", "DP2, corrected, two engines"],
+)
+def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path, world_size, options):
+    recorded = tmp_path / "recorded.jsonl"
+    train(ranks, overrides(data, tmp_path / "run", *VLLM, *options, f"rollout.record={recorded}"), world_size)
+    lines = reproducible_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["sampler/log_prob_max_abs_diff"] < 1e-4, "vLLM and the trainer disagree about the same weights"
+        assert line["rollout/sync_bytes"] > 0 and line["loss/mean"] > 0
+        if "rollout.guidance=mixed" in options:
+            assert line["guided/share"] == 1 and line["guided/log_ratio"] > 0
+        if "loss.rollout_correction=truncated" in options:
+            assert line["correction/weight_mean"] == pytest.approx(1, abs=1e-3)
+    written = [json.loads(line) for line in recorded.read_text().splitlines()]
+    assert all(record["weight_version"] == record["step"] for record in written)
+    assert {record["step"] for record in written} == {0, 1, 2}
+
+
+def test_a_resumed_run_sends_its_weights_before_the_first_rollout(ranks, data, tmp_path):
+    run = overrides(data, tmp_path / "run", *VLLM, "checkpoint.save_every=2", "optimizer.lr=0.05")
+    (folder := tmp_path / "run").mkdir()
+    train(ranks, run, 1)
+    (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    train(ranks, run, 1)
+    lines = reproducible_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["sampler/log_prob_max_abs_diff"] < 1e-4
