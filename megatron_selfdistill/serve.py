@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from megatron_selfdistill.rollout.engine import whole_prompts
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.wire import BACKEND, PARENT_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE, as_arguments
 
@@ -95,7 +96,7 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
         arguments.append(f"--max-model-len={options.max_model_len}")
     kv_cache_gb = options.kv_cache_gb
     if on_cpu:
-        arguments.append("--enforce-eager")
+        arguments += ["--enforce-eager", *as_arguments(whole_prompts(options.max_model_len))]
         kv_cache_gb = _free_gib() / 3 if kv_cache_gb is None else kv_cache_gb
     if kv_cache_gb is not None:
         arguments.append(f"--kv-cache-memory-bytes={int(kv_cache_gb * _GIB)}")

@@ -48,6 +48,13 @@ class Engine(Protocol):
         ...
 
 
+def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
+    """Arguments of an engine on a CPU, where vLLM fails on a prompt that is read in parts and has a seed: torch's
+    generators have no offset there that it could set back."""
+    budget = {} if max_model_len is None else {"max_num_batched_tokens": max(2048, max_model_len)}
+    return {"enable_chunked_prefill": False, **budget}
+
+
 def engine_request(request: Request, params: SamplingParams) -> EngineRequest:
     """``request`` as vLLM takes it: its random numbers depend on the stream alone, not on the batch."""
     sampling = {

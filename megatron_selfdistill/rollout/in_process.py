@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.rollout.engine import EngineOutput, EngineRequest
+from megatron_selfdistill.rollout.engine import EngineOutput, EngineRequest, whole_prompts
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 
@@ -37,7 +37,7 @@ _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 # Where vLLM's ranks on a CPU exchange their sums.
 _SHARED_MEMORY = Path("/dev/shm")
-# What an engine says of its weights while they are being replaced, and for good if that breaks off.
+# What an engine says of its weights while they are being replaced, and after that if it breaks off.
 _INCOMPLETE = "incomplete"
 
 _live: InProcessEngine | None = None
@@ -85,6 +85,8 @@ class InProcessEngine:
             "distributed_executor_backend": "external_launcher",
             "worker_extension_cls": WORKER_EXTENSION,
         }
+        if device.type == "cpu":
+            arguments |= whole_prompts(settings["max_model_len"])
         if guided:
             arguments |= GUIDED_ENGINE_ARGS
         _refuse_other_ranks(arguments, settings)
@@ -100,6 +102,9 @@ class InProcessEngine:
         from vllm import SamplingParams
 
         llm = self._alive()
+        if llm.get_weight_version() == _INCOMPLETE:
+            # Half of them would fill the KV cache with NaN, which outlives the next update: 0 * NaN in unused places.
+            raise EngineError(f"the vLLM engine of rank {self.rank} has a part of its weights: their update broke off")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
         with trainer_state_kept():
@@ -122,8 +127,8 @@ class InProcessEngine:
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take these weights, by Hugging Face's names, cast to the engine's type, in place of the present ones.
 
-        What was cached of the old ones is forgotten.  Raises `EngineError`; nothing that is written then counts, until
-        another `load`.
+        What was cached of the old ones is forgotten.  Raises `EngineError`; then `generate` does so too, until another
+        `load`.
         """
         from megatron_selfdistill.rollout.packed import after_reload, before_reload
 

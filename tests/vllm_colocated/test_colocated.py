@@ -373,7 +373,7 @@ REFUSALS = [
     "the vLLM engine of rank 1 failed in mid-batch: division by zero",
     "the vLLM engine of rank 1 was asked for 4 responses and gave 3",
     r"the vLLM engine of rank 1 wrote a response with weights of version 3, expected 4 \(rollout.max_staleness=0\)",
-    r"the vLLM engine of rank 0 wrote a response with weights of version None, expected 4 \(.*",
+    "the vLLM engine of rank 0 has a part of its weights: their update broke off",
 ]
 
 
