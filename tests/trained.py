@@ -15,8 +15,9 @@ from megatron_selfdistill.model.export import export
 from megatron_selfdistill.model.hf_mapping import family_of_model
 from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
 
-# vLLM's attention on a CPU knows heads of 32 channels, not smaller ones.
-MODEL = models.model_config("gqa", hidden_size=64, num_attention_heads=2, num_query_groups=2)
+# vLLM's attention on a CPU knows heads of 32 channels, not smaller ones.  Tied: the output layer, which vLLM packs on a
+# CPU, comes under the name of the embedding.
+MODEL = models.model_config("tied", hidden_size=64, num_attention_heads=2, num_query_groups=2)
 FAMILY = family_of_model(MODEL)
 MAX_LENGTH = 256
 GREEDY = SamplingParams(max_new_tokens=24, temperature=0.0)
@@ -56,7 +57,7 @@ def greedy_by_transformers(prompts: list[list[int]], count: int, seed: int) -> l
     tensors = {name: tensor for bucket in export(chunks, grid, FAMILY.rules(MODEL)) for name, tensor in bucket}
     hf_config: dict[str, Any] = FAMILY.hf_config(MODEL, "float32")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config)).eval()
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
     return [_greedy(model, prompt, count) for prompt in prompts]
 
 

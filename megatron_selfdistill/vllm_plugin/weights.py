@@ -21,9 +21,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from megatron_selfdistill.rollout.packed import after_reload, before_reload
 from megatron_selfdistill.rollout.wire import (
     BACKEND,
     Layout,
@@ -92,13 +94,12 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         if self._reloading:  # an update broke off: its half-filled layers must not be counted on from there
-            finalize_layerwise_reload(self.model, self.model_config)
+            self._finalize()
         self._reloading, self._verified = True, False
+        before_reload(self.model)
         initialize_layerwise_reload(self.model)
         self._received: list[str] = []
-        # Quantised layers make some of their parameters themselves.
-        unquantised = self.model_config.quantization is None
-        self._unloaded = {name for name, _ in self.model.named_parameters()} if unquantised else set()
+        self._unloaded = self._expected()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         if self._receiver is None:
@@ -121,13 +122,28 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def finish_weight_update(self) -> None:
         if not self._verified:
             raise RuntimeError("expected to be told that all weights were sent before finish_weight_update")
-        finalize_layerwise_reload(self.model, self.model_config)
+        self._finalize()
         self._reloading = False
 
     def shutdown(self) -> None:
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
+
+    def _expected(self) -> set[str]:
+        """The parameters that an update must reach."""
+        if self.model_config.quantization is not None:
+            return set()  # quantised layers make some of theirs themselves
+        names = {name for name, _ in self.model.named_parameters()}
+        if getattr(self.model_config.hf_text_config, "tie_word_embeddings", False):
+            # On a CPU the output layer has a copy of the embedding's weights, and takes them from there.
+            heads = [prefix for prefix, module in self.model.named_modules() if isinstance(module, ParallelLMHead)]
+            names = {name for name in names if name.rpartition(".")[0] not in heads}
+        return names
+
+    def _finalize(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        after_reload(self.model)
 
     def _verify(self, complete: str) -> None:
         if digest(self._received) != complete:
