@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
+from megatron_selfdistill.data.replies import reply_tokens
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.parallel import Grid
@@ -74,9 +75,12 @@ class Rollouts:
         return problems
 
     def generate(self, problems: Sequence[Problem], step: int, sampling: SamplingParams) -> list[Response]:
-        """``rollout.num_samples`` responses per problem, problem by problem; `EngineError` is raised on all ranks."""
+        """``rollout.num_samples`` responses per problem, problem by problem, or the one that its log has; `EngineError`
+        is raised on all ranks."""
         if self.config.objective == "solutions":
             return [self._solution(problem) for problem in problems]
+        if self.config.logged:
+            return [self._logged(problem) for problem in problems]
         keys = [
             (step, problem.id, first + i)
             for problem, first in zip(problems, self._first_samples, strict=True)
@@ -124,8 +128,10 @@ class Rollouts:
         """Both prompts of a problem; the teacher's with the best own solution, where there is one."""
         if self._own is not None and (solution := self._own.solution_for(problem.id)) is not None:
             problem = replace(problem, solution=solution.text)  # what a guided rollout reads
-        policy = self.config.data.on_long_context
-        pair = fit_teacher_prompt(self.inputs.builder, problem, policy=policy, **self._sizes)
+        policy, sizes = self.config.data.on_long_context, self._sizes
+        if self.config.logged and problem.reply is not None:
+            sizes["max_new_tokens"] = len(self._reply_tokens(problem))
+        pair = fit_teacher_prompt(self.inputs.builder, problem, policy=policy, **sizes)
         assert pair is not None, "Inputs.load kept only the problems that fit"
         return pair
 
@@ -227,6 +233,15 @@ class Rollouts:
     def _prompts_with(self, problem: Problem, solution: str) -> PromptPair | None:
         policy = self.config.data.on_long_context
         return prompts_with(self.inputs.builder, problem, solution, policy=policy, **self._sizes)
+
+    def _reply_tokens(self, problem: Problem) -> list[int]:
+        return reply_tokens(self.inputs.builder, problem, self.inputs.stop_token_ids)
+
+    def _logged(self, problem: Problem) -> Response:
+        """What another policy wrote, with log-probs that nobody knows."""
+        tokens = self._reply_tokens(problem)
+        unknown = [math.nan] * len(tokens)
+        return Response(tokens, unknown, unknown, "stop")
 
     def _solution(self, problem: Problem) -> Response:
         """The solution's own text as the response: what fine-tuning on solutions imitates."""
