@@ -4,8 +4,8 @@
 A base that has learnt column subtraction from homework with mistakes, and from conversations, answers problems at
 T = 1.  A scripted user checks each answer: it says "wrong, again", up to twice; a right answer ends the conversation
 with thanks, and after the last wrong one the user gives the answer and marks it.  Then the base reads its own turns
-next to the accepted answers, and moves towards what it says there.  The arm to compare with samples its turns anew, from
-the present weights: on-policy self-distillation on the same problems.
+next to the accepted answers, and moves towards what it says there.  The arm to compare with samples the same turns anew
+from the present weights: on-policy self-distillation.
 
     python examples/08_chat_logs.py
     python examples/08_chat_logs.py --seeds 5 6 7        with the figure over three seeds
@@ -73,9 +73,11 @@ def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outco
     base = arms.prepared_base(subtraction_chats, seed, root)
     folder = root / "chat_logs" / f"seed{seed}"
     logs = write_records(folder / "conversations.jsonl", conversations(base, seed))
+    template = folder / "chat_template.jinja"
+    template.write_text(subtraction_chats.CHAT_TEMPLATE)
     settings = (
         f"num_steps={steps}",
-        f"data.chat_template={subtraction_chats.CHAT_TEMPLATE!r}",
+        f"data.chat_template={template}",
         "evaluation.num_samples=4",
         "metrics.console_every=50",
     )

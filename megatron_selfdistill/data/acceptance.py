@@ -37,14 +37,15 @@ def load_rule(name: str) -> Rule:
 def closing_turn(messages: Messages) -> int | None:
     """The last assistant message with text before the closing user turn, if that is neither a correction nor a repeat.
 
-    The closing turn is the last user message, whatever follows it (a "you are welcome", or the reply to a new question,
-    about which nobody said anything).  None where there is no assistant message with text between it and the user
-    message before, where the closing turn `is_correction`, or where it `is_repeat` of any user message before it.
+    The closing turn is the last user message, if nobody answered it or if it `is_thanks`; with an answer, any other one
+    is a question more, whose fate is unknown.  None where there is no closing turn, no assistant message with text
+    between it and the user message before, where it `is_correction`, or where it `is_repeat` of any user message before
+    it.
 
-    So a user who says thanks, and one who goes on to something else, was content; one who leaves without a word was
+    So a user who says thanks, and one whose last word is no complaint, was content; one who leaves without a word was
     not heard, and the conversation is unresolved.  What it cannot see: irony, a complaint in words that it does not
-    know, a user who gave up and changed the subject, an answer that pleased and was wrong.  Where in doubt it gives
-    None: that loses a conversation, while a wrong reply taken for the right one teaches it.
+    know, a wish for a change ("shorter") as the last word, an answer that pleased and was wrong.  Where in doubt it
+    gives None: that loses a conversation, while a wrong reply taken for the right one teaches it.
     """
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if len(users) < 2:
@@ -54,6 +55,8 @@ def closing_turn(messages: Messages) -> int | None:
         i for i in range(before + 1, closing) if messages[i]["role"] == "assistant" and messages[i].get("content")
     ]
     text = messages[closing]["content"]
+    if closing < len(messages) - 1 and not is_thanks(text):
+        return None
     if not spoken or is_correction(text) or any(is_repeat(text, messages[i]["content"]) for i in users[:-1]):
         return None
     return spoken[-1]
@@ -62,6 +65,12 @@ def closing_turn(messages: Messages) -> int | None:
 def marked(messages: Messages) -> int | None:
     """None: only a mark counts."""
     return None
+
+
+def is_thanks(text: str) -> bool:
+    """A word of `THANKS` among its first 6, or a sign of `THANKS_SIGNS` anywhere."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return bool(THANKS & set(_words(text)[:6]) or any(sign in folded for sign in THANKS_SIGNS))
 
 
 def is_correction(text: str) -> bool:
@@ -92,7 +101,7 @@ def is_repeat(text: str, earlier: str) -> bool:
 
 BUILT_IN: dict[str, Rule] = {"closing_turn": closing_turn, "marked": marked}
 
-# English, German, French, Spanish, Italian, Portuguese.
+# The words of the rule: English, German, French, Spanish, Italian, Portuguese.
 FAULT = frozenset(
     "wrong incorrect incorrectly mistake mistaken mistakes falsch fehler fehlerhaft faux fausse erreur incorrecto "
     "incorrecta equivocado equivocada error errors sbagliato sbagliata errore errato errado errada incorreto incorreta "
@@ -106,6 +115,11 @@ DISSENT = frozenset(
     "pero todavia todavía sigue otra vez nuevo "
     "ma ancora perché perche "
     "não nao mas ainda novamente".split()
+)
+THANKS = frozenset(
+    "thanks thank thx ty cheers great perfect perfectly excellent awesome nice good works worked solved ok okay "
+    "danke dank super perfekt passt klasse merci parfait génial gracias perfecto perfecta genial grazie perfetto "
+    "obrigado obrigada perfeito ótimo".split()
 )
 # Scripts without spaces between words: Chinese, Japanese, Korean; and Russian, which inflects.
 SIGNS = (
@@ -129,6 +143,7 @@ SIGNS = (
     "ошиб",
     "снова",
 )
+THANKS_SIGNS = ("谢谢", "謝謝", "太好了", "ありがと", "감사", "고마", "спасибо")
 
 
 def _words(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from megatron_selfdistill.data.records import BadRecordError, records
 FIELDS = ("messages", "accepted", "tools", "id")
 TURNS = ("all", "before_accepted")
 
-_MAY_FOLLOW = {
+_MAY_FOLLOW: dict[str, tuple[str, ...]] = {
     "system": ("system", "developer", "user"),
     "developer": ("system", "developer", "user"),
     "user": ("assistant",),
@@ -263,7 +263,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _check_order(messages: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    previous, allowed = "the beginning", ("system", "developer", "user")
+    previous = "the beginning"
+    allowed: tuple[str, ...] = ("system", "developer", "user")
     for index, message in enumerate(messages):
         role = message["role"]
         if role not in allowed:
