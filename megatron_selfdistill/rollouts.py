@@ -59,6 +59,7 @@ class Rollouts:
         self._sampler_step: int | None = None  # whose weights the sampler has
         self._before: dict[str, Any] | None = None  # while a step is under way: the state before it
         self._metrics: dict[str, float] = {}
+        self._replies: dict[str, list[int]] = {}  # of this step's turns, where their log has them
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -71,6 +72,8 @@ class Rollouts:
         first = _first_sample_indices(batch, self.config.rollout.num_samples)
         self._first_samples = shard(first, self.grid.dp_rank, self.grid.dp_size)
         problems = shard(batch, self.grid.dp_rank, self.grid.dp_size)
+        if self.config.logged:
+            self._replies = {problem.id: self._reply_tokens(problem) for problem in problems}
         self._prompt_pairs = {problem.id: self.prompts(problem) for problem in problems}
         return problems
 
@@ -130,7 +133,7 @@ class Rollouts:
             problem = replace(problem, solution=solution.text)  # what a guided rollout reads
         policy, sizes = self.config.data.on_long_context, self._sizes
         if self.config.logged and problem.reply is not None:
-            sizes["max_new_tokens"] = len(self._reply_tokens(problem))
+            sizes["max_new_tokens"] = len(self._replies[problem.id])
         pair = fit_teacher_prompt(self.inputs.builder, problem, policy=policy, **sizes)
         assert pair is not None, "Inputs.load kept only the problems that fit"
         return pair
@@ -239,7 +242,7 @@ class Rollouts:
 
     def _logged(self, problem: Problem) -> Response:
         """What another policy wrote, with log-probs that nobody knows."""
-        tokens = self._reply_tokens(problem)
+        tokens = self._replies[problem.id]
         unknown = [math.nan] * len(tokens)
         return Response(tokens, unknown, unknown, "stop")
 

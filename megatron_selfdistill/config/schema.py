@@ -207,7 +207,7 @@ class DataConfig:
     """What the teacher is shown, with the slots {problem} and {solution}; null takes the wording in
     prompts.py."""
     global_batch_size: int = 32
-    """Problems per step, over all data-parallel ranks."""
+    """Problems (of conversations: turns) per step, over all data-parallel ranks."""
     max_length: int | None = None
     """Longest context in tokens; null is model.max_position_embeddings."""
     on_long_context: str = "error"

@@ -232,3 +232,10 @@ def test_parquet_holds_the_same_conversations(tmp_path):
 def test_a_log_without_any_turn_is_an_error_that_counts(tmp_path):
     with pytest.raises(ValueError, match=r"got none: 0 good ones, 1 bad; the first: .*log.jsonl:1: "):
         log(tmp_path, BAD["unresolved"][0], on_bad_record="skip")
+
+
+def test_a_log_with_another_reply_is_another_data_set(tmp_path):
+    other = [dict(message) for message in CORRECTED]
+    other[2]["content"] = "9"
+    one, two = (log(tmp_path, {"id": "c", "messages": m}, turns="before_accepted").turns for m in (CORRECTED, other))
+    assert one.fingerprint != two.fingerprint
