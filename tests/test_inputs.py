@@ -183,7 +183,8 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     chat = [{"role": role, "content": text} for role, text in said]
     write(tmp_path / "chats.jsonl", [{"chat": chat, "liked": 3}, {"chat": chat}, {"chat": chat[:1], "liked": 0}])
     write(tmp_path / "held_out.jsonl", [{"task": "1-1=", "solution": "0", "answer": "0"}])
-    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}")
     options = ["data.kind=conversations", "data.on_bad_record=skip", f"data.path={tmp_path}/chats.jsonl"]
     fields = ["data.fields.messages=chat", "data.fields.accepted=liked", "data.fields.problem=task"]
     evaluated = f"evaluation.path={tmp_path}/held_out.jsonl"
