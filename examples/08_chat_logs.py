@@ -4,8 +4,11 @@
 A base that has learnt column subtraction from homework with mistakes, and from conversations, answers problems at
 T = 1.  A scripted user checks each answer: it says "wrong, again", up to twice; a right answer ends the conversation
 with thanks, and after the last wrong one the user gives the answer and marks it.  Then the base reads its own turns
-next to the accepted answers, and moves towards what it says there.  The arm to compare with samples the same turns anew
-from the present weights: on-policy self-distillation.
+next to the accepted answers, and moves towards what it says there.
+
+The logs stay what the base said, while the student moves away from it: after some steps it learns at places where it
+would never be, and forgets.  The second arm therefore leaves out turns that the student of the moment finds unlikely.
+The third samples the same turns anew from the present weights: on-policy self-distillation, to compare with.
 
     python examples/08_chat_logs.py
     python examples/08_chat_logs.py --seeds 5 6 7        with the figure over three seeds
@@ -29,6 +32,7 @@ from rich.table import Table
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics import read_metrics
+from megatron_selfdistill.metrics.log import METRICS_FILE
 from megatron_selfdistill.report.curves import GREEDY, SAMPLED, plot_curves
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
@@ -39,7 +43,9 @@ NUM_SESSIONS = 2000
 NUM_ATTEMPTS = 3
 NUM_STEPS = 100
 LOGGED = Arm("Chat logs", ("recipe=chat_logs",))
+LIKELY = Arm("Chat logs, likely turns", ("recipe=chat_logs", "conversations.min_log_prob=-0.2"))
 ON_POLICY = Arm("Sampled anew", ("recipe=chat_logs", "conversations.responses=sampled"))
+ARMS = (LOGGED, LIKELY, ON_POLICY)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,18 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = options.steps or NUM_STEPS
     results = {seed: one_seed(seed, options.folder, steps) for seed in seeds}
     console.print(over_seeds(results))
+    folder = options.folder / "chat_logs"
     runs = {
-        f"{outcome.arm.title}, seed {seed}": outcome.run_dir
-        for number in range(2)
-        for seed, (_, outcomes) in results.items()
-        for outcome in [outcomes[number]]
+        arm.title: mean_run(
+            [outcomes[number].run_dir for _, outcomes in results.values()], folder / "mean" / str(number)
+        )
+        for number, arm in enumerate(ARMS)
     }
-    title = "Self-distillation from chat logs, and on-policy"
-    figure = plot_curves(runs, options.folder / "chat_logs" / "chat_logs.png", (GREEDY, SAMPLED), title)
+    title = f"Self-distillation from chat logs; mean over seeds {', '.join(map(str, seeds))}"
+    figure = plot_curves(runs, folder / "chat_logs.png", (GREEDY, SAMPLED), title)
     console.print(f"curves: {figure}\n", soft_wrap=True)
     console.print(
-        "Logs teach less than the model's own samples: their turns stay those of the base, whatever the student has "
-        "learnt since.\nWithout the answers that users gave themselves, few wrong turns have anything to learn from.",
+        "Logs teach less than the model's own samples, and less and less as the student moves away from them:\n"
+        "evaluate, and leave out turns that have become unlikely (conversations.min_log_prob).",
         soft_wrap=True,
     )
     return 0
@@ -81,7 +88,7 @@ def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outco
         "evaluation.num_samples=4",
         "metrics.console_every=50",
     )
-    runs = [Arm(arm.title, (*arm.overrides, *settings)).on(logs) for arm in (LOGGED, ON_POLICY)]
+    runs = [Arm(arm.title, (*arm.overrides, *settings)).on(logs) for arm in ARMS]
     return tables.compare(f"Chat logs, seed {seed}", base, runs, folder, panels=(GREEDY, SAMPLED))
 
 
@@ -161,13 +168,25 @@ def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Tabl
     table = tables.new_table("Held-out accuracy, greedy / sampled at T = 1", columns)
     before = [measurement for measurement, _ in results.values()]
     table.add_row("before", *(cell(m) for m in before), f"{mean(m.greedy for m in before):.3f}", "")
-    for number in range(2):
+    for number in range(len(ARMS)):
         outcomes = [of_seed[number] for _, of_seed in results.values()]
         after = [outcome.measurement for outcome in outcomes]
         seconds = f"{mean(map(seconds_per_step, outcomes)):.4f}"
         label = tables.label(outcomes[0])
         table.add_row(label, *(cell(m) for m in after), f"{mean(m.greedy for m in after):.3f}", seconds)
     return table
+
+
+def mean_run(run_dirs: Sequence[Path], folder: Path) -> Path:
+    """A run folder with the held-out accuracies of several runs, averaged step by step."""
+    keys = (GREEDY.key, SAMPLED.key)
+    logged = [[line for line in read_metrics(run_dir) if GREEDY.key in line] for run_dir in run_dirs]
+    lines = [
+        {"step": at_step[0]["step"], **{key: mean(line[key] for line in at_step) for key in keys}}
+        for at_step in zip(*logged, strict=True)
+    ]
+    write_records(folder / METRICS_FILE, lines)
+    return folder
 
 
 def cell(measurement: Measurement) -> str:

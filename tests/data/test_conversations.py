@@ -62,6 +62,7 @@ def test_the_accepted_turn_is_left_out_on_request(tmp_path):
         ([], None),
         ([("u", "No."), ("a", "7")], None),
         ([("u", "ok"), ("a", "sure"), ("u", "what is the sum of 3 and 4?!"), ("a", "7")], None),
+        ([("u", "ok"), ("a", "sure"), ("u", "what is the sum of 3 and 4?!")], None),
         ([("u", "Das ist leider falsch."), ("a", "7")], None),
         ([("u", "不对"), ("a", "7")], None),
     ],
@@ -98,6 +99,7 @@ def test_corrections_are_told_by_their_words(text, verdict):
     [
         ("What is the capital of France?", "what is the capital of france", True),
         ("I asked: what is the capital of France? Please", "What is the capital of France?", True),
+        ("We talked about maps and the weather before, and then I said: name its capital", "Name its capital", True),
         ("What is the population of Peru?", "Who wrote Faust?", False),
         ("what is 3+4", "what is 5+6", False),
         ("ok", "ok", True),

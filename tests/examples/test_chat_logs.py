@@ -49,7 +49,10 @@ def test_a_base_learns_from_its_own_logs_without_sampling(load_example, root, mo
     folder = root / "chat_logs" / "seed5"
     records = [json.loads(line) for line in (folder / "conversations.jsonl").read_text().splitlines()]
     assert len(records) == 60 and all(record["messages"][0]["role"] == "user" for record in records)
-    logged, sampled = (read_metrics(folder / name) for name in ("chat_logs", "sampled_anew"))
+    logged, likely, sampled = (
+        read_metrics(folder / name) for name in ("chat_logs", "chat_logs__likely_turns", "sampled_anew")
+    )
+    assert any("turns/unlikely_share" in line for line in likely)
     assert any("turns/log_prob_mean" in line for line in logged)
     assert not any("seconds/rollout" in line for line in logged) and any("seconds/rollout" in line for line in sampled)
     assert (root / "chat_logs" / "chat_logs.png").stat().st_size > 10_000
