@@ -6,14 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_selfdistill import schedule
-from megatron_selfdistill.batch import largest, over_last_stage, pack_everywhere
+from megatron_selfdistill.batch import largest, pack_everywhere
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config, ConfigError
@@ -27,9 +26,8 @@ from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target, solve_batch_k
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
-from megatron_selfdistill.loss.weighting import LikelyTurns, TruncatedImportance, down_weighted, dropped
+from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
-from megatron_selfdistill.metrics.turns import turn_ids, turn_metrics
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Response, Sampler, SamplingParams
@@ -38,6 +36,7 @@ from megatron_selfdistill.rollout.on_demand import OnDemandSampler
 from megatron_selfdistill.rollouts import Rollouts
 from megatron_selfdistill.score import learnabilities
 from megatron_selfdistill.teacher import Teacher
+from megatron_selfdistill.turns import Turns, turn_metrics, turn_weight
 from megatron_selfdistill.verify import load_verifier
 
 IDENTITY_CONTEXTS = 8  # per replica, read twice at the start of a run
@@ -67,7 +66,7 @@ class Run:
         self.batch_k: float | None = None  # of target.rule=batch: solved from the step before
         self._sampler_log_probs: torch.Tensor | None = None
         self._row_weight: schedule.RowWeight | None = None
-        self._accepted: list[bool] = []  # of this step's contexts, where they are turns of a log
+        self._turns = Turns([], [])  # of this step, where the responses are those of a log
         if self.resumed_from is not None:
             self._resume(self.resumed_from)
         self._checked = False  # the identity law and the teacher's canary, at the start of every launch
@@ -99,8 +98,8 @@ class Run:
         with self.phases("pack"):
             self._contexts, kept = self.rollouts.contexts(problems, responses)
             if self.config.logged:
-                self._accepted = [problem.reply is not None and problem.reply.accepted for problem in problems]
-                self._row_weight = self._weight_of_turns()
+                self._turns = Turns.of(problems, self._contexts)
+                self._row_weight = turn_weight(self.config.conversations, self._turns, self.grid)
             elif self.config.objective != "solutions":
                 self._sampler_log_probs = _joined(response.log_probs for response in kept)
             if self.config.loss.rollout_correction == "truncated":
@@ -142,7 +141,8 @@ class Run:
         if output is None:
             return {}
         if self.config.logged:
-            metrics = self._metrics_of_turns(output) | step_metrics(replace(output, weights=None), None, self.grid)
+            metrics = turn_metrics(output, self._turns, self._row_weight is not None, self.grid)
+            metrics |= step_metrics(replace(output, weights=None), None, self.grid)
         else:
             metrics = step_metrics(output, self._sampler_log_probs, self.grid, self.config.loss.rollout_correction_cap)
         if not self._checked:
@@ -328,22 +328,6 @@ class Run:
     def _distillation_loss(self, target: Target) -> schedule.RowLoss:
         loss = self.config.loss
         return schedule.self_distillation(target, Divergence(loss.divergence, loss.jsd_lambda))
-
-    def _weight_of_turns(self) -> LikelyTurns | None:
-        wanted, lengths = self.config.conversations, self._lengths
-        if wanted.min_log_prob is None:
-            return None
-        weight = {"drop": dropped, "down_weight": down_weighted}[wanted.unlikely]
-        over_ranks = partial(over_last_stage, grid=self.grid)
-        return LikelyTurns(turn_ids(lengths), len(lengths), wanted.min_log_prob, weight, over_ranks)
-
-    def _metrics_of_turns(self, output: schedule.StepOutput) -> dict[str, float]:
-        weighted = self.config.conversations.min_log_prob is not None
-        return turn_metrics(output, self._lengths, self._accepted, weighted, self.grid)
-
-    @property
-    def _lengths(self) -> list[int]:
-        return [len(context.response) for context in self._contexts]
 
     def _learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         self.sampler.sleep()
