@@ -67,7 +67,7 @@ class Inputs:
             tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
             problems = load_problems(
                 evaluation.path,
-                fields=data.fields,
+                fields=_evaluation_fields(data),
                 on_bad_record="error",
                 limit=evaluation.limit,
                 require_solution=with_solutions,
@@ -163,7 +163,7 @@ class Inputs:
             builder=builder,
             problems=problems,
             counts=counts,
-            evaluation=_evaluation_problems(config, {k: v for k, v in data.fields.items() if k in _OF_EVALUATION}),
+            evaluation=_evaluation_problems(config, _evaluation_fields(data)),
             vocab_size=_vocab_size(config, tokenizer),
             max_length=max_length,
             stop_token_ids=stop_token_ids,
@@ -172,7 +172,10 @@ class Inputs:
         )
 
 
-_OF_EVALUATION = ("problem", "solution", "answer")
+def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
+    """Beside a log of conversations, ``messages`` and ``id`` are the log's columns."""
+    ours = ("problem", "solution", "answer") if data.kind == "conversations" else tuple(data.fields)
+    return {name: column for name, column in data.fields.items() if name in ours}
 
 
 def _about(log: ConversationSet) -> str:

@@ -198,13 +198,15 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadConversationError(f"{where}: expected an object with 'role' and 'content', got {_kind(message)}")
     role = message.get("role")
-    if role not in _MAY_FOLLOW or role == "assistant with tool calls":
+    if not isinstance(role, str) or role not in _MAY_FOLLOW or " " in role:
         known = ", ".join(role for role in _MAY_FOLLOW if " " not in role)
         raise BadConversationError(f"{where}: expected a role among {known}, got {_kind(role)} that is none", role)
     # Columnar files fill what a message lacks with null; chat templates ask whether a key is there.
     kept = {key: value for key, value in message.items() if value is not None and key != "accepted"}
     calls = kept.pop("tool_calls", None)
-    if calls is not None and len(calls):
+    if calls is not None and not isinstance(calls, (list, tuple)):
+        raise BadConversationError(f"{where}: expected a list of tool calls, got {_kind(calls)}", calls)
+    if calls:
         if role != "assistant":
             raise BadConversationError(f"{where}: expected tool calls of an assistant only, got some of a {role}")
         kept["tool_calls"] = [_tool_call(call, where) for call in calls]
@@ -288,7 +290,8 @@ def _accepted(
     where = f"field {columns['accepted']!r}"
     given = record.get(columns["accepted"])
     marks = [i for i, message in enumerate(raw) if message.get("accepted") is True]
-    if isinstance(given, bool) or not (given is None or (isinstance(given, (int, float)) and given == int(given))):
+    whole = isinstance(given, int) or (isinstance(given, float) and given.is_integer())  # columns with nulls are float
+    if isinstance(given, bool) or not (given is None or whole):
         raise BadConversationError(f"{where}: expected the index of a message, got {_kind(given)}", given)
     if given is not None:
         marks.append(int(given))

@@ -178,6 +178,13 @@ BAD = {
     "tool without call": (chat(("u", SECRET), ("a", "x"), ("t", SECRET)), "expected user after assistant, got tool"),
     "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "expected a text as the content of the assistant"),
     "unknown role": ([{"role": SECRET, "content": SECRET}], "expected a role among system, developer, user, assistant"),
+    "role of another kind": ([{"role": [SECRET], "content": SECRET}], "got a list that is none"),
+    "calls of another kind": ([*chat(("u", SECRET)), {"role": "assistant", "tool_calls": 3}], "a list of tool calls"),
+    "call of another kind": (
+        [*chat(("u", SECRET)), {"role": "assistant", "tool_calls": [SECRET]}],
+        "a function's name",
+    ),
+    "mark that is no number": ({"messages": CORRECTED, "accepted": float("nan")}, "index of a message, got a number"),
     "image": ([{"role": "user", "content": [{"type": "image_url", "text": SECRET}]}], "expected text parts only"),
     "number": ([{"role": "user", "content": 3}], "expected a string or text parts as the content, got a number"),
     "no messages": ({"text": SECRET}, "field 'messages': expected a non-empty list of messages, got nothing"),
