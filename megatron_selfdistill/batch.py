@@ -42,3 +42,16 @@ def largest(grid: Grid, *values: int) -> list[int]:
     tensor = torch.tensor(values, device=grid.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=grid.dp_group)
     return tensor.tolist()
+
+
+def over_last_stage(values: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The sum over context-parallel ranks, each of which holds some rows, with tensor-parallel rank 0's bits on all.
+
+    The ranks of one replica's last stage call it; ``values`` is changed.  Collectives: a sum over CP, a broadcast over
+    TP.
+    """
+    if grid.cp_size > 1:
+        dist.all_reduce(values, group=grid.cp_group)
+    if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
+        dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
+    return values

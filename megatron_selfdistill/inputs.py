@@ -4,11 +4,14 @@ before any process group exists."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_selfdistill.config import Config, ConfigError, DataConfig
+from megatron_selfdistill.data.acceptance import load_rule
 from megatron_selfdistill.data.contexts import ContextCounts, plan_contexts
+from megatron_selfdistill.data.conversations import ConversationSet, load_conversations
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
@@ -17,6 +20,7 @@ from megatron_selfdistill.data.prompts import (
     Tokenizer,
     load_tokenizer,
 )
+from megatron_selfdistill.data.replies import fitting_turns
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Inputs:
     max_length: int
     """Longest context in tokens."""
     stop_token_ids: tuple[int, ...]
+    about_conversations: tuple[str, ...] = ()
+    """What became of a log of conversations, in numbers, for people."""
+    left_out: tuple[str, ...] = ()
+    """One sentence, with file and line, for every conversation and turn that is left out."""
 
     @classmethod
     def load(cls, config: Config) -> Inputs:
@@ -59,7 +67,7 @@ class Inputs:
             tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
             problems = load_problems(
                 evaluation.path,
-                fields=data.fields,
+                fields=_evaluation_fields(data),
                 on_bad_record="error",
                 limit=evaluation.limit,
                 require_solution=with_solutions,
@@ -86,6 +94,8 @@ class Inputs:
                 f"{missing} is not set: give a file of problems and a tokenizer, or see `make quickstart`"
             )
         tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
+        if data.kind == "conversations":
+            return cls._load_conversations(config, tokenizer)
         builder = PromptBuilder(tokenizer, _templates(data))
         fields: dict[str, str | None] = {**data.fields}
         if data.solutions == "own":
@@ -99,24 +109,90 @@ class Inputs:
         )
         max_length = longest_context(config)
         problems, counts = _those_that_fit(problems, builder, max_length, config)
-        evaluation: list[Problem] = []
-        if config.evaluation.path is not None:
-            evaluation = load_problems(
-                config.evaluation.path,
-                fields=fields,
-                on_bad_record="error",
-                limit=config.evaluation.limit,
-            ).problems
         return cls(
             tokenizer=tokenizer,
             builder=builder,
             problems=problems,
             counts=counts,
-            evaluation=evaluation,
+            evaluation=_evaluation_problems(config, fields),
             vocab_size=_vocab_size(config, tokenizer),
             max_length=max_length,
             stop_token_ids=_stop_tokens(config, tokenizer),
         )
+
+    @classmethod
+    def _load_conversations(cls, config: Config, tokenizer: Tokenizer) -> Inputs:
+        data, wanted, max_length = config.data, config.conversations, longest_context(config)
+        assert data.path is not None
+        builder = PromptBuilder(tokenizer, _templates(data), wanted.show_contents)
+        stop_token_ids = _stop_tokens(config, tokenizer)
+        log = load_conversations(
+            data.path,
+            rule=load_rule(wanted.accepted_rule),
+            turns=wanted.turns,
+            fields=data.fields,
+            split=data.split,
+            on_bad_record=data.on_bad_record,
+            limit=data.limit,
+            show_contents=wanted.show_contents,
+        )
+        left_out = [*log.turns.skipped]
+        if config.logged:
+            fitting = fitting_turns(
+                builder,
+                log.turns.problems,
+                stop_token_ids=stop_token_ids,
+                max_length=max_length,
+                policy=data.on_long_context,
+                on_bad_record=data.on_bad_record,
+            )
+            problems, counts = replace(log.turns, problems=fitting.problems), fitting.counts
+            left_out += fitting.left_out
+            share = fitting.num_accepted_tokens / max(fitting.num_tokens, 1)
+            about: tuple[str, ...] = (
+                f"{fitting.num_tokens} logged tokens, {share:.3f} of them in accepted turns; {fitting.num_bad} turns "
+                "that the chat template cannot show as they were",
+            )
+            if not fitting.problems:
+                raise ConfigError(f"{data.path}: no turn is left; the first: {left_out[0] if left_out else ''}")
+        else:
+            problems, counts = _those_that_fit(log.turns, builder, max_length, config)
+            about = ()
+        return cls(
+            tokenizer=tokenizer,
+            builder=builder,
+            problems=problems,
+            counts=counts,
+            evaluation=_evaluation_problems(config, _evaluation_fields(data)),
+            vocab_size=_vocab_size(config, tokenizer),
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            about_conversations=(_about(log), *about),
+            left_out=tuple(left_out),
+        )
+
+
+def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
+    """Beside a log of conversations, ``messages`` and ``id`` are the log's columns."""
+    ours = ("problem", "solution", "answer") if data.kind == "conversations" else tuple(data.fields)
+    return {name: column for name, column in data.fields.items() if name in ours}
+
+
+def _about(log: ConversationSet) -> str:
+    return (
+        f"{log.num_conversations} conversations, the accepted answer of {log.num_marked} marked in the log and of "
+        f"{log.num_conversations - log.num_marked} found by the rule; {log.num_resolved_at_once} without a turn to "
+        f"train on; {log.num_later_turns} turns after the accepted answer left out; left out as unresolved: "
+        f"{log.num_unresolved}, as bad: {log.turns.num_skipped - log.num_unresolved}"
+    )
+
+
+def _evaluation_problems(config: Config, fields: Mapping[str, str | None]) -> list[Problem]:
+    if config.evaluation.path is None:
+        return []
+    return load_problems(
+        config.evaluation.path, fields=fields, on_bad_record="error", limit=config.evaluation.limit
+    ).problems
 
 
 def longest_context(config: Config) -> int:

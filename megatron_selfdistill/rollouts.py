@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
+from megatron_selfdistill.data.replies import reply_tokens
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.parallel import Grid
@@ -58,6 +59,7 @@ class Rollouts:
         self._sampler_step: int | None = None  # whose weights the sampler has
         self._before: dict[str, Any] | None = None  # while a step is under way: the state before it
         self._metrics: dict[str, float] = {}
+        self._replies: dict[str, list[int]] = {}  # of this step's turns, where their log has them
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -70,13 +72,18 @@ class Rollouts:
         first = _first_sample_indices(batch, self.config.rollout.num_samples)
         self._first_samples = shard(first, self.grid.dp_rank, self.grid.dp_size)
         problems = shard(batch, self.grid.dp_rank, self.grid.dp_size)
+        if self.config.logged:
+            self._replies = {problem.id: self._reply_tokens(problem) for problem in problems}
         self._prompt_pairs = {problem.id: self.prompts(problem) for problem in problems}
         return problems
 
     def generate(self, problems: Sequence[Problem], step: int, sampling: SamplingParams) -> list[Response]:
-        """``rollout.num_samples`` responses per problem, problem by problem; `EngineError` is raised on all ranks."""
+        """``rollout.num_samples`` responses per problem, problem by problem, or the one that its log has; `EngineError`
+        is raised on all ranks."""
         if self.config.objective == "solutions":
             return [self._solution(problem) for problem in problems]
+        if self.config.logged:
+            return [self._logged(problem) for problem in problems]
         keys = [
             (step, problem.id, first + i)
             for problem, first in zip(problems, self._first_samples, strict=True)
@@ -124,8 +131,10 @@ class Rollouts:
         """Both prompts of a problem; the teacher's with the best own solution, where there is one."""
         if self._own is not None and (solution := self._own.solution_for(problem.id)) is not None:
             problem = replace(problem, solution=solution.text)  # what a guided rollout reads
-        policy = self.config.data.on_long_context
-        pair = fit_teacher_prompt(self.inputs.builder, problem, policy=policy, **self._sizes)
+        policy, sizes = self.config.data.on_long_context, self._sizes
+        if self.config.logged and problem.reply is not None:
+            sizes["max_new_tokens"] = len(self._replies[problem.id])
+        pair = fit_teacher_prompt(self.inputs.builder, problem, policy=policy, **sizes)
         assert pair is not None, "Inputs.load kept only the problems that fit"
         return pair
 
@@ -227,6 +236,15 @@ class Rollouts:
     def _prompts_with(self, problem: Problem, solution: str) -> PromptPair | None:
         policy = self.config.data.on_long_context
         return prompts_with(self.inputs.builder, problem, solution, policy=policy, **self._sizes)
+
+    def _reply_tokens(self, problem: Problem) -> list[int]:
+        return reply_tokens(self.inputs.builder, problem, self.inputs.stop_token_ids)
+
+    def _logged(self, problem: Problem) -> Response:
+        """What another policy wrote, with log-probs that nobody knows."""
+        tokens = self._replies[problem.id]
+        unknown = [math.nan] * len(tokens)
+        return Response(tokens, unknown, unknown, "stop")
 
     def _solution(self, problem: Problem) -> Response:
         """The solution's own text as the response: what fine-tuning on solutions imitates."""

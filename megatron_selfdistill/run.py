@@ -30,11 +30,13 @@ from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.rollout.base import Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import configured_target, make_sampler, sampling_params
+from megatron_selfdistill.rollout.on_demand import OnDemandSampler
 from megatron_selfdistill.rollouts import Rollouts
 from megatron_selfdistill.score import learnabilities
 from megatron_selfdistill.teacher import Teacher
+from megatron_selfdistill.turns import Turns, turn_metrics, turn_weight
 from megatron_selfdistill.verify import load_verifier
 
 IDENTITY_CONTEXTS = 8  # per replica, read twice at the start of a run
@@ -63,7 +65,8 @@ class Run:
         self.step = 0
         self.batch_k: float | None = None  # of target.rule=batch: solved from the step before
         self._sampler_log_probs: torch.Tensor | None = None
-        self._row_weight: TruncatedImportance | None = None
+        self._row_weight: schedule.RowWeight | None = None
+        self._turns = Turns([], [])  # of this step, where the responses are those of a log
         if self.resumed_from is not None:
             self._resume(self.resumed_from)
         self._checked = False  # the identity law and the teacher's canary, at the start of every launch
@@ -94,7 +97,10 @@ class Run:
         """Both contexts of every response as microbatches: as many, and as long, on every replica."""
         with self.phases("pack"):
             self._contexts, kept = self.rollouts.contexts(problems, responses)
-            if self.config.objective != "solutions":
+            if self.config.logged:
+                self._turns = Turns.of(problems, self._contexts)
+                self._row_weight = turn_weight(self.config.conversations, self._turns, self.grid)
+            elif self.config.objective != "solutions":
                 self._sampler_log_probs = _joined(response.log_probs for response in kept)
             if self.config.loss.rollout_correction == "truncated":
                 drawn = _joined(response.sampled_log_probs for response in kept)
@@ -134,7 +140,11 @@ class Run:
         """
         if output is None:
             return {}
-        metrics = step_metrics(output, self._sampler_log_probs, self.grid, self.config.loss.rollout_correction_cap)
+        if self.config.logged:
+            metrics = turn_metrics(output, self._turns, self._row_weight is not None, self.grid)
+            metrics |= step_metrics(replace(output, weights=None), None, self.grid)
+        else:
+            metrics = step_metrics(output, self._sampler_log_probs, self.grid, self.config.loss.rollout_correction_cap)
         if not self._checked:
             self._checked = True
             if self.distils and self.step == 0:
@@ -254,7 +264,11 @@ class Run:
             ema_decay=config.teacher.ema_decay,
             offload=config.teacher.offload == "cpu",
         )
-        self.sampler = make_sampler(config, self.inputs, self.chunks, grid)
+        self.sampler: Sampler
+        if config.logged:  # nothing is sampled but for evaluations, where there are any
+            self.sampler = OnDemandSampler(lambda: make_sampler(config, self.inputs, self.chunks, grid))
+        else:
+            self.sampler = make_sampler(config, self.inputs, self.chunks, grid)
         self.rollouts = Rollouts(config, self.inputs, grid, self.sampler, self.phases, self._learnabilities)
 
     def _checkpoint_to_resume(self) -> Path | None:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill import schedule
-from megatron_selfdistill.batch import largest, pack_everywhere
+from megatron_selfdistill.batch import largest, over_last_stage, pack_everywhere
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
@@ -162,10 +162,7 @@ def _log_probs_of_both(student: Tensor, teacher: Tensor | None, tokens: Tensor, 
 def _to_whole_replica(both: Tensor, grid: Grid) -> None:
     """From the last stage, whose context-parallel ranks hold some columns each and zeros elsewhere, to every rank."""
     if grid.is_last_stage:
-        if grid.cp_size > 1:
-            dist.all_reduce(both, group=grid.cp_group)
-        if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
-            dist.broadcast(both, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
+        over_last_stage(both, grid)
     if grid.pp_size > 1:
         dist.broadcast(both, grid.last_stage_rank, group=grid.pp_group)
 

@@ -111,18 +111,23 @@ def _announce(run: Run) -> None:
         carry_companions(Path(run.config.checkpoint.load), folder)
     layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
+    kind = "turns" if run.inputs.about_conversations else "problems"
     start = run.config.checkpoint.load or "random weights"
     start = f"resumes {run.resumed_from}" if run.resumed_from else f"starts from {start}"
     for line in (
         f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}",
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
-        f"{len(run.inputs.problems)} problems ({counts.truncated} with a shortened solution; left out: "
+        f"{len(run.inputs.problems)} {kind} ({counts.truncated} with a shortened solution; left out: "
         f"{counts.dropped} too long, {run.inputs.problems.num_skipped} bad); "
         f"contexts of at most {run.inputs.max_length} tokens",
+        *run.inputs.about_conversations,
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
     ):
         run.log.message(line)
+    if run.inputs.left_out:
+        (folder / "left_out.txt").write_text("".join(f"{line}\n" for line in run.inputs.left_out), encoding="utf-8")
+        run.log.message(f"what was left out, by file and line: {folder / 'left_out.txt'}; {run.inputs.left_out[0]}")
 
 
 def _parser() -> argparse.ArgumentParser:

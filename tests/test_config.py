@@ -352,3 +352,25 @@ def test_settings_that_contradict_each_other_are_one_sentence(overrides, words):
     with pytest.raises(ConfigError) as caught:
         load(overrides)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective=solutions"], "data.kind=conversations needs objective=self_distillation"),
+        (["data.solutions=own"], "data.kind=conversations needs objective=self_distillation"),
+        (["rollout.record=here.jsonl"], "conversations.responses=logged samples nothing"),
+        (["rollout.guidance=mixed"], "conversations.responses=logged samples nothing"),
+        (["loss.rollout_correction=truncated"], "conversations.responses=logged samples nothing"),
+        (["conversations.responses=sampled", "conversations.min_log_prob=-1"], "min_log_prob is about logged turns"),
+        (["conversations.min_log_prob=0.5"], "a log-prob in nats, at most 0, got 0.5"),
+        (["conversations.turns=last"], "conversations.turns must be one of all, before_accepted"),
+    ],
+)
+def test_chat_logs_go_with_what_they_can_be_trained_on(overrides, words):
+    assert words in sentence_of("recipe=chat_logs", *overrides)
+
+
+def test_the_columns_of_conversations_are_unknown_to_problems():
+    assert "must be one of answer, id, messages, problem, solution" in sentence_of("data.fields.accepted=ok")
+    assert load(["recipe=chat_logs", "data.fields.accepted=ok"]).data.fields == {"accepted": "ok"}

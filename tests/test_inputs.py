@@ -176,3 +176,29 @@ def test_a_models_own_vocabulary_may_be_larger_than_the_tokenizers(folder):
 )
 def test_the_longest_context_is_the_least_of_model_row_and_wish(folder, overrides, longest):
     assert longest_context(config_of(folder, *overrides)) == longest
+
+
+def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_its_own(folder, tmp_path):
+    said = [("user", "1-1="), ("assistant", "1"), ("user", "0"), ("assistant", "00"), ("user", "."), ("assistant", "3")]
+    chat = [{"role": role, "content": text} for role, text in said]
+    write(tmp_path / "chats.jsonl", [{"chat": chat, "liked": 3}, {"chat": chat}, {"chat": chat[:1], "liked": 0}])
+    write(tmp_path / "held_out.jsonl", [{"task": "1-1=", "solution": "0", "answer": "0"}])
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}")
+    options = ["data.kind=conversations", "data.on_bad_record=skip", f"data.path={tmp_path}/chats.jsonl"]
+    fields = ["data.fields.messages=chat", "data.fields.accepted=liked", "data.fields.problem=task"]
+    evaluated = f"evaluation.path={tmp_path}/held_out.jsonl"
+    inputs = Inputs.load(config_of(folder, *options, *fields, evaluated, f"data.chat_template={template}"))
+    assert [(p.solution, p.reply.message["content"]) for p in inputs.problems.problems] == [("00", "1"), ("00", "00")]
+    assert [p.messages[0]["content"] for p in inputs.evaluation] == ["1-1="]
+    assert [line.rpartition("chats.jsonl:")[2][:2] for line in inputs.left_out] == ["2:", "3:"]
+    assert (
+        "1 conversations" in inputs.about_conversations[0]
+        and "as unresolved: 1, as bad: 1" in (inputs.about_conversations[0])
+    )
+    assert inputs.about_conversations[1].startswith("5 logged tokens, 0.600 of them in accepted turns")
+
+
+def test_a_rule_that_is_nowhere_is_a_sentence(folder):
+    rule = "conversations.accepted_rule=nowhere.rule"
+    assert "No module named 'nowhere'" in sentence_of(config_of(folder, "data.kind=conversations", rule))

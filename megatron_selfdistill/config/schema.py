@@ -180,12 +180,15 @@ class ParallelConfig:
 class DataConfig:
     """Problems, tokenizer and prompts."""
 
+    kind: str = "problems"
+    """problems (with solutions) or conversations (logs of chats; see the section ``conversations``)."""
     path: str | None = None
-    """JSONL or Parquet file, glob, or hub data-set name with problems and solutions."""
+    """JSONL or Parquet file, glob, or hub data-set name with problems and solutions, or with conversations."""
     split: str = "train"
     """Split of a hub data set."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Our field name -> the column's name, for problem, solution, answer, id, messages."""
+    """Our field name -> the column's name, for problem, solution, answer, id, messages; of conversations: messages,
+    accepted, tools, id."""
     on_bad_record: str = "error"
     """error: the first bad record ends the run; skip: count it and go on."""
     limit: int | None = None
@@ -204,7 +207,7 @@ class DataConfig:
     """What the teacher is shown, with the slots {problem} and {solution}; null takes the wording in
     prompts.py."""
     global_batch_size: int = 32
-    """Problems per step, over all data-parallel ranks."""
+    """Problems (of conversations: turns) per step, over all data-parallel ranks."""
     max_length: int | None = None
     """Longest context in tokens; null is model.max_position_embeddings."""
     on_long_context: str = "error"
@@ -215,13 +218,47 @@ class DataConfig:
     see the section ``solutions``)."""
 
     def __post_init__(self) -> None:
+        _one_of("data.kind", self.kind, ["problems", "conversations"])
         _one_of("data.solutions", self.solutions, ["given", "own"])
         _one_of("data.on_bad_record", self.on_bad_record, ["error", "skip"])
         _one_of("data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"])
         _at_least(1, "data", self, "global_batch_size limit max_length")
         known = {"problem", "solution", "answer", "id", "messages"}
+        if self.kind == "conversations":
+            known |= {"accepted", "tools"}
         for name in self.fields:
             _one_of("a key of data.fields", name, sorted(known))
+
+
+@dataclass(frozen=True)
+class ConversationsConfig:
+    """Which turns of logged conversations are trained on, and how (data.kind=conversations)."""
+
+    accepted_rule: str = "closing_turn"
+    """Which answer the user was content with, where the log has no mark: closing_turn (the last assistant message
+    before the last user turn, if that is neither a correction nor a repeat), marked (only marks count), or the dotted
+    path of ``rule(messages) -> index or None``."""
+    turns: str = "all"
+    """all (also the accepted turn, with its own text as the hint) or before_accepted."""
+    responses: str = "logged"
+    """logged (the tokens of the log: nothing is sampled, no sampler is built) or sampled (a fresh rollout of each
+    turn)."""
+    min_log_prob: float | None = None
+    """Logged turns whose mean log-prob per token under the student lies below this, in nats, are unlikely; null: none
+    is."""
+    unlikely: str = "drop"
+    """What becomes of unlikely turns: drop (weight 0 in the loss) or down_weight (exp(mean - min_log_prob))."""
+    show_contents: bool = False
+    """Messages about bad records may quote the log."""
+
+    def __post_init__(self) -> None:
+        _one_of("conversations.turns", self.turns, ["all", "before_accepted"])
+        _one_of("conversations.responses", self.responses, ["logged", "sampled"])
+        _one_of("conversations.unlikely", self.unlikely, ["drop", "down_weight"])
+        _require(
+            self.min_log_prob is None or self.min_log_prob <= 0,
+            f"conversations.min_log_prob is a log-prob in nats, at most 0, got {self.min_log_prob}",
+        )
 
 
 @dataclass(frozen=True)
@@ -631,6 +668,8 @@ class Config:
     """How it is cut."""
     data: DataConfig = field(default_factory=DataConfig)
     """Problems and prompts."""
+    conversations: ConversationsConfig = field(default_factory=ConversationsConfig)
+    """Chat logs."""
     solutions: SolutionsConfig = field(default_factory=SolutionsConfig)
     """Own solutions."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -657,6 +696,8 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, ["self_distillation", "solutions", "verified_rollouts"])
         _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
+        if self.data.kind == "conversations":
+            self._check_conversations()
         if self.loss.rollout_correction != "none":
             self._check_correction()
         _require(
@@ -666,6 +707,28 @@ class Config:
         _require(
             self.rollout.guidance == "none" or self.rollout.replay is None,
             "rollout.guidance=mixed says how responses are sampled, rollout.replay takes them from a file: unset one",
+        )
+
+    @property
+    def logged(self) -> bool:
+        """The responses are those of a log: nobody samples."""
+        return self.data.kind == "conversations" and self.conversations.responses == "logged"
+
+    def _check_conversations(self) -> None:
+        _require(
+            self.objective == "self_distillation" and self.data.solutions == "given",
+            "data.kind=conversations needs objective=self_distillation and data.solutions=given, got "
+            f"{self.objective} and {self.data.solutions}",
+        )
+        sampled = self.rollout.guidance != "none" or self.rollout.replay or self.rollout.record
+        _require(
+            not (self.logged and (sampled or self.loss.rollout_correction != "none")),
+            "conversations.responses=logged samples nothing: unset rollout.guidance, rollout.replay, rollout.record "
+            "and loss.rollout_correction, or set conversations.responses=sampled",
+        )
+        _require(
+            self.logged or self.conversations.min_log_prob is None,
+            "conversations.min_log_prob is about logged turns: unset it, or set conversations.responses=logged",
         )
 
     def _check_correction(self) -> None:

@@ -5,20 +5,30 @@ batches."""
 from __future__ import annotations
 
 import copy
-import glob
 import hashlib
 import json
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_selfdistill.data.records import BadRecordError, records
+
 FIELDS = ("problem", "messages", "solution", "answer", "id")
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoggedReply:
+    """What an assistant said, as its log has it (conversations.py)."""
+
+    message: dict[str, Any]
+    """OpenAI style; tool calls with their arguments as objects."""
+    accepted: bool
+    """It is the one with which the user was content."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class Problem:
     """The final answer for a verifier, where the data has one."""
     location: str
     """``file:line`` (JSONL) or ``file:row`` (everything else), counted from 1, for error messages."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Function schemas that the chat template is given, as a log has them."""
+    reply: LoggedReply | None = None
+    """The logged reply to ``messages``, where the problem is a turn of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,9 @@ class ProblemSet:
         """Hash of the ids and texts in order; the files' names and places do not matter."""
         digest = hashlib.sha256()
         for problem in self.problems:
-            content = [problem.id, problem.messages, problem.solution, problem.answer]
+            content: list[Any] = [problem.id, problem.messages, problem.solution, problem.answer]
+            if problem.reply is not None:
+                content += [problem.reply.message, problem.reply.accepted, problem.tools]
             digest.update(json.dumps(content, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
 
@@ -91,8 +107,8 @@ def load_problems(
         raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {on_bad_record!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 problem or null for all of them, got {limit}.")
-    records = _records(path_or_name, split, subset)
-    problems, skipped, seen_columns = _good_problems(records, columns, on_bad_record, limit, require_solution)
+    found = records(path_or_name, split, subset)
+    problems, skipped, seen_columns = _good_problems(found, columns, on_bad_record, limit, require_solution)
     if not problems:
         first = f" The first: {skipped[0]}" if skipped else ""
         raise ValueError(
@@ -175,10 +191,6 @@ def shard(batch: Sequence[T], dp_rank: int, dp_size: int) -> list[T]:
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"dp_rank: expected 0 to {dp_size - 1} (dp_size {dp_size}), got {dp_rank}.")
     return list(batch[dp_rank::dp_size])
-
-
-class BadRecordError(ValueError):
-    """What is wrong with one record: field, expected, got. Its place is added by ``load_problems``."""
 
 
 def _columns(fields: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -310,97 +322,3 @@ def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places
 def _shown(value: object) -> str:
     text = "null" if value is None else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _records(
-    path_or_name: str | Path | Sequence[str | Path], split: str, subset: str | None
-) -> Iterator[tuple[str, object]]:
-    """Yields (location, record); a line that is no JSON is yielded as the BadRecordError that says so."""
-    if isinstance(path_or_name, (str, Path)):
-        paths: list[str | Path] = [path_or_name]
-        if _is_hub_name(path_or_name):
-            yield from _hub_records(str(path_or_name), split, subset)
-            return
-    else:
-        paths = list(path_or_name)
-    for path in paths:
-        for file in _existing_files(path):
-            if file.suffix == ".parquet":
-                yield from _parquet_records(file)
-            else:
-                yield from _json_records(file)
-
-
-def _is_hub_name(path_or_name: str | Path) -> bool:
-    if isinstance(path_or_name, Path) or Path(path_or_name).exists():
-        return False
-    looks_like_a_file = Path(path_or_name).suffix in (".jsonl", ".json", ".parquet")
-    return not looks_like_a_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path_or_name) is not None
-
-
-def _existing_files(path: str | Path) -> list[Path]:
-    # The file itself comes first: its name may hold the characters of a glob.
-    files = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if not files:
-        raise FileNotFoundError(f"Problems: expected a file or a glob of files, got {path}, which matches none.")
-    for file in files:
-        if file.is_dir() or file.suffix not in (".jsonl", ".json", ".parquet"):
-            raise ValueError(
-                f"Problems: expected files ending in .jsonl, .json or .parquet, got {file}"
-                f"{' (a folder: name its files, for example with a glob)' if file.is_dir() else ''}."
-            )
-    return files
-
-
-def _json_records(file: Path) -> Iterator[tuple[str, object]]:
-    with file.open("rb") as stream:
-        start = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start.startswith(b"["):
-        yield from _json_array_records(file)
-        return
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield f"{file}:{number}", _parsed(line)
-
-
-def _json_array_records(file: Path) -> Iterator[tuple[str, object]]:
-    try:
-        records = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected a JSON array of records, got text that is no JSON ({error}).") from None
-    for row, record in enumerate(records, 1):
-        yield f"{file}:{row}", record
-
-
-def _parsed(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        start = line[:60].decode(errors="replace").rstrip()
-        return BadRecordError(f"expected one JSON object per line, got {start!r} ({error}).")
-
-
-def _parquet_records(file: Path) -> Iterator[tuple[str, object]]:
-    import datasets  # takes a second to import, and JSONL does not need it
-
-    # Streaming: no Arrow copy of the file in the user's cache, and nothing to lock between ranks.
-    # glob.escape, since data_files are patterns and an existing file's name need not be one.
-    rows = datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train", streaming=True)
-    for row, record in enumerate(rows, 1):
-        yield f"{file}:{row}", record
-
-
-def _hub_records(name: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError) as error:  # not found, no network, unknown split or subset
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"Problems: {name!r} is no file here and could not be had as a hub data set "
-            f"(split {split!r}, subset {subset!r}): {reason}"
-        ) from error
-    for row, record in enumerate(rows, 1):
-        yield f"{name}[{split}]:{row}", record

@@ -86,8 +86,15 @@ class Tokenizer(Protocol):
 class PromptBuilder:
     """Turns problems into prompts. Both contexts of a problem end in the same generation prompt."""
 
-    def __init__(self, tokenizer: Tokenizer, templates: PromptTemplates) -> None:
-        self.tokenizer, self.templates = tokenizer, templates
+    def __init__(self, tokenizer: Tokenizer, templates: PromptTemplates, show_contents: bool = True) -> None:
+        """``show_contents``: errors may quote what the problems and the chat template say."""
+        self.tokenizer, self.templates, self.show_contents = tokenizer, templates, show_contents
+
+    def student_text(self, problem: Problem, reply: Mapping[str, Any] | None = None) -> str:
+        """The student's prompt as text; with ``reply``, the conversation with it at the end, without generation
+        prompt."""
+        messages = self._student_messages(problem)
+        return self._render([*messages, *([dict(reply)] if reply else [])], problem, reply is None)
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Token ids of the problem's conversation, up to and including the generation prompt."""
@@ -114,10 +121,14 @@ class PromptBuilder:
         skip = 1 if student.joins_message or teacher.joins_message else 0
         if student.generation_text != teacher.generation_text or student.tail[skip:] != teacher.tail[skip:]:
             decode = self.tokenizer.decode
+            got = (
+                f"{decode(student.tail)!r} {student.tail} for the student and {decode(teacher.tail)!r} "
+                f"{teacher.tail} for the teacher"
+            )
             raise ValueError(
                 f"{problem.location}: expected both contexts to end in the same generation prompt, got "
-                f"{decode(student.tail)!r} {student.tail} for the student and {decode(teacher.tail)!r} "
-                f"{teacher.tail} for the teacher; the chat template depends on the text of the message: "
+                f"{got if self.show_contents else 'different ones'}; the chat template depends on the text of the "
+                "message: "
                 "change the teacher's template, or fix the generation prompt with chat_template_kwargs."
             )
         return student.ids, teacher.ids
@@ -151,13 +162,17 @@ class PromptBuilder:
         return _SplitPrompt(ids, ids[equal:], generation_text, joins_message=equal < len(before_ids))
 
     def _render(self, messages: list[dict[str, Any]], problem: Problem, add_generation_prompt: bool) -> str:
+        kwargs = dict(self.templates.chat_template_kwargs)
+        if problem.tools:
+            kwargs["tools"] = list(problem.tools)
         try:
-            return self.tokenizer.render_chat(
-                messages, add_generation_prompt=add_generation_prompt, **self.templates.chat_template_kwargs
-            )
+            return self.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs)
         except MissingChatTemplateError:
             raise
         except Exception as error:  # a template is a program and raises what it likes; we add the place
+            if not self.show_contents:
+                sentence = f"{problem.location}: the chat template refused the conversation ({type(error).__name__})"
+                raise ValueError(sentence) from None
             raise ValueError(f"{problem.location}: the chat template refused the conversation: {error}") from error
 
 

@@ -1,0 +1,203 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Learning from chat logs: nothing is sampled while training, the logs were written once, before it.
+
+A base that has learnt column subtraction from homework with mistakes, and from conversations, answers problems at
+T = 1.  A scripted user checks each answer: it says "wrong, again", up to twice; a right answer ends the conversation
+with thanks, and after the last wrong one the user gives the answer and marks it.  Then the base reads its own turns
+next to the accepted answers, and moves towards what it says there.
+
+The logs stay what the base said, while the student moves away from it: after some steps it learns at places where it
+would never be, and forgets.  The second arm therefore leaves out turns that the student of the moment finds unlikely.
+The third samples the same turns anew from the present weights: on-policy self-distillation, to compare with.
+
+    python examples/08_chat_logs.py
+    python examples/08_chat_logs.py --seeds 5 6 7        with the figure over three seeds
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import arms
+import subtraction_chats
+import tables
+from arms import Arm, Measurement, Outcome, console
+from pretraining import CONFIG_NAME, Base, write_records
+from rich.table import Table
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.metrics import read_metrics
+from megatron_selfdistill.metrics.log import METRICS_FILE
+from megatron_selfdistill.report.curves import GREEDY, SAMPLED, plot_curves
+
+if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
+    from megatron_selfdistill.inference import Inference
+    from megatron_selfdistill.inputs import Inputs
+
+NUM_SESSIONS = 2000
+NUM_ATTEMPTS = 3
+NUM_STEPS = 100
+LOGGED = Arm("Chat logs", ("recipe=chat_logs",))
+LIKELY = Arm("Chat logs, likely turns", ("recipe=chat_logs", "conversations.min_log_prob=-0.2"))
+ON_POLICY = Arm("Sampled anew", ("recipe=chat_logs", "conversations.responses=sampled"))
+ARMS = (LOGGED, LIKELY, ON_POLICY)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arms.example_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", help="run each of these, and draw them in one figure")
+    options = parser.parse_args(argv)
+    arms.prepare_process()
+    seeds = options.seeds or [options.seed]
+    steps = options.steps or NUM_STEPS
+    results = {seed: one_seed(seed, options.folder, steps) for seed in seeds}
+    console.print(over_seeds(results))
+    folder = options.folder / "chat_logs"
+    runs = {
+        arm.title: mean_run(
+            [outcomes[number].run_dir for _, outcomes in results.values()], folder / "mean" / str(number)
+        )
+        for number, arm in enumerate(ARMS)
+    }
+    title = f"Self-distillation from chat logs; mean over seeds {', '.join(map(str, seeds))}"
+    figure = plot_curves(runs, folder / "chat_logs.png", (GREEDY, SAMPLED), title)
+    console.print(f"curves: {figure}\n", soft_wrap=True)
+    console.print(
+        "Logs teach less than the model's own samples, and less and less as the student moves away from them:\n"
+        "evaluate, and leave out turns that have become unlikely (conversations.min_log_prob).",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outcome]]:
+    """Pretrain or find the base, let it write its logs, train on them."""
+    base = arms.prepared_base(subtraction_chats, seed, root)
+    folder = root / "chat_logs" / f"seed{seed}"
+    logs = write_records(folder / "conversations.jsonl", conversations(base, seed))
+    template = folder / "chat_template.jinja"
+    template.write_text(subtraction_chats.CHAT_TEMPLATE)
+    settings = (
+        f"num_steps={steps}",
+        f"data.chat_template={template}",
+        "evaluation.num_samples=4",
+        "metrics.console_every=50",
+    )
+    runs = [Arm(arm.title, (*arm.overrides, *settings)).on(logs) for arm in ARMS]
+    return tables.compare(f"Chat logs, seed {seed}", base, runs, folder, panels=(GREEDY, SAMPLED))
+
+
+def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
+    """NUM_SESSIONS conversations between the base and the scripted user, as OpenAI-style messages."""
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.inference import open_inference
+    from megatron_selfdistill.inputs import Inputs
+
+    overrides = [*base.overrides, f"data.path={base.held_out}", f"run_dir={base.folder / 'logs'}"]
+    config = configuration.load(overrides, CONFIG_NAME)
+    inputs = Inputs.load(config)
+    problems = subtraction_chats.distinct(NUM_SESSIONS, "train", seed=777 + seed)
+    sessions = [Session(a, b) for a, b in problems]
+    grid = parallel.initialize(config.parallel, config.seed)
+    try:
+        with open_inference(config, inputs, grid) as inference:
+            for attempt in range(NUM_ATTEMPTS):
+                open_ones = [session for session in sessions if not session.closed]
+                for session, answer in zip(
+                    open_ones, answers(open_ones, attempt, inference, inputs, seed), strict=True
+                ):
+                    session.hear(answer, last=attempt + 1 == NUM_ATTEMPTS)
+    finally:
+        parallel.shutdown()
+    right = sum(session.by_the_model for session in sessions)
+    console.print(f"{len(sessions)} conversations; in {right} the model found the answer, else the user gave it")
+    return [session.record() for session in random.Random(seed).sample(sessions, len(sessions))]
+
+
+def answers(sessions: Sequence[Session], attempt: int, inference: Inference, inputs: Inputs, seed: int) -> list[str]:
+    """What the model says next in each conversation, at T = 1."""
+    from megatron_selfdistill.rollout.base import Request, response_text, stream_seed
+
+    encode = inputs.tokenizer.encode
+    requests = [Request(encode(s.text), stream_seed(seed, 0, s.name, attempt)) for s in sessions]
+    return [response_text(r, inputs.tokenizer) for r in inference.sampler.generate(requests, inference.sampling)]
+
+
+class Session:
+    """One conversation, and a user who knows the answer."""
+
+    def __init__(self, a: int, b: int) -> None:
+        self.name, self.answer = f"{a}-{b}", subtraction_chats.answer(a, b)
+        self.messages: list[dict[str, Any]] = [user(subtraction_chats.problem_text(a, b))]
+        self.closed = self.by_the_model = False
+
+    @property
+    def text(self) -> str:
+        """As the model reads it: CHAT_TEMPLATE."""
+        return "".join(m["content"] + "$" * (m["role"] == "assistant") for m in self.messages)
+
+    def hear(self, reply: str, last: bool) -> None:
+        """The model's reply, and what the user says to it."""
+        self.messages.append({"role": "assistant", "content": reply or "_"})
+        self.by_the_model = reply.count(";") == 1 and reply.partition(";")[2] == self.answer
+        self.closed = self.by_the_model or last
+        if self.by_the_model:
+            self.messages.append(user("thanks"))  # the default rule finds out that the answer was accepted
+        elif last:
+            self.messages.append(user(self.answer) | {"accepted": True})  # a user's answer has to be marked
+        else:
+            self.messages.append(user(subtraction_chats.AGAIN))
+
+    def record(self) -> dict[str, Any]:
+        return {"id": self.name, "messages": self.messages}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Table:
+    """Accuracies of each seed, and the seconds of a step."""
+    seeds = list(results)
+    columns = (*(f"seed {seed}" for seed in seeds), "mean greedy", "s per step")
+    table = tables.new_table("Held-out accuracy, greedy / sampled at T = 1", columns)
+    before = [measurement for measurement, _ in results.values()]
+    table.add_row("before", *(cell(m) for m in before), f"{mean(m.greedy for m in before):.3f}", "")
+    for number in range(len(ARMS)):
+        outcomes = [of_seed[number] for _, of_seed in results.values()]
+        after = [outcome.measurement for outcome in outcomes]
+        seconds = f"{mean(map(seconds_per_step, outcomes)):.4f}"
+        label = tables.label(outcomes[0])
+        table.add_row(label, *(cell(m) for m in after), f"{mean(m.greedy for m in after):.3f}", seconds)
+    return table
+
+
+def mean_run(run_dirs: Sequence[Path], folder: Path) -> Path:
+    """A run folder with the held-out accuracies of several runs, averaged step by step."""
+    keys = (GREEDY.key, SAMPLED.key)
+    logged = [[line for line in read_metrics(run_dir) if GREEDY.key in line] for run_dir in run_dirs]
+    lines = [
+        {"step": at_step[0]["step"], **{key: mean(line[key] for line in at_step) for key in keys}}
+        for at_step in zip(*logged, strict=True)
+    ]
+    write_records(folder / METRICS_FILE, lines)
+    return folder
+
+
+def cell(measurement: Measurement) -> str:
+    return f"{measurement.greedy:.3f} / {measurement.sampled:.3f}"
+
+
+def seconds_per_step(outcome: Outcome) -> float:
+    """Mean over the steps but the first five, which warm up; without evaluations."""
+    lines = [line for line in read_metrics(outcome.run_dir) if "seconds/step" in line]
+    return mean(line["seconds/step"] - line.get("seconds/evaluation", 0.0) for line in lines[5:] or lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

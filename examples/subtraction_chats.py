@@ -1,0 +1,47 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""subtraction.py for a base that has also read conversations: a pupil hears that the work is wrong, and does it again.
+
+500-408:08=2.,00=0.,54=1.;102$X08=2b,00=9b,54=0.;092$       X: wrong, again
+500-408:08=2.,00=0.,54=1.;102$XH092|08=2b,00=9b,54=0.;092$  the same behind the answer as a hint
+"""
+
+from __future__ import annotations
+
+import random
+
+from subtraction import *  # noqa: F403
+from subtraction import ALPHABET, answer, draw, problem_text, record, verify, work
+from subtraction import corpus_row as homework_row
+
+__all__ = ["ALPHABET", "record", "verify"]
+
+NAME = "subtraction_chats"
+OVERRIDES: tuple[str, ...] = ()
+PRETRAINING_STEPS = 2500
+AGAIN = "X"
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}$" + "{% endif %}{% endfor %}"
+
+
+def corpus_row(rng: random.Random) -> tuple[str, str, str]:
+    """A quarter are conversations with one or two wrong attempts before the last one, which is as buggy as homework is
+    without a hint and clean behind one (40 %); the rest are subtraction.py's rows."""
+    if rng.random() >= 0.25:
+        return homework_row(rng)
+    a, b = draw(rng, "corpus")
+    prompt = problem_text(a, b)
+    for _ in range(rng.choice((1, 1, 2))):
+        prompt += wrong_attempt(a, b, rng) + AGAIN
+    if rng.random() >= 0.4:
+        text = work(a, b, rng, bug=0.25, zero_bug=0.75)
+        return prompt, text, text
+    clean = work(a, b)
+    draft = work(a, b, rng, bug=0.4, zero_bug=0.6, slip=0.1) if rng.random() < 0.6 else clean
+    return f"{prompt}H{answer(a, b)}|", draft, clean
+
+
+def wrong_attempt(a: int, b: int, rng: random.Random) -> str:
+    """Homework with a wrong answer."""
+    while True:
+        text = work(a, b, rng, bug=0.25, zero_bug=0.75)
+        if not text.endswith(f";{answer(a, b)}$"):
+            return text

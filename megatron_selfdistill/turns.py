@@ -1,0 +1,98 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Logged turns in a step: how likely they are for the student, and what they weigh in the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.batch import over_last_stage
+from megatron_selfdistill.config import ConversationsConfig
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.loss.weighting import LikelyTurns, down_weighted, dropped
+from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.schedule import StepOutput
+
+
+@dataclass(frozen=True)
+class Turns:
+    """This replica's turns of a step, in the order of ``PackedBatch.response_tokens``."""
+
+    lengths: list[int]
+    """Tokens of each reply."""
+    accepted: list[bool]
+    """It is the reply with which the user was content."""
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem], contexts: Sequence[ContextPair]) -> Turns:
+        """``contexts[i]`` is the logged reply of ``problems[i]`` behind its prompts."""
+        accepted = [problem.reply is not None and problem.reply.accepted for problem in problems]
+        return cls([len(context.response) for context in contexts], accepted)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """[sum of lengths] int64: the turn of each response token, counted from 0."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths, dtype=torch.int64))
+
+
+def turn_weight(wanted: ConversationsConfig, turns: Turns, grid: Grid) -> LikelyTurns | None:
+    """The weights of a step's rows that ``conversations.min_log_prob`` asks for; None where it is null."""
+    if wanted.min_log_prob is None:
+        return None
+    weight = {"drop": dropped, "down_weight": down_weighted}[wanted.unlikely]
+    over_ranks = partial(over_last_stage, grid=grid)
+    return LikelyTurns(turns.ids, len(turns.lengths), wanted.min_log_prob, weight, over_ranks)
+
+
+def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: Grid) -> dict[str, float]:
+    """Over the turns of the global batch, under flat keys; equal on all ranks.  ``weighted``: there is a `turn_weight`.
+
+        turns/count
+        turns/log_prob_mean, turns/log_prob_min   of the turns' mean log-prob per token under the student, nats
+        turns/accepted_share, turns/accepted_token_share   of the turns, of their tokens
+        turns/unlikely_share, turns/unlikely_token_share   those whose weight in the loss is below 1 (``weighted``)
+
+    Collectives: of the per-turn sums one over CP and TP, then a sum and a minimum over the world, and a broadcast.
+    """
+    totals = torch.zeros(7, dtype=torch.float64, device=grid.device)
+    lowest = torch.full((1,), math.inf, dtype=torch.float64, device=grid.device)
+    if output.stats is not None:
+        sums = torch.zeros(2, len(turns.lengths), dtype=torch.float64, device=grid.device)
+        ids = turns.ids[output.response_ids.cpu()].to(grid.device)
+        sums[0].index_add_(0, ids, output.stats.student_log_prob.double())
+        if output.weights is not None:
+            sums[1].index_add_(0, ids, (output.weights < 1).double())
+        sums = over_last_stage(sums, grid)
+        if grid.tp_rank == 0 and grid.cp_rank == 0 and turns.lengths:
+            tokens = torch.tensor(turns.lengths, dtype=torch.float64, device=grid.device)
+            chosen = torch.tensor(turns.accepted, dtype=torch.float64, device=grid.device)
+            means, unlikely = sums[0] / tokens, (sums[1] > 0).double()
+            parts = (torch.ones_like(tokens), tokens, means, chosen, chosen * tokens, unlikely, unlikely * tokens)
+            totals += torch.stack([part.sum() for part in parts])
+            lowest[0] = means.min()
+    if grid.world_size > 1:
+        dist.all_reduce(totals)
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        both = torch.cat([totals, lowest])
+        dist.broadcast(both, src=0)  # an all-reduce need not give every rank the same bits
+        totals, lowest = both[:-1], both[-1:]
+    count, num_tokens, log_prob, num_accepted, accepted_tokens, num_unlikely, unlikely_tokens = totals.tolist()
+    if not count:
+        return {}
+    metrics = {
+        "turns/count": count,
+        "turns/log_prob_mean": log_prob / count,
+        "turns/log_prob_min": float(lowest[0]),
+        "turns/accepted_share": num_accepted / count,
+        "turns/accepted_token_share": accepted_tokens / num_tokens,
+    }
+    if weighted:
+        metrics["turns/unlikely_share"] = num_unlikely / count
+        metrics["turns/unlikely_token_share"] = unlikely_tokens / num_tokens
+    return metrics

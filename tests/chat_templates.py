@@ -1,0 +1,40 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Chat templates in small: ChatML with tools, one that strips reasoning from earlier turns, and ones that lose text."""
+
+from __future__ import annotations
+
+_HEAD = (
+    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %} {{ t.function.name }}{% endfor %}<|im_end|>\n"
+    "{% endif %}"
+)
+_CALLS = (
+    "{% for c in m.tool_calls or [] %}{{ '\n' }}[call] {{ c.function.name }} {{ c.function.arguments | tojson }}"
+    "{% endfor %}"
+)
+_GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+CHATML = (
+    _HEAD
+    + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    + _CALLS
+    + "<|im_end|>\n{% endfor %}"
+    + _GENERATION
+)
+"""Keeps everything of every turn."""
+
+STRIPPING = _HEAD + (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 < ns.last %}{{ m.content.split('</think>')[-1].lstrip() }}"
+    "{% else %}{{ m.content or '' }}{% endif %}" + _CALLS + "<|im_end|>\n{% endfor %}" + _GENERATION
+)
+"""Shows the reasoning of turns behind the last user message only, as Qwen3's does."""
+
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    + _GENERATION
+)
+"""Drops all reasoning, also that of the last turn."""
+
+OPENING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+"""The generation prompt opens the reasoning."""

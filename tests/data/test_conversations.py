@@ -1,0 +1,250 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Logged conversations: what is read, what is refused without being quoted, and which turns come out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_selfdistill.data.acceptance import closing_turn, is_correction, is_repeat, load_rule, marked
+from megatron_selfdistill.data.conversations import ConversationSet, load_conversations
+
+SECRET = "zebra"
+
+
+def chat(*turns: tuple[str, str]) -> list[dict[str, Any]]:
+    names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    return [{"role": names[role], "content": content} for role, content in turns]
+
+
+def log(folder: Path, *entries: Any, **options: Any) -> ConversationSet:
+    """``entries``: records, or lists of messages."""
+    path = folder / "log.jsonl"
+    entries = tuple({"messages": entry} if isinstance(entry, list) else entry for entry in entries)
+    path.write_text("".join(f"{e if isinstance(e, str) else json.dumps(e)}\n" for e in entries))
+    return load_conversations(path, **{"rule": closing_turn, **options})
+
+
+CORRECTED = chat(("s", "Be brief."), ("u", "3+4?"), ("a", "8"), ("u", "No, wrong."), ("a", "7"), ("u", "Thanks!"))
+
+
+def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_as_its_solution(tmp_path):
+    found = log(tmp_path, {"id": "c", "messages": CORRECTED})
+    first, second = found.turns.problems
+    assert [first.id, second.id] == ["c/2", "c/4"] and first.location.endswith("log.jsonl:1, message 2")
+    assert first.messages == tuple(CORRECTED[:2]) and second.messages == tuple(CORRECTED[:4])
+    assert first.solution == second.solution == "7"
+    assert (first.reply.message, first.reply.accepted) == (CORRECTED[2], False)
+    assert (second.reply.message, second.reply.accepted) == (CORRECTED[4], True)
+    assert (found.num_conversations, found.num_marked) == (1, 0)
+
+
+def test_the_accepted_turn_is_left_out_on_request(tmp_path):
+    at_once = chat(("u", "3+4?"), ("a", "7"), ("u", "Thanks!"))
+    found = log(tmp_path, CORRECTED, at_once, turns="before_accepted")
+    assert [p.reply.message["content"] for p in found.turns.problems] == ["8"]
+    assert (found.num_conversations, found.num_resolved_at_once) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("rest", "accepted"),
+    [
+        ([("u", "thanks")], 1),
+        ([("u", "thanks"), ("a", "You are welcome.")], 1),
+        ([("u", "And how far is the moon?")], 1),
+        ([("u", "And how far is the moon?"), ("a", "Far.")], None),
+        ([("u", "And how far is the moon?"), ("a", "Far."), ("u", "Muchas gracias"), ("a", "Welcome.")], 3),
+        ([("u", "谢谢"), ("a", "不客气")], 1),
+        ([("u", "No, that is wrong."), ("a", "7"), ("u", "great")], 3),
+        ([], None),
+        ([("u", "No."), ("a", "7")], None),
+        ([("u", "ok"), ("a", "sure"), ("u", "what is the sum of 3 and 4?!"), ("a", "7")], None),
+        ([("u", "ok"), ("a", "sure"), ("u", "what is the sum of 3 and 4?!")], None),
+        ([("u", "Das ist leider falsch."), ("a", "7")], None),
+        ([("u", "不对"), ("a", "7")], None),
+    ],
+)
+def test_the_rule_takes_the_reply_before_a_closing_turn_that_neither_corrects_nor_repeats(rest, accepted):
+    assert closing_turn(chat(("u", "What is the sum of 3 and 4?"), ("a", "8"), *rest)) == accepted
+
+
+def test_a_reply_without_text_is_not_what_the_rule_accepts():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    messages = [*chat(("u", "3+4?")), call, *chat(("t", "7"), ("a", "It is 7."), ("u", "Thanks"))]
+    assert closing_turn(messages) == 3
+    assert closing_turn([*messages[:3], {"role": "assistant"}, messages[4]]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Thanks a lot", False),
+        ("Perfect. Now translate it to French please, and do not use slang", False),
+        ("not quite", True),
+        ("The third line of the function that you have just given me is wrong", True),
+        ("es sigue mal", True),
+        ("Это неверно", True),
+        ("WRONG", True),
+    ],
+)
+def test_corrections_are_told_by_their_words(text, verdict):
+    assert is_correction(text) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "earlier", "verdict"),
+    [
+        ("What is the capital of France?", "what is the capital of france", True),
+        ("I asked: what is the capital of France? Please", "What is the capital of France?", True),
+        ("We talked about maps and the weather before, and then I said: name its capital", "Name its capital", True),
+        ("What is the population of Peru?", "Who wrote Faust?", False),
+        ("what is 3+4", "what is 5+6", False),
+        ("ok", "ok", True),
+        ("ok", "no", False),
+    ],
+)
+def test_repeats_are_alike_and_name_the_same_numbers(text, earlier, verdict):
+    assert is_repeat(text, earlier) == verdict
+
+
+def test_marks_in_the_record_and_on_the_message_win_over_the_rule(tmp_path):
+    marked_messages = [dict(message) for message in CORRECTED]
+    marked_messages[2]["accepted"] = True
+    found = log(tmp_path, {"messages": CORRECTED, "accepted": 2}, marked_messages)
+    assert [p.solution for p in found.turns.problems] == ["8", "8"]
+    assert "accepted" not in found.turns.problems[1].reply.message
+    assert (found.num_marked, found.num_later_turns) == (2, 2)
+
+
+def test_a_user_who_gave_the_answer_himself_is_marked_like_a_reply(tmp_path):
+    messages = chat(("u", "3+4?"), ("a", "8"), ("u", "It is 7."))
+    found = log(tmp_path, {"messages": messages, "accepted": 2}, rule=marked)
+    [turn] = found.turns.problems
+    assert (turn.solution, turn.reply.message["content"], turn.reply.accepted) == ("It is 7.", "8", False)
+
+
+def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monkeypatch):
+    (tmp_path / "rule_of_a_test.py").write_text("def third_message(messages):\n    return 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rule = load_rule("rule_of_a_test.third_message")
+    found = log(tmp_path, CORRECTED, rule=rule)
+    assert [p.solution for p in found.turns.problems] == ["8"]
+
+    def broken(messages):
+        raise KeyError(messages[1]["content"])
+
+    with pytest.raises(ValueError, match="the rule broken for the accepted answer failed with KeyError;") as caught:
+        log(tmp_path, CORRECTED, rule=broken)
+    assert "3+4" not in str(caught.value)
+    with pytest.raises(ValueError, match="closing_turn, marked or the dotted path of a function, got 'nonsense'"):
+        load_rule("nonsense")
+
+
+def test_parts_are_joined_nulls_dropped_and_tool_arguments_parsed(tmp_path):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 3, "b": 4}'}}
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "3+4?"}],
+            "name": None,
+        },
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "assistant", "content": "<think>add</think>\n7", "tool_calls": []},
+        {"role": "user", "content": "Thanks"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "description": None}}]
+    first, second = log(tmp_path, {"messages": messages, "tools": tools}).turns.problems
+    assert first.messages == ({"role": "user", "content": "What is\n3+4?"},)
+    assert first.reply.message["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 3, "b": 4}}
+    assert "content" not in first.reply.message and second.messages[2]["content"] == ""
+    assert first.solution == "7", "the hint is without the reasoning"
+    assert "tool_calls" not in second.reply.message
+    assert first.tools == ({"type": "function", "function": {"name": "add"}},)
+
+
+BAD = {
+    "no assistant turn": (chat(("u", SECRET)), "expected an assistant turn, got none"),
+    "unresolved": (chat(("u", SECRET), ("a", SECRET)), "unresolved: expected a mark, or a closing user turn"),
+    "two users": (chat(("u", SECRET), ("u", SECRET)), "'messages[1]': expected assistant after user, got user"),
+    "begins with a reply": (
+        chat(("a", SECRET)),
+        "expected system or developer or user after the beginning, got assist",
+    ),
+    "late system": (chat(("u", SECRET), ("s", SECRET)), "expected assistant after user, got system"),
+    "tool without call": (chat(("u", SECRET), ("a", "x"), ("t", SECRET)), "expected user after assistant, got tool"),
+    "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "expected a text as the content of the assistant"),
+    "unknown role": ([{"role": SECRET, "content": SECRET}], "expected a role among system, developer, user, assistant"),
+    "role of another kind": ([{"role": [SECRET], "content": SECRET}], "got a list that is none"),
+    "calls of another kind": ([*chat(("u", SECRET)), {"role": "assistant", "tool_calls": 3}], "a list of tool calls"),
+    "call of another kind": (
+        [*chat(("u", SECRET)), {"role": "assistant", "tool_calls": [SECRET]}],
+        "a function's name",
+    ),
+    "mark that is no number": ({"messages": CORRECTED, "accepted": float("nan")}, "index of a message, got a number"),
+    "image": ([{"role": "user", "content": [{"type": "image_url", "text": SECRET}]}], "expected text parts only"),
+    "number": ([{"role": "user", "content": 3}], "expected a string or text parts as the content, got a number"),
+    "no messages": ({"text": SECRET}, "field 'messages': expected a non-empty list of messages, got nothing"),
+    "no object": (f'"{SECRET}"', "expected a JSON object per record, got a text"),
+    "no JSON": (f'{{"messages": "{SECRET}', "expected one JSON object per line, got text that is no JSON"),
+    "mark beyond": ({"messages": CORRECTED, "accepted": 9}, "expected an index below 6, got 9"),
+    "mark on the question": (
+        {"messages": CORRECTED, "accepted": 1},
+        "expected message 1 to be an assistant's with text",
+    ),
+    "mark of another kind": (
+        {"messages": CORRECTED, "accepted": SECRET},
+        "expected the index of a message, got a text",
+    ),
+    "broken arguments": (
+        [
+            *chat(("u", SECRET)),
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": f"{{{SECRET}"}}]},
+        ],
+        "expected a tool call's arguments to be JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_log_is_named_by_file_and_line_and_counted_but_never_quoted(name, tmp_path):
+    entry, words = BAD[name]
+    with pytest.raises(ValueError) as caught:
+        log(tmp_path, CORRECTED, entry)
+    sentence = str(caught.value)
+    assert words in sentence and "log.jsonl:2: " in sentence and SECRET not in sentence and "\n" not in sentence
+    found = log(tmp_path, CORRECTED, entry, CORRECTED, on_bad_record="skip")
+    assert (len(found.turns), found.turns.num_skipped, found.num_unresolved) == (4, 1, int(name == "unresolved"))
+    assert words in found.turns.skipped[0] and SECRET not in found.turns.skipped[0]
+
+
+def test_contents_are_shown_where_one_asks_for_them(tmp_path):
+    with pytest.raises(ValueError, match=SECRET):
+        log(tmp_path, *[BAD["unknown role"][0]], show_contents=True)
+
+
+def test_parquet_holds_the_same_conversations(tmp_path):
+    import pandas
+
+    records = [{"messages": CORRECTED, "accepted": None}, {"messages": CORRECTED, "accepted": 2}]
+    pandas.DataFrame(records).to_parquet(tmp_path / "log.parquet")
+    [*of_parquet] = load_conversations(tmp_path / "log.parquet", rule=closing_turn).turns.problems
+    [*of_json] = log(tmp_path, *records).turns.problems
+    assert [(p.messages, p.solution, p.reply) for p in of_parquet] == [
+        (p.messages, p.solution, p.reply) for p in of_json
+    ]
+
+
+def test_a_log_without_any_turn_is_an_error_that_counts(tmp_path):
+    with pytest.raises(ValueError, match=r"got none: 0 good ones, 1 bad; the first: .*log.jsonl:1: "):
+        log(tmp_path, BAD["unresolved"][0], on_bad_record="skip")
+
+
+def test_a_log_with_another_reply_is_another_data_set(tmp_path):
+    other = [dict(message) for message in CORRECTED]
+    other[2]["content"] = "9"
+    one, two = (log(tmp_path, {"id": "c", "messages": m}, turns="before_accepted").turns for m in (CORRECTED, other))
+    assert one.fingerprint != two.fingerprint

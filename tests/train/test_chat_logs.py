@@ -1,0 +1,166 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Runs on logged conversations: nothing is sampled, nothing is quoted, unlikely turns are weighted in every layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+from tiny_run import differences, overrides, reproducible_metrics
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
+SECRET = "314-159:2653"  # of characters that the tokenizer knows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """40 conversations of two assistant turns, and three bad ones."""
+    import subtraction
+    from pretraining import write_records
+
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.write_data(folder)
+    (folder / "template.jinja").write_text(TEMPLATE)
+    records: list[dict[str, Any]] = []
+    for number, (a, b) in enumerate(subtraction.distinct(40, "train", seed=1)):
+        turns = [
+            subtraction.problem_text(a, b),
+            f"{number:03d};{b:03d}",
+            "X",
+            f"{SECRET};{subtraction.answer(a, b)}",
+            "thanks",
+        ]
+        records.append(
+            {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]}
+        )
+    bad = [{"messages": records[0]["messages"][:4]}, {"messages": [{"role": SECRET, "content": SECRET}]}]
+    too_long = [
+        {"role": "user", "content": SECRET},
+        {"role": "assistant", "content": "1" * 300},
+        records[0]["messages"][4],
+    ]
+    write_records(folder / "chats.jsonl", [*records, *bad, {"messages": too_long}])
+    return folder
+
+
+def chats(data: Path, run_dir: Path, *more: str) -> list[str]:
+    logs = ["recipe=chat_logs", f"data.path={data}/chats.jsonl", f"data.chat_template={data}/template.jinja"]
+    return overrides(data, run_dir, *logs, *more)
+
+
+def train(ranks, arguments: list[str], world_size: int = 1, start=tiny_run.start) -> None:
+    assert ranks.run(start, arguments, world_size=world_size, init_process_group=False) == [0] * world_size
+
+
+def start_where_no_sampler_can_be_built(arguments: list[str]) -> int:
+    from megatron_selfdistill import run
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a sampler was built")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_sampler", refuse)
+        return tiny_run.start(arguments)
+
+
+def test_a_run_on_logs_builds_no_sampler_and_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path):
+    arguments = chats(data, tmp_path / "whole")
+    train(ranks, arguments, start=start_where_no_sampler_can_be_built)
+    lines = reproducible_metrics(tmp_path / "whole")
+    assert len(lines) == 6 and all(line["turns/count"] == 8 for line in lines)
+    assert all(0 < line["turns/accepted_token_share"] < 1 and "sampled" not in line for line in lines)
+    assert all(line["turns/log_prob_min"] <= line["turns/log_prob_mean"] < 0 for line in lines)
+    assert not any(key.startswith(("sampler/", "correction/", "turns/unlikely")) for line in lines for key in line)
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "iter_0000006")
+    (tmp_path / "halves" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    train(ranks, chats(data, tmp_path / "halves"), start=start_where_no_sampler_can_be_built)
+    assert reproducible_metrics(tmp_path / "halves") == lines
+    assert ranks.run(differences, tmp_path / "whole", tmp_path / "halves", world_size=1) == [[]]
+
+
+def test_what_is_trained_on_are_the_logged_tokens_of_assistants_alone(ranks, data, tmp_path):
+    """All turns are in one batch, so the tokens are countable: 7 characters or 16, and the end of the turn."""
+    train(ranks, chats(data, tmp_path / "one", "data.global_batch_size=80", "num_steps=1"))
+    [line] = reproducible_metrics(tmp_path / "one")
+    wrong, accepted = 40 * (7 + 1), 40 * (len(SECRET) + 4 + 1)
+    assert line["tokens/response"] == line["tokens/rollout"] == wrong + accepted
+    assert line["turns/accepted_token_share"] == pytest.approx(accepted / (wrong + accepted))
+
+
+def test_evaluation_builds_the_sampler_when_it_is_due(ranks, data, tmp_path):
+    evaluated = [f"evaluation.path={data}/problems.jsonl", "evaluation.every=6", "evaluation.limit=4"]
+    train(ranks, chats(data, tmp_path / "run", *evaluated))
+    assert "evaluation/greedy_accuracy" in reproducible_metrics(tmp_path / "run")[-1]
+
+
+def test_turns_can_be_sampled_anew(ranks, data, tmp_path):
+    recorded = tmp_path / "recorded.jsonl"
+    more = ["conversations.responses=sampled", f"rollout.record={recorded}", "num_steps=2"]
+    train(ranks, chats(data, tmp_path / "run", *more))
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+    assert len(records) == 16 and all(len(record["token_ids"]) <= 14 for record in records)
+    assert all("sampler/log_prob_mean_abs_diff" in line for line in reproducible_metrics(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def start(ranks, data, tmp_path_factory) -> str:
+    """The same weights for every layout."""
+    folder = tmp_path_factory.mktemp("start")
+    train(ranks, chats(data, folder, "num_steps=1", "optimizer.lr=0"))
+    return f"checkpoint.load={folder}/checkpoints"
+
+
+LAYOUTS = [
+    (2, ()),
+    (2, ("parallel.tensor_model_parallel_size=2",)),
+    (2, ("parallel.context_parallel_size=2",)),
+    (2, ("parallel.pipeline_model_parallel_size=2",)),
+]
+
+
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=["dp", "tp", "cp", "pp"])
+def test_unlikely_turns_are_the_same_in_every_layout(ranks, data, start, tmp_path, world_size, layout):
+    lines = []
+    weights = [start, "num_steps=2", "conversations.min_log_prob=-4", "conversations.unlikely=down_weight"]
+    for name, world, more in (("one", 1, ()), ("many", world_size, layout)):
+        train(ranks, chats(data, tmp_path / name, *weights, *more), world)
+        lines.append(reproducible_metrics(tmp_path / name))
+    for one, many in zip(*lines, strict=True):
+        assert 0 < one["turns/unlikely_share"] < 1, "the threshold divides the turns"
+        for key in (key for key in one if key.startswith(("turns/", "gradient_norm", "loss/"))):
+            assert many[key] == pytest.approx(one[key], rel=2e-4), key
+
+
+def test_dropping_all_turns_leaves_no_gradient_and_dropping_none_changes_nothing(ranks, data, tmp_path):
+    found = {}
+    for name, threshold in (("off", "null"), ("none", "-100"), ("all", "0")):
+        train(ranks, chats(data, tmp_path / name, "num_steps=1", f"conversations.min_log_prob={threshold}"))
+        [found[name]] = reproducible_metrics(tmp_path / name)
+    assert found["none"]["gradient_norm"] == found["off"]["gradient_norm"] > 0
+    assert (found["none"]["turns/unlikely_share"], found["all"]["turns/unlikely_share"]) == (0, 1)
+    assert found["all"]["gradient_norm"] == 0 and found["all"]["loss/mean"] == found["off"]["loss/mean"] > 0
+
+
+def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, tmp_path):
+    arguments = chats(data, tmp_path / "run", "metrics.console=true", "num_steps=1", "data.global_batch_size=80")
+    finished = tiny_run.in_new_process(arguments)
+    assert finished.returncode == 0, finished.stderr
+    said = finished.stdout + finished.stderr
+    left_out = (tmp_path / "run" / "left_out.txt").read_text()
+    written = [said, left_out, *((tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "config.yaml"))]
+    assert not any(SECRET in text or "thanks" in text for text in written)
+    assert "41 conversations, the accepted answer of 0 marked in the log and of 41 found by the rule" in said
+    assert "left out as unresolved: 1, as bad: 1" in said
+    assert [line.partition(": ")[0].rpartition("chats.jsonl:")[2] for line in left_out.splitlines()] == [
+        "41",
+        "42",
+        "43, message 1",
+    ]
+    failed = tiny_run.in_new_process([*arguments, "data.on_bad_record=error", f"run_dir={tmp_path}/other"])
+    assert failed.returncode == 2 and "chats.jsonl:41: unresolved" in failed.stderr
+    assert SECRET not in failed.stdout + failed.stderr
