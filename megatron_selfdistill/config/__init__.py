@@ -23,6 +23,7 @@ from megatron_selfdistill.config.schema import (
     ParallelConfig,
     RolloutConfig,
     ScheduleConfig,
+    StopConfig,
     TargetConfig,
     TeacherConfig,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "ParallelConfig",
     "RolloutConfig",
     "ScheduleConfig",
+    "StopConfig",
     "TargetConfig",
     "TeacherConfig",
     "field_docs",
