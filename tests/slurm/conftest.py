@@ -19,7 +19,8 @@ NODES, GPUS_PER_NODE = ("n1", "n2"), 8
 _COMMANDS = ("slurmctld", "slurmd", "sbatch")
 
 # auth/none: no munge.  NoCtldInAddrAny: 127.0.0.1 instead of every interface.  sched_interval: jobs start within 2 s.
-# config_overrides: believe the CPUs below.  KillWait and SlurmdTimeout: 30 and 300 s by default.
+# config_overrides: believe the CPUs below.  KillWait and SlurmdTimeout: 30 and 300 s by
+# default; a busy host needs some patience.
 _GLOBAL = """\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -50,7 +51,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
 KillWait=5
-SlurmdTimeout=10
+SlurmdTimeout=30
 """
 _NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=4000 Gres=gpu:{gpus}\n"
 _PARTITIONS = """\

@@ -120,8 +120,8 @@ def test_the_time_limits_signal_saves_and_requeues(slurm, data, tmp_path):
 
 
 def test_a_run_that_knows_its_jobs_end_stops_before_and_requeues(slurm, data, tmp_path):
-    late = "stop.margin_minutes=1.7"
-    job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000", late, options=("--time=2",))
+    late, options = "stop.margin_minutes=2.6", ("--time=3", "--signal=USR1@5")  # no sooner than a minute before the end
+    job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000", late, options=options)
     wait_until(lambda: job.restarts() == 1)
     assert job.saved_step() > 0 and "its time is nearly over; started again" in job.text()
     assert "ends by itself before its Slurm job does, in" in job.text()
