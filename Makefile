@@ -14,11 +14,11 @@ BIN := $(VENV)/bin
 # Two spinning threads on a busy machine cost vLLM a factor of 20, and compiling costs more than it brings on a CPU.
 VLLM_TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 \
 	VLLM_NO_USAGE_STATS=1
-SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh)
+SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sbatch)
 PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm quickstart test test-vllm check format bench clean
+.PHONY: help venv venv-vllm quickstart test test-vllm test-slurm check format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,13 @@ test-vllm: venv venv-vllm ## run the tests that need the real vLLM, on a CPU
 	@$(VLLM_TEST) $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_colocated $(ARGS)
 	@$(VLLM_TEST) SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)" \
 		$(BIN)/python -m pytest -q tests/vllm_server $(ARGS)
+
+# A cluster of two nodes on this machine, for the time of the tests.  With vLLM's environment, where it is there, also a
+# rollout node of its own.
+test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slurm-client: .ci/run installs them)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_SLURM=1 \
+		$(if $(wildcard $(VLLM_VENV)/.stamp),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \
+		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
 
 check: venv ## format, lint, types, shell scripts; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_FOLDERS)

@@ -35,6 +35,7 @@ from megatron_selfdistill.rollout.factory import configured_target, make_sampler
 from megatron_selfdistill.rollout.on_demand import OnDemandSampler
 from megatron_selfdistill.rollouts import Rollouts
 from megatron_selfdistill.score import learnabilities
+from megatron_selfdistill.stop import Stop
 from megatron_selfdistill.teacher import Teacher
 from megatron_selfdistill.turns import Turns, turn_metrics, turn_weight
 from megatron_selfdistill.verify import load_verifier
@@ -69,6 +70,7 @@ class Run:
         self._turns = Turns([], [])  # of this step, where the responses are those of a log
         if self.resumed_from is not None:
             self._resume(self.resumed_from)
+        self._saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
         self._checked = False  # the identity law and the teacher's canary, at the start of every launch
         self.log = MetricsLog(
             self.run_dir,
@@ -79,6 +81,12 @@ class Run:
             enabled=grid.is_reporter,
         )
         self.log.resume(self.step)
+        self.stop = Stop(
+            self.run_dir,
+            grid,
+            time_limit_minutes=config.stop.time_limit_minutes,
+            margin_minutes=config.stop.margin_minutes,
+        )
 
     # -- a step, in the order of the loop ------------------------------------------------------------------------
 
@@ -176,6 +184,14 @@ class Run:
             self.save()
         self.checkpointer.poll()
 
+    def leave(self) -> None:
+        """End before the last step, as asked: a checkpoint of the present step, and the mark that it lies there."""
+        if self._saved_step != self.step:
+            self.save()
+        self.checkpointer.finish()
+        self.stop.leave_marker(self.step)
+        self.log.message(f"stopped after step {self.step}: {self.stop.reason}; started again, it goes on from there")
+
     # -- beside the loop -----------------------------------------------------------------------------------------
 
     def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
@@ -228,6 +244,7 @@ class Run:
                 },
                 args=megatron_args(self.chunks[0], replace(self.config.model, vocab_size=self.inputs.vocab_size)),
             )
+        self._saved_step = self.step
 
     def close(self) -> None:
         """Finish saves in the background, end the sampler's engines, close the logs."""

@@ -28,6 +28,7 @@ from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, dis
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.forward import Inputs, hidden_states, inputs_of, project, rows_at
 from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.progress import beat
 from megatron_selfdistill.teacher_bank import TeacherBank, local_response_rows
 
 RowLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
@@ -179,6 +180,7 @@ class _Step:
     inputs: dict[tuple[str, int], Inputs] = field(default_factory=dict)
 
     def forward(self, iterator: Iterator[tuple[str, int]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        beat()
         stream, index = next(iterator)
         if stream == "student":
             return self._student(index, chunk)

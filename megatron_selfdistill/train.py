@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill import progress, stop
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.noise import silence_known_warnings
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
 
+@stop.listening()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for bad input, 3 where a guard stopped the run, 4 where
-    responses could not be had."""
+    """The command line; returns the exit status: 0 for a run that is complete or that stopped when asked (stop.py),
+    2 for bad input, 3 where a guard stopped the run, 4 where responses could not be had.  A run that hangs exits with
+    5 (progress.py)."""
     arguments = _parser().parse_args(argv)
     if arguments.keys:
         for key, (default, doc) in configuration.keys().items():
@@ -47,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config, given: Collection[str] | None = None) -> int:
-    """The whole run: check, build, loop.  Returns 0, or, with a checkpoint to go on from, `EXIT_UNHEALTHY` where a
-    guard stopped it and `EXIT_NO_ROLLOUT` where an engine failed.
+    """The whole run: check, build, loop.  Returns 0, also where the run was asked to stop, or, with a checkpoint to go
+    on from, `EXIT_UNHEALTHY` where a guard stopped it and `EXIT_NO_ROLLOUT` where an engine failed.
 
     ``given``: the keys that somebody set, which must not contradict the checkpoint that the run starts from; null: all
     that are not at their defaults.
@@ -70,9 +73,13 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
         try:
             _announce(run)
             if not config.dry_run:
-                loop(run)
+                with progress.watched(grid.rank, grid.world_size, run.run_dir / "stacks", config.hang_timeout_s):
+                    loop(run)
             return 0
         except (RunUnhealthy, EngineError) as reason:
+            if isinstance(reason, EngineError) and run.stop.agreed():
+                run.leave()  # who ended this job ended its servers too
+                return 0
             run.save()
             run.log.message(f"stopped: {reason}")
             return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
@@ -86,13 +93,15 @@ def loop(run: Run) -> None:
     """The algorithm."""
     if run.step == 0 and run.config.evaluation.at_start:
         run.evaluate()
-    while run.step < run.config.num_steps:
+    while run.step < run.config.num_steps and not run.stop.agreed():
         problems = run.next_problems()
         responses = run.generate(problems)  # on-policy: the current weights
         batch = run.pack(problems, responses)  # the same responses behind two prompts
         output = run.forward_backward(batch)  # teacher and student in one pipeline schedule
         metrics = run.update(output)
         run.finish_step(metrics, responses, batch)
+    if run.step < run.config.num_steps:
+        run.leave()  # a signal, or the end of its time
 
 
 def _announce(run: Run) -> None:
@@ -123,6 +132,7 @@ def _announce(run: Run) -> None:
         f"contexts of at most {run.inputs.max_length} tokens",
         *run.inputs.about_conversations,
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
+        *([run.stop.plan] if run.stop.plan else []),
     ):
         run.log.message(line)
     if run.inputs.left_out:

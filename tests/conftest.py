@@ -19,6 +19,10 @@ TESTS = Path(__file__).resolve().parent
 NEEDS = {
     "vllm_colocated": (importlib.util.find_spec("vllm") is not None, "vLLM in this environment"),
     "vllm_server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "SELFDISTILL_VLLM_PYTHON"),
+    "slurm": (
+        os.environ.get("SELFDISTILL_TEST_SLURM") == "1",
+        "SELFDISTILL_TEST_SLURM=1 and the packages slurmctld, slurmd and slurm-client (make test-slurm)",
+    ),
 }
 collect_ignore = [folder for folder, (there, _) in NEEDS.items() if not there]
 

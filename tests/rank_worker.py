@@ -85,7 +85,7 @@ def serve(rank: int, requests: Any, alive: Any, log: str) -> None:
     os.dup2(log_fd, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     faulthandler.enable(all_threads=True)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's to handle; it closes the requests
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
     while True:

@@ -197,7 +197,7 @@ class RankPool:
     def _stacks(self, ranks: list[int]) -> dict[int, str]:
         for rank in ranks:
             # faulthandler writes the stacks of all threads to the log
-            os.kill(self._ranks[rank].process.pid, signal.SIGUSR1)
+            os.kill(self._ranks[rank].process.pid, signal.SIGUSR2)
         if ranks:
             time.sleep(0.5)
         return {rank: self._log_tail(rank) for rank in ranks}

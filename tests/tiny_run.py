@@ -122,9 +122,9 @@ def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:
     return load_plain_tensors(str(run_dir / "checkpoints" / f"iter_{step:07d}"))
 
 
-def differences(one: Path, other: Path) -> list[tuple[str, float]]:
-    """Which tensors of two runs' last checkpoints differ, and by how much; needs an initialised process group."""
-    a, b = final_tensors(one), final_tensors(other)
+def differences(one: Path, other: Path, step: int = 6) -> list[tuple[str, float]]:
+    """Which tensors of two runs' checkpoints differ, and by how much; needs an initialised process group."""
+    a, b = final_tensors(one, step), final_tensors(other, step)
     assert a.keys() == b.keys()
     return [
         (key, float((a[key].double() - b[key].double()).abs().max()))

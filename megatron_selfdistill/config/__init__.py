@@ -24,6 +24,7 @@ from megatron_selfdistill.config.schema import (
     ParallelConfig,
     RolloutConfig,
     ScheduleConfig,
+    StopConfig,
     TargetConfig,
     TeacherConfig,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "ParallelConfig",
     "RolloutConfig",
     "ScheduleConfig",
+    "StopConfig",
     "TargetConfig",
     "TeacherConfig",
     "field_docs",

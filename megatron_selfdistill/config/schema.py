@@ -312,8 +312,9 @@ class RolloutConfig:
     """Folder of the files of transfer=shared_memory; a shared file system where servers are on other nodes."""
     bucket_mb: float = 1024.0
     """Weights travel in buckets of this many MiB."""
-    timeout_s: float = 1800.0
-    """A server that gives no sign of progress for so many seconds counts as dead."""
+    timeout_s: float = 1200.0
+    """A server that gives no sign of progress for so many seconds counts as dead; to be less than
+    stop.hang_timeout_minutes, so that the other servers can write what it owed."""
     max_staleness: int = 0
     """Optimizer steps by which the weights that wrote a response may be older than the present ones."""
     guidance: str = "none"
@@ -648,6 +649,22 @@ class GuardsConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """When a run ends before its last step, besides SIGUSR1 and SIGTERM: with a checkpoint to go on from."""
+
+    time_limit_minutes: float | None = None
+    """The run ends by itself within so many minutes of its start; null: before its Slurm job ends, where it is one."""
+    margin_minutes: float = 3.0
+    """Of this time, what is kept for the last checkpoint, besides the longest step so far."""
+    hang_timeout_minutes: float | None = None
+    """Where no rank makes progress for so long, every rank's stack is written to run_dir/stacks, the one that hangs is
+    named, and the run ends (exit status 5); null: 5/6 of parallel.distributed_timeout_minutes; 0: never."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, "stop", self, "time_limit_minutes margin_minutes hang_timeout_minutes")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that a run is."""
 
@@ -691,7 +708,9 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out problems."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
-    """When to stop."""
+    """When a run is unhealthy."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """When a run ends before its last step."""
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, ["self_distillation", "solutions", "verified_rollouts"])
@@ -700,6 +719,12 @@ class Config:
             self._check_conversations()
         if self.loss.rollout_correction != "none":
             self._check_correction()
+        hang, collective = self.stop.hang_timeout_minutes, self.parallel.distributed_timeout_minutes
+        _require(
+            hang is None or hang < collective,
+            f"stop.hang_timeout_minutes ({hang}) must be below parallel.distributed_timeout_minutes ({collective}), "
+            "after which a rank that waits gives up and takes the others with it: raise the latter",
+        )
         _require(
             self.data.solutions == "given" or self.objective != "solutions",
             "objective=solutions trains on the text of given solutions: leave data.solutions=given",
@@ -730,6 +755,13 @@ class Config:
             self.logged or self.conversations.min_log_prob is None,
             "conversations.min_log_prob is about logged turns: unset it, or set conversations.responses=logged",
         )
+
+    @property
+    def hang_timeout_s(self) -> float | None:
+        """``stop.hang_timeout_minutes`` in seconds, its default worked out; None is never."""
+        minutes = self.stop.hang_timeout_minutes
+        minutes = self.parallel.distributed_timeout_minutes * 5 / 6 if minutes is None else minutes
+        return minutes * 60 or None
 
     def _check_correction(self) -> None:
         rollout, key = self.rollout, f"loss.rollout_correction={self.loss.rollout_correction}"

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_selfdistill import progress
+
 
 class Phases:
     """Times the phases of a step on this rank::
@@ -18,6 +20,7 @@ class Phases:
         metrics |= phases.metrics(rollout=num_tokens)
 
     The end of a phase waits for the device (the current one, unless given).  A phase entered again adds up.
+    Beginning and end are signs of progress (progress.py).
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -28,9 +31,11 @@ class Phases:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        progress.entered(name)
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        progress.left(name)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self, **tokens: float) -> dict[str, float]:

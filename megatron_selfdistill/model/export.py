@@ -30,6 +30,7 @@ from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule
 from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.progress import beat
 
 _ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
 _MOST_PADDING = 1.25  # an all-gather of unequal shares moves so many times their bytes, at most
@@ -104,6 +105,7 @@ class Exporter:
         shards = {_place(shard): shard.data for shard in _sharded_tensors(self._chunks)}
         for bucket in self._buckets:
             tensors = self._full_tensors(bucket, shards)
+            beat()
             yield tensors
             tensors.clear()
 

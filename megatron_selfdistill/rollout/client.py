@@ -38,7 +38,7 @@ class VllmServer:
     while one is waited for.
     """
 
-    def __init__(self, address: str, token: str = "", timeout_s: float = 1800.0) -> None:
+    def __init__(self, address: str, token: str = "", timeout_s: float = 1200.0) -> None:
         self.address = address.rstrip("/")
         self._url = urllib.parse.urlsplit(self.address)
         self._headers = {"Content-Type": "application/json"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Generic, TypeVar
 
+from megatron_selfdistill.progress import beat
 from megatron_selfdistill.rollout.client import MAX_IN_FLIGHT, RequestRefused, VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
 
@@ -112,6 +113,7 @@ class _Table(Generic[T]):
             except BaseException as error:
                 self._put_back(server, index, fatal=error)
             else:
+                beat()
                 with self._changed:
                     self._busy -= 1
                     self._results[index] = result

@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.progress import beat
 from megatron_selfdistill.rollout.engine import EngineOutput, EngineRequest, whole_prompts
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
@@ -107,7 +108,7 @@ class InProcessEngine:
             raise EngineError(f"the vLLM engine of rank {self.rank} has a part of its weights: their update broke off")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
-        with trainer_state_kept():
+        with trainer_state_kept(), _replaced(llm.llm_engine, "step", _with_beat(llm.llm_engine.step)):
             try:
                 outputs = llm.generate(prompts, params, use_tqdm=False)
             except Exception as error:
@@ -299,6 +300,14 @@ def _refuse_other_ranks(arguments: Mapping[str, Any], settings: Mapping[str, Any
                 f"rollout.engine_args.{name}={settings[name]!r}: a colocated engine runs on rollout.engine_tp of the "
                 "trainer's own ranks; leave it out, or set rollout.placement=server"
             )
+
+
+def _with_beat(step: Callable[[], Any]) -> Callable[[], Any]:
+    def step_and_beat() -> Any:
+        beat()
+        return step()
+
+    return step_and_beat
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.progress import beat
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, select_tokens
 from megatron_selfdistill.rollout.decoding import (
     decoding,
@@ -250,6 +251,7 @@ class MegatronSampler:
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor | None:
+        beat()
         if self._lock_step:
             dist.all_reduce(self._new_tensor(1), op=dist.ReduceOp.MAX)  # meets `_anyone_is_busy` of those that are done
         return self._run_model(context, tokens, position_ids, attention_mask)

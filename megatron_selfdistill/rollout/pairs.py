@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.progress import beat
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.engine import Engine, EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.errors import EngineError
@@ -142,6 +143,7 @@ def generate_guided(
     while todo:
         batch, later = todo[:wave], todo[wave:]
         written = _write(engine, batch, params, counts)
+        beat()
         unfinished = [pair for pair in batch if pair.finish_reason is None]
         todo = unfinished + later
         if written:

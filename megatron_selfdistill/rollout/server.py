@@ -68,7 +68,7 @@ class ServerSampler:
         transfer: str | None = None,
         transfer_dir: str = "/dev/shm",
         bucket_bytes: int = 2**30,
-        timeout_s: float = 1800.0,
+        timeout_s: float = 1200.0,
         max_staleness: int = 0,
     ) -> None:
         """``chunks``: of this rank, as built or as wrapped for training.  ``rules``: of the model's tensors.  The rest

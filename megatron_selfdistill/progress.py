@@ -1,0 +1,262 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Signs of progress, and what happens when they stay away on every rank: stacks, the name of who hangs, the end.
+
+    with watched(rank, world_size, folder, timeout_s):
+        ...                  # on the way: entered("train"), beat(), beat(), left("train")
+
+Ranks tell each other through a store of their own, never through a collective, which would hang along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+EXIT_HUNG = 5
+
+# A rank whose main thread is in one of these is waiting for others.
+_WAITING = ("torch.distributed", "megatron.core.pipeline_parallel.p2p_communication")
+_TICKS = 20  # per timeout
+_MAX_TICK_S = 30.0
+_GRACE_S = 10.0  # for the others to write their stacks
+
+
+@dataclass
+class _Signs:
+    count: int = 0
+    place: int = 0
+    phase: str = "start"
+
+
+_signs = _Signs()
+
+
+def beat() -> None:
+    """This rank gets on: a token, a response, a microbatch, a bucket of weights.  Costs nothing."""
+    _signs.count += 1
+
+
+def entered(phase: str) -> None:
+    """A phase of a step begins; all ranks go through the same ones, so who is behind in them holds up the others."""
+    _signs.count += 1
+    _signs.place += 1
+    _signs.phase = phase
+
+
+def left(phase: str) -> None:
+    """The phase is over."""
+    _signs.count += 1
+    _signs.place += 1
+    _signs.phase = f"after {phase}"
+
+
+@contextlib.contextmanager
+def watched(rank: int, world_size: int, folder: Path, timeout_s: float | None) -> Iterator[None]:
+    """While no rank gets on for ``timeout_s``, which None never does, the run ends.
+
+    Every rank writes its threads' stacks to ``folder/rank_N.txt``, rank 0 says on standard error and in
+    ``folder/verdict.txt`` who hangs, and all exit with `EXIT_HUNG`.  A rank whose interpreter is held up in foreign
+    code cannot end itself: it writes its stacks all the same, and its launcher ends it with the others.
+    Not a collective, but every rank of the world must come here.
+    """
+    if timeout_s is None:
+        yield
+        return
+    watch = _Watch(rank, world_size, folder, timeout_s)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.close()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank last told of itself."""
+
+    tick: int
+    """Counts up for as long as the rank can speak."""
+    stalled: bool
+    """No sign of progress for the whole timeout."""
+    place: int
+    phase: str
+    waits: bool
+    """Its main thread is in a collective, or in a send or receive."""
+    host: str
+
+
+def hanging(reports: Mapping[int, Report | None], silent: frozenset[int]) -> dict[int, str]:
+    """Who holds up the others, and why one thinks so; nobody where all ranks look alike.
+
+    ``silent``: ranks that no longer speak.  Else those that are behind in the phases that all go through; else, where
+    some wait in a collective, those that do not.
+    """
+    if silent:
+        return dict.fromkeys(sorted(silent), "no longer answers")
+    known = {rank: report for rank, report in reports.items() if report is not None}
+    first = min(report.place for report in known.values())
+    behind = {rank for rank, report in known.items() if report.place == first}
+    if len(behind) < len(known):
+        return {rank: f"is behind the others, in phase '{known[rank].phase}'" for rank in sorted(behind)}
+    alone = {rank for rank, report in known.items() if not report.waits or len(known) == 1}
+    if len(alone) < len(known) or len(known) == 1:
+        return {rank: f"gets nowhere in phase '{known[rank].phase}'" for rank in sorted(alone)}
+    return {}
+
+
+class _Watch:
+    """A thread beside the main one that publishes this rank's signs, reads the others', and ends the process."""
+
+    def __init__(self, rank: int, world_size: int, folder: Path, timeout_s: float) -> None:
+        self._rank, self._world_size, self._folder, self._timeout_s = rank, world_size, folder, timeout_s
+        self._tick_s = min(timeout_s / _TICKS, _MAX_TICK_S)
+        self._store = _own_store(world_size, timeout_s)
+        self._main = threading.main_thread().ident
+        self._host = socket.gethostname()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress watch", daemon=True)
+        # Time in which this process could run: one that was stopped for an hour has not been hanging for an hour.
+        self._clock = 0.0
+        self._tick = 0
+        self._count, self._changed = -1, 0.0
+        self._silent: frozenset[int] = frozenset()
+        self._heard: dict[int, tuple[Report | None, float]] = dict.fromkeys(range(world_size), (None, 0.0))
+
+    def start(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "verdict.txt").unlink(missing_ok=True)
+        self._file = (self._folder / f"rank_{self._rank}.txt").open("w")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        Path(self._file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: other ranks go on
+            self._folder.rmdir()
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while True:
+            # Foreign code may hold the interpreter up, and this thread with it: then C writes the stacks.
+            faulthandler.dump_traceback_later(self._timeout_s + self._tick_s, file=self._file)
+            if self._closing.wait(self._tick_s):
+                return
+            now = time.monotonic()
+            self._clock += min(now - before, 2 * self._tick_s)
+            before = now
+            verdict = self._verdict()
+            if verdict is not None:
+                self._end(verdict)  # never returns
+
+    def _verdict(self) -> str | None:
+        """Why the run shall end now; None while somebody gets on."""
+        if _signs.count != self._count:
+            self._count, self._changed = _signs.count, self._clock
+        stalled = self._clock - self._changed >= self._timeout_s
+        try:
+            self._publish(stalled)
+            if self._store.check(["verdict"]):
+                return self._store.get("verdict").decode()
+            # Rank 0 judges; the others listen to it alone, so a large world stays quiet.
+            ranks = range(self._world_size) if self._rank == 0 else (0,)
+            self._listen(ranks)
+        except RuntimeError as error:  # torch's DistError: whoever keeps the store is gone
+            lost = f"{self._minutes} without progress, and the store of the ranks is gone ({error})"
+            return lost if stalled else None
+        if not stalled:
+            return None
+        patience = self._timeout_s + 2 * self._tick_s
+        self._silent = frozenset(r for r in ranks if self._clock - self._heard[r][1] >= patience)
+        if self._rank != 0 and not self._silent:
+            return None
+        spoken = [self._heard[r][0] for r in ranks if r not in self._silent]
+        if any(report is None or not report.stalled for report in spoken):
+            return None
+        return self._sentence({r: self._heard[r][0] for r in ranks})
+
+    def _publish(self, stalled: bool) -> None:
+        self._tick += 1
+        waits = stalled and _waits(self._main)
+        report = Report(self._tick, stalled, _signs.place, _signs.phase, waits, self._host)
+        self._store.set(f"rank {self._rank}", json.dumps(asdict(report)))
+
+    def _listen(self, ranks: Any) -> None:
+        for rank in ranks:
+            if self._heard[rank][0] is None and not self._store.check([f"rank {rank}"]):
+                continue  # get would wait for it
+            report = Report(**json.loads(self._store.get(f"rank {rank}")))
+            last = self._heard[rank][0]
+            if last is None or report.tick != last.tick:
+                self._heard[rank] = (report, self._clock)
+
+    def _sentence(self, reports: Mapping[int, Report | None]) -> str:
+        found = hanging(reports, self._silent)
+        hosts = {rank: f" on {report.host}" for rank, report in reports.items() if report is not None}
+        who = "; ".join(f"rank {rank}{hosts.get(rank, '')} {why}" for rank, why in found.items())
+        who = who or "all ranks look alike, so none can be named"
+        return (
+            f"no rank has made progress for {self._minutes} (stop.hang_timeout_minutes): {who}.  The stacks of all "
+            f"ranks are in {self._folder}"
+        )
+
+    @property
+    def _minutes(self) -> str:
+        return f"{self._timeout_s / 60:.3g} minutes"
+
+    def _end(self, verdict: str) -> None:
+        """Stacks, the sentence, and out: nothing else can be expected to work."""
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        with contextlib.suppress(RuntimeError):
+            self._store.set("verdict", verdict)
+            self._store.set(f"written {self._rank}", "")
+            # One speaks for all: rank 0, or where it is silent whoever comes first.
+            if self._store.add("speakers", 1) > 1:
+                self._await(["told"])
+                os._exit(EXIT_HUNG)
+            self._await([f"written {rank}" for rank in range(self._world_size) if rank not in self._silent])
+        (self._folder / "verdict.txt").write_text(verdict + "\n")
+        print(f"[rank {self._rank}] {verdict}", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):
+            self._store.set("told", "")
+        os._exit(EXIT_HUNG)
+
+    def _await(self, keys: list[str]) -> None:
+        deadline = time.monotonic() + min(_GRACE_S, self._timeout_s)
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            time.sleep(min(0.1, self._tick_s))
+
+
+def _waits(thread: int | None) -> bool:
+    frame = sys._current_frames().get(thread or 0)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith(_WAITING):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _own_store(world_size: int, timeout_s: float) -> Any:
+    """A connection of its own: that of torch.distributed is busy while somebody waits through it."""
+    import torch.distributed as dist
+
+    if world_size == 1:
+        store: Any = dist.HashStore()
+    else:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(timeout_s, 30.0)))
+    return dist.PrefixStore("selfdistill/progress", store)

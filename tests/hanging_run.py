@@ -1,0 +1,36 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A tiny run under torchrun of which one rank hangs in its third step: ``hanging_run.py HOW RANK key=value ...``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+WAYS = {
+    "sleeps": lambda: time.sleep(600),
+    "holds the interpreter": lambda: ctypes.PyDLL(None).sleep(600),
+    "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+
+def main(how: str, rank: str, arguments: list[str]) -> int:
+    from megatron_selfdistill import train
+    from megatron_selfdistill.run import Run
+
+    pack = Run.pack
+
+    def pack_or_hang(self: Any, *args: Any) -> Any:
+        if self.step == 2 and os.environ["RANK"] == rank:
+            WAYS[how]()
+        return pack(self, *args)
+
+    Run.pack = pack_or_hang  # type: ignore[method-assign]
+    return train.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

@@ -1,0 +1,155 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A Slurm cluster of two nodes on this host: no root, munge, systemd or cgroups; it listens on loopback only."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+NODES, GPUS_PER_NODE = ("n1", "n2"), 8
+_COMMANDS = ("slurmctld", "slurmd", "sbatch")
+
+# auth/none: no munge.  NoCtldInAddrAny: 127.0.0.1 instead of every interface.  sched_interval: jobs start within 2 s.
+# config_overrides: believe the CPUs below.  KillWait and SlurmdTimeout: 30 and 300 s by
+# default; a busy host needs some patience.
+_GLOBAL = """\
+ClusterName=local
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool-%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=2,bf_interval=2
+SlurmdParameters=config_overrides
+ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+KillWait=5
+SlurmdTimeout=30
+"""
+_NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=4000 Gres=gpu:{gpus}\n"
+_PARTITIONS = """\
+PartitionName=batch Nodes=ALL Default=YES MaxTime=600 PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
+"""
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """The cluster, up, with SLURM_CONF set."""
+    # Debian keeps daemons where an ordinary user's PATH does not look.
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    missing = [command for command in _COMMANDS if shutil.which(command) is None]
+    if missing:
+        pytest.fail(f"{', '.join(missing)} not found: apt-get install slurmctld slurmd slurm-client")
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    os.environ["SLURM_CONF"] = str(cluster.root / "slurm.conf")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        del os.environ["SLURM_CONF"]
+
+
+class Slurm:
+    """The daemons, as children of this process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        host = socket.gethostname().split(".")[0]
+        text = _GLOBAL.format(host=host, port=_free_port(), user=getpass.getuser(), root=root)
+        for name in NODES:
+            (root / f"spool-{name}").mkdir()
+            text += _NODE.format(name=name, host=host, port=_free_port(), gpus=GPUS_PER_NODE)
+        (root / "state").mkdir()
+        (root / "slurm.conf").write_text(text + _PARTITIONS)
+        (root / "cgroup.conf").write_text(f"CgroupPlugin={_cgroup_plugin()}\n")
+        for i in range(GPUS_PER_NODE):
+            (root / f"gpu{i}").touch()  # Slurm only asks that the device files exist
+        (root / "gres.conf").write_text(f"Name=gpu File={root}/gpu[0-{GPUS_PER_NODE - 1}]\n")
+
+    def start(self) -> None:
+        self._spawn("slurmctld", "slurmctld", "-i")
+        for name in NODES:
+            self.start_node(name)
+        deadline = time.monotonic() + 60
+        while self._idle_nodes() != len(NODES):
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"{p}:\n{p.read_text()[-2000:]}" for p in self.root.glob("*.log"))
+                pytest.fail(f"Slurm did not start:\n{logs}")
+            time.sleep(0.1)
+
+    def start_node(self, name: str) -> None:
+        self._spawn(name, "slurmd", "-N", name)
+
+    def cancel_all(self) -> None:
+        """Return when no job is left, and every node is free."""
+        subprocess.run(["scancel", "--quiet", f"--user={getpass.getuser()}"], check=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and (
+            subprocess.run(["squeue", "-h"], capture_output=True).stdout or self._idle_nodes() != len(NODES)
+        ):
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        self.cancel_all()  # slurmd does not exit while a step runs, and only slurmctld can end one
+        for daemon in reversed(self.daemons.values()):
+            daemon.terminate()
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def _spawn(self, name: str, *command: str) -> None:
+        self.daemons[name] = subprocess.Popen(
+            [*command, "-D", "-f", str(self.root / "slurm.conf")],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def _idle_nodes(self) -> int:
+        command = ["sinfo", "-h", "-p", "batch", "-t", "idle", "-o", "%D"]
+        return int(subprocess.run(command, capture_output=True, text=True).stdout.strip() or 0)
+
+
+def _cgroup_plugin() -> str:
+    """None, by the name that this version of Slurm has for it: older ones take cgroup/v1 where there are no cgroups."""
+    version = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"(\d+)\.(\d+)", version)
+    assert found is not None, version
+    return "disabled" if (int(found[1]), int(found[2])) >= (24, 5) else "cgroup/v1"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,153 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The project's own sbatch scripts, unedited, on a real Slurm: a run survives whatever its cluster does to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import tiny_run
+from slurm_jobs import FOR_VLLM, REPOSITORY, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
+from tiny_run import differences, reproducible_metrics
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.write_data(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def free_nodes(slurm):
+    yield
+    slurm.cancel_all()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(slurm, data, tmp_path_factory) -> Path:
+    """A run on two nodes that nobody disturbs."""
+    job = Job("many_nodes", data, tmp_path_factory.mktemp("uninterrupted") / "run")
+    nodes = {rank: node for rank, (_, node) in job.after_steps(1).ranks().items()}
+    assert nodes == {0: "n1", 1: "n2"}, "ranks follow the order of the nodes"
+    assert job.end() == "COMPLETED", job.text()
+    assert job.steps_done() == job.saved_step() == STEPS and job.restarts() == 0
+    return job.run_dir
+
+
+def assert_equal_runs(ranks, one: Path, other: Path) -> None:
+    """Bit for bit: metrics, weights, optimizer."""
+    assert reproducible_metrics(one) == reproducible_metrics(other)
+    assert ranks.run(differences, one, other, STEPS, world_size=1) == [[]]
+
+
+def assert_goes_on(ranks, job: Job, uninterrupted: Path) -> None:
+    """It has saved and been requeued; it starts again, and ends as if nothing had happened."""
+    job.start_again_now()
+    saved = job.saved_step()
+    assert 0 < saved < STEPS
+    assert job.end() == "COMPLETED", job.text()
+    assert job.restarts() == 1 and f"at step {saved} of {STEPS}" in job.text()
+    assert not (job.run_dir / "stopped").exists()
+    assert_equal_runs(ranks, uninterrupted, job.run_dir)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_slurm_accepts(slurm, script):
+    sh("sbatch", "--test-only", str(script), RUN_DIR="runs/none", HF_CONFIG="none")
+
+
+def test_a_run_on_one_node_completes_with_a_report_of_the_environment_first(slurm, data, tmp_path):
+    there = (REPOSITORY / "tools" / "doctor.py").exists()
+    job = Job("one_node", data, tmp_path / "run", "num_steps=2", RUN_DOCTOR=str(int(there)), GPUS_PER_NODE="2")
+    assert job.end() == "COMPLETED", job.text()
+    assert job.saved_step() == 2 and "DP 2" in job.text()
+
+
+def test_a_run_with_a_rollout_node_of_its_own_completes(slurm, data, tmp_path):
+    if "SELFDISTILL_VLLM_PYTHON" not in os.environ:
+        pytest.skip("needs SELFDISTILL_VLLM_PYTHON, a Python with vLLM")
+    job = Job(
+        "rollout_nodes",
+        data,
+        tmp_path / "run",
+        *FOR_VLLM,
+        "num_steps=2",
+        HF_CONFIG=str(config_of_the_tiny_model(tmp_path / "hf", data)),
+        SERVER_PYTHON=os.environ["SELFDISTILL_VLLM_PYTHON"],
+        SERVER_ARGS="--dtype=float32 --max-model-len=128 --kv-cache-gb=0.2",
+        SERVER_HOST="127.0.0.1",
+        TORCHDYNAMO_DISABLE="1",
+        MKL_NUM_THREADS="1",
+    )
+    wait_until(lambda: "1 vLLM servers are up" in job.text() or job.field("JobState") != "RUNNING")
+    nodes = {one["SLURMD_NODENAME"] for one in job.processes().values() if "VLLM_SERVER_DEV_MODE" in one}
+    assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
+    assert nodes <= {"n2"} and job.saved_step() == 2
+    metrics = reproducible_metrics(job.run_dir)[-1]
+    assert metrics["rollout/servers_alive"] == 1 and metrics["rollout/sync_bytes"] > 0
+    assert "SELFDISTILL_SERVER_TOKEN" not in sh("scontrol", "show", "job", job.id)
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(path.read_text(errors="replace")[-4000:] for path in folder.glob("*.log"))
+
+
+def test_usr1_saves_requeues_and_goes_on_bit_for_bit(slurm, ranks, data, tmp_path, uninterrupted):
+    job = Job("many_nodes", data, tmp_path / "run").after_steps(2)
+    sh("scancel", "--signal=USR1", job.id)
+    assert_goes_on(ranks, job, uninterrupted)
+    assert "SIGUSR1; started again" in job.text()
+
+
+def test_preemption_saves_requeues_and_goes_on_bit_for_bit(slurm, ranks, data, tmp_path, uninterrupted):
+    job = Job("many_nodes", data, tmp_path / "run").after_steps(2)
+    urgent = ["--partition=urgent", "--nodes=2", "--gpus-per-node=8", "--output=/dev/null", "--wrap=true"]
+    sh("sbatch", *urgent)
+    assert_goes_on(ranks, job, uninterrupted)
+    assert "SIGTERM; started again" in job.text()
+
+
+def test_the_time_limits_signal_saves_and_requeues(slurm, data, tmp_path):
+    """It comes up to a minute early."""
+    own_limit_off = "stop.time_limit_minutes=1000"
+    options = ("--time=2", "--signal=USR1@40")
+    job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000", own_limit_off, options=options)
+    wait_until(lambda: job.restarts() == 1)
+    assert job.saved_step() > 0 and "SIGUSR1; started again" in job.text()
+
+
+def test_a_run_that_knows_its_jobs_end_stops_before_and_requeues(slurm, data, tmp_path):
+    late, options = "stop.margin_minutes=2.6", ("--time=3", "--signal=USR1@5")  # no sooner than a minute before the end
+    job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000", late, options=options)
+    wait_until(lambda: job.restarts() == 1)
+    assert job.saved_step() > 0 and "its time is nearly over; started again" in job.text()
+    assert "ends by itself before its Slurm job does, in" in job.text()
+
+
+def test_a_crash_fails_the_job_which_is_not_requeued(slurm, data, tmp_path):
+    job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000").after_steps(1)
+    os.kill(job.ranks()[1][0], signal.SIGKILL)
+    assert job.end() == "FAILED" and job.restarts() == 0
+    assert not job.processes(), "nothing burns the allocation"
+
+
+def test_a_cancelled_job_stays_cancelled(slurm, data, tmp_path):
+    job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000").after_steps(1)
+    sh("scancel", job.id)
+    assert job.end() == "CANCELLED" and job.restarts() == 0
+
+
+def test_the_death_of_a_node_requeues_the_job_which_goes_on_bit_for_bit(slurm, ranks, data, tmp_path, uninterrupted):
+    job = Job("many_nodes", data, tmp_path / "run", "checkpoint.save_every=2").after_steps(3)
+    killed = set(job.processes("n2"))
+    # The step's daemon would report an ordinary task failure.
+    daemons = {parent(pid) for pid in killed} - killed - {os.getpid(), 1}
+    for pid in [slurm.daemons["n2"].pid, *daemons, *killed]:
+        os.kill(pid, signal.SIGKILL)
+    slurm.daemons["n2"].wait()
+    wait_until(lambda: job.restarts() == 1)
+    slurm.start_node("n2")
+    assert_goes_on(ranks, job, uninterrupted)

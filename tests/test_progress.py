@@ -1,0 +1,120 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A rank that hangs is named, every rank's stack is written, and the run ends; one that is slow is left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+from tiny_run import overrides
+
+from megatron_selfdistill.config import Config, ConfigError, load
+from megatron_selfdistill.progress import Report, hanging
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.write_data(folder)
+    return folder
+
+
+def report(place: int = 7, waits: bool = True, stalled: bool = True) -> Report:
+    return Report(tick=3, stalled=stalled, place=place, phase="train", waits=waits, host="node1")
+
+
+def test_a_rank_that_no_longer_speaks_is_the_one():
+    assert list(hanging({0: report(), 1: report(place=5), 2: report()}, frozenset([2]))) == [2]
+
+
+def test_a_rank_that_is_behind_in_the_phases_is_the_one():
+    assert list(hanging({0: report(waits=False), 1: report(place=5), 2: report()}, frozenset())) == [1]
+
+
+def test_of_ranks_in_one_phase_the_one_that_waits_for_nobody_is_the_one():
+    assert list(hanging({0: report(), 1: report(waits=False), 2: report()}, frozenset())) == [1]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_of_ranks_that_look_alike_none_is_named(waits):
+    assert hanging({0: report(waits=waits), 1: report(waits=waits)}, frozenset()) == {}
+
+
+def test_a_world_of_one_hangs_by_itself():
+    assert list(hanging({0: report()}, frozenset())) == [0]
+
+
+def test_by_default_a_hang_is_seen_before_collectives_give_up():
+    assert Config().hang_timeout_s == 25 * 60
+    assert load(["parallel.distributed_timeout_minutes=60"]).hang_timeout_s == 50 * 60
+    assert load(["stop.hang_timeout_minutes=0"]).hang_timeout_s is None
+    with pytest.raises(ConfigError, match=r"must be below parallel\.distributed_timeout_minutes"):
+        load(["stop.hang_timeout_minutes=30"])
+
+
+def hung(data: Path, folder: Path, how: str, rank: int, world_size: int = 2) -> subprocess.CompletedProcess[str]:
+    """torchrun on a run that hangs; it gives up its workers a second after it lost one."""
+    paths = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "examples")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command = [sys.executable, *launcher, str(TESTS / "hanging_run.py"), how, str(rank)]
+    arguments = overrides(data, folder, "stop.hang_timeout_minutes=0.1")
+    return subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("holds the interpreter", 0)])
+def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_the_run_ends(data, tmp_path, how, rank):
+    started = time.monotonic()
+    ended = hung(data, tmp_path / "run", how, rank)
+    assert time.monotonic() - started < 200 and ended.returncode != 0
+    verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
+    assert f"] {verdict}" in ended.stderr and "no rank has made progress for 0.1 minutes" in verdict
+    assert f": rank {rank} on " in verdict and f"rank {1 - rank} on" not in verdict
+    assert "exitcode  : 5" in ended.stderr
+    stacks = {r: (tmp_path / "run" / "stacks" / f"rank_{r}.txt").read_text() for r in (0, 1)}
+    assert "hanging_run.py" in stacks[rank] and "in pack_or_hang" in stacks[rank]
+    assert "most recent call first" in stacks[1 - rank] and "in <lambda>" not in stacks[1 - rank]
+
+
+def test_a_rank_that_is_stopped_is_named(data, tmp_path):
+    ended = hung(data, tmp_path / "run", "is stopped", 1)
+    verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
+    assert ended.returncode != 0 and "rank 1" in verdict and "no longer answers" in verdict
+
+
+def slow(arguments: list[str], seconds: float) -> int:
+    """A rollout that takes longer than the timeout of a hang, but gets on."""
+    from megatron_selfdistill.progress import beat
+    from megatron_selfdistill.run import Run
+
+    generate = Run.generate
+
+    def slowly(self, problems):
+        if self.grid.rank == 0:  # the others wait in a collective
+            for _ in range(20):
+                time.sleep(seconds / 20)
+                beat()
+        return generate(self, problems)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "generate", slowly)
+        return tiny_run.start(arguments)
+
+
+def test_slow_ranks_that_others_wait_for_are_no_hang_and_leave_no_stacks(ranks, data, tmp_path):
+    arguments = overrides(data, tmp_path / "run", "num_steps=1", "stop.hang_timeout_minutes=0.1")
+    assert ranks.run(slow, arguments, 9.0, world_size=2, init_process_group=False) == [0, 0]
+    assert not (tmp_path / "run" / "stacks").exists()
