@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -136,17 +136,21 @@ def imagined(config: ParallelConfig, world_size: int, pp_rank: int) -> Iterator[
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         _initialize_groups(config, create_gloo_process_groups=False)
-        yield replace(current_grid(config), device=torch.device("meta"))
+        yield _grid(config, torch.device("meta"))
     finally:
         shutdown()
 
 
 def current_grid(config: ParallelConfig) -> Grid:
     """The `Grid` of Megatron's initialised ``parallel_state``."""
+    return _grid(config, torch.device("cpu") if cpu.ON_CPU else torch.device("cuda", torch.cuda.current_device()))
+
+
+def _grid(config: ParallelConfig, device: torch.device) -> Grid:
     return Grid(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        device=torch.device("cpu") if cpu.ON_CPU else torch.device("cuda", torch.cuda.current_device()),
+        device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),

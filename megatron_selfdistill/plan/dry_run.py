@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
 from megatron_selfdistill.config import Config, ConfigError
@@ -76,61 +76,49 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     Raises: `ConfigError`, one sentence, for what cannot be cut, built or sampled; not for what does not fit
     (`Plan.misfit`).
     """
-    num_gpus = config.cluster.num_gpus
-    if num_gpus is None:
-        raise ConfigError("a dry run without a launch needs cluster.num_gpus, the number of GPUs to plan for")
-    if config.model.provider is not None:
-        raise ConfigError(
-            f"model.provider={config.model.provider} builds a model that only a launch can see: start dry_run=true "
-            "under torchrun, or describe the architecture in model.*"
-        )
+    num_gpus = _num_gpus(config)
     config = with_stored_architecture(config, given)
     config.check_world(num_gpus)
-    max_length = longest_context(config)
+    max_length, seq_length = longest_context(config), longest_row(config)
     _check_lengths(config, max_length)
-    inputs = Inputs.load(config) if config.data.path and config.data.tokenizer else None
-    vocab_size = inputs.vocab_size if inputs is not None else config.model.vocab_size
-    if vocab_size is None:
-        raise ConfigError(
-            "the size of the vocabulary is not known: set model.vocab_size, or data.path and data.tokenizer"
-        )
     _check_engine(config, num_gpus)
+    inputs = Inputs.load(config) if config.data.path and config.data.tokenizer else None
+    vocab_size = _vocab_size(config, inputs)
     transformer = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
     built = stages(config.model, transformer, config.parallel, vocab_size, num_gpus)
     p = config.parallel
-    pp_size, num_chunks = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size or 1
-    dp_size = num_gpus // (p.tensor_model_parallel_size * p.context_parallel_size * pp_size)
+    tp_size, pp_size = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    dp_size = num_gpus // (tp_size * p.context_parallel_size * pp_size)
+    contexts = math.ceil(config.data.global_batch_size / dp_size) * config.rollout.num_samples
+    num_microbatches = microbatches(config, contexts, seq_length // max_length)
     pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
-    seq_length = longest_row(config)
-    contexts = -(-config.data.global_batch_size // dp_size) * config.rollout.num_samples
-    num_student, num_teacher = microbatches(config, contexts, seq_length // max_length, pp_size * (num_chunks > 1))
-    backward = 3.0 if config.schedule.recompute_granularity == "full" else 2.0
     schedule = bubble.simulate(
-        bubble.order(num_student, num_teacher, pair_order), pp_size, num_chunks, bubble.Times(backward=backward)
+        bubble.order(*num_microbatches, pair_order),
+        pp_size,
+        p.virtual_pipeline_model_parallel_size or 1,
+        bubble.Times(backward=3.0 if config.schedule.recompute_granularity == "full" else 2.0),
     )
-    parameters = sum(stage.model_parameters for stage in built)
-    multiple = config.model.make_vocab_size_divisible_by
-    loads = [
-        Load(
-            seq_length=seq_length,
-            response_tokens=contexts * config.rollout.max_new_tokens,
-            in_flight=in_flight,
-            alternating=pair_order == "alternating",
-            vocab_size=padded_vocab_size(vocab_size, multiple, p.tensor_model_parallel_size),
-            model_parameters=parameters,
-        )
-        for in_flight in schedule.in_flight
-    ]
+    load = Load(
+        seq_length=seq_length,
+        response_tokens=contexts * config.rollout.max_new_tokens,
+        in_flight=0,
+        alternating=pair_order == "alternating",
+        vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, tp_size),
+        model_parameters=sum(stage.model_parameters for stage in built),
+    )
     return Plan(
         config=config,
         num_problems=len(inputs.problems) if inputs is not None else None,
         stages=built,
-        memory=[memory(config, transformer, stage, load) for stage, load in zip(built, loads, strict=True)],
-        parameters=parameters,
+        memory=[
+            memory(config, transformer, stage, replace(load, in_flight=in_flight))
+            for stage, in_flight in zip(built, schedule.in_flight, strict=True)
+        ],
+        parameters=load.model_parameters,
         dp_size=dp_size,
         max_length=max_length,
         seq_length=seq_length,
-        num_microbatches=(num_student, num_teacher),
+        num_microbatches=num_microbatches,
         pair_order=pair_order,
         schedule=schedule,
     )
@@ -143,15 +131,36 @@ def longest_row(config: Config) -> int:
     return config.schedule.max_tokens // multiple * multiple
 
 
-def microbatches(config: Config, contexts: int, per_row: int, multiple: int) -> tuple[int, int]:
-    """(student's, teacher's) rows for so many contexts of full length, raised as batch.py raises them: in sum a
-    multiple of ``multiple``, where that is not 0."""
+def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]:
+    """(student's, teacher's) rows for so many contexts of full length, ``per_row`` in each; in sum a multiple of the
+    stages where the schedule is interleaved, raised as batch.py raises them."""
+    p = config.parallel
+    multiple = p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
     num_student = math.ceil(contexts / per_row)
     num_teacher = num_student if config.objective == "self_distillation" else 0
-    while multiple and (num_student + num_teacher) % multiple:
+    while (num_student + num_teacher) % multiple:
         num_student += 1
         num_teacher += bool(num_teacher) and config.schedule.pair_order == "alternating"
     return num_student, num_teacher
+
+
+def _num_gpus(config: Config) -> int:
+    if config.cluster.num_gpus is None:
+        raise ConfigError("a dry run without a launch needs cluster.num_gpus, the number of GPUs to plan for")
+    if config.model.provider is not None:
+        raise ConfigError(
+            f"model.provider={config.model.provider} builds a model that only a launch can see: start dry_run=true "
+            "under torchrun, or describe the architecture in model.*"
+        )
+    return config.cluster.num_gpus
+
+
+def _vocab_size(config: Config, inputs: Inputs | None) -> int:
+    """Valid rows of the output layer."""
+    vocab_size = inputs.vocab_size if inputs is not None else config.model.vocab_size
+    if vocab_size is None:
+        raise ConfigError("the vocabulary's size is not known: set model.vocab_size, or data.path and data.tokenizer")
+    return vocab_size
 
 
 def _check_lengths(config: Config, max_length: int) -> None:

@@ -63,9 +63,9 @@ def _engines(plan: Plan) -> str:
         return "responses: sampled in process, by the trainer's own weights"
     if rollout.placement == "colocated":
         return f"responses: {num_gpus // rollout.engine_tp} vLLM engines of {rollout.engine_tp} of these GPUs each"
-    servers = rollout.num_servers or len(rollout.servers)
+    where = ", ".join(rollout.servers) or f"{rollout.num_servers} that the run starts"
     return (
-        f"responses: {servers} vLLM servers of {rollout.engine_tp} GPUs of their own, each with "
+        f"responses: vLLM servers ({where}) of {rollout.engine_tp} GPUs of their own, each with "
         f"{engine_weight_gib(plan.config, plan.parameters):.1f} GiB of weights"
     )
 

@@ -108,11 +108,11 @@ def test_rows_divide_by_what_cuts_them():
 
 
 def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleaving_takes():
-    config = load()
-    assert microbatches(config, 10, 4, 0) == (3, 3)
-    assert microbatches(config, 10, 4, 4) == (5, 3)
-    assert microbatches(load(["schedule.pair_order=alternating"]), 10, 4, 4) == (4, 4)
-    assert microbatches(load(["objective=solutions"]), 10, 4, 0) == (3, 0)
+    interleaved = "parallel.pipeline_model_parallel_size=4 parallel.virtual_pipeline_model_parallel_size=2".split()
+    assert microbatches(load(), 10, 4) == (3, 3)
+    assert microbatches(load(interleaved), 10, 4) == (5, 3)
+    assert microbatches(load([*interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
+    assert microbatches(load(["objective=solutions"]), 10, 4) == (3, 0)
 
 
 def test_one_node_is_launched_alone_and_several_meet_at_the_head():

@@ -182,6 +182,9 @@ def test_the_arithmetic_in_a_recipes_comments_is_the_plans(recipe):
     parts |= {"= while training": fullest.training_peak, "= while sampling": fullest.rollout_peak}
     shown = {name: round(size, 1) for name, size in parts.items() if name in written or round(size, 1) > 0}
     assert written == shown
+    said = re.findall(r"(\d+\.\d) %; a smaller batch has more", text)
+    bubble = plan_of(recipe).schedule.bubble
+    assert [float(percent) for percent in said] == ([round(100 * bubble, 1)] if bubble else [])
 
 
 @pytest.mark.parametrize("recipe", REAL_SIZES)
