@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -114,26 +116,41 @@ def initialize(config: ParallelConfig, seed: int) -> Grid:
         _init_process_group(config)
     if not cpu.ON_CPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
-        context_parallel_size=config.context_parallel_size,
-        expert_model_parallel_size=config.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
-        create_gloo_process_groups=not cpu.ON_CPU,  # on CPU every group is gloo already
-    )
+    _initialize_groups(config, create_gloo_process_groups=not cpu.ON_CPU)  # on CPU every group is gloo already
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return current_grid(config)
 
 
+@contextlib.contextmanager
+def imagined(config: ParallelConfig, world_size: int, pp_rank: int) -> Iterator[Grid]:
+    """The `Grid` of the first rank of pipeline stage ``pp_rank`` in a world of any size, in this process alone.
+
+    The process group is torch's fake one: groups have their real sizes and ranks, collectives do nothing.  The device
+    is ``meta``.  Raises: RuntimeError in a process that already has a process group.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a dry run imagines its process group, but this process already has a real one")
+    rank = pp_rank * (world_size // config.pipeline_model_parallel_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        _initialize_groups(config, create_gloo_process_groups=False)
+        yield _grid(config, torch.device("meta"))
+    finally:
+        shutdown()
+
+
 def current_grid(config: ParallelConfig) -> Grid:
     """The `Grid` of Megatron's initialised ``parallel_state``."""
+    return _grid(config, torch.device("cpu") if cpu.ON_CPU else torch.device("cuda", torch.cuda.current_device()))
+
+
+def _grid(config: ParallelConfig, device: torch.device) -> Grid:
     return Grid(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        device=torch.device("cpu") if cpu.ON_CPU else torch.device("cuda", torch.cuda.current_device()),
+        device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
@@ -150,6 +167,19 @@ def shutdown() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _initialize_groups(config: ParallelConfig, create_gloo_process_groups: bool) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
+        create_gloo_process_groups=create_gloo_process_groups,
+    )
 
 
 def _init_process_group(config: ParallelConfig) -> None:

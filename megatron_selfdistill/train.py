@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(configuration.to_yaml(config))
             return 0
         given = configuration.given_keys(arguments.overrides, arguments.config_name, arguments.config_dir)
+        if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
+            return plan(config, given, sys.argv[1:] if argv is None else argv)
         return train(config, given)
     except (ConfigError, CheckpointError, EngineError) as error:
         print(f"[rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
@@ -87,6 +89,21 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
             run.close()
     finally:
         parallel.shutdown()
+
+
+def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]) -> int:
+    """``dry_run=true`` without a launch: print what the run will need on ``cluster.num_gpus`` GPUs, and how to launch
+    it.  Raises `ConfigError` for what cannot run, and after the tables for what does not fit."""
+    silence_known_warnings()
+    from megatron_selfdistill.plan.dry_run import dry_run
+    from megatron_selfdistill.plan.report import show
+
+    planned = dry_run(config, given)
+    show(planned, arguments)
+    misfit = planned.misfit()
+    if misfit is not None:
+        raise ConfigError(misfit)
+    return 0
 
 
 def loop(run: Run) -> None:

@@ -28,6 +28,7 @@ from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelCo
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, unwrapped
 from megatron_selfdistill.parallel import Grid, current_grid, initialize
+from megatron_selfdistill.plan.stages import Stage, stages
 
 VOCAB_SIZE = 61  # prime: no shard is full; padded to a multiple of 8 * tp
 
@@ -86,6 +87,13 @@ def build(
     chunks = build_chunks(model, config, grid, model.vocab_size)
     fill_from_names(chunks, seed)
     return chunks, grid
+
+
+def planned(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> list[Stage]:
+    """The stages of the same model as meta tensors, in a world that need not exist."""
+    config = transformer_config(model, parallel, OptimizerConfig(), ScheduleConfig())
+    assert model.vocab_size is not None
+    return stages(model, config, parallel, model.vocab_size, world_size)
 
 
 @torch.no_grad()

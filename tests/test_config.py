@@ -253,6 +253,7 @@ def test_every_shipped_file_composes_and_sets_what_it_says(file):
     config = dataclasses.asdict(load([f"{group}={option}"]))
     written = OmegaConf.to_container(OmegaConf.load(config_dir() / file))
     target = config if "_global_" in (config_dir() / file).read_text() else config[group]
+    written.pop("defaults", None)
     assert written, "a file that sets nothing"
     assert_contains(target, written)
 
@@ -294,6 +295,16 @@ def test_a_labs_folder_adds_groups_and_options(tmp_path):
     assert by_hydra == config
     assert load(["recipe=literal"], search_path=[tmp_path]).teacher.weights == "current"
     assert load().model.num_layers == 2, "the lab's folder is forgotten by the next call"
+
+
+def test_a_labs_recipe_without_groups_is_told_to_end_its_defaults_with_them(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    recipe = tmp_path / "recipe" / "ours.yaml"
+    recipe.write_text("# @package _global_\nnum_steps: 7\n")
+    assert load(["recipe=ours"], search_path=[tmp_path]).num_steps == 7
+    assert "end its defaults with /groups" in sentence_of("recipe=ours", "model=tiny", search_path=[tmp_path])
+    recipe.write_text("# @package _global_\ndefaults: [_self_, /groups]\nnum_steps: 7\n")
+    assert load(["recipe=ours", "model=tiny"], search_path=[tmp_path]).model.normalization == "LayerNorm"
 
 
 def test_free_form_dictionaries_take_new_keys():

@@ -11,6 +11,7 @@ from __future__ import annotations
 from megatron_selfdistill.config.compose import field_docs, from_mapping, given_keys, keys, load, to_yaml
 from megatron_selfdistill.config.schema import (
     CheckpointConfig,
+    ClusterConfig,
     Config,
     ConfigError,
     ConversationsConfig,
@@ -31,6 +32,7 @@ from megatron_selfdistill.config.schema import (
 
 __all__ = [
     "CheckpointConfig",
+    "ClusterConfig",
     "Config",
     "ConfigError",
     "ConversationsConfig",

@@ -151,6 +151,10 @@ def _explain(overrides: Sequence[str], error: Exception) -> str:
         elif isinstance(error, MissingConfigException) and f"'{key}/{value}'" in str(error):
             near = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.0)[0]
             return f"{key}={value}: there is no such file; did you mean {key}={near}?"
+        elif f"Could not override '{key}'" in str(error):
+            return (
+                f"{key}={value}: the recipe has no groups to choose from; end its defaults with /groups (groups.yaml)"
+            )
     if isinstance(error, yaml.YAMLError):
         return " ".join(str(error).split())
     first = str(error).splitlines()[0]

@@ -177,6 +177,29 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """The machine that a run is made for: what dry_run=true without a launch checks it against."""
+
+    num_gpus: int | None = None
+    """Ranks of the whole launch, one per GPU; a launch of another size is refused.  Null takes any."""
+    gpus_per_node: int = 8
+    """GPUs of one node."""
+    gpu_memory_gb: float = 80.0
+    """Memory of one GPU, in GiB."""
+    reserved_gb: float = 6.0
+    """What CUDA, NCCL, an engine's workspace and fragmentation take of it, by the dry run's reckoning, in GiB."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "cluster", self, "num_gpus gpus_per_node")
+        _at_least(0, "cluster", self, "gpu_memory_gb reserved_gb")
+        num_gpus, per_node = self.num_gpus, self.gpus_per_node
+        _require(
+            num_gpus is None or num_gpus <= per_node or num_gpus % per_node == 0,
+            f"cluster.num_gpus ({num_gpus}) must be a multiple of cluster.gpus_per_node ({per_node}), or fit on a node",
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Problems, tokenizer and prompts."""
 
@@ -678,11 +701,14 @@ class Config:
     """self_distillation; or a baseline on the same data: solutions (next-token training on the solution text)
     or verified_rollouts (next-token training on own responses whose answer verifies)."""
     dry_run: bool = False
-    """Stop after everything has been checked and built, before the first step."""
+    """Check and stop.  Under a launch: after everything has been built, before the first step.  Without one, and with
+    cluster.num_gpus: every rank's part as shapes alone, memory and bubble, on any machine and without GPUs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """What the model is."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How it is cut."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """What it runs on."""
     data: DataConfig = field(default_factory=DataConfig)
     """Problems and prompts."""
     conversations: ConversationsConfig = field(default_factory=ConversationsConfig)
@@ -785,6 +811,12 @@ class Config:
         tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
         ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size or tp
         model_size = tp * pp * cp
+        made_for = self.cluster.num_gpus
+        _require(
+            made_for is None or made_for == world_size,
+            f"cluster.num_gpus is {made_for}, but the launch has {world_size} ranks: launch {made_for}, or set "
+            f"cluster.num_gpus={world_size} and see what dry_run=true says",
+        )
         _require(
             world_size % model_size == 0,
             f"the world size {world_size} must be a multiple of TP x PP x CP = {tp} x {pp} x {cp} = {model_size}",
@@ -810,6 +842,7 @@ class Config:
         p, m = self.parallel, self.model
         ffn = m.ffn_hidden_size or 4 * m.hidden_size
         for name, size in [
+            ("model.hidden_size", m.hidden_size),
             ("model.num_attention_heads", m.num_attention_heads),
             ("model.num_query_groups", m.num_query_groups or m.num_attention_heads),
             ("model.ffn_hidden_size", ffn),

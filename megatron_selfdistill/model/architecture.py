@@ -193,9 +193,13 @@ def uses_transformer_engine() -> bool:
     return not cpu.ON_CPU and repairs.have_transformer_engine()
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of one model chunk, with parameter names that Transformer Engine's checkpoints share."""
-    te = uses_transformer_engine()
+def layer_spec(
+    config: TransformerConfig, vp_stage: int | None = None, *, transformer_engine: bool | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of one model chunk, with parameter names that Transformer Engine's checkpoints share.
+
+    ``transformer_engine``: whose layers; null asks `uses_transformer_engine`."""
+    te = uses_transformer_engine() if transformer_engine is None else transformer_engine
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=te, normalization=config.normalization, vp_stage=vp_stage
     )

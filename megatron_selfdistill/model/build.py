@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -50,11 +52,8 @@ def build_chunks(
     """
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
     provider = _load_provider(model.provider, num_chunks) if model.provider else None
-    chunks: list[torch.nn.Module] = []
-    for index in range(num_chunks):
-        vp_stage = index if num_chunks > 1 else None
-        pre_process = grid.is_first_stage and index == 0
-        post_process = grid.is_last_stage and index == num_chunks - 1
+
+    def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         if provider is not None:
             chunk = provider(pre_process, post_process, vp_stage)
             _check_provided(chunk, model.provider, grid)
@@ -65,8 +64,28 @@ def build_chunks(
             chunk = chunk.cuda(torch.cuda.current_device())
         for param in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
-        chunks.append(Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk)
-    return chunks
+        return Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+
+    return _each_chunk(grid, build)
+
+
+def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: Grid, vocab_size: int) -> list[GPTModel]:
+    """The chunks of `build_chunks` as meta tensors: every parameter of this rank in shape and dtype, without storage.
+
+    Always from Megatron's local layers, whose parameters are Transformer Engine's in number and size, so that the
+    outcome is the same on every machine.
+    """
+    config = copy.copy(config)
+    config.use_cpu_initialization = True  # the other way names the device of every parameter
+    config.gradient_accumulation_fusion = config.persist_layer_norm = config.apply_rope_fusion = False
+    meta = torch.device("meta")
+    with meta, mock.patch.object(torch.cuda, "current_device", lambda: meta):
+        return _each_chunk(
+            grid,
+            lambda pre_process, post_process, vp_stage: _gpt_model(
+                model, config, grid, vocab_size, pre_process, post_process, vp_stage, transformer_engine=False
+            ),
+        )
 
 
 def wrap_for_training(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
@@ -140,6 +159,19 @@ def unwrapped(chunk: torch.nn.Module) -> GPTModel:
     return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
 
 
+def _each_chunk(grid: Grid, build: Callable[[bool, bool, int | None], Any]) -> list[Any]:
+    """``build(pre_process, post_process, vp_stage)`` for every virtual stage of this rank."""
+    num_chunks = grid.virtual_pipeline_model_parallel_size or 1
+    return [
+        build(
+            grid.is_first_stage and index == 0,
+            grid.is_last_stage and index == num_chunks - 1,
+            index if num_chunks > 1 else None,
+        )
+        for index in range(num_chunks)
+    ]
+
+
 def _gpt_model(
     model: ModelConfig,
     config: TransformerConfig,
@@ -148,10 +180,11 @@ def _gpt_model(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
+    transformer_engine: bool | None = None,
 ) -> GPTModel:
     return GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, vp_stage),
+        transformer_layer_spec=layer_spec(config, vp_stage, transformer_engine=transformer_engine),
         vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, grid.tp_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=pre_process,

@@ -210,7 +210,7 @@ def built(option: str, changes: dict) -> dict:
         "rows": logits.size(-1),
         "tied": gpt.share_embeddings_and_output_weights,
         "q_layernorm": any("q_layernorm.weight" in name for name, _ in gpt.named_parameters()),
-        "inv_freq": gpt.rotary_pos_emb.inv_freq.double(),
+        "inv_freq": None if transformer.multi_latent_attention else gpt.rotary_pos_emb.inv_freq.double(),
         "num_layers": len(gpt.decoder.layers),
     }
 
@@ -228,11 +228,17 @@ def test_every_shipped_architecture_is_accepted_and_builds_when_narrowed(ranks, 
         "num_query_groups": 2,
         "vocab_size": 100,
     }
+    if config.model.num_moe_experts is not None:
+        narrow |= {"num_moe_experts": 16, "moe_ffn_hidden_size": 64}
+    if "moe_layer_freq" in config.model.transformer:
+        narrow["transformer"] = {**config.model.transformer, "moe_layer_freq": [0, 1]}
     (facts,) = ranks.run(built, option, narrow, world_size=1)
     rows = padded_vocab_size(100, config.model.make_vocab_size_divisible_by, 1)
     assert facts["finite"] and (facts["rows"], facts["num_layers"]) == (rows, 2)
     assert facts["tied"] is config.model.share_embeddings_and_output_weights
     assert facts["q_layernorm"] is config.model.qk_layernorm
+    if facts["inv_freq"] is None:  # latent attention rotates by itself
+        return
     channels = config.model.kv_channels or 32 // 4
     inv_freq = config.model.rotary_base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     assert facts["inv_freq"][0] == pytest.approx(inv_freq[0].item())

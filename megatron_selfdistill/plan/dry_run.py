@@ -1,0 +1,190 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""``dry_run=true`` without a launch: everything that can be known of a run before there is a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.inputs import Inputs, longest_context
+from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
+from megatron_selfdistill.model.hf_mapping import family_of_model
+from megatron_selfdistill.plan import bubble
+from megatron_selfdistill.plan.memory import Load, Memory, engine_weight_gib, memory
+from megatron_selfdistill.plan.stages import Stage, stages
+
+_SERVED_SHARE = 0.8
+"""Of a server's GPU, that weights may take: vLLM uses 0.9 of it, and what is left is cache and activations."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration comes to on ``cluster.num_gpus`` ranks."""
+
+    config: Config
+    """With the architecture of the checkpoint that it names, if any."""
+    num_problems: int | None
+    """Whose contexts fit; None where no data is named."""
+    stages: list[Stage]
+    memory: list[Memory]
+    """Per stage."""
+    parameters: int
+    """Of the model."""
+    dp_size: int
+    max_length: int
+    """Longest context, in tokens."""
+    seq_length: int
+    """Longest row, in tokens."""
+    num_microbatches: tuple[int, int]
+    """Student's and teacher's per step and replica, where every context is as long as it may be."""
+    pair_order: str
+    schedule: bubble.Simulated
+
+    def misfit(self) -> str | None:
+        """One sentence where a stage, or a server's share of the weights, does not fit its GPU; None where all fit."""
+        room, rollout = self.config.cluster.gpu_memory_gb, self.config.rollout
+        served = engine_weight_gib(self.config, self.parameters)
+        if rollout.engine == "vllm" and rollout.placement == "server" and served > _SERVED_SHARE * room:
+            return (
+                f"a GPU of a rollout server would hold {served:.1f} GiB of weights, which leaves no room for a KV "
+                f"cache in cluster.gpu_memory_gb={room:g}: raise rollout.engine_tp={rollout.engine_tp}"
+            )
+        stage, most = max(enumerate(self.memory), key=lambda item: item[1].peak)
+        if most.peak <= room:
+            return None
+        trains = most.training_peak >= most.rollout_peak
+        largest = sorted((most.training if trains else most.rollout).items(), key=lambda part: -part[1])[:2]
+        parts = " and ".join(f"{name} {size:.1f}" for name, size in largest)
+        advice = (
+            "raise parallel.* or cluster.num_gpus, lower schedule.max_tokens, set schedule.recompute_granularity=full"
+            if trains
+            else "raise rollout.engine_tp, lower rollout.kv_cache_gb, set teacher.offload=cpu, or sample on servers"
+        )
+        return (
+            f"pipeline stage {stage} needs {most.peak:.1f} GiB per GPU while {'training' if trains else 'sampling'} "
+            f"({parts}), but cluster.gpu_memory_gb is {room:g}: {advice}"
+        )
+
+
+def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
+    """Check and plan ``config`` for ``cluster.num_gpus`` ranks.  Allocates no parameter and opens no connection.
+
+    Read where they are named: the checkpoint's arguments, the tokenizer, the problems.  ``given``: as in `train.train`.
+    Raises: `ConfigError`, one sentence, for what cannot be cut, built or sampled; not for what does not fit
+    (`Plan.misfit`).
+    """
+    num_gpus = _num_gpus(config)
+    config = with_stored_architecture(config, given)
+    config.check_world(num_gpus)
+    max_length, seq_length = longest_context(config), longest_row(config)
+    _check_lengths(config, max_length)
+    _check_engine(config, num_gpus)
+    inputs = Inputs.load(config) if config.data.path and config.data.tokenizer else None
+    vocab_size = _vocab_size(config, inputs)
+    transformer = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
+    built = stages(config.model, transformer, config.parallel, vocab_size, num_gpus)
+    p = config.parallel
+    tp_size, pp_size = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    dp_size = num_gpus // (tp_size * p.context_parallel_size * pp_size)
+    contexts = math.ceil(config.data.global_batch_size / dp_size) * config.rollout.num_samples
+    num_microbatches = microbatches(config, contexts, seq_length // max_length)
+    pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
+    schedule = bubble.simulate(
+        bubble.order(*num_microbatches, pair_order),
+        pp_size,
+        p.virtual_pipeline_model_parallel_size or 1,
+        bubble.Times(backward=3.0 if config.schedule.recompute_granularity == "full" else 2.0),
+    )
+    load = Load(
+        seq_length=seq_length,
+        response_tokens=contexts * config.rollout.max_new_tokens,
+        in_flight=0,
+        alternating=pair_order == "alternating",
+        vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, tp_size),
+        model_parameters=sum(stage.model_parameters for stage in built),
+    )
+    return Plan(
+        config=config,
+        num_problems=len(inputs.problems) if inputs is not None else None,
+        stages=built,
+        memory=[
+            memory(config, transformer, stage, replace(load, in_flight=in_flight))
+            for stage, in_flight in zip(built, schedule.in_flight, strict=True)
+        ],
+        parameters=load.model_parameters,
+        dp_size=dp_size,
+        max_length=max_length,
+        seq_length=seq_length,
+        num_microbatches=num_microbatches,
+        pair_order=pair_order,
+        schedule=schedule,
+    )
+
+
+def longest_row(config: Config) -> int:
+    """The longest row within ``schedule.max_tokens`` that sequence and context parallelism can cut."""
+    p = config.parallel
+    multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
+    return config.schedule.max_tokens // multiple * multiple
+
+
+def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]:
+    """(student's, teacher's) rows for so many contexts of full length, ``per_row`` in each; in sum a multiple of the
+    stages where the schedule is interleaved, raised as batch.py raises them."""
+    p = config.parallel
+    multiple = p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
+    num_student = math.ceil(contexts / per_row)
+    num_teacher = num_student if config.objective == "self_distillation" else 0
+    while (num_student + num_teacher) % multiple:
+        num_student += 1
+        num_teacher += bool(num_teacher) and config.schedule.pair_order == "alternating"
+    return num_student, num_teacher
+
+
+def _num_gpus(config: Config) -> int:
+    if config.cluster.num_gpus is None:
+        raise ConfigError("a dry run without a launch needs cluster.num_gpus, the number of GPUs to plan for")
+    if config.model.provider is not None:
+        raise ConfigError(
+            f"model.provider={config.model.provider} builds a model that only a launch can see: start dry_run=true "
+            "under torchrun, or describe the architecture in model.*"
+        )
+    return config.cluster.num_gpus
+
+
+def _vocab_size(config: Config, inputs: Inputs | None) -> int:
+    """Valid rows of the output layer."""
+    vocab_size = inputs.vocab_size if inputs is not None else config.model.vocab_size
+    if vocab_size is None:
+        raise ConfigError("the vocabulary's size is not known: set model.vocab_size, or data.path and data.tokenizer")
+    return vocab_size
+
+
+def _check_lengths(config: Config, max_length: int) -> None:
+    new = config.rollout.max_new_tokens
+    if config.objective != "solutions" and new >= max_length:
+        raise ConfigError(
+            f"rollout.max_new_tokens ({new}) leaves no room for a prompt in contexts of at most {max_length} tokens: "
+            "raise data.max_length and schedule.max_tokens, or lower it"
+        )
+
+
+def _check_engine(config: Config, num_gpus: int) -> None:
+    """What vLLM would refuse once the GPUs are there."""
+    rollout, heads = config.rollout, config.model.num_attention_heads
+    if rollout.engine != "vllm":
+        return
+    if rollout.hf_config is None:
+        family_of_model(config.model)
+    if rollout.placement == "colocated" and num_gpus % rollout.engine_tp:
+        raise ConfigError(
+            f"rollout.engine_tp={rollout.engine_tp} ranks form one engine, but cluster.num_gpus={num_gpus} is no "
+            "multiple of it; choose a divisor"
+        )
+    if heads % rollout.engine_tp:
+        raise ConfigError(
+            f"rollout.engine_tp={rollout.engine_tp} must divide model.num_attention_heads ({heads}), which vLLM cuts"
+        )

@@ -1,0 +1,229 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""GiB on one rank of a pipeline stage, part by part, while it trains and while responses are written.
+
+Arithmetic, not measurement: parameters are counted exactly, activations after Korthikanti et al. 2022 (arXiv
+2205.05198, section 4) for grouped queries, gated MLPs and experts, with flash attention, Transformer Engine's fused
+layers, no dropout, and experts that all get as many tokens.  What is not listed is ``cluster.reserved_gb``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.plan.stages import Stage
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step puts on a rank besides parameters."""
+
+    seq_length: int
+    """Tokens of one microbatch."""
+    response_tokens: int
+    """Of one replica and step, at most."""
+    in_flight: int
+    """Students' microbatches, of one chunk each, whose activations are held at a time."""
+    alternating: bool
+    """Pair order: then the teacher's rows of one microbatch are held, not those of all."""
+    vocab_size: int
+    """Rows of the output layer, padding included."""
+    model_parameters: int
+    """Of the whole model: what a colocated engine holds."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB by part; parts of 0 are listed, too."""
+
+    training: dict[str, float]
+    rollout: dict[str, float]
+
+    @property
+    def training_peak(self) -> float:
+        return sum(self.training.values())
+
+    @property
+    def rollout_peak(self) -> float:
+        return sum(self.rollout.values())
+
+    @property
+    def peak(self) -> float:
+        return max(self.training_peak, self.rollout_peak)
+
+
+def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> Memory:
+    """Of the stage's first rank.  A third of what is free stands for a KV cache of no stated size."""
+    resident = parameter_bytes(config, stage)
+    teacher = resident.pop("teacher")
+    working = {
+        "teacher": teacher,
+        "activations": activation_bytes(transformer, stage, load),
+        "teacher rows": teacher_row_bytes(config, transformer, load) if stage.projects else 0.0,
+        "logits": logit_bytes(config, transformer, load) if stage.projects else 0.0,
+        "reserved": config.cluster.reserved_gb * GIB,
+    }
+    offloaded = config.teacher.offload == "cpu"
+    engine = {"teacher": 0.0 if offloaded else teacher, "engine weights": 0.0, "weight bucket": 0.0}
+    rollout = config.rollout
+    if rollout.engine == "vllm":
+        engine["weight bucket"] = rollout.bucket_mb * 2**20
+        if (
+            rollout.placement == "colocated"
+        ):  # asleep while the trainer trains: then neither weights nor cache are there
+            engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
+    engine["reserved"] = config.cluster.reserved_gb * GIB
+    if rollout.engine == "megatron" or rollout.placement == "colocated":
+        free = config.cluster.gpu_memory_gb * GIB - sum(resident.values()) - sum(engine.values())
+        given = rollout.kv_cache_gb
+        engine["KV cache"] = max(free, 0.0) / 3 if given is None else given * GIB
+    return Memory(_gib(resident | working), _gib(resident | engine))
+
+
+def engine_weight_gib(config: Config, model_parameters: int) -> float:
+    """What one GPU of a vLLM engine holds of the weights, in the trainer's precision."""
+    return model_parameters * element_size(config) / config.rollout.engine_tp / GIB
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a weight."""
+    return 2 if config.optimizer.precision == "bf16" else 4
+
+
+def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
+    """Weights, float32 gradients, what the optimizer keeps (in bf16 training a float32 copy; two moments of Adam, or
+    SGD's momentum), and the teacher's weights (for an average also its float32 master, unless it rests in host memory).
+    The distributed optimizer cuts its part over the ranks that hold the same parameters."""
+    optimizer, teacher = config.optimizer, config.teacher
+    size = element_size(config)
+    state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
+    state += 4 if optimizer.precision == "bf16" else 0
+    sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
+    taught = 0
+    if config.objective == "self_distillation" and teacher.weights != "current":
+        taught = size + (4 if teacher.weights == "ema" and teacher.offload == "none" else 0)
+    return {
+        "weights": stage.parameters * size,
+        "gradients": stage.parameters * 4,
+        "optimizer": state * (stage.dense_parameters / sharers[0] + stage.expert_parameters / sharers[1]),
+        "teacher": stage.parameters * taught,
+    }
+
+
+def activation_bytes(config: TransformerConfig, stage: Stage, load: Load) -> float:
+    """What the students' microbatches in flight keep for backward.
+
+    Equals ``in_flight`` times the mean chunk, plus what is being recomputed at a time: of one layer, or of one unit of
+    ``recompute_num_layers``.
+    """
+    tokens = load.seq_length / config.context_parallel_size
+    inputs = tokens * _hidden(config) * (2 if config.bf16 else 4)
+    full = config.recompute_granularity == "full"
+    kept = recomputed = 0.0
+    for chunk in stage.chunks:
+        layers = [layer_bytes(config, tokens, experts) for experts in chunk]
+        if full and layers:
+            whole, unit = [sum(layer) for layer in layers], config.recompute_num_layers or 1
+            if config.recompute_method == "block":
+                kept += min(unit, len(whole)) * inputs + sum(whole[unit:])
+                recomputed = max(recomputed, *whole)
+            else:
+                kept += -(-len(whole) // unit) * inputs
+                recomputed = max(recomputed, *(sum(whole[i : i + unit]) for i in range(0, len(whole), unit)))
+        else:
+            kept += sum(stored for stored, _ in layers)
+            recomputed = max(recomputed, *(dropped for _, dropped in layers), 0.0)
+    return load.in_flight * kept / len(stage.chunks) + recomputed
+
+
+def layer_bytes(config: TransformerConfig, tokens: float, experts: bool) -> tuple[float, float]:
+    """(kept for backward, recomputed instead) by one transformer layer of ``tokens`` positions: those of this
+    context-parallel rank.  Recomputing core_attn drops nothing: flash attention keeps no scores anyway."""
+    parts = {
+        "inputs": 2 * _hidden(config),  # of both norms
+        "layernorm": 2 * _hidden(config),  # their outputs: inputs of the linear layers
+        **(_latent_attention(config) if getattr(config, "multi_latent_attention", False) else _attention(config)),
+        **(_experts(config) if experts else _mlp(config)),
+    }
+    chosen: set[str] = set()
+    if config.recompute_granularity == "selective":
+        chosen = set(config.recompute_modules or [])
+        if "moe" in chosen:
+            chosen |= {"router", "moe_act", "shared_experts"}
+    size = tokens * (2 if config.bf16 else 4)
+    kept = sum(elements for part, elements in parts.items() if part not in chosen)
+    return size * kept, size * (sum(parts.values()) - kept)
+
+
+def _hidden(config: TransformerConfig) -> float:
+    return config.hidden_size / (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+
+
+def _attention(config: TransformerConfig) -> dict[str, float]:
+    """Elements per token: q, k, v as attention takes them and, with QK-norm, q and k before; its output."""
+    tp, channels = config.tensor_model_parallel_size, config.kv_channels
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    before = heads + groups if config.qk_layernorm else 0
+    return {"attention": (before + heads + 2 * groups + heads) * channels / tp}
+
+
+def _latent_attention(config: Any) -> dict[str, float]:
+    """Elements per token: both compressed vectors before and after their norm; q, k, v unrolled; the output."""
+    tp, heads = config.tensor_model_parallel_size, config.num_attention_heads
+    of_query, of_value = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+    compressed = 2 * (config.q_lora_rank or 0) + 2 * config.kv_lora_rank + config.qk_pos_emb_head_dim
+    return {
+        "compressed": compressed,
+        "mla_up_proj": heads * (2 * of_query + config.qk_head_dim + of_value + of_query) / tp,
+        "attention": heads * of_value / tp,
+    }
+
+
+def _mlp(config: TransformerConfig) -> dict[str, float]:
+    width = config.ffn_hidden_size / config.tensor_model_parallel_size
+    return {"mlp": (3 if config.gated_linear_unit else 2) * width}
+
+
+def _experts(config: TransformerConfig) -> dict[str, float]:
+    """Elements per token: the router's float32 logits and probabilities; for each of a token's experts its input,
+    what comes out of the first linear layer, the activation before and after it is multiplied by the probability."""
+    cut = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    topk, width = config.moe_router_topk, config.moe_ffn_hidden_size or config.ffn_hidden_size
+    gathered = config.expert_tensor_parallel_size or 1
+    first = (2 if config.gated_linear_unit else 1) * width
+    shared = (config.moe_shared_expert_intermediate_size or 0) / config.tensor_model_parallel_size
+    return {
+        "router": 4 * (config.num_moe_experts or 0) / cut,
+        "moe": topk * (config.hidden_size * gathered + first) / cut,
+        "moe_act": topk * 2 * width / cut,
+        "shared_experts": (3 if config.gated_linear_unit else 2) * shared,
+    }
+
+
+def teacher_row_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
+    """The teacher's hidden rows on the last stage, up to ``schedule.teacher_store_gb``; the rest is in host memory."""
+    if config.objective != "self_distillation":
+        return 0.0
+    tokens = min(load.response_tokens, load.seq_length) if load.alternating else load.response_tokens
+    width = transformer.hidden_size / transformer.tensor_model_parallel_size
+    rows = tokens / transformer.context_parallel_size * width * element_size(config)
+    return min(rows, config.schedule.teacher_store_gb * GIB)
+
+
+def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
+    """Of one microbatch whose tokens are all response tokens: the logits of student and teacher, the first of which
+    becomes the gradient in place, and the full-width rows that both are projected from."""
+    streams = 2 if config.objective == "self_distillation" else 1
+    tokens = load.seq_length / transformer.context_parallel_size
+    columns = load.vocab_size / transformer.tensor_model_parallel_size + transformer.hidden_size
+    return streams * tokens * columns * element_size(config)
+
+
+def _gib(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size / GIB for name, size in parts.items()}

@@ -1,0 +1,120 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A plan as tables for the console, and the command that launches it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.plan.dry_run import Plan
+from megatron_selfdistill.plan.memory import Memory, engine_weight_gib
+from megatron_selfdistill.plan.stages import Stage
+
+_WIDEST = 240
+TRAINING, SAMPLING = "= while training", "= while sampling"
+NEEDED = {
+    "checkpoint.load": "/path/to/megatron/checkpoint",
+    "data.tokenizer": "/path/to/tokenizer",
+    "data.path": "/path/to/problems.jsonl",
+}
+"""Keys without which nothing can be trained -> what stands for them in the command."""
+
+
+def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -> None:
+    """Print the plan; ``arguments``: of the command line that asked for it."""
+    table = memory_table(plan)
+    console = console or Console(width=_WIDEST)  # a log has no width, and a cut number says nothing
+    title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.gpu_memory_gb:g}"
+    for text in (*summary(plan), title, table, launch_command(plan.config, arguments)):
+        console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
+
+
+def summary(plan: Plan) -> list[str]:
+    """What is not per stage, a line each."""
+    config, p, cluster = plan.config, plan.config.parallel, plan.config.cluster
+    vpp, num_gpus = p.virtual_pipeline_model_parallel_size, cluster.num_gpus or 1
+    nodes = "1 node" if _nodes(config) == 1 else f"{_nodes(config)} nodes"
+    experts = f", EP {p.expert_model_parallel_size}" if config.model.num_moe_experts else ""
+    student, teacher = plan.num_microbatches
+    samples = config.rollout.num_samples
+    data = "data.path is not set" if plan.num_problems is None else f"{plan.num_problems} problems fit"
+    return [
+        f"{plan.parameters / 1e9:.2f} B parameters on {num_gpus} GPUs ({nodes}): "
+        f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}{f' (VPP {vpp})' if vpp else ''} x "
+        f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
+        f"a step: {config.data.global_batch_size} problems x {samples} responses of at most "
+        f"{config.rollout.max_new_tokens} tokens; contexts of at most {plan.max_length} in rows of at most "
+        f"{plan.seq_length}; {data}",
+        f"a replica's microbatches at full length: {student} student, {teacher} teacher, {plan.pair_order}; "
+        f"bubble {plan.schedule.bubble:.1%} of the step",
+        _engines(plan),
+    ]
+
+
+def _engines(plan: Plan) -> str:
+    rollout, num_gpus = plan.config.rollout, plan.config.cluster.num_gpus or 1
+    if rollout.engine == "megatron":
+        return "responses: sampled in process, by the trainer's own weights"
+    if rollout.placement == "colocated":
+        return f"responses: {num_gpus // rollout.engine_tp} vLLM engines of {rollout.engine_tp} of these GPUs each"
+    where = ", ".join(rollout.servers) or f"{rollout.num_servers} that the run starts"
+    return (
+        f"responses: vLLM servers ({where}) of {rollout.engine_tp} GPUs of their own, each with "
+        f"{engine_weight_gib(plan.config, plan.parameters):.1f} GiB of weights"
+    )
+
+
+def memory_table(plan: Plan) -> Table:
+    """GiB on one GPU of each pipeline stage: neighbouring stages that are alike share a column.
+
+    Sampling adds its parts to weights, gradients, optimizer and reserved, and to the teacher unless it is offloaded.
+    """
+    columns: list[tuple[str, tuple[tuple[str, str], ...]]] = []
+    pairs = zip(plan.stages, plan.memory, strict=True)
+    for cells, alike in groupby(pairs, key=lambda pair: _cells(*pair)):
+        ranks = [stage.pp_rank for stage, _ in alike]
+        columns.append((str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}", cells))
+    table = Table(box=box.SIMPLE)
+    table.add_column("stage", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    names = [name for name, _ in columns[0][1] if any(dict(cells)[name] != "0.0" for _, cells in columns)]
+    for name in names:
+        table.add_row(
+            name, *(dict(cells)[name] for _, cells in columns), end_section=name in ("parameters, B", TRAINING)
+        )
+    return table
+
+
+def launch_command(config: Config, arguments: Sequence[str]) -> str:
+    """For each node; keys that are still missing are shown with a path to fill in."""
+    cluster = config.cluster
+    num_gpus = cluster.num_gpus or 1
+    nodes = _nodes(config)
+    kept = [argument for argument in arguments if not argument.startswith("dry_run=")]
+    given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
+    given["data.path"] = config.data.path
+    kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]
+    where = "--standalone" if nodes == 1 else f'--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500"'
+    command = f"torchrun {where} --nproc-per-node {min(num_gpus, cluster.gpus_per_node)} -m megatron_selfdistill.train"
+    return f"{command} {' '.join(map(shlex.quote, kept))}"
+
+
+def _nodes(config: Config) -> int:
+    return -(-(config.cluster.num_gpus or 1) // config.cluster.gpus_per_node)
+
+
+def _cells(stage: Stage, memory: Memory) -> tuple[tuple[str, str], ...]:
+    """(row, cell) of a stage's column, in order."""
+    parts = {"layers": str(stage.num_layers), "parameters, B": f"{stage.parameters / 1e9:.2f}"}
+    parts |= {name: f"{size:.1f}" for name, size in memory.training.items()}
+    parts[TRAINING] = f"{memory.training_peak:.1f}"
+    parts |= {name: f"{size:.1f}" for name, size in memory.rollout.items() if name not in memory.training}
+    parts[SAMPLING] = f"{memory.rollout_peak:.1f}"
+    return tuple(parts.items())

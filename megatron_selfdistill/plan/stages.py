@@ -1,0 +1,99 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What one rank of each pipeline stage holds, in a world of the real size and without allocating any of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill import parallel
+from megatron_selfdistill.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_selfdistill.model.build import build_on_meta
+from megatron_selfdistill.parallel import Grid
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The first rank of a pipeline stage.  Its neighbours in TP, CP, EP and DP hold as much."""
+
+    pp_rank: int
+    dense_parameters: int
+    """On this rank, reduced over all data-parallel ranks; includes the padding of the vocabulary."""
+    expert_parameters: int
+    """On this rank, reduced over the ranks that hold the same experts."""
+    model_parameters: int
+    """That this stage, with all its ranks, adds to the model: no copies, no padding."""
+    chunks: tuple[tuple[bool, ...], ...]
+    """Per virtual stage and layer, whether it has experts."""
+    embeds: bool
+    projects: bool
+    dp_cp_size: int
+    """Ranks that share the optimizer state of dense parameters."""
+    expert_dp_size: int
+    """Ranks that share the optimizer state of experts."""
+
+    @property
+    def parameters(self) -> int:
+        """On this rank."""
+        return self.dense_parameters + self.expert_parameters
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(chunk) for chunk in self.chunks)
+
+
+def stages(
+    model: ModelConfig, config: TransformerConfig, cut: ParallelConfig, vocab_size: int, world_size: int
+) -> list[Stage]:
+    """One `Stage` per pipeline rank, each built as that rank would, on the meta device.
+
+    ``config``: of the model with this ``cut``; ``vocab_size``: valid rows of the output layer.
+    Raises: ConfigError where Megatron Core refuses the cut, in its words.
+    """
+    found = []
+    for pp_rank in range(cut.pipeline_model_parallel_size):
+        with parallel.imagined(cut, world_size, pp_rank) as grid:
+            try:
+                chunks = build_on_meta(model, config, grid, vocab_size)
+            except (ValueError, AssertionError, RuntimeError) as error:
+                sentence = " ".join(str(error).split())
+                raise ConfigError(f"Megatron Core cannot build pipeline stage {pp_rank}: {sentence}") from error
+            found.append(_stage(chunks, cut, grid, vocab_size))
+    return found
+
+
+def _stage(chunks: Sequence[GPTModel], cut: ParallelConfig, grid: Grid, vocab_size: int) -> Stage:
+    dense = experts = unique = 0
+    etp = cut.expert_tensor_parallel_size or grid.tp_size
+    for chunk in chunks:
+        for name, param in chunk.named_parameters():
+            if not param.is_meta:
+                raise RuntimeError(f"{name} was allocated on {param.device} in a dry run")
+            if getattr(param, "allreduce", True):
+                dense += param.numel()
+            else:
+                experts += param.numel()
+            is_copy = name.endswith("output_layer.weight") and chunk.share_embeddings_and_output_weights
+            if is_copy and not chunk.pre_process:  # the last stage's copy of the embedding
+                continue
+            of_expert = ".mlp.experts." in name
+            cuts = (etp if of_expert else grid.tp_size) if getattr(param, "tensor_model_parallel", False) else 1
+            unique += param.numel() * cuts * (grid.ep_size if of_expert else 1)
+            if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                unique -= (param.size(0) * cuts - vocab_size) * param.size(1)
+    return Stage(
+        pp_rank=grid.pp_rank,
+        dense_parameters=dense,
+        expert_parameters=experts,
+        model_parameters=unique,
+        chunks=tuple(tuple(isinstance(layer.mlp, MoELayer) for layer in chunk.decoder.layers) for chunk in chunks),
+        embeds=any(chunk.pre_process for chunk in chunks),
+        projects=any(chunk.post_process for chunk in chunks),
+        dp_cp_size=grid.dp_cp_group.size(),
+        expert_dp_size=grid.world_size // (etp * grid.ep_size * grid.pp_size),
+    )

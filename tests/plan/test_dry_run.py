@@ -1,0 +1,123 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the dry run refuses, in one sentence that names the key; when it runs instead of a run."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_run
+
+from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.plan.dry_run import dry_run, longest_row, microbatches
+from megatron_selfdistill.plan.report import launch_command
+from megatron_selfdistill.train import EXIT_BAD_INPUT, main
+
+TINY = [
+    "cluster.num_gpus=16",
+    "model.vocab_size=1000",
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "rollout.max_new_tokens=64",
+    "data.max_length=128",
+    "schedule.max_tokens=512",
+]
+
+
+def test_a_dry_run_starts_no_process_group_and_writes_nothing(tmp_path, capsys):
+    assert main([*TINY, "dry_run=true", f"run_dir={tmp_path}/run"]) == 0
+    assert "16 GPUs (2 nodes)" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tensor_model_parallel_size=3"], "the world size 16 must be a multiple of TP x PP x CP = 3"),
+        (["parallel.pipeline_model_parallel_size=8"], "model.num_layers (4) must be a multiple of PP x VPP = 8"),
+        (["parallel.tensor_model_parallel_size=8"], "model.num_attention_heads (4)"),
+        (
+            ["model.hidden_size=66", "model.kv_channels=16", "parallel.tensor_model_parallel_size=4"],
+            "model.hidden_size",
+        ),
+        (["model.num_moe_experts=6", "parallel.expert_model_parallel_size=4"], "model.num_moe_experts (6)"),
+        (["data.global_batch_size=8"], "data.global_batch_size (8) must be at least the number of data-parallel ranks"),
+        (["rollout.max_new_tokens=128"], "rollout.max_new_tokens (128) leaves no room for a prompt"),
+        (["data.max_length=1024"], "data.max_length (1024) exceeds the longest row within schedule.max_tokens (512)"),
+        (["cluster.num_gpus=12"], "cluster.num_gpus (12) must be a multiple of cluster.gpus_per_node (8)"),
+        (["model.vocab_size=null"], "set model.vocab_size"),
+        (["model.provider=a.b"], "model.provider=a.b builds a model that only a launch can see"),
+        (["rollout.engine=vllm", "rollout.engine_tp=3"], "rollout.engine_tp=3 ranks form one engine"),
+        (["rollout.engine=vllm", "rollout.engine_tp=8"], "must divide model.num_attention_heads (4)"),
+        (["rollout.engine=vllm", "model.normalization=LayerNorm", "model.activation=gelu"], "no known Hugging Face"),
+        (["model.transformer.mtp_num_layers=1"], "multi-token-prediction layers are not trained"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_status_2_and_one_sentence(overrides, words, capsys):
+    assert main([*TINY, *overrides, "dry_run=true"]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["recipe=qwen3_32b", "parallel.tensor_model_parallel_size=4"], "pipeline stage 0 needs"),
+        (["recipe=qwen3_8b", "cluster.gpu_memory_gb=40"], "while sampling (KV cache 16.0 and engine weights 15.3)"),
+        (["recipe=qwen3_8b", "schedule.max_tokens=65536"], "while training (activations"),
+        (["recipe=llama31_405b", "rollout.engine_tp=8"], "a GPU of a rollout server would hold 94.5 GiB of weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused_after_its_table(overrides, words, capsys):
+    assert main([*overrides, "dry_run=true"]) == EXIT_BAD_INPUT
+    captured = capsys.readouterr()
+    assert "= while training" in captured.out
+    assert words in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_launch_of_another_size_is_refused(capsys):
+    assert main([*TINY]) == EXIT_BAD_INPUT
+    assert "cluster.num_gpus is 16, but the launch has 1 ranks" in capsys.readouterr().err
+
+
+def test_a_dry_run_under_a_launch_builds_the_run_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main([*TINY, "dry_run=true"]) == EXIT_BAD_INPUT
+    assert "cluster.num_gpus is 16, but the launch has 8 ranks" in capsys.readouterr().err
+
+
+def test_data_that_is_named_is_read_and_counted(tmp_path, capsys):
+    tiny_run.write_data(tmp_path, num_problems=12)
+    overrides = tiny_run.overrides(tmp_path, tmp_path / "run", "cluster.num_gpus=2", "dry_run=true")
+    assert main(overrides) == 0
+    out = capsys.readouterr().out
+    assert "12 problems fit" in out
+    assert not any(f"{key}=/path" in out for key in ("data.path", "data.tokenizer"))
+    assert main([*overrides, "data.max_length=16"]) == EXIT_BAD_INPUT
+    assert "problems.jsonl:1: expected a student's prompt" in capsys.readouterr().err
+
+
+def test_a_plan_needs_the_number_of_gpus():
+    with pytest.raises(ConfigError, match=r"needs cluster\.num_gpus"):
+        dry_run(load())
+
+
+def test_rows_divide_by_what_cuts_them():
+    cuts = "parallel.tensor_model_parallel_size=4 parallel.context_parallel_size=3 schedule.max_tokens=1000".split()
+    assert longest_row(load(cuts)) == 984
+
+
+def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleaving_takes():
+    interleaved = "parallel.pipeline_model_parallel_size=4 parallel.virtual_pipeline_model_parallel_size=2".split()
+    assert microbatches(load(), 10, 4) == (3, 3)
+    assert microbatches(load(interleaved), 10, 4) == (5, 3)
+    assert microbatches(load([*interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
+    assert microbatches(load(["objective=solutions"]), 10, 4) == (3, 0)
+
+
+def test_one_node_is_launched_alone_and_several_meet_at_the_head():
+    one = load(["cluster.num_gpus=4"])
+    assert launch_command(one, ["a=b"]).startswith("torchrun --standalone --nproc-per-node 4 -m ")
+    two = launch_command(load(["cluster.num_gpus=16"]), ["x=[1, 2]", "dry_run=true"])
+    assert '--nnodes 2 --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --nproc-per-node 8' in two
+    assert "'x=[1, 2]'" in two and "dry_run" not in two

@@ -1,0 +1,202 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The arithmetic of memory against what Megatron's buffers, optimizers and layers really hold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from models import build, model_config, parallel, planned
+
+from megatron_selfdistill.config import Config, OptimizerConfig, ScheduleConfig, TeacherConfig, from_mapping
+from megatron_selfdistill.data.packing import _microbatch
+from megatron_selfdistill.model.architecture import transformer_config
+from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.forward import hidden_states, inputs_of
+from megatron_selfdistill.plan.memory import GIB, Load, activation_bytes, layer_bytes, memory, parameter_bytes
+from megatron_selfdistill.plan.stages import Stage
+
+# Wide enough that the padding of Megatron's buffers is small.
+WIDE = {"hidden_size": 128, "ffn_hidden_size": 512, "moe_ffn_hidden_size": 256, "num_layers": 4}
+
+
+def real_bytes(kind, cuts, optimizer_config):
+    """What this rank holds once the optimizer has made a step."""
+    chunks, _ = build(model_config(kind, **WIDE), parallel(**cuts), optimizer=optimizer_config)
+    wrapped = wrap_for_training(chunks, optimizer_config)
+    optimizer, _ = build_optimizer(wrapped, optimizer_config, num_steps=1)
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+        for param in chunk.parameters():
+            param.main_grad.fill_(1e-3)
+    optimizer.step()
+    params = [p for chunk in chunks for p in unwrapped(chunk).parameters()]
+    own = {p.untyped_storage().data_ptr() for p in params}
+    held = 0
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in chained.optimizer.param_groups:
+            for param in group["params"]:  # the float32 copy, unless it is the parameter itself
+                is_copy = param.untyped_storage().data_ptr() not in own
+                state = chained.optimizer.state[param].values()
+                held += param.nbytes * is_copy + sum(t.nbytes for t in state if torch.is_tensor(t) and t.dim())
+    buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    return {
+        "weights": sum(p.nbytes for p in params),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": held,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "cuts", "optimizer"),
+    [
+        ("gqa", {"tp": 2}, OptimizerConfig()),
+        ("moe", {"ep": 2}, OptimizerConfig()),
+        ("gqa", {"pp": 2}, OptimizerConfig(use_distributed_optimizer=False)),
+        ("gqa", {"pp": 2}, OptimizerConfig(precision="fp32")),
+        ("gqa", {}, OptimizerConfig(optimizer="sgd", sgd_momentum=0.9, use_distributed_optimizer=False)),
+    ],
+)
+def test_weights_gradients_and_optimizer_take_what_is_planned(ranks, kind, cuts, optimizer):
+    cut = parallel(**cuts)
+    config = dataclasses.replace(Config(), optimizer=optimizer)
+    by_stage = [parameter_bytes(config, stage) for stage in planned(model_config(kind, **WIDE), cut, 4)]
+    measured = ranks.run(real_bytes, kind, cuts, optimizer, world_size=4)
+    for part in ("weights", "gradients"):
+        found = sorted({sizes[part] for sizes in measured})
+        assert found == pytest.approx(sorted({sizes[part] for sizes in by_stage}), rel=0.02)
+    # A parameter is not cut evenly over the ranks that share its state; all ranks together hold the planned sum.
+    ranks_of_a_stage = 4 // len(by_stage)
+    total = sum(sizes["optimizer"] for sizes in measured)
+    assert total == pytest.approx(ranks_of_a_stage * sum(sizes["optimizer"] for sizes in by_stage), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "factor"),
+    [
+        (TeacherConfig(), 2),
+        (TeacherConfig(weights="current"), 0),
+        (TeacherConfig(weights="ema"), 6),
+        (TeacherConfig(weights="ema", offload="cpu"), 2),
+    ],
+)
+def test_a_teacher_takes_its_copy_and_an_average_its_master(teacher, factor):
+    (stage,) = planned(model_config(), parallel(), 1)
+    config = dataclasses.replace(Config(), teacher=teacher)
+    assert parameter_bytes(config, stage)["teacher"] == factor * stage.parameters
+    baseline = dataclasses.replace(config, objective="solutions")
+    assert parameter_bytes(baseline, stage)["teacher"] == 0
+
+
+def saved_bytes(model, tokens) -> int:
+    """What autograd keeps of one forward, besides parameters."""
+    chunks, grid = build(model, parallel(), optimizer=OptimizerConfig(precision="bf16"))
+    params = {p.untyped_storage().data_ptr() for p in chunks[0].parameters()}
+    saved: dict[int, torch.Tensor] = {}  # holding the tensors, or an address could be another's
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in params:
+            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    microbatch = _microbatch([([1], [3] * (tokens - 1), 0)], tokens, 1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden_states(chunks[0], inputs_of(microbatch, grid), grid)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def measured_layer(kind, extra, tokens):
+    one, two = (saved_bytes(model_config(kind, **extra, num_layers=n), tokens) for n in (1, 2))
+    return two - one
+
+
+@pytest.mark.parametrize(("kind", "qk_layernorm"), [("gqa", False), ("gqa", True), ("moe", True)])
+def test_a_layer_keeps_what_is_planned_and_what_unfused_kernels_add(ranks, kind, qk_layernorm):
+    tokens, hidden, heads, groups, channels, width = 512, 256, 8, 4, 32, 256
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_query_groups": groups, "kv_channels": channels}
+    extra = {**sizes, "ffn_hidden_size": width, "moe_ffn_hidden_size": width, "qk_layernorm": qk_layernorm}
+    extra["max_position_embeddings"] = tokens
+    (measured,) = ranks.run(measured_layer, kind, extra, tokens, world_size=1)
+    config = transformer_config(model_config(kind, **extra), parallel(), OptimizerConfig(), ScheduleConfig())
+    kept, recomputed = layer_bytes(config, tokens, kind == "moe")
+    normed = 2 * hidden + (heads + groups) * channels * qk_layernorm
+    unfused = 4 * normed  # a norm keeps its input in float32, and its output before the weight
+    unfused += 4 * width * (config.moe_router_topk if kind == "moe" else 1)  # SwiGLU keeps silu(gate), and both halves
+    unfused += 2 * heads * channels  # attention's output, and once more as the projection reads it
+    assert recomputed == 0
+    assert measured == pytest.approx(kept + tokens * unfused, rel=0.05)
+
+
+LOAD = Load(
+    seq_length=1024, response_tokens=4096, in_flight=3, alternating=False, vocab_size=64, model_parameters=10**9
+)
+
+
+def transformer(cuts=None, **schedule):
+    model = model_config("moe", num_layers=4)
+    return transformer_config(model, parallel(**(cuts or {})), OptimizerConfig(), ScheduleConfig(**schedule))
+
+
+def stage_of(num_layers: int, num_chunks: int = 1) -> Stage:
+    layers = ((True,) * (num_layers // num_chunks),) * num_chunks
+    return Stage(0, 10**8, 10**8, 0, layers, True, True, 2, 2)
+
+
+def test_full_recomputation_keeps_inputs_and_one_unit():
+    inputs = 1024 * 32 * 2
+    whole = sum(layer_bytes(transformer(), 1024, True))
+    uniform = transformer(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
+    assert activation_bytes(uniform, stage_of(4), LOAD) == 3 * 2 * inputs + 2 * whole
+    block = transformer(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
+    assert activation_bytes(block, stage_of(4), LOAD) == 3 * (inputs + 3 * whole) + whole
+
+
+def test_selective_recomputation_drops_its_modules_but_for_one_layer():
+    whole = layer_bytes(transformer(), 1024, True)[0]
+    kept, dropped = layer_bytes(transformer(recompute_granularity="selective", recompute_modules=["moe"]), 1024, True)
+    assert kept + dropped == whole and dropped > kept / 4
+    nothing = layer_bytes(transformer(recompute_granularity="selective"), 1024, True)
+    assert nothing == (whole, 0), "flash attention keeps no scores that core_attn could drop"
+    config = transformer(recompute_granularity="selective", recompute_modules=["moe"])
+    assert activation_bytes(config, stage_of(4), LOAD) == 3 * 4 * kept + dropped
+
+
+def test_chunks_in_flight_are_counted_and_context_parallelism_divides_the_tokens():
+    whole = layer_bytes(transformer(), 1024, True)[0]
+    assert activation_bytes(transformer(), stage_of(4, num_chunks=2), LOAD) == 3 * 2 * whole
+    assert activation_bytes(transformer({"cp": 2}), stage_of(4), LOAD) == 3 * 4 * whole / 2
+
+
+def planned_memory(*, model_kind="gqa", **sections):
+    config = from_mapping(sections)
+    cut = transformer_config(model_config(model_kind), parallel(), OptimizerConfig(), ScheduleConfig())
+    return memory(config, cut, stage_of(4), LOAD)
+
+
+def test_rows_and_logits_are_the_last_stages():
+    last = planned_memory().training
+    assert last["teacher rows"] == 4096 * 32 * 2 / GIB
+    assert last["logits"] == 2 * 1024 * (64 + 32) * 2 / GIB
+    capped = planned_memory(schedule={"teacher_store_gb": 1e-6}).training
+    assert capped["teacher rows"] == pytest.approx(1e-6)
+
+
+def test_a_colocated_engine_comes_beside_the_resident_parts_only():
+    kept = {"engine": "vllm", "kv_cache_gb": 7.0, "engine_tp": 2}
+    found = planned_memory(rollout=kept)
+    assert found.rollout["engine weights"] == 10**9 / GIB and found.rollout["KV cache"] == 7
+    assert not {"activations", "logits"} & set(found.rollout)
+    resident = sum(found.training[part] for part in ("weights", "gradients", "optimizer", "teacher"))
+    assert found.rollout_peak == pytest.approx(resident + 10**9 / GIB + 7 + 1 + 6)
+    offloaded = planned_memory(rollout=kept, teacher={"offload": "cpu"})
+    assert offloaded.rollout_peak == pytest.approx(found.rollout_peak - found.training["teacher"])
+    assert offloaded.training_peak == found.training_peak
+
+
+def test_servers_take_nothing_but_a_bucket_and_a_cache_of_no_stated_size_a_third_of_what_is_free():
+    served = planned_memory(rollout={"engine": "vllm", "placement": "server", "servers": ["http://a:1"]})
+    assert served.rollout["engine weights"] == 0 and "KV cache" not in served.rollout
+    in_process = planned_memory()
+    free = 80 - sum(size for part, size in in_process.rollout.items() if part != "KV cache")
+    assert in_process.rollout["KV cache"] == pytest.approx(free / 3)
