@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 EXIT_HUNG = 5
 
@@ -65,7 +65,7 @@ def left(phase: str) -> None:
 def watched(rank: int, world_size: int, folder: Path, timeout_s: float | None) -> Iterator[None]:
     """While no rank gets on for ``timeout_s``, which None never does, the run ends.
 
-    Every rank writes its threads' stacks to ``folder/rank_N.txt``, rank 0 says on standard error and in
+    Every rank appends its threads' stacks to ``folder/rank_N.txt``, rank 0 says on standard error and in
     ``folder/verdict.txt`` who hangs, and all exit with `EXIT_HUNG`.  A rank whose interpreter is held up in foreign
     code cannot end itself: it writes its stacks all the same, and its launcher ends it with the others.
     Not a collective, but every rank of the world must come here.
@@ -134,19 +134,26 @@ class _Watch:
         self._heard: dict[int, tuple[Report | None, float]] = dict.fromkeys(range(world_size), (None, 0.0))
 
     def start(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "verdict.txt").unlink(missing_ok=True)
-        self._file = (self._folder / f"rank_{self._rank}.txt").open("w")
+        self._file = self._opened()
         self._thread.start()
 
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        empty = self._file.tell() == 0
         self._file.close()
-        Path(self._file.name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: other ranks go on
+        if empty:
+            Path(self._file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: other ranks go on, or have hung in an earlier launch
             self._folder.rmdir()
+
+    def _opened(self) -> IO[str]:
+        """This rank's file, open beforehand: C cannot open it, and a run that hangs perhaps neither."""
+        while True:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another rank has just closed, and removed the folder
+                return (self._folder / f"rank_{self._rank}.txt").open("a")
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -219,21 +226,23 @@ class _Watch:
 
     def _end(self, verdict: str) -> None:
         """Stacks, the sentence, and out: nothing else can be expected to work."""
-        faulthandler.cancel_dump_traceback_later()
-        faulthandler.dump_traceback(self._file, all_threads=True)
-        with contextlib.suppress(RuntimeError):
-            self._store.set("verdict", verdict)
-            self._store.set(f"written {self._rank}", "")
-            # One speaks for all: rank 0, or where it is silent whoever comes first.
-            if self._store.add("speakers", 1) > 1:
-                self._await(["told"])
-                os._exit(EXIT_HUNG)
-            self._await([f"written {rank}" for rank in range(self._world_size) if rank not in self._silent])
-        (self._folder / "verdict.txt").write_text(verdict + "\n")
-        print(f"[rank {self._rank}] {verdict}", file=sys.stderr, flush=True)
-        with contextlib.suppress(RuntimeError):
-            self._store.set("told", "")
-        os._exit(EXIT_HUNG)
+        try:
+            faulthandler.cancel_dump_traceback_later()
+            print(f"{time.strftime('%F %T')}: {verdict}", file=self._file, flush=True)
+            faulthandler.dump_traceback(self._file, all_threads=True)
+            with contextlib.suppress(RuntimeError):
+                self._store.set("verdict", verdict)
+                self._store.set(f"written {self._rank}", "")
+                # One speaks for all: rank 0, or where it is silent whoever comes first.
+                if self._store.add("speakers", 1) > 1:
+                    return self._await(["told"])
+                self._await([f"written {rank}" for rank in range(self._world_size) if rank not in self._silent])
+            print(f"[rank {self._rank}] {verdict}", file=sys.stderr, flush=True)
+            (self._folder / "verdict.txt").write_text(verdict + "\n")
+            with contextlib.suppress(RuntimeError):
+                self._store.set("told", "")
+        finally:
+            os._exit(EXIT_HUNG)
 
     def _await(self, keys: list[str]) -> None:
         deadline = time.monotonic() + min(_GRACE_S, self._timeout_s)
@@ -259,4 +268,5 @@ def _own_store(world_size: int, timeout_s: float) -> Any:
     else:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(timeout_s, 30.0)))
-    return dist.PrefixStore("selfdistill/progress", store)
+    launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store for all of them
+    return dist.PrefixStore(f"selfdistill/progress/{launch}", store)

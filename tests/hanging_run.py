@@ -21,14 +21,14 @@ def main(how: str, rank: str, arguments: list[str]) -> int:
     from megatron_selfdistill import train
     from megatron_selfdistill.run import Run
 
-    pack = Run.pack
+    pack = Run.pack_contexts  # in the same phase as the others, who wait
 
     def pack_or_hang(self: Any, *args: Any) -> Any:
         if self.step == 2 and os.environ["RANK"] == rank:
             WAYS[how]()
         return pack(self, *args)
 
-    Run.pack = pack_or_hang  # type: ignore[method-assign]
+    Run.pack_contexts = pack_or_hang  # type: ignore[method-assign]
     return train.main(arguments)
 
 

@@ -107,6 +107,7 @@ def test_a_signal_before_the_first_step_ends_the_run_without_one(ranks, data, tm
     run(ranks, asked, overrides(data, tmp_path / "run", *evaluated), "evaluate", 0, [signal.SIGUSR1], [0])
     assert (tmp_path / "run" / MARKER).read_text() == "step 0: SIGUSR1\n"
     assert [line["step"] for line in reproducible_metrics(tmp_path / "run")] == [0]
+    assert not list((tmp_path / "run").glob("checkpoints/*")), "there is nothing yet to save"
 
 
 def test_a_signal_in_the_last_step_leaves_a_complete_run_and_no_marker(ranks, data, tmp_path):

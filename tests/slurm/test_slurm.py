@@ -100,6 +100,7 @@ def test_usr1_saves_requeues_and_goes_on_bit_for_bit(slurm, ranks, data, tmp_pat
     sh("scancel", "--signal=USR1", job.id)
     assert_goes_on(ranks, job, uninterrupted)
     assert "SIGUSR1; started again" in job.text()
+    assert "srun: error" not in job.text(), "torchrun outlives the signal, else it would take slower steps with it"
 
 
 def test_preemption_saves_requeues_and_goes_on_bit_for_bit(slurm, ranks, data, tmp_path, uninterrupted):
