@@ -209,8 +209,15 @@ def test_a_recipe_is_the_default_one_at_another_size():
     assert real.teacher.weights == default.teacher.weights
 
 
-def test_a_group_and_a_key_win_over_a_recipes_choice():
-    config = load(["recipe=qwen3_8b", "model=llama_1b", "parallel=node_of_8", "target=strict"])
-    assert config.model == load(["model=llama_1b"]).model, "nothing of the recipe's own model is left"
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_a_group_wins_over_a_recipes_own_values(recipe, tmp_path):
+    (tmp_path / "parallel").mkdir()
+    (tmp_path / "parallel" / "two.yaml").write_text("tensor_model_parallel_size: 2\n")
+    config = load([f"recipe={recipe}", "parallel=two"], search_path=[tmp_path])
+    assert config.parallel.tensor_model_parallel_size == 2
+
+
+def test_a_model_chosen_on_the_command_line_keeps_nothing_of_the_recipes():
+    config = load(["recipe=qwen3_8b", "model=llama_1b", "target=strict"])
+    assert config.model == load(["model=llama_1b"]).model
     assert config.target.k_max is None
-    assert load(["recipe=qwen3_8b", "parallel.tensor_model_parallel_size=2"]).parallel.tensor_model_parallel_size == 2
