@@ -385,3 +385,8 @@ def test_chat_logs_go_with_what_they_can_be_trained_on(overrides, words):
 def test_the_columns_of_conversations_are_unknown_to_problems():
     assert "must be one of answer, id, messages, problem, solution" in sentence_of("data.fields.accepted=ok")
     assert load(["recipe=chat_logs", "data.fields.accepted=ok"]).data.fields == {"accepted": "ok"}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")))
+def test_with_every_recipe_a_model_can_be_chosen(recipe):
+    assert load([f"recipe={recipe}", "model=tiny"]).model.hidden_size == 64
