@@ -21,8 +21,8 @@ from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
 from megatron_selfdistill.rollout.recorded import Recording, record
-from megatron_selfdistill.rollout.solutions import OwnSolutions, Score, Search, prompts_with
-from megatron_selfdistill.rollout.success import SuccessRates
+from megatron_selfdistill.rollout.solutions import OwnSolutions, Score, Search, of_all_replicas, prompts_with
+from megatron_selfdistill.rollout.success import SuccessRates, Visit
 from megatron_selfdistill.verify import check_answers, judge, load_verifier
 
 Key = tuple[int, str, int]
@@ -57,7 +57,8 @@ class Rollouts:
         if self._own is not None or self._success is not None:
             check_answers(inputs.problems.problems, self._verifier)
         self._sampler_step: int | None = None  # whose weights the sampler has
-        self._before: dict[str, Any] | None = None  # while a step is under way: the state before it
+        self._before: dict[str, Any] = {}  # while a step is under way: what it has changed, as it was before
+        self._visits: list[Visit] = []  # of the step under way
         self._metrics: dict[str, float] = {}
         self._replies: dict[str, list[int]] = {}  # of this step's turns, where their log has them
 
@@ -65,8 +66,9 @@ class Rollouts:
 
     def next_problems(self, step: int, sampling: SamplingParams) -> list[Problem]:
         """This replica's share of the next global batch; where it is time, solutions are looked for first."""
-        self._before = self.state_dict()
+        self._before = {"stream": self._stream.state_dict()}
         if self._own is not None and self._own.due(step):
+            self._before["own"] = self._own.state_dict()
             self._find_solutions(self._own, step, sampling)
         batch = self._stream.next_batch()
         first = _first_sample_indices(batch, self.config.rollout.num_samples)
@@ -114,7 +116,9 @@ class Rollouts:
 
     def finish_step(self) -> dict[str, float]:
         """The step is done.  Returns what the sampler and the search for solutions have to say, equal on all ranks."""
-        self._before = None
+        if self._success is not None:
+            self._success.record(self._visits)
+        self._before, self._visits = {}, []
         metrics, self._metrics = self._metrics | self.sampler.metrics(), {}
         return metrics
 
@@ -140,10 +144,11 @@ class Rollouts:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for the checkpoint; in the middle of a step, what was before it."""
-        if self._before is not None:
-            return self._before
-        parts = {"success": self._success, "own": self._own}
-        return {"stream": self._stream.state_dict()} | {k: p and p.state_dict() for k, p in parts.items()}
+        parts = {"stream": self._stream, "success": self._success, "own": self._own}
+        return {
+            name: self._before[name] if name in self._before else part and part.state_dict()
+            for name, part in parts.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
@@ -166,7 +171,7 @@ class Rollouts:
             requests.append(Request(pair.student_prompt, stream, pair.teacher_prompt if key[1] in guided else None))
         responses = self.sampler.generate(requests, sampling)
         if self._success is not None:
-            self._success.record(self._visits(problems, guided, responses))
+            self._visits = self._visited(problems, guided, responses)
         return responses
 
     def _guides(self, problem: Problem) -> bool:
@@ -176,20 +181,17 @@ class Rollouts:
             return False  # nothing to be guided by
         return self._success is None or self._success.guides(problem.id)
 
-    def _visits(
+    def _visited(
         self, problems: Sequence[Problem], guided: Collection[str], responses: Sequence[Response]
-    ) -> list[tuple[str, bool, float]]:
-        """(problem id, guided, share of right responses) of all replicas' problems, equal on all ranks."""
+    ) -> list[Visit]:
+        """Those of all replicas' problems, equal on all ranks."""
         samples = self.config.rollout.num_samples
         right = self._right(list(zip([p for p in problems for _ in range(samples)], responses, strict=True)))
         mine = [
             (problem.id, problem.id in guided, sum(right[i * samples : (i + 1) * samples]) / samples)
             for i, problem in enumerate(problems)
         ]
-        everyone: list[Any] = [mine] * self.grid.dp_size
-        if self.grid.dp_size > 1:
-            dist.all_gather_object(everyone, mine, group=self.grid.dp_group)
-        return [visit for visits in everyone for visit in visits]
+        return of_all_replicas(mine, self.grid)
 
     def _right(self, pairs: Sequence[tuple[Problem, Response]]) -> list[bool]:
         """Whether each response is right, the same on all ranks of the replica; a truncated one is not."""

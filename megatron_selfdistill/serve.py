@@ -21,11 +21,10 @@ import threading
 import time
 from collections.abc import Sequence
 
-from megatron_selfdistill.rollout.engine import whole_prompts
+from megatron_selfdistill.rollout.engine import WORKER_EXTENSION, whole_prompts
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.wire import BACKEND, PARENT_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE, as_arguments
 
-_WORKER_EXTENSION = "megatron_selfdistill.vllm_plugin.worker.WorkerExtension"
 _GIB = 2**30
 _GRACE_SECONDS = 15.0
 
@@ -87,7 +86,7 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
         # Sampling is what a request says; a generation_config.json beside config.json must not change it.
         "--generation-config=vllm",
         f"--weight-transfer-config={json.dumps({'backend': BACKEND})}",
-        f"--worker-extension-cls={_WORKER_EXTENSION}",
+        f"--worker-extension-cls={WORKER_EXTENSION}",
         "--disable-uvicorn-access-log",
         # No web page that a browser on this machine shows has business here.
         "--allowed-origins=[]",

@@ -150,10 +150,10 @@ class _TorchDist:
         _raise_first(self.path, faults)
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        return self._source.dtype(self._known(rule)[0])
+        return self._source.dtype(_known(self, rule)[0])
 
     def read(self, rule: Rule) -> Tensor:
-        key, index = self._known(rule)
+        key, index = _known(self, rule)
         return self._source.read(key, index, rule.shape[0] if rule.vocabulary else None)
 
     def sizes(self) -> dict[torch.dtype, int]:
@@ -163,12 +163,6 @@ class _TorchDist:
                 dtype = self._source.dtype(key)
                 sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
         return sizes
-
-    def _known(self, rule: Rule) -> Place:
-        place = self._place(rule)
-        if place is None:
-            raise CheckpointError(f"{self.path} does not fit this model: {_shown(rule)} is missing")
-        return place
 
     def _place(self, rule: Rule) -> Place | None:
         found = (place for place in places(rule.megatron.key, rule.megatron.index) if place[0] in self._source.shapes)
@@ -208,23 +202,24 @@ class _Legacy:
         _raise_first(self.path, faults)
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        return self._source.dtype(self._known(rule))
+        return self._source.dtype(_known(self, rule))
 
     def read(self, rule: Rule) -> Tensor:
-        tensor = self._source.read(self._known(rule), rule.shape)
+        tensor = self._source.read(_known(self, rule), rule.shape)
         return tensor[: rule.shape[0]] if rule.vocabulary else tensor
 
     def sizes(self) -> dict[torch.dtype, int]:
         return self._source.sizes()
 
-    def _known(self, rule: Rule) -> Place:
-        place = self._place(rule)
-        if place is None:
-            raise CheckpointError(f"{self.path} does not fit this model: {_shown(rule)} is missing")
-        return place
-
     def _place(self, rule: Rule) -> Place | None:
         return self._source.place(rule.megatron.key, rule.megatron.index)
+
+
+def _known(weights: _TorchDist | _Legacy, rule: Rule) -> Place:
+    place = weights._place(rule)
+    if place is None:
+        raise CheckpointError(f"{weights.path} does not fit this model: {_shown(rule)} is missing")
+    return place
 
 
 def _misfit(rule: Rule, found: tuple[int, ...]) -> list[str]:

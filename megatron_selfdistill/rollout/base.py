@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Elements of one float64 temporary of `select_tokens` (128 MiB): rows are processed in groups of this size.
 _MAX_ELEMENTS = 2**24
 
+FINISH_REASONS = ("stop", "length")
+"""How a response ends: with a stop token, or at its greatest length."""
+
 
 class Sampler(Protocol):
     """Writes responses with the current weights of the student.
@@ -125,6 +128,19 @@ def response_text(response: Response, tokenizer: Tokenizer) -> str:
     """What the model said, without special tokens and the stop token, which may be an ordinary one."""
     ended = response.finish_reason == "stop"
     return tokenizer.decode(response.token_ids[:-1] if ended else response.token_ids, skip_special_tokens=True)
+
+
+def require_room(shortest: int, longest: int, max_new_tokens: int, max_length: int) -> None:
+    """Raise ValueError where the shortest of some prompts is empty, or the longest leaves no room for
+    ``max_new_tokens`` within ``max_length`` (in tokens; 0 where there is no prompt)."""
+    if shortest < 1:
+        raise ValueError("a request has an empty prompt; a prompt needs at least one token")
+    if longest and longest + max_new_tokens > max_length:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, "
+            f"together more than the {max_length} that the model may see; shorten the prompt or "
+            "lower rollout.max_new_tokens"
+        )
 
 
 def stream_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:

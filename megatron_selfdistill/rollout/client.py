@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron_selfdistill.rollout.engine import EngineOutput, EngineRequest
+from megatron_selfdistill.rollout.base import FINISH_REASONS
+from megatron_selfdistill.rollout.engine import EngineOutput, EngineRequest, oldest_version
 from megatron_selfdistill.rollout.errors import EngineError
 
 MAX_IN_FLIGHT = 512
@@ -23,7 +24,6 @@ _POLL_SECONDS = 1.0
 # How long a server is waited for that has let one request wait for `timeout_s`, until it answers again.
 _SILENT_TIMEOUT_SECONDS = 10.0
 _SHOWN_CHARS = 500
-_FINISH_REASONS = ("stop", "length")
 
 
 class RequestRefused(EngineError):
@@ -203,15 +203,14 @@ class VllmServer:
             token_ids = [int(token) for token in choice["token_ids"]]
             content = choice["logprobs"]["content"]
             log_probs = [float(token["logprob"]) for token in content]
-            spans = choice["weight_versions"] or []
-            versions = [_as_int(span["version"]) for span in spans]
+            versions = [str(span["version"]) for span in choice["weight_versions"] or []]
             finish_reason = choice["finish_reason"]
         except (KeyError, TypeError, ValueError) as error:
             raise self._error(
                 f"expected one choice with token_ids, logprobs, weight_versions and finish_reason, got {_shown(answer)}"
             ) from error
         longest = request.sampling.get("max_tokens", len(token_ids))
-        if finish_reason not in _FINISH_REASONS:
+        if finish_reason not in FINISH_REASONS:
             raise self._error(f"a response ended with {finish_reason!r}, expected stop or length")
         if not 0 < len(token_ids) <= longest or [int(token["token_id"]) for token in content] != token_ids:
             raise self._error(
@@ -223,16 +222,10 @@ class VllmServer:
                 f"a response ended for its length after {len(token_ids)} of {longest} tokens: the server's "
                 "--max-model-len is too small"
             )
-        known = [version for version in versions if version is not None]
-        oldest = min(known) if versions and len(known) == len(versions) else None
-        return EngineOutput(token_ids, log_probs, finish_reason, oldest)
+        return EngineOutput(token_ids, log_probs, finish_reason, oldest_version(versions))
 
     def _error(self, sentence: str) -> EngineError:
         return EngineError(f"{self.address}: {sentence}")
-
-
-def _as_int(version: str) -> int | None:
-    return int(version) if version.isdecimal() else None
 
 
 def _reason(text: str) -> str:

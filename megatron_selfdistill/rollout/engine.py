@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,16 @@ class EngineOutput:
     """stop or length."""
     weight_version: int | None
     """What the engine says of the weights that wrote it; None before the first weights arrived."""
+
+
+WORKER_EXTENSION = "megatron_selfdistill.vllm_plugin.worker.WorkerExtension"
+"""What an engine's workers are extended by, for `Engine.call`."""
+
+
+def oldest_version(versions: Iterable[str]) -> int | None:
+    """The oldest of the versions of weights that wrote a response; None where none is told, or one is no number."""
+    told = list(versions)
+    return min(map(int, told)) if told and all(version.isdecimal() for version in told) else None
 
 
 class Engine(Protocol):

@@ -23,13 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.base import FINISH_REASONS, Request, Response, SamplingParams, require_room
 from megatron_selfdistill.rollout.errors import EngineError
 
 if TYPE_CHECKING:
     from megatron_selfdistill.parallel import Grid
 
-_FINISH_REASONS = ("stop", "length")
 _NONE = -1
 _HEARTBEAT_SECONDS = 10.0
 
@@ -170,20 +169,25 @@ def check_requests(
     unless ``guided``, one of the teacher, for which ``who`` were not built."""
     prompts = [prompt for r in requests for prompt in (r.prompt, r.teacher_prompt) if prompt is not None]
     lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths, default=0)
-    if min(lengths, default=1) < 1:
-        raise ValueError("a request has an empty prompt; a prompt needs at least one token")
-    if longest and longest + params.max_new_tokens > max_length:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, "
-            f"together more than the {max_length} that the model may see; shorten the prompt or lower "
-            "rollout.max_new_tokens"
-        )
+    require_room(min(lengths, default=1), max(lengths, default=0), params.max_new_tokens, max_length)
     if not guided and any(request.teacher_prompt is not None for request in requests):
         raise ValueError(
             f"a request has a teacher's prompt, but {who} were built without guided decoding; set "
             "rollout.guidance=mixed"
         )
+
+
+def staleness(version: int | None, expected: int, max_staleness: int, who: str) -> int:
+    """Optimizer steps by which the weights that wrote a response are older than the ``expected`` ones.
+
+    Raises: `EngineError`, beginning with ``who``, where they are unknown, newer or older than ``max_staleness`` allows.
+    """
+    if version is None or not 0 <= expected - version <= max_staleness:
+        raise EngineError(
+            f"{who} wrote a response with weights of version {version}, expected {expected} "
+            f"(rollout.max_staleness={max_staleness})"
+        )
+    return expected - version
 
 
 # A request: prompt length, teacher prompt length or -1, stream; then all prompts, then all teacher prompts.
@@ -234,7 +238,7 @@ def _packed_responses(written: Mapping[int, Response]) -> np.ndarray:
         (
             index,
             len(response.token_ids),
-            _FINISH_REASONS.index(response.finish_reason),
+            FINISH_REASONS.index(response.finish_reason),
             response.guided,
             _NONE if response.weight_version is None else response.weight_version,
         )
@@ -270,7 +274,7 @@ def _unpacked_responses(packed: np.ndarray, wanted: range) -> tuple[np.ndarray, 
                 token_ids=packed[start : start + lengths[i]].tolist(),
                 log_probs=floats(1, i),
                 sampled_log_probs=floats(2, i),
-                finish_reason=_FINISH_REASONS[head[i, 2]],
+                finish_reason=FINISH_REASONS[head[i, 2]],
                 teacher_log_probs=floats(3, i) if guided[i] else None,
                 weight_version=None if version == _NONE else version,
             )

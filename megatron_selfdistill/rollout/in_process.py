@@ -25,13 +25,17 @@ from torch import Tensor
 
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.progress import beat
-from megatron_selfdistill.rollout.engine import EngineOutput, EngineRequest, whole_prompts
+from megatron_selfdistill.rollout.base import FINISH_REASONS
+from megatron_selfdistill.rollout.engine import (
+    WORKER_EXTENSION,
+    EngineOutput,
+    EngineRequest,
+    oldest_version,
+    whole_prompts,
+)
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 
-WORKER_EXTENSION = "megatron_selfdistill.vllm_plugin.worker.WorkerExtension"
-
-_FINISH_REASONS = ("stop", "length")
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Unless the user asked for more.
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
@@ -189,16 +193,14 @@ class InProcessEngine:
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def _output(self, completion: Any) -> EngineOutput:
-        if completion.finish_reason not in _FINISH_REASONS:
+        if completion.finish_reason not in FINISH_REASONS:
             raise EngineError(
                 f"the vLLM engine of rank {self.rank} broke a response off (finish reason "
-                f"{completion.finish_reason!r}, expected {' or '.join(_FINISH_REASONS)})"
+                f"{completion.finish_reason!r}, expected {' or '.join(FINISH_REASONS)})"
             )
         tokens = list(completion.token_ids)
         log_probs = [drawn[token].logprob for token, drawn in zip(tokens, completion.logprobs, strict=True)]
-        versions = [span.version for span in completion.weight_versions or ()]
-        known = bool(versions) and all(version.isdecimal() for version in versions)
-        oldest = min(map(int, versions)) if known else None
+        oldest = oldest_version(span.version for span in completion.weight_versions or ())
         return EngineOutput(tokens, log_probs, completion.finish_reason, oldest)
 
 

@@ -17,7 +17,7 @@ from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.progress import beat
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, select_tokens
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room, select_tokens
 from megatron_selfdistill.rollout.decoding import (
     decoding,
     decoding_overrides,
@@ -157,14 +157,7 @@ class MegatronSampler:
                 "guided responses cannot be sampled in process with Transformer Engine's flash or fused attention, "
                 "which take no arbitrary mask; set model.transformer.attention_backend=auto"
             )
-        if shortest < 1:
-            raise ValueError("a request has an empty prompt; a prompt needs at least one token")
-        if longest and longest + params.max_new_tokens > self._max_length:
-            raise ValueError(
-                f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, "
-                f"together more than the {self._max_length} that the model may see; shorten the prompt or "
-                "lower rollout.max_new_tokens"
-            )
+        require_room(shortest, longest, params.max_new_tokens, self._max_length)
         if needed > capacity:
             raise ValueError(
                 f"one request holds {needed} tokens (a guided one in two sequences), so it needs "

@@ -21,14 +21,14 @@ import numpy as np
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.progress import beat
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.engine import Engine, EngineOutput, EngineRequest
+from megatron_selfdistill.rollout.engine import WORKER_EXTENSION, Engine, EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable
 
 GUIDED_ENGINE_ARGS: dict[str, Any] = {
     "logits_processors": ["megatron_selfdistill.vllm_plugin.guided:GuidedProcessor"],
     "scheduler_cls": "megatron_selfdistill.vllm_plugin.pair_scheduler.PairScheduler",
-    "worker_extension_cls": "megatron_selfdistill.vllm_plugin.worker.WorkerExtension",
+    "worker_extension_cls": WORKER_EXTENSION,
     "async_scheduling": False,
     "enable_prefix_caching": True,
 }

@@ -31,7 +31,7 @@ from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.dealing import Task, deal
 from megatron_selfdistill.rollout.engine import engine_request, response_of
 from megatron_selfdistill.rollout.errors import EngineError
-from megatron_selfdistill.rollout.exchange import agreement, check_requests, hand_back, on_rank_0, pool
+from megatron_selfdistill.rollout.exchange import agreement, check_requests, hand_back, on_rank_0, pool, staleness
 from megatron_selfdistill.rollout.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.transfer import Transfer, WeightUpdate, make_transfer, on_each
@@ -280,7 +280,7 @@ class ServerSampler:
                 responses = generate_guided(server, requests, params, own_counts)
                 counts.append(own_counts)
             for response in responses:
-                self._check_version(server, response.weight_version)
+                staleness(response.weight_version, self._expected(), self._max_staleness, f"{server.address}:")
             return responses
 
         return do
@@ -308,13 +308,6 @@ class ServerSampler:
     def _is_recent(self, server: VllmServer) -> bool:
         version = self._versions.get(server)
         return version is not None and 0 <= self._expected() - version <= self._max_staleness
-
-    def _check_version(self, server: VllmServer, version: int | None) -> None:
-        if version is None or not 0 <= self._expected() - version <= self._max_staleness:
-            raise EngineError(
-                f"{server.address}: wrote a response with weights of version {version}, expected {self._expected()} "
-                f"(rollout.max_staleness={self._max_staleness})"
-            )
 
     def _expected(self) -> int:
         assert self._version is not None

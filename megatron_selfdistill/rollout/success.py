@@ -13,6 +13,9 @@ WINDOW = 4
 PROBE_EVERY = 4
 """Of so many visits to a guided problem the last is written alone, so that its rate stays known."""
 
+Visit = tuple[str, bool, float]
+"""Problem id, whether it was guided, share of right responses."""
+
 
 @dataclass
 class _Visits:
@@ -42,8 +45,8 @@ class SuccessRates:
         rate = sum(visits.alone) / len(visits.alone)
         return rate < self._guide_below and visits.guided_since < PROBE_EVERY - 1
 
-    def record(self, visits: Iterable[tuple[str, bool, float]]) -> None:
-        """(problem id, guided, share of right responses) of each visit of a step."""
+    def record(self, visits: Iterable[Visit]) -> None:
+        """All visits of a step."""
         for problem_id, guided, share in visits:
             known = self._visits.setdefault(problem_id, _Visits())
             if guided:

@@ -131,38 +131,71 @@ def make_transfer(name: str | None, *, folder: str, on_gpu: bool, timeout_s: flo
     return BroadcastTransfer(name, timeout_s)
 
 
-class SharedMemoryTransfer:
-    """Through a file per bucket in ``folder``: in memory (/dev/shm), or on a file system that the servers share.
-
-    A file is removed when all servers have read it; one that a killed trainer left is removed by the next.
-    """
+class _OfferedTransfer:
+    """Each bucket is offered in one place, from which every server copies it before it answers."""
 
     isolated = True
+    _name: str
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
+    def __init__(self) -> None:
         self._joined: set[VllmServer] = set()
-        _remove_abandoned(self._folder)
 
     def join(self, servers: Sequence[VllmServer]) -> Failures:
         failures = on_each(
             [server for server in servers if server not in self._joined],
-            lambda server: server.init_weight_transfer("shared_memory", {}),
+            lambda server: server.init_weight_transfer(self._name, {}),
         )
         self._joined = set(servers) - set(failures)
         return failures
 
     def send(self, tensors: Sequence[tuple[str, Tensor]], servers: Sequence[VllmServer]) -> Failures:
         layout = layout_of(tensors)
-        packed = pack(tensors, layout).cpu()
-        with _bucket_file(self._folder, packed) as path:
-            return on_each(servers, lambda server: server.update_weights(**vars(layout), where={"path": str(path)}))
+        with self._offered(pack(tensors, layout)) as where:
+            return on_each(servers, lambda server: server.update_weights(**vars(layout), where=where))
 
     def forget(self, server: VllmServer) -> None:
         self._joined.discard(server)
 
     def close(self) -> None:
         """Nothing is held between two buckets."""
+
+    def _offered(self, packed: Tensor) -> contextlib.AbstractContextManager[dict[str, Any]]:
+        """Where servers find the bytes of ``packed``, for as long as the context lasts."""
+        raise NotImplementedError
+
+
+class SharedMemoryTransfer(_OfferedTransfer):
+    """Through a file per bucket in ``folder``: in memory (/dev/shm), or on a file system that the servers share.
+
+    A file is removed when all servers have read it; one that a killed trainer left is removed by the next.
+    """
+
+    _name = "shared_memory"
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self._folder = Path(folder)
+        _remove_abandoned(self._folder)
+
+    @contextlib.contextmanager
+    def _offered(self, packed: Tensor) -> Iterator[dict[str, Any]]:
+        with _bucket_file(self._folder, packed.cpu()) as path:
+            yield {"path": str(path)}
+
+
+class IpcTransfer(_OfferedTransfer):
+    """Through this rank's GPU memory, which the workers of servers on the same node open by a CUDA IPC handle."""
+
+    _name = "ipc"
+
+    @contextlib.contextmanager
+    def _offered(self, packed: Tensor) -> Iterator[dict[str, Any]]:
+        torch.cuda.synchronize(packed.device)
+        try:
+            yield _ipc_handle(packed)
+        finally:
+            del packed  # the last of it here: what follows frees memory that no process has open any more
+            torch.cuda.ipc_collect()
 
 
 class BroadcastTransfer:
@@ -258,40 +291,6 @@ class BroadcastTransfer:
         self._group = self._store = None
         self._broken = False
         self._joined = []
-
-
-class IpcTransfer:
-    """Through this rank's GPU memory, which the workers of servers on the same node open by a CUDA IPC handle; they
-    copy the bucket before they answer."""
-
-    isolated = True
-
-    def __init__(self) -> None:
-        self._joined: set[VllmServer] = set()
-
-    def join(self, servers: Sequence[VllmServer]) -> Failures:
-        failures = on_each(
-            [server for server in servers if server not in self._joined],
-            lambda server: server.init_weight_transfer("ipc", {}),
-        )
-        self._joined = set(servers) - set(failures)
-        return failures
-
-    def send(self, tensors: Sequence[tuple[str, Tensor]], servers: Sequence[VllmServer]) -> Failures:
-        layout = layout_of(tensors)
-        packed = pack(tensors, layout)
-        torch.cuda.synchronize(packed.device)
-        where = _ipc_handle(packed)
-        failures = on_each(servers, lambda server: server.update_weights(**vars(layout), where=where))
-        del packed
-        torch.cuda.ipc_collect()
-        return failures
-
-    def forget(self, server: VllmServer) -> None:
-        self._joined.discard(server)
-
-    def close(self) -> None:
-        """Nothing is held between two buckets."""
 
 
 def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], None]) -> Failures:

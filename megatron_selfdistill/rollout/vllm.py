@@ -23,7 +23,7 @@ from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.engine import engine_request, response_of
 from megatron_selfdistill.rollout.errors import EngineError
-from megatron_selfdistill.rollout.exchange import agreement, check_requests, hand_back, pool
+from megatron_selfdistill.rollout.exchange import agreement, check_requests, hand_back, pool, staleness
 from megatron_selfdistill.rollout.in_process import InProcessEngine
 from megatron_selfdistill.rollout.kv_cache import free_bytes
 from megatron_selfdistill.rollout.pairs import PairCounts, generate_guided
@@ -179,16 +179,10 @@ class ColocatedSampler:
         return [responses[i] for i in range(len(requests))]
 
     def _check_versions(self, responses: Iterable[Response]) -> None:
-        expected = self._last_version()
+        expected, who = self._last_version(), f"the vLLM engine of rank {self._grid.rank}"
         for response in responses:
-            version = response.weight_version
-            staleness = None if version is None else expected - version
-            if staleness is None or not 0 <= staleness <= self._max_staleness:
-                raise EngineError(
-                    f"the vLLM engine of rank {self._grid.rank} wrote a response with weights of version {version}, "
-                    f"expected {expected} (rollout.max_staleness={self._max_staleness})"
-                )
-            self._staleness = max(self._staleness, staleness)
+            age = staleness(response.weight_version, expected, self._max_staleness, who)
+            self._staleness = max(self._staleness, age)
 
     def _last_version(self) -> int:
         if self._version is None:
