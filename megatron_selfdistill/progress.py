@@ -135,6 +135,7 @@ class _Watch:
 
     def start(self) -> None:
         self._file = self._opened()
+        self._publish(stalled=False)  # from here on the others know of this rank, however soon it hangs
         self._thread.start()
 
     def close(self) -> None:

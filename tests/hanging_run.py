@@ -1,5 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A tiny run under torchrun of which one rank hangs in its third step: ``hanging_run.py HOW RANK key=value ...``."""
+"""A tiny run under torchrun of which one rank hangs in its third step, or before any: ``hanging_run.py HOW RANK
+key=value ...``."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 WAYS = {
     "sleeps": lambda: time.sleep(600),
     "holds the interpreter": lambda: ctypes.PyDLL(None).sleep(600),
+    "holds the interpreter at once": lambda: ctypes.PyDLL(None).sleep(600),
     "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
@@ -21,14 +23,21 @@ def main(how: str, rank: str, arguments: list[str]) -> int:
     from megatron_selfdistill import train
     from megatron_selfdistill.run import Run
 
-    pack = Run.pack_contexts  # in the same phase as the others, who wait
+    at_once = how.endswith("at once")
+    loop, pack = train.loop, Run.pack_contexts  # in the same phase as the others, who wait
 
     def pack_or_hang(self: Any, *args: Any) -> Any:
-        if self.step == 2 and os.environ["RANK"] == rank:
+        if self.step == 2 and not at_once and os.environ["RANK"] == rank:
             WAYS[how]()
         return pack(self, *args)
 
+    def hang_or_loop(run: Any) -> None:
+        if at_once and os.environ["RANK"] == rank:
+            WAYS[how]()
+        loop(run)
+
     Run.pack_contexts = pack_or_hang  # type: ignore[method-assign]
+    train.loop = hang_or_loop
     return train.main(arguments)
 
 

@@ -89,6 +89,11 @@ def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_the_run_ends(data
     assert "most recent call first" in stacks[1 - rank] and "in <lambda>" not in stacks[1 - rank]
 
 
+def test_a_rank_that_hangs_before_its_first_sign_is_named_with_its_host(data, tmp_path):
+    hung(data, tmp_path / "run", "holds the interpreter at once", 0)
+    assert ": rank 0 on " in (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
+
+
 @pytest.mark.slow  # torchrun waits for half a minute for a process that is stopped
 def test_a_rank_that_is_stopped_is_named(data, tmp_path):
     ended = hung(data, tmp_path / "run", "is stopped", 1)

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import tiny_run
 
 from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.plan.dry_run import dry_run, longest_row, microbatches
-from megatron_selfdistill.plan.report import launch_command
+from megatron_selfdistill.plan.report import launch_commands
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = [
     "cluster.num_gpus=16",
     "model.vocab_size=1000",
@@ -116,8 +121,44 @@ def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleav
 
 
 def test_one_node_is_launched_alone_and_several_meet_at_the_head():
-    one = load(["cluster.num_gpus=4"])
-    assert launch_command(one, ["a=b"]).startswith("torchrun --standalone --nproc-per-node 4 -m ")
-    two = launch_command(load(["cluster.num_gpus=16"]), ["x=[1, 2]", "dry_run=true"])
-    assert '--nnodes 2 --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --nproc-per-node 8' in two
+    _, one = launch_commands(load(["cluster.num_gpus=4"]), ["a=b"])
+    assert one.startswith("torchrun --standalone --nproc-per-node 4 -m ")
+    _, two = launch_commands(load(["cluster.num_gpus=16"]), ["x=[1, 2]", "dry_run=true"])
+    assert '--nnodes 2 --node-rank "$NODE_RANK" --master-addr "$HEAD" --nproc-per-node 8' in two
     assert "'x=[1, 2]'" in two and "dry_run" not in two
+
+
+SERVERS = (
+    "rollout.engine=vllm rollout.placement=server rollout.server_python=/vllm/python rollout.num_servers=3".split()
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        (["cluster.num_gpus=8"], "sbatch examples/slurm/one_node.sbatch"),
+        (["cluster.num_gpus=4"], "GPUS_PER_NODE=4 sbatch --gpus-per-node=4 examples/slurm/one_node.sbatch"),
+        (["cluster.num_gpus=16"], "sbatch --nodes=2 examples/slurm/many_nodes.sbatch"),
+        (
+            ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=4"],
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=2 sbatch --nodes=4 "
+            "examples/slurm/rollout_nodes.sbatch",
+        ),
+    ],
+)
+def test_slurm_gets_the_script_for_the_nodes_and_servers_of_the_plan(overrides, command):
+    sbatch, _ = launch_commands(load([*overrides, "run_dir=my runs/first"]), ["run_dir=my runs/first", "a=b"])
+    assert sbatch.startswith(f"RUN_DIR='my runs/first' {command} a=b checkpoint.load=")
+    script = shlex.split(sbatch)[shlex.split(sbatch).index("a=b") - 1]
+    text = (REPOSITORY / script).read_text()
+    for variable in re.findall(r"(\w+)=", sbatch.split(" sbatch ")[0]):
+        assert f"\n{variable}=${{{variable}:" in text  # a parameter of the script
+    assert "run_dir=" not in sbatch
+
+
+def test_servers_that_slurm_starts_are_not_started_by_the_run_too():
+    sbatch, _ = launch_commands(load([*SERVERS, "cluster.num_gpus=8"]), SERVERS)
+    words = shlex.split(sbatch)
+    overrides = words[words.index("examples/slurm/rollout_nodes.sbatch") + 1 :]
+    rollout = load([*overrides, "rollout.servers=[http://node7:8000]"]).rollout
+    assert rollout.num_servers == 0 and rollout.servers == ["http://node7:8000"]

@@ -188,17 +188,20 @@ def test_the_arithmetic_in_a_recipes_comments_is_the_plans(recipe):
 
 
 @pytest.mark.parametrize("recipe", REAL_SIZES)
-def test_a_dry_run_on_the_command_line_ends_with_the_command_to_launch(recipe, capsys):
+def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, capsys):
     assert main([f"recipe={recipe}", "dry_run=true", "run_dir=my runs/first"]) == 0
     out = capsys.readouterr().out
     assert f"{PUBLISHED[recipe] / 1e9:.2f} B parameters on {GPUS[recipe]} GPUs" in out
     assert "= while training" in out and "bubble" in out
-    words = shlex.split(out.strip().splitlines()[-1])
+    sbatch, torchrun = map(shlex.split, out.strip().splitlines()[-2:])
+    assert "sbatch" in sbatch and "RUN_DIR=my runs/first" in sbatch
+    assert f"--nodes={GPUS[recipe] // 8}" in sbatch or GPUS[recipe] == 8
+    words = torchrun
     assert words[0] == "torchrun" and "megatron_selfdistill.train" in words
     nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
     assert nodes * int(words[words.index("--nproc-per-node") + 1]) == GPUS[recipe]
     overrides = words[words.index("megatron_selfdistill.train") + 1 :]
-    assert overrides[:2] == [f"recipe={recipe}", "run_dir=my runs/first"]
+    assert overrides[:2] == ["run_dir=my runs/first", f"recipe={recipe}"]
     assert {word.split("=")[0] for word in overrides[2:]} == {"checkpoint.load", "data.tokenizer", "data.path"}
     assert load(overrides).dry_run is False
 
