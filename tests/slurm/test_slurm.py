@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from slurm_jobs import FOR_VLLM, REPOSITORY, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
+from slurm_jobs import FOR_VLLM, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
 from tiny_run import differences, reproducible_metrics
 
 
@@ -60,9 +60,9 @@ def test_slurm_accepts(slurm, script):
 
 
 def test_a_run_on_one_node_completes_with_a_report_of_the_environment_first(slurm, data, tmp_path):
-    there = (REPOSITORY / "tools" / "doctor.py").exists()
-    job = Job("one_node", data, tmp_path / "run", "num_steps=2", RUN_DOCTOR=str(int(there)), GPUS_PER_NODE="2")
+    job = Job("one_node", data, tmp_path / "run", "num_steps=2", RUN_DOCTOR="1", GPUS_PER_NODE="2")
     assert job.end() == "COMPLETED", job.text()
+    assert 0 <= job.text().find("layers: Megatron's local spec; Adam: ") < job.text().find("DP 2")
     assert job.saved_step() == 2 and "DP 2" in job.text()
 
 
