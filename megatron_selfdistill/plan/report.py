@@ -1,9 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A plan as tables for the console, and the commands that launch it."""
+"""A plan as tables for the console."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -11,20 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_selfdistill.config import Config
 from megatron_selfdistill.plan.dry_run import Plan
+from megatron_selfdistill.plan.launch import launch_commands, num_nodes
 from megatron_selfdistill.plan.memory import Memory, engine_weight_gib
 from megatron_selfdistill.plan.stages import Stage
 
 _WIDEST = 240
 TRAINING, SAMPLING = "= while training", "= while sampling"
-NEEDED = {
-    "checkpoint.load": "/path/to/megatron/checkpoint",
-    "data.tokenizer": "/path/to/tokenizer",
-    "data.path": "/path/to/problems.jsonl",
-}
-"""Keys without which nothing can be trained -> what stands for them in the command."""
-_SCRIPTS_GPUS_PER_NODE = 8  # of examples/slurm, unless told otherwise
 
 
 def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -> None:
@@ -40,7 +32,7 @@ def summary(plan: Plan) -> list[str]:
     """What is not per stage, a line each."""
     config, p, cluster = plan.config, plan.config.parallel, plan.config.cluster
     vpp, num_gpus = p.virtual_pipeline_model_parallel_size, cluster.num_gpus or 1
-    nodes = "1 node" if _nodes(config) == 1 else f"{_nodes(config)} nodes"
+    nodes = "1 node" if num_nodes(config) == 1 else f"{num_nodes(config)} nodes"
     experts = f", EP {p.expert_model_parallel_size}" if config.model.num_moe_experts else ""
     student, teacher = plan.num_microbatches
     samples = config.rollout.num_samples
@@ -91,54 +83,6 @@ def memory_table(plan: Plan) -> Table:
             name, *(dict(cells)[name] for _, cells in columns), end_section=name in ("parameters, B", TRAINING)
         )
     return table
-
-
-def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]:
-    """By Slurm, with this project's scripts, and by torchrun, once on each node; keys and variables that are still
-    missing are shown with a path to fill in."""
-    kept = [argument for argument in arguments if argument.split("=")[0] not in ("dry_run", "run_dir")]
-    given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
-    given["data.path"] = config.data.path
-    kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]
-    return _sbatch(config, kept), _torchrun(config, kept)
-
-
-def _sbatch(config: Config, overrides: Sequence[str]) -> str:
-    cluster, rollout, nodes = config.cluster, config.rollout, _nodes(config)
-    variables, options = {"RUN_DIR": config.run_dir}, []
-    script = "one_node" if nodes == 1 else "many_nodes"
-    if rollout.engine == "vllm" and rollout.placement == "server" and not rollout.servers:
-        script = "rollout_nodes"
-        rollout_nodes = -(-rollout.num_servers * rollout.engine_tp // cluster.gpus_per_node)
-        variables |= {"HF_CONFIG": rollout.hf_config or "/path/to/hf/config"}
-        variables |= {"SERVER_PYTHON": rollout.server_python or "python"}
-        variables |= {"SERVER_GPUS": str(rollout.engine_tp), "ROLLOUT_NODES": str(rollout_nodes)}
-        nodes += rollout_nodes
-        # The script starts the servers, and tells the run their addresses.
-        overrides = [*(o for o in overrides if not o.startswith("rollout.num_servers=")), "rollout.num_servers=0"]
-    if _ranks_per_node(config) != _SCRIPTS_GPUS_PER_NODE:
-        variables["GPUS_PER_NODE"] = str(_ranks_per_node(config))
-        options.append(f"--gpus-per-node={_ranks_per_node(config)}")
-    if nodes > 1:
-        options.append(f"--nodes={nodes}")
-    environment = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
-    return " ".join([*environment, "sbatch", *options, f"examples/slurm/{script}.sbatch", *map(shlex.quote, overrides)])
-
-
-def _torchrun(config: Config, overrides: Sequence[str]) -> str:
-    nodes = _nodes(config)
-    # Not c10d's rendezvous: it gives out ranks as nodes arrive, and neighbours in rank should be neighbours.
-    where = "--standalone" if nodes == 1 else f'--nnodes {nodes} --node-rank "$NODE_RANK" --master-addr "$HEAD"'
-    command = f"torchrun {where} --nproc-per-node {_ranks_per_node(config)} -m megatron_selfdistill.train"
-    return " ".join([command, *map(shlex.quote, [f"run_dir={config.run_dir}", *overrides])])
-
-
-def _ranks_per_node(config: Config) -> int:
-    return min(config.cluster.num_gpus or 1, config.cluster.gpus_per_node)
-
-
-def _nodes(config: Config) -> int:
-    return -(-(config.cluster.num_gpus or 1) // config.cluster.gpus_per_node)
 
 
 def _cells(stage: Stage, memory: Memory) -> tuple[tuple[str, str], ...]:

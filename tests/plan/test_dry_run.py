@@ -12,7 +12,7 @@ import tiny_run
 
 from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.plan.dry_run import dry_run, longest_row, microbatches
-from megatron_selfdistill.plan.report import launch_commands
+from megatron_selfdistill.plan.launch import launch_commands
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -143,6 +143,10 @@ SERVERS = (
             ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=4"],
             "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=2 sbatch --nodes=4 "
             "examples/slurm/rollout_nodes.sbatch",
+        ),
+        (
+            ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=16"],
+            "sbatch --nodes=2 examples/slurm/many_nodes.sbatch",
         ),
     ],
 )

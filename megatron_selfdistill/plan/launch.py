@@ -1,0 +1,87 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The commands that launch a planned run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from megatron_selfdistill.config import Config
+
+NEEDED = {
+    "checkpoint.load": "/path/to/megatron/checkpoint",
+    "data.tokenizer": "/path/to/tokenizer",
+    "data.path": "/path/to/problems.jsonl",
+}
+"""Keys without which nothing can be trained -> what stands for them in the command."""
+_SCRIPTS_GPUS_PER_NODE = 8  # of examples/slurm, unless told otherwise
+
+
+def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]:
+    """By Slurm, with this project's scripts, and by torchrun, once on each node; keys and variables that are still
+    missing are shown with a path to fill in."""
+    kept = [argument for argument in arguments if argument.split("=")[0] not in ("dry_run", "run_dir")]
+    given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
+    given["data.path"] = config.data.path
+    kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]
+    if config.rollout.engine_tp > config.cluster.gpus_per_node and not _names_servers(kept):
+        kept.append("rollout.servers=[http://first-node-of-a-server:8000]")  # started by whoever has such nodes
+    return _sbatch(config, kept), _torchrun(config, kept)
+
+
+def num_nodes(config: Config) -> int:
+    """Of the trainer."""
+    return -(-(config.cluster.num_gpus or 1) // config.cluster.gpus_per_node)
+
+
+def _sbatch(config: Config, overrides: Sequence[str]) -> str:
+    nodes = num_nodes(config)
+    variables, options = {"RUN_DIR": config.run_dir}, []
+    script = "one_node" if nodes == 1 else "many_nodes"
+    if _wants_servers(config, overrides):
+        script = "rollout_nodes"
+        variables |= _server_variables(config)
+        nodes += int(variables["ROLLOUT_NODES"])
+        # The script starts the servers, and tells the run their addresses.
+        overrides = [*(o for o in overrides if not o.startswith("rollout.num_servers=")), "rollout.num_servers=0"]
+    if _ranks_per_node(config) != _SCRIPTS_GPUS_PER_NODE:
+        variables["GPUS_PER_NODE"] = str(_ranks_per_node(config))
+        options.append(f"--gpus-per-node={_ranks_per_node(config)}")
+    if nodes > 1:
+        options.append(f"--nodes={nodes}")
+    environment = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    return " ".join([*environment, "sbatch", *options, f"examples/slurm/{script}.sbatch", *map(shlex.quote, overrides)])
+
+
+def _wants_servers(config: Config, overrides: Sequence[str]) -> bool:
+    """Servers that nobody has started yet, and that fit on a node each."""
+    rollout = config.rollout
+    on_servers = rollout.engine == "vllm" and rollout.placement == "server"
+    return on_servers and not _names_servers(overrides) and rollout.engine_tp <= config.cluster.gpus_per_node
+
+
+def _names_servers(overrides: Sequence[str]) -> bool:
+    return any(override.startswith("rollout.servers=") for override in overrides)
+
+
+def _server_variables(config: Config) -> dict[str, str]:
+    rollout = config.rollout
+    num_servers = rollout.num_servers or len(rollout.servers)
+    return {
+        "HF_CONFIG": rollout.hf_config or "/path/to/hf/config",
+        "SERVER_PYTHON": rollout.server_python or "python",
+        "SERVER_GPUS": str(rollout.engine_tp),
+        "ROLLOUT_NODES": str(-(-num_servers * rollout.engine_tp // config.cluster.gpus_per_node)),
+    }
+
+
+def _torchrun(config: Config, overrides: Sequence[str]) -> str:
+    nodes = num_nodes(config)
+    # Not c10d's rendezvous: it gives out ranks as nodes arrive, and neighbours in rank should be neighbours.
+    where = "--standalone" if nodes == 1 else f'--nnodes {nodes} --node-rank "$NODE_RANK" --master-addr "$HEAD"'
+    command = f"torchrun {where} --nproc-per-node {_ranks_per_node(config)} -m megatron_selfdistill.train"
+    return " ".join([command, *map(shlex.quote, [f"run_dir={config.run_dir}", *overrides])])
+
+
+def _ranks_per_node(config: Config) -> int:
+    return min(config.cluster.num_gpus or 1, config.cluster.gpus_per_node)
