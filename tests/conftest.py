@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from ranks import RankPool
 
+pytest.register_assert_rewrite("tiny_run")  # before it is imported: its assertions are those of tests
+
 TESTS = Path(__file__).resolve().parent
 
 
@@ -37,6 +39,16 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 problems with answers as hints, and a tokenizer: see tiny_run.py."""
+    import tiny_run
+
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.write_data(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from tiny_run import REPOSITORY, overrides
+from tiny_run import REPOSITORY, overrides, saved_step
 
 SCRIPTS = sorted((REPOSITORY / "examples" / "slurm").glob("*.sbatch"))
 STEPS = 16
@@ -91,8 +91,7 @@ class Job:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def saved_step(self) -> int:
-        path = self.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
-        return int(path.read_text()) if path.exists() else 0
+        return saved_step(self.run_dir)
 
     def after_steps(self, count: int) -> Job:
         wait_until(lambda: self.steps_done() >= count or self.field("JobState") in ENDS)

@@ -4,25 +4,20 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from scripts import load_script
 
 DOCTOR = Path(__file__).resolve().parent.parent / "tools" / "doctor.py"
 
 
 @pytest.fixture
 def doctor() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("doctor", DOCTOR)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["doctor"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DOCTOR)
 
 
 def test_a_node_that_can_run_is_told_what_it_will_use():

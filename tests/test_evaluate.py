@@ -7,48 +7,24 @@ import itertools
 import random
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from characters import ONE_RANK, STOP, Characters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_selfdistill import verify as module
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, Tokenizer
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluate import EvaluationResult, Verdict, evaluate, majority_at_k, pass_at_k
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.verify import exact_match, load_verifier, math_verify, voted_answer
 
-STOP = ord("$")
 PARAMS = SamplingParams(max_new_tokens=4, temperature=1.0, stop_token_ids=(STOP,))
-ONE_RANK = SimpleNamespace(
-    world_size=1,
-    dp_rank=0,
-    dp_size=1,
-    **{f"{axis}_{what}": n for axis in ("tp", "cp", "pp") for what, n in (("rank", 0), ("size", 1))},
-)
-
-
-class Characters(Tokenizer):
-    """One token per character."""
-
-    name, vocab_size, eos_id = "characters", 128, STOP
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(character) for character in text]
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, ids))
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
-        return "".join(message["content"] for message in messages) + ":" * add_generation_prompt
 
 
 class FakeSampler:

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import hf_models
 import pytest
 import tiny_run
+from scripts import load_script
 
 from megatron_selfdistill.checkpoint.describe import COMPANIONS
 from megatron_selfdistill.report.evaluations import PROBLEMS, RESPONSES, SUMMARY
@@ -28,15 +27,8 @@ SETTINGS = (
 )
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_tool(arguments: list[str]) -> int:
-    return load_tool().main(arguments)
+    return load_script(TOOL).main(arguments)
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
 import os
 import signal
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import hf_models
 import pytest
 import tiny_run
 from ranks import RankError
+from scripts import load_script
 
 from megatron_selfdistill.checkpoint import convert
 from megatron_selfdistill.config import from_mapping
@@ -26,6 +24,7 @@ from megatron_selfdistill.data.problems import load_problems
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.rollout.base import stream_seed
 
+TOOL = tiny_run.REPOSITORY / "tools" / "make_solutions.py"
 NUM_PROBLEMS, NUM_SAMPLES = 10, 8
 LAYOUTS = {
     "DP2": [],
@@ -34,17 +33,9 @@ LAYOUTS = {
 }
 
 
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_solutions", tiny_run.REPOSITORY / "tools" / "make_solutions.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_tool(arguments: list[str], dies_in_group: int | None = None) -> tuple[int, str]:
     """(exit status, what was printed or complained of) on this rank; it may be killed while it writes a group down."""
-    module = tool()
+    module = load_script(TOOL)
     if dies_in_group is not None:
         append, calls = module.Journal.append, []
 
@@ -178,7 +169,7 @@ def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, fo
 
 
 def test_a_group_that_was_cut_is_done_again_as_a_whole(tmp_path):
-    journal = tool().Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=4)
+    journal = load_script(TOOL).Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=4)
     lines = [{"problem_id": f"p{i}"} for i in range(10)]
     assert journal.begin(10) == journal.begin(10) == (0, None)
     journal.append(lines[:6])

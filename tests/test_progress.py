@@ -11,19 +11,12 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from tiny_run import overrides
+from tiny_run import overrides, train
 
 from megatron_selfdistill.config import Config, ConfigError, load
 from megatron_selfdistill.progress import Report, hanging
 
 TESTS = Path(__file__).resolve().parent
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    return folder
 
 
 def report(place: int = 7, waits: bool = True, stalled: bool = True) -> Report:
@@ -115,12 +108,10 @@ def slow(arguments: list[str], seconds: float) -> int:
                 beat()
         return generate(self, problems)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "generate", slowly)
-        return tiny_run.start(arguments)
+    return tiny_run.start_with(arguments, Run, "generate", slowly)
 
 
 def test_slow_ranks_that_others_wait_for_are_no_hang_and_leave_no_stacks(ranks, data, tmp_path):
-    arguments = overrides(data, tmp_path / "run", "num_steps=2", "stop.hang_timeout_minutes=0.1")
-    assert ranks.run(slow, arguments, 8.0, world_size=2, init_process_group=False) == [0, 0]
+    arguments = overrides(data, tmp_path / "run", "num_steps=2", "stop.hang_timeout_minutes=0.15")
+    train(ranks, arguments, 2, start=slow, seconds=11.0)
     assert not (tmp_path / "run" / "stacks").exists()

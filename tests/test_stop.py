@@ -14,35 +14,26 @@ from typing import Any
 
 import pytest
 import tiny_run
-from tiny_run import differences, overrides, reproducible_metrics
+from tiny_run import assert_equal_runs, overrides, reproducible_metrics, saved_step, train
 
 from megatron_selfdistill import stop
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.stop import MARKER, SIGNALS, Stop, listening, seconds_left_in_slurm, seconds_of
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    return folder
-
-
-def asked(arguments: list[str], at: str, step: int, numbers: list[int], ranks: list[int]) -> int:
-    """A run whose ``ranks`` get signals at the beginning of method ``at`` of `Run`, ``step`` steps being done."""
+def asked(arguments: list[str], at: str, step: int, numbers: list[int], who: list[int]) -> int:
+    """A run: the ranks ``who`` get signals at the beginning of method ``at`` of `Run`, ``step`` steps being done."""
     from megatron_selfdistill.run import Run
 
     original = getattr(Run, at)
 
     def with_signals(self: Any, *args: Any) -> Any:
-        if self.step == step and self.grid.rank in ranks:
+        if self.step == step and self.grid.rank in who:
             for number in numbers:
                 os.kill(os.getpid(), number)
         return original(self, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, at, with_signals)
-        return tiny_run.start(arguments)
+    return tiny_run.start_with(arguments, Run, at, with_signals)
 
 
 def failing(arguments: list[str]) -> int:
@@ -57,24 +48,13 @@ def failing(arguments: list[str]) -> int:
             raise EngineError("the servers are gone")
         return generate(self, problems)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "generate", fail)
-        return tiny_run.start(arguments)
-
-
-def run(ranks, function: Any, *arguments: Any, world_size: int = 1) -> None:
-    statuses = ranks.run(function, *arguments, world_size=world_size, init_process_group=False)
-    assert statuses == [0] * world_size
-
-
-def latest(run_dir: Path) -> str:
-    return (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text().strip()
+    return tiny_run.start_with(arguments, Run, "generate", fail)
 
 
 @pytest.fixture(scope="module")
 def whole(ranks, data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(ranks, tiny_run.start, overrides(data, folder), world_size=2)
+    train(ranks, overrides(data, folder), world_size=2)
     return folder
 
 
@@ -87,47 +67,47 @@ def test_a_run_that_is_stopped_and_started_again_equals_one_that_never_stopped(
     ranks, data, whole, tmp_path, at, numbers, who
 ):
     arguments = overrides(data, tmp_path / "run")
-    run(ranks, asked, arguments, at, 1, numbers, who, world_size=2)
-    assert latest(tmp_path / "run") == "2", "the step in which the signal comes is finished, and no other begins"
+    train(ranks, arguments, world_size=2, start=asked, at=at, step=1, numbers=numbers, who=who)
+    assert saved_step(tmp_path / "run") == 2, "the step in which the signal comes is finished, and no other begins"
     assert (tmp_path / "run" / MARKER).read_text().startswith("step 2: SIG")
-    run(ranks, tiny_run.start, arguments, world_size=2)
+    train(ranks, arguments, world_size=2)
     assert not (tmp_path / "run" / MARKER).exists()
-    assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(whole)
-    assert ranks.run(differences, whole, tmp_path / "run", world_size=1) == [[]]
+    assert_equal_runs(ranks, whole, tmp_path / "run")
 
 
 def test_a_signal_does_not_break_off_a_save(ranks, data, tmp_path):
-    run(ranks, asked, overrides(data, tmp_path / "run"), "save", 3, [*SIGNALS] * 2, [0])
-    assert latest(tmp_path / "run") == "3"
+    train(ranks, overrides(data, tmp_path / "run"), start=asked, at="save", step=3, numbers=[*SIGNALS] * 2, who=[0])
+    assert saved_step(tmp_path / "run") == 3
     assert (tmp_path / "run" / MARKER).read_text().startswith("step 3: ")
 
 
 def test_a_signal_before_the_first_step_ends_the_run_without_one(ranks, data, tmp_path):
     evaluated = ["evaluation.at_start=true", f"evaluation.path={data}/problems.jsonl", "evaluation.limit=2"]
-    run(ranks, asked, overrides(data, tmp_path / "run", *evaluated), "evaluate", 0, [signal.SIGUSR1], [0])
+    arguments = overrides(data, tmp_path / "run", *evaluated)
+    train(ranks, arguments, start=asked, at="evaluate", step=0, numbers=[signal.SIGUSR1], who=[0])
     assert (tmp_path / "run" / MARKER).read_text() == "step 0: SIGUSR1\n"
     assert [line["step"] for line in reproducible_metrics(tmp_path / "run")] == [0]
     assert not list((tmp_path / "run").glob("checkpoints/*")), "there is nothing yet to save"
 
 
 def test_a_signal_in_the_last_step_leaves_a_complete_run_and_no_marker(ranks, data, tmp_path):
-    run(ranks, asked, overrides(data, tmp_path / "run"), "update", 5, [signal.SIGTERM], [0])
-    assert latest(tmp_path / "run") == "6" and not (tmp_path / "run" / MARKER).exists()
+    train(ranks, overrides(data, tmp_path / "run"), start=asked, at="update", step=5, numbers=[signal.SIGTERM], who=[0])
+    assert saved_step(tmp_path / "run") == 6 and not (tmp_path / "run" / MARKER).exists()
 
 
 def test_an_engine_that_ends_with_the_job_makes_no_failed_run(ranks, data, whole, tmp_path):
-    run(ranks, failing, overrides(data, tmp_path / "run"), world_size=2)
-    assert latest(tmp_path / "run") == "2" and (tmp_path / "run" / MARKER).exists()
-    run(ranks, tiny_run.start, overrides(data, tmp_path / "run"), world_size=2)
-    assert ranks.run(differences, whole, tmp_path / "run", world_size=1) == [[]]
+    train(ranks, overrides(data, tmp_path / "run"), world_size=2, start=failing)
+    assert saved_step(tmp_path / "run") == 2 and (tmp_path / "run" / MARKER).exists()
+    train(ranks, overrides(data, tmp_path / "run"), world_size=2)
+    assert_equal_runs(ranks, whole, tmp_path / "run")
 
 
 def test_a_time_limit_that_no_step_fits_leads_on_by_one_step_per_launch(ranks, data, tmp_path):
     arguments = overrides(data, tmp_path / "run", "num_steps=3", "stop.time_limit_minutes=0")
-    for step in ("1", "2", "3"):
-        run(ranks, tiny_run.start, arguments, world_size=2)
-        assert latest(tmp_path / "run") == step
-        assert (tmp_path / "run" / MARKER).exists() == (step != "3")
+    for step in (1, 2, 3):
+        train(ranks, arguments, world_size=2)
+        assert saved_step(tmp_path / "run") == step
+        assert (tmp_path / "run" / MARKER).exists() == (step != 3)
 
 
 def test_a_time_limit_leaves_room_for_the_longest_step_and_the_margin(tmp_path, monkeypatch):

@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from ranks import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY / "examples"))
 
 # Not equal between runs: clocks, and memory.
 NOT_REPRODUCIBLE = ("seconds/", "tokens_per_second/", "memory/")
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def write_data(folder: Path, num_problems: int = 40) -> None:
@@ -68,6 +74,28 @@ def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
         return main(list(arguments))
 
 
+def start_with(arguments: Sequence[str], owner: Any, name: str, replacement: Any) -> int:
+    """`start` while ``owner.name`` is ``replacement``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, replacement)
+        return start(arguments)
+
+
+def train(
+    ranks: RankPool,
+    arguments: Sequence[str],
+    world_size: int = 1,
+    *,
+    start: Callable[..., int] = start,
+    expected: int = 0,
+    **options: Any,
+) -> None:
+    """Each rank calls ``start(arguments)`` and gets the exit status ``expected``; ``options`` are further arguments of
+    ``start``, or of `RankPool.run`."""
+    statuses = ranks.run(start, arguments, world_size=world_size, init_process_group=False, **options)
+    assert statuses == [expected] * world_size
+
+
 def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
     """This process kills itself: in the middle of its 5th step, or in the middle of writing its 2nd checkpoint."""
 
@@ -115,6 +143,25 @@ def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if not k.startswith(NOT_REPRODUCIBLE)} for line in read_metrics(run_dir)]
 
 
+def recorded(path: Path, step: int) -> dict[tuple[str, int], list[int]]:
+    """What ``rollout.record`` has written of a step: (problem, sample) -> token ids."""
+    records = map(json.loads, path.read_text().splitlines())
+    return {(r["problem_id"], r["sample_index"]): r["token_ids"] for r in records if r["step"] == step}
+
+
+def saved_step(run_dir: Path) -> int:
+    """That of the latest checkpoint, as the tracker file says; 0 where there is none."""
+    path = run_dir / "checkpoints" / TRACKER
+    return int(path.read_text()) if path.exists() else 0
+
+
+def go_back_to_step_3(run_dir: Path) -> None:
+    """A run of 6 steps loses its last checkpoint.  Started again it takes steps 4 to 6 anew, at the learning rates of a
+    whole run, which ``num_steps=3`` would not have had."""
+    shutil.rmtree(run_dir / "checkpoints" / "iter_0000006")
+    (run_dir / "checkpoints" / TRACKER).write_text("3")
+
+
 def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:
     """Every tensor of a checkpoint, in full: weights, optimizer state, and the teacher's average."""
     from megatron.core.dist_checkpointing import load_plain_tensors
@@ -131,6 +178,13 @@ def differences(one: Path, other: Path, step: int = 6) -> list[tuple[str, float]
         for key in a
         if hasattr(a[key], "equal") and not a[key].equal(b[key])
     ]
+
+
+def assert_equal_runs(ranks: RankPool, one: Path, other: Path, num_steps: int = 6) -> None:
+    """Bit for bit: the metrics of every step, weights, optimizer state, and the teacher's average."""
+    assert len(reproducible_metrics(one)) == num_steps
+    assert reproducible_metrics(one) == reproducible_metrics(other)
+    assert ranks.run(differences, one, other, num_steps, world_size=1) == [[]]
 
 
 def starts_with_an_even_token(text: str, problem: Any) -> bool:

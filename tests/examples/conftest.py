@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import load_script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "examples"))  # as `python examples/...` does
@@ -17,12 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "examples"))  # as `python examples/...` doe
 
 def example(name: str) -> ModuleType:
     """``examples/<name>.py`` as a module; its name begins with a number and cannot be imported."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", REPOSITORY / "examples" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module they are in
-    spec.loader.exec_module(module)
-    return module
+    return load_script(REPOSITORY / "examples" / f"{name}.py")
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from scripts import load_script
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
@@ -19,18 +18,7 @@ from megatron_selfdistill.loss.entropy_match import Cumulants
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "solver_accuracy.py"
 SEEDS = 2
-
-
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("solver_accuracy", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_script(TOOL)
 
 
 def solve(student: Tensor, teacher: Tensor, target: Target) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from responses import chi_square_p_value
 
 from megatron_selfdistill.rollout import base
 from megatron_selfdistill.rollout.base import SamplingParams, select_tokens, stream_seed, stream_uniforms
@@ -32,18 +33,6 @@ def expected_probs(temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
     cut = torch.zeros_like(probs)
     cut[nucleus] = probs[nucleus]
     return cut / cut.sum()
-
-
-def chi_square_p_value(tokens: torch.Tensor, probs: torch.Tensor) -> float:
-    """Of the counts of ``tokens`` under ``probs``; tokens of expectation below 5 share one bin."""
-    counts = torch.bincount(tokens, minlength=len(probs)).double()
-    assert counts[probs == 0].sum() == 0, "a token without probability was drawn"
-    expected = probs * len(tokens)
-    large = expected >= 5
-    bins = [(counts[large], expected[large]), (counts[~large].sum()[None], expected[~large].sum()[None])]
-    statistic = sum(((c - e)[e > 0] ** 2 / e[e > 0]).sum() for c, e in bins)
-    freedom = int(large.sum()) - 1 + int(expected[~large].sum() > 0)
-    return torch.special.gammaincc(torch.tensor(freedom / 2.0).double(), statistic / 2).item()
 
 
 def draw(sampling: SamplingParams) -> torch.Tensor:

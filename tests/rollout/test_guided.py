@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from responses import chi_square_p_value
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
@@ -73,14 +74,6 @@ def draw_many(target: Target) -> Tensor:
     uniforms = torch.rand(NUM_DRAWS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     student, teacher = (logits.expand(NUM_DRAWS, -1) for logits in (STUDENT, TEACHER))
     return select_mixed_tokens(student, teacher, uniforms, target, greedy=False).token_ids
-
-
-def chi_square_p_value(tokens: Tensor, probs: Tensor) -> float:
-    expected = probs.double() * tokens.numel()
-    counts = torch.bincount(tokens, minlength=probs.numel()).double()
-    assert (expected >= 5).all()
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((probs.numel() - 1) / 2).double(), statistic / 2).item()
 
 
 @pytest.mark.parametrize("rule", ["entropy_matched", "fixed", "teacher_alone"])

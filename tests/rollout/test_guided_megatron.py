@@ -12,6 +12,7 @@ import hf_models
 import pytest
 import torch
 from models import VOCAB_SIZE, build, model_config, parallel
+from responses import chi_square_p_value, cut_at, own, stops_of
 from torch import Tensor
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -152,28 +153,9 @@ def without_cache(ranks):
     return get
 
 
-def cut_at(tokens: list[int], stops: tuple[int, ...]) -> tuple[list[int], str]:
-    for i, token in enumerate(tokens):
-        if token in stops:
-            return tokens[: i + 1], "stop"
-    return tokens, "length"
-
-
-def stops_of(texts: list[list[int]]) -> tuple[int, ...]:
-    """Two tokens that end some texts early, at different lengths, and others never."""
-    candidates = sorted({token for text in texts for token in text})
-    for a in candidates:
-        for b in candidates:
-            cut = [cut_at(text, (a, b)) for text in texts]
-            lengths = [len(text) for text, _ in cut]
-            if lengths.count(NEW_TOKENS) >= 1 and len(set(lengths)) >= 4 and sorted(lengths)[3] < NEW_TOKENS:
-                return a, b
-    raise AssertionError("these texts end all alike; change the prompts")
-
-
 def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
     chunks, grid = build(model_config(kind), config)
-    pairs = make_pairs()[grid.dp_rank :: grid.dp_size]
+    pairs = own(grid, make_pairs())
     # Plain requests of the same streams among them: each kind is written as if it were alone.
     plain = [dataclasses.replace(request, teacher_prompt=None) for request in pairs]
     mingled = [request for both in zip(pairs, plain, strict=True) for request in both]
@@ -275,7 +257,7 @@ def test_recorded_log_probs_are_those_of_the_student_the_teacher_and_the_mix(ran
         assert outside < 1e-5, f"{target}: token i was not drawn by uniform i of its stream"
 
 
-def draw_first_tokens(count: int) -> tuple[list[int], Tensor, Tensor]:
+def draw_first_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first token of ``count`` guided samples of one pair of prompts, and both logits without a cache."""
     [model], grid = build(model_config(), parallel())
     pair = make_pairs()[0]
@@ -283,17 +265,7 @@ def draw_first_tokens(count: int) -> tuple[list[int], Tensor, Tensor]:
     responses = sampler_of([model], grid, kv_cache_gb=0.02).generate(requests, SamplingParams(1))
     model.eval()
     student, teacher = both_logits(lambda ids: logits_of(model, ids), pair, [0])
-    return [response.token_ids[0] for response in responses], student[0], teacher[0]
-
-
-def chi_square_p_value(tokens: list[int], probs: Tensor) -> float:
-    expected = probs * len(tokens)
-    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB_SIZE).double()
-    order = expected.argsort(descending=True)
-    bins = int((expected >= 5).sum())
-    expected, counts = (torch.cat([x[order][:bins], x[order][bins:].sum()[None]]) for x in (expected, counts))
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor(bins / 2.0).double(), statistic / 2).item()
+    return torch.tensor([response.token_ids[0] for response in responses]), student[0], teacher[0]
 
 
 NUM_DRAWS = 30_000

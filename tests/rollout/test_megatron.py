@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import VOCAB_SIZE, build, model_config, parallel
+from responses import chi_square_p_value, cut_at, own, stops_of
 
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
@@ -76,30 +77,11 @@ def without_cache(ranks):
     return get
 
 
-def cut_at(tokens: list[int], stops: tuple[int, ...]) -> tuple[list[int], str]:
-    for i, token in enumerate(tokens):
-        if token in stops:
-            return tokens[: i + 1], "stop"
-    return tokens, "length"
-
-
-def stops_of(texts: list[list[int]]) -> tuple[int, ...]:
-    """Two tokens that end some texts early and others never."""
-    candidates = sorted({token for text in texts for token in text})
-    for a in candidates:
-        for b in candidates[candidates.index(a) + 1 :]:
-            cut = [cut_at(text, (a, b)) for text in texts]
-            reasons = [reason for _, reason in cut]
-            if 2 <= reasons.count("length") <= 3 and len({len(text) for text, _ in cut}) >= 4:
-                return a, b
-    raise AssertionError("these texts end all alike; change the prompts")
-
-
 def write_in_layout(
     kind: str, config: ParallelConfig, stops: tuple[int, ...], empty_replicas: bool = False
 ) -> dict[str, Any]:
     chunks, grid = build(model_config(kind), config)
-    requests = make_requests()[grid.dp_rank :: grid.dp_size]
+    requests = own(grid, make_requests())
     if empty_replicas and grid.dp_rank > 0:
         requests = []
     sampler = sampler_of(chunks, grid)
@@ -179,9 +161,9 @@ def test_a_replica_without_requests_keeps_step_until_the_others_are_done(ranks, 
 def draw_in_layout(config: ParallelConfig, order: list[int]) -> dict[int, Response]:
     """Responses by request, where each replica gets its share of ``order``."""
     chunks, grid = build(model_config(), config)
-    own = order[grid.dp_rank :: grid.dp_size]
+    mine = own(grid, order)
     requests = make_requests()
-    return dict(zip(own, sampler_of(chunks, grid).generate([requests[i] for i in own], SAMPLED), strict=True))
+    return dict(zip(mine, sampler_of(chunks, grid).generate([requests[i] for i in mine], SAMPLED), strict=True))
 
 
 def draw_in_batches_of_one() -> dict[int, Response]:
@@ -231,31 +213,21 @@ def test_token_i_of_a_sample_is_drawn_by_uniform_i_of_its_stream(ranks):
     assert [response.token_ids for response in responses] == texts
 
 
-def first_tokens(sampling: SamplingParams, count: int) -> tuple[list[int], list[float]]:
+def first_tokens(sampling: SamplingParams, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first token of ``count`` samples of one prompt, and log softmax without a cache."""
     [model], grid = build(model_config(), parallel())
     prompt = make_requests()[0].prompt
     requests = [Request(prompt, stream_seed(1, 0, "x", i)) for i in range(count)]
     responses = sampler_of([model], grid).generate(requests, sampling)
     model.eval()
-    return [response.token_ids[0] for response in responses], log_softmax_behind(model, prompt).tolist()
+    return torch.tensor([response.token_ids[0] for response in responses]), log_softmax_behind(model, prompt)
 
 
 def test_sampled_frequencies_match_the_softmax_of_the_model(ranks):
     count = 4000
     [(tokens, log_probs)] = ranks.run(first_tokens, SamplingParams(1, temperature=1.3), count, world_size=1)
-    assert chi_square_p_value(tokens, log_probs, temperature=1.3) > 1e-3
-    assert chi_square_p_value(tokens, log_probs, temperature=1.0) < 1e-6
-
-
-def chi_square_p_value(tokens: list[int], log_probs: list[float], temperature: float) -> float:
-    expected = (torch.tensor(log_probs).double() / temperature).softmax(0) * len(tokens)
-    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB_SIZE).double()
-    order = expected.argsort(descending=True)
-    bins = int((expected >= 5).sum())
-    expected, counts = (torch.cat([x[order][:bins], x[order][bins:].sum()[None]]) for x in (expected, counts))
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor(bins / 2.0).double(), statistic / 2).item()
+    assert chi_square_p_value(tokens, (log_probs / 1.3).softmax(0)) > 1e-3
+    assert chi_square_p_value(tokens, log_probs.softmax(0)) < 1e-6
 
 
 def draw_with_loud_padding(config: ParallelConfig) -> tuple[list[Response], list[Response]]:

@@ -169,19 +169,25 @@ def test_vllm_is_told_where_weights_come_from_and_that_requests_alone_say_how_to
     assert "--enforce-eager" in plain and not any("logits-processors" in argument for argument in plain)
 
 
-def test_the_trainer_side_of_servers_imports_no_vllm():
-    code = (
-        "import sys; sys.modules['vllm'] = None\n"
-        "import megatron_selfdistill.rollout.server, megatron_selfdistill.serve\n"
-        "import megatron_selfdistill.vllm_plugin.access"
-    )
+def import_without(package: str, *modules: str) -> None:
+    """In a Python of its own, where ``package`` cannot be imported."""
+    code = f"import sys; sys.modules[{package!r}] = None; import {', '.join(modules)}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_trainer_side_of_servers_imports_no_vllm():
+    import_without(
+        "vllm",
+        "megatron_selfdistill.rollout.server",
+        "megatron_selfdistill.serve",
+        "megatron_selfdistill.vllm_plugin.access",
+    )
 
 
 def test_the_servers_side_imports_no_megatron():
-    code = (
-        "import sys; sys.modules['megatron'] = None\n"
-        "import megatron_selfdistill.serve, megatron_selfdistill.vllm_plugin.access\n"
-        "import megatron_selfdistill.rollout.wire"
+    import_without(
+        "megatron",
+        "megatron_selfdistill.serve",
+        "megatron_selfdistill.vllm_plugin.access",
+        "megatron_selfdistill.rollout.wire",
     )
-    subprocess.run([sys.executable, "-c", code], check=True)

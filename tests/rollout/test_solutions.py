@@ -6,43 +6,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from characters import ONE_RANK, Characters
 
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import Problem, ProblemSet, ProblemStream, load_problems
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, Tokenizer
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.rollout.base import Request, Response, response_text, stream_seed
 from megatron_selfdistill.rollout.solutions import Attempt, OwnSolutions, Search, prompts_with, solve
 from megatron_selfdistill.verify import exact_match
-
-STOP = ord("$")
-ONE_RANK = SimpleNamespace(
-    world_size=1,
-    dp_rank=0,
-    dp_size=1,
-    **{f"{axis}_{what}": n for axis in ("tp", "cp", "pp") for what, n in (("rank", 0), ("size", 1))},
-)
-
-
-class Characters(Tokenizer):
-    """One token per character."""
-
-    name, vocab_size, eos_id = "characters", 128, STOP
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(character) for character in text]
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, ids))
-
-    def render_chat(self, messages: Any, *, add_generation_prompt: bool = True, **kwargs: Any) -> str:
-        return "".join(message["content"] for message in messages) + ":" * add_generation_prompt
-
 
 BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
 

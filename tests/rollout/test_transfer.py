@@ -66,9 +66,15 @@ def transfer(request, tmp_path) -> Iterator[Transfer]:
     made.close()
 
 
-def sent(transfer: Transfer, fakes: list[FakeVllm], version: int, between: dict[int, FakeVllm] | None = None):
+def reach(fakes: list[FakeVllm]) -> list[VllmServer]:
+    return [VllmServer(fake.address, timeout_s=10) for fake in fakes]
+
+
+def sent(
+    transfer: Transfer, servers: list[VllmServer], version: int, between: dict[int, FakeVllm] | None = None
+) -> WeightUpdate:
     """An update; before bucket i, the server ``between[i]`` begins to fail at it."""
-    update = WeightUpdate(transfer, [VllmServer(fake.address, timeout_s=10) for fake in fakes], version)
+    update = WeightUpdate(transfer, servers, version)
     for i, bucket in enumerate(buckets()):
         if between and i in between:
             between[i].fail_at = "/update_weights"
@@ -96,12 +102,9 @@ def test_an_unknown_type_is_refused():
 
 
 def test_every_server_gets_every_tensor_to_the_last_bit(transfer, fakes):
-    servers = [VllmServer(fake.address, timeout_s=10) for fake in fakes]
+    servers = reach(fakes)
     for version in (3, 4):
-        update = WeightUpdate(transfer, servers, version)
-        for bucket in buckets():
-            update.send(bucket)
-        update.finish()
+        update = sent(transfer, servers, version)
         assert not update.failures and update.servers == servers
         assert update.num_bytes == sum(tensor.nbytes for _, tensor in tensors())
         for fake in fakes:
@@ -112,7 +115,7 @@ def test_every_server_gets_every_tensor_to_the_last_bit(transfer, fakes):
 
 
 def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transfer, fakes):
-    update = WeightUpdate(transfer, [VllmServer(fake.address, timeout_s=10) for fake in fakes], 5)
+    update = WeightUpdate(transfer, reach(fakes), 5)
     update.send(next(buckets()))
     assert {fake.version for fake in fakes} == {"loading"}
     transfer.close()
@@ -121,14 +124,14 @@ def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transf
 
 
 def test_an_update_ends_with_its_version_then_without_the_cache_then_with_answers(transfer, fakes):
-    sent(transfer, fakes, 6)
+    sent(transfer, reach(fakes), 6)
     for fake in fakes:
         assert fake.calls[-4:] == ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/resume"]
 
 
 def test_through_files_a_failing_server_fails_alone(fakes, tmp_path):
     transfer = SharedMemoryTransfer(tmp_path)
-    update = sent(transfer, fakes, 7, between={1: fakes[0]})
+    update = sent(transfer, reach(fakes), 7, between={1: fakes[0]})
     assert not update.broken
     assert [server.address for server in update.servers] == [fakes[1].address]
     [(server, error)] = update.failures.items()
@@ -140,16 +143,16 @@ def test_through_files_a_failing_server_fails_alone(fakes, tmp_path):
 
 def test_in_a_group_a_failing_server_ends_the_update_of_all_and_the_others_can_have_a_new_one(fakes):
     transfer = BroadcastTransfer("gloo", 3.0)
-    update = sent(transfer, fakes, 7, between={1: fakes[0]})
+    update = sent(transfer, reach(fakes), 7, between={1: fakes[0]})
     assert update.broken and fakes[0].address in {server.address for server in update.failures}
     assert {fake.version for fake in fakes} == {"loading"}
-    update = sent(transfer, fakes[1:], 7)
+    update = sent(transfer, reach(fakes[1:]), 7)
     assert not update.failures and same(fakes[1].weights, tensors()) and fakes[1].version == "7"
     transfer.close()
 
 
 def test_a_server_that_failed_once_can_have_the_next_update(transfer, fakes):
-    servers = [VllmServer(fakes[0].address, timeout_s=10)]
+    servers = reach(fakes[:1])
     for version, fail_at in ((7, "/update_weights"), (8, "")):
         fakes[0].fail_at = ""
         update = WeightUpdate(transfer, servers, version)
@@ -162,13 +165,9 @@ def test_a_server_that_failed_once_can_have_the_next_update(transfer, fakes):
 
 
 def test_a_server_that_was_started_anew_joins_again(transfer, fakes):
-    servers = [VllmServer(fake.address, timeout_s=10) for fake in fakes]
+    servers = reach(fakes)
     for version in (1, 2):
-        update = WeightUpdate(transfer, servers, version)
-        for bucket in buckets():
-            update.send(bucket)
-        update.finish()
-        assert not update.failures
+        assert not sent(transfer, servers, version).failures
         fakes[0].restart()
         transfer.forget(servers[0])
     assert fakes[1].calls.count("/init_weight_transfer_engine") == (1 if transfer.isolated else 2)
@@ -178,7 +177,7 @@ def test_no_file_stays_and_none_is_there_before_its_turn(fakes, tmp_path):
     transfer = SharedMemoryTransfer(tmp_path)
     seen: list[list[str]] = []
     fakes[0].update = lambda info: seen.append([path.name for path in tmp_path.iterdir()])  # type: ignore[method-assign]
-    sent(transfer, fakes, 1)
+    sent(transfer, reach(fakes), 1)
     assert [len(names) for names in seen] == [1, 1, 1, 0]  # the last is the announcement
     assert list(tmp_path.iterdir()) == []
 
@@ -222,5 +221,5 @@ def test_the_transfer_is_the_one_that_is_named_else_what_the_platform_has(name, 
 def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):
     modes: list[int] = []
     fakes[0].update = lambda info: modes.extend(p.stat().st_mode & 0o777 for p in Path(tmp_path).iterdir())  # type: ignore[method-assign]
-    sent(SharedMemoryTransfer(tmp_path), fakes[:1], 1)
+    sent(SharedMemoryTransfer(tmp_path), reach(fakes[:1]), 1)
     assert set(modes) == {0o600}

@@ -8,16 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-import tiny_run
 from slurm_jobs import FOR_VLLM, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
-from tiny_run import differences, reproducible_metrics
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    return folder
+from tiny_run import assert_equal_runs, reproducible_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +18,7 @@ def free_nodes(slurm):
     slurm.cancel_all()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def uninterrupted(slurm, data, tmp_path_factory) -> Path:
     """A run on two nodes that nobody disturbs."""
     job = Job("many_nodes", data, tmp_path_factory.mktemp("uninterrupted") / "run")
@@ -37,12 +29,6 @@ def uninterrupted(slurm, data, tmp_path_factory) -> Path:
     return job.run_dir
 
 
-def assert_equal_runs(ranks, one: Path, other: Path) -> None:
-    """Bit for bit: metrics, weights, optimizer."""
-    assert reproducible_metrics(one) == reproducible_metrics(other)
-    assert ranks.run(differences, one, other, STEPS, world_size=1) == [[]]
-
-
 def assert_goes_on(ranks, job: Job, uninterrupted: Path) -> None:
     """It has saved and been requeued; it starts again, and ends as if nothing had happened."""
     job.start_again_now()
@@ -51,7 +37,7 @@ def assert_goes_on(ranks, job: Job, uninterrupted: Path) -> None:
     assert job.end() == "COMPLETED", job.text()
     assert job.restarts() == 1 and f"at step {saved} of {STEPS}" in job.text()
     assert not (job.run_dir / "stopped").exists()
-    assert_equal_runs(ranks, uninterrupted, job.run_dir)
+    assert_equal_runs(ranks, uninterrupted, job.run_dir, STEPS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

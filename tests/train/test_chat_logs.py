@@ -10,21 +10,19 @@ from typing import Any
 
 import pytest
 import tiny_run
-from tiny_run import differences, overrides, reproducible_metrics
+from tiny_run import assert_equal_runs, go_back_to_step_3, overrides, reproducible_metrics, train
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
 SECRET = "314-159:2653"  # of characters that the tokenizer knows
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """40 conversations of two assistant turns, and three bad ones."""
+def data(data) -> Path:
+    """Besides, 40 conversations of two assistant turns, and three bad ones."""
     import subtraction
     from pretraining import write_records
 
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    (folder / "template.jinja").write_text(TEMPLATE)
+    (data / "template.jinja").write_text(TEMPLATE)
     records: list[dict[str, Any]] = []
     for number, (a, b) in enumerate(subtraction.distinct(40, "train", seed=1)):
         turns = [
@@ -43,17 +41,13 @@ def data(tmp_path_factory) -> Path:
         {"role": "assistant", "content": "1" * 300},
         records[0]["messages"][4],
     ]
-    write_records(folder / "chats.jsonl", [*records, *bad, {"messages": too_long}])
-    return folder
+    write_records(data / "chats.jsonl", [*records, *bad, {"messages": too_long}])
+    return data
 
 
 def chats(data: Path, run_dir: Path, *more: str) -> list[str]:
     logs = ["recipe=chat_logs", f"data.path={data}/chats.jsonl", f"data.chat_template={data}/template.jinja"]
     return overrides(data, run_dir, *logs, *more)
-
-
-def train(ranks, arguments: list[str], world_size: int = 1, start=tiny_run.start) -> None:
-    assert ranks.run(start, arguments, world_size=world_size, init_process_group=False) == [0] * world_size
 
 
 def start_where_no_sampler_can_be_built(arguments: list[str]) -> int:
@@ -62,9 +56,7 @@ def start_where_no_sampler_can_be_built(arguments: list[str]) -> int:
     def refuse(*_: Any) -> Any:
         raise AssertionError("a sampler was built")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "make_sampler", refuse)
-        return tiny_run.start(arguments)
+    return tiny_run.start_with(arguments, run, "make_sampler", refuse)
 
 
 def test_a_run_on_logs_builds_no_sampler_and_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path):
@@ -76,11 +68,9 @@ def test_a_run_on_logs_builds_no_sampler_and_resumes_as_if_it_had_never_stopped(
     assert all(line["turns/log_prob_min"] <= line["turns/log_prob_mean"] < 0 for line in lines)
     assert not any(key.startswith(("sampler/", "correction/", "turns/unlikely")) for line in lines for key in line)
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
-    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "iter_0000006")
-    (tmp_path / "halves" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    go_back_to_step_3(tmp_path / "halves")
     train(ranks, chats(data, tmp_path / "halves"), start=start_where_no_sampler_can_be_built)
-    assert reproducible_metrics(tmp_path / "halves") == lines
-    assert ranks.run(differences, tmp_path / "whole", tmp_path / "halves", world_size=1) == [[]]
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")
 
 
 def test_what_is_trained_on_are_the_logged_tokens_of_assistants_alone(ranks, data, tmp_path):

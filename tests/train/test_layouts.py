@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from tiny_run import overrides, reproducible_metrics
+from tiny_run import overrides, recorded, reproducible_metrics, train
 
 STEPS = 20
 LAYOUTS = {
@@ -24,13 +23,11 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, ranks) -> Path:
+def folder(ranks, data) -> Path:
     """Data, a checkpoint to start from, and 20 steps of one rank with their responses."""
-    folder = tmp_path_factory.mktemp("layouts")
-    tiny_run.write_data(folder)
-    train(ranks, 1, overrides(folder, folder / "start", "num_steps=1", "optimizer.lr=0"))
-    train(ranks, 1, run_of(folder, "one", f"rollout.record={folder}/one.jsonl"))
-    return folder
+    train(ranks, overrides(data, data / "start", "num_steps=1", "optimizer.lr=0"))
+    train(ranks, run_of(data, "one", f"rollout.record={data}/one.jsonl"))
+    return data
 
 
 def run_of(folder: Path, name: str, *options: str) -> list[str]:
@@ -38,14 +35,9 @@ def run_of(folder: Path, name: str, *options: str) -> list[str]:
     return overrides(folder, folder / name, start, f"num_steps={STEPS}", "checkpoint.save_every=0", *options)
 
 
-def train(ranks, world_size: int, arguments: list[str]) -> None:
-    statuses = ranks.run(tiny_run.start, arguments, world_size=world_size, init_process_group=False)
-    assert statuses == [0] * world_size
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_twenty_steps_on_recorded_responses_have_the_same_losses(ranks, folder, name):
-    train(ranks, 2, run_of(folder, name, *LAYOUTS[name], f"rollout.replay={folder}/one.jsonl"))
+    train(ranks, run_of(folder, name, *LAYOUTS[name], f"rollout.replay={folder}/one.jsonl"), 2)
     assert_same_losses(folder / "one", folder / name)
 
 
@@ -62,8 +54,8 @@ def test_torchrun_gives_the_same_losses(folder):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_first_steps_sampled_responses_are_equal(ranks, folder, name):
     recording = folder / f"sampled_{name}.jsonl"
-    train(ranks, 2, run_of(folder, f"sampled_{name}", *LAYOUTS[name], "num_steps=1", f"rollout.record={recording}"))
-    assert first_responses(recording) == first_responses(folder / "one.jsonl")
+    train(ranks, run_of(folder, f"sampled_{name}", *LAYOUTS[name], "num_steps=1", f"rollout.record={recording}"), 2)
+    assert recorded(recording, step=0) == recorded(folder / "one.jsonl", step=0)
 
 
 def assert_same_losses(one: Path, other: Path) -> None:
@@ -73,8 +65,3 @@ def assert_same_losses(one: Path, other: Path) -> None:
         assert b["loss/mean"] == pytest.approx(a["loss/mean"], abs=1e-5)
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
         assert b["tokens/response"] == a["tokens/response"]
-
-
-def first_responses(path: Path) -> dict[tuple[str, int], list[int]]:
-    records = map(json.loads, path.read_text().splitlines())
-    return {(r["problem_id"], r["sample_index"]): r["token_ids"] for r in records if r["step"] == 0}

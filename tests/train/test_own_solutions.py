@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_run
-from tiny_run import differences, overrides, reproducible_metrics
+from tiny_run import assert_equal_runs, go_back_to_step_3, overrides, reproducible_metrics, train
 
 OWN = [
     "data.solutions=own",
@@ -21,17 +20,12 @@ OWN = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    records = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+def data(data) -> Path:
+    """Without the solutions."""
+    records = [json.loads(line) for line in (data / "problems.jsonl").read_text().splitlines()]
     lines = [json.dumps({key: value for key, value in record.items() if key != "solution"}) for record in records]
-    (folder / "problems.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def train(ranks, arguments: list[str], world_size: int = 1) -> None:
-    assert ranks.run(tiny_run.start, arguments, world_size=world_size, init_process_group=False) == [0] * world_size
+    (data / "problems.jsonl").write_text("\n".join(lines) + "\n")
+    return data
 
 
 @pytest.mark.parametrize(
@@ -46,8 +40,6 @@ def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(ranks, data, 
     assert max(shares) > 0 and max(shares) < 1
     assert all(0 < line["solutions/pass_rate"] < 1 for line in lines[::2])
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
-    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "iter_0000006")
-    (tmp_path / "halves" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    go_back_to_step_3(tmp_path / "halves")
     train(ranks, overrides(data, tmp_path / "halves", *OWN, *options), world_size)
-    assert reproducible_metrics(tmp_path / "halves") == lines
-    assert ranks.run(differences, tmp_path / "whole", tmp_path / "halves", world_size=1) == [[]]
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")

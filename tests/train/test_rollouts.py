@@ -5,26 +5,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
-from tiny_run import differences, overrides, reproducible_metrics
+from tiny_run import assert_equal_runs, go_back_to_step_3, overrides, reproducible_metrics, saved_step, train
 
 from megatron_selfdistill.train import EXIT_NO_ROLLOUT
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    return folder
-
-
-def train(ranks, arguments: list[str], world_size: int = 1, start=tiny_run.start, expected: int = 0) -> None:
-    assert ranks.run(start, arguments, world_size=world_size, init_process_group=False) == [expected] * world_size
 
 
 def start_with_an_engine_that_dies_in_the_fifth_step(arguments: list[str]) -> int:
@@ -39,20 +26,16 @@ def start_with_an_engine_that_dies_in_the_fifth_step(arguments: list[str]) -> in
             raise EngineError("the engine on rank 0 died: expected 8 responses, got 3")
         return generate(self, requests, params)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MegatronSampler, "generate", generate_or_die)
-        return tiny_run.start(arguments)
+    return tiny_run.start_with(arguments, MegatronSampler, "generate", generate_or_die)
 
 
 def test_a_run_whose_engine_died_goes_on_as_if_it_had_not(ranks, data, tmp_path):
     train(ranks, overrides(data, tmp_path / "whole"), world_size=2)
     start, broken = start_with_an_engine_that_dies_in_the_fifth_step, overrides(data, tmp_path / "broken")
     train(ranks, broken, world_size=2, start=start, expected=EXIT_NO_ROLLOUT)
-    latest = (tmp_path / "broken" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
-    assert latest.strip() == "4", "the four steps that were done are kept"
+    assert saved_step(tmp_path / "broken") == 4, "the four steps that were done are kept"
     train(ranks, broken, world_size=2)
-    assert reproducible_metrics(tmp_path / "whole") == reproducible_metrics(tmp_path / "broken")
-    assert ranks.run(differences, tmp_path / "whole", tmp_path / "broken", world_size=1) == [[]]
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "broken")
 
 
 def test_truncated_importance_weights_are_those_of_the_recorded_probabilities(ranks, data, tmp_path):
@@ -104,7 +87,6 @@ def test_guidance_below_a_success_rate_reaches_the_problems_that_fail_and_surviv
             right = record["finish_reason"] == "stop" and tiny_run.starts_with_an_even_token(text, None)
             first[record["problem_id"]] = right
     train(ranks, [*halves, "checkpoint.keep_last=null"], world_size=2)
-    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "iter_0000006")
-    (tmp_path / "halves" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    go_back_to_step_3(tmp_path / "halves")
     train(ranks, [*halves, "checkpoint.keep_last=null"], world_size=2)
-    assert reproducible_metrics(tmp_path / "whole") == reproducible_metrics(tmp_path / "halves")
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")

@@ -5,26 +5,13 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
-from tiny_run import overrides, reproducible_metrics
+from tiny_run import overrides, reproducible_metrics, saved_step, train
 
 from megatron_selfdistill.train import main
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    return folder
-
-
-def train(ranks, arguments: list[str], world_size: int = 1, start=tiny_run.start) -> list[int]:
-    return ranks.run(start, arguments, world_size=world_size, init_process_group=False)
-
 
 BAD_INPUT = {
     "a misspelt key": (["traget.rule=fixed"], "did you mean 'target.rule'"),
@@ -61,10 +48,10 @@ def test_keys_lists_every_key_with_its_meaning(capsys):
 
 
 def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, tmp_path):
-    assert train(ranks, overrides(data, tmp_path / "run", "num_steps=3", "metrics.tensorboard=true")) == [0]
+    train(ranks, overrides(data, tmp_path / "run", "num_steps=3", "metrics.tensorboard=true"))
     run = tmp_path / "run"
     assert (run / "config.yaml").is_file() and list(run.rglob("events.out.tfevents*"))
-    assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
+    assert saved_step(run) == 3
     assert (run / "teacher").is_dir(), "the frozen teacher is written once, beside the checkpoints"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -79,7 +66,7 @@ def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, 
 
 
 def test_a_dry_run_checks_and_builds_and_does_nothing(ranks, data, tmp_path):
-    assert train(ranks, overrides(data, tmp_path / "run", "dry_run=true")) == [0]
+    train(ranks, overrides(data, tmp_path / "run", "dry_run=true"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -94,28 +81,25 @@ def with_a_nan_gradient(arguments: list[str]) -> int:
             next(self.chunks[0].parameters()).main_grad[0] = math.nan
         return update(self, output)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "update", spoilt)
-        return tiny_run.start(arguments)
+    return tiny_run.start_with(arguments, Run, "update", spoilt)
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied_and_stops_the_run_with_a_checkpoint(ranks, data, tmp_path):
     arguments = overrides(data, tmp_path / "run", "checkpoint.save_every=2")
-    assert train(ranks, arguments, start=with_a_nan_gradient) == [3]
-    checkpoint = tmp_path / "run" / "checkpoints"
-    assert (checkpoint / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
-    assert train(ranks, arguments) == [0], "the checkpoint must be sound"
+    train(ranks, arguments, start=with_a_nan_gradient, expected=3)
+    assert saved_step(tmp_path / "run") == 2
+    train(ranks, arguments)  # the checkpoint is sound
     assert all(math.isfinite(line["loss/mean"]) for line in reproducible_metrics(tmp_path / "run"))
 
 
 def test_the_entropy_guard_stops_a_run(ranks, data, tmp_path):
     guards = ["guards.reference_steps=1", "guards.patience=1", "guards.min_entropy_ratio=10"]
-    assert train(ranks, overrides(data, tmp_path / "run", *guards)) == [3]
+    train(ranks, overrides(data, tmp_path / "run", *guards), expected=3)
     assert len(reproducible_metrics(tmp_path / "run")) == 2
 
 
 def test_the_teacher_canary_stops_a_run_before_its_first_update(ranks, data, tmp_path):
-    assert train(ranks, overrides(data, tmp_path / "run", "guards.max_teacher_cross_entropy=1e-6")) == [3]
+    train(ranks, overrides(data, tmp_path / "run", "guards.max_teacher_cross_entropy=1e-6"), expected=3)
     assert not reproducible_metrics(tmp_path / "run")
 
 
@@ -128,19 +112,17 @@ def with_a_broken_teacher_pass(arguments: list[str]) -> int:
     def late(self, index, hidden):  # type: ignore[no-untyped-def]
         return rows(self, index, hidden.roll(1, 0))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TeacherBank, "put", late)
-        return tiny_run.start(arguments)
+    return tiny_run.start_with(arguments, TeacherBank, "put", late)
 
 
 def test_the_identity_law_is_checked_at_the_start(ranks, data, tmp_path):
-    assert train(ranks, overrides(data, tmp_path / "run"), start=with_a_broken_teacher_pass) == [3]
+    train(ranks, overrides(data, tmp_path / "run"), start=with_a_broken_teacher_pass, expected=3)
 
 
 @pytest.mark.parametrize("objective", ["solutions", "verified_rollouts"])
 def test_a_baseline_runs_on_the_same_data(ranks, data, tmp_path, objective):
     options = [f"objective={objective}", "evaluation.verifier=tiny_run.starts_with_an_even_token"]
-    assert train(ranks, overrides(data, tmp_path / "run", *options), world_size=2) == [0, 0]
+    train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
     lines = reproducible_metrics(tmp_path / "run")
     assert len(lines) == 6 and lines[-1]["loss/mean"] < lines[0]["loss/mean"] * 1.5
     assert not (tmp_path / "run" / "teacher").exists()
@@ -165,7 +147,7 @@ def test_evaluation_is_logged_at_the_start_and_at_the_end(ranks, data, tmp_path)
         "evaluation.pass_at_k=[1,2]",
         "num_steps=2",
     ]
-    assert train(ranks, overrides(data, tmp_path / "run", *options), world_size=2) == [0, 0]
+    train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["step"] for line in lines if "evaluation/greedy_accuracy" in line]
     assert evaluated == [0, 2]

@@ -18,6 +18,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from responses import own, tokens
 
 from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed
@@ -67,10 +68,6 @@ def sampler(model: ModelConfig, chunks: Any, grid: Any, **options: Any) -> Itera
             built.close()
 
 
-def own(grid: Any, everything: list[Request]) -> list[Request]:
-    return everything[grid.dp_rank :: grid.dp_size]
-
-
 def joined(per_rank: list[tuple[int, int, Any]], count: int) -> list[Any]:
     """The responses of all replicas in the order of the requests; those of one replica's ranks must be equal."""
     found: dict[int, Any] = {}
@@ -78,10 +75,6 @@ def joined(per_rank: list[tuple[int, int, Any]], count: int) -> list[Any]:
         for index, response in zip(range(dp_rank, count, dp_size), responses, strict=True):
             assert found.setdefault(index, response) == response
     return [found[index] for index in range(count)]
-
-
-def tokens(responses: list[Response]) -> list[list[int]]:
-    return [response.token_ids for response in responses]
 
 
 # -- what is written -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
+from responses import chi_square_p_value
 from torch import Tensor
 
 pytest.importorskip("vllm")
@@ -349,17 +350,6 @@ def test_a_half_waits_for_its_partner_and_leaves_nothing_behind_when_it_is_given
     engine("plain").call("pop_pair_logs", ["first", "second"])
 
 
-def chi_square_p(observed: Tensor, probs: Tensor) -> float:
-    """p of Pearson's test; cells of fewer than 5 expected draws count as one."""
-    expected = probs * observed.sum()
-    small = expected < 5
-    observed = torch.cat([observed[~small], observed[small].sum()[None]]).double()
-    expected = torch.cat([expected[~small], expected[small].sum()[None]])
-    statistic = ((observed - expected) ** 2 / expected.clamp_min(1e-9)).sum()
-    freedom = torch.tensor(len(expected) - 1, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom / 2, statistic / 2))
-
-
 NUM_DRAWS = 3000
 
 
@@ -381,8 +371,7 @@ def test_first_tokens_fit_the_weight_they_were_drawn_with_and_not_a_slightly_sma
     params = SamplingParams(max_new_tokens=1, stop_token_ids=(1,))
     counts = PairCounts()
     first = [response.token_ids[0] for response in generate_guided(engine("plain"), requests, params, counts)]
-    observed = torch.bincount(torch.tensor(first), minlength=VOCAB_SIZE)
-    p_right, p_wrong = chi_square_p(observed, right[i, j]), chi_square_p(observed, wrong[i, j])
+    p_right, p_wrong = (chi_square_p_value(torch.tensor(first), probs[i, j]) for probs in (right, wrong))
     print(f"n = {NUM_DRAWS}: p(w = 0.75) = {p_right:.3g}, p(w = 0.70) = {p_wrong:.3g}, {counts}")
     assert p_right > 1e-3
     assert p_wrong < 1e-6

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-import tiny_run
-from tiny_run import overrides, reproducible_metrics
+from tiny_run import TRACKER, overrides, reproducible_metrics, train
 
+TIMEOUT = 600.0  # the first call on a rank imports vLLM
 VLLM = [
     "rollout.engine=vllm",
     "rollout.kv_cache_gb=0.05",
@@ -18,18 +17,6 @@ VLLM = [
     "model.num_layers=2",
     "num_steps=3",
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    return folder
-
-
-def train(ranks, arguments: list[str], world_size: int) -> None:
-    statuses = ranks.run(tiny_run.start, arguments, world_size=world_size, init_process_group=False, timeout=600)
-    assert statuses == [0] * world_size
 
 
 @pytest.mark.parametrize(
@@ -43,7 +30,8 @@ def train(ranks, arguments: list[str], world_size: int) -> None:
 )
 def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path, world_size, options):
     recorded = tmp_path / "recorded.jsonl"
-    train(ranks, overrides(data, tmp_path / "run", *VLLM, *options, f"rollout.record={recorded}"), world_size)
+    arguments = overrides(data, tmp_path / "run", *VLLM, *options, f"rollout.record={recorded}")
+    train(ranks, arguments, world_size, timeout=TIMEOUT)
     lines = reproducible_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
@@ -61,9 +49,9 @@ def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path
 def test_a_resumed_run_sends_its_weights_before_the_first_rollout(ranks, data, tmp_path):
     run = overrides(data, tmp_path / "run", *VLLM, "checkpoint.save_every=2", "optimizer.lr=0.05")
     (folder := tmp_path / "run").mkdir()
-    train(ranks, run, 1)
-    (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
-    train(ranks, run, 1)
+    train(ranks, run, timeout=TIMEOUT)
+    (folder / "checkpoints" / TRACKER).write_text("2")
+    train(ranks, run, timeout=TIMEOUT)
     lines = reproducible_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[-1]["sampler/log_prob_max_abs_diff"] < 1e-4
@@ -72,6 +60,6 @@ def test_a_resumed_run_sends_its_weights_before_the_first_rollout(ranks, data, t
 def test_prompts_that_do_not_fit_into_one_pass_wait_for_the_next(ranks, data, tmp_path):
     """Their seeds forbid that a CPU's engine reads one in two parts; 130 is no multiple of a prompt's 8 tokens."""
     options = ["rollout.engine_args={max_num_batched_tokens: 130}", "rollout.num_samples=8", "num_steps=1"]
-    train(ranks, overrides(data, tmp_path / "run", *VLLM, *options), 1)
+    train(ranks, overrides(data, tmp_path / "run", *VLLM, *options), timeout=TIMEOUT)
     [line] = reproducible_metrics(tmp_path / "run")
     assert line["sampler/log_prob_max_abs_diff"] < 1e-4

@@ -20,6 +20,7 @@ from typing import Any
 
 import models
 import pytest
+from responses import own, tokens
 from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests
 
 from megatron_selfdistill.rollout.base import Request, Response
@@ -46,14 +47,6 @@ def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[
         yield built
     finally:
         built.close()
-
-
-def own(grid: Any, everything: list[Request]) -> list[Request]:
-    return everything[grid.dp_rank :: grid.dp_size]
-
-
-def tokens(responses: list[Response]) -> list[list[int]]:
-    return [response.token_ids for response in responses]
 
 
 def synced(
