@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import threading
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.config import ConfigError, function_named
 from megatron_selfdistill.data.problems import Problem
 
 if TYPE_CHECKING:  # verifiers are also used where there is no Megatron
@@ -38,23 +37,7 @@ def load_verifier(name: str) -> Verifier:
 
     Raises: ConfigError in one sentence if there is no such function.
     """
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module_name, _, attribute = name.rpartition(".")
-    expected = f"evaluation.verifier must be {', '.join(BUILT_IN)} or the dotted path of a function"
-    if not module_name:
-        raise ConfigError(f"{expected}, got {name!r}")
-    try:
-        verifier = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise ConfigError(
-            f"{expected}, got {name!r}: importing {module_name} failed: {error}; put its folder on PYTHONPATH"
-        ) from error
-    except AttributeError as error:
-        raise ConfigError(f"{expected}, got {name!r}: {error}") from error
-    if not callable(verifier):
-        raise ConfigError(f"{expected}, got {name!r}, which is a {type(verifier).__name__}")
-    return verifier
+    return function_named("evaluation.verifier", name, BUILT_IN)
 
 
 def judge(questions: Mapping[Key, tuple[Problem, str | None]], verifier: Verifier, grid: Grid) -> dict[Key, bool]:

@@ -9,6 +9,7 @@ builder functions code receives plain arguments, never a ``Config``.
 from __future__ import annotations
 
 from megatron_selfdistill.config.compose import field_docs, from_mapping, given_keys, keys, load, to_yaml
+from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema import (
     CheckpointConfig,
     ClusterConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "TeacherConfig",
     "field_docs",
     "from_mapping",
+    "function_named",
     "given_keys",
     "keys",
     "load",

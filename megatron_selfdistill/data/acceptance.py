@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from megatron_selfdistill.config import function_named
 
 Messages = Sequence[Mapping[str, Any]]
 Rule = Callable[[Messages], int | None]
@@ -17,21 +18,9 @@ Rule = Callable[[Messages], int | None]
 def load_rule(name: str) -> Rule:
     """closing_turn, marked, or a function of the user's by its dotted path, ``package.module.function``.
 
-    Raises: ValueError in one sentence if there is no such function.
+    Raises: ConfigError in one sentence if there is no such function.
     """
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module_name, _, attribute = name.rpartition(".")
-    expected = f"conversations.accepted_rule must be {', '.join(BUILT_IN)} or the dotted path of a function"
-    if not module_name:
-        raise ValueError(f"{expected}, got {name!r}")
-    try:
-        rule = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{expected}, got {name!r}: {error}; put its folder on PYTHONPATH") from error
-    if not callable(rule):
-        raise ValueError(f"{expected}, got {name!r}, which is a {type(rule).__name__}")
-    return rule
+    return function_named("conversations.accepted_rule", name, BUILT_IN)
 
 
 def closing_turn(messages: Messages) -> int | None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig
+from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, function_named
 from megatron_selfdistill.model.architecture import layer_spec, padded_vocab_size, refuse_known_faults
 from megatron_selfdistill.parallel import Grid
 
@@ -202,15 +201,7 @@ def _gpt_model(
 
 def _load_provider(dotted_path: str, num_chunks: int) -> Callable[[bool, bool, int | None], Any]:
     """The function at ``package.module.function``, called as Megatron-LM calls its ``model_provider``."""
-    module_name, _, name = dotted_path.rpartition(".")
-    if not module_name:
-        raise ConfigError(f"model.provider={dotted_path!r} must be a dotted path, package.module.function")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model.provider={dotted_path!r} cannot be imported: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"model.provider={dotted_path!r} must name a function, got {type(function).__name__}")
+    function = function_named("model.provider", dotted_path, {})
     parameters = inspect.signature(function).parameters.values()
     takes_vp_stage = any(p.name == "vp_stage" or p.kind is p.VAR_KEYWORD for p in parameters)
     if num_chunks > 1 and not takes_vp_stage:

@@ -90,10 +90,14 @@ def refusal(provider: str, parallel: ParallelConfig) -> str:
         ("lab_models.that_gathers_its_logits", ParallelConfig(), "must build with parallel_output=True"),
         ("lab_models.with_dropout", ParallelConfig(), "dropout makes the student"),
         ("lab_models.without_vp_stage", PP2_VPP2, "must take vp_stage"),
-        ("lab_models.absent", ParallelConfig(), "cannot be imported: module 'lab_models' has no attribute"),
+        ("lab_models.absent", ParallelConfig(), "got 'lab_models.absent'; module 'lab_models' has no attribute"),
         ("no_such_lab.provider", ParallelConfig(), "cannot be imported: No module named 'no_such_lab'"),
-        ("provider", ParallelConfig(), "must be a dotted path, package.module.function"),
-        ("lab_models.not_a_function", ParallelConfig(), "must name a function, got int"),
+        (
+            "provider",
+            ParallelConfig(),
+            "the dotted path of a function (package.module.function), got 'provider'",
+        ),
+        ("lab_models.not_a_function", ParallelConfig(), "got 'lab_models.not_a_function', which is a int"),
     ],
 )
 def test_a_provider_that_cannot_be_used_is_refused_in_one_sentence(ranks, provider, parallel, words):
