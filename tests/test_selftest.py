@@ -205,6 +205,31 @@ def test_two_ranks_of_torchrun_pass():
     assert time.monotonic() - began < 240, "a self-test that users wait for"
 
 
+def left_after_the_others_were_done() -> tuple[float, float, bool]:
+    """When this rank's check returned, and when its groups were ended; rank 1's check takes longer."""
+    from megatron_selfdistill.selftest import meeting as module
+
+    rank, times = int(os.environ["RANK"]), []
+
+    def check() -> Outcome:
+        time.sleep(0.5 * rank)
+        times.append(time.monotonic())
+        return Outcome((Figure("a figure", float(rank), 0.5),))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_POLL_S", 0.02 + 0.5 * rank)  # rank 1 reads what it needs when rank 0 is long done
+        with module.Meeting(rank, 2, broken_off=lambda outcome: None) as meeting:
+            outcome = meeting.hold("slow", check, leave=lambda: times.append(time.monotonic()))
+    return times[0], times[1], outcome.passed
+
+
+def test_no_rank_ends_its_groups_while_another_still_computes_and_all_have_the_worst_figure(ranks):
+    outcomes = ranks.run(left_after_the_others_were_done, world_size=2, init_process_group=False)
+    last_done = max(done for done, _, _ in outcomes)
+    assert all(left >= last_done for _, left, _ in outcomes)
+    assert not any(passed for *_, passed in outcomes), "rank 1's figure is out of its bound on both"
+
+
 HANGING = """
 import sys, time
 from megatron_selfdistill.selftest.meeting import Meeting

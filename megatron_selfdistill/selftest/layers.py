@@ -24,6 +24,8 @@ from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, Node, conte
 
 BOUND = 3.0
 """Either kind of layer rounds to bf16 at other places; another function would be off by a hundred times as much."""
+ROUNDING = 0.05
+"""What bf16 may change in the local layers' logits, relative: more than that is no yardstick."""
 
 
 def why_not() -> str:
@@ -49,11 +51,13 @@ def layers_against_local(node: Node) -> Outcome:
     for target in (engine, exact):
         carry_over(local, target)
     expected = _read(exact, grid)
+    size = float(expected.logits.double().norm())
     of_local, of_engine = _read(local, grid).against(expected), _read(engine, grid).against(expected)
     return Outcome(
         (
             Figure(f"error of logits / that of local ones, TP {grid.tp_size}", of_engine[0] / of_local[0], BOUND),
             Figure("error of losses / that of local ones", of_engine[1] / of_local[1], BOUND),
+            Figure("error of local ones, relative to their logits", of_local[0] / size, ROUNDING),
         ),
     )
 

@@ -75,9 +75,17 @@ class Meeting:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: Any, *_: Any) -> None:
         self._closing.set()
         self._thread.join()
+        if error is not None:
+            return
+        with self._lock:
+            self._store.set(f"gone {self.rank}", "")
+        if self.rank == 0:  # which may keep the store that the others still read
+            deadline = time.monotonic() + self._grace_s
+            everybody = [f"gone {rank}" for rank in range(self.world_size)]
+            self._wait(lambda: time.monotonic() > deadline or self._told(everybody))
 
     def open_group(self, backend: str, timeout: timedelta) -> None:
         """A default process group over all ranks, under names that no group before it had.  A collective."""
