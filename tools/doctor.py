@@ -2,9 +2,10 @@
 """What this node has, whether it is known to work together, and what a run will therefore use.
 
     python tools/doctor.py
+    torchrun --nproc-per-node 8 tools/doctor.py --selftest
 
 Exits with 1 where a run cannot start here, with the mend.  It needs nothing but Python: whatever is missing is a line
-of its report.
+of its report.  With --selftest these ranks then compute: a table of checks in minutes, and 1 where one of them fails.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -56,10 +58,23 @@ class Finding:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 1 where a run cannot start here, else 0."""
+    """Print the report, and do what the arguments ask for; 1 where a run cannot start here or a check fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
-    findings = examine()
+    parser.add_argument("--selftest", action="store_true", help="let the ranks of this launch compute and compare")
+    parser.add_argument(
+        "--sampler", choices=["megatron", "vllm"], help="whom the self-test sends weights (default: vllm where it is)"
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.selftest:
+        if arguments.sampler:
+            parser.error("--sampler is about --selftest")
+        return report(examine())
+    sys.path.append(str(REPOSITORY))  # an installed package comes first
+    return examined_and_tested(arguments.sampler)
+
+
+def report(findings: Sequence[Finding]) -> int:
+    """Print them, and what follows; 1 where a run cannot start here, else 0."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{finding.name:<{width}}  {finding.status:<7}  {finding.found}")
@@ -73,6 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in what_a_run_uses():
         print(line)
     return 0
+
+
+def examined_and_tested(sampler: str | None) -> int:
+    """The report, of rank 0 and of every rank that has failures, then the self-test; 1 on all ranks where any fails."""
+    importlib.import_module("megatron_selfdistill.selftest").set_environment()
+    findings, rank = examine(), os.environ.get("RANK", "0")
+    failed = any(finding.status == FAILURE for finding in findings)
+    if rank == "0" or failed:
+        if rank != "0":
+            print(f"rank {rank}:")
+        report(findings)
+    if failed:
+        return 1  # the launcher ends the other ranks
+    importlib.import_module("megatron_selfdistill.noise").silence_known_warnings()
+    selftest = importlib.import_module("megatron_selfdistill.selftest.run")
+    return 0 if selftest.passed(selftest.selftest(sampler)) else 1
 
 
 def examine() -> list[Finding]:

@@ -42,15 +42,23 @@ def megatron_in_use() -> str:
 
 
 def build_chunks(
-    model: ModelConfig, config: TransformerConfig | None, grid: Grid, vocab_size: int
+    model: ModelConfig,
+    config: TransformerConfig | None,
+    grid: Grid,
+    vocab_size: int,
+    *,
+    transformer_engine: bool | None = None,
 ) -> list[torch.nn.Module]:
     """One ``GPTModel`` per virtual pipeline stage of this rank, on its device, in ``Float16Module`` for bf16.
 
     ``config`` is None with ``model.provider``, which makes its own. Under pipelining the first chunk of the
-    first stage embeds and the last chunk of the last stage projects.
+    first stage embeds and the last chunk of the last stage projects. ``transformer_engine``: whose layers; null
+    takes Transformer Engine's where a run would.
     """
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
     provider = _load_provider(model.provider, num_chunks) if model.provider else None
+    if config is not None and transformer_engine is False:
+        config = _for_local_layers(config)
 
     def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         if provider is not None:
@@ -58,7 +66,7 @@ def build_chunks(
             _check_provided(chunk, model.provider, grid)
         else:
             assert config is not None
-            chunk = _gpt_model(model, config, grid, vocab_size, pre_process, post_process, vp_stage)
+            chunk = _gpt_model(model, config, grid, vocab_size, pre_process, post_process, vp_stage, transformer_engine)
         if not cpu.ON_CPU:
             chunk = chunk.cuda(torch.cuda.current_device())
         for param in chunk.parameters():
@@ -74,9 +82,9 @@ def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: Grid, voc
     Always from Megatron's local layers, whose parameters are Transformer Engine's in number and size, so that the
     outcome is the same on every machine.
     """
-    config = copy.copy(config)
+    config = _for_local_layers(config)
     config.use_cpu_initialization = True  # the other way names the device of every parameter
-    config.gradient_accumulation_fusion = config.persist_layer_norm = config.apply_rope_fusion = False
+    config.gradient_accumulation_fusion = False
     meta = torch.device("meta")
     with meta, mock.patch.object(torch.cuda, "current_device", lambda: meta):
         return _each_chunk(
@@ -197,6 +205,13 @@ def _gpt_model(
         rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+
+
+def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
+    """A copy without the kernels that Transformer Engine brings."""
+    config = copy.copy(config)
+    config.persist_layer_norm = config.apply_rope_fusion = False
+    return config
 
 
 def _load_provider(dotted_path: str, num_chunks: int) -> Callable[[bool, bool, int | None], Any]:

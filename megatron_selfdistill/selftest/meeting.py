@@ -1,0 +1,238 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""All ranks through one check after the other, with one verdict, also where some of them raise, hang or never return.
+
+    with Meeting(rank, world_size, broken_off=print_what_is_known) as meeting:
+        outcome = meeting.hold("identity law", check, leave=parallel.shutdown)      # equal on all ranks
+
+What ranks tell each other here goes through a store, never through a collective, which would hang along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_selfdistill.selftest.outcome import Outcome, over_ranks
+
+LIMIT_S = 240.0
+"""Of one check: an engine that starts takes minutes on a busy machine."""
+GRACE_S = 20.0
+"""After one rank has raised, for the others to notice."""
+_POLL_S, _WATCH_S = 0.02, 0.25
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank tells of a check."""
+
+    outcome: Outcome
+    failed: int
+    """1 for the first rank that raised, and so on; 0 for those that did not."""
+
+
+class Meeting:
+    """The ranks of one launch, for the time of all checks.
+
+    A rank that raises leaves its process groups at once, which frees the others that wait for it over gloo; its
+    sentence is the one that counts.  Over NCCL nobody is freed: ``grace_s`` later, and where a check takes longer than
+    ``limit_s``, rank 0 calls ``broken_off`` with what is known and every process exits with 1, from a thread.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        broken_off: Callable[[Outcome], None],
+        *,
+        limit_s: float = LIMIT_S,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        """``broken_off``: called on rank 0 only.  Ranks find each other at MASTER_ADDR and MASTER_PORT, where torchrun
+        keeps a store; elsewhere rank 0 does."""
+        self.rank, self.world_size = rank, world_size
+        self._broken_off, self._limit_s, self._grace_s = broken_off, limit_s, grace_s
+        self._server, self._store = _stores(rank, world_size)
+        self._lock = threading.Lock()  # of the store's connection
+        self._num_groups = self._num_checks = 0
+        self._check: str | None = None
+        self._began = 0.0
+        self._failure_seen: float | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="self-test watch", daemon=True)
+
+    def __enter__(self) -> Meeting:
+        self._thread.start()
+        return self
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        self._closing.set()
+        self._thread.join()
+        if error is not None:
+            return
+        with self._lock:
+            self._store.set(f"gone {self.rank}", "")
+        if self.rank == 0:  # which may keep the store that the others still read
+            deadline = time.monotonic() + self._grace_s
+            everybody = [f"gone {rank}" for rank in range(self.world_size)]
+            self._wait(lambda: time.monotonic() > deadline or self._told(everybody))
+
+    def open_group(self, backend: str, timeout: timedelta) -> None:
+        """A default process group over all ranks, under names that no group before it had.  A collective."""
+        self._num_groups += 1
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"selfdistill/selftest/group {self._num_groups}", self._server),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+        )
+
+    def from_rank_0(self, name: str, value: Callable[[], str]) -> str:
+        """``value()`` of rank 0, on all ranks; the others wait for it."""
+        if self.rank == 0:
+            with self._lock:
+                self._store.set(name, value())
+        self._wait(lambda: self._told([name]))
+        with self._lock:
+            return self._store.get(name).decode()
+
+    def hold(self, name: str, check: Callable[[], Outcome], leave: Callable[[], None]) -> Outcome:
+        """``check()`` on all ranks, then ``leave()``, which ends the process groups; the worst of what they found,
+        equal on all ranks.  What ``check`` raises on any rank is an outcome: that rank's sentence."""
+        self._num_checks += 1
+        self._check, self._began, self._failure_seen = name, time.monotonic(), None
+        began = time.perf_counter()
+        try:
+            report = _Report(check(), failed=0)
+        except Exception as error:
+            sentence = f"rank {self.rank}: {type(error).__name__}: {' '.join(str(error).split())}"
+            report = _Report(Outcome(error=sentence), failed=self._next_failure())
+        outcome = replace(report.outcome, name=name, seconds=time.perf_counter() - began)
+        self._tell(replace(report, outcome=outcome))
+        if not report.failed:  # a rank that is done must not close its connections while another still reads
+            self._wait(lambda: self._all_have_told() or self._any_has_failed())
+        try:
+            leave()
+        except Exception as error:
+            if not (report.failed or self._any_has_failed()):
+                raise RuntimeError(f"rank {self.rank}: the process groups of '{name}' do not end: {error}") from error
+        with self._lock:
+            self._store.set(self._key(f"left {self.rank}"), "")
+        self._wait(lambda: self._told([self._key(f"left {rank}") for rank in range(self.world_size)]))
+        self._check = None
+        return _joined([self._report(rank) for rank in range(self.world_size)])
+
+    # -- what has been told --------------------------------------------------------------------------------------
+
+    def _key(self, what: object) -> str:
+        return f"check {self._num_checks} {what}"
+
+    def _tell(self, report: _Report) -> None:
+        with self._lock:
+            self._store.set(self._key(self.rank), pickle.dumps(report))
+
+    def _told(self, keys: list[str]) -> bool:
+        with self._lock:
+            return self._store.check(keys)
+
+    def _all_have_told(self) -> bool:
+        return self._told([self._key(rank) for rank in range(self.world_size)])
+
+    def _any_has_failed(self) -> bool:
+        return self._told([self._key("failed")])
+
+    def _next_failure(self) -> int:
+        with self._lock:
+            number = self._store.add(self._key("failures"), 1)
+            self._store.set(self._key("failed"), "")
+        return number
+
+    def _report(self, rank: int) -> _Report:
+        with self._lock:
+            return pickle.loads(self._store.get(self._key(rank)))
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        """The watch ends a process that would wait for ever."""
+        while not until():
+            time.sleep(_POLL_S)
+
+    # -- the watch -----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """In a thread: the main one may be in a collective that never returns."""
+        while not self._closing.wait(_WATCH_S):
+            try:
+                if self._told(["broken off"]):
+                    os._exit(1)
+                why = self._overdue() if self.rank == 0 and self._check is not None else None
+            except RuntimeError:  # torch's DistError: whoever keeps the store is gone, and with it the launch
+                os._exit(1)
+            if why is not None:
+                self._break_off(why)
+
+    def _overdue(self) -> str | None:
+        now = time.monotonic()
+        if self._failure_seen is None and self._any_has_failed():
+            self._failure_seen = now
+        if self._failure_seen is not None and now - self._failure_seen > self._grace_s:
+            return f"did not return within {self._grace_s:g} s"
+        return (
+            f"did not return from this check within {self._limit_s:g} s" if now - self._began > self._limit_s else None
+        )
+
+    def _break_off(self, why: str) -> None:
+        """Say what is known, and out: nothing else can be expected to work."""
+        try:
+            ranks = range(self.world_size)
+            told = [rank for rank in ranks if self._told([self._key(rank)])]
+            left = [rank for rank in ranks if self._told([self._key(f"left {rank}")])]
+            # Those that have told may wait for the others; where all have, some cannot end their process groups.
+            missing = [r for r in ranks if r not in told] or [r for r in ranks if r not in left]
+            if not missing:
+                return  # they have just come
+            failed = sorted((r for r in map(self._report, told) if r.failed), key=lambda report: report.failed)
+            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {why}"
+            sentence = f"{failed[0].outcome.error}; then {who}" if failed else who
+            seconds = time.monotonic() - self._began
+            self._broken_off(Outcome(error=sentence, name=self._check or "", seconds=seconds))
+            sys.stdout.flush()
+            with self._lock, contextlib.suppress(RuntimeError):
+                self._store.set("broken off", sentence)
+            time.sleep(4 * _WATCH_S)  # for the others to read it where this process keeps the store
+            os._exit(1)
+        except BaseException:
+            os._exit(1)
+
+
+def _joined(reports: list[_Report]) -> Outcome:
+    failed = sorted((report for report in reports if report.failed), key=lambda report: report.failed)
+    if not failed:
+        return over_ranks([report.outcome for report in reports])
+    first, others = failed[0].outcome, len(failed) - 1
+    more = f"; afterwards {others} other{'s' * (others > 1)} failed" if others else ""
+    return replace(first, error=first.error + more, seconds=max(report.outcome.seconds for report in reports))
+
+
+def _stores(rank: int, world_size: int) -> tuple[Any, Any]:
+    """What groups are opened with, and a connection of this module's own: groups wait through theirs."""
+    if world_size == 1:
+        store: Any = dist.HashStore()
+        return store, dist.PrefixStore("selfdistill/selftest", store)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=max(LIMIT_S, 60.0))
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    server = dist.TCPStore(address, port, world_size, keeps, timeout, wait_for_workers=False)
+    own = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store for all of them
+    return dist.PrefixStore(launch, server), dist.PrefixStore(f"selfdistill/selftest/{launch}", own)

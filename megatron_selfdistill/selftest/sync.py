@@ -1,0 +1,116 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The sampler against the trainer: it writes what the trainer's own weights would, before and after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill import cpu, schedule
+from megatron_selfdistill.data.contexts import build_contexts
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.run import Run
+from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from megatron_selfdistill.selftest.tiny import Node
+
+BOUND = 1e-3 if cpu.ON_CPU else 0.25
+"""Nats of one token: rounding of float32, or of bf16 through all layers and of logits up to some nats."""
+STALE = 4 * BOUND
+"""Nats by which weights of the step before must be off somewhere, or agreement says nothing."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of all response tokens on this rank; None where it holds none."""
+
+    below_best: float | None
+    """Nats by which the trainer's log-prob of a token lies below that of its own best, the largest."""
+    apart: float | None
+    """Largest difference of sampler's and trainer's log-probs, nats."""
+
+
+def weight_sync(node: Node) -> Outcome:
+    """Greedy tokens are the trainer's argmax, and their log-probs the trainer's, each time the weights were sent."""
+    even, many = node.world_size % 2 == 0, node.world_size % 4 == 0
+    cuts = node.cut(tp=2 if even else 1, pp=2 if many else 1)
+    config = node.config(
+        cuts,
+        node.new_run_dir("sync"),
+        f"rollout.engine={node.sampler}",
+        "rollout.temperature=0",
+        "optimizer.lr=0.02",  # Adam moves each weight by that much
+        *(["+rollout.engine_args.enforce_eager=true"] if node.sampler == "vllm" else []),  # compiling takes minutes
+    )
+    inputs = Inputs.load(config)
+    run = Run(config, inputs, node.grid(cuts))
+    try:
+        problems = run.next_problems()
+        first = _written(run, problems, version=0)
+        before = _compared(run, problems, first)
+        run.update(run.forward_backward(run.pack(problems, first)))
+        stale = _compared(run, problems, first)
+        after = _compared(run, problems, _written(run, problems, version=1))
+    finally:
+        run.close()
+    return Outcome(
+        (
+            Figure("greedy tokens below the trainer's best, nats", _larger(before.below_best, after.below_best), BOUND),
+            Figure("log-probs off the trainer's, nats", _larger(before.apart, after.apart), BOUND),
+            Figure("the same after a step without a sync", stale.apart, STALE, at_least=True),
+        ),
+    )
+
+
+def _written(run: Run, problems: Sequence[Problem], version: int) -> list[Response]:
+    run.sampler.update_weights(version)
+    requests = [Request(run.rollouts.prompts(problem).student_prompt, stream=i) for i, problem in enumerate(problems)]
+    return run.sampler.generate(requests, run.sampling)
+
+
+def _compared(run: Run, problems: Sequence[Problem], responses: Sequence[Response]) -> Comparison:
+    """These responses against one forward pass of the trainer's present weights."""
+    run.sampler.sleep()
+    contexts = build_contexts([run.rollouts.prompts(problem) for problem in problems], responses)
+    batch = run.pack_contexts(contexts)
+    best: list[Tensor] = []
+
+    def greedy(student: Tensor, teacher: Tensor | None, tokens: Tensor, vocab: VocabShard) -> TokenStats:
+        largest = student[:, : vocab.num_valid].float().amax(-1) if vocab.num_valid else _lowest(student)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=run.grid.tp_group)
+        stats = schedule.next_token(student, None, tokens, vocab)
+        best.append(largest - _logit(student, tokens, vocab, run))
+        return stats
+
+    output = schedule.run(run.chunks, None, batch, greedy, run.grid, run.vocab, forward_only=True)
+    if output.stats is None or not len(output.response_ids):
+        return Comparison(None, None)
+    said = torch.tensor([x for response in responses for x in response.log_probs], dtype=torch.float64)
+    own = output.stats.student_log_prob.double().cpu()
+    return Comparison(torch.cat(best).max().item(), (own - said[output.response_ids.cpu()]).abs().max().item())
+
+
+def _logit(student: Tensor, tokens: Tensor, vocab: VocabShard, run: Run) -> Tensor:
+    """Of each token [R], float32, from whichever rank holds it."""
+    here = (tokens >= vocab.start) & (tokens < vocab.start + vocab.num_valid)
+    local = (tokens - vocab.start).clamp(0, vocab.size - 1)
+    logit = torch.where(here, student.float().gather(1, local[:, None]).squeeze(1), _lowest(student))
+    dist.all_reduce(logit, op=dist.ReduceOp.MAX, group=run.grid.tp_group)
+    return logit
+
+
+def _lowest(student: Tensor) -> Tensor:
+    return torch.full((student.size(0),), float("-inf"), device=student.device)
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    """Of two comparisons on the same rank; NaN stays."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one if one != one or one > other else other

@@ -1,0 +1,126 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""One step's loss and gradients, by the package's own schedule: the identity law, and both orders of pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_selfdistill import cpu, schedule
+from megatron_selfdistill.batch import pack_everywhere
+from megatron_selfdistill.config import Config, ParallelConfig
+from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.inference import new_chunks
+from megatron_selfdistill.loss.divergence import KINDS, Divergence
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.vocab_parallel import VocabShard
+from megatron_selfdistill.metrics import step_metrics
+from megatron_selfdistill.model.build import unwrapped, wrap_for_training
+from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
+from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, Node, contexts
+from megatron_selfdistill.teacher import Teacher
+
+GRADIENT_BOUND = 1e-3
+"""Of what should vanish, relative to a gradient that does not."""
+ORDER_BOUND = 0.0 if cpu.ON_CPU else 1e-2
+"""GPUs' attention kernels add gradients in any sequence, then round them to bf16."""
+SMALLEST_LOSS = 1e-3
+"""Nats per token: what other prompts must give, or a loss of 0 says nothing."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward."""
+
+    loss: float
+    """Nats per token, equal on all ranks."""
+    gradients: dict[str, Tensor]
+    """Of this rank's parameters, float32, finalised."""
+
+    def norm(self) -> float:
+        return float(sum(gradient.double().pow(2).sum() for gradient in self.gradients.values()) ** 0.5)
+
+
+class Pair:
+    """A student wrapped for training and its frozen teacher, which have the same weights."""
+
+    def __init__(self, config: Config, grid: Grid) -> None:
+        self.grid = grid
+        self.chunks = wrap_for_training(new_chunks(config, grid, len(ALPHABET)), config.optimizer)
+        self.teacher = Teacher("frozen", self.chunks, lambda: new_chunks(config, grid, len(ALPHABET)))
+        self.vocab = VocabShard.from_group(unwrapped(self.chunks[-1]).vocab_size, len(ALPHABET), grid.tp_group)
+
+    def packed(self, *, same_prompt: bool) -> PackedBatch:
+        """Both streams cut alike, as both orders take it."""
+        pairs = contexts(self.grid, same_prompt=same_prompt)
+        return pack_everywhere(
+            pairs, max_tokens=MAX_TOKENS, pair_order="alternating", with_teacher=True, grid=self.grid
+        )
+
+    def step(self, batch: PackedBatch, target: Target, divergence: Divergence, pair_order: str) -> Step:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        row_loss = schedule.self_distillation(target, divergence)
+        output = schedule.run(
+            self.chunks, self.teacher.chunks, batch, row_loss, self.grid, self.vocab, pair_order=pair_order
+        )
+        gradients = {
+            f"{index}.{name}": parameter.main_grad.float().clone()
+            for index, chunk in enumerate(self.chunks)
+            for name, parameter in unwrapped(chunk).named_parameters()
+        }
+        return Step(step_metrics(output, None, self.grid)["loss/mean"], gradients)
+
+
+def identity_law(node: Node) -> Outcome:
+    """The same weights behind the same prompt, or a teacher of weight 0, give neither loss nor gradient."""
+    pair, config = _pair(node, node.cut(tp=node.largest_tp))
+    same, other = pair.packed(same_prompt=True), pair.packed(same_prompt=False)
+    losses, ratios, real_losses = {}, {}, {}
+    for kind in KINDS:
+        divergence = Divergence(kind)
+        real = pair.step(other, Target(), divergence, "teacher_first")
+        real_losses[kind] = real.loss
+        for case, batch, target in (
+            (f"{kind}, one prompt", same, Target()),
+            (f"{kind}, w = 0", other, Target(teacher_weight=0.0)),
+        ):
+            step = pair.step(batch, target, divergence, "teacher_first")
+            losses[case], ratios[case] = abs(step.loss), step.norm() / real.norm()
+    tolerance = config.guards.identity_tolerance
+    assert tolerance is not None
+    return Outcome(
+        (
+            largest(f"loss, nats per token, TP {pair.grid.tp_size}", losses, tolerance),
+            largest("gradient, relative to a real one", ratios, GRADIENT_BOUND),
+            Figure("a real loss", min(real_losses.values()), SMALLEST_LOSS, at_least=True),
+        ),
+    )
+
+
+def pair_orders(node: Node) -> Outcome:
+    """teacher_first and alternating leave the same gradients: to the last bit on a CPU."""
+    pp = 2 if node.world_size % 2 == 0 else 1
+    pair, _ = _pair(node, node.cut(tp=2 if node.world_size % 4 == 0 else 1, pp=pp))
+    batch = pair.packed(same_prompt=False)
+    one, other = (pair.step(batch, Target(), Divergence(), order) for order in schedule.PAIR_ORDERS)
+    differences = {}
+    for name, gradient in one.gradients.items():
+        norm, off = gradient.norm(), (gradient - other.gradients[name]).norm()
+        differences[name] = float(off / norm if norm > 0 else off)
+    loss = abs(one.loss - other.loss) / one.loss
+    return Outcome(
+        (
+            largest(f"gradients, relative difference, PP {pp}", differences, ORDER_BOUND),
+            Figure("loss, relative difference", loss, ORDER_BOUND),
+            Figure("the loss itself, nats per token", one.loss, SMALLEST_LOSS, at_least=True),
+        ),
+    )
+
+
+def _pair(node: Node, cuts: ParallelConfig) -> tuple[Pair, Config]:
+    # Each rank's main_grad is then the whole reduced gradient of what it holds, not a slice of it.
+    config = node.config(cuts, node.folder, "optimizer.use_distributed_optimizer=false")
+    return Pair(config, node.grid(cuts)), config

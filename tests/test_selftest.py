@@ -1,0 +1,338 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""``doctor.py --selftest`` passes on a sound node, finds each fault by the check made for it, and always ends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest, lines, over_ranks
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCTOR = REPOSITORY / "tools" / "doctor.py"
+CHECKS = [
+    "identity law",
+    "vocabulary-parallel loss against float64",
+    "Transformer Engine's layers against local ones",
+    "both pair orders",
+    "save and resume",
+    "weight sync to the sampler",
+]
+
+SOUND = dict.fromkeys(CHECKS, "ok") | {CHECKS[2]: "not done"}
+"""On a CPU."""
+
+
+def doctor() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("doctor", DOCTOR)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["doctor"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def verdicts(table: str) -> dict[str, str]:
+    """From the lines that begin with the name of a check."""
+    rows = [(name, line) for line in table.splitlines() for name in CHECKS if line.startswith(f"{name}  ")]
+    return {name: line.split("  ")[-1].strip() for name, line in rows}
+
+
+def self_tested(fault: str, faulty_rank: int | None = None, only: Sequence[str] = CHECKS) -> tuple[int, str]:
+    """Exit status and output of one rank, in this process, with a fault on all ranks or one; ``only`` some checks."""
+    from megatron_selfdistill.selftest import run
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(run, "CHECKS", {name: run.CHECKS[name] for name in only})
+        if faulty_rank in (None, int(os.environ["RANK"])):
+            FAULTS[fault](patch)
+        status = doctor().main(["--selftest", "--sampler", "megatron"])
+    return status, printed.getvalue()
+
+
+# -- one fault for each check, in the product's own code ------------------------------------------------------------
+
+
+def no_teacher_taken_for_unset(patch: pytest.MonkeyPatch) -> None:
+    from megatron_selfdistill.loss.target import Target
+
+    right = Target.mix_weights.fget
+    patch.setattr(Target, "mix_weights", property(lambda self: right(self) if self.teacher_weight else (0.75, 1.0)))
+
+
+def gradient_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
+    from megatron_selfdistill.loss import vocab_parallel
+
+    write = vocab_parallel.write_gradient
+
+    def write_more(*args: Any) -> None:
+        write(*args)
+        args[-1].mul_(1.001)
+
+    patch.setattr(vocab_parallel, "write_gradient", write_more)
+
+
+def an_engine_with_another_epsilon(patch: pytest.MonkeyPatch) -> None:
+    an_engine_that_is_the_local_layers(patch, epsilon=3e-3)
+
+
+def an_engine_that_is_the_local_layers(patch: pytest.MonkeyPatch, epsilon: float | None = None) -> None:
+    from megatron_selfdistill.model import build
+    from megatron_selfdistill.selftest import layers
+
+    spec = build.layer_spec
+
+    def local(config: Any, vp_stage: int | None = None, *, transformer_engine: bool | None = None) -> Any:
+        if transformer_engine and epsilon is not None:
+            config.layernorm_epsilon = epsilon
+        return spec(config, vp_stage, transformer_engine=False)
+
+    patch.setattr(layers, "why_not", lambda: "")
+    patch.setattr(build, "layer_spec", local)
+
+
+def pairs_in_another_sequence(patch: pytest.MonkeyPatch) -> None:
+    from megatron_selfdistill import schedule
+
+    order = schedule._order
+
+    def other_order(batch: Any, pair_order: str, with_teacher: bool) -> list[tuple[str, int]]:
+        right = order(batch, pair_order, with_teacher)
+        if pair_order == "alternating" and with_teacher:
+            return [item for i in range(len(right) - 2, -1, -2) for item in right[i : i + 2]]
+        return right
+
+    patch.setattr(schedule, "_order", other_order)
+
+
+def a_place_in_the_data_that_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    from megatron_selfdistill.rollouts import Rollouts
+
+    patch.setattr(Rollouts, "load_state_dict", lambda self, state: None)
+
+
+def a_sampler_at_another_temperature(patch: pytest.MonkeyPatch) -> None:
+    from megatron_selfdistill.rollout import megatron
+
+    select = megatron.select_tokens
+    patch.setattr(megatron, "select_tokens", lambda logits, *rest: select(logits * 0.99, *rest))
+
+
+def a_rank_that_raises(patch: pytest.MonkeyPatch) -> None:
+    from megatron_selfdistill.selftest import training
+
+    def broken(*args: Any, **options: Any) -> None:
+        raise ValueError("this GPU fell off\nthe bus")
+
+    patch.setattr(training, "step_metrics", broken)
+
+
+CAUGHT = dict(
+    zip(
+        CHECKS,
+        (
+            no_teacher_taken_for_unset,
+            gradient_off_by_a_thousandth,
+            an_engine_with_another_epsilon,
+            pairs_in_another_sequence,
+            a_place_in_the_data_that_is_forgotten,
+            a_sampler_at_another_temperature,
+        ),
+        strict=True,
+    )
+)
+FAULTS = {fault.__name__: fault for fault in (*CAUGHT.values(), an_engine_that_is_the_local_layers, a_rank_that_raises)}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_fault_fails_the_check_that_is_made_for_it_and_no_other(ranks, check):
+    [(status, table)] = ranks.run(self_tested, CAUGHT[check].__name__, world_size=1, init_process_group=False)
+    assert verdicts(table) == SOUND | {check: "FAILURE"}, table
+    assert status == 1
+    assert table.rstrip().splitlines()[-1].endswith(f" s: {check}")
+
+
+def test_two_kinds_of_layers_that_are_one_function_pass(ranks):
+    """The comparison itself, which without a GPU has nothing to compare: carried over by name, in bf16."""
+    fault, only = an_engine_that_is_the_local_layers.__name__, CHECKS[2:3]
+    status, table = ranks.run(self_tested, fault, None, only, world_size=2, init_process_group=False)[0]
+    assert status == 0 and "1 of 1 checks" in table and "TP 2" in table, table
+
+
+def test_what_one_rank_raises_fails_that_check_on_all_ranks_and_the_next_ones_go_on(ranks):
+    fault, only = a_rank_that_raises.__name__, [CHECKS[0], CHECKS[3], CHECKS[1]]
+    outcomes = ranks.run(self_tested, fault, 1, only, world_size=2, init_process_group=False)
+    assert [status for status, _ in outcomes] == [1, 1]
+    table = outcomes[0][1]
+    assert verdicts(table) == dict(zip(only, ("FAILURE", "FAILURE", "ok"), strict=True)), table
+    assert table.count("-> rank 1: ValueError: this GPU fell off the bus; afterwards 1 other failed") == 2, table
+    assert "self-test" not in outcomes[1][1], "only rank 0 speaks"
+
+
+def test_two_ranks_of_torchrun_pass():
+    """The command that a user types."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(DOCTOR), "--selftest"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--sampler", "megatron"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert verdicts(done.stdout) == SOUND, done.stdout
+    assert "device: cpu" in done.stdout and "self-test: 2 ranks" in done.stdout, "the report comes first, once"
+    assert done.stdout.count("this node passes, 5 of 6 checks") == 1
+
+
+def left_after_the_others_were_done() -> tuple[float, float, bool]:
+    """When this rank's check returned, and when its groups were ended; rank 1's check takes longer."""
+    from megatron_selfdistill.selftest import meeting as module
+
+    rank, times = int(os.environ["RANK"]), []
+
+    def check() -> Outcome:
+        time.sleep(0.5 * rank)
+        times.append(time.monotonic())
+        return Outcome((Figure("a figure", float(rank), 0.5),))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_POLL_S", 0.02 + 0.5 * rank)  # rank 1 reads what it needs when rank 0 is long done
+        with module.Meeting(rank, 2, broken_off=lambda outcome: None) as meeting:
+            outcome = meeting.hold("slow", check, leave=lambda: times.append(time.monotonic()))
+    return times[0], times[1], outcome.passed
+
+
+def test_no_rank_ends_its_groups_while_another_still_computes_and_all_have_the_worst_figure(ranks):
+    outcomes = ranks.run(left_after_the_others_were_done, world_size=2, init_process_group=False)
+    last_done = max(done for done, _, _ in outcomes)
+    assert all(left >= last_done for _, left, _ in outcomes)
+    assert not any(passed for *_, passed in outcomes), "rank 1's figure is out of its bound on both"
+
+
+HANGING = """
+import sys, time
+from megatron_selfdistill.selftest.meeting import Meeting
+from megatron_selfdistill.selftest.outcome import Figure, Outcome
+
+rank, limit_s, what = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+
+def check():
+    if rank == 1 and what == "raises":
+        raise OSError("no space left")
+    if rank == 1 or what == "raises":
+        time.sleep(1000)
+    return Outcome((Figure("a figure", 0.0, 1.0),))
+
+def broken_off(outcome):
+    print(outcome.name, "|", outcome.error)
+
+with Meeting(rank, 2, broken_off, limit_s=limit_s, grace_s=1.0) as meeting:
+    print(meeting.hold("sound", lambda: Outcome((Figure("a figure", 0.0, 1.0),)), leave=lambda: None).passed)
+    meeting.hold("deaf", check, leave=lambda: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "limit_s", "sentence"),
+    [
+        ("hangs", 2.0, "deaf | rank 1 did not return from this check within 2 s"),
+        ("raises", 500.0, "deaf | rank 1: OSError: no space left; then rank 0 did not return within 1 s"),
+    ],
+)
+def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, sentence):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    environment = os.environ | address | {"PYTHONPATH": str(REPOSITORY)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANGING, str(rank), str(limit_s), what],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1]
+    assert said == [f"True\n{sentence}\n", "True\n"]
+
+
+def test_a_node_that_cannot_run_is_not_tested(monkeypatch, capsys):
+    module = doctor()
+    monkeypatch.setattr(module, "examine", lambda: [module.Finding("torch", "not installed", module.FAILURE, "mend")])
+    monkeypatch.setitem(sys.modules, "megatron_selfdistill.selftest.run", None)  # its import would be an error
+    assert module.main(["--selftest"]) == 1
+    assert "a run cannot start here: torch" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "3")
+    assert module.main(["--selftest"]) == 1
+    assert capsys.readouterr().out.startswith("rank 3:")
+
+
+def test_a_sampler_without_a_selftest_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor().main(["--sampler", "vllm"])
+    assert "--sampler is about --selftest" in capsys.readouterr().err
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("figure", "passes"),
+    [
+        (Figure("", 1.0, 1.0), True),
+        (Figure("", 1.1, 1.0), False),
+        (Figure("", math.nan, 1.0), False),
+        (Figure("", None, 1.0), False),
+        (Figure("", 1.0, 1.0, at_least=True), True),
+        (Figure("", 0.9, 1.0, at_least=True), False),
+        (Figure("", math.nan, 1.0, at_least=True), False),
+    ],
+)
+def test_a_figure_passes_within_its_bound_only_and_never_unmeasured(figure, passes):
+    assert figure.passed is passes
+    assert Outcome((figure,)).passed is passes
+
+
+def test_over_ranks_the_worst_figure_counts_and_nan_is_the_worst():
+    def outcome(upper: float | None, lower: float | None, seconds: float = 0.0) -> Outcome:
+        return Outcome((Figure("up", upper, 1.0), Figure("low", lower, 1.0, at_least=True)), seconds=seconds)
+
+    joined = over_ranks([outcome(0.1, 3.0), outcome(None, 2.0, 7.0), outcome(0.4, None)])
+    assert [figure.value for figure in joined.figures] == [0.4, 2.0] and joined.seconds == 7.0
+    joined = over_ranks([outcome(0.1, 3.0), outcome(math.nan, math.nan)])
+    assert not any(figure.passed for figure in joined.figures)
+    assert over_ranks([outcome(None, None)] * 2).figures[0].value is None
+    assert math.isnan(largest("", {"a": 2.0, "b": math.nan, "c": 3.0}, 1.0).value)
+
+
+def test_ranks_that_disagree_about_what_can_be_done_have_failed():
+    joined = over_ranks([Outcome((Figure("a", 0.0, 1.0),)), Outcome(not_done="no Transformer Engine here")])
+    assert not joined.passed and "rank 1: no Transformer Engine here" in joined.error
+
+
+def test_a_check_without_figures_has_not_passed():
+    assert not Outcome().passed
+    assert Outcome(not_done="no GPU").passed and Outcome(not_done="no GPU").verdict == "not done"
+
+
+def test_a_figure_out_of_bounds_says_in_which_case():
+    (_, row) = lines(Outcome((largest("loss", {"reverse KL": 1e-9, "forward KL": 0.3}, 1e-5),)))
+    assert row.endswith("FAILURE (forward KL)")
