@@ -1,16 +1,16 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The output layer fused with the loss: from hidden states to divergences without logits of all tokens.
 
-Chunk of tokens by chunk of tokens: one GEMM for teacher and student (two where their weights differ), then the passes
-of vocab_parallel.py.  What is kept for backward:
+Chunk of tokens by chunk of tokens, student and teacher are projected (by one GEMM where their weights are the same and
+memory allows), and the passes of vocab_parallel.py run.  What is kept for backward:
 
-    keep_gradient   the gradient of the student's logits for a loss of 1 per token, one [R, V / tp] tensor:
-                    backward is one dgrad and one wgrad GEMM; the tokens' incoming gradients are folded into rows of width h
-    low_memory      numbers per token: backward projects each chunk again (without the loss's collectives), and both GEMMs
-                    run per chunk
+    keep_gradient   the gradient of the student's logits for a loss of 1 per token, one [R, V / tp] tensor: backward
+                    is one dgrad and one wgrad GEMM; incoming gradients are folded into rows of width h
+    low_memory      numbers per token: backward projects each chunk again, without the loss's collectives, and both
+                    GEMMs run per chunk
 
-So 4 or 6 GEMMs of R x h x V / tp.  Logits that exist at a time, in rows: R + c or 2 c, c the tokens of a chunk; where
-logits are materialised, 2 R.
+So 4 or 6 GEMMs of R x h x V / tp.  Rows of logits that exist at a time: R + c or 2 c, c the tokens of a chunk, against
+2 R where logits are materialised.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class WeightGradient(Protocol):
     """Takes the weight's gradient of one backward, in place of autograd."""
 
     def add(self, hidden: Tensor, gradient: Tensor) -> None:
-        """Add ``gradient^T hidden`` [V / tp, h]: hidden [n, h] and the gradient of its logits [n, V / tp], contiguous."""
+        """Add ``gradient^T hidden``: hidden [n, h], and the gradient of its logits [n, V / tp]; both contiguous."""
 
     def for_autograd(self) -> Tensor | None:
         """What autograd is handed for the weight, once all is added."""
@@ -59,21 +59,20 @@ def fused_distillation_loss(
 ) -> TokenStats:
     """``distillation_loss(hidden_s @ student_weight^T, hidden_t @ teacher_weight^T, ...)`` of R response tokens.
 
-    Shapes: weights [V / tp, h], this rank's rows; teacher_weight None: it is the student's.  Both hidden states and both
-    weights in one dtype, that of the logits.  response_tokens [R] int64, global ids.
-    student_hidden: [R, h], equal on all ranks of ``vocab.group``.  With gathered_rows [R] int64 it is [n, h], this rank's
-    own, n equal on all ranks, and response token i belongs to row gathered_rows[i] of all ranks' rows in rank order; the
-    indices are distinct.  Then only the rank's own rows are kept, and gathered once more in backward.
+    Shapes: weights [V / tp, h], this rank's rows; teacher_weight None: it is the student's.  Hidden states and weights
+    have one dtype, that of the logits.  response_tokens [R] int64, global ids.
+    student_hidden: [R, h], equal on all ranks of ``vocab.group``.  With gathered_rows [R] int64 it is [n, h], this
+    rank's own rows, n equal on all ranks, and token i belongs to row gathered_rows[i] of all ranks' rows in rank order;
+    the indices are distinct.  Then only the rank's own rows are kept, and gathered once more in backward.
     teacher_hidden: [R, h], equal on all ranks; or [R, h / tp], cut by width in rank order.
     chunk_tokens, mode: see above; what is returned does not depend on them, but for rounding.
-    Gradient: to student_hidden (summed over the ranks; with gathered_rows each rank's own rows, 0 where no token is) and
-    to student_weight.  The incoming gradient may differ between tokens.  weight_gradient: takes the weight's, within
-    backward only; without it autograd gets it in the weight's dtype.
+    Gradient: to student_hidden (summed over the ranks; with gathered_rows that of the rank's own rows, 0 where no token
+    is) and to student_weight.  The incoming gradient may differ between tokens.  weight_gradient: takes the weight's,
+    within backward only; without it autograd gets it in the weight's dtype.
     Statistics, ranks, -inf and NaN: as `distillation_loss`.
     Collectives: per chunk those of `distillation_loss`, and one all-gather of the teacher's rows where they are cut.
-    Then, of hidden rows, one all-gather (gathered_rows only) in forward and again in backward, and one all-reduce or, for
-    gathered_rows, reduce-scatter in backward, beside the last wgrad GEMM; ``low_memory`` gathers the teacher's rows
-    again as well.
+    With gathered_rows one all-gather in forward and another in backward.  In backward one all-reduce of dgrad, or one
+    reduce-scatter for gathered_rows, while the last wgrad GEMM runs; low_memory gathers the teacher's rows again.
     Raises: ValueError if shapes or dtypes do not fit.
     """
     layer = _Layer(target, divergence, vocab, chunk_tokens, response_tokens.shape[0], gathered_rows, weight_gradient)
@@ -133,8 +132,8 @@ class _Layer:
         return everyones.index_select(0, self.gathered_rows)
 
     def start_reducing(self, dgrad: Tensor, like: Tensor) -> Callable[[], Tensor]:
-        """Sum [R, h] over the ranks, while other work goes on; call what is returned to wait for the sum, in the shape of
-        ``like``, the student's hidden states."""
+        """Sum [R, h] over the ranks while other work goes on; call what is returned to wait for the sum, in the shape
+        of ``like``, the student's hidden states."""
         out = dgrad
         if self.gathered_rows is not None:
             padded = dgrad.new_zeros(self.tp_size * len(like), like.shape[1])
@@ -214,7 +213,7 @@ class _Logits:
 
 
 def _forward_chunks(layer: _Layer, logits: _Logits, response_tokens: Tensor) -> tuple[TokenStats, RowConstants, Tensor]:
-    """The statistics of all tokens, and what their gradient takes besides logits; where `_Logits` keeps, its gradient."""
+    """The statistics of all tokens, and what their gradient takes besides logits; the gradient, where one is kept."""
     stats, constants, centres = [], [], []
     for tokens in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
@@ -336,7 +335,9 @@ def _check(
         )
     for weight in (student_weight, teacher_weight):
         if weight is not None and tuple(weight.shape) != (size, width):
-            raise ValueError(f"{name}: weights must be [{size}, {width}], this VocabShard's; got {tuple(weight.shape)}.")
+            raise ValueError(
+                f"{name}: weights must be [{size}, {width}], this VocabShard's; got {tuple(weight.shape)}."
+            )
     per_rank = student_hidden.shape[0] if layer.gathered_rows is not None else rows
     if tuple(student_hidden.shape) != (per_rank, width) or tuple(teacher_hidden.shape) not in (
         (rows, width),
