@@ -156,11 +156,6 @@ def refuse_known_faults(config: TransformerConfig) -> None:
             "positions are projected here: leave it false",
         ),
         (
-            getattr(config, "use_mup", False),  # of versions after 0.16
-            "use_mup multiplies logits behind the output layer, where neither the loss nor the sampler looks: "
-            "leave it false",
-        ),
-        (
             config.mtp_num_layers is not None,
             "multi-token-prediction layers are not trained: set model.transformer.mtp_num_layers=null",
         ),
