@@ -294,6 +294,27 @@ def memory_of(mode: str | None, num_tokens: int, chunk: int, columns: int) -> tu
     return left / (columns * 4), peak / (columns * 4), (left + allocated(of_backward)[1]) / (columns * 4)
 
 
+@every_mode
+def test_without_a_gradient_there_are_two_chunks_of_logits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(row_sums.CHUNK_BYTES, "cpu", 1 << 16)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        stats = fused_distillation_loss(
+            torch.randn(512, 8, requires_grad=True),
+            torch.randn(512, 8),
+            torch.randn(8192, 8, requires_grad=True),
+            None,
+            torch.zeros(512, dtype=torch.int64),
+            target=Target(),
+            divergence=Divergence(),
+            vocab=VocabShard(0, 8192, 8192),
+            chunk_tokens=48,
+            mode=mode,
+        )
+    assert not stats.loss.requires_grad
+    assert 96 <= allocated(profile)[1] / (8192 * 4) < 96 + 40
+
+
 def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
     """Bytes (at the end, at most), relative to the start."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import layouts
 import models
@@ -53,10 +53,14 @@ class Patches:
 class StandInForApex:
     """``fused_weight_gradient_mlp_cuda``, which needs a GPU."""
 
+    shapes: ClassVar[list[tuple[int, ...]]] = []
+    """Of the gradients of all calls, since it was cleared."""
+
     @staticmethod
     def wgrad_gemm_accum_fp32(hidden: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
         assert hidden.is_contiguous() and gradient.is_contiguous() and main_grad.dtype == torch.float32
         main_grad.addmm_(gradient.T, hidden)
+        StandInForApex.shapes.append(tuple(gradient.shape))
 
 
 def run(case: Case, patches: Patches = Patches()) -> Outcome:
@@ -115,6 +119,22 @@ def test_apexs_kernel_accumulates_every_microbatch_into_main_grad(ranks, name, m
     fused = dataclasses.replace(case, fusion=FUSIONS[mode])
     assert_alike(on_ranks(ranks, case, world_size, Patches(apex=True)), expected)
     assert_alike(on_ranks(ranks, fused, world_size, Patches(apex=True)), expected)
+
+
+def rows_of_calls(fusion: Fusion) -> list[int]:
+    """Of the output layer, in a batch of one microbatch and one without tokens."""
+    StandInForApex.shapes.clear()
+    columns = 72  # of no other layer
+    changes = {"make_vocab_size_divisible_by": columns}
+    run(Case(fusion=fusion, max_tokens=300, model_changes=changes), Patches(apex=True))
+    return [rows for rows, width in StandInForApex.shapes if width == columns]
+
+
+def test_the_kernel_is_called_for_a_microbatch_or_for_each_of_its_chunks(ranks):
+    """Not at all for a microbatch without tokens."""
+    (whole,) = ranks.run(rows_of_calls, FUSIONS["keep_gradient"], world_size=1)[0]
+    chunks = ranks.run(rows_of_calls, FUSIONS["low_memory"], world_size=1)[0]
+    assert whole == sum(chunks) > 50 and set(chunks[:-1]) == {5}
 
 
 OVERLAPPED = OptimizerConfig(
