@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.row_sums import RowConstants, Shard, write_gradient
+from megatron_selfdistill.loss.sharded_rows import RowPlacement, gather_width
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, _forward, _sum_dtype
 
@@ -75,12 +75,13 @@ def fused_distillation_loss(
     reduce-scatter for gathered_rows, while the last wgrad GEMM runs; low_memory gathers the teacher's rows again.
     Raises: ValueError if shapes or dtypes do not fit.
     """
-    layer = _Layer(target, divergence, vocab, chunk_tokens, response_tokens.shape[0], gathered_rows, weight_gradient)
+    placement = RowPlacement(vocab.group, gathered_rows)
+    layer = _Layer(target, divergence, vocab, chunk_tokens, response_tokens.shape[0], placement, weight_gradient)
     _check(layer, mode, student_hidden, teacher_hidden, student_weight, teacher_weight, response_tokens)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
-        rows = layer.gather(student_hidden)
+        rows = placement.start_gathering(student_hidden)()
         logits = _Logits(layer, rows, teacher_hidden, student_weight, teacher_weight, keep)
         stats, constants, centre = _forward_chunks(layer, logits, response_tokens)
     if not trained:
@@ -100,12 +101,8 @@ class _Layer:
     vocab: VocabShard
     chunk_tokens: int
     num_tokens: int
-    gathered_rows: Tensor | None
+    placement: RowPlacement
     weight_gradient: WeightGradient | None
-
-    @property
-    def tp_size(self) -> int:
-        return 1 if self.vocab.group is None else dist.get_world_size(self.vocab.group)
 
     def chunks(self) -> Iterator[slice]:
         """Slices of tokens; an empty one where there are no tokens."""
@@ -123,45 +120,6 @@ class _Layer:
         """Into ``out`` [n, V / tp], which may be the student's logits; 0 at padding columns."""
         write_gradient(shard, constants, centre, self.divergence, grad_loss, out[:, : self.vocab.num_valid])
         out[:, self.vocab.num_valid :] = 0
-
-    def gather(self, student_hidden: Tensor) -> Tensor:
-        """[R, h]: the tokens' rows."""
-        if self.gathered_rows is None:
-            return student_hidden
-        everyones = _all_gather(student_hidden, self.vocab.group).flatten(0, 1)
-        return everyones.index_select(0, self.gathered_rows)
-
-    def start_reducing(self, dgrad: Tensor, like: Tensor) -> Callable[[], Tensor]:
-        """Sum [R, h] over the ranks while other work goes on; call what is returned to wait for the sum, in the shape
-        of ``like``, the student's hidden states."""
-        out = dgrad
-        if self.gathered_rows is not None:
-            padded = dgrad.new_zeros(self.tp_size * len(like), like.shape[1])
-            dgrad = padded.index_copy_(0, self.gathered_rows, dgrad)
-            out = dgrad if self.tp_size == 1 else torch.empty_like(like, memory_format=torch.contiguous_format)
-        if self.tp_size == 1 or like.shape[0] == 0:
-            return lambda: out
-        if self.gathered_rows is not None:
-            handle = dist.reduce_scatter_tensor(out, dgrad, group=self.vocab.group, async_op=True)
-        else:
-            handle = dist.all_reduce(out, group=self.vocab.group, async_op=True)
-
-        def wait(summand: Tensor = dgrad) -> Tensor:  # lives as long as it is being read
-            assert handle is not None
-            handle.wait()
-            return out
-
-        return wait
-
-
-def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[tp, *part.shape] in rank order."""
-    tp_size = 1 if group is None else dist.get_world_size(group)
-    if tp_size == 1 or part.numel() == 0:
-        return part[None].expand(tp_size, *part.shape)
-    gathered = part.new_empty(tp_size * part.shape[0], *part.shape[1:])
-    dist.all_gather_into_tensor(gathered, part.contiguous(), group=group)
-    return gathered.unflatten(0, (tp_size, part.shape[0]))
 
 
 class _Logits:
@@ -209,7 +167,7 @@ class _Logits:
         part = self.teacher_hidden[tokens]
         if part.shape[1] == self.student_weight.shape[1]:
             return part
-        return _all_gather(part, self.layer.vocab.group).transpose(0, 1).flatten(1)
+        return gather_width(part, self.layer.vocab.group)
 
 
 def _forward_chunks(layer: _Layer, logits: _Logits, response_tokens: Tensor) -> tuple[TokenStats, RowConstants, Tensor]:
@@ -256,11 +214,14 @@ class _Backward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         layer, (hidden, weight, kept, teacher_hidden, teacher_weight, centre, *constants) = ctx.layer, ctx.saved_tensors
-        rows = layer.gather(hidden)
-        grads = _Gradients(layer, rows, hidden, weight, *ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if kept is not None:
+            gathering = layer.placement.start_gathering(hidden) if needs_weight else None
+            grads = _Gradients(layer, gathering, hidden, weight, needs_hidden)
             grads.add(slice(0, layer.num_tokens), kept, scale=grad_loss[:, None], last=True)
             return grads.of_hidden(), grads.of_weight(), *(None,) * 7
+        rows = layer.placement.start_gathering(hidden)()
+        grads = _Gradients(layer, (lambda: rows) if needs_weight else None, hidden, weight, needs_hidden)
         logits = _Logits(layer, rows, teacher_hidden, weight, teacher_weight, keep=False)
         for tokens in layer.chunks():
             student_logits, teacher_logits = logits.of(tokens)
@@ -272,14 +233,21 @@ class _Backward(torch.autograd.Function):
 
 
 class _Gradients:
-    """dgrad and wgrad of one backward, from the gradients of the logits of its chunks."""
+    """dgrad and wgrad of one backward, from the gradients of the logits of its chunks.
+
+    rows: waits for the rows of all tokens, which are needed from the first wgrad on; None where the weight needs none.
+    """
 
     def __init__(
-        self, layer: _Layer, rows: Tensor, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool
+        self,
+        layer: _Layer,
+        rows: Callable[[], Tensor] | None,
+        hidden: Tensor,
+        weight: Tensor,
+        needs_hidden: bool,
     ) -> None:
         self.layer, self.rows, self.hidden, self.weight = layer, rows, hidden, weight
-        self.needs_weight = needs_weight
-        self.dgrad = torch.empty_like(rows) if needs_hidden else None
+        self.dgrad = hidden.new_empty(layer.num_tokens, hidden.shape[1]) if needs_hidden else None
         self.wgrad: Tensor | None = None
         self.reduced: Callable[[], Tensor] | None = None
 
@@ -291,9 +259,9 @@ class _Gradients:
             if scale is not None:
                 self.dgrad[tokens].mul_(scale)
             if last:
-                self.reduced, self.dgrad = self.layer.start_reducing(self.dgrad, self.hidden), None
-        if self.needs_weight and len(gradient):
-            rows = self.rows[tokens]
+                self.reduced, self.dgrad = self.layer.placement.start_reducing(self.dgrad, self.hidden), None
+        if self.rows is not None and len(gradient):
+            rows = self.rows()[tokens]
             if scale is not None:
                 rows = torch.mul(rows, scale, out=torch.empty_like(rows))
             self._add_wgrad(rows, gradient)
@@ -310,7 +278,7 @@ class _Gradients:
         return self.reduced() if self.reduced is not None else None
 
     def of_weight(self) -> Tensor | None:
-        if not self.needs_weight:
+        if self.rows is None:
             return None
         if self.layer.weight_gradient is not None:
             return self.layer.weight_gradient.for_autograd()
@@ -327,7 +295,7 @@ def _check(
     response_tokens: Tensor,
 ) -> None:
     name, size, width = "fused_distillation_loss", layer.vocab.size, student_weight.shape[-1]
-    rows, tp_size = layer.num_tokens, layer.tp_size
+    rows, gathered_rows = layer.num_tokens, layer.placement.gathered_rows
     if mode not in FUSED_MODES or layer.chunk_tokens < 1:
         raise ValueError(
             f"{name}: mode must be one of {', '.join(FUSED_MODES)} and chunk_tokens at least 1; "
@@ -338,16 +306,14 @@ def _check(
             raise ValueError(
                 f"{name}: weights must be [{size}, {width}], this VocabShard's; got {tuple(weight.shape)}."
             )
-    per_rank = student_hidden.shape[0] if layer.gathered_rows is not None else rows
-    if tuple(student_hidden.shape) != (per_rank, width) or tuple(teacher_hidden.shape) not in (
-        (rows, width),
-        (rows, width // tp_size),
-    ):
+    held, cut = student_hidden.shape[0] if gathered_rows is not None else rows, width // layer.placement.size
+    shapes = tuple(student_hidden.shape), tuple(teacher_hidden.shape)
+    if shapes[0] != (held, width) or shapes[1] not in ((rows, width), (rows, cut)):
         raise ValueError(
-            f"{name}: student_hidden must be [{per_rank}, {width}] and teacher_hidden [{rows}, {width}] or "
-            f"[{rows}, {width // tp_size}]; got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}."
+            f"{name}: student_hidden must be [{held}, {width}] and teacher_hidden [{rows}, {width}] or "
+            f"[{rows}, {cut}]; got {shapes[0]} and {shapes[1]}."
         )
-    for what, index in (("response_tokens", response_tokens), ("gathered_rows", layer.gathered_rows)):
+    for what, index in (("response_tokens", response_tokens), ("gathered_rows", gathered_rows)):
         if index is not None and (tuple(index.shape) != (rows,) or index.dtype != torch.int64):
             raise ValueError(
                 f"{name}: {what} must be int64 of shape ({rows},), one per token; "
