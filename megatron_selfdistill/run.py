@@ -13,6 +13,7 @@ import torch
 
 from megatron_selfdistill import schedule
 from megatron_selfdistill.batch import largest, pack_everywhere
+from megatron_selfdistill.checkpoint.agreement import from_all_ranks
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config, ConfigError
@@ -29,6 +30,7 @@ from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.output_layer import FusedLoss, choose_output_layer, unfusable
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import configured_target, make_sampler, sampling_params
@@ -266,7 +268,10 @@ class Run:
             return new_chunks(config, grid, self.inputs.vocab_size)
 
         self.chunks = wrap_for_training(initial_chunks(), config.optimizer)
-        self.vocab = VocabShard.from_group(unwrapped(self.chunks[-1]).vocab_size, self.inputs.vocab_size, grid.tp_group)
+        last = unwrapped(self.chunks[-1])
+        reasons = from_all_ranks(unfusable(last) if last.post_process else None)
+        self.output_layer = choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))
+        self.vocab = VocabShard.from_group(last.vocab_size, self.inputs.vocab_size, grid.tp_group)
         vocab_size, verify = self.inputs.vocab_size, config.checkpoint.verify
         load = None if self.resumed_from is not None else config.checkpoint.load
         if load is not None and not config.checkpoint.load_optimizer:
@@ -312,7 +317,11 @@ class Run:
     # -- what the steps above need -------------------------------------------------------------------------------
 
     def _schedule(
-        self, batch: PackedBatch, teacher: Sequence[torch.nn.Module] | None, row_loss: schedule.RowLoss, **options: Any
+        self,
+        batch: PackedBatch,
+        teacher: Sequence[torch.nn.Module] | None,
+        row_loss: schedule.RowLoss | FusedLoss,
+        **options: Any,
     ) -> schedule.StepOutput:
         return schedule.run(
             self.chunks,
@@ -339,12 +348,14 @@ class Run:
     def _target(self) -> Target:
         return configured_target(self.config.target, self.batch_k)
 
-    def _row_loss(self) -> schedule.RowLoss:
+    def _row_loss(self) -> schedule.RowLoss | FusedLoss:
         return self._distillation_loss(self._target()) if self.distils else schedule.next_token
 
-    def _distillation_loss(self, target: Target) -> schedule.RowLoss:
+    def _distillation_loss(self, target: Target) -> schedule.RowLoss | FusedLoss:
         loss = self.config.loss
-        return schedule.self_distillation(target, Divergence(loss.divergence, loss.jsd_lambda))
+        return schedule.self_distillation(
+            target, Divergence(loss.divergence, loss.jsd_lambda), self.output_layer.fusion
+        )
 
     def _learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         self.sampler.sleep()

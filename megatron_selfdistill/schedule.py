@@ -3,7 +3,8 @@
 
 A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` hands a zero gradient back, so that the
 schedule's sends and receives match.  On the last stage it leaves its final hidden states at response positions in a
-`TeacherBank`; when the student's microbatch arrives, both are projected there and the loss is taken.
+`TeacherBank`; when the student's microbatch arrives, both are projected there and the loss is taken, in one piece where
+the output layer is fused with the loss (model/output_layer.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -27,6 +29,7 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.forward import Inputs, hidden_states, inputs_of, project, rows_at
+from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.progress import beat
 from megatron_selfdistill.teacher_bank import TeacherBank, local_response_rows
@@ -54,8 +57,11 @@ class StepOutput:
     """[R] of the rows' losses; None where all are 1."""
 
 
-def self_distillation(target: Target, divergence: Divergence) -> RowLoss:
-    """The distillation loss with this target and divergence (loss/vocab_parallel.py), as a `RowLoss`."""
+def self_distillation(target: Target, divergence: Divergence, fusion: Fusion | None = None) -> RowLoss | FusedLoss:
+    """The distillation loss with this target and divergence: of logits (loss/vocab_parallel.py) or, with ``fusion``, of
+    hidden states (loss/fused_linear.py)."""
+    if fusion is not None:
+        return FusedLoss(target, divergence, fusion)
 
     def loss(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
         assert teacher is not None
@@ -82,7 +88,7 @@ def run(
     student: Sequence[torch.nn.Module],
     teacher: Sequence[torch.nn.Module] | None,
     batch: PackedBatch,
-    row_loss: RowLoss,
+    row_loss: RowLoss | FusedLoss,
     grid: Grid,
     vocab: VocabShard,
     *,
@@ -168,7 +174,7 @@ class _Step:
     student: list[torch.nn.Module]
     teacher: list[torch.nn.Module]
     batch: PackedBatch
-    row_loss: RowLoss
+    row_loss: RowLoss | FusedLoss
     row_weight: RowWeight | None
     grid: Grid
     vocab: VocabShard
@@ -193,14 +199,7 @@ class _Step:
 
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             rows, ids = local_response_rows(microbatch, self.grid)
-            teacher_logits = None
-            if self.bank is not None:
-                with torch.no_grad():
-                    rows_of_teacher = self.bank.take(index, model.config.params_dtype)
-                    teacher_logits = project(unwrapped(self.teacher[-1]), rows_of_teacher)
-            student_logits = project(model, rows_at(hidden, rows, self.grid))
-            tokens = self.batch.response_tokens[ids].to(self.grid.device)
-            stats = self.row_loss(student_logits, teacher_logits, tokens, self.vocab)
+            stats = self._stats(index, model, hidden, rows, self.batch.response_tokens[ids].to(self.grid.device))
             losses = stats.loss
             if self.row_weight is not None:
                 self.weights.append(self.row_weight(stats.student_log_prob, ids))
@@ -211,6 +210,21 @@ class _Step:
             return loss, {}
 
         return hidden, loss_func
+
+    def _stats(self, index: int, model: GPTModel, hidden: Tensor, rows: Tensor, tokens: Tensor) -> TokenStats:
+        """Of the response tokens whose hidden states lie at ``rows``."""
+        dtype = model.config.params_dtype
+        if isinstance(self.row_loss, FusedLoss):
+            if self.bank is None:
+                raise ValueError("a fused distillation loss needs a teacher, got none")
+            teacher, block = unwrapped(self.teacher[-1]), self.bank.take_slice(index, dtype)
+            return self.row_loss(model, teacher, hidden, rows, block, tokens, self.vocab, self.grid)
+        teacher_logits = None
+        if self.bank is not None:
+            with torch.no_grad():
+                teacher_logits = project(unwrapped(self.teacher[-1]), self.bank.take(index, dtype))
+        student_logits = project(model, rows_at(hidden, rows, self.grid))
+        return self.row_loss(student_logits, teacher_logits, tokens, self.vocab)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         model = unwrapped(chunk)
@@ -242,9 +256,8 @@ class _Step:
     def collected(self) -> tuple[Tensor, TokenStats | None, Tensor | None]:
         if not self.stats:
             return torch.empty(0, dtype=torch.int64), None, None
-        joined = {f.name: torch.cat([getattr(s, f.name) for s in self.stats]) for f in _row_fields()}
-        joined |= {name: getattr(self.stats[0], name) for name in _WHOLE_FIELDS}
-        return torch.cat(self.ids), TokenStats(**joined), torch.cat(self.weights) if self.weights else None
+        weights = torch.cat(self.weights) if self.weights else None
+        return torch.cat(self.ids), TokenStats.joined(self.stats), weights
 
 
 class _Bridge(torch.autograd.Function):
@@ -276,13 +289,6 @@ def _auxiliary_losses_per_weighted_microbatch(chunks: Sequence[torch.nn.Module],
     finally:
         for config, aux, z in before:
             config.moe_aux_loss_coeff, config.moe_z_loss_coeff = aux, z
-
-
-_WHOLE_FIELDS = ("grid_betas",)  # of TokenStats: one value for all rows
-
-
-def _row_fields() -> list[Any]:
-    return [f for f in fields(TokenStats) if f.name not in _WHOLE_FIELDS]
 
 
 def _detached(stats: TokenStats) -> TokenStats:

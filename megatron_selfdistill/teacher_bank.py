@@ -55,13 +55,17 @@ class TeacherBank:
 
     def take(self, index: int, dtype: torch.dtype) -> Tensor:
         """The rows of student microbatch ``index`` at full width, ``[R, 1, h]``; the block is freed."""
+        block = self.take_slice(index, dtype)
+        return gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group).unsqueeze(1)
+
+    def take_slice(self, index: int, dtype: torch.dtype) -> Tensor:
+        """This rank's slice of their width, ``[R, h / tp]``, on the device; the block is freed."""
         block = self.blocks.pop(index, None)
         if block is None:
             if self.sizes[index]:
                 raise RuntimeError(f"student microbatch {index} came before the teacher had read its responses")
             block = torch.empty(0, self.width, dtype=dtype, device=self.grid.device)
-        block = block.to(self.grid.device, non_blocking=True)
-        return gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group).unsqueeze(1)
+        return block.to(self.grid.device, non_blocking=True)
 
     def _allocate(self, index: int, like: Tensor) -> Tensor:
         if index not in self.blocks:

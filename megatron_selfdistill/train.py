@@ -147,6 +147,7 @@ def _announce(run: Run) -> None:
         f"{len(run.inputs.problems)} {kind} ({counts.truncated} with a shortened solution; left out: "
         f"{counts.dropped} too long, {run.inputs.problems.num_skipped} bad); "
         f"contexts of at most {run.inputs.max_length} tokens",
+        str(run.output_layer),
         *run.inputs.about_conversations,
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
         *([run.stop.plan] if run.stop.plan else []),

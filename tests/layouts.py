@@ -29,6 +29,7 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.teacher import Teacher
 
@@ -55,6 +56,7 @@ class Case:
     extra_weightless: int = 1
     steps: int = 0
     teacher: str = "frozen"
+    fusion: Fusion | None = None
     mutation: str | None = None
 
 
@@ -130,7 +132,7 @@ def run(case: Case) -> Outcome:
                 student,
                 teacher.chunks,
                 batch,
-                schedule.self_distillation(Target(), Divergence(case.divergence)),
+                schedule.self_distillation(Target(), Divergence(case.divergence), case.fusion),
                 grid,
                 vocab,
                 pair_order=case.pair_order,

@@ -451,8 +451,22 @@ class LossConfig:
     probability of the token and mu that of the distribution it was drawn from (another engine's, or the guided mix)."""
     rollout_correction_cap: float = 2.0
     """Largest importance weight."""
+    fused: str | None = None
+    """The output layer: none (all logits of a microbatch exist at once, student's and teacher's), or fused with the
+    loss in chunks of tokens: keep_gradient (the gradient of the student's logits is kept until backward) or low_memory
+    (backward makes the logits again: half as many GEMMs more).  Null: none if that stays within max_logits_gb, else
+    keep_gradient if that does, else low_memory.  Self-distillation only; baselines are never fused."""
+    fused_chunk_tokens: int = 4096
+    """Response tokens of a chunk."""
+    max_logits_gb: float | None = None
+    """With fused=null: what the logits of the largest microbatch may take on a rank, in GiB; null: 1/20 of
+    cluster.gpu_memory_gb."""
 
     def __post_init__(self) -> None:
+        if self.fused is not None:
+            _one_of("loss.fused", self.fused, ["none", "keep_gradient", "low_memory"])
+        _at_least(1, "loss", self, "fused_chunk_tokens")
+        _at_least(0, "loss", self, "max_logits_gb")
         _one_of("loss.rollout_correction", self.rollout_correction, ["none", "truncated"])
         _require(
             self.rollout_correction_cap > 0,
@@ -745,6 +759,11 @@ class Config:
             self._check_conversations()
         if self.loss.rollout_correction != "none":
             self._check_correction()
+        _require(
+            self.objective == "self_distillation" or self.loss.fused in (None, "none"),
+            f"loss.fused={self.loss.fused} fuses the output layer with the distillation loss, but objective="
+            f"{self.objective} trains on next tokens: set loss.fused=none, or null",
+        )
         hang, collective = self.stop.hang_timeout_minutes, self.parallel.distributed_timeout_minutes
         _require(
             hang is None or hang < collective,

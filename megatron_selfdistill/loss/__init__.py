@@ -2,12 +2,13 @@
 """The loss of self-distillation: the mixed target, the divergences, and both over a tensor-parallel group.
 
 ``target`` and ``divergence`` are the definition on full rows, to be read; ``vocab_parallel`` is the same on
-vocabulary shards, to be used.  Everything here imports torch only.
+vocabulary shards, to be used, and ``fused_linear`` the same from hidden states.  Everything here imports torch only.
 """
 
 from __future__ import annotations
 
 from megatron_selfdistill.loss.divergence import Divergence, divergence, divergence_gradient
+from megatron_selfdistill.loss.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.target import (
     Status,
     Target,
@@ -36,6 +37,7 @@ __all__ = [
     "distillation_loss",
     "divergence",
     "divergence_gradient",
+    "fused_distillation_loss",
     "mixed_target",
     "solve_batch_k",
     "solve_target",

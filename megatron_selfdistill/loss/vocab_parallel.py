@@ -15,6 +15,7 @@ Sums are taken in float32 (float64 for float64 logits); merging, solving and pol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -106,6 +107,13 @@ class TokenStats:
     """[J] the betas at which the mix's entropy was taken: ``beta_grid(target)``."""
     grid_entropies: Tensor
     """[T, J] H(softmax(grid_betas[j] m))."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenStats]) -> TokenStats:
+        """Of all tokens, from those of at least one part after the other under one target."""
+        rows = [f.name for f in fields(cls) if f.name != "grid_betas"]
+        values = {name: torch.cat([getattr(part, name) for part in parts]) for name in rows}
+        return cls(**values, grid_betas=parts[0].grid_betas)
 
 
 def distillation_loss(

@@ -189,7 +189,7 @@ def _gpt_model(
     vp_stage: int | None,
     transformer_engine: bool | None = None,
 ) -> GPTModel:
-    return GPTModel(
+    chunk = GPTModel(
         config=config,
         transformer_layer_spec=layer_spec(config, vp_stage, transformer_engine=transformer_engine),
         vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, grid.tp_size),
@@ -205,6 +205,8 @@ def _gpt_model(
         rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+    _refuse_logits_made_elsewhere(chunk)
+    return chunk
 
 
 def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
@@ -244,6 +246,7 @@ def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
     if not isinstance(chunk, GPTModel):
         raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
     refuse_known_faults(chunk.config)
+    _refuse_logits_made_elsewhere(chunk)
     if chunk.post_process and not chunk.parallel_output:
         raise ConfigError(f"model.provider={path!r} must build with parallel_output=True: the loss is vocab-parallel")
     for name, expected in [
@@ -257,3 +260,14 @@ def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
         got = getattr(chunk.config, name)
         if got != expected:
             raise ConfigError(f"model.provider={path!r} built with {name}={got}, but parallel.{name} is {expected}")
+
+
+def _refuse_logits_made_elsewhere(chunk: GPTModel) -> None:
+    """Logits are what the output layer returns; a multiplier or a soft cap behind it would be left out of the loss."""
+    if type(chunk)._postprocess is not GPTModel._postprocess:
+        raise ConfigError(
+            f"{type(chunk).__name__} has a _postprocess of its own, which is never called with logits here: put what "
+            "it does to them into its output_layer"
+        )
+    if getattr(chunk.config, "use_mup", False):  # of versions after 0.16
+        raise ConfigError("use_mup multiplies the logits behind the output layer, which is left out here: unset it")

@@ -12,6 +12,7 @@ from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.inputs import Inputs, longest_context
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.hf_mapping import family_of_model
+from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.plan import bubble
 from megatron_selfdistill.plan.memory import Load, Memory, engine_weight_gib, memory
 from megatron_selfdistill.plan.stages import Stage, stages
@@ -42,6 +43,7 @@ class Plan:
     """Student's and teacher's per step and replica, where every context is as long as it may be."""
     pair_order: str
     schedule: bubble.Simulated
+    output_layer: OutputLayer
 
     def misfit(self) -> str | None:
         """One sentence where a stage, or a server's share of the weights, does not fit its GPU; None where all fit."""
@@ -121,6 +123,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         num_microbatches=num_microbatches,
         pair_order=pair_order,
         schedule=schedule,
+        output_layer=choose_output_layer(config, load.vocab_size),
     )
 
 

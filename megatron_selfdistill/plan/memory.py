@@ -15,6 +15,7 @@ from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.model.output_layer import choose_output_layer
 from megatron_selfdistill.plan.stages import Stage
 
 GIB = 2**30
@@ -217,12 +218,12 @@ def teacher_row_bytes(config: Config, transformer: TransformerConfig, load: Load
 
 
 def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """Of one microbatch whose tokens are all response tokens: the logits of student and teacher, the first of which
-    becomes the gradient in place, and the full-width rows that both are projected from."""
-    streams = 2 if config.objective == "self_distillation" else 1
+    """Of one microbatch whose tokens are all response tokens: the logits that exist at a time, with the gradient that
+    takes their place, and the full-width rows that they are projected from."""
+    layer = choose_output_layer(config, load.vocab_size)
     tokens = load.seq_length / transformer.context_parallel_size
-    columns = load.vocab_size / transformer.tensor_model_parallel_size + transformer.hidden_size
-    return streams * tokens * columns * element_size(config)
+    hidden = layer.hidden_rows(tokens) * transformer.hidden_size * element_size(config)
+    return layer.logit_rows(tokens) * layer.row_bytes + hidden
 
 
 def _gib(parts: dict[str, float]) -> dict[str, float]:

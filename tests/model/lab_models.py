@@ -86,6 +86,24 @@ def with_dropout(pre_process: bool, post_process: bool) -> GPTModel:
     return gpt
 
 
+class SoftCapped(GPTModel):
+    def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 30 * torch.tanh(super()._postprocess(*args, **kwargs) / 30)
+
+
+def that_caps_its_logits(pre_process: bool, post_process: bool) -> GPTModel:
+    gpt = model_provider(pre_process, post_process)
+    gpt.__class__ = SoftCapped
+    return gpt
+
+
+def with_scaled_logits(pre_process: bool, post_process: bool) -> GPTModel:
+    """As later versions of Megatron Core can be told."""
+    gpt = model_provider(pre_process, post_process)
+    gpt.config.use_mup = True
+    return gpt
+
+
 def no_gpt(pre_process: bool, post_process: bool) -> torch.nn.Module:
     return torch.nn.Linear(2, 2)
 

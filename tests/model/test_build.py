@@ -88,6 +88,8 @@ def refusal(provider: str, parallel: ParallelConfig) -> str:
             "built with expert_model_parallel_size=2, but parallel.expert_model_parallel_size is 1",
         ),
         ("lab_models.that_gathers_its_logits", ParallelConfig(), "must build with parallel_output=True"),
+        ("lab_models.that_caps_its_logits", ParallelConfig(), "SoftCapped has a _postprocess of its own"),
+        ("lab_models.with_scaled_logits", ParallelConfig(), "use_mup multiplies the logits behind the output layer"),
         ("lab_models.with_dropout", ParallelConfig(), "dropout makes the student"),
         ("lab_models.without_vp_stage", PP2_VPP2, "must take vp_stage"),
         ("lab_models.absent", ParallelConfig(), "got 'lab_models.absent'; module 'lab_models' has no attribute"),

@@ -20,6 +20,7 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
+from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.teacher import Teacher
 
 
@@ -38,7 +39,7 @@ def reverse_kl_to_capped_mix(s: torch.Tensor, t: torch.Tensor, w: float = 0.75) 
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def gradients_of_plain_autograd(cap: float | None) -> tuple[float, dict, dict]:
+def gradients_of_plain_autograd(cap: float | None, fusion: Fusion | None) -> tuple[float, dict, dict]:
     """(loss, by autograd, by the schedule); ``cap`` weights each token by min(p / mu, cap), some made-up mu."""
     model = models.model_config("tied")
     chunks, grid = models.build(model, ParallelConfig())
@@ -68,7 +69,7 @@ def gradients_of_plain_autograd(cap: float | None) -> tuple[float, dict, dict]:
     for chunk in student:
         chunk.zero_grad_buffer()
     batch = pack(contexts(), max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False)
-    loss_of = schedule.self_distillation(Target(), Divergence())
+    loss_of = schedule.self_distillation(Target(), Divergence(), fusion)
     weight = TruncatedImportance(sampled, cap) if cap is not None else None
     vocab = layouts.vocab_shard(student, grid)
     output = schedule.run(student, teacher, batch, loss_of, grid, vocab, row_weight=weight)
@@ -80,9 +81,10 @@ def gradients_of_plain_autograd(cap: float | None) -> tuple[float, dict, dict]:
     return float(loss), plain, ours
 
 
+@pytest.mark.parametrize("fusion", [None, Fusion("keep_gradient", 5), Fusion("low_memory", 5)], ids=str)
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_gradient_equals_plain_autograd_one_context_at_a_time(ranks, cap):
-    loss, plain, ours = ranks.run(gradients_of_plain_autograd, cap, world_size=1)[0]
+def test_gradient_equals_plain_autograd_one_context_at_a_time(ranks, cap, fusion):
+    loss, plain, ours = ranks.run(gradients_of_plain_autograd, cap, fusion, world_size=1)[0]
     assert loss > 0.005
     worst, where = worst_difference(ours, plain)
     assert worst <= 1e-5, f"{where}: {worst:.1e}"

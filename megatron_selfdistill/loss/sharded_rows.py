@@ -1,0 +1,79 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Hidden rows of tokens between the ranks of a tensor-parallel group: together for a GEMM, their gradients back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowPlacement:
+    """Where the rows of the student's tokens lie.
+
+    group: the tensor-parallel group; None for one rank.
+    gathered_rows: None where each rank holds all rows.  Else [R] int64, distinct: each rank holds [n, h] of its own, n
+    equal on all ranks, and token i belongs to row gathered_rows[i] of all ranks' rows in rank order.
+    """
+
+    group: dist.ProcessGroup | None
+    gathered_rows: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return group_size(self.group)
+
+    def start_gathering(self, held: Tensor) -> Callable[[], Tensor]:
+        """[R, h] of all tokens from what the rank holds, while other work goes on; call what is returned to wait."""
+        order = self.gathered_rows
+        if order is None:
+            return lambda: held
+        if self.size == 1 or len(held) == 0:
+            return lambda: held.index_select(0, order)
+        everyones = held.new_empty(self.size * held.shape[0], held.shape[1])
+        handle = dist.all_gather_into_tensor(everyones, held.contiguous(), group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            handle.wait()
+            return everyones.index_select(0, order)
+
+        return wait
+
+    def start_reducing(self, gradient: Tensor, held: Tensor) -> Callable[[], Tensor]:
+        """The sum over ranks of gradients [R, h] of all tokens' rows, while other work goes on; call what is returned
+        to wait for it.  It has the shape of ``held``: rows that belong to no token get 0."""
+        out = gradient
+        if self.gathered_rows is not None:
+            everyones = gradient.new_zeros(self.size * held.shape[0], held.shape[1])
+            gradient = everyones.index_copy_(0, self.gathered_rows, gradient)
+            out = gradient if self.size == 1 else gradient.new_empty(held.shape)
+        if self.size == 1 or len(held) == 0:
+            return lambda: out
+        if self.gathered_rows is not None:
+            handle = dist.reduce_scatter_tensor(out, gradient, group=self.group, async_op=True)
+        else:
+            handle = dist.all_reduce(out, group=self.group, async_op=True)
+
+        def wait(summand: Tensor = gradient) -> Tensor:  # lives as long as it is being read
+            handle.wait()
+            return out
+
+        return wait
+
+
+def gather_width(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[R, h] from the slices [R, h / tp] of the width that the ranks hold in their order."""
+    size = group_size(group)
+    if size == 1 or len(part) == 0:
+        return part.repeat(1, size)
+    slices = part.new_empty(size * part.shape[0], part.shape[1])
+    dist.all_gather_into_tensor(slices, part.contiguous(), group=group)
+    return slices.unflatten(0, (size, part.shape[0])).transpose(0, 1).flatten(1)
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Ranks of the group; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
