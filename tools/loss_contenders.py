@@ -1,0 +1,344 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Who is measured by benchmark_loss.py, and on what: this project's loss, naive PyTorch, and the peers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_selfdistill import cpu  # noqa: F401  (before megatron.core)
+from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
+from megatron_selfdistill.loss.fused_linear import MODES, fused_distillation_loss
+
+W = 0.75
+TARGET = Target(teacher_weight=W)
+Run = Callable[[], tuple[Tensor | None, Tensor | None]]
+"""Forward and backward: (loss per row, gradient of what came in), None where they are not this project's."""
+
+
+@dataclass
+class Case:
+    """One size: inputs of this rank, equal for all contenders."""
+
+    tokens: int
+    vocab: int
+    hidden: int | None
+    dtype: torch.dtype
+    device: torch.device
+    shard: VocabShard
+    kind: str
+    student: Tensor = field(init=False)
+    teacher: Tensor = field(init=False)
+    response: Tensor = field(init=False)
+    states: tuple[Tensor, Tensor] = field(init=False)
+    weight: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=self.device)
+
+        if self.hidden is None:
+            rank = 0 if self.shard.group is None else dist.get_rank(self.shard.group)
+            generator.manual_seed(rank)
+            # Rows like those of a language model: a few likely columns, a long tail, a teacher that mostly agrees.
+            scores = -1.2 * torch.arange(1, self.shard.size + 1, device=self.device).log()
+            student = scores[torch.randperm(self.shard.size, generator=generator, device=self.device)]
+            self.student = (student + normal(self.tokens, self.shard.size)).to(self.dtype)
+            self.teacher = (self.student + 0.5 * normal(self.tokens, self.shard.size)).to(self.dtype)
+        else:
+            states = normal(self.tokens, self.hidden), normal(self.tokens, self.hidden)
+            self.states = states[0].to(self.dtype), (states[0] + 0.3 * states[1]).to(self.dtype)
+            self.weight = (normal(self.shard.size, self.hidden) * 2 / math.sqrt(self.hidden)).to(self.dtype)
+        self.response = torch.randint(self.vocab, (self.tokens,), device=self.device, generator=generator)
+
+    @property
+    def u(self) -> int:
+        """Bytes."""
+        return self.tokens * self.shard.size * 2
+
+    @property
+    def divergence(self) -> Divergence:
+        return Divergence(self.kind)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``prepare(case) -> run`` is not timed; ``run() -> (loss per row or None, gradient or None)`` is."""
+
+    name: str
+    prepare: Callable[[Case], Run]
+    same_loss: bool = True
+    """Whether the loss is this project's, so that an error can be told."""
+    by_design: int | None = None
+    """u, where kernels do the work."""
+
+
+# -- contenders from logits ------------------------------------------------------------------------------------------
+
+
+def naive(case: Case) -> Run:
+    """Two log-softmaxes in float32, 30 halvings of the interval of k, KL by autograd; the whole vocabulary only."""
+    student = case.student.clone().requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        student.grad = None
+        log_p = student.float().log_softmax(-1)
+        with torch.no_grad():
+            mix = W * case.teacher.float() + student.float()
+            wanted = -(log_p.exp() * log_p).sum(-1)
+            low = torch.full_like(wanted, 1 / (1 + W))
+            high = torch.full_like(wanted, 16 / (1 + W))
+            for _ in range(30):
+                middle = (low + high) / 2
+                log_q = (middle[:, None] * mix).log_softmax(-1)
+                soft = -(log_q.exp() * log_q).sum(-1) > wanted
+                low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
+            log_q = (low[:, None] * mix).log_softmax(-1)
+        if case.kind == "forward_kl":
+            loss = (log_q.exp() * (log_q - log_p)).sum(-1)
+        elif case.kind == "reverse_kl":
+            loss = (log_p.exp() * (log_p - log_q)).sum(-1)
+        else:
+            log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+            loss = ((log_q.exp() * (log_q - log_m)).sum(-1) + (log_p.exp() * (log_p - log_m)).sum(-1)) / 2
+        loss.sum().backward()
+        assert student.grad is not None
+        return loss.detach(), student.grad
+
+    return run
+
+
+def ours(**options: Any) -> Callable[[Case], Run]:
+    """`distillation_loss`, the gradient written over the student's logits."""
+
+    def prepare(case: Case) -> Run:
+        student = case.student.clone()
+
+        def run() -> tuple[Tensor, Tensor]:
+            logits = student.detach().requires_grad_()
+            stats = distillation_loss(
+                logits,
+                case.teacher,
+                case.response,
+                target=TARGET,
+                divergence=case.divergence,
+                vocab=case.shard,
+                inplace_backward=True,
+                **options,
+            )
+            (gradient,) = torch.autograd.grad(stats.loss.sum(), logits)
+            return stats.loss.detach(), gradient
+
+        return run
+
+    return prepare
+
+
+def megatron_cross_entropy(fused: bool) -> Callable[[Case], Run]:
+    """Megatron's loss of next-token training: less work, the lower bar."""
+
+    def prepare(case: Case) -> Run:
+        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+        from megatron.core.parallel_state import get_tensor_model_parallel_group
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        student = case.student.clone().requires_grad_()
+        target = case.response.unsqueeze(1)
+
+        def run() -> tuple[Tensor, Tensor]:
+            student.grad = None
+            logits = student.unsqueeze(1)
+            if fused:
+                loss = fused_vocab_parallel_cross_entropy(logits, target, get_tensor_model_parallel_group())
+            else:
+                loss = vocab_parallel_cross_entropy(logits, target)
+            loss.sum().backward()
+            assert student.grad is not None
+            return loss.detach(), student.grad
+
+        return run
+
+    return prepare
+
+
+def liger_jsd(case: Case) -> Run:
+    """liger-kernel's JSD of two given rows of log-probabilities: no mixed target, no shards."""
+    from liger_kernel.transformers import LigerJSD
+
+    student, jsd = case.student.clone().requires_grad_(), LigerJSD()
+
+    def run() -> tuple[None, Tensor]:
+        student.grad = None
+        jsd(student.float().log_softmax(-1), case.teacher.float().log_softmax(-1)).backward()
+        assert student.grad is not None
+        return None, student.grad
+
+    return run
+
+
+# -- contenders from hidden states ----------------------------------------------------------------------------------
+
+
+def gemms(case: Case) -> Run:
+    """The four products alone: logits of teacher and student, gradients of hidden states and weight."""
+    (student, teacher), weight = case.states, case.weight
+
+    def run() -> tuple[None, None]:
+        teacher @ weight.t()
+        gradient = student @ weight.t()
+        gradient @ weight
+        gradient.t() @ student
+        return None, None
+
+    return run
+
+
+def materialised(**options: Any) -> Callable[[Case], Run]:
+    """Both logits in full, then `distillation_loss`."""
+
+    def prepare(case: Case) -> Run:
+        hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+
+        def run() -> tuple[Tensor, Tensor]:
+            hidden.grad = weight.grad = None
+            with torch.no_grad():
+                teacher = case.states[1] @ weight.t()
+            stats = distillation_loss(
+                hidden @ weight.t(),
+                teacher,
+                case.response,
+                target=TARGET,
+                divergence=case.divergence,
+                vocab=case.shard,
+                inplace_backward=True,
+                **options,
+            )
+            stats.loss.sum().backward()
+            assert hidden.grad is not None
+            return stats.loss.detach(), hidden.grad
+
+        return run
+
+    return prepare
+
+
+def fused(mode: str, chunk_tokens: int, **options: Any) -> Callable[[Case], Run]:
+    """`fused_distillation_loss`: no logits beyond a chunk of tokens, but for what ``mode`` keeps."""
+
+    def prepare(case: Case) -> Run:
+        hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+
+        def run() -> tuple[Tensor, Tensor]:
+            hidden.grad = weight.grad = None
+            stats = fused_distillation_loss(
+                hidden,
+                case.states[1],
+                weight,
+                weight,
+                case.response,
+                target=TARGET,
+                divergence=case.divergence,
+                vocab=case.shard,
+                chunk_tokens=chunk_tokens,
+                mode=mode,
+                **options,
+            )
+            stats.loss.sum().backward()
+            assert hidden.grad is not None
+            return stats.loss.detach(), hidden.grad
+
+        return run
+
+    return prepare
+
+
+def liger_distillation(case: Case) -> Run:
+    """liger-kernel's fused linear JSD, in chunks of tokens: no mixed target, no shards; written for torch.compile."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(0.0, 1.0, compiled=case.device.type == "cuda")
+    hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+
+    def run() -> tuple[None, Tensor]:
+        hidden.grad = weight.grad = None
+        loss(hidden, weight, case.states[1], case.weight, case.response).backward()
+        assert hidden.grad is not None
+        return None, hidden.grad
+
+    return run
+
+
+def liger_fused_linear_jsd(case: Case) -> Run:
+    """liger-kernel's other fused linear JSD, with a Triton kernel."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD()
+    hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+
+    def run() -> tuple[None, Tensor]:
+        hidden.grad = weight.grad = None
+        loss(hidden, weight, case.states[1], case.weight, case.response).backward()
+        assert hidden.grad is not None
+        return None, hidden.grad
+
+    return run
+
+
+def contenders(arguments: argparse.Namespace, device: torch.device, tp_size: int) -> list[Contender]:
+    """Those that can run here; the others are named on standard error, with the reason."""
+    gpu, whole = device.type == "cuda", tp_size == 1
+    liger = importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("triton") is not None
+    jsd = arguments.divergence == "jsd"
+    if arguments.hidden is None:
+        found = [
+            (Contender("naive PyTorch", naive), "the whole vocabulary on one rank", whole),
+            (Contender("torch", ours(backend="torch")), "", True),
+            (Contender("torch, solver fast", ours(backend="torch", solver="fast")), "", True),
+            (Contender("triton", ours(backend="triton"), by_design=9 if jsd else 7), "a GPU", gpu),
+            (
+                Contender("triton, solver fast", ours(backend="triton", solver="fast"), by_design=7 if jsd else 5),
+                "a GPU",
+                gpu,
+            ),
+            (Contender("Megatron's cross entropy", megatron_cross_entropy(False), same_loss=False), "", True),
+            (Contender("Megatron's fused cross entropy", megatron_cross_entropy(True), same_loss=False), "", True),
+            (
+                Contender("liger-kernel's JSD", liger_jsd, same_loss=False),
+                "liger-kernel, a GPU, the whole vocabulary on one rank",
+                liger and gpu and whole,
+            ),
+        ]
+    else:
+        found = [
+            (Contender("4 products alone", gemms, same_loss=False), "", True),
+            (Contender("materialised", materialised()), "", True),
+            *((Contender(f"fused, {mode}", fused(mode, arguments.chunk)), "", True) for mode in MODES),
+            (
+                Contender("liger-kernel's fused linear JSD, chunked", liger_distillation, same_loss=False),
+                "liger-kernel, the whole vocabulary on one rank",
+                liger and whole,
+            ),
+            (
+                Contender("liger-kernel's fused linear JSD, Triton", liger_fused_linear_jsd, same_loss=False),
+                "liger-kernel, a GPU, the whole vocabulary on one rank",
+                liger and gpu and whole,
+            ),
+        ]
+    for contender, needs, there in found:
+        if not there:
+            print(f"left out: {contender.name}, which needs {needs}", file=sys.stderr)
+    return [contender for contender, _, there in found if there]
