@@ -78,7 +78,7 @@ class FusedLoss:
             chunk_tokens=self.fusion.chunk_tokens,
             mode=self.fusion.mode,
             gathered_rows=gathered_rows,
-            weight_gradient=MainGrad(weight) if student.output_layer.gradient_accumulation_fusion else None,
+            weight_gradient=MainGrad.of(weight, student.output_layer),
         )
 
 
@@ -119,19 +119,29 @@ def _forward_of(layer: torch.nn.Module, forward: Callable[[Tensor, Tensor | None
 
 @dataclass(frozen=True)
 class MainGrad:
-    """A `WeightGradient` under ``gradient_accumulation_fusion``, as in `ColumnParallelLinear`: apex's kernel adds to
-    the float32 ``main_grad``; autograd is handed a tensor of the right shape, so that DDP's hook fires, and the hook is
-    told not to add it."""
+    """A `WeightGradient` that adds each chunk's to DDP's float32 ``main_grad``, in backward: by apex's kernel under
+    ``gradient_accumulation_fusion``, as `ColumnParallelLinear` does, else rounded once to the weight's dtype, as DDP's
+    hook does.  Autograd is handed a tensor of the right shape, so that the hook fires, and the hook is told not to add
+    it."""
 
     weight: Any
+    by_kernel: bool
+
+    @classmethod
+    def of(cls, weight: Any, layer: torch.nn.Module) -> MainGrad | None:
+        """None for a weight that DDP has not wrapped: its gradient is autograd's."""
+        if not hasattr(weight, "grad_added_to_main_grad"):
+            return None
+        return cls(weight, bool(layer.gradient_accumulation_fusion))
 
     def add(self, hidden: Tensor, gradient: Tensor) -> None:
-        layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden, gradient, self.weight.main_grad)
+        if self.by_kernel:
+            layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden, gradient, self.weight.main_grad)
+        else:
+            self.weight.main_grad.add_(gradient.t().mm(hidden))
 
     def for_autograd(self) -> Tensor | None:
         weight = self.weight
-        if not hasattr(weight, "grad_added_to_main_grad"):
-            return None
         weight.grad_added_to_main_grad = True
         # Tied on one stage: autograd adds the embedding's gradient to this one, and DDP's hook adds the sum.
         zeros = getattr(weight, "zero_out_wgrad", False)

@@ -22,7 +22,7 @@ from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelCo
 from megatron_selfdistill.config.compose import from_mapping
 from megatron_selfdistill.model import build, output_layer
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.output_layer import Fusion, OutputLayer, choose_output_layer, unfusable
+from megatron_selfdistill.model.output_layer import Fusion, MainGrad, OutputLayer, choose_output_layer, unfusable
 
 MODES = ("keep_gradient", "low_memory")
 FUSIONS = {mode: Fusion(mode, 5) for mode in MODES}  # 5 tokens: of a microbatch's 1 to 50
@@ -135,6 +135,23 @@ def test_the_kernel_is_called_for_a_microbatch_or_for_each_of_its_chunks(ranks):
     (whole,) = ranks.run(rows_of_calls, FUSIONS["keep_gradient"], world_size=1)[0]
     chunks = ranks.run(rows_of_calls, FUSIONS["low_memory"], world_size=1)[0]
     assert whole == sum(chunks) > 50 and set(chunks[:-1]) == {5}
+
+
+def test_without_the_kernel_a_gradient_in_chunks_is_no_less_exact_than_in_one_product():
+    torch.manual_seed(0)
+    hidden, gradient = torch.randn(256, 16).bfloat16(), torch.randn(256, 48).bfloat16()
+    exact = gradient.double().t() @ hidden.double()
+    weight = torch.nn.Parameter(torch.zeros(48, 16, dtype=torch.bfloat16))
+    layer = torch.nn.Module()
+    layer.gradient_accumulation_fusion = False
+    assert MainGrad.of(weight, layer) is None  # DDP has not wrapped it
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(48, 16), False
+    adds = MainGrad.of(weight, layer)
+    for chunk in range(0, 256, 8):
+        adds.add(hidden[chunk : chunk + 8], gradient[chunk : chunk + 8])
+    once = gradient.t() @ hidden
+    assert (weight.main_grad - exact).norm() <= 1.1 * (once.double() - exact).norm()
+    assert adds.for_autograd().shape == weight.shape and weight.grad_added_to_main_grad
 
 
 OVERLAPPED = OptimizerConfig(
