@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_selfdistill import cpu  # noqa: F401  (before megatron.core)
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
-from megatron_selfdistill.loss.fused_linear import MODES, fused_distillation_loss
+from megatron_selfdistill.loss.fused_linear import FUSED_MODES, fused_distillation_loss
 
 W = 0.75
 TARGET = Target(teacher_weight=W)
@@ -248,7 +248,7 @@ def fused(mode: str, chunk_tokens: int, **options: Any) -> Callable[[Case], Run]
                 hidden,
                 case.states[1],
                 weight,
-                weight,
+                None,
                 case.response,
                 target=TARGET,
                 divergence=case.divergence,
@@ -326,7 +326,7 @@ def contenders(arguments: argparse.Namespace, device: torch.device, tp_size: int
         found = [
             (Contender("4 products alone", gemms, same_loss=False), "", True),
             (Contender("materialised", materialised()), "", True),
-            *((Contender(f"fused, {mode}", fused(mode, arguments.chunk)), "", True) for mode in MODES),
+            *((Contender(f"fused, {mode}", fused(mode, arguments.chunk)), "", True) for mode in FUSED_MODES),
             (
                 Contender("liger-kernel's fused linear JSD, chunked", liger_distillation, same_loss=False),
                 "liger-kernel, the whole vocabulary on one rank",
