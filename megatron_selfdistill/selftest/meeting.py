@@ -174,10 +174,10 @@ class Meeting:
         while not self._closing.wait(_WATCH_S):
             try:
                 if self._told(["broken off"]):
-                    os._exit(1)
+                    _exit()
                 why = self._overdue() if self.rank == 0 and self._check is not None else None
             except RuntimeError:  # torch's DistError: whoever keeps the store is gone, and with it the launch
-                os._exit(1)
+                _exit()
             if why is not None:
                 self._break_off(why)
 
@@ -206,13 +206,20 @@ class Meeting:
             sentence = f"{failed[0].outcome.error}; then {who}" if failed else who
             seconds = time.monotonic() - self._began
             self._broken_off(Outcome(error=sentence, name=self._check or "", seconds=seconds))
-            sys.stdout.flush()
             with self._lock, contextlib.suppress(RuntimeError):
                 self._store.set("broken off", sentence)
             time.sleep(4 * _WATCH_S)  # for the others to read it where this process keeps the store
-            os._exit(1)
+            _exit()
         except BaseException:
-            os._exit(1)
+            _exit()
+
+
+def _exit() -> None:
+    """Whatever the main thread does, which may be in the middle of printing; what was printed is not lost."""
+    flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flushing.start()
+    flushing.join(1.0)
+    os._exit(1)
 
 
 def _joined(reports: list[_Report]) -> Outcome:
