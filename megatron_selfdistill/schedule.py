@@ -54,13 +54,20 @@ class StepOutput:
     """[R] of the rows' losses; None where all are 1."""
 
 
-def self_distillation(target: Target, divergence: Divergence) -> RowLoss:
+def self_distillation(target: Target, divergence: Divergence, backend: str | None = None) -> RowLoss:
     """The distillation loss with this target and divergence (loss/vocab_parallel.py), as a `RowLoss`."""
 
     def loss(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
         assert teacher is not None
         return distillation_loss(
-            student, teacher, response_tokens, target=target, divergence=divergence, vocab=vocab, inplace_backward=True
+            student,
+            teacher,
+            response_tokens,
+            target=target,
+            divergence=divergence,
+            vocab=vocab,
+            inplace_backward=True,
+            backend=backend,
         )
 
     return loss

@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Compile the loss's Triton kernels without a GPU and print what the compiler made of them, as a Markdown table.
 
-    python tools/kernel_report.py [--arch 80 90 100] [--json FILE]
+    python tools/kernel_report.py [--arch 80 90 100] [--kernel NAME ...] [--json FILE]
 
 Every kernel is compiled as runs use it, with ptxas, for each architecture (80: A100, 90: H100 and H200, 100: B200).
-Loads are those of logits: 16 bytes each where rows begin on 16-byte boundaries.  Exits with 1 where a kernel spills.
+Exits with 1 where a kernel spills registers.  Rows of logits are taken to begin on 16-byte boundaries, as they do.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ ARCHITECTURES = (80, 90, 100)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--kernel", nargs="+", help="only these, by the names in the first column")
     parser.add_argument("--json", type=Path, help="also write the table as JSON to this file")
     arguments = parser.parse_args()
-    reports = [measure(case, arch) for case in cases() for arch in arguments.arch]
+    chosen = [case for case in cases() if arguments.kernel is None or case.name in arguments.kernel]
+    reports = [measure(case, arch) for case in chosen for arch in arguments.arch]
     print(table(reports))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
@@ -44,13 +46,12 @@ class Case:
     types: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
-    reads_logits: bool
 
 
 @dataclass(frozen=True)
 class Report:
-    """registers per thread; spills, shared: bytes; wide_loads, narrow_loads, wide_stores, narrow_stores: instructions
-    of 16 bytes, and of fewer, that touch blocks of logits outside the masked last block."""
+    """registers per thread; spills, shared: bytes; wide_loads, wide_stores: instructions of 16 bytes, those of logits
+    (a row's last block, which a mask cuts, takes narrow ones); barriers: instructions."""
 
     name: str
     arch: int
@@ -74,16 +75,16 @@ def cases() -> Iterator[Case]:
         tokens = {"tokens": "*i64", "argmaxes": "*i32", "first_column": "i32"}
         for num_betas, doubled in ((5, 0b11110), (9, 0b111101110), (1, 0)):
             constants = {**summing, "J": num_betas, "DOUBLED": doubled, "HAS_TOKENS": True}
-            yield Case(f"first pass, {num_betas} betas, {dtype}", first, logits | tokens, constants, 1, True)
+            yield Case(f"first pass, {num_betas} betas, {dtype}", first, logits | tokens, constants, 1)
         for kind in (False, True):
             name = f"second pass{', forward KL' if kind else ''}, {dtype}"
             constants = {**summing, "WITH_FORWARD": kind}
-            yield Case(name, kernels._second_pass_kernel, logits | tokens, constants, 1, True)
-        yield Case(f"JSD pass, {dtype}", kernels._jsd_pass_kernel, logits, summing, 1, True)
+            yield Case(name, kernels._second_pass_kernel, logits | tokens, constants, 1)
+        yield Case(f"JSD pass, {dtype}", kernels._jsd_pass_kernel, logits, summing, 1)
         for i, kind in enumerate(kernels.KINDS):
             constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": kernels.GRADIENT_BLOCK}
             name, warps = f"gradient, {kind}, {dtype}", kernels.GRADIENT_WARPS
-            yield Case(name, kernels._gradient_kernel, logits, constants, warps, True)
+            yield Case(name, kernels._gradient_kernel, logits, constants, warps)
     double = dict.fromkeys(("state", "shifts", "exact"), "*fp64")
     double |= {"tokens": "*i64", "statuses": "*i64", "agreements": "*u8"}
     for parts in (1, 8):
@@ -92,11 +93,11 @@ def cases() -> Iterator[Case]:
         for num_betas, favoured in ((5, 0), (9, 4)):
             constants = {"J": num_betas, "NUM_GRID": num_betas, "FAVOURED": favoured}
             name = f"solve, {num_betas} betas, {parts} parts"
-            yield Case(name, solve_kernels._solve_kernel, double, sizes | constants, 1, False)
+            yield Case(name, solve_kernels._solve_kernel, double, sizes | constants, 1)
         for columns in (SECOND_PASS, SECOND_PASS_FORWARD):
             constants = {"NUM_GRID": 5, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True, "NUM_COLUMNS": len(columns)}
             name = f"finish{', forward KL' if columns is SECOND_PASS_FORWARD else ''}, {parts} parts"
-            yield Case(name, solve_kernels._finish_kernel, double, sizes | constants, 1, False)
+            yield Case(name, solve_kernels._finish_kernel, double, sizes | constants, 1)
 
 
 def measure(case: Case, arch: int) -> Report:

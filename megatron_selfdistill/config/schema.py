@@ -446,6 +446,9 @@ class LossConfig:
     """reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
     jsd_lambda: float = 0.5
     """The mixture weight of q in the generalised Jensen-Shannon divergence."""
+    backend: str | None = None
+    """torch, or triton (kernels for NVIDIA GPUs).  null: triton where the logits are on a GPU and triton is installed,
+    else torch; the log says which and why."""
     rollout_correction: str = "none"
     """none, or truncated: each token's loss is weighted by min(p / mu, rollout_correction_cap), p the student's
     probability of the token and mu that of the distribution it was drawn from (another engine's, or the guided mix)."""
@@ -453,6 +456,8 @@ class LossConfig:
     """Largest importance weight."""
 
     def __post_init__(self) -> None:
+        if self.backend is not None:
+            _one_of("loss.backend", self.backend, ["torch", "triton"])
         _one_of("loss.rollout_correction", self.rollout_correction, ["none", "truncated"])
         _require(
             self.rollout_correction_cap > 0,

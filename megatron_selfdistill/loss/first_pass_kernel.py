@@ -1,11 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-# ruff: noqa: RUF005, SIM108 - Triton compiles `tuple + tuple` and `if`, not (*tuple,), nor every ternary.
+# mypy: disable-error-code="assignment, misc"
+# ruff: noqa: RUF005
 """The Triton kernel of the first pass: everything about both rows from one read of them.
 
 One program of one warp per row and part of a row.  Each lane keeps sums of its own, relative to the running maxima,
 which are scalars: in the steady state nothing crosses lanes but one vote per block.  Where a block holds a new
 maximum or a column that does not exist, a branch moves the sums to the new maximum: S_k of x + d is a binomial of
-S_0 .. S_k of x, times e^(beta d).
+S_0 .. S_k of x, times e^(beta d).  A block is summed before it is added: added one by one, many small terms would
+vanish in a long sum.
 
 The largest column so far, e^0 = 1, stays out of the sums ("tail") and is put back when another takes its place.
 The mix is x = w (t - teacher_max) + (s - mix_ref): differences first, so logits of any height lose no digits; that
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from megatron_selfdistill.loss.kernel_math import LOG2_E, columns_of, exponential, sum_of, sum_of_products
 
 BOTH, STUDENT_ONLY, TEACHER_ONLY = 0, 1, 2
 """What the mix is made of: w t + s, s alone (w = 0), t alone (teacher_alone)."""
@@ -158,10 +162,7 @@ def _mixed(s, y, z, mix_ref, mix_weight, MIX: tl.constexpr):
 def _is_unusual(y, z, x, MIX: tl.constexpr):
     """Whether the block holds a new maximum, or a column that does not exist: x of one is -inf, or y or z."""
     highest = tl.max(tl.maximum(tl.maximum(y, z), x), 1)
-    if MIX == _BOTH:
-        lowest = tl.min(x, 1)
-    else:
-        lowest = tl.min(tl.minimum(y, z), 1)
+    lowest = tl.min(x, 1) if MIX == _BOTH else tl.min(tl.minimum(y, z), 1)
     # NaN, which a maximum may or may not hand on, spoils the sums either way.
     unusual = (highest > 0) | (highest != highest) | (lowest < _UNUSUAL)
     return tl.max(unusual.to(tl.int32), 0) > 0
@@ -220,7 +221,7 @@ def _raised(side, values, columns, lane):
     argmax = tl.where(higher, _column_of(values, highest, columns), side[1])
     step, displaced = _step(side[0], maximum)
     total = side[2] + tl.where(lane == 0, displaced.to(tl.float32), 0.0)
-    scale = tl.exp(step)
+    scale = exponential(step)
     return (maximum, argmax, scale * total, scale * (side[3] + step * total))
 
 
@@ -251,7 +252,7 @@ def _moved_moments(moments, betas, step, put_back, J: tl.constexpr):
     """S0 - 1, S1, S2, S3 of x + step instead of x, with the displaced column put back into S0."""
     out = ()
     for j in tl.static_range(J):
-        scale = tl.exp(tl.load(betas + j) * step)
+        scale = exponential(tl.load(betas + j) * step)
         s0, s1, s2, s3 = moments[4 * j] + put_back, moments[4 * j + 1], moments[4 * j + 2], moments[4 * j + 3]
         out = out + (
             scale * s0,
@@ -264,26 +265,24 @@ def _moved_moments(moments, betas, step, put_back, J: tl.constexpr):
 
 @triton.jit
 def _with_block(side, shifted):
-    e = tl.exp(shifted)
-    return (side[0], side[1], side[2] + tl.sum(e, 1), side[3] + tl.sum(e * shifted, 1))
+    es, values = columns_of(exponential(shifted)), columns_of(shifted)
+    return (side[0], side[1], side[2] + sum_of(es), side[3] + sum_of_products(es, values))
 
 
 @triton.jit
 def _with_moments(moments, x, betas, J: tl.constexpr, DOUBLED: tl.constexpr):
     square = x * x
-    cube = square * x
+    xs, squares, cubes = columns_of(x), columns_of(square), columns_of(square * x)
     e = x
     out = ()
     for j in tl.static_range(J):
-        if (DOUBLED >> j) & 1:
-            e = e * e
-        else:
-            e = tl.exp(x * tl.load(betas + j))
+        e = e * e if DOUBLED >> j & 1 else tl.exp2(x * (tl.load(betas + j) * LOG2_E))
+        es = columns_of(e)
         out = out + (
-            moments[4 * j] + tl.sum(e, 1),
-            moments[4 * j + 1] + tl.sum(e * x, 1),
-            moments[4 * j + 2] + tl.sum(e * square, 1),
-            moments[4 * j + 3] + tl.sum(e * cube, 1),
+            moments[4 * j] + sum_of(es),
+            moments[4 * j + 1] + sum_of_products(es, xs),
+            moments[4 * j + 2] + sum_of_products(es, squares),
+            moments[4 * j + 3] + sum_of_products(es, cubes),
         )
     return out
 

@@ -9,6 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponential(a):
+    """e^a, float32.  tl.exp would spend three more instructions on results below 1e-38; here they are 0."""
+    return tl.exp2(a * LOG2_E)
+
 
 @triton.jit
 def exp_minus_one(a):
@@ -16,7 +24,7 @@ def exp_minus_one(a):
     series = 1 / 5040 + a * (1 / 40320)
     series = 1 / 24 + a * (1 / 120 + a * (1 / 720 + a * series))
     series = a * (1 + a * (1 / 2 + a * (1 / 6 + a * series)))
-    return tl.where(a > -0.5, series, tl.exp(a) - 1)
+    return tl.where(a > -0.5, series, exponential(a) - 1)
 
 
 @triton.jit
@@ -75,3 +83,40 @@ def highest_of(values):
     spoilt = tl.max((values != values).to(tl.int32), 1) > 0
     known = tl.where(values == values, values, float("-inf"))
     return tl.where(spoilt, float("nan"), tl.max(known, 1))
+
+
+@triton.jit
+def columns_of(block):
+    """The 4 or 8 columns of a lane, [lanes, n] -> n times [lanes]: registers of one thread, no data moves."""
+    if block.shape[1] == 8:
+        even, odd = tl.split(tl.reshape(block, [block.shape[0], 2, 2, 2]))
+        columns = _four_of(even) + _four_of(odd)
+    else:
+        columns = _four_of(tl.reshape(block, [block.shape[0], 2, 2]))
+    return columns
+
+
+@triton.jit
+def _four_of(block):
+    even, odd = tl.split(block)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return (first, second, third, fourth)
+
+
+@triton.jit
+def sum_of(columns):
+    """Per lane.  tl.sum would add products that it has rounded; here each product and its addition are one fma."""
+    total = columns[0]
+    for i in tl.static_range(1, len(columns)):
+        total += columns[i]
+    return total
+
+
+@triton.jit
+def sum_of_products(columns, others):
+    """Per lane."""
+    total = columns[0] * others[0]
+    for i in tl.static_range(1, len(columns)):
+        total += columns[i] * others[i]
+    return total

@@ -1,5 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-# ruff: noqa: RUF005 - Triton compiles `tuple + tuple` and `if`, not (*tuple,), nor every ternary.
+# mypy: disable-error-code="assignment, misc"
+# ruff: noqa: RUF005
 """The passes over one vocabulary shard as Triton kernels: the contracts of ``row_sums``, one read per row and pass.
 
 The first pass, the second and that of the JSD run one program of one warp per row and part of a row, each lane
@@ -16,7 +17,14 @@ from torch import Tensor
 from megatron_selfdistill.loss.divergence import KINDS, Divergence
 from megatron_selfdistill.loss.first_pass_kernel import BOTH, STUDENT_ONLY, TEACHER_ONLY, first_pass_kernel, load
 from megatron_selfdistill.loss.grid import Grid
-from megatron_selfdistill.loss.kernel_math import exp_minus_one, log_one_plus
+from megatron_selfdistill.loss.kernel_math import (
+    columns_of,
+    exp_minus_one,
+    exponential,
+    log_one_plus,
+    sum_of,
+    sum_of_products,
+)
 from megatron_selfdistill.loss.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants, Shard
 
 LANES = 32
@@ -224,16 +232,27 @@ def _second_pass_kernel(
         y, x = _shifted(s, t, constants, mix_weight, MIX)
         p, q, d = _ratio(y, x, constants)
         difference = _q_minus_p(p, q, d)
-        qy, reverse_kl, mean = q * y, difference - p * d, p * x
-        forward_kl = q * d - difference
+        qy, reverse_kl, forward_kl = q * y, difference - p * d, q * d - difference
         q = tl.where(offsets == argmax - start, 0.0, q)
         square = x * x
-        terms = (q, q * x, q * square, q * square * x, q * square * square, reverse_kl, mean)
+        qs, xs, squares = columns_of(q), columns_of(x), columns_of(square)
+        cubes, ps = columns_of(square * x), columns_of(p)
+        terms = (
+            sum_of(qs),
+            sum_of_products(qs, xs),
+            sum_of_products(qs, squares),
+            sum_of_products(qs, cubes),
+            sum_of_products(columns_of(q * square), squares),  # q first: FLOOR^4 is no float32
+            sum_of(columns_of(reverse_kl)),
+            sum_of_products(ps, xs),
+        )
         if WITH_FORWARD:
-            terms = terms + (forward_kl, qy, qy * x, qy * square, qy * square * x)
+            qys = columns_of(qy)
+            terms = terms + (sum_of(columns_of(forward_kl)), sum_of(qys), sum_of_products(qys, xs))
+            terms = terms + (sum_of_products(qys, squares), sum_of_products(qys, cubes))
         new = ()
         for i in tl.static_range(N):
-            new = new + (total[i] + tl.sum(terms[i], 1),)
+            new = new + (total[i] + terms[i],)
         total = new
     out = sums + (part.to(tl.int64) * num_rows + row) * N
     for i in tl.static_range(N):
@@ -281,8 +300,8 @@ def _jsd_pass_kernel(
         over_larger = _log_mixture_over_larger(d, jsd_lambda)
         # minimum and maximum may drop a NaN of d, which p or q still hold
         over_p, over_q = over_larger + tl.maximum(d, 0.0), tl.minimum(d, 0.0) - over_larger
-        jsd += tl.sum(jsd_lambda * (q * over_q) - (1 - jsd_lambda) * (p * over_p), 1)
-        kl_p_mixture -= tl.sum(p * over_p, 1)
+        jsd += sum_of(columns_of(jsd_lambda * (q * over_q) - (1 - jsd_lambda) * (p * over_p)))
+        kl_p_mixture -= sum_of_products(columns_of(p), columns_of(over_p))
     out = sums + (part.to(tl.int64) * num_rows + row) * 2
     tl.store(out, tl.sum(jsd, 0))
     tl.store(out + 1, tl.sum(kl_p_mixture, 0))
@@ -367,7 +386,7 @@ def _shifted(s, t, constants, mix_weight, MIX: tl.constexpr):
 def _ratio(y, x, constants):
     """p, q and log q - log p."""
     log_p, log_q = y - constants[3], x * constants[4] - constants[5]
-    return tl.exp(log_p), tl.exp(log_q), log_q - log_p
+    return exponential(log_p), exponential(log_q), log_q - log_p
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-# ruff: noqa: RUF005 - Triton compiles `tuple + tuple` and `if`, not (*tuple,), nor every ternary.
+# mypy: disable-error-code="assignment, misc"
+# ruff: noqa: RUF005
 """What happens between the passes as two Triton kernels: the formulas of ``row_statistics`` and ``entropy_match``.
 
 In PyTorch these are hundreds of operations on [T, J] numbers, whose launches take a GPU longer than its passes over the
