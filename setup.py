@@ -37,6 +37,8 @@ EXTRAS = {
     "vllm": ["vllm>=0.32,<0.33"],
     "te": ["transformer-engine[pytorch]>=2.9,<3"],
     "dev": [
+        # On CUDA torch brings its own.  Here for the kernels' tests, which need no GPU.
+        'triton>=3.4,<4; platform_system == "Linux" and platform_machine == "x86_64"',
         "pytest>=8,<10",
         "hypothesis>=6.100",
         "ruff>=0.17,<0.18",  # its formatting changes between minor versions

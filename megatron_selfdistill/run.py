@@ -24,6 +24,7 @@ from megatron_selfdistill.evaluate import EvaluationResult, evaluate
 from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary
 from megatron_selfdistill.inference import new_chunks
 from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.loss.backend import in_use
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target, solve_batch_k
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
@@ -54,6 +55,7 @@ class Run:
     def __init__(self, config: Config, inputs: Inputs, grid: Grid) -> None:
         self.config, self.inputs, self.grid = config, inputs, grid
         self.run_dir = Path(config.run_dir)
+        self.loss_backend = self._loss_backend()
         self.phases = Phases(grid.device)
         self.checkpointer = Checkpointer(
             self.run_dir,
@@ -293,6 +295,15 @@ class Run:
             self.sampler = make_sampler(config, self.inputs, self.chunks, grid)
         self.rollouts = Rollouts(config, self.inputs, grid, self.sampler, self.phases, self._learnabilities)
 
+    def _loss_backend(self) -> str:
+        """What computes the loss, and why, for the log; raises `ConfigError` where what is configured cannot."""
+        dtype = torch.bfloat16 if self.config.optimizer.precision == "bf16" else torch.float32
+        try:
+            name, why = in_use(self.config.loss.backend, self.grid.device, dtype)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return f"{'Triton kernels' if name == 'triton' else 'PyTorch'} ({why})"
+
     def _checkpoint_to_resume(self) -> Path | None:
         latest = self.checkpointer.latest()
         if latest is not None and not self.config.checkpoint.resume:
@@ -353,9 +364,8 @@ class Run:
 
     def _distillation_loss(self, target: Target) -> schedule.RowLoss | FusedLoss:
         loss = self.config.loss
-        return schedule.self_distillation(
-            target, Divergence(loss.divergence, loss.jsd_lambda), self.output_layer.fusion
-        )
+        divergence = Divergence(loss.divergence, loss.jsd_lambda)
+        return schedule.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
 
     def _learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         self.sampler.sleep()

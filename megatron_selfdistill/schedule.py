@@ -57,16 +57,25 @@ class StepOutput:
     """[R] of the rows' losses; None where all are 1."""
 
 
-def self_distillation(target: Target, divergence: Divergence, fusion: Fusion | None = None) -> RowLoss | FusedLoss:
+def self_distillation(
+    target: Target, divergence: Divergence, backend: str | None = None, *, fusion: Fusion | None = None
+) -> RowLoss | FusedLoss:
     """The distillation loss with this target and divergence: of logits (loss/vocab_parallel.py) or, with ``fusion``, of
     hidden states (loss/fused_linear.py)."""
     if fusion is not None:
-        return FusedLoss(target, divergence, fusion)
+        return FusedLoss(target, divergence, fusion, backend)
 
     def loss(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
         assert teacher is not None
         return distillation_loss(
-            student, teacher, response_tokens, target=target, divergence=divergence, vocab=vocab, inplace_backward=True
+            student,
+            teacher,
+            response_tokens,
+            target=target,
+            divergence=divergence,
+            vocab=vocab,
+            inplace_backward=True,
+            backend=backend,
         )
 
     return loss

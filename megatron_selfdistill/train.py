@@ -144,6 +144,7 @@ def _announce(run: Run) -> None:
         f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}",
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
+        *([f"loss: {run.loss_backend}"] if run.distils else []),
         f"{len(run.inputs.problems)} {kind} ({counts.truncated} with a shortened solution; left out: "
         f"{counts.dropped} too long, {run.inputs.problems.num_skipped} bad); "
         f"contexts of at most {run.inputs.max_length} tokens",

@@ -132,7 +132,7 @@ def run(case: Case) -> Outcome:
                 student,
                 teacher.chunks,
                 batch,
-                schedule.self_distillation(Target(), Divergence(case.divergence), case.fusion),
+                schedule.self_distillation(Target(), Divergence(case.divergence), fusion=case.fusion),
                 grid,
                 vocab,
                 pair_order=case.pair_order,

@@ -446,6 +446,9 @@ class LossConfig:
     """reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
     jsd_lambda: float = 0.5
     """The mixture weight of q in the generalised Jensen-Shannon divergence."""
+    backend: str | None = None
+    """torch, or triton (kernels for NVIDIA GPUs).  null: triton where the logits are on a GPU and triton is installed,
+    else torch; the log says which and why."""
     rollout_correction: str = "none"
     """none, or truncated: each token's loss is weighted by min(p / mu, rollout_correction_cap), p the student's
     probability of the token and mu that of the distribution it was drawn from (another engine's, or the guided mix)."""
@@ -463,6 +466,8 @@ class LossConfig:
     cluster.gpu_memory_gb."""
 
     def __post_init__(self) -> None:
+        if self.backend is not None:
+            _one_of("loss.backend", self.backend, ["torch", "triton"])
         if self.fused is not None:
             _one_of("loss.fused", self.fused, ["none", "keep_gradient", "low_memory"])
         _at_least(1, "loss", self, "fused_chunk_tokens")

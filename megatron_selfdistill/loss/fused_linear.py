@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_selfdistill.loss.backend import Backend, chosen
 from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.row_sums import RowConstants, Shard, write_gradient
+from megatron_selfdistill.loss.row_sums import RowConstants, Shard
 from megatron_selfdistill.loss.sharded_rows import RowPlacement, gather_width
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, _forward, _sum_dtype
+from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, _forward, _shard
 
 FUSED_MODES = ("keep_gradient", "low_memory")
 
@@ -56,6 +57,7 @@ def fused_distillation_loss(
     mode: str = "keep_gradient",
     gathered_rows: Tensor | None = None,
     weight_gradient: WeightGradient | None = None,
+    backend: str | None = None,
 ) -> TokenStats:
     """``distillation_loss(hidden_s @ student_weight^T, hidden_t @ teacher_weight^T, ...)`` of R response tokens.
 
@@ -69,14 +71,23 @@ def fused_distillation_loss(
     Gradient: to student_hidden (summed over the ranks; with gathered_rows that of the rank's own rows, 0 where no token
     is) and to student_weight.  The incoming gradient may differ between tokens.  weight_gradient: takes the weight's,
     within backward only; without it autograd gets it in the weight's dtype.
-    Statistics, ranks, -inf and NaN: as `distillation_loss`.
+    Statistics, ranks, backend, -inf and NaN: as `distillation_loss`.
     Collectives: per chunk those of `distillation_loss`, and one all-gather of the teacher's rows where they are cut.
     With gathered_rows one all-gather in forward and another in backward.  In backward one all-reduce of dgrad, or one
     reduce-scatter for gathered_rows, while the last wgrad GEMM runs; low_memory gathers the teacher's rows again.
     Raises: ValueError if shapes or dtypes do not fit.
     """
     placement = RowPlacement(vocab.group, gathered_rows)
-    layer = _Layer(target, divergence, vocab, chunk_tokens, response_tokens.shape[0], placement, weight_gradient)
+    layer = _Layer(
+        target,
+        divergence,
+        vocab,
+        chosen(backend, student_hidden, teacher_hidden),
+        chunk_tokens,
+        response_tokens.shape[0],
+        placement,
+        weight_gradient,
+    )
     _check(layer, mode, student_hidden, teacher_hidden, student_weight, teacher_weight, response_tokens)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
@@ -99,6 +110,7 @@ class _Layer:
     target: Target
     divergence: Divergence
     vocab: VocabShard
+    backend: Backend
     chunk_tokens: int
     num_tokens: int
     placement: RowPlacement
@@ -110,15 +122,14 @@ class _Layer:
             yield slice(start, min(start + self.chunk_tokens, self.num_tokens))
 
     def shard(self, student_logits: Tensor, teacher_logits: Tensor) -> Shard:
-        valid = slice(0, self.vocab.num_valid)
-        dtype = _sum_dtype(student_logits, teacher_logits)
-        return Shard(student_logits[:, valid], teacher_logits[:, valid], self.target.mix_weights, dtype)
+        return _shard(student_logits, teacher_logits, self.target, self.vocab)
 
     def write_gradient(
         self, shard: Shard, constants: RowConstants, centre: Tensor, grad_loss: Tensor, out: Tensor
     ) -> None:
         """Into ``out`` [n, V / tp], which may be the student's logits; 0 at padding columns."""
-        write_gradient(shard, constants, centre, self.divergence, grad_loss, out[:, : self.vocab.num_valid])
+        valid = out[:, : self.vocab.num_valid]
+        self.backend.write_gradient(shard, constants, centre, self.divergence, grad_loss, valid)
         out[:, self.vocab.num_valid :] = 0
 
 
@@ -176,7 +187,7 @@ def _forward_chunks(layer: _Layer, logits: _Logits, response_tokens: Tensor) -> 
     for tokens in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
         shard = layer.shard(student_logits, teacher_logits)
-        forward = _forward(shard, response_tokens[tokens], layer.target, layer.divergence, layer.vocab)
+        forward = _forward(shard, response_tokens[tokens], layer.target, layer.divergence, layer.vocab, layer.backend)
         if logits.kept is not None:
             unit = torch.ones_like(forward.centre)
             layer.write_gradient(shard, forward.constants, forward.centre, unit, logits.kept[tokens])

@@ -12,15 +12,91 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.entropy_match import Cumulants, GridSolution, polish
-from megatron_selfdistill.loss.row_sums import (
-    FIRST_PASS,
-    SECOND_PASS,
-    SECOND_PASS_FORWARD,
-    RowConstants,
-    Shard,
-)
-from megatron_selfdistill.loss.target import mixed_logits
+from megatron_selfdistill.loss.entropy_match import Cumulants, GridSolution, polish, solve_on_grid
+from megatron_selfdistill.loss.grid import Grid
+from megatron_selfdistill.loss.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants
+from megatron_selfdistill.loss.target import mixed_logits, status_given, token_status
+
+
+@dataclass(frozen=True)
+class RowResults:
+    """What `TokenStats` reports of every row, [T] each, and the constants for the passes at the final beta.
+
+    In the dtype of the sums but for beta and log_normaliser (of `TargetSolution`), which are float64.
+    """
+
+    constants: RowConstants
+    beta: Tensor
+    log_normaliser: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    target_entropy: Tensor
+    status: Tensor
+    student_log_prob: Tensor
+    teacher_log_prob: Tensor
+    target_log_prob: Tensor
+    top1_agreement: Tensor
+    grid_entropies: Tensor
+
+
+@dataclass(frozen=True)
+class Solving:
+    """Every row between the two passes; ``constants`` is what the second one takes."""
+
+    rows: Rows
+    solution: GridSolution
+    constants: RowConstants
+
+
+def solve_rows(gathered: Tensor, grid: Grid) -> Solving:
+    """Merge the parts of ``first_pass``, [parts, T, ...] in rank order, and find the beta of every row on the grid."""
+    rows = Rows.merge(gathered.double(), grid)
+    if grid.given:
+        beta = torch.full_like(rows.student.entropy, grid.betas[-1])
+        solution = GridSolution.given(beta, rows.mix.log_sum[:, -1])
+    else:
+        solution = solve_on_grid(
+            grid.betas, rows.mix, rows.student.entropy, rows.max_entropy, favoured=grid.favoured, dtype=grid.dtype
+        )
+    return Solving(rows, solution, rows.constants(solution.beta, solution.log_sum, grid.dtype))
+
+
+def finish_rows(
+    solving: Solving, gathered: Tensor, grid: Grid, response_tokens: Tensor | None, vocab_size: int
+) -> RowResults:
+    """Merge the parts of ``second_pass``, [parts, T, ...], polish beta there, and say what there is to say.
+
+    Without ``response_tokens`` the three log-probs are NaN.
+    """
+    rows, dtype = solving.rows, grid.dtype
+    final = Final.polish(solving.solution, rows, gathered.double(), solving.constants, dtype)
+    if response_tokens is None:
+        response_tokens = torch.full_like(final.beta, -1, dtype=torch.int64)
+    log_probs = rows.log_probs(response_tokens, final.beta, final.log_sum, vocab_size)
+    student_log_prob, teacher_log_prob, target_log_prob = (value.to(dtype) for value in log_probs)
+    status = status_given(final.beta)
+    if not grid.given:
+        ends = grid.betas[0], grid.betas[grid.num_grid - 1]
+        status = token_status(rows.student.entropy, final.entropy, final.beta, *ends, grid.lowest_is_bound)
+    highest = mixed_logits(rows.student.maximum, rows.teacher.maximum, *grid.mix_weights) + rows.mix_max
+    return RowResults(
+        constants=rows.constants(final.beta, final.log_sum, dtype),
+        beta=final.beta,
+        log_normaliser=final.beta * highest + final.log_sum,
+        reverse_kl=final.reverse_kl.to(dtype),
+        forward_kl=final.forward_kl.to(dtype),
+        student_entropy=rows.student.entropy.to(dtype),
+        teacher_entropy=rows.teacher.entropy.to(dtype),
+        target_entropy=final.entropy.to(dtype),
+        status=status,
+        student_log_prob=student_log_prob,
+        teacher_log_prob=teacher_log_prob,
+        target_log_prob=target_log_prob,
+        top1_agreement=rows.top1_agreement,
+        grid_entropies=rows.grid_entropies[:, : grid.num_grid].to(dtype),
+    )
 
 
 @dataclass(frozen=True)
@@ -37,7 +113,7 @@ class Softmax:
 
     @classmethod
     def merge(cls, maximum: Tensor, tail: Tensor, first: Tensor, argmax: Tensor) -> Softmax:
-        """From the ranks' maxima, sums and argmaxes, [tp_size, T] each."""
+        """From the parts' maxima, sums and argmaxes, [parts, T] each."""
         top = maximum.amax(0)
         shift = (maximum - top).clamp(min=FLOOR)
         weight, total = shift.exp(), 1 + tail
@@ -54,7 +130,7 @@ class Rows:
 
     mix: [T, J] of x at every beta; grid_entropies: the same as entropies.
     mix_max: [T] max of w z + y, with y and z relative to the maxima of s and t; x is relative to it.
-    shift: [tp_size, T] the maximum of x on each rank.
+    shift: [parts, T] the maximum of x in each part.
     max_entropy: [T] log of the number of columns with m > -inf.
     one_sided: [T] bool: whether some column exists for p only; for q only.
     token_logits: [T] the student's and the teacher's logit of the response token.
@@ -72,8 +148,8 @@ class Rows:
     mix_weights: tuple[float, float]
 
     @classmethod
-    def merge(cls, gathered: Tensor, betas: list[float], shard: Shard) -> Rows:
-        """From [tp_size, T, FIRST_PASS + 4 J + the 2 token logits]."""
+    def merge(cls, gathered: Tensor, grid: Grid) -> Rows:
+        """From [parts, T, FIRST_PASS + 4 J + the 2 token logits]."""
         column = dict(zip(FIRST_PASS, gathered.unbind(2), strict=False))
         sides = [
             Softmax.merge(*(column[f"{side}_{name}"] for name in ("max", "tail", "first", "argmax")))
@@ -83,27 +159,27 @@ class Rows:
         local = [
             torch.where(torch.isneginf(column[name]), 0.0, column[name]) for name in ("student_max", "teacher_max")
         ]
-        local_max = mixed_logits(local[0], local[1], *shard.mix_weights) + column["mix_max"]
-        reference = mixed_logits(student.maximum, teacher.maximum, *shard.mix_weights)
+        local_max = mixed_logits(local[0], local[1], *grid.mix_weights) + column["mix_max"]
+        reference = mixed_logits(student.maximum, teacher.maximum, *grid.mix_weights)
         # Rounded to what the passes over the logits can subtract, and taken as the reference from here on.
-        mix_max = (local_max.amax(0) - reference).to(shard.dtype).double()
+        mix_max = (local_max.amax(0) - reference).to(grid.dtype).double()
         shift = (local_max - (reference + mix_max)).clamp(min=FLOOR)
 
-        grid = torch.tensor(betas, dtype=torch.float64, device=gathered.device)
+        betas = torch.tensor(grid.betas, dtype=torch.float64, device=gathered.device)
         moments = gathered[:, :, len(FIRST_PASS) : -2].unflatten(2, (len(betas), 4)).unbind(3)
-        mix = _merge_moments(moments, shift[:, :, None], grid)
+        mix = _merge_moments(moments, shift[:, :, None], betas)
         num_student, num_mix, num_both = (column[name].sum(0) for name in ("num_student", "num_mix", "num_both"))
         return cls(
             student=student,
             teacher=teacher,
             mix=mix,
-            grid_entropies=mix.entropy(grid),
+            grid_entropies=mix.entropy(betas),
             mix_max=mix_max,
             shift=shift,
             max_entropy=num_mix.log(),
             one_sided=(num_student > num_both, num_mix > num_both),
             token_logits=(gathered[:, :, -2].sum(0), gathered[:, :, -1].sum(0)),
-            mix_weights=shard.mix_weights,
+            mix_weights=grid.mix_weights,
         )
 
     @property
@@ -129,7 +205,7 @@ class Rows:
 
 
 def _merge_moments(moments: tuple[Tensor, ...], shift: Tensor, beta: Tensor) -> Cumulants:
-    """The cumulants of x, from the ranks' S0 - 1, S1, S2, S3 relative to their own maxima."""
+    """The cumulants of x, from the parts' S0 - 1, S1, S2, S3 relative to their own maxima."""
     tail, s1, s2, s3 = moments
     s0, weight = 1 + tail, (beta * shift).exp()
     return Cumulants.from_sums(
@@ -159,7 +235,7 @@ class Final:
         constants: RowConstants,
         dtype: torch.dtype,
     ) -> Final:
-        """From [tp_size, T, SECOND_PASS or its longer form], taken at ``solution.beta``."""
+        """From [parts, T, SECOND_PASS or its longer form], taken at ``solution.beta``."""
         names = SECOND_PASS if gathered.shape[2] == len(SECOND_PASS) else SECOND_PASS_FORWARD
         part = dict(zip(names, gathered.sum(0).unbind(1), strict=True))
         beta, assumed = solution.beta, constants.log_sum.double()
@@ -170,7 +246,7 @@ class Final:
             scale * part[name] + (tops * shift**power).sum(0)
             for power, name in enumerate(("tail", "first", "second", "third", "fourth"))
         )
-        tail = tail - 1  # each rank's largest column stands in ``tops``, and the largest of all is 1
+        tail = tail - 1  # each part's largest column stands in ``tops``, and the largest of all is 1
         cumulants = Cumulants.from_sums(tail, *sums[:3])
         fourth = cumulants.fourth(*(value / (1 + tail) for value in sums[1:]))
         polished = polish(solution, cumulants, fourth, rows.student.entropy, rows.max_entropy, dtype=dtype)

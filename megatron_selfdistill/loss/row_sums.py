@@ -26,6 +26,7 @@ from megatron_selfdistill.loss.divergence import (
     reverse_kl_gradient,
     reverse_kl_terms,
 )
+from megatron_selfdistill.loss.grid import Grid
 from megatron_selfdistill.loss.target import mixed_logits
 
 CHUNK_BYTES = {"cpu": 1 << 20, "other": 32 << 20}
@@ -34,12 +35,17 @@ CHUNK_BYTES = {"cpu": 1 << 20, "other": 32 << 20}
 
 @dataclass(frozen=True)
 class Shard:
-    """The valid columns of both logits on this rank, [T, num_valid], and how they are mixed and summed."""
+    """The valid columns of both logits on this rank, [T, num_valid], and how they are mixed and summed.
+
+    num_parts: into how many parts a pass cuts each row; their sums are merged as those of ranks are.  1 here: only the
+    Triton kernels cut.
+    """
 
     student: Tensor
     teacher: Tensor
     mix_weights: tuple[float, float]
     dtype: torch.dtype
+    num_parts: int = 1
 
     def chunks(self) -> Iterator[slice]:
         """Slices of rows."""
@@ -49,12 +55,12 @@ class Shard:
         return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
     def over_rows(self, work: Callable[[slice], Tensor], num_outputs: int) -> Tensor:
-        """[T, num_outputs]: ``work`` on every chunk, zeros on a shard of padding only."""
+        """[1, T, num_outputs]: ``work`` on every chunk, zeros on a shard of padding only."""
         out = self.student.new_zeros(self.student.shape[0], num_outputs, dtype=self.dtype)
         if self.student.shape[1]:
             for rows in self.chunks():
                 out[rows] = work(rows)
-        return out
+        return out[None]
 
 
 @dataclass(frozen=True)
@@ -91,14 +97,15 @@ FIRST_PASS = (
 Indices and counts stay below 2^24: exact in float32."""
 
 
-def first_pass(shard: Shard, betas: Sequence[float], doubled: Sequence[int]) -> tuple[Tensor, Tensor]:
+def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
     """Maxima, sums of exponentials and moment sums of this shard's columns, relative to its own maxima.
 
-    betas: J values.
-    doubled: indices of those that are twice the one before, and whose exponentials may be squares of its own.
-    Returns: [T, len(FIRST_PASS) + 4 J], FIRST_PASS and then S0 - 1, S1, S2, S3 of x for each beta; and the
-    local argmax of m [T].  On a shard of padding only, the maxima are -inf and the sums 0.
+    response_tokens: [T] int64, global ids; start: the global column of the shard's first one.
+    Returns: [num_parts, T, len(FIRST_PASS) + 4 J + 2]: FIRST_PASS, argmaxes as global columns; S0 - 1, S1, S2, S3 of x
+    for each beta; the student's and the teacher's logit of the response token, 0 where another part holds it.  And the
+    local argmax of m, [num_parts, T].  On a part of padding only, the maxima are -inf and the sums 0.
     """
+    betas, doubled = grid.betas, grid.doubled
     mix_argmax = torch.zeros(shard.student.shape[0], dtype=torch.int64, device=shard.student.device)
 
     def work(rows: slice) -> Tensor:
@@ -120,8 +127,21 @@ def first_pass(shard: Shard, betas: Sequence[float], doubled: Sequence[int]) -> 
     sums = shard.over_rows(work, len(FIRST_PASS) + 4 * len(betas))
     if shard.student.shape[1] == 0:
         for name in ("student_max", "teacher_max", "mix_max"):
-            sums[:, FIRST_PASS.index(name)] = -torch.inf
-    return sums, mix_argmax
+            sums[..., FIRST_PASS.index(name)] = -torch.inf
+    for name in ("student_argmax", "teacher_argmax"):
+        sums[..., FIRST_PASS.index(name)] += start
+    return torch.cat([sums, _token_logits(shard, response_tokens, start)[None]], dim=2), mix_argmax[None]
+
+
+def _token_logits(shard: Shard, response_tokens: Tensor | None, start: int) -> Tensor:
+    num_rows, num_valid = shard.student.shape
+    if num_valid == 0 or response_tokens is None:
+        return shard.student.new_zeros(num_rows, 2, dtype=shard.dtype)
+    local = response_tokens - start
+    here = ((local >= 0) & (local < num_valid))[:, None]
+    column = local.clamp(0, num_valid - 1)[:, None]
+    both = [logits.gather(1, column).to(shard.dtype) for logits in (shard.student, shard.teacher)]
+    return torch.where(here, torch.cat(both, dim=1), 0.0)
 
 
 def _without_minus_inf(maximum: Tensor) -> Tensor:
@@ -156,11 +176,12 @@ SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2", "y3")
 
 
 def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, forward_kl: bool) -> Tensor:
-    """Moments of x under q with the given normaliser, and the divergences: [T, 7], for forward KL [T, 12].
+    """Moments of x under q with the given normaliser, and the divergences: [num_parts, T, 7], for forward KL 12.
 
-    tail .. fourth: sums of q x^k without the shard's largest column; student_mean: sum of p x;
+    tail .. fourth: sums of q x^k without the part's largest column; student_mean: sum of p x;
     reverse_kl, forward_kl: the non-negative terms of the divergence; y0 .. y3: sums of q y x^k.
     """
+    (argmax,) = mix_argmax
 
     def work(rows: slice) -> Tensor:
         chunk = constants.rows(rows)
@@ -172,7 +193,7 @@ def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, fo
             term = q * y
             divergences += [forward_kl_terms(p, q, d).sum(1), term.sum(1)]
             divergences += [term.mul_(x).sum(1) for _ in range(3)]
-        q.scatter_(1, mix_argmax[rows, None], 0.0)
+        q.scatter_(1, argmax[rows, None], 0.0)
         moments = [q.sum(1)] + [q.mul_(x).sum(1) for _ in range(4)]
         return torch.stack(moments + divergences, dim=1)
 
@@ -180,7 +201,7 @@ def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, fo
 
 
 def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor:
-    """[T, 2]: this shard's part of the JSD and of KL(p || M)."""
+    """[num_parts, T, 2]: this shard's parts of the JSD and of KL(p || M)."""
 
     def work(rows: slice) -> Tensor:
         p, q, d = _probabilities(shard, constants.rows(rows), rows)

@@ -16,26 +16,19 @@ Sums are taken in float32 (float64 for float64 logits); merging, solving and pol
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.loss.backend import Backend, chosen
 from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.entropy_match import GridSolution, solve_on_grid
-from megatron_selfdistill.loss.row_statistics import Final, Rows
-from megatron_selfdistill.loss.row_sums import (
-    FIRST_PASS,
-    RowConstants,
-    Shard,
-    first_pass,
-    jsd_pass,
-    second_pass,
-    write_gradient,
-)
-from megatron_selfdistill.loss.target import Target, beta_grid, mixed_logits, status_given, token_status
+from megatron_selfdistill.loss.grid import Grid
+from megatron_selfdistill.loss.row_statistics import RowResults
+from megatron_selfdistill.loss.row_sums import RowConstants, Shard
+from megatron_selfdistill.loss.target import Target
 
 
 @dataclass(frozen=True)
@@ -125,6 +118,7 @@ def distillation_loss(
     divergence: Divergence,
     vocab: VocabShard,
     inplace_backward: bool = False,
+    backend: str | None = None,
 ) -> TokenStats:
     """The divergence between student and mixed target of every response token, over ``vocab.group``.
 
@@ -135,6 +129,7 @@ def distillation_loss(
     Ranks: T and response_tokens are equal on all ranks of the group; so is the result.
     Gradient: to ``student_logits`` only, in their dtype; the target is a constant; 0 at padding columns.
     inplace_backward: backward writes the gradient over the student's logits; nobody may read them afterwards.
+    backend: "torch", "triton", or None for the one that fits, see ``backend.chosen``; equal on all ranks.
     -inf: a column with -inf in the student and in the teacher does not exist.  Where only the teacher has it,
     q = 0, and KL(p || q) is +inf with a gradient that is not finite: mask such columns in the student too, or
     use another divergence.  Where only the student has it, p = q = 0; under teacher_alone KL(q || p) is +inf.
@@ -145,11 +140,10 @@ def distillation_loss(
     """
     _check_logits("distillation_loss", student_logits, teacher_logits, vocab)
     _check_tokens(student_logits, response_tokens)
-    dtype = _sum_dtype(student_logits, teacher_logits)
+    chosen_backend = chosen(backend, student_logits, teacher_logits)
     with torch.no_grad():
-        valid = slice(0, vocab.num_valid)
-        shard = Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
-        forward = _forward(shard, response_tokens, target, divergence, vocab)
+        shard = _shard(student_logits, teacher_logits, target, vocab)
+        forward = _forward(shard, response_tokens, target, divergence, vocab, chosen_backend)
     loss = _HandWrittenBackward.apply(
         student_logits,
         teacher_logits,
@@ -159,6 +153,7 @@ def distillation_loss(
         divergence,
         shard,
         inplace_backward,
+        chosen_backend,
     )
     forward.stats.loss = loss
     return forward.stats
@@ -182,10 +177,6 @@ def _check_tokens(student_logits: Tensor, response_tokens: Tensor) -> None:
         )
 
 
-def _sum_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-
-
 @dataclass(frozen=True)
 class TargetSolution:
     """Of T rows, equal on all ranks of the group, float64: log q = beta m - log_normaliser, with m of ``Target``."""
@@ -196,57 +187,38 @@ class TargetSolution:
     """[T] log of the sum of e^(beta m), to the accuracy of the sums (float32, or float64 for float64 logits)."""
 
 
-def solve_target(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> TargetSolution:
+def solve_target(
+    student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard, *, backend: str | None = None
+) -> TargetSolution:
     """The beta of every row and the normaliser that goes with it, as `distillation_loss` finds them, bit for bit.
 
-    Shapes, ranks, -inf and NaN as there; there is no response token, no divergence and no gradient.
+    Shapes, ranks, backend, -inf and NaN as there; there is no response token, no divergence and no gradient.
     Cost: two all-gathers over ``vocab.group``.
     Raises: ValueError if shapes do not fit.
     """
     _check_logits("solve_target", student_logits, teacher_logits, vocab)
-    dtype = _sum_dtype(student_logits, teacher_logits)
     with torch.no_grad():
-        valid = slice(0, vocab.num_valid)
-        shard = Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
-        no_token = shard.student.new_zeros(shard.student.shape[0], 2, dtype=dtype)
-        solved = _solve(shard, no_token, target, vocab, forward_kl=False)
-        rows, beta = solved.rows, solved.final.beta
-        highest = mixed_logits(rows.student.maximum, rows.teacher.maximum, *target.mix_weights) + rows.mix_max
-        return TargetSolution(beta, beta * highest + solved.final.log_sum)
+        shard = _shard(student_logits, teacher_logits, target, vocab)
+        chosen_backend = chosen(backend, student_logits, teacher_logits)
+        _, rows = _two_passes(shard, None, Grid.of(target, shard.dtype), vocab, chosen_backend, forward_kl=False)
+        return TargetSolution(rows.beta, rows.log_normaliser)
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """The polished solution of all rows, what it came from, and the betas of the grid."""
-
-    rows: Rows
-    final: Final
-    grid: list[float]
+def _shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    valid = slice(0, vocab.num_valid)
+    return Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
 
 
-def _solve(shard: Shard, token_logits: Tensor, target: Target, vocab: VocabShard, *, forward_kl: bool) -> _Solved:
-    """Two passes and two gathers; ``token_logits [T, 2]`` travel with the first, ``forward_kl`` with the second."""
-    dtype = shard.dtype
-    grid = _representable(beta_grid(target), dtype)
-    favoured = min(range(len(grid)), key=lambda j: abs(grid[j] * target.geometric_k - 1))
-    betas = grid if target.rule != "batch" else [*grid, *_representable([target.given_beta], dtype)]
-
-    doubled = [j for j in range(1, len(betas)) if j != favoured and betas[j] == 2 * betas[j - 1]]
-    sums, mix_argmax = first_pass(shard, betas, doubled)
-    sums[:, [FIRST_PASS.index("student_argmax"), FIRST_PASS.index("teacher_argmax")]] += vocab.start
-    rows = Rows.merge(_gather(torch.cat([sums, token_logits], dim=1), vocab.group), betas, shard)
-
-    if target.given_beta is None:
-        solution = solve_on_grid(
-            betas, rows.mix, rows.student.entropy, rows.max_entropy, favoured=favoured, dtype=dtype
-        )
-    else:
-        beta = torch.full_like(rows.student.entropy, betas[-1])
-        solution = GridSolution.given(beta, rows.mix.log_sum[:, -1])
-
-    constants = rows.constants(solution.beta, solution.log_sum, dtype)
-    part = _gather(second_pass(shard, constants, mix_argmax, forward_kl=forward_kl), vocab.group)
-    return _Solved(rows, Final.polish(solution, rows, part, constants, dtype), grid)
+def _two_passes(
+    shard: Shard, response_tokens: Tensor | None, grid: Grid, vocab: VocabShard, backend: Backend, *, forward_kl: bool
+) -> tuple[Shard, RowResults]:
+    """The shard as the passes cut it, and what they say: two gathers."""
+    shard = replace(shard, num_parts=backend.num_parts(shard.student.shape[0], vocab.size))
+    sums, mix_argmax = backend.first_pass(shard, grid, response_tokens, vocab.start)
+    solving = backend.solve_rows(_gather(sums, vocab.group), grid)
+    sums = backend.second_pass(shard, solving.constants, mix_argmax, forward_kl=forward_kl)
+    return shard, backend.finish_rows(solving, _gather(sums, vocab.group), grid, response_tokens, vocab.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -259,78 +231,51 @@ class _Forward:
 
 
 def _forward(
-    shard: Shard, response_tokens: Tensor, target: Target, divergence: Divergence, vocab: VocabShard
+    shard: Shard,
+    response_tokens: Tensor,
+    target: Target,
+    divergence: Divergence,
+    vocab: VocabShard,
+    backend: Backend,
 ) -> _Forward:
-    dtype, device = shard.dtype, shard.student.device
-    token_logits = _token_logits(shard, response_tokens - vocab.start)
-    solved = _solve(shard, token_logits, target, vocab, forward_kl=divergence.kind == "forward_kl")
-    rows, final, grid = solved.rows, solved.final, solved.grid
-
-    constants = rows.constants(final.beta, final.log_sum, dtype)
-    loss = centre = final.reverse_kl
-    if divergence.kind == "forward_kl":
-        loss = final.forward_kl
+    grid = Grid.of(target, shard.dtype)
+    with_forward_kl = divergence.kind == "forward_kl"
+    shard, rows = _two_passes(shard, response_tokens, grid, vocab, backend, forward_kl=with_forward_kl)
+    loss = centre = rows.reverse_kl
+    if with_forward_kl:
+        loss = rows.forward_kl
     elif divergence.kind == "jsd":
-        loss, centre = _gather(jsd_pass(shard, constants, divergence.jsd_lambda), vocab.group).sum(0).unbind(1)
+        parts = _gather(backend.jsd_pass(shard, rows.constants, divergence.jsd_lambda), vocab.group)
+        loss, centre = parts.double().sum(0).to(shard.dtype).unbind(1)
         loss = loss.clamp(min=0)
-    student_log_prob, teacher_log_prob, target_log_prob = rows.log_probs(
-        response_tokens, final.beta, final.log_sum, vocab.vocab_size
-    )
     stats = TokenStats(
         loss=loss,
-        reverse_kl=final.reverse_kl,
-        student_entropy=rows.student.entropy,
-        teacher_entropy=rows.teacher.entropy,
-        target_entropy=final.entropy,
-        beta=final.beta,
-        status=_status(target, rows, final, grid),
-        student_log_prob=student_log_prob,
-        teacher_log_prob=teacher_log_prob,
-        target_log_prob=target_log_prob,
+        reverse_kl=rows.reverse_kl,
+        student_entropy=rows.student_entropy,
+        teacher_entropy=rows.teacher_entropy,
+        target_entropy=rows.target_entropy,
+        beta=rows.beta.to(shard.dtype),
+        status=rows.status,
+        student_log_prob=rows.student_log_prob,
+        teacher_log_prob=rows.teacher_log_prob,
+        target_log_prob=rows.target_log_prob,
         top1_agreement=rows.top1_agreement,
-        grid_betas=torch.tensor(grid, dtype=dtype, device=device),
-        grid_entropies=rows.grid_entropies[:, : len(grid)],
+        grid_betas=grid.on(loss.device)[: grid.num_grid],
+        grid_entropies=rows.grid_entropies,
     )
-    for field in fields(stats):
-        value = getattr(stats, field.name)
-        if value.is_floating_point():
-            setattr(stats, field.name, value.to(dtype))
-    return _Forward(stats, constants, centre.to(dtype))
+    return _Forward(stats, rows.constants, centre)
 
 
-def _status(target: Target, rows: Rows, final: Final, grid: list[float]) -> Tensor:
-    if target.given_beta is not None:
-        return status_given(final.beta)
-    ends = grid[0], grid[-1]
-    return token_status(rows.student.entropy, final.entropy, final.beta, *ends, target.lowest_is_bound)
-
-
-def _representable(betas: Any, dtype: torch.dtype) -> list[float]:
-    """Rounded to what ``dtype`` can hold; powers of 2 between the betas of a grid stay exact."""
-    return torch.tensor(betas, dtype=torch.float64).to(dtype).tolist()
-
-
-def _token_logits(shard: Shard, local_tokens: Tensor) -> Tensor:
-    """[T, 2] the student's and the teacher's logit of the response token; 0 where another rank holds it."""
-    num_valid = shard.student.shape[1]
-    if num_valid == 0:
-        return shard.student.new_zeros(local_tokens.shape[0], 2, dtype=shard.dtype)
-    here = ((local_tokens >= 0) & (local_tokens < num_valid))[:, None]
-    column = local_tokens.clamp(0, num_valid - 1)[:, None]
-    both = [logits.gather(1, column).to(shard.dtype) for logits in (shard.student, shard.teacher)]
-    return torch.where(here, torch.cat(both, dim=1), 0.0)
-
-
-def _gather(columns: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[T, n] of every rank -> [tp_size, T, n] float64, in rank order.
+def _gather(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[n, T, columns] of every rank -> [tp_size * n, T, columns], in rank order.
 
     Sums over ranks are taken locally from this: an all-reduce need not give every rank the same bits.
     """
-    if group is None or columns.shape[0] == 0 or dist.get_world_size(group) == 1:
-        return columns[None].double()
-    gathered = columns.new_empty(dist.get_world_size(group), *columns.shape)
-    dist.all_gather(list(gathered.unbind(0)), columns.contiguous(), group=group)
-    return gathered.double()
+    if group is None or parts.shape[1] == 0 or dist.get_world_size(group) == 1:
+        return parts
+    gathered = parts.new_empty(dist.get_world_size(group) * parts.shape[0], *parts.shape[1:])
+    dist.all_gather_into_tensor(gathered, parts.contiguous(), group=group)
+    return gathered
 
 
 class _HandWrittenBackward(torch.autograd.Function):
@@ -347,9 +292,10 @@ class _HandWrittenBackward(torch.autograd.Function):
         divergence: Divergence,
         shard: Shard,
         inplace: bool,
+        backend: Backend,
     ) -> Tensor:
         ctx.save_for_backward(student_logits, teacher_logits, centre, *constants.tensors())
-        ctx.divergence, ctx.inplace = divergence, inplace
+        ctx.divergence, ctx.inplace, ctx.backend = divergence, inplace, backend
         ctx.num_valid, ctx.mix_weights, ctx.dtype = shard.student.shape[1], shard.mix_weights, shard.dtype
         return loss.clone()
 
@@ -360,7 +306,7 @@ class _HandWrittenBackward(torch.autograd.Function):
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
         valid = slice(0, ctx.num_valid)
         shard = Shard(student_logits.detach()[:, valid], teacher_logits[:, valid], ctx.mix_weights, ctx.dtype)
-        write_gradient(
+        ctx.backend.write_gradient(
             shard,
             RowConstants(*constants),
             centre,
@@ -369,4 +315,4 @@ class _HandWrittenBackward(torch.autograd.Function):
             gradient[:, valid],
         )
         gradient[:, ctx.num_valid :] = 0
-        return gradient, *(None,) * 7
+        return gradient, *(None,) * 8

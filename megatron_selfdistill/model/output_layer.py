@@ -44,6 +44,8 @@ class FusedLoss:
     target: Target
     divergence: Divergence
     fusion: Fusion
+    backend: str | None = None
+    """Of the loss: see loss/backend.py."""
 
     def __call__(
         self,
@@ -79,6 +81,7 @@ class FusedLoss:
             mode=self.fusion.mode,
             gathered_rows=gathered_rows,
             weight_gradient=MainGrad.of(weight, student.output_layer),
+            backend=self.backend,
         )
 
 

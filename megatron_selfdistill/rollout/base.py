@@ -74,6 +74,8 @@ class SamplingParams:
     """Tokens that end a response; the one that did is its last token."""
     target: Target = field(default_factory=Target)
     """What guided requests are drawn from: the mixed target of both prompts' logits (rollout/guided.py)."""
+    loss_backend: str | None = None
+    """What solves for that target in this process, ``loss.backend``; an engine's own process chooses by itself."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")

@@ -80,6 +80,7 @@ def sampling_params(config: Config, inputs: Inputs, batch_k: float | None = None
         top_p=rollout.top_p,
         stop_token_ids=inputs.stop_token_ids,
         target=configured_target(config.target, batch_k),
+        loss_backend=config.loss.backend,
     )
 
 

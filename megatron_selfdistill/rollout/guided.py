@@ -37,7 +37,13 @@ class MixedTokens:
 
 
 def select_mixed_tokens(
-    student_logits: Tensor, teacher_logits: Tensor, uniforms: Tensor, target: Target, *, greedy: bool
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    uniforms: Tensor,
+    target: Target,
+    *,
+    greedy: bool,
+    backend: str | None = None,
 ) -> MixedTokens:
     """Draw one token per pair of rows from the mixed target, by inverting its CDF in float64.
 
@@ -46,7 +52,7 @@ def select_mixed_tokens(
     Equal logits in both rows give q = softmax(l_S), so what `base.select_tokens` draws.
 
     Shapes: both logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused
-    when greedy.  A row with NaN gives some valid token with log-probability NaN.
+    when greedy.  A row with NaN gives some valid token with log-probability NaN.  ``backend``: that of `solve_target`.
     Raises: ValueError if shapes do not fit.
     """
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
@@ -62,7 +68,7 @@ def select_mixed_tokens(
     limit = _MAX_ELEMENTS["cpu" if student_logits.device.type == "cpu" else "other"]
     rows = max(1, limit // max(1, student_logits.size(1)))
     groups = zip(student_logits.split(rows), teacher_logits.split(rows), uniforms.split(rows), strict=True)
-    drawn = [_select(student, teacher, some, target, greedy) for student, teacher, some in groups]
+    drawn = [_select(student, teacher, some, target, greedy, backend) for student, teacher, some in groups]
     token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*drawn, strict=True))
     return MixedTokens(token_ids, student_log_probs, teacher_log_probs, mixed_log_probs)
 
@@ -82,7 +88,7 @@ def longest_prompt(request: Request) -> int:
 
 
 def _select(
-    student_logits: Tensor, teacher_logits: Tensor, uniforms: Tensor, target: Target, greedy: bool
+    student_logits: Tensor, teacher_logits: Tensor, uniforms: Tensor, target: Target, greedy: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     student, teacher = student_logits.double(), teacher_logits.double()
     mix = mixed_logits(student, teacher, *target.mix_weights)
@@ -91,7 +97,8 @@ def _select(
         mixed_log_probs = mix.new_zeros(mix.size(0))
     else:
         vocab_size = mix.size(-1)
-        solution = solve_target(student_logits, teacher_logits, target, VocabShard(0, vocab_size, vocab_size))
+        vocab = VocabShard(0, vocab_size, vocab_size)
+        solution = solve_target(student_logits, teacher_logits, target, vocab, backend=backend)
         # The normaliser has the accuracy of float32 sums; what is left of it `invert_cdf` divides out.
         log_q = torch.addcmul(-solution.log_normaliser[:, None], mix, solution.beta[:, None])
         tokens, mixed_log_probs = invert_cdf(log_q.exp_(), uniforms)

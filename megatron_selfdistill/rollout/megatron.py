@@ -300,6 +300,7 @@ class MegatronSampler:
                 batch.uniforms[live, step],
                 params.target,
                 greedy=params.temperature == 0,
+                backend=params.loss_backend,
             )
             tokens = drawn.token_ids
             log_probs = [drawn.student_log_probs, drawn.mixed_log_probs, drawn.teacher_log_probs]

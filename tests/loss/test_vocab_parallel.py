@@ -253,12 +253,12 @@ def count_collectives(kind: Divergence, rule: Target, num_rows: int) -> tuple[li
 def test_two_collectives_forward_three_for_jsd_and_none_backward(
     ranks: RankPool, monkeypatch: pytest.MonkeyPatch, kind: str, count: int
 ) -> None:
-    assert "all_gather" in COLLECTIVES and "all_reduce" in COLLECTIVES
+    assert "all_gather_into_tensor" in COLLECTIVES and "all_reduce" in COLLECTIVES
     for rule in ("capped", "teacher alone"):
         for num_rows in (3, 14):
             arguments = DIVERGENCES[kind], TARGETS[rule], num_rows
             for forward, backward in ranks.run(count_collectives, *arguments, world_size=2):
-                assert forward == ["all_gather"] * count and backward == []
+                assert forward == ["all_gather_into_tensor"] * count and backward == []
 
 
 def test_no_rows_need_no_collective_and_still_take_a_backward(ranks: RankPool) -> None:

@@ -69,7 +69,7 @@ def gradients_of_plain_autograd(cap: float | None, fusion: Fusion | None) -> tup
     for chunk in student:
         chunk.zero_grad_buffer()
     batch = pack(contexts(), max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False)
-    loss_of = schedule.self_distillation(Target(), Divergence(), fusion)
+    loss_of = schedule.self_distillation(Target(), Divergence(), fusion=fusion)
     weight = TruncatedImportance(sampled, cap) if cap is not None else None
     vocab = layouts.vocab_shard(student, grid)
     output = schedule.run(student, teacher, batch, loss_of, grid, vocab, row_weight=weight)

@@ -1,0 +1,447 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What is claimed of the loss's Triton kernels: a pytest module that test_kernels.py runs in a process of its own.
+
+With TRITON_INTERPRET=1, which must be set before triton is imported, on CPU tensors in Triton's interpreter; without,
+on the GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from megatron_selfdistill.loss import (
+    Divergence,
+    Status,
+    Target,
+    TokenStats,
+    VocabShard,
+    distillation_loss,
+    kernels,
+    mixed_target,
+    row_statistics,
+    row_sums,
+    solve_kernels,
+    solve_target,
+)
+from megatron_selfdistill.loss.grid import Grid
+from megatron_selfdistill.loss.row_statistics import Rows
+from megatron_selfdistill.loss.row_sums import Shard
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+TARGETS = {
+    "capped": Target(),
+    "strict": Target(k_max=None),
+    "k_max 2.2": Target(k_max=2.2),
+    "fixed": Target("fixed", k=1.3),
+    "batch": Target("batch", k=1.9, k_max=None),
+    "teacher alone": Target("teacher_alone"),
+    "other weight": Target(teacher_weight=2.6, k_max=None),
+    "no teacher": Target(teacher_weight=0.0, k_max=None),
+}
+DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    """Whole rows, unless the test asks for parts: a handful of rows would be cut into as many as there are blocks."""
+    number = getattr(request, "param", 1)
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "LANES", 64)  # it pays per block, not per number
+    monkeypatch.setattr(kernels, "PART_COLUMNS", 1 if number > 1 else 1 << 30)
+    monkeypatch.setattr(kernels, "MOST_PARTS", number)
+    return number
+
+
+def cases(names: str, thinned: list[tuple], *values: object) -> pytest.MarkDecorator:
+    """All combinations on a GPU; in the interpreter, which takes half a second for a loss, those of ``thinned``."""
+    combinations = thinned if INTERPRETED else list(itertools.product(*values))
+    return pytest.mark.parametrize(names, combinations, indirect=sorted({"parts"} & set(names.split(", "))))
+
+
+def logits(num_rows: int, num_columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 on DEVICE: rows sharp, flat, agreeing, disagreeing, equal, rising, falling, tied; response tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.5, 6.0, num_rows)[:, None]
+    student = scale * torch.randn(num_rows, num_columns, generator=generator)
+    teacher = student + torch.randn(num_rows, num_columns, generator=generator)
+    teacher[::3] = 4 * torch.randn(teacher[::3].shape, generator=generator)
+    ramp = torch.linspace(-30, 10, num_columns)
+    for row, values in ((1, (student[1], student[1])), (2, (ramp, ramp.flip(0))), (4, (ramp, 2 * ramp))):
+        student[row], teacher[row] = values
+    student[5] = teacher[5] = student[5].round()
+    student[6], teacher[6] = ramp.flip(0), teacher[6] + 2000.0
+    tokens = torch.randint(num_columns, (num_rows,), generator=generator)
+    return student.to(DEVICE), teacher.to(DEVICE), tokens.to(DEVICE)
+
+
+def run(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    target: Target,
+    kind: Divergence,
+    *,
+    backend: str = "triton",
+    vocab: VocabShard | None = None,
+    **options: bool,
+) -> tuple[TokenStats, Tensor]:
+    leaf = student.clone(memory_format=torch.preserve_format).requires_grad_()
+    vocab = vocab or VocabShard(0, student.shape[1], student.shape[1])
+    arguments = {"target": target, "divergence": kind, "vocab": vocab, "backend": backend}
+    stats = distillation_loss(leaf, teacher, tokens, **arguments, **options)
+    (stats.loss * torch.linspace(-1, 2, len(tokens), device=DEVICE)).sum().backward()
+    stats.loss = stats.loss.detach()
+    assert leaf.grad is not None
+    return stats, leaf.grad
+
+
+def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence) -> tuple[Tensor, Tensor]:
+    """Loss, and gradient under the weights of `run`, by the definition in float64."""
+    s = student.double().detach().requires_grad_()
+    log_q = mixed_target(s.detach(), teacher.double(), target).log_q
+    log_p, lam = s.log_softmax(-1), kind.jsd_lambda
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if kind.kind == "jsd":
+        log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
+        loss = lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m)
+    else:
+        loss = kl(log_p, log_q) if kind.kind == "reverse_kl" else kl(log_q, log_p)
+    weights = torch.linspace(-1, 2, len(s), dtype=torch.float64, device=DEVICE)
+    return loss.detach(), torch.autograd.grad((loss * weights).sum(), s)[0]
+
+
+def assert_same(ours: TokenStats, theirs: TokenStats, tolerance: float = 5e-6) -> None:
+    """Every statistic alike, NaN and infinity at the same places."""
+    for field in fields(TokenStats):
+        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        assert a.dtype == b.dtype and a.shape == b.shape, field.name
+        close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+        torch.testing.assert_close(a, b, **close, msg=lambda m, name=field.name: f"{name}: {m}")
+
+
+@cases(
+    "rule, kind",
+    [*zip(TARGETS, itertools.cycle(DIVERGENCES), strict=False), ("capped", "forward"), ("strict", "jsd")],
+    TARGETS,
+    DIVERGENCES,
+)
+def test_loss_and_gradient_equal_float64_and_every_statistic_pytorchs(rule: str, kind: str) -> None:
+    student, teacher, tokens = logits(8, 333)
+    vocab = VocabShard(0, 333, 300)  # the rest is padding
+    arguments = student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind]
+    (stats, ours), (theirs, _) = (run(*arguments, vocab=vocab, backend=name) for name in ("triton", "torch"))
+    loss, gradient = reference(student[:, :300], teacher[:, :300], TARGETS[rule], DIVERGENCES[kind])
+    torch.testing.assert_close(stats.loss.double(), loss, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(ours[:, :300].double(), gradient, rtol=1e-4, atol=3e-6)
+    assert (ours[:, 300:] == 0).all()
+    assert_same(stats, theirs)
+
+
+SHAPES = [  # columns, columns that are no padding, dtypes
+    (128, 128, torch.float32, torch.float32),
+    (127, 127, torch.float32, torch.float32),
+    (1, 1, torch.float32, torch.float32),
+    (130, 129, torch.float32, torch.float32),
+    (700, 0, torch.float32, torch.float32),
+    (700, 512, torch.bfloat16, torch.bfloat16),
+    (1111, 1100, torch.bfloat16, torch.bfloat16),
+    (257, 257, torch.float16, torch.float16),
+    (520, 500, torch.bfloat16, torch.float32),
+    (520, 500, torch.float32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("size", "num_valid", "student_dtype", "teacher_dtype"), SHAPES)
+def test_the_first_pass_of_any_shape_equals_float64(
+    size: int, num_valid: int, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+) -> None:
+    student, teacher, tokens = logits(8, size)
+    student, teacher = student.to(student_dtype)[:, :num_valid], teacher.to(teacher_dtype)[:, :num_valid]
+    assert_first_pass(Shard(student, teacher, Target().mix_weights, torch.float32), tokens, Target())
+
+
+@cases(
+    "rule, num_parts",
+    [("strict", 1), ("strict", 8), ("fixed", 3), ("teacher alone", 3), ("no teacher", 3)],
+    ["strict", "fixed", "teacher alone", "no teacher"],
+    [1, 3, 8],
+)
+def test_the_first_pass_in_parts_equals_float64(rule: str, num_parts: int) -> None:
+    student, teacher, tokens = logits(8, 900, seed=2)
+    shard = Shard(student, teacher, TARGETS[rule].mix_weights, torch.float32, num_parts)
+    assert_first_pass(shard, tokens, TARGETS[rule])
+
+
+def assert_first_pass(shard: Shard, tokens: Tensor, target: Target, start: int = 50) -> None:
+    grid = Grid.of(target, torch.float32)
+    ours, argmax = kernels.first_pass(shard, grid, tokens + start, start)
+    wide = Shard(shard.student.double(), shard.teacher.double(), shard.mix_weights, torch.float64)
+    exact, _ = row_sums.first_pass(wide, replace(grid, dtype=torch.float64), tokens + start, start)
+    assert ours.shape == (shard.num_parts, *exact.shape[1:]) and argmax.shape == ours.shape[:2]
+    if shard.student.shape[1] == 0:
+        assert torch.equal(ours[0], exact[0].float())
+        return
+    ours, exact = Rows.merge(ours.double(), grid), Rows.merge(exact, grid)
+    for side in ("student", "teacher"):
+        a, b = getattr(ours, side), getattr(exact, side)
+        assert torch.equal(a.maximum, b.maximum) and torch.equal(a.argmax, b.argmax)
+        torch.testing.assert_close(a.log_sum, b.log_sum, rtol=2e-6, atol=1e-12)
+        torch.testing.assert_close(a.entropy, b.entropy, rtol=3e-6, atol=1e-12)
+    kept = torch.arange(8, device=DEVICE) != 6
+    torch.testing.assert_close(ours.mix_max[kept], exact.mix_max[kept], rtol=0, atol=5e-6)
+    for name in ("log_sum", "mean", "variance", "third"):
+        a, b = getattr(ours.mix, name)[kept], getattr(exact.mix, name)[kept]
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * b.abs().max().item())
+    torch.testing.assert_close(ours.grid_entropies[kept], exact.grid_entropies[kept], rtol=1e-5, atol=5e-6)
+    assert torch.equal(ours.max_entropy, exact.max_entropy)
+    assert torch.equal(torch.stack(ours.token_logits), torch.stack(exact.token_logits))
+
+
+@cases(
+    "order, top",
+    [("as drawn", 130), ("rising", 0), ("rising", 299), ("falling", 299)],
+    ["as drawn", "rising", "falling"],
+    [0, 130, 299],
+)
+def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_lies(order: str, top: int) -> None:
+    student = torch.randn(6, 300, generator=torch.Generator().manual_seed(3))
+    if order != "as drawn":
+        student = student.sort(1, descending=order == "falling").values
+    student[:, top] = torch.tensor([14.0, 18.0, 20.0, 22.0, 25.0, 28.0])
+    student = student.to(DEVICE)
+    stats, _ = run(student, student, torch.zeros(6, dtype=torch.int64, device=DEVICE), Target(), Divergence())
+    x = student.double() - student[:, top, None].double()
+    others = x.masked_fill(x == 0, -torch.inf).exp()
+    tail = others.sum(1)
+    exact = tail.log1p() - (others * x).sum(1) / (1 + tail)
+    assert exact.min() < 1e-8
+    torch.testing.assert_close(stats.student_entropy.double(), exact, rtol=3e-6, atol=0)
+    beta = stats.beta[stats.status != Status.UNDETERMINED] * 1.75
+    torch.testing.assert_close(beta, torch.ones_like(beta), rtol=0, atol=1e-6)
+
+
+@cases("kind, parts", [("reverse", 5), ("forward", 2), ("jsd", 2)], DIVERGENCES, [2, 5])
+def test_rows_cut_into_parts_equal_whole_rows(kind: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, tokens = logits(8, 600, seed=4)
+    cut = run(student, teacher, tokens, Target(k_max=None), DIVERGENCES[kind])
+    assert kernels.num_parts(8, 600) == parts
+    monkeypatch.setattr(kernels, "MOST_PARTS", 1)
+    whole = run(student, teacher, tokens, Target(k_max=None), DIVERGENCES[kind])
+    assert_same(cut[0], whole[0])
+    torch.testing.assert_close(cut[1], whole[1], rtol=1e-5, atol=1e-6)
+
+
+def test_few_rows_are_cut_into_parts_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert kernels.num_parts(16384, 19008) == kernels.num_parts(4096, 19008) == 1
+    assert kernels.num_parts(2048, 19008) == 2 and kernels.num_parts(64, 19008) == 9
+    assert kernels.num_parts(1, 152064) == 64 and kernels.num_parts(1, 100) == 1
+
+
+@cases(
+    "rule, kind, parts",
+    [
+        *(("capped", kind, 2) for kind in DIVERGENCES),
+        ("teacher alone", "reverse", 5),
+        ("teacher alone", "forward", 1),
+        ("no teacher", "forward", 5),
+    ],
+    ["capped", "teacher alone", "no teacher"],
+    DIVERGENCES,
+    [1, 2, 5],
+)
+def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: int) -> None:
+    student, teacher, tokens = logits(12, 400, seed=5)
+    masked = torch.rand(400, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
+    masked[:200] = True  # the first blocks hold no column at all
+    student[0, masked] = teacher[0, masked] = -torch.inf
+    student[1, masked] = -torch.inf
+    teacher[2, 350] = -torch.inf
+    student[3, 10], teacher[4, 390] = torch.nan, torch.nan
+    student[5, 390], teacher[6, 10] = torch.inf, torch.inf
+    student[7, masked] = teacher[7, masked] = torch.finfo(torch.float32).min
+    student[8, :399] = teacher[8, :399] = -torch.inf
+    teacher[9, masked] = -torch.inf
+    student[10], teacher[10] = 0.0, 1.0
+    arguments = student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind]
+    (ours, gradient), (theirs, expected) = (run(*arguments, backend=name) for name in ("triton", "torch"))
+    # of a row with NaN or +inf all that is promised is NaN
+    sound = ~torch.isnan(theirs.loss)
+    assert torch.equal(torch.isnan(ours.loss), ~sound) and sound.sum() >= 7
+    for field in fields(TokenStats):
+        if field.name != "grid_betas":
+            a, b = getattr(ours, field.name)[sound], getattr(theirs, field.name)[sound]
+            torch.testing.assert_close(a, b, rtol=5e-6, atol=5e-6, equal_nan=True, msg=lambda m, f=field: f"{f}: {m}")
+    assert torch.equal(torch.isfinite(gradient), torch.isfinite(expected))
+    finite = torch.isfinite(expected)
+    torch.testing.assert_close(gradient[finite], expected[finite], rtol=1e-5, atol=2e-6)
+
+
+def test_equal_maxima_count_by_their_lowest_column_within_and_across_blocks() -> None:
+    student, teacher = torch.zeros(4, 400, device=DEVICE), torch.zeros(4, 400, device=DEVICE)
+    student[:, [3, 311]] = 5.0
+    teacher[0, [3, 15]] = teacher[1, [311, 320]] = teacher[2, [3, 399]] = teacher[3, [2, 3]] = 5.0
+    stats, _ = run(student, teacher, torch.zeros(4, dtype=torch.int64, device=DEVICE), Target(), Divergence())
+    assert stats.top1_agreement.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_strided_rows_and_backward_in_place_give_the_same_bits(kind: str) -> None:
+    student, teacher, tokens = logits(8, 333)
+    target, divergence = Target(), DIVERGENCES[kind]
+    stats, gradient = run(student, teacher, tokens, target, divergence)
+    wide = torch.full((8, 400), torch.nan, device=DEVICE)
+    wide[:, :333] = student
+    results: list[Tensor] = []
+    hidden = wide.requires_grad_()[:, :333]
+    hidden.register_hook(results.append)
+    vocab = VocabShard(0, 333, 333)
+    arguments = {"target": target, "divergence": divergence, "vocab": vocab, "backend": "triton"}
+    loss = distillation_loss(hidden, teacher, tokens, **arguments).loss
+    (loss * torch.linspace(-1, 2, 8, device=DEVICE)).sum().backward()
+    assert torch.equal(loss, stats.loss) and torch.equal(results[0], gradient)
+
+    leaf = student.clone().requires_grad_()
+    product = leaf * 1
+    product.register_hook(results.append)
+    loss = distillation_loss(product, teacher, tokens, **arguments, inplace_backward=True).loss
+    (loss * torch.linspace(-1, 2, 8, device=DEVICE)).sum().backward()
+    assert torch.equal(results[1], gradient) and results[1].data_ptr() == product.data_ptr()
+
+
+@cases(
+    "dtype, kind",
+    [(torch.bfloat16, "reverse"), (torch.bfloat16, "jsd"), (torch.float16, "forward")],
+    [torch.bfloat16, torch.float16],
+    DIVERGENCES,
+)
+def test_narrow_logits_give_the_statistics_of_the_same_values_in_float32(dtype: torch.dtype, kind: str) -> None:
+    student, teacher, tokens = logits(8, 600)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    narrow, gradient = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
+    wide, expected = run(student.float(), teacher.float(), tokens, Target(), DIVERGENCES[kind])
+    assert_same(narrow, wide)
+    assert gradient.dtype == dtype
+    # the interpreter cuts digits off where a GPU rounds
+    digits = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.float(), expected, rtol=digits, atol=1e-6)
+
+
+@pytest.mark.parametrize("forward_kl", [False, True])
+@pytest.mark.parametrize("rule", TARGETS)
+def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: bool) -> None:
+    """From the same sums, of 3 shards."""
+    student, teacher, tokens = logits(40, 600, seed=7)
+    student[30], teacher[31] = torch.nan, -1e4
+    student[32:], teacher[32:] = student[32:] * 0.02, teacher[32:] * 5
+    grid = Grid.of(TARGETS[rule], torch.float32)
+    shards = [
+        Shard(student[:, i : i + 200], teacher[:, i : i + 200], grid.mix_weights, torch.float32) for i in (0, 200, 400)
+    ]
+    passes = [row_sums.first_pass(shard, grid, tokens, 200 * i) for i, shard in enumerate(shards)]
+    gathered = torch.cat([sums for sums, _ in passes])
+    results = []
+    for module in (solve_kernels, row_statistics):
+        solving = module.solve_rows(gathered, grid)
+        parts = [
+            row_sums.second_pass(shard, solving.constants, argmax, forward_kl=forward_kl)
+            for shard, (_, argmax) in zip(shards, passes, strict=True)
+        ]
+        results.append(module.finish_rows(solving, torch.cat(parts), grid, tokens, 600))
+    ours, theirs = results
+    for field in fields(theirs):
+        pairs = [(getattr(ours, field.name), getattr(theirs, field.name))]
+        if field.name == "constants":
+            pairs = list(zip(pairs[0][0].tensors(), pairs[0][1].tensors(), strict=True))
+        for a, b in pairs:
+            assert a.dtype == b.dtype and a.shape == b.shape, field.name
+            tolerances = {"rtol": 5e-7, "atol": 1e-6, "equal_nan": True}
+            torch.testing.assert_close(a, b, **tolerances, msg=lambda m, f=field: f"{f.name}: {m}")
+
+
+def test_solve_target_finds_what_the_loss_finds_bit_for_bit() -> None:
+    student, teacher, tokens = logits(8, 333)
+    vocab = VocabShard(0, 333, 333)
+    solution = solve_target(student, teacher, Target(), vocab, backend="triton")
+    stats, _ = run(student, teacher, tokens, Target(), Divergence())
+    assert torch.equal(solution.beta.float(), stats.beta)
+    mix = student.double() + 0.75 * teacher.double()
+    log_q = solution.beta[:, None] * mix - solution.log_normaliser[:, None]
+    torch.testing.assert_close(log_q.exp().sum(1)[:6], torch.ones(6, device=DEVICE).double(), rtol=0, atol=3e-6)
+
+
+def test_what_the_kernels_cannot_read_is_refused_with_a_sentence() -> None:
+    student, teacher, tokens = logits(8, 64)
+    with pytest.raises(ValueError, match=r"whose columns lie side by side; got strides \(1, 8\)"):
+        run(student.t().contiguous().t(), teacher, tokens, Target(), Divergence())
+    with pytest.raises(ValueError, match="take bfloat16, float16 and float32, the logits are float64"):
+        run(student.double(), teacher, tokens, Target(), Divergence())
+
+
+def test_no_rows_and_rows_of_one_column_have_no_loss() -> None:
+    for num_rows, num_columns in ((0, 50), (3, 1)):
+        student, teacher = (torch.randn(num_rows, num_columns, device=DEVICE) for _ in range(2))
+        tokens = torch.zeros(num_rows, dtype=torch.int64, device=DEVICE)
+        for kind in DIVERGENCES.values():
+            stats, gradient = run(student, teacher, tokens, Target(), kind)
+            assert (stats.loss == 0).all() and (gradient == 0).all() and gradient.shape == student.shape
+
+
+def rank_of_two(rank: int, store: str, results: mp.SimpleQueue) -> None:
+    """Rank ``rank``: the loss of its half of 370 columns padded to 512, so that each has another number of them."""
+    device = torch.device("cpu") if INTERPRETED else torch.device("cuda", rank)
+    dist.init_process_group("gloo" if INTERPRETED else "nccl", init_method=f"file://{store}", rank=rank, world_size=2)
+    vocab = VocabShard.from_group(512, 370, dist.group.WORLD)
+    student, teacher, tokens = padded_logits()
+    columns = slice(vocab.start, vocab.start + vocab.size)
+    outcomes = []
+    for kind in DIVERGENCES.values():
+        leaf = student[:, columns].to(device).requires_grad_()
+        arguments = {"target": Target(k_max=None), "divergence": kind, "vocab": vocab, "backend": "triton"}
+        stats = distillation_loss(leaf, teacher[:, columns].to(device), tokens.to(device), **arguments)
+        stats.loss.sum().backward()
+        assert leaf.grad is not None
+        values = [getattr(stats, field.name).detach().cpu().tolist() for field in fields(TokenStats)]
+        outcomes.append((values, leaf.grad.cpu().tolist()))
+    results.put((rank, outcomes))
+    dist.destroy_process_group()
+
+
+def padded_logits() -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher, tokens = (tensor.cpu() for tensor in logits(7, 512, seed=9))
+    return student, teacher, tokens % 370
+
+
+@pytest.mark.skipif(not INTERPRETED and torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_tensor_parallel_ranks_equal_one_and_have_the_same_bits(tmp_path) -> None:
+    results = mp.get_context("spawn").SimpleQueue()
+    context = mp.start_processes(rank_of_two, (str(tmp_path / "store"), results), nprocs=2, join=False)
+    shards = dict(results.get() for _ in range(2))
+    context.join()
+    student, teacher, tokens = (tensor.to(DEVICE) for tensor in padded_logits())
+    for i, kind in enumerate(DIVERGENCES.values()):
+        (first, left), (second, right) = (shards[rank][i] for rank in (0, 1))
+        assert str(first) == str(second)  # as text: NaN equals NaN
+        leaf = student.clone().requires_grad_()
+        vocab = VocabShard(0, 512, 370)
+        arguments = {"target": Target(k_max=None), "divergence": kind, "vocab": vocab, "backend": "triton"}
+        stats = distillation_loss(leaf, teacher, tokens, **arguments)
+        stats.loss.sum().backward()
+        for field, values in zip(fields(TokenStats), first, strict=True):
+            whole = getattr(stats, field.name).detach().cpu().double()
+            torch.testing.assert_close(torch.tensor(values).double(), whole, rtol=5e-6, atol=5e-6)
+        joined = torch.cat([torch.tensor(left), torch.tensor(right)], 1)
+        torch.testing.assert_close(joined, leaf.grad.cpu(), rtol=1e-5, atol=1e-6)

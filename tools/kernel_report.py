@@ -1,0 +1,172 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Compile the loss's Triton kernels without a GPU and print what the compiler made of them, as a Markdown table.
+
+    python tools/kernel_report.py [--arch 80 90 100] [--kernel NAME ...] [--json FILE]
+
+Every kernel is compiled as runs use it, with ptxas, for each architecture (80: A100, 90: H100 and H200, 100: B200).
+Exits with 1 where a kernel spills registers.  Rows of logits are taken to begin on 16-byte boundaries, as they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--kernel", nargs="+", help="only these, by the names in the first column")
+    parser.add_argument("--json", type=Path, help="also write the table as JSON to this file")
+    arguments = parser.parse_args()
+    chosen = [case for case in cases() if arguments.kernel is None or case.name in arguments.kernel]
+    reports = [measure(case, arch) for case in chosen for arch in arguments.arch]
+    print(table(reports))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    return 1 if any(report.spills for report in reports) else 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as runs use it: types of its arguments by name, values of its constants, and its warps."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """registers per thread; spills, shared: bytes; wide_loads, wide_stores: instructions of 16 bytes, those of logits
+    (a row's last block, which a mask cuts, takes narrow ones); barriers: instructions."""
+
+    name: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    wide_loads: int
+    wide_stores: int
+    barriers: int
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel: bfloat16 and float32 logits, the default grid of 5 betas, the strict one of 9, one given beta."""
+    from megatron_selfdistill.loss import first_pass_kernel, kernels, solve_kernels
+    from megatron_selfdistill.loss.row_sums import SECOND_PASS, SECOND_PASS_FORWARD
+
+    for dtype, vec in (("bf16", 8), ("fp32", 4)):
+        logits = dict.fromkeys(("student", "teacher", "out"), f"*{dtype}")
+        summing = {"MIX": first_pass_kernel.BOTH, "LANES": kernels.LANES, "VEC": vec}
+        first = first_pass_kernel.first_pass_kernel
+        tokens = {"tokens": "*i64", "argmaxes": "*i32", "first_column": "i32"}
+        for num_betas, doubled in ((5, 0b11110), (9, 0b111101110), (1, 0)):
+            constants = {**summing, "J": num_betas, "DOUBLED": doubled, "HAS_TOKENS": True}
+            yield Case(f"first pass, {num_betas} betas, {dtype}", first, logits | tokens, constants, 1)
+        for kind in (False, True):
+            name = f"second pass{', forward KL' if kind else ''}, {dtype}"
+            constants = {**summing, "WITH_FORWARD": kind}
+            yield Case(name, kernels._second_pass_kernel, logits | tokens, constants, 1)
+        yield Case(f"JSD pass, {dtype}", kernels._jsd_pass_kernel, logits, summing, 1)
+        for i, kind in enumerate(kernels.KINDS):
+            constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": kernels.GRADIENT_BLOCK}
+            name, warps = f"gradient, {kind}, {dtype}", kernels.GRADIENT_WARPS
+            yield Case(name, kernels._gradient_kernel, logits, constants, warps)
+    double = dict.fromkeys(("state", "shifts", "exact"), "*fp64")
+    double |= {"tokens": "*i64", "statuses": "*i64", "agreements": "*u8"}
+    for parts in (1, 8):
+        sizes = {"PARTS": parts, "ROWS": min(solve_kernels.MOST_ROWS, solve_kernels.NUMBERS // parts)}
+        sizes |= {"MIX": first_pass_kernel.BOTH, "GIVEN": False}
+        for num_betas, favoured in ((5, 0), (9, 4)):
+            constants = {"J": num_betas, "NUM_GRID": num_betas, "FAVOURED": favoured}
+            name = f"solve, {num_betas} betas, {parts} parts"
+            yield Case(name, solve_kernels._solve_kernel, double, sizes | constants, 1)
+        for columns in (SECOND_PASS, SECOND_PASS_FORWARD):
+            constants = {"NUM_GRID": 5, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True, "NUM_COLUMNS": len(columns)}
+            name = f"finish{', forward KL' if columns is SECOND_PASS_FORWARD else ''}, {parts} parts"
+            yield Case(name, solve_kernels._finish_kernel, double, sizes | constants, 1)
+
+
+def measure(case: Case, arch: int) -> Report:
+    """Compile for an NVIDIA GPU of this compute capability, times 10."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_selfdistill.loss.kernels import COMPILED
+
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constants else _type(name, case.types) for name in names}
+    # As the launcher finds them: pointers and row strides are multiples of 16.
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.endswith("_stride")]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs=case.constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {**COMPILED, "num_warps": case.num_warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spills = _usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    wide = r"\.(?:L\S+\.)?v(?:4\.b32|2\.b64)"
+    return Report(
+        name=case.name,
+        arch=arch,
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        wide_loads=len(re.findall(rf"ld\.global{wide}", ptx)),
+        wide_stores=len(re.findall(rf"st\.global{wide}", ptx)),
+        barriers=len(re.findall(r"bar(?:rier)?\.(?:cta\.)?(?:red\.\S*\.)?sync|barrier0", ptx)),
+    )
+
+
+def _type(name: str, types: dict[str, str]) -> str:
+    if name in types:
+        return types[name]
+    if name in ("mix_weight", "jsd_lambda"):
+        return "fp32"
+    return "i32" if name.endswith("_stride") or name.startswith(("num_", "blocks_", "vocab_")) else "*fp32"
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of local memory and stack: what did not fit into them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def table(reports: list[Report]) -> str:
+    """Markdown, one row per kernel and architecture."""
+    lines = [
+        "| kernel | sm | registers | spilled bytes | shared bytes | 16-byte loads | 16-byte stores | barriers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in reports:
+        numbers = (r.arch, r.registers, r.spills, r.shared, r.wide_loads, r.wide_stores, r.barriers)
+        lines.append(f"| {r.name} | {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
