@@ -355,7 +355,8 @@ class Run:
 
     def _distillation_loss(self, target: Target) -> schedule.RowLoss:
         loss = self.config.loss
-        return schedule.self_distillation(target, Divergence(loss.divergence, loss.jsd_lambda), loss.backend)
+        divergence = Divergence(loss.divergence, loss.jsd_lambda)
+        return schedule.self_distillation(target, divergence, loss.backend, loss.solver)
 
     def _learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         self.sampler.sleep()

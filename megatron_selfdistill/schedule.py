@@ -54,7 +54,9 @@ class StepOutput:
     """[R] of the rows' losses; None where all are 1."""
 
 
-def self_distillation(target: Target, divergence: Divergence, backend: str | None = None) -> RowLoss:
+def self_distillation(
+    target: Target, divergence: Divergence, backend: str | None = None, solver: str = "exact"
+) -> RowLoss:
     """The distillation loss with this target and divergence (loss/vocab_parallel.py), as a `RowLoss`."""
 
     def loss(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
@@ -68,6 +70,7 @@ def self_distillation(target: Target, divergence: Divergence, backend: str | Non
             vocab=vocab,
             inplace_backward=True,
             backend=backend,
+            solver=solver,
         )
 
     return loss

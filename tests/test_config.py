@@ -166,6 +166,7 @@ def test_a_value_of_the_wrong_type_names_its_key(override, words):
         ("target.k=-1", "target.k must be positive"),
         ("loss.divergence=kl", "loss.divergence must be one of"),
         ("loss.backend=cuda", "loss.backend must be one of torch, triton, got 'cuda'"),
+        ("loss.solver=exakt", "did you mean 'exact'?"),
         ("loss.jsd_lambda=1", "loss.jsd_lambda must lie in (0, 1)"),
         ("teacher.weights=eam", "did you mean 'ema'?"),
         ("teacher.ema_decay=1", "teacher.ema_decay must lie in [0, 1)"),
