@@ -58,12 +58,17 @@ class StepOutput:
 
 
 def self_distillation(
-    target: Target, divergence: Divergence, backend: str | None = None, *, fusion: Fusion | None = None
+    target: Target,
+    divergence: Divergence,
+    backend: str | None = None,
+    solver: str = "exact",
+    *,
+    fusion: Fusion | None = None,
 ) -> RowLoss | FusedLoss:
     """The distillation loss with this target and divergence: of logits (loss/vocab_parallel.py) or, with ``fusion``, of
     hidden states (loss/fused_linear.py)."""
     if fusion is not None:
-        return FusedLoss(target, divergence, fusion, backend)
+        return FusedLoss(target, divergence, fusion, backend, solver)
 
     def loss(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
         assert teacher is not None
@@ -76,6 +81,7 @@ def self_distillation(
             vocab=vocab,
             inplace_backward=True,
             backend=backend,
+            solver=solver,
         )
 
     return loss

@@ -10,6 +10,7 @@ Exits with 1 where a kernel spills registers.  Rows of logits are taken to begin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -64,18 +65,26 @@ class Report:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel: bfloat16 and float32 logits, the default grid of 5 betas, the strict one of 9, one given beta."""
-    from megatron_selfdistill.loss import first_pass_kernel, kernels, solve_kernels
-    from megatron_selfdistill.loss.row_sums import SECOND_PASS, SECOND_PASS_FORWARD
+    """Every kernel: bfloat16 and float32 logits; the default grid of 5 betas, the strict one of 9, one given beta."""
+    import torch
 
+    from megatron_selfdistill.loss import first_pass_kernel, kernels, solve_kernels
+    from megatron_selfdistill.loss.grid import Grid
+    from megatron_selfdistill.loss.row_sums import SECOND_PASS, SECOND_PASS_FORWARD
+    from megatron_selfdistill.loss.target import Target
+
+    targets = Target(), Target(k_max=None), Target("teacher_alone")
     for dtype, vec in (("bf16", 8), ("fp32", 4)):
         logits = dict.fromkeys(("student", "teacher", "out"), f"*{dtype}")
         summing = {"MIX": first_pass_kernel.BOTH, "LANES": kernels.LANES, "VEC": vec}
         first = first_pass_kernel.first_pass_kernel
         tokens = {"tokens": "*i64", "argmaxes": "*i32", "first_column": "i32"}
-        for num_betas, doubled in ((5, 0b11110), (9, 0b111101110), (1, 0)):
-            constants = {**summing, "J": num_betas, "DOUBLED": doubled, "HAS_TOKENS": True}
-            yield Case(f"first pass, {num_betas} betas, {dtype}", first, logits | tokens, constants, 1)
+        for target, kind in itertools.product(targets, ("", ", fast", ", fast, forward KL")):
+            grid = Grid.of(target, torch.float32, one_pass=bool(kind), with_forward_kl="forward" in kind)
+            doubled = sum(1 << j for j in grid.doubled)
+            constants = {**summing, "J": len(grid.betas), "DOUBLED": doubled, "OCTAVE": grid.octave, "HAS_TOKENS": True}
+            constants |= {"ONE_PASS": grid.one_pass, "WITH_FORWARD": grid.with_forward_kl}
+            yield Case(f"first pass, {len(grid.betas)} betas{kind}, {dtype}", first, logits | tokens, constants, 1)
         for kind in (False, True):
             name = f"second pass{', forward KL' if kind else ''}, {dtype}"
             constants = {**summing, "WITH_FORWARD": kind}
@@ -98,6 +107,11 @@ def cases() -> Iterator[Case]:
             constants = {"NUM_GRID": 5, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True, "NUM_COLUMNS": len(columns)}
             name = f"finish{', forward KL' if columns is SECOND_PASS_FORWARD else ''}, {parts} parts"
             yield Case(name, solve_kernels._finish_kernel, double, sizes | constants, 1)
+        for forward in (False, True):
+            constants = {"NUM_GRID": 9, "J": 9, "FAVOURED": 0, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True}
+            constants |= {"WITH_FORWARD": forward, "NUM_COLUMNS": 12 + 4 * 9 + 1 + 2 * 9 * forward + 2}
+            name = f"fast finish{', forward KL' if forward else ''}, {parts} parts"
+            yield Case(name, solve_kernels._one_pass_kernel, double, sizes | constants, 1)
 
 
 def measure(case: Case, arch: int) -> Report:

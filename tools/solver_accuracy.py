@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Print how accurately the sharded loss solves for beta, per class of distributions, as a Markdown table.
 
-    python tools/solver_accuracy.py [--vocab-size 8192] [--tokens 24] [--seed 0] [--strict]
+    python tools/solver_accuracy.py [--vocab-size 8192] [--tokens 24] [--seed 0] [--strict] [--solver fast]
 
 Every class is compared with float64 on the same logits.  ``--strict`` takes the target without a bound on k
 instead of the one with k <= 1 + w.
@@ -27,13 +27,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens per class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strict", action="store_true", help="no bound on k")
+    parser.add_argument("--solver", choices=["exact", "fast"], default="exact")
     arguments = parser.parse_args()
     target = Target(k_max=None) if arguments.strict else Target()
     print("| class | beta (1+w) | matched | capped | beyond | undetermined | H(q)-H(p) | sum q-1 | reverse KL |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in DISTRIBUTIONS:
         student, teacher = draw(name, arguments.tokens, arguments.vocab_size, arguments.seed)
-        print(markdown_row(name, measure(student, teacher, target), target))
+        print(markdown_row(name, measure(student, teacher, target, arguments.solver), target))
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,15 @@ class Accuracy:
     reverse_kl: Tensor
 
 
-def measure(student: Tensor, teacher: Tensor, target: Target) -> Accuracy:
+def measure(student: Tensor, teacher: Tensor, target: Target, solver: str = "exact") -> Accuracy:
     """Run the loss on [T, V] logits as they are and compare with float64."""
     num_tokens, vocab_size = student.shape
     vocab = VocabShard(0, vocab_size, vocab_size)
     tokens = torch.zeros(num_tokens, dtype=torch.int64)
     # The normaliser in use is read off one column: its log q, as reported, against the logits in float64.
     tokens += (student.double() + target.teacher_weight * teacher.double()).argmax(1)
-    stats = distillation_loss(student, teacher, tokens, target=target, divergence=Divergence(), vocab=vocab)
+    arguments = {"target": target, "divergence": Divergence(), "vocab": vocab, "solver": solver}
+    stats = distillation_loss(student, teacher, tokens, **arguments)
     mix, beta = student.double() + target.teacher_weight * teacher.double(), stats.beta.double()
     log_p, log_q = student.double().log_softmax(-1), (beta[:, None] * mix).log_softmax(-1)
     mismatch = (_entropy(log_q) - _entropy(log_p)).abs()

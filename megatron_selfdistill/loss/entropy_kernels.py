@@ -115,6 +115,15 @@ def log_sum_in_cell(left, right, lowest, highest, beta):
 
 
 @triton.jit
+def cubic(start, slope, end, end_slope, left, right, x):
+    """`entropy_match.cubic`."""
+    step = right - left
+    rise, first, last = end - start, slope * step, end_slope * step
+    where = (x - left) / step
+    return start + where * (first + where * (3 * rise - 2 * first - last + where * (first + last - 2 * rise)))
+
+
+@triton.jit
 def _quintic(f0, d0, c0, f1, d1, c1):
     rest, rest_slope, rest_curvature = f1 - f0 - d0 - c0 / 2, d1 - d0 - c0, c1 - c0
     return (

@@ -130,7 +130,7 @@ def solve_on_grid(
     broken = ~torch.isfinite(student_entropy + entropies[:, 0])
     return GridSolution(
         beta=torch.where(inside, beta, grid[point]).masked_fill(broken, torch.nan),
-        log_sum=torch.where(inside, log_sum, _pick(cumulants.log_sum, point)).masked_fill(broken, torch.nan),
+        log_sum=torch.where(inside, log_sum, pick(cumulants.log_sum, point)).masked_fill(broken, torch.nan),
         lowest=lowest,
         highest=highest,
         inside=inside & ~broken,
@@ -209,7 +209,7 @@ def _third_derivative(here: Cumulants, fourth: Tensor, beta: Tensor, max_entropy
 
 def _root_in_cell(f: Tensor, slope: Tensor, curvature: Tensor, cell: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     width = (highest / lowest).log()
-    ends = [_pick(values, cell + side) * width**k for side in (0, 1) for k, values in enumerate((f, slope, curvature))]
+    ends = [pick(values, cell + side) * width**k for side in (0, 1) for k, values in enumerate((f, slope, curvature))]
     curve = _quintic(*ends)
     left, right = torch.zeros_like(lowest), torch.ones_like(lowest)
     at_left, at_right = ends[0], ends[3]
@@ -228,6 +228,15 @@ def _log_sum_in_cell(left: Cumulants, right: Cumulants, step: Tensor, x: Tensor)
     """log S0 at x in [0, 1] between two grid points ``step`` apart; its derivatives are the cumulants."""
     ends = [(c.log_sum, c.mean * step, c.variance * step**2) for c in (left, right)]
     return _value(_quintic(*ends[0], *ends[1]), x)
+
+
+def cubic(
+    start: Tensor, slope: Tensor, end: Tensor, end_slope: Tensor, left: Tensor, right: Tensor, x: Tensor
+) -> Tensor:
+    """At x, the cubic with these values and slopes at left and right."""
+    step = right - left
+    rise, first, last = end - start, slope * step, end_slope * step
+    return _value((start, first, 3 * rise - 2 * first - last, first + last - 2 * rise), (x - left) / step)
 
 
 def _quintic(f0: Tensor, d0: Tensor, c0: Tensor, f1: Tensor, d1: Tensor, c1: Tensor) -> tuple[Tensor, ...]:
@@ -250,5 +259,6 @@ def _value(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
     return value
 
 
-def _pick(values: Tensor, index: Tensor) -> Tensor:
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """[T, J] and index [T] -> [T]."""
     return values.gather(1, index[:, None]).squeeze(1)

@@ -57,7 +57,7 @@ def num_parts(num_rows: int, num_columns: int) -> int:
 def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
     """`row_sums.first_pass`; the argmax is int32."""
     num_rows, parts = shard.student.shape[0], shard.num_parts
-    sums = _new(shard, len(FIRST_PASS) + 4 * len(grid.betas) + 2)
+    sums = _new(shard, len(FIRST_PASS) + grid.num_sums)
     argmaxes = torch.empty(parts, num_rows, dtype=torch.int32, device=shard.student.device)
     if num_rows:
         first_pass_kernel[(num_rows, parts)](
@@ -73,6 +73,9 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
             MIX=mix_of(shard.mix_weights),
             J=len(grid.betas),
             DOUBLED=sum(1 << j for j in grid.doubled),
+            OCTAVE=grid.octave,
+            ONE_PASS=grid.one_pass,
+            WITH_FORWARD=grid.with_forward_kl,
             HAS_TOKENS=response_tokens is not None,
             **_summing(shard),
         )

@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.entropy_match import Cumulants, GridSolution, polish, solve_on_grid
+from megatron_selfdistill.loss.entropy_match import (
+    Cumulants,
+    GridSolution,
+    cubic,
+    pick,
+    polish,
+    solve_on_grid,
+)
 from megatron_selfdistill.loss.grid import Grid
 from megatron_selfdistill.loss.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants
-from megatron_selfdistill.loss.target import mixed_logits, status_given, token_status
+from megatron_selfdistill.loss.target import MIN_ENTROPY, mixed_logits, status_given, token_status
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,17 @@ class Solving:
 def solve_rows(gathered: Tensor, grid: Grid) -> Solving:
     """Merge the parts of ``first_pass``, [parts, T, ...] in rank order, and find the beta of every row on the grid."""
     rows = Rows.merge(gathered.double(), grid)
+    solution = _first_solution(rows, grid)
+    return Solving(rows, solution, rows.constants(solution.beta, solution.log_sum, grid.dtype))
+
+
+def _first_solution(rows: Rows, grid: Grid) -> GridSolution:
     if grid.given:
         beta = torch.full_like(rows.student.entropy, grid.betas[-1])
-        solution = GridSolution.given(beta, rows.mix.log_sum[:, -1])
-    else:
-        solution = solve_on_grid(
-            grid.betas, rows.mix, rows.student.entropy, rows.max_entropy, favoured=grid.favoured, dtype=grid.dtype
-        )
-    return Solving(rows, solution, rows.constants(solution.beta, solution.log_sum, grid.dtype))
+        return GridSolution.given(beta, rows.mix.log_sum[:, -1])
+    return solve_on_grid(
+        grid.betas, rows.mix, rows.student.entropy, rows.max_entropy, favoured=grid.favoured, dtype=grid.dtype
+    )
 
 
 def finish_rows(
@@ -70,8 +80,19 @@ def finish_rows(
 
     Without ``response_tokens`` the three log-probs are NaN.
     """
-    rows, dtype = solving.rows, grid.dtype
-    final = Final.polish(solving.solution, rows, gathered.double(), solving.constants, dtype)
+    final = Final.polish(solving.solution, solving.rows, gathered.double(), solving.constants, grid.dtype)
+    return _results(solving.rows, final, grid, response_tokens, vocab_size)
+
+
+def finish_in_one_pass(gathered: Tensor, grid: Grid, response_tokens: Tensor | None, vocab_size: int) -> RowResults:
+    """As `solve_rows` and then `finish_rows`, from the parts of a ``first_pass`` with ``grid.one_pass`` alone."""
+    rows = Rows.merge(gathered.double(), grid)
+    final = Final.interpolated(_first_solution(rows, grid), rows, grid)
+    return _results(rows, final, grid, response_tokens, vocab_size)
+
+
+def _results(rows: Rows, final: Final, grid: Grid, response_tokens: Tensor | None, vocab_size: int) -> RowResults:
+    dtype = grid.dtype
     if response_tokens is None:
         response_tokens = torch.full_like(final.beta, -1, dtype=torch.int64)
     log_probs = rows.log_probs(response_tokens, final.beta, final.log_sum, vocab_size)
@@ -134,6 +155,8 @@ class Rows:
     max_entropy: [T] log of the number of columns with m > -inf.
     one_sided: [T] bool: whether some column exists for p only; for q only.
     token_logits: [T] the student's and the teacher's logit of the response token.
+    student_mean: [T] E_p[x], under ``Grid.one_pass``; mean_y: [T, J] E[y] under softmax(beta x) and its derivative with
+        respect to beta, under ``Grid.with_forward_kl``.
     """
 
     student: Softmax
@@ -146,10 +169,12 @@ class Rows:
     one_sided: tuple[Tensor, Tensor]
     token_logits: tuple[Tensor, Tensor]
     mix_weights: tuple[float, float]
+    student_mean: Tensor | None = None
+    mean_y: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def merge(cls, gathered: Tensor, grid: Grid) -> Rows:
-        """From [parts, T, FIRST_PASS + 4 J + the 2 token logits]."""
+        """From [parts, T, FIRST_PASS + grid.num_sums]."""
         column = dict(zip(FIRST_PASS, gathered.unbind(2), strict=False))
         sides = [
             Softmax.merge(*(column[f"{side}_{name}"] for name in ("max", "tail", "first", "argmax")))
@@ -166,7 +191,8 @@ class Rows:
         shift = (local_max - (reference + mix_max)).clamp(min=FLOOR)
 
         betas = torch.tensor(grid.betas, dtype=torch.float64, device=gathered.device)
-        moments = gathered[:, :, len(FIRST_PASS) : -2].unflatten(2, (len(betas), 4)).unbind(3)
+        joint_at = len(FIRST_PASS) + 4 * len(betas)
+        moments = gathered[:, :, len(FIRST_PASS) : joint_at].unflatten(2, (len(betas), 4)).unbind(3)
         mix = _merge_moments(moments, shift[:, :, None], betas)
         num_student, num_mix, num_both = (column[name].sum(0) for name in ("num_student", "num_mix", "num_both"))
         return cls(
@@ -180,6 +206,10 @@ class Rows:
             one_sided=(num_student > num_both, num_mix > num_both),
             token_logits=(gathered[:, :, -2].sum(0), gathered[:, :, -1].sum(0)),
             mix_weights=grid.mix_weights,
+            student_mean=_merge_student_mean(column, gathered[:, :, joint_at], shift) if grid.one_pass else None,
+            mean_y=_merge_mean_y(moments, gathered[:, :, joint_at + 1 : -2], shift, column["student_max"], mix, betas)
+            if grid.with_forward_kl
+            else None,
         )
 
     @property
@@ -214,6 +244,27 @@ def _merge_moments(moments: tuple[Tensor, ...], shift: Tensor, beta: Tensor) -> 
         (weight * (s2 + shift * (2 * s1 + shift * s0))).sum(0),
         (weight * (s3 + shift * (3 * s2 + shift * (3 * s1 + shift * s0)))).sum(0),
     )
+
+
+def _merge_student_mean(column: dict[str, Tensor], sum_of_x: Tensor, shift: Tensor) -> Tensor:
+    """E_p[x] from the parts' sums of e^y x, with y and x relative to their own maxima."""
+    maximum, total = column["student_max"], 1 + column["student_tail"]
+    weight = (maximum - maximum.amax(0)).clamp(min=FLOOR).exp()
+    return (weight * (sum_of_x + shift * total)).sum(0) / (weight * total).sum(0)
+
+
+def _merge_mean_y(
+    moments: tuple[Tensor, ...], joint: Tensor, shift: Tensor, student_max: Tensor, mix: Cumulants, betas: Tensor
+) -> tuple[Tensor, Tensor]:
+    """E[y] under softmax(beta x), and its derivative Cov(x, y), [T, J] each, from the parts' joint moments."""
+    tail, s1, *_ = moments
+    s0, (y0, y1) = 1 + tail, joint.unflatten(2, (len(betas), 2)).unbind(3)
+    rise = (student_max - student_max.amax(0)).clamp(min=FLOOR)[:, :, None]
+    shift = shift[:, :, None]
+    weight = (betas * shift).exp() / mix.log_sum.exp()
+    mean_y = (weight * (y0 + rise * s0)).sum(0)
+    mean_xy = (weight * (y1 + shift * y0 + rise * s1 + shift * rise * s0)).sum(0)
+    return mean_y, mean_xy - mix.mean * mean_y
 
 
 @dataclass(frozen=True)
@@ -271,6 +322,49 @@ class Final:
             reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
             forward_kl=_infinite_where(only_target, forward_kl.clamp(min=0)),
         )
+
+    @classmethod
+    def interpolated(cls, solution: GridSolution, rows: Rows, grid: Grid) -> Final:
+        """At the solution's beta, by what is known at the points of the grid; exact on them.
+
+        Inside a cell H(q) is what was solved for.  E_q[y] is taken as a cubic in E_q[x], not in beta: where mass melts
+        from a few columns into the bulk both follow the share that has, and one is nearly linear in the other.
+        """
+        beta, log_sum = solution.beta, solution.log_sum
+        betas = torch.tensor(grid.betas, dtype=torch.float64, device=beta.device)
+        point = len(betas) - 1 if grid.given else (betas - beta[:, None]).abs().argmin(1)
+        point = torch.full_like(beta, point, dtype=torch.int64) if isinstance(point, int) else point
+        wanted = rows.student.entropy.clamp(min=MIN_ENTROPY)
+        entropy = torch.where(solution.inside, wanted, pick(rows.grid_entropies, point))
+        forward_kl = torch.zeros_like(beta)
+        if rows.mean_y is not None:
+            mean_y = pick(rows.mean_y[0], point)
+            if not grid.given:
+                cell = ((betas <= beta[:, None]).sum(1) - 1).clamp(0, len(betas) - 2)
+                inside = _mean_y_in_cell(rows, cell, (log_sum - entropy) / beta)
+                mean_y = torch.where(solution.inside, inside, mean_y)
+            forward_kl = rows.student.log_sum - mean_y - entropy
+        assert rows.student_mean is not None
+        reverse_kl = log_sum - beta * rows.student_mean - rows.student.entropy
+        only_student, only_target = rows.one_sided
+        return cls(
+            beta=beta,
+            log_sum=log_sum,
+            entropy=entropy.clamp(min=0),
+            reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
+            forward_kl=_infinite_where(only_target, forward_kl.clamp(min=0)),
+        )
+
+
+def _mean_y_in_cell(rows: Rows, cell: Tensor, mean: Tensor) -> Tensor:
+    """E_q[y] where E_q[x] is ``mean``, by the cubic through both ends of a cell."""
+    assert rows.mean_y is not None
+    ends = []
+    for index in (cell, cell + 1):
+        mean_y, covariance = (pick(values, index) for values in rows.mean_y)
+        ends.append((pick(rows.mix.mean, index), mean_y, covariance / pick(rows.mix.variance, index)))
+    (left, start, first), (right, end, last) = ends
+    return cubic(start, first, end, last, left, right, mean)
 
 
 def _infinite_where(one_sided: Tensor, kl: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ instead of those of m. The largest term of each sum of exponentials, exactly 1, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -101,11 +101,11 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
     """Maxima, sums of exponentials and moment sums of this shard's columns, relative to its own maxima.
 
     response_tokens: [T] int64, global ids; start: the global column of the shard's first one.
-    Returns: [num_parts, T, len(FIRST_PASS) + 4 J + 2]: FIRST_PASS, argmaxes as global columns; S0 - 1, S1, S2, S3 of x
-    for each beta; the student's and the teacher's logit of the response token, 0 where another part holds it.  And the
-    local argmax of m, [num_parts, T].  On a part of padding only, the maxima are -inf and the sums 0.
+    Returns: [num_parts, T, len(FIRST_PASS) + grid.num_sums]: FIRST_PASS, argmaxes as global columns; S0 - 1, S1, S2, S3
+    of x for each beta; under ``grid.one_pass`` the sum of e^y x; under ``with_forward_kl`` the sums of e^(beta x) y and
+    e^(beta x) y x for each beta; the student's and the teacher's logit of the response token, 0 where another part
+    holds it.  And the local argmax of m, [num_parts, T].  On a part of padding only, maxima are -inf and sums 0.
     """
-    betas, doubled = grid.betas, grid.doubled
     mix_argmax = torch.zeros(shard.student.shape[0], dtype=torch.int64, device=shard.student.device)
 
     def work(rows: slice) -> Tensor:
@@ -121,10 +121,12 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
         columns = [student_max, *_tail_and_first(y, student_argmax), student_argmax]
         columns += [teacher_max, *_tail_and_first(z, teacher_argmax), teacher_argmax]
         columns += [top, _count(y), _count(x), _count(torch.minimum(x, y))]
-        columns += _moments(x, mix_argmax[rows], betas, doubled)
+        columns += _moments(x, y, mix_argmax[rows], grid)
+        if grid.one_pass:
+            columns.insert(len(FIRST_PASS) + 4 * len(grid.betas), y.exp_().mul_(x).sum(1))
         return torch.stack([column.to(shard.dtype) for column in columns], dim=1)
 
-    sums = shard.over_rows(work, len(FIRST_PASS) + 4 * len(betas))
+    sums = shard.over_rows(work, len(FIRST_PASS) + grid.num_sums - 2)
     if shard.student.shape[1] == 0:
         for name in ("student_max", "teacher_max", "mix_max"):
             sums[..., FIRST_PASS.index(name)] = -torch.inf
@@ -159,15 +161,21 @@ def _tail_and_first(shifted: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:
     return e.sum(1), e.mul_(shifted).sum(1)
 
 
-def _moments(x: Tensor, argmax: Tensor, betas: Sequence[float], doubled: Sequence[int]) -> list[Tensor]:
-    sums, e, term = [], torch.empty_like(x), torch.empty_like(x)
-    for j, beta in enumerate(betas):
-        if j in doubled:
+def _moments(x: Tensor, y: Tensor, argmax: Tensor, grid: Grid) -> list[Tensor]:
+    """S0 - 1 .. S3 for each beta, then, under ``with_forward_kl``, both sums with y, which hold the largest column."""
+    sums, joint, term = [], [], torch.empty_like(x)
+    es = [torch.empty_like(x) for _ in range(grid.octave)]
+    y_of_largest = y.gather(1, argmax[:, None]).squeeze(1)
+    for j, beta in enumerate(grid.betas):
+        e = es[j % grid.octave]
+        if j in grid.doubled:
             e.square_()
         else:
             torch.mul(x, beta, out=e).exp_().scatter_(1, argmax[:, None], 0.0)
         sums += [e.sum(1), torch.mul(e, x, out=term).sum(1), term.mul_(x).sum(1), term.mul_(x).sum(1)]
-    return sums
+        if grid.with_forward_kl:
+            joint += [torch.mul(e, y, out=term).sum(1) + y_of_largest, term.mul_(x).sum(1)]
+    return sums + joint
 
 
 SECOND_PASS = ("tail", "first", "second", "third", "fourth", "reverse_kl", "student_mean")

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_selfdistill.loss import entropy_match, target
 from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.entropy_kernels import (
+    cubic,
     cumulants,
     fourth_cumulant,
     log_sum_in_cell,
@@ -109,22 +110,16 @@ def finish_rows(
 ) -> RowResults:
     """`row_statistics.finish_rows`."""
     num_parts, num_rows, num_columns = gathered.shape
-    results, constants = (gathered.new_empty(n, num_rows) for n in (len(RESULTS), 6))
-    exact = gathered.new_empty(2, num_rows, dtype=torch.float64)
-    status, agreement = (gathered.new_empty(num_rows, dtype=dtype) for dtype in (torch.int64, torch.bool))
+    outputs = _Outputs.new(gathered, solving.grid_entropies)
     if num_rows:
         programs, sizes = _programs(num_rows, num_parts)
         _finish_kernel[programs](
             solving.state,
             solving.shift,
             gathered,
-            status if response_tokens is None else response_tokens.contiguous(),
+            outputs.status if response_tokens is None else response_tokens.contiguous(),
             grid.on(gathered.device),
-            results,
-            constants,
-            exact,
-            status,
-            agreement.view(torch.uint8),
+            *outputs.pointers(),
             num_rows,
             num_parts,
             vocab_size,
@@ -137,15 +132,75 @@ def finish_rows(
             NUM_COLUMNS=num_columns,
             **sizes,
         )
-    return RowResults(
-        constants=RowConstants(*constants.unbind(0)),
-        beta=exact[0],
-        log_normaliser=exact[1],
-        status=status,
-        top1_agreement=agreement,
-        grid_entropies=solving.grid_entropies,
-        **dict(zip(RESULTS, results.unbind(0), strict=True)),
-    )
+    return outputs.results()
+
+
+def finish_in_one_pass(gathered: Tensor, grid: Grid, response_tokens: Tensor | None, vocab_size: int) -> RowResults:
+    """`row_statistics.finish_in_one_pass`."""
+    num_parts, num_rows, num_columns = gathered.shape
+    outputs = _Outputs.new(gathered, gathered.new_empty(num_rows, grid.num_grid))
+    if num_rows:
+        programs, sizes = _programs(num_rows, num_parts)
+        _one_pass_kernel[programs](
+            gathered,
+            outputs.status if response_tokens is None else response_tokens.contiguous(),
+            grid.on(gathered.device),
+            outputs.grid_entropies,
+            *outputs.pointers(),
+            num_rows,
+            num_parts,
+            vocab_size,
+            as_sum(grid.mix_weights[0]),
+            MIX=mix_of(grid.mix_weights),
+            J=len(grid.betas),
+            NUM_GRID=grid.num_grid,
+            FAVOURED=grid.favoured,
+            GIVEN=grid.given,
+            LOWEST_IS_BOUND=grid.lowest_is_bound,
+            HAS_TOKENS=response_tokens is not None,
+            WITH_FORWARD=grid.with_forward_kl,
+            NUM_COLUMNS=num_columns,
+            **sizes,
+        )
+    return outputs.results()
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Of the last kernel: float32 [len(RESULTS), T] and [6, T]; float64 [2, T], beta and the log-normaliser."""
+
+    numbers: Tensor
+    constants: Tensor
+    exact: Tensor
+    status: Tensor
+    agreement: Tensor
+    grid_entropies: Tensor
+
+    @classmethod
+    def new(cls, gathered: Tensor, grid_entropies: Tensor) -> _Outputs:
+        num_rows = gathered.shape[1]
+        return cls(
+            gathered.new_empty(len(RESULTS), num_rows),
+            gathered.new_empty(6, num_rows),
+            gathered.new_empty(2, num_rows, dtype=torch.float64),
+            gathered.new_empty(num_rows, dtype=torch.int64),
+            gathered.new_empty(num_rows, dtype=torch.bool),
+            grid_entropies,
+        )
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        return self.numbers, self.constants, self.exact, self.status, self.agreement.view(torch.uint8)
+
+    def results(self) -> RowResults:
+        return RowResults(
+            constants=RowConstants(*self.constants.unbind(0)),
+            beta=self.exact[0],
+            log_normaliser=self.exact[1],
+            status=self.status,
+            top1_agreement=self.agreement,
+            grid_entropies=self.grid_entropies,
+            **dict(zip(RESULTS, self.numbers.unbind(0), strict=True)),
+        )
 
 
 def _programs(num_rows: int, num_parts: int) -> tuple[tuple[int], dict[str, int | bool]]:
@@ -176,51 +231,92 @@ def _solve_kernel(
     """``gathered``: [parts, T, 14 + 4 J], the columns of `row_sums.first_pass`."""
     rows, inside, place, there = _rows_and_parts(num_rows, num_parts, ROWS, PARTS)
     at = gathered + place * (14 + 4 * J)
-    weight = tl.full([], mix_weight, tl.float64)
-    student_max, student_log_sum, student_entropy, student_argmax, local_student = _merged_softmax(at, there)
-    teacher_max, teacher_log_sum, teacher_entropy, teacher_argmax, local_teacher = _merged_softmax(at + 4, there)
-    local_max = _mixed(local_student, local_teacher, weight, MIX) + _column(at + 8, there, float("-inf"))
-    reference = _mixed(student_max, teacher_max, weight, MIX)
-    mix_max = as_float32(highest_of(local_max) - reference)
-    shift = at_least(local_max - (reference + mix_max)[:, None], _FLOOR)
+    student, teacher, mix_max, shift, only_student, only_mix, max_entropy = _merged_rows(at, there, mix_weight, MIX)
     tl.store(shifts + place, shift, mask=there)
-    num_student = tl.sum(_column(at + 9, there, 0.0), 1)
-    num_mix = tl.sum(_column(at + 10, there, 0.0), 1)
-    num_both = tl.sum(_column(at + 11, there, 0.0), 1)
-    max_entropy = tl.log(num_mix)
-
-    at += 12
-    solved = _nothing_yet(student_entropy)
+    solved = _nothing_yet(max_entropy, 8)
     for j in range(J):
         beta = tl.load(betas + j).to(tl.float64)
-        here = _merged_moments(at + 4 * j, there, shift, beta)
-        entropy = here[0] - beta * here[1]
-        tl.store(grid_entropies + rows * NUM_GRID + j, entropy.to(tl.float32), mask=inside & (j < NUM_GRID))
-        point = (beta + tl.zeros_like(entropy),) + here + mismatch(here, beta, student_entropy, max_entropy)
-        solved = _with_point(solved, point, entropy, student_entropy, tl.abs(j - FAVOURED), j == 0)
-    if GIVEN:
-        beta, log_sum = solved[1][0], solved[1][1]
-        lowest, highest, polish = beta, beta, beta != beta
-    else:
-        beta, log_sum, lowest, highest, polish = _on_grid(solved, student_entropy)
-    at += 4 * J
-
-    agree = (student_argmax == teacher_argmax) & is_finite(student_argmax)
+        here = _merged_moments(at + 12 + 4 * j, there, shift, beta)
+        _store_entropy(grid_entropies, here, beta, j, rows, inside, NUM_GRID)
+        point = (beta + tl.zeros_like(max_entropy),) + here + mismatch(here, beta, student[2], max_entropy)
+        solved = _with_point(solved, point, student[2], tl.abs(j - FAVOURED), j == 0)
+    beta, log_sum, lowest, highest, polish, _ = _on_grid(solved, student[2], GIVEN)
     log_sum = as_float32(log_sum)
-    values = (student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
+    values = (student[0], teacher[0], mix_max, student[1], beta, log_sum)
     for i in tl.static_range(6):
         tl.store(constants + i * num_rows + rows, values[i].to(tl.float32), mask=inside)
-    values = values + (teacher_log_sum, student_entropy, teacher_entropy, max_entropy, lowest, highest)
-    values = values + (
-        tl.sum(_column(at, there, 0.0), 1),
-        tl.sum(_column(at + 1, there, 0.0), 1),
-        polish.to(tl.float64),
-        (num_student > num_both).to(tl.float64),
-        (num_mix > num_both).to(tl.float64),
-        agree.to(tl.float64),
-    )
+    student_token, teacher_token = _token_logits(at + 12 + 4 * J, there)
+    values = values + (teacher[1], student[2], teacher[2], max_entropy, lowest, highest, student_token, teacher_token)
+    values = values + (polish.to(tl.float64), only_student, only_mix, _agree(student, teacher))
     for i in tl.static_range(18):
         tl.store(state + i * num_rows + rows, values[i], mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_parts", "vocab_size"])
+def _one_pass_kernel(
+    gathered,
+    tokens,
+    betas,
+    grid_entropies,
+    results,
+    constants,
+    exact,
+    statuses,
+    agreements,
+    num_rows,
+    num_parts,
+    vocab_size,
+    mix_weight,
+    MIX: tl.constexpr,
+    J: tl.constexpr,
+    NUM_GRID: tl.constexpr,
+    FAVOURED: tl.constexpr,
+    GIVEN: tl.constexpr,
+    LOWEST_IS_BOUND: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+    WITH_FORWARD: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """``gathered``: [parts, T, NUM_COLUMNS], the columns of `row_sums.first_pass` under ``Grid.one_pass``."""
+    rows, inside, place, there = _rows_and_parts(num_rows, num_parts, ROWS, PARTS)
+    at = gathered + place * NUM_COLUMNS
+    student, teacher, mix_max, shift, only_student, only_mix, max_entropy = _merged_rows(at, there, mix_weight, MIX)
+    solved = _nothing_yet(max_entropy, 10)
+    for j in range(J):
+        beta = tl.load(betas + j).to(tl.float64)
+        moments = at + 12 + 4 * j
+        here = _merged_moments(moments, there, shift, beta)
+        _store_entropy(grid_entropies, here, beta, j, rows, inside, NUM_GRID)
+        point = (beta + tl.zeros_like(max_entropy),) + here + mismatch(here, beta, student[2], max_entropy)
+        if WITH_FORWARD:
+            point += _merged_mean_y(at, at + 13 + 4 * J + 2 * j, moments, there, student[0], shift, beta, here)
+        else:
+            point += (tl.zeros_like(max_entropy), tl.zeros_like(max_entropy))
+        solved = _with_point(solved, point, student[2], tl.abs(j - FAVOURED), j == 0)
+    beta, log_sum, _lowest, _highest, between, point = _on_grid(solved, student[2], GIVEN)
+    # Inside a cell H(q) is what was solved for, and E_q[y] is a cubic in E_q[x].
+    entropy = tl.where(between, at_least(student[2], _MIN_ENTROPY), point[1] - point[0] * point[2])
+    mean_x = _merged_student_mean(at, at + 12 + 4 * J, there, student[0], shift)
+    reverse_kl, forward_kl = log_sum - beta * mean_x - student[2], tl.zeros_like(mean_x)
+    if WITH_FORWARD:
+        left, right = solved[2], solved[3]
+        slopes = left[9] / left[3], right[9] / right[3]
+        inner = cubic(left[8], slopes[0], right[8], slopes[1], left[2], right[2], (log_sum - entropy) / beta)
+        forward_kl = student[1] - tl.where(between, inner, point[8]) - entropy
+
+    weight = tl.full([], mix_weight, tl.float64)
+    token_logits = _token_logits(at + NUM_COLUMNS - 2, there)
+    log_probs = _log_probs(token_logits, student, teacher, mix_max, beta, log_sum, weight, MIX)
+    _store_log_probs(results, log_probs, tokens, rows, inside, num_rows, vocab_size, HAS_TOKENS)
+    kls = _infinite_where(only_student, reverse_kl), _infinite_where(only_mix, forward_kl)
+    _store_numbers(results, kls + (student[2], teacher[2], at_least(entropy, 0.0)), rows, inside, num_rows)
+    height = _mixed(student[0], teacher[0], weight, MIX) + mix_max
+    _store_exact(exact, constants, student, teacher, mix_max, beta, log_sum, height, rows, inside, num_rows)
+    status = _status(betas, beta, student[2], entropy, NUM_GRID, GIVEN, LOWEST_IS_BOUND)
+    tl.store(statuses + rows, status.to(tl.int64), mask=inside)
+    tl.store(agreements + rows, _agree(student, teacher).to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -235,6 +331,61 @@ def _rows_and_parts(num_rows, num_parts, ROWS: tl.constexpr, PARTS: tl.constexpr
 @triton.jit
 def _column(pointer, there, other):
     return tl.load(pointer, mask=there, other=other).to(tl.float64)
+
+
+@triton.jit
+def _merged_rows(at, there, mix_weight, MIX: tl.constexpr):
+    """`Rows.merge` but for the moments.  Student and teacher: maximum, log_sum, entropy, argmax."""
+    weight = tl.full([], mix_weight, tl.float64)
+    student_max, student_log_sum, student_entropy, student_argmax, local_student = _merged_softmax(at, there)
+    teacher_max, teacher_log_sum, teacher_entropy, teacher_argmax, local_teacher = _merged_softmax(at + 4, there)
+    local_max = _mixed(local_student, local_teacher, weight, MIX) + _column(at + 8, there, float("-inf"))
+    reference = _mixed(student_max, teacher_max, weight, MIX)
+    mix_max = as_float32(highest_of(local_max) - reference)
+    shift = at_least(local_max - (reference + mix_max)[:, None], _FLOOR)
+    num_student = tl.sum(_column(at + 9, there, 0.0), 1)
+    num_mix = tl.sum(_column(at + 10, there, 0.0), 1)
+    num_both = tl.sum(_column(at + 11, there, 0.0), 1)
+    student = (student_max, student_log_sum, student_entropy, student_argmax)
+    teacher = (teacher_max, teacher_log_sum, teacher_entropy, teacher_argmax)
+    only_student, only_mix = (num_student > num_both).to(tl.float64), (num_mix > num_both).to(tl.float64)
+    return student, teacher, mix_max, shift, only_student, only_mix, tl.log(num_mix)
+
+
+@triton.jit
+def _agree(student, teacher):
+    return ((student[3] == teacher[3]) & is_finite(student[3])).to(tl.float64)
+
+
+@triton.jit
+def _token_logits(at, there):
+    return tl.sum(_column(at, there, 0.0), 1), tl.sum(_column(at + 1, there, 0.0), 1)
+
+
+@triton.jit
+def _store_entropy(grid_entropies, here, beta, j, rows, inside, NUM_GRID: tl.constexpr):
+    entropy = here[0] - beta * here[1]
+    tl.store(grid_entropies + rows * NUM_GRID + j, entropy.to(tl.float32), mask=inside & (j < NUM_GRID))
+
+
+@triton.jit
+def _merged_student_mean(at, sum_of_x, there, student_max, shift):
+    """`row_statistics._merge_student_mean`."""
+    total = 1 + _column(at + 1, there, 0.0)
+    weight = tl.exp(at_least(_column(at, there, float("-inf")) - student_max[:, None], _FLOOR))
+    return tl.sum(weight * (_column(sum_of_x, there, 0.0) + shift * total), 1) / tl.sum(weight * total, 1)
+
+
+@triton.jit
+def _merged_mean_y(at, joint, moments, there, student_max, shift, beta, here):
+    """`row_statistics._merge_mean_y`, at one beta."""
+    rise = at_least(_column(at, there, float("-inf")) - student_max[:, None], _FLOOR)
+    s0, s1 = 1 + _column(moments, there, 0.0), _column(moments + 1, there, 0.0)
+    y0, y1 = _column(joint, there, 0.0), _column(joint + 1, there, 0.0)
+    weight = tl.exp(beta * shift) / tl.exp(here[0])[:, None]
+    mean_y = tl.sum(weight * (y0 + rise * s0), 1)
+    mean_xy = tl.sum(weight * (y1 + shift * y0 + rise * s1 + shift * rise * s0), 1)
+    return mean_y, mean_xy - here[1] * mean_y
 
 
 @triton.jit
@@ -280,55 +431,65 @@ def _merged_moments(at, there, shift, beta):
 
 
 @triton.jit
-def _nothing_yet(like):
-    """What is known of the grid before its first point: see `_with_point`."""
-    zero = tl.zeros_like(like)
-    point = (zero, zero, zero, zero, zero, zero, zero, zero)
-    return point, point, point, point, (zero, zero, zero + 1e9)
+def _nothing_yet(like, N: tl.constexpr):
+    """What is known of the grid before its first point, of N numbers: see `_with_point`."""
+    point = ()
+    for _ in tl.static_range(N):
+        point = point + (tl.zeros_like(like),)
+    return point, point, point, point, point, tl.zeros_like(like) + 1e9
 
 
 @triton.jit
-def _with_point(solved, point, entropy, student_entropy, distance, is_first):
-    """The first point of the grid, the last one so far, both ends of the cell in which f falls below 0, and of the
-    points that match to rounding (`entropy_match.SNAP`) the beta, the log_sum and the distance to the favoured one.
+def _with_point(solved, point, student_entropy, distance, is_first):
+    """The first point of the grid, the last one so far, both ends of the cell in which f falls below 0, the point that
+    matches to rounding (`entropy_match.SNAP`), and how far that is from the favoured one.
 
-    A point: beta, its cumulants, f with slope and curvature.  Held in registers: kept apart, nine points would not fit.
+    A point: beta, its cumulants, f with slope and curvature; under ``Grid.one_pass`` also E[y] and its derivative.
+    One at a time: all the points of a grid would not fit into registers.
     """
-    first, last, left, right, matching = solved
+    first, last, left, right, match, nearest = solved
     crosses = (last[5] > 0) & (point[5] <= 0)
+    entropy = point[1] - point[0] * point[2]
     noise = _SNAP * _EPS * (entropy + point[0] * point[0] * point[3])
     wanted = at_least(student_entropy, _MIN_ENTROPY)
-    match = (tl.abs(entropy - wanted) <= at_most(noise, _SNAP_LIMIT)) & (distance < matching[2])
-    matching = (
-        tl.where(match, point[0], matching[0]),
-        tl.where(match, point[1], matching[1]),
-        tl.where(match, distance, matching[2]),
+    matches = (tl.abs(entropy - wanted) <= at_most(noise, _SNAP_LIMIT)) & (distance < nearest)
+    return (
+        _where(is_first, point, first),
+        point,
+        _where(crosses, last, left),
+        _where(crosses, point, right),
+        _where(matches, point, match),
+        tl.where(matches, distance, nearest),
     )
-    return _where(is_first, point, first), point, _where(crosses, last, left), _where(crosses, point, right), matching
 
 
 @triton.jit
 def _where(condition, a, b):
     out = ()
-    for i in tl.static_range(8):
+    for i in tl.static_range(len(a)):
         out = out + (tl.where(condition, a[i], b[i]),)
     return out
 
 
 @triton.jit
-def _on_grid(solved, student_entropy):
-    """`entropy_match.solve_on_grid`: beta, log_sum, lowest, highest, inside."""
-    first, last, left, right, matching = solved
-    soft, hard, matches = first[5] > 0, last[5] <= 0, matching[2] < 1e9
-    inside = soft & hard & ~matches
-    root = as_float32(root_in_cell(left[5:], right[5:], left[0], right[0]))
-    log_sum = log_sum_in_cell(left[1:5], right[1:5], left[0], right[0], root)
-    point_beta = tl.where(matches, matching[0], tl.where(soft, last[0], first[0]))
-    point_log_sum = tl.where(matches, matching[1], tl.where(soft, last[1], first[1]))
-    sound = is_finite(student_entropy + first[1] - first[0] * first[2])
-    beta = tl.where(sound, tl.where(inside, root, point_beta), float("nan"))
-    log_sum = tl.where(sound, tl.where(inside, log_sum, point_log_sum), float("nan"))
-    return beta, log_sum, left[0], right[0], inside & sound
+def _on_grid(solved, student_entropy, GIVEN: tl.constexpr):
+    """`entropy_match.solve_on_grid`: beta, log_sum, lowest, highest, inside; and the point where beta is one."""
+    first, last, left, right, match, nearest = solved
+    if GIVEN:
+        beta, log_sum, lowest, highest = last[0], last[1], last[0], last[0]
+        point, inside = last, last[0] != last[0]
+    else:
+        soft, hard, matches = first[5] > 0, last[5] <= 0, nearest < 1e9
+        inside = soft & hard & ~matches
+        lowest, highest = left[0], right[0]
+        root = as_float32(root_in_cell(left[5:8], right[5:8], lowest, highest))
+        point = _where(matches, match, _where(soft, last, first))
+        sound = is_finite(student_entropy + first[1] - first[0] * first[2])
+        beta = tl.where(sound, tl.where(inside, root, point[0]), float("nan"))
+        log_sum = log_sum_in_cell(left[1:5], right[1:5], lowest, highest, root)
+        log_sum = tl.where(sound, tl.where(inside, log_sum, point[1]), float("nan"))
+        inside = inside & sound
+    return beta, log_sum, lowest, highest, inside, point
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts", "vocab_size"])
@@ -381,30 +542,53 @@ def _finish_kernel(
         forward_kl += here[0] - old_beta * here[1] - entropy - _taylor_of_mean_y(here, part, log_ratio, step)
     entropy = at_least(entropy, 0.0)
 
+    student, teacher = (student_max, student_log_sum), (teacher_max, teacher_log_sum)
     weight = tl.full([], mix_weight, tl.float64)
-    y, z = student_token - student_max, teacher_token - teacher_max
+    log_probs = _log_probs((student_token, teacher_token), student, teacher, mix_max, beta, log_sum, weight, MIX)
+    _store_log_probs(results, log_probs, tokens, rows, inside, num_rows, vocab_size, HAS_TOKENS)
+    kls = _infinite_where(only_student, reverse_kl), _infinite_where(only_mix, forward_kl)
+    _store_numbers(results, kls + (student_entropy, teacher_entropy, entropy), rows, inside, num_rows)
+    height = _mixed(student_max, teacher_max, weight, MIX) + mix_max
+    _store_exact(exact, constants, student, teacher, mix_max, beta, log_sum, height, rows, inside, num_rows)
+    status = _status(betas, beta, student_entropy, entropy, NUM_GRID, GIVEN, LOWEST_IS_BOUND)
+    tl.store(statuses + rows, status.to(tl.int64), mask=inside)
+    tl.store(agreements + rows, agree.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _log_probs(token_logits, student, teacher, mix_max, beta, log_sum, weight, MIX: tl.constexpr):
+    """`Rows.log_probs`; student and teacher begin with maximum and log_sum."""
+    y, z = token_logits[0] - student[0], token_logits[1] - teacher[0]
     x = _mixed(y, z, weight, MIX) - mix_max
-    log_probs = (y - student_log_sum, z - teacher_log_sum, beta * x - log_sum)
+    return y - student[1], z - teacher[1], beta * x - log_sum
+
+
+@triton.jit
+def _store_log_probs(results, log_probs, tokens, rows, inside, num_rows, vocab_size, HAS_TOKENS: tl.constexpr):
     if HAS_TOKENS:
         token = tl.load(tokens + rows, mask=inside, other=0)
         valid = (token >= 0) & (token < vocab_size)
     else:
         valid = rows < 0
-    values = (_infinite_where(only_student, reverse_kl), _infinite_where(only_mix, forward_kl))
-    values = values + (student_entropy, teacher_entropy, entropy)
     for i in tl.static_range(3):
-        values = values + (tl.where(valid, log_probs[i], float("nan")),)
-    for i in tl.static_range(8):
+        value = tl.where(valid, log_probs[i], float("nan"))
+        tl.store(results + (5 + i) * num_rows + rows, value.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _store_numbers(results, values, rows, inside, num_rows):
+    """The first of RESULTS."""
+    for i in tl.static_range(5):
         tl.store(results + i * num_rows + rows, values[i].to(tl.float32), mask=inside)
-    values = (student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
+
+
+@triton.jit
+def _store_exact(exact, constants, student, teacher, mix_max, beta, log_sum, height, rows, inside, num_rows):
+    values = (student[0], teacher[0], mix_max, student[1], beta, log_sum)
     for i in tl.static_range(6):
         tl.store(constants + i * num_rows + rows, values[i].to(tl.float32), mask=inside)
-    height = _mixed(student_max, teacher_max, weight, MIX) + mix_max
     tl.store(exact + rows, beta, mask=inside)
     tl.store(exact + num_rows + rows, beta * height + log_sum, mask=inside)
-    status = _status(betas, beta, student_entropy, entropy, NUM_GRID, GIVEN, LOWEST_IS_BOUND)
-    tl.store(statuses + rows, status.to(tl.int64), mask=inside)
-    tl.store(agreements + rows, agree.to(tl.uint8), mask=inside)
 
 
 @triton.jit

@@ -174,18 +174,21 @@ def _bisect(mix: Tensor, entropy_wanted: Tensor, low: float, high: float) -> Ten
     return torch.where(torch.isfinite(entropy_wanted + mix.amax(-1)), beta, torch.nan)
 
 
-def beta_grid(target: Target) -> tuple[float, ...]:
+def beta_grid(target: Target, points_per_octave: int = 1) -> tuple[float, ...]:
     """The grid of betas; its ends are the range of beta.
 
-    1 / (1 + w) times powers of 2, so that equal logits find their root on it.
+    1 / (1 + w) times powers of 2, so that equal logits find their root on it; with two points per octave also times
+    those of sqrt(2).
     From 1 / (RANGE (1 + w)) to RANGE / (1 + w); with a bound inside that range, from 1 / k_max on: 9 values
-    without a bound, 5 with k_max = 1 + w.  Under fixed and teacher_alone, the one given beta.
+    without a bound, 5 with k_max = 1 + w (17 and 9).  Under fixed and teacher_alone, the one given beta.
     """
     if target.rule in ("fixed", "teacher_alone"):
         assert target.given_beta is not None
         return (target.given_beta,)
     octaves = round(math.log2(RANGE))
-    grid = [2.0**j / target.geometric_k for j in range(-octaves, octaves + 1)]
+    within = [2 ** (i / points_per_octave) / target.geometric_k for i in range(points_per_octave)]
+    # times powers of 2, so that each value is exactly twice the one an octave below
+    grid = [2.0**j * beta for j in range(-octaves, octaves) for beta in within] + [2.0**octaves * within[0]]
     if target.k_bound is None or not target.lowest_is_bound:
         return tuple(grid)
     lowest = 1 / target.k_bound

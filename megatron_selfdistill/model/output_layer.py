@@ -45,7 +45,8 @@ class FusedLoss:
     divergence: Divergence
     fusion: Fusion
     backend: str | None = None
-    """Of the loss: see loss/backend.py."""
+    solver: str = "exact"
+    """Both as for `distillation_loss`."""
 
     def __call__(
         self,
@@ -82,6 +83,7 @@ class FusedLoss:
             gathered_rows=gathered_rows,
             weight_gradient=MainGrad.of(weight, student.output_layer),
             backend=self.backend,
+            solver=self.solver,
         )
 
 

@@ -31,6 +31,7 @@ from megatron_selfdistill.loss import (
     solve_kernels,
     solve_target,
 )
+from megatron_selfdistill.loss.fused_linear import FUSED_MODES, fused_distillation_loss
 from megatron_selfdistill.loss.grid import Grid
 from megatron_selfdistill.loss.row_statistics import Rows
 from megatron_selfdistill.loss.row_sums import Shard
@@ -93,7 +94,7 @@ def run(
     *,
     backend: str = "triton",
     vocab: VocabShard | None = None,
-    **options: bool,
+    **options: bool | str,
 ) -> tuple[TokenStats, Tensor]:
     leaf = student.clone(memory_format=torch.preserve_format).requires_grad_()
     vocab = vocab or VocabShard(0, student.shape[1], student.shape[1])
@@ -153,6 +154,7 @@ def test_loss_and_gradient_equal_float64_and_every_statistic_pytorchs(rule: str,
 SHAPES = [  # columns, columns that are no padding, dtypes
     (128, 128, torch.float32, torch.float32),
     (127, 127, torch.float32, torch.float32),
+    (300, 255, torch.float32, torch.float32),
     (1, 1, torch.float32, torch.float32),
     (130, 129, torch.float32, torch.float32),
     (700, 0, torch.float32, torch.float32),
@@ -235,11 +237,11 @@ def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_
 
 @cases("kind, parts", [("reverse", 5), ("forward", 2), ("jsd", 2)], DIVERGENCES, [2, 5])
 def test_rows_cut_into_parts_equal_whole_rows(kind: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher, tokens = logits(8, 600, seed=4)
-    cut = run(student, teacher, tokens, Target(k_max=None), DIVERGENCES[kind])
-    assert kernels.num_parts(8, 600) == parts
+    student, teacher, tokens = logits(7, 600, seed=4)
+    cut = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
+    assert kernels.num_parts(7, 600) == parts
     monkeypatch.setattr(kernels, "MOST_PARTS", 1)
-    whole = run(student, teacher, tokens, Target(k_max=None), DIVERGENCES[kind])
+    whole = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
     assert_same(cut[0], whole[0])
     torch.testing.assert_close(cut[1], whole[1], rtol=1e-5, atol=1e-6)
 
@@ -252,32 +254,40 @@ def test_few_rows_are_cut_into_parts_and_many_are_not(monkeypatch: pytest.Monkey
 
 
 @cases(
-    "rule, kind, parts",
+    "rule, kind, parts, solver",
     [
-        *(("capped", kind, 2) for kind in DIVERGENCES),
-        ("teacher alone", "reverse", 5),
-        ("teacher alone", "forward", 1),
-        ("no teacher", "forward", 5),
+        *(("capped", kind, 2, "exact") for kind in DIVERGENCES),
+        ("teacher alone", "reverse", 5, "exact"),
+        ("teacher alone", "forward", 1, "exact"),
+        ("no teacher", "forward", 1, "exact"),
+        ("capped", "forward", 2, "fast"),
+        ("teacher alone", "forward", 1, "fast"),
+        ("no teacher", "reverse", 1, "fast"),
     ],
     ["capped", "teacher alone", "no teacher"],
     DIVERGENCES,
     [1, 2, 5],
+    ["exact", "fast"],
 )
-def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: int) -> None:
-    student, teacher, tokens = logits(12, 400, seed=5)
-    masked = torch.rand(400, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
+def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: int, solver: str) -> None:
+    student, teacher, tokens = logits(13, 350, seed=5)
+    masked = torch.rand(350, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
     masked[:200] = True  # the first blocks hold no column at all
     student[0, masked] = teacher[0, masked] = -torch.inf
     student[1, masked] = -torch.inf
-    teacher[2, 350] = -torch.inf
-    student[3, 10], teacher[4, 390] = torch.nan, torch.nan
-    student[5, 390], teacher[6, 10] = torch.inf, torch.inf
+    teacher[2, 330] = -torch.inf
+    student[3, 10], teacher[4, 340] = torch.nan, torch.nan
+    student[5, 340], teacher[6, 10] = torch.inf, torch.inf
     student[7, masked] = teacher[7, masked] = torch.finfo(torch.float32).min
-    student[8, :399] = teacher[8, :399] = -torch.inf
+    student[8, :349] = teacher[8, :349] = -torch.inf
     teacher[9, masked] = -torch.inf
     student[10], teacher[10] = 0.0, 1.0
+    # the last block has no new maximum, only a column that is missing
+    student[11:] = teacher[11:] = torch.linspace(30, -10, 350)
+    student[11, 340] = teacher[12, 340] = -torch.inf
     arguments = student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind]
-    (ours, gradient), (theirs, expected) = (run(*arguments, backend=name) for name in ("triton", "torch"))
+    options = {"solver": solver}
+    (ours, gradient), (theirs, expected) = (run(*arguments, backend=name, **options) for name in ("triton", "torch"))
     # of a row with NaN or +inf all that is promised is NaN
     sound = ~torch.isnan(theirs.loss)
     assert torch.equal(torch.isnan(ours.loss), ~sound) and sound.sum() >= 7
@@ -288,6 +298,29 @@ def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: in
     assert torch.equal(torch.isfinite(gradient), torch.isfinite(expected))
     finite = torch.isfinite(expected)
     torch.testing.assert_close(gradient[finite], expected[finite], rtol=1e-5, atol=2e-6)
+
+
+@cases(
+    "rule, kind, parts",
+    [
+        ("capped", "reverse", 1),
+        ("strict", "forward", 3),
+        ("k_max 2.2", "forward", 1),
+        ("batch", "forward", 2),
+        ("teacher alone", "forward", 2),
+        ("no teacher", "reverse", 2),
+    ],
+    TARGETS,
+    DIVERGENCES,
+    [1, 2, 3],
+)
+def test_the_fast_solver_equals_pytorchs(rule: str, kind: str, parts: int) -> None:
+    arguments = *logits(8, 400, seed=6), TARGETS[rule], DIVERGENCES[kind]
+    (ours, gradient), (theirs, expected) = (
+        run(*arguments, backend=name, solver="fast") for name in ("triton", "torch")
+    )
+    assert_same(ours, theirs, 2e-5)  # divergences are differences of moments
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=5e-6)
 
 
 def test_equal_maxima_count_by_their_lowest_column_within_and_across_blocks() -> None:
@@ -410,7 +443,7 @@ def rank_of_two(rank: int, store: str, results: mp.SimpleQueue) -> None:
     outcomes = []
     for kind in DIVERGENCES.values():
         leaf = student[:, columns].to(device).requires_grad_()
-        arguments = {"target": Target(k_max=None), "divergence": kind, "vocab": vocab, "backend": "triton"}
+        arguments = {"target": Target(), "divergence": kind, "vocab": vocab, "backend": "triton"}
         stats = distillation_loss(leaf, teacher[:, columns].to(device), tokens.to(device), **arguments)
         stats.loss.sum().backward()
         assert leaf.grad is not None
@@ -437,7 +470,7 @@ def test_two_tensor_parallel_ranks_equal_one_and_have_the_same_bits(tmp_path) ->
         assert str(first) == str(second)  # as text: NaN equals NaN
         leaf = student.clone().requires_grad_()
         vocab = VocabShard(0, 512, 370)
-        arguments = {"target": Target(k_max=None), "divergence": kind, "vocab": vocab, "backend": "triton"}
+        arguments = {"target": Target(), "divergence": kind, "vocab": vocab, "backend": "triton"}
         stats = distillation_loss(leaf, teacher, tokens, **arguments)
         stats.loss.sum().backward()
         for field, values in zip(fields(TokenStats), first, strict=True):
@@ -445,3 +478,33 @@ def test_two_tensor_parallel_ranks_equal_one_and_have_the_same_bits(tmp_path) ->
             torch.testing.assert_close(torch.tensor(values).double(), whole, rtol=5e-6, atol=5e-6)
         joined = torch.cat([torch.tensor(left), torch.tensor(right)], 1)
         torch.testing.assert_close(joined, leaf.grad.cpu(), rtol=1e-5, atol=1e-6)
+
+
+@cases("mode, solver", [("keep_gradient", "exact"), ("low_memory", "fast")], FUSED_MODES, ("exact", "fast"))
+def test_the_fused_output_layer_runs_on_the_kernels(mode: str, solver: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    states = [torch.randn(7, 8, generator=generator).to(DEVICE) for _ in range(2)]
+    weight, tokens = torch.randn(300, 8, generator=generator).to(DEVICE), torch.arange(7, device=DEVICE)
+    found = []
+    for backend in ("torch", "triton"):
+        leaves = states[0].clone().requires_grad_(), weight.clone().requires_grad_()
+        stats = fused_distillation_loss(
+            leaves[0],
+            states[1],
+            leaves[1],
+            None,
+            tokens,
+            target=Target(),
+            divergence=Divergence(),
+            vocab=VocabShard(0, 300, 290),
+            chunk_tokens=3,
+            mode=mode,
+            backend=backend,
+            solver=solver,
+        )
+        gradients = torch.autograd.grad((stats.loss * torch.linspace(-1, 2, 7, device=DEVICE)).sum(), leaves)
+        found.append((replace(stats, loss=stats.loss.detach()), gradients))
+    (expected, expected_gradients), (got, gradients) = found
+    assert_same(got, expected)
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()

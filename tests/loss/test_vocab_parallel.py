@@ -107,6 +107,7 @@ def run_loss(
     kind: Divergence,
     group: dist.ProcessGroup | None = None,
     weights: Tensor | None = None,
+    solver: str = "exact",
 ) -> tuple[TokenStats, Tensor]:
     """The stats and the gradient of this rank's columns; padding columns are filled with garbage first."""
     garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 55.0]).repeat(PADDED_VOCAB_SIZE // 5 + 1)
@@ -115,16 +116,16 @@ def run_loss(
     columns = slice(vocab.start, vocab.start + vocab.size)
     s = torch.cat([student, garbage], 1)[:, columns].clone().requires_grad_()
     t = torch.cat([teacher, garbage.flip(1)], 1)[:, columns].clone()
-    stats = distillation_loss(s, t, tokens, target=rule, divergence=kind, vocab=vocab)
+    stats = distillation_loss(s, t, tokens, target=rule, divergence=kind, vocab=vocab, solver=solver)
     (stats.loss if weights is None else stats.loss * weights).sum().backward()
     stats.loss = stats.loss.detach()
     assert s.grad is not None
     return stats, s.grad
 
 
-def all_cases(dtype: torch.dtype) -> list[tuple[TokenStats, Tensor]]:
+def all_cases(dtype: torch.dtype, solver: str) -> list[tuple[TokenStats, Tensor]]:
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
-    return [run_loss(*logits(dtype), TARGETS[rule], DIVERGENCES[kind], group) for rule, kind in CASES]
+    return [run_loss(*logits(dtype), TARGETS[rule], DIVERGENCES[kind], group, solver=solver) for rule, kind in CASES]
 
 
 def same_bits(a: TokenStats, b: TokenStats) -> bool:
@@ -189,12 +190,12 @@ def test_all_statistics_equal_float64(rule: str) -> None:
     assert ((stats.status == Status.GIVEN) == (not matched)).all()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("world_size", "solver"), [(2, "exact"), (4, "exact"), (4, "fast")])
 def test_every_split_of_the_vocabulary_gives_the_same_and_the_same_bits_on_every_rank(
-    ranks: RankPool, world_size: int
+    ranks: RankPool, world_size: int, solver: str
 ) -> None:
-    whole = [run_loss(*logits(), TARGETS[rule], DIVERGENCES[kind]) for rule, kind in CASES]
-    per_rank = ranks.run(all_cases, torch.float32, world_size=world_size)
+    whole = [run_loss(*logits(), TARGETS[rule], DIVERGENCES[kind], solver=solver) for rule, kind in CASES]
+    per_rank = ranks.run(all_cases, torch.float32, solver, world_size=world_size)
     for case, (stats, gradient), *shards in zip(CASES, whole, *per_rank, strict=True):
         assert all(same_bits(shards[0][0], shard[0]) for shard in shards), case
         assert torch.equal(shards[0][0].status, stats.status), case
@@ -226,7 +227,9 @@ def test_agreement_compares_global_columns_and_the_lowest_of_equal_maxima(ranks:
         assert agreement == [False, False, True, False, True]
 
 
-def count_collectives(kind: Divergence, rule: Target, num_rows: int) -> tuple[list[str], list[str]]:
+def count_collectives(
+    kind: Divergence, rule: Target, num_rows: int, solver: str = "exact"
+) -> tuple[list[str], list[str]]:
     student, teacher, tokens = logits(num_rows=max(num_rows, 3))
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, dist.group.WORLD)
     s = student[:num_rows, : vocab.size].clone().requires_grad_()
@@ -240,9 +243,8 @@ def count_collectives(kind: Divergence, rule: Target, num_rows: int) -> tuple[li
                 return _original(*args, **kwargs)
 
             patch.setattr(dist, name, counted)
-        stats = distillation_loss(
-            s, teacher[:num_rows, : vocab.size], tokens[:num_rows], target=rule, divergence=kind, vocab=vocab
-        )
+        arguments = {"target": rule, "divergence": kind, "vocab": vocab, "solver": solver}
+        stats = distillation_loss(s, teacher[:num_rows, : vocab.size], tokens[:num_rows], **arguments)
         forward = list(called)
         stats.loss.sum().backward()
     assert s.grad is not None and s.grad.shape == s.shape
@@ -259,6 +261,30 @@ def test_two_collectives_forward_three_for_jsd_and_none_backward(
             arguments = DIVERGENCES[kind], TARGETS[rule], num_rows
             for forward, backward in ranks.run(count_collectives, *arguments, world_size=2):
                 assert forward == ["all_gather_into_tensor"] * count and backward == []
+
+
+@pytest.mark.parametrize(("kind", "count"), [("reverse", 1), ("forward", 1), ("jsd", 2)])
+def test_the_fast_solver_takes_one_collective_less(ranks: RankPool, kind: str, count: int) -> None:
+    for forward, backward in ranks.run(count_collectives, DIVERGENCES[kind], Target(), 14, "fast", world_size=2):
+        assert forward == ["all_gather_into_tensor"] * count and backward == []
+
+
+@every_case
+def test_a_given_beta_loses_nothing_with_the_fast_solver(rule: str, kind: str) -> None:
+    if TARGETS[rule].given_beta is None:
+        pytest.skip("beta is solved for")
+    student, teacher, tokens = logits()
+    arguments = student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind]
+    (fast, near), (exact, gradient) = run_loss(*arguments, solver="fast"), run_loss(*arguments)
+    for field in fields(TokenStats):
+        values = getattr(fast, field.name), getattr(exact, field.name)
+        torch.testing.assert_close(*values, rtol=3e-6, atol=5e-6, msg=lambda m, n=field.name: f"{n}: {m}")
+    torch.testing.assert_close(near, gradient, rtol=1e-5, atol=2e-6)
+
+
+def test_an_unknown_solver_is_refused_with_a_sentence() -> None:
+    with pytest.raises(ValueError, match=r"loss\.solver must be one of exact, fast; got 'quick'"):
+        run_loss(*logits(), Target(), Divergence(), solver="quick")
 
 
 def test_no_rows_need_no_collective_and_still_take_a_backward(ranks: RankPool) -> None:
