@@ -40,13 +40,13 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as runs use it: types of its arguments by name, values of its constants, and its warps."""
+    """A kernel as runs use it: types of its arguments by name, values of its constants, options of the compiler."""
 
     name: str
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
-    num_warps: int
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def cases() -> Iterator[Case]:
     from megatron_selfdistill.loss.row_sums import SECOND_PASS, SECOND_PASS_FORWARD
     from megatron_selfdistill.loss.target import Target
 
+    reading, solving = ({**options, "num_warps": 1} for options in (kernels.COMPILED, solve_kernels.SOLVING))
     targets = Target(), Target(k_max=None), Target("teacher_alone")
     for dtype, vec in (("bf16", 8), ("fp32", 4)):
         logits = dict.fromkeys(("student", "teacher", "out"), f"*{dtype}")
@@ -84,16 +85,22 @@ def cases() -> Iterator[Case]:
             doubled = sum(1 << j for j in grid.doubled)
             constants = {**summing, "J": len(grid.betas), "DOUBLED": doubled, "OCTAVE": grid.octave, "HAS_TOKENS": True}
             constants |= {"ONE_PASS": grid.one_pass, "WITH_FORWARD": grid.with_forward_kl}
-            yield Case(f"first pass, {len(grid.betas)} betas{kind}, {dtype}", first, logits | tokens, constants, 1)
+            options = kernels.first_pass_options(grid, vec)
+            constants |= {name: options.pop(name) for name in ("LANES", "VEC")}
+            yield Case(
+                f"first pass, {len(grid.betas)} betas{kind}, {dtype}", first, logits | tokens, constants, options
+            )
         for kind in (False, True):
             name = f"second pass{', forward KL' if kind else ''}, {dtype}"
             constants = {**summing, "WITH_FORWARD": kind}
-            yield Case(name, kernels._second_pass_kernel, logits | tokens, constants, 1)
-        yield Case(f"JSD pass, {dtype}", kernels._jsd_pass_kernel, logits, summing, 1)
+            yield Case(name, kernels._second_pass_kernel, logits | tokens, constants, reading)
+        yield Case(f"JSD pass, {dtype}", kernels._jsd_pass_kernel, logits, summing, reading)
         for i, kind in enumerate(kernels.KINDS):
             constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": kernels.GRADIENT_BLOCK}
-            name, warps = f"gradient, {kind}, {dtype}", kernels.GRADIENT_WARPS
-            yield Case(name, kernels._gradient_kernel, logits, constants, warps)
+            name = f"gradient, {kind}, {dtype}"
+            yield Case(
+                name, kernels._gradient_kernel, logits, constants, reading | {"num_warps": kernels.GRADIENT_WARPS}
+            )
     double = dict.fromkeys(("state", "shifts", "exact"), "*fp64")
     double |= {"tokens": "*i64", "statuses": "*i64", "agreements": "*u8"}
     for parts in (1, 8):
@@ -102,16 +109,16 @@ def cases() -> Iterator[Case]:
         for num_betas, favoured in ((5, 0), (9, 4)):
             constants = {"J": num_betas, "NUM_GRID": num_betas, "FAVOURED": favoured}
             name = f"solve, {num_betas} betas, {parts} parts"
-            yield Case(name, solve_kernels._solve_kernel, double, sizes | constants, 1)
+            yield Case(name, solve_kernels._solve_kernel, double, sizes | constants, solving)
         for columns in (SECOND_PASS, SECOND_PASS_FORWARD):
             constants = {"NUM_GRID": 5, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True, "NUM_COLUMNS": len(columns)}
             name = f"finish{', forward KL' if columns is SECOND_PASS_FORWARD else ''}, {parts} parts"
-            yield Case(name, solve_kernels._finish_kernel, double, sizes | constants, 1)
+            yield Case(name, solve_kernels._finish_kernel, double, sizes | constants, solving)
         for forward in (False, True):
             constants = {"NUM_GRID": 9, "J": 9, "FAVOURED": 0, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True}
             constants |= {"WITH_FORWARD": forward, "NUM_COLUMNS": 12 + 4 * 9 + 1 + 2 * 9 * forward + 2}
             name = f"fast finish{', forward KL' if forward else ''}, {parts} parts"
-            yield Case(name, solve_kernels._one_pass_kernel, double, sizes | constants, 1)
+            yield Case(name, solve_kernels._one_pass_kernel, double, sizes | constants, solving)
 
 
 def measure(case: Case, arch: int) -> Report:
@@ -119,8 +126,6 @@ def measure(case: Case, arch: int) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from megatron_selfdistill.loss.kernels import COMPILED
 
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else _type(name, case.types) for name in names}
@@ -132,8 +137,7 @@ def measure(case: Case, arch: int) -> Report:
         constexprs=case.constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {**COMPILED, "num_warps": case.num_warps}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     registers, spills = _usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     wide = r"\.(?:L\S+\.)?v(?:4\.b32|2\.b64)"

@@ -42,6 +42,8 @@ PART_COLUMNS = 2048
 MOST_PARTS = 64
 # Triton contracts a * b + c today and will ask to be told; what follows counts on nothing here but speed.
 COMPILED = {"num_stages": 1, "enable_fp_fusion": True}
+ALL_REGISTERS = {"maxnreg": 255}
+"""Left to itself, ptxas spills some numbers of a kernel with many to fit one more warp on a multiprocessor."""
 
 _FLOOR = tl.constexpr(-1e12)  # divergence.FLOOR
 _BOTH, _STUDENT_ONLY = tl.constexpr(BOTH), tl.constexpr(STUDENT_ONLY)
@@ -67,7 +69,7 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
             grid.on(shard.student.device),
             sums,
             argmaxes,
-            *_extent(shard),
+            *_extent(shard, first_pass_options(grid, _columns_per_load(shard))["VEC"]),
             start,
             as_sum(shard.mix_weights[0]),
             MIX=mix_of(shard.mix_weights),
@@ -77,7 +79,7 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
             ONE_PASS=grid.one_pass,
             WITH_FORWARD=grid.with_forward_kl,
             HAS_TOKENS=response_tokens is not None,
-            **_summing(shard),
+            **first_pass_options(grid, _columns_per_load(shard)),
         )
     return sums, argmaxes
 
@@ -153,10 +155,19 @@ def _new(shard: Shard, num_columns: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=shard.student.device)
 
 
-def _extent(shard: Shard) -> tuple[int, int, int, int, int]:
+def first_pass_options(grid: Grid, columns_per_load: int) -> dict[str, int]:
+    """Of the first pass's kernel, whose sums take most of the registers where the grid is large."""
+    num_betas, options = len(grid.betas), {"LANES": LANES, "num_warps": 1, **COMPILED}
+    if num_betas > 5:
+        options |= ALL_REGISTERS
+    crowded = grid.with_forward_kl and num_betas > 10
+    return {"VEC": min(columns_per_load, 4) if crowded else columns_per_load, **options}
+
+
+def _extent(shard: Shard, columns_per_load: int | None = None) -> tuple[int, int, int, int, int]:
     """Both row strides, the rows, the columns, and the blocks of a part."""
     num_rows, num_columns = shard.student.shape
-    blocks = triton.cdiv(num_columns, LANES * _columns_per_load(shard))
+    blocks = triton.cdiv(num_columns, LANES * (columns_per_load or _columns_per_load(shard)))
     strides = _row_stride(shard.student), _row_stride(shard.teacher)
     return *strides, num_rows, num_columns, triton.cdiv(blocks, shard.num_parts)
 

@@ -39,12 +39,13 @@ from megatron_selfdistill.loss.kernel_math import (
     is_finite,
     log_one_plus_64,
 )
-from megatron_selfdistill.loss.kernels import COMPILED, as_sum, mix_of
+from megatron_selfdistill.loss.kernels import ALL_REGISTERS, COMPILED, as_sum, mix_of
 from megatron_selfdistill.loss.row_statistics import RowResults
 from megatron_selfdistill.loss.row_sums import RowConstants
 
 NUMBERS = 32
 """Parts times rows of a program, of one warp: four numbers per thread while parts are merged."""
+SOLVING = {**COMPILED, **ALL_REGISTERS}
 MOST_ROWS = 32
 """Of a program: one per thread after the merging."""
 NUM_STATE = 18
@@ -206,7 +207,7 @@ class _Outputs:
 def _programs(num_rows: int, num_parts: int) -> tuple[tuple[int], dict[str, int | bool]]:
     parts = triton.next_power_of_2(num_parts)
     rows = max(1, min(MOST_ROWS, NUMBERS // parts))
-    return (triton.cdiv(num_rows, rows),), {"ROWS": rows, "PARTS": parts, "num_warps": 1, **COMPILED}
+    return (triton.cdiv(num_rows, rows),), {"ROWS": rows, "PARTS": parts, "num_warps": 1, **SOLVING}
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
@@ -304,7 +305,7 @@ def _one_pass_kernel(
         left, right = solved[2], solved[3]
         slopes = left[9] / left[3], right[9] / right[3]
         inner = cubic(left[8], slopes[0], right[8], slopes[1], left[2], right[2], (log_sum - entropy) / beta)
-        forward_kl = student[1] - tl.where(between, inner, point[8]) - entropy
+        forward_kl = student[1] - tl.where(between, inner, point[4]) - entropy
 
     weight = tl.full([], mix_weight, tl.float64)
     token_logits = _token_logits(at + NUM_COLUMNS - 2, there)
@@ -436,7 +437,13 @@ def _nothing_yet(like, N: tl.constexpr):
     point = ()
     for _ in tl.static_range(N):
         point = point + (tl.zeros_like(like),)
-    return point, point, point, point, point, tl.zeros_like(like) + 1e9
+    return _brief(point), point, point, point, _brief(point), tl.zeros_like(like) + 1e9
+
+
+@triton.jit
+def _brief(point):
+    """beta, log_sum, mean and f of a point, and under ``Grid.one_pass`` E[y]: registers are scarce."""
+    return point[0], point[1], point[2], point[5], point[len(point) - 2]
 
 
 @triton.jit
@@ -454,11 +461,11 @@ def _with_point(solved, point, student_entropy, distance, is_first):
     wanted = at_least(student_entropy, _MIN_ENTROPY)
     matches = (tl.abs(entropy - wanted) <= at_most(noise, _SNAP_LIMIT)) & (distance < nearest)
     return (
-        _where(is_first, point, first),
+        _where(is_first, _brief(point), first),
         point,
         _where(crosses, last, left),
         _where(crosses, point, right),
-        _where(matches, point, match),
+        _where(matches, _brief(point), match),
         tl.where(matches, distance, nearest),
     )
 
@@ -473,17 +480,17 @@ def _where(condition, a, b):
 
 @triton.jit
 def _on_grid(solved, student_entropy, GIVEN: tl.constexpr):
-    """`entropy_match.solve_on_grid`: beta, log_sum, lowest, highest, inside; and the point where beta is one."""
+    """`entropy_match.solve_on_grid`: beta, log_sum, lowest, highest, inside; and `_brief` where beta is a point."""
     first, last, left, right, match, nearest = solved
     if GIVEN:
         beta, log_sum, lowest, highest = last[0], last[1], last[0], last[0]
-        point, inside = last, last[0] != last[0]
+        point, inside = _brief(last), last[0] != last[0]
     else:
-        soft, hard, matches = first[5] > 0, last[5] <= 0, nearest < 1e9
+        soft, hard, matches = first[3] > 0, last[5] <= 0, nearest < 1e9
         inside = soft & hard & ~matches
         lowest, highest = left[0], right[0]
         root = as_float32(root_in_cell(left[5:8], right[5:8], lowest, highest))
-        point = _where(matches, match, _where(soft, last, first))
+        point = _where(matches, match, _where(soft, _brief(last), first))
         sound = is_finite(student_entropy + first[1] - first[0] * first[2])
         beta = tl.where(sound, tl.where(inside, root, point[0]), float("nan"))
         log_sum = log_sum_in_cell(left[1:5], right[1:5], lowest, highest, root)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import fields, replace
 
 import pytest
@@ -63,9 +64,9 @@ def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> in
     return number
 
 
-def cases(names: str, thinned: list[tuple], *values: object) -> pytest.MarkDecorator:
+def cases(names: str, thinned: list, *values: Iterable) -> pytest.MarkDecorator:
     """All combinations on a GPU; in the interpreter, which takes half a second for a loss, those of ``thinned``."""
-    combinations = thinned if INTERPRETED else list(itertools.product(*values))
+    combinations = thinned if INTERPRETED else list(itertools.product(*values) if len(values) > 1 else values[0])
     return pytest.mark.parametrize(names, combinations, indirect=sorted({"parts"} & set(names.split(", "))))
 
 
@@ -235,7 +236,7 @@ def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_
     torch.testing.assert_close(beta, torch.ones_like(beta), rtol=0, atol=1e-6)
 
 
-@cases("kind, parts", [("reverse", 5), ("forward", 2), ("jsd", 2)], DIVERGENCES, [2, 5])
+@cases("kind, parts", [("forward", 5), ("jsd", 2)], DIVERGENCES, [2, 5])
 def test_rows_cut_into_parts_equal_whole_rows(kind: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, tokens = logits(7, 600, seed=4)
     cut = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
@@ -270,8 +271,8 @@ def test_few_rows_are_cut_into_parts_and_many_are_not(monkeypatch: pytest.Monkey
     ["exact", "fast"],
 )
 def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: int, solver: str) -> None:
-    student, teacher, tokens = logits(13, 350, seed=5)
-    masked = torch.rand(350, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
+    student, teacher, tokens = logits(13, 512, seed=5)
+    masked = torch.rand(512, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
     masked[:200] = True  # the first blocks hold no column at all
     student[0, masked] = teacher[0, masked] = -torch.inf
     student[1, masked] = -torch.inf
@@ -279,11 +280,11 @@ def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: in
     student[3, 10], teacher[4, 340] = torch.nan, torch.nan
     student[5, 340], teacher[6, 10] = torch.inf, torch.inf
     student[7, masked] = teacher[7, masked] = torch.finfo(torch.float32).min
-    student[8, :349] = teacher[8, :349] = -torch.inf
+    student[8, :511] = teacher[8, :511] = -torch.inf
     teacher[9, masked] = -torch.inf
     student[10], teacher[10] = 0.0, 1.0
-    # the last block has no new maximum, only a column that is missing
-    student[11:] = teacher[11:] = torch.linspace(30, -10, 350)
+    # the last block has neither a new maximum nor an end that a mask cuts, only a column that is missing
+    student[11:] = teacher[11:] = torch.linspace(30, -10, 512)
     student[11, 340] = teacher[12, 340] = -torch.inf
     arguments = student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind]
     options = {"solver": solver}
@@ -305,7 +306,6 @@ def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: in
     [
         ("capped", "reverse", 1),
         ("strict", "forward", 3),
-        ("k_max 2.2", "forward", 1),
         ("batch", "forward", 2),
         ("teacher alone", "forward", 2),
         ("no teacher", "reverse", 2),
@@ -332,6 +332,19 @@ def test_equal_maxima_count_by_their_lowest_column_within_and_across_blocks() ->
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_tiny_divergence_keeps_its_digits(kind: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    student = 2 * torch.randn(5, 300, generator=generator)
+    teacher = (student + 1e-3 * torch.randn(5, 300, generator=generator)).to(DEVICE)
+    student, tokens = student.to(DEVICE), torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    stats, gradient = run(student, teacher, tokens, Target("fixed"), DIVERGENCES[kind])
+    loss, expected = reference(student, teacher, Target("fixed"), DIVERGENCES[kind])
+    assert loss.min() > 1e-9 and loss.max() < 2e-7
+    torch.testing.assert_close(stats.loss.double(), loss, rtol=0, atol=3e-10)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=2e-7)
+
+
+@cases("kind", ["jsd"], DIVERGENCES)
 def test_strided_rows_and_backward_in_place_give_the_same_bits(kind: str) -> None:
     student, teacher, tokens = logits(8, 333)
     target, divergence = Target(), DIVERGENCES[kind]
@@ -357,7 +370,7 @@ def test_strided_rows_and_backward_in_place_give_the_same_bits(kind: str) -> Non
 
 @cases(
     "dtype, kind",
-    [(torch.bfloat16, "reverse"), (torch.bfloat16, "jsd"), (torch.float16, "forward")],
+    [(torch.bfloat16, "reverse"), (torch.float16, "forward")],
     [torch.bfloat16, torch.float16],
     DIVERGENCES,
 )
@@ -373,14 +386,14 @@ def test_narrow_logits_give_the_statistics_of_the_same_values_in_float32(dtype: 
     torch.testing.assert_close(gradient.float(), expected, rtol=digits, atol=1e-6)
 
 
-@pytest.mark.parametrize("forward_kl", [False, True])
-@pytest.mark.parametrize("rule", TARGETS)
+@cases("rule, forward_kl", [("capped", False), *((rule, True) for rule in TARGETS)], TARGETS, [False, True])
 def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: bool) -> None:
     """From the same sums, of 3 shards."""
     student, teacher, tokens = logits(40, 600, seed=7)
     student[30], teacher[31] = torch.nan, -1e4
     student[32:], teacher[32:] = student[32:] * 0.02, teacher[32:] * 5
-    grid = Grid.of(TARGETS[rule], torch.float32)
+    weight = round(8 * TARGETS[rule].teacher_weight) / 8  # as exact in a kernel's float32 as in Python
+    grid = Grid.of(replace(TARGETS[rule], teacher_weight=weight), torch.float32)
     shards = [
         Shard(student[:, i : i + 200], teacher[:, i : i + 200], grid.mix_weights, torch.float32) for i in (0, 200, 400)
     ]
@@ -401,7 +414,7 @@ def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: 
             pairs = list(zip(pairs[0][0].tensors(), pairs[0][1].tensors(), strict=True))
         for a, b in pairs:
             assert a.dtype == b.dtype and a.shape == b.shape, field.name
-            tolerances = {"rtol": 5e-7, "atol": 1e-6, "equal_nan": True}
+            tolerances = {"rtol": 2e-7, "atol": 1e-9, "equal_nan": True}  # two roundings to float32
             torch.testing.assert_close(a, b, **tolerances, msg=lambda m, f=field: f"{f.name}: {m}")
 
 
