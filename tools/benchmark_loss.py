@@ -12,6 +12,7 @@ machine does hits all of them; medians are compared.  The yardstick is a copy of
     to ...      time, on a CPU the processor's, to that of the first contender
     u, ops      bytes that PyTorch's operators read and write (views are free), in u: what eager code moves.  Chunked
                 code moves most of it within a core's cache.  Kernels are not seen: theirs is by design, in brackets
+    speed       those bytes in this time, to the speed of the copy; above 100 % where a cache holds it
     floor       time of 7u (two reads of both rows, one more with the write in place) at the copy's speed, to the time
     peak        most memory beyond the inputs, in u; a gradient written over the student's logits costs none
     error       of loss (nats) and gradient (to its largest value) against float64, on some rows
@@ -263,27 +264,28 @@ def _errors(
 def table(report: Report, arguments: argparse.Namespace, tp_size: int) -> str:
     """Markdown."""
     hidden = f", from hidden states of {arguments.hidden}" if arguments.hidden else ""
-    speed = 2 * report.u / report.copy_seconds / 1e9
+    copied = 2 * report.u / report.copy_seconds / 1e9
     first = _spent(report.found[0]) if not report.found[0].failure else float("nan")
     lines = [
         "",
         f"{report.tokens} tokens, vocabulary {report.vocab}{f' over TP {tp_size}' if tp_size > 1 else ''}, "
-        f"{arguments.dtype}, {arguments.divergence}{hidden}; 1u = {report.u / 2**20:.0f} MiB; a copy runs at "
-        f"{speed:.0f} GB/s; torch {torch.__version__}, {_where()}",
+        f"{arguments.dtype}, {arguments.divergence}{hidden}; 1u = {report.u / 2**20:.3g} MiB; a copy runs at "
+        f"{copied:.0f} GB/s; torch {torch.__version__}, {_where()}",
         "",
-        f"| | ms | CPU s | to {report.found[0].name} | floor | u, ops | peak, u | collectives | "
+        f"| | ms | CPU s | to {report.found[0].name} | floor | u, ops | speed | peak, u | collectives | "
         "loss error | gradient error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in report.found:
         if one.failure:
-            lines.append(f"| {one.name} | {one.failure} |" + " |" * 8)
+            lines.append(f"| {one.name} | {one.failure} |" + " |" * 9)
             continue
         moved = f"[{one.by_design}]" if one.by_design else f"{one.ops_u:.0f}"
+        speed = (one.by_design or one.ops_u) * report.copy_seconds / 2 / one.seconds
         errors = ["-" if error is None else f"{error:.1e}" for error in (one.loss_error, one.gradient_error)]
         lines.append(
             f"| {one.name} | {1000 * one.seconds:.3g} | {one.cpu_seconds:.3g} | {_spent(one) / first:.3g} | "
-            f"{report.floor_share(one.seconds):.1%} | {moved} | {one.peak_u:.2f} | {one.collectives} | "
+            f"{report.floor_share(one.seconds):.1%} | {moved} | {speed:.1%} | {one.peak_u:.2f} | {one.collectives} | "
             f"{' | '.join(errors)} |"
         )
     return "\n".join(lines)
