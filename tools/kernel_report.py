@@ -68,7 +68,7 @@ def cases() -> Iterator[Case]:
     """Every kernel: bfloat16 and float32 logits; the default grid of 5 betas, the strict one of 9, one given beta."""
     import torch
 
-    from megatron_selfdistill.loss import first_pass_kernel, kernels, solve_kernels
+    from megatron_selfdistill.loss import first_pass_kernel, kernels, pass_kernels, row_kernels, solve_kernels
     from megatron_selfdistill.loss.grid import Grid
     from megatron_selfdistill.loss.row_sums import SECOND_PASS, SECOND_PASS_FORWARD
     from megatron_selfdistill.loss.target import Target
@@ -93,13 +93,13 @@ def cases() -> Iterator[Case]:
         for kind in (False, True):
             name = f"second pass{', forward KL' if kind else ''}, {dtype}"
             constants = {**summing, "WITH_FORWARD": kind}
-            yield Case(name, kernels._second_pass_kernel, logits | tokens, constants, reading)
-        yield Case(f"JSD pass, {dtype}", kernels._jsd_pass_kernel, logits, summing, reading)
+            yield Case(name, pass_kernels.second_pass_kernel, logits | tokens, constants, reading)
+        yield Case(f"JSD pass, {dtype}", pass_kernels.jsd_pass_kernel, logits, summing, reading)
         for i, kind in enumerate(kernels.KINDS):
             constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": kernels.GRADIENT_BLOCK}
             name = f"gradient, {kind}, {dtype}"
             yield Case(
-                name, kernels._gradient_kernel, logits, constants, reading | {"num_warps": kernels.GRADIENT_WARPS}
+                name, pass_kernels.gradient_kernel, logits, constants, reading | {"num_warps": kernels.GRADIENT_WARPS}
             )
     double = dict.fromkeys(("state", "shifts", "exact"), "*fp64")
     double |= {"tokens": "*i64", "statuses": "*i64", "agreements": "*u8"}
@@ -109,16 +109,16 @@ def cases() -> Iterator[Case]:
         for num_betas, favoured in ((5, 0), (9, 4)):
             constants = {"J": num_betas, "NUM_GRID": num_betas, "FAVOURED": favoured}
             name = f"solve, {num_betas} betas, {parts} parts"
-            yield Case(name, solve_kernels._solve_kernel, double, sizes | constants, solving)
+            yield Case(name, row_kernels.solve_kernel, double, sizes | constants, solving)
         for columns in (SECOND_PASS, SECOND_PASS_FORWARD):
             constants = {"NUM_GRID": 5, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True, "NUM_COLUMNS": len(columns)}
             name = f"finish{', forward KL' if columns is SECOND_PASS_FORWARD else ''}, {parts} parts"
-            yield Case(name, solve_kernels._finish_kernel, double, sizes | constants, solving)
+            yield Case(name, row_kernels.finish_kernel, double, sizes | constants, solving)
         for forward in (False, True):
             constants = {"NUM_GRID": 9, "J": 9, "FAVOURED": 0, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True}
             constants |= {"WITH_FORWARD": forward, "NUM_COLUMNS": 12 + 4 * 9 + 1 + 2 * 9 * forward + 2}
             name = f"fast finish{', forward KL' if forward else ''}, {parts} parts"
-            yield Case(name, solve_kernels._one_pass_kernel, double, sizes | constants, solving)
+            yield Case(name, row_kernels.one_pass_kernel, double, sizes | constants, solving)
 
 
 def measure(case: Case, arch: int) -> Report:

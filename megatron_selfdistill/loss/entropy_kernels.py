@@ -1,17 +1,22 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+# mypy: disable-error-code="assignment, misc"
+# ruff: noqa: RUF005
 """The formulas of ``entropy_match`` for the Triton kernels: float64, one row per element, names as there."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from megatron_selfdistill.loss import entropy_match, target
-from megatron_selfdistill.loss.kernel_math import as_float32, at_least, at_most, log_one_plus_64
+from megatron_selfdistill.loss.kernel_math import as_float32, at_least, at_most, is_finite, log_one_plus_64
 
 _LEAST_ENTROPY = tl.constexpr(entropy_match.LEAST_ENTROPY)
 _LEAST_DEFICIT = tl.constexpr(entropy_match.LEAST_DEFICIT)
 _MIN_ENTROPY = tl.constexpr(target.MIN_ENTROPY)
+_SNAP, _SNAP_LIMIT = tl.constexpr(entropy_match.SNAP), tl.constexpr(entropy_match.SNAP_LIMIT)
+_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
 
 @triton.jit
@@ -25,6 +30,74 @@ def cumulants(tail, first, second, third):
         square - mean * mean,
         cube - 3 * mean * square + 2 * mean * mean * mean,
     )
+
+
+@triton.jit
+def nothing_yet(like, N: tl.constexpr):
+    """What is known of the grid before its first point, of N numbers: see `with_point`."""
+    point = ()
+    for _ in tl.static_range(N):
+        point = point + (tl.zeros_like(like),)
+    return _brief(point), point, point, point, _brief(point), tl.zeros_like(like) + 1e9
+
+
+@triton.jit
+def with_point(solved, point, student_entropy, distance, is_first):
+    """The first point of the grid, the last one so far, both ends of the cell in which f falls below 0, the point that
+    matches to rounding (`entropy_match.SNAP`), and how far that is from the favoured one.
+
+    A point: beta, its cumulants, f with slope and curvature; under ``Grid.one_pass`` also E[y] and its derivative.
+    One at a time: all the points of a grid would not fit into registers.
+    """
+    first, last, left, right, match, nearest = solved
+    crosses = (last[5] > 0) & (point[5] <= 0)
+    entropy = point[1] - point[0] * point[2]
+    noise = _SNAP * _EPS * (entropy + point[0] * point[0] * point[3])
+    wanted = at_least(student_entropy, _MIN_ENTROPY)
+    matches = (tl.abs(entropy - wanted) <= at_most(noise, _SNAP_LIMIT)) & (distance < nearest)
+    return (
+        _where(is_first, _brief(point), first),
+        point,
+        _where(crosses, last, left),
+        _where(crosses, point, right),
+        _where(matches, _brief(point), match),
+        tl.where(matches, distance, nearest),
+    )
+
+
+@triton.jit
+def on_grid(solved, student_entropy, GIVEN: tl.constexpr):
+    """`entropy_match.solve_on_grid`: beta, log_sum, lowest, highest, inside; and `_brief` where beta is a point."""
+    first, last, left, right, match, nearest = solved
+    if GIVEN:
+        beta, log_sum, lowest, highest = last[0], last[1], last[0], last[0]
+        point, inside = _brief(last), last[0] != last[0]
+    else:
+        soft, hard, matches = first[3] > 0, last[5] <= 0, nearest < 1e9
+        inside = soft & hard & ~matches
+        lowest, highest = left[0], right[0]
+        root = as_float32(root_in_cell(left[5:8], right[5:8], lowest, highest))
+        point = _where(matches, match, _where(soft, _brief(last), first))
+        sound = is_finite(student_entropy + first[1] - first[0] * first[2])
+        beta = tl.where(sound, tl.where(inside, root, point[0]), float("nan"))
+        log_sum = log_sum_in_cell(left[1:5], right[1:5], lowest, highest, root)
+        log_sum = tl.where(sound, tl.where(inside, log_sum, point[1]), float("nan"))
+        inside = inside & sound
+    return beta, log_sum, lowest, highest, inside, point
+
+
+@triton.jit
+def _brief(point):
+    """beta, log_sum, mean and f of a point, and under ``Grid.one_pass`` E[y]: registers are scarce."""
+    return point[0], point[1], point[2], point[5], point[len(point) - 2]
+
+
+@triton.jit
+def _where(condition, a, b):
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (tl.where(condition, a[i], b[i]),)
+    return out
 
 
 @triton.jit

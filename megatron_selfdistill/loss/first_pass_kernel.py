@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.kernel_math import LOG2_E, columns_of, exponential, sum_of, sum_of_products
 
 BOTH, STUDENT_ONLY, TEACHER_ONLY = 0, 1, 2
@@ -27,7 +28,7 @@ BOTH, STUDENT_ONLY, TEACHER_ONLY = 0, 1, 2
 _BOTH = tl.constexpr(BOTH)
 _STUDENT_ONLY = tl.constexpr(STUDENT_ONLY)
 _TEACHER_ONLY = tl.constexpr(TEACHER_ONLY)
-_FLOOR = tl.constexpr(-1e12)  # divergence.FLOOR: its exp is 0 and its cube finite
+_FLOOR = tl.constexpr(FLOOR)
 _FAR = tl.constexpr(-1e30)  # a logit of a column that does not exist; lies below _NOTHING
 _NOTHING = tl.constexpr(-5e29)  # the maximum before any column has been seen: every logit lies above it
 _UNUSUAL = tl.constexpr(-1e11)  # an x below this calls for the branch, which clamps

@@ -47,6 +47,21 @@ def test_keys_lists_every_key_with_its_meaning(capsys):
     assert "target.teacher_weight=0.75" in listed and "optimizer.lr=" in listed
 
 
+def test_the_log_says_what_computes_the_loss(data, tmp_path):
+    options = ["num_steps=1", "loss.solver=fast", "metrics.console=true"]
+    process = tiny_run.in_new_process(overrides(data, tmp_path / "run", *options))
+    assert process.returncode == 0, process.stderr
+    assert "loss: PyTorch (the " in process.stdout
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["loss/mean"] > 0 and math.isfinite(line["gradient_norm"])
+
+
+def test_kernels_that_cannot_run_are_refused_with_status_2(data, tmp_path):
+    process = tiny_run.in_new_process(overrides(data, tmp_path / "run", "loss.backend=triton"))
+    assert process.returncode == 2 and "loss.backend=triton cannot be used: " in process.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, tmp_path):
     train(ranks, overrides(data, tmp_path / "run", "num_steps=3", "metrics.tensorboard=true"))
     run = tmp_path / "run"
