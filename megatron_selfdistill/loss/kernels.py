@@ -18,8 +18,8 @@ from megatron_selfdistill.loss.pass_kernels import gradient_kernel, jsd_pass_ker
 from megatron_selfdistill.loss.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants, Shard
 
 LANES = 32
-"""Of a program that sums: one warp, so that nothing waits at a barrier.  A multiprocessor holds at most 32 such programs,
-fewer where the sums take more than 64 registers of a thread; each has two loads under way while it sums."""
+"""Of a program that sums: one warp, so that nothing waits at a barrier.  A multiprocessor holds at most 32 such
+programs, fewer where the sums take more than 64 registers of a thread; each has two loads under way while it sums."""
 LOAD_BYTES = 16
 """Per thread and load: the widest there is, 8 columns of bfloat16."""
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
