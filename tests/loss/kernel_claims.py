@@ -496,6 +496,15 @@ def test_two_tensor_parallel_ranks_equal_one_and_have_the_same_bits(tmp_path) ->
         torch.testing.assert_close(joined, leaf.grad.cpu(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 3], indirect=True)
+def test_of_equal_maxima_also_in_several_parts_the_lowest_column_counts(parts: int) -> None:
+    student, teacher, tokens = (values[:2].clone() for values in logits(7, 600))
+    student[:, [7, 590]] = 100.0
+    teacher[0, 7] = teacher[1, 590] = 100.0
+    stats, _ = run(student, teacher, tokens, Target(), Divergence())
+    assert stats.top1_agreement.tolist() == [True, False]
+
+
 @cases("mode, solver", [("keep_gradient", "exact"), ("low_memory", "fast")], FUSED_MODES, ("exact", "fast"))
 def test_the_fused_output_layer_runs_on_the_kernels(mode: str, solver: str) -> None:
     generator = torch.Generator().manual_seed(3)
