@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,15 +76,15 @@ def no_teacher_taken_for_unset(patch: pytest.MonkeyPatch) -> None:
 
 
 def gradient_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
-    from megatron_selfdistill.loss import vocab_parallel
+    from megatron_selfdistill.loss import backend
 
-    write = vocab_parallel.write_gradient
+    write = backend._TORCH.write_gradient
 
     def write_more(*args: Any) -> None:
         write(*args)
         args[-1].mul_(1.001)
 
-    patch.setattr(vocab_parallel, "write_gradient", write_more)
+    patch.setattr(backend, "_TORCH", replace(backend._TORCH, write_gradient=write_more))
 
 
 def an_engine_with_another_epsilon(patch: pytest.MonkeyPatch) -> None:

@@ -309,6 +309,7 @@ def plot(reports: list[Report], arguments: argparse.Namespace) -> None:
     }
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex="col", layout="constrained")
     for column, (axis_name, chosen) in enumerate(along.items()):
+        chosen.sort(key=lambda report: (report.vocab, report.tokens))
         places = [report.vocab if axis_name == "vocabulary" else report.tokens for report in chosen]
         for index, one in enumerate(chosen[0].found):
             entries = [report.found[index] for report in chosen]
@@ -328,7 +329,7 @@ def plot(reports: list[Report], arguments: argparse.Namespace) -> None:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(f"{_where()}, {arguments.dtype}, {arguments.divergence}", fontsize="medium")
     figure.savefig(arguments.plot, dpi=110)
 
@@ -349,7 +350,7 @@ def _wait() -> None:
 
 
 def _where() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
 
 
 def _parser() -> argparse.ArgumentParser:
