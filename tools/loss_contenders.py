@@ -207,61 +207,43 @@ def gemms(case: Case) -> Run:
     return run
 
 
-def materialised(**options: Any) -> Callable[[Case], Run]:
+def _from_hidden(case: Case, loss_of: Callable[[Tensor, Tensor], Tensor], per_row: bool) -> Run:
+    """Forward and backward of ``loss_of(hidden, weight)``, a loss per row or one loss of no interest here."""
+    hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+
+    def run() -> tuple[Tensor | None, Tensor]:
+        hidden.grad = weight.grad = None
+        loss = loss_of(hidden, weight)
+        loss.sum().backward()
+        assert hidden.grad is not None
+        return loss.detach() if per_row else None, hidden.grad
+
+    return run
+
+
+def materialised(case: Case) -> Run:
     """Both logits in full, then `distillation_loss`."""
 
-    def prepare(case: Case) -> Run:
-        hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher = case.states[1] @ weight.t()
+        options = {"target": TARGET, "divergence": case.divergence, "vocab": case.shard, "inplace_backward": True}
+        return distillation_loss(hidden @ weight.t(), teacher, case.response, **options).loss
 
-        def run() -> tuple[Tensor, Tensor]:
-            hidden.grad = weight.grad = None
-            with torch.no_grad():
-                teacher = case.states[1] @ weight.t()
-            stats = distillation_loss(
-                hidden @ weight.t(),
-                teacher,
-                case.response,
-                target=TARGET,
-                divergence=case.divergence,
-                vocab=case.shard,
-                inplace_backward=True,
-                **options,
-            )
-            stats.loss.sum().backward()
-            assert hidden.grad is not None
-            return stats.loss.detach(), hidden.grad
-
-        return run
-
-    return prepare
+    return _from_hidden(case, loss_of, per_row=True)
 
 
-def fused(mode: str, chunk_tokens: int, **options: Any) -> Callable[[Case], Run]:
+def fused(mode: str, chunk_tokens: int) -> Callable[[Case], Run]:
     """`fused_distillation_loss`: no logits beyond a chunk of tokens, but for what ``mode`` keeps."""
 
     def prepare(case: Case) -> Run:
-        hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+        options = {"target": TARGET, "divergence": case.divergence, "vocab": case.shard}
+        options |= {"chunk_tokens": chunk_tokens, "mode": mode}
 
-        def run() -> tuple[Tensor, Tensor]:
-            hidden.grad = weight.grad = None
-            stats = fused_distillation_loss(
-                hidden,
-                case.states[1],
-                weight,
-                None,
-                case.response,
-                target=TARGET,
-                divergence=case.divergence,
-                vocab=case.shard,
-                chunk_tokens=chunk_tokens,
-                mode=mode,
-                **options,
-            )
-            stats.loss.sum().backward()
-            assert hidden.grad is not None
-            return stats.loss.detach(), hidden.grad
+        def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+            return fused_distillation_loss(hidden, case.states[1], weight, None, case.response, **options).loss
 
-        return run
+        return _from_hidden(case, loss_of, per_row=True)
 
     return prepare
 
@@ -270,32 +252,21 @@ def liger_distillation(case: Case) -> Run:
     """liger-kernel's fused linear JSD, in chunks of tokens: no mixed target, no shards; written for torch.compile."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(0.0, 1.0, compiled=case.device.type == "cuda")
-    hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
-
-    def run() -> tuple[None, Tensor]:
-        hidden.grad = weight.grad = None
-        loss(hidden, weight, case.states[1], case.weight, case.response).backward()
-        assert hidden.grad is not None
-        return None, hidden.grad
-
-    return run
+    return _liger(case, LigerFusedLinearJSDLoss(0.0, 1.0, compiled=case.device.type == "cuda"))
 
 
 def liger_fused_linear_jsd(case: Case) -> Run:
     """liger-kernel's other fused linear JSD, with a Triton kernel."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    loss = LigerFusedLinearJSD()
-    hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
+    return _liger(case, LigerFusedLinearJSD())
 
-    def run() -> tuple[None, Tensor]:
-        hidden.grad = weight.grad = None
-        loss(hidden, weight, case.states[1], case.weight, case.response).backward()
-        assert hidden.grad is not None
-        return None, hidden.grad
 
-    return run
+def _liger(case: Case, loss: Callable[..., Tensor]) -> Run:
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        return loss(hidden, weight, case.states[1], case.weight, case.response)
+
+    return _from_hidden(case, loss_of, per_row=False)
 
 
 def contenders(arguments: argparse.Namespace, device: torch.device, tp_size: int) -> list[Contender]:
@@ -325,7 +296,7 @@ def contenders(arguments: argparse.Namespace, device: torch.device, tp_size: int
     else:
         found = [
             (Contender("4 products alone", gemms, same_loss=False), "", True),
-            (Contender("materialised", materialised()), "", True),
+            (Contender("materialised", materialised), "", True),
             *((Contender(f"fused, {mode}", fused(mode, arguments.chunk)), "", True) for mode in FUSED_MODES),
             (
                 Contender("liger-kernel's fused linear JSD, chunked", liger_distillation, same_loss=False),

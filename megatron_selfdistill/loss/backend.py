@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[
 
 
 def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_there():
         return "the package triton is not installed"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its kernels take bfloat16, float16 and float32, the logits are {str(dtype).removeprefix('torch.')}"
@@ -73,6 +74,13 @@ def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@cache
+def _triton_is_there() -> bool:
+    """Looked for once: every call of the loss asks, a guided rollout's at every token."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
 def _triton() -> Backend:
     # Imported where it is used: it takes a second, and torch for CPUs comes without it.
     from megatron_selfdistill.loss import kernels, solve_kernels

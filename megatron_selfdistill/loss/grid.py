@@ -42,8 +42,10 @@ class Grid:
     with_forward_kl: bool = False
 
     @classmethod
+    @lru_cache(maxsize=64)
     def of(cls, target: Target, dtype: torch.dtype, *, one_pass: bool = False, with_forward_kl: bool = False) -> Grid:
-        """Of a target; powers of 2 between its betas stay exact in ``dtype``."""
+        """Of a target; powers of 2 between its betas stay exact in ``dtype``.  Kept: a run has one, and asks for it at
+        every call of the loss."""
         octave = 2 if one_pass and target.given_beta is None else 1
         grid = beta_grid(target, octave)
         asked = grid if target.rule != "batch" else (*grid, target.given_beta)

@@ -47,6 +47,7 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
     num_rows, parts = shard.student.shape[0], shard.num_parts
     sums = _new(shard, len(FIRST_PASS) + grid.num_sums)
     argmaxes = torch.empty(parts, num_rows, dtype=torch.int32, device=shard.student.device)
+    options = first_pass_options(grid, _columns_per_load(shard))
     if num_rows:
         first_pass_kernel[(num_rows, parts)](
             shard.student,
@@ -55,7 +56,7 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
             grid.on(shard.student.device),
             sums,
             argmaxes,
-            *_extent(shard, first_pass_options(grid, _columns_per_load(shard))["VEC"]),
+            *_extent(shard, options["VEC"]),
             start,
             as_sum(shard.mix_weights[0]),
             MIX=mix_of(shard.mix_weights),
@@ -65,7 +66,7 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
             ONE_PASS=grid.one_pass,
             WITH_FORWARD=grid.with_forward_kl,
             HAS_TOKENS=response_tokens is not None,
-            **first_pass_options(grid, _columns_per_load(shard)),
+            **options,
         )
     return sums, argmaxes
 
@@ -80,7 +81,7 @@ def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, fo
             *constants.tensors(),
             mix_argmax,
             sums,
-            *_extent(shard),
+            *_extent(shard, _columns_per_load(shard)),
             as_sum(shard.mix_weights[0]),
             MIX=mix_of(shard.mix_weights),
             WITH_FORWARD=forward_kl,
@@ -98,7 +99,7 @@ def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor
             shard.teacher,
             *constants.tensors(),
             sums,
-            *_extent(shard),
+            *_extent(shard, _columns_per_load(shard)),
             as_sum(shard.mix_weights[0]),
             as_sum(jsd_lambda),
             MIX=mix_of(shard.mix_weights),
@@ -150,10 +151,10 @@ def first_pass_options(grid: Grid, columns_per_load: int) -> dict[str, int]:
     return {"VEC": min(columns_per_load, 4) if crowded else columns_per_load, **options}
 
 
-def _extent(shard: Shard, columns_per_load: int | None = None) -> tuple[int, int, int, int, int]:
+def _extent(shard: Shard, columns_per_load: int) -> tuple[int, int, int, int, int]:
     """Both row strides, the rows, the columns, and the blocks of a part."""
     num_rows, num_columns = shard.student.shape
-    blocks = triton.cdiv(num_columns, LANES * (columns_per_load or _columns_per_load(shard)))
+    blocks = triton.cdiv(num_columns, LANES * columns_per_load)
     strides = _row_stride(shard.student), _row_stride(shard.teacher)
     return *strides, num_rows, num_columns, triton.cdiv(blocks, shard.num_parts)
 

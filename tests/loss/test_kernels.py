@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
+from megatron_selfdistill.loss import Divergence, Target, VocabShard, backend, distillation_loss
 from megatron_selfdistill.loss.backend import in_use
 
 HERE = Path(__file__).resolve().parent
@@ -136,6 +136,7 @@ def test_without_a_choice_a_gpu_takes_triton_and_what_triton_cannot_do_takes_tor
         assert in_use("triton", CUDA, torch.float32) == ("triton", "as configured")
         assert in_use(None, CPU, torch.float32) == ("torch", "the logits lie on cpu, not on cuda")
         assert in_use(None, CUDA, torch.float64)[0] == "torch"
+    monkeypatch.setattr(backend, "_triton_is_there", backend._triton_is_there.__wrapped__)  # not as it was found before
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert in_use(None, CUDA, torch.bfloat16) == ("torch", "the package triton is not installed")
 
