@@ -43,6 +43,9 @@ def answer_to(body: dict[str, Any], version: str) -> dict[str, Any]:
     }
 
 
+_KINDS = ("prompt", "generation")
+
+
 class FakeVllm(ThreadingHTTPServer):
     """``address`` is where it listens.  What it does wrong is set by attributes, here or through ``POST /fault``."""
 
@@ -62,8 +65,14 @@ class FakeVllm(ThreadingHTTPServer):
         """The response at whose beginning the server is gone; 0 is never."""
         self.hang_at = 0
         """The response at which, and behind which, nothing comes any more."""
+        self.gets_on = False
+        """Its count of tokens grows all the time."""
+        self.counts = True
+        """It keeps such a count."""
         self.fail_at = ""
         """A path that answers 500."""
+        self.hangs_at = ""
+        """A path that is never answered."""
         self.status = 200
         """Of responses."""
         self.says = ""
@@ -83,6 +92,14 @@ class FakeVllm(ThreadingHTTPServer):
         self.transfer = ""
         self.group: Any = None
         self.dead = False
+
+    def metrics(self) -> str:
+        """The answer of ``/metrics``, with what else stands there."""
+        count = time.monotonic_ns() if self.gets_on else 5
+        lines = ["# TYPE vllm:prompt_tokens_total counter", 'vllm:num_requests_running{engine="0"} 2.0']
+        if self.counts:
+            lines += [f'vllm:{kind}_tokens_total{{engine="0",model_name="m"}} {count}.0' for kind in _KINDS]
+        return "\n".join(lines)
 
     def take_part(self, info: dict[str, Any]) -> None:
         arguments = info["arguments"]
@@ -129,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(401, {"error": "token"})
         else:
             fake.calls.append(path)
+            while path == fake.hangs_at:
+                time.sleep(0.01)
             if path == fake.fail_at:
                 self._reply(500, {"error": {"message": "it was told to fail"}})
             elif path == "/inference/v1/generate":
@@ -156,6 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _control(self, path: str, body: dict[str, Any]) -> Any:
         fake = self.server
+        if path == "/metrics":
+            return fake.metrics()
         if path == "/weight_info":
             return {"weight_version": fake.version}
         if path == "/get_world_size":
@@ -196,6 +217,6 @@ def fake_servers(count: int) -> Iterator[list[FakeVllm]]:
         yield servers
     finally:
         for server in servers:
-            server.together = server.hang_at = 0
+            server.together, server.hang_at, server.hangs_at = 0, 0, ""
             server.shutdown()
             server.server_close()

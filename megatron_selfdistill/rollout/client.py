@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import select
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from megatron_selfdistill.progress import beat
 from megatron_selfdistill.rollout.base import FINISH_REASONS
 from megatron_selfdistill.rollout.engine import EngineOutput, EngineRequest, oldest_version
 from megatron_selfdistill.rollout.errors import EngineError
@@ -23,6 +25,8 @@ MAX_IN_FLIGHT = 512
 _POLL_SECONDS = 1.0
 # How long a server is waited for that has let one request wait for `timeout_s`, until it answers again.
 _SILENT_TIMEOUT_SECONDS = 10.0
+_LOOKS = 4  # per `timeout_s`, at the tokens of a server that answers nothing
+_TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)", re.MULTILINE)
 _SHOWN_CHARS = 500
 
 
@@ -35,7 +39,7 @@ class VllmServer:
 
     Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
     connection, an answer that is none, an error of the server's, and ``timeout_s`` without any answer to any request
-    while one is waited for.
+    while one is waited for; and, while that is a response, without any token.
     """
 
     def __init__(self, address: str, token: str = "", timeout_s: float = 1200.0) -> None:
@@ -45,9 +49,12 @@ class VllmServer:
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         self.timeout_s = timeout_s
-        self._last_answer = 0.0
+        self._last_sign = 0.0
         self._silent = False
         self._interrupted = threading.Event()
+        self._looking = threading.Lock()
+        self._looked = 0.0
+        self._num_tokens: float | None = None
 
     def __repr__(self) -> str:
         return f"VllmServer({self.address!r})"  # without the token
@@ -79,7 +86,7 @@ class VllmServer:
     def complete(self, request: EngineRequest) -> EngineOutput:
         """The continuation of one request."""
         body = {"token_ids": request.token_ids, "sampling_params": dict(request.sampling), "stream": False}
-        return self._output(self._ask("POST", "/inference/v1/generate", body), request)
+        return self._output(self._ask("POST", "/inference/v1/generate", body, writes=True), request)
 
     def call(self, method: str, *args: Any) -> Any:
         """What the method of that name of the worker extension returns on the server's first worker."""
@@ -110,6 +117,12 @@ class VllmServer:
         """Longest prompt plus response, in tokens, where the server tells it."""
         models = self._field("/v1/models", "data")
         return models[0].get("max_model_len") if models else None
+
+    def num_tokens(self, timeout_s: float | None = None) -> float | None:
+        """Tokens that it has read and written since its start; None where it keeps no count."""
+        status, text = self._exchange("GET", "/metrics", None, timeout_s)
+        counts = _TOKENS.findall(text) if status == 200 else []
+        return sum(map(float, counts)) if counts else None
 
     # One weight update, in the order of these calls.
 
@@ -149,8 +162,24 @@ class VllmServer:
             raise self._error(f"expected {name} from {path}, got {_shown(answer)}")
         return answer[name]
 
-    def _ask(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
+    def _ask(
+        self, method: str, path: str, body: Any = None, timeout_s: float | None = None, writes: bool = False
+    ) -> Any:
         """The parsed answer, None where it is empty."""
+        status, text = self._exchange(method, path, body, timeout_s, writes)
+        self._last_sign = time.monotonic()
+        if status != 200:
+            kind = RequestRefused if 400 <= status < 500 else EngineError
+            raise kind(f"{self.address}: {method} {path} answered {status}: {_reason(text)}")
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError as error:
+            raise self._error(f"{method} {path}: expected JSON, got {_shown(text)}") from error
+
+    def _exchange(
+        self, method: str, path: str, body: Any, timeout_s: float | None = None, writes: bool = False
+    ) -> tuple[int, str]:
+        """Status and text of an answer; ``writes``: to a request that the server writes tokens for."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         if self._silent:
             timeout_s = min(timeout_s, _SILENT_TIMEOUT_SECONDS)
@@ -159,7 +188,7 @@ class VllmServer:
         try:
             payload = None if body is None else json.dumps(body)
             connection.request(method, self._url.path + path, payload, self._headers)
-            self._wait(connection, timeout_s, interrupted)
+            self._wait(connection, timeout_s, interrupted, writes)
             answer = connection.getresponse()
             status, text = answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -167,34 +196,50 @@ class VllmServer:
             raise self._error(f"{method} {path}: {type(error).__name__}: {error}") from error
         finally:
             connection.close()
-        self._last_answer, self._silent = time.monotonic(), False
-        if status != 200:
-            kind = RequestRefused if 400 <= status < 500 else EngineError
-            raise kind(f"{self.address}: {method} {path} answered {status}: {_reason(text.decode(errors='replace'))}")
-        try:
-            return json.loads(text) if text.strip() else None
-        except ValueError as error:
-            shown = _shown(text.decode(errors="replace"))
-            raise self._error(f"{method} {path}: expected JSON, got {shown}") from error
+        self._silent = False
+        return status, text.decode(errors="replace")
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
         return kind(self.host, self.port, timeout=timeout_s)
 
-    def _wait(self, connection: http.client.HTTPConnection, timeout_s: float, interrupted: threading.Event) -> None:
+    def _wait(
+        self, connection: http.client.HTTPConnection, timeout_s: float, interrupted: threading.Event, writes: bool
+    ) -> None:
         """Until the answer begins.  A response takes as long as it takes, so the clock starts again with each answer
-        that another thread gets."""
+        that another thread gets and, where the server ``writes``, with each token that it is seen to have written."""
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
         asked = time.monotonic()
         while True:
-            left = max(asked, self._last_answer) + timeout_s - time.monotonic()
+            left = max(asked, self._last_sign) + timeout_s - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"no answer within {timeout_s:g} s")
+                raise TimeoutError(f"no {'token' if writes else 'answer'} within {timeout_s:g} s")
             if interrupted.is_set():
                 raise ConnectionAbortedError("given up, since another request failed")
-            if poll.poll(1000 * min(left, _POLL_SECONDS)):
+            if poll.poll(1000 * min(left, _POLL_SECONDS, timeout_s / _LOOKS)):
                 return
+            if writes:
+                self._look(asked, left)
+
+    def _look(self, asked: float, timeout_s: float) -> None:
+        """Take note of it where the server has got on since the last look.  One of the threads that wait looks for all,
+        and only where nothing was heard for a while."""
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            heard = max(asked, self._last_sign, self._looked)
+            if time.monotonic() - heard < self.timeout_s / _LOOKS:
+                return
+            num_tokens = self.num_tokens(timeout_s)
+            self._looked = time.monotonic()
+            if num_tokens != self._num_tokens:
+                self._num_tokens, self._last_sign = num_tokens, self._looked
+                beat()
+        except EngineError:
+            self._looked = time.monotonic()  # no sign: whoever waits will say so in time
+        finally:
+            self._looking.release()
 
     def _output(self, answer: Any, request: EngineRequest) -> EngineOutput:
         """What a response says, if it says everything; `EngineError` if not."""

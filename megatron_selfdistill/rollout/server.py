@@ -332,6 +332,11 @@ def _check(server: VllmServer, max_length: int) -> None:
             f"the vLLM server {server.address} was started with --max-model-len {longest}, but contexts of this run "
             f"have up to {max_length} tokens: start it with --max-model-len {max_length}"
         )
+    if server.num_tokens() is None:
+        raise ConfigError(
+            f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, work "
+            "on long responses looks as if it hung; start it without"
+        )
 
 
 def _causes(errors: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fake_vllm import FakeVllm, answer_to, fake_servers, tokens_behind
 
+from megatron_selfdistill import progress
 from megatron_selfdistill.rollout.client import RequestRefused, VllmServer
 from megatron_selfdistill.rollout.engine import EngineRequest
 from megatron_selfdistill.rollout.errors import EngineError
@@ -107,17 +108,24 @@ def test_a_connection_that_ends_without_an_answer_is_an_error(fake):
         VllmServer(fake.address).generate([request_of(i) for i in range(3)])
 
 
-def test_a_server_that_hangs_is_given_up_in_time(fake):
+def test_a_server_that_writes_no_token_is_given_up_in_time(fake):
     fake.hang_at = 1
     started = time.monotonic()
-    with pytest.raises(EngineError, match=r"no answer within 0\.4 s"):
-        VllmServer(fake.address, timeout_s=0.4).generate([request_of(1), request_of(2)])
-    assert time.monotonic() - started < 5
+    with pytest.raises(EngineError, match=r"no token within 1 s"):
+        VllmServer(fake.address, timeout_s=1.0).generate([request_of(1), request_of(2)])
+    assert 1.0 <= time.monotonic() - started < 30
 
 
-def test_a_slow_server_that_makes_progress_is_waited_for(fake):
-    server = VllmServer(fake.address, timeout_s=1.0)
-    fake.seconds = 1.6
+def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
+    fake.seconds, fake.gets_on = 7.0, True
+    before = progress._signs.count
+    assert len(VllmServer(fake.address, timeout_s=3.0).generate([request_of(1), request_of(2)])) == 2
+    assert progress._signs.count > before
+
+
+def test_a_slow_server_is_waited_for_while_it_answers_others(fake):
+    server = VllmServer(fake.address, timeout_s=3.0)
+    fake.seconds, fake.counts = 5.0, False
     stop = threading.Event()
 
     def others() -> None:
@@ -131,6 +139,18 @@ def test_a_slow_server_that_makes_progress_is_waited_for(fake):
     finally:
         stop.set()
         thread.join()
+
+
+def test_tokens_do_not_excuse_what_takes_none(fake):
+    fake.gets_on, fake.hangs_at = True, "/update_weights"
+    with pytest.raises(EngineError, match=r"no answer within 1 s"):
+        VllmServer(fake.address, timeout_s=1.0).update_weights(complete="")
+
+
+def test_the_count_of_tokens_is_of_prompts_and_responses(fake):
+    assert VllmServer(fake.address).num_tokens() == 10
+    fake.counts = False
+    assert VllmServer(fake.address).num_tokens() is None
 
 
 def test_waiting_can_be_interrupted(fake):

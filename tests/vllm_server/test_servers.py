@@ -169,6 +169,23 @@ def drawn_while_disturbed(
         return undisturbed, disturbed, before, built.metrics()
 
 
+def counted(servers: Reach) -> tuple[float, int]:
+    """By how much the servers' count of tokens grows while they write, and how many tokens they wrote."""
+    chunks, grid = models.build(MODEL, models.parallel())
+    clients = [VllmServer(address, servers.token) for address in servers.addresses]
+    with sampler(chunks, grid, servers) as built:
+        built.update_weights(4)
+        before = sum(client.num_tokens() or 0 for client in clients)
+        responses = built.generate(requests(8), GREEDY)
+        grown = sum(client.num_tokens() or 0 for client in clients) - before
+    return grown, sum(map(len, tokens(responses)))
+
+
+def test_a_server_counts_the_tokens_that_tell_work_from_silence(ranks, servers):
+    [(grown, written)] = ranks.run(counted, servers.reach, world_size=1, timeout=TIMEOUT)
+    assert grown > written > 0
+
+
 def test_a_server_that_hangs_in_mid_batch_loses_no_request(ranks, servers):
     process = servers.processes[0].process.pid
     try:
