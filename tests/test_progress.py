@@ -112,6 +112,6 @@ def slow(arguments: list[str], seconds: float) -> int:
 
 
 def test_slow_ranks_that_others_wait_for_are_no_hang_and_leave_no_stacks(ranks, data, tmp_path):
-    arguments = overrides(data, tmp_path / "run", "num_steps=2", "stop.hang_timeout_minutes=0.15")
-    train(ranks, arguments, 2, start=slow, seconds=11.0)
+    arguments = overrides(data, tmp_path / "run", "num_steps=2", "stop.hang_timeout_minutes=0.25")
+    train(ranks, arguments, 2, start=slow, seconds=17.0)
     assert not (tmp_path / "run" / "stacks").exists()

@@ -325,7 +325,7 @@ def resume_and_save(run_dir: Path, step: int) -> None:
 def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
     folder = tmp_path / "checkpoints"
     with pytest.raises(RankError, match="exit code -9"):
-        ranks.run(killed_in_a_save, tmp_path, async_save, world_size=1, timeout=30)
+        ranks.run(killed_in_a_save, tmp_path, async_save, world_size=1)
     writers = [int(path.read_text()) for path in tmp_path.glob("writer_*")]
     assert writers
     try:
