@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint.agreement import on_rank_0
+from megatron_selfdistill.checkpoint.agreement import from_all_ranks, on_rank_0
 from megatron_selfdistill.checkpoint.convert import hf_to_megatron
 from megatron_selfdistill.checkpoint.megatron import load_weights
 from megatron_selfdistill.config import Config
@@ -20,6 +20,7 @@ from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, unwrapped
+from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer, unfusable
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
@@ -80,3 +81,13 @@ def new_chunks(config: Config, grid: Grid, vocab_size: int) -> list[torch.nn.Mod
     if config.model.provider is None:
         architecture = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
     return build_chunks(config.model, architecture, grid, vocab_size)
+
+
+def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> OutputLayer:
+    """`choose_output_layer` for the model of which this rank holds ``chunks``; the same on every rank of the world.
+
+    Collectives: one exchange over the world of what the last stages have against fusing.  Raises: `ConfigError`.
+    """
+    last = unwrapped(chunks[-1])
+    reasons = from_all_ranks(unfusable(last) if last.post_process else None)
+    return choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))

@@ -13,7 +13,6 @@ import torch
 
 from megatron_selfdistill import schedule
 from megatron_selfdistill.batch import largest, pack_everywhere
-from megatron_selfdistill.checkpoint.agreement import from_all_ranks
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config, ConfigError
@@ -22,7 +21,7 @@ from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluate import EvaluationResult, evaluate
 from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary
-from megatron_selfdistill.inference import new_chunks
+from megatron_selfdistill.inference import decided_output_layer, new_chunks
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.backend import in_use
 from megatron_selfdistill.loss.divergence import Divergence
@@ -31,7 +30,7 @@ from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.model.output_layer import FusedLoss, choose_output_layer, unfusable
+from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import configured_target, make_sampler, sampling_params
@@ -271,8 +270,7 @@ class Run:
 
         self.chunks = wrap_for_training(initial_chunks(), config.optimizer)
         last = unwrapped(self.chunks[-1])
-        reasons = from_all_ranks(unfusable(last) if last.post_process else None)
-        self.output_layer = choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))
+        self.output_layer = decided_output_layer(config, self.chunks)
         self.vocab = VocabShard.from_group(last.vocab_size, self.inputs.vocab_size, grid.tp_group)
         vocab_size, verify = self.inputs.vocab_size, config.checkpoint.verify
         load = None if self.resumed_from is not None else config.checkpoint.load
@@ -380,6 +378,8 @@ class Run:
                 grid=self.grid,
                 vocab=self.vocab,
                 max_tokens=self.config.schedule.max_tokens,
+                fusion=self.output_layer.fusion,
+                backend=self.config.loss.backend,
                 policy=self.config.data.on_long_context,
                 alpha=self.config.solutions.alpha,
                 max_length=self.inputs.max_length,

@@ -66,7 +66,7 @@ def self_distillation(
     fusion: Fusion | None = None,
 ) -> RowLoss | FusedLoss:
     """The distillation loss with this target and divergence: of logits (loss/vocab_parallel.py) or, with ``fusion``, of
-    hidden states (loss/fused_linear.py)."""
+    hidden states (loss/fused_linear.py).  ``backend``, ``solver``: as for `distillation_loss`."""
     if fusion is not None:
         return FusedLoss(target, divergence, fusion, backend, solver)
 

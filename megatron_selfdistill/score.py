@@ -14,6 +14,9 @@ explanation, r_KL reads the *explanation*.  Here the candidate is both, since a 
 and its answer: it is read behind the problem alone (r_SS), and behind both prompts (r_KL).  The reference that the
 teacher is shown is the data's solution or, where there is none, its answer: never the candidate, which it would only
 copy.  Log-probs are at temperature 1 (RLT: 0.7), and nothing is clipped; nor is there RLT's term for missing tags.
+
+Log-probs are statistics that the distillation loss takes anyway, so scoring reads logits as training does: those of a
+microbatch, or, where the output layer is fused with the loss, those of a chunk of tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ from megatron_selfdistill.batch import largest, over_last_stage, pack_everywhere
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
-from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.vocab_parallel import VocabShard
+from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Response
 
@@ -62,18 +68,23 @@ def score_texts(
     grid: Grid,
     vocab: VocabShard,
     max_tokens: int,
+    fusion: Fusion | None,
+    backend: str | None,
 ) -> list[Scores]:
     """`Scores` of each pair's response, its stop token included; nothing is trained and no activation is kept.
 
     ``pairs``: this replica's, the same on each of its ranks; replicas may have different numbers, also none.
     ``student``, ``teacher``: this rank's chunks with the same cuts, and the same ones where one model is both.
     ``max_tokens``: token budget of a packed row.
+    ``fusion``, ``backend``: as for `schedule.self_distillation`, and equal on all ranks.  With ``fusion``, of either
+    mode, ``[2 chunk_tokens, V / tp]`` logits exist at a time, without those of both models for all response tokens of a
+    row; besides, temporaries of the loss's passes.
 
     Returns: one per pair, with the same bits on every rank of the replica.  Another layout packs and sums in another
     order, which moves float32 log-probs by their rounding.
     Collectives: every rank of the world calls it; `pack_everywhere`'s, `schedule.run`'s, and of the log-probs
     ``[2, tokens]`` in float64 one sum over CP and one broadcast each over TP and PP.
-    Raises: ValueError for a response without tokens, or a context that is longer than a row.
+    Raises: ValueError for a response without tokens, a context that is longer than a row, or a backend that cannot run.
     """
     empty = [pair.problem_id for pair in pairs if not pair.response]
     if empty:
@@ -83,7 +94,8 @@ def score_texts(
     # Alternating, so that the bank holds one row of the teacher's states, however many texts there are.
     order = "alternating"
     batch = pack_everywhere(pairs, max_tokens=max_tokens, pair_order=order, with_teacher=True, grid=grid)
-    output = schedule.run(student, teacher, batch, _log_probs_of_both, grid, vocab, pair_order=order, forward_only=True)
+    read = _reading_log_probs(fusion, backend)
+    output = schedule.run(student, teacher, batch, read, grid, vocab, pair_order=order, forward_only=True)
     both = torch.zeros(2, len(batch.response_tokens), dtype=torch.float64, device=grid.device)
     if output.stats is not None:
         ids = output.response_ids.to(grid.device)
@@ -103,6 +115,8 @@ def learnabilities(
     grid: Grid,
     vocab: VocabShard,
     max_tokens: int,
+    fusion: Fusion | None,
+    backend: str | None,
     max_length: int,
     max_new_tokens: int,
     policy: str,
@@ -110,7 +124,16 @@ def learnabilities(
 ) -> list[float]:
     """`Scores.learnability` of each response to its problem, behind `candidate_contexts`; else as `score_texts`."""
     pairs = candidate_contexts(builder, candidates, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy)
-    scores = score_texts(pairs, student=student, teacher=teacher, grid=grid, vocab=vocab, max_tokens=max_tokens)
+    scores = score_texts(
+        pairs,
+        student=student,
+        teacher=teacher,
+        grid=grid,
+        vocab=vocab,
+        max_tokens=max_tokens,
+        fusion=fusion,
+        backend=backend,
+    )
     return [score.learnability(alpha) for score in scores]
 
 
@@ -153,10 +176,10 @@ def with_reference(problem: Problem) -> Problem:
     return replace(problem, solution=reference)
 
 
-def _log_probs_of_both(student: Tensor, teacher: Tensor | None, tokens: Tensor, vocab: VocabShard) -> TokenStats:
-    assert teacher is not None
-    stats = schedule.next_token(student, None, tokens, vocab)
-    return replace(stats, teacher_log_prob=schedule.next_token(teacher, None, tokens, vocab).student_log_prob)
+def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> schedule.RowLoss | FusedLoss:
+    """The loss whose statistics hold both log-probs at the least price: its target is the teacher, so that no beta is
+    solved, and one pass over the logits says all."""
+    return schedule.self_distillation(Target("teacher_alone"), Divergence(), backend, solver="fast", fusion=fusion)
 
 
 def _to_whole_replica(both: Tensor, grid: Grid) -> None:

@@ -18,6 +18,7 @@ import tiny_run
 from ranks import RankError
 from scripts import load_script
 
+from megatron_selfdistill import schedule
 from megatron_selfdistill.checkpoint import convert
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import load_problems
@@ -198,6 +199,23 @@ def test_every_layout_writes_the_same_solutions(ranks, folder, summary, layout):
         assert got == expected
 
 
+def run_tool_without_projecting(arguments: list[str]) -> tuple[int, str]:
+    """`run_tool` where nothing can make the logits of a whole microbatch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(schedule, "project")
+        return run_tool(arguments)
+
+
+def test_where_the_output_layer_is_fused_candidates_are_scored_in_chunks(ranks, folder, summary):
+    arguments = arguments_of(folder, "fused.jsonl", "--pick", "learnable", "loss.fused=low_memory")
+    arguments.append("loss.fused_chunk_tokens=5")
+    ((status, shown),) = ranks.run(run_tool_without_projecting, arguments, world_size=1, init_process_group=False)
+    assert status == 0 and shown.splitlines()[:-1] == summary.splitlines()[:-1]
+    for expected, got in zip(lines_of(folder / "own.jsonl"), lines_of(folder / "fused.jsonl"), strict=True):
+        assert got.pop("learnability") == pytest.approx(expected.pop("learnability"), abs=1e-6)
+        assert got == expected
+
+
 def test_a_hugging_face_folder_gives_the_solutions_of_its_checkpoint(ranks, folder, summary):
     bare = [a for a in arguments_of(folder, "hf.jsonl", "--hf", f"{folder}/hf", model="") if "data.tokenizer" not in a]
     made(ranks, [*bare, "--pick", "learnable"])
@@ -257,6 +275,11 @@ def test_a_file_of_other_settings_is_not_continued(ranks, folder, summary):
             ["data.path={}/unanswered.jsonl", "--pick", "learnable"],
             "checkpoint.load={}/megatron",
             "unanswered.jsonl:1: expected a solution or an answer",
+        ),
+        (
+            ["--pick", "learnable", "loss.backend=triton"],
+            "checkpoint.load={}/megatron",
+            "loss.backend=triton cannot be",
         ),
     ],
 )

@@ -8,9 +8,10 @@
     torchrun --nproc-per-node 8 tools/make_solutions.py --out own.jsonl ... parallel.tensor_model_parallel_size=2
     selfdistill data.path=own.jsonl ...
 
-Settings are those of `selfdistill`: model, layout, data, rollout (which sampler, and how it draws), the verifier.  A
-problem needs an answer and no solution.  The file appears when all problems are done; until then, and afterwards as a
-record, what became of each problem stands in own.attempts.jsonl.  The same command goes on where it was killed.
+Settings are those of `selfdistill`: model, layout, data, rollout (which sampler, and how it draws), the verifier, and
+for --pick learnable how logits are read (loss.backend, loss.fused).  A problem needs an answer and no solution.  The
+file appears when all problems are done; until then, and afterwards as a record, what became of each problem stands in
+own.attempts.jsonl.  The same command goes on where it was killed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need not wait for
     from megatron_selfdistill.config import Config
+    from megatron_selfdistill.data.problems import Problem
     from megatron_selfdistill.inference import Inference
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.parallel import Grid
@@ -78,7 +80,6 @@ def _find(arguments: argparse.Namespace, config: Config, grid: Grid) -> None:
     from megatron_selfdistill.config import ConfigError
     from megatron_selfdistill.inference import open_inference
     from megatron_selfdistill.inputs import Inputs
-    from megatron_selfdistill.score import with_reference
     from megatron_selfdistill.verify import check_answers, load_verifier
 
     config.check_world(grid.world_size)
@@ -87,8 +88,7 @@ def _find(arguments: argparse.Namespace, config: Config, grid: Grid) -> None:
     try:
         check_answers(problems, load_verifier(config.evaluation.verifier))
         if config.solutions.pick == "learnable":
-            for problem in problems:
-                with_reference(problem)
+            _check_scoring(problems, config, grid)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     header = provenance(config, inputs, arguments)
@@ -98,9 +98,10 @@ def _find(arguments: argparse.Namespace, config: Config, grid: Grid) -> None:
         raise ConfigError(refusal)
     if done < len(problems):
         with open_inference(config, inputs, grid) as inference, _progress(len(problems), done, grid) as advance:
+            score = _scorer(config, inputs, inference, grid) if config.solutions.pick == "learnable" else None
             for start in range(done, len(problems), arguments.group_size):
                 group = problems[start : start + arguments.group_size]
-                lines = _attempts(group, config, inputs, inference, grid)
+                lines = _attempts(group, config, inputs, inference, score, grid)
                 on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
                 advance(len(lines))
     on_rank_0(lambda: journal.finish({problem.id for problem in problems}))
@@ -108,8 +109,20 @@ def _find(arguments: argparse.Namespace, config: Config, grid: Grid) -> None:
         summarize(journal.lines(), arguments.out, config.solutions.num_samples)
 
 
+def _check_scoring(problems: Sequence[Problem], config: Config, grid: Grid) -> None:
+    """Raises: ValueError for a problem that cannot be scored, or a loss.backend that cannot run."""
+    import torch
+
+    from megatron_selfdistill.loss.backend import in_use
+    from megatron_selfdistill.score import with_reference
+
+    for problem in problems:
+        with_reference(problem)
+    in_use(config.loss.backend, grid.device, torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32)
+
+
 def _attempts(
-    group: Sequence[Any], config: Config, inputs: Inputs, inference: Inference, grid: Grid
+    group: Sequence[Problem], config: Config, inputs: Inputs, inference: Inference, score: Score | None, grid: Grid
 ) -> list[dict[str, Any]]:
     """What became of these problems of all replicas, in their order; the same on every rank."""
     from megatron_selfdistill.config import ConfigError
@@ -126,7 +139,7 @@ def _attempts(
             builder=inputs.builder,
             verifier=load_verifier(config.evaluation.verifier),
             grid=grid,
-            score=_scorer(config, inputs, inference, grid),
+            score=score,
         )
     except RuntimeError as error:  # the verifier or an engine: what was done before is kept
         raise ConfigError(f"{error}; when that is mended, the same command goes on from here") from error
@@ -136,9 +149,12 @@ def _attempts(
 
 
 def _scorer(config: Config, inputs: Inputs, inference: Inference, grid: Grid) -> Score:
-    """The learnability of candidates, where the model is student and teacher."""
+    """The learnability of candidates, where the model is student and teacher.  Raises: `ConfigError` for a loss.fused
+    that cannot be had."""
+    from megatron_selfdistill.inference import decided_output_layer
     from megatron_selfdistill.score import learnabilities
 
+    fusion = decided_output_layer(config, inference.chunks).fusion
     return lambda candidates: learnabilities(
         candidates,
         builder=inputs.builder,
@@ -147,6 +163,8 @@ def _scorer(config: Config, inputs: Inputs, inference: Inference, grid: Grid) ->
         grid=grid,
         vocab=inference.vocab,
         max_tokens=config.schedule.max_tokens,
+        fusion=fusion,
+        backend=config.loss.backend,
         max_length=inputs.max_length,
         max_new_tokens=config.rollout.max_new_tokens,
         policy=config.data.on_long_context,

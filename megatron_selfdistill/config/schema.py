@@ -461,7 +461,8 @@ class LossConfig:
     """The output layer: none (all logits of a microbatch exist at once, student's and teacher's), or fused with the
     loss in chunks of tokens: keep_gradient (the gradient of the student's logits is kept until backward) or low_memory
     (backward makes the logits again: half as many GEMMs more).  Null: none if that stays within max_logits_gb, else
-    keep_gradient if that does, else low_memory.  Self-distillation only; baselines are never fused."""
+    keep_gradient if that does, else low_memory.  Where it is fused, own solutions are scored in such chunks, too.
+    Self-distillation only; baselines are never fused."""
     fused_chunk_tokens: int = 4096
     """Response tokens of a chunk."""
     max_logits_gb: float | None = None

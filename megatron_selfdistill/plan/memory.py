@@ -219,7 +219,8 @@ def teacher_row_bytes(config: Config, transformer: TransformerConfig, load: Load
 
 def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
     """Of one microbatch whose tokens are all response tokens: the logits that exist at a time, with the gradient that
-    takes their place, and the full-width rows that they are projected from."""
+    takes their place, and the full-width rows that they are projected from.  Scoring own solutions, where nothing is
+    kept for backward, takes no more."""
     layer = choose_output_layer(config, load.vocab_size)
     tokens = load.seq_length / transformer.context_parallel_size
     hidden = layer.hidden_rows(tokens) * transformer.hidden_size * element_size(config)

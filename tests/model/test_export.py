@@ -7,16 +7,13 @@ import dataclasses
 import functools
 import math
 import re
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import models
 import pytest
 import torch
+from bytes_alive import BytesAlive
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 
@@ -210,28 +207,6 @@ def test_experts_are_gathered_almost_without_padding(ranks, bucket_bytes, at_lea
         names = [name for name, _ in calls]
         assert names.count("all_gather_into_tensor") >= at_least
         assert not at_least or "broadcast" not in names
-
-
-class BytesAlive(TorchDispatchMode):
-    """Counts the bytes of tensors that Python holds, besides those of ``known``, after every operation."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.holders: dict[int, tuple[int, list[weakref.ref]]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        held = {ptr: (n, refs) for ptr, (n, refs) in self.holders.items() if any(ref() is not None for ref in refs)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.known:
-                    held.setdefault(storage.data_ptr(), (storage.nbytes(), []))[1].append(weakref.ref(tensor))
-        self.holders = held
-        self.peak = max(self.peak, sum(n for n, _ in held.values()))
-        return result
 
 
 def bytes_alive(parallel: ParallelConfig, model: ModelConfig, bucket_bytes: int) -> tuple[int, int, int, int]:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import torch
 from tiny_run import overrides, reproducible_metrics
+
+from megatron_selfdistill import run, schedule
 
 # 20 tokens of a microbatch's 100 or so; rounding has moved no sampled token in these few steps
 FUSED = {mode: [f"loss.fused={mode}", "loss.fused_chunk_tokens=20"] for mode in ("keep_gradient", "low_memory")}
@@ -49,6 +52,32 @@ def test_a_run_has_the_same_metrics_fused_and_materialised(ranks, folder, layout
             assert b["loss/mean"] == pytest.approx(a["loss/mean"], abs=1e-5)
             assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
             assert b["tokens/response"] == a["tokens/response"]
+
+
+def start_counting(arguments: list[str]) -> tuple[int, int, int]:
+    """(exit status, how often this rank projected a whole microbatch, responses that were scored on it)"""
+    projected: list[torch.Size] = []
+    scored: list[int] = []
+    project, learnabilities = schedule.project, run.learnabilities
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "project", lambda *a: (projected.append(a[1].shape), project(*a))[1])
+        patch.setattr(run, "learnabilities", lambda a, **k: (scored.append(len(a)), learnabilities(a, **k))[1])
+        return tiny_run.start(arguments), len(projected), sum(scored)
+
+
+@pytest.mark.parametrize("weights", ["current", "ema"])
+def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutions(ranks, folder, tmp_path, weights):
+    own = ["data.solutions=own", "solutions.pick=learnable", "solutions.num_samples=6", "num_steps=2"]
+    own += ["evaluation.verifier=tiny_run.starts_with_an_even_token", f"teacher.weights={weights}"]
+    own += ["checkpoint.save_every=0", "parallel.tensor_model_parallel_size=2"]
+    found = {}
+    for mode, options in {"none": ["loss.fused=none"], "low_memory": FUSED["low_memory"]}.items():
+        arguments = overrides(folder, tmp_path / mode, *own, *options)
+        found[mode] = ranks.run(start_counting, arguments, world_size=2, init_process_group=False)
+    for (status, projected, scored), (fused_status, fused_projected, fused_scored) in zip(*found.values(), strict=True):
+        assert status == fused_status == 0
+        assert scored == fused_scored > 0 and projected > 0
+        assert fused_projected == 0
 
 
 def test_the_run_says_how_its_output_layer_works(folder):
