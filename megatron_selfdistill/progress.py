@@ -23,6 +23,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 EXIT_HUNG = 5
 
 # A rank whose main thread is in one of these is waiting for others.
@@ -30,6 +32,9 @@ _WAITING = ("torch.distributed", "megatron.core.pipeline_parallel.p2p_communicat
 _TICKS = 20  # per timeout
 _MAX_TICK_S = 30.0
 _GRACE_S = 10.0  # for the others to write their stacks
+_PIECE_BYTES = 2**20  # of files between two looks; what the watch itself sends is less
+# Its members send and receive as their stages need, so their counts of what they entered differ by nature.
+_UNEQUAL_GROUP = "PIPELINE_MODEL_PARALLEL_GROUP"
 
 
 @dataclass
@@ -37,6 +42,7 @@ class _Signs:
     count: int = 0
     place: int = 0
     phase: str = "start"
+    moving_files: int = 0
 
 
 _signs = _Signs()
@@ -59,6 +65,19 @@ def left(phase: str) -> None:
     _signs.count += 1
     _signs.place += 1
     _signs.phase = f"after {phase}"
+
+
+@contextlib.contextmanager
+def moving_files() -> Iterator[None]:
+    """Libraries that cannot `beat` load or save: in here it is a sign of progress, too, that this process and those
+    that it started read or write at least a MiB between two looks."""
+    _signs.count += 1
+    _signs.moving_files += 1
+    try:
+        yield
+    finally:
+        _signs.moving_files -= 1
+        _signs.count += 1
 
 
 @contextlib.contextmanager
@@ -94,13 +113,17 @@ class Report:
     waits: bool
     """Its main thread is in a collective, or in a send or receive."""
     host: str
+    collectives: Mapping[str, int]
+    """How many it has entered, by group; where it is stalled."""
 
 
 def hanging(reports: Mapping[int, Report | None], silent: frozenset[int]) -> dict[int, str]:
     """Who holds up the others, and why one thinks so; nobody where all ranks look alike.
 
     ``silent``: ranks that no longer speak.  Else those that are behind in the phases that all go through; else, where
-    some wait in a collective, those that do not.
+    some wait in a collective, those that do not; else, and among several of these, those that have entered fewer
+    collectives of a group than others and more than nobody: on a GPU a rank waits for a collective long after it has
+    entered it, wherever it needs a number from the device.
     """
     if silent:
         return dict.fromkeys(sorted(silent), "no longer answers")
@@ -109,10 +132,30 @@ def hanging(reports: Mapping[int, Report | None], silent: frozenset[int]) -> dic
     behind = {rank for rank, report in known.items() if report.place == first}
     if len(behind) < len(known):
         return {rank: f"is behind the others, in phase '{known[rank].phase}'" for rank in sorted(behind)}
-    alone = {rank for rank, report in known.items() if not report.waits or len(known) == 1}
+    alone = {rank for rank, report in known.items() if not report.waits} or set(known)
+    missed = {rank: group for rank, group in _missed(known).items() if rank in alone}
+    if len(alone) > 1 and missed:
+        return {
+            rank: f"gets nowhere in phase '{known[rank].phase}': others are in a collective of {group} without it"
+            for rank, group in sorted(missed.items())
+        }
     if len(alone) < len(known) or len(known) == 1:
         return {rank: f"gets nowhere in phase '{known[rank].phase}'" for rank in sorted(alone)}
     return {}
+
+
+def _missed(reports: Mapping[int, Report]) -> dict[int, str]:
+    """Ranks that others wait for in a collective, with its group, and that wait for nobody in another one."""
+    groups: dict[str, dict[int, int]] = {}
+    for rank, report in reports.items():
+        for group, count in report.collectives.items():
+            groups.setdefault(group, {})[rank] = count
+    behind: dict[int, str] = {}
+    ahead: set[int] = set()
+    for group, counts in groups.items():
+        behind |= {rank: group for rank, count in counts.items() if count < max(counts.values())}
+        ahead |= {rank for rank, count in counts.items() if count > min(counts.values())}
+    return {rank: group for rank, group in behind.items() if rank not in ahead}
 
 
 class _Watch:
@@ -129,7 +172,7 @@ class _Watch:
         # Time in which this process could run: one that was stopped for an hour has not been hanging for an hour.
         self._clock = 0.0
         self._tick = 0
-        self._count, self._changed = -1, 0.0
+        self._count, self._moved, self._changed = -1, 0, 0.0
         self._silent: frozenset[int] = frozenset()
         self._heard: dict[int, tuple[Report | None, float]] = dict.fromkeys(range(world_size), (None, 0.0))
 
@@ -148,9 +191,12 @@ class _Watch:
             Path(self._file.name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: other ranks go on, or have hung in an earlier launch
             self._folder.rmdir()
+            if self._made_run_dir:
+                self._folder.parent.rmdir()
 
     def _opened(self) -> IO[str]:
         """This rank's file, open beforehand: C cannot open it, and a run that hangs perhaps neither."""
+        self._made_run_dir = not self._folder.parent.exists()
         while True:
             self._folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another rank has just closed, and removed the folder
@@ -172,7 +218,8 @@ class _Watch:
 
     def _verdict(self) -> str | None:
         """Why the run shall end now; None while somebody gets on."""
-        if _signs.count != self._count:
+        before, self._moved = self._moved, _bytes_moved() if _signs.moving_files else 0
+        if _signs.count != self._count or abs(self._moved - before) >= _PIECE_BYTES:
             self._count, self._changed = _signs.count, self._clock
         stalled = self._clock - self._changed >= self._timeout_s
         try:
@@ -199,7 +246,8 @@ class _Watch:
     def _publish(self, stalled: bool) -> None:
         self._tick += 1
         waits = stalled and _waits(self._main)
-        report = Report(self._tick, stalled, _signs.place, _signs.phase, waits, self._host)
+        entered = _collectives() if stalled else {}
+        report = Report(self._tick, stalled, _signs.place, _signs.phase, waits, self._host, entered)
         self._store.set(f"rank {self._rank}", json.dumps(asdict(report)))
 
     def _listen(self, ranks: Any) -> None:
@@ -258,6 +306,28 @@ def _waits(thread: int | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _collectives() -> dict[str, int]:
+    from torch.distributed.distributed_c10d import _world
+
+    entered = {}
+    for group, name in _world.pg_names.items():
+        if group.group_desc != _UNEQUAL_GROUP:
+            with contextlib.suppress(RuntimeError):  # a backend that does not count
+                count: Any = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+                entered[f"{group.group_desc} ({name})"] = count
+    return entered
+
+
+def _bytes_moved() -> int:
+    """Of files, by this process and those that it started and that still live; 0 where the system does not count."""
+    own, total = psutil.Process(), 0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error, AttributeError):  # it has just ended; no Linux
+            counters = process.io_counters()
+            total += counters.read_chars + counters.write_chars + counters.read_bytes + counters.write_bytes
+    return total
 
 
 def _own_store(world_size: int, timeout_s: float) -> Any:

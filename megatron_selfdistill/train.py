@@ -71,22 +71,24 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
     inputs = Inputs.load(config)
     grid = parallel.initialize(config.parallel, config.seed)
     try:
-        run = Run(config, inputs, grid)
-        try:
-            _announce(run)
-            if not config.dry_run:
-                with progress.watched(grid.rank, grid.world_size, run.run_dir / "stacks", config.hang_timeout_s):
+        with progress.watched(grid.rank, grid.world_size, Path(config.run_dir) / "stacks", config.hang_timeout_s):
+            with progress.moving_files():
+                run = Run(config, inputs, grid)
+            try:
+                _announce(run)
+                if not config.dry_run:
                     loop(run)
-            return 0
-        except (RunUnhealthy, EngineError) as reason:
-            if isinstance(reason, EngineError) and run.stop.agreed():
-                run.leave()  # who ended this job ended its servers too
                 return 0
-            run.save()
-            run.log.message(f"stopped: {reason}")
-            return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
-        finally:
-            run.close()
+            except (RunUnhealthy, EngineError) as reason:
+                if isinstance(reason, EngineError) and run.stop.agreed():
+                    run.leave()  # who ended this job ended its servers too
+                    return 0
+                run.save()
+                run.log.message(f"stopped: {reason}")
+                return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
+            finally:
+                with progress.moving_files():
+                    run.close()
     finally:
         parallel.shutdown()
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """A tiny run under torchrun of which one rank hangs in its third step, or before any: ``hanging_run.py HOW RANK
-key=value ...``."""
+key=value ...``.  Unseen: no rank shows by its frames that it waits, as on a GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 
 WAYS = {
     "sleeps": lambda: time.sleep(600),
+    "sleeps unseen": lambda: time.sleep(600),
+    "sleeps in the start": lambda: time.sleep(600),
     "holds the interpreter": lambda: ctypes.PyDLL(None).sleep(600),
     "holds the interpreter at once": lambda: ctypes.PyDLL(None).sleep(600),
     "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -20,14 +22,16 @@ WAYS = {
 
 
 def main(how: str, rank: str, arguments: list[str]) -> int:
-    from megatron_selfdistill import train
+    from megatron_selfdistill import progress, train
     from megatron_selfdistill.run import Run
 
-    at_once = how.endswith("at once")
-    loop, pack = train.loop, Run.pack_contexts  # in the same phase as the others, who wait
+    at_once, in_the_start = how.endswith("at once"), how.endswith("in the start")
+    loop, pack, build = train.loop, Run.pack_contexts, Run._build_model  # in the same phase as the others, who wait
+    if how.endswith("unseen"):
+        progress._WAITING = ("nowhere",)
 
     def pack_or_hang(self: Any, *args: Any) -> Any:
-        if self.step == 2 and not at_once and os.environ["RANK"] == rank:
+        if self.step == 2 and not (at_once or in_the_start) and os.environ["RANK"] == rank:
             WAYS[how]()
         return pack(self, *args)
 
@@ -36,7 +40,13 @@ def main(how: str, rank: str, arguments: list[str]) -> int:
             WAYS[how]()
         loop(run)
 
+    def hang_or_build(self: Any) -> None:
+        if in_the_start and os.environ["RANK"] == rank:
+            WAYS[how]()
+        build(self)
+
     Run.pack_contexts = pack_or_hang  # type: ignore[method-assign]
+    Run._build_model = hang_or_build  # type: ignore[method-assign]
     train.loop = hang_or_loop
     return train.main(arguments)
 

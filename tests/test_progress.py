@@ -3,24 +3,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
 from tiny_run import overrides, train
 
+from megatron_selfdistill import progress
 from megatron_selfdistill.config import Config, ConfigError, load
 from megatron_selfdistill.progress import Report, hanging
 
 TESTS = Path(__file__).resolve().parent
 
 
-def report(place: int = 7, waits: bool = True, stalled: bool = True) -> Report:
-    return Report(tick=3, stalled=stalled, place=place, phase="train", waits=waits, host="node1")
+def report(place: int = 7, waits: bool = True, stalled: bool = True, **entered: int) -> Report:
+    return Report(tick=3, stalled=stalled, place=place, phase="train", waits=waits, host="node1", collectives=entered)
 
 
 def test_a_rank_that_no_longer_speaks_is_the_one():
@@ -38,6 +43,23 @@ def test_of_ranks_in_one_phase_the_one_that_waits_for_nobody_is_the_one():
 @pytest.mark.parametrize("waits", [True, False])
 def test_of_ranks_that_look_alike_none_is_named(waits):
     assert hanging({0: report(waits=waits), 1: report(waits=waits)}, frozenset()) == {}
+
+
+def test_where_no_frame_shows_who_waits_the_one_that_missed_a_collective_is_the_one():
+    """Rank 3 missed one of ranks 2 and 3; rank 2 therefore one of the world, in which 0 and 1 wait."""
+    ranks = {
+        0: report(waits=False, world=5, tp=8),
+        1: report(waits=False, world=5, tp=8),
+        2: report(waits=False, world=4, tp2=9),
+        3: report(waits=False, world=4, tp2=8),
+    }
+    found = hanging(ranks, frozenset())
+    assert list(found) == [3] and "in phase 'train': others are in a collective of tp2 without it" in found[3]
+
+
+def test_of_several_that_seem_to_wait_for_nobody_the_one_that_missed_a_collective_is_the_one():
+    ranks = {0: report(world=5), 1: report(waits=False, world=5), 2: report(waits=False, world=4)}
+    assert list(hanging(ranks, frozenset())) == [2]
 
 
 def test_a_world_of_one_hangs_by_itself():
@@ -68,7 +90,7 @@ def hung(data: Path, folder: Path, how: str, rank: int, world_size: int = 2) -> 
     return subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("holds the interpreter", 0)])
+@pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("sleeps unseen", 1), ("holds the interpreter", 0)])
 def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_the_run_ends(data, tmp_path, how, rank):
     started = time.monotonic()
     ended = hung(data, tmp_path / "run", how, rank)
@@ -80,6 +102,74 @@ def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_the_run_ends(data
     stacks = {r: (tmp_path / "run" / "stacks" / f"rank_{r}.txt").read_text() for r in (0, 1)}
     assert "hanging_run.py" in stacks[rank] and "in pack_or_hang" in stacks[rank]
     assert "most recent call first" in stacks[1 - rank] and "in <lambda>" not in stacks[1 - rank]
+
+
+def test_a_rank_that_hangs_while_the_run_is_built_is_named(data, tmp_path):
+    hung(data, tmp_path / "run", "sleeps in the start", 1)
+    verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
+    assert ": rank 1 on " in verdict and "rank 0 on" not in verdict
+
+
+def copies(folder: Path) -> None:
+    (folder / "file").write_bytes(bytes(2**21))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody counts what a process writes")
+@pytest.mark.parametrize("by_a_child", [False, True])
+def test_files_that_move_are_signs_where_a_library_loads_or_saves_and_only_there(tmp_path, by_a_child):
+    watch = progress._Watch(0, 1, tmp_path / "stacks", timeout_s=10.0)
+
+    def verdict_after_copies() -> str | None:
+        for _ in range(4):
+            watch._clock += 5
+            with ProcessPoolExecutor(1) if by_a_child else contextlib.nullcontext() as pool:
+                pool.submit(copies, tmp_path).result() if pool else copies(tmp_path)
+                if (verdict := watch._verdict()) is not None:
+                    return verdict
+        return None
+
+    with progress.moving_files():
+        assert watch._verdict() is None
+        assert verdict_after_copies() is None
+    assert watch._verdict() is None
+    assert "rank 0 on" in verdict_after_copies()
+    with progress.moving_files():
+        assert watch._verdict() is None
+        watch._clock += 10
+        assert "rank 0 on" in watch._verdict()
+
+
+def noted(arguments: list[str], path: Path) -> int:
+    """A run of which each load and save notes whether moved files are signs of progress."""
+    from megatron_selfdistill.checkpoint import transfer
+    from megatron_selfdistill.checkpoint.megatron import Checkpointer
+
+    def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            with path.open("a") as file:
+                print(name, progress._signs.moving_files > 0, file=file)
+            return original(*args, **kwargs)
+
+        return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((Checkpointer, "load"), (Checkpointer, "finish"), (transfer, "write_now")):
+            patch.setattr(owner, name, noting(name, getattr(owner, name)))
+        return tiny_run.start(arguments)
+
+
+def test_whatever_loads_and_saves_counts_the_files_that_it_moves(ranks, data, tmp_path):
+    for steps in (1, 2):
+        arguments = overrides(data, tmp_path / "run", f"num_steps={steps}")
+        train(ranks, arguments, 1, start=noted, path=tmp_path / "notes")
+    notes = (tmp_path / "notes").read_text().split("\n")
+    assert {"load True", "finish True", "write_now True"} == {note for note in notes if note}
+
+
+def test_a_run_that_is_refused_while_it_is_built_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError), progress.watched(0, 1, tmp_path / "run" / "stacks", 60.0):
+        raise RuntimeError
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_hangs_before_its_first_sign_is_named_with_its_host(data, tmp_path):
