@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import neighbouring_ports
 
 from megatron_selfdistill import serve
 from megatron_selfdistill.rollout import server_nodes
@@ -138,15 +139,7 @@ def nodes(port) -> Iterator[list[subprocess.Popen[str]]]:
 
 @pytest.fixture
 def port() -> int:
-    """It and the next are free."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            try:
-                second.bind(("127.0.0.1", first.getsockname()[1] + 1))
-            except OSError:
-                continue
-            return int(first.getsockname()[1])
+    return neighbouring_ports()
 
 
 def said(one: subprocess.Popen[str]) -> str:
