@@ -17,8 +17,8 @@ from pathlib import Path
 import models
 import pytest
 from ports import neighbouring_ports
+from real_servers import assert_session_ends, sampler
 from responses import tokens
-from test_servers import TIMEOUT, assert_session_ends, sampler
 from trained import GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests, write_config
 
 from megatron_selfdistill.rollout.base import Request, Response
@@ -26,7 +26,7 @@ from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
 
-START_SECONDS = 900.0
+START_SECONDS, TIMEOUT = 900.0, 600.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
