@@ -100,6 +100,7 @@ def submitted(folder: Path, **parameters: str) -> tuple[subprocess.CompletedProc
         "RUN_DIR": str(folder / "run"),
         "HF_CONFIG": "/model",
         "RUN_DOCTOR": "0",
+        "SERVER_START_MINUTES": "1",
         "PYTHON": "python",
         "SERVER_PYTHON": "python",
         **parameters,

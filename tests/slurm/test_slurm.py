@@ -81,7 +81,6 @@ def test_a_run_with_rollout_nodes_of_its_own_completes(slurm, data, tmp_path, se
     assert nodes <= {"n2", "n3"} and job.saved_step() == 2
     metrics = reproducible_metrics(job.run_dir)[-1]
     assert metrics["rollout/servers_alive"] == 1 and metrics["rollout/sync_bytes"] > 0
-    assert sorted(path.stem for path in (job.run_dir / "servers").glob("*.log")) == ["n2", "n3"][:server_nodes]
     assert "SELFDISTILL_SERVER_TOKEN" not in sh("scontrol", "show", "job", job.id)
 
 
