@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_selfdistill.data.records import BadRecordError, records
+from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, is_text, records
 
 FIELDS = ("problem", "messages", "solution", "answer", "id")
 
@@ -263,9 +263,11 @@ def _validated(
         raise record
     if not isinstance(record, dict):
         raise BadRecordError(f"expected a JSON object per record, got {_shown(record)}.")
-    problem, messages, solution, answer, given_id = (
-        record.get(column) if (column := columns[name]) is not None else None for name in FIELDS
-    )
+    values = {name: record.get(column) if column is not None else None for name, column in columns.items()}
+    for name, value in values.items():
+        if not is_text(value):
+            raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}.")
+    problem, messages, solution, answer, given_id = (values[name] for name in FIELDS)
     # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
     if problem is None and messages is not None:
         conversation = _conversation(messages, columns["messages"])
