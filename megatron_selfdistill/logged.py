@@ -130,7 +130,7 @@ def read_all_turns(config: Config, inputs: Inputs, grid: Grid) -> Inputs:
     for _, turn in everywhere:
         _checked(reader, turn)
     total = sum((counts for counts, _ in parts), TurnCounts())
-    sentences = dict.fromkeys([*inputs.left_out, *(turn.sentence for _, turn in everywhere)])
+    sentences = dict.fromkeys([*inputs.problems.skipped, *(turn.sentence for _, turn in everywhere)])
     about = f"all {len(problems)} turns were read: {total}"
     return replace(inputs, about_conversations=(*inputs.about_conversations[:-1], about), left_out=tuple(sentences))
 
