@@ -793,6 +793,12 @@ class Config:
         """The responses are those of a log: nobody samples."""
         return self.data.kind == "conversations" and self.conversations.responses == "logged"
 
+    @property
+    def samples(self) -> bool:
+        """Something is sampled: responses, or beside those of a log, answers to held-out problems."""
+        evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
+        return not self.logged or bool(evaluates)
+
     def _check_conversations(self) -> None:
         _require(
             self.objective == "self_distillation" and self.data.solutions == "given",

@@ -24,7 +24,7 @@ def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]
     given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
     given["data.path"] = config.data.path
     kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]
-    if config.rollout.engine_tp > config.cluster.gpus_per_node and not _names_servers(kept):
+    if config.samples and config.rollout.engine_tp > config.cluster.gpus_per_node and not _names_servers(kept):
         kept.append("rollout.servers=[http://first-node-of-a-server:8000]")  # started by whoever has such nodes
     return _sbatch(config, kept), _torchrun(config, kept)
 
@@ -56,7 +56,7 @@ def _sbatch(config: Config, overrides: Sequence[str]) -> str:
 def _wants_servers(config: Config, overrides: Sequence[str]) -> bool:
     """Servers that nobody has started yet, and that fit on a node each."""
     rollout = config.rollout
-    on_servers = rollout.engine == "vllm" and rollout.placement == "server"
+    on_servers = config.samples and rollout.engine == "vllm" and rollout.placement == "server"
     return on_servers and not _names_servers(overrides) and rollout.engine_tp <= config.cluster.gpus_per_node
 
 
