@@ -179,6 +179,17 @@ def test_a_token_that_spans_the_boundary_belongs_to_neither(chat_folder):
     assert turn_of(build, turn).reply == encode("\nYes.<|im_end|>")
 
 
+def test_tokens_that_would_spell_another_text_are_refused(sentencepiece_file):
+    """SentencePiece begins every text with a space, so a reply that goes on within a word cannot be encoded alone."""
+    build = builder(
+        sentencepiece_file,
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}",
+    )
+    [turn] = turns(({"role": "user", "content": "seve"}, {"role": "assistant", "content": "n"}), accepted=1)
+    [found] = reader(build).read([turn])
+    assert isinstance(found, Unusable) and "expected prompt and reply to be encoded into tokens" in found.sentence
+
+
 def test_turns_that_are_too_long_are_dropped_shortened_or_an_error_with_file_and_line(chat_folder):
     build = builder(chat_folder, CHATML)
     [turn] = turns(TALK[1:3], accepted=1)
