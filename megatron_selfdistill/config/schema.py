@@ -259,8 +259,8 @@ class ConversationsConfig:
 
     accepted_rule: str = "closing_turn"
     """Which answer the user was content with, where the log has no mark: closing_turn (the last assistant message
-    before the last user turn, if that says thanks or goes on, and is neither a correction nor a repeat), marked (only marks count), or the dotted
-    path of ``rule(messages) -> index or None``."""
+    before the last user turn, if that says thanks or goes on, and is neither a correction nor a repeat), marked (only
+    marks count), or the dotted path of ``rule(messages) -> index or None``."""
     turns: str = "all"
     """all (also the accepted turn, with its own text as the hint) or before_accepted."""
     responses: str = "logged"

@@ -99,11 +99,8 @@ class TurnReader:
             student, teacher = self.builder.pair_of(problem, texts[:4], ids[:4])
         except ValueError as error:
             return Unusable(str(error), too_long=False)
-        policy, room = self.on_long_context, self.max_length - len(reply)
-        prompts = None
-        if room >= 1:
-            policy = "drop" if policy == "error" else policy
-            prompts = shortened_to_fit(self.builder, problem, student, teacher, room, policy)
+        policy = "drop" if self.on_long_context == "error" else self.on_long_context
+        prompts = shortened_to_fit(self.builder, problem, student, teacher, self.max_length - len(reply), policy)
         if prompts is None:
             return Unusable(
                 f"{problem.location}: expected contexts of at most {self.max_length} tokens, got longer ones: prompts "
