@@ -4,7 +4,8 @@ before any process group exists."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from megatron_selfdistill.data.prompts import (
     Tokenizer,
     load_tokenizer,
 )
-from megatron_selfdistill.data.replies import fitting_turns
+from megatron_selfdistill.data.replies import TurnCounts, TurnReader, Unusable
+
+_LOOKED_AT = 64  # logged turns, before the start
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Inputs:
     about_conversations: tuple[str, ...] = ()
     """What became of a log of conversations, in numbers, for people."""
     left_out: tuple[str, ...] = ()
-    """One sentence, with file and line, for every conversation and turn that is left out."""
+    """One sentence, with file and line, for every conversation that is left out, and for turns that were read."""
 
     @classmethod
     def load(cls, config: Config) -> Inputs:
@@ -138,23 +141,11 @@ class Inputs:
         )
         left_out = [*log.turns.skipped]
         if config.logged:
-            fitting = fitting_turns(
-                builder,
-                log.turns.problems,
-                stop_token_ids=stop_token_ids,
-                max_length=max_length,
-                policy=data.on_long_context,
-                on_bad_record=data.on_bad_record,
-            )
-            problems, counts = replace(log.turns, problems=fitting.problems), fitting.counts
-            left_out += fitting.left_out
-            share = fitting.num_accepted_tokens / max(fitting.num_tokens, 1)
-            about: tuple[str, ...] = (
-                f"{fitting.num_tokens} logged tokens, {share:.3f} of them in accepted turns; {fitting.num_bad} turns "
-                "that the chat template cannot show as they were",
-            )
-            if not fitting.problems:
-                raise ConfigError(f"{data.path}: no turn is left; the first: {left_out[0] if left_out else ''}")
+            problems, counts = log.turns, ContextCounts()
+            reader = TurnReader(builder, stop_token_ids, max_length, data.on_long_context, data.on_bad_record)
+            read, unusable = _look_at(problems.problems, reader, config.seed)
+            left_out += unusable
+            about: tuple[str, ...] = (read,)
         else:
             problems, counts = _those_that_fit(log.turns, builder, max_length, config)
             about = ()
@@ -185,6 +176,31 @@ def _about(log: ConversationSet) -> str:
         f"train on; {log.num_later_turns} turns after the accepted answer left out; left out as unresolved: "
         f"{log.num_unresolved}, as bad: {log.turns.num_skipped - log.num_unresolved}"
     )
+
+
+def turn_reader(config: Config, inputs: Inputs) -> TurnReader:
+    """How the run reads logged turns."""
+    data = config.data
+    return TurnReader(
+        inputs.builder, inputs.stop_token_ids, inputs.max_length, data.on_long_context, data.on_bad_record
+    )
+
+
+def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tuple[str, list[str]]:
+    """Some logged turns read as the steps will read them: a template that cannot show them is found before the start.
+
+    Returns what became of them, in numbers, and a sentence for each unusable one.  Raises: ValueError in one sentence
+    for one that may not be left out, and where none can be used.
+    """
+    numbers = sorted(random.Random(f"{seed}/turns").sample(range(len(problems)), min(_LOOKED_AT, len(problems))))
+    turns = reader.read([problems[number] for number in numbers])
+    for turn in turns:
+        reader.check(turn)
+    counts, unusable = TurnCounts.of(turns), [turn.sentence for turn in turns if isinstance(turn, Unusable)]
+    if not counts.usable:
+        raise ConfigError(f"none of {len(turns)} turns that were looked at can be used; the first: {unusable[0]}")
+    which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
+    return f"{which} turns were read: {counts}", unusable
 
 
 def _evaluation_problems(config: Config, fields: Mapping[str, str | None]) -> list[Problem]:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
-from megatron_selfdistill.data.replies import reply_tokens
+from megatron_selfdistill.data.replies import Turn
 from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.logged import LoggedTurns
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
@@ -60,7 +61,8 @@ class Rollouts:
         self._before: dict[str, Any] = {}  # while a step is under way: what it has changed, as it was before
         self._visits: list[Visit] = []  # of the step under way
         self._metrics: dict[str, float] = {}
-        self._replies: dict[str, list[int]] = {}  # of this step's turns, where their log has them
+        self._logged = LoggedTurns(config, inputs, grid, self._stream) if config.logged else None
+        self._turns: dict[str, Turn] = {}  # of this step, where the responses are those of a log
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -70,12 +72,12 @@ class Rollouts:
         if self._own is not None and self._own.due(step):
             self._before["own"] = self._own.state_dict()
             self._find_solutions(self._own, step, sampling)
+        if self._logged is not None:
+            return self._next_logged(self._logged)
         batch = self._stream.next_batch()
         first = _first_sample_indices(batch, self.config.rollout.num_samples)
         self._first_samples = shard(first, self.grid.dp_rank, self.grid.dp_size)
         problems = shard(batch, self.grid.dp_rank, self.grid.dp_size)
-        if self.config.logged:
-            self._replies = {problem.id: self._reply_tokens(problem) for problem in problems}
         self._prompt_pairs = {problem.id: self.prompts(problem) for problem in problems}
         return problems
 
@@ -85,7 +87,7 @@ class Rollouts:
         if self.config.objective == "solutions":
             return [self._solution(problem) for problem in problems]
         if self.config.logged:
-            return [self._logged(problem) for problem in problems]
+            return [_logged_response(self._turns[problem.id]) for problem in problems]
         keys = [
             (step, problem.id, first + i)
             for problem, first in zip(problems, self._first_samples, strict=True)
@@ -135,10 +137,10 @@ class Rollouts:
         """Both prompts of a problem; the teacher's with the best own solution, where there is one."""
         if self._own is not None and (solution := self._own.solution_for(problem.id)) is not None:
             problem = replace(problem, solution=solution.text)  # what a guided rollout reads
-        policy, sizes = self.config.data.on_long_context, self._sizes
-        if self.config.logged and problem.reply is not None:
-            sizes["max_new_tokens"] = len(self._replies[problem.id])
-        pair = fit_teacher_prompt(self.inputs.builder, problem, policy=policy, **sizes)
+        if problem.id in self._turns:
+            return self._turns[problem.id].prompts
+        policy = self.config.data.on_long_context
+        pair = fit_teacher_prompt(self.inputs.builder, problem, policy=policy, **self._sizes)
         assert pair is not None, "Inputs.load kept only the problems that fit"
         return pair
 
@@ -162,6 +164,13 @@ class Rollouts:
     @property
     def _sizes(self) -> dict[str, int]:
         return {"max_length": self.inputs.max_length, "max_new_tokens": self.config.rollout.max_new_tokens}
+
+    def _next_logged(self, logged: LoggedTurns) -> list[Problem]:
+        with self._phases("read"):
+            of_step = logged.next_turns()
+        self._turns, self._metrics = of_step.turns, self._metrics | of_step.metrics
+        self._prompt_pairs = {problem.id: self.prompts(problem) for problem in of_step.problems}
+        return of_step.problems
 
     def _sample(self, problems: Sequence[Problem], keys: Sequence[Key], sampling: SamplingParams) -> list[Response]:
         guided = {problem.id for problem in problems if self._guides(problem)}
@@ -239,21 +248,18 @@ class Rollouts:
         policy = self.config.data.on_long_context
         return prompts_with(self.inputs.builder, problem, solution, policy=policy, **self._sizes)
 
-    def _reply_tokens(self, problem: Problem) -> list[int]:
-        return reply_tokens(self.inputs.builder, problem, self.inputs.stop_token_ids)
-
-    def _logged(self, problem: Problem) -> Response:
-        """What another policy wrote, with log-probs that nobody knows."""
-        tokens = self._replies[problem.id]
-        unknown = [math.nan] * len(tokens)
-        return Response(tokens, unknown, unknown, "stop")
-
     def _solution(self, problem: Problem) -> Response:
         """The solution's own text as the response: what fine-tuning on solutions imitates."""
         limit = self.config.rollout.max_new_tokens
         tokens = [*self.inputs.tokenizer.encode(problem.solution), self.inputs.stop_token_ids[0]]
         unknown = [math.nan] * min(len(tokens), limit)
         return Response(tokens[:limit], unknown, unknown, "stop" if len(tokens) <= limit else "length")
+
+
+def _logged_response(turn: Turn) -> Response:
+    """What another policy wrote, with log-probs that nobody knows."""
+    unknown = [math.nan] * len(turn.reply)
+    return Response(turn.reply, unknown, unknown, "stop")
 
 
 def _first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int]:

@@ -22,7 +22,8 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluate import EvaluationResult, evaluate
 from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary
 from megatron_selfdistill.inference import decided_output_layer, new_chunks
-from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.inputs import Inputs, turn_reader
+from megatron_selfdistill.logged import read_all_turns
 from megatron_selfdistill.loss.backend import in_use
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target, solve_batch_k
@@ -64,6 +65,8 @@ class Run:
             verify=config.checkpoint.verify,
         )
         self.resumed_from = self._checkpoint_to_resume()
+        if config.logged and self.resumed_from is None and self._wants_all_turns_read():
+            self.inputs = read_all_turns(config, inputs, grid)
         self._build_model()
         self.guards = Guards(config.guards)
         self.step = 0
@@ -293,6 +296,10 @@ class Run:
         else:
             self.sampler = make_sampler(config, self.inputs, self.chunks, grid)
         self.rollouts = Rollouts(config, self.inputs, grid, self.sampler, self.phases, self._learnabilities)
+
+    def _wants_all_turns_read(self) -> bool:
+        """A dry run reports them all, and an error is found before the first step; else each step reads its own."""
+        return self.config.dry_run or turn_reader(self.config, self.inputs).has_errors
 
     def _loss_backend(self) -> str:
         """What computes the loss, and why, for the log; raises `ConfigError` where what is configured cannot."""

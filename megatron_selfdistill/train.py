@@ -126,6 +126,7 @@ def loop(run: Run) -> None:
 def _announce(run: Run) -> None:
     """Write the resolved configuration into the run folder and say what will run."""
     from megatron_selfdistill.checkpoint.convert import carry_companions
+    from megatron_selfdistill.logged import LEFT_OUT_FILE, list_left_out
     from megatron_selfdistill.model.architecture import uses_transformer_engine
     from megatron_selfdistill.model.build import megatron_in_use
 
@@ -139,7 +140,14 @@ def _announce(run: Run) -> None:
         carry_companions(Path(run.config.checkpoint.load), folder)
     layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
-    kind = "turns" if run.inputs.about_conversations else "problems"
+    data = f"{len(run.inputs.problems)} {'turns' if run.inputs.about_conversations else 'problems'} "
+    if run.config.logged:
+        data += f"(what cannot be used is left out when it comes up, and listed in {folder / LEFT_OUT_FILE})"
+    else:
+        data += (
+            f"({counts.truncated} with a shortened solution; left out: {counts.dropped} too long, "
+            f"{run.inputs.problems.num_skipped} bad)"
+        )
     start = run.config.checkpoint.load or "random weights"
     start = f"resumes {run.resumed_from}" if run.resumed_from else f"starts from {start}"
     for line in (
@@ -147,18 +155,18 @@ def _announce(run: Run) -> None:
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
         *([f"loss: {run.loss_backend}"] if run.distils else []),
-        f"{len(run.inputs.problems)} {kind} ({counts.truncated} with a shortened solution; left out: "
-        f"{counts.dropped} too long, {run.inputs.problems.num_skipped} bad); "
-        f"contexts of at most {run.inputs.max_length} tokens",
+        f"{data}; contexts of at most {run.inputs.max_length} tokens",
         str(run.output_layer),
         *run.inputs.about_conversations,
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
         *([run.stop.plan] if run.stop.plan else []),
     ):
         run.log.message(line)
+    if run.resumed_from is None:
+        (folder / LEFT_OUT_FILE).unlink(missing_ok=True)
     if run.inputs.left_out:
-        (folder / "left_out.txt").write_text("".join(f"{line}\n" for line in run.inputs.left_out), encoding="utf-8")
-        run.log.message(f"what was left out, by file and line: {folder / 'left_out.txt'}; {run.inputs.left_out[0]}")
+        list_left_out(folder / LEFT_OUT_FILE, run.inputs.left_out)
+        run.log.message(f"what was left out, by file and line: {folder / LEFT_OUT_FILE}; {run.inputs.left_out[0]}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,8 +17,8 @@ PACKAGE = "megatron_selfdistill"
 # A module may import from those before it, never from those after it.  Folders count as one.
 ORDER = (
     "paths noise progress config cpu repairs parallel data verify inputs loss model checkpoint teacher teacher_bank "
-    "rollout vllm_plugin serve inference schedule batch score metrics turns guards stop evaluate plan rollouts run "
-    "train selftest report"
+    "rollout vllm_plugin serve inference schedule batch score metrics turns guards stop evaluate plan logged rollouts "
+    "run train selftest report"
 ).split()
 
 LOSS_MAY_IMPORT = {"torch", "triton"}

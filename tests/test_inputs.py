@@ -196,7 +196,8 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
         "1 conversations" in inputs.about_conversations[0]
         and "as unresolved: 1, as bad: 1" in (inputs.about_conversations[0])
     )
-    assert inputs.about_conversations[1].startswith("5 logged tokens, 0.600 of them in accepted turns")
+    assert "all 2 turns were read: 2 can be used" in inputs.about_conversations[1]
+    assert "5 logged tokens, 0.600 of them in accepted turns" in inputs.about_conversations[1]
 
 
 def test_a_rule_that_is_nowhere_is_a_sentence(folder):

@@ -259,8 +259,8 @@ class ConversationsConfig:
 
     accepted_rule: str = "closing_turn"
     """Which answer the user was content with, where the log has no mark: closing_turn (the last assistant message
-    before the last user turn, if that is neither a correction nor a repeat), marked (only marks count), or the dotted
-    path of ``rule(messages) -> index or None``."""
+    before the last user turn, if that says thanks or goes on, and is neither a correction nor a repeat), marked (only
+    marks count), or the dotted path of ``rule(messages) -> index or None``."""
     turns: str = "all"
     """all (also the accepted turn, with its own text as the hint) or before_accepted."""
     responses: str = "logged"
@@ -793,6 +793,12 @@ class Config:
     def logged(self) -> bool:
         """The responses are those of a log: nobody samples."""
         return self.data.kind == "conversations" and self.conversations.responses == "logged"
+
+    @property
+    def samples(self) -> bool:
+        """Something is sampled: responses, or beside those of a log, answers to held-out problems."""
+        evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
+        return not self.logged or bool(evaluates)
 
     def _check_conversations(self) -> None:
         _require(

@@ -120,6 +120,13 @@ def fit_teacher_prompt(
                     f"{max_length} less max_new_tokens {max_new_tokens}), got {len(prompt)}; raise "
                     "max_length, lower max_new_tokens, or choose a policy that drops or truncates."
                 )
+    return shortened_to_fit(builder, problem, student, teacher, room, policy)
+
+
+def shortened_to_fit(
+    builder: PromptBuilder, problem: Problem, student: list[int], teacher: list[int], room: int, policy: str
+) -> PromptPair | None:
+    """`fit_teacher_prompt` of prompts that are encoded already, each within ``room`` tokens; ``policy``: not error."""
     pair = PromptPair(problem.id, student, teacher)
     if len(student) > room:
         return None

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.data.acceptance import Rule
+from megatron_selfdistill.data.acceptance import Rule, answer_text
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import BadRecordError, records
+from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, is_text, records
 
 FIELDS = ("messages", "accepted", "tools", "id")
 TURNS = ("all", "before_accepted")
@@ -93,7 +93,7 @@ def load_conversations(
 
     ``turns``: all, the accepted assistant message with its own text as the hint included; or before_accepted.  Turns
     after the accepted answer are left out: nothing is known about them.  The hint is the accepted message's text
-    without what stands before its last ``</think>``.
+    without its reasoning (`answer_text`).
     ``path_or_name``, ``split``, ``on_bad_record``, ``limit`` (conversations) as for `load_problems`; ``fields``: our
     names among `FIELDS` -> column names.  ``show_contents``: sentences may quote the log; otherwise they hold places,
     roles and numbers only.
@@ -161,11 +161,6 @@ def conversation_turns(conversation: Conversation, turns: str) -> list[Problem]:
     ]
 
 
-def answer_text(message: Mapping[str, Any]) -> str:
-    """What a message says, without its reasoning."""
-    return str(message.get("content", "")).rpartition("</think>")[2].strip()
-
-
 def _conversation(
     record: object, columns: Mapping[str, str], rule: Rule, location: str, seen: set[str]
 ) -> Conversation:
@@ -178,6 +173,9 @@ def _conversation(
         raise BadConversationError(
             f"field {columns['messages']!r}: expected a non-empty list of messages, got {_kind(raw)}", raw
         )
+    for name in ("tools", "id"):
+        if not is_text(record.get(columns[name])):
+            raise BadConversationError(f"field {columns[name]!r}: {NO_TEXT}")
     messages = tuple(_message(message, _place(columns, i)) for i, message in enumerate(raw))
     _check_order(messages, columns)
     accepted, is_marked = _accepted(record, raw, messages, columns, rule)
@@ -197,6 +195,11 @@ def _conversation(
 def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadConversationError(f"{where}: expected an object with 'role' and 'content', got {_kind(message)}")
+    if not is_text(message):
+        raise BadConversationError(f"{where}: {NO_TEXT}")
+    mark = message.get("accepted")
+    if mark is not None and not isinstance(mark, bool):
+        raise BadConversationError(f"{where}: expected true, false or null as 'accepted', got {_kind(mark)}", mark)
     role = message.get("role")
     if not isinstance(role, str) or role not in _MAY_FOLLOW or " " in role:
         known = ", ".join(role for role in _MAY_FOLLOW if " " not in role)
@@ -342,5 +345,5 @@ def _kind(value: object) -> str:
 
 
 def _quoted(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    text = json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."

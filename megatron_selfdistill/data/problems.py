@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_selfdistill.data.records import BadRecordError, records
+from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, is_text, records
 
 FIELDS = ("problem", "messages", "solution", "answer", "id")
 
@@ -68,11 +68,19 @@ class ProblemSet:
     def fingerprint(self) -> str:
         """Hash of the ids and texts in order; the files' names and places do not matter."""
         digest = hashlib.sha256()
+        of_message: dict[int, str] = {}  # the turns of a conversation share their messages
+
+        def hashed(message: Mapping[str, Any]) -> str:
+            if id(message) not in of_message:
+                of_message[id(message)] = hashlib.sha256(_json(message)).hexdigest()
+            return of_message[id(message)]
+
         for problem in self.problems:
             content: list[Any] = [problem.id, problem.messages, problem.solution, problem.answer]
             if problem.reply is not None:
-                content += [problem.reply.message, problem.reply.accepted, problem.tools]
-            digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+                content[1] = [hashed(message) for message in problem.messages]
+                content += [hashed(problem.reply.message), problem.reply.accepted, problem.tools]
+            digest.update(_json(content))
         return digest.hexdigest()[:16]
 
 
@@ -138,14 +146,18 @@ class ProblemStream:
 
     def next_batch(self) -> list[Problem]:
         """The next global batch, ``batch_size`` problems, equal on all ranks."""
-        batch: list[Problem] = []
-        while len(batch) < self._batch_size:
+        return self.draw(self._batch_size)
+
+    def draw(self, count: int) -> list[Problem]:
+        """The next ``count`` problems, equal on all ranks."""
+        drawn: list[Problem] = []
+        while len(drawn) < count:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._epoch_order()
-            batch.append(self._set.problems[self._order[self._position]])
+            drawn.append(self._set.problems[self._order[self._position]])
             self._position += 1
-        return batch
+        return drawn
 
     def coming(self, num_batches: int) -> list[Problem]:
         """The different problems of the next batches, in the order of their first turn; the position stays."""
@@ -251,9 +263,11 @@ def _validated(
         raise record
     if not isinstance(record, dict):
         raise BadRecordError(f"expected a JSON object per record, got {_shown(record)}.")
-    problem, messages, solution, answer, given_id = (
-        record.get(column) if (column := columns[name]) is not None else None for name in FIELDS
-    )
+    values = {name: record.get(column) if column is not None else None for name, column in columns.items()}
+    for name, value in values.items():
+        if not is_text(value):
+            raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}.")
+    problem, messages, solution, answer, given_id = (values[name] for name in FIELDS)
     # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
     if problem is None and messages is not None:
         conversation = _conversation(messages, columns["messages"])
@@ -317,6 +331,10 @@ def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places
         repetition += 1
         problem_id = f"{base}-{repetition}"
     return problem_id
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
 
 
 def _shown(value: object) -> str:

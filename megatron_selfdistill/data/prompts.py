@@ -68,6 +68,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens only where ``text`` spells them."""
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Equals ``[encode(text) for text in texts]``; a fast tokenizer uses all cores for it."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ``ids``, for people and verifiers; never for tokenizing again."""
 
@@ -116,8 +120,20 @@ class PromptBuilder:
 
         Raises: ValueError if student and teacher would not begin their response after the same token ids.
         """
-        student = self._split_prompt(self._student_messages(problem), problem)
-        teacher = self._split_prompt(self._teacher_messages(problem, solution), problem)
+        texts = self.pair_texts(problem, solution)
+        return self.pair_of(problem, texts, self.tokenizer.encode_batch(texts))
+
+    def pair_texts(self, problem: Problem, solution: str | None = None) -> tuple[str, str, str, str]:
+        """What `prompt_pair` encodes: the student's text without and with generation prompt, then the teacher's."""
+        student, teacher = self._student_messages(problem), self._teacher_messages(problem, solution)
+        before, prompt, teacher_before, teacher_prompt = (
+            self._render(messages, problem, flag) for messages in (student, teacher) for flag in (False, True)
+        )
+        return before, prompt, teacher_before, teacher_prompt
+
+    def pair_of(self, problem: Problem, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[list[int], list[int]]:
+        """`prompt_pair` of a problem whose ``texts`` from `pair_texts` are encoded as ``ids``."""
+        student, teacher = _split_prompt(texts[:2], ids[:2]), _split_prompt(texts[2:], ids[2:])
         skip = 1 if student.joins_message or teacher.joins_message else 0
         if student.generation_text != teacher.generation_text or student.tail[skip:] != teacher.tail[skip:]:
             decode = self.tokenizer.decode
@@ -151,15 +167,6 @@ class PromptBuilder:
         if self.templates.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": self.templates.system_prompt})
         return messages
-
-    def _split_prompt(self, messages: list[dict[str, Any]], problem: Problem) -> _SplitPrompt:
-        before, whole = (self._render(messages, problem, flag) for flag in (False, True))
-        before_ids, ids = self.tokenizer.encode(before), self.tokenizer.encode(whole)
-        equal = 0
-        while equal < min(len(before_ids), len(ids)) and before_ids[equal] == ids[equal]:
-            equal += 1
-        generation_text = whole[len(before) :] if whole.startswith(before) else whole
-        return _SplitPrompt(ids, ids[equal:], generation_text, joins_message=equal < len(before_ids))
 
     def _render(self, messages: list[dict[str, Any]], problem: Problem, add_generation_prompt: bool) -> str:
         kwargs = dict(self.templates.chat_template_kwargs)
@@ -218,6 +225,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return [list(ids) for ids in self._tokenizer(list(texts), **options)["input_ids"]]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(
@@ -325,6 +338,14 @@ class _SplitPrompt:
     generation_text: str
     joins_message: bool
     """The tail begins within the message: a token spans the boundary."""
+
+
+def _split_prompt(texts: Sequence[str], encoded: Sequence[list[int]]) -> _SplitPrompt:
+    (before, whole), (before_ids, ids), equal = texts, encoded, 0
+    while equal < min(len(before_ids), len(ids)) and before_ids[equal] == ids[equal]:
+        equal += 1
+    generation_text = whole[len(before) :] if whole.startswith(before) else whole
+    return _SplitPrompt(ids, ids[equal:], generation_text, joins_message=equal < len(before_ids))
 
 
 # `{{name}}` is a literal `{name}` (group 1), `{name}` a slot (group 2); all other braces are text.

@@ -37,6 +37,21 @@ class BadRecordError(ValueError):
     """What is wrong with one record: field, expected, got. Its place is added by whoever reads the file."""
 
 
+def is_text(value: object) -> bool:
+    """Whether every string within ``value`` can be written as UTF-8.  JSON can spell one that cannot: half of a
+    surrogate pair, as a cut emoji leaves it, which tokenizers refuse and files cannot hold."""
+    if isinstance(value, str):
+        return value.isascii() or not _SURROGATE.search(value)
+    if isinstance(value, dict):
+        return all(is_text(key) and is_text(item) for key, item in value.items())
+    return all(map(is_text, value)) if isinstance(value, (list, tuple)) else True
+
+
+NO_TEXT = "expected text that can be written as UTF-8, got half of a surrogate pair (a cut emoji?)"
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _is_hub_name(path_or_name: str | Path) -> bool:
     if isinstance(path_or_name, Path) or Path(path_or_name).exists():
         return False

@@ -120,6 +120,8 @@ def transformer_config(
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
     refuse_known_faults(config)
+    if model.position_embedding_type == "rope":
+        _check_rotary_width(config, model.rotary_percent)
     return config
 
 
@@ -186,6 +188,21 @@ def refuse_known_faults(config: TransformerConfig) -> None:
     for found, sentence in faults:
         if found:
             raise ConfigError(sentence)
+
+
+def _check_rotary_width(config: TransformerConfig, rotary_percent: float) -> None:
+    """Rotary embeddings turn pairs of channels, as many as make up ``rotary_percent`` of a head, rounded up."""
+    if config.multi_latent_attention:
+        name, channels = "model.transformer.qk_pos_emb_head_dim", config.qk_pos_emb_head_dim
+        width = channels
+    else:
+        name, channels = "model.kv_channels", config.kv_channels
+        width = int(channels * rotary_percent)
+    if width + width % 2 > channels:
+        raise ConfigError(
+            f"rotary embeddings turn pairs of channels: expected an even {name} (by default model.hidden_size / "
+            f"model.num_attention_heads), got {channels}"
+        )
 
 
 def uses_transformer_engine() -> bool:

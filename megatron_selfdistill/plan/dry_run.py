@@ -28,7 +28,7 @@ class Plan:
     config: Config
     """With the architecture of the checkpoint that it names, if any."""
     num_problems: int | None
-    """Whose contexts fit; None where no data is named."""
+    """Whose contexts fit, or all logged turns; None where no data is named."""
     stages: list[Stage]
     memory: list[Memory]
     """Per stage."""
@@ -49,7 +49,8 @@ class Plan:
         """One sentence where a stage, or a server's share of the weights, does not fit its GPU; None where all fit."""
         room, rollout = self.config.cluster.gpu_memory_gb, self.config.rollout
         served = engine_weight_gib(self.config, self.parameters)
-        if rollout.engine == "vllm" and rollout.placement == "server" and served > _SERVED_SHARE * room:
+        on_servers = self.config.samples and rollout.engine == "vllm" and rollout.placement == "server"
+        if on_servers and served > _SERVED_SHARE * room:
             return (
                 f"a GPU of a rollout server would hold {served:.1f} GiB of weights, which leaves no room for a KV "
                 f"cache in cluster.gpu_memory_gb={room:g}: raise rollout.engine_tp={rollout.engine_tp}"
@@ -91,7 +92,11 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     p = config.parallel
     tp_size, pp_size = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     dp_size = num_gpus // (tp_size * p.context_parallel_size * pp_size)
-    contexts = math.ceil(config.data.global_batch_size / dp_size) * config.rollout.num_samples
+    # A log has one reply per turn, as long as its context allows.
+    num_samples, longest = (
+        (1, max_length) if config.logged else (config.rollout.num_samples, config.rollout.max_new_tokens)
+    )
+    contexts = math.ceil(config.data.global_batch_size / dp_size) * num_samples
     num_microbatches = microbatches(config, contexts, seq_length // max_length)
     pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
     schedule = bubble.simulate(
@@ -102,7 +107,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     )
     load = Load(
         seq_length=seq_length,
-        response_tokens=contexts * config.rollout.max_new_tokens,
+        response_tokens=contexts * longest,
         in_flight=0,
         alternating=pair_order == "alternating",
         vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, tp_size),
@@ -168,7 +173,7 @@ def _vocab_size(config: Config, inputs: Inputs | None) -> int:
 
 def _check_lengths(config: Config, max_length: int) -> None:
     new = config.rollout.max_new_tokens
-    if config.objective != "solutions" and new >= max_length:
+    if config.objective != "solutions" and config.samples and new >= max_length:
         raise ConfigError(
             f"rollout.max_new_tokens ({new}) leaves no room for a prompt in contexts of at most {max_length} tokens: "
             "raise data.max_length and schedule.max_tokens, or lower it"
@@ -178,7 +183,7 @@ def _check_lengths(config: Config, max_length: int) -> None:
 def _check_engine(config: Config, num_gpus: int) -> None:
     """What vLLM would refuse once the GPUs are there."""
     rollout, heads = config.rollout, config.model.num_attention_heads
-    if rollout.engine != "vllm":
+    if rollout.engine != "vllm" or not config.samples:
         return
     if rollout.hf_config is None:
         family_of_model(config.model)

@@ -53,7 +53,7 @@ def _sbatch(config: Config, overrides: Sequence[str]) -> str:
 
 def _wants_servers(config: Config, overrides: Sequence[str]) -> bool:
     """Servers that nobody has started yet."""
-    on_servers = config.rollout.engine == "vllm" and config.rollout.placement == "server"
+    on_servers = config.samples and config.rollout.engine == "vllm" and config.rollout.placement == "server"
     return on_servers and not any(override.startswith("rollout.servers=") for override in overrides)
 
 

@@ -45,6 +45,7 @@ class Memory:
 
     training: dict[str, float]
     rollout: dict[str, float]
+    """Empty where nothing is sampled."""
 
     @property
     def training_peak(self) -> float:
@@ -70,6 +71,8 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
         "logits": logit_bytes(config, transformer, load) if stage.projects else 0.0,
         "reserved": config.cluster.reserved_gb * GIB,
     }
+    if not config.samples:
+        return Memory(_gib(resident | working), {})
     offloaded = config.teacher.offload == "cpu"
     engine = {"teacher": 0.0 if offloaded else teacher, "engine weights": 0.0, "weight bucket": 0.0}
     rollout = config.rollout

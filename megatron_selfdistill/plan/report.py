@@ -35,14 +35,16 @@ def summary(plan: Plan) -> list[str]:
     nodes = "1 node" if num_nodes(config) == 1 else f"{num_nodes(config)} nodes"
     experts = f", EP {p.expert_model_parallel_size}" if config.model.num_moe_experts else ""
     student, teacher = plan.num_microbatches
-    samples = config.rollout.num_samples
+    what = f"problems x {config.rollout.num_samples} responses of at most {config.rollout.max_new_tokens} tokens"
     data = "data.path is not set" if plan.num_problems is None else f"{plan.num_problems} problems fit"
+    if config.logged:
+        what = "logged turns"
+        data = data.replace("problems fit", "turns in the log")
     return [
         f"{plan.parameters / 1e9:.2f} B parameters on {num_gpus} GPUs ({nodes}): "
         f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}{f' (VPP {vpp})' if vpp else ''} x "
         f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
-        f"a step: {config.data.global_batch_size} problems x {samples} responses of at most "
-        f"{config.rollout.max_new_tokens} tokens; contexts of at most {plan.max_length} in rows of at most "
+        f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in rows of at most "
         f"{plan.seq_length}; {data}",
         f"a replica's microbatches at full length: {student} student, {teacher} teacher, {plan.pair_order}; "
         f"bubble {plan.schedule.bubble:.1%} of the step",
@@ -53,13 +55,16 @@ def summary(plan: Plan) -> list[str]:
 
 def _engines(plan: Plan) -> str:
     rollout, num_gpus = plan.config.rollout, plan.config.cluster.num_gpus or 1
+    if not plan.config.samples:
+        return "responses: those of the log; nothing is sampled"
+    responses = "responses: those of the log; evaluations" if plan.config.logged else "responses"
     if rollout.engine == "megatron":
-        return "responses: sampled in process, by the trainer's own weights"
+        return f"{responses}: sampled in process, by the trainer's own weights"
     if rollout.placement == "colocated":
-        return f"responses: {num_gpus // rollout.engine_tp} vLLM engines of {rollout.engine_tp} of these GPUs each"
+        return f"{responses}: {num_gpus // rollout.engine_tp} vLLM engines of {rollout.engine_tp} of these GPUs each"
     where = ", ".join(rollout.servers) or f"{rollout.num_servers} that the run starts"
     return (
-        f"responses: vLLM servers ({where}) of {rollout.engine_tp} GPUs of their own, each with "
+        f"{responses}: vLLM servers ({where}) of {rollout.engine_tp} GPUs of their own, each with "
         f"{engine_weight_gib(plan.config, plan.parameters):.1f} GiB of weights"
     )
 

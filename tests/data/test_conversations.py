@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from megatron_selfdistill.data.acceptance import closing_turn, is_correction, is_repeat, load_rule, marked
+from megatron_selfdistill.data.acceptance import (
+    answer_text,
+    closing_turn,
+    is_correction,
+    is_repeat,
+    load_rule,
+    marked,
+)
 from megatron_selfdistill.data.conversations import ConversationSet, load_conversations
 
 SECRET = "zebra"
@@ -69,6 +76,82 @@ def test_the_accepted_turn_is_left_out_on_request(tmp_path):
 )
 def test_the_rule_takes_the_reply_before_a_closing_turn_that_neither_corrects_nor_repeats(rest, accepted):
     assert closing_turn(chat(("u", "What is the sum of 3 and 4?"), ("a", "8"), *rest)) == accepted
+
+
+COMPLAINTS = {
+    "English": [
+        "It crashes on an empty list.",
+        "This fails with exit code 1",
+        "That is broken",
+        "There is a bug in line 3",
+        "This is useless",
+        "You forgot the empty list",
+        "shorter please",
+        "good grief, that deletes the list",
+        "Great, it crashes",
+        "Great, now it deletes all my files",
+        "That is rubbish",
+        "Thanks for nothing",
+        "Thanks, it crashes",
+        "Nice try",
+    ],
+    "German": ["Das stürzt ab", "Du hast die leere Liste vergessen", "Mach es kürzer", "Das Programm bricht ab"],
+    "French": ["Ça marche mal", "Tu as oublié la liste vide", "Ça plante", "C'est nul"],
+    "Spanish": ["Falla con una lista vacía", "Se bloquea con una lista vacía", "Te olvidaste de la lista vacía"],
+    "Italian": ["Si blocca", "Hai dimenticato la lista vuota", "Non funziona"],
+    "Portuguese": ["Está com erro", "Você esqueceu a lista vazia", "Quebrou"],
+    "Chinese": ["不工作", "这个会崩溃", "你忘了空列表"],
+    "Japanese": ["空のリストで落ちます", "それは役に立たない"],
+    "Korean": ["빈 목록에서 오류가 납니다", "작동하지 않아요"],
+    "Russian": ["Это не работает", "Программа падает", "Ты забыл про пустой список"],
+}
+CONTENT = [
+    *("Thanks!", "great", "ok", "That works, thanks", "works now", "Perfect, exactly what I needed", "Sounds good"),
+    *("Danke, das passt", "merci beaucoup", "Muchas gracias", "Grazie mille", "Obrigado!"),
+    *("谢谢", "ありがとう", "감사합니다", "Спасибо"),
+]
+SOMETHING_ELSE = [
+    *("Now translate it into French.", "Good, and what is the capital of France?", "How long is the Nile?"),
+    *("Wie weit ist der Mond?", "Et la lune ?", "¿Cómo ordeno una lista en Rust?", "Quanto dista la luna?"),
+    *("月球有多远", "月までの距離は", "Как далеко до Луны?"),
+]
+
+
+def closed_by(text: str, answered: bool) -> int | None:
+    last = [("a", "Well.")] if answered else []
+    return closing_turn(chat(("u", "Write a function that sorts numbers"), ("a", "sorted"), ("u", text), *last))
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("language", COMPLAINTS)
+def test_a_complaint_is_never_taken_for_content(language, answered):
+    assert [text for text in COMPLAINTS[language] if closed_by(text, answered) is not None] == []
+
+
+def test_thanks_are_content_with_an_answer_after_them_and_something_else_only_without():
+    assert [text for text in CONTENT if closed_by(text, False) != 1 or closed_by(text, True) != 1] == []
+    assert [text for text in SOMETHING_ELSE if closed_by(text, False) != 1] == []
+    assert [text for text in SOMETHING_ELSE if closed_by(text, True) is not None] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("It is 7.", "It is 7."),
+        ("<think>3 + 4</think>\n7", "7"),
+        ("3 + 4</think>7", "7"),
+        ("<think>3 + 4, cut", ""),
+        ("<think>3</think><think>+ 4, cut", ""),
+        ("7 goes behind <think>", "7 goes behind <think>"),
+    ],
+)
+def test_an_answers_text_is_without_reasoning_also_where_it_is_cut_off(content, text, tmp_path):
+    assert answer_text({"content": content}) == text
+    messages = chat(("u", "3+4?"), ("a", content), ("u", "Thanks"))
+    assert closing_turn(messages) == (1 if text else None)
+    if not text:
+        with pytest.raises(ValueError, match="expected message 1 to be an assistant's with text"):
+            log(tmp_path, {"messages": messages, "accepted": 1})
 
 
 def test_a_reply_without_text_is_not_what_the_rule_accepts():
@@ -195,6 +278,33 @@ BAD = {
         {"messages": CORRECTED, "accepted": 1},
         "expected message 1 to be an assistant's with text",
     ),
+    "message with a number as its mark": (
+        [*CORRECTED[:2], CORRECTED[2] | {"accepted": 1}, *CORRECTED[3:]],
+        "'messages[2]': expected true, false or null as 'accepted', got a number",
+    ),
+    "message with a text as its mark": (
+        [*CORRECTED[:2], CORRECTED[2] | {"accepted": "true"}, *CORRECTED[3:]],
+        "'messages[2]': expected true, false or null as 'accepted', got a text",
+    ),
+    "half a surrogate pair": (
+        [*CORRECTED[:2], {"role": "assistant", "content": "cut \ud83d"}, *CORRECTED[3:]],
+        "'messages[2]': expected text that can be written as UTF-8, got half of a surrogate pair",
+    ),
+    "half a surrogate pair in a tool call": (
+        [
+            *chat(("u", SECRET)),
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"\ude00": 1}}}]},
+        ],
+        "'messages[1]': expected text that can be written as UTF-8",
+    ),
+    "half a surrogate pair in an id": (
+        {"messages": CORRECTED, "id": "\ud83d"},
+        "field 'id': expected text that can be",
+    ),
+    "half a surrogate pair in a tool": (
+        {"messages": CORRECTED, "tools": [{"function": {"name": "\ud83d"}}]},
+        "field 'tools': expected text that can be",
+    ),
     "mark of another kind": (
         {"messages": CORRECTED, "accepted": SECRET},
         "expected the index of a message, got a text",
@@ -224,6 +334,12 @@ def test_a_bad_log_is_named_by_file_and_line_and_counted_but_never_quoted(name, 
 def test_contents_are_shown_where_one_asks_for_them(tmp_path):
     with pytest.raises(ValueError, match=SECRET):
         log(tmp_path, *[BAD["unknown role"][0]], show_contents=True)
+
+
+def test_whole_emojis_and_marks_of_false_are_fine(tmp_path):
+    messages = [*CORRECTED[:2], {"role": "assistant", "content": "8 😀", "accepted": False}, *CORRECTED[3:]]
+    first, _ = log(tmp_path, messages).turns.problems
+    assert first.reply.message == {"role": "assistant", "content": "8 😀"}
 
 
 def test_parquet_holds_the_same_conversations(tmp_path):

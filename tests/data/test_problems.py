@@ -94,6 +94,8 @@ def test_an_unknown_field_name_is_an_error(tmp_path: Path) -> None:
         ('{"problem": null, "solution": "s"}', r"field 'problem': .* got null"),
         ('{"problem": "p", "solution": "s", "answer": [1]}', r"field 'answer': .* a number, got \[1\]"),
         ('{"problem": "p", "solution": "s", "id": true}', r"field 'id': .* or a number, got true"),
+        (r'{"problem": "cut \ud83d", "solution": "s"}', r"field 'problem': .* half of a surrogate pair"),
+        (r'{"messages": [{"role": "user", "content": "\ude00"}], "solution": "s"}', r"field 'messages': .* half of"),
         ('{"messages": [], "solution": "s"}', r"field 'messages': expected a non-empty list"),
         ('{"messages": [{"role": "user"}], "solution": "s"}', r"'messages\[0\]': .* 'content', got null"),
         ('{"messages": [{"content": "x"}], "solution": "s"}', r"'messages\[0\]': .* 'role' and"),

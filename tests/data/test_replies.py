@@ -13,7 +13,7 @@ from chat_templates import CHATML, FORGETFUL, OPENING, STRIPPING
 from megatron_selfdistill.data.conversations import Conversation, conversation_turns
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, load_tokenizer
-from megatron_selfdistill.data.replies import fitted, fitting_turns, reply_tokens
+from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 
 SUM = {"function": {"name": "add", "arguments": {"a": 3}}}
 TALK = (
@@ -40,12 +40,24 @@ def turns(messages: tuple[dict[str, Any], ...] = TALK, accepted: int = 6) -> lis
     return conversation_turns(Conversation("c", messages, accepted, False, tools, "log.jsonl:1"), "all")
 
 
+def reader(build: PromptBuilder, **options: Any) -> TurnReader:
+    assert build.tokenizer.eos_id is not None
+    settings = {"max_length": 1000, "on_long_context": "drop", "on_bad_record": "skip", **options}
+    return TurnReader(build, (build.tokenizer.eos_id,), **settings)
+
+
+def turn_of(build: PromptBuilder, problem: Problem) -> Turn:
+    [turn] = reader(build).read([problem])
+    assert isinstance(turn, Turn)
+    return turn
+
+
 def texts(build: PromptBuilder, problem: Problem) -> tuple[str, str, str]:
     """The student's prompt, the teacher's, the reply."""
-    reply = reply_tokens(build, problem, {build.tokenizer.eos_id})
-    student, teacher = build.prompt_pair(problem)
+    turn = turn_of(build, problem)
+    assert (turn.prompts.student_prompt, turn.prompts.teacher_prompt) == build.prompt_pair(problem)
     decode = build.tokenizer.decode
-    return decode(student), decode(teacher), decode(reply)
+    return decode(turn.prompts.student_prompt), decode(turn.prompts.teacher_prompt), decode(turn.reply)
 
 
 TOOLS = "<|im_start|>system\nTools: add<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -78,7 +90,7 @@ def test_prompts_and_replies_are_those_of_the_moment_to_the_token(chat_folder, t
     ]
     for problem, (student, teacher, reply) in zip(turns(), expected, strict=True):
         assert texts(build, problem) == (student, teacher, reply + "<|im_end|>")
-        tokens = reply_tokens(build, problem, {build.tokenizer.eos_id})
+        tokens = turn_of(build, problem).reply
         assert build.student_prompt(problem) + tokens == build.tokenizer.encode(student + reply + "<|im_end|>")
 
 
@@ -116,15 +128,42 @@ def test_a_reply_that_the_template_cannot_show_is_named_and_not_quoted(chat_fold
     messages = ({"role": "user", "content": "zebra?"}, {"role": "assistant", **reply})
     [turn] = turns(messages, accepted=1)
     build = builder(chat_folder, template)
-    stops = {build.tokenizer.eos_id}
-    with pytest.raises(ValueError) as caught:
-        reply_tokens(build, dataclasses.replace(turn, tools=()), stops)
-    sentence = str(caught.value)
-    assert words in sentence and sentence.startswith("log.jsonl:1, message 1: ") and "\n" not in sentence
-    assert "zebra" not in sentence and "8." not in sentence and "hm" not in sentence.split()
-    sizes = {"stop_token_ids": stops, "max_length": 100, "policy": "error"}
-    found = fitting_turns(build, [dataclasses.replace(turn, tools=())], on_bad_record="skip", **sizes)
-    assert (found.problems, found.num_bad, found.left_out) == ([], 1, [sentence])
+    turn = dataclasses.replace(turn, tools=())
+    [found] = reader(build).read([turn])
+    assert isinstance(found, Unusable) and not found.too_long
+    assert words in found.sentence and found.sentence.startswith("log.jsonl:1, message 1: ")
+    assert "zebra" not in found.sentence and "8." not in found.sentence and "hm" not in found.sentence.split()
+    assert "\n" not in found.sentence
+    reader(build, on_long_context="error").check(found)
+    with pytest.raises(ValueError, match=r"or leave such turns out with data.on_bad_record=skip$"):
+        reader(build, on_bad_record="error").check(found)
+
+
+def test_a_teacher_that_would_begin_otherwise_is_named_and_not_quoted(chat_folder):
+    """A template whose generation prompt depends on what the last message says."""
+    peeking = CHATML.replace(
+        "assistant\n{% endif %}", "assistant{{ ' hinted' * ('Hint' in messages[-1].content) }}\n{% endif %}"
+    )
+    build = builder(chat_folder, peeking)
+    [turn] = turns(TALK[1:3], accepted=1)
+    [found] = reader(build).read([turn])
+    assert isinstance(found, Unusable) and "in the same generation prompt, got different ones" in found.sentence
+
+
+def test_turns_read_together_are_as_those_read_alone_and_are_counted(chat_folder):
+    build = builder(chat_folder, CHATML)
+    bad = dataclasses.replace(turns()[0], tools=({},))  # of which the template wants a name
+    mixed = [turns()[0], bad, *turns()[1:]]
+    together = reader(build).read(mixed)
+    assert together == [found for turn in mixed for found in reader(build).read([turn])]
+    assert [isinstance(found, Unusable) for found in together] == [False, True, False, False]
+    lengths = [len(found.reply) for found in together if isinstance(found, Turn)]
+    assert TurnCounts.of(together) == TurnCounts(3, sum(lengths), lengths[2], shortened=0, too_long=0, bad=1)
+
+
+def test_a_missing_chat_template_is_no_fault_of_the_log(chat_folder, character_folder):
+    with pytest.raises(ValueError, match="has no chat template"):
+        reader(builder(character_folder, None)).read(turns()[:1])
 
 
 def test_a_token_that_spans_the_boundary_belongs_to_neither(chat_folder):
@@ -137,27 +176,39 @@ def test_a_token_that_spans_the_boundary_belongs_to_neither(chat_folder):
     [turn] = turns(messages, accepted=1)
     encode = build.tokenizer.encode
     assert encode("really?\n\nYes.")[: len(encode("really?\n"))] != encode("really?\n"), "the tokens do join"
-    assert reply_tokens(build, turn, {build.tokenizer.eos_id}) == encode("\nYes.<|im_end|>")
+    assert turn_of(build, turn).reply == encode("\nYes.<|im_end|>")
+
+
+def test_tokens_that_would_spell_another_text_are_refused(sentencepiece_file):
+    """SentencePiece begins every text with a space, so a reply that goes on within a word cannot be encoded alone."""
+    build = builder(
+        sentencepiece_file,
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}",
+    )
+    [turn] = turns(({"role": "user", "content": "seve"}, {"role": "assistant", "content": "n"}), accepted=1)
+    [found] = reader(build).read([turn])
+    assert isinstance(found, Unusable) and "expected prompt and reply to be encoded into tokens" in found.sentence
 
 
 def test_turns_that_are_too_long_are_dropped_shortened_or_an_error_with_file_and_line(chat_folder):
     build = builder(chat_folder, CHATML)
     [turn] = turns(TALK[1:3], accepted=1)
     turn = dataclasses.replace(turn, solution="zebra " * 40)
-    stops = {build.tokenizer.eos_id}
-    length = len(reply_tokens(build, turn, stops))
+    length = len(turn_of(build, turn).reply)
     room = len(build.teacher_prompt(turn, "zebra")) + length
-    options = {"stop_token_ids": stops, "max_length": room, "on_bad_record": "error"}
-    with pytest.raises(
-        ValueError, match=rf"log.jsonl:1, message 1: expected contexts of at most {room} tokens"
-    ) as caught:
-        fitting_turns(build, [turn], policy="error", **options)
-    assert "zebra" not in str(caught.value)
-    dropped = fitting_turns(build, [turn], policy="drop", **options)
-    assert (dropped.problems, dropped.counts.dropped, len(dropped.left_out)) == ([], 1, 1)
-    shortened = fitting_turns(build, [turn], policy="truncate_end", **options)
-    assert (shortened.problems, shortened.counts.truncated) == ([turn], 1)
-    assert (shortened.num_tokens, shortened.num_accepted_tokens) == (length, length)
-    pair = fitted(build, turn, length, room, "truncate_end")
-    assert len(pair.teacher_prompt) + length <= room
-    assert fitted(build, turn, room, room, "truncate_end") is None
+    strict = reader(build, max_length=room, on_long_context="error")
+    for policy in ("error", "drop"):
+        [dropped] = dataclasses.replace(strict, on_long_context=policy).read([turn])
+        assert isinstance(dropped, Unusable) and dropped.too_long and "zebra" not in dropped.sentence
+        assert dropped.sentence.startswith(f"log.jsonl:1, message 1: expected contexts of at most {room} tokens")
+    reader(build, on_bad_record="error").check(dropped)
+    with pytest.raises(ValueError, match=r"raise data.max_length, or choose another data.on_long_context$"):
+        strict.check(dropped)
+    assert TurnCounts.of([dropped]) == TurnCounts(too_long=1)
+    [shortened] = reader(build, max_length=room, on_long_context="truncate_end").read([turn])
+    assert isinstance(shortened, Turn) and shortened.prompts.solution_truncated and len(shortened.reply) == length
+    assert len(shortened.prompts.teacher_prompt) + length <= room
+    assert TurnCounts.of([shortened]) == TurnCounts(1, length, length, shortened=1)
+    for longest in (length, length - 1, 1):
+        [found] = reader(build, max_length=longest, on_long_context="truncate_end").read([turn])
+        assert isinstance(found, Unusable) and found.too_long, "no room for a prompt"

@@ -58,6 +58,8 @@ def test_a_dry_run_starts_no_process_group_and_writes_nothing(tmp_path, capsys):
             "at most 8, or all GPUs of several; choose a multiple of 8",
         ),
         (["rollout.engine=vllm", "model.normalization=LayerNorm", "model.activation=gelu"], "no known Hugging Face"),
+        (["model.kv_channels=7"], "expected an even model.kv_channels (by default model.hidden_size / model.num"),
+        (["model.hidden_size=60"], "model.num_attention_heads), got 15"),
         (["model.transformer.mtp_num_layers=1"], "multi-token-prediction layers are not trained"),
     ],
 )
@@ -109,6 +111,47 @@ def test_data_that_is_named_is_read_and_counted(tmp_path, capsys):
 def test_a_plan_needs_the_number_of_gpus():
     with pytest.raises(ConfigError, match=r"needs cluster\.num_gpus"):
         dry_run(load())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.kv_channels=7", "model.rotary_percent=0.5"], ["model.kv_channels=7", "model.rotary_percent=0.9"]],
+)
+def test_a_head_that_turns_in_part_only_may_be_odd(overrides):
+    assert dry_run(load([*TINY, *overrides])).parameters > 0
+
+
+LOGS = ["recipe=chat_logs", *TINY]
+
+
+def test_a_plan_for_logs_has_no_sampler_no_responses_and_no_memory_for_either(capsys):
+    long_responses = ["rollout.max_new_tokens=4096", "rollout.num_samples=8"]
+    server = ["rollout.engine=vllm", "rollout.placement=server", "rollout.engine_tp=3", "rollout.num_servers=1"]
+    assert main([*LOGS, *long_responses, *server, "rollout.server_python=python", "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "a step: 32 logged turns; contexts of at most 128" in out
+    assert "responses: those of the log; nothing is sampled" in out
+    assert not any(words in out for words in ("KV cache", "while sampling", "vLLM", "rollout_nodes", "4096 tokens"))
+    plan = dry_run(load([*LOGS, *long_responses]))
+    assert plan.num_microbatches == dry_run(load(LOGS)).num_microbatches
+    assert all(memory.rollout == {} and memory.peak == memory.training_peak > 0 for memory in plan.memory)
+
+
+def test_a_plan_for_logs_that_evaluates_has_its_sampler(tmp_path, capsys):
+    evaluated = [*LOGS, f"evaluation.path={tmp_path}/held_out.jsonl", "evaluation.every=5"]
+    assert main([*evaluated, "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "responses: those of the log; evaluations: sampled in process" in out and "KV cache" in out
+    assert main([*evaluated, "rollout.max_new_tokens=128", "dry_run=true"]) == EXIT_BAD_INPUT
+    assert "rollout.max_new_tokens (128) leaves no room" in capsys.readouterr().err
+
+
+def test_the_replies_of_a_log_may_fill_their_contexts():
+    def rows(*overrides: str) -> float:
+        plan = dry_run(load([*LOGS, "schedule.pair_order=teacher_first", *overrides]))
+        return plan.memory[-1].training["teacher rows"]
+
+    assert rows("data.max_length=128") == 2 * rows("data.max_length=64") > 0
 
 
 def test_rows_divide_by_what_cuts_them():

@@ -154,6 +154,12 @@ def test_a_recipe_fits_its_gpus_with_some_to_spare(recipe):
     assert max(memory.peak for memory in plan.memory) < 0.95 * plan.config.cluster.gpu_memory_gb
 
 
+@pytest.mark.parametrize("recipe", sorted({p.stem for p in (config_dir() / "recipe").glob("*.yaml")} - set(REAL_SIZES)))
+def test_a_recipe_without_a_size_passes_the_dry_run_at_one(recipe):
+    plan = dry_run(load([f"recipe={recipe}", "cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8"]))
+    assert plan.misfit() is None and plan.parameters == PUBLISHED["qwen3_8b"]
+
+
 @pytest.mark.parametrize("recipe", REAL_SIZES)
 def test_parameters_are_those_of_the_published_model(recipe):
     assert plan_of(recipe).parameters == PUBLISHED[recipe]

@@ -137,7 +137,7 @@ def test_dropping_all_turns_leaves_no_gradient_and_dropping_none_changes_nothing
 
 
 def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, tmp_path):
-    arguments = chats(data, tmp_path / "run", "metrics.console=true", "num_steps=1", "data.global_batch_size=80")
+    arguments = chats(data, tmp_path / "run", "metrics.console=true", "num_steps=1", "data.global_batch_size=81")
     finished = tiny_run.in_new_process(arguments)
     assert finished.returncode == 0, finished.stderr
     said = finished.stdout + finished.stderr
@@ -151,6 +151,127 @@ def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, t
         "42",
         "43, message 1",
     ]
+    assert f"listed in {tmp_path}/run/left_out.txt" in said and "turns were read: 6" in said
+    [line] = reproducible_metrics(tmp_path / "run")
+    assert line["turns/left_out_long"] >= 1 and line["turns/left_out_bad"] == 0
     failed = tiny_run.in_new_process([*arguments, "data.on_bad_record=error", f"run_dir={tmp_path}/other"])
     assert failed.returncode == 2 and "chats.jsonl:41: unresolved" in failed.stderr
     assert SECRET not in failed.stdout + failed.stderr
+
+
+NUM_GOOD, NUM_LONG, NUM_BROKEN = 40, 20, 10
+
+
+@pytest.fixture(scope="module")
+def mixed(data) -> str:
+    """The override for a log of one-turn conversations: good ones, too long ones, and ones that end their turn in its
+    middle."""
+    from pretraining import write_records
+
+    replies = [f"{number:03d}" * (1 + number % 3) for number in range(NUM_GOOD)] + ["1" * 300] * NUM_LONG
+    replies += ["1$1"] * NUM_BROKEN
+    turns = [[("user", f"{number:03d}-0="), ("assistant", reply)] for number, reply in enumerate(replies)]
+    chats = [[{"role": role, "content": text} for role, text in [*turn, ("user", "thanks")]] for turn in turns]
+    write_records(data / "mixed.jsonl", [{"messages": messages} for messages in chats])
+    return f"data.path={data}/mixed.jsonl"
+
+
+def lines_listed(run_dir: Path) -> list[int]:
+    text = (run_dir / "left_out.txt").read_text()
+    return [int(line.partition(", message 1: ")[0].rpartition(":")[2]) for line in text.splitlines()]
+
+
+def test_unusable_turns_are_replaced_and_listed_once_and_a_resumed_run_goes_on_bit_for_bit(
+    ranks, data, mixed, tmp_path
+):
+    """Almost two epochs of all turns, so that some unusable ones come up twice."""
+    train(ranks, chats(data, tmp_path / "whole", mixed, "data.global_batch_size=12"))
+    lines = reproducible_metrics(tmp_path / "whole")
+    assert [line["turns/count"] for line in lines] == [12] * 6
+    assert sum(line["turns/left_out_long"] for line in lines) > NUM_LONG
+    assert sum(line["turns/left_out_bad"] for line in lines) > NUM_BROKEN
+    assert sorted(lines_listed(tmp_path / "whole")) == list(range(NUM_GOOD + 1, NUM_GOOD + NUM_LONG + NUM_BROKEN + 1))
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    go_back_to_step_3(tmp_path / "halves")
+    train(ranks, chats(data, tmp_path / "halves", mixed, "data.global_batch_size=12"))
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")
+    assert lines_listed(tmp_path / "halves") == lines_listed(tmp_path / "whole"), "nothing is listed twice"
+
+
+def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, data, start, mixed, tmp_path):
+    found = {}
+    for world_size in (1, 2, 3):
+        run_dir = tmp_path / str(world_size)
+        train(ranks, chats(data, run_dir, start, mixed, "num_steps=3", "data.global_batch_size=9"), world_size)
+        found[world_size] = reproducible_metrics(run_dir)
+    for many in (found[2], found[3]):
+        for one_line, line in zip(found[1], many, strict=True):
+            for key in (key for key in one_line if key.startswith(("turns/", "gradient_norm", "loss/mean", "tokens/"))):
+                assert line[key] == pytest.approx(one_line[key], rel=2e-4), key
+
+
+def test_shortened_solutions_are_counted(ranks, data, tmp_path):
+    from pretraining import write_records
+
+    said = [{"role": "user", "content": "1-0="}, {"role": "assistant", "content": "0"}]
+    hint = {"role": "user", "content": "1" * 200, "accepted": True}
+    write_records(data / "hints.jsonl", [{"messages": [*said, hint]}] * 8)
+    more = [f"data.path={data}/hints.jsonl", "data.on_long_context=truncate_end", "num_steps=1"]
+    train(ranks, chats(data, tmp_path / "run", *more), 2)
+    [line] = reproducible_metrics(tmp_path / "run")
+    assert (line["turns/shortened"], line["turns/count"], line["turns/left_out_long"]) == (8, 8, 0)
+
+
+def refused_before_the_first_step(arguments: list[str]) -> str:
+    """What a run raises that met only a good turn before its ranks met each other."""
+    from megatron_selfdistill import inputs, run
+    from megatron_selfdistill.config import ConfigError, load
+    from megatron_selfdistill.parallel import initialize, shutdown
+
+    config = load(arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "_LOOKED_AT", 1)
+        patch.setattr(
+            inputs.random, "Random", lambda seed: type("First", (), {"sample": lambda self, all, n: all[:n]})()
+        )
+        read = inputs.Inputs.load(config)
+    grid = initialize(config.parallel, config.seed)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as caught:
+            patch.setattr(run.Run, "_build_model", lambda self: pytest.fail("a model was built"))
+            run.Run(config, read, grid)
+        return str(caught.value)
+    finally:
+        shutdown()
+
+
+@pytest.mark.parametrize(
+    ("policy", "line", "words"),
+    [
+        ("data.on_long_context=error", NUM_GOOD + 1, "raise data.max_length"),
+        ("data.on_bad_record=error", NUM_GOOD + NUM_LONG + 1, "data.on_bad_record=skip"),
+    ],
+)
+def test_a_turn_that_may_not_be_left_out_ends_the_run_on_all_ranks_before_a_model_is_built(
+    ranks, data, mixed, tmp_path, policy, line, words
+):
+    arguments = chats(data, tmp_path / "run", mixed, policy)
+    sentences = ranks.run(refused_before_the_first_step, arguments, world_size=2, init_process_group=False)
+    assert sentences[0] == sentences[1] and "\n" not in sentences[0]
+    assert f"mixed.jsonl:{line}, message 1: " in sentences[0] and words in sentences[0]
+
+
+def test_a_dry_run_under_a_launcher_reads_and_lists_all_turns(ranks, data, mixed, tmp_path):
+    train(ranks, chats(data, tmp_path / "run", mixed, "dry_run=true"), 2)
+    unusable = NUM_LONG + NUM_BROKEN
+    assert lines_listed(tmp_path / "run") == list(range(NUM_GOOD + 1, NUM_GOOD + unusable + 1))
+
+
+def test_a_log_of_which_nothing_can_be_shown_is_refused_before_any_process_group(data, tmp_path):
+    from megatron_selfdistill.config import ConfigError, load
+    from megatron_selfdistill.inputs import Inputs
+
+    with pytest.raises(
+        ConfigError, match=r"none of 64 turns that were looked at can be used; the first: .*chats.jsonl:"
+    ):
+        Inputs.load(load(chats(data, tmp_path / "run", "data.chat_template='{{ messages[0].content }}'")))
