@@ -54,6 +54,7 @@ def main() -> None:
         batch, alone = bench.packed(responses), bench.packed(responses, paired=False)
         distilled = _seconds(lambda b=batch: bench.train(b))  # type: ignore[misc]
         plain = _seconds(lambda b=alone: bench.train(b, distil=False))  # type: ignore[misc]
+        num_microbatches = {"self-distillation": len(batch.teacher + batch.student), "next token": len(alone.student)}
         parts = bench.by_part()
         if repeat:  # the first round warms up
             whole["self-distillation"].append(distilled)
@@ -61,9 +62,10 @@ def main() -> None:
             by_part.append(parts)
     bench.close()
     if bench.grid.is_reporter:
-        print(_table(whole, by_part, bench, arguments))
+        print(_table(whole, by_part, num_microbatches, bench, arguments))
         if arguments.json:
             numbers = {"arguments": vars(arguments), "where": _where(), "seconds": whole, "parts": by_part}
+            numbers["num_microbatches"] = num_microbatches
             Path(arguments.json).write_text(json.dumps(numbers, indent=2))
     parallel.shutdown()
 
@@ -235,8 +237,13 @@ def _where() -> str:
 
 
 def _table(
-    whole: dict[str, list[float]], by_part: list[dict[str, float]], bench: _Bench, arguments: argparse.Namespace
+    whole: dict[str, list[float]],
+    by_part: list[dict[str, float]],
+    num_microbatches: dict[str, int],
+    bench: _Bench,
+    arguments: argparse.Namespace,
 ) -> str:
+    both, baseline = num_microbatches.values()
     distilled, plain = (statistics.median(seconds) for seconds in whole.values())
     parts = {name: statistics.median(found[name] for found in by_part) for name in PARTS}
     step = distilled + parts["rollout"] + parts["weight sync"]
@@ -249,11 +256,11 @@ def _table(
         f"{_output_layer(arguments)}; "
         f"torch {torch.__version__}, {_where()}",
         "",
-        "| | seconds (median) | to next-token training |",
-        "|---|---|---|",
-        f"| next-token training, forward to optimizer | {plain:.3f} | 1.00 |",
-        f"| self-distillation, forward to optimizer | {distilled:.3f} | {distilled / plain:.2f} |",
-        f"| self-distillation, whole step | {step:.3f} | {step / plain:.2f} |",
+        "| | microbatches | seconds (median) | to next-token training |",
+        "|---|---|---|---|",
+        f"| next-token training, forward to optimizer | {baseline} | {plain:.3f} | 1.00 |",
+        f"| self-distillation, forward to optimizer | {both} | {distilled:.3f} | {distilled / plain:.2f} |",
+        f"| self-distillation, whole step | {both} | {step:.3f} | {step / plain:.2f} |",
         "",
         "| part | seconds | share | response tokens/s |",
         "|---|---|---|---|",
