@@ -153,7 +153,7 @@ def plot(reports: list[Report], arguments: argparse.Namespace) -> None:
         places = [report.vocab if axis_name == "vocabulary" else report.tokens for report in chosen]
         for index, one in enumerate(chosen[0].found):
             entries = [report.found[index] for report in chosen]
-            times = [math.nan if entry.seconds is None else 1000 * entry.seconds for entry in entries]
+            times = [math.nan if (spent := _spent(entry)) is None else 1000 * spent for entry in entries]
             peaks = [
                 math.nan if entry.peak_u is None else max(entry.peak_u * report.u / 2**20, 1e-3)
                 for entry, report in zip(entries, chosen, strict=True)
@@ -163,7 +163,8 @@ def plot(reports: list[Report], arguments: argparse.Namespace) -> None:
         axes[1, column].set_xlabel(axis_name)
         fixed = f"{arguments.tokens[0]} tokens" if axis_name == "vocabulary" else f"vocabulary {arguments.vocab[0]}"
         axes[0, column].set_title(fixed)
-    for axis, label in ((axes[0, 0], "ms, forward and backward"), (axes[1, 0], "peak memory beyond the inputs, MiB")):
+    time = f"{'' if torch.cuda.is_available() else 'CPU '}ms, forward and backward"
+    for axis, label in ((axes[0, 0], time), (axes[1, 0], "peak memory beyond the inputs, MiB")):
         axis.set_ylabel(label)
     for axis in axes.flat:
         axis.set_xscale("log")
