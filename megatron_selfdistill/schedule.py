@@ -88,10 +88,14 @@ def self_distillation(
 
 
 def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
-    """-log p(response token) over the valid vocabulary, in nats, through Megatron's vocab-parallel cross entropy."""
-    padding = torch.arange(student.size(1), device=student.device) >= vocab.num_valid
-    logits = student.float().masked_fill(padding, float("-inf"))
-    loss = vocab_parallel_cross_entropy(logits.unsqueeze(1), response_tokens.unsqueeze(1)).squeeze(1)
+    """-log p(response token) over the valid vocabulary, in nats, through Megatron's vocab-parallel cross entropy.
+
+    Writes over ``student``: its padding becomes -inf, and in float32 all of it the softmax and then the gradient.  In
+    bf16 those take a float32 copy, see `output_layer.next_token_copies`.
+    """
+    with torch.no_grad():
+        student[:, vocab.num_valid :] = float("-inf")
+    loss = vocab_parallel_cross_entropy(student.float().unsqueeze(1), response_tokens.unsqueeze(1)).squeeze(1)
     unknown = torch.full_like(loss.detach(), float("nan"))
     values = {f.name: unknown for f in fields(TokenStats)}
     values |= {"loss": loss, "student_log_prob": -loss.detach(), "status": torch.zeros_like(response_tokens)}

@@ -2,46 +2,40 @@
 """The price of self-distillation: a training step by parts, against next-token training on the same tokens.
 
     python tools/benchmark_step.py --layers 4 --hidden 256
-    torchrun --nproc-per-node 8 tools/benchmark_step.py --tp 8 --layers 32 --hidden 4096 --vocab 128256
+    torchrun --nproc-per-node 8 tools/benchmark_step.py --tp 8 --layers 32 --hidden 4096 --vocab 128256 \\
+        --fused keep_gradient
 
 A random dense model; prompts, hints and responses of fixed lengths, the responses written by its own sampler.  Whole
-steps of self-distillation and of next-token training (the same student contexts, no teacher, no rollout) take turns,
-so that whatever else the machine does hits both; their medians give the ratios.  Steps in between are timed part by
-part, waiting for the device at each boundary, and give the shares.  No pipeline: parts of stages overlap.
+steps of self-distillation and of next-token training (the same student contexts packed for themselves, no teacher, no
+rollout) take turns, so that whatever else the machine does hits both; their medians give the ratios.  Steps in between
+are timed part by part, waiting for the device at each boundary, and give the shares.  No pipeline: parts of stages
+overlap.
+
+    output layer    the logits of teacher and student; with --fused low_memory those that backward makes again, too
+    loss            its passes over the logits, the one that writes their gradient included
+    backward        all other backward, the output layer's included, and what is in no other part
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from step_parts import PARTS, Clock, timed_parts, wait
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_selfdistill.noise import silence_known_warnings
-
-PARTS = (
-    "rollout",
-    "teacher forward",
-    "student forward",
-    "output layer",
-    "loss",
-    "backward",
-    "optimizer",
-    "weight sync",
-)
 
 
 def main() -> None:
@@ -55,10 +49,12 @@ def main() -> None:
     whole: dict[str, list[float]] = {"self-distillation": [], "next token": []}
     by_part: list[dict[str, float]] = []
     for repeat in range(arguments.repeats + 1):
+        bench.sync()
         responses = bench.rollout()
-        batch = bench.packed(responses)
+        batch, alone = bench.packed(responses), bench.packed(responses, paired=False)
         distilled = _seconds(lambda b=batch: bench.train(b))  # type: ignore[misc]
-        plain = _seconds(lambda b=batch: bench.train(b, distil=False))  # type: ignore[misc]
+        plain = _seconds(lambda b=alone: bench.train(b, distil=False))  # type: ignore[misc]
+        num_microbatches = {"self-distillation": len(batch.teacher + batch.student), "next token": len(alone.student)}
         parts = bench.by_part()
         if repeat:  # the first round warms up
             whole["self-distillation"].append(distilled)
@@ -66,9 +62,10 @@ def main() -> None:
             by_part.append(parts)
     bench.close()
     if bench.grid.is_reporter:
-        print(_table(whole, by_part, bench, arguments))
+        print(_table(whole, by_part, num_microbatches, bench, arguments))
         if arguments.json:
             numbers = {"arguments": vars(arguments), "where": _where(), "seconds": whole, "parts": by_part}
+            numbers["num_microbatches"] = num_microbatches
             Path(arguments.json).write_text(json.dumps(numbers, indent=2))
     parallel.shutdown()
 
@@ -97,6 +94,7 @@ class _Bench:
         from megatron_selfdistill.loss.vocab_parallel import VocabShard
         from megatron_selfdistill.model.architecture import transformer_config
         from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+        from megatron_selfdistill.model.output_layer import Fusion
         from megatron_selfdistill.teacher import Teacher
 
         cuts = ParallelConfig(
@@ -114,6 +112,7 @@ class _Bench:
         optimizer = OptimizerConfig(precision="bf16" if grid.device.type == "cuda" else "fp32")
         config = transformer_config(model, cuts, optimizer, ScheduleConfig())
         chunks = wrap_for_training(build_chunks(model, config, grid, arguments.vocab), optimizer)
+        fusion = None if arguments.fused == "none" else Fusion(arguments.fused, arguments.chunk)
         rng = random.Random(grid.dp_rank)
         bench = cls(
             grid=grid,
@@ -122,7 +121,7 @@ class _Bench:
             optimizer=build_optimizer(chunks, optimizer, num_steps=1000)[0],
             sampler=_sampler(arguments, model, chunks, grid, str(config.params_dtype), length),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group),
-            row_loss=schedule.self_distillation(Target(), Divergence()),
+            row_loss=schedule.self_distillation(Target(), Divergence(), fusion=fusion),
             arguments=arguments,
         )
         for _ in range(arguments.problems):
@@ -130,12 +129,16 @@ class _Bench:
             bench.problems.append(tuple([rng.randrange(arguments.vocab) for _ in range(n)] for n in sizes))  # type: ignore[arg-type]
         return bench
 
-    def rollout(self) -> list[Any]:
-        """A response to every problem, each of the same length: there is no stop token."""
-        from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
-
+    def sync(self) -> None:
+        """Send the present weights to the sampler."""
         self.step += 1
         self.sampler.update_weights(self.step)
+
+    def rollout(self) -> list[Any]:
+        """A response to every problem, each of the same length, by the weights of the last `sync`: there is no stop
+        token."""
+        from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
+
         requests = [
             Request(prompt, stream_seed(0, self.step, str(number), 0))
             for number, (prompt, _) in enumerate(self.problems)
@@ -144,8 +147,9 @@ class _Bench:
         self.sampler.sleep()
         return responses
 
-    def packed(self, responses: list[Any]) -> Any:
-        """Both contexts of every response; the hint stands before the problem."""
+    def packed(self, responses: list[Any], paired: bool = True) -> Any:
+        """Both contexts of every response; the hint stands before the problem.  Not ``paired``: the student's rows hold
+        as many contexts as fit, not as many as fit with their hints."""
         from megatron_selfdistill.data.contexts import ContextPair
         from megatron_selfdistill.data.packing import pack
 
@@ -153,17 +157,17 @@ class _Bench:
             ContextPair(str(i), prompt, hint + prompt, response.token_ids, False)
             for i, ((prompt, hint), response) in enumerate(zip(self.problems, responses, strict=True))
         ]
-        return pack(contexts, max_tokens=self.arguments.tokens, cp_size=1, tp_size=self.arguments.tp, paired=True)
+        return pack(contexts, max_tokens=self.arguments.tokens, cp_size=1, tp_size=self.arguments.tp, paired=paired)
 
-    def train(self, batch: Any, distil: bool = True, clock: _Clock | None = None) -> None:
+    def train(self, batch: Any, distil: bool = True, clock: Clock | None = None) -> None:
         """Forward, backward and the optimizer's step."""
         from megatron_selfdistill import schedule
 
-        clock = clock or _Clock()
+        clock = clock or Clock()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        row_loss = clock.timing("loss", self.row_loss) if distil else schedule.next_token
+        row_loss = self.row_loss if distil else schedule.next_token
         schedule.run(
             self.chunks,
             self.teacher.chunks if distil else None,
@@ -180,31 +184,15 @@ class _Bench:
 
     def by_part(self) -> dict[str, float]:
         """Seconds of each of `PARTS` in one step of self-distillation."""
-        from megatron_selfdistill import schedule
-        from megatron_selfdistill.loss import vocab_parallel
-
-        clock = _Clock(on=True)
+        clock = Clock(on=True)
         with clock("weight sync"):
-            self.sampler.update_weights(self.step + 1)
+            self.sync()
         with clock("rollout"):
             responses = self.rollout()
         batch = self.packed(responses)
-
-        def of_model() -> str:
-            return "student forward" if torch.is_grad_enabled() else "teacher forward"
-
-        backward = vocab_parallel._HandWrittenBackward
-        with (
-            mock.patch.object(schedule, "hidden_states", clock.timing(of_model, schedule.hidden_states)),
-            mock.patch.object(schedule, "project", clock.timing("output layer", schedule.project)),
-            mock.patch.object(backward, "backward", staticmethod(clock.timing("loss", backward.backward))),
-            clock("train"),
-        ):
+        with timed_parts(clock), clock("backward"):
             self.train(batch, clock=clock)
-        found = clock.seconds
-        inside = ("teacher forward", "student forward", "output layer", "loss", "optimizer")
-        found["backward"] = found.pop("train") - sum(found[name] for name in inside)
-        return {name: found[name] for name in PARTS}
+        return {name: clock.seconds[name] for name in PARTS}
 
     def close(self) -> None:
         self.sampler.close()
@@ -236,44 +224,11 @@ def _sampler(
         )
 
 
-@dataclass
-class _Clock:
-    """Seconds by name; waits for the device around each.  Off, it does nothing and waits for nothing."""
-
-    on: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if not self.on:
-            yield
-            return
-        _wait()
-        began = time.perf_counter()
-        yield
-        _wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-    def timing(self, name: str | Callable[[], str], work: Callable[..., Any]) -> Callable[..., Any]:
-        """``work``, timed; a function says the name at each call."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self(name if isinstance(name, str) else name()):
-                return work(*args, **kwargs)
-
-        return timed
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _seconds(work: Callable[[], Any]) -> float:
-    _wait()
+    wait()
     began = time.perf_counter()
     work()
-    _wait()
+    wait()
     return time.perf_counter() - began
 
 
@@ -282,8 +237,13 @@ def _where() -> str:
 
 
 def _table(
-    whole: dict[str, list[float]], by_part: list[dict[str, float]], bench: _Bench, arguments: argparse.Namespace
+    whole: dict[str, list[float]],
+    by_part: list[dict[str, float]],
+    num_microbatches: dict[str, int],
+    bench: _Bench,
+    arguments: argparse.Namespace,
 ) -> str:
+    both, baseline = num_microbatches.values()
     distilled, plain = (statistics.median(seconds) for seconds in whole.values())
     parts = {name: statistics.median(found[name] for found in by_part) for name in PARTS}
     step = distilled + parts["rollout"] + parts["weight sync"]
@@ -293,13 +253,14 @@ def _table(
         f"{bench.optimizer.config.params_dtype}; "
         f"{arguments.problems} problems of {arguments.prompt} tokens, hints of {arguments.hint}, responses of "
         f"{arguments.response}; TP {arguments.tp} x DP {bench.grid.dp_size}; sampler {arguments.engine}; "
+        f"{_output_layer(arguments)}; "
         f"torch {torch.__version__}, {_where()}",
         "",
-        "| | seconds (median) | to next-token training |",
-        "|---|---|---|",
-        f"| next-token training, forward to optimizer | {plain:.3f} | 1.00 |",
-        f"| self-distillation, forward to optimizer | {distilled:.3f} | {distilled / plain:.2f} |",
-        f"| self-distillation, whole step | {step:.3f} | {step / plain:.2f} |",
+        "| | microbatches | seconds (median) | to next-token training |",
+        "|---|---|---|---|",
+        f"| next-token training, forward to optimizer | {baseline} | {plain:.3f} | 1.00 |",
+        f"| self-distillation, forward to optimizer | {both} | {distilled:.3f} | {distilled / plain:.2f} |",
+        f"| self-distillation, whole step | {both} | {step:.3f} | {step / plain:.2f} |",
         "",
         "| part | seconds | share | response tokens/s |",
         "|---|---|---|---|",
@@ -309,6 +270,12 @@ def _table(
         speed = f"{tokens / seconds:.0f}" if seconds > 1e-4 else "-"  # the sampler in process has the weights already
         lines.append(f"| {name} | {seconds:.4f} | {seconds / total:.1%} | {speed} |")
     return "\n".join(lines)
+
+
+def _output_layer(arguments: argparse.Namespace) -> str:
+    if arguments.fused == "none":
+        return "output layer materialised"
+    return f"output layer fused, {arguments.fused}, chunks of {arguments.chunk}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -324,12 +291,15 @@ def _parser() -> argparse.ArgumentParser:
         "head-size": 64,
         "vocab": 8192,
         "tp": 1,
+        "chunk": 4096,
         "repeats": 5,
         "threads": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--sp", action="store_true", help="sequence parallelism")
     parser.add_argument("--engine", choices=("megatron", "vllm"), default="megatron", help="who writes the responses")
+    modes = ("none", "keep_gradient", "low_memory")
+    parser.add_argument("--fused", choices=modes, default="none", help="the output layer with the loss (loss.fused)")
     parser.add_argument("--json", help="also write every measured time to this file")
     return parser
 

@@ -30,7 +30,7 @@ Run = Callable[[], tuple[Tensor | None, Tensor | None]]
 
 @dataclass
 class Case:
-    """One size: inputs of this rank, equal for all contenders."""
+    """One size: inputs of this rank, equal for all contenders.  ``chunk``: tokens of a chunk, from hidden states."""
 
     tokens: int
     vocab: int
@@ -39,6 +39,7 @@ class Case:
     device: torch.device
     shard: VocabShard
     kind: str
+    chunk: int = 4096
     student: Tensor = field(init=False)
     teacher: Tensor = field(init=False)
     response: Tensor = field(init=False)
@@ -51,9 +52,10 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=self.device)
 
+        # What ranks share is drawn first; then each draws columns of its own.
+        self.response = torch.randint(self.vocab, (self.tokens,), device=self.device, generator=generator)
         if self.hidden is None:
-            rank = 0 if self.shard.group is None else dist.get_rank(self.shard.group)
-            generator.manual_seed(rank)
+            generator.manual_seed(1 + self.rank)
             # Rows like those of a language model: a few likely columns, a long tail, a teacher that mostly agrees.
             scores = -1.2 * torch.arange(1, self.shard.size + 1, device=self.device).log()
             student = scores[torch.randperm(self.shard.size, generator=generator, device=self.device)]
@@ -62,8 +64,12 @@ class Case:
         else:
             states = normal(self.tokens, self.hidden), normal(self.tokens, self.hidden)
             self.states = states[0].to(self.dtype), (states[0] + 0.3 * states[1]).to(self.dtype)
+            generator.manual_seed(1 + self.rank)
             self.weight = (normal(self.shard.size, self.hidden) * 2 / math.sqrt(self.hidden)).to(self.dtype)
-        self.response = torch.randint(self.vocab, (self.tokens,), device=self.device, generator=generator)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.shard.group is None else dist.get_rank(self.shard.group)
 
     @property
     def u(self) -> int:
@@ -83,8 +89,18 @@ class Contender:
     prepare: Callable[[Case], Run]
     same_loss: bool = True
     """Whether the loss is this project's, so that an error can be told."""
-    by_design: int | None = None
-    """u, where kernels do the work."""
+    passes: int | None = None
+    """Reads and writes of every row of logits, by design."""
+    floor: int | None = None
+    """Those that this loss takes at least; None for another loss, and where products bound the time."""
+    seen: bool = True
+    """Whether PyTorch's operators do the work, so that it can be counted; they do not see into a kernel."""
+
+
+def passes_of_loss(divergence: str, solver: str = "exact") -> int:
+    """Reads and writes of rows: both read by the first pass, both by the second, which "fast" goes without, both by
+    JSD's own; then both once more and the gradient written over one of them."""
+    return 2 + 2 * (solver == "exact") + 2 * (divergence == "jsd") + 3
 
 
 # -- contenders from logits ------------------------------------------------------------------------------------------
@@ -194,14 +210,18 @@ def liger_jsd(case: Case) -> Run:
 
 
 def gemms(case: Case) -> Run:
-    """The four products alone: logits of teacher and student, gradients of hidden states and weight."""
-    (student, teacher), weight = case.states, case.weight
+    """The four products alone: logits of teacher and student, gradients of hidden states, summed over the ranks during
+    the last product, and weight."""
+    (student, teacher), weight, group = case.states, case.weight, case.shard.group
 
     def run() -> tuple[None, None]:
         teacher @ weight.t()
         gradient = student @ weight.t()
-        gradient @ weight
+        dgrad = gradient @ weight
+        summed = dist.all_reduce(dgrad, group=group, async_op=True) if group is not None else None
         gradient.t() @ student
+        if summed is not None:
+            summed.wait()
         return None, None
 
     return run
@@ -222,23 +242,35 @@ def _from_hidden(case: Case, loss_of: Callable[[Tensor, Tensor], Tensor], per_ro
 
 
 def materialised(case: Case) -> Run:
-    """Both logits in full, then `distillation_loss`."""
+    """Both logits in full, by Megatron's linear layer, then `distillation_loss`."""
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+
+    def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:  # as `ColumnParallelLinear` calls it
+        return linear_with_grad_accumulation_and_async_allreduce(
+            input=hidden,
+            weight=weight,
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=case.shard.group is not None,
+            sequence_parallel=False,
+            tp_group=case.shard.group,
+        )
 
     def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher = case.states[1] @ weight.t()
+            teacher = logits_of(case.states[1], weight)
         options = {"target": TARGET, "divergence": case.divergence, "vocab": case.shard, "inplace_backward": True}
-        return distillation_loss(hidden @ weight.t(), teacher, case.response, **options).loss
+        return distillation_loss(logits_of(hidden, weight), teacher, case.response, **options).loss
 
     return _from_hidden(case, loss_of, per_row=True)
 
 
-def fused(mode: str, chunk_tokens: int) -> Callable[[Case], Run]:
+def fused(mode: str) -> Callable[[Case], Run]:
     """`fused_distillation_loss`: no logits beyond a chunk of tokens, but for what ``mode`` keeps."""
 
     def prepare(case: Case) -> Run:
         options = {"target": TARGET, "divergence": case.divergence, "vocab": case.shard}
-        options |= {"chunk_tokens": chunk_tokens, "mode": mode}
+        options |= {"chunk_tokens": case.chunk, "mode": mode}
 
         def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
             return fused_distillation_loss(hidden, case.states[1], weight, None, case.response, **options).loss
@@ -273,43 +305,42 @@ def contenders(arguments: argparse.Namespace, device: torch.device, tp_size: int
     """Those that can run here; the others are named on standard error, with the reason."""
     gpu, whole = device.type == "cuda", tp_size == 1
     liger = importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("triton") is not None
-    jsd = arguments.divergence == "jsd"
-    if arguments.hidden is None:
-        found = [
-            (Contender("naive PyTorch", naive), "the whole vocabulary on one rank", whole),
-            (Contender("torch", ours(backend="torch")), "", True),
-            (Contender("torch, solver fast", ours(backend="torch", solver="fast")), "", True),
-            (Contender("triton", ours(backend="triton"), by_design=9 if jsd else 7), "a GPU", gpu),
-            (
-                Contender("triton, solver fast", ours(backend="triton", solver="fast"), by_design=7 if jsd else 5),
-                "a GPU",
-                gpu,
-            ),
-            (Contender("Megatron's cross entropy", megatron_cross_entropy(False), same_loss=False), "", True),
-            (Contender("Megatron's fused cross entropy", megatron_cross_entropy(True), same_loss=False), "", True),
-            (
-                Contender("liger-kernel's JSD", liger_jsd, same_loss=False),
-                "liger-kernel, a GPU, the whole vocabulary on one rank",
-                liger and gpu and whole,
-            ),
-        ]
-    else:
-        found = [
-            (Contender("4 products alone", gemms, same_loss=False), "", True),
-            (Contender("materialised", materialised), "", True),
-            *((Contender(f"fused, {mode}", fused(mode, arguments.chunk)), "", True) for mode in FUSED_MODES),
-            (
-                Contender("liger-kernel's fused linear JSD, chunked", liger_distillation, same_loss=False),
-                "liger-kernel, the whole vocabulary on one rank",
-                liger and whole,
-            ),
-            (
-                Contender("liger-kernel's fused linear JSD, Triton", liger_fused_linear_jsd, same_loss=False),
-                "liger-kernel, a GPU, the whole vocabulary on one rank",
-                liger and gpu and whole,
-            ),
-        ]
+    from_what = _from_logits if arguments.hidden is None else _from_hidden_states
+    found = from_what(arguments.divergence, gpu, whole, liger)
     for contender, needs, there in found:
         if not there:
             print(f"left out: {contender.name}, which needs {needs}", file=sys.stderr)
     return [contender for contender, _, there in found if there]
+
+
+def _from_logits(kind: str, gpu: bool, whole: bool, liger: bool) -> list[tuple[Contender, str, bool]]:
+    """(contender, what it needs, whether that is there)"""
+    passes = passes_of_loss(kind)
+    found = [(Contender("naive PyTorch", naive, floor=passes), "the whole vocabulary on one rank", whole)]
+    for backend, there in (("torch", True), ("triton", gpu)):
+        for solver, name in (("exact", backend), ("fast", f"{backend}, solver fast")):
+            passes = passes_of_loss(kind, solver)
+            run = ours(backend=backend, solver=solver)
+            one = Contender(name, run, passes=passes, floor=passes, seen=backend == "torch")
+            found.append((one, "a GPU", there))
+    for name, is_fused in (("Megatron's cross entropy", False), ("Megatron's fused cross entropy", True)):
+        found.append((Contender(name, megatron_cross_entropy(is_fused), same_loss=False), "", True))
+    peer = Contender("liger-kernel's JSD", liger_jsd, same_loss=False, seen=False)
+    return [*found, (peer, "liger-kernel, a GPU, the whole vocabulary on one rank", liger and gpu and whole)]
+
+
+def _from_hidden_states(kind: str, gpu: bool, whole: bool, liger: bool) -> list[tuple[Contender, str, bool]]:
+    """(contender, what it needs, whether that is there)"""
+    seen = not gpu  # there the loss's own backend is triton, and liger-kernel's loss is compiled
+    loss, products = passes_of_loss(kind), 4  # written twice, read twice
+    passes = {"keep_gradient": products + loss, "low_memory": products + loss + 2}  # both are made once more
+    modes = [Contender(f"fused, {mode}", fused(mode), passes=passes[mode], seen=seen) for mode in FUSED_MODES]
+    chunked = Contender("liger-kernel's fused linear JSD, chunked", liger_distillation, same_loss=False, seen=seen)
+    kernel = Contender("liger-kernel's fused linear JSD, Triton", liger_fused_linear_jsd, same_loss=False, seen=False)
+    return [
+        (Contender("4 products alone", gemms, same_loss=False, passes=products), "", True),
+        (Contender("materialised", materialised, passes=products + loss, seen=seen), "", True),
+        *((one, "", True) for one in modes),
+        (chunked, "liger-kernel, the whole vocabulary on one rank", liger and whole),
+        (kernel, "liger-kernel, a GPU, the whole vocabulary on one rank", liger and gpu and whole),
+    ]

@@ -38,7 +38,7 @@ class Shard:
     """The valid columns of both logits on this rank, [T, num_valid], and how they are mixed and summed.
 
     num_parts: into how many parts a pass cuts each row; their sums are merged as those of ranks are.  1 here: only the
-    Triton kernels cut.
+    Triton kernels cut, the more the fewer rows there are.
     """
 
     student: Tensor

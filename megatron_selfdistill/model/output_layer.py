@@ -183,6 +183,8 @@ class OutputLayer:
     max_rows: int
     """Response tokens of a microbatch on one rank, at most."""
     note: str = ""
+    copies: float = 1.0
+    """Rows of logits that exist at a time for each that the model makes, where they are materialised."""
 
     @property
     def largest(self) -> float:
@@ -197,7 +199,11 @@ class OutputLayer:
     def logit_rows(self, tokens: float) -> float:
         """Rows of logits that exist at a time, gradient included, for so many response tokens."""
         chunk = min(self.chunk_tokens, tokens)
-        rows = {MATERIALISED: self.streams * tokens, "keep_gradient": tokens + chunk, "low_memory": 2 * chunk}
+        rows = {
+            MATERIALISED: self.streams * self.copies * tokens,
+            "keep_gradient": tokens + chunk,
+            "low_memory": 2 * chunk,
+        }
         return rows[self.mode]
 
     def hidden_rows(self, tokens: float) -> float:
@@ -208,6 +214,13 @@ class OutputLayer:
         fused = f"fused with the loss in chunks of {self.chunk_tokens} tokens, {self.mode}"
         how = MATERIALISED if self.fusion is None else fused
         return f"output layer: {how}, at most {self.largest / 2**30:.2f} GiB of logits per microbatch{self.note}"
+
+
+def next_token_copies(element_size: int) -> float:
+    """Rows of logits that `schedule.next_token` holds for each row, of so many bytes an element: Megatron's cross
+    entropy writes over float32 logits, and over a float32 copy of others; in backward their gradient stands beside it.
+    """
+    return 1.0 if element_size == 4 else 1.0 + 4 / element_size
 
 
 def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | None = None) -> OutputLayer:
@@ -232,6 +245,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
         streams=2 if distils else 1,
         row_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
         max_rows=config.schedule.max_tokens // parallel.context_parallel_size,
+        copies=1.0 if distils else next_token_copies(element_size),
     )
     share = config.cluster.gpu_memory_gb * DEFAULT_LOGITS_SHARE
     limit = (share if loss.max_logits_gb is None else loss.max_logits_gb) * 2**30

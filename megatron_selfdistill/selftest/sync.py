@@ -84,9 +84,8 @@ def _compared(run: Run, problems: Sequence[Problem], responses: Sequence[Respons
     def greedy(student: Tensor, teacher: Tensor | None, tokens: Tensor, vocab: VocabShard) -> TokenStats:
         largest = student[:, : vocab.num_valid].float().amax(-1) if vocab.num_valid else _lowest(student)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=run.grid.tp_group)
-        stats = schedule.next_token(student, None, tokens, vocab)
         best.append(largest - _logit(student, tokens, vocab, run))
-        return stats
+        return schedule.next_token(student, None, tokens, vocab)  # which writes over the logits
 
     output = schedule.run(run.chunks, None, batch, greedy, run.grid, run.vocab, forward_only=True)
     if output.stats is None or not len(output.response_ids):

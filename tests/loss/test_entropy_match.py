@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
 from megatron_selfdistill.loss.entropy_match import Cumulants
+from megatron_selfdistill.loss.vocab_parallel import FAST_ERROR
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "solver_accuracy.py"
 SEEDS = 2
@@ -42,32 +43,48 @@ def test_the_entropies_match_on_every_class_of_distributions(name: str, target: 
             assert accuracy.reverse_kl.max() <= 5e-6
 
 
+FAR_APART = {"disagree", "peaked student, flat teacher", "teacher sharper", "teacher swaps the top two"}
+"""Classes whose target may lie between two grid points with the student's mass moving from few columns to the bulk."""
+
+
+def fast_error(name: str) -> float:
+    return FAST_ERROR["far apart" if name in FAR_APART else "alike"]
+
+
 @pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}")
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
-def test_the_fast_solver_matches_the_entropies_to_a_thousandth_of_a_nat_on_every_class(
-    name: str, target: Target
-) -> None:
+def test_the_fast_solver_matches_the_entropies_as_documented_on_every_class(name: str, target: Target) -> None:
     for seed, vocab_size in ((0, 300), (1, 4096)):
         student, teacher = tool.draw(name, 16, vocab_size, seed)
         accuracy = tool.measure(student, teacher, target, "fast")
-        assert accuracy.mismatch.max() <= 1e-3
-        assert accuracy.normalisation.max() <= 1e-3 and accuracy.reverse_kl.max() <= 1e-3
+        errors = torch.stack([accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl])
+        assert errors.max() <= FAST_ERROR["alike"] / 2, "on a small vocabulary also those far apart"
 
 
+@pytest.mark.parametrize("name", ["language model", "language model, bf16", *sorted(FAR_APART)])
+def test_the_fast_solver_matches_the_entropies_as_documented_on_a_large_vocabulary(name: str) -> None:
+    student, teacher = tool.draw(name, 4, 152_064, 0)
+    accuracy = tool.measure(student, teacher, Target(k_max=None), "fast")
+    assert torch.stack([accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl]).max() <= fast_error(name)
+
+
+@pytest.mark.parametrize(("kind", "times"), [("forward_kl", 10), ("reverse_kl", 1), ("jsd", 1)])
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
-def test_forward_kl_and_its_gradient_are_near_with_the_fast_solver(name: str) -> None:
+def test_a_divergence_and_its_gradient_are_as_near_as_documented_with_the_fast_solver(
+    name: str, kind: str, times: int
+) -> None:
     student, teacher = tool.draw(name, 16, 4096, 0)
     results = []
     for solver in ("exact", "fast"):
         leaf = student.clone().requires_grad_()
-        arguments = {"target": Target(k_max=None), "divergence": Divergence("forward_kl"), "solver": solver}
+        arguments = {"target": Target(k_max=None), "divergence": Divergence(kind), "solver": solver}
         tokens = torch.zeros(16, dtype=torch.int64)
         stats = distillation_loss(leaf, teacher, tokens, vocab=VocabShard(0, 4096, 4096), **arguments)
         stats.loss.sum().backward()
         results.append((stats.loss.detach(), leaf.grad))
     (exact, gradient), (fast, near) = results
-    assert (fast - exact).abs().max() <= (3e-2 if name == "disagree" else 3e-3)
-    assert (near - gradient).abs().sum(1).max() <= 1e-3
+    assert (fast - exact).abs().max() <= times * fast_error(name)
+    assert (near - gradient).abs().sum(1).max() <= FAST_ERROR["alike"] / 2
 
 
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)

@@ -18,8 +18,10 @@ from models import parallel
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
 
+from megatron_selfdistill import schedule
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.config.compose import from_mapping
+from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.model import build, output_layer
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.output_layer import Fusion, MainGrad, OutputLayer, choose_output_layer, unfusable
@@ -276,7 +278,39 @@ def test_every_cut_of_rows_and_columns_counts():
     assert size(parallel={"tensor_model_parallel_size": 2}) == 1
     assert size(parallel={"context_parallel_size": 2}) == 1
     assert size(optimizer={"precision": "fp32"}) == 4
-    assert size(objective="verified_rollouts") == 1, "there is no teacher"
+    assert size(objective="verified_rollouts") == 3, "there is no teacher, but a copy in float32"
+    assert size(objective="verified_rollouts", optimizer={"precision": "fp32"}) == 2, "written over"
+
+
+NEXT_TOKEN_ROWS, WIDTH, PADDED = 64, 8, 8192
+
+
+def bytes_of_next_token_training(dtype: torch.dtype, num_valid: int) -> tuple[int, int]:
+    """The most at a time, from hidden rows to their gradient and the weight's; and what holds no row of logits."""
+    models.build(models.model_config("gqa"), parallel())  # Megatron's groups
+    hidden = torch.randn(NEXT_TOKEN_ROWS, WIDTH, dtype=dtype, requires_grad=True)
+    weight = torch.randn(PADDED, WIDTH, dtype=dtype, requires_grad=True)
+    tokens = torch.arange(NEXT_TOKEN_ROWS)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        stats = schedule.next_token(hidden @ weight.t(), None, tokens, VocabShard(0, PADDED, num_valid))
+        stats.loss.sum().backward()
+    now = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, weight.nbytes
+
+
+@pytest.mark.parametrize("num_valid", [PADDED, PADDED - 100])
+@pytest.mark.parametrize(("dtype", "precision", "logits"), [(torch.bfloat16, "bf16", 3), (torch.float32, "fp32", 1)])
+def test_next_token_training_takes_the_rows_of_logits_that_a_run_announces(ranks, dtype, precision, logits, num_valid):
+    config = from_mapping({"objective": "verified_rollouts", "optimizer": {"precision": precision}})
+    layer = choose_output_layer(config, PADDED)
+    announced = layer.logit_rows(NEXT_TOKEN_ROWS) * layer.row_bytes
+    assert announced == logits * NEXT_TOKEN_ROWS * PADDED * dtype.itemsize
+    ((peak, rest),) = ranks.run(bytes_of_next_token_training, dtype, num_valid, world_size=1)
+    assert announced <= peak < announced + 2 * rest
 
 
 def test_what_is_asked_for_is_taken_whatever_its_size():
