@@ -43,8 +43,8 @@ test-vllm: venv venv-vllm ## run the tests that need the real vLLM, on a CPU
 	@$(VLLM_TEST) SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)" \
 		$(BIN)/python -m pytest -q tests/vllm_server $(ARGS)
 
-# A cluster of two nodes on this machine, for the time of the tests.  With vLLM's environment, where it is there, also a
-# rollout node of its own.
+# A cluster of three nodes on this machine, for the time of the tests.  With vLLM's environment, where it is there, also
+# rollout nodes of their own.
 test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slurm-client: .ci/run installs them)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_SLURM=1 \
 		$(if $(wildcard $(VLLM_VENV)/.stamp),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \

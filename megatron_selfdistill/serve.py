@@ -7,12 +7,18 @@ It is vLLM's OpenAI-compatible server with the routes that take weights and call
 a trainer (rollout.placement=server, rollout.servers) sends some.  Whoever reaches those routes controls the server, so
 it listens on this machine only, unless the environment variable SELFDISTILL_SERVER_TOKEN holds a token: then every
 request but the health check needs it.
+
+A model that fits on no single node is served by several, each started with the same command but its own --node-rank:
+
+    ... --tensor-parallel-size 16 --nnodes 2 --node-rank 0|1 --master-addr ADDRESS-OF-RANK-0
+
+Rank 0 answers requests; they end together.  Among themselves they speak as PyTorch's processes do, without the token:
+on a network that others can use, that is not enough.
 """
 
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import json
 import os
 import signal
@@ -23,6 +29,8 @@ from collections.abc import Sequence
 
 from megatron_selfdistill.rollout.engine import WORKER_EXTENSION, whole_prompts
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
+from megatron_selfdistill.rollout.server_nodes import Node, is_loopback, meet, network_environment, why_not_gpus
+from megatron_selfdistill.rollout.server_nodes import why_not as why_no_node
 from megatron_selfdistill.rollout.wire import BACKEND, PARENT_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE, as_arguments
 
 _GIB = 2**30
@@ -30,10 +38,14 @@ _GRACE_SECONDS = 15.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, or until the process named by SELFDISTILL_SERVER_PARENT is gone."""
+    """Serve until SIGTERM or SIGINT, or until the process named by SELFDISTILL_SERVER_PARENT is gone, or another node
+    of the server."""
     own, vllm_arguments = _split(sys.argv[1:] if argv is None else list(argv))
     options = parser().parse_args(own)
-    _refuse_open_host(options.host)
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    _refuse(why_no_node(options.nnodes, options.node_rank, options.master_addr, token))
+    is_head = options.node_rank == 0
+    _refuse(why_not(options.host, token) if is_head else None)
     _set_environment(options)
     _watch_parent()
 
@@ -48,8 +60,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = engine_arguments(options, on_cpu=current_platform.is_cpu()) + vllm_arguments
     parsed = make_arg_parser(FlexibleArgumentParser(prog="megatron_selfdistill.serve")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
-    _refuse_open_host(parsed.host)  # again, now that vLLM has read everything, its own files of arguments included
-    if os.environ.get(TOKEN_VARIABLE):
+    # Again, now that vLLM has read everything, its own files of arguments included.
+    _refuse(why_not(parsed.host, token) if is_head else None)
+    _refuse(_why_not_parsed(options, parsed, None if current_platform.is_cpu() else current_platform.device_count()))
+    if options.nnodes > 1:
+        try:
+            meet(_node(options), token, lost=_end)
+        except OSError as error:
+            sys.exit(str(error))
+    if not is_head:
+        _run_headless(parsed)
+        return
+    if token:
         # The last one is the outermost.
         parsed.middleware = [*parsed.middleware, "megatron_selfdistill.vllm_plugin.access.TokenRequired"]
     uvloop.run(run_server(parsed))
@@ -65,10 +87,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--hf-config", required=True, help="folder with the config.json of the trained model")
     parser.add_argument("--host", default="127.0.0.1", help=f"another than this machine's own needs {TOKEN_VARIABLE}")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of this server")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of this server, on all its nodes")
     parser.add_argument("--dtype", default="auto", help="of weights and activations: bfloat16, float16, float32")
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus response, in tokens")
     parser.add_argument("--kv-cache-gb", type=float, help="memory of the KV cache; default: vLLM's, or a third on CPU")
+    parser.add_argument("--nnodes", type=int, default=1, help="nodes of this server, each started with this command")
+    parser.add_argument("--node-rank", type=int, default=0, help="of this node; 0 is the one that answers requests")
+    parser.add_argument("--master-addr", help="address of node rank 0, by which the others reach it")
+    parser.add_argument("--master-port", type=int, default=29501, help="a free port there; the one behind it too")
     parser.add_argument("--guided", action="store_true", help="prepare for rollout.guidance=mixed")
     return parser
 
@@ -101,12 +127,16 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
         arguments.append(f"--kv-cache-memory-bytes={int(kv_cache_gb * _GIB)}")
     if options.guided:
         arguments += as_arguments(GUIDED_ENGINE_ARGS)
+    if options.nnodes > 1:
+        names = ("nnodes", "node_rank", "master_addr", "master_port")
+        arguments += as_arguments({name: getattr(options, name) for name in names})
+        arguments += ["--distributed-executor-backend=mp", *(["--headless"] if options.node_rank else [])]
     return arguments
 
 
 def why_not(host: str | None, token: str) -> str | None:
     """A sentence where a server may not listen on ``host``; None is vLLM's every interface."""
-    if token or _is_loopback(host):
+    if token or is_loopback(host or "0.0.0.0"):
         return None
     return (
         f"--host {host or '0.0.0.0'} can be reached from other machines, and whoever reaches this server controls it: "
@@ -114,19 +144,28 @@ def why_not(host: str | None, token: str) -> str | None:
     )
 
 
-def _refuse_open_host(host: str | None) -> None:
-    refusal = why_not(host, os.environ.get(TOKEN_VARIABLE, ""))
+def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, visible: int | None) -> str | None:
+    """A sentence where what vLLM has read does not fit the nodes."""
+    if (parsed.nnodes, parsed.node_rank) != (options.nnodes, options.node_rank):
+        return "--nnodes, --node-rank, --master-addr and --master-port come before `--`: this command watches the nodes"
+    num_gpus = parsed.tensor_parallel_size * parsed.pipeline_parallel_size * parsed.data_parallel_size
+    return why_not_gpus(options.nnodes, num_gpus, visible)
+
+
+def _refuse(refusal: str | None) -> None:
     if refusal:
         sys.exit(refusal)
 
 
-def _is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "0.0.0.0").is_loopback
-    except ValueError:  # a name, which may mean anything
-        return False
+def _run_headless(parsed: argparse.Namespace) -> None:
+    from vllm.entrypoints.cli.serve import run_headless
+
+    parsed.api_server_count = 0
+    run_headless(parsed)
+
+
+def _node(options: argparse.Namespace) -> Node:
+    return Node(options.nnodes, options.node_rank, options.master_addr, options.master_port)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -144,6 +183,13 @@ def _set_environment(options: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if options.guided:
         os.environ.update(GUIDED_ENVIRONMENT)
+    if options.nnodes > 1:
+        try:
+            network = network_environment(_node(options))
+        except OSError as error:
+            sys.exit(f"--master-addr {options.master_addr} cannot be reached: {error}")
+        for name, value in network.items():
+            os.environ.setdefault(name, value)
 
 
 def _watch_parent() -> None:
@@ -160,6 +206,14 @@ def _watch_parent() -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _end(why: str) -> None:
+    """End this node; its workers end with it (vllm_plugin/worker.py), which may wait in a collective for ever."""
+    print(f"megatron_selfdistill.serve: {why}", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _free_gib() -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.rollout.wire import Layout, broadcast, digest, open_group, unpack
+from megatron_selfdistill.rollout.wire import Layout, boot_id, broadcast, digest, open_group, unpack
 
 
 def tokens_behind(prompt: list[int], count: int) -> list[int]:
@@ -80,6 +80,10 @@ class FakeVllm(ThreadingHTTPServer):
         self.writes_version = ""
         """What responses say of their weights, instead of the truth."""
         self.max_model_len = 10_000
+        self.workers = [{"host": "here", "boot_id": boot_id(), "address": ""}]
+        """As `VllmServer.workers` tells; it has one in truth."""
+        self.blind: list[str] = []
+        """Hosts whose workers cannot read the trainer's files."""
         self.restart()
 
     def restart(self) -> None:
@@ -145,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fake.token and path != "/health" and self.headers["Authorization"] != f"Bearer {fake.token}":
             self._reply(401, {"error": "token"})
         else:
-            fake.calls.append(path)
+            fake.calls.append(" ".join([path, *([body["method"]] if path == "/collective_rpc" else [])]))
             while path == fake.hangs_at:
                 time.sleep(0.01)
             if path == fake.fail_at:
@@ -184,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/v1/models":
             return {"data": [{"id": "fake", "max_model_len": fake.max_model_len}]}
         if path == "/collective_rpc":
-            return {"results": [{"method": body["method"], "args": body["args"]}]}
+            return {"results": self._results(body["method"], body["args"])}
         if path == "/init_weight_transfer_engine":
             fake.take_part(body["init_info"])
         elif path == "/start_weight_update":
@@ -194,6 +198,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif path in ("/finish_weight_update", "/update_weight_version"):
             fake.version = body.get("weight_version") or body["new_version"]
         return {"success": True}
+
+    def _results(self, method: str, arguments: list[Any]) -> list[Any]:
+        fake = self.server
+        if method == "place":
+            return fake.workers
+        if method == "can_read":
+            exists = Path(arguments[0]).exists()
+            hosts = [worker["host"] for worker in fake.workers]
+            return [{"can_read": exists and host not in fake.blind, "host": host} for host in hosts]
+        return [{"method": method, "args": arguments}]
 
     def _reply(self, status: int, answer: Any) -> None:
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()

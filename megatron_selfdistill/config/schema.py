@@ -330,7 +330,7 @@ class RolloutConfig:
     """The Python of the environment with vLLM, for the servers that the run starts; null is the trainer's own."""
     transfer: str | None = None
     """How weights reach servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the trainer's
-    own GPUs); null: shared_memory on a CPU, nccl on GPUs."""
+    own GPUs); null: nccl on GPUs, and on a CPU shared_memory, or gloo where not all workers can read those files."""
     transfer_dir: str = "/dev/shm"
     """Folder of the files of transfer=shared_memory; a shared file system where servers are on other nodes."""
     bucket_mb: float = 1024.0

@@ -187,6 +187,12 @@ def _check_engine(config: Config, num_gpus: int) -> None:
             f"rollout.engine_tp={rollout.engine_tp} ranks form one engine, but cluster.num_gpus={num_gpus} is no "
             "multiple of it; choose a divisor"
         )
+    per_node = min(num_gpus, config.cluster.gpus_per_node)
+    if rollout.placement == "server" and rollout.engine_tp > per_node and rollout.engine_tp % per_node:
+        raise ConfigError(
+            f"rollout.engine_tp={rollout.engine_tp}: a server has GPUs of one node, at most {per_node}, or all GPUs of "
+            f"several; choose a multiple of {per_node}"
+        )
     if heads % rollout.engine_tp:
         raise ConfigError(
             f"rollout.engine_tp={rollout.engine_tp} must divide model.num_attention_heads ({heads}), which vLLM cuts"

@@ -24,8 +24,6 @@ def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]
     given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
     given["data.path"] = config.data.path
     kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]
-    if config.rollout.engine_tp > config.cluster.gpus_per_node and not _names_servers(kept):
-        kept.append("rollout.servers=[http://first-node-of-a-server:8000]")  # started by whoever has such nodes
     return _sbatch(config, kept), _torchrun(config, kept)
 
 
@@ -54,25 +52,23 @@ def _sbatch(config: Config, overrides: Sequence[str]) -> str:
 
 
 def _wants_servers(config: Config, overrides: Sequence[str]) -> bool:
-    """Servers that nobody has started yet, and that fit on a node each."""
-    rollout = config.rollout
-    on_servers = rollout.engine == "vllm" and rollout.placement == "server"
-    return on_servers and not _names_servers(overrides) and rollout.engine_tp <= config.cluster.gpus_per_node
-
-
-def _names_servers(overrides: Sequence[str]) -> bool:
-    return any(override.startswith("rollout.servers=") for override in overrides)
+    """Servers that nobody has started yet."""
+    on_servers = config.rollout.engine == "vllm" and config.rollout.placement == "server"
+    return on_servers and not any(override.startswith("rollout.servers=") for override in overrides)
 
 
 def _server_variables(config: Config) -> dict[str, str]:
-    rollout = config.rollout
+    rollout, per_node = config.rollout, _ranks_per_node(config)
     num_servers = rollout.num_servers or len(rollout.servers)
-    return {
+    variables = {
         "HF_CONFIG": rollout.hf_config or "/path/to/hf/config",
         "SERVER_PYTHON": rollout.server_python or "python",
         "SERVER_GPUS": str(rollout.engine_tp),
-        "ROLLOUT_NODES": str(-(-num_servers * rollout.engine_tp // config.cluster.gpus_per_node)),
     }
+    if rollout.engine_tp <= per_node:
+        return variables | {"ROLLOUT_NODES": str(-(-num_servers // (per_node // rollout.engine_tp)))}
+    server_nodes = rollout.engine_tp // per_node
+    return variables | {"SERVER_NODES": str(server_nodes), "ROLLOUT_NODES": str(num_servers * server_nodes)}
 
 
 def _torchrun(config: Config, overrides: Sequence[str]) -> str:

@@ -90,11 +90,15 @@ class VllmServer:
 
     def call(self, method: str, *args: Any) -> Any:
         """What the method of that name of the worker extension returns on the server's first worker."""
+        return self.call_all(method, *args)[0]
+
+    def call_all(self, method: str, *args: Any) -> list[Any]:
+        """What it returns on each of the server's workers, in the order of their ranks."""
         answer = self._ask("POST", "/collective_rpc", {"method": method, "args": list(args)})
         results = answer.get("results") if isinstance(answer, dict) else None
         if not isinstance(results, list) or not results:
             raise self._error(f"expected a result of {method} from each worker, got {_shown(answer)}")
-        return results[0]
+        return results
 
     def interrupt(self) -> None:
         """Every request that is waiting for an answer in another thread raises `EngineError`; the server drops it."""
@@ -112,6 +116,11 @@ class VllmServer:
     def world_size(self) -> int:
         """Workers of this server."""
         return int(self._field("/get_world_size", "world_size"))
+
+    def workers(self) -> list[dict[str, str]]:
+        """Of each worker: the ``host`` it runs on, that one's ``boot_id``, and its ``address`` among the server's
+        nodes, empty where the server has one."""
+        return self.call_all("place")
 
     def max_model_len(self) -> int | None:
         """Longest prompt plus response, in tokens, where the server tells it."""

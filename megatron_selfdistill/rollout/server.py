@@ -35,6 +35,7 @@ from megatron_selfdistill.rollout.exchange import agreement, check_requests, han
 from megatron_selfdistill.rollout.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.transfer import Transfer, WeightUpdate, make_transfer, on_each
+from megatron_selfdistill.rollout.transfer_choice import choose_transfer
 from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class ServerSampler:
         is in the environment variable SELFDISTILL_SERVER_TOKEN.
 
         Returns when all servers are up.  Raises, on all ranks alike: `EngineError` where one is not, `ConfigError`
-        where one was started for shorter responses or needs another token.
+        where one was started for shorter responses, or has workers that ``transfer`` does not reach.
         """
         self._grid, self._max_length, self._guided = grid, max_length, guided
         self._max_staleness = max_staleness
@@ -95,9 +96,6 @@ class ServerSampler:
 
         def start() -> None:
             token = os.environ.get(TOKEN_VARIABLE, "") if servers else secrets.token_urlsafe(32)
-            self._transfer = make_transfer(
-                transfer, folder=transfer_dir, on_gpu=grid.device.type == "cuda", timeout_s=timeout_s
-            )
             self._started = start_servers(
                 num_servers,
                 folder=run_dir / "servers",
@@ -117,6 +115,8 @@ class ServerSampler:
             wait_until_healthy(self._started, self._servers[: len(self._started)], timeout_s)
             for server in self._servers:
                 _check(server, max_length)
+            chosen = choose_transfer(transfer, self._servers, folder=transfer_dir, on_gpu=grid.device.type == "cuda")
+            self._transfer = make_transfer(chosen, folder=transfer_dir, timeout_s=timeout_s)
 
         try:
             on_rank_0(start, grid.device)

@@ -121,9 +121,8 @@ class WeightUpdate:
         self.servers = [server for server in self.servers if server not in failures]
 
 
-def make_transfer(name: str | None, *, folder: str, on_gpu: bool, timeout_s: float) -> Transfer:
-    """The transfer that ``rollout.transfer`` names; None is nccl for a trainer on GPUs, else shared_memory."""
-    name = name or ("nccl" if on_gpu else "shared_memory")
+def make_transfer(name: str, *, folder: str, timeout_s: float) -> Transfer:
+    """The transfer that ``rollout.transfer`` names; ``folder`` is of shared_memory, ``timeout_s`` of the others."""
     if name == "shared_memory":
         return SharedMemoryTransfer(folder)
     if name == "ipc":
@@ -179,7 +178,7 @@ class SharedMemoryTransfer(_OfferedTransfer):
 
     @contextlib.contextmanager
     def _offered(self, packed: Tensor) -> Iterator[dict[str, Any]]:
-        with _bucket_file(self._folder, packed.cpu()) as path:
+        with bucket_file(self._folder, packed.cpu()) as path:
             yield {"path": str(path)}
 
 
@@ -217,19 +216,21 @@ class BroadcastTransfer:
             return {}
         self.close()
         sizes: dict[VllmServer, int] = {}
+        addresses: set[str] = set()
 
-        def ask_size(server: VllmServer) -> None:
+        def ask(server: VllmServer) -> None:
             sizes[server] = server.world_size()
+            workers = {worker["address"] for worker in server.workers()} - {""}
+            addresses.update([own_address(server.host, server.port), *(own_address(each, 1) for each in workers)])
 
-        failures = on_each(servers, ask_size)
+        failures = on_each(servers, ask)
         if failures:
             return failures
         first_rank, ranks = 1, {}
         for server in servers:
             ranks[server] = first_rank
             first_rank += sizes[server]
-        # Servers on this machine can be reached by any of its addresses, the others not by 127.0.0.1.
-        addresses = {own_address(server.host, server.port) for server in servers}
+        # Workers on this machine can be reached by any of its addresses, the others not by 127.0.0.1.
         address = min(addresses, key=lambda each: each.startswith("127."))
         self._store = dist.TCPStore(address, 0, first_rank, True, wait_for_workers=False)
         common = {
@@ -328,7 +329,7 @@ def _begin(server: VllmServer) -> None:
 
 
 @contextlib.contextmanager
-def _bucket_file(folder: Path, packed: Tensor) -> Iterator[Path]:
+def bucket_file(folder: Path, packed: Tensor) -> Iterator[Path]:
     """A file with the bytes of ``packed``, for as long as the context lasts."""
     name = _PREFIX + secrets.token_hex(8)
     path = folder / (name + _SUFFIX)

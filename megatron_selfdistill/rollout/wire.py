@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,6 +150,11 @@ def own_address(host: str, port: int) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)  # a datagram socket: nothing is sent
         return probe.getsockname()[0]
+
+
+def boot_id() -> str:
+    """Of the kernel that runs here: the same in all containers of a host, another on every other host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def as_arguments(engine_args: Mapping[str, Any]) -> list[str]:

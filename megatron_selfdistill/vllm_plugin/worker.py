@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any
 
-from megatron_selfdistill.rollout.wire import SERVER_VARIABLE
+from megatron_selfdistill.rollout.wire import SERVER_VARIABLE, boot_id
 from megatron_selfdistill.vllm_plugin.guided import guided_processor
 from megatron_selfdistill.vllm_plugin.weights import register
 
@@ -59,6 +60,20 @@ class WorkerExtension:
         self._weight_update_active = False
         if self.weight_transfer_engine is not None:
             self.weight_transfer_engine.reset_weight_update_target()
+
+    def place(self: Any) -> dict[str, str]:
+        """Where this worker is, as `VllmServer.workers` says."""
+        address = os.environ.get("VLLM_HOST_IP", "")
+        return {"host": socket.gethostname(), "boot_id": boot_id(), "address": address}
+
+    def can_read(self: Any, path: str) -> dict[str, Any]:
+        """Whether this worker can, and the host it runs on."""
+        try:
+            with open(path, "rb") as file:
+                file.read(1)
+        except OSError:
+            return {"can_read": False, "host": socket.gethostname()}
+        return {"can_read": True, "host": socket.gethostname()}
 
     def guided_limits(self: Any) -> dict[str, int]:
         """What the driver of guided requests (rollout/pairs.py) must know of this engine, in tokens."""

@@ -53,6 +53,10 @@ def test_a_dry_run_starts_no_process_group_and_writes_nothing(tmp_path, capsys):
         (["model.provider=a.b"], "model.provider=a.b builds a model that only a launch can see"),
         (["rollout.engine=vllm", "rollout.engine_tp=3"], "rollout.engine_tp=3 ranks form one engine"),
         (["rollout.engine=vllm", "rollout.engine_tp=8"], "must divide model.num_attention_heads (4)"),
+        (
+            "rollout.engine=vllm rollout.placement=server rollout.num_servers=1 rollout.engine_tp=12".split(),
+            "at most 8, or all GPUs of several; choose a multiple of 8",
+        ),
         (["rollout.engine=vllm", "model.normalization=LayerNorm", "model.activation=gelu"], "no known Hugging Face"),
         (["model.transformer.mtp_num_layers=1"], "multi-token-prediction layers are not trained"),
     ],
@@ -146,7 +150,13 @@ SERVERS = (
         ),
         (
             ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=16"],
-            "sbatch --nodes=2 examples/slurm/many_nodes.sbatch",
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=16 SERVER_NODES=2 ROLLOUT_NODES=6 "
+            "sbatch --nodes=8 examples/slurm/rollout_nodes.sbatch",
+        ),
+        (
+            ["cluster.num_gpus=4", *SERVERS, "rollout.engine_tp=4"],  # the script's nodes are all alike
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=3 GPUS_PER_NODE=4 "
+            "sbatch --gpus-per-node=4 --nodes=4 examples/slurm/rollout_nodes.sbatch",
         ),
     ],
 )

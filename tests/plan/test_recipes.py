@@ -25,6 +25,8 @@ PUBLISHED = {
     "deepseek_v3": 671_026_404_352,
 }
 GPUS = {"qwen3_8b": 8, "qwen3_32b": 32, "llama31_405b": 256, "qwen3_235b_a22b": 128, "deepseek_v3": 512}
+SERVER_NODES = {"llama31_405b": 2, "qwen3_235b_a22b": 1, "deepseek_v3": 4}
+"""Nodes that a recipe's rollout server fills, besides the trainer's."""
 
 # What decides the model in the public config.json files.
 _QWEN3 = {
@@ -195,7 +197,7 @@ def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, 
     assert "= while training" in out and "bubble" in out
     sbatch, torchrun = map(shlex.split, out.strip().splitlines()[-2:])
     assert "sbatch" in sbatch and "RUN_DIR=my runs/first" in sbatch
-    num_nodes = GPUS[recipe] // 8 + (recipe == "qwen3_235b_a22b")  # whose server fills one more
+    num_nodes = GPUS[recipe] // 8 + SERVER_NODES.get(recipe, 0)
     assert f"--nodes={num_nodes}" in sbatch or num_nodes == 1
     words = torchrun
     assert words[0] == "torchrun" and "megatron_selfdistill.train" in words
@@ -204,7 +206,6 @@ def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, 
     overrides = words[words.index("megatron_selfdistill.train") + 1 :]
     assert overrides[:2] == ["run_dir=my runs/first", f"recipe={recipe}"]
     missing = {"checkpoint.load", "data.tokenizer", "data.path"}
-    missing |= {"rollout.servers"} if recipe in ("llama31_405b", "deepseek_v3") else set()  # of several nodes each
     assert {word.split("=")[0] for word in overrides[2:]} == missing
     assert load(overrides).dry_run is False
 

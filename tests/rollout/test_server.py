@@ -151,6 +151,13 @@ def test_in_any_layout_all_requests_are_answered_once_with_the_weights_that_were
     )
 
 
+def test_without_a_named_transfer_workers_that_cannot_read_files_get_the_weights_another_way(ranks, fakes):
+    fakes[1].blind = ["here"]
+    [(tokens, metrics)] = run(ranks, fakes, [[]], options={"transfer": None})
+    assert tokens == wanted(everybodys(24)) and metrics["rollout/servers_alive"] == 2
+    assert [fake.transfer for fake in fakes] == ["gloo", "gloo"]
+
+
 @pytest.mark.parametrize(
     "fault",
     [

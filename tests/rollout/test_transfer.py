@@ -14,6 +14,7 @@ import torch
 from fake_vllm import FakeVllm, fake_servers
 from torch import Tensor
 
+from megatron_selfdistill.rollout import transfer as transfer_module
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.transfer import (
     BroadcastTransfer,
@@ -61,7 +62,7 @@ def fakes() -> Iterator[list[FakeVllm]]:
 
 @pytest.fixture(params=["shared_memory", "gloo"])
 def transfer(request, tmp_path) -> Iterator[Transfer]:
-    made = make_transfer(request.param, folder=str(tmp_path), on_gpu=False, timeout_s=10)
+    made = make_transfer(request.param, folder=str(tmp_path), timeout_s=10)
     yield made
     made.close()
 
@@ -120,7 +121,9 @@ def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transf
     assert {fake.version for fake in fakes} == {"loading"}
     transfer.close()
     calls = [call for call in fakes[0].calls if not call.startswith(("/get_world", "/init_weight"))]
-    assert calls == ["/pause", "/update_weight_version", "/collective_rpc", "/start_weight_update", "/update_weights"]
+    calls = [call for call in calls if call != "/collective_rpc place"]
+    begun = ["/pause", "/update_weight_version", "/collective_rpc abandon_weight_update"]
+    assert calls == [*begun, "/start_weight_update", "/update_weights"]
 
 
 def test_an_update_ends_with_its_version_then_without_the_cache_then_with_answers(transfer, fakes):
@@ -185,8 +188,8 @@ def test_no_file_stays_and_none_is_there_before_its_turn(fakes, tmp_path):
 KILLED = """
 import os, sys, torch
 from pathlib import Path
-from megatron_selfdistill.rollout.transfer import _bucket_file
-with _bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
+from megatron_selfdistill.rollout.transfer import bucket_file
+with bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
     os.kill(os.getpid(), 9)
 """
 
@@ -205,17 +208,30 @@ def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_is_in_use_is
 
 
 @pytest.mark.parametrize(
-    ("name", "on_gpu", "kind"),
+    ("name", "kind"),
     [
-        (None, False, "SharedMemoryTransfer"),
-        (None, True, "BroadcastTransfer"),
-        ("gloo", True, "BroadcastTransfer"),
-        ("ipc", True, "IpcTransfer"),
+        ("shared_memory", "SharedMemoryTransfer"),
+        ("nccl", "BroadcastTransfer"),
+        ("gloo", "BroadcastTransfer"),
+        ("ipc", "IpcTransfer"),
     ],
 )
-def test_the_transfer_is_the_one_that_is_named_else_what_the_platform_has(name, on_gpu, kind, tmp_path):
-    made = make_transfer(name, folder=str(tmp_path), on_gpu=on_gpu, timeout_s=1)
+def test_the_transfer_is_the_one_that_is_named(name, kind, tmp_path):
+    made = make_transfer(name, folder=str(tmp_path), timeout_s=1)
     assert type(made).__name__ == kind
+
+
+def test_workers_on_other_hosts_are_told_an_address_that_leads_out_of_this_one(fakes, monkeypatch):
+    """The head is on this machine and reached by 127.0.0.1, but not all of its server's nodes are."""
+    out = {"127.0.0.1": "127.0.0.1", "node7": "localhost"}
+    monkeypatch.setattr(transfer_module, "own_address", lambda host, port: out[host])
+    fakes[0].workers = [{**fakes[0].workers[0], "address": address} for address in ("127.0.0.1", "node7")]
+    told = []
+    fakes[0].take_part = lambda info: (told.append(info["arguments"]["host"]), FakeVllm.take_part(fakes[0], info))
+    broadcast = BroadcastTransfer("gloo", 10.0)
+    assert not broadcast.join(reach(fakes[:1]))
+    broadcast.close()
+    assert told == ["localhost"]
 
 
 def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A Slurm cluster of two nodes on this host: no root, munge, systemd or cgroups; it listens on loopback only."""
+"""A Slurm cluster of three nodes on this host: no root, munge, systemd or cgroups; it listens on loopback only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-NODES, GPUS_PER_NODE = ("n1", "n2"), 8
+NODES, GPUS_PER_NODE = ("n1", "n2", "n3"), 8
 _COMMANDS = ("slurmctld", "slurmd", "sbatch")
 
 # auth/none: no munge.  NoCtldInAddrAny: 127.0.0.1 instead of every interface.  sched_interval: jobs start within 2 s.
@@ -55,8 +55,9 @@ SlurmdTimeout=30
 """
 _NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=4000 Gres=gpu:{gpus}\n"
 _PARTITIONS = """\
-PartitionName=batch Nodes=ALL Default=YES MaxTime=600 PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
-PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
+PartitionName=batch Nodes=n1,n2 Default=YES MaxTime=600 PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
+PartitionName=urgent Nodes=n1,n2 MaxTime=60 PriorityTier=10 PreemptMode=OFF
+PartitionName=wide Nodes=ALL MaxTime=60 PriorityTier=1 PreemptMode=OFF
 """
 
 
@@ -137,7 +138,7 @@ class Slurm:
         )
 
     def _idle_nodes(self) -> int:
-        command = ["sinfo", "-h", "-p", "batch", "-t", "idle", "-o", "%D"]
+        command = ["sinfo", "-h", "-p", "wide", "-t", "idle", "-o", "%D"]
         return int(subprocess.run(command, capture_output=True, text=True).stdout.strip() or 0)
 
 

@@ -52,7 +52,9 @@ def test_a_run_on_one_node_completes_with_a_report_of_the_environment_first(slur
     assert job.saved_step() == 2 and "DP 2" in job.text()
 
 
-def test_a_run_with_a_rollout_node_of_its_own_completes(slurm, data, tmp_path):
+@pytest.mark.parametrize("server_nodes", [1, 2])
+def test_a_run_with_rollout_nodes_of_its_own_completes(slurm, data, tmp_path, server_nodes):
+    """One server, on one node or over two."""
     if "SELFDISTILL_VLLM_PYTHON" not in os.environ:
         pytest.skip("needs SELFDISTILL_VLLM_PYTHON, a Python with vLLM")
     job = Job(
@@ -61,6 +63,11 @@ def test_a_run_with_a_rollout_node_of_its_own_completes(slurm, data, tmp_path):
         tmp_path / "run",
         *FOR_VLLM,
         "num_steps=2",
+        *(["rollout.transfer=gloo"] if server_nodes > 1 else []),  # as between hosts
+        options=(f"--nodes={1 + server_nodes}", "--partition=wide"),
+        ROLLOUT_NODES=str(server_nodes),
+        SERVER_NODES=str(server_nodes),
+        SERVER_GPUS=str(server_nodes),
         HF_CONFIG=str(config_of_the_tiny_model(tmp_path / "hf", data)),
         SERVER_PYTHON=os.environ["SELFDISTILL_VLLM_PYTHON"],
         SERVER_ARGS="--dtype=float32 --max-model-len=128 --kv-cache-gb=0.2",
@@ -71,9 +78,10 @@ def test_a_run_with_a_rollout_node_of_its_own_completes(slurm, data, tmp_path):
     wait_until(lambda: "1 vLLM servers are up" in job.text() or job.field("JobState") != "RUNNING")
     nodes = {one["SLURMD_NODENAME"] for one in job.processes().values() if "VLLM_SERVER_DEV_MODE" in one}
     assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
-    assert nodes <= {"n2"} and job.saved_step() == 2
+    assert nodes <= {"n2", "n3"} and job.saved_step() == 2
     metrics = reproducible_metrics(job.run_dir)[-1]
     assert metrics["rollout/servers_alive"] == 1 and metrics["rollout/sync_bytes"] > 0
+    assert sorted(path.stem for path in (job.run_dir / "servers").glob("*.log")) == ["n2", "n3"][:server_nodes]
     assert "SELFDISTILL_SERVER_TOKEN" not in sh("scontrol", "show", "job", job.id)
 
 

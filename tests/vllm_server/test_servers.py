@@ -10,16 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import models
 import pytest
+from real_servers import assert_session_ends, command_lines, sampler
 from responses import own, tokens
 from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests
 
@@ -29,24 +26,6 @@ from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 600.0
-
-
-@contextmanager
-def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[Any]:
-    from megatron_selfdistill.rollout.server import ServerSampler
-
-    os.environ[TOKEN_VARIABLE] = servers.token
-    built = ServerSampler(
-        chunks,
-        grid,
-        servers.hf_config,
-        FAMILY.rules(MODEL),
-        **{"max_length": MAX_LENGTH, "run_dir": servers.hf_config, "servers": servers.addresses, **options},
-    )
-    try:
-        yield built
-    finally:
-        built.close()
 
 
 def synced(
@@ -246,23 +225,3 @@ def test_servers_that_a_run_starts_serve_it_and_end_with_it(servers, expected, t
         finally:
             run.kill()
     assert_session_ends(server)
-
-
-def command_lines(session: int) -> list[str]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and os.getsid(int(entry.name)) == session:
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
-        except (OSError, ProcessLookupError):
-            continue  # it has ended meanwhile
-    return [line for line in found if line]  # a zombie has none
-
-
-def assert_session_ends(session: int) -> None:
-    """All processes of a server are gone soon, without being stopped by us."""
-    deadline = time.monotonic() + 60
-    # The resource tracker of Python's multiprocessing ends when the last process that it serves has ended.
-    while left := command_lines(session):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
