@@ -1,5 +1,5 @@
 # What the scripts of this folder have in common.  Each sets its parameters, sources this file, and goes on in sentences.
-# Needs RUN_DIR, GPUS_PER_NODE, PYTHON, CONTAINER_IMAGE, CONTAINER_MOUNTS and RUN_DOCTOR.
+# Needs RUN_DIR, GPUS_PER_NODE, PYTHON, CONTAINER_MOUNTS and RUN_DOCTOR.
 # shellcheck shell=bash
 
 RUN_DIR=$(realpath -m "$RUN_DIR") # a container's mounts must begin with /
@@ -13,7 +13,6 @@ container_arguments() { # IMAGE
     local mounts=$PWD:$PWD,$RUN_DIR:$RUN_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     [ -z "$1" ] || printf '%s\n' "--container-image=$1" "--container-mounts=$mounts" "--container-workdir=$PWD"
 }
-mapfile -t container < <(container_arguments "$CONTAINER_IMAGE")
 
 # Every node's environment, in full from the first; ends the job where a run cannot start.
 report_environment() { # SRUN_ARGUMENT...
