@@ -126,6 +126,7 @@ def submitted(folder: Path, script: str = "rollout_nodes", **parameters: str) ->
         "RUN_DIR": str(folder / "run"),
         "HF_CONFIG": "/model",
         "RUN_DOCTOR": "0",
+        "SERVER_START_MINUTES": "1",
         "PYTHON": "python",
         "SERVER_PYTHON": "python",
         **parameters,

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,8 +163,7 @@ def test_when_a_node_is_killed_the_head_ends_and_with_it_the_others(nodes):
 
 
 def test_strangers_and_nodes_with_another_token_do_not_count(port):
-    head = threading.Thread(target=meet, args=(Node(2, 0, "127.0.0.1", port), "secret", print, PATIENCE_S))
-    head.start()
+    ended = lead(2, port)
     for hello in (
         b"",
         b"GET / HTTP/1.1\r\n\r\n",
@@ -175,18 +176,19 @@ def test_strangers_and_nodes_with_another_token_do_not_count(port):
             assert stranger.recv(99) == b""
     with pytest.raises(ConnectionError, match=f"expected the same {TOKEN_VARIABLE} and --nnodes 2 there"):
         meet(Node(2, 1, "127.0.0.1", port), "guessed", print, PATIENCE_S)
-    assert head.is_alive()
+    assert ended.empty()
     meet(Node(2, 1, "127.0.0.1", port), "secret", print, PATIENCE_S)
-    head.join(PATIENCE_S)
-    assert not head.is_alive()
+    assert ended.get(timeout=PATIENCE_S) is None
 
 
 def connected(port: int) -> socket.socket:
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return socket.create_connection(("127.0.0.1", port), PATIENCE_S)
         except ConnectionRefusedError:  # nobody listens yet
-            continue
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_nodes_that_do_not_come_are_named(port):
@@ -197,17 +199,28 @@ def test_nodes_that_do_not_come_are_named(port):
 
 
 def test_a_node_that_ends_before_the_others_came_ends_the_server(port):
-    raised: list[BaseException] = []
-
-    def lead() -> None:
-        try:
-            meet(Node(3, 0, "127.0.0.1", port), "secret", print, PATIENCE_S)
-        except ConnectionError as error:
-            raised.append(error)
-
-    head = threading.Thread(target=lead)
-    head.start()
+    raised = lead(3, port)
     with connected(port + 1) as other:
         other.sendall(server_nodes._hello(2, 3, "secret"))
-    head.join(PATIENCE_S)
-    assert "node rank 2 of this server ended before the others came" in str(raised[0])
+    assert "node rank 2 of this server ended before the others came" in str(raised.get(timeout=PATIENCE_S))
+
+
+def test_a_node_waits_for_all_the_others(port):
+    lead(3, port)
+    with pytest.raises(TimeoutError, match="still waits for other nodes"):
+        meet(Node(3, 1, "127.0.0.1", port), "secret", print, 1.0)
+
+
+def lead(nnodes: int, port: int) -> queue.Queue[Exception | None]:
+    """A head in a thread of its own; what becomes of it."""
+    ended: queue.Queue[Exception | None] = queue.Queue()
+
+    def run() -> None:
+        try:
+            meet(Node(nnodes, 0, "127.0.0.1", port), "secret", print, PATIENCE_S)
+            ended.put(None)
+        except OSError as error:
+            ended.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return ended

@@ -57,7 +57,7 @@ _NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs
 _PARTITIONS = """\
 PartitionName=batch Nodes=n1,n2 Default=YES MaxTime=600 PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=urgent Nodes=n1,n2 MaxTime=60 PriorityTier=10 PreemptMode=OFF
-PartitionName=wide Nodes=ALL MaxTime=60 PriorityTier=1 PreemptMode=OFF
+PartitionName=wide Nodes=ALL MaxTime=600 PriorityTier=1 PreemptMode=OFF
 """
 
 

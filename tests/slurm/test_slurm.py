@@ -77,7 +77,6 @@ def test_a_server_over_two_rollout_nodes_serves_a_run(slurm, data, tmp_path):
     assert job.nodes_running("megatron_selfdistill.serve") == {"n2", "n3"}, job.text() + logs(job.run_dir / "servers")
     assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
     assert_served(job, 2)
-    assert sorted(path.stem for path in (job.run_dir / "servers").glob("*.log")) == ["n2", "n3"]
     assert "SELFDISTILL_SERVER_TOKEN" not in sh("scontrol", "show", "job", job.id)
 
 

@@ -105,14 +105,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
-def synced(reach: Reach, transfer: str) -> tuple[list[Response], list[Response], dict[str, float]]:
-    """Greedy responses with the weights of seed 1, in TP 2: plain ones, guided ones in between."""
+def synced(reach: Reach, transfer: str) -> tuple[list[Response], list[Response], list[Response]]:
+    """Greedy responses with the weights of seed 1, in TP 2: plain ones, and with guided ones in between, those of the
+    server and in process."""
+    from megatron_selfdistill.rollout.megatron import MegatronSampler
+
     chunks, grid = models.build(MODEL, models.parallel(tp=2), seed=1)
     plain = requests(12)
     mixed = [Request(r.prompt, r.stream, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
     with sampler(chunks, grid, reach, transfer=transfer, guided=True, bucket_bytes=60_000) as built:
         built.update_weights(1)
-        return built.generate(plain, GREEDY), built.generate(mixed, GREEDY), built.metrics()
+        in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
+        in_process.update_weights(1)
+        return built.generate(plain, GREEDY), built.generate(mixed, GREEDY), in_process.generate(mixed, GREEDY)
 
 
 @pytest.mark.parametrize("transfer", ["gloo", None])
@@ -120,11 +125,10 @@ def test_workers_on_all_nodes_have_the_weights(ranks, server, transfer):
     prompts = [request.prompt for request in requests(12)]
     wanted = ranks.run(greedy_by_transformers, prompts, GREEDY.max_new_tokens, 1, world_size=1, timeout=TIMEOUT)[0]
     per_rank = ranks.run(synced, server.reach, transfer, world_size=2, timeout=TIMEOUT)
-    for plain, mixed, metrics in per_rank:
+    for plain, mixed, in_process in per_rank:
         assert tokens(plain) == [token_ids for token_ids, _ in wanted]
         assert [response.guided for response in mixed] == [i % 2 == 1 for i in range(12)]
-        assert tokens(mixed[::2]) == tokens(plain[::2])
-        assert metrics["rollout/servers_alive"] == 1
+        assert tokens(mixed) == tokens(in_process)
 
 
 def test_workers_say_where_they_are(server):
@@ -145,9 +149,8 @@ def test_with_a_worker_node_the_whole_server_ends(server):
     assert "node rank 1 of this server is gone, and this node ends with it" in server.logs[0].read_text()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_with_its_head_the_whole_server_ends(tmp_path, sent):
+def test_with_its_head_the_whole_server_ends(tmp_path):
     with server_of_two_nodes(tmp_path) as server:
-        os.kill(server.commands[0].pid, sent)
+        os.kill(server.commands[0].pid, signal.SIGKILL)
         assert_all_end(server)
         assert "the head of this server, 127.0.0.1, is gone" in server.logs[1].read_text()
