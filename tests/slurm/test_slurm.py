@@ -107,19 +107,37 @@ def preempt() -> None:
     sh("sbatch", "--partition=urgent", "--nodes=2", "--gpus-per-node=8", "--output=/dev/null", "--wrap=true")
 
 
+def stuck(path: Path, program: str = "exec sleep 1000") -> str:
+    """A Python that leaves the file ``started`` beside it and does not end."""
+    path.write_text(f"#!/bin/bash\ntouch {path.parent}/started\n{program}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.mark.parametrize("step", ["report", "servers"])
 def test_preemption_before_the_run_requeues(slurm, data, tmp_path, step):
-    """While a node's environment is reported, or servers start; a Python that does not end stands for either."""
-    slow = tmp_path / "python"
-    slow.write_text(f"#!/bin/bash\ntouch {tmp_path}/started\nexec sleep 1000\n")
-    slow.chmod(0o755)
-    parameters = {"report": {"RUN_DOCTOR": "1", "PYTHON": str(slow)}, "servers": {"SERVER_PYTHON": str(slow)}}
+    """While a node's environment is reported, or servers start."""
+    python = stuck(tmp_path / "python")
+    parameters = {"report": {"RUN_DOCTOR": "1", "PYTHON": python}, "servers": {"SERVER_PYTHON": python}}
     job = Job("rollout_nodes", data, tmp_path / "run", HF_CONFIG="none", **parameters[step])
     wait_until((tmp_path / "started").exists)
     preempt()
     wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ENDS)
     said = {"report": "TERM, before the run had begun", "servers": "TERM, while the servers started"}
     assert f"goes back into the queue: {said[step]}" in job.text() and job.restarts() == 1, job.text()
+
+
+def test_a_run_that_does_not_stop_in_slurms_grace_time_is_requeued_by_slurm(slurm, data, tmp_path):
+    sh("scontrol", "update", "PartitionName=batch", "GraceTime=2")
+    try:
+        python = stuck(tmp_path / "python", "while sleep 1; do :; done")  # TERM is ignored here
+        job = Job("one_node", data, tmp_path / "run", PYTHON=python)
+        wait_until((tmp_path / "started").exists)
+        preempt()
+        wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ENDS)
+        assert job.restarts() == 1
+    finally:
+        sh("scontrol", "update", "PartitionName=batch", "GraceTime=120")
 
 
 def test_usr1_to_the_tasks_alone_saves_requeues_and_goes_on_bit_for_bit(slurm, ranks, data, tmp_path, uninterrupted):
