@@ -119,7 +119,8 @@ class Job:
                 continue  # no process, or one that has ended
             environment = dict(line.split("=", 1) for line in lines if "=" in line)
             here = node is None or environment.get("SLURMD_NODENAME") == node
-            if environment.get("SLURM_JOB_ID") == self.id and here:
+            same_cluster = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+            if environment.get("SLURM_JOB_ID") == self.id and same_cluster and here:
                 found[int(entry.name)] = environment
         return found
 

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from slurm_jobs import ENDS, FOR_VLLM, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
+from slurm_jobs import FOR_VLLM, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
 from tiny_run import assert_equal_runs, reproducible_metrics
 
 
@@ -122,7 +122,7 @@ def test_preemption_before_the_run_requeues(slurm, data, tmp_path, step):
     job = Job("rollout_nodes", data, tmp_path / "run", HF_CONFIG="none", **parameters[step])
     wait_until((tmp_path / "started").exists)
     preempt()
-    wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ENDS)
+    wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ("COMPLETED", "FAILED"))
     said = {"report": "TERM, before the run had begun", "servers": "TERM, while the servers started"}
     assert f"goes back into the queue: {said[step]}" in job.text() and job.restarts() == 1, job.text()
 
@@ -134,7 +134,7 @@ def test_a_run_that_does_not_stop_in_slurms_grace_time_is_requeued_by_slurm(slur
         job = Job("one_node", data, tmp_path / "run", PYTHON=python)
         wait_until((tmp_path / "started").exists)
         preempt()
-        wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ENDS)
+        wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ("COMPLETED", "FAILED"))
         assert job.restarts() == 1
     finally:
         sh("scontrol", "update", "PartitionName=batch", "GraceTime=120")
