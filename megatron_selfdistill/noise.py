@@ -13,6 +13,8 @@ _MESSAGES = (
     # Megatron's use of its own and of torch's older names.
     "full scope is deprecated",
     "`torch.distributed.",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
     "The .grad attribute of a Tensor that is not a leaf",
     # Set in parallel.py, where it matters.
     "When using async grad allreduce",

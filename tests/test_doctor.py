@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 from scripts import load_script
 
 DOCTOR = Path(__file__).resolve().parent.parent / "tools" / "doctor.py"
+PATIENT_S = 600.0
+ABI = "undefined symbol: _ZN3c105ErrorC2E"
 
 
 @pytest.fixture
@@ -20,11 +24,40 @@ def doctor() -> ModuleType:
     return load_script(DOCTOR)
 
 
+@pytest.fixture
+def findings(doctor) -> ModuleType:
+    return load_script(DOCTOR.parent / "node_findings.py")
+
+
+@pytest.fixture
+def imports(doctor) -> ModuleType:
+    return load_script(DOCTOR.parent / "node_imports.py")
+
+
+def examined(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``path`` comes before all other packages."""
+    before = [str(path)] if path else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*before, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(DOCTOR), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENT_S)
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
 def test_a_node_that_can_run_is_told_what_it_will_use():
-    report = subprocess.run([sys.executable, str(DOCTOR)], capture_output=True, text=True)
+    report = examined()
     assert report.returncode == 0, report.stdout + report.stderr
     for words in ("python", "megatron-core", "psutil", "transformer-engine", "/dev/shm", "layers:", "device:"):
         assert words in report.stdout
+    import megatron.core
+
+    place = next(iter(megatron.core.__path__))
+    assert f"megatron-core       ok       {megatron.core.__version__}, from {place}\n" in report.stdout
 
 
 def test_a_bare_python_gets_a_report_and_every_mend(tmp_path):
@@ -35,10 +68,10 @@ def test_a_bare_python_gets_a_report_and_every_mend(tmp_path):
     assert "a run cannot start here: torch, megatron-core, psutil" in report.stdout
 
 
-def test_what_is_needed_is_what_setup_installs(doctor):
-    required, optional = doctor.requirements()
+def test_what_is_needed_is_what_setup_installs(findings):
+    required, optional = findings.requirements()
     assert required["megatron-core"] == ">=0.16.1,<0.17" and "psutil" in required
-    assert set(doctor.OPTIONAL) == set(optional)
+    assert set(findings.OPTIONAL) == set(optional)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +87,14 @@ def test_what_is_needed_is_what_setup_installs(doctor):
         ("7.0", "", True),
     ],
 )
-def test_versions_are_compared_as_numbers(doctor, version, wanted, fits):
-    assert doctor.satisfies(version, wanted) is fits
+def test_versions_are_compared_as_numbers(findings, version, wanted, fits):
+    assert findings.satisfies(version, wanted) is fits
 
 
-def test_a_version_that_was_not_tested_is_a_failure_where_it_is_needed(doctor, monkeypatch):
+def test_a_version_that_setup_does_not_allow_is_a_failure_where_it_is_needed(findings, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.15.0")
-    finding = doctor.distribution("megatron-core", ">=0.16.1,<0.17", required=True)
-    assert finding.status == doctor.FAILURE and "0.15.0, tested with >=0.16.1,<0.17" in finding.found
+    finding = findings.distribution("megatron-core", ">=0.16.1,<0.17", required=True)
+    assert finding.status == findings.FAILURE and "0.15.0, expected >=0.16.1,<0.17" in finding.found
 
 
 @pytest.mark.parametrize(
@@ -73,7 +106,7 @@ def test_a_version_that_was_not_tested_is_a_failure_where_it_is_needed(doctor, m
     ],
 )
 def test_nvidias_apex_is_told_from_the_package_of_that_name(
-    doctor, monkeypatch, tmp_path, folders, kernels, status, words
+    findings, monkeypatch, tmp_path, folders, kernels, status, words
 ):
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
@@ -81,7 +114,7 @@ def test_nvidias_apex_is_told_from_the_package_of_that_name(
     if kernels:
         (tmp_path / "amp_C.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    finding = doctor.apex()
+    finding = findings.apex(None)
     assert finding.status == status and words in finding.found
 
 
@@ -100,16 +133,205 @@ def fake_torch(cuda: str | None, available: bool) -> SimpleNamespace:
         ("13.0", True, True, "ok", "13.0, 8 GPUs"),
     ],
 )
-def test_torch_must_be_able_to_use_the_gpus_that_are_there(doctor, monkeypatch, cuda, available, driver, status, words):
+def test_torch_must_be_able_to_use_the_gpus_that_are_there(
+    findings, monkeypatch, cuda, available, driver, status, words
+):
     monkeypatch.setitem(sys.modules, "torch", fake_torch(cuda, available))
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if driver else None)
-    first = doctor.torch_and_gpus()[0]
+    monkeypatch.setattr(findings.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if driver else None)
+    first = findings.torch_and_gpus()[0]
     assert first.status == status and words in first.found
 
 
-def test_a_driver_that_does_not_answer_is_a_failure(doctor, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+def test_a_driver_that_does_not_answer_is_a_failure(findings, monkeypatch):
+    monkeypatch.setattr(findings.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     failed = SimpleNamespace(returncode=9, stdout="", stderr="NVIDIA-SMI has failed\n")
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: failed)
-    [finding] = doctor.gpus()
-    assert finding.status == doctor.FAILURE and "NVIDIA-SMI has failed" in finding.found
+    monkeypatch.setattr(findings.subprocess, "run", lambda *args, **options: failed)
+    [finding] = findings.gpus()
+    assert finding.status == findings.FAILURE and "NVIDIA-SMI has failed" in finding.found
+
+
+@pytest.mark.parametrize(("available", "said"), [(True, ("ok", "8, as torch sees them", "")), (False, None)])
+def test_without_the_drivers_tool_torch_says_whether_there_are_gpus(findings, monkeypatch, available, said):
+    monkeypatch.setitem(sys.modules, "torch", fake_torch("13.0", available))
+    monkeypatch.setattr(findings.shutil, "which", lambda name: None)
+    [finding] = findings.gpus()
+    if said:
+        assert (finding.status, finding.found.split(";")[0], finding.mend) == said
+    else:
+        assert finding.status == findings.ABSENT and "will use the CPU" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("ranks", "available", "statuses"),
+    [(9, True, ["FAILURE"]), (8, True, ["ok"]), (4, True, ["warning"]), (None, True, []), (9, False, [])],
+)
+def test_each_rank_needs_a_gpu_where_there_are_any(findings, monkeypatch, ranks, available, statuses):
+    monkeypatch.setitem(sys.modules, "torch", fake_torch("13.0", available))
+    found = findings.enough_gpus(ranks)
+    assert [finding.status for finding in found] == statuses
+    if statuses == ["FAILURE"]:
+        assert found[0].found == "9 on 8 GPUs" and "--gpus-per-node=9" in found[0].mend
+
+
+@pytest.mark.parametrize(
+    ("option", "in_slurm", "status"),
+    [("--signals-to-handle", True, "ok"), ("--logs-specs", False, "warning"), ("--logs-specs", True, "FAILURE")],
+)
+def test_torchrun_must_be_able_to_leave_signals_to_the_ranks(findings, monkeypatch, option, in_slurm, status):
+    def parser() -> argparse.ArgumentParser:
+        made = argparse.ArgumentParser()
+        made.add_argument(option)
+        return made
+
+    monkeypatch.setitem(sys.modules, "torch.distributed.run", SimpleNamespace(get_args_parser=parser))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if in_slurm:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    found = findings.torchrun()
+    assert found.status == status and ("torch>=2.10" in found.mend) is (status != "ok")
+
+
+# -- imports ---------------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "transformer_engine/__init__.py": f"raise ImportError('transformer_engine_torch.so: {ABI}')",
+    "transformer_engine-2.9.0.dist-info/METADATA": "Name: transformer-engine\nVersion: 2.9.0\n",
+    "vllm/__init__.py": "__version__ = '0.32.1'",
+    "vllm/_custom_ops.py": f"import torch; print('WARNING Failed to import from vllm._C: {ABI}')",  # and nothing else
+    "amp_C.py": f"raise ImportError('amp_C.so: {ABI}')",
+    "apex/__init__.py": "",
+    "apex/multi_tensor_apply/__init__.py": "",
+    "megatron/core/__init__.py": "import os; os.abort()",
+}
+SOUND = {
+    "transformer_engine/__init__.py": "__version__ = '2.9.1'",
+    "transformer_engine/pytorch/__init__.py": "",
+    "vllm/__init__.py": "__version__ = '0.32.1'",
+    "vllm/_custom_ops.py": "import torch\nops = torch.library.Library('_C', 'DEF')\nops.define('rms_norm(Tensor x) -> ()')",
+    "amp_C.py": "",
+    "apex/__init__.py": "",
+    "apex/optimizers/__init__.py": "import sys; assert 'torch' in sys.modules",
+    "megatron/core/__init__.py": "from megatron.core.package_info import __version__",
+    "megatron/core/package_info.py": "__version__ = '0.12.0'",
+}
+
+
+def test_what_is_installed_but_does_not_load_is_a_failure_with_its_reason_and_mend(tmp_path):
+    """Compiled for another torch, say; a library that ends the process ends its own."""
+    report = examined("--brief", path=write(tmp_path, BROKEN))
+    assert report.returncode == 1, report.stdout + report.stderr
+    lines = {line.split(": ")[2]: line for line in report.stdout.splitlines()}
+    assert lines.keys() == {"transformer-engine", "vllm", "apex", "megatron-core"}, report.stdout
+    assert all(f": FAILURE: {name}: " in line for name, line in lines.items())
+    assert all(ABI in lines[name] for name in lines.keys() - {"megatron-core"}), report.stdout
+    assert "its import ended the process by SIGABRT" in lines["megatron-core"]
+    assert "transformer-engine: 2.9.0 cannot be imported" in lines["transformer-engine"]
+    assert "-> build it for this torch" in lines["transformer-engine"]
+
+
+def test_packages_that_load_are_told_from_those_that_are_not_there(imports, monkeypatch, tmp_path):
+    names = ["transformer-engine", "vllm", "apex", "megatron-core"]
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(write(tmp_path / "all", SOUND)))
+        with imports.importing(names, PATIENT_S) as outcomes:
+            found = outcomes()
+    assert not any(outcome.error or outcome.absent for outcome in found.values()), found
+    assert [found[name].version for name in names] == ["2.9.1", "0.32.1", "", "0.12.0"]
+    assert found["megatron-core"].place == str(tmp_path / "all" / "megatron" / "core")
+    without = write(tmp_path / "none", {"torch/__init__.py": ""})
+    monkeypatch.setattr(imports.sys, "flags", SimpleNamespace(isolated=0, no_site=1))
+    monkeypatch.setenv("PYTHONPATH", str(without))
+    with imports.importing(names, PATIENT_S) as outcomes:
+        assert all(outcome.absent for outcome in outcomes().values())
+
+
+def test_an_import_that_never_returns_is_a_failure_and_goes_on_nowhere(imports, monkeypatch, tmp_path):
+    marker = tmp_path / "process"
+    code = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(1000)"
+    monkeypatch.setenv("PYTHONPATH", str(write(tmp_path, {"transformer_engine/__init__.py": code})))
+    with imports.importing(["transformer-engine"], 5.0) as outcomes:
+        assert outcomes()["transformer-engine"].error == "its import did not return within 5 s"
+    assert not marker.exists() or not Path(f"/proc/{marker.read_text()}").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "recorded", "status", "words"),
+    [
+        ("0.12.0", "0.16.1", "FAILURE", "0.12.0, expected >=0.16.1,<0.17, from /mine"),
+        ("0.16.1", "0.12.0", "ok", "0.16.1, from /mine"),
+        ("0.16.1", None, "ok", "0.16.1, from /mine"),  # a checkout of Megatron-LM
+        ("", None, "warning", "of no known version"),
+    ],
+)
+def test_the_megatron_that_a_run_imports_counts_whatever_pip_says(
+    findings, monkeypatch, version, recorded, status, words
+):
+    def known(name: str) -> str:
+        if recorded is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return recorded
+
+    monkeypatch.setattr(importlib.metadata, "version", known)
+    outcome = findings.Outcome(version=version, place="/mine")
+    found = findings.imported_package("megatron-core", ">=0.16.1,<0.17", outcome, required=True)
+    assert found.status == status and words in found.found
+    if status == "FAILURE":
+        assert "pip has 0.16.1, but /mine comes first" in found.mend
+
+
+def test_libraries_of_the_driver_are_asked_of_a_node_that_has_it(findings):
+    outcome = findings.Outcome(error="OSError: libcuda.so.1: cannot open shared object file")
+    found = findings.imported_package("transformer-engine", ">=2.9,<3", outcome, required=False)
+    assert found.status == findings.FAILURE and "ask a node with GPUs" in found.mend
+
+
+# -- for many nodes --------------------------------------------------------------------------------------------------
+
+
+def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(doctor, capsys):
+    def line(*more: object) -> str:
+        assert doctor.brief([doctor.Finding("torch", "2.13.0", short="2.13.0"), *more]) == 0
+        return capsys.readouterr().out
+
+    plain = line(doctor.Finding("numpy", "2.4.6"))
+    assert plain.count("\n") == 1 and ": ok; torch 2.13.0; 1 other packages " in plain
+    assert line(doctor.Finding("numpy", "2.4.6")) == plain
+    assert line(doctor.Finding("numpy", "2.4.7")) != plain
+    assert line(doctor.Finding("numpy", "2.4.6"), doctor.Finding("/dev/shm", "7.0 GiB free")) == plain
+    warned = line(doctor.Finding("numpy", "2.4.6"), doctor.Finding("/dev/shm", "0 GiB", doctor.WARNING))
+    assert warned == f"{plain.rstrip()}; warnings about /dev/shm\n"
+
+
+def test_in_brief_a_node_that_cannot_run_says_only_why(doctor, capsys):
+    failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "pip install torch")
+    assert doctor.brief([doctor.Finding("python", "3.11", short="3.11"), failure]) == 1
+    said = capsys.readouterr().out
+    assert said.endswith(": FAILURE: torch: not installed -> pip install torch\n") and said.count("\n") == 1
+
+
+def test_what_a_sound_node_says_in_brief():
+    said = examined("--brief", "--ranks", "4")
+    assert said.returncode == 0 and said.stdout.count("\n") == 1, said.stdout + said.stderr
+    for words in (": ok; python 3.", "torch 2.", "megatron-core 0.16", "vllm ", "other packages "):
+        assert words in said.stdout
+
+
+@pytest.mark.parametrize(("local_rank", "imports"), [("0", True), ("5", False)])
+def test_of_a_launch_one_rank_per_node_imports_and_all_know_how_many_they_are(doctor, monkeypatch, local_rank, imports):
+    asked = []
+
+    def examine(ranks: int, **options: object) -> list[object]:
+        asked.append((ranks, options["imports"]))
+        return [doctor.Finding("torch", "not installed", doctor.FAILURE, "mend")]
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert doctor.main(["--selftest"]) == 1
+    assert asked == [(8, imports)]
+
+
+@pytest.mark.parametrize("option", [["--ranks", "0"], ["--ranks", "some"], ["--minutes", "-1", "--selftest"]])
+def test_numbers_that_are_none_are_refused(doctor, option):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(option)

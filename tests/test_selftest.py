@@ -8,6 +8,7 @@ import importlib.util
 import io
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +34,8 @@ CHECKS = [
     "weight sync to the sampler",
 ]
 
+PATIENT = ["--minutes", "20"]
+"""However busy the machine is."""
 SOUND = dict.fromkeys(CHECKS, "ok") | {CHECKS[2]: "not done"}
 """On a CPU."""
 
@@ -61,7 +64,7 @@ def self_tested(fault: str, faulty_rank: int | None = None, only: Sequence[str] 
         patch.setattr(run, "CHECKS", {name: run.CHECKS[name] for name in only})
         if faulty_rank in (None, int(os.environ["RANK"])):
             FAULTS[fault](patch)
-        status = doctor().main(["--selftest", "--sampler", "megatron"])
+        status = doctor().main(["--selftest", "--sampler", "megatron", *PATIENT])
     return status, printed.getvalue()
 
 
@@ -189,9 +192,10 @@ def test_two_ranks_of_torchrun_pass():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(DOCTOR), "--selftest"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--sampler", "megatron"], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--sampler", "megatron", *PATIENT], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stdout + done.stderr, "nothing breaks up the table"
     assert verdicts(done.stdout) == SOUND, done.stdout
     assert "device: cpu" in done.stdout and "self-test: 2 ranks" in done.stdout, "the report comes first, once"
     assert done.stdout.count("this node passes, 5 of 6 checks") == 1
@@ -227,13 +231,13 @@ import sys, time
 from megatron_selfdistill.selftest.meeting import Meeting
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 
-rank, limit_s, what = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+rank, limit_s, share, what = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 
 def check():
     if rank == 1 and what == "raises":
         raise OSError("no space left")
     if rank == 1 or what == "raises":
-        time.sleep(1000)
+        time.sleep(1000)  # longer than the test waits
     return Outcome((Figure("a figure", 0.0, 1.0),))
 
 def broken_off(outcome):
@@ -241,25 +245,25 @@ def broken_off(outcome):
 
 with Meeting(rank, 2, broken_off, limit_s=limit_s, grace_s=1.0) as meeting:
     print(meeting.hold("sound", lambda: Outcome((Figure("a figure", 0.0, 1.0),)), leave=lambda: None).passed)
-    meeting.hold("deaf", check, leave=lambda: None)
+    meeting.hold("deaf", check, leave=lambda: None, share=share)
 """
 
 
 @pytest.mark.parametrize(
-    ("what", "limit_s", "sentence"),
+    ("what", "limit_s", "share", "sentence"),
     [
-        ("hangs", 2.0, "deaf | rank 1 did not return from this check within 2 s"),
-        ("raises", 500.0, "deaf | rank 1: OSError: no space left; then rank 0 did not return within 1 s"),
+        ("hangs", 4000.0, 0.001, r"deaf \| rank 1 did not return from this check within 4 s \(--minutes .*\)"),
+        ("raises", 500.0, 0.5, r"deaf \| rank 1: OSError: no space left; then rank 0 did not return within 1 s"),
     ],
 )
-def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, sentence):
+def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, share, sentence):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     environment = os.environ | address | {"PYTHONPATH": str(REPOSITORY)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", HANGING, str(rank), str(limit_s), what],
+            [sys.executable, "-c", HANGING, str(rank), str(limit_s), str(share), what],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
@@ -267,17 +271,76 @@ def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, 
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        said = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [1, 1]
-    assert said == [f"True\n{sentence}\n", "True\n"]
+    assert re.fullmatch(f"True\n{sentence}\n", said[0]) and said[1] == "True\n", said
+
+
+HASTY = """
+import sys, time
+sys.argv = ["doctor.py"]
+from megatron_selfdistill.selftest import run
+from megatron_selfdistill.selftest.outcome import Figure, Outcome
+
+NAMES = list(run.CHECKS)
+run.CHECKS = {name: lambda node: Outcome((Figure("a figure", 0.0, 1.0),)) for name in NAMES}
+run.CHECKS[NAMES[HANGING]] = lambda node: time.sleep(1000)
+run.write_texts = lambda folder: time.sleep(1000 * SLOW)
+run.selftest("megatron", limit_s=12.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hanging", "slow", "first"),
+    [
+        (2, False, "did not return from this check within [0-6] s"),  # half of what is left
+        (5, False, "did not return from this check within ([0-9]|1[0-2]) s"),  # all of it
+        (5, True, "not reached: rank 0 did not come to it within the self-test's 12 s"),
+    ],
+)
+def test_one_clock_ends_all_checks_and_the_table_says_what_was_not_reached(hanging, slow, first):
+    code = HASTY.replace("HANGING", str(hanging)).replace("SLOW", str(slow))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    reached = [] if slow else CHECKS[:hanging]
+    assert verdicts(done.stdout) == dict.fromkeys(CHECKS, "FAILURE") | dict.fromkeys(reached, "ok"), done.stdout
+    assert re.search(first, done.stdout), done.stdout
+    assert done.stdout.count("-> not reached") == len(CHECKS) - len(reached) - (not slow)
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"{len(CHECKS) - len(reached)} of 6 checks failed in "), last
+
+
+def test_by_default_the_whole_self_test_has_less_than_three_minutes():
+    from megatron_selfdistill.selftest.meeting import LIMIT_S
+
+    module = doctor()
+    assert 60 * module.MINUTES + module.MARGIN_S < 180 and LIMIT_S < 180
+
+
+def test_a_self_test_whose_ranks_never_meet_ends_as_well(tmp_path):
+    """In the middle of its imports, say."""
+    package = tmp_path / "megatron_selfdistill"
+    package.mkdir()
+    (package / "__init__.py").write_text("import time\ntime.sleep(1000)\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(DOCTOR.parent)!r}); import doctor; doctor.MARGIN_S = 0.0; doctor.main()"
+    )
+    command = [sys.executable, "-c", code, "--selftest", "--minutes", "0.02"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "the self-test did not end within 1 s" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_node_that_cannot_run_is_not_tested(monkeypatch, capsys):
     module = doctor()
-    monkeypatch.setattr(module, "examine", lambda: [module.Finding("torch", "not installed", module.FAILURE, "mend")])
+    failure = module.Finding("torch", "not installed", module.FAILURE, "mend")
+    monkeypatch.setattr(module, "examine", lambda ranks, **options: [failure])
     monkeypatch.setitem(sys.modules, "megatron_selfdistill.selftest.run", None)  # its import would be an error
     assert module.main(["--selftest"]) == 1
     assert "a run cannot start here: torch" in capsys.readouterr().out
@@ -286,10 +349,11 @@ def test_a_node_that_cannot_run_is_not_tested(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("rank 3:")
 
 
-def test_a_sampler_without_a_selftest_is_refused(capsys):
+@pytest.mark.parametrize("option", [["--sampler", "vllm"], ["--minutes", "3"]])
+def test_what_is_about_the_selftest_is_refused_without_one(capsys, option):
     with pytest.raises(SystemExit, match="2"):
-        doctor().main(["--sampler", "vllm"])
-    assert "--sampler is about --selftest" in capsys.readouterr().err
+        doctor().main(option)
+    assert f"{option[0]} is about --selftest" in capsys.readouterr().err
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from megatron_selfdistill.selftest.outcome import Outcome, over_ranks
 
-LIMIT_S = 240.0
-"""Of one check: an engine that starts takes minutes on a busy machine."""
+LIMIT_S = 150.0
+"""Of all checks together: whoever waits for a table was promised it in less than three minutes."""
 GRACE_S = 20.0
 """After one rank has raised, for the others to notice."""
 _POLL_S, _WATCH_S = 0.02, 0.25
@@ -45,8 +45,9 @@ class Meeting:
     """The ranks of one launch, for the time of all checks.
 
     A rank that raises leaves its process groups at once, which frees the others that wait for it over gloo; its
-    sentence is the one that counts.  Over NCCL nobody is freed: ``grace_s`` later, and where a check takes longer than
-    ``limit_s``, rank 0 calls ``broken_off`` with what is known and every process exits with 1, from a thread.
+    sentence is the one that counts.  Over NCCL nobody is freed: ``grace_s`` later, where a check takes longer than its
+    share, and when ``limit_s`` are over, rank 0 calls ``broken_off`` with what is known and every process exits with 1,
+    from a thread.
     """
 
     def __init__(
@@ -58,15 +59,17 @@ class Meeting:
         limit_s: float = LIMIT_S,
         grace_s: float = GRACE_S,
     ) -> None:
-        """``broken_off``: called on rank 0 only.  Ranks find each other at MASTER_ADDR and MASTER_PORT, where torchrun
+        """``broken_off``: called on rank 0 only, with the check's name, or with none between checks.  ``limit_s``: of
+        all checks from now on, by rank 0's clock.  Ranks find each other at MASTER_ADDR and MASTER_PORT, where torchrun
         keeps a store; elsewhere rank 0 does."""
         self.rank, self.world_size = rank, world_size
         self._broken_off, self._limit_s, self._grace_s = broken_off, limit_s, grace_s
-        self._server, self._store = _stores(rank, world_size)
+        self._deadline = time.monotonic() + limit_s
+        self._server, self._store = _stores(rank, world_size, limit_s)
         self._lock = threading.Lock()  # of the store's connection
         self._num_groups = self._num_checks = 0
         self._check: str | None = None
-        self._began = 0.0
+        self._began = self._share_s = 0.0
         self._failure_seen: float | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="self-test watch", daemon=True)
@@ -101,17 +104,22 @@ class Meeting:
     def from_rank_0(self, name: str, value: Callable[[], str]) -> str:
         """``value()`` of rank 0, on all ranks; the others wait for it."""
         if self.rank == 0:
+            said = value()  # which may take its time, and the watch needs the lock
             with self._lock:
-                self._store.set(name, value())
+                self._store.set(name, said)
         self._wait(lambda: self._told([name]))
         with self._lock:
             return self._store.get(name).decode()
 
-    def hold(self, name: str, check: Callable[[], Outcome], leave: Callable[[], None]) -> Outcome:
+    def hold(self, name: str, check: Callable[[], Outcome], leave: Callable[[], None], share: float = 1.0) -> Outcome:
         """``check()`` on all ranks, then ``leave()``, which ends the process groups; the worst of what they found,
-        equal on all ranks.  What ``check`` raises on any rank is an outcome: that rank's sentence."""
+        equal on all ranks.  What ``check`` raises on any rank is an outcome: that rank's sentence.
+
+        ``share``: of the time that is left, what this check may take of it; the rest is for those that follow."""
         self._num_checks += 1
-        self._check, self._began, self._failure_seen = name, time.monotonic(), None
+        self._share_s = share * max(0.0, self._deadline - time.monotonic())
+        self._began, self._failure_seen = time.monotonic(), None
+        self._check = name  # last: the watch looks at it first
         began = time.perf_counter()
         try:
             report = _Report(check(), failed=0)
@@ -175,25 +183,30 @@ class Meeting:
             try:
                 if self._told(["broken off"]):
                     _exit()
-                why = self._overdue() if self.rank == 0 and self._check is not None else None
+                check = self._check
+                why = self._overdue(check) if self.rank == 0 else None
             except RuntimeError:  # torch's DistError: whoever keeps the store is gone, and with it the launch
                 _exit()
             if why is not None:
-                self._break_off(why)
+                self._break_off(check, why)
 
-    def _overdue(self) -> str | None:
+    def _overdue(self, check: str | None) -> str | None:
         now = time.monotonic()
+        if check is None:
+            return f"did not come to it within the self-test's {self._limit_s:.0f} s" if now > self._deadline else None
         if self._failure_seen is None and self._any_has_failed():
             self._failure_seen = now
         if self._failure_seen is not None and now - self._failure_seen > self._grace_s:
             return f"did not return within {self._grace_s:g} s"
-        return (
-            f"did not return from this check within {self._limit_s:g} s" if now - self._began > self._limit_s else None
-        )
+        if now - self._began > self._share_s:
+            return f"did not return from this check within {self._share_s:.0f} s (--minutes gives them more)"
+        return None
 
-    def _break_off(self, why: str) -> None:
+    def _break_off(self, check: str | None, why: str) -> None:
         """Say what is known, and out: nothing else can be expected to work."""
         try:
+            if check is None:  # between checks nobody waits for another
+                return self._end(Outcome(error=f"rank 0 {why}"))
             ranks = range(self.world_size)
             told = [rank for rank in ranks if self._told([self._key(rank)])]
             left = [rank for rank in ranks if self._told([self._key(f"left {rank}")])]
@@ -205,13 +218,16 @@ class Meeting:
             who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {why}"
             sentence = f"{failed[0].outcome.error}; then {who}" if failed else who
             seconds = time.monotonic() - self._began
-            self._broken_off(Outcome(error=sentence, name=self._check or "", seconds=seconds))
-            with self._lock, contextlib.suppress(RuntimeError):
-                self._store.set("broken off", sentence)
-            time.sleep(4 * _WATCH_S)  # for the others to read it where this process keeps the store
-            _exit()
+            self._end(Outcome(error=sentence, name=check, seconds=seconds))
         except BaseException:
             _exit()
+
+    def _end(self, outcome: Outcome) -> None:
+        self._broken_off(outcome)
+        with self._lock, contextlib.suppress(RuntimeError):
+            self._store.set("broken off", outcome.error)
+        time.sleep(4 * _WATCH_S)  # for the others to read it where this process keeps the store
+        _exit()
 
 
 def _exit() -> None:
@@ -231,13 +247,13 @@ def _joined(reports: list[_Report]) -> Outcome:
     return replace(first, error=first.error + more, seconds=max(report.outcome.seconds for report in reports))
 
 
-def _stores(rank: int, world_size: int) -> tuple[Any, Any]:
+def _stores(rank: int, world_size: int, limit_s: float) -> tuple[Any, Any]:
     """What groups are opened with, and a connection of this module's own: groups wait through theirs."""
     if world_size == 1:
         store: Any = dist.HashStore()
         return store, dist.PrefixStore("selfdistill/selftest", store)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=max(LIMIT_S, 60.0))
+    timeout = timedelta(seconds=max(limit_s, 60.0))
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     server = dist.TCPStore(address, port, world_size, keeps, timeout, wait_for_workers=False)
     own = dist.TCPStore(address, port, is_master=False, timeout=timeout)

@@ -24,7 +24,7 @@ from megatron_selfdistill.model.build import megatron_in_use
 from megatron_selfdistill.selftest import set_environment
 from megatron_selfdistill.selftest.layers import layers_against_local
 from megatron_selfdistill.selftest.loss import loss_against_float64
-from megatron_selfdistill.selftest.meeting import Meeting
+from megatron_selfdistill.selftest.meeting import LIMIT_S, Meeting
 from megatron_selfdistill.selftest.outcome import HEADER, Outcome, lines
 from megatron_selfdistill.selftest.resume import save_and_resume
 from megatron_selfdistill.selftest.sync import weight_sync
@@ -39,14 +39,18 @@ CHECKS: dict[str, Callable[[Node], Outcome]] = {
     "save and resume": save_and_resume,
     "weight sync to the sampler": weight_sync,
 }
+SHARE = 0.5
+"""Of the time that is left, what one check may take: the first ones wait for NCCL, Triton and libraries, and the last,
+which waits for an engine, gets all that they have left."""
 
 
-def selftest(sampler: str | None = None, say: Callable[[str], None] = print) -> list[Outcome]:
+def selftest(sampler: str | None = None, say: Callable[[str], None] = print, limit_s: float = LIMIT_S) -> list[Outcome]:
     """What became of every check, equal on all ranks; rank 0 ``say``s each as it comes, and a sentence at the end.
 
     ``sampler``: megatron or vllm; None is vllm where it is installed.  RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
     are as torchrun sets them; without them this is a world of one.  There must be no process group.
-    Where ranks do not return from a check, the process ends here with status 1, the table complete.
+    Where ranks do not return from a check, or ``limit_s`` are over, the process ends here with status 1, the table
+    complete: what was not reached is a line of it.
     """
     set_environment()
     rank, world_size = int(os.environ.get("RANK", "0")), parallel.world_size()
@@ -54,11 +58,12 @@ def selftest(sampler: str | None = None, say: Callable[[str], None] = print) -> 
     if not cpu.ON_CPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     table = _Table(say if rank == 0 else lambda line: None)
-    with Meeting(rank, world_size, broken_off=table.end) as meeting, _folder(meeting) as folder:
+    with Meeting(rank, world_size, broken_off=table.end, limit_s=limit_s) as meeting, _folder(meeting) as folder:
         table.begin(world_size, sampler)
-        node = Node(rank, world_size, folder, sampler, meeting.open_group)
-        for name, check in CHECKS.items():
-            table.add(meeting.hold(name, lambda check=check: check(node), leave=_leave))  # type: ignore[misc]
+        node = Node(rank, world_size, folder, sampler, meeting.open_group, limit_s)
+        for number, (name, check) in enumerate(CHECKS.items(), 1):
+            share = SHARE if number < len(CHECKS) else 1.0
+            table.add(meeting.hold(name, lambda check=check: check(node), leave=_leave, share=share))  # type: ignore[misc]
     table.conclude()
     return table.outcomes
 
@@ -87,10 +92,12 @@ class _Table:
             self._say(line)
 
     def end(self, outcome: Outcome) -> None:
-        """Of a check from which not all ranks have returned: no other can follow."""
-        self.add(outcome)
+        """Of a check from which not all ranks have returned, or nameless where the time is over: none can follow."""
+        why = "the check before was broken off" if outcome.name else outcome.error
+        if outcome.name:
+            self.add(outcome)
         for name in list(CHECKS)[len(self.outcomes) :]:
-            self.add(Outcome(error="not begun, since the check before was broken off", name=name))
+            self.add(Outcome(error=f"not reached: {why}", name=name))
         self.conclude()
 
     def conclude(self) -> None:

@@ -36,6 +36,8 @@ class Node:
     sampler: str
     """megatron or vllm."""
     open_group: Callable[[str, timedelta], None]
+    limit_s: float
+    """Of all checks together; then the meeting ends."""
 
     @property
     def precision(self) -> str:
@@ -59,7 +61,7 @@ class Node:
     @property
     def timeout(self) -> timedelta:
         """Of a collective.  NCCL kills the process then, so on GPUs the meeting must be the first to give up."""
-        return timedelta(minutes=2 if cpu.ON_CPU else 6)
+        return timedelta(minutes=2) if cpu.ON_CPU else timedelta(seconds=self.limit_s + 120)
 
     def new_group(self) -> None:
         """A fresh default process group, which `parallel.initialize` then uses."""

@@ -28,7 +28,7 @@ def synced(fault: bool) -> Outcome:
         patch.setattr(run, "CHECKS", {SYNC: run.CHECKS[SYNC]})
         if fault:
             patch.setattr(InProcessEngine, "load", load_once)
-        return run.selftest()[0]  # vLLM is the default where it is installed
+        return run.selftest(limit_s=1000)[0]  # vLLM is the default where it is installed
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
