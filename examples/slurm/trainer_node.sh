@@ -5,7 +5,7 @@ set -uo pipefail
 # Until the ranks have handlers of their own they must not die of a signal: a job that fails while it is being preempted
 # is not requeued.  They inherit what is ignored here.
 trap "" USR1 TERM
-# Nor must torchrun, which would give its ranks half a minute at TERM (--signals-to-handle; torch before 2.9 does).
+# Nor must torchrun, which would give its ranks half a minute at TERM (--signals-to-handle; the doctor warns of older ones).
 export PET_SIGNALS_TO_HANDLE=SIGINT
 # Ranks follow SLURM_NODEID, so neighbours in the network are neighbours in rank; c10d's rendezvous would mix them.
 "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_STEP_NUM_NODES" --node-rank="$SLURM_NODEID" \
