@@ -256,3 +256,19 @@ def test_elsewhere_than_in_the_repository_a_script_ends_at_once(tmp_path):
     done = subprocess.run(command, env=os.environ | {"RUN_DIR": "run"}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "examples/slurm/common.sh: No such file" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["trainer_node.sh", "server_node.sh"])
+def test_a_nodes_script_may_be_replaced_while_it_runs(tmp_path, script):
+    """Slurm copies the script that is submitted, and no other."""
+    copy, python = tmp_path / script, tmp_path / "python"
+    copy.write_text((SCRIPTS / script).read_text())
+    python.write_text(f"#!/bin/bash\nyes 'exit 7' | head -1000 >{copy}\n")
+    python.chmod(0o755)
+    names = ["STEP_NUM_NODES", "NODEID", "LAUNCH_NODE_IPADDR"]
+    given = {f"SLURM_{name}": "0" for name in names} | {"PYTHON": str(python), "GPUS_PER_NODE": "8", "PORT": "1"}
+    server = ["HEADS", "ARGS", "HOST", "PORT", "GPUS"]
+    given |= {f"SERVER_{name}": "1" for name in server} | {"SERVER_PYTHON": str(python), "HF_CONFIG": "/model"}
+    given |= {"SERVERS_PER_NODE": "1", "NODE_GPUS": "1", "SERVER_NODES": "1", "RUN_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", str(copy)], env=os.environ | given, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and copy.read_text().startswith("exit 7"), done.stderr

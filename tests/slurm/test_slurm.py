@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from slurm_jobs import FOR_VLLM, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
+from slurm_jobs import ENDS, FOR_VLLM, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
 from tiny_run import assert_equal_runs, reproducible_metrics
 
 
@@ -73,7 +73,7 @@ def with_servers(data: Path, folder: Path, *more: str, server_nodes: int = 1, **
 
 def test_a_server_over_two_rollout_nodes_serves_a_run(slurm, data, tmp_path):
     job = with_servers(data, tmp_path, "num_steps=2", "rollout.transfer=gloo", server_nodes=2)  # as between hosts
-    wait_until(lambda: "1 vLLM servers are up" in job.text() or job.field("JobState") != "RUNNING")
+    wait_until(lambda: "1 vLLM servers are up" in job.text() or job.field("JobState") in ENDS)
     assert job.nodes_running("megatron_selfdistill.serve") == {"n2", "n3"}, job.text() + logs(job.run_dir / "servers")
     assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
     assert_served(job, 2)
