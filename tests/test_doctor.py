@@ -201,7 +201,7 @@ SOUND = {
     "transformer_engine/__init__.py": "__version__ = '2.9.1'",
     "transformer_engine/pytorch/__init__.py": "",
     "vllm/__init__.py": "__version__ = '0.32.1'",
-    "vllm/_custom_ops.py": "import torch\nops = torch.library.Library('_C', 'DEF')\nops.define('rms_norm(Tensor x) -> ()')",
+    "vllm/_custom_ops.py": "import torch\nops = torch.library.Library('_C', 'DEF')\nops.define('rms_norm() -> ()')",
     "amp_C.py": "",
     "apex/__init__.py": "",
     "apex/optimizers/__init__.py": "import sys; assert 'torch' in sys.modules",

@@ -286,23 +286,25 @@ from megatron_selfdistill.selftest import run
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 
 NAMES = list(run.CHECKS)
-run.CHECKS = {name: lambda node: Outcome((Figure("a figure", 0.0, 1.0),)) for name in NAMES}
+sound = lambda node: Outcome((Figure("a figure", 0.0, 1.0),))
+run.CHECKS = dict.fromkeys(NAMES, sound)
+run.CHECKS[NAMES[0]] = lambda node: time.sleep(5.0) or sound(node)
 run.CHECKS[NAMES[HANGING]] = lambda node: time.sleep(1000)
 run.write_texts = lambda folder: time.sleep(1000 * SLOW)
-run.selftest("megatron", limit_s=12.0)
+run.selftest("megatron", limit_s=LIMIT)
 """
 
 
 @pytest.mark.parametrize(
-    ("hanging", "slow", "first"),
+    ("hanging", "limit_s", "slow", "first"),
     [
-        (2, False, "did not return from this check within [0-6] s"),  # half of what is left
-        (5, False, "did not return from this check within ([0-9]|1[0-2]) s"),  # all of it
-        (5, True, "not reached: rank 0 did not come to it within the self-test's 12 s"),
+        (2, 20.0, False, "did not return from this check within [0-7] s"),  # half of what is left
+        (5, 20.0, False, "did not return from this check within ([0-9]|1[0-5]) s"),  # all that is left
+        (5, 2.0, True, "not reached: rank 0 did not come to it within the self-test's 2 s"),
     ],
 )
-def test_one_clock_ends_all_checks_and_the_table_says_what_was_not_reached(hanging, slow, first):
-    code = HASTY.replace("HANGING", str(hanging)).replace("SLOW", str(slow))
+def test_one_clock_ends_all_checks_and_the_table_says_what_was_not_reached(hanging, limit_s, slow, first):
+    code = HASTY.replace("HANGING", str(hanging)).replace("LIMIT", str(limit_s)).replace("SLOW", str(slow))
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

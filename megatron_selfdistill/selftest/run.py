@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,12 +59,13 @@ def selftest(sampler: str | None = None, say: Callable[[str], None] = print, lim
     if not cpu.ON_CPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     table = _Table(say if rank == 0 else lambda line: None)
-    with Meeting(rank, world_size, broken_off=table.end, limit_s=limit_s) as meeting, _folder(meeting) as folder:
+    with Meeting(rank, world_size, broken_off=table.end, limit_s=limit_s) as meeting:
         table.begin(world_size, sampler)
-        node = Node(rank, world_size, folder, sampler, meeting.open_group, limit_s)
-        for number, (name, check) in enumerate(CHECKS.items(), 1):
-            share = SHARE if number < len(CHECKS) else 1.0
-            table.add(meeting.hold(name, lambda check=check: check(node), leave=_leave, share=share))  # type: ignore[misc]
+        with _folder(meeting) as folder:
+            node = Node(rank, world_size, folder, sampler, meeting.open_group, limit_s)
+            for number, (name, check) in enumerate(CHECKS.items(), 1):
+                share = SHARE if number < len(CHECKS) else 1.0
+                table.add(meeting.hold(name, partial(check, node), leave=_leave, share=share))
     table.conclude()
     return table.outcomes
 
