@@ -34,7 +34,7 @@ def lost(why):
     os._exit(7)
 
 rank, port = map(int, sys.argv[1:])
-meet(Node(3, rank, "127.0.0.1", port), "secret", lost)
+meet(Node(3, rank, "127.0.0.1", port), "secret", lost, 60.0)
 print("met", flush=True)
 if os.fork() == 0:
     os.close(1)

@@ -73,7 +73,7 @@ def with_servers(data: Path, folder: Path, *more: str, server_nodes: int = 1, **
 
 def test_a_server_over_two_rollout_nodes_serves_a_run(slurm, data, tmp_path):
     job = with_servers(data, tmp_path, "num_steps=2", "rollout.transfer=gloo", server_nodes=2)  # as between hosts
-    wait_until(lambda: "1 vLLM servers are up" in job.text() or job.field("JobState") in ENDS)
+    wait_for_servers(job)
     assert job.nodes_running("megatron_selfdistill.serve") == {"n2", "n3"}, job.text() + logs(job.run_dir / "servers")
     assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
     assert_served(job, 2)
@@ -81,16 +81,25 @@ def test_a_server_over_two_rollout_nodes_serves_a_run(slurm, data, tmp_path):
 
 
 def test_preemption_of_a_run_with_a_rollout_node_saves_requeues_and_goes_on_with_new_servers(slurm, data, tmp_path):
-    job = with_servers(data, tmp_path).after_steps(1)
+    job = with_servers(data, tmp_path)
+    wait_for_servers(job)
+    job.after_steps(1)
     assert job.nodes_running("megatron_selfdistill.serve") == {"n2"}
     preempt()
     job.start_again_now()
     saved = job.saved_step()
     assert 0 < saved < STEPS, job.text()
+    wait_for_servers(job, times=2)
     assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
     assert job.restarts() == 1 and f"at step {saved} of {STEPS}" in job.text()
-    assert job.text().count("1 vLLM servers are up") == 2
     assert_served(job, STEPS)
+
+
+def wait_for_servers(job: Job, times: int = 1) -> None:
+    """They take minutes to start on a busy machine."""
+    up = "1 vLLM servers are up"
+    wait_until(lambda: job.text().count(up) == times or job.field("JobState") in ENDS, 1200.0)
+    assert job.text().count(up) == times, job.text() + logs(job.run_dir / "servers")
 
 
 def assert_served(job: Job, steps: int) -> None:
