@@ -81,18 +81,19 @@ def test_a_server_over_two_rollout_nodes_serves_a_run(slurm, data, tmp_path):
 
 
 def test_preemption_of_a_run_with_a_rollout_node_saves_requeues_and_goes_on_with_new_servers(slurm, data, tmp_path):
-    job = with_servers(data, tmp_path)
+    steps = 40
+    job = with_servers(data, tmp_path, f"num_steps={steps}")
     wait_for_servers(job)
     job.after_steps(1)
     assert job.nodes_running("megatron_selfdistill.serve") == {"n2"}
     preempt()
     job.start_again_now()
     saved = job.saved_step()
-    assert 0 < saved < STEPS, job.text()
+    assert 0 < saved < steps, job.text()
     wait_for_servers(job, times=2)
     assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
-    assert job.restarts() == 1 and f"at step {saved} of {STEPS}" in job.text()
-    assert_served(job, STEPS)
+    assert job.restarts() == 1 and f"at step {saved} of {steps}" in job.text()
+    assert_served(job, steps)
 
 
 def wait_for_servers(job: Job, times: int = 1) -> None:
