@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # Two spinning threads on a busy machine cost vLLM a factor of 20, and compiling costs more than it brings on a CPU.
 VLLM_TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 \
 	VLLM_NO_USAGE_STATS=1
-SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sbatch)
+SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
 PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help

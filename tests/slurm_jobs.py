@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -118,9 +119,24 @@ class Job:
                 continue  # no process, or one that has ended
             environment = dict(line.split("=", 1) for line in lines if "=" in line)
             here = node is None or environment.get("SLURMD_NODENAME") == node
-            if environment.get("SLURM_JOB_ID") == self.id and here:
+            same_cluster = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+            if environment.get("SLURM_JOB_ID") == self.id and same_cluster and here:
                 found[int(entry.name)] = environment
         return found
+
+    def nodes_running(self, module: str) -> set[str]:
+        """Where there are processes of this job with ``module`` on their command lines."""
+        found = set()
+        for pid, environment in self.processes().items():
+            with contextlib.suppress(OSError):  # it has ended
+                if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                    found.add(environment["SLURMD_NODENAME"])
+        return found
+
+    def tasks(self) -> list[int]:
+        """Those processes of its steps that Slurm has started itself."""
+        own = self.processes()
+        return [pid for pid, one in own.items() if "SLURM_STEP_NUM_NODES" in one and parent(pid) not in own]
 
     def ranks(self) -> dict[int, tuple[int, str]]:
         """rank -> pid and node of the trainer's processes."""

@@ -173,20 +173,14 @@ def test_each_rank_needs_a_gpu_where_there_are_any(findings, monkeypatch, ranks,
         assert found[0].found == "9 on 8 GPUs" and "--gpus-per-node=9" in found[0].mend
 
 
-@pytest.mark.parametrize(
-    ("option", "in_slurm", "status"),
-    [("--signals-to-handle", True, "ok"), ("--logs-specs", False, "warning"), ("--logs-specs", True, "FAILURE")],
-)
-def test_torchrun_must_be_able_to_leave_signals_to_the_ranks(findings, monkeypatch, option, in_slurm, status):
+@pytest.mark.parametrize(("option", "status"), [("--signals-to-handle", "ok"), ("--logs-specs", "warning")])
+def test_torchrun_should_be_able_to_leave_signals_to_the_ranks(findings, monkeypatch, option, status):
     def parser() -> argparse.ArgumentParser:
         made = argparse.ArgumentParser()
         made.add_argument(option)
         return made
 
     monkeypatch.setitem(sys.modules, "torch.distributed.run", SimpleNamespace(get_args_parser=parser))
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    if in_slurm:
-        monkeypatch.setenv("SLURM_JOB_ID", "7")
     found = findings.torchrun()
     assert found.status == status and ("torch>=2.10" in found.mend) is (status != "ok")
 

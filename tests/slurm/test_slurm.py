@@ -52,56 +52,130 @@ def test_a_run_on_one_node_completes_with_a_report_of_the_environment_first(slur
     assert job.saved_step() == 2 and "DP 2" in job.text()
 
 
-@pytest.mark.parametrize("server_nodes", [1, 2])
-def test_a_run_with_rollout_nodes_of_its_own_completes(slurm, data, tmp_path, server_nodes):
+def with_servers(data: Path, folder: Path, *more: str, server_nodes: int = 1, **environment: str) -> Job:
     """One server, on one node or over two."""
     if "SELFDISTILL_VLLM_PYTHON" not in os.environ:
         pytest.skip("needs SELFDISTILL_VLLM_PYTHON, a Python with vLLM")
-    job = Job(
-        "rollout_nodes",
-        data,
-        tmp_path / "run",
-        *FOR_VLLM,
-        "num_steps=2",
-        *(["rollout.transfer=gloo"] if server_nodes > 1 else []),  # as between hosts
-        options=(f"--nodes={1 + server_nodes}", "--partition=wide"),
-        ROLLOUT_NODES=str(server_nodes),
-        SERVER_NODES=str(server_nodes),
-        SERVER_GPUS=str(server_nodes),
-        HF_CONFIG=str(config_of_the_tiny_model(tmp_path / "hf", data)),
-        SERVER_PYTHON=os.environ["SELFDISTILL_VLLM_PYTHON"],
-        SERVER_ARGS="--dtype=float32 --max-model-len=128 --kv-cache-gb=0.2",
-        SERVER_HOST="127.0.0.1",
-        TORCHDYNAMO_DISABLE="1",
-        MKL_NUM_THREADS="1",
-    )
-    wait_until(lambda: "1 vLLM servers are up" in job.text() or job.field("JobState") in ENDS, 1200.0)
-    nodes = {one["SLURMD_NODENAME"] for one in job.processes().values() if "VLLM_SERVER_DEV_MODE" in one}
+    parameters = {
+        "ROLLOUT_NODES": str(server_nodes),
+        "SERVER_NODES": str(server_nodes),
+        "SERVER_GPUS": str(server_nodes),
+        "HF_CONFIG": str(config_of_the_tiny_model(folder / "hf", data)),
+        "SERVER_PYTHON": os.environ["SELFDISTILL_VLLM_PYTHON"],
+        "SERVER_ARGS": "--dtype=float32 --max-model-len=128 --kv-cache-gb=0.2",
+        "SERVER_HOST": "127.0.0.1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    options = ["--nodes=3", "--partition=wide"] if server_nodes == 2 else []
+    return Job("rollout_nodes", data, folder / "run", *FOR_VLLM, *more, options=options, **parameters | environment)
+
+
+def test_a_server_over_two_rollout_nodes_serves_a_run(slurm, data, tmp_path):
+    job = with_servers(data, tmp_path, "num_steps=2", "rollout.transfer=gloo", server_nodes=2)  # as between hosts
+    wait_for_servers(job)
+    assert job.nodes_running("megatron_selfdistill.serve") == {"n2", "n3"}, job.text() + logs(job.run_dir / "servers")
     assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
-    assert nodes == set(("n2", "n3")[:server_nodes]) and job.saved_step() == 2
+    assert_served(job, 2)
+    assert "SELFDISTILL_SERVER_TOKEN" not in sh("scontrol", "show", "job", job.id)
+
+
+def test_preemption_of_a_run_with_a_rollout_node_saves_requeues_and_goes_on_with_new_servers(slurm, data, tmp_path):
+    steps = 40
+    job = with_servers(data, tmp_path, f"num_steps={steps}")
+    wait_for_servers(job)
+    job.after_steps(1)
+    assert job.nodes_running("megatron_selfdistill.serve") == {"n2"}
+    preempt()
+    job.start_again_now()
+    saved = job.saved_step()
+    assert 0 < saved < steps, job.text()
+    wait_for_servers(job, times=2)
+    assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
+    assert job.restarts() == 1 and f"at step {saved} of {steps}" in job.text()
+    assert_served(job, steps)
+
+
+def wait_for_servers(job: Job, times: int = 1) -> None:
+    """They take minutes to start on a busy machine."""
+    up = "1 vLLM servers are up"
+    wait_until(lambda: job.text().count(up) == times or job.field("JobState") in ENDS, 1200.0)
+    assert job.text().count(up) == times, job.text() + logs(job.run_dir / "servers")
+
+
+def assert_served(job: Job, steps: int) -> None:
+    assert job.saved_step() == steps
     metrics = reproducible_metrics(job.run_dir)[-1]
     assert metrics["rollout/servers_alive"] == 1 and metrics["rollout/sync_bytes"] > 0
-    assert "SELFDISTILL_SERVER_TOKEN" not in sh("scontrol", "show", "job", job.id)
 
 
 def logs(folder: Path) -> str:
     return "\n".join(path.read_text(errors="replace")[-4000:] for path in folder.glob("*.log"))
 
 
-def test_usr1_saves_requeues_and_goes_on_bit_for_bit(slurm, ranks, data, tmp_path, uninterrupted):
+def preempt() -> None:
+    sh("sbatch", "--partition=urgent", "--nodes=2", "--gpus-per-node=8", "--output=/dev/null", "--wrap=true")
+
+
+def stuck(path: Path, program: str = "exec sleep 1000") -> str:
+    """A Python that leaves the file ``started`` beside it and does not end."""
+    path.write_text(f"#!/bin/bash\ntouch {path.parent}/started\n{program}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("step", ["report", "servers"])
+def test_preemption_before_the_run_requeues(slurm, data, tmp_path, step):
+    """While a node's environment is reported, or servers start."""
+    python = stuck(tmp_path / "python")
+    parameters = {"report": {"RUN_DOCTOR": "1", "PYTHON": python}, "servers": {"SERVER_PYTHON": python}}
+    job = Job("rollout_nodes", data, tmp_path / "run", HF_CONFIG="none", **parameters[step])
+    wait_until((tmp_path / "started").exists)
+    preempt()
+    wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ("COMPLETED", "FAILED"))
+    said = {"report": "TERM, before the run had begun", "servers": "TERM, while the servers started"}
+    assert f"goes back into the queue: {said[step]}" in job.text() and job.restarts() == 1, job.text()
+
+
+def test_a_run_that_does_not_stop_in_slurms_grace_time_is_requeued_by_slurm(slurm, data, tmp_path):
+    sh("scontrol", "update", "PartitionName=batch", "GraceTime=2")
+    try:
+        python = stuck(tmp_path / "python", "while sleep 1; do :; done")  # TERM is ignored here
+        job = Job("one_node", data, tmp_path / "run", PYTHON=python)
+        wait_until((tmp_path / "started").exists)
+        preempt()
+        wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ("COMPLETED", "FAILED"))
+        assert job.restarts() == 1
+    finally:
+        sh("scontrol", "update", "PartitionName=batch", "GraceTime=120")
+
+
+def test_usr1_to_the_tasks_alone_saves_requeues_and_goes_on_bit_for_bit(slurm, ranks, data, tmp_path, uninterrupted):
+    """Slurm signals no other processes of a step where it keeps them in cgroups."""
     job = Job("many_nodes", data, tmp_path / "run").after_steps(2)
-    sh("scancel", "--signal=USR1", job.id)
+    tasks = job.tasks()
+    assert len(tasks) == 2
+    for pid in tasks:
+        os.kill(pid, signal.SIGUSR1)
     assert_goes_on(ranks, job, uninterrupted)
     assert "SIGUSR1; started again" in job.text()
     assert "srun: error" not in job.text(), "torchrun outlives the signal, else it would take slower steps with it"
 
 
 def test_preemption_saves_requeues_and_goes_on_bit_for_bit(slurm, ranks, data, tmp_path, uninterrupted):
-    job = Job("many_nodes", data, tmp_path / "run").after_steps(2)
-    urgent = ["--partition=urgent", "--nodes=2", "--gpus-per-node=8", "--output=/dev/null", "--wrap=true"]
-    sh("sbatch", *urgent)
+    """Here every process gets TERM, and torchrun, where it listens, would kill its ranks at once."""
+    job = Job("many_nodes", data, tmp_path / "run", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="0").after_steps(2)
+    preempt()
     assert_goes_on(ranks, job, uninterrupted)
-    assert "SIGTERM; started again" in job.text()
+    assert "SIGTERM; started again" in job.text() and "srun: error" not in job.text()
+
+
+def test_a_requeue_by_hand_keeps_the_last_checkpoint_at_least(slurm, data, tmp_path):
+    """Slurm itself ends the job then, KillWait seconds later: the run saves if it can."""
+    job = Job("one_node", data, tmp_path / "run", "num_steps=100000", "checkpoint.save_every=2").after_steps(3)
+    sh("scontrol", "requeue", job.id)
+    wait_until(lambda: job.field("JobState") == "PENDING" and not job.processes())
+    assert job.restarts() == 1 and job.saved_step() >= 2
 
 
 def test_the_time_limits_signal_saves_and_requeues(slurm, data, tmp_path):
@@ -123,9 +197,11 @@ def test_a_run_that_knows_its_jobs_end_stops_before_and_requeues(slurm, data, tm
 
 def test_a_crash_fails_the_job_which_is_not_requeued(slurm, data, tmp_path):
     job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000").after_steps(1)
-    os.kill(job.ranks()[1][0], signal.SIGKILL)
+    (other, _), (one, _) = (job.ranks()[rank] for rank in (0, 1))
+    os.kill(other, signal.SIGSTOP)  # it will not end by itself
+    os.kill(one, signal.SIGKILL)
     assert job.end() == "FAILED" and job.restarts() == 0
-    assert not job.processes(), "nothing burns the allocation"
+    wait_until(lambda: not job.processes(), 60)  # nothing burns the allocation
 
 
 def test_a_cancelled_job_stays_cancelled(slurm, data, tmp_path):
