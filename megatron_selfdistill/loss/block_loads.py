@@ -23,8 +23,8 @@ def fetched(row, lane, start, end, VEC: tl.constexpr, PACKED: tl.constexpr):
 
     PACKED: rows begin on 16-byte boundaries.  Where they do not, numbers of 16 bits are read one by one.
     """
-    if PACKED and row.dtype.element_ty.primitive_bitwidth == 16:
-        words, columns = (row + start).to(tl.pointer_type(tl.int32)), _columns(lane, VEC // 2)
+    if PACKED:
+        words, columns = _words(row + start, lane, VEC)
     else:
         words, columns = row + start, _columns(lane, VEC)
     whole = tl.zeros_like(columns) + (start + lane.shape[0] * VEC) <= end
@@ -35,16 +35,7 @@ def fetched(row, lane, start, end, VEC: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def numbers_of(block, row, lane, VEC: tl.constexpr, PACKED: tl.constexpr):
     """What was `fetched` as float32 [lanes, VEC]."""
-    if PACKED and row.dtype.element_ty.primitive_bitwidth == 16:
-        if row.dtype.element_ty == tl.bfloat16:
-            even, odd = (block << 16).to(tl.float32, bitcast=True), (block & -65536).to(tl.float32, bitcast=True)
-        else:
-            even = block.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            odd = (block >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        numbers = tl.reshape(tl.join(even, odd), [lane.shape[0], VEC])
-    else:
-        numbers = block.to(tl.float32)
-    return numbers
+    return _unpacked(block, row, lane, VEC) if PACKED else block.to(tl.float32)
 
 
 @triton.jit
@@ -53,6 +44,30 @@ def with_end(numbers, row, lane, start, end, VEC: tl.constexpr):
     if start + lane.shape[0] * VEC > end:
         columns = _columns(lane, VEC)
         numbers = tl.load(row + start + columns, mask=columns < end - start, other=float("-inf")).to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def _words(start, lane, VEC: tl.constexpr):
+    """A pointer to words of 4 bytes, and which of them each lane has."""
+    if start.dtype.element_ty.is_fp32():
+        words, columns = start, _columns(lane, VEC)
+    else:
+        words, columns = start.to(tl.pointer_type(tl.int32)), _columns(lane, VEC // 2)
+    return words, columns
+
+
+@triton.jit
+def _unpacked(block, row, lane, VEC: tl.constexpr):
+    if row.dtype.element_ty.is_fp32():
+        numbers = block
+    else:
+        if row.dtype.element_ty.is_bf16():
+            even, odd = (block << 16).to(tl.float32, bitcast=True), (block & -65536).to(tl.float32, bitcast=True)
+        else:
+            even = block.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            odd = (block >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        numbers = tl.reshape(tl.join(even, odd), [lane.shape[0], VEC])
     return numbers
 
 
