@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Compile the loss's Triton kernels without a GPU and print what the compiler made of them, as a Markdown table.
 
-    python tools/kernel_report.py [--arch 80 90 100] [--kernel NAME ...] [--json FILE]
+    python tools/kernel_report.py [--arch 80 90 100] [--kernel NAME ...] [--third] [--json FILE]
 
 Every kernel is compiled as runs use it, with ptxas, for each architecture (80: A100, 90: H100 and H200, 100: B200).
-Exits with 1 where a kernel spills registers.  Rows of logits are taken to begin on 16-byte boundaries, as they do.
+Exits with 1 where a kernel spills registers.  Rows of logits are taken to begin on 16-byte boundaries, as those do
+whose length is a multiple of 16.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from load_distance import load_distance
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -27,11 +31,15 @@ ARCHITECTURES = (80, 90, 100)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--kernel", nargs="+", help="only these, by the names in the first column")
+    parser.add_argument("--kernel", nargs="+", help="only these, by the names in the first column; * is any text")
+    parser.add_argument("--third", action="store_true", help="each kernel for one of the architectures, in turn")
     parser.add_argument("--json", type=Path, help="also write the table as JSON to this file")
     arguments = parser.parse_args()
-    chosen = [case for case in cases() if arguments.kernel is None or case.name in arguments.kernel]
-    reports = [measure(case, arch) for case in chosen for arch in arguments.arch]
+    chosen = [case for case in cases() if any(fnmatchcase(case.name, name) for name in arguments.kernel or ["*"])]
+    pairs = list(itertools.product(chosen, arguments.arch))
+    if arguments.third:
+        pairs = [(case, arguments.arch[i % len(arguments.arch)]) for i, case in enumerate(chosen)]
+    reports = [measure(case, arch) for case, arch in pairs]
     print(table(reports))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
@@ -52,7 +60,8 @@ class Case:
 @dataclass(frozen=True)
 class Report:
     """registers per thread; spills, shared: bytes; wide_loads, wide_stores: instructions of 16 bytes, those of logits
-    (a row's last block, which a mask cuts, takes narrow ones); barriers: instructions."""
+    (a row's last block, which a mask cuts, takes narrow ones); barriers: instructions; ahead: those between a load of
+    logits in a loop and the first that needs it, on the shortest path; None without a loop over logits."""
 
     name: str
     arch: int
@@ -62,22 +71,22 @@ class Report:
     wide_loads: int
     wide_stores: int
     barriers: int
+    ahead: int | None
 
 
 def cases() -> Iterator[Case]:
     """Every kernel: bfloat16 and float32 logits; the default grid of 5 betas, the strict one of 9, one given beta."""
     import torch
 
-    from megatron_selfdistill.loss import first_pass_kernel, kernels, pass_kernels, row_kernels, solve_kernels
+    from megatron_selfdistill.loss import first_pass_kernel, kernels, pass_kernels
     from megatron_selfdistill.loss.grid import Grid
-    from megatron_selfdistill.loss.row_sums import SECOND_PASS, SECOND_PASS_FORWARD
     from megatron_selfdistill.loss.target import Target
 
-    reading, solving = ({**options, "num_warps": 1} for options in (kernels.COMPILED, solve_kernels.SOLVING))
+    reading = {**kernels.COMPILED, "num_warps": 1}
     targets = Target(), Target(k_max=None), Target("teacher_alone")
     for dtype, vec in (("bf16", 8), ("fp32", 4)):
         logits = dict.fromkeys(("student", "teacher", "out"), f"*{dtype}")
-        summing = {"MIX": first_pass_kernel.BOTH, "LANES": kernels.LANES, "VEC": vec}
+        summing = {"MIX": first_pass_kernel.BOTH, "LANES": kernels.LANES, "VEC": vec, "PACKED": True}
         first = first_pass_kernel.first_pass_kernel
         tokens = {"tokens": "*i64", "argmaxes": "*i32", "first_column": "i32"}
         for target, kind in itertools.product(targets, ("", ", fast", ", fast, forward KL")):
@@ -101,24 +110,33 @@ def cases() -> Iterator[Case]:
             yield Case(
                 name, pass_kernels.gradient_kernel, logits, constants, reading | {"num_warps": kernels.GRADIENT_WARPS}
             )
+    yield from solving_cases()
+
+
+def solving_cases() -> Iterator[Case]:
+    """The kernels between and after the passes, of whole rows and of rows in as many parts as all ranks have."""
+    from megatron_selfdistill.loss import first_pass_kernel, row_kernels, solve_kernels
+    from megatron_selfdistill.loss.row_sums import SECOND_PASS, SECOND_PASS_FORWARD
+
     double = dict.fromkeys(("state", "shifts", "exact"), "*fp64")
     double |= {"tokens": "*i64", "statuses": "*i64", "agreements": "*u8"}
-    for parts in (1, 8):
-        sizes = {"PARTS": parts, "ROWS": min(solve_kernels.MOST_ROWS, solve_kernels.NUMBERS // parts)}
+    for parts in (1, 8, 64, 128):
+        options = solve_kernels.launch_options(parts)
+        sizes = {name: options.pop(name) for name in ("ROWS", "PARTS")}
         sizes |= {"MIX": first_pass_kernel.BOTH, "GIVEN": False}
         for num_betas, favoured in ((5, 0), (9, 4)):
             constants = {"J": num_betas, "NUM_GRID": num_betas, "FAVOURED": favoured}
             name = f"solve, {num_betas} betas, {parts} parts"
-            yield Case(name, row_kernels.solve_kernel, double, sizes | constants, solving)
+            yield Case(name, row_kernels.solve_kernel, double, sizes | constants, options)
         for columns in (SECOND_PASS, SECOND_PASS_FORWARD):
             constants = {"NUM_GRID": 5, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True, "NUM_COLUMNS": len(columns)}
             name = f"finish{', forward KL' if columns is SECOND_PASS_FORWARD else ''}, {parts} parts"
-            yield Case(name, row_kernels.finish_kernel, double, sizes | constants, solving)
+            yield Case(name, row_kernels.finish_kernel, double, sizes | constants, options)
         for forward in (False, True):
             constants = {"NUM_GRID": 9, "J": 9, "FAVOURED": 0, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True}
             constants |= {"WITH_FORWARD": forward, "NUM_COLUMNS": 12 + 4 * 9 + 1 + 2 * 9 * forward + 2}
             name = f"fast finish{', forward KL' if forward else ''}, {parts} parts"
-            yield Case(name, row_kernels.one_pass_kernel, double, sizes | constants, solving)
+            yield Case(name, row_kernels.one_pass_kernel, double, sizes | constants, options)
 
 
 def measure(case: Case, arch: int) -> Report:
@@ -150,6 +168,7 @@ def measure(case: Case, arch: int) -> Report:
         wide_loads=len(re.findall(rf"ld\.global{wide}", ptx)),
         wide_stores=len(re.findall(rf"st\.global{wide}", ptx)),
         barriers=len(re.findall(r"bar(?:rier)?\.(?:cta\.)?(?:red\.\S*\.)?sync|barrier0", ptx)),
+        ahead=load_distance(_cuobjdump("-sass", compiled.asm["cubin"])) if "pass" in case.name else None,
     )
 
 
@@ -163,25 +182,31 @@ def _type(name: str, types: dict[str, str]) -> str:
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers per thread, and bytes of local memory and stack: what did not fit into them."""
+    text = _cuobjdump("-res-usage", cubin)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _cuobjdump(what: str, cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def table(reports: list[Report]) -> str:
     """Markdown, one row per kernel and architecture."""
     lines = [
-        "| kernel | sm | registers | spilled bytes | shared bytes | 16-byte loads | 16-byte stores | barriers |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | sm | registers | spilled bytes | shared bytes | 16-byte loads | 16-byte stores | barriers "
+        "| instructions ahead |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in reports:
         numbers = (r.arch, r.registers, r.spills, r.shared, r.wide_loads, r.wide_stores, r.barriers)
+        numbers += ("-" if r.ahead is None else r.ahead,)
         lines.append(f"| {r.name} | {' | '.join(map(str, numbers))} |")
     return "\n".join(lines)
 

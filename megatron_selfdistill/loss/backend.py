@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,8 @@ from megatron_selfdistill.loss.row_statistics import RowResults
 from megatron_selfdistill.loss.row_sums import RowConstants
 
 NAMES = ("torch", "triton")
+OLDEST_TRITON = (3, 3)
+"""Before, kernels could not hand tuples around."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"its kernels take bfloat16, float16 and float32, the logits are {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the logits lie on {device.type}, not on cuda"
+    version = _triton_version()
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+        return f"triton {version} is too old, {'.'.join(map(str, OLDEST_TRITON))} or later is needed"
     return None
 
 
@@ -78,6 +84,14 @@ def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 def _triton_is_there() -> bool:
     """Looked for once: every call of the loss asks, a guided rollout's at every token."""
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _triton_version() -> str:
+    # Asked of the package itself, where it would be used: it is installed under several names.
+    import triton
+
+    return triton.__version__
 
 
 @cache

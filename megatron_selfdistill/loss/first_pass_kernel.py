@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_selfdistill.loss.block_loads import fetched, numbers_of, with_end
 from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.kernel_math import LOG2_E, columns_of, exponential, sum_of, sum_of_products
 
@@ -59,6 +60,7 @@ def first_pass_kernel(
     HAS_TOKENS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Writes one row of ``row_sums.first_pass``.  DOUBLED: bit j is set where j is in ``Grid.doubled``."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -86,12 +88,12 @@ def first_pass_kernel(
     for _ in tl.static_range(NUM_JOINT):
         joint = joint + (zero,)
 
-    # The next block is under way while this one is worked on.
-    next_s, next_t = load(student, offsets, begin, end, BLOCK), load(teacher, offsets, begin, end, BLOCK)
+    next_s, next_t = fetched(student, lane, begin, end, VEC, PACKED), fetched(teacher, lane, begin, end, VEC, PACKED)
     for start in range(begin, end, BLOCK):
-        s, t = next_s.to(tl.float32), next_t.to(tl.float32)
-        next_s = load(student, offsets, start + BLOCK, end, BLOCK)
-        next_t = load(teacher, offsets, start + BLOCK, end, BLOCK)
+        s, t = numbers_of(next_s, student, lane, VEC, PACKED), numbers_of(next_t, teacher, lane, VEC, PACKED)
+        next_s = fetched(student, lane, start + BLOCK, end, VEC, PACKED)
+        next_t = fetched(teacher, lane, start + BLOCK, end, VEC, PACKED)
+        s, t = with_end(s, student, lane, start, end, VEC), with_end(t, teacher, lane, start, end, VEC)
         y, z = s - student_side[0], t - teacher_side[0]
         x = _mixed(s, y, z, mix_side[0], mix_weight, MIX)
         whole_y, whole_x = y, x
@@ -168,16 +170,6 @@ def first_pass_kernel(
         tl.store(out, 0.0)
         tl.store(out + 1, 0.0)
     tl.store(argmaxes + part.to(tl.int64) * num_rows + row, mix_side[1])
-
-
-@triton.jit
-def load(row, offsets, start, end, BLOCK: tl.constexpr):
-    """A block of a row; -inf beyond ``end``.  Without a mask where it can: a mask would take wide loads apart."""
-    if start + BLOCK <= end:
-        block = tl.load(row + start + offsets)
-    else:
-        block = tl.load(row + start + offsets, mask=offsets < end - start, other=float("-inf"))
-    return block
 
 
 @triton.jit

@@ -78,5 +78,9 @@ class Grid:
 
 @lru_cache(maxsize=64)
 def _on(betas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept: a copy from the host makes a GPU wait, and betas are the same for thousands of calls."""
-    return torch.tensor(betas, dtype=dtype, device=device)
+    """Kept: a copy from the host makes a GPU wait, and betas are the same for thousands of calls.
+
+    The first of these may be made under inference mode, whose tensors autograd would refuse in the others.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(betas, dtype=dtype, device=device)

@@ -7,6 +7,8 @@ with sums of its own; the gradient is elementwise.  No atomics and no autotuning
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 from torch import Tensor
@@ -19,7 +21,8 @@ from megatron_selfdistill.loss.row_sums import FIRST_PASS, SECOND_PASS, SECOND_P
 
 LANES = 32
 """Of a program that sums: one warp, so that nothing waits at a barrier.  A multiprocessor holds at most 32 such
-programs, fewer where the sums take more than 64 registers of a thread; each has two loads under way while it sums."""
+programs, fewer where the sums take more than 64 registers of a thread; each has two loads under way while it sums
+(``block_loads``)."""
 LOAD_BYTES = 16
 """Per thread and load: the widest there is, 8 columns of bfloat16."""
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
@@ -49,25 +52,27 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
     argmaxes = torch.empty(parts, num_rows, dtype=torch.int32, device=shard.student.device)
     options = first_pass_options(grid, _columns_per_load(shard))
     if num_rows:
-        first_pass_kernel[(num_rows, parts)](
-            shard.student,
-            shard.teacher,
-            argmaxes if response_tokens is None else response_tokens.contiguous(),
-            grid.on(shard.student.device),
-            sums,
-            argmaxes,
-            *_extent(shard, options["VEC"]),
-            start,
-            as_sum(shard.mix_weights[0]),
-            MIX=mix_of(shard.mix_weights),
-            J=len(grid.betas),
-            DOUBLED=sum(1 << j for j in grid.doubled),
-            OCTAVE=grid.octave,
-            ONE_PASS=grid.one_pass,
-            WITH_FORWARD=grid.with_forward_kl,
-            HAS_TOKENS=response_tokens is not None,
-            **options,
-        )
+        with launching_on(shard.student):
+            first_pass_kernel[(num_rows, parts)](
+                shard.student,
+                shard.teacher,
+                argmaxes if response_tokens is None else response_tokens.contiguous(),
+                grid.on(shard.student.device),
+                sums,
+                argmaxes,
+                *_extent(shard, options["VEC"]),
+                start,
+                as_sum(shard.mix_weights[0]),
+                MIX=mix_of(shard.mix_weights),
+                J=len(grid.betas),
+                DOUBLED=sum(1 << j for j in grid.doubled),
+                OCTAVE=grid.octave,
+                ONE_PASS=grid.one_pass,
+                WITH_FORWARD=grid.with_forward_kl,
+                HAS_TOKENS=response_tokens is not None,
+                PACKED=is_packed(shard),
+                **options,
+            )
     return sums, argmaxes
 
 
@@ -75,18 +80,19 @@ def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, fo
     """`row_sums.second_pass`."""
     sums = _new(shard, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS))
     if sums.shape[1]:
-        second_pass_kernel[(sums.shape[1], shard.num_parts)](
-            shard.student,
-            shard.teacher,
-            *constants.tensors(),
-            mix_argmax,
-            sums,
-            *_extent(shard, _columns_per_load(shard)),
-            as_sum(shard.mix_weights[0]),
-            MIX=mix_of(shard.mix_weights),
-            WITH_FORWARD=forward_kl,
-            **_summing(shard),
-        )
+        with launching_on(shard.student):
+            second_pass_kernel[(sums.shape[1], shard.num_parts)](
+                shard.student,
+                shard.teacher,
+                *constants.tensors(),
+                mix_argmax,
+                sums,
+                *_extent(shard, _columns_per_load(shard)),
+                as_sum(shard.mix_weights[0]),
+                MIX=mix_of(shard.mix_weights),
+                WITH_FORWARD=forward_kl,
+                **_summing(shard),
+            )
     return sums
 
 
@@ -94,17 +100,18 @@ def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor
     """`row_sums.jsd_pass`."""
     sums = _new(shard, 2)
     if sums.shape[1]:
-        jsd_pass_kernel[(sums.shape[1], shard.num_parts)](
-            shard.student,
-            shard.teacher,
-            *constants.tensors(),
-            sums,
-            *_extent(shard, _columns_per_load(shard)),
-            as_sum(shard.mix_weights[0]),
-            as_sum(jsd_lambda),
-            MIX=mix_of(shard.mix_weights),
-            **_summing(shard),
-        )
+        with launching_on(shard.student):
+            jsd_pass_kernel[(sums.shape[1], shard.num_parts)](
+                shard.student,
+                shard.teacher,
+                *constants.tensors(),
+                sums,
+                *_extent(shard, _columns_per_load(shard)),
+                as_sum(shard.mix_weights[0]),
+                as_sum(jsd_lambda),
+                MIX=mix_of(shard.mix_weights),
+                **_summing(shard),
+            )
     return sums
 
 
@@ -114,27 +121,33 @@ def write_gradient(
     """`row_sums.write_gradient`."""
     num_rows, num_columns = shard.student.shape
     if num_rows and num_columns:
-        gradient_kernel[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))](
-            shard.student,
-            shard.teacher,
-            *constants.tensors(),
-            centre,
-            grad_loss,
-            out,
-            _row_stride(shard.student),
-            _row_stride(shard.teacher),
-            _row_stride(out),
-            centre.stride(0),
-            grad_loss.stride(0),
-            num_columns,
-            as_sum(shard.mix_weights[0]),
-            as_sum(divergence.jsd_lambda),
-            MIX=mix_of(shard.mix_weights),
-            KIND=KINDS.index(divergence.kind),
-            BLOCK=GRADIENT_BLOCK,
-            num_warps=GRADIENT_WARPS,
-            **COMPILED,
-        )
+        with launching_on(shard.student):
+            gradient_kernel[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))](
+                shard.student,
+                shard.teacher,
+                *constants.tensors(),
+                centre,
+                grad_loss,
+                out,
+                _row_stride(shard.student),
+                _row_stride(shard.teacher),
+                _row_stride(out),
+                centre.stride(0),
+                grad_loss.stride(0),
+                num_columns,
+                as_sum(shard.mix_weights[0]),
+                as_sum(divergence.jsd_lambda),
+                MIX=mix_of(shard.mix_weights),
+                KIND=KINDS.index(divergence.kind),
+                BLOCK=GRADIENT_BLOCK,
+                num_warps=GRADIENT_WARPS,
+                **COMPILED,
+            )
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current GPU, not on the one where the tensors lie."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _new(shard: Shard, num_columns: int) -> Tensor:
@@ -164,7 +177,16 @@ def _columns_per_load(shard: Shard) -> int:
 
 
 def _summing(shard: Shard) -> dict[str, int | bool]:
-    return {"LANES": LANES, "VEC": _columns_per_load(shard), "num_warps": 1, **COMPILED}
+    options = {"LANES": LANES, "VEC": _columns_per_load(shard), "PACKED": is_packed(shard)}
+    return {**options, "num_warps": 1, **COMPILED}
+
+
+def is_packed(shard: Shard) -> bool:
+    """Whether rows may be read 16 bytes at a time, by what Triton knows of a pointer and a stride: multiples of 16.
+
+    A stride of 16 columns is more than 16 bytes, but of half as many columns Triton would not know that they are.
+    """
+    return all(x.data_ptr() % LOAD_BYTES == 0 and x.stride(0) % 16 == 0 for x in (shard.student, shard.teacher))
 
 
 def _row_stride(logits: Tensor) -> int:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_selfdistill.loss.block_loads import fetched, load, numbers_of, with_end
 from megatron_selfdistill.loss.divergence import FLOOR, KINDS
-from megatron_selfdistill.loss.first_pass_kernel import BOTH, STUDENT_ONLY, load
+from megatron_selfdistill.loss.first_pass_kernel import BOTH, STUDENT_ONLY
 from megatron_selfdistill.loss.kernel_math import (
     columns_of,
     exp_minus_one,
@@ -49,6 +50,7 @@ def second_pass_kernel(
     WITH_FORWARD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
@@ -58,16 +60,18 @@ def second_pass_kernel(
     N: tl.constexpr = 12 if WITH_FORWARD else 7
     begin = part * blocks_per_part * BLOCK
     end = tl.minimum(begin + blocks_per_part * BLOCK, num_columns)
-    offsets = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    lane = tl.arange(0, LANES)
+    offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
     argmax = tl.load(argmaxes + part.to(tl.int64) * num_rows + row)
     total = ()
     for _ in tl.static_range(N):
         total = total + (tl.zeros([LANES], tl.float32),)
-    next_s, next_t = load(student, offsets, begin, end, BLOCK), load(teacher, offsets, begin, end, BLOCK)
+    next_s, next_t = fetched(student, lane, begin, end, VEC, PACKED), fetched(teacher, lane, begin, end, VEC, PACKED)
     for start in range(begin, end, BLOCK):
-        s, t = next_s.to(tl.float32), next_t.to(tl.float32)
-        next_s = load(student, offsets, start + BLOCK, end, BLOCK)
-        next_t = load(teacher, offsets, start + BLOCK, end, BLOCK)
+        s, t = numbers_of(next_s, student, lane, VEC, PACKED), numbers_of(next_t, teacher, lane, VEC, PACKED)
+        next_s = fetched(student, lane, start + BLOCK, end, VEC, PACKED)
+        next_t = fetched(teacher, lane, start + BLOCK, end, VEC, PACKED)
+        s, t = with_end(s, student, lane, start, end, VEC), with_end(t, teacher, lane, start, end, VEC)
         y, x = _shifted(s, t, constants, mix_weight, MIX)
         p, q, d = _ratio(y, x, constants)
         difference = _q_minus_p(p, q, d)
@@ -119,6 +123,7 @@ def jsd_pass_kernel(
     MIX: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
@@ -127,13 +132,14 @@ def jsd_pass_kernel(
     BLOCK: tl.constexpr = LANES * VEC
     begin = part * blocks_per_part * BLOCK
     end = tl.minimum(begin + blocks_per_part * BLOCK, num_columns)
-    offsets = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    lane = tl.arange(0, LANES)
     jsd, kl_p_mixture = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
-    next_s, next_t = load(student, offsets, begin, end, BLOCK), load(teacher, offsets, begin, end, BLOCK)
+    next_s, next_t = fetched(student, lane, begin, end, VEC, PACKED), fetched(teacher, lane, begin, end, VEC, PACKED)
     for start in range(begin, end, BLOCK):
-        s, t = next_s.to(tl.float32), next_t.to(tl.float32)
-        next_s = load(student, offsets, start + BLOCK, end, BLOCK)
-        next_t = load(teacher, offsets, start + BLOCK, end, BLOCK)
+        s, t = numbers_of(next_s, student, lane, VEC, PACKED), numbers_of(next_t, teacher, lane, VEC, PACKED)
+        next_s = fetched(student, lane, start + BLOCK, end, VEC, PACKED)
+        next_t = fetched(teacher, lane, start + BLOCK, end, VEC, PACKED)
+        s, t = with_end(s, student, lane, start, end, VEC), with_end(t, teacher, lane, start, end, VEC)
         y, x = _shifted(s, t, constants, mix_weight, MIX)
         p, q, d = _ratio(y, x, constants)
         over_larger = _log_mixture_over_larger(d, jsd_lambda)

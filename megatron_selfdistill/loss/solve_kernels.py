@@ -15,13 +15,17 @@ import triton
 from torch import Tensor
 
 from megatron_selfdistill.loss.grid import Grid
-from megatron_selfdistill.loss.kernels import ALL_REGISTERS, COMPILED, as_sum, mix_of
+from megatron_selfdistill.loss.kernels import ALL_REGISTERS, COMPILED, as_sum, launching_on, mix_of
 from megatron_selfdistill.loss.row_kernels import finish_kernel, one_pass_kernel, solve_kernel
 from megatron_selfdistill.loss.row_statistics import RowResults
 from megatron_selfdistill.loss.row_sums import RowConstants
 
 NUMBERS = 32
-"""Parts times rows of a program, of one warp: one number per thread while parts are merged.  More would spill."""
+"""Parts times rows of a program: one number per thread of a warp while parts are merged."""
+PARTS_PER_WARP = 64
+"""Of one row: two numbers per thread.  With four, some kernels spill registers."""
+MOST_WARPS = 8
+"""As many as there are registers for, with 255 of each thread."""
 SOLVING = {**COMPILED, **ALL_REGISTERS}
 MOST_ROWS = 32
 """Of a program: one per thread after the merging."""
@@ -54,23 +58,24 @@ def solve_rows(gathered: Tensor, grid: Grid) -> Solving:
     constants, entropies = gathered.new_empty(6, num_rows), gathered.new_empty(num_rows, grid.num_grid)
     if num_rows:
         programs, sizes = _programs(num_rows, num_parts)
-        solve_kernel[programs](
-            gathered,
-            grid.on(gathered.device),
-            state,
-            shift,
-            constants,
-            entropies,
-            num_rows,
-            num_parts,
-            as_sum(grid.mix_weights[0]),
-            MIX=mix_of(grid.mix_weights),
-            J=len(grid.betas),
-            NUM_GRID=grid.num_grid,
-            FAVOURED=grid.favoured,
-            GIVEN=grid.given,
-            **sizes,
-        )
+        with launching_on(gathered):
+            solve_kernel[programs](
+                gathered,
+                grid.on(gathered.device),
+                state,
+                shift,
+                constants,
+                entropies,
+                num_rows,
+                num_parts,
+                as_sum(grid.mix_weights[0]),
+                MIX=mix_of(grid.mix_weights),
+                J=len(grid.betas),
+                NUM_GRID=grid.num_grid,
+                FAVOURED=grid.favoured,
+                GIVEN=grid.given,
+                **sizes,
+            )
     return Solving(state, shift, RowConstants(*constants.unbind(0)), entropies)
 
 
@@ -82,25 +87,26 @@ def finish_rows(
     outputs = _Outputs.new(gathered, solving.grid_entropies)
     if num_rows:
         programs, sizes = _programs(num_rows, num_parts)
-        finish_kernel[programs](
-            solving.state,
-            solving.shift,
-            gathered,
-            outputs.status if response_tokens is None else response_tokens.contiguous(),
-            grid.on(gathered.device),
-            *outputs.pointers(),
-            num_rows,
-            num_parts,
-            vocab_size,
-            as_sum(grid.mix_weights[0]),
-            MIX=mix_of(grid.mix_weights),
-            NUM_GRID=grid.num_grid,
-            GIVEN=grid.given,
-            LOWEST_IS_BOUND=grid.lowest_is_bound,
-            HAS_TOKENS=response_tokens is not None,
-            NUM_COLUMNS=num_columns,
-            **sizes,
-        )
+        with launching_on(gathered):
+            finish_kernel[programs](
+                solving.state,
+                solving.shift,
+                gathered,
+                outputs.status if response_tokens is None else response_tokens.contiguous(),
+                grid.on(gathered.device),
+                *outputs.pointers(),
+                num_rows,
+                num_parts,
+                vocab_size,
+                as_sum(grid.mix_weights[0]),
+                MIX=mix_of(grid.mix_weights),
+                NUM_GRID=grid.num_grid,
+                GIVEN=grid.given,
+                LOWEST_IS_BOUND=grid.lowest_is_bound,
+                HAS_TOKENS=response_tokens is not None,
+                NUM_COLUMNS=num_columns,
+                **sizes,
+            )
     return outputs.results()
 
 
@@ -110,27 +116,28 @@ def finish_in_one_pass(gathered: Tensor, grid: Grid, response_tokens: Tensor | N
     outputs = _Outputs.new(gathered, gathered.new_empty(num_rows, grid.num_grid))
     if num_rows:
         programs, sizes = _programs(num_rows, num_parts)
-        one_pass_kernel[programs](
-            gathered,
-            outputs.status if response_tokens is None else response_tokens.contiguous(),
-            grid.on(gathered.device),
-            outputs.grid_entropies,
-            *outputs.pointers(),
-            num_rows,
-            num_parts,
-            vocab_size,
-            as_sum(grid.mix_weights[0]),
-            MIX=mix_of(grid.mix_weights),
-            J=len(grid.betas),
-            NUM_GRID=grid.num_grid,
-            FAVOURED=grid.favoured,
-            GIVEN=grid.given,
-            LOWEST_IS_BOUND=grid.lowest_is_bound,
-            HAS_TOKENS=response_tokens is not None,
-            WITH_FORWARD=grid.with_forward_kl,
-            NUM_COLUMNS=num_columns,
-            **sizes,
-        )
+        with launching_on(gathered):
+            one_pass_kernel[programs](
+                gathered,
+                outputs.status if response_tokens is None else response_tokens.contiguous(),
+                grid.on(gathered.device),
+                outputs.grid_entropies,
+                *outputs.pointers(),
+                num_rows,
+                num_parts,
+                vocab_size,
+                as_sum(grid.mix_weights[0]),
+                MIX=mix_of(grid.mix_weights),
+                J=len(grid.betas),
+                NUM_GRID=grid.num_grid,
+                FAVOURED=grid.favoured,
+                GIVEN=grid.given,
+                LOWEST_IS_BOUND=grid.lowest_is_bound,
+                HAS_TOKENS=response_tokens is not None,
+                WITH_FORWARD=grid.with_forward_kl,
+                NUM_COLUMNS=num_columns,
+                **sizes,
+            )
     return outputs.results()
 
 
@@ -173,6 +180,13 @@ class _Outputs:
 
 
 def _programs(num_rows: int, num_parts: int) -> tuple[tuple[int], dict[str, int | bool]]:
+    options = launch_options(num_parts)
+    return (triton.cdiv(num_rows, options["ROWS"]),), options
+
+
+def launch_options(num_parts: int) -> dict[str, int | bool]:
+    """ROWS and PARTS of a program, and how its kernel is compiled."""
     parts = triton.next_power_of_2(num_parts)
     rows = max(1, min(MOST_ROWS, NUMBERS // parts))
-    return (triton.cdiv(num_rows, rows),), {"ROWS": rows, "PARTS": parts, "num_warps": 1, **SOLVING}
+    num_warps = max(1, min(MOST_WARPS, parts // PARTS_PER_WARP))
+    return {"ROWS": rows, "PARTS": parts, "num_warps": num_warps, **SOLVING}

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from datetime import timedelta
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from bytes_alive import BytesAlive
 from torch import Tensor
 
 from megatron_selfdistill.loss import (
@@ -164,6 +171,9 @@ SHAPES = [  # columns, columns that are no padding, dtypes
     (257, 257, torch.float16, torch.float16),
     (520, 500, torch.bfloat16, torch.float32),
     (520, 500, torch.float32, torch.bfloat16),
+    (1104, 1100, torch.bfloat16, torch.bfloat16),
+    (1040, 1030, torch.float16, torch.bfloat16),
+    (528, 500, torch.bfloat16, torch.float32),
 ]
 
 
@@ -186,6 +196,24 @@ def test_the_first_pass_in_parts_equals_float64(rule: str, num_parts: int) -> No
     student, teacher, tokens = logits(8, 900, seed=2)
     shard = Shard(student, teacher, TARGETS[rule].mix_weights, torch.float32, num_parts)
     assert_first_pass(shard, tokens, TARGETS[rule])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_words_read_16_bytes_at_a_time_give_the_bits_of_columns_read_one_by_one(dtype: torch.dtype) -> None:
+    student, teacher, tokens = logits(7, 1300, seed=10)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    shifted = [torch.empty(7, 1328, device=DEVICE, dtype=dtype)[:, 1:1301].copy_(x) for x in (student, teacher)]
+    aligned = [torch.empty(7, 1328, device=DEVICE, dtype=dtype)[:, :1300].copy_(x) for x in (student, teacher)]
+    found = []
+    for packed, rows in ((True, aligned), (False, shifted)):
+        shard = Shard(*rows, Target().mix_weights, torch.float32, 2)
+        assert kernels.is_packed(shard) == packed
+        sums, argmax = kernels.first_pass(shard, Grid.of(Target(), torch.float32), tokens, 0)
+        solving = solve_kernels.solve_rows(sums, Grid.of(Target(), torch.float32))
+        second = kernels.second_pass(shard, solving.constants, argmax, forward_kl=True)
+        found.append((sums, argmax, second, kernels.jsd_pass(shard, solving.constants, 0.3)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def assert_first_pass(shard: Shard, tokens: Tensor, target: Target, start: int = 50) -> None:
@@ -449,10 +477,28 @@ def test_no_rows_and_rows_of_one_column_have_no_loss() -> None:
             assert (stats.loss == 0).all() and (gradient == 0).all() and gradient.shape == student.shape
 
 
-def rank_of_two(rank: int, store: str, results: mp.SimpleQueue) -> None:
+def wait_for(context: mp.ProcessContext, seconds: float = 900) -> None:
+    """Until every rank has ended; raises what one of them raised, and ends all of them after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+        if time.monotonic() >= deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"the ranks are not done after {seconds:g} s")
+
+
+def rank_of_two(rank: int, store: str, folder: str) -> None:
     """Rank ``rank``: the loss of its half of 370 columns padded to 512, so that each has another number of them."""
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", rank)
-    dist.init_process_group("gloo" if INTERPRETED else "nccl", init_method=f"file://{store}", rank=rank, world_size=2)
+    if not INTERPRETED:
+        torch.cuda.set_device(device)  # NCCL's, of its own streams and buffers
+    dist.init_process_group(
+        "gloo" if INTERPRETED else "nccl",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=5),
+    )
     vocab = VocabShard.from_group(512, 370, dist.group.WORLD)
     student, teacher, tokens = padded_logits()
     columns = slice(vocab.start, vocab.start + vocab.size)
@@ -465,7 +511,7 @@ def rank_of_two(rank: int, store: str, results: mp.SimpleQueue) -> None:
         assert leaf.grad is not None
         values = [getattr(stats, field.name).detach().cpu().tolist() for field in fields(TokenStats)]
         outcomes.append((values, leaf.grad.cpu().tolist()))
-    results.put((rank, outcomes))
+    torch.save(outcomes, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -476,10 +522,10 @@ def padded_logits() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.skipif(not INTERPRETED and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_tensor_parallel_ranks_equal_one_and_have_the_same_bits(tmp_path) -> None:
-    results = mp.get_context("spawn").SimpleQueue()
-    context = mp.start_processes(rank_of_two, (str(tmp_path / "store"), results), nprocs=2, join=False)
-    shards = dict(results.get() for _ in range(2))
-    context.join()
+    arguments = str(tmp_path / "store"), str(tmp_path)
+    context = mp.start_processes(rank_of_two, arguments, nprocs=2, join=False)
+    wait_for(context)
+    shards = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     student, teacher, tokens = (tensor.to(DEVICE) for tensor in padded_logits())
     for i, kind in enumerate(DIVERGENCES.values()):
         (first, left), (second, right) = (shards[rank][i] for rank in (0, 1))
@@ -533,3 +579,187 @@ def test_the_fused_output_layer_runs_on_the_kernels(mode: str, solver: str) -> N
     assert_same(got, expected)
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+LAUNCHES = {
+    ("reverse", "exact"): ["first_pass", "solve", "second_pass", "finish", "gradient"],
+    ("reverse", "fast"): ["first_pass", "one_pass", "gradient"],
+    ("jsd", "exact"): ["first_pass", "solve", "second_pass", "finish", "jsd_pass", "gradient"],
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter loads and stores")
+@pytest.mark.parametrize(
+    ("kind", "solver", "reads"), [("forward", "exact", 3), ("forward", "fast", 2), ("jsd", "exact", 4)]
+)
+def test_every_logit_is_read_once_per_pass_and_written_once(
+    kind: str, solver: str, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for some: a part's largest columns and the response token's are read again."""
+    student, teacher, tokens = (values[:1] for values in logits(8, 2100))
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    loaded, stored = counted_accesses(monkeypatch, student), counted_accesses(monkeypatch, student, "store")
+    loaded_of_teacher = counted_accesses(monkeypatch, teacher)
+    run_in_place(student, teacher, tokens, DIVERGENCES[kind], solver)
+    assert (stored == 1).all()
+    for counts in (loaded, loaded_of_teacher):
+        assert counts.min() == reads and (counts > reads).sum() <= 30
+
+
+def counted_accesses(monkeypatch: pytest.MonkeyPatch, logits: Tensor, what: str = "load") -> Tensor:
+    """How often each 2 bytes of these logits will be loaded or stored by the interpreter."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    counts = torch.zeros(logits.numel(), dtype=torch.int64)
+    access = getattr(interpreter_builder, f"create_masked_{what}")
+
+    def counted(pointers: Any, *arguments: Any) -> Any:
+        mask = arguments[0] if what == "load" else arguments[1]
+        places = torch.from_numpy(pointers.data[mask.data].astype("int64")) - logits.data_ptr()
+        width = pointers.get_element_ty().primitive_bitwidth // 16
+        for i in range(width):
+            column = (places // 2 + i)[(places >= 0) & (places < logits.nbytes)]
+            counts.index_add_(0, column, torch.ones_like(column))
+        return access(pointers, *arguments)
+
+    monkeypatch.setattr(interpreter_builder, f"create_masked_{what}", counted)
+    return counts
+
+
+def test_rows_beyond_2_to_the_31_logits_are_those_that_are_read_and_written() -> None:
+    """Row 2 begins there.  On a CPU only the pages that are written to exist."""
+    stride, num_columns = 2**30 + 64, 300
+    places = torch.empty(2 * stride + 3 * 320, dtype=torch.bfloat16, device=DEVICE)
+    far = [places.as_strided((3, num_columns), (stride, 1), 320 * i) for i in range(3)]
+    near = [values[:3, :num_columns].bfloat16() for values in logits(8, 304)[:2]]
+    near.append(torch.zeros_like(near[0]))
+    grid, results = Grid.of(Target(), torch.float32), []
+    tokens = torch.tensor([0, 150, 299], device=DEVICE)
+    for ours, theirs in zip(far, near, strict=True):
+        ours.copy_(theirs)
+    for student, teacher, out in (far, near):
+        shard = Shard(student, teacher, grid.mix_weights, torch.float32)
+        sums, argmax = kernels.first_pass(shard, grid, tokens, 0)
+        solving = solve_kernels.solve_rows(sums, grid)
+        second = kernels.second_pass(shard, solving.constants, argmax, forward_kl=False)
+        jsd = kernels.jsd_pass(shard, solving.constants, 0.3)
+        weights = torch.ones(3, device=DEVICE)
+        kernels.write_gradient(shard, solving.constants, jsd[0, :, 1], DIVERGENCES["jsd"], weights, out)
+        results.append((sums, argmax, second, jsd, out))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_kernels_are_launched_on_the_gpu_where_the_logits_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    def check() -> None:
+        assert [device.type for device in entered] == [DEVICE.type]
+
+    @contextmanager
+    def launching_on(tensor: Tensor) -> Iterator[None]:
+        entered.append(tensor.device)
+        yield
+        entered.pop()
+
+    for module in (kernels, solve_kernels):
+        monkeypatch.setattr(module, "launching_on", launching_on)
+    launches = counted_launches(monkeypatch, check)
+    for kind, solver in LAUNCHES:
+        student, teacher, tokens = (values[:1] for values in logits(8, 40))
+        run(student, teacher, tokens, Target(), DIVERGENCES[kind], solver=solver)
+    assert set(launches) == set(KERNELS)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_logits_on_another_gpu_than_the_current_one_have_a_loss() -> None:
+    arguments = logits(8, 333)
+    here, _ = run(*arguments, Target(), Divergence())
+    assert torch.cuda.current_device() == 0
+    elsewhere = [values.to("cuda:1") for values in arguments]
+    leaf = elsewhere[0].requires_grad_()
+    vocab = VocabShard(0, 333, 333)
+    stats = distillation_loss(leaf, *elsewhere[1:], target=Target(), divergence=Divergence(), vocab=vocab)
+    stats.loss.sum().backward()
+    assert leaf.grad is not None and torch.equal(stats.loss.cpu(), here.loss.cpu())
+
+
+@pytest.mark.parametrize(("kind", "solver"), LAUNCHES)
+def test_as_shipped_a_loss_takes_5_launches_and_no_memory_but_a_few_numbers_per_token(
+    kind: str, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``LANES``, ``PART_COLUMNS`` and ``MOST_PARTS`` as they are: on the GPU rows in 8 parts and in 64."""
+    monkeypatch.undo()
+    for num_rows, num_columns, num_parts in ((2, 4208, 2),) if INTERPRETED else ((512, 19008, 8), (8, 152064, 64)):
+        student, teacher, tokens = (values[:num_rows] for values in logits(max(8, num_rows), num_columns))
+        student, teacher = student.bfloat16(), teacher.bfloat16()
+        assert kernels.num_parts(num_rows, num_columns) == num_parts
+        loss, expected = reference(student, teacher, Target(), DIVERGENCES[kind])
+        launches = counted_launches(monkeypatch)
+        (stats, gradient), peak = with_peak_bytes(student, teacher, tokens, DIVERGENCES[kind], solver)
+        assert launches == [f"{name}_kernel" for name in LAUNCHES[kind, solver]]
+        # a part's sums, at most 14 + 4 * 17 of them and twice, and some of float64
+        assert peak < min(student.nbytes / 2, num_rows * (1024 * num_parts + 512) + 64 * 1024)
+        tolerance = 1e-5 if solver == "exact" else 2e-3
+        torch.testing.assert_close(stats.loss.double(), loss, rtol=tolerance, atol=tolerance)
+        digits = 2 * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(gradient.double(), expected, rtol=digits, atol=1e-6 if solver == "exact" else 1e-3)
+        monkeypatch.undo()
+
+
+def with_peak_bytes(*arguments: Any) -> tuple[tuple[TokenStats, Tensor], float]:
+    """What `run_in_place` returns, and how many bytes it took at once beyond those of its arguments."""
+    if INTERPRETED:
+        with BytesAlive(arguments[:3]) as alive:
+            return run_in_place(*arguments), alive.peak
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = run_in_place(*arguments)
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def run_in_place(
+    student: Tensor, teacher: Tensor, tokens: Tensor, kind: Divergence, solver: str
+) -> tuple[TokenStats, Tensor]:
+    """As `run`, but the gradient is written over the logits."""
+    leaf = student.requires_grad_()
+    seen: list[Tensor] = []
+    product = leaf.view_as(leaf)
+    product.register_hook(seen.append)
+    vocab = VocabShard(0, student.shape[1], student.shape[1])
+    arguments = {"target": Target(), "divergence": kind, "vocab": vocab, "backend": "triton", "solver": solver}
+    stats = distillation_loss(product, teacher, tokens, **arguments, inplace_backward=True)
+    (stats.loss * torch.linspace(-1, 2, len(tokens), device=DEVICE)).sum().backward()
+    assert seen[0].data_ptr() == leaf.data_ptr()
+    return replace(stats, loss=stats.loss.detach()), seen[0]
+
+
+KERNELS: dict[str, ModuleType] = {
+    **dict.fromkeys(("first_pass_kernel", "second_pass_kernel", "jsd_pass_kernel", "gradient_kernel"), kernels),
+    **dict.fromkeys(("solve_kernel", "finish_kernel", "one_pass_kernel"), solve_kernels),
+}
+
+
+class Counted:
+    """A kernel that tells its launches."""
+
+    def __init__(self, kernel: Any, told: Callable[[], None]) -> None:
+        self.kernel, self.told = kernel, told
+
+    def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., Any]:
+        self.told()
+        return self.kernel[programs]
+
+
+def counted_launches(monkeypatch: pytest.MonkeyPatch, check: Callable[[], Any] = lambda: None) -> list[str]:
+    """The kernels' names, in the order in which they will be launched; ``check`` is called before each."""
+    launches: list[str] = []
+
+    def told(name: str) -> None:
+        check()
+        launches.append(name)
+
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), partial(told, name)))
+    return launches

@@ -371,3 +371,15 @@ def test_a_batch_target_takes_its_k_from_the_record() -> None:
     assert first.beta.unique().item() == pytest.approx(1 / 1.75)
     assert later.beta.unique().item() == pytest.approx(1 / 1.25)
     assert torch.equal(first.grid_entropies, later.grid_entropies) and len(first.grid_betas) == 5
+
+
+def test_a_first_call_under_inference_mode_keeps_nothing_that_autograd_would_refuse_later() -> None:
+    student, teacher, tokens = torch.randn(2, 8), torch.randn(2, 8), torch.zeros(2, dtype=torch.int64)
+    target = Target(teacher_weight=0.8125)  # of no other test: its grid is made here
+    arguments = {"target": target, "divergence": Divergence(), "vocab": VocabShard(0, 8, 8)}
+    with torch.inference_mode():
+        assert not distillation_loss(student, teacher, tokens, **arguments).grid_betas.is_inference()
+    leaf = student.requires_grad_()
+    stats = distillation_loss(leaf, teacher, tokens, **arguments)
+    (stats.loss.sum() * stats.grid_betas.sum()).backward()
+    assert leaf.grad is not None and torch.isfinite(leaf.grad).all()
