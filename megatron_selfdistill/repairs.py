@@ -32,11 +32,14 @@ def apply() -> None:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine imports; a broken installation raises, and is not taken for none."""
+    """Whether Transformer Engine is there.  One that cannot be imported (an undefined symbol, say) raises what its
+    import does, and is not taken for none: a run would go on with other layers."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "transformer_engine":
+            return False
+        raise
     return True
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,22 @@ def test_meta_stays_meta():
         assert {tensor.device.type for tensor in made} == {"meta"}
     assert torch.empty(3, device="meta").cuda().device.type == "meta"
     assert torch.empty_like(torch.empty(3, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
+        ("import something_that_it_needs", "No module named 'something_that_it_needs'"),
+    ],
+)
+def test_a_transformer_engine_that_does_not_load_is_not_taken_for_none(tmp_path, content, reason):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(content)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    command = [sys.executable, "-Wignore", "-c", "from megatron_selfdistill import repairs"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and reason in done.stderr.splitlines()[-1]
 
 
 @cpu_only

@@ -174,6 +174,9 @@ class Letters:
     def encode(self, text):
         return [ord(character) for character in text]
 
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids, *, skip_special_tokens=False):
         return "".join(map(chr, ids))
 

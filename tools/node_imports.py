@@ -73,6 +73,8 @@ except BaseException as error:
     found["not_found"] = isinstance(error, ModuleNotFoundError)
 with open(answer, "w") as file:
     json.dump(found, file)
+sys.stdout.flush()
+sys.stderr.flush()
 os._exit(0)  # how a library takes its leave is not the question
 """
 
