@@ -142,7 +142,7 @@ class Inputs:
         left_out = [*log.turns.skipped]
         if config.logged:
             problems, counts = log.turns, ContextCounts()
-            reader = TurnReader(builder, stop_token_ids, max_length, data.on_long_context, data.on_bad_record)
+            reader = _reader(data, builder, stop_token_ids, max_length)
             read, unusable = _look_at(problems.problems, reader, config.seed)
             left_out += unusable
             about: tuple[str, ...] = (read,)
@@ -180,10 +180,11 @@ def _about(log: ConversationSet) -> str:
 
 def turn_reader(config: Config, inputs: Inputs) -> TurnReader:
     """How the run reads logged turns."""
-    data = config.data
-    return TurnReader(
-        inputs.builder, inputs.stop_token_ids, inputs.max_length, data.on_long_context, data.on_bad_record
-    )
+    return _reader(config.data, inputs.builder, inputs.stop_token_ids, inputs.max_length)
+
+
+def _reader(data: DataConfig, builder: PromptBuilder, stop_token_ids: tuple[int, ...], max_length: int) -> TurnReader:
+    return TurnReader(builder, stop_token_ids, max_length, data.on_long_context, data.on_bad_record)
 
 
 def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tuple[str, list[str]]:

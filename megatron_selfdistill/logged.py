@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from megatron_selfdistill import progress
@@ -81,10 +82,8 @@ class LoggedTurns:
     def _read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
         new = [problem for problem in problems if problem.id not in self._unusable]
         found: dict[str, Turn | Unusable] = {}
-        for start in range(0, len(new), _CHUNK):
-            chunk = new[start : start + _CHUNK]
-            found |= zip((problem.id for problem in chunk), self._reader.read(chunk), strict=True)
-            progress.beat()
+        for chunk, turns in _read_by_chunks(self._reader, new):
+            found |= zip((problem.id for problem in chunk), turns, strict=True)
         return [found.get(problem.id) or self._unusable[problem.id] for problem in problems]
 
     def _refused_anywhere(self, places: Sequence[int], found: Sequence[Turn | Unusable]) -> dict[int, Unusable]:
@@ -115,13 +114,11 @@ def read_all_turns(config: Config, inputs: Inputs, grid: Grid) -> Inputs:
     reader, problems = turn_reader(config, inputs), inputs.problems.problems
     counts, unusable = TurnCounts(), []
     said = time.monotonic()
-    share = range(grid.rank, len(problems), grid.world_size)
-    for start in range(0, len(share), _CHUNK):
-        numbers = share[start : start + _CHUNK]
-        found = reader.read([problems[number] for number in numbers])
-        counts += TurnCounts.of(found)
-        unusable += [(n, turn) for n, turn in zip(numbers, found, strict=True) if isinstance(turn, Unusable)]
-        progress.beat()
+    share = iter(range(grid.rank, len(problems), grid.world_size))
+    for chunk, turns in _read_by_chunks(reader, problems[grid.rank :: grid.world_size]):
+        numbers = list(islice(share, len(chunk)))
+        counts += TurnCounts.of(turns)
+        unusable += [(n, turn) for n, turn in zip(numbers, turns, strict=True) if isinstance(turn, Unusable)]
         if grid.rank == 0 and time.monotonic() - said > _REPORT_EVERY_S:
             said = time.monotonic()
             print(f"reading logged turns: {numbers[-1] + 1} of {len(problems)}", file=sys.stderr, flush=True)
@@ -133,6 +130,15 @@ def read_all_turns(config: Config, inputs: Inputs, grid: Grid) -> Inputs:
     sentences = dict.fromkeys([*inputs.problems.skipped, *(turn.sentence for _, turn in everywhere)])
     about = f"all {len(problems)} turns were read: {total}"
     return replace(inputs, about_conversations=(*inputs.about_conversations[:-1], about), left_out=tuple(sentences))
+
+
+def _read_by_chunks(
+    reader: TurnReader, problems: Sequence[Problem]
+) -> Iterator[tuple[Sequence[Problem], list[Turn | Unusable]]]:
+    for start in range(0, len(problems), _CHUNK):
+        chunk = problems[start : start + _CHUNK]
+        yield chunk, reader.read(chunk)
+        progress.beat()
 
 
 def list_left_out(file: Path, sentences: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill import progress, schedule
+from megatron_selfdistill import schedule
 from megatron_selfdistill.batch import largest, pack_everywhere
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
@@ -194,8 +194,7 @@ class Run:
         """End before the last step, as asked: a checkpoint of the present step, and the mark that it lies there."""
         if self._saved_step != self.step:
             self.save()
-        with progress.moving_files():
-            self.checkpointer.finish()
+        self.checkpointer.finish()
         self.stop.leave_marker(self.step)
         self.log.message(f"stopped after step {self.step}: {self.stop.reason}; started again, it goes on from there")
 
@@ -237,7 +236,7 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of the present step.  In the middle of one, the step is redone from there."""
-        with self.phases("checkpoint"), progress.moving_files():
+        with self.phases("checkpoint"):
             self.checkpointer.save(
                 self.step,
                 chunks=self.chunks,

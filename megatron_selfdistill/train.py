@@ -87,8 +87,7 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
                 run.log.message(f"stopped: {reason}")
                 return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
             finally:
-                with progress.moving_files():
-                    run.close()
+                run.close()
     finally:
         parallel.shutdown()
 

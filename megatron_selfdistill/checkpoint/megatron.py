@@ -29,6 +29,7 @@ from megatron_selfdistill.checkpoint.frozen_teacher import (
     save_frozen_teacher,
 )
 from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.progress import moving_files
 
 __all__ = [
     "CheckpointError",
@@ -78,6 +79,7 @@ class Checkpointer:
                 logger.warning("%s is not used: it %s", path, fault)
         return None
 
+    @moving_files()
     def save(
         self,
         step: int,
@@ -117,6 +119,7 @@ class Checkpointer:
             self._start_writing(contents, target)
         return target
 
+    @moving_files()
     def load(
         self,
         path: Path,
@@ -165,6 +168,7 @@ class Checkpointer:
         """
         self._finalize(blocking=False)
 
+    @moving_files()
     def finish(self) -> None:
         """Wait for the background save, if there is one, and complete it."""
         self._finalize(blocking=True)
