@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_selfdistill import progress
 from megatron_selfdistill.batch import largest
 from megatron_selfdistill.checkpoint.agreement import from_all_ranks
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config, ConfigError, hidden
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.inputs import Inputs, turn_reader
@@ -144,7 +144,7 @@ def _read_by_chunks(
 def list_left_out(file: Path, sentences: Iterable[str]) -> None:
     """Append those that ``file`` does not have yet, a line each."""
     have = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
-    new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in have]
+    new = [sentence for sentence in dict.fromkeys(map(hidden, sentences)) if sentence not in have]
     with file.open("a", encoding="utf-8") as lines:
         lines.writelines(f"{sentence}\n" for sentence in new)
 

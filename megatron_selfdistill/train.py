@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return plan(config, given, sys.argv[1:] if argv is None else argv)
         return train(config, given)
     except (ConfigError, CheckpointError, EngineError) as error:
-        print(f"[rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
+        message = configuration.hidden(str(error))
+        print(f"[rank {os.environ.get('RANK', '0')}] {message}", file=sys.stderr, flush=True)
         return EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
 
 

@@ -51,6 +51,8 @@ class _HalfDocumented:
 def test_keys_lists_each_field_of_each_section_once_with_its_default():
     expected = {}
     for f in dataclasses.fields(Config):
+        if f.name == "from_environment":
+            continue
         value = getattr(Config(), f.name)
         if dataclasses.is_dataclass(value):
             expected |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in dataclasses.fields(value)}

@@ -230,7 +230,9 @@ def _data(inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on besides model and problems."""
-    rollout, data = config.rollout, config.data
+    from megatron_selfdistill.config import writable
+
+    rollout, data = config.rollout, writable(config)["data"]
     return {
         "num_samples": arguments.num_samples,
         "hinted": arguments.hinted,
@@ -243,11 +245,11 @@ def _settings(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> 
         "top_k": rollout.top_k,
         "top_p": rollout.top_p,
         "stop_token_ids": list(inputs.stop_token_ids),
-        "system_prompt": data.system_prompt,
-        "student_template": data.student_template,
-        "teacher_template": data.teacher_template if arguments.hinted else None,
-        "chat_template": data.chat_template,
-        "chat_template_kwargs": dict(data.chat_template_kwargs),
+        "system_prompt": data["system_prompt"],
+        "student_template": data["student_template"],
+        "teacher_template": data["teacher_template"] if arguments.hinted else None,
+        "chat_template": data["chat_template"],
+        "chat_template_kwargs": data["chat_template_kwargs"],
     }
 
 

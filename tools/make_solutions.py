@@ -205,10 +205,11 @@ def provenance(config: Config, inputs: Inputs, arguments: argparse.Namespace) ->
     """All that the solutions depend on, save the layout: the journal's first line, and in each line of the file."""
     from megatron_selfdistill.checkpoint.folder import iteration_of
     from megatron_selfdistill.checkpoint.weights import find
+    from megatron_selfdistill.config import writable
 
     assert config.checkpoint.load is not None
     path, _ = find(Path(config.checkpoint.load))
-    data, rollout, wanted = config.data, config.rollout, config.solutions
+    rollout, wanted, written = config.rollout, config.solutions, writable(config)
     sampling = {name: getattr(rollout, name) for name in "engine max_new_tokens temperature top_k top_p".split()}
     wording = "tokenizer chat_template chat_template_kwargs system_prompt student_template".split()
     if wanted.pick == "learnable":
@@ -219,8 +220,8 @@ def provenance(config: Config, inputs: Inputs, arguments: argparse.Namespace) ->
         "data": inputs.problems.fingerprint,
         "seed": config.seed,
         "sampling": {**sampling, "stop_token_ids": list(inputs.stop_token_ids)},
-        "prompts": {name: getattr(data, name) for name in wording},
-        "verifier": config.evaluation.verifier,
+        "prompts": {name: written["data"][name] for name in wording},
+        "verifier": written["evaluation"]["verifier"],
         **{name: value for name, value in asdict(wanted).items() if name != "refresh_every"},
         "group_size": arguments.group_size,
     }

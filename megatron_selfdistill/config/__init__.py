@@ -8,7 +8,8 @@ builder functions code receives plain arguments, never a ``Config``.
 
 from __future__ import annotations
 
-from megatron_selfdistill.config.compose import field_docs, from_mapping, given_keys, keys, load, to_yaml
+from megatron_selfdistill.config.compose import field_docs, from_mapping, given_keys, keys, load, to_yaml, writable
+from megatron_selfdistill.config.environment import hidden
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema import (
     CheckpointConfig,
@@ -54,7 +55,9 @@ __all__ = [
     "from_mapping",
     "function_named",
     "given_keys",
+    "hidden",
     "keys",
     "load",
     "to_yaml",
+    "writable",
 ]

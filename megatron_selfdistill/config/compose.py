@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_selfdistill.config.environment import as_written, environment_values
 from megatron_selfdistill.config.schema import Config, ConfigError
 from megatron_selfdistill.paths import config_dir
 
@@ -79,7 +80,9 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
     _make_writable(schema)
     try:
         merged = OmegaConf.merge(schema, values)
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        environment = environment_values(merged)
+        config: Any = OmegaConf.to_object(merged)
+        return dataclasses.replace(config, from_environment=environment)
     except ConfigError:
         raise
     except OmegaConfBaseException as error:
@@ -89,9 +92,20 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
         raise ConfigError(_unknown_key(key) or f"{key}: {str(error).splitlines()[0]}") from error
 
 
+def writable(config: Config) -> dict[str, Any]:
+    """Return the configuration as nested plain values: the form for files, and for comparing one run with another.
+
+    Everything is resolved but what was read from the environment: such a value is its interpolation, as it was written
+    (``${oc.env:NAME}``), since it may be a secret.  `from_mapping` of the result reads the environment again.
+    """
+    values = dataclasses.asdict(config)
+    del values["from_environment"]
+    return as_written(values, config.from_environment)
+
+
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, as written into the run folder."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """Return `writable`'s values as YAML, as the run folder has them."""
+    return OmegaConf.to_yaml(OmegaConf.create(writable(config)))
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
@@ -99,6 +113,8 @@ def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     out: dict[str, tuple[Any, str]] = {}
     docs = field_docs(cls)
     for f in dataclasses.fields(cls):
+        if f.metadata.get("omegaconf_ignore"):
+            continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         if dataclasses.is_dataclass(default):
             out.update(keys(type(default), f"{prefix}{f.name}."))
@@ -120,7 +136,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def _defaults() -> DictConfig:
     """The schema's values as plain nodes, closed to unknown keys except below the free-form dictionaries."""
-    node = OmegaConf.create(dataclasses.asdict(Config()))
+    node = OmegaConf.create(writable(Config()))
     OmegaConf.set_struct(node, True)
     for name, (default, _) in keys().items():
         if isinstance(default, dict):

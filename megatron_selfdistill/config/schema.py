@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_selfdistill.config.environment import FromEnvironment, Place, hidden
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot run, in one sentence: the key, what was expected, what it got."""
+    """A configuration that cannot run, in one sentence: the key, what was expected, what it got.
+
+    The sentence does not quote what was read from the environment (`environment.hidden`)."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(hidden(sentence))
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -762,6 +769,10 @@ class Config:
     """When a run is unhealthy."""
     stop: StopConfig = field(default_factory=StopConfig)
     """When a run ends before its last step."""
+    from_environment: Mapping[Place, FromEnvironment] = field(
+        default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
+    )
+    """Not a key: the values above that were read from the environment, and how they were written."""
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, ["self_distillation", "solutions", "verified_rollouts"])

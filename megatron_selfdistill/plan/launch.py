@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.config import Config, hidden
 
 NEEDED = {
     "checkpoint.load": "/path/to/megatron/checkpoint",
@@ -19,7 +19,7 @@ _SCRIPTS_GPUS_PER_NODE = 8  # of examples/slurm, unless told otherwise
 
 def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]:
     """By Slurm, with this project's scripts, and by torchrun, once on each node; keys and variables that are still
-    missing are shown with a path to fill in."""
+    missing are shown with a path to fill in.  What was read from the environment is shown as it was written."""
     kept = [argument for argument in arguments if argument.split("=")[0] not in ("dry_run", "run_dir")]
     given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
     given["data.path"] = config.data.path
@@ -34,7 +34,7 @@ def num_nodes(config: Config) -> int:
 
 def _sbatch(config: Config, overrides: Sequence[str]) -> str:
     nodes = num_nodes(config)
-    variables, options = {"RUN_DIR": config.run_dir}, []
+    variables, options = {"RUN_DIR": hidden(config.run_dir)}, []
     script = "one_node" if nodes == 1 else "many_nodes"
     if _wants_servers(config, overrides):
         script = "rollout_nodes"
@@ -61,8 +61,8 @@ def _server_variables(config: Config) -> dict[str, str]:
     rollout, per_node = config.rollout, _ranks_per_node(config)
     num_servers = rollout.num_servers or len(rollout.servers)
     variables = {
-        "HF_CONFIG": rollout.hf_config or "/path/to/hf/config",
-        "SERVER_PYTHON": rollout.server_python or "python",
+        "HF_CONFIG": hidden(rollout.hf_config or "/path/to/hf/config"),
+        "SERVER_PYTHON": hidden(rollout.server_python or "python"),
         "SERVER_GPUS": str(rollout.engine_tp),
     }
     if rollout.engine_tp <= per_node:
@@ -76,7 +76,7 @@ def _torchrun(config: Config, overrides: Sequence[str]) -> str:
     # Not c10d's rendezvous: it gives out ranks as nodes arrive, and neighbours in rank should be neighbours.
     where = "--standalone" if nodes == 1 else f'--nnodes {nodes} --node-rank "$NODE_RANK" --master-addr "$HEAD"'
     command = f"torchrun {where} --nproc-per-node {_ranks_per_node(config)} -m megatron_selfdistill.train"
-    return " ".join([command, *map(shlex.quote, [f"run_dir={config.run_dir}", *overrides])])
+    return " ".join([command, *map(shlex.quote, [f"run_dir={hidden(config.run_dir)}", *overrides])])
 
 
 def _ranks_per_node(config: Config) -> int:

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_selfdistill.config import hidden
 from megatron_selfdistill.plan.dry_run import Plan
 from megatron_selfdistill.plan.launch import launch_commands, num_nodes
 from megatron_selfdistill.plan.memory import Memory, engine_weight_gib
@@ -24,7 +25,7 @@ def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -
     table = memory_table(plan)
     console = console or Console(width=_WIDEST)  # a log has no width, and a cut number says nothing
     title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.gpu_memory_gb:g}"
-    for text in (*summary(plan), title, table, *launch_commands(plan.config, arguments)):
+    for text in (*map(hidden, summary(plan)), title, table, *launch_commands(plan.config, arguments)):
         console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
 
 
