@@ -144,6 +144,17 @@ class Rollouts:
         assert pair is not None, "Inputs.load kept only the problems that fit"
         return pair
 
+    def solution_read(self, context: ContextPair) -> str:
+        """Return the solution that the teacher reads beside this response of the present step, whole even where a long
+        one was shortened; "" where there is no teacher."""
+        if self.config.objective != "self_distillation":
+            return ""
+        if self._own is not None:
+            response = Response(context.response, [], [], "length" if context.truncated else "stop")
+            own = self._own.solution_for(context.problem_id, response_text(response, self.inputs.tokenizer))
+            return own.text if own is not None else ""
+        return next(p.solution for p in self.inputs.problems.problems if p.id == context.problem_id)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values for the checkpoint; in the middle of a step, what was before it."""
         parts = {"stream": self._stream, "success": self._success, "own": self._own}

@@ -30,6 +30,8 @@ from megatron_selfdistill.loss.target import Target, solve_batch_k
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
+from megatron_selfdistill.metrics.samples import chosen, sample_of
+from megatron_selfdistill.metrics.token_numbers import token_numbers
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.parallel import Grid
@@ -87,6 +89,8 @@ class Run:
             enabled=grid.is_reporter,
         )
         self.log.resume(self.step)
+        if config.metrics.show_samples and not config.shows_contents:
+            self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
         self.stop = Stop(
             self.run_dir,
             grid,
@@ -159,6 +163,8 @@ class Run:
             metrics |= step_metrics(replace(output, weights=None), None, self.grid)
         else:
             metrics = step_metrics(output, self._sampler_log_probs, self.grid, self.config.loss.rollout_correction_cap)
+        if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
+            self._show_samples(output)
         if not self._checked:
             self._checked = True
             if self.distils and self.step == 0:
@@ -402,6 +408,21 @@ class Run:
         row_loss = self._distillation_loss(Target(teacher_weight=self.config.target.teacher_weight))
         output = self._schedule(batch, self.chunks, row_loss, forward_only=True)
         check_identity(step_metrics(output, None, self.grid)["loss/mean"], self.config.guards.identity_tolerance)
+
+    def _show_samples(self, output: schedule.StepOutput) -> None:
+        """Log some responses of the step under way with the loss's numbers of their tokens: those of the first problems
+        of the first replica, whose ranks gather the numbers; the other replicas do nothing."""
+        if self.grid.dp_rank != 0:
+            return
+        shown = chosen(self._contexts, self.config.metrics.show_samples)
+        numbers = token_numbers(output, [span for _, span in shown], self.grid)
+        self.log.log_samples(
+            self.step + 1,
+            lambda: [
+                sample_of(context, self.rollouts.solution_read(context), known, self.inputs.tokenizer)
+                for (context, _), known in zip(shown, numbers, strict=True)
+            ],
+        )
 
     def _tokens_read(self, batch: PackedBatch, metrics: dict[str, float]) -> float:
         """Tokens, without padding, that student and teacher read in this step, over the global batch."""

@@ -7,7 +7,9 @@ import dataclasses
 import io
 import json
 import math
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +23,11 @@ from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import solve_batch_k
 from megatron_selfdistill.metrics import (
+    COLUMNS,
     MetricsLog,
     Phases,
     batch_entropies,
+    pace,
     read_metrics,
     rollout_metrics,
     step_metrics,
@@ -337,9 +341,9 @@ def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
     output = Console(file=io.StringIO(), force_terminal=False, width=40)
     log_steps(tmp_path, range(1, 10), done=0, console=True, console_every=4, output=output)
     lines = output.file.getvalue().splitlines()
-    assert [line.split(" of ")[0] for line in lines] == ["step 4", "step 8", "step 9"]
+    assert [line.split(" of ")[0] for line in lines[1:]] == ["step 4", "step 8", "step 9"]
     assert "\x1b" not in output.file.getvalue()
-    assert "left" in lines[0] and "loss 0.4000" in lines[0] and "length 22.0" in lines[0]
+    assert "left" in lines[1] and "loss 0.4000" in lines[1] and "length 22.0" in lines[1]
 
 
 def test_on_a_terminal_there_is_a_progress_bar_and_it_is_taken_down(tmp_path):
@@ -348,6 +352,92 @@ def test_on_a_terminal_there_is_a_progress_bar_and_it_is_taken_down(tmp_path):
     text = output.file.getvalue()
     assert "3/9" in text and "6/9" in text and "step 5  loss 0.5000" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
+
+
+EVERY_COLUMN = {
+    "loss/mean": 0.1,
+    "entropy/student": 0.2,
+    "k/mean": 1.4,
+    "top1_agreement": 0.9,
+    "response/length_mean": 20.0,
+    "response/truncated_share": 0.5,
+    "gradient_norm": 1.5,
+    "learning_rate": 1e-6,
+    "seconds/step": 3.25,
+}
+
+
+def console_lines(tmp_path: Path, metrics: dict[str, float]) -> list[str]:
+    output = Console(file=io.StringIO(), force_terminal=False, width=40)
+    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, output=output) as log:
+        log.resume(0)
+        for step in (1, 2, 3):
+            log.log(step, metrics)
+    return output.file.getvalue().splitlines()
+
+
+def test_every_column_of_the_console_is_explained(tmp_path):
+    line = console_lines(tmp_path, EVERY_COLUMN)[-1]
+    place, *columns = line.split("  ")
+    assert place.endswith(" left:") and len(columns) == len(EVERY_COLUMN)
+    explained = dict(re.findall(r"^  (\S+) +(\S.*)$", COLUMNS, re.MULTILINE))
+    assert explained.keys() == {column.rpartition(" ")[0] for column in columns} | {"left"}
+    for (key, value), column in zip(EVERY_COLUMN.items(), columns, strict=True):
+        label, _, shown = column.rpartition(" ")
+        assert float(shown) == value and explained[label].endswith(f"({key})")
+
+
+def test_a_legend_of_the_columns_is_printed_once_before_the_first_line(tmp_path):
+    legend, *lines = console_lines(tmp_path, {"loss/mean": 0.1, "learning_rate": 1e-6})
+    assert legend == "columns: loss = mean loss per response token (nats); lr = learning rate"
+    assert len(lines) == 3 and all(line.startswith("step ") for line in lines)
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Stop the clock of `Pace`; what is returned moves it on."""
+    now = [1000.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+@pytest.mark.parametrize("done", [0, 40])
+def test_the_time_left_does_not_extrapolate_the_first_step_of_a_launch(monkeypatch, done):
+    wait, speed, left = clock(monkeypatch), pace.Pace(done + 20), []
+    for step, seconds in enumerate([315.0, 2.0, 4.0, 3.0], done + 1):
+        wait(seconds)
+        speed.advance(step)
+        left.append(speed.left)
+    assert left == ["", "", "0:51 left", "0:48 left"]
+
+
+def test_the_time_left_counts_hours(monkeypatch):
+    wait, speed = clock(monkeypatch), pace.Pace(1003)
+    for step in (1, 2, 3):
+        wait(7.509)
+        speed.advance(step)
+    assert speed.left == "2:05:09 left"
+
+
+def test_the_console_shows_no_time_left_before_the_third_step(tmp_path):
+    _, *lines = console_lines(tmp_path, {"loss/mean": 0.1})
+    assert [" left" in line for line in lines] == [False, False, True]
+    output = Console(file=io.StringIO(), force_terminal=True, width=100)
+    log_steps(tmp_path, range(1, 4), done=0, console=True, output=output)
+    assert "3/9" in output.file.getvalue().rpartition(" left")[0]
+
+
+def test_messages_hide_what_the_environment_held_and_numbers_stay(tmp_path, monkeypatch):
+    from megatron_selfdistill.config import load
+
+    monkeypatch.setenv("LAB_DIGITS", "0.1000")
+    load(["data.path='${oc.env:LAB_DIGITS}'"])
+    output = Console(file=io.StringIO(), force_terminal=False)
+    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, output=output) as log:
+        log.resume(0)
+        log.message("starts from /a/0.1000")
+        log.log(1, {"loss/mean": 0.1})
+    first, _, step = output.file.getvalue().splitlines()
+    assert first == "starts from /a/${oc.env:LAB_DIGITS}" and step == "step 1 of 9:  loss 0.1000"
 
 
 def test_an_evaluation_is_logged_with_all_its_numbers(tmp_path):

@@ -179,9 +179,11 @@ def test_a_run_writes_and_prints_no_value_from_the_environment(data, tmp_path, m
     ]
     monkeypatch.setenv("LAB_FOLDER", str(tmp_path / SECRET))
     run = tmp_path / "run"
-    done = tiny_run.in_new_process(tiny_run.overrides(data, run, *options))
+    monkeypatch.setenv("LAB_RUN", str(run))
+    done = tiny_run.in_new_process(tiny_run.overrides(data, run, *options, "run_dir='${oc.env:LAB_RUN}'"))
     assert done.returncode == 0, done.stderr
     assert SECRET not in done.stdout + done.stderr
+    assert "everything goes to ${oc.env:LAB_RUN}" in done.stdout and str(run) not in done.stdout
     assert (run / "checkpoints" / "iter_0000001").is_dir() and files_with("seconds/step", run)
     assert files_with(SECRET, run) == []
     assert "${oc.env:LAB_FOLDER}/problems.jsonl" in (run / "config.yaml").read_text()

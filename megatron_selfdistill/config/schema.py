@@ -279,7 +279,7 @@ class ConversationsConfig:
     unlikely: str = "drop"
     """What becomes of unlikely turns: drop (weight 0 in the loss) or down_weight (exp(mean - min_log_prob))."""
     show_contents: bool = False
-    """Messages about bad records may quote the log."""
+    """Messages about bad records may quote the log, and metrics.show_samples shows turns of it."""
 
     def __post_init__(self) -> None:
         _one_of("conversations.turns", self.turns, ["all", "before_accepted"])
@@ -627,7 +627,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Where the numbers of each step go.  They are always written to metrics.jsonl in the run folder."""
+    """Where the numbers and some responses of a step go.  Numbers are always written to metrics.jsonl in the run
+    folder."""
 
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
@@ -635,9 +636,20 @@ class MetricsConfig:
     """Progress bar and a line every ``console_every`` steps."""
     console_every: int = 1
     """Steps between console lines."""
+    show_samples: int = 2
+    """Responses that are shown as text, each token marked by how much the teacher disagrees: on the console, in
+    TensorBoard, and whole in samples.jsonl in the run folder; the first of so many problems; 0 is none.  Of
+    conversations only with conversations.show_contents=true."""
+    show_samples_every: int = 10
+    """Steps between samples; those of the first step are always shown."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "metrics", self, "console_every")
+        _at_least(1, "metrics", self, "console_every show_samples_every")
+        _at_least(0, "metrics", self, "show_samples")
+
+    def samples_due(self, step: int) -> bool:
+        """Return whether samples of this step, counted from 1, are to be shown."""
+        return self.show_samples > 0 and (step == 1 or step % self.show_samples_every == 0)
 
 
 @dataclass(frozen=True)
@@ -811,6 +823,11 @@ class Config:
         """Something is sampled: responses, or beside those of a log, answers to held-out problems."""
         evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
         return not self.logged or bool(evaluates)
+
+    @property
+    def shows_contents(self) -> bool:
+        """Problems and responses may be shown as text: those of conversations only where the user says so."""
+        return self.data.kind != "conversations" or self.conversations.show_contents
 
     def _check_conversations(self) -> None:
         _require(

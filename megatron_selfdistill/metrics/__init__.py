@@ -1,10 +1,19 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What is logged: numbers of a step over the global batch, seconds per phase, and where they are written."""
+"""What is logged: numbers of a step over the global batch, seconds per phase, some responses, and where they go."""
 
 from __future__ import annotations
 
-from megatron_selfdistill.metrics.log import MetricsLog, read_metrics
+from megatron_selfdistill.metrics.log import COLUMNS, MetricsLog, read_metrics, read_samples
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.step import batch_entropies, rollout_metrics, step_metrics
 
-__all__ = ["MetricsLog", "Phases", "batch_entropies", "read_metrics", "rollout_metrics", "step_metrics"]
+__all__ = [
+    "COLUMNS",
+    "MetricsLog",
+    "Phases",
+    "batch_entropies",
+    "read_metrics",
+    "read_samples",
+    "rollout_metrics",
+    "step_metrics",
+]

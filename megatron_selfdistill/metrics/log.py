@@ -1,40 +1,69 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Where the metrics of a run go: metrics.jsonl, TensorBoard, and console lines above a progress bar."""
+"""Where the metrics and samples of a run go: JSON lines, TensorBoard, and console lines above a progress bar."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-METRICS_FILE = "metrics.jsonl"
+from megatron_selfdistill.config import hidden
+from megatron_selfdistill.metrics.pace import Pace
+from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html
+from megatron_selfdistill.metrics.samples import Sample
 
-# Key, label and format of what a console line shows, where the step has it.
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+
+
+class _Column(NamedTuple):
+    """One number of a console line, where the step has it."""
+
+    key: str
+    label: str
+    form: str
+    meaning: str
+
+
 _LINE = (
-    ("loss/mean", "loss", ".4f"),
-    ("entropy/student", "entropy", ".4f"),
-    ("k/mean", "k", ".2f"),
-    ("top1_agreement", "top-1", ".3f"),
-    ("response/length_mean", "length", ".1f"),
-    ("response/truncated_share", "cut", ".2f"),
-    ("gradient_norm", "grad", ".3g"),
-    ("learning_rate", "lr", ".2g"),
-    ("seconds/step", "s", ".2f"),
+    _Column("loss/mean", "loss", ".4f", "mean loss per response token (nats)"),
+    _Column("entropy/student", "entropy", ".4f", "the student's mean entropy (nats)"),
+    _Column("k/mean", "k", ".2f", "mean divisor of the mixed logits"),
+    _Column(
+        "top1_agreement", "top-1", ".3f", "share of tokens where student and teacher have the same most likely one"
+    ),
+    _Column("response/length_mean", "length", ".1f", "mean response length (tokens)"),
+    _Column("response/truncated_share", "cut", ".2f", "share of responses cut at rollout.max_new_tokens"),
+    _Column("gradient_norm", "grad", ".3g", "gradient norm before clipping"),
+    _Column("learning_rate", "lr", ".2g", "learning rate"),
+    _Column("seconds/step", "s", ".2f", "seconds of the step"),
 )
+
+COLUMNS = "\n".join(
+    [
+        "The console line of a step (metrics.console, every metrics.console_every steps); in brackets, its keys in",
+        "metrics.jsonl, where docs/metrics.md explains all others:",
+        *(f"  {column.label:<8} {column.meaning} ({column.key})" for column in _LINE),
+        "  left     time until the last step, from the third step of a launch on",
+    ]
+)
+"""What the columns of the console mean, for people."""
 
 
 class MetricsLog:
-    """Writes the metrics of a run.  A step is named by the steps that are done after it: the first is step 1.
-    Call `resume` first, with the steps that are done: 0 for a new run.
+    """Writes the metrics and samples of a run.
+
+    A step is named by the steps that are done after it: the first is step 1.  Call `resume` first, with the steps that
+    are done: 0 for a new run.
 
     metrics.jsonl has one object per call of `log` or `log_evaluation`, ``{"step": 3, "loss/mean": 0.07}``,
     handed to the operating system at once.  JSON has no NaN and no infinities: they are the strings "NaN",
-    "Infinity" and "-Infinity", which `read_metrics` turns back. ``console``: a progress bar with the time
+    "Infinity" and "-Infinity", which `read_metrics` turns back.  samples.jsonl has one object per sample,
+    ``{"step": 3, "problem_id": ..}`` and what `Sample.record` returns.  ``console``: a progress bar with the time
     left, and a line every ``console_every`` steps; the lines alone where the output is no terminal.
+    Console lines do not show what was read from the environment (`config.hidden`).
     ``output``: a rich Console other than that of standard output. ``enabled`` (``grid.is_reporter``): where
     False, nothing is read, written or printed.
     """
@@ -51,6 +80,7 @@ class MetricsLog:
         output: Any = None,
     ) -> None:
         self.path, self.num_steps, self.console_every = Path(run_dir) / METRICS_FILE, num_steps, console_every
+        self.samples_path = Path(run_dir) / SAMPLES_FILE
         self.enabled, self._tensorboard = enabled, tensorboard
         self._file: Any = None
         self._writer: Any = None
@@ -65,10 +95,9 @@ class MetricsLog:
         if not self.enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line, values in _complete_lines(self.path) if step and values["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        for path in (self.path, self.samples_path):
+            if path == self.path or path.exists():
+                _forget_after(step, path)
         self._file = self.path.open("a", encoding="utf-8")
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -86,8 +115,7 @@ class MetricsLog:
         if self._console is not None:
             self._console.advance(step)
             if step % self.console_every == 0 or step == self.num_steps:
-                shown = [f"{label} {metrics[key]:{form}}" for key, label, form in _LINE if key in metrics]
-                self._console.step_line(step, "  ".join(shown))
+                self._console.step_line(step, [column for column in _LINE if column.key in metrics], metrics)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics taken when ``step`` steps are done; always a line on the console, with the accuracies (of k > 1
@@ -97,6 +125,26 @@ class MetricsLog:
         self._write(step, metrics)
         accuracies = [k for k in metrics if k.endswith("_accuracy") or ("/pass_at_" in k and not k.endswith("_at_1"))]
         self.message(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.4g}" for key in accuracies or metrics))
+
+    def log_samples(self, step: int, make: Callable[[], Sequence[Sample]]) -> None:
+        """Show samples of the step after which ``step`` are done, and write them; ``make`` is called on the reporter.
+
+        A sample never stops a run: whatever ``make`` or the writing raises is one line on the console.
+        """
+        if not self.enabled:
+            return
+        try:
+            samples = make()
+            with self.samples_path.open("a", encoding="utf-8") as lines:
+                for sample in samples:
+                    lines.write(json.dumps({"step": step, **sample.record()}, allow_nan=False) + "\n")
+            for number, sample in enumerate(samples, 1):
+                if self._writer is not None:
+                    self._writer.add_text(f"samples/{number}", tensorboard_html(sample), step)
+                if self._console is not None:
+                    self._console.sample(sample, f"step {step}, sample {number} of {len(samples)}")
+        except Exception as error:
+            self.message(f"warning: the samples of step {step} are not shown: {type(error).__name__}: {error}")
 
     def message(self, text: str) -> None:
         """A line on the console, above the progress bar."""
@@ -129,10 +177,26 @@ class MetricsLog:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl, in order, as numbers; one that a kill cut short is left out."""
-    return [values for _, values in _complete_lines(Path(run_dir) / METRICS_FILE)]
+    return [
+        {key: float(value) for key, value in values.items()} | {"step": values["step"]}
+        for _, values in _complete_lines(Path(run_dir) / METRICS_FILE)
+    ]
 
 
-def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's samples.jsonl, in order, without one that a kill cut short."""
+    return [values for _, values in _complete_lines(Path(run_dir) / SAMPLES_FILE)]
+
+
+def _forget_after(step: int, path: Path) -> None:
+    """Drop the lines of later steps than ``step`` (for 0, all) from a file, which is replaced as a whole."""
+    kept = [line for line, values in _complete_lines(path) if step and values["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -141,7 +205,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
         except ValueError:
             continue
         if line.endswith("\n"):
-            yield line, {key: float(v) if isinstance(v, str) else v for key, v in values.items()}
+            yield line, values
 
 
 def _json_number(value: float) -> float | str:
@@ -151,41 +215,49 @@ def _json_number(value: float) -> float | str:
 
 
 class _Console:
-    """A progress bar where the output is a terminal; plain lines that tell the time left where it is not."""
+    """A progress bar where the output is a terminal; plain lines with the time left where it is not."""
 
     def __init__(self, num_steps: int, output: Any) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.num_steps = num_steps
         self.output = output if output is not None else Console()
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-        # By default the speed is that of the last 30 s, in which a large model may not do two steps.
-        self.bar = Progress(*columns, console=self.output, speed_estimate_period=1800.0)
-        self.task = self.bar.add_task("", total=num_steps)
-        self.first = self.done = 0
-        self.began = time.monotonic()
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[left]}"))
+        self.bar = Progress(*columns, console=self.output)
+        self.task = self.bar.add_task("", total=num_steps, left="")
+        self.pace = Pace(num_steps)
+        self.explained = False
 
     def start(self, step: int) -> None:
-        self.first = self.done = step
-        self.began = time.monotonic()
+        self.pace = Pace(self.num_steps)
         self.bar.reset(self.task, completed=step)
         if self.output.is_terminal:
             self.bar.start()
 
     def advance(self, completed: int) -> None:
-        self.done = completed
-        self.bar.update(self.task, completed=completed)
+        self.pace.advance(completed)
+        self.bar.update(self.task, completed=completed, left=self.pace.left)
 
-    def step_line(self, step: int, text: str) -> None:
+    def step_line(self, step: int, columns: Sequence[_Column], metrics: Mapping[str, float]) -> None:
+        if not self.explained:
+            self.explained = True
+            self._print("columns: " + "; ".join(f"{column.label} = {column.meaning}" for column in columns))
         place = f"step {step}"
         if not self.output.is_terminal:
-            seconds = (time.monotonic() - self.began) / max(self.done - self.first, 1)
-            minutes, seconds = divmod(round(seconds * (self.num_steps - self.done)), 60)
-            place = f"step {step} of {self.num_steps}, {minutes}:{seconds:02d} left:"
-        self.print(f"{place}  {text}")
+            left = f", {self.pace.left}" if self.pace.left else ""
+            place = f"step {step} of {self.num_steps}{left}:"
+        shown = [f"{column.label} {metrics[column.key]:{column.form}}" for column in columns]
+        self._print("  ".join([place, *shown]))
+
+    def sample(self, sample: Sample, heading: str) -> None:
+        coloured = self.output.is_terminal and self.output.color_system is not None and not self.output.no_color
+        self._print(console_text(sample, heading, coloured=coloured))
 
     def print(self, text: str) -> None:
+        self._print(hidden(text))
+
+    def _print(self, text: Any) -> None:
         self.output.print(text, markup=False, highlight=False, soft_wrap=not self.output.is_terminal)
 
     def close(self) -> None:

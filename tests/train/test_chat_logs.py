@@ -12,6 +12,8 @@ import pytest
 import tiny_run
 from tiny_run import assert_equal_runs, go_back_to_step_3, overrides, reproducible_metrics, train
 
+from megatron_selfdistill.metrics import read_samples
+
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
 SECRET = "314-159:2653"  # of characters that the tokenizer knows
 
@@ -144,6 +146,8 @@ def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, t
     left_out = (tmp_path / "run" / "left_out.txt").read_text()
     written = [said, left_out, *((tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "config.yaml"))]
     assert not any(SECRET in text or "thanks" in text for text in written)
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+    assert said.count("metrics.show_samples: no samples, since conversations.show_contents=false") == 1
     assert "41 conversations, the accepted answer of 0 marked in the log and of 41 found by the rule" in said
     assert "left out as unresolved: 1, as bad: 1" in said
     assert [line.partition(": ")[0].rpartition("chats.jsonl:")[2] for line in left_out.splitlines()] == [
@@ -157,6 +161,13 @@ def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, t
     failed = tiny_run.in_new_process([*arguments, "data.on_bad_record=error", f"run_dir={tmp_path}/other"])
     assert failed.returncode == 2 and "chats.jsonl:41: unresolved" in failed.stderr
     assert SECRET not in failed.stdout + failed.stderr
+
+
+def test_turns_are_shown_where_the_user_says_so(ranks, data, tmp_path):
+    train(ranks, chats(data, tmp_path / "run", "conversations.show_contents=true", "num_steps=1"))
+    samples = read_samples(tmp_path / "run")
+    assert len(samples) == 2 and all(sample["solution"].startswith(f"{SECRET};") for sample in samples)
+    assert all(sample["response"].endswith("$") and sample["tokens"]["teacher_log_prob"] for sample in samples)
 
 
 NUM_GOOD, NUM_LONG, NUM_BROKEN = 40, 20, 10

@@ -8,7 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import assert_equal_runs, go_back_to_step_3, overrides, reproducible_metrics, train
+from tiny_run import (
+    assert_equal_runs,
+    go_back_to_step_3,
+    overrides,
+    reproducible_metrics,
+    starts_with_an_even_token,
+    train,
+)
+
+from megatron_selfdistill.metrics import read_samples
 
 OWN = [
     "data.solutions=own",
@@ -39,6 +48,9 @@ def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(ranks, data, 
     shares = [line["solutions/left_out_share"] for line in lines]
     assert max(shares) > 0 and max(shares) < 1
     assert all(0 < line["solutions/pass_rate"] < 1 for line in lines[::2])
+    samples = read_samples(tmp_path / "whole")
+    assert samples and all(starts_with_an_even_token(sample["solution"], None) for sample in samples)
+    assert all(sample["solution"] != sample["response"].rstrip("$") for sample in samples)
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     go_back_to_step_3(tmp_path / "halves")
     train(ranks, overrides(data, tmp_path / "halves", *OWN, *options), world_size)

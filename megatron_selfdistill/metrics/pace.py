@@ -1,0 +1,33 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""How long the rest of a run takes, as far as its steps so far tell."""
+
+from __future__ import annotations
+
+import time
+
+
+class Pace:
+    """The speed of a launch.  Its first step, which allocates and compiles, says nothing about the others."""
+
+    def __init__(self, num_steps: int) -> None:
+        """``num_steps``: of the whole run."""
+        self.num_steps = num_steps
+        self._warm: tuple[int, float] | None = None  # (steps done, clock) after the first step of this launch
+        self._now = (0, 0.0)
+
+    def advance(self, done: int) -> None:
+        """Note that ``done`` steps of the run are done now."""
+        self._now = (done, time.monotonic())
+        self._warm = self._warm or self._now
+
+    @property
+    def left(self) -> str:
+        """The time until the last step, such as ``5:15 left`` or ``2:05:15 left``, from the mean of all steps of the
+        launch but its first; empty before its third step."""
+        done, now = self._now
+        if self._warm is None or done < self._warm[0] + 2:
+            return ""
+        seconds_per_step = (now - self._warm[1]) / (done - self._warm[0])
+        minutes, seconds = divmod(round(seconds_per_step * (self.num_steps - done)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"

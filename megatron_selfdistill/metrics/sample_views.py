@@ -1,0 +1,169 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A sample for people: on the console with colours or without, and as the HTML that TensorBoard shows."""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_selfdistill.metrics.samples import Sample, SampleToken
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+SLIGHT, STRONG = 0.3, 1.0
+"""Tokens are marked from these differences of log p(token) between teacher and student on, in nats; without colours,
+from the second one on."""
+PROMPT_END, SOLUTION_START = 400, 400
+"""Characters of the prompt's end and of the solution's start that are shown."""
+RESPONSE_START, RESPONSE_END = 1500, 500
+"""Characters of the response that are shown; samples.jsonl has all."""
+TOP = 5
+"""Tokens whose loss is named, the largest first."""
+
+LESS, MORE = ("[-", "-]"), ("{+", "+}")
+"""How a token is marked without colours that the teacher finds less or more likely than the student: as wdiff does."""
+_COLOURS = {
+    (True, False): "red",
+    (True, True): "bold white on red",
+    (False, False): "green",
+    (False, True): "bold green",
+}
+
+Marks = Callable[[SampleToken], tuple[str, str]]
+"""What stands before and behind a token."""
+
+
+def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
+    """Return the sample as lines for the console: prompt, hint, response with its marks, and what the marks mean."""
+    from rich.text import Text
+
+    text = Text(f"--- {heading}: problem {sample.problem_id}\n")
+    for name, part in _around(sample):
+        text.append(f"{name}: ", "bold" if coloured else "")
+        text.append(f"{_visible(part)}\n")
+    text.append("response: ", "bold" if coloured else "")
+    for token in _shown(sample.tokens):
+        if isinstance(token, str):
+            text.append(token)
+        elif coloured:
+            text.append(_visible(token.text), _style(token))
+        else:
+            before, behind = _wdiff(token)
+            text.append(f"{before}{_visible(token.text)}{behind}")
+    text.append("\n(cut at rollout.max_new_tokens)" if sample.truncated else "")
+    if not sample.has_teacher:
+        return text
+    text.append("\nmarks: ")
+    for style, words in _legend(coloured):
+        text.append(words, style)
+    text.append(f"\nlargest loss: {_largest(sample)}")
+    return text
+
+
+def tensorboard_html(sample: Sample) -> str:
+    """Return the sample for TensorBoard's page of texts, which strips colours but keeps bold and italic type."""
+    parts = [f"<p>problem {_escaped(sample.problem_id)}</p>"]
+    parts += [f"<h4>{name}</h4><pre>{_escaped(part)}</pre>" for name, part in _around(sample)]
+    pieces = [
+        token
+        if isinstance(token, str)
+        else _bold_or_italic(token)[0] + _escaped(token.text) + _bold_or_italic(token)[1]
+        for token in _shown(sample.tokens)
+    ]
+    parts.append(f"<h4>response</h4><pre>{''.join(pieces)}</pre>")
+    if sample.has_teacher:
+        parts.append(
+            f"<p><strong>bold</strong>: at least {STRONG:g} nat less likely for the teacher than for the student; "
+            f"<em>italic</em>: more likely.</p><p>largest loss: {_escaped(_largest(sample))}</p>"
+        )
+    return "".join(parts)
+
+
+def _around(sample: Sample) -> Iterator[tuple[str, str]]:
+    """(name, text) of what is shown before the response."""
+    prompt, solution = sample.prompt, sample.solution
+    yield "prompt", f"... {prompt[-PROMPT_END:]}" if len(prompt) > PROMPT_END else prompt
+    if solution:
+        yield "hint", f"{solution[:SOLUTION_START]} ..." if len(solution) > SOLUTION_START else solution
+
+
+def _shown(tokens: Sequence[SampleToken]) -> Iterator[SampleToken | str]:
+    """The tokens of a response, the middle of a long one replaced by how many there are."""
+    if sum(len(token.text) for token in tokens) <= RESPONSE_START + RESPONSE_END:
+        yield from tokens
+        return
+    start, end = _fitting(tokens, RESPONSE_START), len(tokens) - _fitting(tokens[::-1], RESPONSE_END)
+    yield from tokens[:start]
+    yield f" [... {end - start} tokens ...] "
+    yield from tokens[end:]
+
+
+def _fitting(tokens: Sequence[SampleToken], room: int) -> int:
+    """How many of the first tokens have at most ``room`` characters."""
+    for count, token in enumerate(tokens):
+        room -= len(token.text)
+        if room < 0:
+            return count
+    return len(tokens)
+
+
+def _style(token: SampleToken) -> str:
+    size = abs(token.log_ratio)
+    return _COLOURS[token.log_ratio < 0, size >= STRONG] if size >= SLIGHT else ""
+
+
+def _marked(token: SampleToken, less: tuple[str, str], more: tuple[str, str]) -> tuple[str, str]:
+    if abs(token.log_ratio) < STRONG:
+        return "", ""
+    return less if token.log_ratio < 0 else more
+
+
+def _wdiff(token: SampleToken) -> tuple[str, str]:
+    return _marked(token, LESS, MORE)
+
+
+def _bold_or_italic(token: SampleToken) -> tuple[str, str]:
+    return _marked(token, ("<strong>", "</strong>"), ("<em>", "</em>"))
+
+
+def _legend(coloured: bool) -> Iterator[tuple[str, str]]:
+    """(style, words) of what the marks mean."""
+    if coloured:
+        yield _COLOURS[True, False], "less likely"
+        yield "", ", "
+        yield _COLOURS[True, True], f"by {STRONG:g} nat or more"
+        yield "", "; "
+        yield _COLOURS[False, False], "more likely"
+        yield "", ", "
+        yield _COLOURS[False, True], f"by {STRONG:g} nat or more"
+        yield "", f" for the teacher than for the student (from {SLIGHT:g} nats on)"
+    else:
+        yield "", f"{LESS[0]}less likely{LESS[1]} or {MORE[0]}more likely{MORE[1]} by {STRONG:g} nat or more "
+        yield "", "for the teacher than for the student"
+
+
+def _largest(sample: Sample) -> str:
+    """The tokens with the largest loss, with what the loss is made of."""
+    known = [token for token in sample.tokens if token.teacher_log_prob is not None]
+    return ", ".join(
+        f"{token.text!r} {token.loss:.3g} (teacher - student {token.log_ratio:+.2f}, k {token.k:.2f}, {token.status})"
+        for token in sorted(known, key=lambda token: -token.loss)[:TOP]
+    )
+
+
+def _visible(text: str) -> str:
+    """``text`` with control characters, which could steer a terminal, as their escapes; lines and tabs stay."""
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    """Control characters, marks of the direction of writing, and halves of surrogate pairs; not the joiners of
+    letters."""
+    return character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_visible(text), quote=False)

@@ -1,0 +1,133 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A few responses of a step as text, each token with what student and teacher found of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_selfdistill.config import hidden
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.pieces import pieces
+from megatron_selfdistill.loss.target import Status
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.data.prompts import Tokenizer
+
+NUMBERS = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
+"""What is known of each response token, by the names of `TokenStats`; NaN where the loss has no teacher."""
+_DIGITS = 6  # of a number in the record
+
+
+@dataclass(frozen=True)
+class SampleToken:
+    """One token of a response."""
+
+    id: int
+    text: str
+    """What the token adds to the text; "" for one in the middle of a character, which the last of them adds."""
+    loss: float
+    """The token's loss before weights, in nats."""
+    student_log_prob: float
+    """In nats."""
+    teacher_log_prob: float | None
+    """In nats, behind problem and solution; None without a teacher."""
+    k: float | None
+    """What divides the mixed logits; None without a teacher."""
+    status: str | None
+    """How k came about (`loss.target.Status`); None without a teacher."""
+
+    @property
+    def log_ratio(self) -> float:
+        """log p(token) of the teacher less that of the student, in nats: below 0, the teacher would rather not have
+        written it; 0 without a teacher, and where the difference is no number."""
+        ratio = 0.0 if self.teacher_log_prob is None else self.teacher_log_prob - self.student_log_prob
+        return 0.0 if math.isnan(ratio) else ratio
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of a step, behind its problem and beside the solution that the teacher reads."""
+
+    problem_id: str
+    prompt: str
+    """The student's prompt as the model reads it, special tokens included."""
+    solution: str
+    """What only the teacher reads; "" without a teacher."""
+    tokens: Sequence[SampleToken]
+    """The response, its stop token included."""
+    truncated: bool
+    """The response reached its greatest length without a stop token."""
+
+    @property
+    def response(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def has_teacher(self) -> bool:
+        return any(token.teacher_log_prob is not None for token in self.tokens)
+
+    def record(self) -> dict[str, Any]:
+        """Return the sample as plain values: texts, and one list per number with an entry per token."""
+        token_lists: dict[str, list[Any]] = {"id": [t.id for t in self.tokens], "text": [t.text for t in self.tokens]}
+        token_lists |= {
+            name: [_rounded(getattr(token, name)) for token in self.tokens]
+            for name in ("loss", "student_log_prob", "teacher_log_prob", "k")
+        }
+        token_lists["status"] = [token.status for token in self.tokens]
+        return {
+            "problem_id": self.problem_id,
+            "prompt": self.prompt,
+            "solution": self.solution,
+            "response": self.response,
+            "truncated": self.truncated,
+            "tokens": token_lists,
+        }
+
+
+def chosen(contexts: Sequence[ContextPair], count: int) -> list[tuple[ContextPair, range]]:
+    """Return the first response of each of the first ``count`` problems, with its span in the step's
+    ``PackedBatch.response_tokens``, in which the responses of all ``contexts`` follow each other."""
+    first: dict[str, tuple[ContextPair, range]] = {}
+    start = 0
+    for context in contexts:
+        end = start + len(context.response)
+        first.setdefault(context.problem_id, (context, range(start, end)))
+        start = end
+    return list(first.values())[:count]
+
+
+def sample_of(
+    context: ContextPair, solution: str, numbers: Mapping[str, Sequence[float]], tokenizer: Tokenizer
+) -> Sample:
+    """Return a response as a `Sample`; ``numbers``: for each of `NUMBERS`, one value per response token.
+
+    In prompt and solution, what was read from the environment is hidden.
+    """
+    texts = pieces(context.response, tokenizer)
+    columns = zip(context.response, texts, *(numbers[name] for name in NUMBERS), strict=True)
+    return Sample(
+        problem_id=context.problem_id,
+        prompt=hidden(tokenizer.decode(context.student_prompt)),
+        solution=hidden(solution),
+        tokens=[_token(*column) for column in columns],
+        truncated=context.truncated,
+    )
+
+
+def _token(
+    token: int, text: str, loss: float, student_log_prob: float, teacher_log_prob: float, beta: float, status: float
+) -> SampleToken:
+    if math.isnan(beta):
+        return SampleToken(token, text, loss, student_log_prob, None, None, None)
+    name = Status(int(status)).name.lower()
+    return SampleToken(token, text, loss, student_log_prob, teacher_log_prob, 1 / beta, name)
+
+
+def _rounded(value: float | None) -> float | str | None:
+    """``value`` to `_DIGITS` digits; JSON has no NaN and no infinities."""
+    if value is None or not math.isfinite(value):
+        return None if value is None else str(value)
+    return float(f"{value:.{_DIGITS}g}")

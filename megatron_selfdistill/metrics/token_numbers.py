@@ -1,0 +1,39 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The loss's numbers of a few response tokens, gathered from the ranks of one replica."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.batch import over_last_stage
+from megatron_selfdistill.metrics.samples import NUMBERS
+from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.schedule import StepOutput
+
+
+def token_numbers(output: StepOutput, spans: Sequence[range], grid: Grid) -> list[dict[str, list[float]]]:
+    """Return, for each span of ``PackedBatch.response_tokens``, each of `NUMBERS` with one float64 per token.
+
+    ``spans``: ascending, without a common index.
+
+    The ranks of one replica call it with the same spans, and all get the same values: those of their last pipeline
+    stage, whose context-parallel ranks hold some of the tokens each.
+    Collectives, of 5 float64 per token: `over_last_stage`, then a broadcast over the pipeline.
+    """
+    wanted = torch.tensor([index for span in spans for index in span], dtype=torch.int64)
+    values = torch.zeros(len(NUMBERS), len(wanted), dtype=torch.float64, device=grid.device)
+    if grid.is_last_stage:
+        if output.stats is not None:
+            held = output.response_ids.cpu()
+            rows = torch.isin(held, wanted).nonzero().squeeze(1)
+            places = torch.searchsorted(wanted, held[rows])
+            for known, name in zip(values, NUMBERS, strict=True):
+                known[places.to(grid.device)] = getattr(output.stats, name)[rows.to(grid.device)].double()
+        values = over_last_stage(values, grid)
+    if grid.pp_size > 1:
+        dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
+    per_span = values.cpu().split([len(span) for span in spans], dim=1)
+    return [dict(zip(NUMBERS, part.tolist(), strict=True)) for part in per_span]

@@ -1,0 +1,32 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A response cut into its tokens' texts is still the response."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_selfdistill.data.pieces import pieces
+from megatron_selfdistill.data.prompts import load_tokenizer
+
+TEXT = "What is the  sum?\n\n héllo 你好 🙂🙂 the answer<|im_end|> is seven"
+
+
+@pytest.mark.parametrize("folder", ["chat_folder", "sentencepiece_file"])
+def test_the_pieces_joined_are_the_decoded_text(folder, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+    ids = tokenizer.encode(TEXT)
+    found = pieces(ids, tokenizer)
+    assert len(found) == len(ids)
+    assert "".join(found) == tokenizer.decode(ids)
+    assert "🙂" in found, "the last byte of a character brings the whole character"
+    assert "" in found and not any("\ufffd" in piece for piece in found)
+    assert any(piece.startswith(" ") for piece in found), "leading spaces stay with their token"
+
+
+@pytest.mark.parametrize("folder", ["chat_folder", "sentencepiece_file"])
+def test_a_response_cut_within_a_character_ends_in_a_replacement(folder, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+    ids = tokenizer.encode("so 🙂")[:-2]
+    found = pieces(ids, tokenizer)
+    assert "".join(found) == tokenizer.decode(ids) and "".join(found).startswith("so")
+    assert pieces([], tokenizer) == []

@@ -1,0 +1,294 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Samples of responses: the same tokens and numbers in every layout, readable everywhere, and never in a run's way."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+from rich.console import Console
+from test_metrics import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
+
+from megatron_selfdistill.config import MetricsConfig
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.loss import Status
+from megatron_selfdistill.metrics import MetricsLog, read_samples
+from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html
+from megatron_selfdistill.metrics.samples import NUMBERS, Sample, SampleToken, chosen, sample_of
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th letter."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(ord("a") + token) for token in ids)
+
+
+def token(text: str, ratio: float | None = 0.0, loss: float = 0.1) -> SampleToken:
+    if ratio is None:
+        return SampleToken(1, text, loss, -2.0, None, None, None)
+    return SampleToken(1, text, loss, -2.0, -2.0 + ratio, 1.25, "matched")
+
+
+def sample(*tokens: SampleToken, **changes: Any) -> Sample:
+    values = {"problem_id": "p7", "prompt": "1+1=", "solution": "two", "tokens": tokens, "truncated": False}
+    return Sample(**values | changes)
+
+
+def spans() -> list[range]:
+    return [range(3, 20), range(40, 41), range(60, 90)]
+
+
+def numbers_in_layout(sizes: dict[str, int]) -> tuple[int, Any]:
+    from megatron_selfdistill.metrics.token_numbers import token_numbers
+
+    grid, output, _ = share_of_rank(sizes)
+    return grid.dp_rank, token_numbers(output, spans(), grid) if grid.dp_rank == 0 else None
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
+def test_the_numbers_of_chosen_tokens_are_the_same_in_every_layout(ranks, world_size, sizes):
+    found = ranks.run(numbers_in_layout, sizes, world_size=world_size)
+    stats, model_size = all_rows(), math.prod(sizes.values())
+    replica = torch.arange(NUM_TOKENS)[:: world_size // model_size]
+    expected = [
+        {name: getattr(stats, name)[replica[list(span)]].double().tolist() for name in NUMBERS} for span in spans()
+    ]
+    assert all(numbers == expected for dp_rank, numbers in found if dp_rank == 0)
+    assert sum(dp_rank == 0 for dp_rank, _ in found) == model_size
+
+
+def context(problem_id: str, response: list[int]) -> ContextPair:
+    return ContextPair(problem_id, [0, 1], [2, 3, 0, 1], response, truncated=False)
+
+
+def test_the_first_response_of_each_of_the_first_problems_is_chosen_with_its_span():
+    contexts = [context("a", [1, 2]), context("a", [3]), context("b", [4, 5, 6]), context("c", [7])]
+    assert chosen(contexts, 2) == [(contexts[0], range(0, 2)), (contexts[2], range(3, 6))]
+    assert len(chosen(contexts, 9)) == 3 and chosen([], 2) == []
+
+
+def test_a_sample_holds_each_tokens_text_and_numbers():
+    numbers = {
+        "loss": [0.5, 0.25],
+        "student_log_prob": [-1.0, -3.0],
+        "teacher_log_prob": [-4.0, -2.5],
+        "beta": [0.8, 0.625],
+        "status": [0.0, 1.0],
+    }
+    found = sample_of(context("a", [4, 5]), "the hint", numbers, Letters())
+    assert (found.prompt, found.response, found.solution, found.truncated) == ("ab", "ef", "the hint", False)
+    assert found.tokens[0] == SampleToken(4, "e", 0.5, -1.0, -4.0, 1.25, Status.MATCHED.name.lower())
+    assert [t.log_ratio for t in found.tokens] == [-3.0, 0.5] and found.tokens[1].status == "capped"
+    assert found.record()["tokens"]["k"] == [1.25, 1.6] and found.record()["tokens"]["text"] == ["e", "f"]
+
+
+def test_prompt_and_hint_hide_what_the_environment_held(monkeypatch):
+    from megatron_selfdistill.config import load
+
+    monkeypatch.setenv("LAB_WORDING", "bcdefgh")
+    load(["data.system_prompt='${oc.env:LAB_WORDING}'"])
+    numbers = {name: [1.0] for name in NUMBERS}
+    found = sample_of(replace(context("a", [4]), student_prompt=list(range(9))), "no bcdefgh", numbers, Letters())
+    assert (found.prompt, found.solution) == ("a${oc.env:LAB_WORDING}i", "no ${oc.env:LAB_WORDING}")
+
+
+def test_without_a_teacher_a_response_is_shown_without_marks():
+    numbers = {name: [math.nan] for name in NUMBERS} | {"loss": [0.5], "student_log_prob": [-0.5], "status": [0.0]}
+    found = sample_of(context("a", [4]), "", numbers, Letters())
+    assert not found.has_teacher and found.record()["tokens"]["teacher_log_prob"] == [None]
+    for text in (console_text(found, "step 1", coloured=False).plain, tensorboard_html(found)):
+        assert "e" in text and "hint" not in text and "marks" not in text and "largest loss" not in text
+
+
+def shown(found: Sample, *, terminal: bool, **options: Any) -> str:
+    output = Console(file=io.StringIO(), force_terminal=terminal, width=200, **options)
+    with MetricsLog("unused", num_steps=1, tensorboard=False, output=output) as log:
+        log._console.sample(found, "step 3, sample 1 of 2")
+    return output.file.getvalue()
+
+
+MARKED = sample(token("so"), token(" 137", -3.2, loss=2.0), token(" now", 1.5), token(" or", -0.5))
+
+
+def test_a_terminal_shows_disagreement_in_colours():
+    text = shown(MARKED, terminal=True, color_system="standard")
+    assert "so\x1b[1;37;41m 137\x1b[0m\x1b[1;32m now\x1b[0m\x1b[31m or\x1b[0m" in text
+    assert "\x1b[31mless likely" in text and "\x1b[1;32mby 1 nat or more" in text, "the marks are explained"
+
+
+@pytest.mark.parametrize("options", [{"terminal": False}, {"terminal": True, "no_color": True}])
+def test_without_colours_the_marks_are_brackets(options):
+    text = shown(MARKED, **options)
+    assert "so[- 137-]{+ now+} or" in text
+    assert "[-less likely-] or {+more likely+} by 1 nat or more for the teacher" in text
+    assert "step 3, sample 1 of 2: problem p7" in text and "prompt: 1+1=" in text and "hint: two" in text
+
+
+def test_the_tokens_with_the_largest_loss_are_named_with_what_it_is_made_of():
+    text = console_text(MARKED, "", coloured=False).plain
+    assert "largest loss: ' 137' 2 (teacher - student -3.20, k 1.25, matched), " in text
+
+
+def test_tensorboard_keeps_the_marks_and_shows_texts_as_they_are():
+    """By the function with which TensorBoard cleans what it shows: it would strip colours."""
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    tokens = token("a *b*\n\n# c <i> &amp;"), token(" 137", -3.2), token(" now", 1.5), token("```")
+    page = markdown_to_safe_html(tensorboard_html(sample(*tokens, solution="- one\n\n- two")))
+    assert "a *b*\n\n# c &lt;i&gt; &amp;amp;<strong> 137</strong><em> now</em>```</pre>" in page
+    assert "<pre>- one\n\n- two</pre>" in page and "<strong>bold</strong>: at least 1 nat less likely" in page
+
+
+def test_what_could_steer_a_terminal_is_shown_as_its_escape():
+    text = console_text(sample(token("\x1b[2Jgone\u202e\ttab\n 你好 👩\u200d🔬")), "", coloured=True).plain
+    assert "\\x1b[2Jgone\\u202e\ttab\n 你好 👩\u200d🔬" in text and "\x1b" not in text
+
+
+def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path):
+    tokens = [token(f"{number:04d}", -2.0 if number in (0, 500, 999) else 0.0) for number in range(1000)]
+    long = sample(*tokens, prompt="x" * 999 + "?", solution="y" * 999)
+    text = console_text(long, "", coloured=False).plain
+    assert "[-0000-]0001" in text and "0374 [... 500 tokens ...] 0875" in text and "0998[-0999-]" in text
+    assert "[-0500-]" not in text and f"prompt: ... {'x' * 399}?\n" in text and f"{'y' * 400} ...\n" in text
+    with MetricsLog(tmp_path, num_steps=1, tensorboard=False, console=False) as log:
+        log.resume(0)
+        log.log_samples(1, lambda: [long])
+    [record] = read_samples(tmp_path)
+    assert len(record["tokens"]["text"]) == 1000 and len(record["prompt"]) == 1000
+
+
+def log_samples(run_dir: Any, steps: range, done: int, **options: Any) -> None:
+    with MetricsLog(run_dir, **{"num_steps": 9, "tensorboard": False, "console": False} | options) as log:
+        log.resume(done)
+        for step in steps:
+            log.log(step, {"loss/mean": 0.5})
+            log.log_samples(step, lambda: [MARKED, MARKED])
+
+
+def test_a_resumed_run_writes_no_sample_twice(tmp_path):
+    log_samples(tmp_path, range(1, 6), done=0)  # killed after step 5; the checkpoint is of step 3
+    log_samples(tmp_path, range(4, 6), done=3)
+    assert [record["step"] for record in read_samples(tmp_path)] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    log_samples(tmp_path, range(1, 2), done=0)
+    assert [record["step"] for record in read_samples(tmp_path)] == [1, 1]
+
+
+def test_numbers_that_json_lacks_are_written_as_texts(tmp_path):
+    with MetricsLog(tmp_path, num_steps=1, tensorboard=False, console=False) as log:
+        log.resume(0)
+        log.log_samples(1, lambda: [sample(token("a", 0.0, loss=math.inf), token("b", math.nan))])
+    line = (tmp_path / "samples.jsonl").read_text()
+    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    [record] = read_samples(tmp_path)
+    assert record["tokens"]["loss"] == ["inf", 0.1] and record["tokens"]["teacher_log_prob"] == [-2.0, "nan"]
+
+
+def test_tensorboard_has_the_samples_of_each_step_as_text(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_samples(tmp_path, range(1, 3), done=0, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    texts = events.Tensors("samples/2/text_summary")
+    assert [event.step for event in texts] == [1, 2]
+    assert b"<strong> 137</strong>" in texts[0].tensor_proto.string_val[0]
+
+
+def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path):
+    output = Console(file=io.StringIO(), force_terminal=False, width=200)
+
+    def broken() -> list[Sample]:
+        raise OverflowError("token 7 is out of range")
+
+    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, output=output) as log:
+        log.resume(0)
+        log.log_samples(3, broken)
+        log.log(3, {"loss/mean": 0.5})
+    text = output.file.getvalue()
+    assert "warning: the samples of step 3 are not shown: OverflowError: token 7 is out of range\n" in text
+    assert read_samples(tmp_path) == [] and "loss 0.5000" in text
+
+
+def test_only_the_reporter_makes_samples(tmp_path):
+    with MetricsLog(tmp_path / "run", num_steps=9, enabled=False) as log:
+        log.resume(0)
+        log.log_samples(1, lambda: pytest.fail("made on another rank"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_due_at_the_first_step_and_then_at_every_so_many():
+    assert [step for step in range(1, 12) if MetricsConfig(show_samples_every=5).samples_due(step)] == [1, 5, 10]
+    assert not any(MetricsConfig(show_samples=0).samples_due(step) for step in range(1, 12))
+
+
+def run_of(data: Any, name: str, *options: str) -> list[str]:
+    return tiny_run.overrides(data, data / name, "num_steps=1", "checkpoint.save_every=0", *options)
+
+
+@pytest.fixture(scope="module")
+def one(ranks, data) -> dict[str, Any]:
+    """The samples of a run of one rank, by problem."""
+    tiny_run.train(ranks, run_of(data, "start", "optimizer.lr=0", "metrics.show_samples=0"))
+    options = [f"checkpoint.load={data}/start/checkpoints", f"rollout.record={data}/one.jsonl"]
+    tiny_run.train(ranks, run_of(data, "one", *options, "metrics.show_samples=4"))
+    return {record["problem_id"]: record for record in read_samples(data / "one")}
+
+
+RUNS = {
+    "TP2": (2, ["parallel.tensor_model_parallel_size=2"], [0, 1]),
+    "DP2": (2, [], [0, 2]),
+    "PP2xCP2": (4, ["parallel.pipeline_model_parallel_size=2", "parallel.context_parallel_size=2"], [0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_shows_the_tokens_and_numbers_of_an_unsharded_one(ranks, data, one, name):
+    world_size, layout, problems = RUNS[name]
+    options = [*layout, f"checkpoint.load={data}/start/checkpoints", f"rollout.replay={data}/one.jsonl"]
+    tiny_run.train(ranks, run_of(data, name, *options), world_size)
+    found = read_samples(data / name)
+    assert [record["problem_id"] for record in found] == [list(one)[index] for index in problems]
+    for record in found:
+        expected = one[record["problem_id"]]
+        assert {k: v for k, v in record.items() if k != "tokens"} == {
+            k: v for k, v in expected.items() if k != "tokens"
+        }
+        for key, values in record["tokens"].items():
+            if key in ("id", "text", "status"):
+                assert values == expected["tokens"][key]
+            else:
+                assert values == pytest.approx(expected["tokens"][key], abs=1e-4), key
+
+
+def test_a_sample_is_what_was_recorded_behind_what_the_data_has(data, one):
+    recorded = tiny_run.recorded(data / "one.jsonl", step=0)
+    problems = {p["id"]: p for p in map(json.loads, (data / "problems.jsonl").read_text().splitlines())}
+    assert len(one) == 4
+    for problem_id, record in one.items():
+        assert record["tokens"]["id"] == recorded[problem_id, 0]
+        assert record["response"] == "".join(record["tokens"]["text"])
+        assert (record["prompt"], record["solution"]) == (
+            problems[problem_id]["problem"],
+            problems[problem_id]["solution"],
+        )
+
+
+def start_where_nothing_can_be_gathered(arguments: list[str]) -> int:
+    from megatron_selfdistill import run
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("numbers were gathered")
+
+    return tiny_run.start_with(arguments, run, "token_numbers", refuse)
+
+
+def test_a_run_without_samples_gathers_and_writes_nothing(ranks, data, tmp_path):
+    arguments = tiny_run.overrides(data, tmp_path / "run", "num_steps=1", "metrics.show_samples=0")
+    tiny_run.train(ranks, arguments, start=start_where_nothing_can_be_gathered)
+    assert (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "samples.jsonl").exists()
