@@ -13,16 +13,17 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).resolve().parent
 PACKAGE = "megatron_selfdistill"
 
-# The upper bounds are the versions that the tests have been run with, plus what each project promises not to
-# break.
+# A package has an upper bound where results depend on it: the next version that may break what the tests have seen, so
+# that a plain `pip install` takes what is tested.  psutil, rich, tensorboard and matplotlib measure and show; a bound
+# would only keep their repairs away.  transformers chooses the tokenizers that fit it.
 REQUIREMENTS = [
-    "torch>=2.6",  # tested: 2.13
+    "torch>=2.6,<2.14",  # the extra vllm wants 2.13.0 exactly
     "megatron-core>=0.16.1,<0.17",
     "psutil",  # megatron-core needs it to write checkpoints but does not declare it: without it a save hangs
-    "numpy",
+    "numpy<3",
     "transformers>=5,<6",
     "tokenizers",
-    "sentencepiece>=0.2",
+    "sentencepiece>=0.2,<0.3",
     "datasets>=4,<6",
     "hydra-core>=1.3,<1.4",
     "omegaconf>=2.3,<2.4",
@@ -30,8 +31,29 @@ REQUIREMENTS = [
     "tensorboard>=2.15",
     "matplotlib>=3.8",
     "math-verify>=0.8,<1",
-    "safetensors>=0.5",
+    "safetensors>=0.5,<1",
 ]
+
+# The newest versions that the tests have been run with, as far as the numbers matter: 2.13 stands for every 2.13.x.
+# tools/doctor.py warns of newer ones; for Transformer Engine there is none, since no test has run on a GPU.
+TESTED = {
+    "torch": "2.13",
+    "megatron-core": "0.16.1",
+    "psutil": "7",
+    "numpy": "2.4",
+    "transformers": "5.23",
+    "tokenizers": "0.23",
+    "sentencepiece": "0.2",
+    "datasets": "5.2",
+    "hydra-core": "1.3",
+    "omegaconf": "2.3",
+    "rich": "15",
+    "tensorboard": "2",
+    "matplotlib": "3",
+    "math-verify": "0.9",
+    "safetensors": "0.8",
+    "vllm": "0.32",
+}
 
 EXTRAS = {
     "vllm": ["vllm>=0.32,<0.33"],

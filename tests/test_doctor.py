@@ -98,6 +98,39 @@ def test_a_version_that_setup_does_not_allow_is_a_failure_where_it_is_needed(fin
 
 
 @pytest.mark.parametrize(
+    ("name", "version", "status", "words"),
+    [
+        ("torch", "2.13.1+cu130", "ok", "2.13.1+cu130"),
+        ("torch", "2.15.0", "warning", "2.15.0, newer than tested (2.13)"),  # beyond the bound, as in a lab's container
+        ("torch", "2.14.0a0+b5d3b5.nv26.1", "warning", "newer than tested (2.13)"),
+        ("torch", "2.5.1", "FAILURE", "2.5.1, expected >=2.6,<2.14"),
+        ("transformers", "5.24.0", "warning", "newer than tested (5.23)"),
+        ("transformers", "6.0.0", "FAILURE", "6.0.0, expected >=5,<6"),
+        ("rich", "15.9.0", "ok", "15.9.0"),
+        ("rich", "16.0.0", "warning", "newer than tested (15)"),
+        ("megatron-core", "0.17.0", "FAILURE", "expected >=0.16.1,<0.17"),
+    ],
+)
+def test_a_version_that_is_newer_than_tested_is_a_warning(findings, monkeypatch, name, version, status, words):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    wanted = findings.requirements()[0][name]
+    found = findings.distribution(name, wanted, required=True)
+    assert found.status == status and words in found.found
+    if status == "warning":
+        assert f'pip install "{name}=={findings.tested()[name]}.*"' in found.mend and "--selftest" in found.mend
+
+
+def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failure(doctor, findings, capsys):
+    outcome = findings.Outcome(version="0.32.9", place="/mine")
+    assert findings.imported_package("vllm", ">=0.32,<0.33", outcome, required=False).status == findings.OK
+    outcome = findings.Outcome(version="0.16.2", place="/mine")
+    found = findings.imported_package("megatron-core", ">=0.16.1,<0.17", outcome, required=True)
+    assert found.status == findings.WARNING and found.found == "0.16.2, newer than tested (0.16.1), from /mine"
+    assert doctor.brief([found]) == 0
+    assert "warnings about megatron-core" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("folders", "kernels", "status", "words"),
     [
         (["apex"], False, "FAILURE", "an unrelated package of that name"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from megatron_selfdistill import __version__, paths
 
@@ -144,6 +147,60 @@ def test_missing_configs_are_an_error_that_names_both_places(tmp_path, monkeypat
     monkeypatch.setattr(paths, "_PACKAGE", tmp_path / "package")
     with pytest.raises(FileNotFoundError, match=r"package/configs or .*, found neither"):
         paths.config_dir()
+
+
+def constants_of_setup() -> dict:
+    names = ("REQUIREMENTS", "EXTRAS", "TESTED")
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse((REPOSITORY / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in names
+    }
+
+
+def allowed() -> dict[str, SpecifierSet]:
+    """Distribution -> versions that an install takes."""
+    found = constants_of_setup()
+    everything = map(Requirement, [*found["REQUIREMENTS"], *found["EXTRAS"]["vllm"]])
+    return {requirement.name: requirement.specifier for requirement in everything}
+
+
+def test_a_plain_install_takes_a_torch_that_is_tested():
+    torch = allowed()["torch"]
+    assert all(version in torch for version in ("2.6.0", "2.13.0", "2.13.1"))
+    assert not any(version in torch for version in ("2.5.1", "2.14.0", "2.15.0"))
+
+
+def test_every_tested_version_is_one_that_an_install_takes():
+    versions, wanted = constants_of_setup()["TESTED"], allowed()
+    assert versions.keys() == wanted.keys()
+    taken = {name for name, version in versions.items() for patch in ("", ".999") if version + patch in wanted[name]}
+    assert taken == versions.keys()
+
+
+def test_the_environment_finds_the_one_requirement_of_megatron_core():
+    [command] = re.findall(r"requirement=\$\((sed .*)\)", (REPOSITORY / "tools" / "venv.sh").read_text())
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert [done.stdout.strip()] == [r for r in constants_of_setup()["REQUIREMENTS"] if r.startswith("megatron-core")]
+
+
+def test_whatever_decides_results_has_an_upper_bound():
+    unbounded = {name for name, wanted in allowed().items() if not any(one.operator == "<" for one in wanted)}
+    assert unbounded == {"psutil", "tokenizers", "rich", "tensorboard", "matplotlib"}
+
+
+def test_the_tested_torch_is_that_of_the_environments_which_run_the_tests():
+    tested = constants_of_setup()["TESTED"]["torch"]
+    versions = re.findall(r"TORCH_VERSION:-(\S+)}", (REPOSITORY / "tools" / "venv.sh").read_text())
+    assert [version.rpartition(".")[0] for version in versions] == [tested]
+
+
+def test_the_environment_with_vllm_has_versions_that_an_install_takes():
+    lines = (REPOSITORY / "tools" / "vllm_cpu.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    shared = pinned.keys() & allowed().keys()
+    assert {"transformers", "numpy", "tokenizers", "safetensors"} <= shared
+    assert [name for name in shared if pinned[name] not in allowed()[name]] == []
 
 
 def test_the_version_is_one_that_packaging_tools_understand():

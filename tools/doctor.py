@@ -5,9 +5,9 @@
     srun --label python tools/doctor.py --brief --ranks 8        # a line per node
     torchrun --nproc-per-node 8 tools/doctor.py --selftest
 
-Exits with 1 where a run cannot start here, with the mend.  It needs nothing but Python: whatever is missing is a line
-of its report.  With --selftest these ranks then compute: a table of checks in less than three minutes, and 1 where one
-of them fails or is not reached.
+Exits with 1 where a run cannot start here, with the fix, and warns of versions that are newer than tested.  It needs
+nothing but Python: whatever is missing is a line of its report.  With --selftest these ranks then compute: a table of
+checks in less than three minutes, and 1 where one of them fails or is not reached.
 """
 
 from __future__ import annotations

