@@ -315,8 +315,10 @@ def satisfies(version: str, wanted: str) -> bool:
 
 
 def newer(version: str, newest: str) -> bool:
-    """Return whether ``version`` is beyond ``newest`` as far as the numbers of ``newest`` go: beyond 2.13 is 2.14, but not
-    2.13.1."""
+    """Return whether ``version`` is beyond ``newest`` as far as the numbers of ``newest`` go.
+
+    2.14 is beyond 2.13; 2.13.1 is not.
+    """
     known = _numbers(newest)
     return _numbers(version)[: len(known)] > known
 
