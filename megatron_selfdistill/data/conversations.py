@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from megatron_selfdistill.data.acceptance import Rule, answer_text
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, is_text, records
+from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, from_json, is_text, records
 
 FIELDS = ("messages", "accepted", "tools", "id")
 TURNS = ("all", "before_accepted")
@@ -79,6 +80,7 @@ def load_conversations(
     turns: str = "all",
     fields: Mapping[str, str] | None = None,
     split: str = "train",
+    subset: str | None = None,
     on_bad_record: str = "error",
     limit: int | None = None,
     show_contents: bool = False,
@@ -89,14 +91,15 @@ def load_conversations(
     or a list of text parts, null beside tool calls), and may have ``tools`` (function schemas), ``id`` and
     ``accepted``: the index of the message that holds the accepted answer, counted from 0 over all messages.  The mark
     can also be ``"accepted": true`` on the message itself.  It may lie on a user's message, where the user gave the
-    answer himself.  Where there is no mark, ``rule(messages)`` tells the index, or None.
+    answer himself.  Where there is no mark, ``rule(messages)`` tells the index, or None.  ``messages`` and ``tools``
+    may also be their JSON as text, and ``accepted`` its digits, as the cells of a CSV file hold them.
 
     ``turns``: all, the accepted assistant message with its own text as the hint included; or before_accepted.  Turns
     after the accepted answer are left out: nothing is known about them.  The hint is the accepted message's text
     without its reasoning (`answer_text`).
-    ``path_or_name``, ``split``, ``on_bad_record``, ``limit`` (conversations) as for `load_problems`; ``fields``: our
-    names among `FIELDS` -> column names.  ``show_contents``: sentences may quote the log; otherwise they hold places,
-    roles and numbers only.
+    ``path_or_name``, ``split``, ``subset``, ``on_bad_record``, ``limit`` (conversations) as for `load_problems`;
+    ``fields``: our names among `FIELDS` -> column names.  ``show_contents``: sentences may quote the log; otherwise
+    they hold places, roles and numbers only.
 
     Raises: ValueError, in one sentence with file and line, at the first bad record (``error``), and for a set without
     any turn.  FileNotFoundError for a missing file.
@@ -106,14 +109,14 @@ def load_conversations(
     skipped: list[str] = []
     num_unresolved = 0
     seen: set[str] = set()
-    for location, record in records(path_or_name, split, None):
+    for location, record in records(path_or_name, split, subset):
         try:
             conversation = _conversation(record, columns, rule, location, seen)
         except BadConversationError as error:
             quoted = f" ({_quoted(error.content)})" if show_contents and error.content is not None else ""
             sentence = f"{location}: {error}{quoted}"
             if on_bad_record == "error":
-                raise ValueError(f"{sentence}; mend the record, or set data.on_bad_record=skip") from None
+                raise ValueError(f"{sentence}; correct the record, or set data.on_bad_record=skip") from None
             skipped.append(sentence)
             num_unresolved += isinstance(error, UnresolvedError)
             continue
@@ -165,10 +168,13 @@ def _conversation(
     record: object, columns: Mapping[str, str], rule: Rule, location: str, seen: set[str]
 ) -> Conversation:
     if isinstance(record, BadRecordError):
-        raise BadConversationError("expected one JSON object per line, got text that is no JSON", str(record))
+        raise BadConversationError(
+            "expected one valid JSON object per line, or one row of a CSV file, got other text (JSON has no NaN)",
+            str(record),
+        )
     if not isinstance(record, dict):
         raise BadConversationError(f"expected a JSON object per record, got {_kind(record)}", record)
-    raw = record.get(columns["messages"])
+    raw = _from_cell(record.get(columns["messages"]), columns["messages"])
     if not isinstance(raw, (list, tuple)) or not raw:
         raise BadConversationError(
             f"field {columns['messages']!r}: expected a non-empty list of messages, got {_kind(raw)}", raw
@@ -251,10 +257,10 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = from_json(arguments) if arguments.strip() else {}
         except ValueError:
             raise BadConversationError(
-                f"{where}: expected a tool call's arguments to be JSON, got no JSON", call
+                f"{where}: expected a tool call's arguments to be valid JSON, got other text", call
             ) from None
     kept = {key: value for key, value in call.items() if value is not None}
     return kept | {"function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
@@ -292,6 +298,8 @@ def _accepted(
     """(index of the message that holds the accepted answer, whether the log marks it)."""
     where = f"field {columns['accepted']!r}"
     given = record.get(columns["accepted"])
+    if isinstance(given, str) and re.fullmatch(r"\d{1,9}", given.strip()):  # a CSV cell
+        given = int(given)
     marks = [i for i, message in enumerate(raw) if message.get("accepted") is True]
     whole = isinstance(given, int) or (isinstance(given, float) and given.is_integer())  # columns with nulls are float
     if isinstance(given, bool) or not (given is None or whole):
@@ -327,11 +335,24 @@ def _by_rule(rule: Rule, messages: Sequence[dict[str, Any]]) -> int | None:
 
 
 def _tools(value: object, columns: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    value = _from_cell(value, columns["tools"])
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, dict) for tool in value):
         raise BadConversationError(f"field {columns['tools']!r}: expected a list of objects, got {_kind(value)}")
     return tuple(_without_nulls(tool) for tool in value)
+
+
+def _from_cell(value: object, column: str) -> object:
+    """Return the value of a CSV cell that holds JSON; every value but a text as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return from_json(value)
+    except ValueError:
+        raise BadConversationError(
+            f"field {column!r}: expected a list, got a text that is not its JSON", value
+        ) from None
 
 
 def _place(columns: Mapping[str, str], index: int) -> str:

@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Problems with solutions, read from JSONL, Parquet or a hub data set, and the shuffled stream of global
-batches."""
+"""Problems with solutions, read from files or a hub data set, and the shuffled stream of global batches."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, is_text, records
+from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, from_json, is_text, records
 
 FIELDS = ("problem", "messages", "solution", "answer", "id")
 
@@ -93,30 +93,34 @@ def load_problems(
     on_bad_record: str = "error",
     limit: int | None = None,
     require_solution: bool = True,
+    section: str = "data",
 ) -> ProblemSet:
-    """Reads and validates a whole data set.
+    """Read and validate a whole data set.
 
-    ``path_or_name``: a ``.jsonl``, ``.json`` or ``.parquet`` file, a glob, a list of these, or the name of a
-    hub data set (of which ``subset`` and ``split`` are taken).  JSON is read line by line here, since
-    ``datasets`` does not say which line is malformed; Parquet and the hub go through ``datasets``.
+    ``path_or_name``: a file with one of the endings in `files.FORMATS`, a folder of such files, a glob, a list of
+    these, or the name of a hub data set (of which ``subset`` and ``split`` are taken).  JSON and CSV are read line by
+    line here, since ``datasets`` does not say which line is malformed; Parquet and the hub go through ``datasets``.
     ``fields``: our name -> column name, for those that differ; ``None`` as the column leaves that field
-    unread, and the solution empty.  A record has a ``problem`` (text), or else ``messages``, and a
-    ``solution``; ``answer`` and ``id`` are optional.  A missing id is derived from the record's content, with
-    ``-1``, ``-2`` .. for repetitions.
-    ``on_bad_record``: ``error`` raises at the first bad record; ``skip`` leaves it out and counts it.
+    unread, and the solution empty.  A record has a ``problem`` (text), or else ``messages`` (a list, or its JSON as
+    text), and a ``solution``; ``answer`` and ``id`` are optional.  A missing id is derived from the record's content,
+    with ``-1``, ``-2`` .. for repetitions.
+    ``on_bad_record``: ``error`` raises at the first bad record; ``skip`` skips and counts it.
     ``limit``: the first so many good records.  ``require_solution``: False reads a record without a solution
-    too, as one whose solution is "".
+    too, as one whose solution is "".  ``section``: of the configuration, for the keys that errors name.
 
     Raises: ValueError naming file, line, field, what was expected and what was found; also for two equal ids
     and for an empty set.  FileNotFoundError for a missing file.
     """
     columns = _columns(fields or {})
     if on_bad_record not in ("error", "skip"):
-        raise ValueError(f"on_bad_record: expected 'error' or 'skip', got {on_bad_record!r}.")
+        raise ValueError(f"{section}.on_bad_record: expected 'error' or 'skip', got {on_bad_record!r}.")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected at least 1 problem or null for all of them, got {limit}.")
+        raise ValueError(f"{section}.limit: expected at least 1 problem or null for all of them, got {limit}.")
     found = records(path_or_name, split, subset)
-    problems, skipped, seen_columns = _good_problems(found, columns, on_bad_record, limit, require_solution)
+    advice = "Correct the record" + (", or set data.on_bad_record=skip." if section == "data" else ", or remove it.")
+    problems, skipped, seen_columns = _good_problems(
+        found, columns, None if on_bad_record == "skip" else advice, limit, require_solution
+    )
     if not problems:
         first = f" The first: {skipped[0]}" if skipped else ""
         raise ValueError(
@@ -208,18 +212,21 @@ def shard(batch: Sequence[T], dp_rank: int, dp_size: int) -> list[T]:
 def _columns(fields: Mapping[str, str | None]) -> dict[str, str | None]:
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
-        raise ValueError(f"fields: expected names among {', '.join(FIELDS)}, got {', '.join(unknown)}.")
+        raise ValueError(f"data.fields: expected names among {', '.join(FIELDS)}, got {', '.join(unknown)}.")
     return {name: fields.get(name, name) for name in FIELDS}
 
 
 def _good_problems(
     records: Iterable[tuple[str, object]],
     columns: Mapping[str, str | None],
-    on_bad_record: str,
+    advice: str | None,
     limit: int | None,
     require_solution: bool,
 ) -> tuple[list[Problem], list[str], set[str]]:
-    """The good problems, a sentence for each bad record that was skipped, and all columns seen."""
+    """Return the good problems, a sentence for each bad record that was skipped, and all columns seen.
+
+    ``advice``: what the error about a bad record adds; None skips bad records.
+    """
     problems: list[Problem] = []
     skipped: list[str] = []
     places: dict[str, str] = {}
@@ -230,9 +237,8 @@ def _good_problems(
         try:
             problem = _validated(record, location, columns, places, require_solution)
         except BadRecordError as error:
-            if on_bad_record == "error":
-                hint = "Mend the record, or set on_bad_record to 'skip'."
-                raise ValueError(f"{location}: {error} {hint}") from None
+            if advice is not None:
+                raise ValueError(f"{location}: {error} {advice}") from None
             skipped.append(f"{location}: {error}")
             continue
         places[problem.id] = location
@@ -247,7 +253,7 @@ def _check_columns_exist(source: object, columns: Mapping[str, str | None], seen
     for name, column in columns.items():
         if column not in (None, name) and column not in seen:
             raise ValueError(
-                f"{source}: fields.{name} names the column {column!r}, which no record has. "
+                f"{source}: data.fields.{name} names the column {column!r}, which no record has. "
                 f"Columns found: {', '.join(sorted(seen))}."
             )
 
@@ -288,6 +294,11 @@ def _validated(
 
 
 def _conversation(messages: object, column: str | None) -> tuple[dict[str, Any], ...]:
+    if isinstance(messages, str):  # a CSV cell
+        try:
+            messages = from_json(messages)
+        except ValueError as error:
+            raise BadRecordError(f"field {column!r}: expected a list of messages, got a text ({error}).") from None
     if not isinstance(messages, (list, tuple)) or not messages:
         raise BadRecordError(f"field {column!r}: expected a non-empty list of messages, got {_shown(messages)}.")
     conversation = []
@@ -318,7 +329,9 @@ def _text(value: object, name: str, columns: Mapping[str, str | None], record: M
 
 
 def _short_text(value: object, name: str, columns: Mapping[str, str | None]) -> str:
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
+    is_number = isinstance(value, float) and math.isfinite(value)
+    is_number |= isinstance(value, int) and not isinstance(value, bool)
+    if is_number or (isinstance(value, str) and value.strip()):
         return str(value)
     raise BadRecordError(f"field {columns[name]!r}: expected a non-empty string or a number, got {_shown(value)}.")
 

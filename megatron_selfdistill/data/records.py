@@ -1,44 +1,69 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Records of a data set one by one, each with its place: from JSONL, JSON, Parquet, or a hub data set."""
+"""Records of a data set one by one, each with its place: from JSONL, JSON, CSV, Parquet, or a hub data set."""
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from megatron_selfdistill.data.files import data_files, format_of, is_hub_name, opened
+
+MAX_DEPTH = 100
+"""Levels of objects and lists within one record; chat logs with tool calls have about ten."""
 
 
 def records(
     path_or_name: str | Path | Sequence[str | Path], split: str, subset: str | None
 ) -> Iterator[tuple[str, object]]:
-    """Yields (location, record), ``file:line`` (JSONL) or ``file:row`` counted from 1, in the order of the files.
+    """Yield (location, record) in the order of the files.
 
-    A line that is no JSON is yielded as the `BadRecordError` that says so, with its beginning.  ``path_or_name``: as
-    `load_problems` takes it.  Raises: FileNotFoundError or ValueError, in one sentence, for what cannot be opened.
+    A location is ``file:line`` (JSONL, CSV) or ``file:row`` (JSON arrays, Parquet), counted from 1, or
+    ``name[split]:row`` of a hub data set.  A record that cannot be read is yielded as the `BadRecordError` that says
+    why.  ``path_or_name``, ``split``, ``subset``: as `load_problems` takes them.
+
+    Raises: FileNotFoundError or ValueError, in one sentence that names the file, for a source that cannot be opened.
     """
     if isinstance(path_or_name, (str, Path)):
-        paths: list[str | Path] = [path_or_name]
-        if _is_hub_name(path_or_name):
+        if is_hub_name(path_or_name):
             yield from _hub_records(str(path_or_name), split, subset)
             return
-    else:
-        paths = list(path_or_name)
-    for path in paths:
-        for file in _existing_files(path):
-            if file.suffix == ".parquet":
-                yield from _parquet_records(file)
-            else:
-                yield from _json_records(file)
+        path_or_name = [path_or_name]
+    for file in data_files(path_or_name):
+        if subset is not None:
+            raise ValueError(f"{file}: expected the name of a hub data set with the subset {subset!r}, got a file.")
+        kind = (format_of(file) or "").removesuffix(".gz")
+        readers = {".csv": _csv_records, ".parquet": _parquet_records}
+        yield from readers.get(kind, _json_records)(file)
 
 
 class BadRecordError(ValueError):
-    """What is wrong with one record: field, expected, got. Its place is added by whoever reads the file."""
+    """What is wrong with one record: field, expected, got.  The reader of the file adds the record's place."""
+
+
+def from_json(text: str | bytes) -> object:
+    """Return the value of the JSON ``text``; bytes are UTF-8, with or without a byte order mark.
+
+    Raises: ValueError for text that is not valid JSON, for the constants NaN, Infinity and -Infinity, which JSON does
+    not have, and for more than `MAX_DEPTH` levels.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if _is_too_deep(value):
+        raise ValueError(_TOO_DEEP)
+    return value
 
 
 def is_text(value: object) -> bool:
-    """Whether every string within ``value`` can be written as UTF-8.  JSON can spell one that cannot: half of a
+    """Return whether every string within ``value`` can be written as UTF-8.  JSON can spell one that cannot: half of a
     surrogate pair, as a cut emoji leaves it, which tokenizers refuse and files cannot hold."""
     if isinstance(value, str):
         return value.isascii() or not _SURROGATE.search(value)
@@ -50,36 +75,41 @@ def is_text(value: object) -> bool:
 NO_TEXT = "expected text that can be written as UTF-8, got half of a surrogate pair (a cut emoji?)"
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_TOO_DEEP = f"objects and lists nested more than {MAX_DEPTH} levels deep"
+_LONGEST_CELL = 2**30  # characters; the csv module refuses cells above 131072 otherwise
 
 
-def _is_hub_name(path_or_name: str | Path) -> bool:
-    if isinstance(path_or_name, Path) or Path(path_or_name).exists():
-        return False
-    looks_like_a_file = Path(path_or_name).suffix in (".jsonl", ".json", ".parquet")
-    return not looks_like_a_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path_or_name) is not None
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"the constant {name}, which JSON does not have; write null where there is no value")
 
 
-def _existing_files(path: str | Path) -> list[Path]:
-    # The file itself comes first: its name may hold the characters of a glob.
-    files = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if not files:
-        raise FileNotFoundError(f"Data: expected a file or a glob of files, got {path}, which matches none.")
-    for file in files:
-        if file.is_dir() or file.suffix not in (".jsonl", ".json", ".parquet"):
-            raise ValueError(
-                f"Data: expected files ending in .jsonl, .json or .parquet, got {file}"
-                f"{' (a folder: name its files, for example with a glob)' if file.is_dir() else ''}."
-            )
-    return files
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _is_too_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for item in level for inner in _containers_in(item)]
+        if not level:
+            return False
+    return True
+
+
+def _containers_in(value: object) -> list[object]:
+    if not isinstance(value, (dict, list)):
+        return []
+    return [
+        inner for inner in (value.values() if isinstance(value, dict) else value) if isinstance(inner, (dict, list))
+    ]
 
 
 def _json_records(file: Path) -> Iterator[tuple[str, object]]:
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         start = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"["):
         yield from _json_array_records(file)
         return
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield f"{file}:{number}", _parsed(line)
@@ -87,41 +117,107 @@ def _json_records(file: Path) -> Iterator[tuple[str, object]]:
 
 def _json_array_records(file: Path) -> Iterator[tuple[str, object]]:
     try:
-        records = json.loads(file.read_text(encoding="utf-8-sig"))
+        with opened(file) as stream:
+            found = from_json(stream.read())
     except ValueError as error:
-        raise ValueError(f"{file}: expected a JSON array of records, got text that is no JSON ({error}).") from None
-    for row, record in enumerate(records, 1):
+        if str(error).startswith(str(file)):
+            raise
+        raise ValueError(f"{file}: expected a JSON array of records ({error}).") from None
+    assert isinstance(found, list), "the text begins with a bracket"
+    for row, record in enumerate(found, 1):
         yield f"{file}:{row}", record
 
 
 def _parsed(line: bytes) -> object:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return from_json(line)
     except ValueError as error:
         start = line[:60].decode(errors="replace").rstrip()
         return BadRecordError(f"expected one JSON object per line, got {start!r} ({error}).")
 
 
+def _csv_records(file: Path) -> Iterator[tuple[str, object]]:
+    """Yield a record per row, with the texts of its cells under the names in the first row; an empty cell is null."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with opened(file) as stream:
+        rows = csv.reader(_lines(stream), strict=True)
+        try:
+            header = next(rows, [])
+        except csv.Error as error:
+            raise ValueError(f"{file}: expected a first row of comma-separated column names, got {error}.") from None
+        if not header or len(set(header)) < len(header) or not is_text(header):
+            raise ValueError(f"{file}: expected different UTF-8 column names in the first row, got {header}.")
+        while True:
+            location = f"{file}:{rows.line_num + 1}"
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield location, BadRecordError(f"expected a row of comma-separated cells, got {error}.")
+                continue
+            if cells:
+                yield location, _row(header, cells)
+
+
+def _lines(stream: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(stream):
+        yield line.decode("utf-8" if number else "utf-8-sig", errors="surrogateescape")
+
+
+def _row(header: Sequence[str], cells: Sequence[str]) -> object:
+    if len(cells) != len(header):
+        return BadRecordError(f"expected {len(header)} cells, one per column of the first row, got {len(cells)}.")
+    if not is_text(cells):
+        return BadRecordError("expected text in UTF-8, got other bytes.")
+    return {name: cell or None for name, cell in zip(header, cells, strict=True)}
+
+
 def _parquet_records(file: Path) -> Iterator[tuple[str, object]]:
     import datasets  # takes a second to import, and JSONL does not need it
 
-    # Streaming: no Arrow copy of the file in the user's cache, and nothing to lock between ranks.
-    # glob.escape, since data_files are patterns and an existing file's name need not be one.
-    rows = datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train", streaming=True)
-    for row, record in enumerate(rows, 1):
-        yield f"{file}:{row}", record
+    _check_parquet(file)
+    row = 0
+    try:
+        # Streaming: no Arrow copy of the file in the user's cache, and nothing to lock between ranks.
+        # glob.escape, since data_files are patterns and an existing file's name need not be one.
+        rows = datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train", streaming=True)
+        for row, record in enumerate(rows, 1):
+            yield f"{file}:{row}", record
+    except Exception as error:  # pyarrow and datasets raise many kinds, most without the file's name
+        raise ValueError(
+            f"{file}: expected a Parquet file, got one that cannot be read behind row {row} ({_first_line(error)}); "
+            "copy or write the file again."
+        ) from error
+
+
+def _check_parquet(file: Path) -> None:
+    # datasets logs an error of its own for such a file before it raises one.
+    with file.open("rb") as stream:
+        start = stream.read(4)
+        stream.seek(max(file.stat().st_size - 4, 0))
+        end = stream.read(4)
+    if not start == end == b"PAR1":
+        raise ValueError(
+            f"{file}: expected a Parquet file, which begins and ends with the bytes PAR1, got another or an incomplete "
+            "file."
+        )
 
 
 def _hub_records(name: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
     import datasets
 
     try:
+        # Only data files are read: datasets runs no loading scripts since version 4.
         rows = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError) as error:  # not found, no network, unknown split or subset
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, ValueError, RuntimeError) as error:  # no such set, network, split or subset; a loading script
         raise ValueError(
-            f"Data: {name!r} is no file here and could not be had as a hub data set "
-            f"(split {split!r}, subset {subset!r}): {reason}"
+            f"Data: {name!r} is no file or folder here and could not be loaded as a hub data set "
+            f"(split {split!r}, subset {subset!r}): {_first_line(error)}"
         ) from error
     for row, record in enumerate(rows, 1):
         yield f"{name}[{split}]:{row}", record
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

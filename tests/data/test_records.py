@@ -1,0 +1,231 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every format holds the same problems, and a source that cannot be read is one sentence with file and line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from megatron_selfdistill.data import records
+from megatron_selfdistill.data.problems import load_problems
+
+RECORDS = [{"problem": f'What, "{n} + {n}"?\n', "solution": f"It is {2 * n}: é.", "id": f"r{n}"} for n in range(3)]
+RECORDS[1]["answer"] = "2"
+
+
+def as_jsonl(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def write_csv(file: Path, records: list[dict[str, Any]], **options: Any) -> None:
+    with file.open("w", newline="", encoding="utf-8", **options) as stream:
+        rows = csv.DictWriter(stream, ["problem", "solution", "answer", "id"])
+        rows.writeheader()
+        rows.writerows(records)
+
+
+def write_csv_gz(file: Path, records: list[dict[str, Any]]) -> None:
+    write_csv(file.with_name("plain.csv"), records)
+    file.write_bytes(gzip.compress(file.with_name("plain.csv").read_bytes()))
+    file.with_name("plain.csv").unlink()
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], object]] = {
+    ".jsonl": lambda file, records: file.write_bytes(as_jsonl(records)),
+    ".jsonl.gz": lambda file, records: file.write_bytes(gzip.compress(as_jsonl(records))),
+    ".json": lambda file, records: file.write_text(json.dumps(records, indent=1)),
+    ".json.gz": lambda file, records: file.write_bytes(gzip.compress(json.dumps(records).encode())),
+    ".csv": write_csv,
+    ".csv.gz": write_csv_gz,
+    ".parquet": lambda file, records: datasets.Dataset.from_list(
+        [{"answer": None, **record} for record in records]
+    ).to_parquet(file),
+    ".JSONL.GZ": lambda file, records: file.write_bytes(gzip.compress(as_jsonl(records))),
+}
+
+
+def refusal(path: object, **options: Any) -> str:
+    with pytest.raises((ValueError, OSError)) as caught:
+        load_problems(path, **options)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and len(sentence) < 700
+    return sentence
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_every_format_alone_and_in_a_folder_of_shards_holds_the_same_problems(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "one.jsonl").write_bytes(as_jsonl(RECORDS))
+    wanted = load_problems(tmp_path / "one.jsonl").fingerprint
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    WRITERS[ending](shards / f"part-00001{ending}", RECORDS[2:])
+    WRITERS[ending](shards / f"part-00000{ending}", RECORDS[:2])
+    (shards / "README.md").write_text("What is here.")
+    (shards / "_SUCCESS").write_text("")
+    (shards / "._part.jsonl").write_text("of another system")
+    assert load_problems(shards).fingerprint == wanted
+    assert load_problems(f"{shards}/*{ending}").fingerprint == wanted
+    found = load_problems([shards / f"part-00000{ending}", str(shards / f"part-00001{ending}")])
+    assert found.fingerprint == wanted
+    assert found.problems[2].location.startswith(f"{shards}/part-00001{ending}:")
+
+
+def test_a_glob_of_folders_and_their_files_reads_each_file_once(tmp_path: Path) -> None:
+    for number, record in enumerate(RECORDS):
+        (tmp_path / f"shard{number}").mkdir()
+        (tmp_path / f"shard{number}" / "data.jsonl").write_bytes(as_jsonl([record]))
+    for pattern in ("shard*", "shard*/*", "shard[012]/**"):
+        assert [problem.id for problem in load_problems(f"{tmp_path}/{pattern}").problems] == ["r0", "r1", "r2"]
+
+
+def test_a_folder_of_several_formats_or_without_data_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    assert f"{tmp_path}, which has none; name the files of subfolders with a glob" in refusal(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(RECORDS))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_jsonl(RECORDS)))
+    assert "data files of one format" in (message := refusal(tmp_path)) and f"'{tmp_path}/*.jsonl'" in message
+    assert "expected files ending in .jsonl, " in refusal(tmp_path / "notes.txt")
+
+
+def test_a_named_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "problems.jsonl")
+    assert "problems.jsonl, which is a named pipe" in refusal(tmp_path / "problems.jsonl")
+    assert "which is a device" in refusal("/dev/null")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "more than 100 levels deep"),
+        ('{"problem": ' + "[" * 100_000, "more than 100 levels deep"),
+        ('{"problem": "p", "solution": "s", "tree": ' + "[" * 100 + "]" * 100 + "}", "more than 100 levels deep"),
+        ('{"problem": "p", "solution": "s", "answer": NaN}', "the constant NaN, which JSON does not have"),
+        ('{"problem": "p", "solution": "s", "score": -Infinity}', "the constant -Infinity"),
+        ('{"problem": "p", "solution": "s", "answer": 1e999}', "field 'answer': expected a non-empty string or a"),
+        ('{"messages": "' + "[" * 1000 + '", "solution": "s"}', "field 'messages': expected a list of messages"),
+    ],
+)
+def test_a_record_that_json_cannot_mean_is_bad_and_counted(tmp_path: Path, ending: str, line: str, words: str) -> None:
+    content = as_jsonl(RECORDS[:1]) + b"\n" + line.encode() + b"\n" + as_jsonl(RECORDS[1:])
+    file = tmp_path / f"bad{ending}"
+    file.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
+    message = refusal(file)
+    assert message.startswith(f"{file}:3: ") and words in message
+    assert message.endswith("Correct the record, or set data.on_bad_record=skip.")
+    found = load_problems(file, on_bad_record="skip")
+    assert len(found) == 3 and [sentence.startswith(f"{file}:3: ") for sentence in found.skipped] == [True]
+
+
+def test_a_record_may_be_nested_as_deep_as_the_bound(tmp_path: Path) -> None:
+    nested = json.dumps(RECORDS[0])[:-1] + ', "tree": ' + "[" * 99 + "]" * 99 + "}\n"
+    (tmp_path / "a.jsonl").write_text(nested)
+    assert len(load_problems(tmp_path / "a.jsonl")) == 1
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '[{"answer": NaN}]', '[{"problem": 1},'])
+def test_a_json_array_that_cannot_be_read_names_its_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    for policy in ("error", "skip"):
+        message = refusal(tmp_path / "a.json", on_bad_record=policy)
+        assert message.startswith(f"{tmp_path}/a.json: expected a JSON array of records (")
+
+
+def test_an_answer_of_nan_in_parquet_is_a_bad_record(tmp_path: Path) -> None:
+    rows = [{"problem": "p", "solution": "s", "answer": value} for value in (1.0, float("nan"))]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert "a.parquet:2: field 'answer': expected a non-empty string or a number, got NaN" in refusal(
+        tmp_path / "a.parquet"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["no.parquet", "no.jsonl.gz", "no.csv.gz", "empty.parquet", "cut.parquet", "cut.json.gz"]
+)
+def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, name: str, capfd: Any) -> None:
+    file = tmp_path / name
+    WRITERS["." + name.partition(".")[2]](file, RECORDS)
+    content = {"no": b"nothing of the kind", "empty": b"", "cut": file.read_bytes()[:-8]}[name.partition(".")[0]]
+    file.write_bytes(content)
+    capfd.readouterr()
+    for policy in ("error", "skip"):
+        assert refusal(file, on_bad_record=policy).startswith(f"{file}: expected ")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_parquet_file_with_damaged_rows_is_named(tmp_path: Path) -> None:
+    rows = [{"problem": f"{n} " * 50, "solution": "s"} for n in range(2000)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    for index in range(100, 400):
+        content[index] ^= 0x5A
+    (tmp_path / "a.parquet").write_bytes(bytes(content))
+    assert refusal(tmp_path / "a.parquet").startswith(f"{tmp_path}/a.parquet: expected a Parquet file, got one that")
+
+
+def test_csv_cells_hold_newlines_quotes_and_any_length_and_empty_ones_are_null(tmp_path: Path) -> None:
+    long = "so " * 100_000 + "2"
+    write_csv(tmp_path / "a.csv", [{"problem": 'a\n"b",', "solution": long}, RECORDS[1]])
+    first, second = load_problems(tmp_path / "a.csv").problems
+    assert (first.messages[0]["content"], first.solution, first.answer) == ('a\n"b",', long, None)
+    assert first.location == f"{tmp_path}/a.csv:2" and second.location == f"{tmp_path}/a.csv:4"
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbfproblem,solution\r\np,s\r\n")
+    assert load_problems(tmp_path / "bom.csv").problems[0].solution == "s"
+
+
+def test_csv_messages_are_their_json(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    (tmp_path / "a.csv").write_text('solution,messages\n4,"{}"\n'.format(json.dumps(messages).replace('"', '""')))
+    assert load_problems(tmp_path / "a.csv").problems[0].messages == tuple(messages)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (b"p,s,too many", "expected 2 cells, one per column of the first row, got 3"),
+        (b"p", "expected 2 cells, one per column of the first row, got 1"),
+        (b'"p"x,s', "expected a row of comma-separated cells, got"),
+        (b"p\xff,s", "expected text in UTF-8, got other bytes"),
+        (b"p,", "field 'solution': expected a non-empty string, got null"),
+    ],
+)
+def test_a_bad_csv_row_is_named_by_its_line_and_counted(tmp_path: Path, row: bytes, words: str) -> None:
+    (tmp_path / "a.csv").write_bytes(b'problem,solution\n\n"p\nq",s\n' + row + b"\nlast,s\n")
+    message = refusal(tmp_path / "a.csv")
+    assert message.startswith(f"{tmp_path}/a.csv:5: ") and words in message
+    found = load_problems(tmp_path / "a.csv", on_bad_record="skip")
+    assert [problem.messages[0]["content"] for problem in found.problems] == ["p\nq", "last"]
+    assert found.num_skipped == 1
+
+
+@pytest.mark.parametrize("header", [b"", b"problem,problem\np,s\n", b'"problem"x,y\n', b"problem,sol\xffution\np,s\n"])
+def test_a_csv_file_without_column_names_is_refused(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(header)
+    assert refusal(tmp_path / "a.csv").startswith(f"{tmp_path}/a.csv: expected ")
+
+
+def test_a_subset_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(RECORDS))
+    assert "hub data set with the subset 'main', got a file" in refusal(tmp_path / "a.jsonl", subset="main")
+
+
+def test_a_missing_file_of_any_format_is_never_sought_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    for ending in WRITERS:
+        assert "which matches none" in refusal(f"data/problems{ending}")
+
+
+def test_the_loading_script_of_a_hub_data_set_never_runs(tmp_path: Path) -> None:
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\n")
+    with pytest.raises(ValueError, match="could not be loaded as a hub data set"):
+        list(records._hub_records(str(tmp_path / "evil"), "train", None))
+    assert not (tmp_path / "ran").exists()
