@@ -11,8 +11,16 @@ from pathlib import Path
 
 from megatron_selfdistill.config import Config, ConfigError, DataConfig
 from megatron_selfdistill.data.acceptance import load_rule
-from megatron_selfdistill.data.contexts import ContextCounts, plan_contexts
+from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_contexts
 from megatron_selfdistill.data.conversations import ConversationSet, load_conversations
+from megatron_selfdistill.data.hints import (
+    LOOKED_AT,
+    HintCost,
+    check_student_prompt,
+    check_teacher_prompt,
+    hint_cost,
+    mean_cost,
+)
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
@@ -21,9 +29,7 @@ from megatron_selfdistill.data.prompts import (
     Tokenizer,
     load_tokenizer,
 )
-from megatron_selfdistill.data.replies import TurnCounts, TurnReader, Unusable
-
-_LOOKED_AT = 64  # logged turns, before the start
+from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Inputs:
     max_length: int
     """Longest context in tokens."""
     stop_token_ids: tuple[int, ...]
+    about_prompts: str | None = None
+    """What the teacher's prompts cost in tokens, for people; None where there is no teacher."""
     about_conversations: tuple[str, ...] = ()
     """What became of a log of conversations, in numbers, for people."""
     left_out: tuple[str, ...] = ()
@@ -67,20 +75,16 @@ class Inputs:
             missing = "evaluation.path" if evaluation.path is None else "data.tokenizer"
             raise ConfigError(f"{missing} is not set: an evaluation needs a file of problems and a tokenizer")
         try:
-            tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
-            problems = load_problems(
-                evaluation.path,
-                fields=_evaluation_fields(data),
-                on_bad_record="error",
-                limit=evaluation.limit,
-                require_solution=with_solutions,
-            )
+            tokenizer = _tokenizer(data)
+            builder = PromptBuilder(tokenizer, _templates(data))
             return cls(
                 tokenizer=tokenizer,
-                builder=PromptBuilder(tokenizer, _templates(data)),
+                builder=builder,
                 problems=ProblemSet([]),
                 counts=ContextCounts(),
-                evaluation=problems.problems,
+                evaluation=_evaluation_problems(
+                    config, _evaluation_fields(data), builder, require_solution=with_solutions, hinted=with_solutions
+                ),
                 vocab_size=_vocab_size(config, tokenizer),
                 max_length=data.max_length or config.model.max_position_embeddings,
                 stop_token_ids=_stop_tokens(config, tokenizer),
@@ -96,7 +100,7 @@ class Inputs:
             raise ConfigError(
                 f"{missing} is not set: give a file of problems and a tokenizer, or see `make quickstart`"
             )
-        tokenizer = load_tokenizer(data.tokenizer, chat_template=_chat_template(data))
+        tokenizer = _tokenizer(data)
         if data.kind == "conversations":
             return cls._load_conversations(config, tokenizer)
         builder = PromptBuilder(tokenizer, _templates(data))
@@ -107,20 +111,22 @@ class Inputs:
             data.path,
             fields=fields,
             split=data.split,
+            subset=data.subset,
             on_bad_record=data.on_bad_record,
             limit=data.limit,
         )
         max_length = longest_context(config)
-        problems, counts = _those_that_fit(problems, builder, max_length, config)
+        problems, counts, about_prompts = _those_that_fit(problems, builder, max_length, config)
         return cls(
             tokenizer=tokenizer,
             builder=builder,
             problems=problems,
             counts=counts,
-            evaluation=_evaluation_problems(config, fields),
+            evaluation=_evaluation_problems(config, fields, builder),
             vocab_size=_vocab_size(config, tokenizer),
             max_length=max_length,
             stop_token_ids=_stop_tokens(config, tokenizer),
+            about_prompts=about_prompts,
         )
 
     @classmethod
@@ -135,6 +141,7 @@ class Inputs:
             turns=wanted.turns,
             fields=data.fields,
             split=data.split,
+            subset=data.subset,
             on_bad_record=data.on_bad_record,
             limit=data.limit,
             show_contents=wanted.show_contents,
@@ -143,21 +150,23 @@ class Inputs:
         if config.logged:
             problems, counts = log.turns, ContextCounts()
             reader = _reader(data, builder, stop_token_ids, max_length)
-            read, unusable = _look_at(problems.problems, reader, config.seed)
+            about_prompts: str | None
+            read, unusable, about_prompts = _look_at(problems.problems, reader, config.seed)
             left_out += unusable
             about: tuple[str, ...] = (read,)
         else:
-            problems, counts = _those_that_fit(log.turns, builder, max_length, config)
+            problems, counts, about_prompts = _those_that_fit(log.turns, builder, max_length, config)
             about = ()
         return cls(
             tokenizer=tokenizer,
             builder=builder,
             problems=problems,
             counts=counts,
-            evaluation=_evaluation_problems(config, _evaluation_fields(data)),
+            evaluation=_evaluation_problems(config, _evaluation_fields(data), builder),
             vocab_size=_vocab_size(config, tokenizer),
             max_length=max_length,
             stop_token_ids=stop_token_ids,
+            about_prompts=about_prompts,
             about_conversations=(_about(log), *about),
             left_out=tuple(left_out),
         )
@@ -187,29 +196,72 @@ def _reader(data: DataConfig, builder: PromptBuilder, stop_token_ids: tuple[int,
     return TurnReader(builder, stop_token_ids, max_length, data.on_long_context, data.on_bad_record)
 
 
-def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tuple[str, list[str]]:
-    """Some logged turns read as the steps will read them: a template that cannot show them is found before the start.
+def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tuple[str, list[str], str]:
+    """Read some logged turns as the steps will read them: a template that cannot show them is found before the start.
 
-    Returns what became of them, in numbers, and a sentence for each unusable one.  Raises: ValueError in one sentence
-    for one that may not be left out, and where none can be used.
+    Returns what became of them, in numbers, a sentence for each unusable one, and what their prompts cost.  Raises:
+    ValueError in one sentence for one that may not be left out, where none can be used, and for a teacher's prompt that
+    does not show the accepted answer.
     """
-    numbers = sorted(random.Random(f"{seed}/turns").sample(range(len(problems)), min(_LOOKED_AT, len(problems))))
-    turns = reader.read([problems[number] for number in numbers])
+    numbers = sorted(random.Random(f"{seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
+    looked_at = [problems[number] for number in numbers]
+    turns = reader.read(looked_at)
     for turn in turns:
         reader.check(turn)
     counts, unusable = TurnCounts.of(turns), [turn.sentence for turn in turns if isinstance(turn, Unusable)]
     if not counts.usable:
         raise ConfigError(f"none of {len(turns)} turns that were looked at can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
-    return f"{which} turns were read: {counts}", unusable
+    pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
+    return f"{which} turns were read: {counts}", unusable, _about_prompts(reader.builder, pairs, "accepted answer")
 
 
-def _evaluation_problems(config: Config, fields: Mapping[str, str | None]) -> list[Problem]:
-    if config.evaluation.path is None:
+def _evaluation_problems(
+    config: Config,
+    fields: Mapping[str, str | None],
+    builder: PromptBuilder,
+    require_solution: bool = True,
+    hinted: bool = False,
+) -> list[Problem]:
+    """Read ``evaluation.path`` and check the first prompts; ``hinted``: the teacher's too."""
+    evaluation = config.evaluation
+    if evaluation.path is None:
         return []
-    return load_problems(
-        config.evaluation.path, fields=fields, on_bad_record="error", limit=config.evaluation.limit
+    problems = load_problems(
+        evaluation.path,
+        fields=fields,
+        split=evaluation.split,
+        subset=evaluation.subset,
+        on_bad_record="error",
+        limit=evaluation.limit,
+        require_solution=require_solution,
+        section="evaluation",
     ).problems
+    for problem in problems[:LOOKED_AT]:
+        student = builder.student_prompt(problem)
+        check_student_prompt(builder, problem, student)
+        if hinted:
+            check_teacher_prompt(builder, problem, student, builder.teacher_prompt(problem), problem.solution)
+    return problems
+
+
+def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, PromptPair]], shown_part: str) -> str:
+    """Check that the prompts show what they are made of, and return a line about their cost.
+
+    ``shown_part``: what the line calls the solution in them.  Raises: ValueError in one sentence for the first that
+    does not.
+    """
+    costs: list[HintCost] = []
+    for problem, pair in looked_at:
+        student, teacher = pair.student_prompt, pair.teacher_prompt
+        check_student_prompt(builder, problem, student)
+        check_teacher_prompt(builder, problem, student, teacher, pair.solution)
+        costs.append(hint_cost(builder, problem, student, teacher))
+    cost = mean_cost(costs)
+    return (
+        f"the teacher's prompt adds {cost.wording:.0f} tokens of wording (data.teacher_template) and on average "
+        f"{cost.solution:.0f} of the {shown_part} (in {len(costs)} prompts)"
+    )
 
 
 def longest_context(config: Config) -> int:
@@ -234,8 +286,11 @@ def longest_context(config: Config) -> int:
 
 def _those_that_fit(
     problems: ProblemSet, builder: PromptBuilder, max_length: int, config: Config
-) -> tuple[ProblemSet, ContextCounts]:
+) -> tuple[ProblemSet, ContextCounts, str | None]:
+    """Return the problems whose contexts fit, the counts, and what the teacher's prompts cost; the first prompts are
+    checked."""
     kept, counts = [], ContextCounts()
+    looked_at: list[tuple[Problem, PromptPair]] = []
     for problem in problems.problems:  # one by one: the prompts of a whole data set need not be in memory
         # Own solutions are found later; until then the answer stands for them.
         shown = problem if problem.solution or not problem.answer else replace(problem, solution=problem.answer)
@@ -249,20 +304,42 @@ def _those_that_fit(
         counts += count
         if pairs:
             kept.append(problem)
+            looked_at += [(shown, pair) for pair in pairs if len(looked_at) < LOOKED_AT]
     if not kept:
-        raise ConfigError(
-            f"{config.data.path}: no problem fits: prompt, solution and rollout.max_new_tokens "
-            f"({config.rollout.max_new_tokens}) exceed {max_length} tokens in all {len(problems)} records"
-        )
-    return replace(problems, problems=kept), counts
+        raise ConfigError(_none_fits(problems.problems[0], len(problems), builder, max_length, config))
+    if config.objective != "self_distillation":
+        for problem, pair in looked_at:
+            check_student_prompt(builder, problem, pair.student_prompt)
+        return replace(problems, problems=kept), counts, None
+    shown_part = "solution" if config.data.solutions == "given" else "answer, until there are own solutions"
+    return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
+
+
+def _none_fits(first: Problem, number: int, builder: PromptBuilder, max_length: int, config: Config) -> str:
+    student = builder.student_prompt(first)
+    cost = hint_cost(builder, first, student, builder.teacher_prompt(first))
+    return (
+        f"{config.data.path}: no problem fits, of {number}: prompt, solution and rollout.max_new_tokens "
+        f"({config.rollout.max_new_tokens}) exceed data.max_length ({max_length}) in all records; in the first, "
+        f"{first.location}, the problem takes {len(student)} tokens, data.teacher_template {cost.wording} and the "
+        f"solution {cost.solution}"
+    )
+
+
+def _tokenizer(data: DataConfig) -> Tokenizer:
+    """Load ``data.tokenizer``, which is set, with the chat template of the configuration."""
+    assert data.tokenizer is not None
+    return load_tokenizer(data.tokenizer, chat_template=_chat_template(data), trust_remote_code=data.trust_remote_code)
 
 
 def _chat_template(data: DataConfig) -> str | None:
-    """The template itself, or the contents of the file that ``data.chat_template`` names."""
+    """Return the template itself, or the contents of the file that ``data.chat_template`` names."""
     template = data.chat_template
-    if template is not None and "{" not in template:
-        return Path(template).read_text()
-    return template
+    if template is None or "{" in template:
+        return template
+    if not Path(template).is_file():
+        raise ConfigError(f"data.chat_template: expected a Jinja template or a file that holds one, got {template}")
+    return Path(template).read_text(encoding="utf-8")
 
 
 def _templates(data: DataConfig) -> PromptTemplates:

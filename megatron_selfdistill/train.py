@@ -157,6 +157,7 @@ def _announce(run: Run) -> None:
         *([f"loss: {run.loss_backend}"] if run.distils else []),
         f"{data}; contexts of at most {run.inputs.max_length} tokens",
         str(run.output_layer),
+        *([run.inputs.about_prompts] if run.inputs.about_prompts else []),
         *run.inputs.about_conversations,
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
         *([run.stop.plan] if run.stop.plan else []),

@@ -81,9 +81,12 @@ def test_what_is_read_is_what_the_files_say(folder):
         (["data.path=null"], "data.path is not set"),
         (["data.tokenizer=null"], "data.tokenizer is not set"),
         (["data.path={folder}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
-        (["data.tokenizer={folder}/nothing"], "Tokenizer: expected a folder with tokenizer.json"),
+        (["data.tokenizer={folder}/nothing"], "/nothing, which does not exist; correct data.tokenizer"),
+        (["data.tokenizer=../nothing/at/all"], "got ../nothing/at/all, which does not exist; correct data.tokenizer"),
+        (["data.tokenizer={folder}/problems.jsonl"], "problems.jsonl, another kind of file; name its folder"),
         (["data.tokenizer={folder}/nothing.model"], "nothing.model, which is no file"),
         (["data.chat_template={folder}/no_template.jinja"], "no_template.jinja"),
+        (["data.chat_template={folder}"], "data.chat_template: expected a Jinja template or a file that holds one"),
         (["data.chat_template=null"], "has no chat template: set data.chat_template"),
         (["data.teacher_template='{{problem}}'"], "{solution}"),
         (["data.tokenizer={folder}/endless"], "has no end-of-sequence token"),
@@ -105,7 +108,7 @@ def test_what_is_read_is_what_the_files_say(folder):
             "schedule.max_tokens (3) must be at least 4",
         ),
         (["data.max_length=16"], "no problem fits"),
-        (["data.max_length=10"], "expected max_new_tokens to leave room for a prompt"),
+        (["data.max_length=10"], "expected rollout.max_new_tokens to leave room for a prompt"),
         (
             ["data.on_long_context=error"],
             "problems.jsonl:3: expected a teacher's prompt of at most 30 tokens",
@@ -203,3 +206,127 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
 def test_a_rule_that_is_nowhere_is_a_sentence(folder):
     rule = "conversations.accepted_rule=nowhere.rule"
     assert "No module named 'nowhere'" in sentence_of(config_of(folder, "data.kind=conversations", rule))
+
+
+EMPTY = "{% for m in messages %}x{% endfor %}"
+HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
+"""Shows what stands before the hint."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([f"data.chat_template='{EMPTY}'"], "problems.jsonl:1: expected the student's prompt to show the problem"),
+        ([f'data.chat_template="{HALF}"'], "problems.jsonl:1: expected the teacher's prompt to show the solution, got"),
+        (
+            [f'data.chat_template="{HALF}"', "evaluation.path={folder}/held_out.jsonl", "objective=solutions"],
+            None,  # no teacher reads a prompt
+        ),
+        (
+            [f'data.chat_template="{HALF}"', "evaluation.path={folder}/cut.jsonl", "objective=solutions"],
+            "cut.jsonl:2: expected the student's prompt to show the problem",
+        ),
+        (
+            [f'data.chat_template="{HALF}"', "data.solutions=own", "data.path={folder}/held_out.jsonl"],
+            "held_out.jsonl:1: expected the teacher's prompt to show the solution, got the 4 tokens of the student's",
+        ),
+    ],
+)
+def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_start(folder, overrides, words):
+    write(folder / "cut.jsonl", [{"problem": text, "solution": "0"} for text in ("1-1=", "1|2-1=")])
+    more = [o.replace("{folder}", str(folder)) for o in ("data.teacher_template='{problem}|{solution}'", *overrides)]
+    config = config_of(folder, *more)
+    if words is None:
+        assert Inputs.load(config).about_prompts is None
+    else:
+        assert words in (sentence := sentence_of(config)) and "data.chat_template" in sentence
+
+
+@pytest.mark.parametrize("policy", ["truncate_start", "truncate_end"])
+def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(folder, policy):
+    inputs = Inputs.load(config_of(folder, f"data.on_long_context={policy}"))
+    assert inputs.counts.truncated == 1, "and its prompt has passed the check"
+    beginning = "{% for m in messages %}{{ m.content[:16] }}{% endfor %}"  # 8 of the problem, 8 of the solution
+    hidden = config_of(folder, f"data.on_long_context={policy}", f'data.chat_template="{beginning}"')
+    assert "problems.jsonl:3: expected the teacher's prompt to show the solution" in sentence_of(hidden)
+
+
+def test_only_the_first_prompts_are_looked_at(folder, tmp_path):
+    problems = [{"problem": f"{n:04}-1=", "solution": "0"} for n in range(65)]
+    write(tmp_path / "a.jsonl", [*problems[:64], {**problems[64], "problem": "1|2=", "solution": "00"}])
+    cut = config_of(folder, f"data.path={tmp_path}/a.jsonl", f'data.chat_template="{HALF}"')
+    assert len(Inputs.load(cut).problems) == 65
+    write(tmp_path / "a.jsonl", [*problems[:63], {**problems[64], "problem": "1|2=", "solution": "00"}])
+    assert "a.jsonl:64: expected the student's prompt" in sentence_of(cut)
+
+
+def test_the_accepted_answer_of_a_log_must_be_in_the_teachers_prompt_and_is_not_quoted(folder, tmp_path):
+    chat = [{"role": role, "content": text} for role, text in [("user", "1-1="), ("assistant", "000"), ("user", ".")]]
+    write(tmp_path / "chats.jsonl", [{"messages": chat, "accepted": 1}])
+    template = tmp_path / "template.jinja"
+    of_template = [f"data.path={tmp_path}/chats.jsonl", "data.kind=conversations", f"data.chat_template={template}"]
+    reply = "{% if m.role == 'assistant' %}{{ m.content }}${% else %}"
+    template.write_text("{% for m in messages %}" + reply + "{{ m.content[:4] }}{% endif %}{% endfor %}")
+    for responses in ("logged", "sampled"):
+        config = config_of(folder, *of_template, f"conversations.responses={responses}")
+        assert "chats.jsonl:1, message 1: expected the teacher's prompt to show the solution, got" in (
+            sentence := sentence_of(config)
+        )
+        assert "000" not in sentence.replace("0000", "")
+    template.write_text("{% for m in messages %}" + reply + "{{ m.content }}{% endif %}{% endfor %}")
+    assert "3 of the accepted answer (in 1 prompts)" in Inputs.load(config_of(folder, *of_template)).about_prompts
+
+
+def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(folder):
+    path = f"evaluation.path={folder}/held_out.jsonl"
+    hidden = config_of(folder, path, f'data.chat_template="{HALF}"', "data.teacher_template='{problem}|{solution}'")
+    assert len(Inputs.load_evaluation(hidden).evaluation) == 3
+    with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the teacher's prompt to show the solution"):
+        Inputs.load_evaluation(hidden, with_solutions=True)
+    with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the student's prompt to show the problem"):
+        Inputs.load_evaluation(config_of(folder, path, f"data.chat_template='{EMPTY}'"))
+
+
+def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(folder):
+    inputs = Inputs.load(config_of(folder, "data.teacher_template='{problem}==={solution}|'"))
+    assert inputs.about_prompts == (
+        "the teacher's prompt adds 4 tokens of wording (data.teacher_template) and on average 6 of the solution "
+        "(in 2 prompts)"
+    )
+    own = Inputs.load(config_of(folder, "data.solutions=own", f"data.path={folder}/held_out.jsonl"))
+    assert "1 of the answer, until there are own solutions" in own.about_prompts
+    too_long = sentence_of(config_of(folder, "data.on_long_context=error"))
+    assert "got 69 (8 of them in the student's prompt too, 1 of data.teacher_template, 60 of the solution)" in too_long
+    assert "raise data.max_length, lower rollout.max_new_tokens, or set data.on_long_context to drop" in too_long
+    none = sentence_of(config_of(folder, "data.teacher_template='{problem}" + "=" * 30 + "{solution}'"))
+    assert "the problem takes 8 tokens, data.teacher_template 30 and the solution 3" in none
+
+
+def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(folder, tmp_path, monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((*args, kwargs["split"]))
+        return [{"problem": "1-1=", "solution": "0", "answer": "0"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = ["data.path=lab/sums", "data.subset=hard", "data.split=val", "evaluation.path=lab/sums"]
+    inputs = Inputs.load(config_of(folder, *hub, "evaluation.subset=easy"))
+    assert calls == [("lab/sums", "hard", "val"), ("lab/sums", "easy", "test")]
+    assert inputs.evaluation[0].location == "lab/sums[test]:1"
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.csv").write_text("problem,solution\n1-1=,0\n")
+    (tmp_path / "shards" / "1.csv").write_text("problem,solution\n2-1=,1\n")
+    of_shards = config_of(folder, f"data.path={tmp_path}/shards", f"evaluation.path={tmp_path}/shards/1.csv")
+    inputs = Inputs.load(of_shards)
+    assert (len(inputs.problems), len(inputs.evaluation)) == (2, 1)
+    missing = sentence_of(config_of(folder, f"evaluation.path={folder}/held_out.jsonl", "evaluation.subset=easy"))
+    assert "held_out.jsonl: expected the name of a hub data set with the subset 'easy'" in missing
+
+
+def test_a_bad_record_of_the_evaluation_is_not_said_to_be_skippable(folder, tmp_path):
+    write(tmp_path / "bad.jsonl", [{"problem": "1-1="}])
+    assert sentence_of(config_of(folder, f"evaluation.path={tmp_path}/bad.jsonl")).endswith("or remove it.")
+    assert sentence_of(config_of(folder, f"data.path={tmp_path}/bad.jsonl")).endswith("set data.on_bad_record=skip.")

@@ -213,9 +213,12 @@ class DataConfig:
     kind: str = "problems"
     """problems (with solutions) or conversations (logs of chats; see the section ``conversations``)."""
     path: str | None = None
-    """JSONL or Parquet file, glob, or hub data-set name with problems and solutions, or with conversations."""
+    """Problems and solutions, or conversations: a file (.jsonl, .json, .csv, each also .gz, or .parquet), a folder of
+    such files, a glob, or the name of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set; null is its default one."""
     fields: dict[str, str] = field(default_factory=dict)
     """Our field name -> the column's name, for problem, solution, answer, id, messages; of conversations: messages,
     accepted, tools, id."""
@@ -225,6 +228,9 @@ class DataConfig:
     """Use only the first so many records."""
     tokenizer: str | None = None
     """A Hugging Face folder or a SentencePiece .model file."""
+    trust_remote_code: bool = False
+    """Run the Python code in the tokenizer's folder that its auto_map names.  The code can do whatever you can do: read
+    it first."""
     chat_template: str | None = None
     """Jinja chat template (or the path of one); null takes the tokenizer's own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -657,7 +663,11 @@ class EvaluationConfig:
     """Held-out problems, without hints."""
 
     path: str | None = None
-    """Problems with answers; null is no evaluation."""
+    """Problems with answers, in any of the forms that data.path takes; null is no evaluation."""
+    split: str = "test"
+    """Split of a hub data set."""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set; null is its default one."""
     every: int = 0
     """Steps between evaluations; 0 is never."""
     at_start: bool = False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from megatron_selfdistill.data.hints import hint_cost
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 
@@ -20,6 +21,8 @@ class PromptPair:
     problem_id: str
     student_prompt: list[int]
     teacher_prompt: list[int]
+    solution: str = ""
+    """What the teacher's prompt shows of the solution."""
     solution_truncated: bool = False
     """The teacher sees only a part of the solution, since the whole did not fit."""
 
@@ -96,30 +99,37 @@ def fit_teacher_prompt(
     ``policy``, where the teacher's prompt is too long:
       ``error``           ValueError;
       ``drop``            None;
-      ``truncate_start``  the longest end of the solution that fits, rendered anew; ``truncate_end`` its
+      ``truncate_start``  the longest end of the solution that fits, rendered again; ``truncate_end`` its
       longest start.
-    A student's prompt that is too long, or a teacher's that is so even without any solution, cannot be
+    A student's prompt that is too long, or a teacher's in which nothing of the solution fits, cannot be
     truncated: it is an error under ``error`` and dropped otherwise.
 
     Raises: ValueError also if the two prompts do not end in the same generation prompt.
     """
     if policy not in POLICIES:
-        raise ValueError(f"Policy for contexts that do not fit: expected one of {', '.join(POLICIES)}, got {policy!r}.")
+        raise ValueError(f"data.on_long_context: expected one of {', '.join(POLICIES)}, got {policy!r}.")
     room = max_length - max_new_tokens
     if room < 1:
         raise ValueError(
-            f"Expected max_new_tokens to leave room for a prompt, got max_new_tokens {max_new_tokens} of "
-            f"max_length {max_length}."
+            f"Expected rollout.max_new_tokens to leave room for a prompt, got {max_new_tokens} of data.max_length "
+            f"{max_length}; raise data.max_length or lower rollout.max_new_tokens."
         )
     student, teacher = builder.prompt_pair(problem)
     if policy == "error":
-        for whose, prompt in (("student", student), ("teacher", teacher)):
-            if len(prompt) > room:
-                raise ValueError(
-                    f"{problem.location}: expected a {whose}'s prompt of at most {room} tokens (max_length "
-                    f"{max_length} less max_new_tokens {max_new_tokens}), got {len(prompt)}; raise "
-                    "max_length, lower max_new_tokens, or choose a policy that drops or truncates."
-                )
+        whose, prompt, parts, remedy = "student", student, "", "data.on_long_context=drop"
+        if len(student) <= room < len(teacher):
+            cost = hint_cost(builder, problem, student, teacher)
+            whose, prompt, remedy = "teacher", teacher, "data.on_long_context to drop, truncate_start or truncate_end"
+            parts = (
+                f" ({len(student)} of them in the student's prompt too, {cost.wording} of data.teacher_template, "
+                f"{cost.solution} of the solution)"
+            )
+        if len(prompt) > room:
+            raise ValueError(
+                f"{problem.location}: expected a {whose}'s prompt of at most {room} tokens (data.max_length "
+                f"{max_length} less rollout.max_new_tokens {max_new_tokens}), got {len(prompt)}{parts}; raise "
+                f"data.max_length, lower rollout.max_new_tokens, or set {remedy}."
+            )
     return shortened_to_fit(builder, problem, student, teacher, room, policy)
 
 
@@ -127,7 +137,7 @@ def shortened_to_fit(
     builder: PromptBuilder, problem: Problem, student: list[int], teacher: list[int], room: int, policy: str
 ) -> PromptPair | None:
     """`fit_teacher_prompt` of prompts that are encoded already, each within ``room`` tokens; ``policy``: not error."""
-    pair = PromptPair(problem.id, student, teacher)
+    pair = PromptPair(problem.id, student, teacher, problem.solution)
     if len(student) > room:
         return None
     if len(teacher) <= room:
@@ -135,7 +145,10 @@ def shortened_to_fit(
     if policy == "drop":
         return None
     shorter = _longest_fitting(builder, problem, room, _CUTS[policy])
-    return None if shorter is None else replace(pair, teacher_prompt=shorter, solution_truncated=True)
+    if shorter is None:
+        return None
+    solution, teacher = shorter
+    return replace(pair, teacher_prompt=teacher, solution=solution, solution_truncated=True)
 
 
 def build_contexts(prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse]) -> list[ContextPair]:
@@ -167,7 +180,8 @@ _CUTS: dict[str, Callable[[str, int], str]] = {
 
 def _longest_fitting(
     builder: PromptBuilder, problem: Problem, room: int, cut: Callable[[str, int], str]
-) -> list[int] | None:
+) -> tuple[str, list[int]] | None:
+    """Return the part of the solution that fits and the prompt with it; None where only white space fits."""
     # Bisection over characters of the solution, not over its tokens: tokens can end within a character, and
     # their text is not always encoded into the same tokens again. Every candidate is rendered and counted as
     # a whole prompt.
@@ -180,5 +194,8 @@ def _longest_fitting(
             fits = length
         else:
             too_long = length
-    _, teacher = builder.prompt_pair(problem, cut(problem.solution, fits))
-    return teacher
+    kept = cut(problem.solution, fits)
+    if not kept.strip():
+        return None
+    _, teacher = builder.prompt_pair(problem, kept)
+    return kept, teacher

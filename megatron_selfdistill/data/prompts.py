@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_selfdistill.data.files import is_hub_name
 from megatron_selfdistill.data.problems import Problem
 
 DEFAULT_TEACHER_TEMPLATE = """\
@@ -144,8 +145,7 @@ class PromptBuilder:
             raise ValueError(
                 f"{problem.location}: expected both contexts to end in the same generation prompt, got "
                 f"{got if self.show_contents else 'different ones'}; the chat template depends on the text of the "
-                "message: "
-                "change the teacher's template, or fix the generation prompt with chat_template_kwargs."
+                "message: change data.teacher_template, or fix the generation prompt with data.chat_template_kwargs."
             )
         return student.ids, teacher.ids
 
@@ -158,7 +158,7 @@ class PromptBuilder:
 
     def _reworded(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[dict[str, Any]]:
         messages = [dict(message) for message in problem.messages]
-        last = max(index for index, message in enumerate(messages) if message["role"] == "user")
+        last = _last_user_message(problem)
         texts = {"problem": messages[last]["content"], **slots}
         # One pass over the template: a text that spells a slot is not filled again.
         messages[last]["content"] = _SLOT.sub(
@@ -183,13 +183,27 @@ class PromptBuilder:
             raise ValueError(f"{problem.location}: the chat template refused the conversation: {error}") from error
 
 
-def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
-    """A Hugging Face tokenizer (folder or hub name), or a SentencePiece ``.model`` file (or a folder of it).
+def last_user_text(problem: Problem) -> str:
+    """Return the text of the problem's last user message, which fills the slot ``{problem}``."""
+    return problem.messages[_last_user_message(problem)]["content"]
+
+
+def _last_user_message(problem: Problem) -> int:
+    return max(index for index, message in enumerate(problem.messages) if message["role"] == "user")
+
+
+def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
+    """Load a Hugging Face tokenizer (folder or hub name), or a SentencePiece ``.model`` file (or a folder of it).
 
     ``chat_template``: a Jinja template used instead of the tokenizer's own. Plain text without roles, for
     base models: ``{% for m in messages %}{{ m.content }}{% endfor %}``.
+    ``trust_remote_code``: whether Python code that the folder brings (auto_map) is run; without it, none is.
     Raises: FileNotFoundError or ValueError in one sentence if there is no tokenizer at ``path``.
     """
+    if not Path(path).exists() and not str(path).endswith(".model") and not is_hub_name(path):
+        raise FileNotFoundError(
+            f"Tokenizer: expected {_TOKENIZERS}, got {path}, which does not exist; correct data.tokenizer."
+        )
     path = Path(path) if Path(path).exists() else path
     if isinstance(path, Path) and path.is_dir():
         is_hf = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -199,23 +213,30 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
         if not Path(path).is_file():
             raise FileNotFoundError(f"Tokenizer: expected a SentencePiece model file, got {path}, which is no file.")
         return SentencePieceTokenizer(path, chat_template=chat_template)
-    return HuggingFaceTokenizer(path, chat_template=chat_template)
+    if isinstance(path, Path) and not path.is_dir():
+        raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}, another kind of file; name its folder.")
+    return HuggingFaceTokenizer(path, chat_template=chat_template, trust_remote_code=trust_remote_code)
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A ``transformers`` tokenizer behind the ``Tokenizer`` protocol."""
 
-    def __init__(self, path: str | Path, *, chat_template: str | None = None) -> None:
+    def __init__(self, path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer  # takes seconds to import
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError) as error:
+            # False, since without a value transformers asks on the terminal whether to run the code.
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        except Exception as error:  # tokenizers raises a plain Exception, and remote code what it likes
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                "Tokenizer: expected a folder with tokenizer.json, a SentencePiece .model file or a hub "
-                f"name, got {path}: {reason}"
-            ) from error
+            if not trust_remote_code and "trust_remote_code" in str(error):
+                reason = (
+                    "its auto_map names Python code that the tokenizer needs; read that code, and set "
+                    "data.trust_remote_code=true to run it"
+                )
+            elif not isinstance(path, Path):
+                reason = f"there is no such folder here, and it could not be loaded as a hub name ({reason})"
+            raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}: {reason}") from error
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         self.name = str(path)
@@ -347,6 +368,8 @@ def _split_prompt(texts: Sequence[str], encoded: Sequence[list[int]]) -> _SplitP
     generation_text = whole[len(before) :] if whole.startswith(before) else whole
     return _SplitPrompt(ids, ids[equal:], generation_text, joins_message=equal < len(before_ids))
 
+
+_TOKENIZERS = "a folder with tokenizer.json, a SentencePiece .model file or a hub name"
 
 # `{{name}}` is a literal `{name}` (group 1), `{name}` a slot (group 2); all other braces are text.
 _SLOT = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")

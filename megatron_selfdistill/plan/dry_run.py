@@ -29,6 +29,8 @@ class Plan:
     """With the architecture of the checkpoint that it names, if any."""
     num_problems: int | None
     """Whose contexts fit, or all logged turns; None where no data is named."""
+    about_prompts: str | None
+    """What the teacher's prompts cost in tokens; None where no data is named and where there is no teacher."""
     stages: list[Stage]
     memory: list[Memory]
     """Per stage."""
@@ -116,6 +118,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     return Plan(
         config=config,
         num_problems=len(inputs.problems) if inputs is not None else None,
+        about_prompts=inputs.about_prompts if inputs is not None else None,
         stages=built,
         memory=[
             memory(config, transformer, stage, replace(load, in_flight=in_flight))

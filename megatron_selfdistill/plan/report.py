@@ -49,6 +49,7 @@ def summary(plan: Plan) -> list[str]:
         f"{plan.seq_length}; {data}",
         f"a replica's microbatches at full length: {student} student, {teacher} teacher, {plan.pair_order}; "
         f"bubble {plan.schedule.bubble:.1%} of the step",
+        *([plan.about_prompts] if plan.about_prompts else []),
         str(plan.output_layer),
         _engines(plan),
     ]

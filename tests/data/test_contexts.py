@@ -54,7 +54,8 @@ def test_what_does_not_fit_follows_the_policy(characters: PromptBuilder) -> None
     assert fit(characters, long, 20, "drop") is None
     assert fit(characters, long, 20, "truncate_start") == ("1-1:", "H4567|1-1:", True)
     assert fit(characters, long, 20, "truncate_end") == ("1-1:", "H0123|1-1:", True)
-    assert fit(characters, long, 16, "truncate_end") == ("1-1:", "H|1-1:", True)
+    assert fit(characters, long, 17, "truncate_end") == ("1-1:", "H0|1-1:", True)
+    assert fit(characters, long, 16, "truncate_end") is None, "nothing of the solution would be left"
     with pytest.raises(ValueError, match=r"^sums\.jsonl:1: expected a teacher's prompt of .* 10 .*, got 14"):
         fit(characters, long, 20, "error")
 

@@ -103,6 +103,7 @@ def test_data_that_is_named_is_read_and_counted(tmp_path, capsys):
     assert main(overrides) == 0
     out = capsys.readouterr().out
     assert "12 problems fit" in out
+    assert "the teacher's prompt adds 2 tokens of wording (data.teacher_template) and on average " in out
     assert not any(f"{key}=/path" in out for key in ("data.path", "data.tokenizer"))
     assert main([*overrides, "data.max_length=16"]) == EXIT_BAD_INPUT
     assert "problems.jsonl:1: expected a student's prompt" in capsys.readouterr().err
