@@ -109,6 +109,7 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
         f"--dtype={options.dtype}",
         "--load-format=dummy",
         "--tokens-only",
+        "--no-trust-remote-code",
         # Sampling is what a request says; a generation_config.json beside config.json must not change it.
         "--generation-config=vllm",
         f"--weight-transfer-config={json.dumps({'backend': BACKEND})}",

@@ -81,6 +81,7 @@ class InProcessEngine:
         self.can_sleep = device.type == "cuda"
         arguments = {
             "skip_tokenizer_init": True,
+            "trust_remote_code": False,  # rollout.engine_args may say otherwise
             "load_format": "dummy",
             "generation_config": "vllm",
             "enforce_eager": device.type == "cpu",
