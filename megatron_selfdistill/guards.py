@@ -10,6 +10,9 @@ from typing import Any
 
 from megatron_selfdistill.config import GuardsConfig
 
+SILENT_KL = 1e-6
+"""Nats per token, below which a teacher says nothing that the student does not."""
+
 
 class RunUnhealthy(RuntimeError):
     """The run should stop; the message says what was seen, what was expected and where to look."""
@@ -115,6 +118,22 @@ def check_teacher_canary(teacher_cross_entropy: float, maximum: float | None) ->
             "the student writes: look at checkpoint.load, the tokenizer, the chat template and "
             "data.teacher_template (guards.max_teacher_cross_entropy=null turns this check off)"
         )
+
+
+def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: float) -> str | None:
+    """Return a warning where the first step's mean KL(student || target) is below `SILENT_KL`; None where it is not.
+
+    At the first step teacher and student have the same weights, so the hint alone can make them differ.  There is no
+    warning without loss/reverse_kl (a baseline, or no tokens) and where the target is the student by definition
+    (``teacher_weight`` 0).
+    """
+    kl = metrics.get("loss/reverse_kl")
+    if kl is None or teacher_weight == 0 or not kl < SILENT_KL:
+        return None
+    return (
+        f"warning: the mean KL of the first step is {kl:.1e} nats per token, so that there is nearly nothing to learn: "
+        "teacher and student predict the same; look at data.teacher_template, data.chat_template and the solutions"
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from megatron_selfdistill.data.contexts import ContextPair, build_contexts
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluate import EvaluationResult, evaluate
-from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary
+from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary, warning_of_a_silent_teacher
 from megatron_selfdistill.inference import decided_output_layer, new_chunks
 from megatron_selfdistill.inputs import Inputs, turn_reader
 from megatron_selfdistill.logged import read_all_turns
@@ -188,6 +188,9 @@ class Run:
         metrics |= rollout_metrics(responses, self.grid, batch) | self.rollouts.finish_step()
         timed = self.phases.metrics(rollout=metrics["tokens/rollout"], train=self._tokens_read(batch, metrics))
         self.log.log(self.step, metrics | timed)
+        warning = warning_of_a_silent_teacher(metrics, self.config.target.teacher_weight) if self.step == 1 else None
+        if warning is not None:
+            self.log.message(warning)
         self.guards.check(self.step, metrics)
         last = self.step == self.config.num_steps
         if self.config.evaluation.every and (self.step % self.config.evaluation.every == 0 or last):

@@ -6,11 +6,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_selfdistill.config import GuardsConfig
-from megatron_selfdistill.guards import Guards, RunUnhealthy, check_identity, check_teacher_canary
+from megatron_selfdistill.config import Config, GuardsConfig
+from megatron_selfdistill.guards import (
+    Guards,
+    RunUnhealthy,
+    check_identity,
+    check_teacher_canary,
+    warning_of_a_silent_teacher,
+)
 
 CONFIG = GuardsConfig(reference_steps=3, patience=2)
 HEALTHY = {"loss/mean": 0.1, "gradient_norm": 1.0, "entropy/student": 0.06, "response/length_mean": 22.0}
@@ -152,3 +159,41 @@ def test_the_teacher_canary_wants_a_teacher_that_knows_the_responses():
     for cross_entropy in (2.1, math.nan):
         with pytest.raises(RunUnhealthy, match=r"at most 2 nats .*tokenizer"):
             check_teacher_canary(cross_entropy, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "teacher_weight", "warns"),
+    [
+        ({"loss/reverse_kl": 4e-8}, 0.75, True),
+        ({"loss/reverse_kl": 0.0}, 0.75, True),
+        ({"loss/reverse_kl": 1e-6}, 0.75, False),
+        ({"loss/reverse_kl": 4e-8}, 0.0, False),
+        ({"loss/reverse_kl": math.nan}, 0.75, False),
+        ({"loss/mean": 0.0}, 0.75, False),
+        ({}, 0.75, False),
+    ],
+)
+def test_a_teacher_that_says_what_the_student_says_is_warned_of(metrics, teacher_weight, warns):
+    warning = warning_of_a_silent_teacher(metrics, teacher_weight)
+    assert (warning is not None) == warns
+    assert not warns or ("data.teacher_template" in warning and "\n" not in warning)
+
+
+def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch):
+    from megatron_selfdistill import run as module
+
+    said = []
+    nothing = SimpleNamespace(finish_step=dict, metrics=lambda **_: {}, check=lambda *_: None, poll=lambda: None)
+    run = SimpleNamespace(
+        step=0,
+        config=dataclasses.replace(Config(), num_steps=9),
+        grid=None,
+        log=SimpleNamespace(log=lambda *_: None, message=said.append),
+        _tokens_read=lambda *_: 0.0,
+        save=lambda: None,
+        **dict.fromkeys(("rollouts", "phases", "guards", "checkpointer"), nothing),
+    )
+    monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})
+    for _ in range(3):
+        module.Run.finish_step(run, {"loss/reverse_kl": 1e-9}, [], None)
+    assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in said] == [True]
