@@ -7,6 +7,8 @@ Only the answer decides: a verifier says whether a response is right, and one th
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -71,7 +73,7 @@ class Attempt:
     candidates: list[Candidate]
     """In the order of the samples."""
     kept: list[Candidate]
-    """The solutions, best first; no two with the same text."""
+    """The solutions, best first; no two with the same content (`content_of`)."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def solve(
 def _pick(
     problem: Problem, candidates: Sequence[Candidate], search: Search, step: int, fits: Callable[[Problem, str], bool]
 ) -> list[Candidate]:
-    """The right ones that say something, best first, each text once; of equals the earlier sample."""
+    """Return the right ones that say something, best first, each content once; of equals the earlier sample."""
 
     def order(candidate: Candidate) -> tuple[bool, float, int]:
         if search.pick == "random":
@@ -158,10 +160,27 @@ def _pick(
 
     kept: dict[str, Candidate] = {}
     for candidate in sorted((c for c in candidates if c.correct), key=order):
-        content = candidate.text.strip()
+        content = content_of(candidate.text)
         if len(kept) < search.keep and content and content not in kept and fits(problem, candidate.text):
             kept[content] = candidate
     return list(kept.values())
+
+
+def content_of(text: str) -> str:
+    """Return what equal responses share: ``text`` without white space, invisible characters, letter case and
+    punctuation at its end, in Unicode's compatibility form.
+
+    Two texts of one content are the same response: a teacher that is shown one of them and reads the other would only
+    recite its hint.
+    """
+    # NFKC again after casefold, which can leave characters that are not in that form.
+    folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).casefold())
+    return folded.rstrip(_FINAL) or folded
+
+
+# White space, and what formats text without being seen: soft hyphen, zero-width characters, marks of direction.
+_INVISIBLE = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]+")
+_FINAL = ".,;:!?。"
 
 
 def prompts_with(
@@ -238,13 +257,16 @@ class OwnSolutions:
         }
 
     def solution_for(self, problem_id: str, response: str | None = None) -> Solution | None:
-        """The best solution kept for a problem that is not the response itself; None where there is none.
+        """Return the best solution kept for a problem that is not the response itself; None where there is none.
 
-        ``response``: its text (`response_text`).  A solution with that text is the same sample or its twin: it would
-        be shown itself as a hint.
+        ``response``: its text (`response_text`).  A solution with that content (`content_of`) is the same sample or its
+        twin: the response would be shown itself as a hint.
         """
-        own = None if response is None else response.strip()
-        return next((s for s in self._table.get(problem_id, ()) if s.text.strip() != own), None)
+        solutions = self._table.get(problem_id, [])
+        if response is None or not solutions:
+            return next(iter(solutions), None)
+        own = content_of(response)
+        return next((solution for solution in solutions if content_of(solution.text) != own), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: the table, and the step of the last search."""
@@ -259,7 +281,7 @@ class OwnSolutions:
     def _add(self, problem_id: str, solutions: Sequence[Solution]) -> None:
         distinct: dict[str, Solution] = {}
         for solution in (*solutions, *self._table.get(problem_id, ())):
-            distinct.setdefault(solution.text.strip(), solution)
+            distinct.setdefault(content_of(solution.text), solution)
         self._table[problem_id] = list(distinct.values())[: self.search.keep]
 
 

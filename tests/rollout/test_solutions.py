@@ -16,7 +16,7 @@ from megatron_selfdistill.data.problems import Problem, ProblemSet, ProblemStrea
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.rollout.base import Request, Response, response_text, stream_seed
-from megatron_selfdistill.rollout.solutions import Attempt, OwnSolutions, Search, prompts_with, solve
+from megatron_selfdistill.rollout.solutions import Attempt, OwnSolutions, Search, content_of, prompts_with, solve
 from megatron_selfdistill.verify import exact_match
 
 BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
@@ -222,6 +222,61 @@ def test_no_response_is_its_own_hint():
     assert alone.solution_for("p0", "8") is None and alone.solution_for("p0", "9").text == "8"
     assert alone.solution_for("unknown") is None
     assert own_solutions((0, [])).solution_for("p0") is None
+
+
+class WithMarks(Characters):
+    """``#`` is a special token."""
+
+    def decode(self, ids, *, skip_special_tokens=False):
+        text = super().decode(ids)
+        return text.replace("#", "") if skip_special_tokens else text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("3 + 5 = 8", "3+5=8", True),
+        ("so\n8", "so\n\n  8 \n", True),
+        ("so\r\n8", "so\n8", True),
+        ("It is 8.", "it is 8", True),
+        ("It is 8", "It is 8 !?\n", True),
+        ("It is 8。", "it is 8", True),
+        ("It is 8…", "it is 8", True),
+        ("caf\u00e9 8", "cafe\u0301 8", True),
+        ("\uff11\uff10 is", "10 is", True),
+        ("so \u200b8\ufeff", "so 8", True),
+        ("so\u00a08", "so 8", True),
+        ("STRASSE 8", "straße 8", True),
+        ("8.5", "85", False),
+        ("It is 8", "It is -8", False),
+        ("8, since 3+5", "8 since 3+5", False),
+        ("8\n9", "9\n8", False),
+        ("!", "?", False),
+    ],
+)
+def test_two_texts_are_one_response_but_for_form(one, other, same):
+    assert (content_of(one) == content_of(other)) is same
+
+
+def test_a_response_that_is_its_hint_but_for_form_gets_another_hint_or_none():
+    table = own_solutions((0, ["so\n8", "It is\n8"]))
+    for response in ("so\n8", "so  8", "So \n\n8.", "s\u200bo\n8\n"):
+        assert table.solution_for("p0", response).text == "It is\n8"
+        assert own_solutions((0, ["so\n8"])).solution_for("p0", response) is None
+    assert table.solution_for("p0", "").text == "so\n8"
+
+
+def test_twins_take_one_place_among_the_solutions_that_are_kept():
+    texts = ["so\n8", "So  \n8", "so\n\n8", "hence\n8"]
+    assert [s["text"] for s in own_solutions((0, texts)).state_dict()["table"]["p0"]] == ["so\n8", "hence\n8"]
+    table = own_solutions((0, ["so\n8"]), (10, ["SO\n8"]), keep=3)
+    assert [(s["text"], s["step"]) for s in table.state_dict()["table"]["p0"]] == [("SO\n8", 10)]
+
+
+def test_special_tokens_do_not_make_a_response_another_than_its_hint():
+    table = own_solutions((0, ["so\n8"]))
+    response = response_text(written("#so\n#8$"), WithMarks())
+    assert response == "so\n8" and table.solution_for("p0", response) is None
 
 
 def test_new_solutions_come_first_and_old_ones_fill_up():
