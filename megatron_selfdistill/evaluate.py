@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,10 +17,13 @@ from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
-from megatron_selfdistill.verify import Verifier, check_answers, judged_by_all, voted_answer
+from megatron_selfdistill.verify import Verifier, check_answers, judged_by_all, mentions_answer, voted_answer
 
 if TYPE_CHECKING:
     from megatron_selfdistill.parallel import Grid
+
+_NUM_EXAMPLES = 3
+_END = 200  # characters of a response that are shown: its answer stands at the end
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,45 @@ class ProblemResult:
 
 
 @dataclass(frozen=True)
+class Overlooked:
+    """Responses that mention the answer of their problem, where the verifier found no response right at all."""
+
+    num_responses: int
+    """All that were judged, greedy and sampled."""
+    num_with_answer: int
+    """Those that mention the answer (`mentions_answer`) and did not reach the limit."""
+    examples: list[tuple[Problem, str]]
+    """The first ones' problems, and the ends of these responses."""
+
+    def lines(self, verifier: str, show_contents: bool = True) -> list[str]:
+        """Return what a log says about them; ``verifier``: the value of evaluation.verifier; ``show_contents``: whether
+        it may quote responses."""
+        remedy = _REMEDIES.get(verifier, "look at what your verifier compares")
+        shown = [
+            f"  {problem.location}: the answer {json.dumps(problem.answer, ensure_ascii=False)}, "
+            f"the end of the response {json.dumps(end, ensure_ascii=False)}"
+            for problem, end in self.examples
+        ]
+        return [
+            f"0 of {self.num_responses} responses are right by evaluation.verifier={verifier}, but "
+            f"{self.num_with_answer} of them mention the answer: {remedy}",
+            *(shown if show_contents else ()),
+        ]
+
+
+_REMEDIES = {
+    "exact_match": (
+        "exact_match compares the whole of the last \\boxed{..}, of what follows the last ####, or of the last line; "
+        "set evaluation.verifier=math_verify, or name a function of your own"
+    ),
+    "math_verify": (
+        "math_verify reads the last formula or number; ask for a form that it reads, such as \\boxed{..}, with "
+        "data.system_prompt, or name a function of your own in evaluation.verifier"
+    ),
+}
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """Shares are of all responses of the kind; lengths are in tokens."""
 
@@ -100,6 +143,8 @@ class EvaluationResult:
     """One per problem, in their order."""
     transcripts: list[Transcript]
     """The responses to the first problems: the greedy one, then the samples, problem by problem."""
+    overlooked: Overlooked | None = None
+    """None where a response is right, or none mentions its answer."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
         """The numbers under flat keys: evaluation/greedy_accuracy, .., evaluation/pass_at_8, evaluation/majority_at_8;
@@ -168,12 +213,18 @@ def evaluate(
         keys = [(p, i) for p in mine for i in range(num_samples)]
         written |= zip(keys, sampler.generate(requests(num_samples), params), strict=True)
 
+    num_ends = 0  # on this rank
+
     def judgement(problem: Problem, response: Response) -> _Judged:
+        nonlocal num_ends
         text, truncated = response_text(response, tokenizer), response.truncated
         correct = not truncated and bool(verifier(text, problem))
         answer = None if truncated else voted_answer(text, verifier)
         kept = text if problem.id in kept_ids else None
-        return _Judged(Verdict(correct, len(response.token_ids), truncated, answer), kept)
+        mentions = not truncated and not correct and mentions_answer(text, problem)
+        num_ends += mentions
+        end = text[-_END:] if mentions and num_ends <= _NUM_EXAMPLES else None
+        return _Judged(Verdict(correct, len(response.token_ids), truncated, answer), kept, mentions, end)
 
     num_kept = len(problems) if num_transcripts is None else num_transcripts
     kept_ids = {problem.id for problem in problems[:num_kept]}
@@ -184,7 +235,8 @@ def evaluate(
         for p, problem in enumerate(problems)
     ]
     transcripts = _transcripts(verdicts, prompts[:num_kept], problems, tokenizer, num_samples)
-    return _result(results, num_samples, ks, majority_ks, transcripts)
+    overlooked = _overlooked(verdicts, problems)
+    return replace(_result(results, num_samples, ks, majority_ks, transcripts), overlooked=overlooked)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -283,9 +335,23 @@ class _Judged:
     verdict: Verdict
     text: str | None
     """Of those that become transcripts."""
+    mentions_answer: bool
+    """It does, though the verifier found it wrong and it did not reach the limit."""
+    end: str | None
+    """The end of the text, of the first few of these on each rank."""
 
 
 _Verdicts = dict[tuple[int, "int | None"], _Judged]
+
+
+def _overlooked(verdicts: _Verdicts, problems: Sequence[Problem]) -> Overlooked | None:
+    count = sum(judged.mentions_answer for judged in verdicts.values())
+    if not count or any(judged.verdict.correct for judged in verdicts.values()):
+        return None
+    # In the order in which every rank judged its part: the first ones of all are among the first ones of each.
+    ordered = sorted(verdicts.items(), key=lambda item: (item[0][1] is not None, item[0][0], item[0][1] or 0))
+    ends = [(problems[p], judged.end) for (p, _), judged in ordered if judged.end is not None]
+    return Overlooked(len(verdicts), count, ends[:_NUM_EXAMPLES])
 
 
 def _transcripts(

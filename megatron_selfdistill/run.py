@@ -230,6 +230,9 @@ class Run:
                 hinted=hinted,
                 num_transcripts=num_transcripts,
             )
+        if result.overlooked is not None:
+            for line in result.overlooked.lines(self.config.evaluation.verifier, self.inputs.builder.show_contents):
+                self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
         return result
 

@@ -91,21 +91,37 @@ def exact_match(response_text: str, problem: Problem) -> bool:
 
 
 def math_verify(response_text: str, problem: Problem) -> bool:
-    """Whether math-verify takes what follows the last ``</think>`` to mean the same as ``problem.answer``.
+    """Return whether the response passes `exact_match`, or math-verify takes what follows its last ``</think>`` to mean
+    the same as ``problem.answer``.
 
-    The answer is read as LaTeX, with or without dollars; one that cannot be read is compared by
-    `exact_match`. Each parse and each comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong; a
-    signal does that, so outside the main thread there is no time limit.
+    The answer is read as LaTeX, with or without dollars.  An answer of words alone (``Paris``, ``yes``) is compared by
+    `exact_match` only, since math-verify would read it as a product of its letters; so is one that it cannot read.
+    Each parse and each comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong; a signal does that, so
+    outside the main thread there is no time limit.
     """
+    assert problem.answer is not None
+    if exact_match(response_text, problem):
+        return True
+    if _WORDS.fullmatch(problem.answer.strip()):
+        return False
     from math_verify import parse, verify
 
-    assert problem.answer is not None
     seconds = _seconds()
     wanted = _parsed_answer(problem.answer, seconds)
     if not wanted:
-        return exact_match(response_text, problem)
+        return False
     found = parse(_after_thinking(response_text), parsing_timeout=seconds)
     return bool(verify(list(wanted), found, timeout_seconds=seconds))
+
+
+def mentions_answer(response_text: str, problem: Problem) -> bool:
+    """Return whether ``problem.answer`` occurs in what follows the last ``</think>``, as whole words or a whole number.
+
+    White space does not count.  False for a problem without an answer.
+    """
+    wanted = " ".join((problem.answer or "").split())
+    text = " ".join(_after_thinking(response_text).split())
+    return bool(wanted) and re.search(rf"(?<!\w)(?<!\d\.){re.escape(wanted)}(?!\w)(?!\.\d)", text) is not None
 
 
 def voted_answer(response_text: str, verifier: Verifier) -> str | None:
@@ -143,6 +159,9 @@ def check_answers(problems: Sequence[Problem], verifier: Verifier) -> None:
             "or give a verifier of your own."
         )
 
+
+# One word of two letters or more, or several words: nothing that a formula would be.
+_WORDS = re.compile(r"[^\W\d_]{2,}|[^\W\d_]+(\s+[^\W\d_]+)+")
 
 BUILT_IN: dict[str, Verifier] = {"exact_match": exact_match, "math_verify": math_verify}
 

@@ -8,7 +8,9 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_selfdistill import verify as module
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.config import Config, ConfigError, EvaluationConfig
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluate import EvaluationResult, Verdict, evaluate, majority_at_k, pass_at_k
@@ -380,6 +382,17 @@ def test_exact_match_compares_the_final_answer(response, answer, right):
         (r"\boxed{42}</think> it is 41", "42", False),
         (r"$\boxed{\text{Monday}}$", r"\text{Monday}", True),
         ("", "42", False),
+        ("85 + 78 = 163, so the answer is 163.", "163", True),
+        ("85 + 78 = 163, so the answer is 163.", "85", False),
+        ("#### 7", "7.0", True),
+        ("Paris", "Paris", True),
+        (r"it is \boxed{Paris}", "Paris", True),
+        (r"it is \boxed{Spair}", "Paris", False),
+        ("It is Paris.", "Paris", False),
+        ("so\nNew  York", "New York", True),
+        ("so\n12:30", "12:30", True),
+        (r"\boxed{x}", "x", True),
+        (r"\boxed{2 y}", "2y", True),
     ],
 )
 def test_math_verify_compares_what_is_meant(response, answer, right):
@@ -411,6 +424,97 @@ def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ConfigError, match=sentence):
             load_verifier(name)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "mentions"),
+    [
+        ("so the answer is 163.", "163", True),
+        ("so  New\nYork!", "New York", True),
+        ("1631 or 0.163 or 163.5 or x163", "163", False),
+        ("163</think> no idea", "163", False),
+        (r"it is \frac{1}{2}.", r"\frac{1}{2}", True),
+        ("", "163", False),
+        ("anything", None, False),
+    ],
+)
+def test_an_answer_is_mentioned_as_whole_words_or_a_whole_number(response, answer, mentions):
+    assert module.mentions_answer(response, problem_with(answer)) is mentions
+
+
+class Talkative(FakeSampler):
+    """Says the sum in words that exact_match does not take."""
+
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        a, b = "".join(map(chr, request.prompt)).split(":")[0].split("+")
+        late = request.stream % 5 == 0 and params.temperature > 0
+        text = f"{'well, ' * 40}it is {int(a) + int(b)}." + ("" if late else "$")
+        return Response([ord(c) for c in text], [0.0] * len(text), [0.0] * len(text), "length" if late else "stop")
+
+
+def talk_in_layout(sizes: dict[str, int], verifier: str) -> tuple[list[str], int]:
+    """(lines about overlooked answers, responses that did not reach the limit)"""
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.config import ParallelConfig
+
+    grid = parallel.initialize(ParallelConfig(**sizes), 0)
+    result = run(sums(), grid, Talkative(), verifier=load_verifier(verifier), max_length=1000)
+    whole = [it for problem in result.problems for it in (problem.greedy, *problem.samples) if not it.truncated]
+    return result.overlooked.lines(verifier) if result.overlooked else [], len(whole)
+
+
+def test_answers_that_the_verifier_never_takes_are_said_with_the_key_and_three_responses(ranks):
+    found = ranks.run(talk_in_layout, {}, "exact_match", world_size=1)
+    ((line, *examples), num_whole) = found[0]
+    assert line.startswith(f"0 of 49 responses are right by evaluation.verifier=exact_match, but {num_whole} of them")
+    assert "set evaluation.verifier=math_verify" in line and 0 < num_whole < 49
+    assert [example.split(",")[0] for example in examples] == [f'  file:{a}: the answer "{a + 8}"' for a in range(3)]
+    assert all(example.endswith(f'it is {a + 8}."') and len(example) < 280 for a, example in enumerate(examples))
+    assert ranks.run(talk_in_layout, {}, "math_verify", world_size=1)[0][0] == []
+    for sizes in ({}, {"tensor_model_parallel_size": 2}):
+        assert ranks.run(talk_in_layout, sizes, "exact_match", world_size=2) == found * 2
+
+
+def test_what_is_overlooked_is_said_without_responses_of_a_private_log_and_only_where_none_is_right():
+    result = run(sums(), sampler=Talkative(), max_length=1000)
+    (line,) = result.overlooked.lines("exact_match", show_contents=False)
+    assert "it is" not in line
+    assert "look at what your verifier compares" in result.overlooked.lines("lab.verify")[0]
+    assert "data.system_prompt" in result.overlooked.lines("math_verify")[0]
+    one_right = run(sums(), sampler=Talkative(), verifier=lambda text, problem: problem.id == "p0", max_length=1000)
+    assert one_right.overlooked is None
+    assert run([problem_with("163")], verifier=lambda *_: False, sampler=Silent()).overlooked is None
+
+
+@pytest.mark.parametrize(("show_contents", "num_lines"), [(True, 4), (False, 1)])
+def test_the_log_of_a_run_says_what_its_verifier_overlooked(monkeypatch, show_contents, num_lines):
+    from megatron_selfdistill import run as run_module
+
+    result, said, logged = run(sums(), sampler=Talkative(), max_length=1000), [], []
+    monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: result)
+    config = Config(evaluation=EvaluationConfig(verifier="exact_match"))
+    it = SimpleNamespace(
+        step=3,
+        config=config,
+        rollouts=SimpleNamespace(send_weights=lambda step: None),
+        phases=lambda name: nullcontext(),
+        log=SimpleNamespace(message=said.append, log_evaluation=lambda step, metrics: logged.append(step)),
+        inputs=SimpleNamespace(
+            builder=SimpleNamespace(show_contents=show_contents), tokenizer=None, evaluation=[], max_length=9
+        ),
+        **dict.fromkeys(("sampler", "sampling", "grid")),
+    )
+    assert run_module.Run.evaluate(it) is result and logged == [3]
+    assert len(said) == num_lines and "set evaluation.verifier=math_verify" in said[0]
+
+
+class Silent(FakeSampler):
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        return Response([STOP], [0.0], [0.0], "stop")
+
+
+def test_the_default_verifier_takes_answers_in_a_sentence():
+    assert load_verifier(EvaluationConfig().verifier)("so the answer is 163.", problem_with("163"))
 
 
 def test_the_built_in_verifiers_have_names():

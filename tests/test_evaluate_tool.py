@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hf_models
 import pytest
@@ -158,6 +159,34 @@ def test_two_evaluations_are_compared(folder, alone, ranks, tmp_path, capfd):
     assert of["avg_at_k"]["b"] == pytest.approx(summary_of(tmp_path / "b")["metrics"]["avg_at_8"])
     assert of["avg_at_k"]["low"] <= of["avg_at_k"]["difference"] <= of["avg_at_k"]["high"]
     assert compared["num_problems"] == 12
+
+
+def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(folder, tmp_path, monkeypatch, capsys):
+    from contextlib import nullcontext
+
+    from megatron_selfdistill import evaluate, inference
+    from megatron_selfdistill.data.problems import Problem
+    from megatron_selfdistill.report import evaluations, tables
+
+    problem = Problem("p", (), "", "163", "held.jsonl:7")
+    overlooked = evaluate.Overlooked(60, 43, [(problem, "so the answer is 163.")])
+    result = SimpleNamespace(overlooked=overlooked, problems=[])
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: result)
+    monkeypatch.setattr(
+        inference, "open_inference", lambda *_: nullcontext(SimpleNamespace(sampler=None, sampling=None))
+    )
+    monkeypatch.setattr(evaluations, "write_evaluation", lambda *_: {})
+    monkeypatch.setattr(tables, "show_summary", lambda *_: print("the table"))
+    tool = load_script(TOOL)
+    given = tool._evaluate_arguments(arguments(folder, tmp_path / "x", "evaluation.verifier=exact_match"))
+    config = tool._configured(given, tool._model(given))
+    inputs = SimpleNamespace(builder=None, tokenizer=None, evaluation=[problem], stop_token_ids=(), max_length=9)
+    tool._evaluate_with(config, inputs, SimpleNamespace(is_reporter=True), given, {})
+    table, line, example = capsys.readouterr().out.splitlines()
+    assert (
+        table == "the table" and "43 of them mention the answer" in line and "evaluation.verifier=math_verify" in line
+    )
+    assert example == '  held.jsonl:7: the answer "163", the end of the response "so the answer is 163."'
 
 
 BAD_INPUT = {

@@ -133,6 +133,8 @@ def _evaluate_with(
         summary = write_evaluation(arguments.out, result, about)
         num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
         show_summary(summary, f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}")
+        if result.overlooked is not None:
+            print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:

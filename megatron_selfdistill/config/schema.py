@@ -678,8 +678,9 @@ class EvaluationConfig:
     """Samples per problem at rollout.temperature, besides one greedy response."""
     pass_at_k: list[int] = field(default_factory=lambda: [1])
     """Values of k for pass@k; none may exceed num_samples."""
-    verifier: str = "exact_match"
-    """exact_match, math_verify, or the dotted path of ``verify(response_text, problem) -> bool``."""
+    verifier: str = "math_verify"
+    """math_verify (the response means the answer), exact_match (its final answer is the answer, letter by letter), or
+    the dotted path of ``verify(response_text, problem) -> bool``."""
 
     def __post_init__(self) -> None:
         _at_least(0, "evaluation", self, "every num_samples")

@@ -26,8 +26,9 @@ class Difference:
     """2.5 % quantile of the difference over resampled problems."""
     high: float
     """97.5 % quantile."""
-    probability_not_above: float
-    """Share of the resamples in which B is not above A: the p-value of "B is above A", one-sided."""
+    probability_not_above: float | None
+    """Share of the resamples in which B is not above A: the p-value of "B is above A", one-sided; None where the metric
+    is 0 on every problem of both, so that there is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Comparison:
     differences: list[Difference]
     other_settings: dict[str, list[Any]]
     """Settings that are not the same: name -> [A's, B's]."""
+
+    @property
+    def neither_answered(self) -> bool:
+        """Whether no response of A and of B is right."""
+        rates = ("greedy_accuracy", "avg_at_", "pass_at_")
+        return not any(it.a or it.b for it in self.differences if it.metric.startswith(rates))
 
     def json(self) -> dict[str, Any]:
         """As written into a file."""
@@ -78,7 +85,7 @@ def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES,
                 it.mean,
                 it.low,
                 it.high,
-                it.probability_not_above_0,
+                it.probability_not_above_0 if values_a[name].any() or values_b[name].any() else None,
             )
             for name, it in zip(names, found, strict=True)
         ],

@@ -41,9 +41,17 @@ def show_comparison(compared: Comparison) -> None:
         table.add_column(column, justify="right")
     for it in compared.differences:
         interval = f"{it.low:+.3f} to {it.high:+.3f}"
-        numbers = (_shown(it.a), _shown(it.b), f"{it.difference:+.3f}", interval, f"{it.probability_not_above:.4f}")
+        probability = "-" if it.probability_not_above is None else f"{it.probability_not_above:.4f}"
+        numbers = (_shown(it.a), _shown(it.b), f"{it.difference:+.3f}", interval, probability)
         table.add_row(it.metric, *numbers)
     console.print(table)
+    if compared.neither_answered:
+        console.print(
+            f"neither A nor B answered any of the {compared.num_problems} problems right, which says nothing of which "
+            "one is better: read responses (--responses 3), and look at evaluation.verifier",
+            style="yellow",
+            markup=False,
+        )
     for name, (a, b) in compared.other_settings.items():
         console.print(f"not the same in both: {name} is {a!r} in A and {b!r} in B", style="yellow", markup=False)
 

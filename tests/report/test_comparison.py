@@ -23,7 +23,7 @@ from megatron_selfdistill.report.evaluations import (
     require_free,
     write_evaluation,
 )
-from megatron_selfdistill.report.tables import show_summary
+from megatron_selfdistill.report.tables import show_comparison, show_summary
 
 RNG_SEED = 7
 
@@ -164,8 +164,26 @@ def test_better_is_above_and_worse_is_below(tmp_path):
 
 def test_a_model_is_not_above_itself(tmp_path):
     a = write(tmp_path / "a", outcomes_of(1))
-    for it in differences(a, a).values():
-        assert (it.difference, it.low, it.high, it.probability_not_above) == (0, 0, 0, 1)
+    for name, it in differences(a, a).items():
+        probability = None if name.endswith("truncated_share") else 1  # nothing was truncated
+        assert (it.difference, it.low, it.high, it.probability_not_above) == (0, 0, 0, probability)
+
+
+def test_two_models_that_answer_nothing_are_not_called_equal(tmp_path, capsys):
+    a, b = (write(tmp_path / name, [[False] * 5] * 6) for name in "ab")
+    compared = compare(read_evaluation(a), read_evaluation(b))
+    assert compared.neither_answered
+    assert {it.probability_not_above for it in compared.differences if "_at_" in it.metric} == {None}
+    show_comparison(compared)
+    shown = capsys.readouterr().out
+    assert "neither A nor B answered any of the 6 problems right" in shown
+    rows = [line for line in shown.splitlines() if "greedy_accuracy" in line or "_at_" in line]
+    assert len(rows) == 6 and not any("1.0000" in row for row in rows)
+    right = write(tmp_path / "c", [[False] * 5] * 5 + [[True] * 5])
+    compared = compare(read_evaluation(a), read_evaluation(right))
+    assert not compared.neither_answered and compared.differences[0].probability_not_above > 0
+    show_comparison(compared)
+    assert "neither" not in capsys.readouterr().out
 
 
 def test_other_numbers_of_samples_and_other_settings_are_compared_and_said(tmp_path):
