@@ -19,7 +19,6 @@ from megatron_selfdistill.model.architecture import (
     ACTIVATIONS,
     padded_vocab_size,
     transformer_config,
-    uses_transformer_engine,
 )
 from megatron_selfdistill.model.build import unwrapped
 
@@ -88,7 +87,8 @@ def _args(
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
         "untie_embeddings_and_output_weights": not share_embeddings_and_output_weights,
         "position_embedding_type": position_embedding_type,
-        "add_position_embedding": position_embedding_type == "learned_absolute",
+        # The default of Megatron-LM, whose core models do not read it: pretrain_gpt.py compares it with its flags.
+        "add_position_embedding": True,
         "use_rotary_position_embeddings": position_embedding_type == "rope",
         "rotary_base": rotary_base,
         "rotary_percent": rotary_percent,
@@ -102,7 +102,9 @@ def _args(
         "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
         "num_experts": config.num_moe_experts,
         "num_carried_mtp_layers": model.num_carried_mtp_layers,  # ours
-        "transformer_impl": "transformer_engine" if uses_transformer_engine() else "local",
+        # Whatever layers ran: the keys on disk are those of Transformer Engine's layer spec.  Megatron-LM's local spec
+        # names the norm in front of a mixture of experts differently.
+        "transformer_impl": "transformer_engine",
         "ckpt_format": "torch_dist",
         "use_dist_ckpt": True,
         "data_parallel_random_init": False,

@@ -111,7 +111,7 @@ class Checkpointer:
                 **model,
                 "optimizer": state.optimizer_state(optimizer, model, state.CONTENT),
                 "opt_param_scheduler": scheduler.state_dict(),
-                "rng_state": state.random_state(self.grid),
+                **state.random_states(self.grid),
                 "selfdistill": self._own_state(trainer_state | {"step": step}, optimizer, teacher),
             }
             if teacher is not None and teacher.weights == "ema":
@@ -143,7 +143,7 @@ class Checkpointer:
             if teacher is not None and teacher.weights == "ema":
                 wanted |= teacher.sharded_state_dict()
             if same_layout:
-                wanted["rng_state"] = state.random_state(self.grid)
+                wanted |= state.wanted_random_state(self.grid, on_rank_0(lambda: transfer.stored_keys(found)))
             transfer.require_fit(wanted, found)
             loaded = transfer.read(wanted, found)
             state.load_model_state(chunks, loaded)
@@ -156,7 +156,7 @@ class Checkpointer:
             folder_of_teacher = (found / own["teacher_folder"]).resolve()
             self._teacher_id = load_frozen_teacher(folder_of_teacher.parent, teacher, own["teacher_id"], self.verify)
         if same_layout:  # last: nothing may draw a number after it
-            state.load_random_state(loaded["rng_state"])
+            state.load_random_state(loaded)
         elif self.grid.is_reporter:
             logger.warning("%s comes from the layout %s: random states start afresh", found, own["layout"])
         return pickle.loads(own["trainer_state"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,11 +109,51 @@ def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
             chunk.enable_forward_pre_hook()
 
 
-def random_state(grid: Grid) -> ShardedObject:
-    """The random states of this rank: Python, NumPy, torch on CPU and GPU, Megatron's tracker.
+RNG_STATE = "rng_state"
+"""Megatron-LM's key of random states: one object per (pipeline, tensor) rank, and with expert parallelism also per data x
+context rank."""
+OWN_RNG_STATE = "selfdistill_rng_state"
+"""The key of the random states of all ranks, which resuming bit for bit needs: one per (pipeline, tensor, data x
+context) rank."""
 
-    Megatron-LM's name and content; one object per (pipeline, tensor, data x context) coordinate, its cut with experts.
+
+def random_states(grid: Grid) -> dict[str, ShardedObject]:
+    """Return the random states of this rank (Python, NumPy, torch on CPU and GPU, Megatron's tracker) for a checkpoint.
+
+    `OWN_RNG_STATE` holds the states of every rank; `RNG_STATE` holds Megatron-LM's selection of them in its cut and
+    format, so that ``pretrain_gpt.py`` can continue the run.  Source: ``get_rng_state`` in Megatron-LM's
+    ``megatron/training/checkpointing.py``, core_v0.16.1.
     """
+    own = _random_state(OWN_RNG_STATE, grid)
+    if grid.ep_size > 1:
+        return {OWN_RNG_STATE: own, RNG_STATE: _random_state(RNG_STATE, grid)}
+    sizes, place = (grid.pp_size, grid.tp_size), (grid.pp_rank, grid.tp_rank)
+    theirs = ShardedObject(RNG_STATE, own.data, sizes, place, replica_id=grid.dp_cp_group.rank())
+    return {OWN_RNG_STATE: own, RNG_STATE: theirs}
+
+
+def wanted_random_state(grid: Grid, stored: Collection[str]) -> dict[str, ShardedObject]:
+    """Return what `load_random_state` reads from a checkpoint with the keys ``stored``.
+
+    Checkpoints of earlier versions have the states of every rank under `RNG_STATE`.
+    """
+    own = any(key.startswith(f"{OWN_RNG_STATE}/") for key in stored)
+    key = OWN_RNG_STATE if own else RNG_STATE
+    return {OWN_RNG_STATE: _random_state(key, grid)}
+
+
+def load_random_state(loaded: dict[str, Any]) -> None:
+    """Set the random states of this rank to those of ``loaded``, the result of reading `wanted_random_state`."""
+    (states,) = loaded[OWN_RNG_STATE]
+    random.setstate(states["random_rng_state"])
+    np.random.set_state(states["np_rng_state"])
+    torch.set_rng_state(states["torch_rng_state"])
+    torch.cuda.set_rng_state(states["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(states["rng_tracker_states"])
+
+
+def _random_state(key: str, grid: Grid) -> ShardedObject:
+    """Return the random states of this rank as the object of its (pipeline, tensor, data x context) coordinate."""
     states = {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
@@ -123,17 +163,7 @@ def random_state(grid: Grid) -> ShardedObject:
     }
     sizes = (grid.pp_size, grid.tp_size, grid.dp_cp_group.size())
     place = (grid.pp_rank, grid.tp_rank, grid.dp_cp_group.rank())
-    return ShardedObject("rng_state", [states], sizes, place, replica_id=0)
-
-
-def load_random_state(loaded: list[dict[str, Any]]) -> None:
-    """The inverse of `random_state`."""
-    (states,) = loaded
-    random.setstate(states["random_rng_state"])
-    np.random.set_state(states["np_rng_state"])
-    torch.set_rng_state(states["torch_rng_state"])
-    torch.cuda.set_rng_state(states["cuda_rng_state"])
-    get_cuda_rng_tracker().set_states(states["rng_tracker_states"])
+    return ShardedObject(key, [states], sizes, place, replica_id=0)
 
 
 def layout(grid: Grid) -> dict[str, int]:

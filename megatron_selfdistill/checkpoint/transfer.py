@@ -29,6 +29,7 @@ from megatron_selfdistill.checkpoint.agreement import describe, from_all_ranks, 
 from megatron_selfdistill.checkpoint.folder import CheckpointError, Temporary
 from megatron_selfdistill.checkpoint.state import CONTENT
 from megatron_selfdistill.checkpoint.streaming import TorchDistSource
+from megatron_selfdistill.checkpoint.unpickler import load_metadata
 from megatron_selfdistill.checkpoint.weights import NOT_BUILT, NOT_WEIGHTS
 
 _SHOWN = 4
@@ -107,6 +108,11 @@ def read_common(path: Path) -> dict[str, Any]:
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor in a torch_dist checkpoint; no pickle but a restricted one is read."""
     return TorchDistSource(path).shapes
+
+
+def stored_keys(path: Path) -> set[str]:
+    """Return the keys of all tensors and objects in a torch_dist checkpoint, as its ``.metadata`` spells them."""
+    return set(load_metadata(path).state_dict_metadata)
 
 
 def require_fit(

@@ -1,0 +1,186 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command-line flags with which Megatron-LM's ``pretrain_gpt.py`` builds the model of a checkpoint.
+
+    flags = megatron_flags(model)
+    flags.line                    # --num-layers 36 --hidden-size 4096 ... --qk-layernorm --norm-epsilon 1e-06
+    flags.not_expressible         # ("the factor 32 of the llama3 rope scaling: ...",)
+
+Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon`` a
+checkpoint loads without an error, and the model computes other numbers.
+Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of Megatron-LM core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.model.architecture import padded_vocab_size
+from megatron_selfdistill.model.hf.family import TRANSFORMER_DEFAULTS, architecture
+
+MEGATRON_LM = "core_v0.16.1"
+"""The tag of Megatron-LM whose flags are listed here."""
+
+
+@dataclass(frozen=True)
+class MegatronFlags:
+    """The flags of one model, and what no flag expresses."""
+
+    flags: tuple[tuple[str, ...], ...]
+    """Each flag with its values: ``("--num-layers", "36")`` or ``("--swiglu",)``."""
+    not_expressible: tuple[str, ...]
+    """One sentence for each property of the model that Megatron-LM cannot be given; empty where its numbers agree."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """The flags as an argument vector."""
+        return [word for flag in self.flags for word in flag]
+
+    @property
+    def line(self) -> str:
+        """The flags as a line for a shell."""
+        return shlex.join(self.arguments)
+
+
+def megatron_flags(model: ModelConfig, precision: str | None = None) -> MegatronFlags:
+    """Return the flags that describe ``model``, and sentences about what they cannot express.
+
+    ``precision``: bf16, fp16 or fp32 of the weights; null adds no flag for it.  Paths, the tokenizer, batch sizes and
+    the parallel layout are the user's choice and are not included.
+    """
+    arch = architecture(model)
+    flags = [*_sizes(model, arch), *_attention(model, arch), *_mlp(arch), *_moe(model, arch), *_further(arch)]
+    if precision in ("bf16", "fp16"):
+        flags.append((f"--{precision}",))
+    return MegatronFlags(tuple(flags), tuple(_not_expressible(arch)))
+
+
+def _sizes(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield "--num-layers", str(arch["num_layers"])
+    yield "--hidden-size", str(arch["hidden_size"])
+    yield "--ffn-hidden-size", str(arch["ffn_hidden_size"] or model.ffn_hidden_size or 4 * model.hidden_size)
+    yield "--max-position-embeddings", str(arch["max_position_embeddings"])
+    yield "--make-vocab-size-divisible-by", str(model.make_vocab_size_divisible_by)
+    if model.vocab_size is not None:
+        yield "--padded-vocab-size", str(padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1))
+    if not arch["share_embeddings_and_output_weights"]:
+        yield ("--untie-embeddings-and-output-weights",)
+    yield "--normalization", arch["normalization"]
+    yield "--norm-epsilon", str(arch["layernorm_epsilon"])
+    yield "--hidden-dropout", "0.0"
+    yield "--attention-dropout", "0.0"
+
+
+def _attention(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield "--num-attention-heads", str(arch["num_attention_heads"])
+    if not arch["multi_latent_attention"]:
+        yield "--kv-channels", str(arch["kv_channels"])
+        if arch["num_query_groups"] != arch["num_attention_heads"]:
+            yield ("--group-query-attention",)
+            yield "--num-query-groups", str(arch["num_query_groups"])
+    if arch["add_qkv_bias"]:
+        yield ("--add-qkv-bias",)
+    if arch["qk_layernorm"]:
+        yield ("--qk-layernorm",)
+    yield "--position-embedding-type", arch["position_embedding_type"]
+    if arch["position_embedding_type"] == "rope":
+        yield "--rotary-base", str(arch["rotary_base"])
+        yield "--rotary-percent", str(arch["rotary_percent"])
+    if arch["rope_scaling"]:
+        yield ("--use-rope-scaling",)
+        yield "--rope-scaling-factor", str(arch["rope_scaling_factor"])
+    if arch["multi_latent_attention"]:
+        yield from _latent_attention(arch)
+
+
+def _latent_attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield ("--multi-latent-attention",)
+    if arch["q_lora_rank"] is not None:
+        yield "--q-lora-rank", str(arch["q_lora_rank"])
+    for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type"):
+        yield _flag(name), str(arch[name])
+    if arch["rope_type"] == "yarn":
+        for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"):
+            yield _flag(name), str(float(arch[name]))
+
+
+def _mlp(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    if not arch["add_bias_linear"]:
+        yield ("--disable-bias-linear",)
+    if arch["gated_linear_unit"] and arch["activation"] == "silu":
+        yield ("--swiglu",)
+
+
+def _moe(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    if arch["num_moe_experts"] is None:
+        return
+    yield "--num-experts", str(arch["num_moe_experts"])
+    yield "--moe-ffn-hidden-size", str(arch["moe_ffn_hidden_size"])
+    if 0 in arch["moe_layer_freq"]:
+        yield "--moe-layer-freq", "[" + ",".join(map(str, arch["moe_layer_freq"])) + "]"
+    yield "--moe-router-topk", str(arch["moe_router_topk"])
+    yield "--moe-router-score-function", arch["moe_router_score_function"]
+    yield "--moe-router-load-balancing-type", "aux_loss" if model.moe_aux_loss_coeff else "none"
+    if model.moe_aux_loss_coeff:
+        yield "--moe-aux-loss-coeff", str(model.moe_aux_loss_coeff)
+    for name in ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"):
+        if arch[name] is not None:
+            yield _flag(name), str(arch[name])
+    if arch["moe_router_pre_softmax"]:
+        yield ("--moe-router-pre-softmax",)
+    if arch["moe_router_enable_expert_bias"]:
+        yield ("--moe-router-enable-expert-bias",)
+        yield "--moe-router-bias-update-rate", str(model.transformer.get("moe_router_bias_update_rate", 1e-3))
+    if model.transformer.get("moe_router_dtype"):
+        yield "--moe-router-dtype", model.transformer["moe_router_dtype"]
+    if arch["moe_shared_expert_intermediate_size"] is not None:
+        yield "--moe-shared-expert-intermediate-size", str(arch["moe_shared_expert_intermediate_size"])
+
+
+def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the flags of rarer properties, where a model has them."""
+    for name, flag in _SWITCHES.items():
+        if arch[name]:
+            yield (flag,)
+    for name in _VALUES:
+        if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
+            value = arch[name]
+            yield _flag(name), ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+_SWITCHES = {
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "rotary_interleaved": "--rotary-interleaved",
+    "qk_l2_norm": "--qk-l2-norm",
+    "attention_output_gate": "--attention-output-gate",
+    "apply_residual_connection_post_layernorm": "--apply-residual-connection-post-layernorm",
+    "moe_shared_expert_gate": "--moe-shared-expert-gate",
+    "moe_apply_probs_on_input": "--moe-apply-probs-on-input",
+}
+_VALUES = ("window_size", "softmax_type", "activation_func_clamp_value", "glu_linear_offset")
+_WITHOUT_FLAG = ("softmax_scale", "no_rope_freq", "linear_attention_freq", "experimental_attention_variant")
+_YARN_CONSTANTS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
+
+
+def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
+    if arch["rope_scaling"] and arch["rope_scaling_factor"] != 8.0:
+        yield (
+            f"the llama3 rope factor {arch['rope_scaling_factor']}: pretrain_gpt.py parses --rope-scaling-factor but "
+            "does not pass it to GPTModel, which computes with 8.0"
+        )
+    if arch["gated_linear_unit"] != (arch["activation"] == "silu"):
+        kind = "a gated" if arch["gated_linear_unit"] else "an ungated"
+        yield f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu) and ungated gelu"
+    for name in _YARN_CONSTANTS:
+        if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
+            yield f"{name}={arch[name]} of YaRN: it has no flag, and Megatron Core computes with {TRANSFORMER_DEFAULTS[name]}"
+    for name in _WITHOUT_FLAG:
+        if arch[name] != TRANSFORMER_DEFAULTS[name]:
+            yield f"{name}={arch[name]}: this project knows no flag for it"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
