@@ -28,6 +28,7 @@ def expose(megatron_lm: Path) -> None:
     sys.path.append(str(megatron_lm))
     sys.modules.setdefault("six", types.ModuleType("six"))
     torch.cuda.is_available = lambda: True  # after `cpu.install` has replaced what is behind the name
+    torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(major=9, minor=0, name="none")
     from megatron.core.datasets import utils
     from megatron.legacy import fused_kernels
 
