@@ -60,7 +60,11 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
     dtype = convert.DTYPES[arguments.dtype] if arguments.dtype else None
     with _progress() as progress:
         written = convert.hf_to_megatron(arguments.hf, arguments.out, dtype=dtype, progress=progress)
-    print(f"{written}: load it with checkpoint.load={arguments.out}, or --load {arguments.out} in Megatron-LM")
+    from megatron_selfdistill.checkpoint.describe import megatron_lm_usage
+
+    print(f"{written}: load it with checkpoint.load={arguments.out}")
+    for name, value in megatron_lm_usage(written).items():
+        print(f"{name}: {value}")
     return 0
 
 

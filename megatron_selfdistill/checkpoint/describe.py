@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 
 from megatron_selfdistill.checkpoint import folder, manifest
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.checkpoint.safetensors_folder import SafetensorsFolder, read_config
 from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, true_vocab_size
-from megatron_selfdistill.checkpoint.weights import open_weights
+from megatron_selfdistill.checkpoint.weights import Weights, open_weights
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.model.hf_mapping import Family, family_of, family_of_model
 
@@ -48,7 +50,34 @@ def describe(path: Path) -> dict[str, str]:
     sizes_of = {axis: getattr(args, name, None) or 1 for axis, name in _LAYOUT.items()}
     lines["written by"] = " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())
     lines["manifest"] = "sizes agree" if (weights.path / manifest.NAME).is_file() else "none (another program's)"
-    return lines | _describe_model(model)
+    return lines | _describe_model(model) | _usage(weights, model, beside)
+
+
+def megatron_lm_usage(path: Path) -> dict[str, str]:
+    """Return how ``pretrain_gpt.py`` of Megatron-LM loads the checkpoint at ``path``: a line of flags to paste, and what
+    no flag expresses.
+
+    Raises: CheckpointError where there is no checkpoint, or none that stores its arguments.
+    """
+    weights = open_weights(path)
+    if weights.args is None:
+        raise CheckpointError(f"{weights.path} stores no arguments, from which Megatron-LM's flags follow")
+    return _usage(weights, architecture_from_args(weights.args), companions_of(weights.path))
+
+
+def _usage(weights: Weights, model: ModelConfig, beside: Path | None) -> dict[str, str]:
+    flags = megatron_flags(model, dtype=next(iter(weights.sizes())), padded_vocab_size=weights.num_rows)
+    parts = ["--load", str(weights.path.parent), "--ckpt-format", weights.format]
+    if folder.tracked(weights.path.parent) != weights.path:
+        parts += ["--ckpt-step", str(weights.iteration)]
+    if num_tokens(beside) is not None:
+        parts += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(beside)]
+    if getattr(weights.args, "add_position_embedding", True) is False and model.position_embedding_type == "rope":
+        parts.append("--no-position-embedding")  # pretrain_gpt.py compares it with what is stored
+    lines = {f"flags of Megatron-LM {MEGATRON_LM}": f"{shlex.join(parts)} {flags.line}"}
+    if flags.not_expressible:
+        lines[f"not possible in Megatron-LM {MEGATRON_LM}"] = "; ".join(flags.not_expressible)
+    return lines
 
 
 def companions_of(path: Path) -> Path | None:

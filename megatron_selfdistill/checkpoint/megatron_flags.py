@@ -5,8 +5,8 @@
     flags.line                    # --num-layers 36 --hidden-size 4096 ... --qk-layernorm --norm-epsilon 1e-06
     flags.not_expressible         # ("the factor 32 of the llama3 rope scaling: ...",)
 
-Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon`` a
-checkpoint loads without an error, and the model computes other numbers.
+Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon``
+a checkpoint loads without an error, and the model computes other numbers.
 Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of Megatron-LM core_v0.16.1.
 """
 
@@ -16,6 +16,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.model.architecture import padded_vocab_size
@@ -45,16 +47,20 @@ class MegatronFlags:
         return shlex.join(self.arguments)
 
 
-def megatron_flags(model: ModelConfig, precision: str | None = None) -> MegatronFlags:
+def megatron_flags(
+    model: ModelConfig, *, dtype: torch.dtype | None = None, padded_vocab_size: int | None = None
+) -> MegatronFlags:
     """Return the flags that describe ``model``, and sentences about what they cannot express.
 
-    ``precision``: bf16, fp16 or fp32 of the weights; null adds no flag for it.  Paths, the tokenizer, batch sizes and
-    the parallel layout are the user's choice and are not included.
+    ``dtype``: of the weights; null and float32 add no flag.  ``padded_vocab_size``: rows of the embedding on disk; null
+    pads ``model.vocab_size``.  Paths, the tokenizer, batch sizes and the parallel layout are the user's choice and are
+    not included.
     """
     arch = architecture(model)
-    flags = [*_sizes(model, arch), *_attention(model, arch), *_mlp(arch), *_moe(model, arch), *_further(arch)]
-    if precision in ("bf16", "fp16"):
-        flags.append((f"--{precision}",))
+    flags = [*_sizes(model, arch), *_vocabulary(model, padded_vocab_size), *_attention(arch), *_mlp(arch)]
+    flags += [*_moe(model, arch), *_further(arch)]
+    if dtype in _PRECISIONS:
+        flags.append((_PRECISIONS[dtype],))
     return MegatronFlags(tuple(flags), tuple(_not_expressible(arch)))
 
 
@@ -63,9 +69,6 @@ def _sizes(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]
     yield "--hidden-size", str(arch["hidden_size"])
     yield "--ffn-hidden-size", str(arch["ffn_hidden_size"] or model.ffn_hidden_size or 4 * model.hidden_size)
     yield "--max-position-embeddings", str(arch["max_position_embeddings"])
-    yield "--make-vocab-size-divisible-by", str(model.make_vocab_size_divisible_by)
-    if model.vocab_size is not None:
-        yield "--padded-vocab-size", str(padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1))
     if not arch["share_embeddings_and_output_weights"]:
         yield ("--untie-embeddings-and-output-weights",)
     yield "--normalization", arch["normalization"]
@@ -74,7 +77,16 @@ def _sizes(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]
     yield "--attention-dropout", "0.0"
 
 
-def _attention(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def _vocabulary(model: ModelConfig, rows: int | None) -> Iterator[tuple[str, ...]]:
+    divisor = model.make_vocab_size_divisible_by
+    if rows is None and model.vocab_size is not None:
+        rows = padded_vocab_size(model.vocab_size, divisor, 1)
+    yield "--make-vocab-size-divisible-by", str(divisor)
+    if rows is not None:
+        yield "--padded-vocab-size", str(rows)
+
+
+def _attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     yield "--num-attention-heads", str(arch["num_attention_heads"])
     if not arch["multi_latent_attention"]:
         yield "--kv-channels", str(arch["kv_channels"])
@@ -151,6 +163,7 @@ def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield _flag(name), ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+_PRECISIONS = {torch.bfloat16: "--bf16", torch.float16: "--fp16"}
 _SWITCHES = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "rotary_interleaved": "--rotary-interleaved",
@@ -176,7 +189,8 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
         yield f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu) and ungated gelu"
     for name in _YARN_CONSTANTS:
         if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
-            yield f"{name}={arch[name]} of YaRN: it has no flag, and Megatron Core computes with {TRANSFORMER_DEFAULTS[name]}"
+            default = TRANSFORMER_DEFAULTS[name]
+            yield f"{name}={arch[name]} of YaRN: it has no flag, and Megatron Core computes with {default}"
     for name in _WITHOUT_FLAG:
         if arch[name] != TRANSFORMER_DEFAULTS[name]:
             yield f"{name}={arch[name]}: this project knows no flag for it"

@@ -110,8 +110,8 @@ def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
 
 
 RNG_STATE = "rng_state"
-"""Megatron-LM's key of random states: one object per (pipeline, tensor) rank, and with expert parallelism also per data x
-context rank."""
+"""Megatron-LM's key of random states: one object per (pipeline, tensor) rank, and with expert parallelism also per
+data x context rank."""
 OWN_RNG_STATE = "selfdistill_rng_state"
 """The key of the random states of all ranks, which resuming bit for bit needs: one per (pipeline, tensor, data x
 context) rank."""

@@ -106,6 +106,11 @@ def find(path: Path) -> tuple[Path, bool]:
     """The checkpoint's own folder, and whether it is a legacy one.  Raises: CheckpointError where there is none."""
     path = Path(path)
     chosen = folder.tracked(path) or path
+    if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, expected a Megatron checkpoint: convert it with "
+            f"`python tools/convert.py hf-to-megatron --hf {path} --out NEW_FOLDER`, and name NEW_FOLDER"
+        )
     return (chosen, True) if is_legacy(chosen) else (folder.resolve(path), False)
 
 

@@ -1,11 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One rank of Megatron-LM itself, on the CPU: started by test_megatron_lm.py with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+"""One rank of Megatron-LM itself, on the CPU; test_megatron_lm.py starts it with RANK, WORLD_SIZE and so on set.
 
     megatron_lm_worker.py MEGATRON_LM WHAT OUT [flags of pretrain_gpt.py ...]
 
-``megatron.training``, ``gpt_builders.py`` and ``pretrain_gpt.py`` come from the folder MEGATRON_LM, and run as they are.
-The process provides only what the machine lacks: CUDA's names (`megatron_selfdistill.cpu`), the repairs of Megatron Core
-without Transformer Engine, and the package ``six``, which a BERT tokenizer imports.
+``megatron.training``, ``gpt_builders.py`` and ``pretrain_gpt.py`` come from the folder MEGATRON_LM, and run as they
+are.  The process provides only what the machine lacks: CUDA's names (`megatron_selfdistill.cpu`), the repairs of
+Megatron Core without Transformer Engine, compiled extensions, and the package ``six``, which a BERT tokenizer imports.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def name_layers_as_transformer_engine_does() -> None:
 
 
 def build() -> tuple[Any, Any, Any]:
-    """Return model chunks, optimizer and scheduler as ``pretrain`` builds them, with the checkpoint of --load in them."""
+    """Return model chunks, optimizer and scheduler as ``pretrain`` builds them, with the checkpoint of --load loaded."""
     from gpt_builders import gpt_builder
     from megatron.core.enums import ModelType
     from megatron.training.initialize import initialize_megatron

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The real Megatron-LM (core_v0.16.1) loads and continues what this project writes; needs MEGATRON_LM=DIR, its sources.
 
-Its ``megatron.training`` and ``pretrain_gpt.py`` run in processes of their own on the CPU (megatron_lm_worker.py), with the
-flags that `megatron_flags` prints.
+Its ``megatron.training`` and ``pretrain_gpt.py`` run in processes of their own on the CPU (megatron_lm_worker.py), with
+the flags that `megatron_flags` prints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import checkpointed_run
 import hf_models
-import layouts
 import models
 import pytest
 import torch
