@@ -54,6 +54,8 @@ def _require_expressible(config: HFConfig) -> None:
     best ``topk // group_topk`` experts, where transformers takes the best two."""
     config.require("rms_norm_eps", (1e-6,), "latent attention has 1e-6, and Megatron one for all norms")
     config.require("attention_bias", (False, None), "biases are not known here")
+    config.require("scoring_func", ("sigmoid", None), "DeepseekV3ForCausalLM always takes the sigmoid of the scores")
+    config.require("topk_method", ("noaux_tc", None), "DeepseekV3ForCausalLM always chooses experts with biases (noaux_tc)")
     config.require("rope_interleave", (True, None), "Megatron rotates neighbouring channels")
     config.require("norm_topk_prob", (True,), "Megatron always normalises the probabilities of sigmoid routers")
     config.require("num_key_value_heads", (None, config["num_attention_heads"]), "expected num_attention_heads")
@@ -131,6 +133,8 @@ DEEPSEEK_V3 = Family(
         "num_experts_per_tok": 8,
         "first_k_dense_replace": 3,
         "norm_topk_prob": True,
+        "scoring_func": None,
+        "topk_method": None,
         "rope_interleave": True,
         "num_nextn_predict_layers": 1,
     },

@@ -31,7 +31,7 @@ COMMON_DEFAULTS = {
 
 def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
     """The decoder that all families share; ``fields`` add to it or replace it."""
-    config.require("hidden_act", ("silu",), "only silu is known here")
+    config.require("hidden_act", ("silu", "swish"), "only silu, which is also called swish, is known here")
     heads = config["num_attention_heads"]
     common: dict[str, Any] = {
         "vocab_size": config["vocab_size"],
@@ -84,8 +84,11 @@ def _sliding_layers(config: HFConfig) -> bool:
 
 
 def _reader(*, slides: Callable[[HFConfig], bool], bias: bool, **fields: Any) -> Callable[[HFConfig], ModelConfig]:
+    """Return the reader of a dense family.  ``bias``: q, k and v have biases whatever config.json says (Qwen2, whose code
+    reads neither ``attention_bias`` nor ``mlp_bias``)."""
+
     def read(config: HFConfig) -> ModelConfig:
-        for name in ("attention_bias", "mlp_bias"):
+        for name in () if bias else ("attention_bias", "mlp_bias"):
             config.require(name, (False, None), "biases besides those of Qwen2's q, k and v are not known here")
         require_full_attention(config, slides(config))
         return read_common(config, add_qkv_bias=bias, **fields, **llama3_fields(read_rope(config), config))

@@ -4,6 +4,7 @@ transformers 5 (``rope_parameters``)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,25 @@ class Rope:
 
 
 def read_rope(config: HFConfig) -> Rope:
-    """Raises: ConfigError for a base that is no whole number, and where only some of the channels rotate."""
+    """Return the rotary positions as transformers 5 reads them: ``rope_scaling`` where it is set, else
+    ``rope_parameters``, each completed by ``rope_theta``.
+
+    Raises: ConfigError where both are set and say different things (transformers then drops ``rope_parameters`` with its
+    base, other programs drop ``rope_scaling``), for a base that is not a whole number, and where only some of the
+    channels rotate.
+    """
+    scaling, parameters = config["rope_scaling"], config["rope_parameters"]
+    if scaling and parameters and _read(config, scaling) != _read(config, parameters):
+        raise ConfigError(
+            f"config.json of {config.architecture} has rope_scaling={scaling} and rope_parameters={parameters}, which "
+            "differ: programs disagree on which one counts; keep only rope_parameters, with rope_theta and the scaling"
+        )
+    return _read(config, scaling or parameters or {})
+
+
+def _read(config: HFConfig, given: Mapping[str, Any]) -> Rope:
     theta, partial = config["rope_theta"], config["partial_rotary_factor"]
-    parameters = {**(config["rope_scaling"] or {}), **(config["rope_parameters"] or {})}
+    parameters = dict(given)
     theta = parameters.pop("rope_theta", None) or theta
     partial = parameters.pop("partial_rotary_factor", None) or partial
     older = parameters.pop("type", None)
