@@ -59,7 +59,13 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
 
     dtype = convert.DTYPES[arguments.dtype] if arguments.dtype else None
     with _progress() as progress:
-        written = convert.hf_to_megatron(arguments.hf, arguments.out, dtype=dtype, progress=progress)
+        written = convert.hf_to_megatron(
+            arguments.hf,
+            arguments.out,
+            dtype=dtype,
+            allow_non_finite=arguments.allow_non_finite,
+            progress=progress,
+        )
     from megatron_selfdistill.checkpoint.describe import megatron_lm_usage
 
     print(f"{written}: load it with checkpoint.load={arguments.out}")
@@ -80,6 +86,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
             dtype=convert.DTYPES[arguments.dtype] if arguments.dtype else None,
             vocab_size=arguments.vocab_size,
             max_shard_bytes=arguments.max_shard_size,
+            allow_non_finite=arguments.allow_non_finite,
             progress=progress,
         )
     print(f"{written}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(written)!r})")
@@ -142,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "hf-to-megatron",
         help="a Hugging Face folder becomes a torch_dist checkpoint that loads in any parallel layout",
-        description="A Hugging Face folder (safetensors) becomes a torch_dist checkpoint that loads in any layout.",
+        description="A Hugging Face folder becomes a torch_dist checkpoint that loads in any layout.",
         epilog="example:\n  tools/convert.py hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3 --dtype bf16",
         **raw,
     )
@@ -151,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint")
     command.add_argument("--format", choices=["torch_dist"], default="torch_dist", help="of the checkpoint")
     command.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as they are; FP8 becomes bf16)")
+    command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
 
     command = commands.add_parser(
         "megatron-to-hf",
@@ -181,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="of a weights file (default: 5GB)"
     )
+    command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
 
     command = commands.add_parser(
         "inspect",
@@ -195,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _DTYPES = ("bf16", "fp16", "fp32")
+_NON_FINITE = "report weights that are NaN or infinite instead of refusing them"
 
 if __name__ == "__main__":
     sys.exit(main())

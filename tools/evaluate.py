@@ -139,7 +139,7 @@ def _evaluate_with(
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     """What summary.json says of the model; it is there, as far as a look at it tells."""
-    from megatron_selfdistill.checkpoint.safetensors_folder import read_config
+    from megatron_selfdistill.checkpoint.hf_files import read_config
     from megatron_selfdistill.checkpoint.weights import open_weights
     from megatron_selfdistill.config import ConfigError
 
@@ -184,7 +184,7 @@ def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
 
 def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Config:
     """What `with_stored_architecture` will find in the checkpoint that ``hf`` becomes."""
-    from megatron_selfdistill.checkpoint.safetensors_folder import read_config
+    from megatron_selfdistill.checkpoint.hf_files import read_config
     from megatron_selfdistill.checkpoint.stored_model import reconcile
     from megatron_selfdistill.model.hf_mapping import family_of
 

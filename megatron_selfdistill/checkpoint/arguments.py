@@ -47,11 +47,12 @@ def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namesp
     )
 
 
-def converted_args(model: ModelConfig, precision: str) -> argparse.Namespace:
-    """`megatron_args` of a model that is only described; ``precision`` is bf16 or fp32."""
+def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace:
+    """Return `megatron_args` of a model that is only described; ``dtype`` is that of its weights."""
+    precision = "fp32" if dtype == torch.float32 else "bf16"
     config = transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
     assert model.vocab_size is not None
-    return _args(
+    args = _args(
         config,
         model,
         max_position_embeddings=model.max_position_embeddings,
@@ -62,6 +63,8 @@ def converted_args(model: ModelConfig, precision: str) -> argparse.Namespace:
         rotary_percent=model.rotary_percent,
         rope_scaling=model.rope_scaling,
     )
+    args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
+    return args
 
 
 def _args(

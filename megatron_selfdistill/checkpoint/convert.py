@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +24,10 @@ from megatron_selfdistill.checkpoint import folder, manifest, streaming
 from megatron_selfdistill.checkpoint.arguments import converted_args
 from megatron_selfdistill.checkpoint.describe import COMPANIONS, FORMATS, companions_of, num_tokens
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.finite import is_finite
+from megatron_selfdistill.checkpoint.hf_files import companions, copy_companions, read_config, without_lost_code
 from megatron_selfdistill.checkpoint.names import names
-from megatron_selfdistill.checkpoint.safetensors_folder import (
-    SafetensorsFolder,
-    SafetensorsWriter,
-    copy_companions,
-    read_config,
-)
+from megatron_selfdistill.checkpoint.safetensors_folder import SafetensorsWriter, WeightsFolder, open_weights_folder
 from megatron_selfdistill.checkpoint.state import CONTENT
 from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.streaming import Piece
@@ -62,37 +59,47 @@ class Progress:
     say: Callable[[str], None] = lambda _: None
 
 
-def hf_to_megatron(hf: Path, out: Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Path:
+def hf_to_megatron(
+    hf: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_non_finite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
     """Write the model in the Hugging Face folder ``hf`` as ``out/release``, a torch_dist checkpoint; returns that.
 
-    ``dtype``: of all weights but those that Megatron keeps in float32; null keeps each as it is (FP8: bf16).
+    ``dtype``: of all weights but those that Megatron keeps in float32; null keeps each as it is (FP8: bf16; tensors
+    that become one take the widest type among them, which ``progress`` reports).  ``allow_non_finite``: report weights
+    that are NaN or infinite instead of refusing them.
     Memory: the tensors of one rule, and its result where they must be rearranged.
-    Raises: CheckpointError or ConfigError, one sentence, before anything is written; OSError while it is.
+    Raises: CheckpointError or ConfigError, one sentence, before anything is written; for weights that are not finite,
+    and OSError, while it is.  Nothing is left behind.
     """
     hf, out, progress = Path(hf), Path(out), progress or Progress()
     folder.require_free(out)
     model, rules, tensors = _read_hf(hf)
-    pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype))
-    weights_dtype = next(piece.dtype for piece in pieces)
+    finite = _Finite(str(hf), allow_non_finite, progress)
+    pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
     common = {
-        "args": converted_args(model, "fp32" if weights_dtype == torch.float32 else "bf16"),
+        "args": converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces)),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": dict(CONTENT),
     }
     num_bytes = sum(piece.num_bytes for piece in pieces)
-    with _new_folder(out, num_bytes) as temporary:
+    with _new_folder(out, num_bytes + _companion_bytes(hf)) as temporary:
         progress.start(num_bytes)
         release = temporary / "release"
         streaming.write(release, pieces, common, empty_objects=_extra_states(rules), progress=progress.advance)
-        companions = release / COMPANIONS
-        companions.mkdir()
-        shutil.copyfile(hf / "config.json", companions / "config.json")
-        copy_companions(hf, companions)
+        carried = release / COMPANIONS
+        carried.mkdir()
+        shutil.copyfile(hf / "config.json", carried / "config.json")
+        copy_companions(hf, carried, progress.say)
         manifest.write(release)
         (temporary / folder.TRACKER).write_text("release")
-        for path in (companions / "config.json", companions, release, temporary / folder.TRACKER):
+        for path in (carried / "config.json", carried, release, temporary / folder.TRACKER):
             manifest.sync(path)
     return out / "release"
 
@@ -106,6 +113,7 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face folder ``out``.
@@ -113,6 +121,7 @@ def megatron_to_hf(
     ``hf_config``: a folder with the original config.json and tokenizer files; null takes those that the checkpoint
     carries, else a config.json is made from the stored arguments.  ``dtype``: of all floating-point weights; null
     keeps each.  ``vocab_size``: the true vocabulary where the checkpoint does not tell (`true_vocab_size`).
+    ``allow_non_finite``: report weights that are NaN or infinite instead of refusing them.
     Memory: one full tensor of Megatron's, and its parts where they must be rearranged.
     Raises: CheckpointError or ConfigError, one sentence, before anything is written; OSError while it is.
     """
@@ -126,24 +135,26 @@ def megatron_to_hf(
     rules = family.rules(model)
     weights.fitting(rules)
     kept = {rule: dtype if dtype and not rule.float32 else weights.dtype(rule) for rule in rules}
-    first = str(kept[rules[0]]).removeprefix("torch.")
-    config = _config(family, model, first, original, weights)
+    main = _main_dtype((kept[rule], math.prod(rule.shape) * kept[rule].itemsize) for rule in rules)
+    config = _config(family, model, str(main).removeprefix("torch."), original, weights)
     tensors = [
         (name, kept[rule], shape) for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
-    with _new_folder(out, num_bytes) as temporary:
+    finite = _Finite(str(weights.path), allow_non_finite, progress)
+    with _new_folder(out, num_bytes + (_companion_bytes(beside) if beside is not None else 0)) as temporary:
         progress.start(num_bytes)
         writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
         for rule in rules:
             for name, part in zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True):
-                writer.write(name, part.to(kept[rule]))
+                writer.write(name, finite.checked(name, part.to(kept[rule])))
                 progress.advance(part.numel() * kept[rule].itemsize)
         writer.close()
+        if beside is not None:
+            copy_companions(beside, temporary, progress.say)
+        config = without_lost_code(config, temporary, progress.say)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")
-        if beside is not None:
-            copy_companions(beside, temporary)
     return out
 
 
@@ -158,12 +169,40 @@ def carry_companions(checkpoint: Path, run_dir: Path) -> None:
         copy_companions(beside, target)
 
 
-def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], SafetensorsFolder]:
+class _Finite:
+    """Looks at every tensor on its way; ``source`` is where they come from, for messages."""
+
+    def __init__(self, source: str, allow: bool, progress: Progress) -> None:
+        self._source, self._allow, self._progress = source, allow, progress
+
+    def checked(self, name: str, tensor: Tensor) -> Tensor:
+        """Return ``tensor``.  Raises: CheckpointError where it is not finite, unless that is allowed."""
+        if not is_finite(tensor):
+            what = f"{name} of {self._source} has NaN or infinite elements (as {tensor.dtype})"
+            if not self._allow:
+                raise CheckpointError(f"{what}: take an earlier checkpoint, or convert it with --allow-non-finite")
+            self._progress.say(what)
+        return tensor
+
+
+def _main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """Return the type in which most bytes of a model are."""
+    total: dict[torch.dtype, int] = {}
+    for dtype, num_bytes in sizes:
+        total[dtype] = total.get(dtype, 0) + num_bytes
+    return max(total, key=lambda dtype: total[dtype])
+
+
+def _companion_bytes(source: Path) -> int:
+    return sum(file.stat().st_size for file in companions(source))
+
+
+def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsFolder]:
     """The model in a Hugging Face folder, the rules of its tensors, and these; all checked against each other."""
     config = read_config(hf)
     family = family_of(config)
     model = family.model_config(config)
-    tensors = SafetensorsFolder(hf)
+    tensors = open_weights_folder(hf)
     rules = check_names(family.rules(model), tensors.tensors)
     check_shapes(rules, {name: tensor.shape for name, tensor in tensors.tensors.items()})
     carried = {rule.hf_names[0].split(".")[2] for rule in rules if rule.carried}
@@ -177,8 +216,10 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], SafetensorsFolder]:
 class _HFReader:
     """Full tensors of a Hugging Face folder, dequantised, in the type in which they will be stored."""
 
-    def __init__(self, tensors: SafetensorsFolder, block: tuple[int, int] | None, dtype: torch.dtype | None) -> None:
-        self.tensors, self._block, self._dtype = tensors, block, dtype
+    def __init__(
+        self, tensors: WeightsFolder, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: _Finite
+    ) -> None:
+        self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
 
     def dtype(self, rule: Rule, name: str) -> torch.dtype:
         found = self.tensors.tensors[name].dtype
@@ -193,7 +234,7 @@ class _HFReader:
             if scales not in self.tensors.tensors or self._block is None:
                 raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or its block size is missing")
             tensor = dequantise_blocks(tensor, self.tensors.read(scales), self._block)
-        return tensor.to(dtype)
+        return self._finite.checked(name, tensor.to(dtype))
 
 
 def _block(hf: Path) -> tuple[int, int] | None:
@@ -201,8 +242,9 @@ def _block(hf: Path) -> tuple[int, int] | None:
     return tuple(block) if block else None
 
 
-def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader) -> list[Piece]:
-    """How each rectangle of the checkpoint is made; nothing is read yet."""
+def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: Progress) -> list[Piece]:
+    """How each rectangle of the checkpoint is made; nothing is read yet.  ``progress`` gets a sentence where tensors
+    of several types become one."""
     depth: dict[str, tuple[int, ...]] = {}
     kept: dict[str, torch.dtype] = {}
     for rule in rules:
@@ -212,6 +254,13 @@ def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader) -> list[Pi
         for name in rule.hf_names:
             dtype = reader.dtype(rule, name)
             kept[key] = torch.promote_types(kept.get(key, dtype), dtype)  # one type for all layers of a key
+    widened = [name for rule in rules for name in rule.hf_names if reader.dtype(rule, name) != kept[rule.megatron.key]]
+    if widened:
+        wide = str(kept[next(rule.megatron.key for rule in rules if widened[0] in rule.hf_names)]).removeprefix(
+            "torch."
+        )
+        more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
+        progress.say(f"{widened[0]}{more} become {wide}, like the tensors that they are stored with")
     pieces: list[Piece] = []
     for rule in rules:
         pieces += _pieces_of(rule, depth[rule.megatron.key], kept[rule.megatron.key], model, reader)

@@ -14,8 +14,9 @@ import torch
 
 from megatron_selfdistill.checkpoint import folder, manifest
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.hf_files import read_config
 from megatron_selfdistill.checkpoint.megatron_flags import MEGATRON_LM, megatron_flags
-from megatron_selfdistill.checkpoint.safetensors_folder import SafetensorsFolder, read_config
+from megatron_selfdistill.checkpoint.safetensors_folder import open_weights_folder
 from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.weights import Weights, open_weights
 from megatron_selfdistill.config import ModelConfig
@@ -54,8 +55,8 @@ def describe(path: Path) -> dict[str, str]:
 
 
 def megatron_lm_usage(path: Path) -> dict[str, str]:
-    """Return how ``pretrain_gpt.py`` of Megatron-LM loads the checkpoint at ``path``: a line of flags to paste, and what
-    no flag expresses.
+    """Return how ``pretrain_gpt.py`` of Megatron-LM loads the checkpoint at ``path``: a line of flags to paste, and
+    what no flag expresses.
 
     Raises: CheckpointError where there is no checkpoint, or none that stores its arguments.
     """
@@ -114,11 +115,11 @@ _LAYOUT = {
 def _describe_hf(path: Path) -> dict[str, str]:
     config = read_config(path)
     family = family_of(config)
-    tensors = SafetensorsFolder(path).tensors
+    tensors = open_weights_folder(path).tensors
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    lines = {"checkpoint": str(path), "format": "Hugging Face safetensors", "parameters": _parameters(sizes)}
+    lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes)}
     return lines | _describe_model(family.model_config(config), family)
 
 

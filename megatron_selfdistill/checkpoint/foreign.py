@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_selfdistill.checkpoint import folder, state, transfer
 from megatron_selfdistill.checkpoint.agreement import from_all_ranks, on_each_rank, on_rank_0
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.finite import non_finite
 from megatron_selfdistill.checkpoint.legacy import LegacySource
 from megatron_selfdistill.checkpoint.names import Place, has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.unpickler import load_pickled
@@ -45,12 +46,14 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
     found, is_legacy = on_rank_0(lambda: find(path))
     if is_legacy:
         _load_legacy(found, chunks, vocab_size)
+        _require_finite(found, chunks, vocab_size)
         return folder.iteration_of(found)
     transfer.require_whole(found, verify)
     wanted = _wanted(chunks, on_rank_0(lambda: set(transfer.stored_shapes(found))))
     transfer.require_fit(wanted, found, only_weights=True, vocab_size=vocab_size)
     with state.gathered_parameters(chunks):
         state.load_model_state(chunks, transfer.read(wanted, found))
+        _require_finite(found, chunks, vocab_size)
     return folder.iteration_of(found)
 
 
@@ -82,9 +85,33 @@ def load_weights_and_optimizer(
         transfer.require_fit(wanted, found, vocab_size=vocab_size)
         loaded = transfer.read(wanted, found)
         state.load_model_state(chunks, loaded)
+        _require_finite(found, chunks, vocab_size)
         steps = _optimizer_steps(common)
         state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], steps)
     return folder.iteration_of(found)
+
+
+def _require_finite(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
+    """Raise CheckpointError on all ranks, naming the first tensors, if some weight is NaN or infinite.  Collective.
+
+    Padding rows of the vocabulary are not looked at: other programs leave them uninitialised.
+    """
+
+    def named() -> Iterator[tuple[str, torch.Tensor]]:
+        for shard in transfer.tensors(state.model_state(chunks, state.CONTENT)):
+            key, index, _ = _full(shard)
+            data = shard.data
+            if shard.allow_shape_mismatch and vocab_size is not None:
+                data = data[: max(vocab_size - shard.global_offset[shard.prepend_axis_num], 0)]
+            yield shown(key, index), data
+
+    faults = dict.fromkeys(name for names in from_all_ranks(non_finite(named())) for name in names)
+    if faults:
+        first, more = list(faults)[:4], f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise CheckpointError(
+            f"{path} has NaN or infinite elements in {', '.join(first)}{more}: its writer diverged or was interrupted; "
+            "take an earlier checkpoint"
+        )
 
 
 def _content_of_old(common: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Hugging Face folders: tensors read one at a time, and written one at a time into shards of bounded size.
+"""The weights of Hugging Face folders: tensors read one at a time, and written one at a time into bounded shards.
 
 The libraries' own writers want a whole shard in memory.  The format is eight bytes of header length, a JSON header with
 each tensor's place, and the tensors; all places are known before the first tensor is.
@@ -11,19 +11,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import struct
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.hf_files import WeightFiles, weight_files
 from megatron_selfdistill.checkpoint.manifest import sync
+from megatron_selfdistill.checkpoint.unpickler import load_pickled
 
 _INDEX = "model.safetensors.index.json"
 _NAMES = {
@@ -43,23 +45,6 @@ _NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
-# What makes a folder of weights usable besides the weights: tokenizer, chat template, generation defaults, licence.
-_COMPANIONS = (
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "vocab.*",
-    "merges.txt",
-    "*tokens*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-)
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -74,13 +59,33 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class WeightsFolder(Protocol):
+    """The tensors of a Hugging Face folder, by name."""
+
+    folder: Path
+    tensors: dict[str, Stored]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, mapped from its file where the format allows it."""
+        ...
+
+
+def open_weights_folder(folder: Path) -> WeightsFolder:
+    """Return the tensors of a Hugging Face folder, from safetensors or from PyTorch's pickles.
+
+    Raises: CheckpointError for what is missing, damaged, or leads out of the folder.
+    """
+    files = weight_files(Path(folder))
+    return SafetensorsFolder(folder, files) if files.is_safetensors else PickledFolder(folder, files)
+
+
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder, by name.  Raises CheckpointError for what is missing or damaged."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: WeightFiles) -> None:
         self.folder = Path(folder)
         self.tensors: dict[str, Stored] = {}
-        for file, names in _files(self.folder).items():
+        for file, names in files.tensors.items():
             try:
                 with safe_open(file, framework="pt") as opened:
                     held = set(opened.keys())
@@ -92,38 +97,47 @@ class SafetensorsFolder:
                         self.tensors[name] = Stored(file, _DTYPES[dtype], tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is damaged or cut off ({error})") from error
-            lost = sorted((names or held) - held)
-            if lost:
-                raise CheckpointError(f"{file} lacks {lost[0]}, which {_INDEX} says it holds")
+            _require_held(file, names, held, files.index)
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped from the file: its pages are read when they are touched and go when it is dropped."""
+        """Return the tensor, mapped from the file: its pages are read when they are touched and go when it is
+        dropped."""
         with safe_open(self.tensors[name].file, framework="pt") as opened:
             return opened.get_tensor(name)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a Hugging Face folder.  Raises: CheckpointError where there is none that parses."""
-    file = Path(folder) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no Hugging Face folder: it has no config.json") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
+class PickledFolder:
+    """The tensors of ``pytorch_model.bin`` or its shards, read by the restricted unpickler: nothing in them runs."""
+
+    def __init__(self, folder: Path, files: WeightFiles) -> None:
+        self.folder = Path(folder)
+        self.tensors: dict[str, Stored] = {}
+        self._opened: tuple[Path, dict[str, Tensor]] | None = None
+        for file, names in files.tensors.items():
+            held = self._load(file)
+            for name in held if names is None else names & held.keys():
+                self.tensors[name] = Stored(file, held[name].dtype, tuple(held[name].shape))
+            _require_held(file, names, set(held), files.index)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor, mapped from the file; files of PyTorch before 1.6 are read whole."""
+        return self._load(self.tensors[name].file)[name]
+
+    def _load(self, file: Path) -> dict[str, Tensor]:
+        """Return what one file holds; the file that was read last stays open."""
+        if self._opened is None or self._opened[0] != file:
+            self._opened = None
+            content = load_pickled(file, mmap=zipfile.is_zipfile(file))
+            if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+                raise CheckpointError(f"{file} holds no table of tensors, which pytorch_model.bin is")
+            self._opened = (file, {str(name): tensor.detach() for name, tensor in content.items()})
+        return self._opened[1]
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation files from one folder to another; returns their names.
-
-    ``config.json`` and weights are not among them.
-    """
-    files = {file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()}
-    files = {file for file in files if file.suffix not in {".safetensors", ".bin", ".pt", ".pth"}}
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-        sync(target / file.name)
-    return sorted(file.name for file in files)
+def _require_held(file: Path, names: set[str] | None, held: set[str], index: str | None) -> None:
+    lost = sorted((names or held) - held)
+    if lost:
+        raise CheckpointError(f"{file} lacks {lost[0]}, which {index} says it holds")
 
 
 class SafetensorsWriter:
@@ -221,26 +235,3 @@ def _cut(
         shards[-1].append((name, dtype, shape))
         filled += size
     return shards
-
-
-def _files(folder: Path) -> dict[Path, set[str] | None]:
-    """The files with weights -> the tensors that the index says they hold; None: all that they hold."""
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error})") from error
-        files: dict[Path, set[str] | None] = {}
-        for name, file in weight_map.items():
-            names = files.setdefault(folder / file, set())
-            assert names is not None
-            names.add(name)
-    else:
-        files = dict.fromkeys(sorted(folder.glob("*.safetensors")))
-    if not files:
-        raise CheckpointError(f"{folder} has no *.safetensors: other formats are pickles; save it with safetensors")
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{folder} lacks {file.name}, which {_INDEX} names")
-    return files

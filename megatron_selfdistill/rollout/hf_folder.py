@@ -13,7 +13,7 @@ from megatron_selfdistill.checkpoint import folder
 from megatron_selfdistill.checkpoint.convert import DTYPES
 from megatron_selfdistill.checkpoint.describe import COMPANIONS, companions_of
 from megatron_selfdistill.checkpoint.errors import CheckpointError
-from megatron_selfdistill.checkpoint.safetensors_folder import read_config
+from megatron_selfdistill.checkpoint.hf_files import read_config
 from megatron_selfdistill.config import Config, ConfigError, ModelConfig
 from megatron_selfdistill.model.hf.rules import Rule
 from megatron_selfdistill.model.hf_mapping import Family, family_of, family_of_model

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron_selfdistill.checkpoint.safetensors_folder import read_config
+from megatron_selfdistill.checkpoint.hf_files import read_config
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.export import Exporter

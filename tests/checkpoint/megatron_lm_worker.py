@@ -63,7 +63,7 @@ def name_layers_as_transformer_engine_does() -> None:
 
 
 def build() -> tuple[Any, Any, Any]:
-    """Return model chunks, optimizer and scheduler as ``pretrain`` builds them, with the checkpoint of --load loaded."""
+    """Return model chunks, optimizer and scheduler as ``pretrain`` builds them; the checkpoint of --load is in them."""
     from gpt_builders import gpt_builder
     from megatron.core.enums import ModelType
     from megatron.training.initialize import initialize_megatron

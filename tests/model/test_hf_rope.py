@@ -21,7 +21,9 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "theta": {"rope_theta": 500000.0},
     "nothing": {},
     "rope_scaling": {"rope_theta": 500000.0, "rope_scaling": YARN},
-    "rope_scaling, older type": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "rope_scaling, older type": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    },
     "rope_parameters": {"rope_parameters": {**YARN, "rope_theta": 500000.0}},
     "rope_parameters and theta": {"rope_theta": 500000.0, "rope_parameters": YARN},
     "rope_scaling null": {"rope_scaling": None, "rope_parameters": DEFAULT},

@@ -55,7 +55,9 @@ def _require_expressible(config: HFConfig) -> None:
     config.require("rms_norm_eps", (1e-6,), "latent attention has 1e-6, and Megatron one for all norms")
     config.require("attention_bias", (False, None), "biases are not known here")
     config.require("scoring_func", ("sigmoid", None), "DeepseekV3ForCausalLM always takes the sigmoid of the scores")
-    config.require("topk_method", ("noaux_tc", None), "DeepseekV3ForCausalLM always chooses experts with biases (noaux_tc)")
+    config.require(
+        "topk_method", ("noaux_tc", None), "DeepseekV3ForCausalLM always chooses experts with biases (noaux_tc)"
+    )
     config.require("rope_interleave", (True, None), "Megatron rotates neighbouring channels")
     config.require("norm_topk_prob", (True,), "Megatron always normalises the probabilities of sigmoid routers")
     config.require("num_key_value_heads", (None, config["num_attention_heads"]), "expected num_attention_heads")

@@ -84,8 +84,11 @@ def _sliding_layers(config: HFConfig) -> bool:
 
 
 def _reader(*, slides: Callable[[HFConfig], bool], bias: bool, **fields: Any) -> Callable[[HFConfig], ModelConfig]:
-    """Return the reader of a dense family.  ``bias``: q, k and v have biases whatever config.json says (Qwen2, whose code
-    reads neither ``attention_bias`` nor ``mlp_bias``)."""
+    """Return the reader of a dense family.
+
+    ``bias``: q, k and v have biases whatever config.json says (Qwen2, whose code reads neither ``attention_bias`` nor
+    ``mlp_bias``).
+    """
 
     def read(config: HFConfig) -> ModelConfig:
         for name in () if bias else ("attention_bias", "mlp_bias"):

@@ -28,9 +28,8 @@ def read_rope(config: HFConfig) -> Rope:
     """Return the rotary positions as transformers 5 reads them: ``rope_scaling`` where it is set, else
     ``rope_parameters``, each completed by ``rope_theta``.
 
-    Raises: ConfigError where both are set and say different things (transformers then drops ``rope_parameters`` with its
-    base, other programs drop ``rope_scaling``), for a base that is not a whole number, and where only some of the
-    channels rotate.
+    Raises: ConfigError where both are set and differ (transformers then drops ``rope_parameters`` with its base, other
+    programs drop ``rope_scaling``), for a base that is not a whole number, and where only some of the channels rotate.
     """
     scaling, parameters = config["rope_scaling"], config["rope_parameters"]
     if scaling and parameters and _read(config, scaling) != _read(config, parameters):

@@ -1,0 +1,32 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Weights that are no numbers: found where they are read, by the name of their tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """Return whether all elements are finite, as a boolean scalar on the tensor's device; True for integers.
+
+    One pass over the tensor without a temporary: NaN propagates through the minimum and the maximum, infinities are one
+    of them.
+    """
+    if not tensor.numel() or not tensor.is_floating_point():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    low, high = torch.aminmax(tensor.detach())
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def non_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of the tensors that hold a NaN or an infinity; waits for the device once."""
+    names, flags = [], []
+    for name, tensor in named:
+        names.append(name)
+        flags.append(is_finite(tensor))
+    if not flags:
+        return []
+    return [name for name, finite in zip(names, torch.stack(flags).tolist(), strict=True) if not finite]
