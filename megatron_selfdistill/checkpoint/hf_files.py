@@ -171,6 +171,6 @@ def without_lost_code(config: dict[str, Any], folder: Path, say: Callable[[str],
 
 
 def _has_code(reference: Any, folder: Path) -> bool:
-    """Return whether ``modeling_x.Model``, or each of a list, has its file; ``org/name--module.Class`` is on the hub."""
+    """Return whether ``modeling_x.Model``, or each of a list, has its file; ``org/name--x.Model`` is on the hub."""
     references = [r for r in (reference if isinstance(reference, list) else [reference]) if isinstance(r, str)]
     return all("--" in r or (folder / f"{r.rpartition('.')[0].replace('.', '/')}.py").is_file() for r in references)

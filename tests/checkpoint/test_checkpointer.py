@@ -19,6 +19,8 @@ import torch
 from checkpointed_run import ADAM, Setup
 from ranks import RankError
 
+from megatron_selfdistill.checkpoint.unpickler import load_metadata
+
 PLAIN = Setup(teacher="current")
 
 
@@ -116,6 +118,57 @@ def read_as_megatron(run_dir: Path) -> None:
 
 def test_a_checkpoint_reads_as_one_of_megatron(ranks, tmp_path):
     ranks.run(read_as_megatron, tmp_path, world_size=1)
+
+
+# Random states
+
+
+def save_plain(setup: Setup, run_dir: Path) -> None:
+    checkpointed_run.start(setup, run_dir).save(1)
+
+
+RANDOM_STATES = {
+    "DP 2": ({}, {"rng_state": ["0.0_1.1"], "selfdistill_rng_state": ["0.0.0_1.1.2", "0.0.1_1.1.2"]}),
+    "TP 2": (
+        {"tensor_model_parallel_size": 2},
+        {"rng_state": ["0.0_1.2", "0.1_1.2"], "selfdistill_rng_state": ["0.0.0_1.2.1", "0.1.0_1.2.1"]},
+    ),
+    "EP 2": (
+        {"expert_model_parallel_size": 2},
+        {"rng_state": ["0.0.0_1.1.2", "0.0.1_1.1.2"], "selfdistill_rng_state": ["0.0.0_1.1.2", "0.0.1_1.1.2"]},
+    ),
+}
+"""Layout -> the shards on disk: Megatron-LM's ``get_rng_state`` wants (pipeline, tensor), with experts also data."""
+
+
+@pytest.mark.parametrize("layout", RANDOM_STATES)
+def test_random_states_are_stored_as_megatron_lm_reads_them_and_for_every_rank(ranks, tmp_path, layout):
+    sizes, expected = RANDOM_STATES[layout]
+    setup = Setup(kind="moe" if "expert_model_parallel_size" in sizes else "gqa", teacher="current").cut(**sizes)
+    ranks.run(save_plain, setup, tmp_path, world_size=2)
+    stored = load_metadata(tmp_path / "checkpoints" / "iter_0000001").state_dict_metadata
+    for key, shards in expected.items():
+        assert sorted(name for name in stored if name.startswith(key)) == [f"{key}/shard_{shard}" for shard in shards]
+
+
+def resume_from_older_cut(run_dir: Path) -> None:
+    from megatron_selfdistill.checkpoint import state
+
+    run = checkpointed_run.start(PLAIN, run_dir, steps=1)
+    both = state.random_states
+    state.random_states = lambda grid: {"rng_state": state._random_state("rng_state", grid)}  # type: ignore[assignment]
+    try:
+        run.save(1)
+    finally:
+        state.random_states = both
+    expected = checkpointed_run.draw()
+    resumed = checkpointed_run.start(PLAIN, run_dir, steps=2)
+    resumed.load_latest()
+    assert checkpointed_run.draw() == expected
+
+
+def test_checkpoints_that_have_all_ranks_random_states_under_megatrons_key_resume_bit_for_bit(ranks, tmp_path):
+    ranks.run(resume_from_older_cut, tmp_path, world_size=2)
 
 
 # Teachers

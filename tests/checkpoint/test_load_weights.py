@@ -113,3 +113,44 @@ def test_a_folder_without_checkpoint_is_refused(ranks, tmp_path):
     model = models.model_config("gqa")
     ranks.run(refuse, model, tmp_path, "expected a Megatron torch_dist checkpoint .* no metadata.json", world_size=1)
     ranks.run(refuse, model, tmp_path / "nowhere", "does not exist", world_size=1)
+
+
+# Weights that are not finite
+
+
+def save_with_nan(setup: Setup, run_dir: Path, where: dict[str, int]) -> None:
+    """Save with a NaN in row ``where[name]`` of each parameter whose name ends with ``name``."""
+    run = checkpointed_run.start(setup, run_dir)
+    for name, param in run.chunks[0].named_parameters():
+        for end, row in where.items():
+            if name.endswith(end):
+                param.data[row].fill_(torch.nan)
+    run.save(3)
+
+
+def load_non_finite(path: Path, sentence: str, vocab_size: int | None) -> None:
+    from megatron_selfdistill.checkpoint.megatron import CheckpointError, load_weights
+
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(pipeline_model_parallel_size=2), seed=9)
+    with pytest.raises(CheckpointError, match=sentence):
+        load_weights(path, chunks, vocab_size)
+
+
+def test_a_nan_in_the_weights_is_found_when_they_are_loaded_and_its_tensor_is_named_on_every_rank(ranks, tmp_path):
+    where = {"layers.2.mlp.linear_fc2.weight": 5}
+    ranks.run(save_with_nan, Setup(teacher="current"), tmp_path, where, world_size=1)
+    sentence = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2.weight\[2\]: .* take an earlier"
+    ranks.run(load_non_finite, tmp_path / "checkpoints", sentence, models.VOCAB_SIZE, world_size=2)
+
+
+def load_finite(path: Path) -> None:
+    from megatron_selfdistill.checkpoint.megatron import load_weights
+
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
+    assert load_weights(path, chunks, models.VOCAB_SIZE) == 3
+
+
+def test_padding_rows_may_hold_anything(ranks, tmp_path):
+    where = {"word_embeddings.weight": models.VOCAB_SIZE, "output_layer.weight": models.VOCAB_SIZE + 1}
+    ranks.run(save_with_nan, Setup(teacher="current"), tmp_path, where, world_size=1)
+    ranks.run(load_finite, tmp_path / "checkpoints", world_size=1)
