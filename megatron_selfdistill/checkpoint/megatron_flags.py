@@ -13,7 +13,7 @@ Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of Megatron-L
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ def _moe(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     yield "--num-experts", str(arch["num_moe_experts"])
     yield "--moe-ffn-hidden-size", str(arch["moe_ffn_hidden_size"])
     if 0 in arch["moe_layer_freq"]:
-        yield "--moe-layer-freq", "[" + ",".join(map(str, arch["moe_layer_freq"])) + "]"
+        yield "--moe-layer-freq", _list(arch["moe_layer_freq"])
     yield "--moe-router-topk", str(arch["moe_router_topk"])
     yield "--moe-router-score-function", arch["moe_router_score_function"]
     yield "--moe-router-load-balancing-type", "aux_loss" if model.moe_aux_loss_coeff else "none"
@@ -157,10 +157,12 @@ def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, flag in _SWITCHES.items():
         if arch[name]:
             yield (flag,)
+    if arch["window_size"] is not None:
+        yield "--window-size", ",".join(map(str, arch["window_size"]))
     for name in _VALUES:
         if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
             value = arch[name]
-            yield _flag(name), ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield _flag(name), _list(value) if isinstance(value, list | tuple) else str(value)
 
 
 _PRECISIONS = {torch.bfloat16: "--bf16", torch.float16: "--fp16"}
@@ -173,8 +175,8 @@ _SWITCHES = {
     "moe_shared_expert_gate": "--moe-shared-expert-gate",
     "moe_apply_probs_on_input": "--moe-apply-probs-on-input",
 }
-_VALUES = ("window_size", "softmax_type", "activation_func_clamp_value", "glu_linear_offset")
-_WITHOUT_FLAG = ("softmax_scale", "no_rope_freq", "linear_attention_freq", "experimental_attention_variant")
+_VALUES = ("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "no_rope_freq")
+_WITHOUT_FLAG = ("softmax_scale", "linear_attention_freq", "experimental_attention_variant")
 _YARN_CONSTANTS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
 
 
@@ -194,6 +196,10 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
     for name in _WITHOUT_FLAG:
         if arch[name] != TRANSFORMER_DEFAULTS[name]:
             yield f"{name}={arch[name]}: this project knows no flag for it"
+
+
+def _list(values: Sequence[int]) -> str:
+    return "[" + ",".join(map(str, values)) + "]"
 
 
 def _flag(name: str) -> str:

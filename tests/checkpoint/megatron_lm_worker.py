@@ -10,6 +10,7 @@ Megatron Core without Transformer Engine, compiled extensions, and the package `
 
 from __future__ import annotations
 
+import enum
 import os
 import runpy
 import sys
@@ -84,6 +85,17 @@ def logits(tokens: torch.Tensor) -> torch.Tensor:
         return chunks[0](tokens[None], positions[None], mask)[0].float()
 
 
+def parsed(lines: list[list[str]]) -> list[dict[str, Any]]:
+    """Return what Megatron-LM's own parser makes of each argument vector."""
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    found = [vars(parser.parse_args(line)) for line in lines]
+    return [{name: value for name, value in args.items() if not isinstance(value, enum.Enum)} for args in found]
+
+
 def state() -> dict[str, Any]:
     """Return what Megatron-LM holds after it loaded a run's checkpoint."""
     import random
@@ -118,7 +130,8 @@ def main() -> None:
     if what == "pretrain":
         runpy.run_path(sys.argv[0], run_name="__main__")
         return
-    result = logits(torch.load(out)) if what == "logits" else state()
+    given = torch.load(out) if out.exists() else None
+    result = {"logits": logits, "parsed": parsed}[what](given) if given is not None else state()
     if os.environ["RANK"] == "0":
         torch.save(result, out)
 

@@ -24,8 +24,10 @@ import torch
 from checkpointed_run import ADAM, Setup
 from ports import neighbouring_ports
 
+from megatron_selfdistill.checkpoint.arguments import converted_args
 from megatron_selfdistill.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.checkpoint.megatron_flags import megatron_flags
+from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.model.hf_mapping import family_of
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
@@ -77,6 +79,64 @@ def flags_of(hf: Path) -> list[str]:
     flags = megatron_flags(family_of(config).model_config(config))
     assert not flags.not_expressible
     return flags.arguments
+
+
+# Flags
+
+NAMES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings normalization "
+    "layernorm_epsilon add_bias_linear add_qkv_bias qk_layernorm swiglu position_embedding_type rotary_base "
+    "rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor untie_embeddings_and_output_weights "
+    "padded_vocab_size make_vocab_size_divisible_by layernorm_zero_centered_gamma window_size attention_dropout "
+    "hidden_dropout attention_output_gate qk_l2_norm no_rope_freq glu_linear_offset transformer_impl "
+    "add_position_embedding"
+).split()
+EXPERTS = (
+    "num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_score_function moe_router_pre_softmax "
+    "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias "
+    "moe_router_bias_update_rate moe_router_dtype moe_shared_expert_intermediate_size moe_apply_probs_on_input "
+    "moe_aux_loss_coeff"
+).split()
+LATENT = (
+    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type"
+).split()
+YARN_NAMES = "rotary_scaling_factor mscale mscale_all_dim".split()
+
+
+def names_of(model: ModelConfig) -> list[str]:
+    """Return Megatron-LM's names of what describes such a model."""
+    names = list(NAMES)
+    if model.num_moe_experts is not None:
+        names += EXPERTS
+        names.remove("ffn_hidden_size" if not model.transformer.get("moe_layer_freq") else "kv_channels")
+    if model.transformer.get("multi_latent_attention"):
+        names = [name for name in names if name not in ("kv_channels", "num_query_groups")] + LATENT
+        names += YARN_NAMES if model.transformer["rope_type"] == "yarn" else []
+    else:
+        names += ["group_query_attention"]
+    return names
+
+
+RARE = {
+    "layernorm_zero_centered_gamma": True,
+    "rotary_interleaved": True,
+    "no_rope_freq": [0, 1],
+}
+
+
+def test_megatron_lms_own_parser_reads_each_printed_line_as_the_checkpoint_stores_the_model(hf_folder, tmp_path):
+    folders = [hf_folder(kind) for kind in hf_models.CONFIGS]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    described = [family_of(config).model_config(config) for config in configs]
+    described.append(ModelConfig(num_layers=2, vocab_size=64, add_bias_linear=True, transformer=RARE))
+    torch.save([megatron_flags(model).arguments for model in described], tmp_path / "out.pt")
+    run_megatron_lm("parsed", tmp_path / "out.pt", [])
+    for model, found in zip(described, torch.load(tmp_path / "out.pt"), strict=True):
+        stored = vars(converted_args(model, torch.float32))
+        differing = {name: (found[name], stored[name]) for name in names_of(model) if found[name] != stored[name]}
+        assert not differing, model
+        if found["group_query_attention"]:
+            assert found["num_query_groups"] == stored["num_query_groups"]
 
 
 # Converted checkpoints
