@@ -63,11 +63,13 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
     silence_known_warnings()
     from megatron_selfdistill import parallel
     from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+    from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
     from megatron_selfdistill.guards import RunUnhealthy
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
 
     config = with_stored_architecture(config, given)
+    require_same_tokenizer(config)
     config.check_world(parallel.world_size())
     inputs = Inputs.load(config)
     grid = parallel.initialize(config.parallel, config.seed)

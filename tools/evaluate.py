@@ -157,6 +157,7 @@ def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill import parallel
     from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+    from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
     from megatron_selfdistill.config import ConfigError
 
     named = (arguments.overrides, arguments.config_name, arguments.config_dir)
@@ -179,7 +180,9 @@ def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
     if arguments.hf is not None:
         return _with_hf_architecture(config, given, arguments.hf)
     checkpoint = dataclasses.replace(config.checkpoint, load=model["path"], resume=False)
-    return with_stored_architecture(dataclasses.replace(config, checkpoint=checkpoint), given)
+    config = with_stored_architecture(dataclasses.replace(config, checkpoint=checkpoint), given)
+    require_same_tokenizer(config)
+    return config
 
 
 def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Config:

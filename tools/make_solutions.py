@@ -370,10 +370,13 @@ def _of_checkpoint(config: Config, arguments: argparse.Namespace, checkpoint: Pa
     """The configuration with the architecture of the model, which lies at ``checkpoint``, or at checkpoint.load."""
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+    from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 
     if checkpoint is not None:
         config = replace(config, checkpoint=replace(config.checkpoint, load=str(checkpoint)))
-    return with_stored_architecture(config, configuration.given_keys(arguments.overrides, arguments.config_name))
+    config = with_stored_architecture(config, configuration.given_keys(arguments.overrides, arguments.config_name))
+    require_same_tokenizer(config)
+    return config
 
 
 def _beside(out: Path, ending: str) -> Path:

@@ -231,6 +231,8 @@ class DataConfig:
     trust_remote_code: bool = False
     """Run the Python code in the tokenizer's folder that its auto_map names.  The code can do whatever you can do: read
     it first."""
+    allow_other_tokenizer: bool = False
+    """Take a tokenizer whose tokens differ from those of the tokenizer that the checkpoint carries."""
     chat_template: str | None = None
     """Jinja chat template (or the path of one); null takes the tokenizer's own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -73,6 +73,9 @@ class Tokenizer(Protocol):
         """Equals ``[encode(text) for text in texts]``; a fast tokenizer uses all cores for it."""
         return [self.encode(text) for text in texts]
 
+    def tokens(self) -> dict[int, str]:
+        """Return the token behind each id, added tokens included."""
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ``ids``, for people and verifiers; never for tokenizing again."""
 
@@ -244,6 +247,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size: int = max(len(self._tokenizer), 1 + max(self._tokenizer.get_vocab().values()))
         self.eos_id: int | None = self._tokenizer.eos_token_id
 
+    def tokens(self) -> dict[int, str]:
+        return {index: token for token, index in self._tokenizer.get_vocab().items()}
+
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -300,6 +306,9 @@ class SentencePieceTokenizer(Tokenizer):
         # Longest first: of two pieces, one of which begins the other, the longer one is meant.
         pieces = sorted(map(re.escape, self._control), key=len, reverse=True)
         self._control_pattern = re.compile(f"({'|'.join(pieces)})" if pieces else "(?!)")
+
+    def tokens(self) -> dict[int, str]:
+        return {index: self._sp.id_to_piece(index) for index in range(self.vocab_size)}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []

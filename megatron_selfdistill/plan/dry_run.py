@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.inputs import Inputs, longest_context
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
@@ -83,6 +84,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     """
     num_gpus = _num_gpus(config)
     config = with_stored_architecture(config, given)
+    require_same_tokenizer(config)
     config.check_world(num_gpus)
     max_length, seq_length = longest_context(config), longest_row(config)
     _check_lengths(config, max_length)

@@ -1,0 +1,70 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whether a run's tokenizer is the one that its model was trained with: the same token behind every id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_selfdistill.checkpoint import folder
+from megatron_selfdistill.checkpoint.describe import companions_of
+from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.data.prompts import SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+
+
+def require_same_tokenizer(config: Config) -> None:
+    """Compare ``data.tokenizer`` with the tokenizer that the checkpoint carries, from which the run resumes or starts.
+
+    Nothing is compared where the checkpoint carries none, and with ``data.allow_other_tokenizer``.  A tokenizer that
+    was saved again, in other files, is the same one: only ids and tokens count, those of added tokens included.
+    Each rank reads for itself; there need not be a process group yet.
+    Raises: ConfigError that names both tokenizers and their first difference, or the one that cannot be loaded.
+    """
+    data = config.data
+    carried = _carried(config)
+    if data.allow_other_tokenizer or data.tokenizer is None or carried is None:
+        return
+    if Path(data.tokenizer).resolve() == carried.resolve():
+        return
+    try:
+        ours, theirs = load_tokenizer(data.tokenizer), load_tokenizer(carried)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    difference = first_difference(ours, theirs)
+    if difference is not None:
+        raise ConfigError(
+            f"data.tokenizer={data.tokenizer} is not the tokenizer that the checkpoint carries in {carried}: "
+            f"{difference}; set data.tokenizer={carried}, or data.allow_other_tokenizer=true if this is meant"
+        )
+
+
+def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+    """Return the lowest id behind which two tokenizers have different tokens, in words; None where they agree.
+
+    A SentencePiece file has no added tokens: next to a tokenizer of another kind only its own ids are compared.
+    """
+    left, right = ours.tokens(), theirs.tokens()
+    ids = left.keys() | right.keys()
+    kinds = [isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        ids = left.keys() if kinds[0] else right.keys()
+    for index in sorted(ids):
+        if left.get(index) != right.get(index):
+            return f"token {index} is {_shown(left, index)} here and {_shown(right, index)} there"
+    return None
+
+
+def _shown(tokens: Mapping[int, str], index: int) -> str:
+    return repr(tokens[index]) if index in tokens else "absent"
+
+
+def _carried(config: Config) -> Path | None:
+    """Return the folder with the tokenizer of the checkpoint that the run reads; None where there is none."""
+    newest = folder.latest(Path(config.run_dir) / "checkpoints") if config.checkpoint.resume else None
+    path = newest or config.checkpoint.load
+    if path is None:
+        return None
+    beside = companions_of(folder.tracked(Path(path)) or Path(path))
+    return beside if beside is not None and any(any(beside.glob(pattern)) for pattern in _FILES) else None
