@@ -46,10 +46,10 @@ def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
     A SentencePiece file has no added tokens: next to a tokenizer of another kind only its own ids are compared.
     """
     left, right = ours.tokens(), theirs.tokens()
-    ids = left.keys() | right.keys()
+    ids = {*left, *right}
     kinds = [isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in (ours, theirs)]
     if kinds[0] != kinds[1]:
-        ids = left.keys() if kinds[0] else right.keys()
+        ids = set(left if kinds[0] else right)
     for index in sorted(ids):
         if left.get(index) != right.get(index):
             return f"token {index} is {_shown(left, index)} here and {_shown(right, index)} there"

@@ -105,17 +105,21 @@ def state() -> dict[str, Any]:
     from megatron.training import get_args
 
     chunks, optimizer, scheduler = build()
+    inner = [single.optimizer for single in getattr(optimizer, "chained_optimizers", [optimizer])]
     moments = {
-        name: value.clone()
-        for single in getattr(optimizer, "chained_optimizers", [optimizer])
-        for index, held in enumerate(single.optimizer.state.values())
-        for name, value in ((f"{index}.{key}", held[key]) for key in ("exp_avg", "exp_avg_sq"))
+        f"{index}.{key}": held[key].clone()
+        for one in inner
+        for index, held in enumerate(one.state.values())
+        for key in ("exp_avg", "exp_avg_sq")
     }
+    counted = [held["step"] for one in inner for held in one.state.values() if "step" in held]
+    counted += [group["step"] for one in inner for group in one.param_groups if "step" in group]
     with get_cuda_rng_tracker().fork():
         tracked = torch.rand(()).item()
     return {
         "iteration": get_args().iteration,
         "scheduler_steps": scheduler.num_steps,
+        "adam_steps": [int(count) for count in counted],
         "weights": {name: p.detach().clone() for name, p in chunks[0].named_parameters()},
         "moments": moments,
         "drawn": [random.random(), float(np.random.random()), torch.rand(()).item(), tracked],

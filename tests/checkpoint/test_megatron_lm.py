@@ -7,6 +7,7 @@ the flags that `megatron_flags` prints.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from checkpointed_run import ADAM, Setup
 from ports import neighbouring_ports
 
 from megatron_selfdistill.checkpoint.arguments import converted_args
-from megatron_selfdistill.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.checkpoint.convert import DTYPES, hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.checkpoint.megatron_flags import megatron_flags
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.model.hf_mapping import family_of
@@ -187,6 +188,7 @@ def save_run(setup: Setup, run_dir: Path) -> dict[str, Any]:
 
 RUNS = {
     "dense, DP 2": (Setup(kind="tied", optimizer=ADAM), 2, []),
+    "dense in bf16, DP 2": (Setup(kind="gqa", optimizer=dataclasses.replace(ADAM, precision="bf16")), 2, []),
     "dense, TP 2": (
         Setup(kind="gqa", optimizer=ADAM).cut(tensor_model_parallel_size=2),
         2,
@@ -203,7 +205,7 @@ RUNS = {
 
 def flags_of_run(setup: Setup, run_dir: Path, layout: list[str]) -> list[str]:
     return [
-        *megatron_flags(setup.model).arguments,
+        *megatron_flags(setup.model, dtype=DTYPES[setup.optimizer.precision]).arguments,
         *("--load", str(run_dir / "checkpoints")),
         *("--seq-length", "32", "--vocab-size", str(models.VOCAB_SIZE - 1)),
         *("--use-distributed-optimizer", "--override-opt_param-scheduler"),
@@ -218,6 +220,7 @@ def test_megatron_lm_takes_over_a_runs_weights_optimizer_and_random_states(ranks
     run_megatron_lm("state", tmp_path / "out.pt", flags_of_run(setup, tmp_path / "run", layout), world_size)
     found = torch.load(tmp_path / "out.pt")
     assert found["iteration"] == 2
+    assert found["adam_steps"] and set(found["adam_steps"]) == {2}, "Adam's bias correction would be another one"
     assert found["drawn"] == saved[0]["drawn"]
     assert found["moments"].keys() == saved[0]["moments"].keys()
     for key, value in saved[0]["moments"].items():
