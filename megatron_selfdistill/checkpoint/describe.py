@@ -67,12 +67,15 @@ def megatron_lm_usage(path: Path) -> dict[str, str]:
 
 
 def _usage(weights: Weights, model: ModelConfig, beside: Path | None) -> dict[str, str]:
-    flags = megatron_flags(model, dtype=next(iter(weights.sizes())), padded_vocab_size=weights.num_rows)
+    sizes = weights.sizes()
+    flags = megatron_flags(model, dtype=max(sizes, key=lambda dtype: sizes[dtype]), padded_vocab_size=weights.num_rows)
     parts = ["--load", str(weights.path.parent), "--ckpt-format", weights.format]
     if folder.tracked(weights.path.parent) != weights.path:
         parts += ["--ckpt-step", str(weights.iteration)]
-    if num_tokens(beside) is not None:
+    if beside is not None and (beside / "tokenizer_config.json").is_file():
         parts += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(beside)]
+    elif beside is not None and (beside / "tokenizer.model").is_file():
+        parts += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(beside / "tokenizer.model")]
     if getattr(weights.args, "add_position_embedding", True) is False and model.position_embedding_type == "rope":
         parts.append("--no-position-embedding")  # pretrain_gpt.py compares it with what is stored
     lines = {f"flags of Megatron-LM {MEGATRON_LM}": f"{shlex.join(parts)} {flags.line}"}

@@ -366,7 +366,10 @@ def run_tool(*arguments: Any, **options: Any) -> subprocess.CompletedProcess:
 def test_the_tool_converts_and_describes(hf_folder, tmp_path):
     done = run_tool("hf-to-megatron", "--hf", hf_folder("mixtral"), "--out", tmp_path / "megatron", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
+    assert f"flags of Megatron-LM core_v0.16.1: --load {tmp_path / 'megatron'} " in done.stdout
+    assert "--num-experts 4" in done.stdout and "--bf16" in done.stdout
     found = run_tool("inspect", tmp_path / "megatron").stdout
+    assert done.stdout.partition("core_v0.16.1: ")[2].strip() in found
     for part in (
         "MixtralForCausalLM",
         "101 true rows, 128 with padding",

@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import hf_models
@@ -96,6 +97,10 @@ def pairs(words: list[str]) -> set[tuple[str, ...]]:
     return {tuple(words[a:b]) for a, b in zip(starts, [*starts[1:], len(words)], strict=True)}
 
 
+def line_of(path: Path) -> str:
+    return megatron_lm_usage(path)[FLAGS]
+
+
 def model_of(folder: Path) -> ModelConfig:
     config = json.loads((folder / "config.json").read_text())
     return family_of(config).model_config(config)
@@ -139,6 +144,21 @@ def test_a_conversion_and_inspect_give_the_whole_line_to_paste(hf_folder, tmp_pa
         ("--ckpt-format", "torch_dist"),
         ("--bf16",),
     }
+
+
+def test_the_line_names_the_tokenizer_that_the_checkpoint_carries_and_another_iteration_than_the_trackers(
+    hf_folder, tmp_path
+):
+    release = hf_to_megatron(hf_folder("llama2"), tmp_path / "megatron")
+    carried = release / "huggingface"
+    (carried / "tokenizer.model").write_bytes(b"")
+    shutil.copytree(release, tmp_path / "megatron" / "iter_0000003")
+    line = shlex.split(line_of(release))
+    assert ("--tokenizer-type", "SentencePieceTokenizer") in pairs(line) and "--ckpt-step" not in line
+    (carried / "tokenizer_config.json").write_text("{}")
+    line = shlex.split(line_of(release))
+    assert pairs(line) >= {("--tokenizer-type", "HuggingFaceTokenizer"), ("--tokenizer-model", str(carried))}
+    assert "--ckpt-step" in shlex.split(line_of(tmp_path / "megatron" / "iter_0000003"))
 
 
 def test_what_no_flag_expresses_is_part_of_inspect(hf_folder, tmp_path):
