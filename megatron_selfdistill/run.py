@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from megatron_selfdistill.batch import largest, pack_everywhere
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
@@ -35,15 +37,19 @@ from megatron_selfdistill.metrics.token_numbers import token_numbers
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.resuming import CONFIGURATION, Resumption, resumption
 from megatron_selfdistill.rollout.base import Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import configured_target, make_sampler, sampling_params
 from megatron_selfdistill.rollout.on_demand import OnDemandSampler
 from megatron_selfdistill.rollouts import Rollouts
+from megatron_selfdistill.run_folder import RunFolder
 from megatron_selfdistill.score import learnabilities
 from megatron_selfdistill.stop import Stop
 from megatron_selfdistill.teacher import Teacher
 from megatron_selfdistill.turns import Turns, turn_metrics, turn_weight
 from megatron_selfdistill.verify import load_verifier
+
+logger = logging.getLogger(__name__)
 
 IDENTITY_CONTEXTS = 8  # per replica, read twice at the start of a run
 
@@ -66,7 +72,8 @@ class Run:
             async_save=config.checkpoint.async_save,
             verify=config.checkpoint.verify,
         )
-        self.resumed_from = self._checkpoint_to_resume()
+        resumption = self._resumption()
+        self.resumed_from = resumption.saved.path if resumption is not None else None
         if config.logged and self.resumed_from is None and self._wants_all_turns_read():
             self.inputs = read_all_turns(config, inputs, grid)
         self._build_model()
@@ -76,8 +83,9 @@ class Run:
         self._sampler_log_probs: torch.Tensor | None = None
         self._row_weight: schedule.RowWeight | None = None
         self._turns = Turns([], [])  # of this step, where the responses are those of a log
-        if self.resumed_from is not None:
-            self._resume(self.resumed_from)
+        if resumption is not None:
+            self._resume(resumption)
+        self.folder = RunFolder(config, self.step)
         self._saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
         self._checked = False  # the identity law and the teacher's canary, at the start of every launch
         self.log = MetricsLog(
@@ -249,6 +257,7 @@ class Run:
     def save(self) -> None:
         """A checkpoint of the present step.  In the middle of one, the step is redone from there."""
         with self.phases("checkpoint"):
+            self._restore_folder()
             self.checkpointer.save(
                 self.step,
                 chunks=self.chunks,
@@ -259,10 +268,17 @@ class Run:
                     **self.rollouts.state_dict(),
                     "guards": self.guards.state_dict(),
                     "batch_k": self.batch_k,
+                    CONFIGURATION: stored_values(self.config),
                 },
                 args=megatron_args(self.chunks[0], replace(self.config.model, vocab_size=self.inputs.vocab_size)),
             )
         self._saved_step = self.step
+
+    def _restore_folder(self) -> None:
+        """Write again what a launch writes once, where somebody has removed the run folder in the meantime."""
+        if self.grid.is_reporter and not self.folder.is_whole():
+            logger.warning("%s is not there any more: it is written again", self.folder.path)
+            self.folder.write()
 
     def close(self) -> None:
         """Finish saves in the background, end the sampler's engines, close the logs."""
@@ -321,25 +337,34 @@ class Run:
             raise ConfigError(str(error)) from error
         return f"{'Triton kernels' if name == 'triton' else 'PyTorch'} ({why})"
 
-    def _checkpoint_to_resume(self) -> Path | None:
+    def _resumption(self) -> Resumption | None:
+        """What the run continues from; None for a new one.  Raises `ConfigError` where it may not continue."""
         latest = self.checkpointer.latest()
-        if latest is not None and not self.config.checkpoint.resume:
+        if latest is None:
+            return None
+        if not self.config.checkpoint.resume:
             raise ConfigError(
                 f"checkpoint.resume=false, but {self.run_dir} holds {latest.name} of an earlier run: "
                 "choose another run_dir, or let it resume"
             )
-        return latest
+        found = resumption(self.config, self.inputs.problems.fingerprint, self.checkpointer.read(latest))
+        if self.grid.is_reporter:
+            for note in found.notes:
+                logger.warning("%s", note)
+        return found
 
-    def _resume(self, path: Path) -> None:
-        state = self.checkpointer.load(
-            path,
+    def _resume(self, found: Resumption) -> None:
+        self.checkpointer.load(
+            found.saved,
             chunks=self.chunks,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             teacher=self.teacher if self.distils else None,
         )
+        state = found.saved.trainer_state
         self.step, self.batch_k = state["step"], state["batch_k"]
-        self.rollouts.load_state_dict(state)
+        if found.same_problems:
+            self.rollouts.load_state_dict(state)
         self.guards.load_state_dict(state["guards"])
 
     # -- what the steps above need -------------------------------------------------------------------------------

@@ -66,8 +66,11 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
     from megatron_selfdistill.guards import RunUnhealthy
     from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.resuming import refuse_another_run, require_run_dir
     from megatron_selfdistill.run import Run
 
+    require_run_dir(config)
+    refuse_another_run(config, given)
     config = with_stored_architecture(config, given)
     require_same_tokenizer(config)
     config.check_world(parallel.world_size())
@@ -127,7 +130,6 @@ def loop(run: Run) -> None:
 
 def _announce(run: Run) -> None:
     """Write the resolved configuration into the run folder and say what will run."""
-    from megatron_selfdistill.checkpoint.convert import carry_companions
     from megatron_selfdistill.logged import LEFT_OUT_FILE, list_left_out
     from megatron_selfdistill.model.architecture import uses_transformer_engine
     from megatron_selfdistill.model.build import megatron_in_use
@@ -135,11 +137,8 @@ def _announce(run: Run) -> None:
     if not run.grid.is_reporter:
         return
     grid, counts = run.grid, run.inputs.counts
-    folder = Path(run.config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configuration.to_yaml(run.config))
-    if run.config.checkpoint.load:
-        carry_companions(Path(run.config.checkpoint.load), folder)
+    folder = run.folder.path
+    run.folder.write()
     layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
     data = f"{len(run.inputs.problems)} {'turns' if run.inputs.about_conversations else 'problems'} "

@@ -93,7 +93,12 @@ class CheckpointedRun:
     def load_latest(self) -> dict[str, Any]:
         path = self.checkpointer.latest()
         assert path is not None
-        return self.checkpointer.load(path, **self.parts)
+        return self.load(path)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        saved = self.checkpointer.read(path)
+        self.checkpointer.load(saved, **self.parts)
+        return saved.trainer_state
 
     def parameters(self) -> dict[str, Any]:
         """The float32 parameters that the optimizer updates, for `layouts.join`."""

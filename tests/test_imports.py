@@ -18,7 +18,7 @@ PACKAGE = "megatron_selfdistill"
 ORDER = (
     "paths noise progress config cpu repairs parallel data verify inputs loss model checkpoint teacher teacher_bank "
     "rollout vllm_plugin serve inference schedule batch score metrics turns guards stop evaluate plan logged rollouts "
-    "run train selftest report"
+    "resuming run_folder run train selftest report"
 ).split()
 
 LOSS_MAY_IMPORT = {"torch", "triton"}

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -72,6 +74,13 @@ def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
         if kill_at is not None:
             killed_at(kill_at, patch)
         return main(list(arguments))
+
+
+def start_and_listen(arguments: Sequence[str]) -> tuple[int, str]:
+    """`start`, and what it writes to standard error, warnings included."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = start(arguments)
+    return status, said.getvalue()
 
 
 def start_with(arguments: Sequence[str], owner: Any, name: str, replacement: Any) -> int:
@@ -147,6 +156,11 @@ def recorded(path: Path, step: int) -> dict[tuple[str, int], list[int]]:
     """What ``rollout.record`` has written of a step: (problem, sample) -> token ids."""
     records = map(json.loads, path.read_text().splitlines())
     return {(r["problem_id"], r["sample_index"]): r["token_ids"] for r in records if r["step"] == step}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder -> its contents."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def saved_step(run_dir: Path) -> int:

@@ -28,6 +28,7 @@ from megatron_selfdistill.checkpoint.finite import is_finite
 from megatron_selfdistill.checkpoint.hf_files import companions, copy_companions, read_config, without_lost_code
 from megatron_selfdistill.checkpoint.names import names
 from megatron_selfdistill.checkpoint.safetensors_folder import SafetensorsWriter, WeightsFolder, open_weights_folder
+from megatron_selfdistill.checkpoint.saved_run import SECTION
 from megatron_selfdistill.checkpoint.state import CONTENT
 from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.streaming import Piece
@@ -87,6 +88,7 @@ def hf_to_megatron(
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": dict(CONTENT),
+        SECTION: {"kind": "conversion"},
     }
     num_bytes = sum(piece.num_bytes for piece in pieces)
     with _new_folder(out, num_bytes + _companion_bytes(hf)) as temporary:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import re
 import shutil
@@ -23,9 +22,8 @@ from pathlib import Path
 from megatron_selfdistill.checkpoint import manifest
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.manifest import sync
+from megatron_selfdistill.checkpoint.saved_run import is_ours
 from megatron_selfdistill.checkpoint.unpickler import load_metadata
-
-logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _TEMPORARY = ".writing_"
@@ -45,13 +43,8 @@ def iteration_of(path: Path) -> int:
 
 
 def latest(folder: Path) -> Path | None:
-    """The first complete one of `candidates`; None where there is none."""
-    for path in candidates(folder):
-        reason = incomplete(path)
-        if reason is None:
-            return path
-        logger.warning("%s is not used: %s", path, reason)
-    return None
+    """Return the first complete one of `candidates`; None where there is none."""
+    return next((path for path in candidates(folder) if incomplete(path) is None), None)
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -81,9 +74,10 @@ def resolve(path: Path) -> Path:
         replaced = chosen.with_name(chosen.name + _REPLACED)
         if replaced.is_dir() and incomplete(replaced) is None:
             return replaced
+        fault = tracker_fault(path)
         raise CheckpointError(
             f"expected a Megatron torch_dist checkpoint (an iter_ folder, or the folder with {TRACKER}) at "
-            f"{path}, but {chosen} {reason}{instead_of(chosen)}"
+            f"{path}, but {chosen} {f'{fault} and ' if fault else ''}{reason}{instead_of(chosen)}"
         )
     return chosen
 
@@ -127,6 +121,19 @@ def incomplete(path: Path) -> str | None:
         if size < end:
             return f"has {size} bytes of {name}, expected {end}"
     return None
+
+
+def unverifiable(path: Path) -> str | None:
+    """Return why the complete checkpoint at ``path`` cannot be verified, where this program wrote it; else None.
+
+    Other programs write no manifest.
+    """
+    if manifest.read(path) is not None or not is_ours(path):
+        return None
+    return (
+        f"has no {manifest.NAME}, with which this program wrote it, so that nobody can tell whether it is damaged: "
+        "restore that file, or set checkpoint.verify=none to load it all the same"
+    )
 
 
 @dataclass
@@ -267,11 +274,25 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def tracked(folder: Path) -> Path | None:
-    """The folder that the tracker file names, whether or not it is there."""
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
+    """Return the folder that the tracker file names, whether or not it is there; None where it names none."""
+    text = _tracker_text(folder)
     if text == "release":
         return folder / "release"
-    return folder / iteration_name(int(text)) if text.isdecimal() else None
+    return folder / iteration_name(int(text)) if text is not None and _is_iteration(text) else None
+
+
+def tracker_fault(folder: Path) -> str | None:
+    """Return what is wrong with the tracker file in ``folder``; None where nothing is, or where there is none."""
+    text = _tracker_text(folder)
+    if text is None or text == "release" or _is_iteration(text):
+        return None
+    return f"has {text[:20]!r} in {TRACKER}, expected an iteration or release"
+
+
+def _tracker_text(folder: Path) -> str | None:
+    tracker = folder / TRACKER
+    return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
+
+
+def _is_iteration(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20

@@ -11,13 +11,15 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint import folder, transfer
-from megatron_selfdistill.checkpoint.agreement import from_all_ranks, on_rank_0
+from megatron_selfdistill.checkpoint import folder, manifest, transfer
+from megatron_selfdistill.checkpoint.agreement import from_all_ranks, on_each_rank, on_rank_0
 from megatron_selfdistill.checkpoint.folder import CheckpointError
+from megatron_selfdistill.checkpoint.saved_run import SECTION
 
 logger = logging.getLogger(__name__)
 
 NAME = "teacher"
+_MARK = "teacher_id"
 
 
 class TeacherState(Protocol):
@@ -30,20 +32,28 @@ class TeacherState(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def save_frozen_teacher(run_dir: Path, teacher: TeacherState) -> str:
+def is_there(run_dir: Path) -> bool:
+    """Return whether ``run_dir/teacher`` has all its files, by their sizes.  For one rank."""
+    target = Path(run_dir) / NAME
+    entries = manifest.read(target)
+    return entries is not None and manifest.wrong_size(target, entries) is None
+
+
+def save_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None = None) -> str:
     """Write ``run_dir/teacher``, atomically, unless exactly these weights lie there; returns their mark, by which
     checkpoints know them again.  Collective.
 
-    Other weights there come from an earlier start in the same run folder, and are replaced.
+    ``mark``: that of the same teacher, which checkpoints refer to; null makes a new one.  Other weights there come from
+    an earlier start in the same run folder, and are replaced.
     """
     target = Path(run_dir) / NAME
-    if on_rank_0(lambda: folder.incomplete(target)) is None:
+    if on_rank_0(lambda: is_there(run_dir) and folder.incomplete(target) is None):
         if _holds_same_weights(target, teacher):
-            return transfer.read_common(target)["teacher_id"]
+            return _mark_of(target)
         if dist.get_rank() == 0:
             logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", target)
-    contents = {"teacher_id": on_rank_0(lambda: uuid.uuid4().hex), **teacher.sharded_state_dict()}
-    mark = contents["teacher_id"]
+    mark = mark or on_rank_0(lambda: uuid.uuid4().hex)
+    contents = {SECTION: {"kind": "teacher"}, _MARK: mark, **teacher.sharded_state_dict()}
     transfer.write_now(*transfer.begin_write(contents, target), target)
     return mark
 
@@ -53,22 +63,27 @@ def load_frozen_teacher(
 ) -> str:
     """The inverse of `save_frozen_teacher`, in any layout; returns the mark.  Collective.
 
-    ``verify``: what of its manifest is compared, checksums or sizes.
+    ``verify``: what of its manifest is compared: checksums, sizes or none.
     Raises: CheckpointError where there is none that is whole, or not the one with this ``mark``.
     """
     target = Path(run_dir) / NAME
     path = on_rank_0(lambda: folder.resolve(target))
-    found = transfer.read_common(path)["teacher_id"]
+    transfer.require_whole(path, verify)
+    found = _mark_of(path)
     if mark not in (None, found):
         raise CheckpointError(
             f"{path} is not the teacher that this checkpoint was trained with: a later start in the same run "
             "folder replaced it"
         )
-    transfer.require_whole(path, verify)
     wanted = teacher.sharded_state_dict()
     transfer.require_fit(wanted, path)
     teacher.load_state_dict(transfer.read(wanted, path))
     return found
+
+
+def _mark_of(path: Path) -> str:
+    """Return the mark of the teacher at ``path``, which every rank reads."""
+    return on_each_rank(lambda: transfer.read_common(path)[_MARK])
 
 
 def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:

@@ -88,6 +88,8 @@ def read(folder: Path) -> dict[str, Entry] | None:
         content = json.loads(file.read_text())
         entries = {name: Entry(**entry) for name, entry in content["files"].items()}
         algorithm = content["algorithm"]
+        if outside := next((name for name in entries if name != Path(name).name or name in ("", "..")), None):
+            raise ValueError(f"it names the file {outside!r}, expected one in its folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} has a damaged {NAME} ({type(error).__name__}: {error})") from None
     if algorithm != _ALGORITHM:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from megatron_selfdistill.checkpoint.folder import CheckpointError, Temporary
 from megatron_selfdistill.checkpoint.foreign import load_weights, load_weights_and_optimizer
 from megatron_selfdistill.checkpoint.frozen_teacher import (
     TeacherState,
+    is_there,
     load_frozen_teacher,
     save_frozen_teacher,
 )
+from megatron_selfdistill.checkpoint.saved_run import SECTION, SavedRun, encode, read_saved_run
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.progress import moving_files
 
@@ -55,7 +56,7 @@ class Checkpointer:
     def __init__(
         self, run_dir: Path, grid: Grid, *, keep_last: int | None, async_save: bool, verify: str = "checksums"
     ) -> None:
-        """``verify``: what of a checkpoint's manifest is compared before it is loaded, checksums or sizes."""
+        """``verify``: what of a checkpoint's manifest is compared before it is loaded: checksums, sizes or none."""
         if not filesystem_async.HAVE_PSUTIL:
             raise CheckpointError(
                 "torch_dist checkpoints need psutil, without which Megatron's writers hang: pip install psutil"
@@ -70,14 +71,36 @@ class Checkpointer:
         self._validated = False
 
     def latest(self) -> Path | None:
-        """The first of `folder.candidates` that is whole, equal on all ranks; None where there is none."""
+        """Return the first of `folder.candidates` that is whole, equal on all ranks; None where there are none.
+
+        A checkpoint that is passed over is said in one warning, with the steps that are lost.
+        Raises: CheckpointError where there are checkpoints and none is whole; nothing is changed then.
+        """
+        faults: dict[Path, str] = {}
         for path in on_rank_0(lambda: folder.candidates(self.folder)):
             fault = transfer.damage(path, self.verify)
             if fault is None:
+                self._warn(faults, path)
                 return path
-            if self.grid.is_reporter:
-                logger.warning("%s is not used: it %s", path, fault)
-        return None
+            faults[path] = fault
+        if not faults:
+            return None
+        reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
+        raise CheckpointError(
+            f"none of the checkpoints in {self.folder} can be used: {reasons}; nothing was changed: restore one of "
+            f"them, or move {self.run_dir} away to start afresh"
+        )
+
+    def _warn(self, faults: dict[Path, str], taken: Path) -> None:
+        if not self.grid.is_reporter:
+            return
+        if fault := folder.tracker_fault(self.folder):
+            logger.warning("%s %s: the newest checkpoint counts", self.folder, fault)
+        if faults:
+            reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
+            lost = max(map(folder.iteration_of, faults)) - folder.iteration_of(taken)
+            again = f", {lost} steps earlier" if lost > 0 else ""
+            logger.warning("%s in %s: the run continues from %s%s", reasons, self.folder, taken.name, again)
 
     @moving_files()
     def save(
@@ -94,13 +117,13 @@ class Checkpointer:
         """Write ``iter_<step>``, make it the latest, then prune to ``keep_last``.  With ``async_save`` return as soon
         as the tensors may change again, and do the rest in `poll` or `finish`.
 
-        ``trainer_state``: anything that pickles; rank 0's is kept.  ``args``: `megatron_args`.  An ``ema`` teacher is
-        written along; a ``frozen`` one is written once, beside the checkpoints, and referred to.
+        ``trainer_state``: plain values (`saved_run.encode`); rank 0's are kept.  ``args``: `megatron_args`.  An ``ema``
+        teacher is written along; a ``frozen`` one is written once, beside the checkpoints, and referred to.
         """
         self.finish()
         target = self.folder / folder.iteration_name(step)
-        if teacher is not None and teacher.weights == "frozen" and self._teacher_id is None:
-            self._teacher_id = save_frozen_teacher(self.run_dir, teacher)
+        if teacher is not None and teacher.weights == "frozen":
+            self._keep_teacher(teacher)
         with state.gathered_parameters(chunks):
             model = state.model_state(chunks, state.CONTENT)
             contents = {
@@ -112,28 +135,32 @@ class Checkpointer:
                 "optimizer": state.optimizer_state(optimizer, model, state.CONTENT),
                 "opt_param_scheduler": scheduler.state_dict(),
                 **state.random_states(self.grid),
-                "selfdistill": self._own_state(trainer_state | {"step": step}, optimizer, teacher),
+                SECTION: self._own_state(trainer_state | {"step": step}, optimizer, teacher),
             }
             if teacher is not None and teacher.weights == "ema":
                 contents |= teacher.sharded_state_dict()
             self._start_writing(contents, target)
         return target
 
+    def read(self, path: Path) -> SavedRun:
+        """Return what the checkpoint at ``path`` says of its run, on every rank; `load` then restores it."""
+        found = on_rank_0(lambda: folder.resolve(path))
+        return on_each_rank(lambda: read_saved_run(found))
+
     @moving_files()
     def load(
         self,
-        path: Path,
+        saved: SavedRun,
         *,
         chunks: Chunks,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         teacher: TeacherState | None,
-    ) -> dict[str, Any]:
-        """Put everything back as `save` found it, in the same or another layout; returns ``trainer_state``, with
-        ``step``.  Random states come back only in the layout that wrote them."""
-        found = on_rank_0(lambda: folder.resolve(path))
-        common = on_each_rank(lambda: transfer.read_common(found))
-        own = self._own_state_of(common, found, optimizer, teacher)
+    ) -> None:
+        """Put everything back as `save` found it, in the same or another layout; ``saved`` holds the trainer's state.
+        Random states come back only in the layout that wrote them."""
+        found, common, own = saved.path, saved.common, saved.own
+        self._require_same_kind(saved, optimizer, teacher)
         content = common.get("content_metadata") or state.CONTENT
         same_layout = own["layout"] == state.layout(self.grid)
         with state.gathered_parameters(chunks):
@@ -159,7 +186,6 @@ class Checkpointer:
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
             logger.warning("%s comes from the layout %s: random states start afresh", found, own["layout"])
-        return pickle.loads(own["trainer_state"])
 
     def poll(self) -> None:
         """Complete a background save whose writers are done on all ranks; else return at once.
@@ -211,8 +237,7 @@ class Checkpointer:
     ) -> dict[str, Any]:
         frozen = teacher is not None and teacher.weights == "frozen"
         return {
-            # As bytes: Megatron-LM reads this file too, and refuses classes that it does not know.
-            "trainer_state": pickle.dumps(trainer_state),
+            "trainer_state": encode(trainer_state),
             "layout": state.layout(self.grid),
             "optimizer_steps": state.optimizer_steps(optimizer),
             "distributed_optimizer": state.uses_distributed_optimizer(optimizer),
@@ -221,19 +246,17 @@ class Checkpointer:
             "teacher_id": self._teacher_id if frozen else None,
         }
 
-    def _own_state_of(
-        self,
-        common: dict[str, Any],
-        path: Path,
-        optimizer: MegatronOptimizer,
-        teacher: TeacherState | None,
-    ) -> dict[str, Any]:
-        """`_own_state` as it was when ``common`` was saved; raises CheckpointError if this run is another kind."""
-        own = common.get("selfdistill")
-        if own is None:
-            raise CheckpointError(
-                f"{path} was not written by a run of this program: to start from its weights, set checkpoint.load"
-            )
+    def _keep_teacher(self, teacher: TeacherState) -> None:
+        """Write the frozen teacher at the first save, and again where somebody has removed it since."""
+        lost = self._teacher_id is not None and not on_rank_0(lambda: is_there(self.run_dir))
+        if lost and self.grid.is_reporter:
+            logger.warning("%s is not there any more: it is written again", self.run_dir / frozen_teacher.NAME)
+        if lost or self._teacher_id is None:
+            self._teacher_id = save_frozen_teacher(self.run_dir, teacher, self._teacher_id)
+
+    def _require_same_kind(self, saved: SavedRun, optimizer: MegatronOptimizer, teacher: TeacherState | None) -> None:
+        """Raise CheckpointError where the stored state has another form than this run needs."""
+        own, path = saved.own, saved.path
         weights = teacher.weights if teacher is not None else None
         if own["teacher"] != weights:
             raise CheckpointError(
@@ -246,4 +269,3 @@ class Checkpointer:
                 f"{path} was written with optimizer.use_distributed_optimizer={own['distributed_optimizer']}, this run "
                 f"has {distributed}, which names its state differently: set it back"
             )
-        return own

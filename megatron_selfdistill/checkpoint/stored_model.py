@@ -32,7 +32,8 @@ def with_stored_architecture(config: Config, given: Collection[str] | None = Non
     """
     if config.model.provider is not None:
         return config
-    newest = folder.latest(Path(config.run_dir) / "checkpoints") if config.checkpoint.resume else None
+    resumes = config.run_dir and config.checkpoint.resume
+    newest = folder.latest(Path(config.run_dir) / "checkpoints") if resumes else None
     path = newest or config.checkpoint.load
     args = stored_args(Path(path)) if path is not None else None
     if args is None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import io
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, default_planner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core import dist_checkpointing
@@ -29,7 +33,7 @@ from megatron_selfdistill.checkpoint.agreement import describe, from_all_ranks, 
 from megatron_selfdistill.checkpoint.folder import CheckpointError, Temporary
 from megatron_selfdistill.checkpoint.state import CONTENT
 from megatron_selfdistill.checkpoint.streaming import TorchDistSource
-from megatron_selfdistill.checkpoint.unpickler import load_metadata
+from megatron_selfdistill.checkpoint.unpickler import load_metadata, load_pickled, loads_pickled
 from megatron_selfdistill.checkpoint.weights import NOT_BUILT, NOT_WEIGHTS
 
 _SHOWN = 4
@@ -94,15 +98,26 @@ def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None
 
 
 def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The tensors and sharded objects of ``wanted``, read mostly in place; no pickle beside them is executed."""
-    return dist_checkpointing.load(
-        wanted, str(path), common_strategy=_NothingInCommon(), validate_access_integrity=False
-    )
+    """Return the tensors and sharded objects of ``wanted``, read mostly in place.  Collective.
+
+    Every pickle on the way (``.metadata``, sharded objects, Transformer Engine's states) is read by the restricted
+    unpickler; common.pt is not read at all.  Raises: `CheckpointError` on all ranks for what cannot be read.
+    """
+    try:
+        with _restricted_readers():
+            loaded = dist_checkpointing.load(
+                wanted, str(path), common_strategy=_NothingInCommon(), validate_access_integrity=False
+            )
+    except CheckpointException as error:  # one failure for each rank that has one, the same on all ranks
+        first = error.failures[min(error.failures)][0]
+        raise CheckpointError(f"{path} could not be read: {describe(first)}") from None
+    on_each_rank(lambda: _rewrite_extra_states(loaded))
+    return loaded
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors."""
-    return dist_checkpointing.load_common_state_dict(str(path))
+    """Return what a checkpoint holds besides tensors, read by the restricted unpickler."""
+    return load_pickled(path / "common.pt")
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -157,11 +172,12 @@ def tensors(contents: dict[str, Any]) -> Sequence[ShardedTensor]:
 def damage(path: Path, verify: str) -> str | None:
     """Why the checkpoint at ``path`` is not whole ("has a damaged __0_0.distcp: ..."), or None; equal on all ranks.
 
-    ``verify``: ``sizes`` compares the lengths of all files; ``checksums`` also reads them, each on one rank, which
-    warms the cache for the load that follows.  Collective.
+    ``verify``: ``none`` looks only at what Megatron itself stores; ``sizes`` compares the lengths of all files with the
+    manifest, which a checkpoint of this program must have; ``checksums`` also reads them, each on one rank, which warms
+    the cache for the load that follows.  Collective.
     """
-    reason = on_rank_0(lambda: folder.incomplete(path))
-    if reason is not None or verify == "sizes":
+    reason = on_rank_0(lambda: folder.incomplete(path) or (folder.unverifiable(path) if verify != "none" else None))
+    if reason is not None or verify != "checksums":
         return reason
 
     def check() -> str | None:
@@ -178,6 +194,54 @@ def require_whole(path: Path, verify: str) -> None:
     fault = damage(path, verify)
     if fault is not None:
         raise CheckpointError(f"{path} {fault}{on_rank_0(lambda: folder.instead_of(path))}")
+
+
+@contextlib.contextmanager
+def _restricted_readers() -> Iterator[None]:
+    """Let PyTorch's reader of torch_dist folders, which Megatron uses, unpickle by the restricted unpickler.
+
+    PyTorch itself calls ``pickle.load`` for ``.metadata`` and ``torch.load(weights_only=False)`` for objects.
+    """
+
+    def read_metadata(self: FileSystemReader, *args: Any, **options: Any) -> Metadata:
+        metadata = load_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+        key = read_item.dest_index.fqn
+        loaded = loads_pickled(value, key)
+        if self.flatten_state_dict:
+            default_planner.set_element(self.original_state_dict, self.mappings[key], loaded)
+        else:
+            self.state_dict[key] = loaded
+
+    own = FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes
+    FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes = read_metadata, load_bytes  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes = own  # type: ignore[method-assign]
+
+
+def _rewrite_extra_states(loaded: Any) -> None:
+    """Replace each ``_extra_state`` that is a pickle by the same one, pickled here.
+
+    Transformer Engine's layers unpickle their FP8 statistics without any restriction: what they get must be ours.
+    """
+    items = loaded.items() if isinstance(loaded, dict) else enumerate(loaded) if isinstance(loaded, list) else ()
+    for key, value in list(items):
+        if not str(key).endswith("_extra_state"):
+            _rewrite_extra_states(value)
+        elif torch.is_tensor(value) and value.numel():
+            state = loads_pickled(value.detach().cpu().numpy().tobytes(), str(key))
+            loaded[key] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+        elif isinstance(value, io.BytesIO) and value.getbuffer().nbytes:
+            value.seek(0)
+            loaded[key] = io.BytesIO()
+            torch.save(loads_pickled(value, str(key)), loaded[key])
+            loaded[key].seek(0)
 
 
 class _NothingInCommon(TorchCommonLoadStrategy):

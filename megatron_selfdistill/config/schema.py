@@ -617,18 +617,25 @@ class CheckpointConfig:
     """Take over its optimizer state too (torch_dist, the same kind of optimizer)."""
     verify: str = "checksums"
     """What is compared with a checkpoint's manifest before it is loaded: checksums (reads every file once, spread over
-    the ranks) or sizes.  Checkpoints of other programs have no manifest."""
+    the ranks), sizes, or none.  With none, a checkpoint of this program that has lost its manifest is loaded, too; it
+    is refused otherwise.  Checkpoints of other programs have no manifest."""
     save_every: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: int | None = 2
     """Checkpoints that are kept; null keeps all."""
     async_save: bool = False
     """Write in the background while training goes on."""
-    resume: bool = True
-    """Go on from the newest checkpoint in the run folder, if there is one."""
+    resume: Any = True
+    """true: continue from the newest checkpoint in the run folder, if there is one, unless a key that decides what the
+    run learns has another value than when it was saved; such keys are named.  force: continue all the same, with the
+    stored weights, optimizer and teacher and the present configuration.  false: refuse a folder with checkpoints."""
 
     def __post_init__(self) -> None:
-        _one_of("checkpoint.verify", self.verify, ["checksums", "sizes"])
+        _one_of("checkpoint.verify", self.verify, ["checksums", "sizes", "none"])
+        _require(
+            self.resume in (True, False, "force"),
+            f"checkpoint.resume must be one of true, false, force, got {self.resume!r}",
+        )
         _at_least(0, "checkpoint", self, "save_every")
         _at_least(1, "checkpoint", self, "keep_last")
 
@@ -748,8 +755,8 @@ class StopConfig:
 class Config:
     """Everything that a run is."""
 
-    run_dir: str = "runs/default"
-    """The run folder: checkpoints, teacher, metrics, resolved configuration."""
+    run_dir: str = ""
+    """The run folder: checkpoints, teacher, metrics, resolved configuration.  A run needs it; there is no default."""
     num_steps: int = 100
     """Optimizer steps of the whole run."""
     seed: int = 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from megatron_selfdistill.config import hidden
 from megatron_selfdistill.metrics.pace import Pace
 from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html
 from megatron_selfdistill.metrics.samples import Sample
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
@@ -98,12 +101,7 @@ class MetricsLog:
         for path in (self.path, self.samples_path):
             if path == self.path or path.exists():
                 _forget_after(step, path)
-        self._file = self.path.open("a", encoding="utf-8")
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            folder = str(self.path.parent / "tensorboard")
-            self._writer = SummaryWriter(folder, purge_step=step + 1 if step else 0, flush_secs=10)
+        self._open(step)
         if self._console is not None:
             self._console.start(step)
 
@@ -164,15 +162,60 @@ class MetricsLog:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _open(self, step: int) -> None:
+        """Open both files; TensorBoard forgets what came after ``step``."""
+        self._file = self.path.open("a+", encoding="utf-8")  # readable: see `_restore`
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            folder = str(self.path.parent / "tensorboard")
+            self._writer = SummaryWriter(folder, purge_step=step + 1 if step else 0, flush_secs=10)
+
+    def _is_there(self) -> bool:
+        """Whether the open file still has its name: somebody may remove or replace it while the run goes on."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def _restore(self) -> None:
+        """Write again what was logged, from the open file that has lost its name, and to TensorBoard, too.
+
+        A file that has taken the name is kept as metrics.replaced.jsonl.
+        """
+        try:
+            self._file.seek(0)
+            text = self._file.read()
+            outcome = "it is written again"
+        except OSError as error:  # a network file system may have forgotten the file
+            text, outcome = "", f"it starts empty: what was logged cannot be read any more ({error})"
+        logger.warning("%s was removed or replaced while the run wrote it: %s", self.path, outcome)
+        for part in (self._file, self._writer):
+            if part is not None:
+                part.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            os.replace(self.path, self.path.with_suffix(f".replaced{self.path.suffix}"))
+        self.path.write_text(text, encoding="utf-8")
+        self._open(0)
+        if self._writer is not None:
+            for _, values in _complete_lines(self.path):
+                self._scalars(int(values["step"]), {key: v for key, v in values.items() if key != "step"})
+
+    def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, float(value), step)
+
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:
             raise RuntimeError("MetricsLog: expected resume(step) before the first log, got none; call it.")
+        if not self._is_there():
+            self._restore()
         values = {key: _json_number(float(value)) for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer is not None:
-            for key, value in metrics.items():
-                self._writer.add_scalar(key, float(value), step)
+            self._scalars(step, metrics)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ NEEDED = {
     "data.path": "/path/to/problems.jsonl",
 }
 """Keys without which nothing can be trained -> what stands for them in the command."""
+_RUN_DIR = "runs/first"  # where none is set
 _SCRIPTS_GPUS_PER_NODE = 8  # of examples/slurm, unless told otherwise
 
 
@@ -34,7 +35,7 @@ def num_nodes(config: Config) -> int:
 
 def _sbatch(config: Config, overrides: Sequence[str]) -> str:
     nodes = num_nodes(config)
-    variables, options = {"RUN_DIR": hidden(config.run_dir)}, []
+    variables, options = {"RUN_DIR": hidden(config.run_dir or _RUN_DIR)}, []
     script = "one_node" if nodes == 1 else "many_nodes"
     if _wants_servers(config, overrides):
         script = "rollout_nodes"
@@ -76,7 +77,7 @@ def _torchrun(config: Config, overrides: Sequence[str]) -> str:
     # Not c10d's rendezvous: it gives out ranks as nodes arrive, and neighbours in rank should be neighbours.
     where = "--standalone" if nodes == 1 else f'--nnodes {nodes} --node-rank "$NODE_RANK" --master-addr "$HEAD"'
     command = f"torchrun {where} --nproc-per-node {_ranks_per_node(config)} -m megatron_selfdistill.train"
-    return " ".join([command, *map(shlex.quote, [f"run_dir={hidden(config.run_dir)}", *overrides])])
+    return " ".join([command, *map(shlex.quote, [f"run_dir={hidden(config.run_dir or _RUN_DIR)}", *overrides])])
 
 
 def _ranks_per_node(config: Config) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import checkpointed_run
 import models
 import pytest
+import torch
 from checkpointed_run import Setup
 
 from megatron_selfdistill.checkpoint import folder, manifest
@@ -180,12 +181,45 @@ def test_sizes_alone_miss_flipped_bytes(ranks, run_dir):
     ranks.run(take_without_checksums, run_dir, world_size=1)
 
 
-def test_a_checkpoint_without_manifest_is_another_programs_and_is_taken(ranks, run_dir):
+def take_unverified(run_dir: Path) -> None:
+    run = checkpointed_run.start(PLAIN, run_dir)
+    run.checkpointer.verify = "none"
+    assert run.load_latest()["step"] == 2
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_passed_over_unless_asked_for(ranks, run_dir):
     (newest(run_dir) / manifest.NAME).unlink()
-    assert ranks.run(resumed_step, run_dir, world_size=1) == [2]
-    file = distcp(newest(run_dir))
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # Megatron's own metadata tells this
     assert ranks.run(resumed_step, run_dir, world_size=1) == [1]
+    (said,) = ranks.run(start_from, newest(run_dir), world_size=1)
+    assert "has no manifest.json, with which this program wrote it" in said and "checkpoint.verify=none" in said
+    ranks.run(take_unverified, run_dir, world_size=1)
+
+
+def start_from_another_programs(path: Path) -> None:
+    from megatron_selfdistill.checkpoint.megatron import load_weights
+
+    common = torch.load(path / "common.pt", weights_only=False)
+    del common["selfdistill"]
+    torch.save(common, path / "common.pt")
+    (path / manifest.NAME).unlink()
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
+    assert load_weights(path, chunks) == 2
+    file = distcp(path)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # Megatron's own metadata tells this
+    with pytest.raises(CheckpointError, match=r"bytes of .*distcp, expected"):
+        load_weights(path, chunks)
+
+
+def test_a_checkpoint_without_manifest_of_another_program_is_taken(ranks, run_dir):
+    ranks.run(start_from_another_programs, newest(run_dir), world_size=1)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", ".."])
+def test_a_manifest_may_not_name_files_of_other_folders(tmp_path, name):
+    entries = {name: {"size": 1, "checksum": ""}}
+    (tmp_path / manifest.NAME).write_text(json.dumps({"version": 1, "algorithm": "xxh3_128", "files": entries}))
+    with pytest.raises(CheckpointError, match=r"has a damaged manifest.json .*expected one in its folder"):
+        manifest.read(tmp_path)
 
 
 def test_checksums_of_another_kind_are_not_compared(saved, tmp_path):

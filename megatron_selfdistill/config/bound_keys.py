@@ -1,0 +1,176 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Which keys a run is bound to once it has a checkpoint, and how two configurations of one run differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from megatron_selfdistill.config.compose import keys, to_yaml
+from megatron_selfdistill.config.schema import Config
+
+BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
+
+RULES: dict[str, str] = {
+    # BOUND: the key decides what is learned.  A run resumes with another value only by checkpoint.resume=force.
+    **dict.fromkeys(
+        (
+            *("seed", "objective"),
+            *("checkpoint.load", "checkpoint.load_optimizer"),
+            *("data.kind", "data.tokenizer", "data.chat_template", "data.chat_template_kwargs", "data.system_prompt"),
+            *("data.student_template", "data.teacher_template", "data.on_long_context", "data.solutions"),
+            *("conversations.accepted_rule", "conversations.turns", "conversations.responses"),
+            *("conversations.min_log_prob", "conversations.unlikely"),
+            *("solutions.num_samples", "solutions.keep", "solutions.pick", "solutions.alpha"),
+            *("rollout.guidance", "rollout.guide_below", "rollout.num_samples", "rollout.max_new_tokens"),
+            *("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.stop_token_ids", "rollout.replay"),
+            *("loss.divergence", "loss.jsd_lambda", "loss.rollout_correction", "loss.rollout_correction_cap"),
+            *("teacher.ema_decay", "model", "target"),
+        ),
+        BOUND,
+    ),
+    # FIXED: what is stored has another form for each value.  Not even force can change the key within a run.
+    **dict.fromkeys(("teacher.weights", "optimizer.optimizer", "optimizer.use_distributed_optimizer"), FIXED),
+    # JUDGE: bound where the run trains on verdicts, else free.
+    "evaluation.verifier": JUDGE,
+    # FREE: where, how fast and how long.  Of the data, the problems themselves are compared and not how they are named.
+    **dict.fromkeys(
+        (
+            *("run_dir", "num_steps", "dry_run"),
+            *("data.path", "data.split", "data.fields", "data.limit", "data.on_bad_record", "data.max_length"),
+            *("data.global_batch_size", "conversations.show_contents", "solutions.refresh_every"),
+            *("rollout.engine", "rollout.placement", "rollout.engine_tp", "rollout.engine_args", "rollout.hf_config"),
+            *("rollout.servers", "rollout.num_servers", "rollout.server_python", "rollout.transfer"),
+            *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
+            *("rollout.kv_cache_gb", "rollout.record"),
+            *("loss.backend", "loss.solver", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
+            "teacher.offload",
+            *("optimizer.precision", "optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"),
+            *("optimizer.lr_decay_steps", "optimizer.lr_decay_style", "optimizer.weight_decay"),
+            *("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps", "optimizer.sgd_momentum"),
+            *("optimizer.clip_grad", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
+            *("checkpoint.verify", "checkpoint.save_every", "checkpoint.keep_last", "checkpoint.async_save"),
+            "checkpoint.resume",
+            *("evaluation.path", "evaluation.every", "evaluation.at_start", "evaluation.limit"),
+            *("evaluation.num_samples", "evaluation.pass_at_k"),
+            *("parallel", "cluster", "schedule", "metrics", "guards", "stop"),
+            # The padding of the vocabulary and the longest sequence are no part of the weights; a learned table of
+            # positions is, and must fit.
+            *("model.make_vocab_size_divisible_by", "model.max_position_embeddings"),
+            # Of TransformerConfig, how the layers are cut and which kernels compute them.
+            *(
+                f"model.transformer.{name}"
+                for name in (
+                    "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
+                    "pipeline_model_parallel_layout account_for_embedding_in_pipeline_split "
+                    "account_for_loss_in_pipeline_split attention_backend deterministic_mode cp_comm_type "
+                    "gradient_accumulation_fusion masked_softmax_fusion bias_activation_fusion bias_dropout_fusion "
+                    "apply_rope_fusion persist_layer_norm memory_efficient_layer_norm moe_grouped_gemm "
+                    "moe_permute_fusion moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend "
+                    "moe_shared_expert_overlap tp_comm_overlap cpu_offloading cpu_offloading_num_layers"
+                ).split()
+            ),
+        ),
+        FREE,
+    ),
+}
+"""Key, section or item of a free-form key -> its rule.  The longest name that leads to a key decides."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key of which a checkpoint and the present configuration have different values."""
+
+    key: str
+    stored: Any
+    now: Any
+    rule: str
+    """BOUND, FIXED or FREE."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.stored)} in the checkpoint, now {_shown(self.now)}"
+
+
+def stored_values(config: Config) -> dict[str, Any]:
+    """Return a configuration as a checkpoint keeps it: nested plain values, those of config.yaml."""
+    return yaml.safe_load(to_yaml(config))
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Return the keys of which two configurations, as `stored_values` gives them, have different values.
+
+    A key that ``stored`` lacks had its default: the program that wrote it did not know the key yet.  A key that this
+    program does not know any more is not compared.
+    """
+    before, after = (dict(_items(values)) for values in (stored, now))
+    judges = any(_trains_on_verdicts(values) for values in (before, after))
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            rule = rule_of(key)
+            rule = (BOUND if judges else FREE) if rule == JUDGE else rule
+            found.append(Difference(key, before.get(key), after.get(key), rule))
+    return found
+
+
+def rule_of(key: str) -> str:
+    """Return the rule of a key or of an item of a free-form key.  Raises KeyError for a key that nobody classified."""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name in RULES:
+            return RULES[name]
+    raise KeyError(f"{key} has no rule in {__name__}: say whether a run is bound to it")
+
+
+def refusal(found: Sequence[Difference], where: str) -> str | None:
+    """Return the message that refuses to resume the checkpoint ``where`` with these differences; None where they are
+    all free.  The message names each key with both values, and force where that helps."""
+    bound = [difference for difference in found if difference.rule != FREE]
+    if not bound:
+        return None
+    listed = "; ".join(map(str, bound))
+    fixed = [difference.key for difference in bound if difference.rule == FIXED]
+    advice = "set them back or choose another run_dir"
+    if fixed:
+        advice += f" ({', '.join(fixed)} cannot change within a run; a new run may start with checkpoint.load={where})"
+    else:
+        advice += (
+            ", or continue from the stored weights, optimizer and teacher with the present configuration: "
+            "checkpoint.resume=force"
+        )
+    return f"{where} was trained with another configuration: {listed}: {advice}"
+
+
+def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every key of the schema with its value, and the items of free-form keys one by one."""
+    for key, (default, _) in keys().items():
+        value: Any = values
+        for part in key.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
+        value = _plain(default) if value is _MISSING else value
+        if isinstance(default, dict):
+            yield from ((f"{key}.{name}", item) for name, item in (value or {}).items())
+        else:
+            yield key, value
+
+
+_MISSING = object()
+
+
+def _plain(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
+    """Whether verdicts decide what a run trains on, besides what an evaluation reports."""
+    guides = values.get("rollout.guide_below") is not None
+    return guides or values.get("objective") == "verified_rollouts" or values.get("data.solutions") == "own"
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,128 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whether a run may continue from the checkpoint in its folder: what is asked now against what was asked then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.checkpoint import folder
+from megatron_selfdistill.checkpoint.agreement import from_all_ranks
+from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.saved_run import SavedRun, read_saved_run
+from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, fields_set, reconcile
+from megatron_selfdistill.config import Config, ConfigError, ModelConfig
+from megatron_selfdistill.config.bound_keys import BOUND, FIXED, Difference, differences, refusal, stored_values
+
+CONFIGURATION = "configuration"
+"""The key of a trainer's state under which a checkpoint keeps `stored_values`."""
+_PROBLEMS = "the problems that data.path gives (their digest)"
+_FORCE = "force"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checkpoint that the run continues from."""
+
+    saved: SavedRun
+    notes: tuple[str, ...]
+    """One line for every key that has changed, and what follows from it."""
+    same_problems: bool
+    """Whether the position in the data still means the same problems."""
+
+
+def require_run_dir(config: Config) -> None:
+    """Raise `ConfigError` where the configuration names no run folder."""
+    if not config.run_dir:
+        raise ConfigError(
+            "run_dir is not set: name the folder for the checkpoints and metrics of this run, such as "
+            "run_dir=runs/first; a run that is there already is continued"
+        )
+
+
+def refuse_another_run(config: Config, given: Collection[str] | None = None) -> None:
+    """Raise `ConfigError` where ``run_dir`` holds a run that may not continue with this configuration.
+
+    ``given``: the keys that somebody set (`config.given_keys`); null takes those that are not at their defaults.  It looks at the newest checkpoint that can be read, before anything expensive starts and without other ranks.  The
+    checkpoint that the run then takes is compared by `resumption`.
+    """
+    if config.checkpoint.resume is not True:
+        return
+    for path in folder.candidates(Path(config.run_dir) / "checkpoints"):
+        try:
+            saved = read_saved_run(path)
+        except CheckpointError:
+            continue  # the run will say what is wrong with it
+        message = refusal(_changed(saved, config, given), str(path))
+        if message is not None:
+            raise ConfigError(message)
+        return
+
+
+def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
+    """Return how the run continues from ``saved``.  Collective.
+
+    ``fingerprint``: of the problems that this rank has read.
+    Raises: `ConfigError` on all ranks where a key that the run is bound to has changed, or the problems, unless
+    checkpoint.resume=force.
+    """
+    found = [*_changed(saved, config), *_changed_data(saved, config, fingerprint)]
+    forced = config.checkpoint.resume == _FORCE and not any(difference.rule == FIXED for difference in found)
+    message = None if forced else refusal(found, str(saved.path))
+    message = next((one for one in from_all_ranks(message) if one is not None), None)
+    if message is not None:
+        raise ConfigError(message)
+    same_problems = not any(difference.key in (_PROBLEMS, "seed") for difference in found)
+    notes = [str(difference) for difference in found]
+    if CONFIGURATION not in saved.trainer_state:
+        notes.append(f"{saved.path} holds no configuration, as those of earlier versions: only its data was compared")
+    if any(difference.rule == BOUND for difference in found):
+        notes.append(
+            f"checkpoint.resume=force: weights, optimizer and teacher are those of {saved.path}; everything else is "
+            "as configured now"
+        )
+        if not same_problems:
+            notes.append("the data starts from its beginning; success rates and own solutions start empty")
+    return Resumption(saved, tuple(notes), same_problems)
+
+
+def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[Difference]:
+    """Return the keys that have other values in the checkpoint."""
+    stored = saved.trainer_state.get(CONFIGURATION)
+    if stored is None:
+        return []
+    now = stored_values(config)
+    args = saved.common.get("args")
+    if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
+        stored_model = architecture_from_args(args)
+        try:
+            stored, now = _with_model(stored, stored_model), _with_model(now, stored_model, given)
+        except ConfigError as error:
+            raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
+    return differences(stored, now)
+
+
+def _with_model(values: Mapping[str, Any], stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
+    """Return a configuration whose model has no open ends: what is null follows from the checkpoint's arguments."""
+    known = {field.name for field in fields(ModelConfig)}
+    model = ModelConfig(**{name: value for name, value in values["model"].items() if name in known})
+    prefix = "model."
+    given_fields = {key.removeprefix(prefix) for key in given or () if key.startswith(prefix)}
+    resolved = reconcile(model, fields_set(model) if given is None else given_fields, stored)
+    return {**values, "model": json.loads(json.dumps(asdict(resolved)))}
+
+
+def _changed_data(saved: SavedRun, config: Config, fingerprint: str) -> list[Difference]:
+    """Return what the position in the data belongs to, where that is something else now."""
+    stream = saved.trainer_state.get("stream")
+    if stream is None:
+        return []
+    found = []
+    if stream["fingerprint"] != fingerprint:
+        found.append(Difference(_PROBLEMS, stream["fingerprint"], fingerprint, BOUND))
+    if CONFIGURATION not in saved.trainer_state and stream["seed"] != config.seed:
+        found.append(Difference("seed", stream["seed"], config.seed, BOUND))
+    return found
