@@ -46,7 +46,8 @@ def require_run_dir(config: Config) -> None:
 def refuse_another_run(config: Config, given: Collection[str] | None = None) -> None:
     """Raise `ConfigError` where ``run_dir`` holds a run that may not continue with this configuration.
 
-    ``given``: the keys that somebody set (`config.given_keys`); null takes those that are not at their defaults.  It looks at the newest checkpoint that can be read, before anything expensive starts and without other ranks.  The
+    ``given``: the keys that somebody set (`config.given_keys`); null takes those that are not at their defaults.  It
+    looks at the newest checkpoint that can be read, before anything expensive starts and without other ranks.  The
     checkpoint that the run then takes is compared by `resumption`.
     """
     if config.checkpoint.resume is not True:

@@ -59,9 +59,12 @@ def read_saved_run(path: Path) -> SavedRun:
 def is_ours(path: Path) -> bool:
     """Return whether this program wrote the checkpoint folder ``path``, a run's, a frozen teacher's or a conversion's.
 
-    Raises: CheckpointError where its common.pt cannot be read.
+    What this program writes can be read: a common.pt that cannot is another program's, or is damaged.
     """
-    common = load_pickled(path / "common.pt")
+    try:
+        common = load_pickled(path / "common.pt")
+    except CheckpointError:
+        return False
     return isinstance(common, dict) and (SECTION in common or _TEACHER_ID in common)
 
 

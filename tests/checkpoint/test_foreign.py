@@ -16,6 +16,7 @@ from checkpointed_run import Setup
 
 from megatron_selfdistill.checkpoint import streaming
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.saved_run import SECTION
 from megatron_selfdistill.checkpoint.streaming import Piece, TorchDistSource
 from megatron_selfdistill.checkpoint.weights import NOT_WEIGHTS, open_weights
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -62,7 +63,7 @@ def with_more(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> Path:
-    """The weights of ``path`` by other names, without manifest, a whole tensor in each piece."""
+    """The weights of ``path`` by other names, as another program writes them, a whole tensor in each piece."""
     source = TorchDistSource(path)
     tensors: dict[str, torch.Tensor] = {}
     for key in source.shapes:
@@ -72,7 +73,7 @@ def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[
         Piece(key, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()
     ]
     target = out / "iter_0000001"
-    streaming.write(target, pieces, source.common)
+    streaming.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
     for part in target.glob("manifest*"):
         part.unlink()
     return target

@@ -1,0 +1,138 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A run folder that somebody has damaged, or removed while the run was writing it: nothing is lost in silence."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_run
+from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen, train
+
+
+@pytest.fixture(scope="module")
+def finished(ranks, data, tmp_path_factory) -> Path:
+    """A run of 6 steps with checkpoints of steps 3 and 6."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(ranks, overrides(data, run))
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """The same in a folder of its own."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"iter_{step:07d}"
+
+
+def started(ranks, arguments: list[str]) -> tuple[int, str]:
+    """The exit status and standard error of one rank."""
+    (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
+    return outcome
+
+
+def cut_metadata(path: Path) -> str:
+    (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:-9])
+    return f"{path.name} has "
+
+
+def flip(path: Path) -> str:
+    file = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+    return f"{path.name} has a damaged {file.name}"
+
+
+def lose_manifest(path: Path) -> str:
+    (path / "manifest.json").unlink()
+    return f"{path.name} has no manifest.json, with which this program wrote it"
+
+
+def lose(path: Path) -> str:
+    shutil.rmtree(path)
+    return ""
+
+
+@pytest.mark.parametrize("damages", [(cut_metadata, flip), (lose_manifest, lose), (lose, lose)])
+def test_where_no_checkpoint_can_be_used_nothing_starts_and_nothing_is_overwritten(
+    ranks, data, run, damages: tuple[Callable[[Path], str], ...]
+):
+    reasons = [damage(checkpoint(run, step)) for damage, step in zip(damages, (6, 3), strict=True)]
+    before = bytes_of(run)
+    status, said = started(ranks, overrides(data, run))
+    assert status == 2 and "Traceback" not in said
+    (message,) = [line for line in said.splitlines() if line.startswith("[rank 0]")]
+    assert f"none of the checkpoints in {run}/checkpoints can be used: " in message
+    assert all(reason in message for reason in reasons)
+    if damages == (lose, lose):
+        assert "iter_0000006 does not exist" in message  # the tracker file names it
+    assert f"move {run} away to start afresh" in message
+    assert bytes_of(run) == before
+
+
+def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_says_so_once(ranks, data, run):
+    reason = flip(checkpoint(run, 6))
+    status, said = started(ranks, overrides(data, run))
+    assert status == 0 and saved_step(run) == 6
+    lines = [line for line in said.splitlines() if "iter_0000006" in line]
+    assert lines == [
+        f"{reason}: its checksum is not the one in manifest.json in {run}/checkpoints: the run continues from "
+        "iter_0000003, 3 steps earlier"
+    ]
+    assert len(reproducible_metrics(run)) == 6
+
+
+def test_a_tracker_file_that_is_no_text_is_said_in_one_line(ranks, data, run):
+    (run / "checkpoints" / tiny_run.TRACKER).write_bytes(b"\xff\xfe6")
+    status, said = started(ranks, overrides(data, run, "num_steps=7"))
+    assert status == 0 and saved_step(run) == 7
+    (line,) = [line for line in said.splitlines() if tiny_run.TRACKER in line]
+    assert line.startswith(f"{run}/checkpoints has '") and line.endswith("the newest checkpoint counts")
+
+
+def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
+    """A run whose folder somebody deletes in the middle of its 5th step."""
+    from megatron_selfdistill.run import Run
+
+    update = Run.update
+
+    def update_and_lose(self, output):
+        if self.step == 4 and self.grid.rank == 0:
+            shutil.rmtree(run)
+        return update(self, output)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "update", update_and_lose)
+        return start_and_listen(arguments)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_folder_that_is_deleted_is_written_again_and_resumes(ranks, data, finished, tmp_path, world_size):
+    run = tmp_path / "run"
+    arguments = overrides(data, run)
+    outcomes = ranks.run(removed_in_step_5, arguments, run, world_size=world_size, init_process_group=False)
+    assert [status for status, _ in outcomes] == [0] * world_size
+    said = outcomes[0][1]
+    for name in (run, run / "metrics.jsonl", run / "teacher"):
+        assert len([line for line in said.splitlines() if line.startswith(f"{name} ")]) == 1, said
+    assert (run / "config.yaml").read_text() == (finished / "config.yaml").read_text().replace(str(finished), str(run))
+    steps = [line["step"] for line in reproducible_metrics(run)]
+    assert steps == [1, 2, 3, 4, 5, 6] and saved_step(run) == 6
+    if world_size == 1:
+        assert reproducible_metrics(run) == reproducible_metrics(finished)
+    train(ranks, [*arguments, "num_steps=7"], world_size)
+    assert saved_step(run) == 7
+
+
+def test_a_lost_teacher_is_written_again_under_the_mark_that_checkpoints_know(ranks, data, run):
+    """Only the teacher is gone: the checkpoints of before must still load with it."""
+
+    shutil.rmtree(run / "teacher")
+    status, said = started(ranks, overrides(data, run, "num_steps=7"))
+    assert status == 2 and "teacher" in said and "does not exist" in said
