@@ -34,15 +34,6 @@ class Resumption:
     """Whether the position in the data still means the same problems."""
 
 
-def require_run_dir(config: Config) -> None:
-    """Raise `ConfigError` where the configuration names no run folder."""
-    if not config.run_dir:
-        raise ConfigError(
-            "run_dir is not set: name the folder for the checkpoints and metrics of this run, such as "
-            "run_dir=runs/first; a run that is there already is continued"
-        )
-
-
 def refuse_another_run(config: Config, given: Collection[str] | None = None) -> None:
     """Raise `ConfigError` where ``run_dir`` holds a run that may not continue with this configuration.
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_selfdistill import schedule
+from megatron_selfdistill import next_steps, schedule
 from megatron_selfdistill.batch import largest, pack_everywhere
+from megatron_selfdistill.checkpoint.agreement import on_rank_0
 from megatron_selfdistill.checkpoint.arguments import megatron_args
+from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.folder import iteration_name
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.config.bound_keys import stored_values
@@ -60,8 +63,13 @@ class Run:
     Every rank of the world makes the same calls in the same order.  ``step`` counts the optimizer steps done.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, grid: Grid) -> None:
+    def __init__(
+        self, config: Config, inputs: Inputs, grid: Grid, prove_ownership: Callable[[], None] | None = None
+    ) -> None:
+        """``prove_ownership``: called on rank 0 before the run folder is written; raises `CheckpointError` where
+        another run has taken the folder over (`RunLock.renew`)."""
         self.config, self.inputs, self.grid = config, inputs, grid
+        self._prove_ownership, self._owns_folder = prove_ownership, True
         self.run_dir = Path(config.run_dir)
         self.loss_backend = self._loss_backend()
         self.phases = Phases(grid.device)
@@ -96,11 +104,12 @@ class Run:
             console_every=config.metrics.console_every,
             enabled=grid.is_reporter,
         )
-        self.log.resume(self.step)
+        if not config.dry_run:  # which writes nothing: another run may be using the folder
+            self.log.resume(self.step)
         if config.metrics.show_samples and not config.shows_contents:
             self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
         self.stop = Stop(
-            self.run_dir,
+            None if config.dry_run else self.run_dir,
             grid,
             time_limit_minutes=config.stop.time_limit_minutes,
             margin_minutes=config.stop.margin_minutes,
@@ -191,7 +200,10 @@ class Run:
         return metrics
 
     def finish_step(self, metrics: dict[str, float], responses: Sequence[Response], batch: PackedBatch) -> None:
-        """Count the step; log, evaluate, guard and save what is due.  Raises `RunUnhealthy` where a guard trips."""
+        """Count the step; log, evaluate, guard and save what is due.
+
+        Raises `RunUnhealthy` where a guard trips, `CheckpointError` where the run folder belongs to another run now."""
+        self._require_folder()
         self.step += 1
         metrics |= rollout_metrics(responses, self.grid, batch) | self.rollouts.finish_step()
         timed = self.phases.metrics(rollout=metrics["tokens/rollout"], train=self._tokens_read(batch, metrics))
@@ -211,9 +223,11 @@ class Run:
         """End before the last step, as asked: a checkpoint of the present step, and the mark that it lies there."""
         if self._saved_step != self.step:
             self.save()
+        self._require_folder()
         self.checkpointer.finish()
         self.stop.leave_marker(self.step)
-        self.log.message(f"stopped after step {self.step}: {self.stop.reason}; started again, it goes on from there")
+        checkpoint = self.checkpoint if self.step else None
+        self.log.message(next_steps.stopped(self.step, self.config.num_steps, self.stop.reason, checkpoint))
 
     # -- beside the loop -----------------------------------------------------------------------------------------
 
@@ -256,6 +270,7 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of the present step.  In the middle of one, the step is redone from there."""
+        self._require_folder()
         with self.phases("checkpoint"):
             self._restore_folder()
             self.checkpointer.save(
@@ -283,8 +298,23 @@ class Run:
     def close(self) -> None:
         """Finish saves in the background, end the sampler's engines, close the logs."""
         self.sampler.close()
-        self.checkpointer.finish()
+        if self._owns_folder:
+            self.checkpointer.finish()
         self.log.close()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the present step's checkpoint."""
+        return self.checkpointer.folder / iteration_name(self.step)
+
+    def _require_folder(self) -> None:
+        """Raise `CheckpointError` on all ranks where another run has taken the run folder over.  Collective."""
+        if self._prove_ownership is not None:
+            try:
+                on_rank_0(self._prove_ownership)
+            except CheckpointError:
+                self._owns_folder = False
+                raise
 
     @property
     def distils(self) -> bool:

@@ -1,15 +1,16 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How a run is asked to end before its last step: SIGUSR1, SIGTERM, or the end of its time.
+"""How a run is asked to end before its last step: SIGUSR1, SIGTERM, Ctrl-C, or the end of its time.
 
     with listening():                            # before torch is imported: a signal that comes earlier is lost
-        stop = Stop(run_dir, grid, ...)
-        while steps are left and not stop.agreed():
-            ...
-        save a checkpoint
-        stop.leave_marker(step)
+        with interruptible(end_at_once):
+            stop = Stop(run_dir, grid, ...)
+            while steps are left and not stop.agreed():
+                ...
+            save a checkpoint
+            stop.leave_marker(step)
 
-Signals only set a flag, however many there are: nothing in the middle of a step, and no save, is ever broken off by
-one.  Ctrl-C and SIGKILL end a run at once.
+SIGUSR1 and SIGTERM only set a flag, however many there are: no step and no save is ever interrupted by one.  So does
+the first Ctrl-C (SIGINT).  The second Ctrl-C ends the process at once, also while the process waits in foreign code.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,12 @@ MARKER = "stopped"
 """The file in the run folder that says: stopped when asked, checkpoint written, start me again."""
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 _TIME_IS_UP = 1000  # above all signals
 _SQUEUE_SECONDS = 60.0
+# A launcher may hand on a Ctrl-C that the terminal has already sent to its ranks.
+_SAME_PRESS_S = 0.5
+_THE_END = b"\0"  # no signal's number; a forked process may hold the pipe open, so closing it would end nothing
 
 _began = time.monotonic()  # this module is among the first that a run imports
 _received: set[int] = set()
@@ -54,6 +60,74 @@ def _take_note(number: int, frame: Any) -> None:
     _received.add(number)
 
 
+@contextlib.contextmanager
+def interruptible(end_at_once: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Let the first Ctrl-C do what SIGTERM does, and the second one end the process with `EXIT_INTERRUPTED`.
+
+    ``end_at_once``: called before the second Ctrl-C ends the process, in a thread.  torchrun answers a second Ctrl-C
+    with SIGTERM, which counts as the second one there.  Rank 0 prints a line at each press.  For the main thread.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    handler = signal.signal(signal.SIGINT, _take_note)
+    # Python runs its handlers between two instructions of the main thread, which may wait in a collective for long.
+    # The number of a signal arrives here at once.
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _own_wakeups.append(writer)
+    presses = threading.Thread(target=_count_presses, args=(reader, end_at_once), name="Ctrl-C", daemon=True)
+    presses.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        _own_wakeups.remove(writer)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        os.write(writer, _THE_END)
+        presses.join()
+        os.close(writer)
+        os.close(reader)
+
+
+def _count_presses(reader: int, end_at_once: Callable[[], None]) -> None:
+    first: float | None = None
+    while (number := os.read(reader, 1)) != _THE_END:
+        if first is None:
+            if number[0] == signal.SIGINT:
+                first = time.monotonic()
+                patience = "; torchrun waits 30 s for that (--shutdown-timeout)" if _under_torchrun() else ""
+                _say(f"Ctrl-C: the run saves and ends after its present step{patience}; Ctrl-C again ends it at once")
+        elif number[0] in _second_presses() and time.monotonic() - first > _SAME_PRESS_S:
+            _say("Ctrl-C again: the run has ended at once; its steps since the last checkpoint are lost")
+            end_at_once()
+            os._exit(EXIT_INTERRUPTED)
+
+
+def _second_presses() -> set[int]:
+    by_torchrun = "SIGTERM" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+    return {signal.SIGINT, signal.SIGTERM} if _under_torchrun() and by_torchrun else {signal.SIGINT}
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        os.write(2, f"[rank {rank}] {text}\n".encode())
+
+
+def _leave_wakeups_to_the_parent() -> None:
+    """A forked writer of checkpoints gets the same signal, and would report it a second time."""
+    if _own_wakeups:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.set_wakeup_fd(-1)
+
+
+_own_wakeups: list[int] = []
+os.register_at_fork(after_in_child=_leave_wakeups_to_the_parent)
+
+
 class Stop:
     """Whether the run shall end at this step boundary, the same answer on every rank.
 
@@ -62,11 +136,11 @@ class Stop:
     """
 
     def __init__(
-        self, run_dir: Path, grid: Grid, *, time_limit_minutes: float | None = None, margin_minutes: float = 3.0
+        self, run_dir: Path | None, grid: Grid, *, time_limit_minutes: float | None = None, margin_minutes: float = 3.0
     ) -> None:
-        """``time_limit_minutes``: after the start of this process; None: when the Slurm job ends, if this is one.
-        A `MARKER` of an earlier launch is removed.  Not a collective."""
-        self._grid, self._marker = grid, Path(run_dir) / MARKER
+        """``run_dir``: None writes and removes no file.  ``time_limit_minutes``: after the start of this process; None:
+        when the Slurm job ends, if this is one.  A `MARKER` of an earlier launch is removed.  Not a collective."""
+        self._grid, self._marker = grid, None if run_dir is None else Path(run_dir) / MARKER
         self._margin_s = margin_minutes * 60
         self._ends: float | None = None  # in seconds of time.monotonic(); rank 0's counts
         self._boundary: float | None = None
@@ -75,7 +149,8 @@ class Stop:
         self.plan: str | None = None
         """What rank 0 has to say of the run's time."""
         if grid.is_reporter:
-            self._marker.unlink(missing_ok=True)
+            if self._marker is not None:
+                self._marker.unlink(missing_ok=True)
             self._find_end(time_limit_minutes)
 
     def agreed(self) -> bool:
@@ -95,7 +170,7 @@ class Stop:
 
     def leave_marker(self, step: int) -> None:
         """Say that the run can be started again, on rank 0; its checkpoint of ``step`` must lie there, whole."""
-        if self._grid.is_reporter:
+        if self._grid.is_reporter and self._marker is not None:
             self._marker.parent.mkdir(parents=True, exist_ok=True)
             self._marker.write_text(f"step {step}: {self.reason}\n")
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_selfdistill import command_line, next_steps, progress, stop
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill import progress, stop
 from megatron_selfdistill.checkpoint.errors import CheckpointError
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config, ConfigError, check_files
 from megatron_selfdistill.noise import silence_known_warnings
+from megatron_selfdistill.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.rollout.errors import EngineError
 
 if TYPE_CHECKING:
+    from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
@@ -29,61 +32,101 @@ EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
 @stop.listening()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 for a run that is complete or that stopped when asked (stop.py),
-    2 for bad input, 3 where a guard stopped the run, 4 where responses could not be had.  A run that hangs exits with
-    5 (progress.py)."""
-    arguments = _parser().parse_args(argv)
-    if arguments.keys:
-        for key, (default, doc) in configuration.keys().items():
-            print(f"{key}={default}\n    {doc}")
-        return 0
+    """Run the command line; return the exit status: 0 for a run that is complete or that stopped when asked (stop.py),
+    2 for bad input, 3 where a guard stopped the run, 4 where responses could not be had, 130 for Ctrl-C outside of a
+    run or pressed twice.  A run that hangs exits with 5 (progress.py)."""
+    ranks = RollCall()
     try:
-        config = configuration.load(arguments.overrides, arguments.config_name, arguments.config_dir)
-        if arguments.print:
-            print(configuration.to_yaml(config))
-            return 0
-        given = configuration.given_keys(arguments.overrides, arguments.config_name, arguments.config_dir)
-        if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
-            return plan(config, given, sys.argv[1:] if argv is None else argv)
-        return train(config, given)
+        return _command(command_line.parse(argv), ranks)
+    except OtherRankFailed as elsewhere:
+        return elsewhere.status
     except (ConfigError, CheckpointError, EngineError) as error:
-        message = configuration.hidden(str(error))
-        print(f"[rank {os.environ.get('RANK', '0')}] {message}", file=sys.stderr, flush=True)
-        return EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
+        status = EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
+        _report(configuration.hidden(str(error)), status, ranks)
+        return status
+    except KeyboardInterrupt:
+        return stop.EXIT_INTERRUPTED
+    except Exception as error:
+        ranks.failed(repr(error), 1)  # the others need not wait; Python prints the traceback
+        raise
+    finally:
+        ranks.leave()
 
 
-def train(config: Config, given: Collection[str] | None = None) -> int:
+def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
+    if arguments.about is not None:
+        print(arguments.about())
+        return 0
+    config = configuration.load(arguments.overrides, arguments.config_name, arguments.config_dir)
+    if arguments.print:
+        print(configuration.to_yaml(config))
+        return 0
+    given = configuration.given_keys(arguments.overrides, arguments.config_name, arguments.config_dir)
+    if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
+        return plan(config, given, arguments.argv)
+    return train(config, given, ranks)
+
+
+def _report(sentence: str, status: int, ranks: RollCall) -> None:
+    """Print why this rank ends, unless another rank has printed the same sentence."""
+    if ranks.failed(sentence, status):
+        print(f"[rank {ranks.rank}] {sentence}", file=sys.stderr, flush=True)
+    ranks.tell_torchrun(sentence)
+
+
+def train(config: Config, given: Collection[str] | None = None, ranks: RollCall | None = None) -> int:
     """The whole run: check, build, loop.  Returns 0, also where the run was asked to stop, or, with a checkpoint to go
     on from, `EXIT_UNHEALTHY` where a guard stopped it and `EXIT_NO_ROLLOUT` where an engine failed.
 
     ``given``: the keys that somebody set, which must not contradict the checkpoint that the run starts from; null: all
-    that are not at their defaults.
+    that are not at their defaults.  ``ranks``: through which the ranks meet; on an error the caller tells them.
     Raises `ConfigError` for bad input: what can be seen without other ranks is seen before they are met.
     """
+    check_files(config)
     silence_known_warnings()
-    from megatron_selfdistill import parallel
     from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-    from megatron_selfdistill.guards import RunUnhealthy
     from megatron_selfdistill.inputs import Inputs
-    from megatron_selfdistill.resuming import refuse_another_run, require_run_dir
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.resuming import refuse_another_run
+    from megatron_selfdistill.run_lock import RunLock
 
-    require_run_dir(config)
+    ranks = ranks or RollCall()
     refuse_another_run(config, given)
     config = with_stored_architecture(config, given)
     require_same_tokenizer(config)
-    config.check_world(parallel.world_size())
-    inputs = Inputs.load(config)
+    config.check_world(ranks.world_size)
+    lock = RunLock(Path(config.run_dir))
+    with stop.interruptible(lock.release):
+        try:
+            if ranks.rank == 0 and not config.dry_run:
+                lock.acquire()
+            finished = _finished(config) if ranks.rank == 0 else None
+            if checkpoint := ranks.answer("folder", str(finished or "")):
+                return _already_complete(config, Path(checkpoint), ranks)
+            inputs = Inputs.load(config)
+            ranks.answer("inputs")
+            return _train(config, inputs, None if config.dry_run else lock.renew)
+        finally:
+            lock.release()
+
+
+def _train(config: Config, inputs: Inputs, prove_ownership: Callable[[], None] | None) -> int:
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.guards import RunUnhealthy
+    from megatron_selfdistill.run import Run
+
     grid = parallel.initialize(config.parallel, config.seed)
     try:
-        with progress.watched(grid.rank, grid.world_size, Path(config.run_dir) / "stacks", config.hang_timeout_s):
+        stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
+        with progress.watched(grid.rank, grid.world_size, stacks, config.hang_timeout_s):
             with progress.moving_files():
-                run = Run(config, inputs, grid)
+                run = Run(config, inputs, grid, prove_ownership)
             try:
                 _announce(run)
                 if not config.dry_run:
+                    first, began = run.step, time.monotonic()
                     loop(run)
+                    _conclude(run, first, time.monotonic() - began)
                 return 0
             except (RunUnhealthy, EngineError) as reason:
                 if isinstance(reason, EngineError) and run.stop.agreed():
@@ -96,6 +139,26 @@ def train(config: Config, given: Collection[str] | None = None) -> int:
                 run.close()
     finally:
         parallel.shutdown()
+
+
+def _finished(config: Config) -> Path | None:
+    """The last step's checkpoint of a run that is complete, and was started with this same configuration."""
+    from megatron_selfdistill.checkpoint import folder
+
+    run_dir = Path(config.run_dir)
+    written = run_dir / "config.yaml"
+    if config.dry_run or not config.checkpoint.resume or not written.is_file():
+        return None
+    if written.read_text(encoding="utf-8") != configuration.to_yaml(config):
+        return None  # what differs is for the run itself to judge
+    latest = folder.latest(run_dir / "checkpoints")
+    return latest if latest is not None and folder.iteration_of(latest) >= config.num_steps else None
+
+
+def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
+    if ranks.rank == 0:
+        print("\n".join(next_steps.complete(Path(config.run_dir), config.num_steps, checkpoint)), flush=True)
+    return 0
 
 
 def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]) -> int:
@@ -129,16 +192,18 @@ def loop(run: Run) -> None:
 
 
 def _announce(run: Run) -> None:
-    """Write the resolved configuration into the run folder and say what will run."""
+    """Write the resolved configuration into the run folder, unless this is a dry run, and say what will run."""
     from megatron_selfdistill.logged import LEFT_OUT_FILE, list_left_out
     from megatron_selfdistill.model.architecture import uses_transformer_engine
     from megatron_selfdistill.model.build import megatron_in_use
+    from megatron_selfdistill.run_lock import LOCK
 
     if not run.grid.is_reporter:
         return
     grid, counts = run.grid, run.inputs.counts
     folder = run.folder.path
-    run.folder.write()
+    if not run.config.dry_run:
+        run.folder.write()
     layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
     data = f"{len(run.inputs.problems)} {'turns' if run.inputs.about_conversations else 'problems'} "
@@ -164,23 +229,28 @@ def _announce(run: Run) -> None:
         *([run.stop.plan] if run.stop.plan else []),
     ):
         run.log.message(line)
+    if run.config.dry_run and (folder / LOCK).exists():
+        return  # the list is that of the run that is using the folder
     if run.resumed_from is None:
         (folder / LEFT_OUT_FILE).unlink(missing_ok=True)
     if run.inputs.left_out:
+        folder.mkdir(parents=True, exist_ok=True)
         list_left_out(folder / LEFT_OUT_FILE, run.inputs.left_out)
         run.log.message(f"what was left out, by file and line: {folder / LEFT_OUT_FILE}; {run.inputs.left_out[0]}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="selfdistill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=strict")
-    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
-    parser.add_argument("--config-dir", action="append", default=[], help="a folder with further configuration groups")
-    parser.add_argument("--keys", action="store_true", help="list every key with its default and meaning, and exit")
-    parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
-    return parser
+def _conclude(run: Run, first_step: int, seconds: float) -> None:
+    """Say what a run that has done its last step made, and what comes next."""
+    if run.step < run.config.num_steps:
+        return  # it was asked to stop, and has said so
+    run.checkpointer.finish()
+    run_dir, steps = run.run_dir, run.step - first_step
+    if steps > 0:
+        lines = next_steps.done(run_dir, run.step, steps, seconds, run.checkpoint)
+    else:
+        lines = next_steps.complete(run_dir, run.step, run.checkpoint)
+    for line in lines:
+        run.log.message(line)
 
 
 if __name__ == "__main__":

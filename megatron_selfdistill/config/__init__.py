@@ -8,8 +8,19 @@ builder functions code receives plain arguments, never a ``Config``.
 
 from __future__ import annotations
 
-from megatron_selfdistill.config.compose import field_docs, from_mapping, given_keys, keys, load, to_yaml, writable
+from megatron_selfdistill.config.compose import (
+    field_docs,
+    from_mapping,
+    given_keys,
+    groups,
+    keys,
+    load,
+    to_yaml,
+    unknown_key,
+    writable,
+)
 from megatron_selfdistill.config.environment import hidden
+from megatron_selfdistill.config.files import check_files
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema import (
     CheckpointConfig,
@@ -51,13 +62,16 @@ __all__ = [
     "StopConfig",
     "TargetConfig",
     "TeacherConfig",
+    "check_files",
     "field_docs",
     "from_mapping",
     "function_named",
     "given_keys",
+    "groups",
     "hidden",
     "keys",
     "load",
     "to_yaml",
+    "unknown_key",
     "writable",
 ]

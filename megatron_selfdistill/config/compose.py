@@ -9,15 +9,18 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -61,7 +64,10 @@ _UNSET = "???"  # omegaconf's own mark: a value that nobody gave
 def _compose(
     defaults: DictConfig, overrides: Sequence[str], config_name: str, search_path: Sequence[str]
 ) -> DictConfig:
-    overrides = list(overrides)
+    overrides = [_literal(override) for override in overrides]
+    for folder in search_path:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--config-dir {folder}: there is no such folder")
     if search_path:
         folders = ",".join(f"file://{Path(folder).resolve()}" for folder in search_path)
         overrides.append(f"hydra.searchpath=[{folders}]")
@@ -71,7 +77,41 @@ def _compose(
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose(config_name, overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(_explain(overrides, error)) from error
+        raise ConfigError(_explain(overrides, error, search_path)) from error
+
+
+def _literal(override: str) -> str:
+    """Return ``key=value`` for hydra: where the key takes a text, what hydra would not read as a text is quoted."""
+    key, equals, value = override.partition("=")
+    if not equals or (key not in _texts() and not key.startswith("data.fields.")):
+        return override
+    try:
+        parsed = _parsed(override)
+    except HydraException:
+        pass
+    else:
+        if not parsed.is_sweep_override() and isinstance(parsed.value(), str | NoneType):
+            return override
+    quote = Quote.double if "'" in value else Quote.single
+    return f"{key}={QuotedString(value, quote).with_quotes()}"
+
+
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
+
+
+@functools.cache
+def _texts() -> frozenset[str]:
+    """The keys whose values are texts, or null."""
+    return frozenset(name for name, kind in _types(Config) if kind in (str, str | None))
+
+
+def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name, kind
 
 
 def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
@@ -89,7 +129,7 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         key = getattr(error, "full_key", None) or ""
-        raise ConfigError(_unknown_key(key) or f"{key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(unknown_key(key) or f"{key}: {str(error).splitlines()[0]}") from error
 
 
 def writable(config: Config) -> dict[str, Any]:
@@ -153,19 +193,25 @@ def _make_writable(node: Any) -> None:
             _make_writable(child)
 
 
-def _explain(overrides: Sequence[str], error: Exception) -> str:
-    """A sentence for what hydra refused: the first override that names an unknown key or option."""
-    groups = _groups()
+def _explain(overrides: Sequence[str], error: Exception, search_path: Sequence[str]) -> str:
+    """Return a sentence for what hydra refused: the first override that does not parse, or names an unknown key or
+    option."""
+    options = groups()
+    for override in overrides:
+        if (sentence := _unparsable(override)) is not None:
+            return sentence
     for override in overrides:
         key, equals, value = override.partition("=")
+        if (sentence := _without_package(key.lstrip("+"), value, search_path)) is not None:
+            return sentence
         if not equals or key.startswith(("hydra", "+", "~")) or "@" in key:
             continue
-        if key not in groups:
-            sentence = _unknown_key(key)
+        if key not in options:
+            sentence = unknown_key(key)
             if sentence:
                 return sentence
         elif isinstance(error, MissingConfigException) and f"'{key}/{value}'" in str(error):
-            near = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(value, options[key], n=1, cutoff=0.0)[0]
             return f"{key}={value}: there is no such file; did you mean {key}={near}?"
         elif f"Could not override '{key}'" in str(error):
             return (
@@ -175,12 +221,34 @@ def _explain(overrides: Sequence[str], error: Exception) -> str:
         return " ".join(str(error).split())
     first = str(error).splitlines()[0]
     in_file = re.search(r"full_key: (\S+)", str(error))  # hydra tells only there what does not fit the schema
-    sentence = _unknown_key(in_file[1]) if in_file else None
+    sentence = unknown_key(in_file[1]) if in_file else None
     return f"{first.split(':')[0]}: {sentence}" if sentence else first
 
 
-def _groups() -> dict[str, list[str]]:
-    """Hydra groups that the project ships -> their options."""
+def _unparsable(override: str) -> str | None:
+    key, equals, value = override.partition("=")
+    try:
+        sweep = _parsed(override).is_sweep_override()
+    except HydraException as error:
+        if not equals and not override.startswith("~"):
+            return f"expected key=value, got {override!r}"
+        reason = str(error).splitlines()[0]
+        return f"{override} cannot be read ({reason}): quote the value for hydra and the shell, '{key}=\"{value}\"'"
+    return f"{override} gives several values, and a run takes one: quote a text, '{key}=\"{value}\"'" if sweep else None
+
+
+def _without_package(group: str, option: str, search_path: Sequence[str]) -> str | None:
+    """Return a sentence where the option's file is a lab's own, and sets the run's keys without saying so."""
+    sections = {field.name for field in dataclasses.fields(Config)}
+    for folder in search_path:
+        file = Path(folder) / group / f"{option}.yaml"
+        if group not in sections and file.is_file() and "@package" not in file.read_text(encoding="utf-8"):
+            return f"{group}={option}: {file} must begin with the line `# @package _global_`: its keys are the run's"
+    return None
+
+
+def groups() -> dict[str, list[str]]:
+    """Return the groups of options that the project ships, each with its options."""
     return {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in sorted(config_dir().iterdir())
@@ -188,7 +256,7 @@ def _groups() -> dict[str, list[str]]:
     }
 
 
-def _unknown_key(key: str) -> str | None:
+def unknown_key(key: str) -> str | None:
     """A sentence with the nearest right name, or None where the key is right."""
     key = key.split("[")[0]  # an element of a list
     known = keys()
@@ -196,7 +264,7 @@ def _unknown_key(key: str) -> str | None:
     sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
     if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):
         return None
-    names = [*known] if "." in key else [*known, *sections, *_groups()]
+    names = [*known] if "." in key else [*known, *sections, *groups()]
     near = _nearest(key, names)
     return f"unknown configuration key {key!r}; did you mean {near!r}? (`selfdistill --keys` lists all)"
 

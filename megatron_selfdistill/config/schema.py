@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import difflib
+import math
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron_selfdistill.config.environment import FromEnvironment, Place, hidden
@@ -23,6 +25,38 @@ class ConfigError(ValueError):
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ConfigError(sentence)
+
+
+PATHS = frozenset(
+    "run_dir data.path data.tokenizer data.chat_template checkpoint.load evaluation.path rollout.hf_config "
+    "rollout.server_python rollout.transfer_dir rollout.replay rollout.record".split()
+)
+"""Keys whose values are paths: a leading ``~`` in them is the user's home folder."""
+MAX_SEED = 2**32 - 1
+
+
+def _tidy(section: str, values: Any) -> None:
+    """Bring a section's values into their final form: no text is null, ``~`` in a path is the home folder.
+
+    Raises: `ConfigError` for a number that is not finite.
+    """
+    for f in fields(values):
+        key, value = f"{section}.{f.name}".lstrip("."), getattr(values, f.name)
+        if value == "" and f.type == "str | None":
+            object.__setattr__(values, f.name, None)
+        elif key in PATHS and isinstance(value, str):
+            object.__setattr__(values, f.name, os.path.expanduser(value))
+        _require_finite(key, value)
+
+
+def _require_finite(key: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            _require_finite(f"{key}.{name}", entry)
+    elif isinstance(value, list):
+        for entry in value:
+            _require_finite(key, entry)
+    _require(not isinstance(value, float) or math.isfinite(value), f"{key} must be a finite number, got {value}")
 
 
 def _at_least(least: float, section: str, values: Any, names: str) -> None:
@@ -113,6 +147,7 @@ class ModelConfig:
     """Any further ``TransformerConfig`` field by its own name; it overrides what this project derives."""
 
     def __post_init__(self) -> None:
+        _tidy("model", self)
         sizes = "vocab_size make_vocab_size_divisible_by num_layers hidden_size ffn_hidden_size kv_channels"
         _at_least(1, "model", self, f"{sizes} num_attention_heads num_query_groups max_position_embeddings")
         _at_least(1, "model", self, "num_moe_experts moe_router_topk moe_ffn_hidden_size")
@@ -161,6 +196,7 @@ class ParallelConfig:
     """How long a collective may wait before the run ends."""
 
     def __post_init__(self) -> None:
+        _tidy("parallel", self)
         axes = "tensor_model pipeline_model context expert_model expert_tensor".split()
         _at_least(1, "parallel", self, " ".join(f"{axis}_parallel_size" for axis in axes))
         _require(
@@ -197,6 +233,7 @@ class ClusterConfig:
     """What CUDA, NCCL, an engine's workspace and fragmentation take of it, by the dry run's reckoning, in GiB."""
 
     def __post_init__(self) -> None:
+        _tidy("cluster", self)
         _at_least(1, "cluster", self, "num_gpus gpus_per_node")
         _at_least(0, "cluster", self, "gpu_memory_gb reserved_gb")
         num_gpus, per_node = self.num_gpus, self.gpus_per_node
@@ -256,6 +293,7 @@ class DataConfig:
     see the section ``solutions``)."""
 
     def __post_init__(self) -> None:
+        _tidy("data", self)
         _one_of("data.kind", self.kind, ["problems", "conversations"])
         _one_of("data.solutions", self.solutions, ["given", "own"])
         _one_of("data.on_bad_record", self.on_bad_record, ["error", "skip"])
@@ -290,6 +328,7 @@ class ConversationsConfig:
     """Messages about bad records may quote the log, and metrics.show_samples shows turns of it."""
 
     def __post_init__(self) -> None:
+        _tidy("conversations", self)
         _one_of("conversations.turns", self.turns, ["all", "before_accepted"])
         _one_of("conversations.responses", self.responses, ["logged", "sampled"])
         _one_of("conversations.unlikely", self.unlikely, ["drop", "down_weight"])
@@ -316,6 +355,7 @@ class SolutionsConfig:
     """With pick=learnable: weight of the least likely token, and of the largest teacher-student log-ratio."""
 
     def __post_init__(self) -> None:
+        _tidy("solutions", self)
         _at_least(1, "solutions", self, "refresh_every num_samples keep")
         _at_least(0, "solutions", self, "alpha")
         _one_of("solutions.pick", self.pick, ["shortest", "most_likely", "random", "learnable"])
@@ -384,6 +424,7 @@ class RolloutConfig:
     """Write every response, with its step, problem and sample index, to this JSONL file."""
 
     def __post_init__(self) -> None:
+        _tidy("rollout", self)
         _one_of("rollout.engine", self.engine, ["megatron", "vllm"])
         _one_of("rollout.placement", self.placement, ["colocated", "server"])
         _one_of("rollout.guidance", self.guidance, ["none", "mixed"])
@@ -443,6 +484,7 @@ class TargetConfig:
     """k of the rule fixed; null is 1 + w."""
 
     def __post_init__(self) -> None:
+        _tidy("target", self)
         _one_of("target.rule", self.rule, ["entropy_matched", "fixed", "batch", "teacher_alone"])
         _at_least(0, "target", self, "teacher_weight")
         number = isinstance(self.k_max, int | float) and not isinstance(self.k_max, bool)
@@ -486,6 +528,7 @@ class LossConfig:
     cluster.gpu_memory_gb."""
 
     def __post_init__(self) -> None:
+        _tidy("loss", self)
         if self.backend is not None:
             _one_of("loss.backend", self.backend, ["torch", "triton"])
         _one_of("loss.solver", self.solver, ["exact", "fast"])
@@ -514,6 +557,7 @@ class TeacherConfig:
     """none, or cpu: the teacher's weights rest in host memory between steps."""
 
     def __post_init__(self) -> None:
+        _tidy("teacher", self)
         _one_of("teacher.weights", self.weights, ["frozen", "ema", "current"])
         _one_of("teacher.offload", self.offload, ["none", "cpu"])
         _require(0 <= self.ema_decay < 1, f"teacher.ema_decay must lie in [0, 1), got {self.ema_decay}")
@@ -540,6 +584,7 @@ class ScheduleConfig:
     """With selective recomputation: Megatron's module names."""
 
     def __post_init__(self) -> None:
+        _tidy("schedule", self)
         if self.pair_order is not None:
             _one_of("schedule.pair_order", self.pair_order, ["teacher_first", "alternating"])
         _at_least(1, "schedule", self, "max_tokens recompute_num_layers")
@@ -586,12 +631,17 @@ class OptimizerConfig:
     """Gather parameters bucket by bucket while forward runs (distributed optimizer only)."""
 
     def __post_init__(self) -> None:
+        _tidy("optimizer", self)
         _one_of("optimizer.optimizer", self.optimizer, ["adam", "sgd"])
         _one_of("optimizer.precision", self.precision, ["bf16", "fp32"])
         styles = ["constant", "linear", "cosine", "inverse-square-root"]
         _one_of("optimizer.lr_decay_style", self.lr_decay_style, styles)
         _at_least(0, "optimizer", self, "lr min_lr lr_warmup_steps weight_decay adam_eps sgd_momentum clip_grad")
         _at_least(1, "optimizer", self, "lr_decay_steps")
+        _require(
+            self.min_lr <= self.lr,
+            f"optimizer.min_lr ({self.min_lr}) must not be above optimizer.lr ({self.lr}), from which it decays",
+        )
         for name in ("adam_beta1", "adam_beta2"):
             beta = getattr(self, name)
             _require(0 <= beta < 1, f"optimizer.{name} must lie in [0, 1), got {beta}")
@@ -631,6 +681,7 @@ class CheckpointConfig:
     stored weights, optimizer and teacher and the present configuration.  false: refuse a folder with checkpoints."""
 
     def __post_init__(self) -> None:
+        _tidy("checkpoint", self)
         _one_of("checkpoint.verify", self.verify, ["checksums", "sizes", "none"])
         _require(
             self.resume in (True, False, "force"),
@@ -659,6 +710,7 @@ class MetricsConfig:
     """Steps between samples; those of the first step are always shown."""
 
     def __post_init__(self) -> None:
+        _tidy("metrics", self)
         _at_least(1, "metrics", self, "console_every show_samples_every")
         _at_least(0, "metrics", self, "show_samples")
 
@@ -692,6 +744,7 @@ class EvaluationConfig:
     the dotted path of ``verify(response_text, problem) -> bool``."""
 
     def __post_init__(self) -> None:
+        _tidy("evaluation", self)
         _at_least(0, "evaluation", self, "every num_samples")
         _at_least(1, "evaluation", self, "limit")
         _require(
@@ -732,6 +785,7 @@ class GuardsConfig:
     """Stop when the mean response length falls below this share of its reference."""
 
     def __post_init__(self) -> None:
+        _tidy("guards", self)
         _at_least(1, "guards", self, "reference_steps patience")
 
 
@@ -748,6 +802,7 @@ class StopConfig:
     named, and the run ends (exit status 5); null: 5/6 of parallel.distributed_timeout_minutes; 0: never."""
 
     def __post_init__(self) -> None:
+        _tidy("stop", self)
         _at_least(0, "stop", self, "time_limit_minutes margin_minutes hang_timeout_minutes")
 
 
@@ -807,8 +862,10 @@ class Config:
     """Not a key: the values above that were read from the environment, and how they were written."""
 
     def __post_init__(self) -> None:
+        _tidy("", self)
         _one_of("objective", self.objective, ["self_distillation", "solutions", "verified_rollouts"])
         _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
+        _require(0 <= self.seed <= MAX_SEED, f"seed must lie in 0 to {MAX_SEED}, got {self.seed}")
         if self.data.kind == "conversations":
             self._check_conversations()
         if self.loss.rollout_correction != "none":

@@ -1,0 +1,58 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a run says when it ends: what it made, and the commands that come next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from megatron_selfdistill.paths import config_dir
+
+
+def done(run_dir: Path, num_steps: int, steps_here: int, seconds: float, checkpoint: Path) -> list[str]:
+    """Return the last lines of a run that has done its last step; ``steps_here``: the steps of this launch."""
+    part = "" if steps_here == num_steps else f" ({steps_here} of them in this launch)"
+    return [
+        f"done: {num_steps} steps{part} in {duration(seconds)}; checkpoint: {checkpoint}",
+        *_next(run_dir, num_steps),
+    ]
+
+
+def complete(run_dir: Path, num_steps: int, checkpoint: Path) -> list[str]:
+    """Return the lines of a run that had done its last step before it was started."""
+    first = f"complete: all {num_steps} steps were done before, nothing is trained; checkpoint: {checkpoint}"
+    return [first, *_next(run_dir, num_steps)]
+
+
+def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | None) -> str:
+    """Return the last line of a run that was asked to end after ``step`` steps; ``checkpoint``: None for no step."""
+    where = f"checkpoint: {checkpoint}" if checkpoint is not None else "no step was done, so there is no checkpoint"
+    return f"stopped after step {step} of {num_steps}: {reason}; started again, the same command continues; {where}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people: "8 s", "3:05 minutes", "26:03:05 hours"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} hours" if hours else f"{minutes}:{rest:02d} minutes"
+
+
+def _next(run_dir: Path, num_steps: int) -> list[str]:
+    return [
+        f"next: {tool('convert')} megatron-to-hf --megatron {shlex.quote(f'{run_dir}/checkpoints')} "
+        f"--out {shlex.quote(f'{run_dir}/huggingface')}",
+        f"  or: the same command with a larger num_steps (num_steps={2 * num_steps}) trains on from there",
+    ]
+
+
+def tool(name: str) -> str:
+    """Return the command that starts a tool of the repository: the tool's path from here, in a checkout."""
+    path = config_dir().parent / "tools" / f"{name}.py"
+    if not path.is_file():
+        return f"(in a checkout of the repository) python tools/{name}.py"
+    relative = os.path.relpath(path)
+    return f"python {shlex.quote(str(path) if relative.startswith('..') else relative)}"

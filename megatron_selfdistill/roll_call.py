@@ -1,0 +1,129 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the ranks of a launch tell each other without a process group: that all are ready, and why one has failed.
+
+    ranks = RollCall()
+    word = ranks.answer("folder", "ready")      # waits for all ranks; all get rank 0's word
+    ...
+    if ranks.failed(sentence):                  # releases the others; true for the first rank with this sentence
+        print(sentence)
+
+The ranks speak through the launch's store (torchrun's own; without torchrun rank 0 keeps it).  In a world of one rank
+nothing is waited for, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+CALLS = ("folder", "inputs")
+"""The calls that every rank answers, in this order, before it joins the process group."""
+
+_CONNECT_S = 10.0
+_GRACE_S = 10.0  # for which rank 0 keeps the store open so that the others hear of a failure
+_launches: Counter[str] = Counter()
+
+
+class OtherRankFailed(Exception):
+    """Another rank could not start, and has said why; this rank ends with the same exit status, without a word."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"another rank ended with status {status}")
+        self.status = status
+
+
+class RollCall:
+    """The ranks of one run of one launch.  Every rank makes one for the same run."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        # A process may take part in several runs, one after the other; torchrun keeps the store for all its restarts.
+        launch = ":".join(os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+        self._prefix = f"selfdistill/{launch}/{_launches[launch]}"
+        _launches[launch] += 1
+        self._alone = self.world_size == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        self._store: Any = None
+
+    def answer(self, call: str, word: str = "", timeout_s: float = 1800.0) -> str:
+        """Wait until every rank has answered ``call``, one of `CALLS`; return the word of rank 0.
+
+        Raises: `OtherRankFailed` where a rank has called `failed` instead; TimeoutError after ``timeout_s``.
+        """
+        if self._alone:
+            return word
+        store = self._connected()
+        if self.rank == 0:
+            store.set(f"word/{call}", word)
+        if store.add(f"answers/{call}", 1) == self.world_size:
+            store.set(f"complete/{call}", "")
+        try:
+            store.wait([f"complete/{call}"], timedelta(seconds=timeout_s))
+            if store.check(["failed"]):
+                raise OtherRankFailed(int(store.get("failed")))
+            return store.get(f"word/{call}").decode()
+        except RuntimeError as error:  # torch's DistError
+            missing = f"waited {timeout_s:g} s for all {self.world_size} ranks to get ready ({call})"
+            raise TimeoutError(f"{missing}: {str(error).splitlines()[0]}") from error
+
+    def failed(self, sentence: str, status: int) -> bool:
+        """Say that this rank ends because of ``sentence``; return whether it is the first rank to do so.
+
+        Ranks that wait in `answer`, or come there later, raise `OtherRankFailed`.  Rank 0 waits a few seconds for the
+        other ranks to hear of it.  Never raises: where the store cannot be reached the answer is True.
+        """
+        if self._alone:
+            return True
+        try:
+            store = self._connected()
+            store.set("failed", str(status))
+            for call in CALLS:
+                store.set(f"complete/{call}", "")
+            digest = hashlib.sha256(sentence.encode(errors="replace")).hexdigest()
+            return store.add(f"said/{digest}", 1) == 1
+        except RuntimeError:
+            return True
+
+    def tell_torchrun(self, sentence: str) -> None:
+        """Put ``sentence`` where torchrun's report of failed ranks takes its "traceback" from."""
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if path:
+            about = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+            with contextlib.suppress(OSError):
+                Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": about}}))
+
+    def leave(self) -> None:
+        """End this rank's part after a failure: rank 0 waits until the other ranks have left, a few seconds at most."""
+        if self._alone or self._store is None:
+            return
+        try:
+            left = self._store.add("left", 1)
+            deadline = time.monotonic() + _GRACE_S
+            while self.rank == 0 and left < self.world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                left = self._store.add("left", 0)
+        except RuntimeError:
+            pass
+        self._store = None
+
+    def _connected(self) -> Any:
+        if self._store is None:
+            import torch.distributed as dist
+
+            keeps_it = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=keeps_it,
+                wait_for_workers=False,
+                multi_tenant=True,
+                timeout=timedelta(seconds=_CONNECT_S),
+            )
+            self._store = dist.PrefixStore(self._prefix, store)
+        return self._store
