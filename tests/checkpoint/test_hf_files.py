@@ -101,8 +101,10 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(folder):
     assert not (folder.parent / "made").exists()
 
 
-def test_copies_of_the_weights_in_mistrals_own_names_do_not_matter(folder):
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors"])
+def test_copies_of_the_weights_in_mistrals_own_names_do_not_matter(folder, name):
     expected = tensors_of(folder)
+    (folder / "model.safetensors").rename(folder / name)
     save_file({"tok_embeddings.weight": torch.zeros(2)}, folder / "consolidated.safetensors")
     back, _ = there_and_back(folder)
     assert_equal(tensors_of(back), expected)
