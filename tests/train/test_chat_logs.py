@@ -241,7 +241,7 @@ def refused_before_the_first_step(arguments: list[str]) -> str:
 
     config = load(arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "_LOOKED_AT", 1)
+        patch.setattr(inputs, "LOOKED_AT", 1)
         patch.setattr(
             inputs.random, "Random", lambda seed: type("First", (), {"sample": lambda self, all, n: all[:n]})()
         )
