@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pty
@@ -18,6 +19,8 @@ from transformers import dynamic_module_utils
 from megatron_selfdistill.config import ConfigError, from_mapping
 from megatron_selfdistill.data.prompts import load_tokenizer
 from megatron_selfdistill.inputs import Inputs
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 EVIL = """
 from transformers import PreTrainedTokenizerFast
@@ -100,3 +103,15 @@ def test_a_name_of_the_hub_that_cannot_be_loaded_is_said_to_be_no_folder_here(mo
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     with pytest.raises(ValueError, match=r"got lab/model: there is no such folder here, .* \(no connection\)$"):
         load_tokenizer("lab/model")
+
+
+@pytest.mark.parametrize("folder_name", ["megatron_selfdistill", "tools"])
+def test_whatever_is_loaded_with_transformers_says_whether_it_trusts_the_folder(folder_name):
+    calls = [
+        (path.name, node.lineno, {keyword.arg for keyword in node.keywords})
+        for path in sorted((REPOSITORY / folder_name).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
+    ]
+    assert bool(calls) == (folder_name == "megatron_selfdistill"), "the tools load nothing themselves"
+    assert [call for call in calls if "trust_remote_code" not in call[2]] == []
