@@ -101,7 +101,7 @@ def refusal(build: PromptBuilder, problem: Problem = PROBLEM) -> str:
 def test_prompts_that_show_both_texts_pass_with_any_tokenizer(folder: Path, template: str, wording: str) -> None:
     build = builder(folder, template, teacher=wording)
     check(build)
-    for solution in ("7", "042", "数学", "é", "a" * 500):
+    for solution in ("7", "042", "units 数学", "É the", "a" * 500):
         check(build, solution=solution)
 
 
@@ -119,6 +119,14 @@ def test_a_template_that_cuts_the_solution_or_the_problem_is_refused(folder: Pat
     hidden = builder(folder, LAST_WORDS, teacher="{problem} It is: {solution}")
     short = Problem("p", ({"role": "user", "content": "5 - 4 and 8?"},), "that is 1", None, "sums.jsonl:7")
     assert "the teacher's prompt to show the problem" in refusal(hidden, short)
+
+
+def test_a_choice_that_stands_in_the_problem_anyway_must_change_the_prompt(folder: Path) -> None:
+    choice = Problem("p", ({"role": "user", "content": "even or odd: units 500 - 408?"},), "odd", None, "sums.jsonl:7")
+    hidden = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('-:')[0] }}</>{% endfor %}"
+    sentence = refusal(builder(folder, hidden, teacher="{problem}, first the tens -: {solution}"), choice)
+    assert "to show the solution, got the same " in sentence and "tokens with and without one" in sentence
+    check(builder(folder, PLAIN, teacher="{problem}, first the tens -: {solution}"), choice)
 
 
 def test_a_solution_of_which_the_tokenizer_keeps_nothing_is_not_shown(tmp_path: Path) -> None:
