@@ -325,8 +325,8 @@ def _check_lengths(
         if len(prompt) + max_new_tokens > max_length:
             raise ConfigError(
                 f"{problem.location}: expected a prompt of at most {max_length - max_new_tokens} tokens (the "
-                f"longest context {max_length} less max_new_tokens {max_new_tokens}), got {len(prompt)}; "
-                "leave the problem out of the evaluation, or lower max_new_tokens."
+                f"longest context {max_length} less rollout.max_new_tokens {max_new_tokens}), got {len(prompt)}; "
+                "remove the problem from evaluation.path, or lower rollout.max_new_tokens."
             )
 
 

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+# What the library datasets writes about a data set next to its files.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")
+
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
@@ -33,8 +36,8 @@ def format_of(file: Path) -> str | None:
 def data_files(paths: Sequence[str | Path]) -> list[Path]:
     """Return the files that ``paths`` mean, in order, each once.
 
-    Each path is a file, a folder or a glob of these.  A folder means its data files, sorted by name, without subfolders
-    and without files whose name begins with "." or "_".
+    Each path is a file, a folder or a glob of these.  A folder means its data files, sorted by name, without
+    subfolders, files whose name begins with "." or "_", and the descriptions that the library datasets writes.
 
     Raises: FileNotFoundError for a path that matches nothing; ValueError for a file that is no regular file or has
     another ending, and for a folder without data files or with data files of several formats.
@@ -82,8 +85,8 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith((".", "_")) and file.is_file()]
-    by_format = {file: found for file in files if (found := format_of(file)) is not None}
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith((".", "_"))]
+    by_format = {file: found for file in files if file.name not in _ABOUT and (found := format_of(file)) is not None}
     formats = sorted(set(by_format.values()))
     if not formats:
         raise ValueError(

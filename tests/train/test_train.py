@@ -20,6 +20,7 @@ BAD_INPUT = {
     "a missing slot": (["data.teacher_template='{problem}'"], "{solution}"),
     "sizes that do not divide the world": (["parallel.tensor_model_parallel_size=3"], "multiple of TP x PP x CP"),
     "heads that TP does not divide": (["model.num_attention_heads=3"], "hidden_size"),
+    "a template that hides the problem": (["data.chat_template='{% for m in messages %}x{% endfor %}'"], "to show the"),
     "a response that cannot fit": (["rollout.max_new_tokens=1000"], "max_new_tokens"),
 }
 
