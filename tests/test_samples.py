@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from test_metrics import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
-from megatron_selfdistill.config import MetricsConfig
+from megatron_selfdistill.config import ConfigError, MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
@@ -225,6 +225,12 @@ def test_only_the_reporter_makes_samples(tmp_path):
 def test_samples_are_due_at_the_first_step_and_then_at_every_so_many():
     assert [step for step in range(1, 12) if MetricsConfig(show_samples_every=5).samples_due(step)] == [1, 5, 10]
     assert not any(MetricsConfig(show_samples=0).samples_due(step) for step in range(1, 12))
+
+
+@pytest.mark.parametrize("wrong", [{"show_samples": -1}, {"show_samples_every": 0}])
+def test_impossible_numbers_of_samples_are_refused(wrong):
+    with pytest.raises(ConfigError, match=rf"metrics\.{next(iter(wrong))} must be at least"):
+        MetricsConfig(**wrong)
 
 
 def run_of(data: Any, name: str, *options: str) -> list[str]:

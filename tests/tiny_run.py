@@ -146,9 +146,12 @@ def in_new_process(arguments: Sequence[str], kill_at: str | None = None) -> subp
 
 
 def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without clocks."""
+    """metrics.jsonl without clocks.  Whatever a run of the tests writes, docs/metrics.md explains."""
+    from metric_keys import undocumented
+
     from megatron_selfdistill.metrics import read_metrics
 
+    assert undocumented(key for line in read_metrics(run_dir) for key in line) == set()
     return [{k: v for k, v in line.items() if not k.startswith(NOT_REPRODUCIBLE)} for line in read_metrics(run_dir)]
 
 
