@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.saved_run import SavedRun, read_saved_run
 from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, fields_set, reconcile
 from megatron_selfdistill.config import Config, ConfigError, ModelConfig
-from megatron_selfdistill.config.bound_keys import BOUND, FIXED, Difference, differences, refusal, stored_values
+from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, Difference, differences, refusal, stored_values
 
 CONFIGURATION = "configuration"
 """The key of a trainer's state under which a checkpoint keeps `stored_values`."""
@@ -28,8 +28,10 @@ class Resumption:
     """A checkpoint that the run continues from."""
 
     saved: SavedRun
-    notes: tuple[str, ...]
-    """One line for every key that has changed, and what follows from it."""
+    changes: tuple[str, ...]
+    """One line for every key that has changed and may."""
+    warnings: tuple[str, ...]
+    """One line for every key that has changed by force, and what follows from it."""
     same_problems: bool
     """Whether the position in the data still means the same problems."""
 
@@ -68,17 +70,20 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
     if message is not None:
         raise ConfigError(message)
     same_problems = not any(difference.key in (_PROBLEMS, "seed") for difference in found)
-    notes = [str(difference) for difference in found]
+    free, bound = ([str(one) for one in found if (one.rule == FREE) == is_free] for is_free in (True, False))
+    return Resumption(saved, tuple(free), (*bound, *_consequences(saved, bool(bound), same_problems)), same_problems)
+
+
+def _consequences(saved: SavedRun, forced: bool, same_problems: bool) -> Iterator[str]:
     if CONFIGURATION not in saved.trainer_state:
-        notes.append(f"{saved.path} holds no configuration, as those of earlier versions: only its data was compared")
-    if any(difference.rule == BOUND for difference in found):
-        notes.append(
+        yield f"{saved.path} holds no configuration, as those of earlier versions: only its data was compared"
+    if forced:
+        yield (
             f"checkpoint.resume=force: weights, optimizer and teacher are those of {saved.path}; everything else is "
             "as configured now"
         )
-        if not same_problems:
-            notes.append("the data starts from its beginning; success rates and own solutions start empty")
-    return Resumption(saved, tuple(notes), same_problems)
+    if not same_problems:
+        yield "the data starts from its beginning; success rates and own solutions start empty"
 
 
 def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[Difference]:
@@ -89,22 +94,28 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
     now = stored_values(config)
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
-        stored_model = architecture_from_args(args)
+        whole = architecture_from_args(args)
+        # Of a value that is written as it was then, the present meaning: it may come from the environment.
+        before = {
+            field.name: getattr(config.model, field.name) if now["model"][field.name] == value else value
+            for field in fields(ModelConfig)
+            if (value := stored["model"].get(field.name, field.default)) is not MISSING
+        }
+        given_fields = (
+            None if given is None else {key.removeprefix("model.") for key in given if key.startswith("model.")}
+        )
         try:
-            stored, now = _with_model(stored, stored_model), _with_model(now, stored_model, given)
+            stored = stored | {"model": _completed(ModelConfig(**before), whole)}
+            now = now | {"model": _completed(config.model, whole, given_fields)}
         except ConfigError as error:
             raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
     return differences(stored, now)
 
 
-def _with_model(values: Mapping[str, Any], stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
-    """Return a configuration whose model has no open ends: what is null follows from the checkpoint's arguments."""
-    known = {field.name for field in fields(ModelConfig)}
-    model = ModelConfig(**{name: value for name, value in values["model"].items() if name in known})
-    prefix = "model."
-    given_fields = {key.removeprefix(prefix) for key in given or () if key.startswith(prefix)}
-    resolved = reconcile(model, fields_set(model) if given is None else given_fields, stored)
-    return {**values, "model": json.loads(json.dumps(asdict(resolved)))}
+def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
+    """Return a model without open ends, as plain values: what is null in it follows from the stored architecture."""
+    resolved = reconcile(model, fields_set(model) if given is None else given, stored)
+    return json.loads(json.dumps(asdict(resolved)))
 
 
 def _changed_data(saved: SavedRun, config: Config, fingerprint: str) -> list[Difference]:

@@ -82,6 +82,7 @@ class Run:
         )
         resumption = self._resumption()
         self.resumed_from = resumption.saved.path if resumption is not None else None
+        self.changes = resumption.changes if resumption is not None else ()  # of the configuration, for the log
         if config.logged and self.resumed_from is None and self._wants_all_turns_read():
             self.inputs = read_all_turns(config, inputs, grid)
         self._build_model()
@@ -379,8 +380,8 @@ class Run:
             )
         found = resumption(self.config, self.inputs.problems.fingerprint, self.checkpointer.read(latest))
         if self.grid.is_reporter:
-            for note in found.notes:
-                logger.warning("%s", note)
+            for line in found.warnings:
+                logger.warning("%s", line)
         return found
 
     def _resume(self, found: Resumption) -> None:

@@ -226,6 +226,7 @@ def _announce(run: Run) -> None:
         *([run.inputs.about_prompts] if run.inputs.about_prompts else []),
         *run.inputs.about_conversations,
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
+        *run.changes,
         *([run.stop.plan] if run.stop.plan else []),
     ):
         run.log.message(line)

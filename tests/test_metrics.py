@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -335,6 +336,35 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     log_steps(tmp_path, range(4, 8), done=3, tensorboard=True)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/mean")
     assert [event.step for event in events] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_what_was_logged_is_written_again_where_the_folder_is_deleted(tmp_path, caplog, tensorboard):
+    with MetricsLog(tmp_path / "run", num_steps=9, tensorboard=tensorboard, console=False) as log:
+        log.resume(0)
+        for step in range(1, 6):
+            if step == 4:
+                shutil.rmtree(tmp_path / "run")
+            log.log(step, {"loss/mean": step / 10})
+    assert [values["step"] for values in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert [record.getMessage().endswith("it is written again") for record in caplog.records] == [True]
+    if tensorboard:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("loss/mean")
+        assert [event.step for event in events] == [1, 2, 3, 4, 5]
+
+
+def test_a_file_that_takes_the_name_of_the_metrics_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, console=False) as log:
+        log.resume(0)
+        log.log(1, {"loss/mean": 0.1})
+        path.unlink()
+        path.write_text("somebody else's\n")
+        log.log(2, {"loss/mean": 0.2})
+    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2]
+    assert (tmp_path / "metrics.replaced.jsonl").read_text() == "somebody else's\n"
 
 
 def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):

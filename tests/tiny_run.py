@@ -77,8 +77,8 @@ def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
 
 
 def start_and_listen(arguments: Sequence[str]) -> tuple[int, str]:
-    """`start`, and what it writes to standard error, warnings included."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    """`start`, and what it writes to standard output and error, warnings included."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
         status = start(arguments)
     return status, said.getvalue()
 

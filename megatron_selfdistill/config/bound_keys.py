@@ -40,7 +40,8 @@ RULES: dict[str, str] = {
     **dict.fromkeys(
         (
             *("run_dir", "num_steps", "dry_run"),
-            *("data.path", "data.split", "data.fields", "data.limit", "data.on_bad_record", "data.max_length"),
+            *("data.path", "data.split", "data.subset", "data.fields", "data.limit", "data.on_bad_record"),
+            *("data.max_length", "data.trust_remote_code", "data.allow_other_tokenizer"),
             *("data.global_batch_size", "conversations.show_contents", "solutions.refresh_every"),
             *("rollout.engine", "rollout.placement", "rollout.engine_tp", "rollout.engine_args", "rollout.hf_config"),
             *("rollout.servers", "rollout.num_servers", "rollout.server_python", "rollout.transfer"),
@@ -54,7 +55,14 @@ RULES: dict[str, str] = {
             *("optimizer.clip_grad", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
             *("checkpoint.verify", "checkpoint.save_every", "checkpoint.keep_last", "checkpoint.async_save"),
             "checkpoint.resume",
-            *("evaluation.path", "evaluation.every", "evaluation.at_start", "evaluation.limit"),
+            *(
+                "evaluation.path",
+                "evaluation.split",
+                "evaluation.subset",
+                "evaluation.every",
+                "evaluation.at_start",
+                "evaluation.limit",
+            ),
             *("evaluation.num_samples", "evaluation.pass_at_k"),
             *("parallel", "cluster", "schedule", "metrics", "guards", "stop"),
             # The padding of the vocabulary and the longest sequence are no part of the weights; a learned table of

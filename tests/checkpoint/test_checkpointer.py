@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -204,6 +205,23 @@ def save_frozen_teacher_once(run_dir: Path) -> None:
 
 def test_a_frozen_teacher_is_written_once_and_known_again(ranks, tmp_path):
     ranks.run(save_frozen_teacher_once, tmp_path, world_size=1)
+
+
+def lose_the_teacher(run_dir: Path) -> None:
+    run = checkpointed_run.start(Setup(teacher="frozen"), run_dir, steps=1)
+    run.save(1)
+    kept = layouts.join([run.teacher_weights()])
+    for damage in (shutil.rmtree, lambda teacher: max(teacher.glob("*.distcp")).unlink()):
+        damage(run_dir / "teacher")
+        run.save(2)
+        for step in (1, 2):
+            resumed = checkpointed_run.start(Setup(teacher="frozen", seed=3), run_dir)
+            assert resumed.load(run_dir / "checkpoints" / f"iter_{step:07d}")["step"] == step
+            assert layouts.worst_difference(layouts.join([resumed.teacher_weights()]), kept)[0] == 0
+
+
+def test_a_frozen_teacher_that_is_lost_is_written_again_for_old_and_new_checkpoints(ranks, tmp_path):
+    ranks.run(lose_the_teacher, tmp_path, world_size=1)
 
 
 def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:

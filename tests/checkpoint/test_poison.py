@@ -83,7 +83,7 @@ def poison_metadata(path: Path, mark: Path) -> None:
 def poison_object(path: Path, mark: Path, name: str) -> None:
     """Let an entry of a .distcp file hold the payload."""
     metadata = pickle.loads((path / ".metadata").read_bytes())
-    index = next(index for index in metadata.storage_data if name in index.fqn)
+    index = next(index for index in metadata.storage_data if index.fqn.removeprefix("teacher.").startswith(name))
     place, data = metadata.storage_data[index], io.BytesIO()
     torch.save([Payload(mark)], data)
     file = path / place.relative_path

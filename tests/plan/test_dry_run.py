@@ -85,16 +85,22 @@ def test_what_does_not_fit_is_refused_after_its_table(overrides, words, capsys):
     assert words in captured.err and captured.err.count("\n") == 1
 
 
-def test_a_launch_of_another_size_is_refused(capsys):
-    assert main([*TINY]) == EXIT_BAD_INPUT
+def test_a_launch_of_another_size_is_refused(tmp_path, capsys):
+    assert main([*TINY, f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
     assert "cluster.num_gpus is 16, but the launch has 1 ranks" in capsys.readouterr().err
 
 
 def test_a_dry_run_under_a_launch_builds_the_run_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert main([*TINY, "dry_run=true"]) == EXIT_BAD_INPUT
+    assert main([*TINY, "dry_run=true", f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
     assert "cluster.num_gpus is 16, but the launch has 8 ranks" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_run_folder_and_names_one_to_choose(capsys):
+    assert main([*TINY, "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "RUN_DIR=runs/first sbatch" in out and "run_dir=runs/first" in out
 
 
 def test_data_that_is_named_is_read_and_counted(tmp_path, capsys):

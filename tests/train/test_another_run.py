@@ -31,10 +31,9 @@ def run(finished, tmp_path) -> Path:
 
 
 def started(ranks, data: Path, run: Path, *more: str) -> tuple[int, str]:
-    """The exit status and standard error of one rank."""
-    (outcome,) = ranks.run(
-        start_and_listen, overrides(data, run, *MORE_STEPS, *more), world_size=1, init_process_group=False
-    )
+    """The exit status and the output of one rank."""
+    arguments = overrides(data, run, *MORE_STEPS, "metrics.console=true", *more)
+    (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
     return outcome
 
 
@@ -102,6 +101,7 @@ def test_what_may_change_is_logged_line_by_line_and_the_run_goes_on(ranks, data,
     assert [line for line in lines if not line.startswith("run_dir")] == [
         "checkpoint.save_every: 3 in the checkpoint, now 5",
         "loss.fused: null in the checkpoint, now 'low_memory'",
+        "metrics.console: false in the checkpoint, now true",
         "num_steps: 6 in the checkpoint, now 7",
         "optimizer.lr: 0.001 in the checkpoint, now 0.0005",
         "schedule.max_tokens: 256 in the checkpoint, now 128",

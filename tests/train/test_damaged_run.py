@@ -128,11 +128,3 @@ def test_a_run_folder_that_is_deleted_is_written_again_and_resumes(ranks, data, 
         assert reproducible_metrics(run) == reproducible_metrics(finished)
     train(ranks, [*arguments, "num_steps=7"], world_size)
     assert saved_step(run) == 7
-
-
-def test_a_lost_teacher_is_written_again_under_the_mark_that_checkpoints_know(ranks, data, run):
-    """Only the teacher is gone: the checkpoints of before must still load with it."""
-
-    shutil.rmtree(run / "teacher")
-    status, said = started(ranks, overrides(data, run, "num_steps=7"))
-    assert status == 2 and "teacher" in said and "does not exist" in said

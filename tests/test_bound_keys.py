@@ -1,0 +1,107 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every key says whether a run is bound to it, and two configurations are compared key by key."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_selfdistill.config import from_mapping, keys
+from megatron_selfdistill.config.bound_keys import (
+    BOUND,
+    FIXED,
+    FREE,
+    JUDGE,
+    RULES,
+    Difference,
+    differences,
+    refusal,
+    rule_of,
+    stored_values,
+)
+
+WHOLE_SECTIONS = {"model", "target", "parallel", "cluster", "schedule", "metrics", "guards", "stop"}
+
+
+def test_every_key_is_classified():
+    assert {rule_of(key) for key in keys()} == {BOUND, FIXED, FREE, JUDGE}
+
+
+def test_every_rule_is_about_a_key_or_a_whole_section_and_no_other_section_is_covered_as_a_whole():
+    items = {name for name in RULES if name.startswith("model.transformer.")}
+    assert set(RULES) - items <= set(keys()) | WHOLE_SECTIONS
+
+
+def test_a_key_that_nobody_classified_is_an_error():
+    with pytest.raises(KeyError, match=r"data\.new_key has no rule"):
+        rule_of("data.new_key")
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        ("seed", BOUND),
+        ("checkpoint.load", BOUND),
+        ("target.teacher_weight", BOUND),
+        ("loss.divergence", BOUND),
+        ("loss.backend", FREE),
+        ("loss.fused", FREE),
+        ("rollout.temperature", BOUND),
+        ("rollout.engine", FREE),
+        ("rollout.engine_args.max_num_seqs", FREE),
+        ("parallel.tensor_model_parallel_size", FREE),
+        ("optimizer.lr", FREE),
+        ("num_steps", FREE),
+        ("teacher.weights", FIXED),
+        ("model.rotary_base", BOUND),
+        ("model.transformer.attention_dropout", BOUND),
+        ("model.transformer.num_layers_in_first_pipeline_stage", FREE),
+    ],
+)
+def test_the_longest_name_decides(key, rule):
+    assert rule_of(key) == rule
+
+
+def values(*overrides: str) -> dict:
+    return stored_values(from_mapping(OmegaConf.from_dotlist(list(overrides))))
+
+
+def test_equal_configurations_do_not_differ():
+    everything = ["optimizer.lr=3e-6", "data.fields.problem=question", "rollout.stop_token_ids=[1,2]"]
+    assert differences(values(*everything), values(*everything)) == []
+
+
+def test_items_of_free_form_keys_are_compared_one_by_one():
+    one = values("rollout.engine_args.max_num_seqs=8", "model.transformer.attention_dropout=0.1")
+    other = values("rollout.engine_args.max_num_seqs=16")
+    assert differences(one, other) == [
+        Difference("model.transformer.attention_dropout", 0.1, None, BOUND),
+        Difference("rollout.engine_args.max_num_seqs", 8, 16, FREE),
+    ]
+
+
+def test_a_key_that_an_older_program_did_not_know_had_its_default_and_one_that_is_gone_is_not_compared():
+    older = values()
+    del older["loss"]["divergence"], older["stop"]
+    older["loss"]["of_yesterday"] = 1
+    assert differences(older, values()) == []
+    (found,) = differences(older, values("loss.divergence=jsd"))
+    assert found == Difference("loss.divergence", "reverse_kl", "jsd", BOUND)
+
+
+def test_free_differences_are_no_reason_to_refuse():
+    assert refusal(differences(values(), values("optimizer.lr=1", "num_steps=7")), "iter_1") is None
+
+
+def test_a_refusal_names_key_both_values_and_force_unless_force_cannot_help():
+    message = refusal(differences(values(), values("seed=4", "target.k_max=null", "num_steps=7")), "iter_1") or ""
+    assert "seed: 0 in the checkpoint, now 4; target.k_max: '1 + w' in the checkpoint, now null" in message
+    assert message.endswith("checkpoint.resume=force") and "num_steps" not in message
+    message = refusal(differences(values(), values("seed=4", "teacher.weights=ema")), "iter_1") or ""
+    assert "teacher.weights cannot change within a run" in message and "checkpoint.load=iter_1" in message
+    assert "force" not in message
+
+
+def test_a_long_value_is_cut_in_a_message():
+    found = Difference("data.teacher_template", "x" * 500, "y" * 500, BOUND)
+    assert len(str(found)) < 220
