@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,8 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
             now = now | {"model": _completed(config.model, whole, given_fields)}
         except ConfigError as error:
             raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
+        except TypeError:  # an interpolation that was written in another way then: texts are compared
+            pass
     return differences(stored, now)
 
 

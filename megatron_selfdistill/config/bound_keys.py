@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from megatron_selfdistill.config.compose import keys, to_yaml
+from megatron_selfdistill.config.compose import keys, writable
 from megatron_selfdistill.config.schema import Config
 
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
@@ -103,8 +102,8 @@ class Difference:
 
 
 def stored_values(config: Config) -> dict[str, Any]:
-    """Return a configuration as a checkpoint keeps it: nested plain values, those of config.yaml."""
-    return yaml.safe_load(to_yaml(config))
+    """Return a configuration as a checkpoint keeps it: nested plain values, `config.writable`'s as JSON has them."""
+    return json.loads(json.dumps(writable(config)))
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
