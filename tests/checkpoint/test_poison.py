@@ -94,7 +94,7 @@ def poison_object(path: Path, mark: Path, name: str) -> None:
 
 
 def poison_rng_state(path: Path, mark: Path) -> None:
-    poison_object(path, mark, "rng_state")
+    poison_object(path, mark, "selfdistill_rng_state")
 
 
 def poison_extra_state(path: Path, mark: Path) -> None:
