@@ -4,7 +4,7 @@
     ranks = RollCall()
     word = ranks.answer("folder", "ready")      # waits for all ranks; all get rank 0's word
     ...
-    if ranks.failed(sentence):                  # releases the others; true for the first rank with this sentence
+    if ranks.failed(sentence, status):          # releases the others; true for one of the ranks with this sentence
         print(sentence)
 
 The ranks speak through the launch's store (torchrun's own; without torchrun rank 0 keeps it).  In a world of one rank
@@ -27,6 +27,7 @@ CALLS = ("folder", "inputs")
 """The calls that every rank answers, in this order, before it joins the process group."""
 
 _CONNECT_S = 10.0
+_RANK_0_S = 2.0  # within which rank 0 says what other ranks have to say, too
 _GRACE_S = 10.0  # for which rank 0 keeps the store open so that the others hear of a failure
 _launches: Counter[str] = Counter()
 
@@ -73,10 +74,11 @@ class RollCall:
             raise TimeoutError(f"{missing}: {str(error).splitlines()[0]}") from error
 
     def failed(self, sentence: str, status: int) -> bool:
-        """Say that this rank ends because of ``sentence``; return whether it is the first rank to do so.
+        """Tell the others that this rank ends because of ``sentence``; return whether this rank shall print it.
 
-        Ranks that wait in `answer`, or come there later, raise `OtherRankFailed`.  Rank 0 waits a few seconds for the
-        other ranks to hear of it.  Never raises: where the store cannot be reached the answer is True.
+        Each sentence is printed once: by rank 0, or by one of the ranks that have it where rank 0 does not.  Ranks that
+        wait in `answer`, or come there later, raise `OtherRankFailed`.  Never raises: where the store cannot be
+        reached, the answer is True.
         """
         if self._alone:
             return True
@@ -85,10 +87,18 @@ class RollCall:
             store.set("failed", str(status))
             for call in CALLS:
                 store.set(f"complete/{call}", "")
-            digest = hashlib.sha256(sentence.encode(errors="replace")).hexdigest()
-            return store.add(f"said/{digest}", 1) == 1
+            return self._speaks(store, hashlib.sha256(sentence.encode(errors="replace")).hexdigest())
         except RuntimeError:
             return True
+
+    def _speaks(self, store: Any, digest: str) -> bool:
+        if self.rank == 0:
+            store.set(f"rank 0/{digest}", "")
+        else:
+            with contextlib.suppress(RuntimeError):  # torch's DistError: rank 0 has not said it by then
+                store.wait([f"rank 0/{digest}"], timedelta(seconds=_RANK_0_S))
+                return False
+        return store.add(f"said/{digest}", 1) == 1
 
     def tell_torchrun(self, sentence: str) -> None:
         """Put ``sentence`` where torchrun's report of failed ranks takes its "traceback" from."""

@@ -269,8 +269,7 @@ class RunLock:
         self._beats += 1
 
     def _take_again(self) -> bool:
-        """Take the lock again where somebody has removed the whole run folder, so that nobody's work is in it; return
-        whether that was so."""
+        """Take the lock again where somebody has removed the whole run folder, so that nobody's work is in it."""
         place = _place(self.run_dir)
         if place == self._place or (self.run_dir / "checkpoints").exists():
             return False  # another run may have taken the lock, trained, and released it

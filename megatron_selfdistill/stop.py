@@ -56,6 +56,12 @@ def listening() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def ignore_signals() -> None:
+    """Ignore `SIGNALS` from now on, outside of `listening`."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _take_note(number: int, frame: Any) -> None:
     _received.add(number)
 

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _command(command_line.parse(argv), ranks)
     except OtherRankFailed as elsewhere:
+        ranks.tell_torchrun(str(elsewhere))
         return elsewhere.status
     except (ConfigError, CheckpointError, EngineError) as error:
         status = EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
@@ -68,10 +69,12 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
 
 
 def _report(sentence: str, status: int, ranks: RollCall) -> None:
-    """Print why this rank ends, unless another rank has printed the same sentence."""
+    """Print why this rank ends, unless another rank prints the same sentence."""
     if ranks.failed(sentence, status):
         print(f"[rank {ranks.rank}] {sentence}", file=sys.stderr, flush=True)
-    ranks.tell_torchrun(sentence)
+        ranks.tell_torchrun(sentence)
+    else:
+        ranks.tell_torchrun("the same as on the rank that has printed its error")
 
 
 def train(config: Config, given: Collection[str] | None = None, ranks: RollCall | None = None) -> int:
@@ -92,7 +95,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
 
     ranks = ranks or RollCall()
     refuse_another_run(config, given)
-    config = with_stored_architecture(config, given)
+    as_given, config = config, with_stored_architecture(config, given)
     require_same_tokenizer(config)
     config.check_world(ranks.world_size)
     lock = RunLock(Path(config.run_dir))
@@ -100,7 +103,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
         try:
             if ranks.rank == 0 and not config.dry_run:
                 lock.acquire()
-            finished = _finished(config) if ranks.rank == 0 else None
+            finished = _finished(config, as_given) if ranks.rank == 0 else None
             if checkpoint := ranks.answer("folder", str(finished or "")):
                 return _already_complete(config, Path(checkpoint), ranks)
             inputs = Inputs.load(config)
@@ -141,16 +144,18 @@ def _train(config: Config, inputs: Inputs, prove_ownership: Callable[[], None] |
         parallel.shutdown()
 
 
-def _finished(config: Config) -> Path | None:
-    """The last step's checkpoint of a run that is complete, and was started with this same configuration."""
+def _finished(config: Config, as_given: Config) -> Path | None:
+    """Return the last checkpoint of a run that is complete, and was last started with the configuration ``as_given``;
+    ``config``: the same with the architecture of that checkpoint.  None for any other run."""
     from megatron_selfdistill.checkpoint import folder
 
     run_dir = Path(config.run_dir)
     written = run_dir / "config.yaml"
     if config.dry_run or not config.checkpoint.resume or not written.is_file():
         return None
-    if written.read_text(encoding="utf-8") != configuration.to_yaml(config):
-        return None  # what differs is for the run itself to judge
+    # Its first launch wrote it before there was a checkpoint with an architecture, the others after that.
+    if written.read_text(encoding="utf-8") not in map(configuration.to_yaml, (as_given, config)):
+        return None  # the run itself judges what differs
     latest = folder.latest(run_dir / "checkpoints")
     return latest if latest is not None and folder.iteration_of(latest) >= config.num_steps else None
 
@@ -255,4 +260,5 @@ def _conclude(run: Run, first_step: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    stop.ignore_signals()  # but not in main: torchrun ends all ranks after one of them, and each has a status to keep
     sys.exit(main())

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import Config, ConfigError, from_mapping, keys, load, to_yaml
+from megatron_selfdistill.config import Config, ConfigError, check_files, from_mapping, keys, load, to_yaml
 from megatron_selfdistill.paths import config_dir
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -397,3 +397,146 @@ def test_the_columns_of_conversations_are_unknown_to_problems():
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")))
 def test_with_every_recipe_a_model_can_be_chosen(recipe):
     assert load([f"recipe={recipe}", "model=tiny"]).model.hidden_size == 64
+
+
+FLOATS = [
+    f"{section}{f.name}"
+    for section, cls in [
+        ("", Config),
+        *((f"{f.name}.", type(getattr(Config(), f.name))) for f in dataclasses.fields(Config)),
+    ]
+    if dataclasses.is_dataclass(cls)
+    for f in dataclasses.fields(cls)
+    if "float" in str(f.type) or f.name == "k_max"
+]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_no_number_is_infinite_or_nan(value):
+    assert len(FLOATS) > 40
+    for key in FLOATS:
+        text = sentence_of_mapping(f"{key}={value.replace('inf', '.inf').replace('nan', '.nan')}")
+        assert text.startswith(key) and value in text, text
+    assert "optimizer.lr must be a finite number, got inf" in sentence_of("optimizer.lr=inf")
+
+
+def test_no_number_in_a_free_form_key_is_infinite_or_nan():
+    assert "model.transformer.init_method_std must be a finite" in sentence_of("model.transformer.init_method_std=nan")
+    assert "rollout.engine_args.a must be a finite number" in sentence_of("rollout.engine_args={a: [1.0, inf]}")
+
+
+def sentence_of_mapping(override: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(OmegaConf.from_dotlist([override]))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-1", str(2**32)])
+def test_a_seed_has_bounds(seed):
+    assert f"seed must lie in 0 to 4294967295, got {seed}" in sentence_of(f"seed={seed}")
+    assert load([f"seed={2**32 - 1}"]).seed == 2**32 - 1
+
+
+def test_the_learning_rate_does_not_decay_upward():
+    text = sentence_of("optimizer.lr=1e-6", "optimizer.min_lr=1e-5")
+    assert "optimizer.min_lr (1e-05) must not be above optimizer.lr (1e-06)" in text
+
+
+@pytest.mark.parametrize(
+    "value",
+    (
+        *("a=b.jsonl", "(old) x.jsonl", "a,b.jsonl", "[x].jsonl", "it's.jsonl", 'say "it\'s".jsonl', "日本 😀.jsonl"),
+        *("123", "true", "1e3", "{a}", "a\\'b", "ends\\", "*.jsonl", "choice(a,b)"),
+    ),
+)
+def test_a_text_is_taken_as_it_stands(value):
+    assert load([f"data.path={value}"]).data.path == value
+    assert load([f"run_dir=runs/{value}"]).run_dir == f"runs/{value}"
+    assert load([f"data.fields.problem={value}"]).data.fields == {"problem": value}
+
+
+def test_a_text_that_hydra_reads_as_one_keeps_hydras_rules(monkeypatch):
+    monkeypatch.setenv("SOME_FOLDER", "/there")
+    assert load(["data.path='a,b'"]).data.path == "a,b"
+    assert load(["data.path=a\\,b"]).data.path == "a,b"
+    assert load(["data.path=null"]).data.path is None
+    assert load(["data.path=${oc.env:SOME_FOLDER}/x"]).data.path == "/there/x"
+    assert load(["data.teacher_template={problem} H {solution}"]).data.teacher_template == "{problem} H {solution}"
+
+
+def test_a_value_of_another_key_that_hydra_cannot_read_is_told_how_to_quote():
+    assert "quote the value for hydra and the shell, 'rollout.servers=\"a=b\"'" in sentence_of("rollout.servers=a=b")
+    assert "gives several values, and a run takes one" in sentence_of("num_steps=1,2")
+    assert "expected key=value, got 'train'" in sentence_of("train")
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    from megatron_selfdistill.config.schema import PATHS
+
+    config = load([f"{key}=~/x" for key in PATHS])
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        assert getattr(getattr(config, section) if section else config, name) == "/home/me/x", key
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "ours.yaml").write_text("path: ~/y\n")
+    assert load(["data=ours"], search_path=[tmp_path]).data.path == "/home/me/y"
+    assert load(["data.student_template=~{problem}"]).data.student_template == "~{problem}", "no path"
+
+
+def test_no_text_is_null():
+    optional = [
+        f"{section.name}.{f.name}"
+        for section in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(getattr(Config(), section.name))
+        for f in dataclasses.fields(getattr(Config(), section.name))
+        if f.type == "str | None"
+    ]
+    assert {"data.path", "data.tokenizer", "checkpoint.load", "rollout.replay"} <= set(optional)
+    config = load([f"{key}=" for key in optional])
+    for key in optional:
+        section, _, name = key.partition(".")
+        assert getattr(getattr(config, section), name) is None, key
+
+
+def test_a_labs_recipe_without_its_package_line_is_told_to_begin_with_it(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    recipe = tmp_path / "recipe" / "ours.yaml"
+    recipe.write_text("num_steps: 7\n")
+    text = sentence_of("recipe=ours", search_path=[tmp_path])
+    assert f"recipe=ours: {recipe} must begin with the line `# @package _global_`" in text
+
+
+def test_a_folder_of_configurations_that_is_not_there_is_named(tmp_path):
+    text = sentence_of("recipe=ours", search_path=[tmp_path / "nowhere"])
+    assert text == f"--config-dir {tmp_path / 'nowhere'}: there is no such folder"
+
+
+# -- files and folders -------------------------------------------------------------------------------------------------
+
+
+def file_sentence(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_files(load(["data.path=x.jsonl", "data.tokenizer=x", *overrides]))
+    text = str(caught.value)
+    assert text and "\n" not in text
+    return text
+
+
+def test_a_run_folder_that_cannot_be_one_is_refused_in_a_sentence_and_nothing_is_made(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"run_dir={file}: expected a folder, but {file} is a file" in file_sentence(f"run_dir={file}")
+    assert f"expected a folder, but {file} is a file" in file_sentence(f"run_dir={file}/a/b")
+    long = "x" * 300
+    assert "has more than 255 bytes; shorten it" in file_sentence(f"run_dir={tmp_path}/new/{long}/run")
+    assert "File name too long" in file_sentence(f"run_dir={tmp_path}/{long}")
+    assert "run_dir is not set" in file_sentence("run_dir=")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert f"{tmp_path} may not be written by this user" in file_sentence(f"run_dir={tmp_path}/new/run")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_replay_that_is_not_there_is_refused(tmp_path):
+    text = file_sentence(f"run_dir={tmp_path}", f"rollout.replay={tmp_path}/missing.jsonl")
+    assert text.startswith(f"rollout.replay={tmp_path}/missing.jsonl: there is no such file")

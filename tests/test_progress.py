@@ -104,6 +104,17 @@ def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_the_run_ends(data
     assert "most recent call first" in stacks[1 - rank] and "in <lambda>" not in stacks[1 - rank]
 
 
+def test_a_silent_rank_without_a_stack_is_named_and_its_file_says_why(tmp_path):
+    watch = progress._Watch(0, 1, tmp_path, timeout_s=10.0)
+    watch._silent = frozenset([1, 2])
+    (tmp_path / "rank_1.txt").touch()
+    (tmp_path / "rank_2.txt").write_text("Thread 0x1 (most recent call first)")  # written by C, while Python is held up
+    why = "a stopped process (SIGSTOP) or a dead node cannot write its stack"
+    assert watch._without_stacks() == f", except that of rank 1: {why}"
+    assert (tmp_path / "rank_1.txt").read_text().endswith(f": rank 1 has not answered: {why}\n")
+    assert "not answered" not in (tmp_path / "rank_2.txt").read_text()
+
+
 def test_a_rank_that_hangs_while_the_run_is_built_is_named(data, tmp_path):
     hung(data, tmp_path / "run", "sleeps in the start", 1)
     verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
@@ -183,6 +194,8 @@ def test_a_rank_that_is_stopped_is_named(data, tmp_path):
     ended = hung(data, tmp_path / "run", "is stopped", 1)
     verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
     assert ended.returncode != 0 and "rank 1" in verdict and "no longer answers" in verdict
+    assert "except that of rank 1: a stopped process" in verdict and f"] {verdict}" in ended.stderr
+    assert "rank 1 has not answered" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
 
 
 def slow(arguments: list[str], seconds: float) -> int:

@@ -169,8 +169,77 @@ def test_signals_are_noted_before_torch_is_imported():
     assert done.returncode == 2 and "noted [10, 15]" in done.stderr, done.stderr
 
 
+def test_ctrl_c_stops_a_run_as_term_does(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run"), start=asked, at="update", step=1, numbers=[signal.SIGINT], who=[0])
+    assert saved_step(tmp_path / "run") == 2
+    assert (tmp_path / "run" / MARKER).read_text() == "step 2: SIGINT\n"
+
+
+PRESSES = """
+import os, signal, sys, threading, time
+from megatron_selfdistill import stop
+
+def press(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+
+stop._SAME_PRESS_S = 0.05
+with stop.listening(), stop.interruptible(lambda: print("released", flush=True)):
+    {body}
+    time.sleep(0.5)
+    print("noted", sorted(stop._received))
+"""
+
+
+def presses(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PRESSES.format(body=body)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_ends_the_process_with_one_line_and_130():
+    one = presses("press(signal.SIGINT)")
+    assert (one.returncode, one.stdout) == (0, "noted [2]\n")
+    assert one.stderr.startswith("[rank 0] Ctrl-C: the run saves and ends") and len(one.stderr.splitlines()) == 1
+    two = presses("press(signal.SIGINT, signal.SIGINT)")
+    assert (two.returncode, two.stdout) == (stop.EXIT_INTERRUPTED, "released\n")
+    assert two.stderr.splitlines()[1:] == [
+        "[rank 0] Ctrl-C again: the run has ended at once; its steps since the last checkpoint are lost"
+    ]
+
+
+def test_the_second_ctrl_c_ends_a_process_whose_main_thread_is_in_foreign_code():
+    lines = "libc = ctypes.CDLL(None); box = ctypes.create_string_buffer(64); libc.pthread_mutex_init(box, None)"
+    body = f"import ctypes; {lines}; libc.pthread_mutex_lock(box)\n    "
+    body += "threading.Thread(target=press, args=[signal.SIGINT] * 2).start(); libc.pthread_mutex_lock(box)"
+    assert presses(body).returncode == stop.EXIT_INTERRUPTED
+
+
+def test_one_press_that_arrives_twice_is_one():
+    twice = presses("stop._SAME_PRESS_S = 5.0; press(signal.SIGINT, signal.SIGINT)")
+    assert (twice.returncode, twice.stdout) == (0, "noted [2]\n")
+
+
+def test_a_press_that_a_forked_writer_gets_too_is_one():
+    body = "child = os.fork()\n    if not child: press(signal.SIGINT); os._exit(0)\n"
+    body += "    os.waitpid(child, 0); press(signal.SIGINT)"
+    assert presses(body).stdout == "noted [2]\n"
+
+
+def test_term_after_ctrl_c_is_torchruns_second_press_and_no_signal_elsewhere():
+    both = "press(signal.SIGINT, signal.SIGTERM)"
+    assert presses(both, TORCHELASTIC_RUN_ID="x").returncode == stop.EXIT_INTERRUPTED
+    assert presses(both).stdout == "noted [2, 15]\n"
+    by_slurm = presses(both, TORCHELASTIC_RUN_ID="x", TORCHELASTIC_SIGNALS_TO_HANDLE="SIGINT")
+    assert by_slurm.stdout == "noted [2, 15]\n", "torchrun does not hand on TERM there, so it is Slurm's"
+    assert presses("press(signal.SIGTERM, signal.SIGTERM)", TORCHELASTIC_RUN_ID="x").stdout == "noted [15]\n"
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     with listening():
         assert all(signal.getsignal(number) is stop._take_note for number in SIGNALS)
+        with stop.interruptible():
+            assert signal.getsignal(signal.SIGINT) is stop._take_note
+        assert signal.getsignal(signal.SIGINT) is not stop._take_note
     assert [signal.getsignal(number) for number in SIGNALS] == before

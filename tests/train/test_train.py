@@ -42,12 +42,6 @@ def test_a_bad_record_names_file_and_line(data, tmp_path, capfd):
     assert "bad.jsonl:2" in capfd.readouterr().err
 
 
-def test_keys_lists_every_key_with_its_meaning(capsys):
-    assert main(["--keys"]) == 0
-    listed = capsys.readouterr().out
-    assert "target.teacher_weight=0.75" in listed and "optimizer.lr=" in listed
-
-
 def test_the_log_says_what_computes_the_loss(data, tmp_path):
     options = ["num_steps=1", "loss.solver=fast", "metrics.console=true"]
     process = tiny_run.in_new_process(overrides(data, tmp_path / "run", *options))
