@@ -157,7 +157,9 @@ def _finished(config: Config, as_given: Config) -> Path | None:
     if written.read_text(encoding="utf-8") not in map(configuration.to_yaml, (as_given, config)):
         return None  # the run itself judges what differs
     latest = folder.latest(run_dir / "checkpoints")
-    return latest if latest is not None and folder.iteration_of(latest) >= config.num_steps else None
+    if latest is None or folder.iteration_of(latest) < config.num_steps:
+        return None
+    return None if folder.incomplete(latest) or folder.unverifiable(latest) else latest
 
 
 def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
