@@ -29,7 +29,9 @@ def require_same_tokenizer(config: Config) -> None:
     if Path(data.tokenizer).resolve() == carried.resolve():
         return
     try:
-        ours, theirs = load_tokenizer(data.tokenizer), load_tokenizer(carried)
+        ours, theirs = (
+            load_tokenizer(path, trust_remote_code=data.trust_remote_code) for path in (data.tokenizer, carried)
+        )
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     difference = first_difference(ours, theirs)
@@ -62,7 +64,8 @@ def _shown(tokens: Mapping[int, str], index: int) -> str:
 
 def _carried(config: Config) -> Path | None:
     """Return the folder with the tokenizer of the checkpoint that the run reads; None where there is none."""
-    newest = folder.latest(Path(config.run_dir) / "checkpoints") if config.checkpoint.resume else None
+    resumes = config.run_dir and config.checkpoint.resume
+    newest = folder.latest(Path(config.run_dir) / "checkpoints") if resumes else None
     path = newest or config.checkpoint.load
     if path is None:
         return None

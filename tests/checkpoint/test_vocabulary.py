@@ -10,6 +10,7 @@ from pathlib import Path
 import hf_models
 import pytest
 import sentencepiece
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -100,6 +101,12 @@ def test_a_run_that_resumes_compares_with_what_its_own_folder_carries(checkpoint
         require_same_tokenizer(from_mapping(data))
 
 
+def test_without_a_run_folder_only_the_checkpoint_to_load_counts(checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(checkpoint / "release", tmp_path / "checkpoints" / "iter_0000003")
+    monkeypatch.chdir(tmp_path)
+    require_same_tokenizer(from_mapping({"data": {"tokenizer": str(save_tokenizer(tmp_path / "other", "_$xyz"))}}))
+
+
 def test_a_run_ends_with_the_sentence_before_it_reads_problems(checkpoint, tmp_path, capsys):
     from megatron_selfdistill.train import main
 
@@ -109,6 +116,31 @@ def test_a_run_ends_with_the_sentence_before_it_reads_problems(checkpoint, tmp_p
     arguments |= {"checkpoint.load": checkpoint, "run_dir": tmp_path / "run"}
     assert main([f"{key}={value}" for key, value in arguments.items()]) == 2
     assert "is not the tokenizer that the checkpoint carries" in capsys.readouterr().err
+
+
+TOKENIZATION = """
+from transformers import PreTrainedTokenizerFast
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_tokenizers_that_are_code_are_compared_where_that_code_may_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    hf_models.write("llama2", tmp_path / "hf")
+    for folder, letters in ((tmp_path / "hf", LETTERS), (tmp_path / "other", "_$xyz")):
+        save_tokenizer(folder, letters)
+        (folder / "tokenization_own.py").write_text(TOKENIZATION)
+        written = json.loads((folder / "tokenizer_config.json").read_text())
+        written["tokenizer_class"] = "OwnTokenizer"
+        written["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(written))
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "hf", trust_remote_code=True))
+    with pytest.raises(ConfigError, match="token 2 is 'x' here and 'a' there"):
+        require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "other", trust_remote_code=True))
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "hf"))
 
 
 # SentencePiece
