@@ -6,10 +6,11 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 from megatron_selfdistill.data.files import data_files, format_of, is_hub_name, opened
 
@@ -48,17 +49,13 @@ class BadRecordError(ValueError):
 def from_json(text: str | bytes) -> object:
     """Return the value of the JSON ``text``; bytes are UTF-8, with or without a byte order mark.
 
-    Raises: ValueError for text that is not valid JSON, for the constants NaN, Infinity and -Infinity, which JSON does
-    not have, and for more than `MAX_DEPTH` levels.
+    Raises: ValueError for text that is not valid JSON, for NaN and infinite numbers, which JSON does not have, and for
+    more than `MAX_DEPTH` levels.
     """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8-sig")
-    try:
-        value = _DECODER.decode(text)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-    if _is_too_deep(value):
-        raise ValueError(_TOO_DEEP)
+    value = _decoded(text)
+    fault = _fault_in(value)
+    if fault is not None:
+        raise ValueError(fault)
     return value
 
 
@@ -76,31 +73,31 @@ NO_TEXT = "expected text that can be written as UTF-8, got half of a surrogate p
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TOO_DEEP = f"objects and lists nested more than {MAX_DEPTH} levels deep"
+_NOT_FINITE = "NaN or an infinite number, which JSON does not have; write null where there is no value"
 _LONGEST_CELL = 2**30  # characters; the csv module refuses cells above 131072 otherwise
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"the constant {name}, which JSON does not have; write null where there is no value")
+def _decoded(text: str | bytes) -> object:
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _is_too_deep(value: object) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [inner for item in level for inner in _containers_in(item)]
-        if not level:
-            return False
-    return True
-
-
-def _containers_in(value: object) -> list[object]:
-    if not isinstance(value, (dict, list)):
-        return []
-    return [
-        inner for inner in (value.values() if isinstance(value, dict) else value) if isinstance(inner, (dict, list))
-    ]
+def _fault_in(value: object) -> str | None:
+    """Return why a decoded value is refused, which json.loads accepts; None where it is not."""
+    level, depth = [value], 0
+    while level:
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, (dict, list)):
+                if depth == MAX_DEPTH:
+                    return _TOO_DEEP
+                inner += item.values() if isinstance(item, dict) else item
+            elif isinstance(item, float) and not math.isfinite(item):
+                return _NOT_FINITE
+        level, depth = inner, depth + 1
+    return None
 
 
 def _json_records(file: Path) -> Iterator[tuple[str, object]]:
@@ -118,14 +115,16 @@ def _json_records(file: Path) -> Iterator[tuple[str, object]]:
 def _json_array_records(file: Path) -> Iterator[tuple[str, object]]:
     try:
         with opened(file) as stream:
-            found = from_json(stream.read())
+            found = _decoded(stream.read())
     except ValueError as error:
         if str(error).startswith(str(file)):
             raise
         raise ValueError(f"{file}: expected a JSON array of records ({error}).") from None
     assert isinstance(found, list), "the text begins with a bracket"
     for row, record in enumerate(found, 1):
-        yield f"{file}:{row}", record
+        fault = _fault_in(record)
+        bad = BadRecordError(f"expected a record that JSON can hold, got {fault}.")
+        yield f"{file}:{row}", record if fault is None else bad
 
 
 def _parsed(line: bytes) -> object:
