@@ -23,6 +23,16 @@ def test_the_pieces_joined_are_the_decoded_text(folder, request):
     assert any(piece.startswith(" ") for piece in found), "leading spaces stay with their token"
 
 
+def test_bytes_that_are_no_text_are_decoded_a_few_at_a_time(chat_folder, monkeypatch):
+    """A model gone wrong writes such responses, and a sample must not hold up the run."""
+    tokenizer = load_tokenizer(chat_folder)
+    first_byte = tokenizer.encode("🙂")[0]
+    longest, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: longest.append(len(ids)) or decode(ids))
+    assert set("".join(pieces([first_byte] * 200, tokenizer))) == {"\ufffd"}
+    assert max(longest) <= 8
+
+
 @pytest.mark.parametrize("folder", ["chat_folder", "sentencepiece_file"])
 def test_a_response_cut_within_a_character_ends_in_a_replacement(folder, request):
     tokenizer = load_tokenizer(request.getfixturevalue(folder))
