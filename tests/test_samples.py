@@ -200,7 +200,7 @@ def test_tensorboard_has_the_samples_of_each_step_as_text(tmp_path):
     assert b"<strong> 137</strong>" in texts[0].tensor_proto.string_val[0]
 
 
-def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path):
+def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path, caplog):
     output = Console(file=io.StringIO(), force_terminal=False, width=200)
 
     def broken() -> list[Sample]:
@@ -212,7 +212,11 @@ def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path):
         log.log(3, {"loss/mean": 0.5})
     text = output.file.getvalue()
     assert "warning: the samples of step 3 are not shown: OverflowError: token 7 is out of range\n" in text
-    assert read_samples(tmp_path) == [] and "loss 0.5000" in text
+    assert read_samples(tmp_path) == [] and "loss 0.5000" in text and not caplog.records
+    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, console=False) as log:
+        log.resume(3)
+        log.log_samples(4, broken)
+    assert "the samples of step 4 are not shown" in caplog.text
 
 
 def test_only_the_reporter_makes_samples(tmp_path):

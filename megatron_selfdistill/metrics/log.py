@@ -127,7 +127,7 @@ class MetricsLog:
     def log_samples(self, step: int, make: Callable[[], Sequence[Sample]]) -> None:
         """Show samples of the step after which ``step`` are done, and write them; ``make`` is called on the reporter.
 
-        A sample never stops a run: whatever ``make`` or the writing raises is one line on the console.
+        A sample never stops a run: whatever ``make`` or the writing raises is a warning of one line.
         """
         if not self.enabled:
             return
@@ -142,7 +142,10 @@ class MetricsLog:
                 if self._console is not None:
                     self._console.sample(sample, f"step {step}, sample {number} of {len(samples)}")
         except Exception as error:
-            self.message(f"warning: the samples of step {step} are not shown: {type(error).__name__}: {error}")
+            warning = f"the samples of step {step} are not shown: {type(error).__name__}: {error}"
+            if self._console is None:
+                logger.warning("%s", hidden(warning))
+            self.message(f"warning: {warning}")
 
     def message(self, text: str) -> None:
         """A line on the console, above the progress bar."""

@@ -11,6 +11,7 @@ import tiny_run
 import torch
 from tiny_run import overrides, reproducible_metrics, saved_step, train
 
+from megatron_selfdistill.metrics import read_samples
 from megatron_selfdistill.train import main
 
 BAD_INPUT = {
@@ -137,6 +138,11 @@ def test_a_baseline_runs_on_the_same_data(ranks, data, tmp_path, objective):
     lines = reproducible_metrics(tmp_path / "run")
     assert len(lines) == 6 and lines[-1]["loss/mean"] < lines[0]["loss/mean"] * 1.5
     assert not (tmp_path / "run" / "teacher").exists()
+    samples = read_samples(tmp_path / "run")
+    assert samples and not any(sample["solution"] for sample in samples)
+    for sample in samples:
+        assert sample["response"] and set(sample["tokens"]["teacher_log_prob"]) == {None}
+        assert all(value < 0 for value in sample["tokens"]["student_log_prob"])
 
 
 def test_samples_of_a_problem_that_comes_twice_in_a_batch_count_on():
