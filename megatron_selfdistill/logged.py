@@ -143,6 +143,7 @@ def _read_by_chunks(
 
 def list_left_out(file: Path, sentences: Iterable[str]) -> None:
     """Append those that ``file`` does not have yet, a line each."""
+    file.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the run folder
     have = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
     new = [sentence for sentence in dict.fromkeys(map(hidden, sentences)) if sentence not in have]
     with file.open("a", encoding="utf-8") as lines:

@@ -19,7 +19,7 @@ from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.folder import iteration_name
 from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config, ConfigError, hidden
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts
 from megatron_selfdistill.data.packing import PackedBatch
@@ -293,7 +293,7 @@ class Run:
     def _restore_folder(self) -> None:
         """Write again what a launch writes once, where somebody has removed the run folder in the meantime."""
         if self.grid.is_reporter and not self.folder.is_whole():
-            logger.warning("%s is not there any more: it is written again", self.folder.path)
+            logger.warning("%s is not there any more: it is written again", hidden(str(self.folder.path)))
             self.folder.write()
 
     def close(self) -> None:
@@ -381,7 +381,7 @@ class Run:
         found = resumption(self.config, self.inputs.problems.fingerprint, self.checkpointer.read(latest))
         if self.grid.is_reporter:
             for line in found.warnings:
-                logger.warning("%s", line)
+                logger.warning("%s", hidden(line))
         return found
 
     def _resume(self, found: Resumption) -> None:

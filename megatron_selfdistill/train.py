@@ -242,7 +242,6 @@ def _announce(run: Run) -> None:
     if run.resumed_from is None:
         (folder / LEFT_OUT_FILE).unlink(missing_ok=True)
     if run.inputs.left_out:
-        folder.mkdir(parents=True, exist_ok=True)
         list_left_out(folder / LEFT_OUT_FILE, run.inputs.left_out)
         run.log.message(f"what was left out, by file and line: {folder / LEFT_OUT_FILE}; {run.inputs.left_out[0]}")
 

@@ -15,6 +15,7 @@ from megatron_selfdistill.checkpoint import folder, manifest, transfer
 from megatron_selfdistill.checkpoint.agreement import from_all_ranks, on_each_rank, on_rank_0
 from megatron_selfdistill.checkpoint.folder import CheckpointError
 from megatron_selfdistill.checkpoint.saved_run import SECTION
+from megatron_selfdistill.config import hidden
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def save_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None =
         if _holds_same_weights(target, teacher):
             return _mark_of(target)
         if dist.get_rank() == 0:
-            logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", target)
+            place = hidden(str(target))
+            logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", place)
     mark = mark or on_rank_0(lambda: uuid.uuid4().hex)
     contents = {SECTION: {"kind": "teacher"}, _MARK: mark, **teacher.sharded_state_dict()}
     transfer.write_now(*transfer.begin_write(contents, target), target)

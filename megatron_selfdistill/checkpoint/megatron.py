@@ -29,6 +29,7 @@ from megatron_selfdistill.checkpoint.frozen_teacher import (
     save_frozen_teacher,
 )
 from megatron_selfdistill.checkpoint.saved_run import SECTION, SavedRun, encode, read_saved_run
+from megatron_selfdistill.config import hidden
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.progress import moving_files
 
@@ -95,12 +96,12 @@ class Checkpointer:
         if not self.grid.is_reporter:
             return
         if fault := folder.tracker_fault(self.folder):
-            logger.warning("%s %s: the newest checkpoint counts", self.folder, fault)
+            logger.warning("%s", hidden(f"{self.folder} {fault}: the newest checkpoint counts"))
         if faults:
             reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
             lost = max(map(folder.iteration_of, faults)) - folder.iteration_of(taken)
             again = f", {lost} steps earlier" if lost > 0 else ""
-            logger.warning("%s in %s: the run continues from %s%s", reasons, self.folder, taken.name, again)
+            logger.warning("%s", hidden(f"{reasons} in {self.folder}: the run continues from {taken.name}{again}"))
 
     @moving_files()
     def save(
@@ -185,7 +186,8 @@ class Checkpointer:
         if same_layout:  # last: nothing may draw a number after it
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
-            logger.warning("%s comes from the layout %s: random states start afresh", found, own["layout"])
+            layout = own["layout"]
+            logger.warning("%s comes from the layout %s: random states start afresh", hidden(str(found)), layout)
 
     def poll(self) -> None:
         """Complete a background save whose writers are done on all ranks; else return at once.
@@ -250,7 +252,8 @@ class Checkpointer:
         """Write the frozen teacher at the first save, and again where somebody has removed it since."""
         lost = self._teacher_id is not None and not on_rank_0(lambda: is_there(self.run_dir))
         if lost and self.grid.is_reporter:
-            logger.warning("%s is not there any more: it is written again", self.run_dir / frozen_teacher.NAME)
+            place = hidden(str(self.run_dir / frozen_teacher.NAME))
+            logger.warning("%s is not there any more: it is written again", place)
         if lost or self._teacher_id is None:
             self._teacher_id = save_frozen_teacher(self.run_dir, teacher, self._teacher_id)
 

@@ -192,7 +192,7 @@ class MetricsLog:
             outcome = "it is written again"
         except OSError as error:  # a network file system may have forgotten the file
             text, outcome = "", f"it starts empty: what was logged cannot be read any more ({error})"
-        logger.warning("%s was removed or replaced while the run wrote it: %s", self.path, outcome)
+        logger.warning("%s was removed or replaced while the run wrote it: %s", hidden(str(self.path)), outcome)
         for part in (self._file, self._writer):
             if part is not None:
                 part.close()

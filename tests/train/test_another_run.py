@@ -228,6 +228,24 @@ def test_a_run_needs_a_folder_and_a_look_at_the_configuration_does_not(data, cap
     assert "run_dir: ''" in capfd.readouterr().out
 
 
+def started_with(variable: str, value: str, arguments: list[str]) -> tuple[int, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(variable, value)
+        return start_and_listen(arguments)
+
+
+def test_what_is_said_on_resuming_shows_no_value_of_the_environment(ranks, data, run):
+    arguments = overrides(data, run, *MORE_STEPS, "metrics.console=true", "target.k_max=null", "seed=4")
+    arguments += ["run_dir='${oc.env:LAB_RUNS}/run'", "checkpoint.resume=force"]
+    (run / "checkpoints" / "iter_0000006" / "manifest.json").unlink()
+    ((status, said),) = ranks.run(
+        started_with, "LAB_RUNS", str(run.parent), arguments, world_size=1, init_process_group=False
+    )
+    assert status == 0 and str(run.parent) not in said
+    assert "${oc.env:LAB_RUNS}/run/checkpoints: the run continues from iter_0000003, 3 steps earlier" in said
+    assert "weights, optimizer and teacher are those of ${oc.env:LAB_RUNS}/run" in said
+
+
 def test_an_impossible_value_of_resume_is_refused(data, tmp_path, capfd):
     assert main(overrides(data, tmp_path / "run", "checkpoint.resume=yes_please")) == 2
     assert "checkpoint.resume must be one of true, false, force, got 'yes_please'" in capfd.readouterr().err
