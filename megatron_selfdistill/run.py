@@ -438,9 +438,7 @@ class Run:
     def _distillation_loss(self, target: Target) -> schedule.RowLoss | FusedLoss:
         loss = self.config.loss
         divergence = Divergence(loss.divergence, loss.jsd_lambda)
-        return schedule.self_distillation(
-            target, divergence, loss.backend, loss.solver, fusion=self.output_layer.fusion
-        )
+        return schedule.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
 
     def _learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         self.sampler.sleep()

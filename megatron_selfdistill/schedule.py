@@ -61,14 +61,13 @@ def self_distillation(
     target: Target,
     divergence: Divergence,
     backend: str | None = None,
-    solver: str = "exact",
     *,
     fusion: Fusion | None = None,
 ) -> RowLoss | FusedLoss:
     """The distillation loss with this target and divergence: of logits (loss/vocab_parallel.py) or, with ``fusion``, of
-    hidden states (loss/fused_linear.py).  ``backend``, ``solver``: as for `distillation_loss`."""
+    hidden states (loss/fused_linear.py).  ``backend``: as for `distillation_loss`."""
     if fusion is not None:
-        return FusedLoss(target, divergence, fusion, backend, solver)
+        return FusedLoss(target, divergence, fusion, backend)
 
     def loss(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
         assert teacher is not None
@@ -81,7 +80,6 @@ def self_distillation(
             vocab=vocab,
             inplace_backward=True,
             backend=backend,
-            solver=solver,
         )
 
     return loss

@@ -178,8 +178,8 @@ def with_reference(problem: Problem) -> Problem:
 
 def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> schedule.RowLoss | FusedLoss:
     """The loss whose statistics hold both log-probs at the least price: its target is the teacher, so that no beta is
-    solved, and one pass over the logits says all."""
-    return schedule.self_distillation(Target("teacher_alone"), Divergence(), backend, solver="fast", fusion=fusion)
+    solved."""
+    return schedule.self_distillation(Target("teacher_alone"), Divergence(), backend, fusion=fusion)
 
 
 def _to_whole_replica(both: Tensor, grid: Grid) -> None:

@@ -168,7 +168,6 @@ def test_a_value_of_the_wrong_type_names_its_key(override, words):
         ("target.k=-1", "target.k must be positive"),
         ("loss.divergence=kl", "loss.divergence must be one of"),
         ("loss.backend=cuda", "loss.backend must be one of torch, triton, got 'cuda'"),
-        ("loss.solver=exakt", "did you mean 'exact'?"),
         ("loss.fused=always", "loss.fused must be one of none, keep_gradient, low_memory"),
         ("loss.fused_chunk_tokens=0", "loss.fused_chunk_tokens must be at least 1"),
         ("loss.max_logits_gb=-1", "loss.max_logits_gb must be at least 0"),

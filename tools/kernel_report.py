@@ -89,20 +89,18 @@ def cases() -> Iterator[Case]:
         summing = {"MIX": first_pass_kernel.BOTH, "LANES": kernels.LANES, "VEC": vec, "PACKED": True}
         first = first_pass_kernel.first_pass_kernel
         tokens = {"tokens": "*i64", "argmaxes": "*i32", "first_column": "i32"}
-        for target, kind in itertools.product(targets, ("", ", fast", ", fast, forward KL")):
-            grid = Grid.of(target, torch.float32, one_pass=bool(kind), with_forward_kl="forward" in kind)
+        for target in targets:
+            grid = Grid.of(target, torch.float32)
             doubled = sum(1 << j for j in grid.doubled)
-            constants = {**summing, "J": len(grid.betas), "DOUBLED": doubled, "OCTAVE": grid.octave, "HAS_TOKENS": True}
-            constants |= {"ONE_PASS": grid.one_pass, "WITH_FORWARD": grid.with_forward_kl}
+            constants = {**summing, "J": len(grid.betas), "DOUBLED": doubled, "HAS_TOKENS": True}
             options = kernels.first_pass_options(grid, vec)
             constants |= {name: options.pop(name) for name in ("LANES", "VEC")}
-            yield Case(
-                f"first pass, {len(grid.betas)} betas{kind}, {dtype}", first, logits | tokens, constants, options
-            )
-        for kind in (False, True):
-            name = f"second pass{', forward KL' if kind else ''}, {dtype}"
-            constants = {**summing, "WITH_FORWARD": kind}
-            yield Case(name, pass_kernels.second_pass_kernel, logits | tokens, constants, reading)
+            yield Case(f"first pass, {len(grid.betas)} betas, {dtype}", first, logits | tokens, constants, options)
+        for some_rows, forward in itertools.product((False, True), repeat=2):
+            name = f"{'third' if some_rows else 'second'} pass{', forward KL' if forward else ''}, {dtype}"
+            constants = {**summing, "WITH_FORWARD": forward, "SOME_ROWS": some_rows}
+            types = logits | {"argmaxes": "*i32", "statuses": "*i64" if some_rows else "*i32"}
+            yield Case(name, pass_kernels.second_pass_kernel, types, constants, reading)
         yield Case(f"JSD pass, {dtype}", pass_kernels.jsd_pass_kernel, logits, summing, reading)
         for i, kind in enumerate(kernels.KINDS):
             constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": kernels.GRADIENT_BLOCK}
@@ -128,15 +126,11 @@ def solving_cases() -> Iterator[Case]:
             constants = {"J": num_betas, "NUM_GRID": num_betas, "FAVOURED": favoured}
             name = f"solve, {num_betas} betas, {parts} parts"
             yield Case(name, row_kernels.solve_kernel, double, sizes | constants, options)
-        for columns in (SECOND_PASS, SECOND_PASS_FORWARD):
+        for columns, some_rows in itertools.product((SECOND_PASS, SECOND_PASS_FORWARD), (False, True)):
             constants = {"NUM_GRID": 5, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True, "NUM_COLUMNS": len(columns)}
-            name = f"finish{', forward KL' if columns is SECOND_PASS_FORWARD else ''}, {parts} parts"
-            yield Case(name, row_kernels.finish_kernel, double, sizes | constants, options)
-        for forward in (False, True):
-            constants = {"NUM_GRID": 9, "J": 9, "FAVOURED": 0, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True}
-            constants |= {"WITH_FORWARD": forward, "NUM_COLUMNS": 12 + 4 * 9 + 1 + 2 * 9 * forward + 2}
-            name = f"fast finish{', forward KL' if forward else ''}, {parts} parts"
-            yield Case(name, row_kernels.one_pass_kernel, double, sizes | constants, options)
+            constants |= {"SOME_ROWS": some_rows}
+            kind = f"{', forward KL' if columns is SECOND_PASS_FORWARD else ''}{', third pass' if some_rows else ''}"
+            yield Case(f"finish{kind}, {parts} parts", row_kernels.finish_kernel, double, sizes | constants, options)
 
 
 def measure(case: Case, arch: int) -> Report:
@@ -168,7 +162,7 @@ def measure(case: Case, arch: int) -> Report:
         wide_loads=len(re.findall(rf"ld\.global{wide}", ptx)),
         wide_stores=len(re.findall(rf"st\.global{wide}", ptx)),
         barriers=len(re.findall(r"bar(?:rier)?\.(?:cta\.)?(?:red\.\S*\.)?sync|barrier0", ptx)),
-        ahead=load_distance(_cuobjdump("-sass", compiled.asm["cubin"])) if "pass" in case.name else None,
+        ahead=load_distance(_cuobjdump("-sass", compiled.asm["cubin"])) if "student_stride" in names and "out" not in names else None,
     )
 
 

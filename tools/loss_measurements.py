@@ -58,7 +58,7 @@ class Report:
     u: int
     """Bytes."""
     floor_u: float
-    """Of this project's loss, solver exact."""
+    """Of this project's loss."""
     copy_seconds: float
     """Of one read and one write of 1u each."""
     found: list[Found]
@@ -269,7 +269,8 @@ def _counted_collectives() -> Iterator[list[str]]:
 
         return counted
 
-    names = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+    names = ["all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"]
+    names += [name for name in ("all_gather_single", "reduce_scatter_single") if hasattr(dist, name)]
     with contextlib.ExitStack() as patches:
         for name in names:
             patches.enter_context(mock.patch.object(dist, name, counting(name, getattr(dist, name))))

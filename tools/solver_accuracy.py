@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Print how accurately the sharded loss solves for beta, per class of distributions, as a Markdown table.
 
-    python tools/solver_accuracy.py [--vocab-size 8192] [--tokens 24] [--seed 0] [--strict] [--solver fast]
+    python tools/solver_accuracy.py [--vocab-size 8192] [--tokens 24] [--seed 0] [--strict]
 
 Every class is compared with float64 on the same logits.  ``--strict`` takes the target without a bound on k
 instead of the one with k <= 1 + w.
@@ -27,14 +27,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens per class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strict", action="store_true", help="no bound on k")
-    parser.add_argument("--solver", choices=["exact", "fast"], default="exact")
     arguments = parser.parse_args()
     target = Target(k_max=None) if arguments.strict else Target()
-    print("| class | beta (1+w) | matched | capped | beyond | undetermined | H(q)-H(p) | sum q-1 | reverse KL |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| class | beta (1+w) | matched | capped | beyond | undetermined | unconverged | H(q)-H(p) | sum q-1 | reverse KL |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name in DISTRIBUTIONS:
         student, teacher = draw(name, arguments.tokens, arguments.vocab_size, arguments.seed)
-        print(markdown_row(name, measure(student, teacher, target, arguments.solver), target))
+        print(markdown_row(name, measure(student, teacher, target), target))
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,14 @@ class Accuracy:
     reverse_kl: Tensor
 
 
-def measure(student: Tensor, teacher: Tensor, target: Target, solver: str = "exact") -> Accuracy:
+def measure(student: Tensor, teacher: Tensor, target: Target) -> Accuracy:
     """Run the loss on [T, V] logits as they are and compare with float64."""
     num_tokens, vocab_size = student.shape
     vocab = VocabShard(0, vocab_size, vocab_size)
     tokens = torch.zeros(num_tokens, dtype=torch.int64)
     # The normaliser in use is read off one column: its log q, as reported, against the logits in float64.
     tokens += (student.double() + target.teacher_weight * teacher.double()).argmax(1)
-    arguments = {"target": target, "divergence": Divergence(), "vocab": vocab, "solver": solver}
-    stats = distillation_loss(student, teacher, tokens, **arguments)
+    stats = distillation_loss(student, teacher, tokens, target=target, divergence=Divergence(), vocab=vocab)
     mix, beta = student.double() + target.teacher_weight * teacher.double(), stats.beta.double()
     log_p, log_q = student.double().log_softmax(-1), (beta[:, None] * mix).log_softmax(-1)
     mismatch = (_entropy(log_q) - _entropy(log_p)).abs()
@@ -81,7 +79,7 @@ def measure(student: Tensor, teacher: Tensor, target: Target, solver: str = "exa
 def markdown_row(name: str, accuracy: Accuracy, target: Target) -> str:
     """One row of the table: the range of beta (1 + w), the share of each status, the largest errors."""
     relative = accuracy.beta * target.geometric_k
-    ordered = (Status.MATCHED, Status.CAPPED, Status.OUT_OF_RANGE, Status.UNDETERMINED)
+    ordered = (Status.MATCHED, Status.CAPPED, Status.OUT_OF_RANGE, Status.UNDETERMINED, Status.UNCONVERGED)
     shares = " | ".join(f"{(accuracy.status == status).double().mean():.2f}" for status in ordered)
     errors = " | ".join(f"{e.max():.1e}" for e in (accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl))
     return f"| {name} | {relative.min():.3f} .. {relative.max():.3f} | {shares} | {errors} |"
@@ -199,6 +197,54 @@ def _sharper_teacher(num_tokens: int, vocab_size: int, generator: torch.Generato
     return student, 1.5 * student
 
 
+def _tied_tops(num_tied: int) -> Callable[[int, int, torch.Generator], Pair]:
+    """Equal best columns of both over a bulk of sigma 0, 0.5 and 2: H(beta) has a plateau at log(num_tied)."""
+
+    def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+        sigma = torch.tensor([0.0, 0.5, 2.0]).repeat(num_tokens)[:num_tokens, None]
+        student, teacher = (sigma * _normal(num_tokens, vocab_size, generator) for _ in "st")
+        bulk = torch.tensor(vocab_size).log() + sigma**2 / 2
+        student[:, :num_tied] = bulk - 2 + 14 * torch.rand(num_tokens, 1, generator=generator)
+        teacher[:, :num_tied] = (bulk + 8) * torch.rand(num_tokens, 1, generator=generator)
+        return student, teacher
+
+    return pair
+
+
+def _smallest_plateau(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student, teacher = torch.zeros(num_tokens, vocab_size), torch.zeros(num_tokens, vocab_size)
+    student[:, :2], teacher[:, :2] = 16.6, 7.0
+    return student, teacher
+
+
+def _forks(less_sure: float) -> Callable[[int, int, torch.Generator], Pair]:
+    """Two continuations nearly equally likely over a small tail: apart by 0.05 to 0.8, the teacher by as much."""
+
+    def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+        student = 2.2 * _normal(num_tokens, vocab_size, generator)
+        gap = torch.tensor([0.05, 0.1, 0.2, 0.8]).repeat(num_tokens)[:num_tokens, None]
+        height = 13 + 7 * torch.rand(num_tokens, 1, generator=generator)
+        student[:, :2] = height + gap * torch.randn(num_tokens, 2, generator=generator)
+        teacher = student + 0.8 * _normal(num_tokens, vocab_size, generator)
+        teacher[:, :2] = student[:, :2] - less_sure + gap * torch.randn(num_tokens, 2, generator=generator)
+        return student.bfloat16(), teacher.bfloat16()
+
+    return pair
+
+
+def _levels(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    """Columns of 0 but for one to three blocks of equal columns at random heights."""
+    student, teacher = torch.zeros(num_tokens, vocab_size), torch.zeros(num_tokens, vocab_size)
+    for row in range(num_tokens):
+        start = 0
+        for block in range(1 + row % 3):
+            share = torch.rand(3, generator=generator)
+            size = int(2 ** (6 * share[0])) if block else 1 + int(4 * share[0])
+            student[row, start : start + size], teacher[row, start : start + size] = 20 * share[1], 18 * share[2] - 4
+            start += size
+    return student, teacher
+
+
 DISTRIBUTIONS: dict[str, Callable[[int, int, torch.Generator], Pair]] = {
     "language model": _llm_pair,
     "language model, bf16": _llm_bf16,
@@ -217,6 +263,13 @@ DISTRIBUTIONS: dict[str, Callable[[int, int, torch.Generator], Pair]] = {
     "masked": _masked,
     "teacher ~ student": _near,
     "teacher sharper": _sharper_teacher,
+    "two tied tops": _tied_tops(2),
+    "three tied tops": _tied_tops(3),
+    "two tied tops, smallest": _smallest_plateau,
+    "forks, bf16": _forks(0.0),
+    "forks, teacher 4 nats less sure, bf16": _forks(4.0),
+    "forks, teacher 6 nats less sure, bf16": _forks(6.0),
+    "levels": _levels,
 }
 
 

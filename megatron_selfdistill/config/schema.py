@@ -506,10 +506,6 @@ class LossConfig:
     backend: str | None = None
     """torch, or triton (kernels for NVIDIA GPUs).  null: triton where the logits are on a GPU and triton is installed,
     else torch; the log says which and why."""
-    solver: str = "exact"
-    """exact: the entropies of target and student match to 1e-5 nats.  fast: to 2e-3, and to 1e-2 where student and
-    teacher are far apart, for one pass over the logits and one collective fewer; logged divergences are as coarse,
-    forward KL ten times as coarse."""
     rollout_correction: str = "none"
     """none, or truncated: each token's loss is weighted by min(p / mu, rollout_correction_cap), p the student's
     probability of the token and mu that of the distribution it was drawn from (another engine's, or the guided mix)."""
@@ -531,7 +527,6 @@ class LossConfig:
         _tidy("loss", self)
         if self.backend is not None:
             _one_of("loss.backend", self.backend, ["torch", "triton"])
-        _one_of("loss.solver", self.solver, ["exact", "fast"])
         if self.fused is not None:
             _one_of("loss.fused", self.fused, ["none", "keep_gradient", "low_memory"])
         _at_least(1, "loss", self, "fused_chunk_tokens")

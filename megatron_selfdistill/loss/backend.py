@@ -28,8 +28,7 @@ class Backend:
     """The passes over the logits (contracts: ``row_sums``) and the solving between them (``row_statistics``).
 
     num_parts: of [T, columns per rank], into how many parts each row is cut: the same on all ranks.
-    solve_rows returns what finish_rows takes; its ``constants`` go to second_pass.
-    finish_in_one_pass: in the place of all three, under ``Grid.one_pass``.
+    solve_rows returns what finish_rows takes and, for another pass, returns anew; its ``constants`` go to second_pass.
     """
 
     name: str
@@ -37,8 +36,7 @@ class Backend:
     first_pass: Callable[..., tuple[Tensor, Tensor]]
     solve_rows: Callable[..., Any]
     second_pass: Callable[..., Tensor]
-    finish_rows: Callable[..., RowResults]
-    finish_in_one_pass: Callable[..., RowResults]
+    finish_rows: Callable[..., tuple[RowResults, Any]]
     jsd_pass: Callable[[row_sums.Shard, RowConstants, float], Tensor]
     write_gradient: Callable[..., None]
 
@@ -106,7 +104,6 @@ def _triton() -> Backend:
         solve_rows=solve_kernels.solve_rows,
         second_pass=kernels.second_pass,
         finish_rows=solve_kernels.finish_rows,
-        finish_in_one_pass=solve_kernels.finish_in_one_pass,
         jsd_pass=kernels.jsd_pass,
         write_gradient=kernels.write_gradient,
     )
@@ -123,7 +120,6 @@ _TORCH = Backend(
     solve_rows=row_statistics.solve_rows,
     second_pass=row_sums.second_pass,
     finish_rows=row_statistics.finish_rows,
-    finish_in_one_pass=row_statistics.finish_in_one_pass,
     jsd_pass=row_sums.jsd_pass,
     write_gradient=row_sums.write_gradient,
 )

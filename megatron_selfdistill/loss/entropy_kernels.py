@@ -1,7 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
-"""The formulas of ``entropy_match`` for the Triton kernels: float64, one row per element, names as there."""
+"""The formulas of ``entropy_match`` for the Triton kernels: float64, one row per element, names as there.
+
+A point is what `entropy_match.Cumulants` is: (beta, log_sum, mean, variance, third).
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,19 @@ from megatron_selfdistill.loss.kernel_math import as_float32, at_least, at_most,
 
 _LEAST_ENTROPY = tl.constexpr(entropy_match.LEAST_ENTROPY)
 _LEAST_DEFICIT = tl.constexpr(entropy_match.LEAST_DEFICIT)
-_MIN_ENTROPY = tl.constexpr(target.MIN_ENTROPY)
+_LONGEST_STEP = tl.constexpr(entropy_match.LONGEST_STEP)
+_AGREEMENT, _MIN_ENTROPY = tl.constexpr(entropy_match.AGREEMENT), tl.constexpr(target.MIN_ENTROPY)
 _SNAP, _SNAP_LIMIT = tl.constexpr(entropy_match.SNAP), tl.constexpr(entropy_match.SNAP_LIMIT)
 _EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
 
 @triton.jit
-def cumulants(tail, first, second, third):
-    """`Cumulants.from_sums`: (log_sum, mean, variance, third)."""
+def cumulants(beta, tail, first, second, third):
+    """`Cumulants.from_sums`."""
     total = 1 + tail
     mean, square, cube = first / total, second / total, third / total
     return (
+        beta + tl.zeros_like(mean),
         log_one_plus_64(tail),
         mean,
         square - mean * mean,
@@ -33,67 +38,88 @@ def cumulants(tail, first, second, third):
 
 
 @triton.jit
-def nothing_yet(like, N: tl.constexpr):
-    """What is known of the grid before its first point, of N numbers: see `with_point`."""
-    point = ()
-    for _ in tl.static_range(N):
-        point = point + (tl.zeros_like(like),)
-    return _brief(point), point, point, point, _brief(point), tl.zeros_like(like) + 1e9
+def entropy_of(point):
+    """`Cumulants.entropy`."""
+    return point[1] - point[0] * point[2]
+
+
+@triton.jit
+def extrapolated(here, beta):
+    """`Cumulants.extrapolated`: log S0 and H."""
+    _, log_sum, mean, variance, third = here
+    step = beta - here[0]
+    log_sum = log_sum + step * (mean + step * (variance / 2 + step * third / 6))
+    return log_sum, log_sum - beta * (mean + step * (variance + step * third / 2))
+
+
+@triton.jit
+def nothing_yet(like):
+    """What is known of the grid before its first point: see `with_point`."""
+    zero = tl.zeros_like(like)
+    point = (zero, zero, zero, zero, zero)
+    return (zero, zero, zero), point, point, point, (zero, zero, zero), zero + 1e9
 
 
 @triton.jit
 def with_point(solved, point, student_entropy, distance, is_first):
-    """The first point of the grid, the last one so far, both ends of the cell in which f falls below 0, the point that
-    matches to rounding (`entropy_match.SNAP`), and how far that is from the favoured one.
+    """The first point of the grid, the last one so far, both ends of the first cell in which H falls below H(p), the
+    point that matches to rounding (`entropy_match.SNAP`), and how far that is from the favoured one.
 
-    A point: beta, its cumulants, f with slope and curvature; under ``Grid.one_pass`` also E[y] and its derivative.
     One at a time: all the points of a grid would not fit into registers.
     """
     first, last, left, right, match, nearest = solved
-    crosses = (last[5] > 0) & (point[5] <= 0)
-    entropy = point[1] - point[0] * point[2]
+    wanted, entropy = at_least(student_entropy, _MIN_ENTROPY), entropy_of(point)
+    crosses = (entropy_of(last) > wanted) & ~(entropy > wanted) & (left[0] == 0) & ~is_first
     noise = _SNAP * _EPS * (entropy + point[0] * point[0] * point[3])
-    wanted = at_least(student_entropy, _MIN_ENTROPY)
     matches = (tl.abs(entropy - wanted) <= at_most(noise, _SNAP_LIMIT)) & (distance < nearest)
     return (
-        _where(is_first, _brief(point), first),
+        where(is_first, point[:3], first),
         point,
-        _where(crosses, last, left),
-        _where(crosses, point, right),
-        _where(matches, _brief(point), match),
+        where(crosses, last, left),
+        where(crosses, point, right),
+        where(matches, point[:3], match),
         tl.where(matches, distance, nearest),
     )
 
 
 @triton.jit
-def on_grid(solved, student_entropy, GIVEN: tl.constexpr):
-    """`entropy_match.solve_on_grid`: beta, log_sum, lowest, highest, inside; and `_brief` where beta is a point."""
+def on_grid(solved, student_entropy, max_entropy, GIVEN: tl.constexpr):
+    """`entropy_match.solve_on_grid`: beta, log_sum, left, right, inside."""
     first, last, left, right, match, nearest = solved
     if GIVEN:
-        beta, log_sum, lowest, highest = last[0], last[1], last[0], last[0]
-        point, inside = _brief(last), last[0] != last[0]
+        beta, log_sum, inside = last[0], last[1], last[0] != last[0]
     else:
-        soft, hard, matches = first[3] > 0, last[5] <= 0, nearest < 1e9
-        inside = soft & hard & ~matches
-        lowest, highest = left[0], right[0]
-        root = as_float32(root_in_cell(left[5:8], right[5:8], lowest, highest))
-        point = _where(matches, match, _where(soft, _brief(last), first))
-        sound = is_finite(student_entropy + first[1] - first[0] * first[2])
+        wanted = at_least(student_entropy, _MIN_ENTROPY)
+        soft, hard, matches = entropy_of(first) > wanted, ~(entropy_of(last) > wanted), nearest < 1e9
+        root = as_float32(root_between(left, right, wanted, max_entropy))
+        point = where(matches, match, where(soft, last[:3], first))
+        sound = is_finite(student_entropy + entropy_of(first))
+        inside = soft & hard & ~matches & sound
         beta = tl.where(sound, tl.where(inside, root, point[0]), float("nan"))
-        log_sum = log_sum_in_cell(left[1:5], right[1:5], lowest, highest, root)
-        log_sum = tl.where(sound, tl.where(inside, log_sum, point[1]), float("nan"))
-        inside = inside & sound
-    return beta, log_sum, lowest, highest, inside, point
+        log_sum = tl.where(inside, log_sum_between(left, right, root), point[1])
+        log_sum = tl.where(sound, log_sum, float("nan"))
+    return beta, log_sum, left, right, inside
 
 
 @triton.jit
-def _brief(point):
-    """beta, log_sum, mean and f of a point, and under ``Grid.one_pass`` E[y]: registers are scarce."""
-    return point[0], point[1], point[2], point[5], point[len(point) - 2]
+def refined(here, left, right, inside, student_entropy, max_entropy):
+    """`Solution.refined`: beta, log_sum, entropy, left, right, converged."""
+    wanted = at_least(student_entropy, _MIN_ENTROPY)
+    soft = entropy_of(here) > wanted
+    left, right = where(soft, here, left), where(soft, right, here)
+    root = root_between(left, right, wanted, max_entropy)
+    # NaN: an entropy that does not move to float64 precision.
+    root = tl.where(inside & (root == root), root, here[0])
+    is_near = tl.abs(tl.log(root / here[0])) <= _LONGEST_STEP
+    agrees = tl.abs(extrapolated(here, root)[1] - wanted) <= _AGREEMENT
+    beta = as_float32(root)
+    log_sum, entropy = extrapolated(here, beta)
+    return beta, log_sum, entropy, left, right, ~inside | (is_near & agrees)
 
 
 @triton.jit
-def _where(condition, a, b):
+def where(condition, a, b):
+    """Of each element of two tuples."""
     out = ()
     for i in tl.static_range(len(a)):
         out = out + (tl.where(condition, a[i], b[i]),)
@@ -101,99 +127,54 @@ def _where(condition, a, b):
 
 
 @triton.jit
-def mismatch(here, beta, student_entropy, max_entropy):
-    """`entropy_match._mismatch`: G(H) - G(wanted), and its first two derivatives."""
-    log_sum, mean, variance, third = here
-    wanted = at_least(student_entropy, _MIN_ENTROPY)
-    entropy = at_least(log_sum - beta * mean, _LEAST_ENTROPY)
-    deficit = at_least(max_entropy - entropy, _LEAST_DEFICIT)
-    v = beta * beta * variance
-    slope_of_entropy, curvature_of_entropy = -v, -(2 * v + beta * beta * beta * third)
-    a, b = slope_of_entropy / entropy, slope_of_entropy / deficit
-    slope = a + b
-    curvature = curvature_of_entropy / entropy - a * a + curvature_of_entropy / deficit + b * b
-    goal = tl.log(wanted) - tl.log(at_least(max_entropy - wanted, _LEAST_DEFICIT))
-    return tl.log(entropy) - tl.log(deficit) - goal, slope, curvature
-
-
-@triton.jit
-def _of_logarithm(a, b, c):
-    return c - 3 * a * b + 2 * a * a * a
-
-
-@triton.jit
-def _third_derivative(here, fourth, beta, max_entropy):
-    log_sum, mean, variance, third = here
-    entropy = at_least(log_sum - beta * mean, _LEAST_ENTROPY)
-    deficit = at_least(max_entropy - entropy, _LEAST_DEFICIT)
-    v, skew = beta * beta * variance, beta * beta * beta * third
-    d1, d2, d3 = -v, -(2 * v + skew), -(4 * v + 5 * skew + beta * beta * beta * beta * fourth)
-    of_entropy = _of_logarithm(d1 / entropy, d2 / entropy, d3 / entropy)
-    return of_entropy - _of_logarithm(-d1 / deficit, -d2 / deficit, -d3 / deficit)
-
-
-@triton.jit
-def fourth_cumulant(here, square, cube, fourth_power):
-    """`Cumulants.fourth`."""
-    mean, variance = here[1], here[2]
-    mean2 = mean * mean
-    return fourth_power - 4 * mean * cube + 6 * mean2 * square - 3 * mean2 * mean2 - 3 * variance * variance
-
-
-@triton.jit
-def polished(here, fourth, beta, lowest, highest, inside, student_entropy, max_entropy):
-    """`entropy_match.polish`: (step, log_sum, mean) at beta + step."""
-    log_sum, mean, variance, third = here
-    f, slope, curvature = mismatch(here, beta, student_entropy, max_entropy)
-    newton, bend = -f / slope, curvature / slope
-    twist = _third_derivative(here, fourth, beta, max_entropy) / slope
-    ratio = (1 + bend * newton / 2) / (1 + bend * newton + twist * newton * newton / 6)
-    factor = tl.exp(newton * at_most(at_least(ratio, 0.5), 2.0))
-    moved = as_float32(at_most(at_least(beta * factor, lowest), highest))
-    # factor NaN: an entropy that does not move to float64 precision, nothing to polish
-    step = tl.where(inside & (factor == factor), moved - beta, 0.0)
-    return (
-        step,
-        log_sum + step * (mean + step * (variance / 2 + step * (third / 6 + step * fourth / 24))),
-        mean + step * (variance + step * (third / 2 + step * fourth / 6)),
-    )
-
-
-@triton.jit
-def root_in_cell(left, right, lowest, highest):
-    """`entropy_match._root_in_cell`; left and right: f, slope and curvature at the ends of the cell."""
-    width = tl.log(highest / lowest)
-    curve = _quintic(
-        left[0], left[1] * width, left[2] * width * width, right[0], right[1] * width, right[2] * width * width
-    )
-    start, end = tl.zeros_like(lowest), tl.zeros_like(lowest) + 1
-    at_start, at_end = left[0], right[0]
+def root_between(left, right, wanted, max_entropy):
+    """`entropy_match._root_between`."""
+    floor, width = _floor(left, right), tl.log(right[0] / left[0])
+    f0, d0, c0 = _mismatch(left, floor, wanted, max_entropy)
+    f1, d1, c1 = _mismatch(right, floor, wanted, max_entropy)
+    curve = _quintic(f0, d0 * width, c0 * width * width, f1, d1 * width, c1 * width * width)
+    low, high = tl.zeros_like(width), tl.zeros_like(width) + 1
+    at_low, at_high = f0, f1
     for _ in range(12):
-        middle = (start + end) / 2
+        middle = (low + high) / 2
         value = _value(curve, middle)
         soft = value > 0
-        start, end = tl.where(soft, middle, start), tl.where(soft, end, middle)
-        at_start, at_end = tl.where(soft, value, at_start), tl.where(soft, at_end, value)
-    fraction = at_start / (at_start - at_end)
+        low, high = tl.where(soft, middle, low), tl.where(soft, high, middle)
+        at_low, at_high = tl.where(soft, value, at_low), tl.where(soft, at_high, value)
+    fraction = at_low / (at_low - at_high)
     fraction = at_most(at_least(tl.where(fraction == fraction, fraction, 0.5), 0.0), 1.0)
-    return lowest * tl.exp((start + (end - start) * fraction) * width)
+    return left[0] * tl.exp((low + (high - low) * fraction) * width)
 
 
 @triton.jit
-def log_sum_in_cell(left, right, lowest, highest, beta):
-    """`entropy_match._log_sum_in_cell`; left and right: the cumulants at the ends of the cell."""
-    step = highest - lowest
-    curve = _quintic(left[0], left[1] * step, left[2] * step * step, right[0], right[1] * step, right[2] * step * step)
-    return _value(curve, (beta - lowest) / step)
+def _floor(left, right):
+    """`entropy_match._floor`."""
+    fall, bend = right[0] * right[3], -(right[3] + right[0] * right[4])
+    least = fall / (right[0] - left[0])
+    steepest = at_least(tl.where(bend > least, bend, least), _LEAST_ENTROPY)
+    return at_least(entropy_of(right) - fall * fall / steepest, 0.0)
 
 
 @triton.jit
-def cubic(start, slope, end, end_slope, left, right, x):
-    """`entropy_match.cubic`."""
-    step = right - left
-    rise, first, last = end - start, slope * step, end_slope * step
-    where = (x - left) / step
-    return start + where * (first + where * (3 * rise - 2 * first - last + where * (first + last - 2 * rise)))
+def _mismatch(point, floor, wanted, max_entropy):
+    """`entropy_match._mismatch`: G(H) - G(wanted), and its first two derivatives."""
+    beta, _, _, variance, third = point
+    entropy = entropy_of(point)
+    excess, deficit = at_least(entropy - floor, _LEAST_ENTROPY), at_least(max_entropy - entropy, _LEAST_DEFICIT)
+    v = beta * beta * variance
+    first, second = -v, -(2 * v + beta * beta * beta * third)
+    a, b = first / excess, first / deficit
+    goal = tl.log(at_least(wanted - floor, _LEAST_ENTROPY)) - tl.log(at_least(max_entropy - wanted, _LEAST_DEFICIT))
+    return tl.log(excess) - tl.log(deficit) - goal, a + b, second / excess - a * a + second / deficit + b * b
+
+
+@triton.jit
+def log_sum_between(left, right, beta):
+    """`entropy_match._log_sum_between`."""
+    step = right[0] - left[0]
+    square = step * step
+    curve = _quintic(left[1], left[2] * step, left[3] * square, right[1], right[2] * step, right[3] * square)
+    return _value(curve, (beta - left[0]) / step)
 
 
 @triton.jit

@@ -1,15 +1,20 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The solver for beta = 1 / k: moment sums of the mix in, the beta with H(softmax(beta m)) = H(p) out.
+"""The solver for beta = 1 / k: cumulants of the mix in, the beta with H(softmax(beta m)) = H(p) out.
 
-With x = m - max m, S_k = sum e^(beta x) x^k, u = log beta, and mu, Var, k3, k4 the cumulants of x under
-softmax(beta x), v = beta^2 Var:
+With x = m - max m, S_k = sum e^(beta x) x^k, u = log beta, and mu, Var, k3 the cumulants of x under softmax(beta x):
 
-    H = log S0 - beta mu
-    dH/du = -v,  d2H/du2 = -(2 v + beta^3 k3),  d3H/du3 = -(4 v + 5 beta^3 k3 + beta^4 k4)
+    H = log S0 - beta mu,    dH/du = -beta^2 Var,    d2H/du2 = -(2 beta^2 Var + beta^3 k3)
 
-The unknown is sought on the logit-entropy G(u) = log H - log(Hmax - H), nearly a straight line for H -> 0
-and for H -> Hmax = log(number of valid columns).  A quintic Hermite polynomial between two neighbours of a
-grid of betas gives a first value; one step of the Newton-Halley-Householder family, there, polishes it.
+The root lies between two betas at which these are known: first two neighbours of the grid, then one of them and the
+beta at which the last pass was taken.  It is sought on
+
+    G(u) = log(H - floor) - log(Hmax - H),    Hmax = log(number of valid columns)
+
+which is nearly a straight line where a bulk of columns melts (H -> Hmax), where all mass runs to one column (floor = 0,
+H -> 0), and where H settles on a plateau because two or three best columns are nearly tied over a small tail.  There
+H - floor decays exponentially in beta.  Its rate is H'' / |H'| (derivatives with respect to beta) at the right end, or
+1 / (distance of the ends) where that is larger, and ``floor`` is what H tends to at this rate: H - |H'| / rate, at least
+0.  A quintic Hermite polynomial through G, G' and G'' at both ends is inverted.
 
 All arithmetic is elementwise in float64, without communication: ranks with the same sums get the same bits.
 """
@@ -17,7 +22,7 @@ All arithmetic is elementwise in float64, without communication: ranks with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,210 +38,199 @@ SNAP = 4.0
 So equal logits give beta (1 + w) = 1 exactly."""
 SNAP_LIMIT = 5e-6
 """Nats; the largest mismatch that counts as rounding."""
+AGREEMENT = 2e-6
+"""Nats, between two estimates of H at the root.  What float32 then takes from beta is 6e-8 of dH/du, below 5e-6."""
+LONGEST_STEP = 1 / 32
+"""Of log beta, from the beta of a pass to the beta in use: where the series of log S0, H and E_q[log p] are trusted.
+
+Forks alone take longer steps, up to 0.1, of which the last one loses 1e-5; 0.007 is the longest on other classes of
+``tools/solver_accuracy.py``."""
 
 
 @dataclass(frozen=True)
 class Cumulants:
-    """Of x under softmax(beta x), in any shape: log-normaliser, mean, variance, third cumulant."""
+    """Of x under softmax(beta x), in any shape: beta, log-normaliser, mean, variance, third cumulant."""
 
+    beta: Tensor
     log_sum: Tensor
     mean: Tensor
     variance: Tensor
     third: Tensor
 
     @classmethod
-    def from_sums(cls, tail: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Cumulants:
-        """From S0 - 1, S1, S2, S3.  Without its largest term, 1, S0 keeps the digits of a very sure row."""
+    def from_sums(cls, beta: Tensor, tail: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Cumulants:
+        """Return the cumulants for S0 - 1, S1, S2, S3.
+
+        Without its largest term, 1, S0 keeps the digits of a very sure row.
+        """
         total = 1 + tail
         mean, square, cube = first / total, second / total, third / total
-        return cls(tail.log1p(), mean, square - mean * mean, cube - 3 * mean * square + 2 * mean**3)
+        third_cumulant = cube - 3 * mean * square + 2 * mean**3
+        return cls(beta.expand_as(mean), tail.log1p(), mean, square - mean * mean, third_cumulant)
 
-    def entropy(self, beta: Tensor) -> Tensor:
+    @property
+    def entropy(self) -> Tensor:
         """H of softmax(beta x), in nats."""
-        return self.log_sum - beta * self.mean
+        return self.log_sum - self.beta * self.mean
 
-    def fourth(self, square: Tensor, cube: Tensor, fourth_power: Tensor) -> Tensor:
-        """The fourth cumulant, from E[x^2], E[x^3] and E[x^4]."""
-        mean = self.mean
-        central = fourth_power - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
-        return central - 3 * self.variance**2
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the five fields in their order."""
+        return self.beta, self.log_sum, self.mean, self.variance, self.third
 
     def at(self, index: Tensor) -> Cumulants:
-        """Those of one grid point per row: [T, J] and index [T] -> [T]."""
-        pick = [t.gather(1, index[:, None]).squeeze(1) for t in (self.log_sum, self.mean, self.variance, self.third)]
-        return Cumulants(*pick)
+        """Return those of one grid point per row: [T, J] and index [T] -> [T]."""
+        return Cumulants(*(pick(values, index) for values in self.tensors()))
+
+    def where(self, condition: Tensor, others: Cumulants) -> Cumulants:
+        """Return these where ``condition`` holds, elsewhere ``others``."""
+        pairs = zip(self.tensors(), others.tensors(), strict=True)
+        return Cumulants(*(torch.where(condition, ours, theirs) for ours, theirs in pairs))
+
+    def extrapolated(self, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log S0 and H at a near ``beta``, by the series up to the third cumulant."""
+        step = beta - self.beta
+        log_sum = self.log_sum + step * (self.mean + step * (self.variance / 2 + step * self.third / 6))
+        mean = self.mean + step * (self.variance + step * self.third / 2)
+        return log_sum, log_sum - beta * mean
 
 
 @dataclass(frozen=True)
-class GridSolution:
-    """The first value of beta, per token, float64.
+class Solution:
+    """What is known about the beta of every token, [T] float64.
 
-    beta: the root of the polynomial, or an end of the grid, or a grid point that matches to rounding.
-    log_sum: estimate of log S0 there, to about 1e-4; exact at grid points.
-    lowest, highest: the ends of the cell that holds the root.
-    inside: bool; only such tokens are polished.
+    beta: the root of the polynomial, or an end of the grid, or a grid point that matches to rounding, or given.
+    log_sum: log S0 there: exact at grid points, to 1e-4 inside a cell of the grid, to 1e-7 after a pass near it.
+    entropy: H there, as exact as log_sum.
+    left, right: both ends of the bracket that holds the root.
+    inside: bool; the tokens whose beta is sought within their bracket.
+    converged: bool; |H - H(p)| at ``beta`` is known to be at most MATCH_TOLERANCE; True where not inside.
     """
 
     beta: Tensor
     log_sum: Tensor
-    lowest: Tensor
-    highest: Tensor
+    entropy: Tensor
+    left: Cumulants
+    right: Cumulants
     inside: Tensor
+    converged: Tensor
 
     @classmethod
-    def given(cls, beta: Tensor, log_sum: Tensor) -> GridSolution:
-        """A beta that is not solved for."""
-        nowhere = torch.zeros_like(beta, dtype=torch.bool)
-        return cls(beta, log_sum, beta, beta, nowhere)
+    def given(cls, point: Cumulants) -> Solution:
+        """Return the solution for a beta that is not solved for."""
+        nowhere = torch.zeros_like(point.beta, dtype=torch.bool)
+        return cls(point.beta, point.log_sum, point.entropy, point, point, nowhere, ~nowhere)
+
+    def where(self, condition: Tensor, others: Solution) -> Solution:
+        """Return the betas of this solution where ``condition`` holds, elsewhere those of ``others``."""
+        names = ("beta", "log_sum", "entropy", "converged")
+        values = {name: torch.where(condition, getattr(self, name), getattr(others, name)) for name in names}
+        return replace(self, **values)
+
+    def refined(self, here: Cumulants, student_entropy: Tensor, max_entropy: Tensor, dtype: torch.dtype) -> Solution:
+        """Return the solution after a pass over the logits at ``beta``, where the cumulants are ``here``.
+
+        The bracket shrinks to the side of ``beta`` on which the root lies, and the root of the polynomial through both
+        ends of that is the new beta, a number of ``dtype``.  Two estimates of H there, the polynomial and the series
+        around ``here``, share no error: a token has converged when they agree to AGREEMENT at a distance of at most
+        LONGEST_STEP.  Tokens that are not inside keep their beta.
+        """
+        wanted = student_entropy.clamp(min=MIN_ENTROPY)
+        soft = here.entropy > wanted
+        left, right = here.where(soft, self.left), self.right.where(soft, here)
+        root = _root_between(left, right, wanted, max_entropy)
+        # NaN: an entropy that does not move to float64 precision.
+        root = torch.where(self.inside & ~torch.isnan(root), root, here.beta)
+        is_near = (root / here.beta).log().abs() <= LONGEST_STEP
+        agrees = (here.extrapolated(root)[1] - wanted).abs() <= AGREEMENT
+        beta = root.to(dtype).double()
+        log_sum, entropy = here.extrapolated(beta)
+        return Solution(beta, log_sum, entropy, left, right, self.inside, ~self.inside | (is_near & agrees))
 
 
 def solve_on_grid(
-    betas: Sequence[float],
-    cumulants: Cumulants,
-    student_entropy: Tensor,
-    max_entropy: Tensor,
-    *,
-    favoured: int,
-    dtype: torch.dtype,
-) -> GridSolution:
+    grid: Cumulants, student_entropy: Tensor, max_entropy: Tensor, *, favoured: int, dtype: torch.dtype
+) -> Solution:
     """Invert the entropies on the grid, per token.
 
-    betas: the J >= 2 rising values at which ``cumulants`` [T, J] were taken.
+    grid: [T, J], at J >= 2 rising betas.
     student_entropy, max_entropy: [T] float64.
     favoured: of several grid points that match to rounding the one nearest to this index is taken.
-    dtype: that of the sums behind them; sets what counts as a rounding error, and beta is rounded to it.
+    dtype: that of the sums behind the cumulants; sets what counts as a rounding error, and beta is rounded to it.
     H(p) is raised to MIN_ENTROPY first.  A root outside the grid gives the nearer end; NaN in gives NaN out.
     """
-    grid = torch.tensor(betas, dtype=torch.float64, device=student_entropy.device)
+    num_betas, entropies = grid.beta.shape[1], grid.entropy
     wanted = student_entropy.clamp(min=MIN_ENTROPY)
-    f, slope, curvature = _mismatch(cumulants, grid, wanted[:, None], max_entropy[:, None])
-    cell = ((f > 0).sum(1) - 1).clamp(0, len(betas) - 2)
-    lowest, highest = grid[cell], grid[cell + 1]
-    beta = _root_in_cell(f, slope, curvature, cell, lowest, highest).to(dtype).double()
-    log_sum = _log_sum_in_cell(
-        cumulants.at(cell), cumulants.at(cell + 1), highest - lowest, (beta - lowest) / (highest - lowest)
-    )
+    soft = entropies > wanted[:, None]
+    cell = ((~soft).int().argmax(1) - 1).clamp(0, num_betas - 2)
+    left, right = grid.at(cell), grid.at(cell + 1)
+    root = _root_between(left, right, wanted, max_entropy).to(dtype).double()
 
     # A grid point that matches to rounding is the root; without a root in the grid, its end is.
-    entropies = cumulants.entropy(grid)
-    noise = SNAP * torch.finfo(dtype).eps * (entropies + grid**2 * cumulants.variance)
+    noise = SNAP * torch.finfo(dtype).eps * (entropies + grid.beta**2 * grid.variance)
     matches = (entropies - wanted[:, None]).abs() <= noise.clamp(max=SNAP_LIMIT)
-    distance = (torch.arange(len(betas), device=grid.device) - favoured).abs()
-    nearest = torch.where(matches, distance, len(betas)).argmin(1)
-    has_match, has_root = matches.any(1), (f[:, 0] > 0) & (f[:, -1] <= 0)
-    end = torch.where(f[:, 0] > 0, len(betas) - 1, 0)
-    point = torch.where(has_match, nearest, end)
-    inside = has_root & ~has_match
+    distance = (torch.arange(num_betas, device=wanted.device) - favoured).abs()
+    nearest = torch.where(matches, distance, num_betas).argmin(1)
+    has_match, has_root = matches.any(1), soft[:, 0] & ~soft[:, -1]
+    point = grid.at(torch.where(has_match, nearest, torch.where(soft[:, 0], num_betas - 1, 0)))
     broken = ~torch.isfinite(student_entropy + entropies[:, 0])
-    return GridSolution(
-        beta=torch.where(inside, beta, grid[point]).masked_fill(broken, torch.nan),
-        log_sum=torch.where(inside, log_sum, pick(cumulants.log_sum, point)).masked_fill(broken, torch.nan),
-        lowest=lowest,
-        highest=highest,
-        inside=inside & ~broken,
+    inside = has_root & ~has_match & ~broken
+    return Solution(
+        beta=torch.where(inside, root, point.beta).masked_fill(broken, torch.nan),
+        log_sum=torch.where(inside, _log_sum_between(left, right, root), point.log_sum).masked_fill(broken, torch.nan),
+        entropy=torch.where(inside, wanted, point.entropy),
+        left=left,
+        right=right,
+        inside=inside,
+        converged=~inside,
     )
 
 
-@dataclass(frozen=True)
-class Polished:
-    """The final beta and, there, log S0 and mu of x; [T] float64."""
-
-    beta: Tensor
-    log_sum: Tensor
-    mean: Tensor
-
-
-def polish(
-    solution: GridSolution,
-    here: Cumulants,
-    fourth: Tensor,
-    student_entropy: Tensor,
-    max_entropy: Tensor,
-    *,
-    dtype: torch.dtype,
-) -> Polished:
-    """One step on the logit-entropy by Householder's method of third order, the next after Newton and Halley.
-
-    here, fourth: the cumulants of x at ``solution.beta``, the fourth one by itself; all [T] float64.
-    The step ends within the token's cell, at a beta that ``dtype`` can hold; tokens not inside the grid stay.
-    Halley's step, which needs no fourth cumulant, leaves 2e-5 nats where a bulk of columns melts within one
-    cell (V = 50000); this one leaves 7e-7.
-    """
-    beta = solution.beta
-    f, slope, curvature = _mismatch(here, beta, student_entropy.clamp(min=MIN_ENTROPY), max_entropy)
-    third = _third_derivative(here, fourth, beta, max_entropy)
-    newton, bend, twist = -f / slope, curvature / slope, third / slope
-    ratio = (1 + bend * newton / 2) / (1 + bend * newton + twist * newton**2 / 6)
-    factor = (newton * ratio.clamp(0.5, 2.0)).exp()
-    moved = torch.minimum(torch.maximum(beta * factor, solution.lowest), solution.highest).to(dtype).double()
-    # factor NaN: an entropy that does not move to float64 precision, nothing to polish
-    step = torch.where(solution.inside & ~torch.isnan(factor), moved - beta, torch.zeros_like(beta))
-    return Polished(
-        beta=beta + step,
-        log_sum=here.log_sum
-        + step * (here.mean + step * (here.variance / 2 + step * (here.third / 6 + step * fourth / 24))),
-        mean=here.mean + step * (here.variance + step * (here.third / 2 + step * fourth / 6)),
-    )
-
-
-def _mismatch(cumulants: Cumulants, beta: Tensor, wanted: Tensor, max_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G(H) - G(wanted), and its first two derivatives with respect to log beta."""
-    entropy = cumulants.entropy(beta).clamp(min=LEAST_ENTROPY)
-    deficit = (max_entropy - entropy).clamp(min=LEAST_DEFICIT)
-    v = beta**2 * cumulants.variance
-    first, second = -v, -(2 * v + beta**3 * cumulants.third)
-    slope = first / entropy + first / deficit
-    curvature = second / entropy - (first / entropy) ** 2 + second / deficit + (first / deficit) ** 2
-    goal = wanted.log() - (max_entropy - wanted).clamp(min=LEAST_DEFICIT).log()
-    return entropy.log() - deficit.log() - goal, slope, curvature
-
-
-def _third_derivative(here: Cumulants, fourth: Tensor, beta: Tensor, max_entropy: Tensor) -> Tensor:
-    """Of G with respect to log beta."""
-    entropy = here.entropy(beta).clamp(min=LEAST_ENTROPY)
-    deficit = (max_entropy - entropy).clamp(min=LEAST_DEFICIT)
-    v, skew = beta**2 * here.variance, beta**3 * here.third
-    first, second, third = -v, -(2 * v + skew), -(4 * v + 5 * skew + beta**4 * fourth)
-
-    def of_logarithm(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """(log g)''' from a = g' / g, b = g'' / g, c = g''' / g."""
-        return c - 3 * a * b + 2 * a**3
-
-    return of_logarithm(first / entropy, second / entropy, third / entropy) - of_logarithm(
-        -first / deficit, -second / deficit, -third / deficit
-    )
-
-
-def _root_in_cell(f: Tensor, slope: Tensor, curvature: Tensor, cell: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    width = (highest / lowest).log()
-    ends = [pick(values, cell + side) * width**k for side in (0, 1) for k, values in enumerate((f, slope, curvature))]
+def _root_between(left: Cumulants, right: Cumulants, wanted: Tensor, max_entropy: Tensor) -> Tensor:
+    floor = _floor(left, right)
+    width = (right.beta / left.beta).log()
+    ends = []
+    for point in (left, right):
+        height, slope, curvature = _mismatch(point, floor, wanted, max_entropy)
+        ends += [height, slope * width, curvature * width**2]
     curve = _quintic(*ends)
-    left, right = torch.zeros_like(lowest), torch.ones_like(lowest)
-    at_left, at_right = ends[0], ends[3]
+    low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+    at_low, at_high = ends[0], ends[3]
     for _ in range(12):
-        middle = (left + right) / 2
+        middle = (low + high) / 2
         value = _value(curve, middle)
         soft = value > 0
-        left, right = torch.where(soft, middle, left), torch.where(soft, right, middle)
-        at_left, at_right = torch.where(soft, value, at_left), torch.where(soft, at_right, value)
+        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
+        at_low, at_high = torch.where(soft, value, at_low), torch.where(soft, at_high, value)
     # the bracket is 2^-12 wide, where the polynomial is a straight line to 1e-8
-    fraction = (at_left / (at_left - at_right)).nan_to_num(0.5).clamp(0, 1)
-    return lowest * ((left + (right - left) * fraction) * width).exp()
+    fraction = (at_low / (at_low - at_high)).nan_to_num(0.5).clamp(0, 1)
+    return left.beta * ((low + (high - low) * fraction) * width).exp()
 
 
-def _log_sum_in_cell(left: Cumulants, right: Cumulants, step: Tensor, x: Tensor) -> Tensor:
-    """log S0 at x in [0, 1] between two grid points ``step`` apart; its derivatives are the cumulants."""
-    ends = [(c.log_sum, c.mean * step, c.variance * step**2) for c in (left, right)]
-    return _value(_quintic(*ends[0], *ends[1]), x)
+def _floor(left: Cumulants, right: Cumulants) -> Tensor:
+    """What H tends to beyond ``right`` if it goes on decaying as it does there, at least by e between the ends."""
+    fall = right.beta * right.variance
+    bend = -(right.variance + right.beta * right.third)
+    steepest = torch.maximum(bend, fall / (right.beta - left.beta)).clamp(min=LEAST_ENTROPY)
+    return (right.entropy - fall * fall / steepest).clamp(min=0)
 
 
-def cubic(
-    start: Tensor, slope: Tensor, end: Tensor, end_slope: Tensor, left: Tensor, right: Tensor, x: Tensor
-) -> Tensor:
-    """At x, the cubic with these values and slopes at left and right."""
-    step = right - left
-    rise, first, last = end - start, slope * step, end_slope * step
-    return _value((start, first, 3 * rise - 2 * first - last, first + last - 2 * rise), (x - left) / step)
+def _mismatch(point: Cumulants, floor: Tensor, wanted: Tensor, max_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G(H) - G(wanted), and its first two derivatives with respect to log beta."""
+    excess = (point.entropy - floor).clamp(min=LEAST_ENTROPY)
+    deficit = (max_entropy - point.entropy).clamp(min=LEAST_DEFICIT)
+    v = point.beta**2 * point.variance
+    first, second = -v, -(2 * v + point.beta**3 * point.third)
+    slope = first / excess + first / deficit
+    curvature = second / excess - (first / excess) ** 2 + second / deficit + (first / deficit) ** 2
+    goal = (wanted - floor).clamp(min=LEAST_ENTROPY).log() - (max_entropy - wanted).clamp(min=LEAST_DEFICIT).log()
+    return excess.log() - deficit.log() - goal, slope, curvature
+
+
+def _log_sum_between(left: Cumulants, right: Cumulants, beta: Tensor) -> Tensor:
+    """log S0 by the quintic through both ends; its derivatives are the cumulants."""
+    step = right.beta - left.beta
+    ends = [(point.log_sum, point.mean * step, point.variance * step**2) for point in (left, right)]
+    return _value(_quintic(*ends[0], *ends[1]), (beta - left.beta) / step)
 
 
 def _quintic(f0: Tensor, d0: Tensor, c0: Tensor, f1: Tensor, d1: Tensor, c1: Tensor) -> tuple[Tensor, ...]:
@@ -260,5 +254,5 @@ def _value(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
-    """[T, J] and index [T] -> [T]."""
+    """Return one of J values per row: [T, J] and index [T] -> [T]."""
     return values.gather(1, index[:, None]).squeeze(1)

@@ -54,9 +54,6 @@ def first_pass_kernel(
     MIX: tl.constexpr,
     J: tl.constexpr,
     DOUBLED: tl.constexpr,
-    OCTAVE: tl.constexpr,
-    ONE_PASS: tl.constexpr,
-    WITH_FORWARD: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -81,12 +78,6 @@ def first_pass_kernel(
     moments = ()
     for _ in tl.static_range(4 * J):
         moments = moments + (zero,)
-    # The sum of e^y x without the student's largest column; for each beta those of e^(beta x) y and e^(beta x) y x
-    # without the mix's.
-    NUM_JOINT: tl.constexpr = 1 + 2 * J if WITH_FORWARD else (1 if ONE_PASS else 0)
-    joint = ()
-    for _ in tl.static_range(NUM_JOINT):
-        joint = joint + (zero,)
 
     next_s, next_t = fetched(student, lane, begin, end, VEC, PACKED), fetched(teacher, lane, begin, end, VEC, PACKED)
     for start in range(begin, end, BLOCK):
@@ -96,14 +87,13 @@ def first_pass_kernel(
         s, t = with_end(s, student, lane, start, end, VEC), with_end(t, teacher, lane, start, end, VEC)
         y, z = s - student_side[0], t - teacher_side[0]
         x = _mixed(s, y, z, mix_side[0], mix_weight, MIX)
-        whole_y, whole_x = y, x
         if _is_unusual(y, z, x, MIX):
             columns = start + offsets
             s_there, t_there = s > _FAR, t > _FAR
             missing = _add_missing(missing, s_there, t_there)
             s = tl.maximum(s, _FAR, propagate_nan=tl.PropagateNan.ALL)
             t = tl.maximum(t, _FAR, propagate_nan=tl.PropagateNan.ALL)
-            old_student, old_teacher, old_mix = student_side, teacher_side[0], mix_side
+            old_student, old_teacher = student_side[0], teacher_side[0]
             student_side = _raised(student_side, s, columns, lane)
             teacher_side = _raised(teacher_side, t, columns, lane)
             y, z = s - student_side[0], t - teacher_side[0]
@@ -115,35 +105,23 @@ def first_pass_kernel(
                 x = tl.where(there | (s != s) | (t != t), mix_weight * z + (s - mix_side[0]), _FLOOR)
             elif MIX == _STUDENT_ONLY:
                 mix_side, x = (student_side[0], student_side[1]), y
-                step, displaced = _step(old_student[0], student_side[0])
+                step, displaced = _step(old_student, student_side[0])
             else:
                 mix_side, x = (teacher_side[0], teacher_side[1]), z
                 step, displaced = _step(old_teacher, teacher_side[0])
             put_back = tl.where(lane == 0, displaced.to(tl.float32), 0.0)
-            if ONE_PASS:
-                y_step, y_displaced = _step(old_student[0], student_side[0])
-                x_of_old = _x_of(old_student, student, teacher, student_side, teacher_side, mix_side, mix_weight, MIX)
-                put_back_x = tl.where(lane == 0, tl.where(y_displaced, x_of_old, 0.0), 0.0)
-                joint = _moved_mean(joint, old_student[2], step, y_step, put_back_x)
-            if WITH_FORWARD:
-                put_back_y = put_back * _y_of(old_mix, student, student_side)
-                joint = _moved_joint(joint, moments, betas, step, y_step, put_back_y, J)
             moments = _moved_moments(moments, betas, step, put_back, J)
-            whole_y = tl.maximum(y, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
-            whole_x = tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
-            y = tl.where(columns == student_side[1], _FLOOR, whole_y)
+            x = tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
+            y = tl.where(columns == student_side[1], _FLOOR, y)
             z = tl.where(columns == teacher_side[1], _FLOOR, z)
-            x = tl.where(columns == mix_side[1], _FLOOR, whole_x)
+            x = tl.where(columns == mix_side[1], _FLOOR, x)
         student_side = _with_block(student_side, y)
         teacher_side = _with_block(teacher_side, z)
-        if ONE_PASS:
-            more = joint[0] + sum_of_products(columns_of(exponential(y)), columns_of(whole_x))
-            joint = (more,) + joint[1:]
-        moments, joint = _with_moments(moments, joint, x, whole_y, betas, J, DOUBLED, OCTAVE, WITH_FORWARD)
+        moments = _with_moments(moments, x, betas, J, DOUBLED)
 
     num_read = tl.cdiv(tl.maximum(end - begin, 0), BLOCK) * BLOCK
     mix_max = _mix_max(student_side, teacher_side, mix_side, moments, MIX)
-    out = sums + (part.to(tl.int64) * num_rows + row) * (14 + 4 * J + NUM_JOINT)
+    out = sums + (part.to(tl.int64) * num_rows + row) * (14 + 4 * J)
     _store_side(out, student_side, first_column)
     _store_side(out + 4, teacher_side, first_column)
     tl.store(out + 8, mix_max)
@@ -152,15 +130,6 @@ def first_pass_kernel(
     for i in tl.static_range(4 * J):
         tl.store(out + 12 + i, tl.sum(moments[i], 0))
     out += 12 + 4 * J
-    if ONE_PASS:
-        x_of_top = _x_of(student_side, student, teacher, student_side, teacher_side, mix_side, mix_weight, MIX)
-        tl.store(out, tl.sum(joint[0], 0) + x_of_top)
-    if WITH_FORWARD:
-        y_of_top = _y_of(mix_side, student, student_side)
-        for j in tl.static_range(J):
-            tl.store(out + 1 + 2 * j, tl.sum(joint[1 + 2 * j], 0) + y_of_top)
-            tl.store(out + 2 + 2 * j, tl.sum(joint[2 + 2 * j], 0))
-    out += NUM_JOINT
     if HAS_TOKENS:
         token = tl.load(tokens + row) - first_column
         here = (token >= begin) & (token < end)
@@ -289,73 +258,18 @@ def _moved_moments(moments, betas, step, put_back, J: tl.constexpr):
 
 
 @triton.jit
-def _x_of(side, student, teacher, student_side, teacher_side, mix_side, mix_weight, MIX: tl.constexpr):
-    """x of the largest column of ``side``, relative to the present maxima; 0 before there is one."""
-    there = side[0] > _NOTHING
-    s = tl.load(student + side[1], mask=there, other=0.0).to(tl.float32)
-    t = tl.load(teacher + side[1], mask=there, other=0.0).to(tl.float32)
-    x = _mixed(s, s - student_side[0], t - teacher_side[0], mix_side[0], mix_weight, MIX)
-    x = tl.where(mix_side[0] > _NOTHING, x, _FLOOR)
-    return tl.where(there, tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-
-
-@triton.jit
-def _y_of(side, student, student_side):
-    """y of the largest column of ``side``, as `_x_of`."""
-    there = side[0] > _NOTHING
-    y = tl.load(student + side[1], mask=there, other=0.0).to(tl.float32) - student_side[0]
-    return tl.where(there, tl.maximum(y, _FLOOR, propagate_nan=tl.PropagateNan.ALL), 0.0)
-
-
-@triton.jit
-def _moved_mean(joint, tail, step, y_step, put_back_x):
-    """The sum of e^y x with y + y_step and x + step; put_back_x: x, moved already, of the displaced column."""
-    return (exponential(y_step) * (joint[0] + step * tail + put_back_x),) + joint[1:]
-
-
-@triton.jit
-def _moved_joint(joint, moments, betas, step, y_step, put_back_y, J: tl.constexpr):
-    """The sums of e^(beta x) y x^k with x + step and y + y_step; put_back_y as in `_moved_mean`."""
-    out = (joint[0],)
-    for j in tl.static_range(J):
-        scale = exponential(tl.load(betas + j) * step)
-        s0, s1, y0, y1 = moments[4 * j], moments[4 * j + 1], joint[1 + 2 * j], joint[2 + 2 * j]
-        moved = y0 + y_step * s0
-        out = out + (
-            scale * (moved + put_back_y),
-            scale * (y1 + y_step * s1 + step * (moved + put_back_y)),
-        )
-    return out
-
-
-@triton.jit
 def _with_block(side, shifted):
     es, values = columns_of(exponential(shifted)), columns_of(shifted)
     return (side[0], side[1], side[2] + sum_of(es), side[3] + sum_of_products(es, values))
 
 
 @triton.jit
-def _with_moments(
-    moments,
-    joint,
-    x,
-    y,
-    betas,
-    J: tl.constexpr,
-    DOUBLED: tl.constexpr,
-    OCTAVE: tl.constexpr,
-    WITH_FORWARD: tl.constexpr,
-):
+def _with_moments(moments, x, betas, J: tl.constexpr, DOUBLED: tl.constexpr):
     square = x * x
     xs, squares, cubes = columns_of(x), columns_of(square), columns_of(square * x)
-    older, old = x, x
-    out, with_y = (), joint
-    if WITH_FORWARD:
-        ys, products, with_y = columns_of(y), columns_of(y * x), (joint[0],)
+    e, out = x, ()
     for j in tl.static_range(J):
-        e = old if OCTAVE == 1 else older
         e = e * e if (DOUBLED >> j) & 1 else tl.exp2(x * (tl.load(betas + j) * LOG2_E))
-        older, old = old, e
         es = columns_of(e)
         out = out + (
             moments[4 * j] + sum_of(es),
@@ -363,12 +277,7 @@ def _with_moments(
             moments[4 * j + 2] + sum_of_products(es, squares),
             moments[4 * j + 3] + sum_of_products(es, cubes),
         )
-        if WITH_FORWARD:
-            with_y = with_y + (
-                joint[1 + 2 * j] + sum_of_products(es, ys),
-                joint[2 + 2 * j] + sum_of_products(es, products),
-            )
-    return out, with_y
+    return out
 
 
 @triton.jit

@@ -58,7 +58,6 @@ def fused_distillation_loss(
     gathered_rows: Tensor | None = None,
     weight_gradient: WeightGradient | None = None,
     backend: str | None = None,
-    solver: str = "exact",
 ) -> TokenStats:
     """``distillation_loss(hidden_s @ student_weight^T, hidden_t @ teacher_weight^T, ...)`` of R response tokens.
 
@@ -72,7 +71,7 @@ def fused_distillation_loss(
     Gradient: to student_hidden (summed over the ranks; with gathered_rows that of the rank's own rows, 0 where no token
     is) and to student_weight.  The incoming gradient may differ between tokens.  weight_gradient: takes the weight's,
     within backward only; without it autograd gets it in the weight's dtype.
-    Statistics, ranks, backend, solver, -inf and NaN: as `distillation_loss`.
+    Statistics, ranks, backend, -inf and NaN: as `distillation_loss`.
     Collectives: per chunk those of `distillation_loss`, and one all-gather of the teacher's rows where they are cut.
     With gathered_rows one all-gather in forward and another in backward.  In backward one all-reduce of dgrad, or one
     reduce-scatter for gathered_rows, while the last wgrad GEMM runs; low_memory gathers the teacher's rows again.
@@ -84,7 +83,6 @@ def fused_distillation_loss(
         divergence,
         vocab,
         chosen(backend, student_hidden, teacher_hidden),
-        solver,
         chunk_tokens,
         response_tokens.shape[0],
         placement,
@@ -113,7 +111,6 @@ class _Layer:
     divergence: Divergence
     vocab: VocabShard
     backend: Backend
-    solver: str
     chunk_tokens: int
     num_tokens: int
     placement: RowPlacement
@@ -190,9 +187,7 @@ def _forward_chunks(layer: _Layer, logits: _Logits, response_tokens: Tensor) -> 
     for tokens in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
         shard = layer.shard(student_logits, teacher_logits)
-        forward = _forward(
-            shard, response_tokens[tokens], layer.target, layer.divergence, layer.vocab, layer.backend, layer.solver
-        )
+        forward = _forward(shard, response_tokens[tokens], layer.target, layer.divergence, layer.vocab, layer.backend)
         if logits.kept is not None:
             unit = torch.ones_like(forward.centre)
             layer.write_gradient(shard, forward.constants, forward.centre, unit, logits.kept[tokens])

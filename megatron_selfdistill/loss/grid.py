@@ -19,35 +19,30 @@ class Grid:
     betas: J values at which moments are taken, each one a number of ``dtype``.
     num_grid: the first of them are ``beta_grid(target)``; under "batch" the given beta follows.
     favoured: index of the beta nearest to 1 / (1 + w), where equal logits have their root.
-    octave: distance of indices over which betas double, 1; 2 where the grid has two points per octave.
-    doubled: indices of those that are twice the one ``octave`` before: their exponentials may be squares of its own.
+    doubled: indices of the betas that are twice the one before: their exponentials may be squares of its own.
     given: whether the rule gives beta, betas[-1], and solves nothing.
     lowest_is_bound: as in ``Target``.
     mix_weights: (weight of t, weight of s) in m.
-    one_pass: whether rows are finished from the first pass alone, which then takes E_p[x] too; with_forward_kl: and,
-        for each beta, the moments of y under q.  False where a second pass follows.
     dtype: of the sums, float32 or float64.
     """
 
     betas: tuple[float, ...]
     num_grid: int
     favoured: int
-    octave: int
     doubled: tuple[int, ...]
     given: bool
     lowest_is_bound: bool
     mix_weights: tuple[float, float]
     dtype: torch.dtype
-    one_pass: bool = False
-    with_forward_kl: bool = False
 
     @classmethod
     @lru_cache(maxsize=64)
-    def of(cls, target: Target, dtype: torch.dtype, *, one_pass: bool = False, with_forward_kl: bool = False) -> Grid:
-        """Of a target; powers of 2 between its betas stay exact in ``dtype``.  Kept: a run has one, and asks for it at
-        every call of the loss."""
-        octave = 2 if one_pass and target.given_beta is None else 1
-        grid = beta_grid(target, octave)
+    def of(cls, target: Target, dtype: torch.dtype) -> Grid:
+        """Return the grid of a target; powers of 2 between its betas stay exact in ``dtype``.
+
+        The result is kept: a run has one target and asks for its grid at every call of the loss.
+        """
+        grid = beta_grid(target)
         asked = grid if target.rule != "batch" else (*grid, target.given_beta)
         betas = torch.tensor(asked, dtype=torch.float64).to(dtype).tolist()
         favoured = min(range(len(grid)), key=lambda j: abs(betas[j] * target.geometric_k - 1))
@@ -55,25 +50,21 @@ class Grid:
             betas=tuple(betas),
             num_grid=len(grid),
             favoured=favoured,
-            octave=octave,
-            doubled=tuple(j for j in range(octave, len(betas)) if j != favoured and betas[j] == 2 * betas[j - octave]),
+            doubled=tuple(j for j in range(1, len(betas)) if j != favoured and betas[j] == 2 * betas[j - 1]),
             given=target.given_beta is not None,
             lowest_is_bound=target.lowest_is_bound,
             mix_weights=target.mix_weights,
             dtype=dtype,
-            one_pass=one_pass,
-            with_forward_kl=one_pass and with_forward_kl,
         )
 
     @property
     def num_sums(self) -> int:
-        """Columns after those of ``row_sums.FIRST_PASS``: moments, joint moments, the two token logits."""
-        num_betas = len(self.betas)
-        return 4 * num_betas + self.one_pass + 2 * num_betas * self.with_forward_kl + 2
+        """Columns after those of ``row_sums.FIRST_PASS``: four moments of each beta, then the two token logits."""
+        return 4 * len(self.betas) + 2
 
-    def on(self, device: torch.device) -> Tensor:
-        """``betas`` as a tensor [J] in ``dtype``; not to be written to."""
-        return _on(self.betas, self.dtype, device)
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``betas`` as a tensor [J] in ``dtype`` or, without one, in that of the sums; do not write to it."""
+        return _on(self.betas, dtype or self.dtype, device)
 
 
 @lru_cache(maxsize=64)

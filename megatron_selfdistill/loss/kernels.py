@@ -66,9 +66,6 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
                 MIX=mix_of(shard.mix_weights),
                 J=len(grid.betas),
                 DOUBLED=sum(1 << j for j in grid.doubled),
-                OCTAVE=grid.octave,
-                ONE_PASS=grid.one_pass,
-                WITH_FORWARD=grid.with_forward_kl,
                 HAS_TOKENS=response_tokens is not None,
                 PACKED=is_packed(shard),
                 **options,
@@ -76,8 +73,15 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
     return sums, argmaxes
 
 
-def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, forward_kl: bool) -> Tensor:
-    """`row_sums.second_pass`."""
+def second_pass(
+    shard: Shard,
+    constants: RowConstants,
+    mix_argmax: Tensor,
+    *,
+    forward_kl: bool,
+    status: Tensor | None = None,
+) -> Tensor:
+    """Launch `row_sums.second_pass`; with ``status``, the programs of rows that have converged read nothing."""
     sums = _new(shard, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS))
     if sums.shape[1]:
         with launching_on(shard.student):
@@ -86,11 +90,13 @@ def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, fo
                 shard.teacher,
                 *constants.tensors(),
                 mix_argmax,
+                mix_argmax if status is None else status,
                 sums,
                 *_extent(shard, _columns_per_load(shard)),
                 as_sum(shard.mix_weights[0]),
                 MIX=mix_of(shard.mix_weights),
                 WITH_FORWARD=forward_kl,
+                SOME_ROWS=status is not None,
                 **_summing(shard),
             )
     return sums
@@ -157,11 +163,8 @@ def _new(shard: Shard, num_columns: int) -> Tensor:
 
 def first_pass_options(grid: Grid, columns_per_load: int) -> dict[str, int]:
     """Of the first pass's kernel, whose sums take most of the registers where the grid is large."""
-    num_betas, options = len(grid.betas), {"LANES": LANES, "num_warps": 1, **COMPILED}
-    if num_betas > 5:
-        options |= ALL_REGISTERS
-    crowded = grid.with_forward_kl and num_betas > 10
-    return {"VEC": min(columns_per_load, 4) if crowded else columns_per_load, **options}
+    options = {"LANES": LANES, "VEC": columns_per_load, "num_warps": 1, **COMPILED}
+    return options | ALL_REGISTERS if len(grid.betas) > 5 else options
 
 
 def _extent(shard: Shard, columns_per_load: int) -> tuple[int, int, int, int, int]:

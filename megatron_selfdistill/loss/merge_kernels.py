@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.entropy_kernels import cumulants, fourth_cumulant
+from megatron_selfdistill.loss.entropy_kernels import cumulants
 from megatron_selfdistill.loss.first_pass_kernel import BOTH, STUDENT_ONLY
 from megatron_selfdistill.loss.kernel_math import as_float32, at_least, highest_of, log_one_plus_64
 
@@ -70,6 +70,7 @@ def merged_moments(at, there, shift, beta):
     s1, s2, s3 = column(at + 1, there, 0.0), column(at + 2, there, 0.0), column(at + 3, there, 0.0)
     weight = tl.exp(beta * shift)
     return cumulants(
+        beta,
         tl.sum(weight * s0, 1) - 1,
         tl.sum(weight * (s1 + shift * s0), 1),
         tl.sum(weight * (s2 + shift * (2 * s1 + shift * s0)), 1),
@@ -78,36 +79,16 @@ def merged_moments(at, there, shift, beta):
 
 
 @triton.jit
-def merged_student_mean(at, sum_of_x, there, student_max, shift):
-    """`row_statistics._merge_student_mean`."""
-    total = 1 + column(at + 1, there, 0.0)
-    weight = tl.exp(at_least(column(at, there, float("-inf")) - student_max[:, None], _FLOOR))
-    return tl.sum(weight * (column(sum_of_x, there, 0.0) + shift * total), 1) / tl.sum(weight * total, 1)
-
-
-@triton.jit
-def merged_mean_y(at, joint, moments, there, student_max, shift, beta, here):
-    """`row_statistics._merge_mean_y`, at one beta."""
-    rise = at_least(column(at, there, float("-inf")) - student_max[:, None], _FLOOR)
-    s0, s1 = 1 + column(moments, there, 0.0), column(moments + 1, there, 0.0)
-    y0, y1 = column(joint, there, 0.0), column(joint + 1, there, 0.0)
-    weight = tl.exp(beta * shift) / tl.exp(here[0])[:, None]
-    mean_y = tl.sum(weight * (y0 + rise * s0), 1)
-    mean_xy = tl.sum(weight * (y1 + shift * y0 + rise * s1 + shift * rise * s0), 1)
-    return mean_y, mean_xy - here[1] * mean_y
-
-
-@triton.jit
 def merged_second(part, shift, beta, assumed):
-    """The cumulants of x at beta, and the fourth, from the second pass and each part's largest column."""
+    """The cumulants of x at beta, from the sums of a pass and each part's largest column."""
     tops, scale = tl.exp(beta[:, None] * shift), tl.exp(assumed)
-    tail = scale * part[0] + tl.sum(tops, 1) - 1
-    first = scale * part[1] + tl.sum(tops * shift, 1)
-    second = scale * part[2] + tl.sum(tops * shift * shift, 1)
-    third = scale * part[3] + tl.sum(tops * shift * shift * shift, 1)
-    fourth = scale * part[4] + tl.sum(tops * shift * shift * shift * shift, 1)
-    here, total = cumulants(tail, first, second, third), 1 + tail
-    return here, fourth_cumulant(here, second / total, third / total, fourth / total)
+    return cumulants(
+        beta,
+        scale * part[0] + tl.sum(tops, 1) - 1,
+        scale * part[1] + tl.sum(tops * shift, 1),
+        scale * part[2] + tl.sum(tops * shift * shift, 1),
+        scale * part[3] + tl.sum(tops * shift * shift * shift, 1),
+    )
 
 
 @triton.jit

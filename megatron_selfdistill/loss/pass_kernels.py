@@ -22,9 +22,11 @@ from megatron_selfdistill.loss.kernel_math import (
     sum_of,
     sum_of_products,
 )
+from megatron_selfdistill.loss.target import Status
 
 _FLOOR = tl.constexpr(FLOOR)
 _BOTH, _STUDENT_ONLY = tl.constexpr(BOTH), tl.constexpr(STUDENT_ONLY)
+_UNCONVERGED = tl.constexpr(int(Status.UNCONVERGED))
 _REVERSE, _FORWARD = tl.constexpr(KINDS.index("reverse_kl")), tl.constexpr(KINDS.index("forward_kl"))
 
 
@@ -39,6 +41,7 @@ def second_pass_kernel(
     beta,
     log_sum,
     argmaxes,
+    statuses,
     sums,
     student_stride,
     teacher_stride,
@@ -48,18 +51,22 @@ def second_pass_kernel(
     mix_weight,
     MIX: tl.constexpr,
     WITH_FORWARD: tl.constexpr,
+    SOME_ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     PACKED: tl.constexpr,
 ):
+    """Write one row of ``row_sums.second_pass``; under SOME_ROWS zeros for a row that is not UNCONVERGED."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
     student += row * student_stride
     teacher += row * teacher_stride
     BLOCK: tl.constexpr = LANES * VEC
-    N: tl.constexpr = 12 if WITH_FORWARD else 7
+    N: tl.constexpr = 11 if WITH_FORWARD else 6
     begin = part * blocks_per_part * BLOCK
     end = tl.minimum(begin + blocks_per_part * BLOCK, num_columns)
+    if SOME_ROWS:
+        end = tl.where(tl.load(statuses + row) == _UNCONVERGED, end, begin)
     lane = tl.arange(0, LANES)
     offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
     argmax = tl.load(argmaxes + part.to(tl.int64) * num_rows + row)
@@ -85,7 +92,6 @@ def second_pass_kernel(
             sum_of_products(qs, xs),
             sum_of_products(qs, squares),
             sum_of_products(qs, cubes),
-            sum_of_products(columns_of(q * square), squares),  # q first: FLOOR^4 is no float32
             sum_of(columns_of(reverse_kl)),
             sum_of_products(ps, xs),
         )

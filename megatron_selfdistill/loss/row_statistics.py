@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.entropy_match import (
-    Cumulants,
-    GridSolution,
-    cubic,
-    pick,
-    polish,
-    solve_on_grid,
-)
+from megatron_selfdistill.loss.entropy_match import Cumulants, Solution, solve_on_grid
 from megatron_selfdistill.loss.grid import Grid
 from megatron_selfdistill.loss.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants
-from megatron_selfdistill.loss.target import MIN_ENTROPY, mixed_logits, status_given, token_status
+from megatron_selfdistill.loss.target import Status, mixed_logits, status_given, token_status
 
 
 @dataclass(frozen=True)
@@ -50,62 +43,60 @@ class RowResults:
 
 @dataclass(frozen=True)
 class Solving:
-    """Every row between the two passes; ``constants`` is what the second one takes."""
+    """Every row between two passes; ``constants`` is what the next one takes.
+
+    final, unconverged: after the second pass, the values at ``solution.beta`` and [T] the rows that need a third.
+    """
 
     rows: Rows
-    solution: GridSolution
+    solution: Solution
     constants: RowConstants
+    final: Final | None = None
+    unconverged: Tensor | None = None
 
 
 def solve_rows(gathered: Tensor, grid: Grid) -> Solving:
     """Merge the parts of ``first_pass``, [parts, T, ...] in rank order, and find the beta of every row on the grid."""
     rows = Rows.merge(gathered.double(), grid)
-    solution = _first_solution(rows, grid)
-    return Solving(rows, solution, rows.constants(solution.beta, solution.log_sum, grid.dtype))
-
-
-def _first_solution(rows: Rows, grid: Grid) -> GridSolution:
     if grid.given:
-        beta = torch.full_like(rows.student.entropy, grid.betas[-1])
-        return GridSolution.given(beta, rows.mix.log_sum[:, -1])
-    return solve_on_grid(
-        grid.betas, rows.mix, rows.student.entropy, rows.max_entropy, favoured=grid.favoured, dtype=grid.dtype
-    )
+        solution = Solution.given(rows.mix.at(torch.full_like(rows.student.argmax, len(grid.betas) - 1).long()))
+    else:
+        solution = solve_on_grid(
+            rows.mix, rows.student.entropy, rows.max_entropy, favoured=grid.favoured, dtype=grid.dtype
+        )
+    return Solving(rows, solution, rows.constants(solution.beta, solution.log_sum, grid.dtype))
 
 
 def finish_rows(
     solving: Solving, gathered: Tensor, grid: Grid, response_tokens: Tensor | None, vocab_size: int
-) -> RowResults:
-    """Merge the parts of ``second_pass``, [parts, T, ...], polish beta there, and say what there is to say.
+) -> tuple[RowResults, Solving]:
+    """Merge the parts of ``second_pass``, [parts, T, ...], move beta to the root, and report every row.
 
+    After the third pass, which is ``second_pass`` at the constants that this returns, it is called once more: rows that
+    are UNCONVERGED take another step, the others stay.
     Without ``response_tokens`` the three log-probs are NaN.
     """
-    final = Final.polish(solving.solution, solving.rows, gathered.double(), solving.constants, grid.dtype)
-    return _results(solving.rows, final, grid, response_tokens, vocab_size)
-
-
-def finish_in_one_pass(gathered: Tensor, grid: Grid, response_tokens: Tensor | None, vocab_size: int) -> RowResults:
-    """As `solve_rows` and then `finish_rows`, from the parts of a ``first_pass`` with ``grid.one_pass`` alone."""
-    rows = Rows.merge(gathered.double(), grid)
-    final = Final.interpolated(_first_solution(rows, grid), rows, grid)
-    return _results(rows, final, grid, response_tokens, vocab_size)
-
-
-def _results(rows: Rows, final: Final, grid: Grid, response_tokens: Tensor | None, vocab_size: int) -> RowResults:
-    dtype = grid.dtype
+    rows, dtype = solving.rows, grid.dtype
+    solution, final = _moved(solving, gathered.double(), dtype)
+    if solving.final is not None and solving.unconverged is not None:
+        solution = solution.where(solving.unconverged, solving.solution)
+        final = final.where(solving.unconverged, solving.final)
     if response_tokens is None:
-        response_tokens = torch.full_like(final.beta, -1, dtype=torch.int64)
-    log_probs = rows.log_probs(response_tokens, final.beta, final.log_sum, vocab_size)
+        response_tokens = torch.full_like(solution.beta, -1, dtype=torch.int64)
+    log_probs = rows.log_probs(response_tokens, solution.beta, solution.log_sum, vocab_size)
     student_log_prob, teacher_log_prob, target_log_prob = (value.to(dtype) for value in log_probs)
-    status = status_given(final.beta)
+    status = status_given(solution.beta)
     if not grid.given:
         ends = grid.betas[0], grid.betas[grid.num_grid - 1]
-        status = token_status(rows.student.entropy, final.entropy, final.beta, *ends, grid.lowest_is_bound)
+        status = token_status(
+            rows.student.entropy, final.entropy, solution.beta, *ends, grid.lowest_is_bound, ~solution.converged
+        )
     highest = mixed_logits(rows.student.maximum, rows.teacher.maximum, *grid.mix_weights) + rows.mix_max
-    return RowResults(
-        constants=rows.constants(final.beta, final.log_sum, dtype),
-        beta=final.beta,
-        log_normaliser=final.beta * highest + final.log_sum,
+    constants = rows.constants(solution.beta, solution.log_sum, dtype)
+    results = RowResults(
+        constants=constants,
+        beta=solution.beta,
+        log_normaliser=solution.beta * highest + solution.log_sum,
         reverse_kl=final.reverse_kl.to(dtype),
         forward_kl=final.forward_kl.to(dtype),
         student_entropy=rows.student.entropy.to(dtype),
@@ -116,8 +107,9 @@ def _results(rows: Rows, final: Final, grid: Grid, response_tokens: Tensor | Non
         teacher_log_prob=teacher_log_prob,
         target_log_prob=target_log_prob,
         top1_agreement=rows.top1_agreement,
-        grid_entropies=rows.grid_entropies[:, : grid.num_grid].to(dtype),
+        grid_entropies=rows.mix.entropy[:, : grid.num_grid].to(dtype),
     )
+    return results, Solving(rows, solution, constants, final, status == Status.UNCONVERGED)
 
 
 @dataclass(frozen=True)
@@ -149,28 +141,23 @@ class Softmax:
 class Rows:
     """What the first pass says about every row, over the whole vocabulary, in float64.
 
-    mix: [T, J] of x at every beta; grid_entropies: the same as entropies.
+    mix: [T, J] of x at every beta of the grid.
     mix_max: [T] max of w z + y, with y and z relative to the maxima of s and t; x is relative to it.
     shift: [parts, T] the maximum of x in each part.
     max_entropy: [T] log of the number of columns with m > -inf.
     one_sided: [T] bool: whether some column exists for p only; for q only.
     token_logits: [T] the student's and the teacher's logit of the response token.
-    student_mean: [T] E_p[x], under ``Grid.one_pass``; mean_y: [T, J] E[y] under softmax(beta x) and its derivative with
-        respect to beta, under ``Grid.with_forward_kl``.
     """
 
     student: Softmax
     teacher: Softmax
     mix: Cumulants
-    grid_entropies: Tensor
     mix_max: Tensor
     shift: Tensor
     max_entropy: Tensor
     one_sided: tuple[Tensor, Tensor]
     token_logits: tuple[Tensor, Tensor]
     mix_weights: tuple[float, float]
-    student_mean: Tensor | None = None
-    mean_y: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def merge(cls, gathered: Tensor, grid: Grid) -> Rows:
@@ -190,26 +177,19 @@ class Rows:
         mix_max = (local_max.amax(0) - reference).to(grid.dtype).double()
         shift = (local_max - (reference + mix_max)).clamp(min=FLOOR)
 
-        betas = torch.tensor(grid.betas, dtype=torch.float64, device=gathered.device)
-        joint_at = len(FIRST_PASS) + 4 * len(betas)
-        moments = gathered[:, :, len(FIRST_PASS) : joint_at].unflatten(2, (len(betas), 4)).unbind(3)
-        mix = _merge_moments(moments, shift[:, :, None], betas)
+        betas = grid.on(gathered.device, torch.float64)
+        moments = gathered[:, :, len(FIRST_PASS) : -2].unflatten(2, (len(betas), 4)).unbind(3)
         num_student, num_mix, num_both = (column[name].sum(0) for name in ("num_student", "num_mix", "num_both"))
         return cls(
             student=student,
             teacher=teacher,
-            mix=mix,
-            grid_entropies=mix.entropy(betas),
+            mix=_merge_moments(moments, shift[:, :, None], betas),
             mix_max=mix_max,
             shift=shift,
             max_entropy=num_mix.log(),
             one_sided=(num_student > num_both, num_mix > num_both),
             token_logits=(gathered[:, :, -2].sum(0), gathered[:, :, -1].sum(0)),
             mix_weights=grid.mix_weights,
-            student_mean=_merge_student_mean(column, gathered[:, :, joint_at], shift) if grid.one_pass else None,
-            mean_y=_merge_mean_y(moments, gathered[:, :, joint_at + 1 : -2], shift, column["student_max"], mix, betas)
-            if grid.with_forward_kl
-            else None,
         )
 
     @property
@@ -239,6 +219,7 @@ def _merge_moments(moments: tuple[Tensor, ...], shift: Tensor, beta: Tensor) -> 
     tail, s1, s2, s3 = moments
     s0, weight = 1 + tail, (beta * shift).exp()
     return Cumulants.from_sums(
+        beta,
         (weight * s0).sum(0) - 1,
         (weight * (s1 + shift * s0)).sum(0),
         (weight * (s2 + shift * (2 * s1 + shift * s0))).sum(0),
@@ -246,125 +227,53 @@ def _merge_moments(moments: tuple[Tensor, ...], shift: Tensor, beta: Tensor) -> 
     )
 
 
-def _merge_student_mean(column: dict[str, Tensor], sum_of_x: Tensor, shift: Tensor) -> Tensor:
-    """E_p[x] from the parts' sums of e^y x, with y and x relative to their own maxima."""
-    maximum, total = column["student_max"], 1 + column["student_tail"]
-    weight = (maximum - maximum.amax(0)).clamp(min=FLOOR).exp()
-    return (weight * (sum_of_x + shift * total)).sum(0) / (weight * total).sum(0)
-
-
-def _merge_mean_y(
-    moments: tuple[Tensor, ...], joint: Tensor, shift: Tensor, student_max: Tensor, mix: Cumulants, betas: Tensor
-) -> tuple[Tensor, Tensor]:
-    """E[y] under softmax(beta x), and its derivative Cov(x, y), [T, J] each, from the parts' joint moments."""
-    tail, s1, *_ = moments
-    s0, (y0, y1) = 1 + tail, joint.unflatten(2, (len(betas), 2)).unbind(3)
-    rise = (student_max - student_max.amax(0)).clamp(min=FLOOR)[:, :, None]
-    shift = shift[:, :, None]
-    weight = (betas * shift).exp() / mix.log_sum.exp()
-    mean_y = (weight * (y0 + rise * s0)).sum(0)
-    mean_xy = (weight * (y1 + shift * y0 + rise * s1 + shift * rise * s0)).sum(0)
-    return mean_y, mean_xy - mix.mean * mean_y
-
-
 @dataclass(frozen=True)
 class Final:
-    """The polished beta of every token and what belongs to it; [T] float64."""
+    """What belongs to the beta in use, [T] float64 each."""
 
-    beta: Tensor
-    log_sum: Tensor
     entropy: Tensor
     reverse_kl: Tensor
     forward_kl: Tensor
 
-    @classmethod
-    def polish(
-        cls,
-        solution: GridSolution,
-        rows: Rows,
-        gathered: Tensor,
-        constants: RowConstants,
-        dtype: torch.dtype,
-    ) -> Final:
-        """From [parts, T, SECOND_PASS or its longer form], taken at ``solution.beta``."""
-        names = SECOND_PASS if gathered.shape[2] == len(SECOND_PASS) else SECOND_PASS_FORWARD
-        part = dict(zip(names, gathered.sum(0).unbind(1), strict=True))
-        beta, assumed = solution.beta, constants.log_sum.double()
-        tops = (beta * rows.shift).exp()
-        scale = assumed.exp()
-        shift = rows.shift
-        tail, *sums = (
-            scale * part[name] + (tops * shift**power).sum(0)
-            for power, name in enumerate(("tail", "first", "second", "third", "fourth"))
-        )
-        tail = tail - 1  # each part's largest column stands in ``tops``, and the largest of all is 1
-        cumulants = Cumulants.from_sums(tail, *sums[:3])
-        fourth = cumulants.fourth(*(value / (1 + tail) for value in sums[1:]))
-        polished = polish(solution, cumulants, fourth, rows.student.entropy, rows.max_entropy, dtype=dtype)
-        step, rise = polished.beta - beta, polished.log_sum - cumulants.log_sum
-        entropy = polished.log_sum - polished.beta * polished.mean
-        log_ratio = cumulants.log_sum - assumed  # log of the sum of q as the second pass normalised it
-
-        # Each is taken at solution.beta, then moved: KL(p || q) = log S0 - beta E_p[x] + const,
-        # KL(q || p) = -H(q) - E_q[y] + const.
-        reverse_kl = part["reverse_kl"] - log_ratio.expm1() + log_ratio
-        reverse_kl += rise - step * part["student_mean"]
-        forward_kl = torch.zeros_like(reverse_kl)
-        if "forward_kl" in part:
-            forward_kl = (part["forward_kl"] + log_ratio.expm1()) * (-log_ratio).exp() - log_ratio
-            mean_y = _taylor_of_mean_y(cumulants, [part[f"y{k}"] * (-log_ratio).exp() for k in range(4)], step)
-            forward_kl += cumulants.entropy(beta) - entropy - mean_y
-        only_student, only_target = rows.one_sided
-        return cls(
-            beta=polished.beta,
-            log_sum=polished.log_sum,
-            entropy=entropy.clamp(min=0),
-            reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
-            forward_kl=_infinite_where(only_target, forward_kl.clamp(min=0)),
-        )
-
-    @classmethod
-    def interpolated(cls, solution: GridSolution, rows: Rows, grid: Grid) -> Final:
-        """At the solution's beta, by what is known at the points of the grid; exact on them.
-
-        Inside a cell H(q) is what was solved for.  E_q[y] is taken as a cubic in E_q[x], not in beta: where mass melts
-        from a few columns into the bulk both follow the share that has, and one is nearly linear in the other.
-        """
-        beta, log_sum = solution.beta, solution.log_sum
-        betas = torch.tensor(grid.betas, dtype=torch.float64, device=beta.device)
-        point = len(betas) - 1 if grid.given else (betas - beta[:, None]).abs().argmin(1)
-        point = torch.full_like(beta, point, dtype=torch.int64) if isinstance(point, int) else point
-        wanted = rows.student.entropy.clamp(min=MIN_ENTROPY)
-        entropy = torch.where(solution.inside, wanted, pick(rows.grid_entropies, point))
-        forward_kl = torch.zeros_like(beta)
-        if rows.mean_y is not None:
-            mean_y = pick(rows.mean_y[0], point)
-            if not grid.given:
-                cell = ((betas <= beta[:, None]).sum(1) - 1).clamp(0, len(betas) - 2)
-                inside = _mean_y_in_cell(rows, cell, (log_sum - entropy) / beta)
-                mean_y = torch.where(solution.inside, inside, mean_y)
-            forward_kl = rows.student.log_sum - mean_y - entropy
-        assert rows.student_mean is not None
-        reverse_kl = log_sum - beta * rows.student_mean - rows.student.entropy
-        only_student, only_target = rows.one_sided
-        return cls(
-            beta=beta,
-            log_sum=log_sum,
-            entropy=entropy.clamp(min=0),
-            reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
-            forward_kl=_infinite_where(only_target, forward_kl.clamp(min=0)),
-        )
+    def where(self, condition: Tensor, others: Final) -> Final:
+        """Return these where ``condition`` holds, elsewhere ``others``."""
+        pairs = zip(vars(self).values(), vars(others).values(), strict=True)
+        return Final(*(torch.where(condition, ours, theirs) for ours, theirs in pairs))
 
 
-def _mean_y_in_cell(rows: Rows, cell: Tensor, mean: Tensor) -> Tensor:
-    """E_q[y] where E_q[x] is ``mean``, by the cubic through both ends of a cell."""
-    assert rows.mean_y is not None
-    ends = []
-    for index in (cell, cell + 1):
-        mean_y, covariance = (pick(values, index) for values in rows.mean_y)
-        ends.append((pick(rows.mix.mean, index), mean_y, covariance / pick(rows.mix.variance, index)))
-    (left, start, first), (right, end, last) = ends
-    return cubic(start, first, end, last, left, right, mean)
+def _moved(solving: Solving, gathered: Tensor, dtype: torch.dtype) -> tuple[Solution, Final]:
+    """The next beta and what belongs to it, from [parts, T, SECOND_PASS or its longer form] at the present one."""
+    rows, beta, assumed = solving.rows, solving.solution.beta, solving.constants.log_sum.double()
+    names = SECOND_PASS if gathered.shape[2] == len(SECOND_PASS) else SECOND_PASS_FORWARD
+    part = dict(zip(names, gathered.sum(0).unbind(1), strict=True))
+    shift, scale = rows.shift, assumed.exp()
+    tops = (beta * shift).exp()
+    tail, *sums = (
+        scale * part[name] + (tops * shift**power).sum(0)
+        for power, name in enumerate(("tail", "first", "second", "third"))
+    )
+    # Each part's largest column stands in ``tops``, and the largest of all is 1.
+    here = Cumulants.from_sums(beta, tail - 1, *sums)
+    solution = solving.solution.refined(here, rows.student.entropy, rows.max_entropy, dtype)
+    step, rise = solution.beta - beta, solution.log_sum - here.log_sum
+    log_ratio = here.log_sum - assumed  # log of the sum of q as this pass normalised it
+
+    # Each divergence is taken at ``beta``, then moved: KL(p || q) = log S0 - beta E_p[x] + const,
+    # KL(q || p) = -H(q) - E_q[y] + const.
+    reverse_kl = part["reverse_kl"] - log_ratio.expm1() + log_ratio
+    reverse_kl += rise - step * part["student_mean"]
+    forward_kl = torch.zeros_like(reverse_kl)
+    if "forward_kl" in part:
+        forward_kl = (part["forward_kl"] + log_ratio.expm1()) * (-log_ratio).exp() - log_ratio
+        mean_y = _taylor_of_mean_y(here, [part[f"y{k}"] * (-log_ratio).exp() for k in range(4)], step)
+        forward_kl += here.entropy - solution.entropy - mean_y
+    only_student, only_target = rows.one_sided
+    final = Final(
+        entropy=solution.entropy.clamp(min=0),
+        reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
+        forward_kl=_infinite_where(only_target, forward_kl.clamp(min=0)),
+    )
+    return solution, final
 
 
 def _infinite_where(one_sided: Tensor, kl: Tensor) -> Tensor:

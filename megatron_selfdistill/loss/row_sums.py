@@ -9,7 +9,7 @@ instead of those of m. The largest term of each sum of exponentials, exactly 1, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,12 @@ from megatron_selfdistill.loss.divergence import (
     reverse_kl_terms,
 )
 from megatron_selfdistill.loss.grid import Grid
-from megatron_selfdistill.loss.target import mixed_logits
+from megatron_selfdistill.loss.target import Status, mixed_logits
 
 CHUNK_BYTES = {"cpu": 1 << 20, "other": 32 << 20}
 """Size of one temporary of a chunk of rows: what stays in a core's cache, or what fills an accelerator."""
+Chunk = slice | Tensor
+"""A chunk of rows: neighbours, or [n] indices."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,22 @@ class Shard:
     dtype: torch.dtype
     num_parts: int = 1
 
-    def chunks(self) -> Iterator[slice]:
-        """Slices of rows."""
+    def chunks(self, needed: Tensor | None = None) -> Iterable[Chunk]:
+        """Return slices of all rows; on a CPU, where it costs no waiting, indices of those that are ``needed`` [T]."""
         num_rows, num_columns = self.student.shape
-        limit = CHUNK_BYTES["cpu" if self.student.device.type == "cpu" else "other"]
+        on_cpu = self.student.device.type == "cpu"
+        limit = CHUNK_BYTES["cpu" if on_cpu else "other"]
         step = max(1, limit // (max(1, num_columns) * self.dtype.itemsize))
+        if needed is not None and on_cpu:
+            rows = needed.nonzero().squeeze(1)
+            return rows.split(step) if len(rows) else ()
         return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
-    def over_rows(self, work: Callable[[slice], Tensor], num_outputs: int) -> Tensor:
-        """[1, T, num_outputs]: ``work`` on every chunk, zeros on a shard of padding only."""
+    def over_rows(self, work: Callable[[Chunk], Tensor], num_outputs: int, needed: Tensor | None = None) -> Tensor:
+        """Return [1, T, num_outputs]: ``work`` on every chunk, zeros on a shard of padding only."""
         out = self.student.new_zeros(self.student.shape[0], num_outputs, dtype=self.dtype)
         if self.student.shape[1]:
-            for rows in self.chunks():
+            for rows in self.chunks(needed):
                 out[rows] = work(rows)
         return out[None]
 
@@ -82,8 +88,8 @@ class RowConstants:
         """In the order of the fields."""
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
-    def rows(self, rows: slice) -> RowConstants:
-        """Those of a chunk, as columns."""
+    def rows(self, rows: Chunk) -> RowConstants:
+        """Return those of a chunk, as columns."""
         return RowConstants(*(t[rows, None] for t in self.tensors()))
 
 
@@ -102,13 +108,12 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
 
     response_tokens: [T] int64, global ids; start: the global column of the shard's first one.
     Returns: [num_parts, T, len(FIRST_PASS) + grid.num_sums]: FIRST_PASS, argmaxes as global columns; S0 - 1, S1, S2, S3
-    of x for each beta; under ``grid.one_pass`` the sum of e^y x; under ``with_forward_kl`` the sums of e^(beta x) y and
-    e^(beta x) y x for each beta; the student's and the teacher's logit of the response token, 0 where another part
-    holds it.  And the local argmax of m, [num_parts, T].  On a part of padding only, maxima are -inf and sums 0.
+    of x for each beta; the student's and the teacher's logit of the response token, 0 where another part holds it.  And
+    the local argmax of m, [num_parts, T].  On a part of padding only, maxima are -inf and sums 0.
     """
     mix_argmax = torch.zeros(shard.student.shape[0], dtype=torch.int64, device=shard.student.device)
 
-    def work(rows: slice) -> Tensor:
+    def work(rows: Chunk) -> Tensor:
         y, z = shard.student[rows].to(shard.dtype), shard.teacher[rows].to(shard.dtype)
         (student_max, student_argmax), (teacher_max, teacher_argmax) = y.max(1), z.max(1)
         student_shift, teacher_shift = _without_minus_inf(student_max), _without_minus_inf(teacher_max)
@@ -121,9 +126,7 @@ def first_pass(shard: Shard, grid: Grid, response_tokens: Tensor | None, start: 
         columns = [student_max, *_tail_and_first(y, student_argmax), student_argmax]
         columns += [teacher_max, *_tail_and_first(z, teacher_argmax), teacher_argmax]
         columns += [top, _count(y), _count(x), _count(torch.minimum(x, y))]
-        columns += _moments(x, y, mix_argmax[rows], grid)
-        if grid.one_pass:
-            columns.insert(len(FIRST_PASS) + 4 * len(grid.betas), y.exp_().mul_(x).sum(1))
+        columns += _moments(x, mix_argmax[rows], grid)
         return torch.stack([column.to(shard.dtype) for column in columns], dim=1)
 
     sums = shard.over_rows(work, len(FIRST_PASS) + grid.num_sums - 2)
@@ -161,37 +164,42 @@ def _tail_and_first(shifted: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:
     return e.sum(1), e.mul_(shifted).sum(1)
 
 
-def _moments(x: Tensor, y: Tensor, argmax: Tensor, grid: Grid) -> list[Tensor]:
-    """S0 - 1 .. S3 for each beta, then, under ``with_forward_kl``, both sums with y, which hold the largest column."""
-    sums, joint, term = [], [], torch.empty_like(x)
-    es = [torch.empty_like(x) for _ in range(grid.octave)]
-    y_of_largest = y.gather(1, argmax[:, None]).squeeze(1)
+def _moments(x: Tensor, argmax: Tensor, grid: Grid) -> list[Tensor]:
+    """S0 - 1 .. S3 for each beta."""
+    sums, e, term = [], torch.empty_like(x), torch.empty_like(x)
     for j, beta in enumerate(grid.betas):
-        e = es[j % grid.octave]
         if j in grid.doubled:
             e.square_()
         else:
             torch.mul(x, beta, out=e).exp_().scatter_(1, argmax[:, None], 0.0)
         sums += [e.sum(1), torch.mul(e, x, out=term).sum(1), term.mul_(x).sum(1), term.mul_(x).sum(1)]
-        if grid.with_forward_kl:
-            joint += [torch.mul(e, y, out=term).sum(1) + y_of_largest, term.mul_(x).sum(1)]
-    return sums + joint
+    return sums
 
 
-SECOND_PASS = ("tail", "first", "second", "third", "fourth", "reverse_kl", "student_mean")
+SECOND_PASS = ("tail", "first", "second", "third", "reverse_kl", "student_mean")
 SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2", "y3")
 """Columns of ``second_pass``; the longer list for forward KL."""
 
 
-def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, forward_kl: bool) -> Tensor:
-    """Moments of x under q with the given normaliser, and the divergences: [num_parts, T, 7], for forward KL 12.
+def second_pass(
+    shard: Shard,
+    constants: RowConstants,
+    mix_argmax: Tensor,
+    *,
+    forward_kl: bool,
+    status: Tensor | None = None,
+) -> Tensor:
+    """Return moments of x under q with the given normaliser, and the divergences: [num_parts, T, 6], for forward KL 11.
 
-    tail .. fourth: sums of q x^k without the part's largest column; student_mean: sum of p x;
+    tail .. third: sums of q x^k without the part's largest column; student_mean: sum of p x;
     reverse_kl, forward_kl: the non-negative terms of the divergence; y0 .. y3: sums of q y x^k.
+    status: [T]; with it this is the third pass, and only the rows that are UNCONVERGED matter.  On a CPU only these are
+    read; elsewhere all are, since choosing them would make the host wait for the device.
     """
     (argmax,) = mix_argmax
+    needed = None if status is None else status == Status.UNCONVERGED
 
-    def work(rows: slice) -> Tensor:
+    def work(rows: Chunk) -> Tensor:
         chunk = constants.rows(rows)
         y, x = _shifted(shard, chunk, rows)
         log_p, log_q = y - chunk.student_log_sum, x * chunk.beta - chunk.log_sum
@@ -202,16 +210,16 @@ def second_pass(shard: Shard, constants: RowConstants, mix_argmax: Tensor, *, fo
             divergences += [forward_kl_terms(p, q, d).sum(1), term.sum(1)]
             divergences += [term.mul_(x).sum(1) for _ in range(3)]
         q.scatter_(1, argmax[rows, None], 0.0)
-        moments = [q.sum(1)] + [q.mul_(x).sum(1) for _ in range(4)]
+        moments = [q.sum(1)] + [q.mul_(x).sum(1) for _ in range(3)]
         return torch.stack(moments + divergences, dim=1)
 
-    return shard.over_rows(work, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS))
+    return shard.over_rows(work, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS), needed)
 
 
 def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor:
-    """[num_parts, T, 2]: this shard's parts of the JSD and of KL(p || M)."""
+    """Return [num_parts, T, 2]: this shard's parts of the JSD and of KL(p || M)."""
 
-    def work(rows: slice) -> Tensor:
+    def work(rows: Chunk) -> Tensor:
         p, q, d = _probabilities(shard, constants.rows(rows), rows)
         jsd = jsd_terms(p, q, d, jsd_lambda).sum(1)
         return torch.stack([jsd, log_mixture_over_p(d, jsd_lambda).mul_(p).sum(1).neg_()], dim=1)
@@ -245,7 +253,7 @@ def write_gradient(
         out[rows] = gradient.mul_(grad_loss[rows, None])
 
 
-def _shifted(shard: Shard, chunk: RowConstants, rows: slice) -> tuple[Tensor, Tensor]:
+def _shifted(shard: Shard, chunk: RowConstants, rows: Chunk) -> tuple[Tensor, Tensor]:
     """y and x of a chunk, relative to the maxima of the whole vocabulary."""
     y = shard.student[rows].to(shard.dtype) - chunk.student_max
     z = shard.teacher[rows].to(shard.dtype) - chunk.teacher_max
@@ -253,7 +261,7 @@ def _shifted(shard: Shard, chunk: RowConstants, rows: slice) -> tuple[Tensor, Te
     return y.clamp_(min=FLOOR), x
 
 
-def _probabilities(shard: Shard, chunk: RowConstants, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _probabilities(shard: Shard, chunk: RowConstants, rows: Chunk) -> tuple[Tensor, Tensor, Tensor]:
     """p, q and log q - log p of a chunk."""
     y, x = _shifted(shard, chunk, rows)
     log_p, log_q = y.sub_(chunk.student_log_sum), x.mul_(chunk.beta).sub_(chunk.log_sum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -34,7 +35,7 @@ class RowPlacement:
         if self.size == 1 or len(held) == 0:
             return lambda: held.index_select(0, order)
         everyones = held.new_empty(self.size * held.shape[0], held.shape[1])
-        handle = dist.all_gather_into_tensor(everyones, held.contiguous(), group=self.group, async_op=True)
+        handle = all_gather(everyones, held.contiguous(), self.group, async_op=True)
 
         def wait() -> Tensor:
             handle.wait()
@@ -53,7 +54,7 @@ class RowPlacement:
         if self.size == 1 or len(held) == 0:
             return lambda: out
         if self.gathered_rows is not None:
-            handle = dist.reduce_scatter_tensor(out, gradient, group=self.group, async_op=True)
+            handle = reduce_scatter(out, gradient, self.group)
         else:
             handle = dist.all_reduce(out, group=self.group, async_op=True)
 
@@ -70,8 +71,23 @@ def gather_width(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if size == 1 or len(part) == 0:
         return part.repeat(1, size)
     slices = part.new_empty(size * part.shape[0], part.shape[1])
-    dist.all_gather_into_tensor(slices, part.contiguous(), group=group)
+    all_gather(slices, part.contiguous(), group)
     return slices.unflatten(0, (size, part.shape[0])).transpose(0, 1).flatten(1)
+
+
+def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None, *, async_op: bool = False) -> Any:
+    """Gather ``part`` of every rank into ``out``, along dimension 0; returns a handle if ``async_op``.
+
+    torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at every call of the old name.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(out, part, group=group, async_op=async_op)
+
+
+def reduce_scatter(out: Tensor, everyones: Tensor, group: dist.ProcessGroup | None) -> Any:
+    """Start to sum ``everyones`` over the ranks into each one's ``out``; returns a handle.  Names as in `all_gather`."""
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return reduce(out, everyones, group=group, async_op=True)
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:

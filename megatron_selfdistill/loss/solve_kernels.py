@@ -8,7 +8,7 @@ bits on every rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_selfdistill.loss.grid import Grid
 from megatron_selfdistill.loss.kernels import ALL_REGISTERS, COMPILED, as_sum, launching_on, mix_of
-from megatron_selfdistill.loss.row_kernels import finish_kernel, one_pass_kernel, solve_kernel
+from megatron_selfdistill.loss.row_kernels import NUM_STATE, finish_kernel, solve_kernel
 from megatron_selfdistill.loss.row_statistics import RowResults
 from megatron_selfdistill.loss.row_sums import RowConstants
 
@@ -29,32 +29,32 @@ MOST_WARPS = 8
 SOLVING = {**COMPILED, **ALL_REGISTERS}
 MOST_ROWS = 32
 """Of a program: one per thread after the merging."""
-NUM_STATE = 18
-"""Numbers of a row that the second kernel takes over from the first, float64."""
 RESULTS = (
     "reverse_kl forward_kl student_entropy teacher_entropy target_entropy "
     "student_log_prob teacher_log_prob target_log_prob"
 ).split()
-"""Of `RowResults`, float32, in the order in which the second kernel writes them."""
+"""Of `RowResults`, float32, in the order in which ``finish_kernel`` writes them."""
 
 
 @dataclass(frozen=True)
 class Solving:
-    """Every row between the two passes; ``constants`` is what the second one takes.
+    """Every row between two passes; ``constants`` is what the next one takes.
 
     state: [NUM_STATE, T] and shift: [parts, T], float64; grid_entropies: [T, num_grid].
+    outputs: after the second pass, where the third one overwrites what it changes.
     """
 
     state: Tensor
     shift: Tensor
     constants: RowConstants
     grid_entropies: Tensor
+    outputs: _Outputs | None = None
 
 
 def solve_rows(gathered: Tensor, grid: Grid) -> Solving:
     """`row_statistics.solve_rows`."""
     num_parts, num_rows, _ = gathered.shape
-    state, shift = (gathered.new_empty(n, num_rows, dtype=torch.float64) for n in (NUM_STATE, num_parts))
+    state, shift = (gathered.new_empty(n, num_rows, dtype=torch.float64) for n in (NUM_STATE.value, num_parts))
     constants, entropies = gathered.new_empty(6, num_rows), gathered.new_empty(num_rows, grid.num_grid)
     if num_rows:
         programs, sizes = _programs(num_rows, num_parts)
@@ -81,10 +81,10 @@ def solve_rows(gathered: Tensor, grid: Grid) -> Solving:
 
 def finish_rows(
     solving: Solving, gathered: Tensor, grid: Grid, response_tokens: Tensor | None, vocab_size: int
-) -> RowResults:
-    """`row_statistics.finish_rows`."""
+) -> tuple[RowResults, Solving]:
+    """Do what `row_statistics.finish_rows` does; the results of the second call overwrite those of the first."""
     num_parts, num_rows, num_columns = gathered.shape
-    outputs = _Outputs.new(gathered, solving.grid_entropies)
+    outputs = solving.outputs or _Outputs.new(gathered, solving.grid_entropies)
     if num_rows:
         programs, sizes = _programs(num_rows, num_parts)
         with launching_on(gathered):
@@ -104,41 +104,12 @@ def finish_rows(
                 GIVEN=grid.given,
                 LOWEST_IS_BOUND=grid.lowest_is_bound,
                 HAS_TOKENS=response_tokens is not None,
+                SOME_ROWS=solving.outputs is not None,
                 NUM_COLUMNS=num_columns,
                 **sizes,
             )
-    return outputs.results()
-
-
-def finish_in_one_pass(gathered: Tensor, grid: Grid, response_tokens: Tensor | None, vocab_size: int) -> RowResults:
-    """`row_statistics.finish_in_one_pass`."""
-    num_parts, num_rows, num_columns = gathered.shape
-    outputs = _Outputs.new(gathered, gathered.new_empty(num_rows, grid.num_grid))
-    if num_rows:
-        programs, sizes = _programs(num_rows, num_parts)
-        with launching_on(gathered):
-            one_pass_kernel[programs](
-                gathered,
-                outputs.status if response_tokens is None else response_tokens.contiguous(),
-                grid.on(gathered.device),
-                outputs.grid_entropies,
-                *outputs.pointers(),
-                num_rows,
-                num_parts,
-                vocab_size,
-                as_sum(grid.mix_weights[0]),
-                MIX=mix_of(grid.mix_weights),
-                J=len(grid.betas),
-                NUM_GRID=grid.num_grid,
-                FAVOURED=grid.favoured,
-                GIVEN=grid.given,
-                LOWEST_IS_BOUND=grid.lowest_is_bound,
-                HAS_TOKENS=response_tokens is not None,
-                WITH_FORWARD=grid.with_forward_kl,
-                NUM_COLUMNS=num_columns,
-                **sizes,
-            )
-    return outputs.results()
+    results = outputs.results()
+    return results, replace(solving, constants=results.constants, outputs=outputs)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ RANGE = 16.0
 MIN_ENTROPY = 1e-6
 """Nats.  A smaller entropy is rounding noise and determines no beta: this entropy is matched instead."""
 MATCH_TOLERANCE = 1e-5
-"""Nats.  A token with beta at an end of the range counts as matched when its entropies agree to this."""
+"""Nats.  A token counts as matched when its entropies agree to this."""
 
 
 class Status(IntEnum):
@@ -42,6 +42,9 @@ class Status(IntEnum):
     """H(p) is below MIN_ENTROPY (or NaN): almost any beta would do, and MIN_ENTROPY is matched."""
     GIVEN = 4
     """The rule gives beta and solves nothing: fixed, batch, teacher_alone."""
+    UNCONVERGED = 5
+    """A root lies within the range of betas, and |H(q) - H(p)| at the beta in use is above MATCH_TOLERANCE, or no bound
+    of it is known."""
 
 
 @dataclass(frozen=True)
@@ -174,21 +177,19 @@ def _bisect(mix: Tensor, entropy_wanted: Tensor, low: float, high: float) -> Ten
     return torch.where(torch.isfinite(entropy_wanted + mix.amax(-1)), beta, torch.nan)
 
 
-def beta_grid(target: Target, points_per_octave: int = 1) -> tuple[float, ...]:
-    """The grid of betas; its ends are the range of beta.
+def beta_grid(target: Target) -> tuple[float, ...]:
+    """Return the grid of betas, which rise; the first and the last one are the range of beta.
 
-    1 / (1 + w) times powers of 2, so that equal logits find their root on it; with two points per octave also times
-    those of sqrt(2).
-    From 1 / (RANGE (1 + w)) to RANGE / (1 + w); with a bound inside that range, from 1 / k_max on: 9 values
-    without a bound, 5 with k_max = 1 + w (17 and 9).  Under fixed and teacher_alone, the one given beta.
+    The values are 1 / (1 + w) times powers of 2, so that equal logits find their root on the grid, from
+    1 / (RANGE (1 + w)) to RANGE / (1 + w); with a bound inside that range they start at 1 / k_max.  These are 9 values
+    without a bound and 5 with k_max = 1 + w.  Under fixed and teacher_alone the grid is the one given beta.
     """
     if target.rule in ("fixed", "teacher_alone"):
         assert target.given_beta is not None
         return (target.given_beta,)
     octaves = round(math.log2(RANGE))
-    within = [2 ** (i / points_per_octave) / target.geometric_k for i in range(points_per_octave)]
-    # times powers of 2, so that each value is exactly twice the one an octave below
-    grid = [2.0**j * beta for j in range(-octaves, octaves) for beta in within] + [2.0**octaves * within[0]]
+    # A power of 2 times one number, so that each value is exactly twice the one before.
+    grid = [2.0**j * (1 / target.geometric_k) for j in range(-octaves, octaves + 1)]
     if target.k_bound is None or not target.lowest_is_bound:
         return tuple(grid)
     lowest = 1 / target.k_bound
@@ -207,13 +208,20 @@ def token_status(
     low: float,
     high: float,
     lowest_is_bound: bool,
+    unconverged: Tensor | None = None,
 ) -> Tensor:
-    """The Status of tokens whose beta was solved for within [low, high]; int64, the shape of beta."""
+    """Return the Status of tokens whose beta was solved for within [low, high]: int64, the shape of beta.
+
+    unconverged: bool, the tokens whose root lies inside the range and has not been reached; None where a solver reaches
+    every root.
+    """
     apart = (target_entropy - student_entropy).abs() > MATCH_TOLERANCE
     at_low, at_high = apart & (beta <= low), apart & (beta >= high)
     status = torch.full(beta.shape, int(Status.MATCHED), dtype=torch.int64, device=beta.device)
     status.masked_fill_(at_low, int(Status.CAPPED if lowest_is_bound else Status.OUT_OF_RANGE))
     status.masked_fill_(at_high, int(Status.OUT_OF_RANGE))
+    if unconverged is not None:
+        status.masked_fill_(unconverged, int(Status.UNCONVERGED))
     determined = (student_entropy >= MIN_ENTROPY) & torch.isfinite(beta)
     return status.masked_fill_(~determined, int(Status.UNDETERMINED))
 

@@ -3,14 +3,18 @@
 
 Forward and backward are written by hand.
 
-Two small all-gathers per call (three for JSD) and none in backward, whatever the number of tokens:
+Three small all-gathers per call (four for JSD; one less where the rule gives beta) and none in backward, whatever the
+number of tokens:
 
-    pass A over the logits -> gather -> solve beta, the same bits on every rank
-    pass B over the logits -> gather -> polish beta, divergences          (JSD: one more pass and gather)
+    first pass over the logits -> gather -> solve beta, the same bits on every rank
+    second pass, at that beta  -> gather -> move beta to the root, divergences
+    third pass, over the rows whose root that has not reached -> gather -> the same for these
+    (JSD: one more pass and gather)
     backward: one pass, writes the gradient
 
-Sums are taken in float32 (float64 for float64 logits); merging, solving and polishing run in float64 on
-[T, J] numbers.
+The host waits for none of this, so the third gather is made whether a row needs it or not: 24 bytes per token (44 for
+forward KL), rank and part of a row.  A row that does not need the third pass costs it nothing else.  Sums are taken in
+float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
 """
 
 from __future__ import annotations
@@ -28,19 +32,8 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.grid import Grid
 from megatron_selfdistill.loss.row_statistics import RowResults
 from megatron_selfdistill.loss.row_sums import RowConstants, Shard
+from megatron_selfdistill.loss.sharded_rows import all_gather
 from megatron_selfdistill.loss.target import Target
-
-SOLVERS = ("exact", "fast")
-"""exact: |H(q) - H(p)| <= 1e-5 nats, by a second pass at the first value of beta, which also gives divergences that
-lose no digits where p and q are close.
-
-fast: <= 2e-3 nats where student and teacher are alike in shape, as two readings by language models are, and <= 1e-2
-where they are far apart (unrelated rows, a sure student under a flat teacher, a teacher that swaps the best tokens),
-both up to 152064 columns; from one pass with a denser grid.  Between its points the normaliser is interpolated, and so
-is the value of the divergence: the sum of q, reverse KL and JSD are as near as the entropies, forward KL to ten times
-as much.  The gradient is that of its q."""
-FAST_ERROR = {"alike": 2e-3, "far apart": 1e-2}
-"""Nats, of the fast solver's entropies, reverse KL and JSD, and of the sum of q; forward KL: ten times as much."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,6 @@ def distillation_loss(
     vocab: VocabShard,
     inplace_backward: bool = False,
     backend: str | None = None,
-    solver: str = "exact",
 ) -> TokenStats:
     """The divergence between student and mixed target of every response token, over ``vocab.group``.
 
@@ -143,14 +135,15 @@ def distillation_loss(
     Gradient: to ``student_logits`` only, in their dtype; the target is a constant; 0 at padding columns.
     inplace_backward: backward writes the gradient over the student's logits; nobody may read them afterwards.
     backend: "torch", "triton", or None for the one that fits, see ``backend.chosen``; equal on all ranks.
-    solver: "exact" or "fast": see ``SOLVERS``; equal on all ranks.
     -inf: a column with -inf in the student and in the teacher does not exist.  Where only the teacher has it,
     q = 0, and KL(p || q) is +inf with a gradient that is not finite: mask such columns in the student too, or
     use another divergence.  Where only the student has it, p = q = 0; under teacher_alone KL(q || p) is +inf.
     NaN: a row with NaN or +inf gives NaN in that row only.
-    Cost: two all-gathers (JSD three; fast one less), none in backward, none for T = 0.  Temporaries: the gathered sums
-    of the first pass, tp_size x parts x (12 + ``Grid.num_sums``) float32 per token, merged in float64, with 5 betas 136
-    bytes per rank and part; in PyTorch, where rows have one part, also a few chunks of rows, see
+    Accuracy: |H(q) - H(p)| <= 1e-5 nats for every token that is MATCHED, whatever the shape of its rows; a token whose
+    root is not reached to that is UNCONVERGED.
+    Cost: three all-gathers (JSD four; one less where the rule gives beta), none in backward, none for T = 0.
+    Temporaries: the gathered sums of the first pass, tp_size x parts x (12 + ``Grid.num_sums``) float32 per token,
+    merged in float64, with 5 betas 136 bytes per rank and part; in PyTorch, where rows have one part, also a few chunks of rows, see
     ``row_sums.CHUNK_BYTES``.  In Triton few rows are cut into many parts, ``kernels.num_parts``: 500 tokens of 152064
     columns over 8 ranks into 9, which is 9.8 KB per token beside 38 KB of bf16 logits; from 4096 tokens on into 1.
     Kept for backward: both logits and seven numbers per token.
@@ -161,7 +154,7 @@ def distillation_loss(
     chosen_backend = chosen(backend, student_logits, teacher_logits)
     with torch.no_grad():
         shard = _shard(student_logits, teacher_logits, target, vocab)
-        forward = _forward(shard, response_tokens, target, divergence, vocab, chosen_backend, solver)
+        forward = _forward(shard, response_tokens, target, divergence, vocab, chosen_backend)
     loss = _HandWrittenBackward.apply(
         student_logits,
         teacher_logits,
@@ -211,7 +204,7 @@ def solve_target(
     """The beta of every row and the normaliser that goes with it, as `distillation_loss` finds them, bit for bit.
 
     Shapes, ranks, backend, -inf and NaN as there; there is no response token, no divergence and no gradient.
-    Cost: two all-gathers over ``vocab.group``.
+    Cost: three all-gathers over ``vocab.group``, two where the rule gives beta.
     Raises: ValueError if shapes do not fit.
     """
     _check_logits("solve_target", student_logits, teacher_logits, vocab)
@@ -231,15 +224,17 @@ def _shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab
 def _solved(
     shard: Shard, response_tokens: Tensor | None, grid: Grid, vocab: VocabShard, backend: Backend, *, forward_kl: bool
 ) -> tuple[Shard, RowResults]:
-    """The shard as the passes cut it, and what they say: two gathers, with ``grid.one_pass`` one."""
+    """Return the shard as the passes cut it, and the results of every row: three gathers, two with a given beta."""
     shard = replace(shard, num_parts=backend.num_parts(shard.student.shape[0], vocab.size))
     sums, mix_argmax = backend.first_pass(shard, grid, response_tokens, vocab.start)
-    if grid.one_pass:
-        gathered = _gather(sums, vocab.group)
-        return shard, backend.finish_in_one_pass(gathered, grid, response_tokens, vocab.vocab_size)
     solving = backend.solve_rows(_gather(sums, vocab.group), grid)
-    sums = backend.second_pass(shard, solving.constants, mix_argmax, forward_kl=forward_kl)
-    return shard, backend.finish_rows(solving, _gather(sums, vocab.group), grid, response_tokens, vocab.vocab_size)
+    status: Tensor | None = None
+    for _ in range(1 if grid.given else 2):
+        sums = backend.second_pass(shard, solving.constants, mix_argmax, forward_kl=forward_kl, status=status)
+        gathered = _gather(sums, vocab.group)
+        rows, solving = backend.finish_rows(solving, gathered, grid, response_tokens, vocab.vocab_size)
+        status = rows.status
+    return shard, rows
 
 
 @dataclass(frozen=True)
@@ -258,13 +253,11 @@ def _forward(
     divergence: Divergence,
     vocab: VocabShard,
     backend: Backend,
-    solver: str = "exact",
 ) -> _Forward:
-    with_forward_kl = divergence.kind == "forward_kl"
-    grid = Grid.of(target, shard.dtype, one_pass=_is_fast(solver), with_forward_kl=with_forward_kl)
-    shard, rows = _solved(shard, response_tokens, grid, vocab, backend, forward_kl=with_forward_kl)
+    grid, forward_kl = Grid.of(target, shard.dtype), divergence.kind == "forward_kl"
+    shard, rows = _solved(shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl)
     loss = centre = rows.reverse_kl
-    if with_forward_kl:
+    if forward_kl:
         loss = rows.forward_kl
     elif divergence.kind == "jsd":
         parts = _gather(backend.jsd_pass(shard, rows.constants, divergence.jsd_lambda), vocab.group)
@@ -288,12 +281,6 @@ def _forward(
     return _Forward(stats, rows.constants, centre)
 
 
-def _is_fast(solver: str) -> bool:
-    if solver not in SOLVERS:
-        raise ValueError(f"loss.solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
-    return solver == "fast"
-
-
 def _gather(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[n, T, columns] of every rank -> [tp_size * n, T, columns], in rank order.
 
@@ -302,7 +289,7 @@ def _gather(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or parts.shape[1] == 0 or dist.get_world_size(group) == 1:
         return parts
     gathered = parts.new_empty(dist.get_world_size(group) * parts.shape[0], *parts.shape[1:])
-    dist.all_gather_into_tensor(gathered, parts.contiguous(), group=group)
+    all_gather(gathered, parts.contiguous(), group)
     return gathered
 
 

@@ -45,8 +45,7 @@ class FusedLoss:
     divergence: Divergence
     fusion: Fusion
     backend: str | None = None
-    solver: str = "exact"
-    """Both as for `distillation_loss`."""
+    """As for `distillation_loss`."""
 
     def __call__(
         self,
@@ -83,7 +82,6 @@ class FusedLoss:
             gathered_rows=gathered_rows,
             weight_gradient=MainGrad.of(weight, student.output_layer),
             backend=self.backend,
-            solver=self.solver,
         )
 
 

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import load_script
+from plateaus import CLASSES as PLATEAUS
+from plateaus import tool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
 from megatron_selfdistill.loss.entropy_match import Cumulants
-from megatron_selfdistill.loss.vocab_parallel import FAST_ERROR
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "solver_accuracy.py"
 SEEDS = 2
-tool = load_script(TOOL)
 
 
 def solve(student: Tensor, teacher: Tensor, target: Target) -> tuple[Tensor, Tensor]:
@@ -40,51 +39,7 @@ def test_the_entropies_match_on_every_class_of_distributions(name: str, target: 
             # float32 differences of logits of 20 carry 1e-6; a large beta multiplies them
             scale = (accuracy.beta * target.geometric_k / 2).clamp(min=1.0)
             assert (accuracy.normalisation / scale).max() <= 1e-6
-            assert accuracy.reverse_kl.max() <= 5e-6
-
-
-FAR_APART = {"disagree", "peaked student, flat teacher", "teacher sharper", "teacher swaps the top two"}
-"""Classes whose target may lie between two grid points with the student's mass moving from few columns to the bulk."""
-
-
-def fast_error(name: str) -> float:
-    return FAST_ERROR["far apart" if name in FAR_APART else "alike"]
-
-
-@pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}")
-@pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
-def test_the_fast_solver_matches_the_entropies_as_documented_on_every_class(name: str, target: Target) -> None:
-    for seed, vocab_size in ((0, 300), (1, 4096)):
-        student, teacher = tool.draw(name, 16, vocab_size, seed)
-        accuracy = tool.measure(student, teacher, target, "fast")
-        errors = torch.stack([accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl])
-        assert errors.max() <= FAST_ERROR["alike"] / 2, "on a small vocabulary also those far apart"
-
-
-@pytest.mark.parametrize("name", ["language model", "language model, bf16", *sorted(FAR_APART)])
-def test_the_fast_solver_matches_the_entropies_as_documented_on_a_large_vocabulary(name: str) -> None:
-    student, teacher = tool.draw(name, 4, 152_064, 0)
-    accuracy = tool.measure(student, teacher, Target(k_max=None), "fast")
-    assert torch.stack([accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl]).max() <= fast_error(name)
-
-
-@pytest.mark.parametrize(("kind", "times"), [("forward_kl", 10), ("reverse_kl", 1), ("jsd", 1)])
-@pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
-def test_a_divergence_and_its_gradient_are_as_near_as_documented_with_the_fast_solver(
-    name: str, kind: str, times: int
-) -> None:
-    student, teacher = tool.draw(name, 16, 4096, 0)
-    results = []
-    for solver in ("exact", "fast"):
-        leaf = student.clone().requires_grad_()
-        arguments = {"target": Target(k_max=None), "divergence": Divergence(kind), "solver": solver}
-        tokens = torch.zeros(16, dtype=torch.int64)
-        stats = distillation_loss(leaf, teacher, tokens, vocab=VocabShard(0, 4096, 4096), **arguments)
-        stats.loss.sum().backward()
-        results.append((stats.loss.detach(), leaf.grad))
-    (exact, gradient), (fast, near) = results
-    assert (fast - exact).abs().max() <= times * fast_error(name)
-    assert (near - gradient).abs().sum(1).max() <= FAST_ERROR["alike"] / 2
+            assert (accuracy.reverse_kl / scale).max() <= 5e-6
 
 
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
@@ -96,7 +51,8 @@ def test_forward_kl_is_exact_also_where_the_last_step_of_the_solver_is_long(name
     mix = student.double() + 0.75 * teacher.double()
     log_p, log_q = student.double().log_softmax(-1), (stats.beta.double()[:, None] * mix).log_softmax(-1)
     exact = torch.where(torch.isfinite(log_p), log_q.exp() * (log_q - log_p), 0.0).sum(-1)
-    torch.testing.assert_close(stats.loss.double(), exact, rtol=1e-6, atol=2e-6)
+    tolerance = 4e-6 if name in PLATEAUS else 2e-6  # where the last steps are the longest
+    torch.testing.assert_close(stats.loss.double(), exact, rtol=1e-6, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["language model, bf16", "teacher sharper", "disagree"])
@@ -119,7 +75,10 @@ def test_beta_and_status_equal_bisection(name: str, target: Target) -> None:
     on_threshold = (tool._entropy(reference.log_q) - entropy).abs() < 2e-5
     assert (agree | on_threshold).all()
     sharp = (reference.status == Status.MATCHED) & (entropy > 1e-2)
-    torch.testing.assert_close(beta[sharp].double(), reference.beta[sharp], rtol=2e-5, atol=0)
+    apart = (beta.double() / reference.beta).log().abs()
+    # On a plateau many betas have one entropy: what is left of 1e-5 nats, over dH / d log beta = -Var_q(log q).
+    variance = (reference.log_q.exp() * (reference.log_q + tool._entropy(reference.log_q)[:, None]) ** 2).nansum(-1)
+    assert (apart[sharp] <= 2e-5 + (torch.where(variance < 0.05, 1e-5, 0.0) / variance)[sharp]).all()
     outside = (reference.status == Status.CAPPED) | (reference.status == Status.OUT_OF_RANGE)
     torch.testing.assert_close(beta[outside & agree].double(), reference.beta[outside & agree], rtol=1e-6, atol=0)
 
@@ -144,15 +103,13 @@ def test_float64_logits_are_solved_beyond_float32() -> None:
 def test_cumulants_of_sums_equal_moments_of_the_distribution() -> None:
     x = torch.tensor([0.0, -0.5, -1.0, -4.0], dtype=torch.float64)
     p = x.exp() / x.exp().sum()
-    s = [(x.exp() * x**k).sum() for k in range(5)]
-    cumulants = Cumulants.from_sums(s[0] - 1, s[1], s[2], s[3])
+    s = [(x.exp() * x**k).sum() for k in range(4)]
+    cumulants = Cumulants.from_sums(torch.ones((), dtype=torch.float64), s[0] - 1, s[1], s[2], s[3])
     mean = (p * x).sum()
-    central = [(p * (x - mean) ** k).sum() for k in range(5)]
-    fourth = cumulants.fourth(s[2] / s[0], s[3] / s[0], s[4] / s[0])
-    ours = (cumulants.log_sum, cumulants.mean, cumulants.variance, cumulants.third, fourth)
-    expected = (s[0].log(), mean, central[2], central[3], central[4] - 3 * central[2] ** 2)
-    torch.testing.assert_close(torch.stack(ours), torch.stack(expected), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(cumulants.entropy(torch.ones(())), -(p * p.log()).sum(), rtol=1e-12, atol=0)
+    central = [(p * (x - mean) ** k).sum() for k in range(4)]
+    expected = (torch.ones(()).double(), s[0].log(), mean, central[2], central[3])
+    torch.testing.assert_close(torch.stack(cumulants.tensors()), torch.stack(expected), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(cumulants.entropy, -(p * p.log()).sum(), rtol=1e-12, atol=0)
 
 
 def test_an_almost_certain_row_keeps_the_digits_of_its_entropy() -> None:
@@ -177,4 +134,4 @@ def test_the_tool_prints_one_row_per_class() -> None:
         env={**os.environ, "PYTHONPATH": str(TOOL.parents[1])},
     ).stdout
     rows = table.strip().split("\n")
-    assert len(rows) == 2 + len(tool.DISTRIBUTIONS) and all(row.count("|") == 10 for row in rows)
+    assert len(rows) == 2 + len(tool.DISTRIBUTIONS) and all(row.count("|") == 11 for row in rows)

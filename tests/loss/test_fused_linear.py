@@ -21,6 +21,11 @@ from megatron_selfdistill.loss.fused_linear import FUSED_MODES, fused_distillati
 
 WIDTH, VOCAB_SIZE, PADDED_VOCAB_SIZE = 12, 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
 NUM_TOKENS, CHUNK = 13, 5
+GATHER, REDUCE_SCATTER = (
+    ("all_gather_single", "reduce_scatter_single")
+    if hasattr(dist, "all_gather_single")
+    else ("all_gather_into_tensor", "reduce_scatter_tensor")
+)
 TARGETS = {"capped": Target(), "fixed": Target("fixed", k=1.3), "teacher alone": Target("teacher_alone")}
 DIVERGENCES = {
     "reverse": Divergence("reverse_kl"),
@@ -402,7 +407,7 @@ def split_over_ranks(num_tokens: int, dtype: torch.dtype) -> list[tuple[TokenSta
             options = {"hidden": own, "gathered_rows": owner * longest + places}
             options["teacher_hidden"] = example.teacher[:, cut]
         with pytest.MonkeyPatch.context() as patch:
-            calls = dict.fromkeys(("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor"), 0)
+            calls = dict.fromkeys((GATHER, "all_reduce", REDUCE_SCATTER), 0)
             for name in calls:
                 patch.setattr(dist, name, counting(calls, name))
             stats, dgrad, wgrad = fused(example, Target(), Divergence(), mode, group=group, **options)
@@ -434,10 +439,10 @@ def test_every_split_equals_one_rank(ranks: RankPool, world_size: int) -> None:
         assert relative(torch.cat([shard[2] for shard in shards]), wgrad) < 2e-6, case
         again = mode == "low_memory"
         assert shards[0][3] == {
-            # The loss's two, in forward only; the teacher's rows; the student's, once more in backward.
-            "all_gather_into_tensor": 2 * num_chunks + (num_chunks * (1 + again) + 2) * sequence_parallel,
+            # The loss's three, in forward only; the teacher's rows; the student's, once more in backward.
+            GATHER: 3 * num_chunks + (num_chunks * (1 + again) + 2) * sequence_parallel,
             "all_reduce": 1 - sequence_parallel,
-            "reduce_scatter_tensor": 1 * sequence_parallel,
+            REDUCE_SCATTER: 1 * sequence_parallel,
         }, case
 
 

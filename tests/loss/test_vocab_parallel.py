@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import fields, replace
 
 import pytest
@@ -32,6 +33,7 @@ DIVERGENCES = {
 }
 CASES = list(itertools.product(TARGETS, DIVERGENCES))
 every_case = pytest.mark.parametrize(("rule", "kind"), CASES)
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 COLLECTIVES = [
     name
     for name in dir(dist)
@@ -107,7 +109,6 @@ def run_loss(
     kind: Divergence,
     group: dist.ProcessGroup | None = None,
     weights: Tensor | None = None,
-    solver: str = "exact",
 ) -> tuple[TokenStats, Tensor]:
     """The stats and the gradient of this rank's columns; padding columns are filled with garbage first."""
     garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 55.0]).repeat(PADDED_VOCAB_SIZE // 5 + 1)
@@ -116,16 +117,16 @@ def run_loss(
     columns = slice(vocab.start, vocab.start + vocab.size)
     s = torch.cat([student, garbage], 1)[:, columns].clone().requires_grad_()
     t = torch.cat([teacher, garbage.flip(1)], 1)[:, columns].clone()
-    stats = distillation_loss(s, t, tokens, target=rule, divergence=kind, vocab=vocab, solver=solver)
+    stats = distillation_loss(s, t, tokens, target=rule, divergence=kind, vocab=vocab)
     (stats.loss if weights is None else stats.loss * weights).sum().backward()
     stats.loss = stats.loss.detach()
     assert s.grad is not None
     return stats, s.grad
 
 
-def all_cases(dtype: torch.dtype, solver: str) -> list[tuple[TokenStats, Tensor]]:
+def all_cases(dtype: torch.dtype) -> list[tuple[TokenStats, Tensor]]:
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
-    return [run_loss(*logits(dtype), TARGETS[rule], DIVERGENCES[kind], group, solver=solver) for rule, kind in CASES]
+    return [run_loss(*logits(dtype), TARGETS[rule], DIVERGENCES[kind], group) for rule, kind in CASES]
 
 
 def same_bits(a: TokenStats, b: TokenStats) -> bool:
@@ -152,7 +153,7 @@ def test_float64_logits_give_float64_statistics(rule: str, kind: str) -> None:
     target, divergence = TARGETS[rule], DIVERGENCES[kind]
     stats, gradient = run_loss(student, teacher, tokens, target, divergence)
     loss, expected, _, beta = oracle(student, teacher, target, divergence)
-    # one polished step of the solver leaves more than float64's rounding; a given beta does not
+    # the last step of the solver leaves more than float64's rounding; a given beta does not
     tolerance = 2e-7 if target.rule == "entropy_matched" else 1e-12
     assert stats.loss.dtype == gradient.dtype == torch.float64
     torch.testing.assert_close(stats.loss, loss, rtol=0, atol=tolerance)
@@ -190,12 +191,12 @@ def test_all_statistics_equal_float64(rule: str) -> None:
     assert ((stats.status == Status.GIVEN) == (not matched)).all()
 
 
-@pytest.mark.parametrize(("world_size", "solver"), [(2, "exact"), (4, "exact"), (4, "fast")])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_every_split_of_the_vocabulary_gives_the_same_and_the_same_bits_on_every_rank(
-    ranks: RankPool, world_size: int, solver: str
+    ranks: RankPool, world_size: int
 ) -> None:
-    whole = [run_loss(*logits(), TARGETS[rule], DIVERGENCES[kind], solver=solver) for rule, kind in CASES]
-    per_rank = ranks.run(all_cases, torch.float32, solver, world_size=world_size)
+    whole = [run_loss(*logits(), TARGETS[rule], DIVERGENCES[kind]) for rule, kind in CASES]
+    per_rank = ranks.run(all_cases, torch.float32, world_size=world_size)
     for case, (stats, gradient), *shards in zip(CASES, whole, *per_rank, strict=True):
         assert all(same_bits(shards[0][0], shard[0]) for shard in shards), case
         assert torch.equal(shards[0][0].status, stats.status), case
@@ -227,9 +228,7 @@ def test_agreement_compares_global_columns_and_the_lowest_of_equal_maxima(ranks:
         assert agreement == [False, False, True, False, True]
 
 
-def count_collectives(
-    kind: Divergence, rule: Target, num_rows: int, solver: str = "exact"
-) -> tuple[list[str], list[str]]:
+def count_collectives(kind: Divergence, rule: Target, num_rows: int) -> tuple[list[str], list[str]]:
     student, teacher, tokens = logits(num_rows=max(num_rows, 3))
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, dist.group.WORLD)
     s = student[:num_rows, : vocab.size].clone().requires_grad_()
@@ -243,7 +242,7 @@ def count_collectives(
                 return _original(*args, **kwargs)
 
             patch.setattr(dist, name, counted)
-        arguments = {"target": rule, "divergence": kind, "vocab": vocab, "solver": solver}
+        arguments = {"target": rule, "divergence": kind, "vocab": vocab}
         stats = distillation_loss(s, teacher[:num_rows, : vocab.size], tokens[:num_rows], **arguments)
         forward = list(called)
         stats.loss.sum().backward()
@@ -251,40 +250,28 @@ def count_collectives(
     return forward, called[len(forward) :]
 
 
-@pytest.mark.parametrize(("kind", "count"), [("reverse", 2), ("forward", 2), ("jsd", 3)])
-def test_two_collectives_forward_three_for_jsd_and_none_backward(
-    ranks: RankPool, monkeypatch: pytest.MonkeyPatch, kind: str, count: int
+@pytest.mark.parametrize(("rule", "less"), [("capped", 0), ("strict", 0), ("fixed", 1), ("teacher alone", 1)])
+@pytest.mark.parametrize(("kind", "count"), [("reverse", 3), ("forward", 3), ("jsd", 4)])
+def test_three_collectives_forward_four_for_jsd_one_less_for_a_given_beta_and_none_backward(
+    ranks: RankPool, kind: str, count: int, rule: str, less: int
 ) -> None:
-    assert "all_gather_into_tensor" in COLLECTIVES and "all_reduce" in COLLECTIVES
-    for rule in ("capped", "teacher alone"):
-        for num_rows in (3, 14):
-            arguments = DIVERGENCES[kind], TARGETS[rule], num_rows
-            for forward, backward in ranks.run(count_collectives, *arguments, world_size=2):
-                assert forward == ["all_gather_into_tensor"] * count and backward == []
+    assert GATHER in COLLECTIVES and "all_reduce" in COLLECTIVES
+    for num_rows in (3, 14):
+        for forward, backward in ranks.run(
+            count_collectives, DIVERGENCES[kind], TARGETS[rule], num_rows, world_size=2
+        ):
+            assert forward == [GATHER] * (count - less) and backward == []
 
 
-@pytest.mark.parametrize(("kind", "count"), [("reverse", 1), ("forward", 1), ("jsd", 2)])
-def test_the_fast_solver_takes_one_collective_less(ranks: RankPool, kind: str, count: int) -> None:
-    for forward, backward in ranks.run(count_collectives, DIVERGENCES[kind], Target(), 14, "fast", world_size=2):
-        assert forward == ["all_gather_into_tensor"] * count and backward == []
+def warnings_of_one_call() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_loss(*logits(), Target(), Divergence(), dist.group.WORLD)
+    return [str(one.message) for one in caught if "deprecated" in str(one.message)]
 
 
-@every_case
-def test_a_given_beta_loses_nothing_with_the_fast_solver(rule: str, kind: str) -> None:
-    if TARGETS[rule].given_beta is None:
-        pytest.skip("beta is solved for")
-    student, teacher, tokens = logits()
-    arguments = student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind]
-    (fast, near), (exact, gradient) = run_loss(*arguments, solver="fast"), run_loss(*arguments)
-    for field in fields(TokenStats):
-        values = getattr(fast, field.name), getattr(exact, field.name)
-        torch.testing.assert_close(*values, rtol=3e-6, atol=5e-6, msg=lambda m, n=field.name: f"{n}: {m}")
-    torch.testing.assert_close(near, gradient, rtol=1e-5, atol=2e-6)
-
-
-def test_an_unknown_solver_is_refused_with_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"loss\.solver must be one of exact, fast; got 'quick'"):
-        run_loss(*logits(), Target(), Divergence(), solver="quick")
+def test_the_collectives_are_called_by_names_that_this_torch_does_not_deprecate(ranks: RankPool) -> None:
+    assert ranks.run(warnings_of_one_call, world_size=2) == [[], []]
 
 
 def test_no_rows_need_no_collective_and_still_take_a_backward(ranks: RankPool) -> None:

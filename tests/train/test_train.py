@@ -44,7 +44,7 @@ def test_a_bad_record_names_file_and_line(data, tmp_path, capfd):
 
 
 def test_the_log_says_what_computes_the_loss(data, tmp_path):
-    options = ["num_steps=1", "loss.solver=fast", "metrics.console=true"]
+    options = ["num_steps=1", "metrics.console=true"]
     process = tiny_run.in_new_process(overrides(data, tmp_path / "run", *options))
     assert process.returncode == 0, process.stderr
     assert "loss: PyTorch (the " in process.stdout
