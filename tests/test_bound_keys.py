@@ -89,6 +89,19 @@ def test_a_key_that_an_older_program_did_not_know_had_its_default_and_one_that_i
     assert found == Difference("loss.divergence", "reverse_kl", "jsd", BOUND)
 
 
+def test_another_value_of_the_same_environment_variable_is_noticed_and_neither_value_is_stored(monkeypatch):
+    written = ["checkpoint.load=${oc.env:BASE}/model", "rollout.transfer_dir=${oc.env:BASE}"]
+    monkeypatch.setenv("BASE", "/models/first")
+    first, same = values(*written), values(*written)
+    monkeypatch.setenv("BASE", "/models/second")
+    second = values(*written)
+    assert differences(first, same) == []
+    (found,) = differences(first, second)
+    assert (found.key, found.rule) == ("checkpoint.load", BOUND) and found.stored != found.now
+    assert "/models" not in str(first) + str(second) + str(found)
+    assert "checkpoint.load: 'a value from the environment with the digest" in (refusal([found], "iter_1") or "")
+
+
 def test_free_differences_are_no_reason_to_refuse():
     assert refusal(differences(values(), values("optimizer.lr=1", "num_steps=7")), "iter_1") is None
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ RULES: dict[str, str] = {
             *("rollout.servers", "rollout.num_servers", "rollout.server_python", "rollout.transfer"),
             *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
             *("rollout.kv_cache_gb", "rollout.record"),
-            *("loss.backend", "loss.solver", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
+            *("loss.backend", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
             "teacher.offload",
             *("optimizer.precision", "optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"),
             *("optimizer.lr_decay_steps", "optimizer.lr_decay_style", "optimizer.weight_decay"),
@@ -101,9 +102,21 @@ class Difference:
         return f"{self.key}: {_shown(self.stored)} in the checkpoint, now {_shown(self.now)}"
 
 
+ENVIRONMENT = "environment"
+"""The entry of `stored_values` that maps each bound key whose value was read from the environment to a digest."""
+
+
 def stored_values(config: Config) -> dict[str, Any]:
-    """Return a configuration as a checkpoint keeps it: nested plain values, `config.writable`'s as JSON has them."""
-    return json.loads(json.dumps(writable(config)))
+    """Return a configuration as a checkpoint keeps it: nested plain values, `config.writable`'s as JSON has them.
+
+    A value that was read from the environment is stored as its interpolation.  The entry ENVIRONMENT holds a digest of
+    such a value for each key that a run is bound to, so that another value is noticed.  Free keys, the place of tokens
+    and passwords, have no digest.
+    """
+    values = json.loads(json.dumps(writable(config)))
+    read = {".".join(map(str, place)): found.value for place, found in config.from_environment.items()}
+    values[ENVIRONMENT] = {key: _digest(value) for key, value in read.items() if rule_of(key) != FREE}
+    return values
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
@@ -117,9 +130,12 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     found = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
-            rule = rule_of(key)
-            rule = (BOUND if judges else FREE) if rule == JUDGE else rule
-            found.append(Difference(key, before.get(key), after.get(key), rule))
+            found.append(Difference(key, before.get(key), after.get(key), _rule(key, judges)))
+    then, today = (values.get(ENVIRONMENT, {}) for values in (stored, now))
+    for key in sorted(then.keys() & today.keys()):
+        if then[key] != today[key]:
+            was, is_now = (f"a value from the environment with the digest {d[key]}" for d in (then, today))
+            found.append(Difference(key, was, is_now, _rule(key, judges)))
     return found
 
 
@@ -131,6 +147,16 @@ def rule_of(key: str) -> str:
         if name in RULES:
             return RULES[name]
     raise KeyError(f"{key} has no rule in {__name__}: say whether a run is bound to it")
+
+
+def _rule(key: str, judges: bool) -> str:
+    """Return the rule of a key in a run that trains on verdicts, or does not."""
+    rule = rule_of(key)
+    return (BOUND if judges else FREE) if rule == JUDGE else rule
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def refusal(found: Sequence[Difference], where: str) -> str | None:
