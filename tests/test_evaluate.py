@@ -8,10 +8,9 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from fractions import Fraction
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from characters import ONE_RANK, STOP, Characters
@@ -493,17 +492,9 @@ def test_the_log_of_a_run_says_what_its_verifier_overlooked(monkeypatch, show_co
     result, said, logged = run(sums(), sampler=Talkative(), max_length=1000), [], []
     monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: result)
     config = Config(evaluation=EvaluationConfig(verifier="exact_match"))
-    it = SimpleNamespace(
-        step=3,
-        config=config,
-        rollouts=SimpleNamespace(send_weights=lambda step: None),
-        phases=lambda name: nullcontext(),
-        log=SimpleNamespace(message=said.append, log_evaluation=lambda step, metrics: logged.append(step)),
-        inputs=SimpleNamespace(
-            builder=SimpleNamespace(show_contents=show_contents), tokenizer=None, evaluation=[], max_length=9
-        ),
-        **dict.fromkeys(("sampler", "sampling", "grid")),
-    )
+    it = MagicMock(step=3, config=config)
+    it.inputs.builder.show_contents = show_contents
+    it.log.message, it.log.log_evaluation = said.append, lambda step, metrics: logged.append(step)
     assert run_module.Run.evaluate(it) is result and logged == [3]
     assert len(said) == num_lines and "set evaluation.verifier=math_verify" in said[0]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -183,16 +183,9 @@ def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch
     from megatron_selfdistill import run as module
 
     said = []
-    nothing = SimpleNamespace(finish_step=dict, metrics=lambda **_: {}, check=lambda *_: None, poll=lambda: None)
-    run = SimpleNamespace(
-        step=0,
-        config=dataclasses.replace(Config(), num_steps=9),
-        grid=None,
-        log=SimpleNamespace(log=lambda *_: None, message=said.append),
-        _tokens_read=lambda *_: 0.0,
-        save=lambda: None,
-        **dict.fromkeys(("rollouts", "phases", "guards", "checkpointer"), nothing),
-    )
+    run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9))
+    run.log.message = said.append
+    run.rollouts.finish_step.return_value = run.phases.metrics.return_value = {}
     monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})
     for _ in range(3):
         module.Run.finish_step(run, {"loss/reverse_kl": 1e-9}, [], None)
