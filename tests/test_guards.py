@@ -189,4 +189,4 @@ def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch
     monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})
     for _ in range(3):
         module.Run.finish_step(run, {"loss/reverse_kl": 1e-9}, [], None)
-    assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in said] == [True]
+        assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in said] == [True]
