@@ -23,12 +23,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.config import ConfigError
+
 CALLS = ("folder", "inputs")
 """The calls that every rank answers, in this order, before it joins the process group."""
 
 _CONNECT_S = 10.0
-_RANK_0_S = 2.0  # within which rank 0 says what other ranks have to say, too
+_RANK_0_S = 10.0  # within which rank 0 says what other ranks have to say, too, or leaves without it
 _GRACE_S = 10.0  # for which rank 0 keeps the store open so that the others hear of a failure
+_LOOK_S = 0.1
+_RANK_0_LEAVES = "rank 0 leaves"
 _launches: Counter[str] = Counter()
 
 
@@ -55,7 +59,7 @@ class RollCall:
     def answer(self, call: str, word: str = "", timeout_s: float = 1800.0) -> str:
         """Wait until every rank has answered ``call``, one of `CALLS`; return the word of rank 0.
 
-        Raises: `OtherRankFailed` where a rank has called `failed` instead; TimeoutError after ``timeout_s``.
+        Raises: `OtherRankFailed` where a rank has called `failed` instead; `ConfigError` after ``timeout_s``.
         """
         if self._alone:
             return word
@@ -70,8 +74,10 @@ class RollCall:
                 raise OtherRankFailed(int(store.get("failed")))
             return store.get(f"word/{call}").decode()
         except RuntimeError as error:  # torch's DistError
-            missing = f"waited {timeout_s:g} s for all {self.world_size} ranks to get ready ({call})"
-            raise TimeoutError(f"{missing}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"waited {timeout_s:g} s for all {self.world_size} ranks to get ready ({call}): start them together, "
+                f"or raise parallel.distributed_timeout_minutes ({str(error).splitlines()[0]})"
+            ) from error
 
     def failed(self, sentence: str, status: int) -> bool:
         """Tell the others that this rank ends because of ``sentence``; return whether this rank shall print it.
@@ -92,13 +98,20 @@ class RollCall:
             return True
 
     def _speaks(self, store: Any, digest: str) -> bool:
+        said = f"rank 0/{digest}"
         if self.rank == 0:
-            store.set(f"rank 0/{digest}", "")
-        else:
-            with contextlib.suppress(RuntimeError):  # torch's DistError: rank 0 has not said it by then
-                store.wait([f"rank 0/{digest}"], timedelta(seconds=_RANK_0_S))
-                return False
+            store.set(said, "")
+        elif self._rank_0_says(store, said):
+            return False
         return store.add(f"said/{digest}", 1) == 1
+
+    def _rank_0_says(self, store: Any, said: str) -> bool:
+        deadline = time.monotonic() + _RANK_0_S
+        while not store.check([said]):
+            if store.check([_RANK_0_LEAVES]) or time.monotonic() >= deadline:
+                return bool(store.check([said]))
+            time.sleep(_LOOK_S)
+        return True
 
     def tell_torchrun(self, sentence: str) -> None:
         """Put ``sentence`` where torchrun's report of failed ranks takes its "traceback" from."""
@@ -114,9 +127,11 @@ class RollCall:
             return
         try:
             left = self._store.add("left", 1)
+            if self.rank == 0:
+                self._store.set(_RANK_0_LEAVES, "")
             deadline = time.monotonic() + _GRACE_S
             while self.rank == 0 and left < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
+                time.sleep(_LOOK_S)
                 left = self._store.add("left", 0)
         except RuntimeError:
             pass

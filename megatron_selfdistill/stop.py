@@ -2,7 +2,7 @@
 """How a run is asked to end before its last step: SIGUSR1, SIGTERM, Ctrl-C, or the end of its time.
 
     with listening():                            # before torch is imported: a signal that comes earlier is lost
-        with interruptible(end_at_once):
+        with interruptible():
             stop = Stop(run_dir, grid, ...)
             while steps are left and not stop.agreed():
                 ...
@@ -67,11 +67,11 @@ def _take_note(number: int, frame: Any) -> None:
 
 
 @contextlib.contextmanager
-def interruptible(end_at_once: Callable[[], None] = lambda: None) -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let the first Ctrl-C do what SIGTERM does, and the second one end the process with `EXIT_INTERRUPTED`.
 
-    ``end_at_once``: called before the second Ctrl-C ends the process, in a thread.  torchrun answers a second Ctrl-C
-    with SIGTERM, which counts as the second one there.  Rank 0 prints a line at each press.  For the main thread.
+    torchrun answers a second Ctrl-C with SIGTERM, which counts as the second one there.  Rank 0 prints a line at each
+    press.  For the main thread.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -80,7 +80,7 @@ def interruptible(end_at_once: Callable[[], None] = lambda: None) -> Iterator[No
     # The number of a signal arrives here at once.
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _own_wakeups.append(writer)
-    presses = threading.Thread(target=_count_presses, args=(reader, end_at_once), name="Ctrl-C", daemon=True)
+    presses = threading.Thread(target=_count_presses, args=(reader,), name="Ctrl-C", daemon=True)
     presses.start()
     try:
         yield
@@ -94,7 +94,17 @@ def interruptible(end_at_once: Callable[[], None] = lambda: None) -> Iterator[No
         os.close(reader)
 
 
-def _count_presses(reader: int, end_at_once: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def at_sudden_end(act: Callable[[], None]) -> Iterator[None]:
+    """Within this context, call ``act`` in a thread before a second Ctrl-C ends the process."""
+    _last_acts.append(act)
+    try:
+        yield
+    finally:
+        _last_acts.remove(act)
+
+
+def _count_presses(reader: int) -> None:
     first: float | None = None
     while (number := os.read(reader, 1)) != _THE_END:
         if first is None:
@@ -104,7 +114,8 @@ def _count_presses(reader: int, end_at_once: Callable[[], None]) -> None:
                 _say(f"Ctrl-C: the run saves and ends after its present step{patience}; Ctrl-C again ends it at once")
         elif number[0] in _second_presses() and time.monotonic() - first > _SAME_PRESS_S:
             _say("Ctrl-C again: the run has ended at once; its steps since the last checkpoint are lost")
-            end_at_once()
+            for act in _last_acts:
+                act()
             os._exit(EXIT_INTERRUPTED)
 
 
@@ -130,6 +141,7 @@ def _leave_wakeups_to_the_parent() -> None:
             signal.set_wakeup_fd(-1)
 
 
+_last_acts: list[Callable[[], None]] = []
 _own_wakeups: list[int] = []
 os.register_at_fork(after_in_child=_leave_wakeups_to_the_parent)
 

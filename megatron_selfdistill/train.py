@@ -22,6 +22,7 @@ from megatron_selfdistill.config import Config, ConfigError, check_files
 from megatron_selfdistill.noise import silence_known_warnings
 from megatron_selfdistill.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.rollout.errors import EngineError
+from megatron_selfdistill.run_lock import LOCK, RunLock
 
 if TYPE_CHECKING:
     from megatron_selfdistill.inputs import Inputs
@@ -65,7 +66,8 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
     given = configuration.given_keys(arguments.overrides, arguments.config_name, arguments.config_dir)
     if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
         return plan(config, given, arguments.argv)
-    return train(config, given, ranks)
+    with stop.interruptible():
+        return train(config, given, ranks)
 
 
 def _report(sentence: str, status: int, ranks: RollCall) -> None:
@@ -86,31 +88,34 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     Raises `ConfigError` for bad input: what can be seen without other ranks is seen before they are met.
     """
     check_files(config)
+    ranks, lock = ranks or RollCall(), RunLock(Path(config.run_dir))
+    with stop.at_sudden_end(lock.release):
+        try:
+            if ranks.rank == 0 and not config.dry_run:
+                lock.acquire()
+            return _check_and_train(config, given, ranks, lock)
+        finally:
+            lock.release()
+
+
+def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
     silence_known_warnings()
     from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.resuming import refuse_another_run
-    from megatron_selfdistill.run_lock import RunLock
 
-    ranks = ranks or RollCall()
     refuse_another_run(config, given)
     as_given, config = config, with_stored_architecture(config, given)
     require_same_tokenizer(config)
     config.check_world(ranks.world_size)
-    lock = RunLock(Path(config.run_dir))
-    with stop.interruptible(lock.release):
-        try:
-            if ranks.rank == 0 and not config.dry_run:
-                lock.acquire()
-            finished = _finished(config, as_given) if ranks.rank == 0 else None
-            if checkpoint := ranks.answer("folder", str(finished or "")):
-                return _already_complete(config, Path(checkpoint), ranks)
-            inputs = Inputs.load(config)
-            ranks.answer("inputs")
-            return _train(config, inputs, None if config.dry_run else lock.renew)
-        finally:
-            lock.release()
+    patience_s = config.parallel.distributed_timeout_minutes * 60
+    finished = _finished(config, as_given) if ranks.rank == 0 else None
+    if checkpoint := ranks.answer("folder", str(finished or ""), patience_s):
+        return _already_complete(config, Path(checkpoint), ranks)
+    inputs = Inputs.load(config)
+    ranks.answer("inputs", timeout_s=patience_s)
+    return _train(config, inputs, None if config.dry_run else lock.renew)
 
 
 def _train(config: Config, inputs: Inputs, prove_ownership: Callable[[], None] | None) -> int:
@@ -203,7 +208,6 @@ def _announce(run: Run) -> None:
     from megatron_selfdistill.logged import LEFT_OUT_FILE, list_left_out
     from megatron_selfdistill.model.architecture import uses_transformer_engine
     from megatron_selfdistill.model.build import megatron_in_use
-    from megatron_selfdistill.run_lock import LOCK
 
     if not run.grid.is_reporter:
         return

@@ -59,7 +59,7 @@ def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
 def test_keys_of_a_section_are_those_alone_with_the_groups_options(capsys):
     text = said(capsys, "--keys", "target")
     keys = [line.partition("=")[0] for line in text.splitlines() if not line.startswith((" ", "=", "("))]
-    assert keys == [key for key in [*configuration.keys()] if key.startswith("target.")]
+    assert keys == [key for key in list(configuration.keys()) if key.startswith("target.")]
     assert "(sets several at once: target=batch|capped|" in text
     assert said(capsys, "--keys", "optimizer.lr").splitlines()[-2:] == [
         "optimizer.lr=1e-06",

@@ -158,6 +158,7 @@ def test_an_owner_elsewhere_is_judged_by_its_heartbeats_alone_whatever_the_clock
     with pytest.raises(CheckpointError, match="another run has taken the folder over"):
         alive.renew()
     alive.release()
+    assert [file.name.partition(".")[0] for file in (run_dir / LOCK).iterdir()] == [new._id]
     new.renew()
     new.release()
 

@@ -185,7 +185,7 @@ def press(*numbers):
         time.sleep(0.1)
 
 stop._SAME_PRESS_S = 0.05
-with stop.listening(), stop.interruptible(lambda: print("released", flush=True)):
+with stop.listening(), stop.interruptible(), stop.at_sudden_end(lambda: print("released", flush=True)):
     {body}
     time.sleep(0.5)
     print("noted", sorted(stop._received))
