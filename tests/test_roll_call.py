@@ -67,10 +67,9 @@ def test_of_several_ranks_with_a_sentence_that_rank_0_lacks_one_speaks(ranks):
 
 
 def twice() -> list[str]:
-    words = []
-    for number in range(2):
-        ranks = RollCall()
-        words.append(ranks.answer("folder", f"run {number}"))
+    calls = [RollCall(), RollCall()]
+    words = [ranks.answer("folder", f"run {number}") for number, ranks in enumerate(calls)]
+    for ranks in calls:
         ranks.leave()
     return words
 
