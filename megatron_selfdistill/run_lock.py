@@ -106,9 +106,7 @@ class RunLock:
         self._beat_s, self._silence_s, self._report = beat_s, silence_s, report
         self._id, self._beats = uuid.uuid4().hex[:12], 0
         self._held = self._made_run_dir = False
-        self._place: tuple[int, int] | None = (
-            None  # of the run folder: a folder that was removed and made again differs
-        )
+        self._place: tuple[int, int] | None = None  # tells the run folder from one that was made again
         self._lost: str | None = None
         self._mutex, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._beat_until_closed, name="run lock", daemon=True)
