@@ -145,8 +145,8 @@ class Rollouts:
         return pair
 
     def solution_read(self, context: ContextPair) -> str:
-        """Return the solution that the teacher reads beside this response of the present step, whole even where a long
-        one was shortened; "" where there is no teacher."""
+        """Return the solution that the teacher reads with this response of the present step, in full even where it was
+        shortened; "" without a teacher."""
         if self.config.objective != "self_distillation":
             return ""
         if self._own is not None:

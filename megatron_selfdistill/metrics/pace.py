@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How long the rest of a run takes, as far as its steps so far tell."""
+"""How long the rest of a run takes, estimated from its steps so far."""
 
 from __future__ import annotations
 

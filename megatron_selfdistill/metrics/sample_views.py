@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.metrics.samples import Sample, SampleToken
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SLIGHT, STRONG = 0.3, 1.0
-"""Tokens are marked from these differences of log p(token) between teacher and student on, in nats; without colours,
-from the second one on."""
+"""Differences of log p(token) between teacher and student, in nats, from which on a token is marked slightly and
+strongly; without colours only strongly."""
 PROMPT_END, SOLUTION_START = 400, 400
 """Characters of the prompt's end and of the solution's start that are shown."""
 RESPONSE_START, RESPONSE_END = 1500, 500
@@ -24,16 +24,13 @@ TOP = 5
 """Tokens whose loss is named, the largest first."""
 
 LESS, MORE = ("[-", "-]"), ("{+", "+}")
-"""How a token is marked without colours that the teacher finds less or more likely than the student: as wdiff does."""
+"""What surrounds a token that is less or more likely for the teacher, where there are no colours; wdiff's notation."""
 _COLOURS = {
     (True, False): "red",
     (True, True): "bold white on red",
     (False, False): "green",
     (False, True): "bold green",
 }
-
-Marks = Callable[[SampleToken], tuple[str, str]]
-"""What stands before and behind a token."""
 
 
 def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
@@ -83,7 +80,7 @@ def tensorboard_html(sample: Sample) -> str:
 
 
 def _around(sample: Sample) -> Iterator[tuple[str, str]]:
-    """(name, text) of what is shown before the response."""
+    """Yield (name, text) of each part that is shown before the response."""
     prompt, solution = sample.prompt, sample.solution
     yield "prompt", f"... {prompt[-PROMPT_END:]}" if len(prompt) > PROMPT_END else prompt
     if solution:
@@ -91,7 +88,7 @@ def _around(sample: Sample) -> Iterator[tuple[str, str]]:
 
 
 def _shown(tokens: Sequence[SampleToken]) -> Iterator[SampleToken | str]:
-    """The tokens of a response, the middle of a long one replaced by how many there are."""
+    """Yield the tokens of a response; the middle of a long one is replaced by the number of its tokens."""
     if sum(len(token.text) for token in tokens) <= RESPONSE_START + RESPONSE_END:
         yield from tokens
         return
@@ -102,7 +99,7 @@ def _shown(tokens: Sequence[SampleToken]) -> Iterator[SampleToken | str]:
 
 
 def _fitting(tokens: Sequence[SampleToken], room: int) -> int:
-    """How many of the first tokens have at most ``room`` characters."""
+    """Return how many of the first tokens have at most ``room`` characters."""
     for count, token in enumerate(tokens):
         room -= len(token.text)
         if room < 0:
@@ -130,7 +127,7 @@ def _bold_or_italic(token: SampleToken) -> tuple[str, str]:
 
 
 def _legend(coloured: bool) -> Iterator[tuple[str, str]]:
-    """(style, words) of what the marks mean."""
+    """Yield (style, words) of what the marks mean."""
     if coloured:
         yield _COLOURS[True, False], "less likely"
         yield "", ", "
@@ -146,7 +143,7 @@ def _legend(coloured: bool) -> Iterator[tuple[str, str]]:
 
 
 def _largest(sample: Sample) -> str:
-    """The tokens with the largest loss, with what the loss is made of."""
+    """Return the tokens with the largest loss, with their log-ratio, k and status."""
     known = [token for token in sample.tokens if token.teacher_log_prob is not None]
     return ", ".join(
         f"{token.text!r} {token.loss:.3g} (teacher - student {token.log_ratio:+.2f}, k {token.k:.2f}, {token.status})"
@@ -155,13 +152,13 @@ def _largest(sample: Sample) -> str:
 
 
 def _visible(text: str) -> str:
-    """``text`` with control characters, which could steer a terminal, as their escapes; lines and tabs stay."""
+    """Return ``text`` with control characters, which could steer a terminal, as escapes; line ends and tabs stay."""
     return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
 
 
 def _steers(character: str) -> bool:
-    """Control characters, marks of the direction of writing, and halves of surrogate pairs; not the joiners of
-    letters."""
+    """Return whether this is a control character, a mark for the direction of text or half of a surrogate pair, and not
+    a joiner of letters."""
     return character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
 
 

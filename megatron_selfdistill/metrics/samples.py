@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A few responses of a step as text, each token with what student and teacher found of it."""
+"""A few responses of a step as text, with the numbers of each token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_selfdistill.data.prompts import Tokenizer
 
 NUMBERS = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
-"""What is known of each response token, by the names of `TokenStats`; NaN where the loss has no teacher."""
+"""The fields of `TokenStats` that a sample has of each token; NaN where the loss has no teacher."""
 _DIGITS = 6  # of a number in the record
 
 
@@ -27,7 +27,7 @@ class SampleToken:
 
     id: int
     text: str
-    """What the token adds to the text; "" for one in the middle of a character, which the last of them adds."""
+    """What the token adds to the text; "" for a part of a character, which the last part adds whole."""
     loss: float
     """The token's loss before weights, in nats."""
     student_log_prob: float
@@ -41,15 +41,15 @@ class SampleToken:
 
     @property
     def log_ratio(self) -> float:
-        """log p(token) of the teacher less that of the student, in nats: below 0, the teacher would rather not have
-        written it; 0 without a teacher, and where the difference is no number."""
+        """log p(token) of the teacher minus that of the student, in nats: negative where the token is less likely for
+        the teacher; 0 without a teacher, and where the difference is not a number."""
         ratio = 0.0 if self.teacher_log_prob is None else self.teacher_log_prob - self.student_log_prob
         return 0.0 if math.isnan(ratio) else ratio
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response of a step, behind its problem and beside the solution that the teacher reads."""
+    """One response of a step, with its problem and the solution that the teacher reads."""
 
     problem_id: str
     prompt: str
@@ -127,7 +127,7 @@ def _token(
 
 
 def _rounded(value: float | None) -> float | str | None:
-    """``value`` to `_DIGITS` digits; JSON has no NaN and no infinities."""
+    """Return ``value`` to `_DIGITS` digits; a value that JSON lacks (NaN, infinities) becomes a text."""
     if value is None or not math.isfinite(value):
         return None if value is None else str(value)
     return float(f"{value:.{_DIGITS}g}")
