@@ -17,6 +17,7 @@ from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.hf_files import read_config
 from megatron_selfdistill.checkpoint.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.checkpoint.safetensors_folder import open_weights_folder
+from megatron_selfdistill.checkpoint.saved_run import is_ours
 from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.weights import Weights, open_weights
 from megatron_selfdistill.config import ModelConfig
@@ -50,7 +51,10 @@ def describe(path: Path) -> dict[str, str]:
     model = replace(model, vocab_size=vocab_size)
     sizes_of = {axis: getattr(args, name, None) or 1 for axis, name in _LAYOUT.items()}
     lines["written by"] = " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())
-    lines["manifest"] = "sizes agree" if (weights.path / manifest.NAME).is_file() else "none (another program's)"
+    if (weights.path / manifest.NAME).is_file():
+        lines["manifest"] = "sizes agree"
+    else:
+        lines["manifest"] = "lost (this program wrote one)" if is_ours(weights.path) else "none (another program's)"
     return lines | _describe_model(model) | _usage(weights, model, beside)
 
 

@@ -24,6 +24,7 @@ from megatron_selfdistill.checkpoint import folder, manifest
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.legacy import LegacySource, is_legacy
 from megatron_selfdistill.checkpoint.names import Place, places, shown
+from megatron_selfdistill.checkpoint.saved_run import is_ours
 from megatron_selfdistill.checkpoint.streaming import TorchDistSource
 from megatron_selfdistill.model.hf_mapping import CARRIED, Rule
 
@@ -77,11 +78,13 @@ class Weights(Protocol):
 def require_sound(weights: Weights, say: Callable[[str], None] = lambda _: None) -> None:
     """Raise CheckpointError, naming the file, unless all contents are what the manifest says; reads every file once.
 
-    Checkpoints of other programs have no manifest: that is said, and their contents are taken as they are.
+    Checkpoints of other programs have no manifest, and one of this program may have lost it: ``say`` receives that, and
+    the contents are taken as they are.
     """
     entries = manifest.read(weights.path)
     if entries is None:
-        say(f"{weights.path} has no {manifest.NAME}: its contents cannot be checked")
+        lost = ", although this program wrote one" if is_ours(weights.path) else ""
+        say(f"{weights.path} has no {manifest.NAME}{lost}: its contents cannot be checked")
     elif (fault := manifest.wrong_contents(weights.path, entries)) is not None:
         raise CheckpointError(f"{weights.path} {fault}{folder.instead_of(weights.path)}")
 

@@ -224,6 +224,20 @@ def test_a_frozen_teacher_that_is_lost_is_written_again_for_old_and_new_checkpoi
     ranks.run(lose_the_teacher, tmp_path, world_size=1)
 
 
+def lose_the_manifest_of_the_teacher(run_dir: Path) -> None:
+    checkpointed_run.start(Setup(teacher="frozen"), run_dir, steps=1).save(1)
+    (run_dir / "teacher" / "manifest.json").unlink()
+    run = checkpointed_run.start(Setup(teacher="frozen"), run_dir)
+    with raises("teacher has no manifest.json, with which this program wrote it"):
+        run.load_latest()
+    run.checkpointer.verify = "none"
+    run.load_latest()
+
+
+def test_a_frozen_teacher_without_its_manifest_is_refused_unless_asked_for(ranks, tmp_path):
+    ranks.run(lose_the_manifest_of_the_teacher, tmp_path, world_size=1)
+
+
 def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:
     from megatron_selfdistill.checkpoint.megatron import load_frozen_teacher, save_frozen_teacher
 

@@ -214,6 +214,19 @@ def test_a_checkpoint_without_manifest_of_another_program_is_taken(ranks, run_di
     ranks.run(start_from_another_programs, newest(run_dir), world_size=1)
 
 
+def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
+    from megatron_selfdistill.checkpoint.describe import describe
+    from megatron_selfdistill.checkpoint.weights import open_weights, require_sound
+
+    (newest(run_dir) / manifest.NAME).unlink()
+    said: list[str] = []
+    require_sound(open_weights(newest(run_dir)), said.append)
+    assert said == [
+        f"{newest(run_dir)} has no manifest.json, although this program wrote one: its contents cannot be checked"
+    ]
+    assert describe(newest(run_dir))["manifest"] == "lost (this program wrote one)"
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", ".."])
 def test_a_manifest_may_not_name_files_of_other_folders(tmp_path, name):
     entries = {name: {"size": 1, "checksum": ""}}

@@ -223,3 +223,23 @@ def test_statistics_of_transformer_engine_are_pickled_again_and_poisoned_ones_re
         with pytest.raises(CheckpointError, match=r"a._extra_state is not read: its pickle asks for posix.system"):
             _rewrite_extra_states({"teacher0": {"a._extra_state": value}})
     assert not mark.exists()
+
+
+def read_statistics(folder: Path, mark: Path) -> None:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from megatron_selfdistill.checkpoint import transfer
+
+    def contents(value: Any) -> dict[str, Any]:
+        return {"model": {"x._extra_state": ShardedObject("x._extra_state", value, (1,), (0,), replica_id=0)}}
+
+    statistics = torch.frombuffer(bytearray(pickle.dumps(Payload(mark))), dtype=torch.uint8)
+    target = folder / "iter_0000001"
+    transfer.write_now(*transfer.begin_write(contents(statistics), target), target)
+    with pytest.raises(CheckpointError, match=r"x._extra_state is not read: its pickle asks for posix.system"):
+        transfer.read(contents(None), target)
+
+
+def test_poisoned_statistics_do_not_reach_a_layer(ranks, tmp_path, mark):
+    ranks.run(read_statistics, tmp_path, mark, world_size=1)
+    assert not mark.exists()
