@@ -29,15 +29,21 @@ def on_rank_0(do: Callable[[], T]) -> T:
 
 
 def on_each_rank(do: Callable[[], T]) -> T:
-    """What ``do()`` returns here.  If it raises on any rank, all ranks raise a `CheckpointError` that says which."""
+    """Return what ``do()`` returns here.
+
+    If it raises on any rank, all ranks raise a `CheckpointError` that names those ranks and what happened there; where
+    all ranks fail alike, it says so once.
+    """
     result, problem = None, None
     try:
         result = do()
     except Exception as error:
-        problem = f"rank {dist.get_rank()}: {describe(error)}"
-    problems = [p for p in from_all_ranks(problem) if p is not None]
+        problem = describe(error)
+    problems = {rank: one for rank, one in enumerate(from_all_ranks(problem)) if one is not None}
+    if len(problems) == dist.get_world_size() and len(set(problems.values())) == 1:
+        raise CheckpointError(problems[0])
     if problems:
-        raise CheckpointError("; ".join(problems[:4]))
+        raise CheckpointError("; ".join(f"rank {rank}: {one}" for rank, one in list(problems.items())[:4]))
     return result  # type: ignore[return-value]
 
 

@@ -8,6 +8,7 @@ attention and the scaling of RoPE; they are read here like the rest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 from collections.abc import Collection
@@ -32,10 +33,11 @@ def with_stored_architecture(config: Config, given: Collection[str] | None = Non
     """
     if config.model.provider is not None:
         return config
-    resumes = config.run_dir and config.checkpoint.resume
-    newest = folder.latest(Path(config.run_dir) / "checkpoints") if resumes else None
-    path = newest or config.checkpoint.load
-    args = stored_args(Path(path)) if path is not None else None
+    args = None
+    if config.run_dir and config.checkpoint.resume:
+        args = _args_of_newest(Path(config.run_dir) / "checkpoints")
+    if args is None and config.checkpoint.load is not None:
+        args = stored_args(Path(config.checkpoint.load))
     if args is None:
         return config
     if given is None:
@@ -51,6 +53,18 @@ def stored_args(path: Path) -> argparse.Namespace | None:
     if is_legacy:
         return load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True).get("args")
     return load_pickled(found / "common.pt").get("args")
+
+
+def _args_of_newest(checkpoints: Path) -> argparse.Namespace | None:
+    """Return the arguments of the first of `folder.candidates` that can be read; None where there is none.
+
+    What is wrong with the others is for the run to say, which reads all of their files.
+    """
+    for path in folder.candidates(checkpoints):
+        if folder.incomplete(path) is None:
+            with contextlib.suppress(CheckpointError):
+                return stored_args(path)
+    return None
 
 
 def architecture_from_args(args: argparse.Namespace) -> ModelConfig:

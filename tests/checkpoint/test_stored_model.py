@@ -216,7 +216,8 @@ def test_a_run_that_contradicts_its_checkpoint_ends_with_one_sentence(checkpoint
     from megatron_selfdistill.train import main
 
     for override, sentence in (("model.layernorm_epsilon=1e-5", "1e-05, but"), ("checkpoint.load=/gone", "not exist")):
-        assert main([f"checkpoint.load={checkpoint}", "run_dir=/nowhere", override]) == 2
+        inputs = ["data.path=unread", "data.tokenizer=unread"]
+        assert main([f"checkpoint.load={checkpoint}", "run_dir=/nowhere", *inputs, override]) == 2
         error = capfd.readouterr().err.strip()
         assert sentence in error and error.startswith("[rank 0] ") and len(error.splitlines()) == 1
 

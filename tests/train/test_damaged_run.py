@@ -49,6 +49,14 @@ def flip(path: Path) -> str:
     return f"{path.name} has a damaged {file.name}"
 
 
+def flip_arguments(path: Path) -> str:
+    file = path / "common.pt"
+    data = bytearray(file.read_bytes())
+    data[200] ^= 1
+    file.write_bytes(data)
+    return f"{path.name} has a damaged common.pt"
+
+
 def lose_manifest(path: Path) -> str:
     (path / "manifest.json").unlink()
     return f"{path.name} has no manifest.json, with which this program wrote it"
@@ -76,8 +84,9 @@ def test_where_no_checkpoint_can_be_used_nothing_starts_and_nothing_is_overwritt
     assert bytes_of(run) == before
 
 
-def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_says_so_once(ranks, data, run):
-    reason = flip(checkpoint(run, 6))
+@pytest.mark.parametrize("damage", [flip, flip_arguments])
+def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_says_so_once(ranks, data, run, damage):
+    reason = damage(checkpoint(run, 6))
     status, said = started(ranks, overrides(data, run))
     assert status == 0 and saved_step(run) == 6
     lines = [line for line in said.splitlines() if "iter_0000006" in line]
