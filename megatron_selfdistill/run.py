@@ -140,7 +140,9 @@ class Run:
                 self._sampler_log_probs = _joined(response.log_probs for response in kept)
             if self.config.loss.rollout_correction == "truncated":
                 drawn = _joined(response.sampled_log_probs for response in kept)
-                self._row_weight = TruncatedImportance(drawn, self.config.loss.rollout_correction_cap)
+                self._row_weight = TruncatedImportance(
+                    drawn.to(self.grid.device), self.config.loss.rollout_correction_cap
+                )
             return self.pack_contexts(self._contexts)
 
     def pack_contexts(self, contexts: Sequence[ContextPair]) -> PackedBatch:

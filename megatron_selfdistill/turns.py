@@ -47,7 +47,7 @@ def turn_weight(wanted: ConversationsConfig, turns: Turns, grid: Grid) -> Likely
         return None
     weight = {"drop": dropped, "down_weight": down_weighted}[wanted.unlikely]
     over_ranks = partial(over_last_stage, grid=grid)
-    return LikelyTurns(turns.ids, len(turns.lengths), wanted.min_log_prob, weight, over_ranks)
+    return LikelyTurns(turns.ids.to(grid.device), len(turns.lengths), wanted.min_log_prob, weight, over_ranks)
 
 
 def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: Grid) -> dict[str, float]:

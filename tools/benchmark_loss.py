@@ -11,8 +11,9 @@ machine does hits all of them; medians are compared.  The yardstick is a copy of
 
     to ...      time, on a CPU the processor's, to that of the first contender
     floor       time that the reads and writes of the loss's passes would take at the copy's speed, to the time: 7 of
-                them (two reads of both rows, one more with the write in place), 9 for JSD; rows that need the third
-                pass, of which there are none here, take 2 more.  Each is 1u in bf16 and 2u in fp32.  Not from hidden states, where the products bound the time
+                them (two reads of both rows, one more with the write in place), 9 for JSD.  Each is 1u in bf16 and 2u
+                in fp32.  Rows that need the third pass take 2 more; none here does.  Not from hidden states, where the
+                products bound the time
     passes      reads and writes of every row of logits: by design / as PyTorch's operators make them, on tensors that
                 hold all rows, or a chunk's from hidden states.  What a chunk in a core's cache is read again counts
     u           bytes that PyTorch's operators read and write (views are free), in u: what eager code moves.  Chunked

@@ -162,7 +162,9 @@ def measure(case: Case, arch: int) -> Report:
         wide_loads=len(re.findall(rf"ld\.global{wide}", ptx)),
         wide_stores=len(re.findall(rf"st\.global{wide}", ptx)),
         barriers=len(re.findall(r"bar(?:rier)?\.(?:cta\.)?(?:red\.\S*\.)?sync|barrier0", ptx)),
-        ahead=load_distance(_cuobjdump("-sass", compiled.asm["cubin"])) if "student_stride" in names and "out" not in names else None,
+        ahead=load_distance(_cuobjdump("-sass", compiled.asm["cubin"]))
+        if "student_stride" in names and "out" not in names
+        else None,
     )
 
 

@@ -29,8 +29,9 @@ def main() -> None:
     parser.add_argument("--strict", action="store_true", help="no bound on k")
     arguments = parser.parse_args()
     target = Target(k_max=None) if arguments.strict else Target()
-    print("| class | beta (1+w) | matched | capped | beyond | undetermined | unconverged | H(q)-H(p) | sum q-1 | reverse KL |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = "class, beta (1+w), matched, capped, beyond, undetermined, unconverged, H(q)-H(p), sum q-1, reverse KL"
+    print(f"| {columns.replace(', ', ' | ')} |")
+    print("|---" * 10 + "|")
     for name in DISTRIBUTIONS:
         student, teacher = draw(name, arguments.tokens, arguments.vocab_size, arguments.seed)
         print(markdown_row(name, measure(student, teacher, target), target))

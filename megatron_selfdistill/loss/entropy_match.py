@@ -13,8 +13,8 @@ beta at which the last pass was taken.  It is sought on
 which is nearly a straight line where a bulk of columns melts (H -> Hmax), where all mass runs to one column (floor = 0,
 H -> 0), and where H settles on a plateau because two or three best columns are nearly tied over a small tail.  There
 H - floor decays exponentially in beta.  Its rate is H'' / |H'| (derivatives with respect to beta) at the right end, or
-1 / (distance of the ends) where that is larger, and ``floor`` is what H tends to at this rate: H - |H'| / rate, at least
-0.  A quintic Hermite polynomial through G, G' and G'' at both ends is inverted.
+1 / (distance of the ends) where that is larger, and ``floor`` is what H tends to at this rate, H - |H'| / rate, but at
+least 0.  A quintic Hermite polynomial through G, G' and G'' at both ends is inverted.
 
 All arithmetic is elementwise in float64, without communication: ranks with the same sums get the same bits.
 """

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The output layer fused with the loss: from hidden states to divergences without logits of all tokens.
 
-Chunk of tokens by chunk of tokens, student and teacher are projected (by one GEMM where their weights are the same and
-memory allows), and the passes of vocab_parallel.py run.  What is kept for backward:
+Chunk of tokens by chunk of tokens, student and teacher are projected, and the passes of vocab_parallel.py run.  What is
+kept for backward:
 
     keep_gradient   the gradient of the student's logits for a loss of 1 per token, one [R, V / tp] tensor: backward
                     is one dgrad and one wgrad GEMM; incoming gradients are folded into rows of width h
@@ -70,9 +70,11 @@ def fused_distillation_loss(
     chunk_tokens, mode: see above; what is returned does not depend on them, but for rounding.
     Gradient: to student_hidden (summed over the ranks; with gathered_rows that of the rank's own rows, 0 where no token
     is) and to student_weight.  The incoming gradient may differ between tokens.  weight_gradient: takes the weight's,
-    within backward only; without it autograd gets it in the weight's dtype.
+    within backward only; without it autograd gets it in the weight's dtype, summed over chunks in float32, which takes
+    a float32 copy of the weight's shape in low_memory.
     Statistics, ranks, backend, -inf and NaN: as `distillation_loss`.
-    Collectives: per chunk those of `distillation_loss`, and one all-gather of the teacher's rows where they are cut.
+    Collectives: per chunk those of `distillation_loss` (three, JSD four, one less for a given beta), and one all-gather
+    of the teacher's rows where they are cut.
     With gathered_rows one all-gather in forward and another in backward.  In backward one all-reduce of dgrad, or one
     reduce-scatter for gathered_rows, while the last wgrad GEMM runs; low_memory gathers the teacher's rows again.
     Raises: ValueError if shapes or dtypes do not fit.
@@ -163,9 +165,6 @@ class _Logits:
         if len(both) >= 2 * count:
             both = both[: 2 * count]
             student_logits, teacher_logits = both[:count], both[count:]
-            if self.teacher_weight is None:
-                torch.mm(torch.cat([student, teacher]), self.student_weight.t(), out=both)
-                return student_logits, teacher_logits
         else:
             assert self.kept is not None
             student_logits, teacher_logits = self.kept[tokens], self.block[:count]
@@ -280,10 +279,10 @@ class _Gradients:
     def _add_wgrad(self, rows: Tensor, gradient: Tensor) -> None:
         if self.layer.weight_gradient is not None:
             self.layer.weight_gradient.add(rows.contiguous(), gradient)
-        elif self.wgrad is None:
-            self.wgrad = gradient.t().mm(rows)
-        else:
-            self.wgrad.addmm_(gradient.t(), rows)
+            return
+        product = gradient.t().mm(rows)
+        # Of several chunks in float32: each sum in bf16 would round away what the chunks before have added.
+        self.wgrad = product if self.wgrad is None else self.wgrad.float().add_(product)
 
     def of_hidden(self) -> Tensor | None:
         return self.reduced() if self.reduced is not None else None
@@ -293,7 +292,7 @@ class _Gradients:
             return None
         if self.layer.weight_gradient is not None:
             return self.layer.weight_gradient.for_autograd()
-        return self.wgrad if self.wgrad is not None else torch.zeros_like(self.weight)
+        return torch.zeros_like(self.weight) if self.wgrad is None else self.wgrad.to(self.weight.dtype)
 
 
 def _check(

@@ -3,8 +3,8 @@
 # ruff: noqa: RUF005
 """The Triton kernels between and after the passes, a program for all parts of a few rows: see ``solve_kernels``.
 
-First pass -> solve_kernel -> second pass -> finish_kernel -> third pass -> finish_kernel, the last two for rows that are
-UNCONVERGED.
+First pass -> solve_kernel -> second pass -> finish_kernel -> third pass -> finish_kernel, the last two for rows that
+are UNCONVERGED.
 """
 
 from __future__ import annotations

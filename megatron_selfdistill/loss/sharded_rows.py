@@ -76,7 +76,7 @@ def gather_width(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None, *, async_op: bool = False) -> Any:
-    """Gather ``part`` of every rank into ``out``, along dimension 0; returns a handle if ``async_op``.
+    """Gather ``part`` of every rank into ``out``, along dimension 0; return a handle if ``async_op``.
 
     torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at every call of the old name.
     """
@@ -85,7 +85,7 @@ def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None, *, as
 
 
 def reduce_scatter(out: Tensor, everyones: Tensor, group: dist.ProcessGroup | None) -> Any:
-    """Start to sum ``everyones`` over the ranks into each one's ``out``; returns a handle.  Names as in `all_gather`."""
+    """Start to sum ``everyones`` over the ranks into each one's ``out``; return a handle.  See `all_gather`."""
     reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return reduce(out, everyones, group=group, async_op=True)
 

@@ -234,13 +234,18 @@ def solve_batch_k(
     *,
     max_entropy: float = math.inf,
 ) -> float:
-    """For the rule "batch": one k such that the mean entropies of mix and student are equal.
+    """Estimate, for the rule "batch", the one k at which the mean entropies of mix and student are equal.
 
     ``mean_grid_entropies[j]`` is the mean over tokens of H(softmax(betas[j] m)), as in
-    ``TokenStats.grid_entropies``; betas rise. Between grid points the logit-entropy log H - log(1 - H /
-    max_entropy) is interpolated over log beta by a monotone cubic (Fritsch and Carlson 1980).
-    ``max_entropy``: log of the number of valid columns; without it the scale is log H. Beyond the grid, k is
-    that of the nearer end; it never exceeds ``k_max``.  All entropies in nats.
+    ``TokenStats.grid_entropies``; betas rise.  The mean entropy of the mix is known at these betas alone.  Between them
+    the logit-entropy log H - log(1 - H / max_entropy) is interpolated over log beta by a monotone cubic (Fritsch and
+    Carlson 1980).  The mean entropy at k is therefore exact at grid points and elsewhere as good as that curve: on the
+    classes of ``tools/solver_accuracy.py`` within 0.02 nats where student and teacher are alike, and within 0.25 nats
+    where all tokens melt from a few columns into the bulk, or settle on a plateau, in one cell of the grid.  The rule
+    uses k for the tokens of the next step, which differ by more.
+    ``max_entropy``: log of the number of valid columns; without it the scale is log H.  Beyond the grid, k is that of
+    the nearer end; it never exceeds ``k_max``.  All entropies in nats.
+    Raises: ValueError for means that are not finite, or of another number than the betas.
     """
     positions = torch.as_tensor(betas, dtype=torch.float64, device="cpu").log()
     entropies = torch.as_tensor(mean_grid_entropies, dtype=torch.float64, device="cpu")

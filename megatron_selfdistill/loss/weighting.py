@@ -23,12 +23,13 @@ class TruncatedImportance:
 
     sampled_log_probs: Tensor
     """[R_total] nats: log mu of every response token of this replica, in the order of
-    ``PackedBatch.response_tokens``."""
+    ``PackedBatch.response_tokens``; on the device of the logits, so that no microbatch waits for a copy of it."""
     cap: float = 2.0
 
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Tensor:
         """Weights [R] of the rows that predict ``response_ids`` [R], whose log p is ``student_log_prob`` [R]."""
-        sampled = self.sampled_log_probs[response_ids.to(self.sampled_log_probs.device)].to(student_log_prob)
+        ids = response_ids.to(self.sampled_log_probs.device, non_blocking=True)
+        sampled = self.sampled_log_probs[ids].to(student_log_prob)
         with torch.no_grad():
             return (student_log_prob - sampled).exp().clamp(max=self.cap)
 
@@ -46,7 +47,7 @@ class LikelyTurns:
 
     turn_ids: Tensor
     """[R_total] int64: the turn of every response token of this replica, counted from 0, in the order of
-    ``PackedBatch.response_tokens``.  A turn's tokens lie in one microbatch."""
+    ``PackedBatch.response_tokens``; on the device of the logits.  A turn's tokens lie in one microbatch."""
     num_turns: int
     min_log_prob: float
     """Nats per token."""
@@ -59,7 +60,7 @@ class LikelyTurns:
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Tensor:
         """Weights [R] of the rows that predict ``response_ids`` [R], whose log p is ``student_log_prob`` [R]."""
         with torch.no_grad():
-            turns = self.turn_ids.to(student_log_prob.device)[response_ids.to(student_log_prob.device)]
+            turns = self.turn_ids[response_ids.to(self.turn_ids.device, non_blocking=True)]
             sums = torch.zeros(2, self.num_turns, dtype=torch.float64, device=student_log_prob.device)
             sums[0].index_add_(0, turns, student_log_prob.double())
             sums[1].index_add_(0, turns, torch.ones_like(student_log_prob, dtype=torch.float64))

@@ -237,7 +237,7 @@ def assert_first_pass(shard: Shard, tokens: Tensor, target: Target, start: int =
     for name in ("log_sum", "mean", "variance", "third"):
         a, b = getattr(ours.mix, name)[kept], getattr(exact.mix, name)[kept]
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * b.abs().max().item())
-    torch.testing.assert_close(ours.grid_entropies[kept], exact.grid_entropies[kept], rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(ours.mix.entropy[kept], exact.mix.entropy[kept], rtol=1e-5, atol=5e-6)
     assert torch.equal(ours.max_entropy, exact.max_entropy)
     assert torch.equal(torch.stack(ours.token_logits), torch.stack(exact.token_logits))
 
@@ -464,7 +464,7 @@ def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: 
             rows, solving = module.finish_rows(solving, torch.cat(parts), grid, tokens, 600)
             needed, status = status, rows.status.clone()
         results.append(rows)
-        assert needed is None or needed[9] == Status.UNCONVERGED
+        assert grid.given or weight != 0.75 or needed[9] == Status.UNCONVERGED
     ours, theirs = results
     for field in fields(theirs):
         pairs = [(getattr(ours, field.name), getattr(theirs, field.name))]

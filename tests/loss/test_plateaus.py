@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Where H(beta) has a plateau, because best columns are nearly tied over a small tail, the loss finds its target, too."""
+"""The loss finds its target also where H(beta) has a plateau: best columns that are nearly tied over a small tail."""
 
 from __future__ import annotations
 

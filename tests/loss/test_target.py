@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plateaus import tool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Status, Target, beta_grid, mixed_target, solve_batch_k
@@ -156,6 +157,23 @@ def test_the_batch_k_matches_the_mean_entropies(k_max: float | str | None) -> No
     assert abs(float(reached - wanted)) < 0.02
     rough = solve_batch_k(float(wanted), grid, torch.stack(means), target.k_bound)
     assert rough == pytest.approx(k, rel=0.1)
+
+
+@pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
+def test_the_batch_k_is_as_near_to_the_mean_entropy_as_its_docstring_says(name: str) -> None:
+    s, t = (x.double() for x in tool.draw(name, 64, 1000, 2))
+    grid, mix, wanted = beta_grid(STRICT), 0.75 * t + s, entropy(s.log_softmax(-1)).mean()
+    means = torch.stack([entropy((beta * mix).log_softmax(-1)).mean() for beta in grid])
+    k = solve_batch_k(float(wanted), grid, means, None, max_entropy=math.log(1000))
+    if means[0] > wanted > means[-1]:
+        off = float((entropy((mix / k).log_softmax(-1)).mean() - wanted).abs())
+        assert off <= (0.02 if name in ALIKE else 0.25)
+
+
+ALIKE = {
+    *("language model", "language model, bf16", "large offsets", "zipf", "one-hot, H ~ 1e-1", "one-hot, H ~ 1e-4"),
+    *("flat", "masked", "teacher ~ student", "forks, bf16"),
+}
 
 
 def test_the_batch_k_is_exact_at_grid_points_and_clamped_outside() -> None:

@@ -257,9 +257,7 @@ def test_three_collectives_forward_four_for_jsd_one_less_for_a_given_beta_and_no
 ) -> None:
     assert GATHER in COLLECTIVES and "all_reduce" in COLLECTIVES
     for num_rows in (3, 14):
-        for forward, backward in ranks.run(
-            count_collectives, DIVERGENCES[kind], TARGETS[rule], num_rows, world_size=2
-        ):
+        for forward, backward in ranks.run(count_collectives, DIVERGENCES[kind], TARGETS[rule], num_rows, world_size=2):
             assert forward == [GATHER] * (count - less) and backward == []
 
 
