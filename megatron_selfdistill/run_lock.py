@@ -181,14 +181,15 @@ class RunLock:
                 continue  # it has just been released
             if watched is None or watched.partition(".")[0] != name.partition(".")[0]:
                 watched, waited, owner = name, 0.0, self._owner(name)
-                over = _is_over(owner) if owner is not None else None
-                if over is None:
+                over = _job_is_over(owner)
+                if over is None and _process_is_over(owner) is None:
                     self._report(
                         f"run_dir={self.run_dir} is locked by another run ({owner or 'unknown'}): waiting up to "
                         f"{self._silence_s:g} s for a sign that it is alive"
                     )
             elif name != watched:
                 raise ConfigError(self._refusal(owner))
+            over = over or _process_is_over(owner)
             if over is None and waited >= self._silence_s:
                 over = f"it has given no sign of life for {self._silence_s:g} s"
             if over is None:
@@ -305,18 +306,21 @@ def _place(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _is_over(owner: Owner) -> str | None:
-    """Return why an owner cannot be alive; None where it may be."""
-    if owner.machine == _machine():
-        if not _is_alive(owner.pid, owner.started):
-            return f"its process {owner.pid} on this host has ended"
-    elif owner.job is not None and owner.cluster == os.environ.get("SLURM_CLUSTER_NAME"):
-        if owner.job == os.environ.get("SLURM_JOB_ID"):
-            if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > owner.restart:
-                return f"Slurm has requeued its job {owner.job}, which is this job"
-        elif _job_has_ended(owner.job):
-            return f"its Slurm job {owner.job} has ended"
-    return None
+def _process_is_over(owner: Owner | None) -> str | None:
+    """Return why the owner's process cannot be alive; None where it may be."""
+    if owner is None or owner.machine != _machine() or _is_alive(owner.pid, owner.started):
+        return None
+    return f"its process {owner.pid} on this host has ended"
+
+
+def _job_is_over(owner: Owner | None) -> str | None:
+    """Return why the owner's Slurm job cannot be running; None where it may be, or where that cannot be told."""
+    if owner is None or owner.job is None or owner.cluster != os.environ.get("SLURM_CLUSTER_NAME"):
+        return None
+    if owner.job == os.environ.get("SLURM_JOB_ID"):
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > owner.restart
+        return f"Slurm has requeued its job {owner.job}, which is this job" if requeued else None
+    return f"its Slurm job {owner.job} has ended" if _job_has_ended(owner.job) else None
 
 
 def _machine() -> str:
