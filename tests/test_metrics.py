@@ -355,6 +355,35 @@ def test_what_was_logged_is_written_again_where_the_folder_is_deleted(tmp_path, 
         assert [event.step for event in events] == [1, 2, 3, 4, 5]
 
 
+def lose_events(run_dir: Path, log: MetricsLog) -> None:
+    """Delete the folder and let TensorBoard's thread find out, which it otherwise does at a time of its own."""
+    shutil.rmtree(run_dir)
+    with pytest.raises(FileNotFoundError):
+        for _ in range(1000):
+            log._writer.add_scalar("lost", 0.0, 1)
+            log._writer.flush()
+
+
+def test_tensorboard_goes_on_where_its_thread_has_found_the_folder_gone(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path / "run", num_steps=9, console=False) as log:
+        log.resume(0)
+        log.log(1, {"loss/mean": 0.1})
+        lose_events(tmp_path / "run", log)
+        log.log(2, {"loss/mean": 0.2})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("loss/mean")
+    assert [event.step for event in events] == [1, 2]
+
+
+def test_a_folder_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
+    with MetricsLog(tmp_path / "run", num_steps=9, console=False) as log:
+        log.resume(0)
+        log.log(1, {"loss/mean": 0.1})
+        lose_events(tmp_path / "run", log)
+    assert f"{tmp_path}/run may lack the last lines" in caplog.text
+
+
 def test_a_file_that_takes_the_name_of_the_metrics_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(tmp_path, num_steps=9, tensorboard=False, console=False) as log:

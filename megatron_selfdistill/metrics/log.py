@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -153,10 +154,14 @@ class MetricsLog:
             self._console.print(text)
 
     def close(self) -> None:
-        """Close the files and leave the terminal as it was; may be called twice."""
+        """Close the files and leave the terminal as it was; may be called twice.  A file that cannot be closed is a
+        warning."""
         for part in (self._file, self._writer, self._console):
-            if part is not None:
-                part.close()
+            try:
+                if part is not None:
+                    part.close()
+            except OSError as error:
+                logger.warning("%s may lack the last lines: %s", hidden(str(self.path.parent)), hidden(str(error)))
         self._file = self._writer = self._console = None
 
     def __enter__(self) -> MetricsLog:
@@ -195,7 +200,8 @@ class MetricsLog:
         logger.warning("%s was removed or replaced while the run wrote it: %s", hidden(str(self.path)), outcome)
         for part in (self._file, self._writer):
             if part is not None:
-                part.close()
+                with contextlib.suppress(OSError):  # of TensorBoard's thread, which found its file gone
+                    part.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             os.replace(self.path, self.path.with_suffix(f".replaced{self.path.suffix}"))
