@@ -169,7 +169,8 @@ def _finished(config: Config, as_given: Config) -> Path | None:
 
 def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
     if ranks.rank == 0:
-        print("\n".join(next_steps.complete(Path(config.run_dir), config.num_steps, checkpoint)), flush=True)
+        lines = next_steps.complete(Path(config.run_dir), config.num_steps, checkpoint)
+        print(configuration.hidden("\n".join(lines)), flush=True)
     return 0
 
 

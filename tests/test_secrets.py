@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
 from omegaconf import OmegaConf
 
+from megatron_selfdistill import train
 from megatron_selfdistill.config import ConfigError, from_mapping, hidden, load, to_yaml, writable
 from megatron_selfdistill.config.environment import SHORTEST_HIDDEN
 from megatron_selfdistill.logged import list_left_out
@@ -150,6 +152,14 @@ def test_short_values_stay_in_messages_and_escaped_ones_are_found(monkeypatch):
     assert hidden(f"got {'one' + chr(10) + 'two'!r}") == "got 'one\\ntwo'"
     for shown in ("one\ntwo 'three'", "one\\ntwo 'three'"):
         assert hidden(f"<{shown}>") == "<${oc.env:LAB_LINES}>"
+
+
+def test_a_complete_run_that_is_started_again_hides_its_folder(capsys):
+    config = load(["run_dir='/scratch/${oc.env:LAB_SECRET}'"])
+    checkpoint = Path(config.run_dir, "checkpoints", "iter_0000100")
+    assert train._already_complete(config, checkpoint, SimpleNamespace(rank=0)) == 0
+    said = capsys.readouterr().out
+    assert SECRET not in said and "checkpoint: /scratch/${oc.env:LAB_SECRET}/checkpoints/iter_0000100" in said
 
 
 def files_with(text: str, folder: Path) -> list[str]:
