@@ -226,7 +226,6 @@ class TorchDistSource:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._metadata = load_metadata(self.folder)
-        _require_plain_names(self._metadata, self.folder)
         found = self._metadata.state_dict_metadata
         self._tensors = {key: t for key, t in found.items() if isinstance(t, TensorStorageMetadata)}
         self.shapes = {key: tuple(t.size) for key, t in self._tensors.items()}
@@ -290,13 +289,6 @@ class TorchDistSource:
         if max(chunk.sizes[:-2], default=1) > 1:  # several layers or experts, which are asked for one after the other
             self._kept = (index, tensor)
         return tensor
-
-
-def _require_plain_names(metadata: Metadata, folder: Path) -> None:
-    """Raise CheckpointError unless each file that ``.metadata`` names lies in its folder."""
-    for name in {str(getattr(place, "relative_path", "")) for place in metadata.storage_data.values()}:
-        if name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise CheckpointError(f"{folder / '.metadata'} names the file {name!r}, expected one of the same folder")
 
 
 class _ChunkTable:
