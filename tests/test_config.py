@@ -92,6 +92,10 @@ def test_a_misspelt_key_fails_with_the_nearest_right_name(override, nearest):
     assert f"did you mean {nearest!r}?" in text
 
 
+def test_the_deleted_key_of_the_solver_is_an_unknown_key():
+    assert "unknown configuration key" in sentence_of("seed=1", "loss.solver=fast")
+
+
 def test_a_misspelt_option_of_a_group_fails_with_the_nearest_file():
     assert "did you mean recipe=literal?" in sentence_of("recipe=literl")
 

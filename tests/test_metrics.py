@@ -160,6 +160,13 @@ def test_step_metrics_are_the_means_over_tokens():
         assert found[key] == pytest.approx(float(value), rel=tolerance), key
 
 
+def test_the_share_of_tokens_whose_entropies_do_not_match_is_logged():
+    stats = all_rows()
+    assert step_metrics(output_of(stats), None, ONE_RANK)["status/unconverged"] == 0
+    stats.status[:21] = Status.UNCONVERGED
+    assert step_metrics(output_of(stats), None, ONE_RANK)["status/unconverged"] == pytest.approx(21 / NUM_TOKENS)
+
+
 @pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
 def test_step_metrics_are_equal_on_all_ranks_and_do_not_depend_on_the_layout(ranks, world_size, sizes):
     stats = all_rows()

@@ -122,9 +122,13 @@ class Solution:
 
     def where(self, condition: Tensor, others: Solution) -> Solution:
         """Return the betas of this solution where ``condition`` holds, elsewhere those of ``others``."""
-        names = ("beta", "log_sum", "entropy", "converged")
-        values = {name: torch.where(condition, getattr(self, name), getattr(others, name)) for name in names}
-        return replace(self, **values)
+        return replace(
+            self,
+            beta=torch.where(condition, self.beta, others.beta),
+            log_sum=torch.where(condition, self.log_sum, others.log_sum),
+            entropy=torch.where(condition, self.entropy, others.entropy),
+            converged=torch.where(condition, self.converged, others.converged),
+        )
 
     def refined(self, here: Cumulants, student_entropy: Tensor, max_entropy: Tensor, dtype: torch.dtype) -> Solution:
         """Return the solution after a pass over the logits at ``beta``, where the cumulants are ``here``.

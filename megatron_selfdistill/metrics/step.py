@@ -64,7 +64,7 @@ def step_metrics(
         tokens/response, loss/mean, student_nll = mean -log p(response token)
         loss/reverse_kl, entropy/{student,teacher,target}, entropy/target_minus_student = mean H(q) - H(p)
         k/{mean,p01,p99} of k = 1 / beta; percentiles are nearest ranks, to a relative K_RESOLUTION / 2
-        status/{matched,capped,out_of_range,undetermined,given}: shares of the tokens
+        status/{matched,capped,out_of_range,undetermined,given,unconverged}: shares of the tokens
         top1_agreement, teacher_cross_entropy = mean -log-prob of the response token under the teacher
         sampler/log_prob_{mean,max}_abs_diff
         correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
