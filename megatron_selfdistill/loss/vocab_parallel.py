@@ -147,10 +147,10 @@ def distillation_loss(
     PyTorch on an accelerator all rows are, see ``row_sums.second_pass``.
     Temporaries: the gathered sums of the first pass, tp_size x parts x (12 + ``Grid.num_sums``) float32 per token,
     merged in float64, with 5 betas 136 bytes per rank and part; in PyTorch, where rows have one part, also a few chunks
-    of rows, see ``row_sums.CHUNK_BYTES``.  In Triton few rows are cut into many parts, ``kernels.num_parts``: 500 tokens
-    of 152064 columns over 8 ranks into 9, which is 9.8 KB per token beside 38 KB of bf16 logits; from 4096 tokens on
-    into 1.  The number of parts, and with it the last bits of the sums, depends on the number of tokens of the call: one
-    cut of a batch into microbatches gives the same bits every time, two cuts agree to rounding.
+    of rows, see ``row_sums.CHUNK_BYTES``.  In Triton few rows are cut into many parts, ``kernels.num_parts``: 500
+    tokens of 152064 columns over 8 ranks into 9, which is 9.8 KB per token beside 38 KB of bf16 logits; from 4096
+    tokens on into 1.  The number of parts, and with it the last bits of the sums, depends on the number of tokens of
+    the call: one cut of a batch into microbatches gives the same bits every time, two cuts agree to rounding.
     Kept for backward: both logits and seven numbers per token.
     Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
