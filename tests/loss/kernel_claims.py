@@ -40,6 +40,7 @@ from megatron_selfdistill.loss import (
     solve_kernels,
     solve_target,
 )
+from megatron_selfdistill.loss.entropy_match import Solution
 from megatron_selfdistill.loss.fused_linear import FUSED_MODES, fused_distillation_loss
 from megatron_selfdistill.loss.grid import Grid
 from megatron_selfdistill.loss.row_statistics import Rows
@@ -435,6 +436,11 @@ def test_narrow_logits_give_the_statistics_of_the_same_values_in_float32(dtype: 
     torch.testing.assert_close(gradient.float(), expected, rtol=digits, atol=1e-6)
 
 
+def bracket_of(solution: Solution) -> Tensor:
+    """Both ends of the bracket, [10, T], in the order of the kernels' state."""
+    return torch.stack([*solution.left.tensors(), *solution.right.tensors()])
+
+
 @cases("rule, forward_kl", [("capped", False), *((rule, True) for rule in TARGETS)], TARGETS, [False, True])
 def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: bool) -> None:
     """From the same sums, of 3 shards."""
@@ -453,7 +459,7 @@ def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: 
     ]
     passes = [row_sums.first_pass(shard, grid, tokens, 200 * i) for i, shard in enumerate(shards)]
     gathered = torch.cat([sums for sums, _ in passes])
-    results = []
+    results, brackets = [], []
     for module in (solve_kernels, row_statistics):
         solving, status = module.solve_rows(gathered, grid), None
         for _ in range(1 if grid.given else 2):
@@ -463,8 +469,12 @@ def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: 
             ]
             rows, solving = module.finish_rows(solving, torch.cat(parts), grid, tokens, 600)
             needed, status = status, rows.status.clone()
+            if needed is None:
+                ends = solving.state[6:16] if module is solve_kernels else bracket_of(solving.solution)
+                brackets.append(ends[:, status == Status.UNCONVERGED].clone())
         results.append(rows)
         assert grid.given or weight != 0.75 or needed[9] == Status.UNCONVERGED
+    torch.testing.assert_close(*brackets, rtol=1e-6, atol=1e-12)
     ours, theirs = results
     for field in fields(theirs):
         pairs = [(getattr(ours, field.name), getattr(theirs, field.name))]
@@ -635,7 +645,8 @@ def test_every_logit_is_read_once_per_pass_and_written_once(
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter loads and stores")
 def test_only_a_row_that_two_passes_do_not_match_is_read_by_the_third(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher, tokens = (values[:2].clone() for values in plateaus.needing_the_third_pass())
+    student, teacher, tokens = (values[:2] for values in plateaus.needing_the_third_pass())
+    student, teacher = student.bfloat16(), teacher.bfloat16()
     for row, reads in ((0, 4), (1, 3)):
         with monkeypatch.context() as patch:
             counts = counted_accesses(patch, teacher)
