@@ -154,6 +154,13 @@ def test_short_values_stay_in_messages_and_escaped_ones_are_found(monkeypatch):
         assert hidden(f"<{shown}>") == "<${oc.env:LAB_LINES}>"
 
 
+def test_a_folder_that_exists_stays_in_messages_so_that_commands_can_be_pasted(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAB_SCRATCH", str(tmp_path))
+    config = load(["run_dir='${oc.env:LAB_SCRATCH}/first'"])
+    assert hidden(f"convert {config.run_dir}") == f"convert {tmp_path}/first"
+    assert writable(config)["run_dir"] == "${oc.env:LAB_SCRATCH}/first"
+
+
 def test_a_complete_run_that_is_started_again_hides_its_folder(capsys):
     config = load(["run_dir='/scratch/${oc.env:LAB_SECRET}'"])
     checkpoint = Path(config.run_dir, "checkpoints", "iter_0000100")

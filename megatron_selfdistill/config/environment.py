@@ -72,10 +72,12 @@ def as_written(values: dict[str, Any], environment: Mapping[Place, FromEnvironme
 def hidden(text: str) -> str:
     """Return ``text`` with the values of all variables that interpolations have read replaced by ``${oc.env:NAME}``.
 
-    Values of less than `SHORTEST_HIDDEN` characters stay.
+    Values of less than `SHORTEST_HIDDEN` characters stay, and so do paths that exist: a command that a message shows
+    can then be pasted.
     """
     for name, value in sorted(_read.items(), key=lambda item: (-len(item[1]), item[0])):
-        if len(value) >= SHORTEST_HIDDEN:
+        is_a_place = os.path.isabs(value) and os.path.exists(value)
+        if len(value) >= SHORTEST_HIDDEN and not is_a_place:
             for spelling in dict.fromkeys((value, repr(value)[1:-1])):
                 text = text.replace(spelling, f"${{oc.env:{name}}}")
     return text
