@@ -69,6 +69,7 @@ class Checkpointer:
         # Forked writers: a persistent one would share memory with the weights that go on changing.
         self._queue = AsyncCallsQueue(persistent=False)
         self._pending: Temporary | None = None
+        self._lost: str | None = None  # why the last background save left nothing
         self._validated = False
 
     def latest(self) -> Path | None:
@@ -121,7 +122,8 @@ class Checkpointer:
         ``trainer_state``: plain values (`saved_run.encode`); rank 0's are kept.  ``args``: `megatron_args`.  An ``ema``
         teacher is written along; a ``frozen`` one is written once, beside the checkpoints, and referred to.
         """
-        self.finish()
+        self._finalize(blocking=True)
+        self._lost = None  # what is saved now takes its place
         target = self.folder / folder.iteration_name(step)
         if teacher is not None and teacher.weights == "frozen":
             self._keep_teacher(teacher)
@@ -198,8 +200,13 @@ class Checkpointer:
 
     @moving_files()
     def finish(self) -> None:
-        """Wait for the background save, if there is one, and complete it."""
+        """Wait for the background save, if there is one, and complete it.
+
+        Raises: CheckpointError where it failed, or where its folder was removed and nothing has been saved since.
+        """
         self._finalize(blocking=True)
+        if self._lost is not None:
+            raise CheckpointError(self._lost)
 
     def _start_writing(self, contents: dict[str, Any], target: Path) -> None:
         def make_latest() -> None:
@@ -222,6 +229,19 @@ class Checkpointer:
 
     def _finalize(self, blocking: bool) -> None:
         if self._pending is None:
+            return
+        calls = self._queue.async_calls
+        if calls and not calls[0].async_caller.is_current_async_call_done(blocking):
+            return  # on all ranks
+        place = self._pending.path
+        if calls and not on_rank_0(place.is_dir):  # somebody has removed it, perhaps with the whole run folder
+            calls.popleft()
+            transfer.forget_results()
+            self._pending.release()
+            self._pending = None
+            self._lost = f"{place} was removed while a checkpoint was being written there in the background"
+            if self.grid.is_reporter:
+                logger.warning("%s: the next save takes its place", hidden(self._lost))
             return
         done = False
         try:

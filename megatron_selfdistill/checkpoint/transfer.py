@@ -97,6 +97,13 @@ def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None
         temporary.release()
 
 
+def forget_results() -> None:
+    """Drop what this rank's writers have reported of a save that nobody completes: the next save would read it."""
+    results = filesystem_async._get_write_results_queue()
+    while not results.empty():
+        results.get()
+
+
 def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the tensors and sharded objects of ``wanted``, read mostly in place.  Collective.
 

@@ -356,6 +356,25 @@ def test_a_rank_that_cannot_write_stops_all_and_the_next_save_works(ranks, tmp_p
     ranks.run(fail_on_rank_1, tmp_path, world_size=2)
 
 
+def lose_a_background_save(run_dir: Path) -> None:
+    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=True)
+    run.save(1)
+    if run.grid.rank == 0:
+        shutil.rmtree(run_dir)
+    torch.distributed.barrier()
+    with raises("was removed while a checkpoint was being written there in the background"):
+        run.checkpointer.finish()
+    run.save(2)
+    run.checkpointer.finish()
+    torch.distributed.barrier()
+    assert checkpoint_names(run_dir) == ["iter_0000002", "latest_checkpointed_iteration.txt"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_background_save_whose_folder_is_removed_is_an_error_unless_another_one_follows(ranks, tmp_path, world_size):
+    ranks.run(lose_a_background_save, tmp_path / "run", world_size=world_size)
+
+
 def missing_psutil(run_dir: Path) -> None:
     with (
         pytest.MonkeyPatch.context() as patch,

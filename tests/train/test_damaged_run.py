@@ -122,6 +122,16 @@ def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_folder_that_is_deleted_during_a_background_save_is_written_again(ranks, data, tmp_path, world_size):
+    run = tmp_path / "run"
+    arguments = overrides(data, run, "checkpoint.async_save=true", "checkpoint.save_every=1")
+    outcomes = ranks.run(removed_in_step_5, arguments, run, world_size=world_size, init_process_group=False)
+    assert [status for status, _ in outcomes] == [0] * world_size, outcomes
+    train(ranks, [*arguments, "num_steps=7"], world_size)
+    assert saved_step(run) == 7
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_folder_that_is_deleted_is_written_again_and_resumes(ranks, data, finished, tmp_path, world_size):
     run = tmp_path / "run"
     arguments = overrides(data, run)
