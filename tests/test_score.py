@@ -117,7 +117,7 @@ def test_a_model_that_is_its_own_teacher_scores_as_a_copy_of_it_would(ranks, wor
         for fusion, scores in zip(FUSIONS, own, strict=True):
             for score, copy in zip(scores, by_copy, strict=True):
                 got, wanted = dataclasses.astuple(score), dataclasses.astuple(copy)
-                assert got == pytest.approx(wanted, abs=1e-6), str(fusion)
+                assert got == pytest.approx(wanted, abs=3e-6), str(fusion)  # a few float32 digits of 7 nats
 
 
 COLUMNS, CHUNK = 8192, 3  # of the columns 61 are no padding: the logits are large, and the passes' temporaries small
