@@ -91,6 +91,7 @@ class Run:
         self.batch_k: float | None = None  # of target.rule=batch: solved from the step before
         self._sampler_log_probs: torch.Tensor | None = None
         self._row_weight: schedule.RowWeight | None = None
+        self._contexts: Sequence[ContextPair] = []  # of this step; none where the caller has packed its own
         self._turns = Turns([], [])  # of this step, where the responses are those of a log
         if resumption is not None:
             self._resume(resumption)
@@ -477,6 +478,8 @@ class Run:
         if self.grid.dp_rank != 0:
             return
         shown = chosen(self._contexts, self.config.metrics.show_samples)
+        if not shown:
+            return
         numbers = token_numbers(output, [span for _, span in shown], self.grid)
         self.log.log_samples(
             self.step + 1,
