@@ -85,15 +85,18 @@ def test_what_does_not_fit_is_refused_after_its_table(overrides, words, capsys):
     assert words in captured.err and captured.err.count("\n") == 1
 
 
+INPUTS = ["data.path=problems.jsonl", "data.tokenizer=tokenizer"]
+
+
 def test_a_launch_of_another_size_is_refused(tmp_path, capsys):
-    assert main([*TINY, f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
+    assert main([*TINY, *INPUTS, f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
     assert "cluster.num_gpus is 16, but the launch has 1 ranks" in capsys.readouterr().err
 
 
 def test_a_dry_run_under_a_launch_builds_the_run_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert main([*TINY, "dry_run=true", f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
+    assert main([*TINY, *INPUTS, "dry_run=true", f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
     assert "cluster.num_gpus is 16, but the launch has 8 ranks" in capsys.readouterr().err
 
 

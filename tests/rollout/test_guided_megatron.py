@@ -296,10 +296,11 @@ def guide_with_the_students_own_prompt() -> tuple[list[Response], list[Response]
 def test_a_teacher_with_the_students_prompt_changes_nothing(ranks):
     [(guided, plain)] = ranks.run(guide_with_the_students_own_prompt, world_size=1)
     for mine, expected in zip(guided, plain, strict=True):
+        # The guided batch has twice the rows, for which a processor may choose other kernels: 1.7e-5 was seen on one.
         assert mine.token_ids == expected.token_ids
-        assert mine.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
-        assert mine.teacher_log_probs == pytest.approx(expected.log_probs, abs=1e-5)
-        assert mine.sampled_log_probs == pytest.approx(expected.sampled_log_probs, abs=1e-5)
+        assert mine.log_probs == pytest.approx(expected.log_probs, abs=5e-5)
+        assert mine.teacher_log_probs == pytest.approx(expected.log_probs, abs=5e-5)
+        assert mine.sampled_log_probs == pytest.approx(expected.sampled_log_probs, abs=5e-5)
 
 
 MLA = {

@@ -9,25 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen, train
+from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen
 
 from megatron_selfdistill.train import main
 
 MORE_STEPS = ["num_steps=7"]
-
-
-@pytest.fixture(scope="module")
-def finished(ranks, data, tmp_path_factory) -> Path:
-    """A run of 6 steps."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    train(ranks, overrides(data, run))
-    return run
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    """The same in a folder of its own."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def started(ranks, data: Path, run: Path, *more: str) -> tuple[int, str]:
@@ -235,15 +221,15 @@ def started_with(variable: str, value: str, arguments: list[str]) -> tuple[int, 
 
 
 def test_what_is_said_on_resuming_shows_no_value_of_the_environment(ranks, data, run):
+    secret = "unannounced-model"
+    run = run.rename(run.with_name(secret))
     arguments = overrides(data, run, *MORE_STEPS, "metrics.console=true", "target.k_max=null", "seed=4")
-    arguments += ["run_dir='${oc.env:LAB_RUNS}/run'", "checkpoint.resume=force"]
+    arguments += [f"run_dir='{run.parent}/${{oc.env:LAB_MODEL}}'", "checkpoint.resume=force"]
     (run / "checkpoints" / "iter_0000006" / "manifest.json").unlink()
-    ((status, said),) = ranks.run(
-        started_with, "LAB_RUNS", str(run.parent), arguments, world_size=1, init_process_group=False
-    )
-    assert status == 0 and str(run.parent) not in said
-    assert "${oc.env:LAB_RUNS}/run/checkpoints: the run continues from iter_0000003, 3 steps earlier" in said
-    assert "weights, optimizer and teacher are those of ${oc.env:LAB_RUNS}/run" in said
+    ((status, said),) = ranks.run(started_with, "LAB_MODEL", secret, arguments, world_size=1, init_process_group=False)
+    assert status == 0 and secret not in said
+    assert "${oc.env:LAB_MODEL}/checkpoints: the run continues from iter_0000003, 3 steps earlier" in said
+    assert "weights, optimizer and teacher are those of " in said
 
 
 def test_an_impossible_value_of_resume_is_refused(data, tmp_path, capfd):

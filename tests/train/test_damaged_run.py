@@ -12,20 +12,6 @@ import tiny_run
 from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen, train
 
 
-@pytest.fixture(scope="module")
-def finished(ranks, data, tmp_path_factory) -> Path:
-    """A run of 6 steps with checkpoints of steps 3 and 6."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    train(ranks, overrides(data, run))
-    return run
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    """The same in a folder of its own."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"iter_{step:07d}"
 
