@@ -183,8 +183,8 @@ class Checkpointer:
         if teacher is not None and teacher.weights == "ema":
             teacher.load_state_dict(loaded)
         if teacher is not None and teacher.weights == "frozen":
-            folder_of_teacher = (found / own["teacher_folder"]).resolve()
-            self._teacher_id = load_frozen_teacher(folder_of_teacher.parent, teacher, own["teacher_id"], self.verify)
+            run_dir = found.parents[1]  # the teacher is in the same run folder, whatever a file may say
+            self._teacher_id = load_frozen_teacher(run_dir, teacher, own["teacher_id"], self.verify)
         if same_layout:  # last: nothing may draw a number after it
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
@@ -264,7 +264,6 @@ class Checkpointer:
             "optimizer_steps": state.optimizer_steps(optimizer),
             "distributed_optimizer": state.uses_distributed_optimizer(optimizer),
             "teacher": teacher.weights if teacher is not None else None,
-            "teacher_folder": f"../../{frozen_teacher.NAME}" if frozen else None,
             "teacher_id": self._teacher_id if frozen else None,
         }
 
