@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.loss.sharded_rows import all_gather
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule
 from megatron_selfdistill.parallel import Grid
@@ -317,7 +318,7 @@ def _gathered(packed: Tensor, num_bytes: Sequence[int], group: dist.ProcessGroup
         return [packed]
     if len(num_bytes) * max(num_bytes) <= _MOST_PADDING * sum(num_bytes):
         everything = packed.new_empty(len(num_bytes) * packed.numel())
-        dist.all_gather_into_tensor(everything, packed, group=group)
+        all_gather(everything, packed, group)
         return list(everything.view(len(num_bytes), -1))
     buffers = []
     for member, length in enumerate(num_bytes):
