@@ -364,7 +364,8 @@ def test_what_was_logged_is_written_again_where_the_folder_is_deleted(tmp_path, 
 
 def lose_events(run_dir: Path, log: MetricsLog) -> None:
     """Delete the folder and let TensorBoard's thread find out, which it otherwise does at a time of its own."""
-    shutil.rmtree(run_dir)
+    while run_dir.exists():  # the thread may write into the folder while it is being removed
+        shutil.rmtree(run_dir, ignore_errors=True)
     with pytest.raises(FileNotFoundError):
         for _ in range(1000):
             log._writer.add_scalar("lost", 0.0, 1)
