@@ -55,6 +55,7 @@ def sleep_on(rank: int, seconds: float) -> None:
 
 
 def fail_on_rank_0_while_others_sleep() -> None:
+    dist.barrier()  # a rank that is still joining the group would notice
     if dist.get_rank() == 0:
         raise KeyError("nobody will hear")
     time.sleep(60)
