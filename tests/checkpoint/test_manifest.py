@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 from checkpointed_run import Setup
+from damage import flip_bit
 
 from megatron_selfdistill.checkpoint import folder, manifest
 from megatron_selfdistill.checkpoint.errors import CheckpointError
@@ -108,17 +109,12 @@ def cut_off(path: Path) -> str:
 
 def flip(path: Path) -> str:
     file = distcp(path)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    file.write_bytes(data)
+    flip_bit(file)
     return f"has a damaged {file.name}: its checksum is not the one in manifest.json"
 
 
 def flip_common(path: Path) -> str:
-    file = path / "common.pt"
-    data = bytearray(file.read_bytes())
-    data[200] ^= 1
-    file.write_bytes(data)
+    flip_bit(path / "common.pt", 200, 1)
     return "has a damaged common.pt"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from damage import flip_bit
 from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen, train
 
 
@@ -29,17 +30,12 @@ def cut_metadata(path: Path) -> str:
 
 def flip(path: Path) -> str:
     file = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    file.write_bytes(data)
+    flip_bit(file)
     return f"{path.name} has a damaged {file.name}"
 
 
 def flip_arguments(path: Path) -> str:
-    file = path / "common.pt"
-    data = bytearray(file.read_bytes())
-    data[200] ^= 1
-    file.write_bytes(data)
+    flip_bit(path / "common.pt", 200, 1)
     return f"{path.name} has a damaged common.pt"
 
 
