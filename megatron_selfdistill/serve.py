@@ -28,6 +28,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_selfdistill.rollout.engine import WORKER_EXTENSION, whole_prompts
+from megatron_selfdistill.rollout.engine_memory import DeviceMemory, memory_of_visible_gpus, why_no_room
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.server_nodes import Node, is_loopback, meet, network_environment, why_not_gpus
 from megatron_selfdistill.rollout.server_nodes import why_not as why_no_node
@@ -57,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
-    arguments = engine_arguments(options, on_cpu=current_platform.is_cpu()) + vllm_arguments
+    shared = None
+    if options.shared_gpu_weights_gb is not None and not current_platform.is_cpu():
+        shared = memory_of_visible_gpus(options.tensor_parallel_size)
+        _refuse(why_no_room(shared, options.shared_gpu_weights_gb * _GIB, _shared_kv_cache_bytes(options, shared)))
+    arguments = engine_arguments(options, on_cpu=current_platform.is_cpu(), shared=shared) + vllm_arguments
     parsed = make_arg_parser(FlexibleArgumentParser(prog="megatron_selfdistill.serve")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
     # Again, now that vLLM has read everything, its own files of arguments included.
@@ -91,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="of weights and activations: bfloat16, float16, float32")
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus response, in tokens")
     parser.add_argument("--kv-cache-gb", type=float, help="memory of the KV cache; default: vLLM's, or a third on CPU")
+    parser.add_argument(
+        "--shared-gpu-weights-gb",
+        type=float,
+        help="the GPUs hold a trainer too: take what it leaves free, of which weights need this many GiB on each GPU",
+    )
     parser.add_argument("--nnodes", type=int, default=1, help="nodes of this server, each started with this command")
     parser.add_argument("--node-rank", type=int, default=0, help="of this node; 0 is the one that answers requests")
     parser.add_argument("--master-addr", help="address of node rank 0, by which the others reach it")
@@ -99,8 +109,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
-    """What vLLM's server is started with, before the user's own arguments, which override it."""
+def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMemory | None = None) -> list[str]:
+    """What vLLM's server is started with, before the user's own arguments, which override it.
+
+    ``shared``: memory of GPUs that hold a trainer too; the engine then takes what is free there, and a third of that is
+    its KV cache unless ``--kv-cache-gb`` states another size.
+    """
     arguments = [
         f"--model={options.hf_config}",
         f"--host={options.host}",
@@ -124,7 +138,10 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
     if on_cpu:
         arguments += ["--enforce-eager", *as_arguments(whole_prompts(options.max_model_len))]
         kv_cache_gb = _free_gib() / 3 if kv_cache_gb is None else kv_cache_gb
-    if kv_cache_gb is not None:
+    if shared is not None:
+        arguments.append(f"--gpu-memory-utilization={shared.share}")
+        arguments.append(f"--kv-cache-memory-bytes={_shared_kv_cache_bytes(options, shared)}")
+    elif kv_cache_gb is not None:
         arguments.append(f"--kv-cache-memory-bytes={int(kv_cache_gb * _GIB)}")
     if options.guided:
         arguments += as_arguments(GUIDED_ENGINE_ARGS)
@@ -133,6 +150,11 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
         arguments += as_arguments({name: getattr(options, name) for name in names})
         arguments += ["--distributed-executor-backend=mp", *(["--headless"] if options.node_rank else [])]
     return arguments
+
+
+def _shared_kv_cache_bytes(options: argparse.Namespace, shared: DeviceMemory) -> int:
+    """The KV cache of an engine beside a trainer, which needs the rest for its activations, in bytes per GPU."""
+    return shared.free // 3 if options.kv_cache_gb is None else int(options.kv_cache_gb * _GIB)
 
 
 def why_not(host: str | None, token: str) -> str | None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,12 @@ def engine_folder(config: Config, vocab_size: int, run_dir: Path, grid: Grid) ->
             partial.write_text(json.dumps(hf_config, indent=2) + "\n")
             os.replace(partial, target / "config.json")
     return target, rules
+
+
+def num_weights(rules: Iterable[Rule]) -> int:
+    """Return the number of elements of the full tensors that an engine holds under ``rules``."""
+    shapes = [shape for rule in rules if not rule.carried for shape in rule.hf_shapes]
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[Rule]]:

@@ -32,6 +32,7 @@ from megatron_selfdistill.rollout.dealing import Task, deal
 from megatron_selfdistill.rollout.engine import engine_request, response_of
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.exchange import agreement, check_requests, hand_back, on_rank_0, pool, staleness
+from megatron_selfdistill.rollout.hf_folder import num_weights
 from megatron_selfdistill.rollout.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.transfer import Transfer, WeightUpdate, make_transfer, on_each
@@ -109,6 +110,7 @@ class ServerSampler:
                 guided=guided,
                 engine_args=engine_args or {},
                 shares_gpus=transfer == "ipc",
+                num_weights=num_weights(rules),
             )
             addresses = list(servers) or [one.address for one in self._started]
             self._servers = [VllmServer(address, token, timeout_s) for address in addresses]

@@ -23,6 +23,7 @@ from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.wire import PARENT_VARIABLE, TOKEN_VARIABLE, as_arguments
 
+_GIB = 2**30
 _PACKAGE = megatron_selfdistill.__name__
 _LOG_TAIL_LINES = 15
 _GRACE_SECONDS = 10.0
@@ -70,11 +71,13 @@ def start_servers(
     guided: bool,
     engine_args: Mapping[str, Any],
     shares_gpus: bool,
+    num_weights: int,
 ) -> list[ServerProcess]:
     """``count`` servers on free ports of this machine, which are not up yet.
 
     ``folder``: of their logs.  ``python``: of the environment that has vLLM; None is this one.  ``engine_args``:
-    further arguments of vLLM, by its own names.  ``shares_gpus``: they use the trainer's GPUs, else those behind them.
+    further arguments of vLLM, by its own names.  ``shares_gpus``: they use the trainer's GPUs, and of their memory what
+    is free when they start; else the GPUs behind them.  ``num_weights``: elements of the model's tensors.
     Raises `ConfigError` where there are too few GPUs or no such Python.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +88,11 @@ def start_servers(
         f"--dtype={str(dtype).removeprefix('torch.')}",
         f"--max-model-len={max_model_len}",
         *([] if kv_cache_gb is None else [f"--kv-cache-gb={kv_cache_gb}"]),
+        *(
+            [f"--shared-gpu-weights-gb={num_weights * dtype.itemsize / tensor_parallel_size / _GIB}"]
+            if shares_gpus
+            else []
+        ),
         *(["--guided"] if guided else []),
         "--",
         *as_arguments(engine_args),

@@ -22,8 +22,10 @@ from megatron_selfdistill.model.hf.rules import Rule
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.engine import engine_request, response_of
+from megatron_selfdistill.rollout.engine_memory import DeviceMemory, device_memory, why_no_room
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.exchange import agreement, check_requests, hand_back, pool, staleness
+from megatron_selfdistill.rollout.hf_folder import num_weights
 from megatron_selfdistill.rollout.in_process import InProcessEngine
 from megatron_selfdistill.rollout.kv_cache import free_bytes
 from megatron_selfdistill.rollout.pairs import PairCounts, generate_guided
@@ -67,8 +69,11 @@ class ColocatedSampler:
         while weights are sent.  ``engine_args``: arguments of ``vllm.LLM`` that override all others.  ``guided``:
         whether requests may have a teacher's prompt.  ``max_staleness``: steps by which an engine's weights may lag.
 
-        Raises, on all ranks alike: `ConfigError` for a world that cannot be cut into engines and for what vLLM refuses;
-        `EngineError` where it fails otherwise.
+        On a GPU the engine's share of the memory (vLLM's ``gpu_memory_utilization``) is what the trainer leaves free,
+        unless ``engine_args`` sets it.
+
+        Raises, on all ranks alike: `ConfigError` for a world that cannot be cut into engines, for weights and a KV
+        cache that do not fit beside the trainer, and for what vLLM refuses; `EngineError` where it fails otherwise.
         """
         if grid.world_size % engine_tp:
             raise ConfigError(
@@ -95,6 +100,9 @@ class ColocatedSampler:
             "kv_cache_memory_bytes": _kv_cache_bytes(kv_cache_gb, config, max_length, grid),
         }
         arguments = settings | dict(engine_args or {})
+        if grid.device.type == "cuda":
+            weight_bytes = num_weights(rules) * config.params_dtype.itemsize / engine_tp
+            arguments = _beside_trainer(arguments, _least_memory(grid), weight_bytes)
         self._engine = _engine_on_all_ranks(hf_config, grid, engine_tp=engine_tp, guided=guided, settings=arguments)
 
     def update_weights(self, version: int) -> None:
@@ -212,6 +220,26 @@ def _engine_on_all_ranks(hf_config: Path, grid: Grid, **options: Any) -> InProce
             engine.close()
         raise
     return built[0]
+
+
+def _beside_trainer(arguments: Mapping[str, Any], memory: DeviceMemory, weight_bytes: float) -> dict[str, Any]:
+    """Return the engine's arguments with its share of a GPU that holds a trainer, unless they state a share.
+
+    Raises `ConfigError` where ``weight_bytes`` and the KV cache of ``arguments``, per GPU, do not fit into ``memory``.
+    """
+    refusal = why_no_room(memory, weight_bytes, arguments.get("kv_cache_memory_bytes"))
+    if refusal is not None:
+        raise ConfigError(refusal)
+    return {"gpu_memory_utilization": memory.share, **arguments}
+
+
+def _least_memory(grid: Grid) -> DeviceMemory:
+    """Return the least free and the largest total memory of all ranks' GPUs; one all-reduce over the world."""
+    own = device_memory()
+    least = torch.tensor([own.free, -own.total], dtype=torch.int64, device=grid.device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    free, negative_total = least.tolist()
+    return DeviceMemory(free, -negative_total)
 
 
 def _kv_cache_bytes(gib: float | None, config: Any, max_length: int, grid: Grid) -> int:

@@ -18,12 +18,15 @@ from megatron_selfdistill import serve
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.rollout import server_process
 from megatron_selfdistill.rollout.client import VllmServer
+from megatron_selfdistill.rollout.engine_memory import DeviceMemory
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.wire import PARENT_VARIABLE, TOKEN_VARIABLE
 
+GIB = 2**30
 
-def started(folder: Path, python: Path | str | None, count: int = 1) -> list[ServerProcess]:
+
+def started(folder: Path, python: Path | str | None, count: int = 1, shares_gpus: bool = False) -> list[ServerProcess]:
     return start_servers(
         count,
         folder=folder / "servers",
@@ -41,7 +44,8 @@ def started(folder: Path, python: Path | str | None, count: int = 1) -> list[Ser
             "middleware": ["a", "b"],
             "compilation_config": {"level": 0},
         },
-        shares_gpus=False,
+        shares_gpus=shares_gpus,
+        num_weights=2**30,
     )
 
 
@@ -68,6 +72,13 @@ def test_a_server_is_told_everything_and_nothing_secret_stands_in_its_command(tm
     assert variables[TOKEN_VARIABLE] == "secret" and variables[PARENT_VARIABLE] == str(os.getpid())
     assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME"} & set(variables)
     assert [path.name for path in Path(variables["PYTHONPATH"]).iterdir()] == ["megatron_selfdistill"]
+
+
+def test_servers_on_the_trainers_gpus_are_told_so_and_how_large_the_weights_are(tmp_path):
+    [one] = started(tmp_path, script(tmp_path, 'echo "$@"'), shares_gpus=True)
+    one.process.wait(20)
+    words = one.log.read_text().split()
+    assert "--shared-gpu-weights-gb=1.0" in words[: words.index("--")]  # 2**30 elements of 2 bytes on two GPUs
 
 
 def test_servers_have_ports_of_their_own_and_logs_of_their_own(tmp_path):
@@ -167,6 +178,18 @@ def test_vllm_is_told_where_weights_come_from_and_that_requests_alone_say_how_to
     assert "--enforce-eager" not in arguments
     plain = serve.engine_arguments(argparse.Namespace(**{**vars(options), "guided": False}), on_cpu=True)
     assert "--enforce-eager" in plain and not any("logits-processors" in argument for argument in plain)
+
+
+@pytest.mark.parametrize(("kv_cache_gb", "kv_cache_bytes"), [(16.0, 16 * GIB), (None, 20 * GIB)])
+def test_vllm_on_a_trainers_gpu_gets_what_is_free_there(kv_cache_gb, kv_cache_bytes):
+    options = serve.parser().parse_args(["--hf-config=/model", "--shared-gpu-weights-gb=15.3"])
+    options.kv_cache_gb = kv_cache_gb
+    arguments = serve.engine_arguments(options, on_cpu=False, shared=DeviceMemory(60 * GIB, 80 * GIB))
+    given = dict(argument.split("=", 1) for argument in arguments if "memory" in argument)
+    assert given == {
+        "--gpu-memory-utilization": str(58 / 80),
+        "--kv-cache-memory-bytes": str(kv_cache_bytes),
+    }
 
 
 def import_without(package: str, *modules: str) -> None:

@@ -44,6 +44,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         guided=True,
         engine_args={"max_num_seqs": 32},
         shares_gpus=False,
+        num_weights=0,
     )
     try:
         clients = [VllmServer(one.address, token) for one in processes]

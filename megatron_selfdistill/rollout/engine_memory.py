@@ -1,0 +1,81 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""How much of a GPU a vLLM engine may take that shares the GPU with a trainer.
+
+vLLM refuses to start where less than ``gpu_memory_utilization`` (0.92 by default) of a GPU is free, even where
+``kv_cache_memory_bytes`` fixes the size of its KV cache.  A trainer leaves less, so an engine beside a trainer is given
+the share that is free.  vLLM checks that share once, when its worker starts; waking from sleep checks nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+GIB = 2**30
+MARGIN_BYTES = 2 * GIB
+"""Bytes of the free memory that an engine's share leaves out.  The process groups of vLLM, which take NCCL's buffers,
+start after the memory was measured and before vLLM checks; activations and CUDA graphs come later."""
+
+# A context on a GPU takes hundreds of MiB until its process ends, so a process that ends at once looks.
+_LOOK = "import json, sys, torch; print(json.dumps([torch.cuda.mem_get_info(i) for i in range(int(sys.argv[1]))]))"
+_LOOK_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory of one GPU, in bytes, or the least free and the largest total of several GPUs."""
+
+    free: int
+    """Bytes that no process holds."""
+    total: int
+    """Bytes of the device."""
+
+    @property
+    def share(self) -> float:
+        """vLLM's ``gpu_memory_utilization`` for an engine that may take what is free less `MARGIN_BYTES`; positive
+        where `why_no_room` finds room."""
+        return (self.free - MARGIN_BYTES) / self.total
+
+
+def why_no_room(memory: DeviceMemory, weight_bytes: float, kv_cache_bytes: int | None) -> str | None:
+    """Return one sentence where an engine does not fit beside the trainer, None where it does.
+
+    ``weight_bytes`` and ``kv_cache_bytes`` are those of one GPU of the engine; without the latter vLLM sizes the KV
+    cache by what is left, and the weights alone are checked.
+    """
+    needed = weight_bytes + (kv_cache_bytes or 0) + MARGIN_BYTES
+    if needed <= memory.free:
+        return None
+    cache = "a KV cache" if kv_cache_bytes is None else f"{kv_cache_bytes / GIB:.1f} GiB of KV cache"
+    return (
+        f"a vLLM engine needs {weight_bytes / GIB:.1f} GiB of weights and {cache} on each of its GPUs, and "
+        f"{MARGIN_BYTES / GIB:.0f} GiB to spare, but beside the trainer {memory.free / GIB:.1f} of "
+        f"{memory.total / GIB:.1f} GiB are free: raise rollout.engine_tp, lower rollout.kv_cache_gb, set "
+        "teacher.offload=cpu, or sample on servers with GPUs of their own"
+    )
+
+
+def device_memory() -> DeviceMemory:
+    """Return the memory of this process's current GPU, after the blocks that torch caches have been given back."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    return DeviceMemory(*torch.cuda.mem_get_info())
+
+
+def memory_of_visible_gpus(count: int) -> DeviceMemory:
+    """Return the least free and the largest total memory of the first ``count`` GPUs that this process may see.
+
+    Leaves no CUDA context behind.  Raises: RuntimeError where torch finds fewer GPUs or no driver.
+    """
+    command = [sys.executable, "-c", _LOOK, str(count)]
+    looked = subprocess.run(command, capture_output=True, text=True, timeout=_LOOK_SECONDS)
+    if looked.returncode:
+        last = (looked.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"expected {count} GPUs whose free memory can be read, got: {last}")
+    free, total = zip(*json.loads(looked.stdout), strict=True)
+    return DeviceMemory(min(free), max(total))
