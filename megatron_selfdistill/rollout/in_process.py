@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """One vLLM engine inside the trainer's own processes, and what it must not do to them.
 
-vLLM believes that a process is its own: it seeds every random generator, replaces functions of torch, sets environment
-variables, and ends the default process group with the engine.  `trainer_state_kept` undoes the first three; the engine
-here ends by its own groups alone.
+vLLM believes that a process is its own: it seeds every random generator, replaces functions of torch, moves to a CUDA
+stream of its own, sets environment variables, and ends the default process group with the engine.
+`trainer_state.trainer_state_kept` undoes all but the last; the engine here ends by its own groups alone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import contextlib
 import gc
 import logging
 import os
-import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +32,7 @@ from megatron_selfdistill.rollout.engine import (
 )
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
+from megatron_selfdistill.rollout.trainer_state import trainer_state_kept
 
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Unless the user asked for more.
@@ -203,57 +201,6 @@ class InProcessEngine:
         log_probs = [drawn[token].logprob for token, drawn in zip(tokens, completion.logprobs, strict=True)]
         oldest = oldest_version(span.version for span in completion.weight_versions or ())
         return EngineOutput(tokens, log_probs, completion.finish_reason, oldest)
-
-
-@contextlib.contextmanager
-def trainer_state_kept(environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Random generators (Python's, numpy's, torch's, CUDA's), the environment, the number of threads, the precision of
-    matrix products, filters of warnings and functions of torch are afterwards what they were before; inside,
-    ``environment`` is set."""
-    environ = dict(os.environ)
-    _set_environment({**environ, **(environment or {})})
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if _has_cuda() else None
-    precision, num_threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    functions = {(owner, name): getattr(owner, name) for owner, names in _REPLACED.items() for name in names}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for (owner, name), function in functions.items():
-            setattr(owner, name, function)
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-        if torch.get_float32_matmul_precision() != precision:
-            torch.set_float32_matmul_precision(precision)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-        _set_environment(environ)
-
-
-# What vLLM's CPU worker replaces where cpu.py has replaced it already, or for good.
-_REPLACED: dict[Any, tuple[str, ...]] = {
-    torch: ("set_num_threads",),
-    torch.cuda: ("Event", "Stream", "stream", "current_stream", "set_stream"),
-    torch.Tensor: ("pin_memory", "record_stream"),
-}
-
-
-def _set_environment(environment: Mapping[str, str]) -> None:
-    # What is right already is not touched: other threads may be reading it.
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
-    for name, value in environment.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
-
-
-def _has_cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def _started(folder: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str) -> Any:
