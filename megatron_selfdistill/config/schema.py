@@ -383,6 +383,9 @@ class RolloutConfig:
     """Servers that the run starts by itself on the node of rank 0, and ends."""
     server_python: str | None = None
     """The Python of the environment with vLLM, for the servers that the run starts; null is the trainer's own."""
+    server_env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the servers that the run starts, such as NCCL_DEBUG; an empty value removes a variable.
+    All others are those with which the run was started, without what the launcher or the run set for itself."""
     transfer: str | None = None
     """How weights reach servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the trainer's
     own GPUs); null: nccl on GPUs, and on a CPU shared_memory, or gloo where not all workers can read those files."""

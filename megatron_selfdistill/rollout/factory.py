@@ -42,6 +42,7 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
             servers=rollout.servers,
             num_servers=rollout.num_servers,
             server_python=rollout.server_python,
+            server_env=rollout.server_env,
             engine_tp=rollout.engine_tp,
             kv_cache_gb=rollout.kv_cache_gb,
             engine_args=rollout.engine_args,

@@ -63,6 +63,7 @@ class ServerSampler:
         servers: Sequence[str] = (),
         num_servers: int = 0,
         server_python: str | None = None,
+        server_env: Mapping[str, str] | None = None,
         engine_tp: int = 1,
         kv_cache_gb: float | None = None,
         engine_args: Mapping[str, Any] | None = None,
@@ -74,9 +75,9 @@ class ServerSampler:
         max_staleness: int = 0,
     ) -> None:
         """``chunks``: of this rank, as built or as wrapped for training.  ``rules``: of the model's tensors.  The rest
-        as `RolloutConfig` says; ``hf_config``, ``server_python``, ``engine_tp``, ``kv_cache_gb`` and ``engine_args``
-        are of servers that are started here (their logs: ``run_dir/servers``), and the token of those that run already
-        is in the environment variable SELFDISTILL_SERVER_TOKEN.
+        as `RolloutConfig` says; ``hf_config``, ``server_python``, ``server_env``, ``engine_tp``, ``kv_cache_gb`` and
+        ``engine_args`` are of servers that are started here (their logs: ``run_dir/servers``), and the token of those
+        that run already is in the environment variable SELFDISTILL_SERVER_TOKEN.
 
         Returns when all servers are up.  Raises, on all ranks alike: `EngineError` where one is not, `ConfigError`
         where one was started for shorter responses, or has workers that ``transfer`` does not reach.
@@ -102,6 +103,7 @@ class ServerSampler:
                 folder=run_dir / "servers",
                 hf_config=hf_config,
                 python=server_python,
+                environment=server_env or {},
                 token=token,
                 tensor_parallel_size=engine_tp,
                 dtype=unwrapped(chunks[0]).config.params_dtype,

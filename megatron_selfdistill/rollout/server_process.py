@@ -31,6 +31,11 @@ _HEALTH_SECONDS = 5.0
 # Of the trainer's launch, and of its Python: another environment must not see them.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+# Prefixes of what tunes a process's use of GPUs and threads: the trainer sets some of these for itself.
+_TUNING = (
+    *("NCCL_", "TORCH_NCCL_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+    "OMP_NUM_THREADS",
+)
 _PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
@@ -63,6 +68,7 @@ def start_servers(
     folder: Path,
     hf_config: Path,
     python: str | None,
+    environment: Mapping[str, str],
     token: str,
     tensor_parallel_size: int,
     dtype: torch.dtype,
@@ -75,13 +81,15 @@ def start_servers(
 ) -> list[ServerProcess]:
     """``count`` servers on free ports of this machine, which are not up yet.
 
-    ``folder``: of their logs.  ``python``: of the environment that has vLLM; None is this one.  ``engine_args``:
+    ``folder``: of their logs.  ``python``: of the environment that has vLLM; None is this one.
+    ``environment``: variables that override those of `server_environment`; empty ones are removed.  ``engine_args``:
     further arguments of vLLM, by its own names.  ``shares_gpus``: they use the trainer's GPUs, and of their memory what
     is free when they start; else the GPUs behind them.  ``num_weights``: elements of the model's tensors.
     Raises `ConfigError` where there are too few GPUs or no such Python.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    environment = _environment(folder, python, token)
+    variables = {**server_environment(os.environ, environment_at_start()), **environment}
+    variables = _with_package({name: value for name, value in variables.items() if value}, folder, python, token)
     arguments = [
         f"--hf-config={hf_config.resolve()}",
         f"--tensor-parallel-size={tensor_parallel_size}",
@@ -107,7 +115,7 @@ def start_servers(
             try:
                 process = subprocess.Popen(
                     command,
-                    env=environment | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[number]}),
+                    env=variables | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[number]}),
                     cwd=folder,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -145,13 +153,43 @@ def _tail(log: Path) -> str:
     return "\n".join([f"the end of {log}:", *lines])
 
 
-def _environment(folder: Path, python: str | None, token: str) -> dict[str, str]:
-    left_out = set(_LAUNCHER) | (set() if python is None else set(_PYTHON))
-    environment = {
+def server_environment(now: Mapping[str, str], at_start: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a server inherits from a trainer whose environment is ``now`` and was ``at_start``.
+
+    A server gets what the user exported.  Variables of the launcher (torchrun) are left out.  Variables that tune how
+    a process uses its GPUs and threads (`_TUNING`: NCCL's, the allocator's, CUDA_DEVICE_MAX_CONNECTIONS) have the value
+    that they had when the trainer's process started, and are left out where the trainer set them itself.  torchrun sets
+    OMP_NUM_THREADS=1 where the user set nothing, and the trainer cannot tell whose value it is: under torchrun the
+    value 1 is left out.  ``rollout.server_env`` overrides all variables.
+    """
+    launched = "LOCAL_WORLD_SIZE" in at_start
+    variables = {name: value for name, value in now.items() if not name.startswith(_TUNING)}
+    variables |= {name: value for name, value in at_start.items() if name.startswith(_TUNING)}
+    if launched and variables.get("OMP_NUM_THREADS") == "1":
+        del variables["OMP_NUM_THREADS"]
+    return {
         name: value
-        for name, value in os.environ.items()
-        if name not in left_out and not name.startswith(_LAUNCHER_PREFIXES)
+        for name, value in variables.items()
+        if name not in _LAUNCHER and not name.startswith(_LAUNCHER_PREFIXES)
     }
+
+
+def environment_at_start() -> dict[str, str]:
+    """Return the environment with which this process was started, whatever it has set since; Linux keeps it.
+
+    Empty where the system does not tell: then a server gets no variable of `_TUNING`.
+    """
+    try:
+        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (os.fsdecode(entry).partition("=") for entry in entries if b"=" in entry)
+    return {name: value for name, _, value in pairs}
+
+
+def _with_package(variables: Mapping[str, str], folder: Path, python: str | None, token: str) -> dict[str, str]:
+    """Return ``variables`` with what a server needs to import this package, to know its token and to end with us."""
+    environment = {name: value for name, value in variables.items() if python is None or name not in _PYTHON}
     paths = [str(_folder_with_package(folder))]
     paths += [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
     environment["PYTHONPATH"] = os.pathsep.join(paths)

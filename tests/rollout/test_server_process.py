@@ -20,18 +20,30 @@ from megatron_selfdistill.rollout import server_process
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.engine_memory import DeviceMemory
 from megatron_selfdistill.rollout.errors import EngineError
-from megatron_selfdistill.rollout.server_process import ServerProcess, start_servers, wait_until_healthy
+from megatron_selfdistill.rollout.server_process import (
+    ServerProcess,
+    server_environment,
+    start_servers,
+    wait_until_healthy,
+)
 from megatron_selfdistill.rollout.wire import PARENT_VARIABLE, TOKEN_VARIABLE
 
 GIB = 2**30
 
 
-def started(folder: Path, python: Path | str | None, count: int = 1, shares_gpus: bool = False) -> list[ServerProcess]:
+def started(
+    folder: Path,
+    python: Path | str | None,
+    count: int = 1,
+    shares_gpus: bool = False,
+    environment: dict[str, str] | None = None,
+) -> list[ServerProcess]:
     return start_servers(
         count,
         folder=folder / "servers",
         hf_config=folder,
         python=None if python is None else str(python),
+        environment=environment or {},
         token="secret",
         tensor_parallel_size=2,
         dtype=torch.bfloat16,
@@ -79,6 +91,68 @@ def test_servers_on_the_trainers_gpus_are_told_so_and_how_large_the_weights_are(
     one.process.wait(20)
     words = one.log.read_text().split()
     assert "--shared-gpu-weights-gb=1.0" in words[: words.index("--")]  # 2**30 elements of 2 bytes on two GPUs
+
+
+# What the user exported for the job, what torchrun added, and what the trainer has set since.
+AT_START = {
+    **{"HOME": "/home/me", "NCCL_SOCKET_IFNAME": "eth0", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+    **{
+        "RANK": "3",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "node0",
+        "TORCHELASTIC_RUN_ID": "1",
+        "OMP_NUM_THREADS": "1",
+    },
+}
+NOW = {
+    **AT_START,
+    **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+    **{"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "SLURM_JOB_ID": "4"},
+}
+
+
+def test_a_server_inherits_what_the_user_exported_and_not_what_the_trainer_or_torchrun_set():
+    assert server_environment(NOW, AT_START) == {
+        "HOME": "/home/me",
+        "SLURM_JOB_ID": "4",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
+    }
+
+
+@pytest.mark.parametrize(
+    ("at_start", "kept"),
+    [
+        ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}),  # started without torchrun
+        ({"OMP_NUM_THREADS": "12", "LOCAL_WORLD_SIZE": "8"}, {"OMP_NUM_THREADS": "12"}),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "8"}, {}),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    ],
+)
+def test_a_setting_of_the_users_own_reaches_the_servers(at_start, kept):
+    assert server_environment(at_start, at_start) == kept
+
+
+def test_a_process_knows_what_it_was_started_with():
+    code = (
+        "import os; os.environ['NCCL_DEBUG'] = 'INFO'; os.environ['NCCL_ALGO'] = 'Ring';"
+        "from megatron_selfdistill.rollout.server_process import environment_at_start, server_environment;"
+        "made = server_environment(os.environ, environment_at_start());"
+        "print(made.get('NCCL_DEBUG'), made.get('NCCL_ALGO'))"
+    )
+    environment = {**os.environ, "NCCL_DEBUG": "WARN"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["WARN", "None"]
+
+
+def test_variables_for_the_servers_override_all_others_and_empty_ones_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_SWITCH", "on")
+    environment = {"NCCL_DEBUG": "INFO", "SOME_SWITCH": "", TOKEN_VARIABLE: "another"}
+    [one] = started(tmp_path, script(tmp_path, "env"), environment=environment)
+    one.process.wait(20)
+    variables = dict(line.partition("=")[::2] for line in one.log.read_text().splitlines())
+    assert variables["NCCL_DEBUG"] == "INFO" and "SOME_SWITCH" not in variables
+    assert variables[TOKEN_VARIABLE] == "secret"
 
 
 def test_servers_have_ports_of_their_own_and_logs_of_their_own(tmp_path):

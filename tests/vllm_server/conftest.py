@@ -36,6 +36,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         folder=folder,
         hf_config=hf_config,
         python=os.environ["SELFDISTILL_VLLM_PYTHON"],
+        environment={},
         token=token,
         tensor_parallel_size=1,
         dtype=torch.float32,
