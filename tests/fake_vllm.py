@@ -80,7 +80,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.writes_version = ""
         """What responses say of their weights, instead of the truth."""
         self.max_model_len = 10_000
-        self.workers = [{"host": "here", "boot_id": boot_id(), "address": ""}]
+        self.workers = [{"host": "here", "boot_id": boot_id(), "address": "", "nccl": None, "gpus": []}]
         """As `VllmServer.workers` tells; it has one in truth."""
         self.blind: list[str] = []
         """Hosts whose workers cannot read the trainer's files."""

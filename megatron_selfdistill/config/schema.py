@@ -388,7 +388,8 @@ class RolloutConfig:
     All others are those with which the run was started, without what the launcher or the run set for itself."""
     transfer: str | None = None
     """How weights reach servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the trainer's
-    own GPUs); null: nccl on GPUs, and on a CPU shared_memory, or gloo where not all workers can read those files."""
+    own GPUs); null: nccl on GPUs where all servers have the trainer's version of NCCL, else ipc where they see the
+    trainer's GPU, else shared_memory, or gloo where not all workers can read those files."""
     transfer_dir: str = "/dev/shm"
     """Folder of the files of transfer=shared_memory; a shared file system where servers are on other nodes."""
     bucket_mb: float = 1024.0

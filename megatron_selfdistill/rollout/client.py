@@ -117,9 +117,13 @@ class VllmServer:
         """Workers of this server."""
         return int(self._field("/get_world_size", "world_size"))
 
-    def workers(self) -> list[dict[str, str]]:
-        """Of each worker: the ``host`` it runs on, that one's ``boot_id``, and its ``address`` among the server's
-        nodes, empty where the server has one."""
+    def workers(self) -> list[dict[str, Any]]:
+        """Return a dictionary for each worker of this server, in the order of their ranks.
+
+        ``host`` is the name of the worker's host and ``boot_id`` the id of the host's running kernel; ``address`` is
+        the worker's address among the server's nodes, empty where the server has one node; ``nccl`` is the version of
+        its NCCL library, None on a CPU; ``gpus`` are the UUIDs of the GPUs that it sees.
+        """
         return self.call_all("place")
 
     def max_model_len(self) -> int | None:

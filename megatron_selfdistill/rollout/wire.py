@@ -157,6 +157,20 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def nccl_version() -> str | None:
+    """Return the version of the NCCL library that torch uses in this process, such as "2.27.5"; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def visible_gpus() -> list[str]:
+    """Return the UUID of each GPU that this process sees, by device index; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+
+
 def as_arguments(engine_args: Mapping[str, Any]) -> list[str]:
     """``{"max_num_seqs": 8, "enable_prefix_caching": False}`` as vLLM's command line says it."""
     arguments = []

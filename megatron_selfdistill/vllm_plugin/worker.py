@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any
 
-from megatron_selfdistill.rollout.wire import SERVER_VARIABLE, boot_id
+from megatron_selfdistill.rollout.wire import SERVER_VARIABLE, boot_id, nccl_version, visible_gpus
 from megatron_selfdistill.vllm_plugin.guided import guided_processor
 from megatron_selfdistill.vllm_plugin.weights import register
 
@@ -61,10 +61,15 @@ class WorkerExtension:
         if self.weight_transfer_engine is not None:
             self.weight_transfer_engine.reset_weight_update_target()
 
-    def place(self: Any) -> dict[str, str]:
-        """Where this worker is, as `VllmServer.workers` says."""
-        address = os.environ.get("VLLM_HOST_IP", "")
-        return {"host": socket.gethostname(), "boot_id": boot_id(), "address": address}
+    def place(self: Any) -> dict[str, Any]:
+        """Return where this worker runs and what it could receive weights with, as `VllmServer.workers` describes."""
+        return {
+            "host": socket.gethostname(),
+            "boot_id": boot_id(),
+            "address": os.environ.get("VLLM_HOST_IP", ""),
+            "nccl": nccl_version(),
+            "gpus": visible_gpus(),
+        }
 
     def can_read(self: Any, path: str) -> dict[str, Any]:
         """Whether this worker can, and the host it runs on."""

@@ -6,20 +6,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from fake_vllm import FakeVllm, fake_servers
 
 from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.rollout import transfer_choice
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.transfer_choice import choose_transfer
 from megatron_selfdistill.rollout.wire import boot_id
 
-HERE = {"host": "here", "boot_id": boot_id(), "address": ""}
-THERE = {"host": "node7", "boot_id": "another", "address": "10.0.0.7"}
+NCCL, GPU = "2.27.5", "GPU-11111111"
+HERE = {"host": "here", "boot_id": boot_id(), "address": "", "nccl": NCCL, "gpus": ["GPU-0", GPU]}
+THERE = {"host": "node7", "boot_id": "another", "address": "10.0.0.7", "nccl": NCCL, "gpus": ["GPU-7"]}
+OLDER = {**HERE, "nccl": "2.26.2", "gpus": ["GPU-0"]}
 
 
 @pytest.fixture
-def fakes() -> Iterator[list[FakeVllm]]:
+def fakes(monkeypatch) -> Iterator[list[FakeVllm]]:
+    """Two servers of one worker each, which have the trainer's NCCL and see its GPU."""
+    monkeypatch.setattr(transfer_choice, "nccl_version", lambda: NCCL)
+    monkeypatch.setattr(transfer_choice, "visible_gpus", lambda: [GPU])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with fake_servers(2) as servers:
+        for server in servers:
+            server.workers = [HERE]
         yield servers
 
 
@@ -40,6 +50,50 @@ def test_a_named_transfer_that_reaches_all_workers_is_taken(fakes, name, tmp_pat
     assert choose(fakes, name, tmp_path, on_gpu=True) == name
 
 
+@pytest.mark.parametrize(
+    ("workers", "blind", "chosen"),
+    [
+        ([{**HERE, "nccl": "2.26.2"}], [], "ipc"),
+        ([HERE, OLDER], [], "shared_memory"),
+        ([HERE, {**THERE, "nccl": "2.27.3"}], [], "shared_memory"),
+        ([HERE, {**THERE, "nccl": "2.27.3"}], ["node7"], "gloo"),
+        ([{**OLDER, "nccl": None, "gpus": []}], [], "shared_memory"),
+    ],
+    ids=["its GPU is seen", "one host", "a shared folder", "two hosts", "a server on a CPU"],
+)
+def test_with_another_nccl_in_one_worker_it_is_the_best_other_way_and_the_log_has_both_versions(
+    fakes, tmp_path, caplog, workers, blind, chosen
+):
+    fakes[1].workers, fakes[1].blind = workers, blind
+    assert choose(fakes, None, tmp_path, on_gpu=True) == chosen
+    [record] = caplog.records
+    theirs = workers[-1]["nccl"]
+    assert f"by rollout.transfer={chosen}, not nccl: the trainer on " in record.message
+    assert f"has NCCL {NCCL} and worker {len(workers) - 1} of {fakes[1].address}" in record.message
+    assert f"has {f'NCCL {theirs}' if theirs else 'none'}, but" in record.message
+
+
+def test_nccl_that_was_asked_for_is_refused_with_both_versions_before_anything_is_formed(fakes, tmp_path):
+    fakes[1].workers = [OLDER]
+    both = rf"has NCCL 2\.27\.5 and worker 0 of {fakes[1].address}, on here, has NCCL 2\.26\.2"
+    with pytest.raises(ConfigError, match=rf"rollout\.transfer=nccl cannot .* {both}, .*rollout\.transfer=null"):
+        choose(fakes, "nccl", tmp_path, on_gpu=True)
+    assert {call for fake in fakes for call in fake.calls} == {"/collective_rpc place"}
+
+
+@pytest.mark.parametrize("name", ["nccl", "ipc"])
+def test_what_needs_gpus_is_refused_on_a_cpu(fakes, name, tmp_path):
+    with pytest.raises(ConfigError, match=f"rollout.transfer={name} cannot .*the trainer runs on a CPU"):
+        choose(fakes, name, tmp_path)
+
+
+def test_ipc_to_a_worker_that_does_not_see_the_trainers_gpu_is_refused(fakes, tmp_path):
+    fakes[1].workers = [HERE, OLDER]
+    seen = rf"GPU {GPU}, which worker 1 of {fakes[1].address}, on here, does not see \(it sees GPU-0\)"
+    with pytest.raises(ConfigError, match=rf"rollout\.transfer=ipc cannot .*{seen}: .*CUDA_VISIBLE_DEVICES"):
+        choose(fakes, "ipc", tmp_path, on_gpu=True)
+
+
 def test_shared_memory_that_a_worker_of_another_host_does_not_see_is_refused(fakes, tmp_path):
     fakes[1].workers, fakes[1].blind = [HERE, THERE], ["node7"]
     with pytest.raises(ConfigError, match=f"{tmp_path} .* where worker 1 of {fakes[1].address}, on node7, cannot"):
@@ -53,7 +107,7 @@ def test_a_folder_that_hosts_share_serves_them(fakes, tmp_path):
 
 def test_ipc_to_a_worker_of_another_host_is_refused(fakes, tmp_path):
     fakes[1].workers = [HERE, THERE]
-    with pytest.raises(ConfigError, match=f"a worker of {fakes[1].address} runs on node7: set rollout.transfer=nccl"):
+    with pytest.raises(ConfigError, match=f"worker 1 of {fakes[1].address}, on node7, does not run there"):
         choose(fakes, "ipc", tmp_path, on_gpu=True)
 
 
