@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_selfdistill.rollout.wire import Layout, boot_id, broadcast, digest, open_group, unpack
+from megatron_selfdistill.rollout.wire import Layout, boot_id, digest, unpack
+from megatron_selfdistill.vllm_plugin.receivers import Receiver, make_receiver
 
 
 def tokens_behind(prompt: list[int], count: int) -> list[int]:
@@ -94,7 +94,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.answered: Counter[str] = Counter()
         self.begun = 0
         self.transfer = ""
-        self.group: Any = None
+        self.receiver: Receiver | None = None
         self.dead = False
 
     def metrics(self) -> str:
@@ -106,26 +106,19 @@ class FakeVllm(ThreadingHTTPServer):
         return "\n".join(lines)
 
     def take_part(self, info: dict[str, Any]) -> None:
-        arguments = info["arguments"]
+        if self.receiver is not None:
+            self.receiver.close()
         self.transfer = info["transfer"]
-        if info["transfer"] == "gloo":
-            store = dist.TCPStore(arguments["host"], arguments["port"], arguments["world_size"], False)
-            address, rank, size = arguments["host"], arguments["first_rank"], arguments["world_size"]
-            self.group = open_group("gloo", store, rank, size, address, arguments["timeout_s"])
+        self.receiver = make_receiver(self.transfer, torch.device("cpu"), 0, info["arguments"])
 
     def update(self, info: dict[str, Any]) -> None:
-        assert self.transfer, "nobody has said how weights come"
+        assert self.receiver is not None, "nobody has said how weights come"
         if "complete" in info:
             assert info["complete"] == digest(self.weights)
             return
         layout = Layout(info["names"], info["dtypes"], info["shapes"])
-        if "where" in info:
-            data = Path(info["where"]["path"]).read_bytes()
-            packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        else:
-            packed = torch.empty(layout.num_bytes, dtype=torch.uint8)
-            broadcast(self.group, packed, 10.0)
-        self.weights.update(unpack(packed, layout))
+        packed = self.receiver.receive(layout.num_bytes, info.get("where", {}))
+        self.weights.update((name, tensor.clone()) for name, tensor in unpack(packed, layout))
 
 
 class _Handler(BaseHTTPRequestHandler):

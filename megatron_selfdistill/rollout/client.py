@@ -144,7 +144,7 @@ class VllmServer:
         self._ask("POST", "/pause?mode=abort", {})
 
     def init_weight_transfer(self, transfer: str, arguments: Mapping[str, Any]) -> None:
-        """How weights will come (vllm_plugin/weights.py); once, and again where it changes."""
+        """How weights will come (vllm_plugin/receivers.py); once, and again where it changes."""
         info = {"transfer": transfer, "arguments": dict(arguments)}
         self._ask("POST", "/init_weight_transfer_engine", {"init_info": info})
 

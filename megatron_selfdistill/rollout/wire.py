@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the trainer (transfer.py) and a vLLM server (vllm_plugin/weights.py, serve.py) must agree on: how a bucket of
+"""What the trainer (transfer.py) and a vLLM server (vllm_plugin/receivers.py, serve.py) must agree on: how a bucket of
 weights is laid out, how completeness is told, the process group of a broadcast, names.  Needs torch only."""
 
 from __future__ import annotations

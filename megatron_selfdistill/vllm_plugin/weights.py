@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How weights of the trainer arrive in a vLLM worker: our weight-transfer backend, with one class per way of transfer.
+"""How weights of the trainer become a vLLM worker's: our weight-transfer backend.  Bytes come by receivers.py.
 
 The trainer (rollout/transfer.py) says at ``init_weight_transfer_engine`` which way it is, sends buckets that may split
 anywhere between two tensors, and then what it has sent: an update that lacks a tensor, or leaves a parameter of the
@@ -8,13 +8,10 @@ model as it was, fails before the engine may answer with it.
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -26,16 +23,8 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_selfdistill.rollout.packed import after_reload, before_reload
-from megatron_selfdistill.rollout.wire import (
-    BACKEND,
-    Layout,
-    broadcast,
-    close_group,
-    digest,
-    open_group,
-    own_address,
-    unpack,
-)
+from megatron_selfdistill.rollout.wire import BACKEND, Layout, digest, unpack
+from megatron_selfdistill.vllm_plugin.receivers import Receiver, make_receiver
 
 _SHOWN = 4
 
@@ -63,16 +52,6 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """The `digest` of all names that were sent."""
 
 
-class Receiver(Protocol):
-    """One way in which a bucket arrives."""
-
-    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        """The bucket ``[num_bytes]`` uint8 on the worker's device, for good: nobody writes to it again."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """One per worker.  Layers are rebuilt when their last tensor is there (vLLM's layerwise reload)."""
 
@@ -86,11 +65,9 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
-        if init_info.transfer not in _RECEIVERS:
-            raise ValueError(f"expected a transfer among {', '.join(_RECEIVERS)}, got {init_info.transfer!r}")
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._receiver = _RECEIVERS[init_info.transfer](self.device, worker, **init_info.arguments)
+        self._receiver = make_receiver(init_info.transfer, self.device, worker, init_info.arguments)
 
     def start_weight_update(self) -> None:
         if self._reloading:  # an update broke off: its half-filled layers must not be counted on from there
@@ -158,103 +135,6 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 "must run with the config.json of the trained model"
             )
         self._verified = True
-
-
-class FileReceiver:
-    """From a file of the trainer's, which it removes afterwards: read as a whole, since on a network file system pages
-    of a removed file cannot be had later."""
-
-    def __init__(self, device: torch.device, worker: int) -> None:
-        self._device = device
-
-    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        packed = torch.empty(num_bytes, dtype=torch.uint8)
-        with open(where["path"], "rb") as bucket:
-            got = bucket.readinto(packed.numpy().data)
-        if got != num_bytes:
-            raise ValueError(f"expected {num_bytes} bytes in {where['path']}, got {got}")
-        return packed.to(self._device)
-
-    def close(self) -> None:
-        pass
-
-
-class BroadcastReceiver:
-    """From rank 0 of a process group that the trainer opened; the workers of all servers follow it."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        worker: int,
-        *,
-        backend: str,
-        host: str,
-        port: int,
-        first_rank: int,
-        world_size: int,
-        timeout_s: float,
-    ) -> None:
-        self._device = torch.device("cpu") if backend == "gloo" else device
-        self._final_device = device
-        self._timeout_s = timeout_s
-        self._broken = False
-        self._store = dist.TCPStore(host, port, world_size, False)
-        address = own_address(host, port)
-        self._group = open_group(backend, self._store, first_rank + worker, world_size, address, timeout_s)
-
-    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        self._broken = True
-        broadcast(self._group, packed, self._timeout_s)
-        self._broken = False
-        return packed.to(self._final_device)
-
-    def close(self) -> None:
-        close_group(self._group, self._broken)
-        del self._group, self._store
-
-
-class IpcReceiver:
-    """From memory of a GPU of this node, by its CUDA IPC handle.  That GPU must be visible here, and reachable from the
-    worker's own."""
-
-    def __init__(self, device: torch.device, worker: int) -> None:
-        self._device = device
-
-    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-        if where["gpu"] not in uuids:
-            raise ValueError(
-                f"the weights lie on GPU {where['gpu']}, which this server cannot see (it sees {', '.join(uuids)}); "
-                "start it with that one in CUDA_VISIBLE_DEVICES too, or choose rollout.transfer=nccl"
-            )
-        source = uuids.index(where["gpu"])
-        storage = torch.UntypedStorage._new_shared_cuda(
-            source,
-            base64.b64decode(where["handle"]),
-            where["storage_bytes"],
-            where["storage_offset"],
-            base64.b64decode(where["counter_handle"]),
-            where["counter_offset"],
-            base64.b64decode(where["event_handle"]),
-            where["event_sync"],
-        )
-        shared = torch.empty(0, dtype=torch.uint8, device=f"cuda:{source}").set_(storage, 0, (num_bytes,), (1,))
-        # A copy: layers that are not complete yet keep their tensors, and the trainer uses its memory again.
-        packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device).copy_(shared)
-        torch.cuda.synchronize(self._device)
-        return packed
-
-    def close(self) -> None:
-        pass
-
-
-_RECEIVERS: dict[str, Any] = {
-    "shared_memory": FileReceiver,
-    "gloo": BroadcastReceiver,
-    "nccl": BroadcastReceiver,
-    "ipc": IpcReceiver,
-}
 
 
 def register() -> None:
