@@ -57,7 +57,7 @@ TESTED = {
 
 EXTRAS = {
     "vllm": ["vllm>=0.32,<0.33"],
-    "te": ["transformer-engine[pytorch]>=2.9,<3"],
+    "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12.0"],  # what megatron-core 0.16.1 declares for its own extra
     "dev": [
         # On CUDA torch brings its own.  Here for the kernels' tests, which need no GPU.
         'triton>=3.4,<4; platform_system == "Linux" and platform_machine == "x86_64"',

@@ -306,6 +306,35 @@ def test_the_megatron_that_a_run_imports_counts_whatever_pip_says(
         assert "pip has 0.16.1, but /mine comes first" in found.mend
 
 
+@pytest.mark.parametrize(
+    ("version", "status"), [("2.9.0", "ok"), ("2.11.3", "ok"), ("2.8.1", "warning"), ("2.12.0", "warning")]
+)
+def test_a_transformer_engine_that_the_installed_megatron_core_does_not_declare_is_a_warning(findings, version, status):
+    wanted = findings.requirements()[1]["transformer-engine"]
+    outcome = findings.Outcome(version=version, place="/here")
+    found = findings.imported_package("transformer-engine", wanted, outcome, required=False)
+    assert found.status == status and version in found.found
+
+
+@pytest.mark.parametrize(
+    ("declared", "wanted"),
+    [
+        (['transformer-engine[core_cu13,pytorch] (>=3.0.0a0, <3.2) ; extra == "dev"'], ">=3.0.0a0,<3.2"),
+        (["transformer-engine", 'transformer-engine[pytorch]<3.2; extra == "dev"'], "<3.2"),
+        (["transformer-engine~=3.0"], None),  # which the doctor does not read
+        (["torch"], None),
+        (None, None),
+    ],
+)
+def test_the_doctor_asks_the_installed_megatron_core_which_transformer_engine_it_takes(
+    findings, monkeypatch, declared, wanted
+):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: declared if name == "megatron-core" else None)
+    if wanted is None:
+        wanted = findings._split(findings._constant("EXTRAS")["te"][0])[1]
+    assert findings.requirements()[1]["transformer-engine"] == wanted
+
+
 def test_libraries_of_the_driver_are_asked_of_a_node_that_has_it(findings):
     outcome = findings.Outcome(error="OSError: libcuda.so.1: cannot open shared object file")
     found = findings.imported_package("transformer-engine", ">=2.9,<3", outcome, required=False)

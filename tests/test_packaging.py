@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -169,6 +170,14 @@ def test_a_plain_install_takes_a_torch_that_is_tested():
     torch = allowed()["torch"]
     assert all(version in torch for version in ("2.6.0", "2.13.0", "2.13.1"))
     assert not any(version in torch for version in ("2.5.1", "2.14.0", "2.15.0"))
+
+
+def test_the_extra_te_takes_the_transformer_engines_that_the_installed_megatron_core_declares():
+    declared = [Requirement(line) for line in importlib.metadata.requires("megatron-core") or []]
+    (wanted,) = {one.specifier for one in declared if one.name == "transformer-engine"}
+    (ours,) = map(Requirement, constants_of_setup()["EXTRAS"]["te"])
+    assert ours.name == "transformer-engine" and "pytorch" in ours.extras
+    assert ours.specifier == wanted, "the versions that megatron-core was built for have changed"
 
 
 def test_every_tested_version_is_one_that_an_install_takes():

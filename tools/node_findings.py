@@ -205,9 +205,25 @@ def _torch() -> Any:
 
 
 def requirements() -> tuple[dict[str, str], dict[str, str]]:
-    """Distribution -> versions, such as ``>=0.16.1,<0.17``: what is needed, and what the extras name; from setup.py."""
+    """Return distribution -> versions, such as ``>=0.16.1,<0.17``: the required ones and those of the extras.
+
+    Both come from setup.py, except that the installed megatron-core declares which Transformer Engine it takes.
+    """
     required, extras = _constant("REQUIREMENTS"), _constant("EXTRAS")
-    return dict(map(_split, required)), dict(map(_split, [*extras["te"], *extras["vllm"]]))
+    optional = dict(map(_split, [*extras["te"], *extras["vllm"]]))
+    declared = declared_by("megatron-core", "transformer-engine")
+    return dict(map(_split, required)), optional | ({"transformer-engine": declared} if declared else {})
+
+
+def declared_by(distribution: str, name: str) -> str:
+    """Return the versions of ``name`` that an installed distribution declares, extras included; empty where there are
+    none, or only in a form that `satisfies` does not read."""
+    try:
+        declared = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    found = [versions for other, versions in map(_split, declared) if other == name]
+    return next((versions for versions in found if all(map(_CLAUSE.fullmatch, versions.split(",")))), "")
 
 
 def tested() -> dict[str, str]:
@@ -227,7 +243,8 @@ def _constant(name: str) -> Any:
 def _split(requirement: str) -> tuple[str, str]:
     name = re.match(r"[A-Za-z0-9_.-]+", requirement)
     assert name is not None
-    return name.group(), re.sub(r"\[.*?\]", "", requirement[name.end() :])
+    versions = re.sub(r"\[.*?\]", "", requirement[name.end() :]).partition(";")[0]
+    return name.group(), re.sub(r"[\s()]", "", versions)
 
 
 def distribution(name: str, wanted: str, *, required: bool) -> Finding:
@@ -295,16 +312,19 @@ def _there(module: str) -> bool:
     return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
+_CLAUSE = re.compile(r"(>=|<|==)([0-9][0-9a-z.+]*)")
+
+
 def satisfies(version: str, wanted: str) -> bool:
-    """``wanted`` is a list of >=, < and == with plain numbers; what follows the numbers of ``version`` (a local build,
-    a release candidate) is left aside."""
+    """Return whether ``version`` is in ``wanted``, a list of >=, < and ==; what follows the numbers of either, such as
+    a local build or a release candidate, does not count."""
     compare: dict[str, Callable[[Any, Any], bool]] = {
         ">=": lambda a, b: a >= b,
         "<": lambda a, b: a < b,
         "==": lambda a, b: a == b,
     }
     for clause in filter(None, wanted.split(",")):
-        match = re.fullmatch(r"(>=|<|==)([0-9.]+)", clause.strip())
+        match = _CLAUSE.fullmatch(clause.strip())
         assert match is not None, clause
         numbers = [_numbers(text) for text in (version, match.group(2))]
         length = max(map(len, numbers))
