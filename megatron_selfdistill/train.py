@@ -208,7 +208,8 @@ def _announce(run: Run) -> None:
     """Write the resolved configuration into the run folder, unless this is a dry run, and say what will run."""
     from megatron_selfdistill.logged import LEFT_OUT_FILE, list_left_out
     from megatron_selfdistill.model.architecture import uses_transformer_engine
-    from megatron_selfdistill.model.build import megatron_in_use
+    from megatron_selfdistill.model.build import megatron_in_use, unwrapped
+    from megatron_selfdistill.model.fused_kernels import kernels_in_use
 
     if not run.grid.is_reporter:
         return
@@ -230,6 +231,7 @@ def _announce(run: Run) -> None:
     start = f"resumes {run.resumed_from}" if run.resumed_from else f"starts from {start}"
     for line in (
         f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}",
+        kernels_in_use(unwrapped(run.chunks[0]).config),
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
         *([f"loss: {run.loss_backend}"] if run.distils else []),

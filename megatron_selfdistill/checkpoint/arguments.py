@@ -15,12 +15,9 @@ from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.model.architecture import (
-    ACTIVATIONS,
-    padded_vocab_size,
-    transformer_config,
-)
+from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.fused_kernels import activation_name
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
@@ -81,7 +78,6 @@ def _args(
 ) -> argparse.Namespace:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values = {name: value for name, value in values.items() if _is_plain(value)}
-    activation = next((name for name, function in ACTIVATIONS.items() if function is config.activation_func), None)
     values |= {
         "seq_length": max_position_embeddings,
         "max_position_embeddings": max_position_embeddings,
@@ -100,7 +96,7 @@ def _args(
         "group_query_attention": config.num_query_groups != config.num_attention_heads,
         "swiglu": config.gated_linear_unit and config.activation_func is F.silu,
         "squared_relu": False,
-        "activation": activation,  # ours: Megatron-LM has flags for some pairs of activation and gate only
+        "activation": activation_name(config),  # ours: Megatron-LM has flags for some pairs of activation and gate only
         "norm_epsilon": config.layernorm_epsilon,
         "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
         "num_experts": config.num_moe_experts,

@@ -124,6 +124,8 @@ def _mlp(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         yield ("--disable-bias-linear",)
     if arch["gated_linear_unit"] and arch["activation"] == "silu":
         yield ("--swiglu",)
+    if arch["activation"] == "gelu" and arch["add_bias_linear"]:
+        yield ("--no-bias-gelu-fusion",)  # whose kernel is the tanh approximation
 
 
 def _moe(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -189,6 +191,9 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
     if arch["gated_linear_unit"] != (arch["activation"] == "silu"):
         kind = "a gated" if arch["gated_linear_unit"] else "an ungated"
         yield f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu) and ungated gelu"
+    elif arch["activation"] == "gelu_tanh" and (not arch["add_bias_linear"] or arch["num_moe_experts"] is not None):
+        which = "without biases" if not arch["add_bias_linear"] else "with experts"
+        yield f"the tanh approximation of gelu {which}: Megatron-LM has it fused with biases of dense layers only"
     for name in _YARN_CONSTANTS:
         if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
             default = TRANSFORMER_DEFAULTS[name]

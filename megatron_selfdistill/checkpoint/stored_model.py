@@ -218,7 +218,12 @@ def _activation(stored: dict[str, Any]) -> dict[str, Any]:
         return {"activation": stored["activation"], "gated_linear_unit": bool(stored.get("gated_linear_unit"))}
     if stored.get("swiglu"):
         return {"activation": "silu", "gated_linear_unit": True}
-    return {"activation": "gelu", "gated_linear_unit": bool(stored.get("gated_linear_unit"))}
+    # Megatron-LM's fused gelu, its default where linear layers have biases, is the tanh approximation.
+    fused = stored.get("bias_gelu_fusion") and stored.get("add_bias_linear", True)
+    return {
+        "activation": "gelu_tanh" if fused else "gelu",
+        "gated_linear_unit": bool(stored.get("gated_linear_unit")),
+    }
 
 
 def _transformer(stored: dict[str, Any]) -> dict[str, Any]:

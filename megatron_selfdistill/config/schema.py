@@ -116,7 +116,7 @@ class ModelConfig:
     gated_linear_unit: bool = True
     """SwiGLU-style MLP (with activation silu)."""
     activation: str = "silu"
-    """silu or gelu."""
+    """silu, gelu (exact, by the error function) or gelu_tanh (its tanh approximation); the same on every device."""
     add_bias_linear: bool = False
     """Biases in all linear layers."""
     add_qkv_bias: bool = False
@@ -153,7 +153,7 @@ class ModelConfig:
         _at_least(1, "model", self, "num_moe_experts moe_router_topk moe_ffn_hidden_size")
         _at_least(0, "model", self, "num_carried_mtp_layers")
         _one_of("model.normalization", self.normalization, ["RMSNorm", "LayerNorm"])
-        _one_of("model.activation", self.activation, ["silu", "gelu"])
+        _one_of("model.activation", self.activation, ["silu", "gelu", "gelu_tanh"])
         _one_of(
             "model.position_embedding_type",
             self.position_embedding_type,

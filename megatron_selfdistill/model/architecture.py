@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,9 +31,8 @@ from megatron_selfdistill.config import (
     ParallelConfig,
     ScheduleConfig,
 )
+from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
 from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
-
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
 # Process groups, optimizer and loss are built from these keys: an override here would contradict them.
 _SET_ELSEWHERE = {
@@ -62,7 +61,6 @@ def transformer_config(
         "normalization": model.normalization,
         "layernorm_epsilon": model.layernorm_epsilon,
         "gated_linear_unit": model.gated_linear_unit,
-        "activation_func": ACTIVATIONS[model.activation],
         "add_bias_linear": model.add_bias_linear,
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
@@ -101,8 +99,8 @@ def transformer_config(
             "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
             "moe_router_score_function": model.moe_router_score_function,
         }
-    values |= _without_fused_kernels()
-    values |= model.transformer
+    installed = Installed(cuda=not cpu.ON_CPU, transformer_engine=uses_transformer_engine())
+    values |= fused_kernels(values | model.transformer, model.activation, installed) | model.transformer
     mla = bool(values.get("multi_latent_attention"))
     cls = MLATransformerConfig if mla else TransformerConfig
     if mla:  # latent attention rotates by itself and does not ask GPTModel
@@ -168,6 +166,23 @@ def refuse_known_faults(config: TransformerConfig) -> None:
         (
             local and getattr(config.softmax_type, "value", config.softmax_type) != "vanilla",
             "attention sinks (softmax_type) need Transformer Engine's layer spec",
+        ),
+        (
+            config.apply_rope_fusion and config.rotary_interleaved,
+            "apply_rope_fusion rotates packed sequences as if rotary_interleaved were false: "
+            "set model.transformer.apply_rope_fusion=false",
+        ),
+        (
+            config.bias_activation_fusion
+            and config.activation_func_clamp_value is not None
+            and config.activation_func in (F.gelu, F.silu),
+            "bias_activation_fusion: the fused kernel leaves out activation_func_clamp_value: "
+            "set model.transformer.bias_activation_fusion=false",
+        ),
+        (
+            local and config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available,
+            "gradient_accumulation_fusion needs apex's kernel fused_weight_gradient_mlp_cuda or Transformer Engine's "
+            "layers, and neither is here: leave model.transformer.gradient_accumulation_fusion out",
         ),
         (
             config.hidden_dropout > 0 or config.attention_dropout > 0,
@@ -254,17 +269,3 @@ def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
     if not hasattr(getattr(layer.mlp, "submodules", None), "experts"):  # a router and experts read theirs, too
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer.sharded_state_dict_keys_map = names
-
-
-def _without_fused_kernels() -> dict[str, Any]:
-    """Fused kernels that this installation lacks; Megatron's defaults assume all of them."""
-    te = uses_transformer_engine()
-    wgrad = not cpu.ON_CPU and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return {
-        "gradient_accumulation_fusion": wgrad,
-        "masked_softmax_fusion": False,
-        "bias_activation_fusion": not cpu.ON_CPU,
-        "bias_dropout_fusion": not cpu.ON_CPU,
-        "apply_rope_fusion": te,
-        "persist_layer_norm": te,
-    }

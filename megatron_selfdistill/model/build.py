@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,12 +24,18 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, function_named
-from megatron_selfdistill.model.architecture import layer_spec, padded_vocab_size, refuse_known_faults
+from megatron_selfdistill.model.architecture import (
+    layer_spec,
+    padded_vocab_size,
+    refuse_known_faults,
+    uses_transformer_engine,
+)
 from megatron_selfdistill.parallel import Grid
 
 TESTED_MEGATRON_VERSIONS = ("0.16.1",)
@@ -189,9 +196,11 @@ def _gpt_model(
     vp_stage: int | None,
     transformer_engine: bool | None = None,
 ) -> GPTModel:
-    chunk = GPTModel(
+    te = uses_transformer_engine() if transformer_engine is None else transformer_engine
+    make = functools.partial(
+        GPTModel,
         config=config,
-        transformer_layer_spec=layer_spec(config, vp_stage, transformer_engine=transformer_engine),
+        transformer_layer_spec=layer_spec(config, vp_stage, transformer_engine=te),
         vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, grid.tp_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=pre_process,
@@ -205,14 +214,31 @@ def _gpt_model(
         rope_scaling_factor=model.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+    chunk = _without_apex(make) if te and not layers._grad_accum_fusion_available else make()
     _refuse_logits_made_elsewhere(chunk)
+    return chunk
+
+
+def _without_apex(make: Callable[[], GPTModel]) -> GPTModel:
+    """Make a model whose Transformer Engine layers may accumulate weight gradients although apex's kernel is missing.
+
+    Transformer Engine brings a kernel of its own.  Megatron Core's own layers, of which there is the output layer, know
+    only apex's and refuse ``gradient_accumulation_fusion`` without it: they are made all the same and then switched to
+    an unfused gradient, which DDP's hook adds to ``main_grad``.
+    """
+    with mock.patch.object(layers, "_grad_accum_fusion_available", True):
+        chunk = make()
+    for module in chunk.modules():
+        if type(module) in (layers.ColumnParallelLinear, layers.RowParallelLinear):
+            module.gradient_accumulation_fusion = False  # type: ignore[assignment]
     return chunk
 
 
 def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
     """A copy without the kernels that Transformer Engine brings."""
     config = copy.copy(config)
-    config.persist_layer_norm = config.apply_rope_fusion = False
+    config.persist_layer_norm = config.apply_rope_fusion = config.moe_grouped_gemm = False
+    config.gradient_accumulation_fusion = config.gradient_accumulation_fusion and layers._grad_accum_fusion_available
     return config
 
 

@@ -116,6 +116,10 @@ def test_the_flags_of_a_family_are_those_that_megatron_lm_was_seen_to_compute_it
 IMPOSSIBLE_MODELS = {
     "llama3 factor": ({"rope_scaling": True, "rope_scaling_factor": 32.0}, "the llama3 rope factor 32.0: .* 8.0"),
     "gated gelu": ({"activation": "gelu"}, "a gated MLP with gelu"),
+    "tanh gelu without biases": (
+        {"activation": "gelu_tanh", "gated_linear_unit": False},
+        "the tanh approximation of gelu without biases",
+    ),
     "softmax scale": ({"transformer": {"softmax_scale": 0.3}}, "softmax_scale=0.3"),
 }
 
@@ -126,6 +130,13 @@ def test_what_megatron_lm_cannot_be_given_is_one_sentence(case):
     (said,) = megatron_flags(ModelConfig(vocab_size=64, **changes)).not_expressible
     assert re.search(sentence, said)
     assert not megatron_flags(ModelConfig(vocab_size=64, rope_scaling=True, rope_scaling_factor=8.0)).not_expressible
+
+
+@pytest.mark.parametrize(("activation", "unfused"), [("gelu", True), ("gelu_tanh", False)])
+def test_megatron_lm_is_told_which_gelu_it_is(activation, unfused):
+    flags = megatron_flags(ModelConfig(activation=activation, gated_linear_unit=False, add_bias_linear=True))
+    assert not flags.not_expressible
+    assert (("--no-bias-gelu-fusion",) in flags.flags) is unfused
 
 
 def test_rarer_properties_have_their_flags():

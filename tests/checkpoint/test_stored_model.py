@@ -68,7 +68,10 @@ def test_every_family_survives_the_arguments(kind):
     assert differences(stored, model) == {}
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation": "gelu"}, {"gated_linear_unit": False, "activation": "silu"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"gated_linear_unit": False, "activation": "silu"}],
+)
 @pytest.mark.parametrize("kind", ["gqa", "tied", "moe"])
 def test_activation_and_gate_survive_the_arguments(kind, changes):
     model = models.model_config(kind, **changes)
@@ -83,7 +86,8 @@ def test_activation_and_gate_survive_the_arguments(kind, changes):
         ({"qk_layernorm": True}, "qk_layernorm", True),
         ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor", 32.0),
         ({"group_query_attention": False, "num_query_groups": 1}, "num_query_groups", 32),
-        ({"swiglu": False}, "activation", "gelu"),
+        ({"swiglu": False, "bias_gelu_fusion": False}, "activation", "gelu"),
+        ({"swiglu": False, "bias_gelu_fusion": True, "add_bias_linear": True}, "activation", "gelu_tanh"),
         ({"position_embedding_type": None, "use_rotary_position_embeddings": True}, "position_embedding_type", "rope"),
         ({"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 1024}, "num_moe_experts", 8),
         ({"apply_layernorm_1p": True}, "transformer", {"layernorm_zero_centered_gamma": True}),

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+import megatron.core.models.common.embeddings.rope_utils as rope_utils
+import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import (
@@ -73,6 +75,13 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         (DENSE, {}, {"softmax_type": "off-by-one"}),
         (DENSE, {}, {"softmax_type": "learnable"}),
     ],
+    "apply_rope_fusion rotates packed sequences as if": [
+        (DENSE, {}, {"apply_rope_fusion": True, "rotary_interleaved": True})
+    ],
+    "the fused kernel leaves out activation_func_clamp_value": [
+        (DENSE, {}, {"bias_activation_fusion": True, "activation_func_clamp_value": 7.0})
+    ],
+    "gradient_accumulation_fusion needs apex's kernel": [(DENSE, {}, {"gradient_accumulation_fusion": True})],
     "dropout makes the student that is trained differ": [
         (DENSE, {}, {"hidden_dropout": 0.1}),
         (DENSE, {}, {"attention_dropout": 0.1}),
@@ -88,11 +97,20 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
-def test_what_megatron_gets_wrong_is_refused_with_a_sentence(sentence):
+def test_what_megatron_gets_wrong_is_refused_with_a_sentence(sentence, monkeypatch):
+    monkeypatch.setattr(megatron_config, "is_te_min_version", lambda *_: True)  # Megatron's own checks come first
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
     for model, parallel, transformer in REFUSED[sentence]:
         with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
             configured(model, parallel, **transformer)
         assert "\n" not in str(caught.value)
+
+
+def test_a_providers_fused_activation_may_not_leave_out_the_clamp():
+    config = configured()
+    config.bias_activation_fusion, config.activation_func_clamp_value = True, 7.0
+    with pytest.raises(ConfigError, match="bias_activation_fusion: the fused kernel leaves out"):
+        refuse_known_faults(config)
 
 
 def test_every_sentence_of_refuse_known_faults_is_met_above():

@@ -22,12 +22,13 @@ from megatron_selfdistill import schedule
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.config.compose import from_mapping
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
-from megatron_selfdistill.model import build, output_layer
+from megatron_selfdistill.model import architecture, build, output_layer
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.output_layer import Fusion, MainGrad, OutputLayer, choose_output_layer, unfusable
 
 MODES = ("keep_gradient", "low_memory")
 FUSIONS = {mode: Fusion(mode, 5) for mode in MODES}  # 5 tokens: of a microbatch's 1 to 50
+COLUMNS = 72  # of an output layer's shard, and of no other layer
 LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
     "one rank": ("gqa", parallel(), 1),
     "tied": ("tied", parallel(), 1),
@@ -49,6 +50,8 @@ class Patches:
     """What is put under Megatron on each rank."""
 
     apex: bool = False
+    engine: bool = False
+    """Layers that accumulate weight gradients by themselves, as Transformer Engine's do."""
     bucket_size: int | None = None
 
 
@@ -65,6 +68,30 @@ class StandInForApex:
         StandInForApex.shapes.append(tuple(gradient.shape))
 
 
+class EngineColumn(layers.ColumnParallelLinear):
+    """Stands in for Transformer Engine's column-parallel layer: its kernel needs no apex."""
+
+
+class EngineRow(layers.RowParallelLinear):
+    """Stands in for Transformer Engine's row-parallel layer."""
+
+
+def engine_spec(config: Any, vp_stage: int | None = None, *, transformer_engine: bool | None = None) -> Any:
+    """The local layer spec with the stand-ins for Transformer Engine's linear layers."""
+    assert transformer_engine
+    block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
+    for spec in block.layer_specs:
+        mlp = spec.submodules.mlp.submodules
+        linear = [spec.submodules.self_attention.submodules]
+        linear.append(mlp.experts.submodules if hasattr(mlp, "experts") else mlp)
+        for submodules in linear:
+            for name, module in vars(submodules).items():
+                stand_in = {layers.ColumnParallelLinear: EngineColumn, layers.RowParallelLinear: EngineRow}
+                if module in stand_in:
+                    setattr(submodules, name, stand_in[module])
+    return block
+
+
 def run(case: Case, patches: Patches = Patches()) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         if patches.apex:
@@ -72,6 +99,13 @@ def run(case: Case, patches: Patches = Patches()) -> Outcome:
             patch.setattr(layers, "_grad_accum_fusion_available", True)
             changes = {**case.model_changes, "transformer": {"gradient_accumulation_fusion": True}}
             case = dataclasses.replace(case, model_changes=changes)
+        if patches.engine:
+            patch.setattr(layers, "fused_weight_gradient_mlp_cuda", StandInForApex, raising=False)
+            patch.setattr(build, "layer_spec", engine_spec)
+            for module in (architecture, build):
+                patch.setattr(module, "uses_transformer_engine", lambda: True)
+            changes = {"transformer": {"apply_rope_fusion": False, "moe_grouped_gemm": False}}
+            case = dataclasses.replace(case, model_changes=case.model_changes | changes)
         if patches.bucket_size is not None:
             config = partial(build.DistributedDataParallelConfig, bucket_size=patches.bucket_size)
             patch.setattr(build, "DistributedDataParallelConfig", config)
@@ -123,13 +157,31 @@ def test_apexs_kernel_accumulates_every_microbatch_into_main_grad(ranks, name, m
     assert_alike(on_ranks(ranks, fused, world_size, Patches(apex=True)), expected)
 
 
+def widths_of_calls(kind: str, cuts: ParallelConfig, fusion: Fusion | None) -> set[int]:
+    """Output columns of the layers whose weight gradients the kernel of a stand-in for Transformer Engine took."""
+    StandInForApex.shapes.clear()
+    changes = {"make_vocab_size_divisible_by": COLUMNS}
+    run(Case(kind=kind, parallel=cuts, fusion=fusion, model_changes=changes), Patches(engine=True))
+    return {width for _, width in StandInForApex.shapes}
+
+
+@pytest.mark.parametrize("mode", ["materialised", *MODES])
+@pytest.mark.parametrize("name", ["one rank", "tied", "TP2+SP", "PP2 tied", "EP2xTP2+SP"])
+def test_without_apex_the_output_layer_stays_unfused_beside_layers_that_accumulate_by_themselves(ranks, name, mode):
+    kind, cuts, world_size = LAYOUTS[name]
+    case = Case(kind=kind, parallel=cuts, fusion=FUSIONS.get(mode))
+    expected = on_ranks(ranks, case, world_size)
+    assert_alike(on_ranks(ranks, case, world_size, Patches(engine=True)), expected)
+    for widths in ranks.run(widths_of_calls, kind, cuts, FUSIONS.get(mode), world_size=world_size):
+        assert widths and COLUMNS not in widths
+
+
 def rows_of_calls(fusion: Fusion) -> list[int]:
     """Of the output layer, in a batch of one microbatch and one without tokens."""
     StandInForApex.shapes.clear()
-    columns = 72  # of no other layer
-    changes = {"make_vocab_size_divisible_by": columns}
+    changes = {"make_vocab_size_divisible_by": COLUMNS}
     run(Case(fusion=fusion, max_tokens=300, model_changes=changes), Patches(apex=True))
-    return [rows for rows, width in StandInForApex.shapes if width == columns]
+    return [rows for rows, width in StandInForApex.shapes if width == COLUMNS]
 
 
 def test_the_kernel_is_called_for_a_microbatch_or_for_each_of_its_chunks(ranks):
