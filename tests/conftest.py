@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Fixtures for every test, what is skipped where there is no GPU, and where the time of a session went."""
+"""Fixtures for every test, who sees GPUs, what is skipped where there is none, and where a session's time went."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from ranks import RankPool
+import hidden_gpus
+
+VISIBLE = hidden_gpus.hide()  # before torch is imported: a process that has looked for GPUs does not look again
+
+import pytest  # noqa: E402
+from ranks import RankPool  # noqa: E402
 
 pytest.register_assert_rewrite("tiny_run")  # before it is imported: its assertions are those of tests
 
@@ -53,13 +57,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_items:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    if gpu_items and not hidden_gpus.number(VISIBLE):
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Show GPUs to the child processes of a test that is marked ``gpu``, its fixtures' included."""
+    if item.get_closest_marker("gpu") is None:
+        return (yield)
+    with hidden_gpus.shown(VISIBLE):
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

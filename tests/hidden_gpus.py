@@ -1,0 +1,65 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Tests are CPU tests, also on a machine with GPUs, unless they are marked ``gpu``.
+
+conftest.py hides the GPUs of pytest's process and of all its children.  A test that is marked ``gpu`` works in child
+processes, which see the GPUs again.  A pytest process that is started with SELFDISTILL_TEST_GPU=1 sees them itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+SWITCH = "SELFDISTILL_TEST_GPU"
+_COUNT = """
+import ctypes
+driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+assert driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+print(count.value)
+"""
+
+
+def hide() -> str | None:
+    """Hide the GPUs of this process and its children, unless SELFDISTILL_TEST_GPU=1; return what CUDA_VISIBLE_DEVICES
+    was, None where it was not set."""
+    before = os.environ.get(VARIABLE)
+    if os.environ.get(SWITCH) != "1":
+        os.environ[VARIABLE] = ""
+    return before
+
+
+@contextlib.contextmanager
+def shown(visible: str | None) -> Iterator[None]:
+    """Let processes that start meanwhile see the GPUs, with ``visible`` as their CUDA_VISIBLE_DEVICES (None: unset)."""
+    before = {name: os.environ.get(name) for name in (VARIABLE, SWITCH)}
+    _set({VARIABLE: visible, SWITCH: "1"})
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+@cache
+def number(visible: str | None) -> int:
+    """Return how many GPUs a process with this CUDA_VISIBLE_DEVICES has; 0 where torch is a CPU build.  Another process
+    asks the driver, since a process that has asked cannot hide them any more."""
+    import torch
+
+    if torch.version.cuda is None:
+        return 0
+    with shown(visible):
+        asked = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, timeout=60)
+    return int(asked.stdout) if asked.returncode == 0 else 0
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
