@@ -20,6 +20,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_selfdistill.checkpoint.optimizer_shards import one_owner_per_parameter
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.parallel import Grid
 
@@ -48,13 +49,15 @@ def load_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) 
 def optimizer_state(
     optimizer: MegatronOptimizer, model: dict[str, Any], content: dict[str, Any], is_loading: bool = False
 ) -> Any:
-    """The optimizer's sharded state dict; ``model`` is `model_state`'s.
+    """Return the optimizer's sharded state dict; ``model`` is the result of `model_state`.
 
-    Collectives: with the distributed optimizer and not ``is_loading``, all-gathers of float32 state over the
-    data-parallel ranks, 12 bytes of host memory per parameter of this rank's model shard.
+    Collectives: with the distributed optimizer and not ``is_loading``, exchanges of float32 state between the
+    data-parallel ranks; each keeps about its share of 12 bytes per parameter of the model shard in host memory
+    (`optimizer_shards`).
     """
     _create_state(optimizer)
-    return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=content)
+    with one_owner_per_parameter(_single_optimizers(optimizer)):
+        return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=content)
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict[str, Any], num_steps: int) -> None:
@@ -71,7 +74,8 @@ def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict
             inner = single_state.get("optimizer", single_state).setdefault("state", {})
             if _is_torch_adam(single) and any(isinstance(key, int) for key in inner):
                 inner["common_step"] = torch.tensor(float(num_steps))
-    optimizer.load_state_dict(complete)
+    with one_owner_per_parameter(_single_optimizers(optimizer)):
+        optimizer.load_state_dict(complete)
     for single in _single_optimizers(optimizer):
         for state in single.optimizer.state.values():
             if "exp_avg" in state and _is_torch_adam(single):
