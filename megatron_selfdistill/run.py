@@ -79,6 +79,7 @@ class Run:
             keep_last=config.checkpoint.keep_last,
             async_save=config.checkpoint.async_save,
             verify=config.checkpoint.verify,
+            prove_ownership=prove_ownership,
         )
         resumption = self._resumption()
         self.resumed_from = resumption.saved.path if resumption is not None else None

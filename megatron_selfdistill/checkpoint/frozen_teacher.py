@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,12 +41,17 @@ def is_there(run_dir: Path) -> bool:
     return entries is not None and manifest.wrong_size(target, entries) is None
 
 
-def save_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None = None) -> str:
+def save_frozen_teacher(
+    run_dir: Path,
+    teacher: TeacherState,
+    mark: str | None = None,
+    prove_ownership: Callable[[], None] = lambda: None,
+) -> str:
     """Write ``run_dir/teacher``, atomically, unless exactly these weights lie there; returns their mark, by which
     checkpoints know them again.  Collective.
 
     ``mark``: that of the same teacher, which checkpoints refer to; null makes a new one.  Other weights there come from
-    an earlier start in the same run folder, and are replaced.
+    an earlier start in the same run folder, and are replaced.  ``prove_ownership``: as in `transfer.begin_write`.
     """
     target = Path(run_dir) / NAME
     if on_rank_0(lambda: is_there(run_dir) and folder.incomplete(target) is None):
@@ -56,7 +62,7 @@ def save_frozen_teacher(run_dir: Path, teacher: TeacherState, mark: str | None =
             logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", place)
     mark = mark or on_rank_0(lambda: uuid.uuid4().hex)
     contents = {SECTION: {"kind": "teacher"}, _MARK: mark, **teacher.sharded_state_dict()}
-    transfer.write_now(*transfer.begin_write(contents, target), target)
+    transfer.write_now(*transfer.begin_write(contents, target, prove_ownership=prove_ownership), target)
     return mark
 
 

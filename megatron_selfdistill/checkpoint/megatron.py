@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,20 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run_dir: Path, grid: Grid, *, keep_last: int | None, async_save: bool, verify: str = "checksums"
+        self,
+        run_dir: Path,
+        grid: Grid,
+        *,
+        keep_last: int | None,
+        async_save: bool,
+        verify: str = "checksums",
+        prove_ownership: Callable[[], None] | None = None,
     ) -> None:
-        """``verify``: what of a checkpoint's manifest is compared before it is loaded: checksums, sizes or none."""
+        """``verify``: what of a checkpoint's manifest is compared before it is loaded: checksums, sizes or none.
+        ``prove_ownership``: called on rank 0 before a checkpoint or a teacher gets its name and before older
+        checkpoints are removed; it raises `CheckpointError` where another run has taken the run folder over
+        (`RunLock.renew`).  Null where nothing locks the folder.
+        """
         if not filesystem_async.HAVE_PSUTIL:
             raise CheckpointError(
                 "torch_dist checkpoints need psutil, without which Megatron's writers hang: pip install psutil"
@@ -65,6 +76,7 @@ class Checkpointer:
         self.run_dir, self.grid = Path(run_dir), grid
         self.folder = self.run_dir / "checkpoints"
         self.keep_last, self.async_save, self.verify = keep_last, async_save, verify
+        self.prove_ownership: Callable[[], None] = prove_ownership or (lambda: None)
         self._teacher_id: str | None = None
         # Forked writers: a persistent one would share memory with the weights that go on changing.
         self._queue = AsyncCallsQueue(persistent=False)
@@ -210,6 +222,7 @@ class Checkpointer:
 
     def _start_writing(self, contents: dict[str, Any], target: Path) -> None:
         def make_latest() -> None:
+            self.prove_ownership()
             folder.set_latest(target)
             folder.prune(target, self.keep_last)
 
@@ -218,6 +231,7 @@ class Checkpointer:
             target,
             replicas=self.grid.dp_cp_group,
             validate=not self._validated,
+            prove_ownership=self.prove_ownership,
             published=make_latest,
         )
         self._validated = True
@@ -274,7 +288,7 @@ class Checkpointer:
             place = hidden(str(self.run_dir / frozen_teacher.NAME))
             logger.warning("%s is not there any more: it is written again", place)
         if lost or self._teacher_id is None:
-            self._teacher_id = save_frozen_teacher(self.run_dir, teacher, self._teacher_id)
+            self._teacher_id = save_frozen_teacher(self.run_dir, teacher, self._teacher_id, self.prove_ownership)
 
     def _require_same_kind(self, saved: SavedRun, optimizer: MegatronOptimizer, teacher: TeacherState | None) -> None:
         """Raise CheckpointError where the stored state has another form than this run needs."""

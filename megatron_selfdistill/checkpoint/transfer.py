@@ -48,12 +48,15 @@ def begin_write(
     *,
     replicas: dist.ProcessGroup | None = None,
     validate: bool = False,
+    prove_ownership: Callable[[], None] = lambda: None,
     published: Callable[[], None] = lambda: None,
 ) -> tuple[AsyncRequest, Temporary]:
     """Megatron's request that writes ``contents``, and the locked temporary folder that it fills.
 
-    Execute the request at once or in the background; its end renames the folder to ``target`` and then runs
-    ``published``, both on rank 0.  Afterwards, also after a failure, `Temporary.release` it.
+    Execute the request at once or in the background; its end calls ``prove_ownership``, renames the folder to
+    ``target`` and then runs ``published``, all on rank 0.  Afterwards, also after a failure, `Temporary.release` it.
+    ``prove_ownership`` raises `CheckpointError` where another run has taken the run folder over, for instance while
+    this one was suspended in the middle of the save: then nothing gets the name ``target``.
     ``replicas``: ranks that hold equal tensors and share the writing.  ``validate``: check that the ranks' shards
     cover each tensor once.  Collective; raises `CheckpointError` on all ranks.
     """
@@ -78,6 +81,7 @@ def begin_write(
         raise CheckpointError(f"could not write {target}: {describe(error)}") from error
 
     def publish() -> None:
+        prove_ownership()
         folder.publish(temporary, target)
         published()
 
