@@ -19,19 +19,23 @@ on a network that others can use, that is not enough.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_selfdistill.rollout.engine import WORKER_EXTENSION, whole_prompts
 from megatron_selfdistill.rollout.engine_memory import DeviceMemory, memory_of_visible_gpus, why_no_room
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.server_nodes import Node, is_loopback, meet, network_environment, why_not_gpus
 from megatron_selfdistill.rollout.server_nodes import why_not as why_no_node
+from megatron_selfdistill.rollout.vllm_versions import why_not_guided
 from megatron_selfdistill.rollout.wire import BACKEND, PARENT_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE, as_arguments
 
 _GIB = 2**30
@@ -51,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     _watch_parent()
 
     import uvloop  # type: ignore[import-not-found]
+    import vllm
     from vllm.entrypoints.launchers.api_server.entry import run_server
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    _refuse(why_not_guided(vllm.__version__) if options.guided else None)
+    make_arg_parser, validate_parsed_serve_args, cli_env_setup = _command_line_of_vllm()
     cli_env_setup()
     shared = None
     if options.shared_gpu_weights_gb is not None and not current_platform.is_cpu():
@@ -178,6 +183,17 @@ def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, vis
 def _refuse(refusal: str | None) -> None:
     if refusal:
         sys.exit(refusal)
+
+
+def _command_line_of_vllm() -> tuple[Callable[..., Any], Callable[..., Any], Callable[[], None]]:
+    """Return vLLM's make_arg_parser, validate_parsed_serve_args and cli_env_setup, which 0.33 moved."""
+    if importlib.util.find_spec("vllm.entrypoints.common") is not None:
+        arguments = importlib.import_module("vllm.entrypoints.common.cli_args")
+        startup = importlib.import_module("vllm.entrypoints.common.startup")
+    else:  # 0.32
+        arguments = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+        startup = importlib.import_module("vllm.entrypoints.serve.utils.api_utils")
+    return arguments.make_arg_parser, arguments.validate_parsed_serve_args, startup.cli_env_setup
 
 
 def _run_headless(parsed: argparse.Namespace) -> None:

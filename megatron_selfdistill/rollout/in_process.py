@@ -33,6 +33,7 @@ from megatron_selfdistill.rollout.engine import (
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.trainer_state import trainer_state_kept
+from megatron_selfdistill.rollout.vllm_versions import why_not_guided
 
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Unless the user asked for more.
@@ -96,7 +97,7 @@ class InProcessEngine:
         _refuse_other_ranks(arguments, settings)
         environment = {name: os.environ.get(name, value) for name, value in _QUIET.items()} | _ENVIRONMENT
         with trainer_state_kept(environment | (GUIDED_ENVIRONMENT if guided else {})):
-            self._llm = _started(folder, arguments | dict(settings), self.rank, device.index or 0, ident)
+            self._llm = _started(folder, arguments | dict(settings), self.rank, device.index or 0, ident, guided=guided)
         _live = self
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
@@ -169,9 +170,9 @@ class InProcessEngine:
         if llm is None:
             return
         core = llm.llm_engine.engine_core.engine_core
-        with trainer_state_kept():
+        with trainer_state_kept(), _groups_may_be_gone():
             core.structured_output_manager.clear_backend()
-            core.model_executor.shutdown()
+            core.model_executor.shutdown()  # since 0.33 it ends vLLM's groups but that of the world
             core.scheduler.shutdown()
             _forget_groups()
         del core, llm
@@ -203,11 +204,12 @@ class InProcessEngine:
         return EngineOutput(tokens, log_probs, completion.finish_reason, oldest)
 
 
-def _started(folder: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str) -> Any:
+def _started(folder: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str, *, guided: bool) -> Any:
     """A ``vllm.LLM`` on this trainer's ranks; what goes wrong, in one sentence."""
     # That triton is not there, once for each of vLLM's operators.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     try:
+        import vllm
         from vllm import LLM
         from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
     except ImportError as error:
@@ -215,6 +217,9 @@ def _started(folder: Path, arguments: dict[str, Any], rank: int, local_rank: int
             "rollout.engine=vllm with rollout.placement=colocated needs vLLM in the trainer's own environment "
             f"({error}); install it there, or set rollout.placement=server"
         ) from error
+
+    if guided and (refusal := why_not_guided(vllm.__version__)):
+        raise ConfigError(refusal)
 
     def distributed_args(self: Any) -> tuple[str, int, int]:
         # vLLM's reads RANK and LOCAL_RANK, which a plain `python` start does not have.  The default group exists, so
@@ -297,19 +302,29 @@ def _forget_groups() -> None:
     from vllm import envs
 
     parallel_state = vllm.distributed.parallel_state
-
-    def end(group: Any) -> None:
-        if dist.is_initialized():
-            with contextlib.suppress(ValueError, AssertionError):  # the trainer may have ended every group before
-                destroy(group)
-
-    destroy = parallel_state.GroupCoordinator.destroy
-    with _replaced(parallel_state.GroupCoordinator, "destroy", end):
+    with _groups_may_be_gone():
         parallel_state.destroy_model_parallel()
         if parallel_state._WORLD is not None:
             parallel_state._WORLD.destroy()
         parallel_state._WORLD = parallel_state._NODE_COUNT = None
     envs.disable_envs_cache()
+
+
+@contextlib.contextmanager
+def _groups_may_be_gone() -> Iterator[None]:
+    """vLLM ends its process groups without an error also where the trainer has ended every group before."""
+    import vllm.distributed
+
+    coordinator = vllm.distributed.parallel_state.GroupCoordinator
+    destroy = coordinator.destroy
+
+    def end(group: Any) -> None:
+        if dist.is_initialized():
+            with contextlib.suppress(ValueError, AssertionError):
+                destroy(group)
+
+    with _replaced(coordinator, "destroy", end):
+        yield
 
 
 def _said(error: BaseException) -> str:

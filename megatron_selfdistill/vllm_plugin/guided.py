@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.distributed import get_tp_group
@@ -35,6 +36,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.guided import select_mixed_tokens
 from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, ROLES, PairHalf, PairLog
+from megatron_selfdistill.rollout.vllm_versions import why_not_guided
 from megatron_selfdistill.vllm_plugin.pair_store import PairStore
 
 _SCHEDULER = GUIDED_ENGINE_ARGS["scheduler_cls"]
@@ -149,7 +151,11 @@ def guided_processor(processors: Iterable[LogitsProcessor]) -> GuidedProcessor:
 
 
 def refuse_settings(vllm_config: Any) -> None:
-    """Raise ValueError, in one sentence, for an engine in which halves could not be kept in step."""
+    """Raise ValueError, in one sentence, for an engine in which halves could not be kept in step, and for a version of
+    vLLM on which guided rollouts have not run."""
+    refusal = why_not_guided(vllm.__version__)
+    if refusal is not None:
+        raise ValueError(refusal)
     scheduler, parallel, cache = vllm_config.scheduler_config, vllm_config.parallel_config, vllm_config.cache_config
     room = 2 * cache.block_size
     wrong = {

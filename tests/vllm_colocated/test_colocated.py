@@ -9,10 +9,11 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import models
 import numpy as np
@@ -487,15 +488,31 @@ def test_random_streams_environment_and_functions_of_torch_are_kept_and_a_second
     ranks.run(what_changed, world_size=1, timeout=TIMEOUT, init_process_group=False)
 
 
+@contextmanager
+def groups_end_at_shutdown() -> Iterator[None]:
+    """As in vLLM since 0.33."""
+    import vllm.distributed
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    shutdown = ExecutorWithExternalLauncher.shutdown
+
+    def shutdown_and_end(self: Any) -> None:
+        shutdown(self)
+        vllm.distributed.parallel_state.destroy_model_parallel()
+
+    with mock.patch.object(ExecutorWithExternalLauncher, "shutdown", shutdown_and_end):
+        yield
+
+
 def closed_last() -> list[list[int]]:
     from megatron_selfdistill import parallel
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)
     written = []
-    for _ in range(2):
+    for is_new in (False, True):
         chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
-        with sampler(MODELS["gqa"], chunks, grid) as it:
+        with groups_end_at_shutdown() if is_new else nullcontext(), sampler(MODELS["gqa"], chunks, grid) as it:
             it.update_weights(1)
             written.append(tokens(it.generate(requests(), DRAWN)))
             parallel.shutdown()

@@ -1,0 +1,26 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What an engine needs of vLLM's version."""
+
+from __future__ import annotations
+
+import re
+
+_GUIDED = ((0, 32),)
+"""Versions of vLLM, as (major, minor), on which guided rollouts have run."""
+
+
+def why_not_guided(version: str) -> str | None:
+    """Return one sentence where guided rollouts have not run on this ``version`` of vLLM (``vllm.__version__``), None
+    where they have.
+
+    They take part in vLLM's scheduler, its first model runner and its sampling, none of which is a public interface: a
+    change there could give wrong tokens without an error.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) in _GUIDED:
+        return None
+    known = " and ".join(f"{major}.{minor}" for major, minor in _GUIDED)
+    return (
+        f"rollout.guidance=mixed has run on vLLM {known} and not yet on {version}, which is installed here: install "
+        f"vllm=={known}.*, set rollout.engine=megatron, or set rollout.guidance=none"
+    )

@@ -1,0 +1,25 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The vLLM of this environment has every name that the package uses, and guided engines refuse another version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import vllm
+from scripts import load_script
+
+from megatron_selfdistill.vllm_plugin.guided import refuse_settings
+
+
+def test_every_name_that_is_used_is_there():
+    names = load_script(Path(__file__).resolve().parents[2] / "tools" / "vllm_names.py")
+    root = names.installed()
+    assert root is not None and names.version_of(root) == vllm.__version__
+    assert names.missing(root) == []
+
+
+def test_the_guided_processor_refuses_a_version_on_which_it_has_not_run(monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    with pytest.raises(ValueError, match=r"has run on vLLM 0\.32 and not yet on 0\.33\.0"):
+        refuse_settings(None)

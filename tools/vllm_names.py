@@ -1,0 +1,240 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Does a version of vLLM have every name that this project uses?
+
+    python tools/vllm_names.py                   # of the vLLM that is installed here
+    python tools/vllm_names.py DIR [DIR ...]     # of unpacked wheels or source trees: DIR holds the folder vllm
+
+vLLM has no stable interface for what this project does with it, and a new version cannot be run everywhere (there is no
+build for a CPU).  So this reads vLLM's files without importing them, and prints a table with a column per version.  It
+exits with 1 where a name is missing.  A name that is there may still mean something else: read the changes, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "megatron_selfdistill"
+
+MEMBERS = {
+    "vllm.entrypoints.llm": "LLM.generate LLM.collective_rpc LLM.apply_model LLM.reset_prefix_cache LLM.sleep "
+    "LLM.wake_up",
+    "vllm.entrypoints.rl.offline": "RLOfflineMixin.get_weight_version RLOfflineMixin.update_weight_version",
+    "vllm.v1.engine.llm_engine": "LLMEngine.step LLMEngine.abort_request LLMEngine.output_processor "
+    "LLMEngine.engine_core LLMEngine.vllm_config",
+    "vllm.v1.engine.output_processor": "OutputProcessor.request_states",
+    "vllm.v1.engine.core_client": "InprocClient.engine_core InprocClient._finalizer",
+    "vllm.v1.engine.core": "EngineCore.model_executor EngineCore.scheduler EngineCore.structured_output_manager",
+    "vllm.v1.structured_output": "StructuredOutputManager.clear_backend",
+    "vllm.v1.executor.uniproc_executor": "ExecutorWithExternalLauncher._distributed_args",
+    "vllm.distributed.parallel_state": "GroupCoordinator.destroy destroy_model_parallel _WORLD _NODE_COUNT",
+    "vllm.envs": "disable_envs_cache",
+    "vllm.outputs": "CompletionOutput.weight_versions CompletionOutput.finish_reason CompletionOutput.logprobs "
+    "CompletionOutput.token_ids",
+    "vllm.v1.worker.utils": "request_memory",
+    "vllm.v1.worker.gpu_worker": "Worker.reload_weights Worker.weight_transfer_engine Worker._weight_update_active "
+    "Worker.start_weight_update Worker.update_weights Worker.finish_weight_update Worker.init_weight_transfer_engine",
+    "vllm.distributed.weight_transfer.base": "WeightTransferEngine.reset_weight_update_target "
+    "WeightTransferEngine.parse_update_info WeightTransferEngine.model_config WeightTransferEngine.parallel_config",
+    "vllm.distributed.weight_transfer.factory": "WeightTransferEngineFactory._registry "
+    "WeightTransferEngineFactory.register_engine",
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base": "FusedMoEMethodBase.moe_kernel",
+    "vllm.v1.worker.gpu_input_batch": "InputBatch.logitsprocs",
+    "vllm.v1.sample.logits_processor.state": "LogitsProcessors.all",
+    "vllm.v1.core.sched.scheduler": "Scheduler.add_request Scheduler.finish_requests Scheduler.shutdown",
+    "vllm.config.vllm": "VllmConfig.use_v2_model_runner VllmConfig.speculative_config",
+    "vllm.config.cache": "CacheConfig.num_gpu_blocks CacheConfig.block_size CacheConfig.enable_prefix_caching",
+    "vllm.config.scheduler": "SchedulerConfig.async_scheduling SchedulerConfig.scheduler_cls "
+    "SchedulerConfig.max_num_seqs SchedulerConfig.max_num_batched_tokens",
+}
+"""Module -> what is used of it besides imports: functions, and Class.member, also those that __init__ sets."""
+
+SAMPLING_PARAMETERS = (
+    "max_tokens temperature top_k top_p seed stop_token_ids ignore_eos logprobs detokenize extra_args n min_tokens"
+)
+ENGINE_ARGUMENTS = (
+    "model skip_tokenizer_init trust_remote_code load_format generation_config enforce_eager disable_log_stats "
+    "enable_sleep_mode tensor_parallel_size pipeline_parallel_size data_parallel_size distributed_executor_backend "
+    "worker_extension_cls dtype max_model_len kv_cache_memory_bytes gpu_memory_utilization enable_chunked_prefill "
+    "max_num_batched_tokens max_num_seqs logits_processors scheduler_cls async_scheduling enable_prefix_caching "
+    "weight_transfer_config nnodes node_rank master_addr master_port"
+)
+SERVER_ARGUMENTS = "host port tokens_only disable_uvicorn_access_log allowed_origins middleware headless"
+ENVIRONMENT = (
+    "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS VLLM_SERVER_DEV_MODE "
+    "VLLM_USE_V2_MODEL_RUNNER VLLM_HOST_IP"
+)
+ROUTES = (
+    "/inference/v1/generate /collective_rpc /health /weight_info /get_world_size /v1/models /metrics /pause /resume "
+    "/init_weight_transfer_engine /update_weight_version /start_weight_update /update_weights /finish_weight_update "
+    "/reset_prefix_cache"
+)
+# Imported under either name (serve.py), since 0.33 moved them.
+MOVED = {
+    "vllm.entrypoints.launchers.cli_args.make_arg_parser": "vllm.entrypoints.common.cli_args",
+    "vllm.entrypoints.launchers.cli_args.validate_parsed_serve_args": "vllm.entrypoints.common.cli_args",
+    "vllm.entrypoints.serve.utils.api_utils.cli_env_setup": "vllm.entrypoints.common.startup",
+}
+
+
+def imported_names(package: Path = PACKAGE) -> list[str]:
+    """Return each name of vLLM that the package imports, as module.name, sorted."""
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "vllm"}
+    return sorted(found)
+
+
+def missing(root: Path) -> list[str]:
+    """Return the names that the vLLM in the folder ``root`` lacks, as they stand in `names`."""
+    return [name for name in names() if not has(root, name)]
+
+
+def names() -> list[str]:
+    """Return every name that is used, each with its kind before a space."""
+    members = [f"{module}.{member}" for module, those in MEMBERS.items() for member in those.split()]
+    kinds = {
+        "import": [*imported_names(), *MOVED],
+        "member": members,
+        "sampling": SAMPLING_PARAMETERS.split(),
+        "argument": [*ENGINE_ARGUMENTS.split(), *SERVER_ARGUMENTS.split()],
+        "environment": ENVIRONMENT.split(),
+        "route": ROUTES.split(),
+    }
+    return [f"{kind} {name}" for kind, those in kinds.items() for name in those]
+
+
+def has(root: Path, entry: str) -> bool:
+    """Return whether the vLLM in the folder ``root`` has an entry of `names`."""
+    kind, name = entry.split()
+    if kind in ("import", "member"):
+        new = MOVED.get(name)
+        return _resolves(root, name) or (new is not None and _resolves(root, f"{new}.{name.rpartition('.')[2]}"))
+    if kind == "sampling":
+        return _resolves(root, f"vllm.sampling_params.SamplingParams.{name}")
+    if kind == "environment":
+        return f'"{name}"' in (root / "vllm" / "envs.py").read_text()
+    if kind == "route":
+        return re.search(rf'[" ]{re.escape(name)}[",\s]', _routes(root)) is not None
+    return re.search(rf'^    {name}: |"--{name.replace("_", "-")}"', _arguments(root), re.MULTILINE) is not None
+
+
+@functools.cache
+def _routes(root: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted((root / "vllm" / "entrypoints").rglob("*.py")))
+
+
+@functools.cache
+def _arguments(root: Path) -> str:
+    folder = root / "vllm"
+    files = [*folder.glob("entrypoints/*/cli_args.py"), folder / "engine" / "arg_utils.py"]
+    return "\n".join(path.read_text() for path in files)
+
+
+def _resolves(root: Path, name: str) -> bool:
+    """Whether a dotted name is a module, something in one, or a member of a class in one."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        module = ".".join(parts[:cut])
+        tree = _parsed(root, module)
+        if tree is not None:
+            rest = parts[cut:]
+            stars = [
+                node for node in _statements(tree) if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
+            ]
+            return _defines(tree, rest) or any(
+                _resolves(root, ".".join([f"{module}." * bool(star.level) + (star.module or ""), *rest]))
+                for star in stars
+            )
+    return False
+
+
+@functools.cache
+def _parsed(root: Path, module: str) -> ast.Module | None:
+    path = root.joinpath(*module.split("."))
+    for file in (path / "__init__.py", path.with_name(path.name + ".py")):
+        if file.is_file():
+            return ast.parse(file.read_text())
+    return None
+
+
+def _defines(node: ast.AST, parts: Sequence[str]) -> bool:
+    if not parts:
+        return True
+    return any(
+        len(parts) == 1 or (isinstance(child, ast.ClassDef) and _defines(child, parts[1:]))
+        for name, child in _definitions(node)
+        if name == parts[0]
+    )
+
+
+def _definitions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """(name, statement) of each function, class, assignment and import in a module or a class; also what methods set on
+    self, and a module's names in strings, which it imports when they are asked for."""
+    for child in _statements(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield child.name, child
+        elif isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name, child) for alias in child.names)
+        elif isinstance(child, (ast.Assign, ast.AnnAssign)):
+            yield from ((target.id, child) for target in _targets(child) if isinstance(target, ast.Name))
+            if isinstance(child.value, ast.Dict):
+                yield from ((key.value, child) for key in child.value.keys if isinstance(key, ast.Constant))
+    if isinstance(node, ast.ClassDef):
+        for child in ast.walk(node):
+            if isinstance(child, (ast.Assign, ast.AnnAssign)):
+                attributes = (target for target in _targets(child) if isinstance(target, ast.Attribute))
+                yield from ((each.attr, child) for each in attributes if getattr(each.value, "id", "") == "self")
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements of a module or a class, also those under an if, a try or a with."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if isinstance(child, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            yield from _statements(child)
+
+
+def _targets(node: ast.Assign | ast.AnnAssign) -> Iterator[ast.expr]:
+    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+        yield from target.elts if isinstance(target, ast.Tuple) else [target]
+
+
+def version_of(root: Path) -> str:
+    """Return the version that the vLLM in the folder ``root`` has, or the folder's name."""
+    file = root / "vllm" / "_version.py"
+    found = re.search(r"^__version__ = .*['\"](\S+)['\"]$", file.read_text(), re.MULTILINE) if file.is_file() else None
+    return found[1] if found else root.name
+
+
+def installed() -> Path | None:
+    """Return the folder that holds the installed vLLM, which is not imported; None where there is none."""
+    spec = importlib.util.find_spec("vllm")
+    return Path(spec.origin).parent.parent if spec is not None and spec.origin else None
+
+
+def main(arguments: Sequence[str]) -> int:
+    roots = [Path(argument) for argument in arguments] or [root for root in [installed()] if root is not None]
+    if not roots or any(not (root / "vllm").is_dir() for root in roots):
+        print(f"expected folders that hold the folder vllm, got {', '.join(arguments) or 'none, and no vLLM here'}")
+        return 2
+    print(" | ".join(["name", *map(version_of, roots)]))
+    complete = True
+    for entry in names():
+        found = [has(root, entry) for root in roots]
+        complete = complete and all(found)
+        print(" | ".join([entry, *("yes" if each else "MISSING" for each in found)]))
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
