@@ -17,8 +17,9 @@ import contextlib
 import fcntl
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,11 +29,13 @@ from torch import Tensor
 
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
-from megatron_selfdistill.rollout.wire import broadcast, close_group, digest, layout_of, open_group, own_address, pack
+from megatron_selfdistill.rollout.transfer_group import broadcast, close_group, open_group
+from megatron_selfdistill.rollout.wire import digest, layout_of, own_address, pack
 
 LOADING = "loading"
 """What a server says of its weights while they arrive; no number, so no response with it is ever used."""
 
+_GRACE_SECONDS = 5.0
 _PREFIX, _SUFFIX = "selfdistill-", ".bucket"
 
 Failures = dict[VllmServer, Exception]
@@ -241,15 +244,22 @@ class BroadcastTransfer:
             "timeout_s": self._timeout_s,
         }
 
-        def enter() -> None:
-            assert self._store is not None
-            self._group = open_group(self._backend, self._store, 0, first_rank, address, self._timeout_s)
+        device = torch.device("cuda", torch.cuda.current_device()) if self._backend == "nccl" else torch.device("cpu")
+        port, failed = self._store.port, threading.Event()
 
-        failures = on_each_while(
-            enter,
-            servers,
-            lambda server: server.init_weight_transfer(self._backend, {**common, "first_rank": ranks[server]}),
-        )
+        def enter() -> None:
+            self._group = open_group(
+                self._backend, address, port, 0, first_rank, device, self._timeout_s, given_up=failed.is_set
+            )
+
+        def invite(server: VllmServer) -> None:
+            try:
+                server.init_weight_transfer(self._backend, {**common, "first_rank": ranks[server]})
+            except Exception:
+                failed.set()
+                raise
+
+        failures = on_each_while(enter, servers, invite)
         self._joined = [] if failures else list(servers)
         if failures:
             self.close()
@@ -260,12 +270,12 @@ class BroadcastTransfer:
         packed = pack(tensors, layout)
         if self._backend == "gloo":
             packed = packed.cpu()
-        failed: list[VllmServer] = []
+        failed = threading.Event()
 
         def offer() -> None:
             assert self._group is not None
             try:
-                broadcast(self._group, packed, self._timeout_s, given_up=lambda: bool(failed))
+                broadcast(self._group, packed, self._timeout_s, given_up=failed.is_set)
             except RuntimeError:
                 self._broken = True
                 raise
@@ -274,7 +284,7 @@ class BroadcastTransfer:
             try:
                 server.update_weights(**vars(layout))
             except Exception:
-                failed.append(server)
+                failed.set()
                 raise
 
         failures = on_each_while(offer, servers, load)
@@ -302,8 +312,11 @@ def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], None]) -> 
 def on_each_while(
     own: Callable[[], None] | None, servers: Sequence[VllmServer], do: Callable[[VllmServer], None]
 ) -> Failures:
-    """`on_each`, and ``own`` meanwhile in this thread.  Where only ``own`` fails, that is every server's failure: it
-    does not say whose fault it was."""
+    """Call ``do`` on all servers at once and ``own`` meanwhile in this thread; return what ``do`` raised, by server.
+
+    Where only ``own`` fails, that is every server's failure: it does not say whose fault it was.  A server that has not
+    answered some seconds after ``own`` failed is waited for no longer, and fails.
+    """
     if not servers:
         return {}
     own_error: Exception | None = None
@@ -314,6 +327,9 @@ def on_each_while(
                 own()
             except Exception as error:
                 own_error = error
+                silent = wait(answers.values(), _GRACE_SECONDS).not_done
+                for server in [server for server, answer in answers.items() if answer in silent]:
+                    server.interrupt()
         raised = {server: answer.exception() for server, answer in answers.items()}
     failures: Failures = {server: error for server, error in raised.items() if isinstance(error, Exception)}
     if own_error is not None and not failures:

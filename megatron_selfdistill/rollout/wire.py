@@ -1,23 +1,19 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """What the trainer (transfer.py) and a vLLM server (vllm_plugin/receivers.py, serve.py) must agree on: how a bucket of
-weights is laid out, how completeness is told, the process group of a broadcast, names.  Needs torch only."""
+weights is laid out, how completeness is told, names.  Needs torch only."""
 
 from __future__ import annotations
 
-import ctypes
-import datetime
 import hashlib
 import json
 import math
 import socket
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 TOKEN_VARIABLE = "SELFDISTILL_SERVER_TOKEN"
@@ -30,7 +26,6 @@ BACKEND = "selfdistill"
 """Our name among vLLM's weight-transfer backends."""
 
 _ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
-_POLL_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
@@ -89,63 +84,8 @@ def digest(names: Iterable[str]) -> str:
     return hashlib.blake2b("\0".join(sorted(names)).encode(), digest_size=16).hexdigest()
 
 
-def open_group(
-    backend: str, store: dist.TCPStore, rank: int, world_size: int, address: str, timeout_s: float
-) -> dist.ProcessGroup:
-    """A process group of its own, beside whatever default group a process has.
-
-    ``backend``: gloo or nccl.  ``address``: of this host, by which the others of the group reach it (gloo).
-    A collective among ``world_size`` processes.  Raises RuntimeError where one does not come within ``timeout_s``.
-    """
-    timeout = datetime.timedelta(seconds=timeout_s)
-    prefixed = dist.PrefixStore(BACKEND, store)
-    if backend == "gloo":
-        gloo: Any = dist.ProcessGroupGloo  # type: ignore[attr-defined]
-        options = gloo._Options()
-        options._timeout = timeout
-        options._devices = [gloo.create_device(hostname=address)]
-        return gloo(prefixed, rank, world_size, options)
-    nccl: Any = dist.ProcessGroupNCCL  # type: ignore[attr-defined]
-    options = nccl.Options()
-    options._timeout = timeout
-    return nccl(prefixed, rank, world_size, options)
-
-
-def broadcast(
-    group: dist.ProcessGroup, tensor: Tensor, timeout_s: float, given_up: Callable[[], bool] = lambda: False
-) -> None:
-    """``tensor`` of rank 0 on all ranks of ``group``.
-
-    Raises RuntimeError when a peer is lost, after ``timeout_s``, and as soon as ``given_up()``; the group is then
-    useless.
-    """
-    options = dist.BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
-    work = group.broadcast([tensor], options)
-    deadline = time.monotonic() + timeout_s
-    # NCCL's wait() returns at once and a peer that is gone shows nowhere else, so completion is asked for.
-    while not work.is_completed():
-        if given_up():
-            raise RuntimeError("the transfer has failed at another place")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"a broadcast of {tensor.numel()} bytes did not finish within {timeout_s:g} s")
-        time.sleep(_POLL_SECONDS)
-    work.wait()
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-
-
-def close_group(group: dist.ProcessGroup, broken: bool) -> None:
-    """Leave ``group``; the caller drops its reference.  ``broken``: a broadcast raised, and may be going on still."""
-    if group.name() == "nccl":
-        group.abort()
-    elif broken:
-        # gloo cannot break off, and the destructor would wait for the peer that is gone: there shall be none.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-
-
 def own_address(host: str, port: int) -> str:
-    """The address of this machine on the way to ``host``."""
+    """Return the address of this machine on the way to ``host``."""
     family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)  # a datagram socket: nothing is sent

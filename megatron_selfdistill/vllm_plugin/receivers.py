@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.rollout.wire import broadcast, close_group, open_group, own_address
+from megatron_selfdistill.rollout.transfer_group import broadcast, close_group, open_group
 
 
 class Receiver(Protocol):
@@ -63,9 +62,7 @@ class BroadcastReceiver:
         self._final_device = device
         self._timeout_s = timeout_s
         self._broken = False
-        self._store = dist.TCPStore(host, port, world_size, False)
-        address = own_address(host, port)
-        self._group = open_group(backend, self._store, first_rank + worker, world_size, address, timeout_s)
+        self._group = open_group(backend, host, port, first_rank + worker, world_size, device, timeout_s)
 
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
         packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
@@ -76,7 +73,7 @@ class BroadcastReceiver:
 
     def close(self) -> None:
         close_group(self._group, self._broken)
-        del self._group, self._store
+        del self._group
 
 
 class IpcReceiver:
