@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,14 +237,17 @@ def _restricted_readers() -> Iterator[None]:
         FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes = own  # type: ignore[method-assign]
 
 
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")
+
+
 def _rewrite_extra_states(loaded: Any) -> None:
-    """Replace each ``_extra_state`` that is a pickle by the same one, pickled here.
+    """Replace each ``_extra_state`` that is a pickle by the same one, pickled here; grouped experts number theirs.
 
     Transformer Engine's layers unpickle their FP8 statistics without any restriction: what they get must be ours.
     """
     items = loaded.items() if isinstance(loaded, dict) else enumerate(loaded) if isinstance(loaded, list) else ()
     for key, value in list(items):
-        if not str(key).endswith("_extra_state"):
+        if not _EXTRA_STATE.search(str(key)):
             _rewrite_extra_states(value)
         elif torch.is_tensor(value) and value.numel():
             state = loads_pickled(value.detach().cpu().numpy().tobytes(), str(key))
