@@ -1,9 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """What Megatron Core 0.16 gets wrong on any device, set right; each repair says what it mends and when.
 
-Three families: names left undefined where Transformer Engine is absent, the distributed optimizer's
-checkpoints where ``torch.optim.AdamW`` does the work (no Transformer Engine, no NVIDIA apex), and the MoE
-router's padding mask. Nothing here changes a number that Megatron gets right.
+Four families: names left undefined where Transformer Engine is absent, the distributed optimizer's
+checkpoints where ``torch.optim.AdamW`` does the work (no Transformer Engine, no NVIDIA apex), the MoE
+router's padding mask, and weights that the gradient norm counts too often. Nothing here changes a number
+that Megatron gets right.
 """
 
 from __future__ import annotations
@@ -41,6 +42,19 @@ def have_transformer_engine() -> bool:
             return False
         raise
     return True
+
+
+def unmark_duplicated_weights(model: torch.nn.Module) -> None:
+    """Let the gradient norm count a weight once that every tensor-parallel rank holds whole.
+
+    Transformer Engine marks each weight as cut over tensor-parallel ranks, also those of a linear layer without a
+    ``parallel_mode``, of which latent attention has two.  The norm would count such a weight once per rank.  Experts
+    have no ``parallel_mode`` either, where Megatron Core cuts or distributes them itself: their marks are right.
+    """
+    for name, module in model.named_modules():
+        if ".experts." not in name and getattr(module, "parallel_mode", "none of Transformer Engine") is None:
+            for param in module.parameters(recurse=False):
+                param.tensor_model_parallel = False  # type: ignore[attr-defined]
 
 
 def _define_names_missing_without_transformer_engine() -> None:

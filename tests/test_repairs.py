@@ -4,25 +4,31 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import layouts
 import models
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill import cpu, repairs  # isort: skip  (must come before megatron.core)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
     get_moe_layer_wise_logging_tracker,
 )
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.layers import RMSNorm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -291,3 +297,53 @@ def split_sizes_as_tensors() -> list[float]:
 @cpu_only
 def test_all_to_all_takes_split_sizes_as_tensors(ranks):
     assert ranks.run(split_sizes_as_tensors, world_size=2) == [[0.0, 1.0, 1.0]] * 2
+
+
+# -- weights that Transformer Engine marks as cut --------------------------------------------------------------
+
+
+class MarkedNorm(RMSNorm):
+    """A replicated weight, marked as Transformer Engine marks that of a linear layer without a parallel mode."""
+
+    parallel_mode = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+
+def marked_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
+    block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
+    for spec in block.layer_specs:
+        spec.submodules.pre_mlp_layernorm = MarkedNorm
+    return block
+
+
+def norm_of_gradients(case: layouts.Case) -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "layer_spec", marked_spec)
+        return layouts.run(case).grad_norm
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_weight_that_every_tensor_parallel_rank_holds_is_counted_once(ranks, sequence_parallel):
+    case = layouts.Case(extra_weightless=0)
+    (expected,) = ranks.run(norm_of_gradients, case, world_size=1)
+    cut = dataclasses.replace(case, parallel=models.parallel(tp=2, sp=sequence_parallel))
+    assert ranks.run(norm_of_gradients, cut, world_size=2) == [pytest.approx(expected, rel=1e-5)] * 2
+
+
+def test_experts_keep_the_marks_that_transformer_engine_gave_them():
+    """Each tensor-parallel rank has other experts, or other parts of them."""
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": torch.nn.ModuleDict()})})
+    model["mlp"]["experts"]["linear_fc1"] = torch.nn.Linear(2, 2)
+    model["linear_q_down_proj"] = torch.nn.Linear(2, 2)
+    model["linear_q_up_proj"] = torch.nn.Linear(2, 2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.parallel_mode = None
+            module.weight.tensor_model_parallel = True
+    model["linear_q_up_proj"].parallel_mode = "column"
+    repairs.unmark_duplicated_weights(model)
+    marked = {name for name, param in model.named_parameters() if getattr(param, "tensor_model_parallel", False)}
+    assert marked == {"mlp.experts.linear_fc1.weight", "linear_q_up_proj.weight"}
