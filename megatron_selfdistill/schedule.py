@@ -24,20 +24,22 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.device_batch import DeviceBatch, StudentMicrobatch
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.forward import Inputs, hidden_states, inputs_of, project, rows_at
+from megatron_selfdistill.model.forward import hidden_states, project, rows_at, uses_local_attention
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.progress import beat
-from megatron_selfdistill.teacher_bank import TeacherBank, local_response_rows
+from megatron_selfdistill.teacher_bank import TeacherBank
 
 RowLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
 """(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient."""
 RowWeight = Callable[[Tensor, Tensor], Tensor]
-"""(student_log_prob [R], response_ids [R]) -> weights [R] of the rows' losses, constants (loss/weighting.py)."""
+"""(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the rows' losses, constants
+(loss/weighting.py)."""
 
 PAIR_ORDERS = ("teacher_first", "alternating")
 
@@ -50,7 +52,7 @@ class StepOutput:
     num_response_tokens: int
     """N, over the global batch; equal on all ranks."""
     response_ids: Tensor
-    """[R] int64: which of ``PackedBatch.response_tokens`` each row is."""
+    """[R] int64 on the device: which of ``PackedBatch.response_tokens`` each row is."""
     stats: TokenStats | None
     """Statistics of the rows, detached, the loss without weights; None on the other stages."""
     weights: Tensor | None = None
@@ -129,21 +131,24 @@ def run(
         [len(batch.response_tokens), sum(mb.num_sequences > 0 for mb in batch.student)], device=grid.device
     )
     dist.all_reduce(totals, group=grid.dp_group)
-    num_response_tokens, num_weighted = (int(x) for x in totals)
+    num_response_tokens, num_weighted = totals.tolist()
     if num_response_tokens == 0:
         raise RuntimeError("the global batch has no response tokens: every context was dropped or empty")
     order = _order(batch, pair_order, with_teacher=teacher is not None)
     config = unwrapped(student[0]).config
+    on_device = DeviceBatch.of(
+        batch, grid, with_teacher=teacher is not None, local_attention=uses_local_attention(student)
+    )
     step = _Step(
         student=list(student),
         teacher=list(teacher) if teacher is not None else [],
-        batch=batch,
+        batch=on_device,
         row_loss=row_loss,
         row_weight=row_weight,
         grid=grid,
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / num_response_tokens,
-        bank=TeacherBank(batch, grid, config.hidden_size, teacher_store_bytes) if teacher is not None else None,
+        bank=TeacherBank(on_device, grid, config.hidden_size, teacher_store_bytes) if teacher is not None else None,
     )
     iterators = [iter(order) for _ in student]
     with (
@@ -190,7 +195,7 @@ class _Step:
 
     student: list[torch.nn.Module]
     teacher: list[torch.nn.Module]
-    batch: PackedBatch
+    batch: DeviceBatch
     row_loss: RowLoss | FusedLoss
     row_weight: RowWeight | None
     grid: Grid
@@ -200,7 +205,6 @@ class _Step:
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
-    inputs: dict[tuple[str, int], Inputs] = field(default_factory=dict)
 
     def forward(self, iterator: Iterator[tuple[str, int]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         beat()
@@ -212,35 +216,35 @@ class _Step:
     def _student(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         model = unwrapped(chunk)
         microbatch = self.batch.student[index]
-        hidden = hidden_states(chunk, self._inputs("student", index), self.grid)
+        hidden = hidden_states(chunk, microbatch.inputs, self.grid)
 
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            rows, ids = local_response_rows(microbatch, self.grid)
-            stats = self._stats(index, model, hidden, rows, self.batch.response_tokens[ids].to(self.grid.device))
+            stats = self._stats(index, model, hidden, microbatch)
             losses = stats.loss
             if self.row_weight is not None:
-                self.weights.append(self.row_weight(stats.student_log_prob, ids))
+                self.weights.append(self.row_weight(stats.student_log_prob, microbatch.response_ids))
                 losses = losses * self.weights[-1]
             loss = losses.sum() * self.loss_scale
-            self.ids.append(ids)
+            self.ids.append(microbatch.response_ids)
             self.stats.append(_detached(stats))
             return loss, {}
 
         return hidden, loss_func
 
-    def _stats(self, index: int, model: GPTModel, hidden: Tensor, rows: Tensor, tokens: Tensor) -> TokenStats:
-        """Of the response tokens whose hidden states lie at ``rows``."""
+    def _stats(self, index: int, model: GPTModel, hidden: Tensor, microbatch: StudentMicrobatch) -> TokenStats:
+        """Return the loss of the microbatch's response tokens; ``hidden [s / cp (/ tp), 1, h]``."""
+        positions, tokens = microbatch.positions, microbatch.response_tokens
         dtype = model.config.params_dtype
         if isinstance(self.row_loss, FusedLoss):
             if self.bank is None:
                 raise ValueError("a fused distillation loss needs a teacher, got none")
             teacher, block = unwrapped(self.teacher[-1]), self.bank.take_slice(index, dtype)
-            return self.row_loss(model, teacher, hidden, rows, block, tokens, self.vocab, self.grid)
+            return self.row_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid)
         teacher_logits = None
         if self.bank is not None:
             with torch.no_grad():
                 teacher_logits = project(unwrapped(self.teacher[-1]), self.bank.take(index, dtype))
-        student_logits = project(model, rows_at(hidden, rows, self.grid))
+        student_logits = project(model, rows_at(hidden, positions.whole, self.grid))
         return self.row_loss(student_logits, teacher_logits, tokens, self.vocab)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -254,7 +258,7 @@ class _Step:
         if teacher_chunk is not chunk and input_tensor is not None:
             unwrapped(teacher_chunk).set_input_tensor(input_tensor)
         with torch.no_grad():
-            hidden = hidden_states(teacher_chunk, self._inputs("teacher", index), self.grid)
+            hidden = hidden_states(teacher_chunk, self.batch.teacher[index].inputs, self.grid)
         if not model.post_process:
             return _Bridge.apply(hidden, edge), None
 
@@ -265,14 +269,9 @@ class _Step:
 
         return hidden, loss_func
 
-    def _inputs(self, stream: str, index: int) -> Inputs:
-        if (stream, index) not in self.inputs:  # once for all chunks of a virtual pipeline and all their layers
-            self.inputs[stream, index] = inputs_of(getattr(self.batch, stream)[index], self.grid)
-        return self.inputs[stream, index]
-
     def collected(self) -> tuple[Tensor, TokenStats | None, Tensor | None]:
         if not self.stats:
-            return torch.empty(0, dtype=torch.int64), None, None
+            return torch.empty(0, dtype=torch.int64, device=self.grid.device), None, None
         weights = torch.cat(self.weights) if self.weights else None
         return torch.cat(self.ids), TokenStats.joined(self.stats), weights
 

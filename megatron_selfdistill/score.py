@@ -98,7 +98,7 @@ def score_texts(
     output = schedule.run(student, teacher, batch, read, grid, vocab, pair_order=order, forward_only=True)
     both = torch.zeros(2, len(batch.response_tokens), dtype=torch.float64, device=grid.device)
     if output.stats is not None:
-        ids = output.response_ids.to(grid.device)
+        ids = output.response_ids
         both[0, ids] = output.stats.student_log_prob.double()
         both[1, ids] = output.stats.teacher_log_prob.double()
     _to_whole_replica(both, grid)

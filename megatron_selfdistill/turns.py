@@ -64,7 +64,7 @@ def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: Grid) -
     lowest = torch.full((1,), math.inf, dtype=torch.float64, device=grid.device)
     if output.stats is not None:
         sums = torch.zeros(2, len(turns.lengths), dtype=torch.float64, device=grid.device)
-        ids = turns.ids[output.response_ids.cpu()].to(grid.device)
+        ids = turns.ids.to(grid.device)[output.response_ids]
         sums[0].index_add_(0, ids, output.stats.student_log_prob.double())
         if output.weights is not None:
             sums[1].index_add_(0, ids, (output.weights < 1).double())

@@ -151,15 +151,16 @@ class _ActivationMeter:
         self.bank, meter = schedule.TeacherBank, self
 
         class Counted(self.bank):  # type: ignore[name-defined,misc]
-            def _allocate(self, index: int, like: torch.Tensor) -> torch.Tensor:
-                new = index not in self.blocks
-                block = super()._allocate(index, like)
-                meter.add(block.nbytes if new else 0)
-                return block
+            def put(self, index: int, hidden: torch.Tensor) -> None:
+                before = self.bytes_on_device
+                super().put(index, hidden)
+                meter.add(self.bytes_on_device - before)
 
             def take(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-                meter.add(-self.blocks[index].nbytes if index in self.blocks else 0)
-                return super().take(index, dtype)
+                before = self.bytes_on_device
+                block = super().take(index, dtype)
+                meter.add(self.bytes_on_device - before)
+                return block
 
         schedule.TeacherBank = Counted
         self.hooks = torch.autograd.graph.saved_tensors_hooks(_Kept.of(self), lambda kept: kept.tensor)

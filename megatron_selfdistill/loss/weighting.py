@@ -28,8 +28,7 @@ class TruncatedImportance:
 
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Tensor:
         """Weights [R] of the rows that predict ``response_ids`` [R], whose log p is ``student_log_prob`` [R]."""
-        ids = response_ids.to(self.sampled_log_probs.device, non_blocking=True)
-        sampled = self.sampled_log_probs[ids].to(student_log_prob)
+        sampled = self.sampled_log_probs[response_ids].to(student_log_prob)
         with torch.no_grad():
             return (student_log_prob - sampled).exp().clamp(max=self.cap)
 
@@ -60,7 +59,7 @@ class LikelyTurns:
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Tensor:
         """Weights [R] of the rows that predict ``response_ids`` [R], whose log p is ``student_log_prob`` [R]."""
         with torch.no_grad():
-            turns = self.turn_ids[response_ids.to(self.turn_ids.device, non_blocking=True)]
+            turns = self.turn_ids[response_ids]
             sums = torch.zeros(2, self.num_turns, dtype=torch.float64, device=student_log_prob.device)
             sums[0].index_add_(0, turns, student_log_prob.double())
             sums[1].index_add_(0, turns, torch.ones_like(student_log_prob, dtype=torch.float64))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,44 +13,54 @@ from torch import Tensor
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_selfdistill.data.packing import Microbatch, context_parallel_positions
 from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.layers import CoreAttention
+from megatron_selfdistill.model.packed_sequences import PackedSequences
+from megatron_selfdistill.one_copy import to_device_in_one_copy
 from megatron_selfdistill.parallel import Grid
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """One microbatch as the model takes it: this context-parallel rank's share, ``[1, s / cp]``, on the device."""
+class ModelInputs:
+    """One microbatch as the model takes it: this context-parallel rank's share, ``[1, s / cp]`` each."""
 
     tokens: Tensor
     position_ids: Tensor
     padding_mask: Tensor
-    packed_seq_params: PackedSeqParams
+    packed_seq_params: PackedSequences
+
+    @classmethod
+    def on_host(cls, microbatch: Microbatch, grid: Grid, *, local_attention: bool) -> ModelInputs:
+        """Return the inputs of ``microbatch`` as host tensors, for `to_device_in_one_copy`.
+
+        ``local_attention``: of `uses_local_attention`.
+        """
+        held = context_parallel_positions(microbatch.cu_seqlens, grid.cp_size, grid.cp_rank)
+        position_ids = microbatch.position_ids[held]
+        return cls(
+            tokens=microbatch.tokens[held].unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            padding_mask=microbatch.padding_mask[held].unsqueeze(0),
+            packed_seq_params=PackedSequences.of(
+                microbatch, position_ids, with_segment_batches=local_attention and grid.cp_size == 1
+            ),
+        )
 
 
-def inputs_of(microbatch: Microbatch, grid: Grid) -> Inputs:
-    held = context_parallel_positions(microbatch.cu_seqlens, grid.cp_size, grid.cp_rank)
-    cu_seqlens, longest = microbatch.cu_seqlens.to(grid.device), microbatch.max_seqlen
-    return Inputs(
-        tokens=microbatch.tokens[held].unsqueeze(0).to(grid.device),
-        position_ids=microbatch.position_ids[held].unsqueeze(0).to(grid.device),
-        padding_mask=microbatch.padding_mask[held].unsqueeze(0).to(grid.device),
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,  # padding lies behind its sequence, where causal attention never looks
-            cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
-    )
+def inputs_of(microbatch: Microbatch, grid: Grid) -> ModelInputs:
+    """Return the inputs of one microbatch on the device, for a forward outside of the training schedule."""
+    return to_device_in_one_copy(ModelInputs.on_host(microbatch, grid, local_attention=True), grid.device)
 
 
-def hidden_states(chunk: torch.nn.Module, inputs: Inputs, grid: Grid) -> Tensor:
+def uses_local_attention(chunks: Sequence[torch.nn.Module]) -> bool:
+    """Return whether any layer attends through `model.layers.CoreAttention`."""
+    return any(isinstance(module, CoreAttention) for chunk in chunks for module in chunk.modules())
+
+
+def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: Grid) -> Tensor:
     """The chunk's output before any projection, ``[s / cp (/ tp), 1, h]`` in the parameters' dtype."""
     model = unwrapped(chunk)
     extra: dict[str, Any] = {}
@@ -85,11 +95,15 @@ def _without_projection(model: GPTModel) -> Iterator[None]:
 
 
 def rows_at(hidden: Tensor, rows: Tensor, grid: Grid) -> Tensor:
-    """``hidden[rows]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks."""
+    """Return ``hidden[rows]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks.
+
+    ``rows [R]`` int64 lie on the device of ``hidden``.
+    Collectives: under sequence parallelism an all-gather over TP, backward none.
+    """
     if grid.sequence_parallel:
         # The output layer all-reduces the gradient of its input itself: here it must only be cut, not summed.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=grid.tp_group)
-    return hidden.index_select(0, rows.to(hidden.device))
+    return hidden.index_select(0, rows)
 
 
 def project(model: GPTModel, rows: Tensor) -> Tensor:

@@ -110,11 +110,12 @@ class CoreAttention(MegatronModule):
             key, value = (_GatherSequence.apply(x, self.cp_group) for x in (key, value))
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
             return self._attend(q, k, v, allowed=layout.allowed).squeeze(0).transpose(0, 1).flatten(1)
+        assert layout.segments is not None
         out = []
-        for index in layout.batches:  # [segments, length] row numbers; a short segment repeats its last row
+        for index in layout.segments.batches:
             q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
             out.append(self._attend(q, k, v, causal=True).transpose(1, 2).flatten(0, 1).flatten(1))
-        return torch.cat(out)[layout.place]  # repeats lie behind their segment's end: nothing real saw them
+        return torch.cat(out)[layout.segments.place]  # repeats lie behind their segment's end: nothing real saw them
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -130,28 +131,53 @@ class CoreAttention(MegatronModule):
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Which rows attend together: ``allowed [t/cp, t]`` (context parallel), or ``batches`` and ``place``."""
+class SegmentBatches:
+    """The segments of a packed row in batches of like lengths; one causal attention each."""
 
-    allowed: Tensor | None
-    batches: list[Tensor]
-    place: Tensor | None
+    batches: tuple[Tensor, ...]
+    """[segments, length] int64 each: rows of the packed row; a short segment repeats its last row."""
+    place: Tensor
+    """[s] int64: where each row of the packed row lies among the concatenated rows of all batches."""
+
+    def to(self, device: torch.device) -> SegmentBatches:
+        """Return the same on ``device``; waits for the device once per tensor."""
+        return SegmentBatches(tuple(index.to(device) for index in self.batches), self.place.to(device))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which rows attend together: ``allowed [t/cp, t]`` (context parallel), or ``segments``."""
+
+    allowed: Tensor | None = None
+    segments: SegmentBatches | None = None
 
 
 def _attention_layout(packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device) -> _Layout:
     """The layout of one microbatch, made once and kept on its ``packed_seq_params`` for the other layers."""
+    if (segments := getattr(packed, "segment_batches", None)) is not None:
+        return _Layout(segments=segments)
     layout = getattr(packed, "_selfdistill_layout", None)
     if layout is None:
-        cu_seqlens = packed.cu_seqlens_q.long().cpu()
-        make = _segments_by_length if cp_group.size() == 1 else _position_and_segment_mask
-        layout = make(cu_seqlens, cp_group, device)
+        if cp_group.size() == 1:
+            layout = _Layout(segments=segments_by_length(_host_bounds(packed)).to(device))
+        else:
+            layout = _position_and_segment_mask(_host_bounds(packed), cp_group, device)
         packed._selfdistill_layout = layout  # type: ignore[attr-defined]
     return layout
 
 
-def _segments_by_length(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device) -> _Layout:
-    """Segments whose lengths share a power of two form one causal batch: at most 4 times the least work and
-    log2(s) kernel calls, where a dense mask would cost s^2 for any number of segments."""
+def _host_bounds(packed: PackedSeqParams) -> Tensor:
+    """Return ``cu_seqlens`` on the host, [num_segments + 1] int64; waits for the device unless ``packed`` knows it."""
+    bounds = getattr(packed, "segment_bounds", ())
+    return torch.tensor(bounds, dtype=torch.int64) if bounds else packed.cu_seqlens_q.long().cpu()
+
+
+def segments_by_length(cu_seqlens: Tensor) -> SegmentBatches:
+    """Return the batches for ``cu_seqlens [num_segments + 1]`` int64, all tensors on the host.
+
+    Segments whose lengths share a power of two form one causal batch: at most 4 times the least work and log2(s) kernel
+    calls, where a dense mask would cost s^2 for any number of segments.
+    """
     lengths = cu_seqlens.diff()
     batches, place, offset = [], torch.empty(int(cu_seqlens[-1]), dtype=torch.long), 0
     size_class = torch.ceil(torch.log2(lengths.clamp(min=1).double())).long()
@@ -164,9 +190,9 @@ def _segments_by_length(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device:
         index = start + torch.minimum(within, length - 1)
         own = within < length
         place[index[own]] = offset + torch.arange(index.numel()).view_as(index)[own]
-        batches.append(index.to(device))
+        batches.append(index)
         offset += index.numel()
-    return _Layout(allowed=None, batches=batches, place=place.to(device))
+    return SegmentBatches(batches=tuple(batches), place=place)
 
 
 def _position_and_segment_mask(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device) -> _Layout:
@@ -177,7 +203,7 @@ def _position_and_segment_mask(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, 
     same = torch.bucketize(queries, segment_ends, right=True)[:, None] == torch.bucketize(
         keys, segment_ends, right=True
     )
-    return _Layout(allowed=(same & (keys <= queries[:, None])).to(device), batches=[], place=None)
+    return _Layout(allowed=(same & (keys <= queries[:, None])).to(device))
 
 
 class _GatherSequence(torch.autograd.Function):

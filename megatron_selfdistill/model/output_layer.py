@@ -38,6 +38,35 @@ class Fusion:
 
 
 @dataclass(frozen=True)
+class ResponsePositions:
+    """Where the hidden states that predict R response tokens lie in a context-parallel rank's share of a microbatch."""
+
+    whole: Tensor
+    """[R] int64: in the sequence, which sequence parallelism cuts over the tensor-parallel ranks."""
+    own: Tensor | None = None
+    """[n] int64, under sequence parallelism: in this rank's cut, the positions of its own R / tp states, more or less.
+    n is the most that any rank has; a rank with fewer repeats its first position, which no token needs again."""
+    gathered: Tensor | None = None
+    """[R] int64, with ``own``: where each token's state lies in the ranks' concatenation of their n."""
+
+    @classmethod
+    def on_host(cls, whole: Tensor, num_positions: int, grid: Grid) -> ResponsePositions:
+        """Return the positions ``whole`` of a share of ``num_positions``, all tensors on the host."""
+        if not grid.sequence_parallel or grid.tp_size == 1:
+            return cls(whole)
+        cut = num_positions // grid.tp_size
+        owner, position = whole // cut, whole % cut
+        counts = torch.bincount(owner, minlength=grid.tp_size)
+        by_owner = torch.argsort(owner, stable=True)
+        place = torch.empty_like(whole)
+        place[by_owner] = torch.arange(len(whole)) - (counts.cumsum(0) - counts)[owner[by_owner]]
+        longest = int(counts.max())
+        own = torch.zeros(longest, dtype=torch.int64)
+        own[: counts[grid.tp_rank]] = position[by_owner[owner[by_owner] == grid.tp_rank]]
+        return cls(whole, own, owner * longest + place)
+
+
+@dataclass(frozen=True)
 class FusedLoss:
     """The distillation loss of hidden rows, for a schedule that makes no logits."""
 
@@ -52,21 +81,22 @@ class FusedLoss:
         student: GPTModel,
         teacher: GPTModel,
         hidden: Tensor,
-        rows: Tensor,
+        positions: ResponsePositions,
         teacher_hidden: Tensor,
         response_tokens: Tensor,
         vocab: VocabShard,
         grid: Grid,
     ) -> TokenStats:
         """Equals `project` of both and `distillation_loss`, with the same gradients to ``hidden [s / cp (/ tp), 1, h]``
-        and to the student's output weight; ``rows [R]`` are positions in the whole sequence.
+        and to the student's output weight.
 
         student, teacher: the models of the last stage; the same one where current weights teach.
         teacher_hidden: [R, h / tp], this tensor-parallel rank's slice of the width.
         Collectives over TP: see `fused_distillation_loss`; with sequence parallelism hidden rows are gathered and their
         gradient is reduce-scattered, response positions only.
         """
-        own, gathered_rows = _own_rows(hidden, rows, grid)
+        cut = positions.own is not None
+        own = hidden.index_select(0, positions.own) if cut else rows_at(hidden, positions.whole, grid)
         weight = output_weight(student, own)
         return fused_distillation_loss(
             own.squeeze(1),
@@ -79,27 +109,10 @@ class FusedLoss:
             vocab=vocab,
             chunk_tokens=self.fusion.chunk_tokens,
             mode=self.fusion.mode,
-            gathered_rows=gathered_rows,
+            gathered_rows=positions.gathered,
             weight_gradient=MainGrad.of(weight, student.output_layer),
             backend=self.backend,
         )
-
-
-def _own_rows(hidden: Tensor, rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """``hidden`` at ``rows``, and None; under sequence parallelism those of this rank's cut, and where each token's row
-    lies in the ranks' concatenation.  Each rank then has as many: its first position once more, that no token needs."""
-    if not grid.sequence_parallel or grid.tp_size == 1:
-        return rows_at(hidden, rows, grid), None
-    owner, position = rows // len(hidden), rows % len(hidden)
-    counts = torch.bincount(owner, minlength=grid.tp_size)
-    by_owner = torch.argsort(owner, stable=True)
-    place = torch.empty_like(rows)
-    place[by_owner] = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[owner[by_owner]]
-    longest = int(counts.max())
-    mine = torch.zeros(longest, dtype=torch.int64)
-    mine[: counts[grid.tp_rank]] = position[by_owner[owner[by_owner] == grid.tp_rank]]
-    own = hidden.index_select(0, mine.to(hidden.device))
-    return own, (owner * longest + place).to(hidden.device)
 
 
 def output_weight(model: GPTModel, rows: Tensor) -> Tensor:

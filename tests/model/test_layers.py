@@ -242,12 +242,14 @@ def test_packed_sequences_cut_over_context_parallel_ranks_equal_each_sequence_al
 
 def without_segments(cu_seqlens: Tensor, group, device):
     """The mask of positions only, as if the row were one sequence."""
-    one = torch.tensor([0, int(cu_seqlens[-1])])
-    if group.size() == 1:
-        return _by_length(one, group, device)
     held = [context_parallel_positions(cu_seqlens, group.size(), r) for r in range(group.size())]
     causal = torch.cat(held) <= held[group.rank()][:, None]
-    return layers._Layout(allowed=causal, batches=[], place=None)
+    return layers._Layout(allowed=causal)
+
+
+def one_segment(cu_seqlens: Tensor):
+    """The batches of a row that is one sequence."""
+    return _by_length(torch.tensor([0, int(cu_seqlens[-1])]))
 
 
 def without_positions(cu_seqlens: Tensor, group, device):
@@ -258,9 +260,9 @@ def without_positions(cu_seqlens: Tensor, group, device):
     return dataclasses.replace(layout, allowed=segment[group.rank()][:, None] == torch.cat(segment))
 
 
-_by_length, _by_position_and_segment = layers._segments_by_length, layers._position_and_segment_mask
+_by_length, _by_position_and_segment = layers.segments_by_length, layers._position_and_segment_mask
 MUTATIONS = {
-    "no segments": ("_segments_by_length", without_segments),
+    "no segments": ("segments_by_length", one_segment),
     "no segments, CP": ("_position_and_segment_mask", without_segments),
     "no positions, CP": ("_position_and_segment_mask", without_positions),
 }
@@ -278,7 +280,7 @@ def test_a_mask_that_lacks_segments_or_positions_is_caught(ranks, mutation):
 
 def test_the_layout_is_made_once_per_microbatch(monkeypatch):
     params, made = packed_params(), []
-    monkeypatch.setattr(layers, "_segments_by_length", lambda *a: made.append(1) or _by_length(*a))
+    monkeypatch.setattr(layers, "segments_by_length", lambda *a: made.append(1) or _by_length(*a))
     rows = random_qkv(BOUNDS[-1])
     first = attention()(*rows, packed_seq_params=params)
     assert attention()(*rows, packed_seq_params=params).equal(first)
@@ -288,7 +290,7 @@ def test_the_layout_is_made_once_per_microbatch(monkeypatch):
 @pytest.mark.parametrize("lengths", [[1], [5], [1] * 9, [64, 1, 63, 33, 32], [4, 0, 4]])
 def test_segments_by_length_place_every_row_once_and_batch_like_with_like(lengths):
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    layout = _by_length(bounds, OneRank(), torch.device("cpu"))
+    layout = _by_length(bounds)
     rows = torch.cat([index.flatten() for index in layout.batches])
     assert rows[layout.place].equal(torch.arange(sum(lengths)))
     for index in layout.batches:

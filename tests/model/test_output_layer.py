@@ -398,9 +398,10 @@ def own_rows_of(num_tokens: int, seed: int) -> tuple[int, bool]:
     generator = torch.Generator().manual_seed(seed)
     whole = torch.randn(64, 1, 6, generator=generator)
     rows = torch.randperm(64, generator=generator)[:num_tokens]
-    own, gathered_rows = output_layer._own_rows(whole.chunk(4)[grid.tp_rank], rows, grid)
+    positions = output_layer.ResponsePositions.on_host(rows, len(whole), grid)
+    own = whole.chunk(4)[grid.tp_rank][positions.own]
     everyones = torch.cat(_gathered(own, grid))
-    return len(own), torch.equal(everyones[gathered_rows], whole[rows])
+    return len(own), torch.equal(everyones[positions.gathered], whole[rows])
 
 
 def _gathered(own: torch.Tensor, grid: Any) -> list[torch.Tensor]:

@@ -1,0 +1,91 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What layers know about a packed row before the device has computed anything, so that no layer waits for the device.
+
+Megatron's unfused rotary embedding reads the lengths of the sequences back from the device in every layer, for queries
+and keys.  Importing this module makes it read the positions of a `PackedSequences` on the device instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.model.layers import SegmentBatches, segments_by_length
+
+_POSITIONS = "rotary_positions"
+_megatrons_rotary_embedding = rope_utils._apply_rotary_pos_emb_thd
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's parameters of one packed row, with what layers would otherwise ask the device for."""
+
+    segment_bounds: tuple[int, ...] = ()
+    """``cu_seqlens_q`` as Python integers."""
+    rotary_positions: Tensor | None = None
+    """[s / cp] int64: the position within its sequence of each token that this context-parallel rank holds."""
+    segment_batches: SegmentBatches | None = None
+    """Which rows attend together in `model.layers.CoreAttention`; None under context parallelism, and where another
+    attention is in use."""
+
+    def __post_init__(self) -> None:
+        # Megatron hands the rotary embedding this tensor alone.
+        setattr(self.cu_seqlens_q_padded, _POSITIONS, self.rotary_positions)
+
+    @classmethod
+    def of(cls, microbatch: Microbatch, position_ids: Tensor, *, with_segment_batches: bool) -> PackedSequences:
+        """Return the parameters of ``microbatch``, all tensors on the host.
+
+        ``position_ids [s / cp]``: those of the tokens that this context-parallel rank holds.
+        """
+        cu_seqlens = microbatch.cu_seqlens
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=cu_seqlens,  # padding lies behind its sequence, where causal attention never looks
+            cu_seqlens_kv_padded=cu_seqlens,
+            max_seqlen_q=microbatch.max_seqlen,
+            max_seqlen_kv=microbatch.max_seqlen,
+            segment_bounds=tuple(cu_seqlens.tolist()),
+            rotary_positions=position_ids,
+            segment_batches=segments_by_length(cu_seqlens.long()) if with_segment_batches else None,
+        )
+
+
+def _rotary_embedding(
+    t: Tensor,
+    cu_seqlens: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+    cp_group: Any = None,
+) -> Tensor:
+    """Rotate ``t [s / cp, n, d]`` as Megatron does, each token by the row of ``freqs [max_seqlen, 1, 1, d]`` at its
+    position; without known positions, by Megatron's own function, which waits for the device.
+
+    Padding that is a segment of its own has position 0 throughout, where Megatron's function counts it.
+    """
+    positions = getattr(cu_seqlens, _POSITIONS, None)
+    if positions is None:
+        return _megatrons_rotary_embedding(
+            t, cu_seqlens, freqs, rotary_interleaved, multi_latent_attention, mscale, cp_group
+        )
+    return rope_utils._apply_rotary_pos_emb_bshd(
+        t.unsqueeze(1),
+        freqs.index_select(0, positions),
+        rotary_interleaved=rotary_interleaved,
+        multi_latent_attention=multi_latent_attention,
+        mscale=mscale,
+    ).squeeze(1)
+
+
+rope_utils._apply_rotary_pos_emb_thd = _rotary_embedding
