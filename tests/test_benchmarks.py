@@ -189,7 +189,10 @@ def test_a_step_is_measured_by_parts(tmp_path, launcher, fused):
         "rollout,teacher forward,student forward,output layer,loss,backward,optimizer,weight sync".split(",")
     )
     # Contexts of 80 tokens, with their hints of 144: three in a row of 256 tokens, in pairs one.
-    assert found["num_microbatches"] == {"self-distillation": 6, "next token": 1}
+    in_pairs = {"student's step": 3, "teacher's forward": 3, "self-distillation": 6}
+    assert found["num_microbatches"] == {"next token": 1} | in_pairs
+    assert [sorted(seconds) for seconds in found["seconds"]] == [sorted(found["num_microbatches"])]
+    assert "of the student's step and the teacher's forward together" in shown
 
 
 class Sampler:
@@ -219,8 +222,8 @@ def test_weights_are_sent_once_per_step_and_not_within_the_rollout(tools, monkey
 
 
 def test_seconds_within_a_part_count_for_that_part_alone(tools, monkeypatch):
-    module, now = tools("step_parts"), iter([0.0, 1.0, 3.0, 4.0, 4.5, 10.0])
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(now))
+    module, times = tools("step_parts"), iter([0.0, 1.0, 3.0, 4.0, 4.5, 10.0])
+    monkeypatch.setattr(module, "now", lambda: next(times))
     clock = module.Clock(on=True)
     with clock("backward"):
         with clock("loss"):

@@ -7,9 +7,12 @@
 
 A random dense model; prompts, hints and responses of fixed lengths, the responses written by its own sampler.  Whole
 steps of self-distillation and of next-token training (the same student contexts packed for themselves, no teacher, no
-rollout) take turns, so that whatever else the machine does hits both; their medians give the ratios.  Steps in between
-are timed part by part, waiting for the device at each boundary, and give the shares.  No pipeline: parts of stages
-overlap.
+rollout) take turns with the two things that self-distillation cannot avoid: the student's step (next-token training on
+the very microbatches of self-distillation) and the teacher's forward (hidden states of its microbatches, and logits at
+their response positions).  Every ratio is the median over the rounds of the ratio within one round, so that whatever
+else the machine does hits both sides.  On a CPU the processor's time is compared, which other work stretches less.
+Steps in between are timed part by part, waiting for the device at each boundary, and give the shares.  No pipeline:
+parts of stages overlap.
 
     output layer    the logits of teacher and student; with --fused low_memory those that backward makes again, too
     loss            its passes over the logits, the one that writes their gradient included
@@ -24,18 +27,26 @@ import os
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from step_parts import PARTS, Clock, timed_parts, wait
+from step_parts import PARTS, Clock, now, timed_parts, wait
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_selfdistill.noise import silence_known_warnings
+
+NEXT_TOKEN, STUDENT_STEP = "next token", "student's step"
+TEACHER_FORWARD, DISTILLATION = "teacher's forward", "self-distillation"
+LABELS = {
+    NEXT_TOKEN: "next-token training, forward to optimizer",
+    STUDENT_STEP: "student's step: next-token training on the microbatches of self-distillation",
+    TEACHER_FORWARD: "teacher's forward",
+    DISTILLATION: "self-distillation, forward to optimizer",
+}
 
 
 def main() -> None:
@@ -46,25 +57,35 @@ def main() -> None:
     from megatron_selfdistill import parallel
 
     bench = _Bench.build(arguments)
-    whole: dict[str, list[float]] = {"self-distillation": [], "next token": []}
+    rounds: list[dict[str, float]] = []
     by_part: list[dict[str, float]] = []
     for repeat in range(arguments.repeats + 1):
         bench.sync()
         responses = bench.rollout()
         batch, alone = bench.packed(responses), bench.packed(responses, paired=False)
-        distilled = _seconds(lambda b=batch: bench.train(b))  # type: ignore[misc]
-        plain = _seconds(lambda b=alone: bench.train(b, distil=False))  # type: ignore[misc]
-        num_microbatches = {"self-distillation": len(batch.teacher + batch.student), "next token": len(alone.student)}
+        contenders: dict[str, Callable[[], Any]] = {
+            NEXT_TOKEN: lambda b=alone: bench.train(b, distil=False),  # type: ignore[misc]
+            STUDENT_STEP: lambda b=batch: bench.train(b, distil=False),  # type: ignore[misc]
+            TEACHER_FORWARD: lambda b=batch: bench.teacher_forward(b),  # type: ignore[misc]
+            DISTILLATION: lambda b=batch: bench.train(b),  # type: ignore[misc]
+        }
+        num_microbatches = {
+            NEXT_TOKEN: len(alone.student),
+            STUDENT_STEP: len(batch.student),
+            TEACHER_FORWARD: len(batch.teacher),
+            DISTILLATION: len(batch.teacher + batch.student),
+        }
+        names = list(contenders)[:: 1 if repeat % 2 else -1]  # no contender always comes after the same one
+        seconds = {name: _seconds(contenders[name]) for name in names}
         parts = bench.by_part()
         if repeat:  # the first round warms up
-            whole["self-distillation"].append(distilled)
-            whole["next token"].append(plain)
+            rounds.append(seconds)
             by_part.append(parts)
     bench.close()
     if bench.grid.is_reporter:
-        print(_table(whole, by_part, num_microbatches, bench, arguments))
+        print(_table(rounds, by_part, num_microbatches, bench, arguments))
         if arguments.json:
-            numbers = {"arguments": vars(arguments), "where": _where(), "seconds": whole, "parts": by_part}
+            numbers = {"arguments": vars(arguments), "where": _where(), "seconds": rounds, "parts": by_part}
             numbers["num_microbatches"] = num_microbatches
             Path(arguments.json).write_text(json.dumps(numbers, indent=2))
     parallel.shutdown()
@@ -182,6 +203,18 @@ class _Bench:
             self.optimizer.get_grad_norm()
             self.optimizer.step()
 
+    @torch.no_grad()
+    def teacher_forward(self, batch: Any) -> None:
+        """Run the teacher's microbatches alone, up to its logits at the response positions."""
+        from megatron_selfdistill.model.build import unwrapped
+        from megatron_selfdistill.model.forward import hidden_states, inputs_of, project, rows_at
+
+        (chunk,) = self.teacher.chunks
+        for microbatch in batch.teacher:
+            hidden = hidden_states(chunk, inputs_of(microbatch, self.grid), self.grid)
+            rows = microbatch.response_rows.to(self.grid.device)
+            project(unwrapped(chunk), rows_at(hidden, rows, self.grid))
+
     def by_part(self) -> dict[str, float]:
         """Seconds of each of `PARTS` in one step of self-distillation."""
         clock = Clock(on=True)
@@ -226,10 +259,10 @@ def _sampler(
 
 def _seconds(work: Callable[[], Any]) -> float:
     wait()
-    began = time.perf_counter()
+    began = now()
     work()
     wait()
-    return time.perf_counter() - began
+    return now() - began
 
 
 def _where() -> str:
@@ -237,17 +270,26 @@ def _where() -> str:
 
 
 def _table(
-    whole: dict[str, list[float]],
+    rounds: list[dict[str, float]],
     by_part: list[dict[str, float]],
     num_microbatches: dict[str, int],
     bench: _Bench,
     arguments: argparse.Namespace,
 ) -> str:
-    both, baseline = num_microbatches.values()
-    distilled, plain = (statistics.median(seconds) for seconds in whole.values())
+    def median(name: str) -> float:
+        return statistics.median(found[name] for found in rounds)
+
+    def median_ratio(these: list[str], those: list[str], beside: float = 0.0) -> float:
+        """Return the median over the rounds of (the sum of ``these`` + ``beside``) / the sum of ``those``."""
+        return statistics.median(
+            (sum(found[name] for name in these) + beside) / sum(found[name] for name in those) for found in rounds
+        )
+
     parts = {name: statistics.median(found[name] for found in by_part) for name in PARTS}
-    step = distilled + parts["rollout"] + parts["weight sync"]
+    beside = parts["rollout"] + parts["weight sync"]
+    overhead = median_ratio([DISTILLATION], [STUDENT_STEP, TEACHER_FORWARD])
     tokens = arguments.problems * arguments.response * bench.grid.dp_size
+    unit = "seconds" if torch.cuda.is_available() else "CPU seconds"
     lines = [
         f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, "
         f"{bench.optimizer.config.params_dtype}; "
@@ -256,13 +298,18 @@ def _table(
         f"{_output_layer(arguments)}; "
         f"torch {torch.__version__}, {_where()}",
         "",
-        "| | microbatches | seconds (median) | to next-token training |",
+        f"| | microbatches | {unit} (median) | to next-token training |",
         "|---|---|---|---|",
-        f"| next-token training, forward to optimizer | {baseline} | {plain:.3f} | 1.00 |",
-        f"| self-distillation, forward to optimizer | {both} | {distilled:.3f} | {distilled / plain:.2f} |",
-        f"| self-distillation, whole step | {both} | {step:.3f} | {step / plain:.2f} |",
+        *(
+            f"| {LABELS[name]} | {count} | {median(name):.3f} | {median_ratio([name], [NEXT_TOKEN]):.2f} |"
+            for name, count in num_microbatches.items()
+        ),
+        f"| self-distillation, whole step | {num_microbatches[DISTILLATION]} | {median(DISTILLATION) + beside:.3f} "
+        f"| {median_ratio([DISTILLATION], [NEXT_TOKEN], beside):.2f} |",
         "",
-        "| part | seconds | share | response tokens/s |",
+        f"Self-distillation takes {overhead:.3f} of the student's step and the teacher's forward together.",
+        "",
+        f"| part | {unit} | share | response tokens/s |",
         "|---|---|---|---|",
     ]
     total = sum(parts.values())
