@@ -45,13 +45,16 @@ def save_frozen_teacher(
     run_dir: Path,
     teacher: TeacherState,
     mark: str | None = None,
+    *,
+    replicas: dist.ProcessGroup | None = None,
     prove_ownership: Callable[[], None] = lambda: None,
 ) -> str:
     """Write ``run_dir/teacher``, atomically, unless exactly these weights lie there; returns their mark, by which
     checkpoints know them again.  Collective.
 
     ``mark``: that of the same teacher, which checkpoints refer to; null makes a new one.  Other weights there come from
-    an earlier start in the same run folder, and are replaced.  ``prove_ownership``: as in `transfer.begin_write`.
+    an earlier start in the same run folder, and are replaced.  ``replicas`` and
+    ``prove_ownership``: as in `transfer.begin_write`.
     """
     target = Path(run_dir) / NAME
     if on_rank_0(lambda: is_there(run_dir) and folder.incomplete(target) is None):
@@ -62,7 +65,8 @@ def save_frozen_teacher(
             logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", place)
     mark = mark or on_rank_0(lambda: uuid.uuid4().hex)
     contents = {SECTION: {"kind": "teacher"}, _MARK: mark, **teacher.sharded_state_dict()}
-    transfer.write_now(*transfer.begin_write(contents, target, prove_ownership=prove_ownership), target)
+    request = transfer.begin_write(contents, target, replicas=replicas, prove_ownership=prove_ownership)
+    transfer.write_now(*request, target)
     return mark
 
 

@@ -288,7 +288,13 @@ class Checkpointer:
             place = hidden(str(self.run_dir / frozen_teacher.NAME))
             logger.warning("%s is not there any more: it is written again", place)
         if lost or self._teacher_id is None:
-            self._teacher_id = save_frozen_teacher(self.run_dir, teacher, self._teacher_id, self.prove_ownership)
+            self._teacher_id = save_frozen_teacher(
+                self.run_dir,
+                teacher,
+                self._teacher_id,
+                replicas=self.grid.dp_cp_group,
+                prove_ownership=self.prove_ownership,
+            )
 
     def _require_same_kind(self, saved: SavedRun, optimizer: MegatronOptimizer, teacher: TeacherState | None) -> None:
         """Raise CheckpointError where the stored state has another form than this run needs."""

@@ -147,3 +147,14 @@ def test_every_rank_writes_about_as_much_and_only_what_it_has_a_part_of():
     load = [sum(one.param.numel() for one in parameters if owners[one.index] == rank) for rank in range(8)]
     assert max(load) <= share + max(sizes)
     assert sum(load) == sum(sizes)
+
+
+def save_with_a_frozen_teacher(run_dir: Path) -> None:
+    checkpointed_run.start(Setup(teacher="frozen"), run_dir, steps=1).save(1)
+
+
+def test_the_ranks_that_hold_the_same_teacher_share_its_writing(ranks, tmp_path):
+    ranks.run(save_with_a_frozen_teacher, tmp_path, world_size=2)
+    writers = {path.name.split("_")[2]: path.stat().st_size for path in (tmp_path / "teacher").glob("*.distcp")}
+    assert set(writers) == {"0", "1"}
+    assert min(writers.values()) > 0.3 * sum(writers.values())
