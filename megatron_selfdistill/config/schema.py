@@ -231,11 +231,14 @@ class ClusterConfig:
     """Memory of one GPU, in GiB."""
     reserved_gb: float = 6.0
     """What CUDA, NCCL, an engine's workspace and fragmentation take of it, by the dry run's reckoning, in GiB."""
+    host_memory_gb: float = 1000.0
+    """Host memory of one node that the tensors of a run may take, in GiB: leave a few GiB per rank for the processes
+    themselves."""
 
     def __post_init__(self) -> None:
         _tidy("cluster", self)
         _at_least(1, "cluster", self, "num_gpus gpus_per_node")
-        _at_least(0, "cluster", self, "gpu_memory_gb reserved_gb")
+        _at_least(0, "cluster", self, "gpu_memory_gb reserved_gb host_memory_gb")
         num_gpus, per_node = self.num_gpus, self.gpus_per_node
         _require(
             num_gpus is None or num_gpus <= per_node or num_gpus % per_node == 0,

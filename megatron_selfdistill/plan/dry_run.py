@@ -15,11 +15,15 @@ from megatron_selfdistill.model.architecture import padded_vocab_size, transform
 from megatron_selfdistill.model.hf_mapping import family_of_model
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.plan import bubble
+from megatron_selfdistill.plan.host_memory import HostMemory, host_memory
 from megatron_selfdistill.plan.memory import Load, Memory, engine_weight_gib, memory
 from megatron_selfdistill.plan.stages import Stage, stages
 
 _SERVED_SHARE = 0.8
 """Of a server's GPU, that weights may take: vLLM uses 0.9 of it, and what is left is cache and activations."""
+
+RECOMPUTE_ALL = "schedule.recompute_granularity=full schedule.recompute_method=uniform schedule.recompute_num_layers=1"
+"""The keys that keep the inputs of layers only, as they can be pasted into a command."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Plan:
     stages: list[Stage]
     memory: list[Memory]
     """Per stage."""
+    host: HostMemory
+    """Of the node that holds most."""
     parameters: int
     """Of the model."""
     dp_size: int
@@ -49,7 +55,8 @@ class Plan:
     output_layer: OutputLayer
 
     def misfit(self) -> str | None:
-        """One sentence where a stage, or a server's share of the weights, does not fit its GPU; None where all fit."""
+        """Return one sentence where a stage, or a server's share of the weights, does not fit its GPU, or a node's
+        ranks do not fit its host memory; None where all fit."""
         room, rollout = self.config.cluster.gpu_memory_gb, self.config.rollout
         served = engine_weight_gib(self.config, self.parameters)
         on_servers = self.config.samples and rollout.engine == "vllm" and rollout.placement == "server"
@@ -60,18 +67,33 @@ class Plan:
             )
         stage, most = max(enumerate(self.memory), key=lambda item: item[1].peak)
         if most.peak <= room:
-            return None
+            return self._host_misfit()
         trains = most.training_peak >= most.rollout_peak
         largest = sorted((most.training if trains else most.rollout).items(), key=lambda part: -part[1])[:2]
         parts = " and ".join(f"{name} {size:.1f}" for name, size in largest)
+        recompute = "" if self.config.schedule.recompute_granularity == "full" else f", set {RECOMPUTE_ALL}"
         advice = (
-            "raise parallel.* or cluster.num_gpus, lower schedule.max_tokens, set schedule.recompute_granularity=full"
+            f"raise parallel.* or cluster.num_gpus, lower schedule.max_tokens{recompute}"
             if trains
             else "raise rollout.engine_tp, lower rollout.kv_cache_gb, set teacher.offload=cpu, or sample on servers"
         )
         return (
             f"pipeline stage {stage} needs {most.peak:.1f} GiB per GPU while {'training' if trains else 'sampling'} "
             f"({parts}), but cluster.gpu_memory_gb is {room:g}: {advice}"
+        )
+
+    def _host_misfit(self) -> str | None:
+        room = self.config.cluster.host_memory_gb
+        if self.host.peak <= room:
+            return None
+        advice = ["plan for more nodes (cluster.num_gpus)"]
+        if self.host.resting["teacher"]:
+            advice.append("set teacher.offload=none")
+        if self.host.resting["teacher rows"]:
+            advice.append("raise schedule.teacher_store_gb")
+        return (
+            f"the ranks of a node would hold {self.host} of host memory, but cluster.host_memory_gb is {room:g}: "
+            f"{', or '.join(advice)}"
         )
 
 
@@ -126,6 +148,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
             memory(config, transformer, stage, replace(load, in_flight=in_flight))
             for stage, in_flight in zip(built, schedule.in_flight, strict=True)
         ],
+        host=host_memory(config, transformer, built, load),
         parameters=load.model_parameters,
         dp_size=dp_size,
         max_length=max_length,

@@ -211,13 +211,18 @@ def _experts(config: TransformerConfig) -> dict[str, float]:
 
 
 def teacher_row_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """The teacher's hidden rows on the last stage, up to ``schedule.teacher_store_gb``; the rest is in host memory."""
+    """Return the bytes of the teacher's hidden rows on the device, on the last stage: `teacher_rows` up to
+    ``schedule.teacher_store_gb``; the rest is in host memory."""
+    return min(teacher_rows(config, transformer, load), config.schedule.teacher_store_gb * GIB)
+
+
+def teacher_rows(config: Config, transformer: TransformerConfig, load: Load) -> float:
+    """Return the bytes of all hidden rows of the teacher that a rank of the last stage keeps at a time."""
     if config.objective != "self_distillation":
         return 0.0
     tokens = min(load.response_tokens, load.seq_length) if load.alternating else load.response_tokens
     width = transformer.hidden_size / transformer.tensor_model_parallel_size
-    rows = tokens / transformer.context_parallel_size * width * element_size(config)
-    return min(rows, config.schedule.teacher_store_gb * GIB)
+    return tokens / transformer.context_parallel_size * width * element_size(config)
 
 
 def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:

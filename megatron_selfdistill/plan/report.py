@@ -52,6 +52,7 @@ def summary(plan: Plan) -> list[str]:
         *([plan.about_prompts] if plan.about_prompts else []),
         str(plan.output_layer),
         _engines(plan),
+        f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g}; processes are not counted",
     ]
 
 

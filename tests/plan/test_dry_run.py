@@ -76,6 +76,11 @@ def test_what_cannot_run_is_refused_with_status_2_and_one_sentence(overrides, wo
         (["recipe=qwen3_8b", "cluster.gpu_memory_gb=40"], "while sampling (KV cache 16.0 and engine weights 15.3)"),
         (["recipe=qwen3_8b", "schedule.max_tokens=65536"], "while training (activations"),
         (["recipe=llama31_405b", "rollout.engine_tp=8"], "a GPU of a rollout server would hold 94.5 GiB of weights"),
+        (
+            ["recipe=qwen3_8b", "cluster.host_memory_gb=100"],
+            "the ranks of a node would hold optimizer in a save 91.6 + weights in a save 15.3 = 106.8 GiB of host "
+            "memory, but cluster.host_memory_gb is 100: plan for more nodes (cluster.num_gpus)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_after_its_table(overrides, words, capsys):
@@ -83,6 +88,17 @@ def test_what_does_not_fit_is_refused_after_its_table(overrides, words, capsys):
     captured = capsys.readouterr()
     assert "= while training" in captured.out
     assert words in captured.err and captured.err.count("\n") == 1
+
+
+def test_the_advice_to_recompute_works_when_it_is_pasted_and_is_not_repeated(capsys):
+    too_long = ["recipe=qwen3_8b", "schedule.max_tokens=65536"]
+    advised = (dry_run(load(too_long)).misfit() or "").split()
+    keys = [word for word in advised if word.startswith("schedule.recompute_")]
+    assert len(keys) == 3
+    recomputing = dry_run(load([*too_long, *keys]))
+    assert recomputing.memory[0].training["activations"] < dry_run(load(too_long)).memory[0].training["activations"] / 4
+    misfit = dry_run(load(["recipe=qwen3_8b", "schedule.max_tokens=2097152", *keys])).misfit()
+    assert misfit is not None and "while training" in misfit and "recompute" not in misfit
 
 
 INPUTS = ["data.path=problems.jsonl", "data.tokenizer=tokenizer"]

@@ -1,0 +1,102 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""GiB of host memory that the ranks of one node hold, part by part: always, and while a checkpoint is saved.
+
+Arithmetic, not measurement.  The interpreter, CUDA's libraries and the page cache are not counted, nor are vLLM's
+processes: an engine sleeps without a copy of its weights in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.plan.memory import GIB, Load, element_size, teacher_rows
+from megatron_selfdistill.plan.stages import Stage
+
+_COPIES_OF_A_BUCKET = {"shared_memory": 2, "gloo": 1}
+"""Transfer of weights to servers -> copies of a bucket that rank 0 holds in host memory."""
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """GiB on the node that holds most; parts of 0 are listed, too."""
+
+    resting: dict[str, float]
+    """What the ranks of the node hold all the time: the offloaded teacher and its rows (pinned), buckets of weights."""
+    saving: dict[str, float]
+    """What a save adds: copies of the optimizer state and the weights.  A save in the background keeps them while the
+    run trains."""
+
+    @property
+    def peak(self) -> float:
+        """GiB of all parts together."""
+        return sum(self.resting.values()) + sum(self.saving.values())
+
+    def __str__(self) -> str:
+        parts = (self.resting | self.saving).items()
+        listed = " + ".join(f"{name} {size:.1f}" for name, size in parts if round(size, 1))
+        return f"{listed or 'nothing'} = {self.peak:.1f} GiB"
+
+
+def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence[Stage], load: Load) -> HostMemory:
+    """Return what the fullest node of ``cluster.gpus_per_node`` ranks holds; consecutive ranks form a stage."""
+    num_gpus = config.cluster.num_gpus or 1
+    per_stage = [(_resting(config, transformer, stage, load), _saving(config, stage)) for stage in stages]
+    ranks_of_a_stage = num_gpus // len(stages)
+    nodes = []
+    for first in range(0, num_gpus, config.cluster.gpus_per_node):
+        ranks = range(first, min(first + config.cluster.gpus_per_node, num_gpus))
+        held = [per_stage[rank // ranks_of_a_stage] for rank in ranks]
+        resting, saving = (_sum([parts[which] for parts in held]) for which in (0, 1))
+        if first == 0:
+            resting["weight bucket"] += _bucket_bytes(config) / GIB
+        nodes.append(HostMemory(resting, saving))
+    return max(nodes, key=lambda node: node.peak)
+
+
+def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> dict[str, float]:
+    """Bytes of one rank of ``stage``, all the time."""
+    teacher = config.teacher
+    weights = rows = 0.0
+    if config.objective == "self_distillation":
+        if teacher.offload == "cpu" and teacher.weights != "current":
+            weights = stage.parameters * (element_size(config) + (4 if teacher.weights == "ema" else 0))
+        if stage.projects:
+            rows = max(teacher_rows(config, transformer, load) - config.schedule.teacher_store_gb * GIB, 0.0)
+    return {"teacher": weights, "teacher rows": rows, "weight bucket": 0.0}
+
+
+def _saving(config: Config, stage: Stage) -> dict[str, float]:
+    """Bytes of one rank of ``stage`` in a save: each rank copies and writes its share of what its replicas hold too.
+
+    The frozen teacher, which is written once and before the rest, takes less.
+    """
+    optimizer = config.optimizer
+    if optimizer.use_distributed_optimizer:
+        state = 12  # the float32 parameter and both moments, in either precision
+    else:
+        state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
+        state += 4 if optimizer.precision == "bf16" else 0
+    share = stage.dense_parameters / stage.dp_cp_size + stage.expert_parameters / stage.expert_dp_size
+    is_average = config.objective == "self_distillation" and config.teacher.weights == "ema"
+    return {
+        "optimizer in a save": share * state,
+        "weights in a save": share * element_size(config),
+        "teacher in a save": share * 4 if is_average else 0.0,
+    }
+
+
+def _bucket_bytes(config: Config) -> float:
+    rollout = config.rollout
+    if not config.samples or rollout.engine != "vllm" or rollout.placement != "server":
+        return 0.0
+    return _COPIES_OF_A_BUCKET.get(rollout.transfer or "", 0) * rollout.bucket_mb * 2**20
+
+
+def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the sum of bytes by part, in GiB."""
+    return {name: sum(part[name] for part in parts) / GIB for name in parts[0]}
