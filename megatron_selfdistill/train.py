@@ -153,9 +153,10 @@ def _finished(config: Config, as_given: Config) -> Path | None:
     """Return the last checkpoint of a run that is complete, and was last started with the configuration ``as_given``;
     ``config``: the same with the architecture of that checkpoint.  None for any other run."""
     from megatron_selfdistill.checkpoint import folder
+    from megatron_selfdistill.run_folder import CONFIGURATION_FILE
 
     run_dir = Path(config.run_dir)
-    written = run_dir / "config.yaml"
+    written = run_dir / CONFIGURATION_FILE
     if config.dry_run or not config.checkpoint.resume or not written.is_file():
         return None
     # Its first launch wrote it before there was a checkpoint with an architecture, the others after that.
