@@ -54,7 +54,8 @@ class Verdict:
     truncated: bool
     """It reached the limit; it then counts as wrong."""
     answer: str | None
-    """What it votes for in a majority (`voted_answer`); None where it is truncated or says nothing."""
+    """What it votes for in a majority (`voted_answer`); None where it is truncated or says nothing, and where the
+    evaluation reads no votes."""
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,15 @@ def evaluate(
     step: int,
     grid: Grid,
     max_length: int,
-    majority_ks: Sequence[int] = (),
+    majority_ks: Sequence[int] | None = None,
     hinted: bool = False,
     num_transcripts: int | None = 4,
 ) -> EvaluationResult:
     """One greedy response and ``num_samples`` drawn with ``params`` to the student's prompt of every problem.
 
     ``problems``: the same on all ranks, each replica samples every dp_size-th.  ``ks``: of pass@k, at most
-    ``num_samples``; without samples there is none.  ``majority_ks``: the same of majority@k.  ``hinted``: the
-    teacher's prompts, with the solution.
+    ``num_samples``; without samples there is none.  ``majority_ks``: the same of majority@k; null reads
+    no final answers.  ``hinted``: the teacher's prompts, with the solution.
     ``num_transcripts``: problems whose responses are kept as text; None keeps all.
     The random stream of sample i is ``stream_seed(seed, step, "eval/" + problem.id, i)``, so results do not
     depend on the parallel sizes.  A response that reached the limit is wrong: it has no final answer.
@@ -190,7 +191,7 @@ def evaluate(
     Raises: ConfigError in one sentence, before anything is sampled, for problems that cannot be judged or do
     not fit ``max_length``; VerifierError on every rank where the verifier failed on one.
     """
-    check_samples(num_samples, ks, majority_ks)
+    check_samples(num_samples, ks, majority_ks or ())
     if not problems:
         raise ConfigError("Evaluation: expected at least one problem, got none.")
     check_answers(problems, verifier)
@@ -219,7 +220,7 @@ def evaluate(
         nonlocal num_ends
         text, truncated = response_text(response, tokenizer), response.truncated
         correct = not truncated and bool(verifier(text, problem))
-        answer = None if truncated else voted_answer(text, verifier)
+        answer = None if truncated or majority_ks is None else voted_answer(text, verifier)
         kept = text if problem.id in kept_ids else None
         mentions = not truncated and not correct and mentions_answer(text, problem)
         num_ends += mentions
@@ -236,7 +237,7 @@ def evaluate(
     ]
     transcripts = _transcripts(verdicts, prompts[:num_kept], problems, tokenizer, num_samples)
     overlooked = _overlooked(verdicts, problems)
-    return replace(_result(results, num_samples, ks, majority_ks, transcripts), overlooked=overlooked)
+    return replace(_result(results, num_samples, ks, majority_ks or (), transcripts), overlooked=overlooked)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

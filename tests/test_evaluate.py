@@ -154,6 +154,17 @@ def test_each_problem_has_its_verdicts_and_answers():
     assert result.metrics("test")["test/avg_at_6"] == result.sampled_accuracy
 
 
+def test_an_evaluation_without_majorities_reads_no_votes(monkeypatch):
+    from megatron_selfdistill import evaluate as module
+
+    with_votes = run(sums(), majority_ks=[])
+    assert any(verdict.answer is not None for problem in with_votes.problems for verdict in problem.samples)
+    monkeypatch.setattr(module, "voted_answer", None)  # a run that evaluates while it trains asks for none
+    without = run(sums())
+    assert all(verdict.answer is None for problem in without.problems for verdict in problem.samples)
+    assert without.metrics("test") == with_votes.metrics("test")
+
+
 def test_transcripts_are_what_was_read_and_written():
     result = run(sums(3), num_transcripts=2, num_samples=1, ks=[1])
     assert [(t.problem_id, t.sample) for t in result.transcripts] == [
