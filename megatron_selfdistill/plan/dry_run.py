@@ -15,6 +15,7 @@ from megatron_selfdistill.model.architecture import padded_vocab_size, transform
 from megatron_selfdistill.model.hf_mapping import family_of_model
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.plan import bubble
+from megatron_selfdistill.plan.engines import Engines, engines
 from megatron_selfdistill.plan.host_memory import HostMemory, host_memory
 from megatron_selfdistill.plan.memory import Load, Memory, engine_weight_gib, memory
 from megatron_selfdistill.plan.stages import Stage, stages
@@ -53,6 +54,8 @@ class Plan:
     pair_order: str
     schedule: bubble.Simulated
     output_layer: OutputLayer
+    engines: Engines | None
+    """vLLM's; None where another sampler, or none, is at work."""
 
     def misfit(self) -> str | None:
         """Return one sentence where a stage, or a server's share of the weights, does not fit its GPU, or a node's
@@ -139,15 +142,18 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, tp_size),
         model_parameters=sum(stage.model_parameters for stage in built),
     )
+    needed = [
+        memory(config, transformer, stage, replace(load, in_flight=in_flight))
+        for stage, in_flight in zip(built, schedule.in_flight, strict=True)
+    ]
+    samples = config.samples and not config.logged and config.rollout.engine == "vllm"
+    kv_cache_gib = min(each.rollout.get("KV cache", 0.0) for each in needed)
     return Plan(
         config=config,
         num_problems=len(inputs.problems) if inputs is not None else None,
         about_prompts=inputs.about_prompts if inputs is not None else None,
         stages=built,
-        memory=[
-            memory(config, transformer, stage, replace(load, in_flight=in_flight))
-            for stage, in_flight in zip(built, schedule.in_flight, strict=True)
-        ],
+        memory=needed,
         host=host_memory(config, transformer, built, load),
         parameters=load.model_parameters,
         dp_size=dp_size,
@@ -157,6 +163,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         pair_order=pair_order,
         schedule=schedule,
         output_layer=choose_output_layer(config, load.vocab_size),
+        engines=engines(config, transformer, built, num_gpus, kv_cache_gib) if samples else None,
     )
 
 

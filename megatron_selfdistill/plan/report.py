@@ -53,6 +53,7 @@ def summary(plan: Plan) -> list[str]:
         str(plan.output_layer),
         _engines(plan),
         f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g}; processes are not counted",
+        *_how_full(plan),
     ]
 
 
@@ -70,6 +71,19 @@ def _engines(plan: Plan) -> str:
         f"{responses}: vLLM servers ({where}) of {rollout.engine_tp} GPUs of their own, each with "
         f"{engine_weight_gib(plan.config, plan.parameters):.1f} GiB of weights"
     )
+
+
+def _how_full(plan: Plan) -> list[str]:
+    """Sequences per engine, and a warning where they are too few."""
+    if plan.engines is None:
+        return []
+    rollout, training = plan.engines.seconds
+    filled = (
+        f"{plan.engines.sequences:g} sequences per engine and step; its KV cache holds about {plan.engines.capacity} "
+        f"at a time; by arithmetic for H200 GPUs (plan/engines.py) {rollout:.0f} s of rollout and {training:.0f} s of "
+        "training per step"
+    )
+    return [filled, *([plan.engines.warning] if plan.engines.warning else [])]
 
 
 def memory_table(plan: Plan) -> Table:

@@ -1,0 +1,136 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""How full the vLLM engines are, and what share of a step they take: arithmetic, not measurement.
+
+An engine reads all of its weights from memory for every token, whatever the number of sequences that it continues at
+once.  Up to the machine's balance the sequences share that read, so a rollout takes as long for one sequence as for all
+of them.  An engine is full when it has as many sequences as the balance, or as its KV cache holds at a time:
+
+    balance  = `BALANCE` * all parameters / parameters that a token uses (fewer in a mixture of experts)
+    rollout  = longest response * bytes of weights per GPU / bandwidth * max(1, sequences / full)
+    training = FLOPs per parameter and token * parameters used * response tokens / (GPUs * FLOP/s * `MFU`)
+
+The mean response and the mean prompt are taken as a third (`MEAN`) of the longest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.plan.memory import GIB, element_size, engine_weight_gib
+from megatron_selfdistill.plan.stages import Stage
+
+BANDWIDTH = 4.3e12
+"""Bytes per second that an H200 copies in its own memory."""
+FLOPS = 780e12
+"""FLOP/s of an H200's dense bf16 matrix products."""
+BALANCE = FLOPS / BANDWIDTH
+"""Sequences at which products of bf16 weights (2 FLOPs for 2 bytes) take as long as reading the weights: 181."""
+MFU = 0.4
+"""Share of `FLOPS` that training reaches."""
+MEAN = 1 / 3
+"""Mean length of prompts and responses, as a share of the longest."""
+# Of a server's GPU, that weights and KV cache take together where rollout.kv_cache_gb leaves the size to vLLM.
+_SERVER_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The vLLM engines of a plan in one step."""
+
+    count: int
+    """Engines."""
+    sequences: float
+    """Sequences that one engine continues in a step; a guided response is two."""
+    capacity: int
+    """Sequences of mean length, half written, that the KV cache of one engine holds at a time."""
+    balance: float
+    """Sequences at which computing takes as long as reading the weights."""
+    seconds: tuple[float, float]
+    """Of the rollout and of training in a step."""
+    batch: int
+    """data.global_batch_size at which the engines are full or the rollout takes half of the step, rounded up to a power
+    of two."""
+
+    @property
+    def full(self) -> float:
+        """Sequences up to which more of them take no more time."""
+        return min(self.balance, self.capacity)
+
+    @property
+    def share(self) -> float:
+        """The rollout's share of the step's time."""
+        return self.seconds[0] / sum(self.seconds)
+
+    @property
+    def warning(self) -> str | None:
+        """One sentence where the rollout takes most of the step and more sequences would take no more time."""
+        if self.share <= 0.5 or self.sequences >= self.full:
+            return None
+        return (
+            f"warning: {self.sequences:g} sequences per engine leave the engines nearly idle, and writing responses "
+            f"takes about {self.share:.0%} of a step; {self.full:.0f} sequences take about as long: raise "
+            f"data.global_batch_size to {self.batch}, or rollout.num_samples by the same factor"
+        )
+
+
+def engines(config: Config, transformer: Any, built: Sequence[Stage], num_gpus: int, kv_cache_gib: float) -> Engines:
+    """Return the `Engines` of a configuration that samples with vLLM.
+
+    ``transformer``: Megatron's configuration of the model.  ``built``: its stages.  ``kv_cache_gib``: GiB per GPU of a
+    colocated engine's KV cache; a server's is computed here.
+    """
+    rollout, data = config.rollout, config.data
+    colocated = rollout.placement == "colocated"
+    count = num_gpus // rollout.engine_tp if colocated else len(rollout.servers) or rollout.num_servers
+    responses = data.global_batch_size * rollout.num_samples
+    sequences = responses * (2 if rollout.guidance == "mixed" else 1) / count
+    parameters = sum(stage.model_parameters for stage in built)
+    active = parameters - _idle_experts(transformer, built)
+    weight_gib = engine_weight_gib(config, parameters)
+    if not colocated:
+        left = _SERVER_SHARE * config.cluster.gpu_memory_gb - weight_gib
+        kv_cache_gib = left if rollout.kv_cache_gb is None else rollout.kv_cache_gb
+    prompt = (data.max_length or 2 * rollout.max_new_tokens) - rollout.max_new_tokens
+    held = MEAN * (prompt + rollout.max_new_tokens / 2)
+    capacity = max(1, int(kv_cache_gib * GIB / kv_cache_bytes(config, transformer) / held))
+    balance = BALANCE * parameters / active * element_size(config) / 2
+    reading = rollout.max_new_tokens * weight_gib * GIB / BANDWIDTH
+    flops = 6 + 2 * (config.objective == "self_distillation") + 2 * (transformer.recompute_granularity == "full")
+    training = flops * active * MEAN * rollout.max_new_tokens * responses / (num_gpus * FLOPS * MFU)
+    full = min(balance, capacity)
+    enough = min(full, sequences * reading / training)
+    return Engines(
+        count=count,
+        sequences=sequences,
+        capacity=capacity,
+        balance=balance,
+        seconds=(reading * max(1.0, sequences / full), training),
+        batch=2 ** math.ceil(math.log2(max(1.0, data.global_batch_size * enough / sequences))),
+    )
+
+
+def kv_cache_bytes(config: Config, transformer: Any) -> float:
+    """Return the bytes of one token in the KV cache of one GPU of an engine.
+
+    Where an engine has more GPUs than the model has heads of keys, a head is held more than once; so is the one vector
+    of latent attention.
+    """
+    layers, size = transformer.num_layers, element_size(config)
+    if getattr(transformer, "multi_latent_attention", False):
+        return layers * size * (transformer.kv_lora_rank + transformer.qk_pos_emb_head_dim)
+    heads = max(1.0, transformer.num_query_groups / config.rollout.engine_tp)
+    return layers * size * 2 * heads * transformer.kv_channels
+
+
+def _idle_experts(transformer: Any, built: Sequence[Stage]) -> float:
+    """Parameters of the experts that a token does not use."""
+    if not transformer.num_moe_experts:
+        return 0.0
+    num_layers = sum(experts for stage in built for chunk in stage.chunks for experts in chunk)
+    width = transformer.moe_ffn_hidden_size or transformer.ffn_hidden_size
+    expert = (3 if transformer.gated_linear_unit else 2) * transformer.hidden_size * width
+    return num_layers * expert * (transformer.num_moe_experts - transformer.moe_router_topk)
