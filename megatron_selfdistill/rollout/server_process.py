@@ -68,7 +68,6 @@ def start_servers(
     folder: Path,
     hf_config: Path,
     python: str | None,
-    environment: Mapping[str, str],
     token: str,
     tensor_parallel_size: int,
     dtype: torch.dtype,
@@ -77,7 +76,8 @@ def start_servers(
     guided: bool,
     engine_args: Mapping[str, Any],
     shares_gpus: bool,
-    num_weights: int,
+    num_weights: int = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> list[ServerProcess]:
     """``count`` servers on free ports of this machine, which are not up yet.
 
@@ -88,7 +88,7 @@ def start_servers(
     Raises `ConfigError` where there are too few GPUs or no such Python.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    variables = {**server_environment(os.environ, environment_at_start()), **environment}
+    variables = {**server_environment(os.environ, environment_at_start()), **(environment or {})}
     variables = _with_package({name: value for name, value in variables.items() if value}, folder, python, token)
     arguments = [
         f"--hf-config={hf_config.resolve()}",

@@ -36,7 +36,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         folder=folder,
         hf_config=hf_config,
         python=os.environ["SELFDISTILL_VLLM_PYTHON"],
-        environment={},
         token=token,
         tensor_parallel_size=1,
         dtype=torch.float32,
@@ -45,7 +44,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         guided=True,
         engine_args={"max_num_seqs": 32},
         shares_gpus=False,
-        num_weights=0,
     )
     try:
         clients = [VllmServer(one.address, token) for one in processes]

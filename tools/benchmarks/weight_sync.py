@@ -1,0 +1,208 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Seconds of a weight sync to vLLM, as a ratio to a copy of the same bytes in one process.
+
+    python tools/benchmarks/weight_sync.py --placement colocated                in an environment with vLLM
+    torchrun --nproc-per-node 2 tools/benchmarks/weight_sync.py --placement colocated --tp 2 --engine-tp 2
+    python tools/benchmarks/weight_sync.py --placement server ...               see server_sync.py beside it
+
+The model is a random Llama in bfloat16.  Each sync comes after a copy of all tensors of the model into memory that has
+been written before, so that both meet the same load of the machine; medians are compared.  Two ranks copy at once.
+
+``--profile`` also prints where one sync spends its time.  *Export* is what the trainer does to have full tensors under
+their Hugging Face names; *load* is vLLM's weight loaders, *process* its kernels' layout of a layer, *place* its copy into
+the tensors that CUDA graphs read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_selfdistill.noise import silence_known_warnings
+
+
+def main() -> None:
+    if "server" in sys.argv[1:]:
+        _measure_servers()
+        return
+    arguments = _parser().parse_args()
+    silence_known_warnings()
+    torch.set_num_threads(1)
+    from megatron_selfdistill import parallel
+    from megatron_selfdistill.config import ParallelConfig
+
+    cuts = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
+    grid = parallel.initialize(cuts, seed=0)
+    found = _measure(arguments, cuts, grid)
+    if grid.is_reporter:
+        print(_table(found, arguments, grid.device))
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **found}, indent=2))
+    parallel.shutdown()
+
+
+def _measure_servers() -> None:
+    """Hand the command line, less the placement, to the script for servers."""
+    import server_sync
+
+    place = sys.argv.index("server")
+    sys.argv = [sys.argv[0], *sys.argv[1 : place - 1], *sys.argv[place + 1 :]]
+    server_sync.main()
+
+
+def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, Any]:
+    """Return the seconds of each sync and of the copy before it, the bytes of one sync, and where a sync's time goes."""
+    from megatron_selfdistill.model.hf_mapping import family_of_model
+    from megatron_selfdistill.rollout.vllm import ColocatedSampler
+
+    model, chunks = _model(arguments, cuts, grid)
+    family = family_of_model(model)
+    with tempfile.TemporaryDirectory() as folder:
+        config = family.hf_config(model, "bfloat16")
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        options = {"vocab_size": arguments.vocab, "max_length": 256, "engine_tp": arguments.engine_tp}
+        sampler = ColocatedSampler(
+            chunks,
+            grid,
+            Path(folder),
+            family.rules(model),
+            **options,
+            kv_cache_gb=0.1,
+            bucket_bytes=int(arguments.bucket_mb * 2**20),
+        )
+    sampler.update_weights(0)
+    num_bytes = int(sampler.metrics()["rollout/sync_bytes"])
+    source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=grid.device) for _ in range(2))
+    found: dict[str, Any] = {"copy": [], "sync": [], "bytes": num_bytes, "profile": {}}
+    for version in range(1, arguments.repeats + 1):
+        found["copy"].append(_seconds(lambda: target.copy_(source)))
+        found["sync"].append(_seconds(lambda version=version: sampler.update_weights(version)))  # type: ignore[misc]
+    if arguments.profile:
+        with _profiled() as found["profile"]:
+            found["profile"]["all"] = _seconds(lambda: sampler.update_weights(arguments.repeats + 1))
+    sampler.close()
+    return found
+
+
+def _model(arguments: argparse.Namespace, cuts: Any, grid: Any) -> tuple[Any, Any]:
+    from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ScheduleConfig
+    from megatron_selfdistill.model.architecture import transformer_config
+    from megatron_selfdistill.model.build import build_chunks
+
+    model = ModelConfig(
+        vocab_size=arguments.vocab,
+        num_layers=arguments.layers,
+        hidden_size=arguments.hidden,
+        num_attention_heads=arguments.hidden // 64,
+        num_query_groups=max(arguments.hidden // 256, arguments.engine_tp),
+        max_position_embeddings=4096,
+    )
+    config = transformer_config(model, cuts, OptimizerConfig(precision="bf16"), ScheduleConfig())
+    return model, build_chunks(model, config, grid, arguments.vocab)
+
+
+@contextmanager
+def _profiled() -> Iterator[dict[str, float]]:
+    """Yield a dict that fills with seconds by part while the context lasts."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    from megatron_selfdistill.rollout.vllm import ColocatedSampler
+
+    found: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                found[name] = found.get(name, 0.0) + time.perf_counter() - began
+
+        return call
+
+    def exported(self: Any) -> Iterator[Any]:
+        stream = tensors(self)
+        advance = timed("export", lambda: next(stream, None))
+        while (tensor := advance()) is not None:
+            yield tensor
+
+    tensors = ColocatedSampler._tensors
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ColocatedSampler, "_tensors", exported))
+        for name, attribute in {
+            "load, process and place": "_layerwise_process",
+            "of which memory for the layer": "materialize_layer",
+            "of which place": "_copy_and_restore_kernel_tensors",
+        }.items():
+            patched = timed(name, getattr(layerwise, attribute))
+            stack.enter_context(mock.patch.object(layerwise, attribute, patched))
+        yield found
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """Return the wall seconds from when all ranks begin until this one has ended."""
+    dist.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> str:
+    copy, sync = statistics.median(found["copy"]), statistics.median(found["sync"])
+    size = found["bytes"] / 2**20
+    lines = [
+        f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, bfloat16, {size:.0f} MiB; "
+        f"TP {arguments.tp} x PP {arguments.pp}, engines of {arguments.engine_tp}; {device.type}",
+        "",
+        "| | seconds | GiB/s | to a copy |",
+        "|---|---|---|---|",
+        *(
+            f"| {n} | {s:.3f} | {size / 1024 / s:.2f} | {s / copy:.2f} |"
+            for n, s in {"copy": copy, "sync": sync}.items()
+        ),
+    ]
+    if found["profile"]:
+        lines += ["", "one sync, by part (seconds):"]
+        lines += [f"  {name}: {seconds:.3f}" for name, seconds in found["profile"].items()]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--placement", required=True, choices=["colocated", "server"], help="where vLLM runs")
+    for name, default in {
+        "layers": 12,
+        "hidden": 1024,
+        "vocab": 32768,
+        "tp": 1,
+        "pp": 1,
+        "engine-tp": 1,
+        "repeats": 7,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser.add_argument("--bucket-mb", type=float, default=1024.0, help="MiB of a bucket (default: 1024)")
+    parser.add_argument("--profile", action="store_true", help="also say where one sync spends its time")
+    parser.add_argument("--json", help="also write every measured time to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
