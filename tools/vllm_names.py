@@ -44,6 +44,8 @@ MEMBERS = {
     "vllm.distributed.weight_transfer.factory": "WeightTransferEngineFactory._registry "
     "WeightTransferEngineFactory.register_engine",
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base": "FusedMoEMethodBase.moe_kernel",
+    "vllm.model_executor.model_loader.reload.layerwise": "materialize_layer _layerwise_process",
+    "vllm.model_executor.model_loader.reload.types": "LayerReloadingInfo.kernel_tensors",
     "vllm.v1.worker.gpu_input_batch": "InputBatch.logitsprocs",
     "vllm.v1.sample.logits_processor.state": "LogitsProcessors.all",
     "vllm.v1.core.sched.scheduler": "Scheduler.add_request Scheduler.finish_requests Scheduler.shutdown",

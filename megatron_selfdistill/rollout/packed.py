@@ -5,7 +5,7 @@
     ...  # vLLM's reload_weights, or the steps of its layerwise reload
     after_reload(model)
 
-On other devices both do nothing: there layers compute with the parameters themselves.  Needs vLLM, never Megatron.
+On other devices nothing is packed: there layers compute with the parameters themselves.  Needs vLLM, never Megatron.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
+from megatron_selfdistill.rollout.reload_in_place import reload_in_place
+
 
 def before_reload(model: torch.nn.Module) -> None:
     """Experts will be packed as at their first load: with a kernel at hand vLLM takes them for ready and reads plain
-    weights as packed ones."""
+    weights as packed ones.  On every device vLLM loads into the memory that the layers have (reload_in_place.py)."""
+    reload_in_place()
     if current_platform.is_cpu():
         for module in model.modules():
             method = getattr(module, "quant_method", None)

@@ -563,3 +563,49 @@ def test_an_engine_that_slept_gets_its_weights_again_before_it_writes(ranks):
     assert happened == [*cycle, "sleep", "wake weights", "load 7", "wake kv_cache"]
     assert same
     assert metrics["rollout/sync_bytes"] > 0 and metrics["rollout/sync_seconds"] > 0
+
+
+# -- what an update writes ---------------------------------------------------------------------------------------------
+
+
+def parameters_of(it: Any) -> dict[str, torch.Tensor]:
+    return it._engine._llm.apply_model(lambda model: dict(model.named_parameters()))[0]
+
+
+def updated_twice() -> tuple[list[tuple[int, ...]], bool, int, bool]:
+    """Shapes of the memory that an update takes; whether all parameters stay where they were; how many of them have the
+    name of a tensor that was sent, and whether each of these holds what was sent."""
+    import vllm._custom_ops
+    from vllm.model_executor.model_loader.reload import meta
+
+    taken: list[tuple[int, ...]] = []
+    materialize = meta.materialize_meta_tensor
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        taken.append(tuple(tensor.shape))
+        return materialize(tensor)
+
+    with mock.patch.object(vllm._custom_ops, "_supports_onednn", False):  # it would pack weights into others
+        chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
+        with sampler(MODELS["gqa"], chunks, grid) as it:
+            it.update_weights(1)
+            before = {name: parameter.data_ptr() for name, parameter in parameters_of(it).items()}
+            with torch.no_grad():
+                for chunk in chunks:
+                    for parameter in chunk.parameters():
+                        parameter.mul_(1.5)
+            with mock.patch.object(meta, "materialize_meta_tensor", noted):
+                it.update_weights(2)
+            sent = dict(it._tensors())
+            after = parameters_of(it)
+            shared = after.keys() & sent.keys()
+            stay = before == {name: parameter.data_ptr() for name, parameter in after.items()}
+            equal = all(torch.equal(after[name][: len(sent[name])], sent[name]) for name in shared)  # less padding
+            assert len(it.generate(requests(), GREEDY)) == len(requests())
+    return taken, stay, len(shared), equal
+
+
+def test_an_update_takes_no_memory_and_leaves_every_parameter_where_it_is(ranks):
+    ((taken, stay, num_shared, equal),) = ranks.run(updated_twice, world_size=1, timeout=TIMEOUT)
+    assert taken == []
+    assert stay and equal and num_shared > 4
