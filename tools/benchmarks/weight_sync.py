@@ -6,11 +6,14 @@
     python tools/benchmarks/weight_sync.py --placement server ...               see server_sync.py beside it
 
 The model is a random Llama in bfloat16.  Each sync comes after a copy of all tensors of the model into memory that has
-been written before, so that both meet the same load of the machine; medians are compared.  Two ranks copy at once.
+been written before, so that both meet the same load of the machine; medians are compared.  Several ranks copy at once.
+
+On a CPU vLLM packs every weight anew for oneDNN's products, which takes as long as several copies; ``--unpacked``
+leaves that out, as on a GPU, where layers compute with the parameters themselves.
 
 ``--profile`` also prints where one sync spends its time.  *Export* is what the trainer does to have full tensors under
-their Hugging Face names; *load* is vLLM's weight loaders, *process* its kernels' layout of a layer, *place* its copy into
-the tensors that CUDA graphs read.
+their Hugging Face names; *load* is vLLM's weight loaders, *process* its kernels' layout of a layer, *place* its copy
+into the tensors that CUDA graphs read.
 """
 
 from __future__ import annotations
@@ -36,8 +39,14 @@ from megatron_selfdistill.noise import silence_known_warnings
 
 
 def main() -> None:
-    if "server" in sys.argv[1:]:
-        _measure_servers()
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--placement")
+    known, others = place.parse_known_args()
+    if known.placement == "server":
+        import server_sync  # type: ignore[import-not-found]
+
+        sys.argv[1:] = others
+        server_sync.main()
         return
     arguments = _parser().parse_args()
     silence_known_warnings()
@@ -55,20 +64,19 @@ def main() -> None:
     parallel.shutdown()
 
 
-def _measure_servers() -> None:
-    """Hand the command line, less the placement, to the script for servers."""
-    import server_sync
-
-    place = sys.argv.index("server")
-    sys.argv = [sys.argv[0], *sys.argv[1 : place - 1], *sys.argv[place + 1 :]]
-    server_sync.main()
-
-
 def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, Any]:
-    """Return the seconds of each sync and of the copy before it, the bytes of one sync, and where a sync's time goes."""
+    """Return the seconds of each sync and of the copy before it, the bytes of a sync, and the parts of its time."""
     from megatron_selfdistill.model.hf_mapping import family_of_model
     from megatron_selfdistill.rollout.vllm import ColocatedSampler
 
+    if arguments.unpacked:
+        import vllm._custom_ops
+
+        if not hasattr(vllm._custom_ops, "_supports_onednn"):
+            sys.exit(
+                "--unpacked: this version of vLLM has no switch _custom_ops._supports_onednn; leave the option out"
+            )
+        vllm._custom_ops._supports_onednn = False
     model, chunks = _model(arguments, cuts, grid)
     family = family_of_model(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +153,6 @@ def _profiled() -> Iterator[dict[str, float]]:
         stack.enter_context(mock.patch.object(ColocatedSampler, "_tensors", exported))
         for name, attribute in {
             "load, process and place": "_layerwise_process",
-            "of which memory for the layer": "materialize_layer",
             "of which place": "_copy_and_restore_kernel_tensors",
         }.items():
             patched = timed(name, getattr(layerwise, attribute))
@@ -189,8 +196,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--placement", required=True, choices=["colocated", "server"], help="where vLLM runs")
     for name, default in {
-        "layers": 12,
-        "hidden": 1024,
+        "layers": 8,
+        "hidden": 2048,
         "vocab": 32768,
         "tp": 1,
         "pp": 1,
@@ -199,6 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--bucket-mb", type=float, default=1024.0, help="MiB of a bucket (default: 1024)")
+    parser.add_argument(
+        "--unpacked",
+        action="store_true",
+        help="on a CPU, let vLLM compute with the weights as they are, as on a GPU, and not with packed copies of them",
+    )
     parser.add_argument("--profile", action="store_true", help="also say where one sync spends its time")
     parser.add_argument("--json", help="also write every measured time to this file")
     return parser
