@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,12 +87,14 @@ class Exporter:
         group_sizes = {expert: group.size() for expert, group in self._groups.items()}
         self._buckets = [_packed(run, group_sizes) for run in _runs(_locate(rules, stages), bucket_bytes)]
 
-    def stream(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """Every tensor of the rules once, full, in its live dtype: the same lists on every rank of ``on_ranks``, empty
-        ones elsewhere.
+    def stream(self, *, copies: bool = True) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield every tensor of the rules once, full, in its live dtype: the same lists on every rank of ``on_ranks``,
+        empty ones elsewhere.
 
         A list is emptied when the next one is asked for, so that ``for tensors in stream()`` never holds two buckets:
         keep the tensors, not the list.  They are copies, on this rank's device; some share storage with each other.
+        With ``copies=False`` a tensor that this rank holds whole is a view of the live weights, which costs nothing:
+        read it before training goes on.  On a GPU all copies and transfers are queued, and nothing here waits for one.
         Buckets follow the pipeline's stages, dense tensors before experts, else the order of the rules.
 
         Collectives: every rank of the world iterates to the end; what ``overlap_param_gather`` has left to gather
@@ -105,15 +107,17 @@ class Exporter:
         # Anew each time: training wraps, offloads and recasts what it holds, so storage does not last.
         shards = {_place(shard): shard.data for shard in _sharded_tensors(self._chunks)}
         for bucket in self._buckets:
-            tensors = self._full_tensors(bucket, shards)
+            tensors = self._full_tensors(bucket, shards, copies)
             beat()
             yield tensors
             tensors.clear()
 
     @torch.no_grad()
-    def _full_tensors(self, bucket: _Bucket, shards: dict[_Place, Tensor]) -> list[tuple[str, Tensor]]:
+    def _full_tensors(self, bucket: _Bucket, shards: dict[_Place, Tensor], copies: bool) -> list[tuple[str, Tensor]]:
         if not self._relays[bucket.expert]:
             return []
+        if not copies and self._grid.pp_size == 1 and self._groups[bucket.expert].size() == 1:
+            return [named for tensor in bucket.tensors for named in tensor.held(shards)] if self._wanted_here else []
         packed = self._packed_shards(bucket, shards)
         if not self._gathers[bucket.expert]:
             return []
@@ -213,6 +217,30 @@ class _Tensor:
             block = tuple(slice(start, start + n) for start, n in zip(part.start, part.size, strict=True))
             full[block].copy_(part.within(buffers[part.member], self.dtype))
         return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
+
+    def held(self, shards: Mapping[_Place, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Return the tensors on a rank that holds all parts: views of the weights, or copies where parts lie apart."""
+        parts = sorted(self.parts, key=lambda part: part.start)
+        blocks = [shards[self.rule.megatron, part.start][tuple(slice(n) for n in part.size)] for part in parts]
+        full = _as_one(blocks, self.rule.shape)
+        if full is None:
+            full = torch.empty(self.rule.shape, dtype=self.dtype, device=blocks[0].device)
+            for part, block in zip(parts, blocks, strict=True):
+                full[tuple(slice(start, start + n) for start, n in zip(part.start, part.size, strict=True))] = block
+        return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
+
+
+def _as_one(blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:
+    """Return ``blocks``, which follow one another in memory as rows of a tensor of this ``shape``, as that tensor, or
+    None where they do not; gate and up projections of one layer do."""
+    behind = blocks[0].data_ptr()
+    for block in blocks:
+        if not block.is_contiguous() or block.data_ptr() != behind or block.shape[1:] != torch.Size(shape[1:]):
+            return None
+        if block.untyped_storage().data_ptr() != blocks[0].untyped_storage().data_ptr():
+            return None
+        behind += block.nbytes
+    return blocks[0].as_strided(tuple(shape), torch.empty(tuple(shape), device="meta").stride())
 
 
 @dataclass(frozen=True)

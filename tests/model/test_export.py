@@ -237,6 +237,33 @@ def test_one_bucket_of_full_tensors_is_alive_at_a_time(ranks, kind, parallel):
         assert 2 * fullest <= peak <= 2.5 * fullest + 2 * largest
 
 
+def without_copies(model: ModelConfig, parallel: ParallelConfig) -> tuple[bool, float]:
+    """Whether the tensors are those of a stream of copies, and the share of their bytes that are the weights' own."""
+    from megatron_selfdistill.model.export import Exporter
+
+    chunks, grid = models.build(model, parallel)
+    exporter = Exporter(chunks, grid, rules_of(model), bucket_bytes=SOME)
+    copied = flat([list(bucket) for bucket in exporter.stream()])
+    views = flat([list(bucket) for bucket in exporter.stream(copies=False)])
+    assert_equal(views, copied)
+    own = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
+    assert not any(tensor.untyped_storage().data_ptr() in own for tensor in copied.values())
+    lent = sum(t.nbytes for t in views.values() if t.untyped_storage().data_ptr() in own)
+    return list(views) == list(copied), lent / sum(t.nbytes for t in views.values())
+
+
+@pytest.mark.parametrize("kind", ["gqa", "tied", "moe"])
+def test_a_rank_that_holds_all_can_hand_out_its_weights_themselves(ranks, kind):
+    """All but what has to be put in another order."""
+    [(in_order, lent)] = ranks.run(without_copies, models.model_config(kind), ParallelConfig(), world_size=1)
+    assert in_order and lent > 0.75
+
+
+def test_a_rank_that_holds_a_part_hands_out_copies(ranks):
+    for in_order, lent in ranks.run(without_copies, models.model_config("gqa"), sizes(tensor=2), world_size=2):
+        assert in_order and lent == 0
+
+
 def after_a_step(optimizer: OptimizerConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Exported before and after an optimizer step, and logits of the forward that follows."""
     from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
