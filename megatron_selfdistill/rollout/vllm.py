@@ -166,7 +166,7 @@ class ColocatedSampler:
         self._engine.close()
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for bucket in self._exporter.stream():
+        for bucket in self._exporter.stream(copies=False):
             self._count("sync_bytes", sum(tensor.nbytes for _, tensor in bucket))
             yield from bucket
 

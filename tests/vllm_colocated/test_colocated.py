@@ -596,7 +596,14 @@ def updated_twice() -> tuple[list[tuple[int, ...]], bool, int, bool]:
                         parameter.mul_(1.5)
             with mock.patch.object(meta, "materialize_meta_tensor", noted):
                 it.update_weights(2)
-            sent = dict(it._tensors())
+            sent = {name: tensor.clone() for name, tensor in it._tensors()}
+            live = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
+            num_views = sum(tensor.untyped_storage().data_ptr() in live for _, tensor in it._tensors())
+            assert num_views > len(sent) // 2  # of the trainer's own weights, which
+            with torch.no_grad():  # training then changes, and the engine must not see that
+                for chunk in chunks:
+                    for parameter in chunk.parameters():
+                        parameter.zero_()
             after = parameters_of(it)
             shared = after.keys() & sent.keys()
             stay = before == {name: parameter.data_ptr() for name, parameter in after.items()}
