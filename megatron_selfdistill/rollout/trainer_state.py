@@ -70,7 +70,7 @@ def _enter_vllms_stream(trainers_stream: Any) -> None:
     if _vllms_stream is None:
         return
     stream, set_stream = _vllms_stream
-    torch.cuda.set_stream = set_stream
+    torch.cuda.set_stream = set_stream  # type: ignore[assignment]
     if stream != trainers_stream:
         stream.wait_stream(trainers_stream)
     set_stream(stream)
