@@ -35,8 +35,9 @@ from megatron_selfdistill.rollout.exchange import agreement, check_requests, han
 from megatron_selfdistill.rollout.hf_folder import num_weights
 from megatron_selfdistill.rollout.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.server_process import ServerProcess, start_servers, wait_until_healthy
-from megatron_selfdistill.rollout.transfer import Transfer, WeightUpdate, make_transfer, on_each
+from megatron_selfdistill.rollout.transfer import Transfer, make_transfer, on_each
 from megatron_selfdistill.rollout.transfer_choice import choose_transfer
+from megatron_selfdistill.rollout.weight_update import WeightUpdate
 from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ class ServerSampler:
         another."""
         device = self._grid.device
         update = on_rank_0(lambda: self._begin(todo.pop(0), version), device)
-        for tensors in self._exporter.stream():
+        for tensors in self._exporter.stream(copies=False):
             on_rank_0(lambda tensors=tensors: update.send(tensors), device)  # type: ignore[misc,union-attr]
         on_rank_0(lambda: todo.extend(self._finish(update, version)), device)  # type: ignore[arg-type]
 

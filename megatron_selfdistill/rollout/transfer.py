@@ -1,25 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Weights from the trainer's rank 0 to vLLM servers: one class per way, and the update that any of them serves.
-
-    update = WeightUpdate(transfer, servers, version)  # on rank 0
-    for tensors in exporter.stream():                  # on every rank
-        update.send(tensors)
-    update.finish()
-    update.failures                                    # servers that have no whole update, and why
-
-A server answers nothing between the first call and the last, and what it says of a broken update is no version at all.
-"""
+"""Ways for weights to go from the trainer's rank 0 to vLLM servers: one class each.  weight_update.py uses them."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import fcntl
-import os
-import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,16 +16,31 @@ from torch import Tensor
 
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
+from megatron_selfdistill.rollout.transfer_buckets import (
+    MappedFile,
+    PrivateMemory,
+    SharedGpuMemory,
+    TwoBuffers,
+    bucket_file,
+    remove_abandoned,
+)
 from megatron_selfdistill.rollout.transfer_group import broadcast, close_group, open_group
-from megatron_selfdistill.rollout.wire import digest, layout_of, own_address, pack
-
-LOADING = "loading"
-"""What a server says of its weights while they arrive; no number, so no response with it is ever used."""
+from megatron_selfdistill.rollout.wire import Layout, boot_id, layout_of, own_address, pack
 
 _GRACE_SECONDS = 5.0
-_PREFIX, _SUFFIX = "selfdistill-", ".bucket"
 
 Failures = dict[VllmServer, Exception]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors on their way, in memory of the transfer's."""
+
+    layout: Layout
+    packed: Tensor
+    """``[num_bytes]`` uint8; its bytes are `Layout`'s."""
+    where: dict[str, Any] = field(default_factory=dict)
+    """Where servers find them, as JSON; the receiver's business."""
 
 
 class Transfer(Protocol):
@@ -51,9 +53,17 @@ class Transfer(Protocol):
         """Make ``servers``, and no others, ready to receive; again is cheap.  Returns those that could not."""
         ...
 
-    def send(self, tensors: Sequence[tuple[str, Tensor]], servers: Sequence[VllmServer]) -> Failures:
-        """Let ``servers``, as joined, load a bucket of (Hugging Face name, full tensor), which may be used again when
-        this returns.  Returns those that did not."""
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        """Return a bucket of (Hugging Face name, full tensor); the tensors may be written to again when this returns.
+        The bucket before it may still be on its way, the one before that not."""
+        ...
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        """Let ``servers``, as joined, load a bucket, and return those that did not."""
+        ...
+
+    def release(self) -> None:
+        """Give back what only an update needs: it is over, and no server reads anything any more."""
         ...
 
     def forget(self, server: VllmServer) -> None:
@@ -61,67 +71,6 @@ class Transfer(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class WeightUpdate:
-    """The weights of one moment on their way to several servers at once.
-
-    ``servers`` are those that still take part, ``failures`` the others.  Where the transfer is not ``isolated``, one
-    that fails ends the update of all: `broken` tells so, and the others need a new update.
-    """
-
-    def __init__(self, transfer: Transfer, servers: Sequence[VllmServer], version: int) -> None:
-        self._transfer = transfer
-        self._version = version
-        self._names: list[str] = []
-        self.servers = list(servers)
-        self.failures: Failures = {}
-        self.num_bytes = 0
-        self._drop(on_each(self.servers, _begin))
-        self._drop(transfer.join(self.servers) if self.servers else {})
-        if not self.broken:
-            self._each(lambda server: server.start_weight_update())
-
-    @property
-    def isolated(self) -> bool:
-        """Of the transfer: who failed did so alone, and need not be asked again."""
-        return self._transfer.isolated
-
-    @property
-    def broken(self) -> bool:
-        """Nobody gets a whole update."""
-        return not self.servers or bool(self.failures and not self._transfer.isolated)
-
-    def send(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """One bucket; may be empty.  Returns when all servers have loaded it."""
-        if self.broken or not tensors:
-            return
-        self._names += [name for name, _ in tensors]
-        self.num_bytes += sum(tensor.nbytes for _, tensor in tensors)
-        self._drop(self._transfer.send(tensors, self.servers))
-
-    def finish(self) -> None:
-        """Servers that got every tensor answer with the new weights from here on."""
-        if self.broken:
-            return
-        complete = digest(self._names)
-
-        def end(server: VllmServer) -> None:
-            server.update_weights(complete=complete)
-            server.finish_weight_update(str(self._version))
-            server.resume()
-
-        # What fails here has no part in the transfer any more, so it is one server's own affair.
-        failures = on_each(self.servers, end)
-        self.servers = [server for server in self.servers if server not in failures]
-        self.failures.update(failures)
-
-    def _each(self, do: Callable[[VllmServer], None]) -> None:
-        self._drop(on_each(self.servers, do))
-
-    def _drop(self, failures: Failures) -> None:
-        self.failures.update(failures)
-        self.servers = [server for server in self.servers if server not in failures]
 
 
 def make_transfer(name: str, *, folder: str, timeout_s: float) -> Transfer:
@@ -134,7 +83,7 @@ def make_transfer(name: str, *, folder: str, timeout_s: float) -> Transfer:
 
 
 class _OfferedTransfer:
-    """Each bucket is offered in one place, from which every server copies it before it answers."""
+    """Each bucket is offered in one place, where every server reads it before it answers."""
 
     isolated = True
     _name: str
@@ -143,33 +92,26 @@ class _OfferedTransfer:
         self._joined: set[VllmServer] = set()
 
     def join(self, servers: Sequence[VllmServer]) -> Failures:
-        failures = on_each(
-            [server for server in servers if server not in self._joined],
-            lambda server: server.init_weight_transfer(self._name, {}),
-        )
+        failures = on_each([server for server in servers if server not in self._joined], self._invite)
         self._joined = set(servers) - set(failures)
         return failures
 
-    def send(self, tensors: Sequence[tuple[str, Tensor]], servers: Sequence[VllmServer]) -> Failures:
-        layout = layout_of(tensors)
-        with self._offered(pack(tensors, layout)) as where:
-            return on_each(servers, lambda server: server.update_weights(**vars(layout), where=where))
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        return on_each(servers, lambda server: server.update_weights(**vars(bucket.layout), where=bucket.where))
 
     def forget(self, server: VllmServer) -> None:
         self._joined.discard(server)
 
-    def close(self) -> None:
-        """Nothing is held between two buckets."""
-
-    def _offered(self, packed: Tensor) -> contextlib.AbstractContextManager[dict[str, Any]]:
-        """Where servers find the bytes of ``packed``, for as long as the context lasts."""
-        raise NotImplementedError
+    def _invite(self, server: VllmServer) -> None:
+        server.init_weight_transfer(self._name, {})
 
 
 class SharedMemoryTransfer(_OfferedTransfer):
-    """Through a file per bucket in ``folder``: in memory (/dev/shm), or on a file system that the servers share.
+    """Through files in ``folder``: in memory (/dev/shm), or on a file system that the servers share.
 
-    A file is removed when all servers have read it; one that a killed trainer left is removed by the next.
+    Where all workers are on this host, two files last as long as this object, and both sides have them mapped.  A
+    network file system keeps no two mappings alike, so workers of other hosts read a file per bucket, which is removed
+    when all have read it.  What a killed trainer left is removed by the next.
     """
 
     _name = "shared_memory"
@@ -177,27 +119,59 @@ class SharedMemoryTransfer(_OfferedTransfer):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self._folder = Path(folder)
-        _remove_abandoned(self._folder)
+        self._files = TwoBuffers(lambda num_bytes: MappedFile(self._folder, num_bytes))
+        self._elsewhere: set[VllmServer] = set()
+        remove_abandoned(self._folder)
 
-    @contextlib.contextmanager
-    def _offered(self, packed: Tensor) -> Iterator[dict[str, Any]]:
-        with bucket_file(self._folder, packed.cpu()) as path:
-            yield {"path": str(path)}
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        layout = layout_of(tensors)
+        if self._elsewhere & self._joined:
+            return Bucket(layout, pack(tensors, layout).cpu())
+        file = self._files.next(layout.num_bytes)
+        return Bucket(layout, pack(tensors, layout, file.memory), {"path": str(file.path), "mapped": True})
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        if bucket.where:
+            return super().send(bucket, servers)
+        with bucket_file(self._folder, bucket.packed) as path:
+            return super().send(Bucket(bucket.layout, bucket.packed, {"path": str(path)}), servers)
+
+    def release(self) -> None:
+        """Nothing: the next update writes to the same pages."""
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _invite(self, server: VllmServer) -> None:
+        here = all(worker["boot_id"] == boot_id() for worker in server.workers())
+        (self._elsewhere.discard if here else self._elsewhere.add)(server)
+        super()._invite(server)
 
 
 class IpcTransfer(_OfferedTransfer):
-    """Through this rank's GPU memory, which the workers of servers on the same node open by a CUDA IPC handle."""
+    """Through this rank's GPU memory, which the workers of servers on the same host open by a CUDA IPC handle.  Two
+    buffers last for an update."""
 
     _name = "ipc"
 
-    @contextlib.contextmanager
-    def _offered(self, packed: Tensor) -> Iterator[dict[str, Any]]:
-        torch.cuda.synchronize(packed.device)
-        try:
-            yield _ipc_handle(packed)
-        finally:
-            del packed  # the last of it here: what follows frees memory that no process has open any more
-            torch.cuda.ipc_collect()
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers = TwoBuffers(SharedGpuMemory)
+
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        layout = layout_of(tensors)
+        buffer = self._buffers.next(layout.num_bytes)
+        return Bucket(layout, pack(tensors, layout, buffer.memory), buffer.handle)
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        torch.cuda.synchronize(bucket.packed.device)
+        return super().send(bucket, servers)
+
+    def release(self) -> None:
+        self._buffers.close()
+
+    def close(self) -> None:
+        self._buffers.close()
 
 
 class BroadcastTransfer:
@@ -213,6 +187,7 @@ class BroadcastTransfer:
         self._group: dist.ProcessGroup | None = None
         self._store: dist.TCPStore | None = None
         self._broken = False
+        self._buffers = TwoBuffers(PrivateMemory)
 
     def join(self, servers: Sequence[VllmServer]) -> Failures:
         if self._group is not None and self._joined == list(servers):
@@ -265,24 +240,25 @@ class BroadcastTransfer:
             self.close()
         return failures
 
-    def send(self, tensors: Sequence[tuple[str, Tensor]], servers: Sequence[VllmServer]) -> Failures:
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
         layout = layout_of(tensors)
-        packed = pack(tensors, layout)
-        if self._backend == "gloo":
-            packed = packed.cpu()
+        into = self._buffers.next(layout.num_bytes).memory if self._backend == "gloo" else None
+        return Bucket(layout, pack(tensors, layout, into))
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
         failed = threading.Event()
 
         def offer() -> None:
             assert self._group is not None
             try:
-                broadcast(self._group, packed, self._timeout_s, given_up=failed.is_set)
+                broadcast(self._group, bucket.packed, self._timeout_s, given_up=failed.is_set)
             except RuntimeError:
                 self._broken = True
                 raise
 
         def load(server: VllmServer) -> None:
             try:
-                server.update_weights(**vars(layout))
+                server.update_weights(**vars(bucket.layout))
             except Exception:
                 failed.set()
                 raise
@@ -291,6 +267,9 @@ class BroadcastTransfer:
         if failures:  # whoever failed may have left it
             self.close()
         return failures
+
+    def release(self) -> None:
+        """Nothing: the next update writes to the same pages."""
 
     def forget(self, server: VllmServer) -> None:
         if server in self._joined:
@@ -331,54 +310,10 @@ def on_each_while(
                 for server in [server for server, answer in answers.items() if answer in silent]:
                     server.interrupt()
         raised = {server: answer.exception() for server, answer in answers.items()}
-    failures: Failures = {server: error for server, error in raised.items() if isinstance(error, Exception)}
+    # Without their tracebacks, whose frames would keep the memory of a bucket for as long as the failure is known.
+    failures: Failures = {
+        server: error.with_traceback(None) for server, error in raised.items() if isinstance(error, Exception)
+    }
     if own_error is not None and not failures:
         return {server: EngineError(f"{server.address}: {own_error}") for server in servers}
     return failures
-
-
-def _begin(server: VllmServer) -> None:
-    """Stop work, undo what an earlier trainer may have left, and disown the weights."""
-    server.pause()
-    server.set_weight_version(LOADING)
-    server.call("abandon_weight_update")
-
-
-@contextlib.contextmanager
-def bucket_file(folder: Path, packed: Tensor) -> Iterator[Path]:
-    """A file with the bytes of ``packed``, for as long as the context lasts."""
-    name = _PREFIX + secrets.token_hex(8)
-    path = folder / (name + _SUFFIX)
-    with open(folder / name, "xb", opener=lambda file, flags: os.open(file, flags, 0o600)) as bucket:
-        # It gets the name that `_remove_abandoned` looks for when it is locked, and its bytes when it has the name.
-        fcntl.flock(bucket, fcntl.LOCK_EX)
-        os.rename(folder / name, path)
-        try:
-            bucket.write(packed.numpy().data)
-            bucket.flush()
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove buckets whose writer is gone: nobody holds their lock."""
-    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
-        with contextlib.suppress(OSError), open(path, "rb") as bucket:  # another user's, removed meanwhile, or locked
-            fcntl.flock(bucket, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-
-def _ipc_handle(packed: Tensor) -> dict[str, Any]:
-    """What another process needs to open the memory of ``packed``."""
-    _, handle, size, offset, counter, counter_offset, event, event_sync = packed.untyped_storage()._share_cuda_()
-    return {
-        "gpu": str(torch.cuda.get_device_properties(packed.device).uuid),
-        "handle": base64.b64encode(handle).decode(),
-        "storage_bytes": size,
-        "storage_offset": offset,
-        "counter_handle": base64.b64encode(counter).decode(),
-        "counter_offset": counter_offset,
-        "event_handle": base64.b64encode(event).decode(),
-        "event_sync": event_sync,
-    }

@@ -15,7 +15,7 @@ import torch
 
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.rollout.client import VllmServer
-from megatron_selfdistill.rollout.transfer import bucket_file
+from megatron_selfdistill.rollout.transfer_buckets import bucket_file
 from megatron_selfdistill.rollout.wire import boot_id, nccl_version, visible_gpus
 
 logger = logging.getLogger(__name__)

@@ -101,8 +101,6 @@ def broadcast(group: dist.ProcessGroup, tensor: Tensor, timeout_s: float, given_
         time.sleep(sleep)
         sleep = min(2 * sleep, _LONGEST_SLEEP_SECONDS)
     work.wait()
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 def close_group(group: dist.ProcessGroup, broken: bool) -> None:

@@ -59,14 +59,20 @@ def layout_of(tensors: Sequence[tuple[str, Tensor]]) -> Layout:
 
 
 @torch.no_grad()
-def pack(tensors: Sequence[tuple[str, Tensor]], layout: Layout) -> Tensor:
-    """The bucket ``[num_bytes]`` uint8, on the tensors' device."""
-    packed = torch.empty(layout.num_bytes, dtype=torch.uint8, device=tensors[0][1].device)
-    start = 0
-    for (_, tensor), size in zip(tensors, layout.sizes, strict=True):
-        packed[start : start + size].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        start += _aligned(size)
-    return packed
+def pack(tensors: Sequence[tuple[str, Tensor]], layout: Layout, into: Tensor | None = None) -> Tensor:
+    """Return the bucket ``[num_bytes]`` uint8 with these tensors, each copied once.
+
+    ``into`` is memory of at least that many bytes, whose beginning becomes the bucket; None takes new memory on the
+    tensors' device.  From a GPU to main memory the bytes go in one copy, and this returns when they are there.
+    """
+    device = tensors[0][1].device
+    if into is None or into.device != device:
+        packed = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+    else:
+        packed = into[: layout.num_bytes]
+    for (_, source), (_, place) in zip(tensors, unpack(packed, layout), strict=True):
+        place.copy_(source)
+    return packed if into is None or into.device == device else into[: layout.num_bytes].copy_(packed)
 
 
 def unpack(packed: Tensor, layout: Layout) -> list[tuple[str, Tensor]]:

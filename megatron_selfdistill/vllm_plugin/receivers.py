@@ -5,6 +5,7 @@ server.  This file imports no vLLM, so that every way can be tested without it."
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -18,29 +19,53 @@ class Receiver(Protocol):
     """One way in which a bucket arrives."""
 
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        """The bucket ``[num_bytes]`` uint8 on the worker's device, for good: nobody writes to it again."""
+        """Return the bucket ``[num_bytes]`` uint8 on the worker's device.
+
+        Its bytes last until the trainer is told that it is loaded: the same memory may hold a later bucket.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Leave the trainer; may be called once."""
+        ...
 
 
 class FileReceiver:
-    """From a file of the trainer's, which it removes afterwards: read as a whole, since on a network file system pages
-    of a removed file cannot be had later."""
+    """From a file of the trainer's.
+
+    One that the trainer keeps is mapped once, and on a CPU its own memory is the bucket.  One that it removes
+    afterwards is read as a whole, since on a network file system pages of a removed file cannot be had later.
+    """
 
     def __init__(self, device: torch.device, worker: int) -> None:
         self._device = device
+        self._mapped: dict[str, Tensor] = {}
 
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        packed = torch.empty(num_bytes, dtype=torch.uint8)
-        with open(where["path"], "rb") as bucket:
-            got = bucket.readinto(packed.numpy().data)
-        if got != num_bytes:
-            raise ValueError(f"expected {num_bytes} bytes in {where['path']}, got {got}")
-        return packed.to(self._device)
+        path = where["path"]
+        return (self._map(path, num_bytes) if where.get("mapped") else _read(path, num_bytes)).to(self._device)
 
     def close(self) -> None:
-        pass
+        self._mapped.clear()
+
+    def _map(self, path: str, num_bytes: int) -> Tensor:
+        if path not in self._mapped:
+            self._mapped = {known: memory for known, memory in self._mapped.items() if os.path.exists(known)}
+            size = os.path.getsize(path)
+            self._mapped[path] = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        mapped = self._mapped[path]
+        if mapped.numel() < num_bytes:
+            raise ValueError(f"expected {num_bytes} bytes in {path}, got {mapped.numel()}")
+        return mapped[:num_bytes]
+
+
+def _read(path: str, num_bytes: int) -> Tensor:
+    packed = torch.empty(num_bytes, dtype=torch.uint8)
+    with open(path, "rb") as bucket:
+        got = bucket.readinto(packed.numpy().data)
+    if got != num_bytes:
+        raise ValueError(f"expected {num_bytes} bytes in {path}, got {got}")
+    return packed
 
 
 class BroadcastReceiver:
@@ -62,14 +87,22 @@ class BroadcastReceiver:
         self._final_device = device
         self._timeout_s = timeout_s
         self._broken = False
+        self._memory = torch.empty(0, dtype=torch.uint8)  # of gloo's buckets: on a GPU torch keeps memory for the next
         self._group = open_group(backend, host, port, first_rank + worker, world_size, device, timeout_s)
 
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        packed = self._place(num_bytes)
         self._broken = True
         broadcast(self._group, packed, self._timeout_s)
         self._broken = False
         return packed.to(self._final_device)
+
+    def _place(self, num_bytes: int) -> Tensor:
+        if self._device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        if self._memory.numel() < num_bytes:
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes]
 
     def close(self) -> None:
         close_group(self._group, self._broken)
@@ -102,7 +135,6 @@ class IpcReceiver:
             where["event_sync"],
         )
         shared = torch.empty(0, dtype=torch.uint8, device=f"cuda:{source}").set_(storage, 0, (num_bytes,), (1,))
-        # A copy: layers that are not complete yet keep their tensors, and the trainer uses its memory again.
         packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device).copy_(shared)
         torch.cuda.synchronize(self._device)
         return packed

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -21,6 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_selfdistill.rollout.packed import after_reload, before_reload
 from megatron_selfdistill.rollout.wire import BACKEND, Layout, digest, unpack
@@ -85,9 +87,10 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._verify(update_info.complete)
             return
         layout = Layout(update_info.names, update_info.dtypes, update_info.shapes)
-        tensors = unpack(self._receiver.receive(layout.num_bytes, update_info.where), layout)
+        packed = self._receiver.receive(layout.num_bytes, update_info.where)
         with disable_mtp_completeness_check():
-            loaded = self.model.load_weights(tensors)
+            loaded = self.model.load_weights(unpack(packed, layout))
+        self._own_what_waits(packed)
         self._received += layout.names
         self._unloaded = set() if loaded is None else self._unloaded - loaded
 
@@ -117,6 +120,15 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             heads = [prefix for prefix, module in self.model.named_modules() if isinstance(module, ParallelLMHead)]
             names = {name for name in names if name.rpartition(".")[0] not in heads}
         return names
+
+    def _own_what_waits(self, packed: Tensor) -> None:
+        """Copy the tensors of ``packed`` that incomplete layers hold: its memory is written to again from here on."""
+        first, behind = packed.data_ptr(), packed.data_ptr() + packed.numel()
+        for module in self.model.modules():
+            for _, call in get_layerwise_info(module).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, Tensor) and first <= value.data_ptr() < behind:
+                        call.arguments[name] = value.clone()
 
     def _finalize(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

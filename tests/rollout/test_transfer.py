@@ -6,6 +6,8 @@ from __future__ import annotations
 import fcntl
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +16,17 @@ import torch
 from fake_vllm import FakeVllm, fake_servers
 from torch import Tensor
 
+from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.rollout import transfer as transfer_module
+from megatron_selfdistill.rollout import transfer_buckets
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.transfer import (
     BroadcastTransfer,
     SharedMemoryTransfer,
     Transfer,
-    WeightUpdate,
     make_transfer,
 )
+from megatron_selfdistill.rollout.weight_update import WeightUpdate
 from megatron_selfdistill.rollout.wire import Layout, digest, layout_of, pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
@@ -117,13 +121,16 @@ def test_every_server_gets_every_tensor_to_the_last_bit(transfer, fakes):
 
 def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transfer, fakes):
     update = WeightUpdate(transfer, reach(fakes), 5)
-    update.send(next(buckets()))
+    first, second, *_ = buckets()
+    update.send(first)
+    update.send(second)  # returns when the first one is loaded
     assert {fake.version for fake in fakes} == {"loading"}
+    update._settle()
     transfer.close()
     calls = [call for call in fakes[0].calls if not call.startswith(("/get_world", "/init_weight"))]
     calls = [call for call in calls if call != "/collective_rpc place"]
     begun = ["/pause", "/update_weight_version", "/collective_rpc abandon_weight_update"]
-    assert calls == [*begun, "/start_weight_update", "/update_weights"]
+    assert calls == [*begun, "/start_weight_update", "/update_weights", "/update_weights"]
 
 
 def test_an_update_ends_with_its_version_then_without_the_cache_then_with_answers(transfer, fakes):
@@ -141,7 +148,6 @@ def test_through_files_a_failing_server_fails_alone(fakes, tmp_path):
     assert server.address == fakes[0].address and "told to fail" in str(error)
     assert same(fakes[1].weights, tensors()) and fakes[1].version == "7"
     assert fakes[0].version == "loading"
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_in_a_group_a_failing_server_ends_the_update_of_all_and_the_others_can_have_a_new_one(fakes):
@@ -176,19 +182,64 @@ def test_a_server_that_was_started_anew_joins_again(transfer, fakes):
     assert fakes[1].calls.count("/init_weight_transfer_engine") == (1 if transfer.isolated else 2)
 
 
-def test_no_file_stays_and_none_is_there_before_its_turn(fakes, tmp_path):
+def test_on_this_host_two_files_serve_all_updates_and_none_stays(fakes, tmp_path):
     transfer = SharedMemoryTransfer(tmp_path)
-    seen: list[list[str]] = []
-    fakes[0].update = lambda info: seen.append([path.name for path in tmp_path.iterdir()])  # type: ignore[method-assign]
-    sent(transfer, reach(fakes), 1)
-    assert [len(names) for names in seen] == [1, 1, 1, 0]  # the last is the announcement
+    seen: list[set[Path]] = []
+    for version in (1, 2, 3):  # within two updates both files are as large as the largest bucket
+        assert not sent(transfer, reach(fakes), version).failures
+        seen.append(set(tmp_path.iterdir()))
+    assert len(seen[1]) == 2 and seen[1] == seen[2]
+    transfer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_of_other_hosts_read_a_file_per_bucket_and_none_stays(fakes, tmp_path):
+    fakes[0].workers = [{**fakes[0].workers[0], "boot_id": "another"}]
+    seen: list[int] = []
+    received = fakes[0].update
+    fakes[0].update = lambda info: (seen.append(len(list(tmp_path.iterdir()))), received(info))  # type: ignore[method-assign]
+    transfer = SharedMemoryTransfer(tmp_path)
+    assert not sent(transfer, reach(fakes), 1).failures
+    assert seen == [1, 1, 1, 0]  # the last is the announcement
+    assert same(fakes[0].weights, tensors()) and same(fakes[1].weights, tensors())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_is_packed_while_the_one_before_is_loaded(fakes, tmp_path, monkeypatch):
+    """The second one, before the server has answered for the first; the third, not before."""
+    answering, packed = threading.Event(), []
+    loaded = fakes[0].update
+    fakes[0].update = lambda info: (answering.wait(20), loaded(info))  # type: ignore[method-assign]
+    transfer = SharedMemoryTransfer(tmp_path)
+    pack_one = transfer.pack
+    monkeypatch.setattr(transfer, "pack", lambda bucket: (packed.append(len(packed)), pack_one(bucket))[1])
+    update = WeightUpdate(transfer, reach(fakes[:1]), 1)
+    sender = threading.Thread(target=lambda: ([update.send(bucket) for bucket in buckets()], update.finish()))
+    sender.start()
+    deadline = time.monotonic() + 20
+    while len(packed) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert packed == [0, 1]
+    answering.set()
+    sender.join(20)
+    assert same(fakes[0].weights, tensors()) and fakes[0].version == "1"
+
+
+def test_a_folder_without_room_is_refused_before_it_is_written_to(tmp_path, monkeypatch):
+    def full(*arguments: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transfer_buckets.os, "posix_fallocate", full)
+    with pytest.raises(ConfigError, match=rf"rollout\.transfer_dir={tmp_path} has no room .*rollout\.bucket_mb"):
+        SharedMemoryTransfer(tmp_path).pack(tensors())
     assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """
 import os, sys, torch
 from pathlib import Path
-from megatron_selfdistill.rollout.transfer import bucket_file
+from megatron_selfdistill.rollout.transfer_buckets import bucket_file
 with bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
     os.kill(os.getpid(), 9)
 """

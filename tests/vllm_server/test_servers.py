@@ -86,19 +86,23 @@ def interrupted(servers: Reach) -> tuple[str, list[Response]]:
     """What a server says of an update that lacks a bucket; then what all write after a whole one, where a trainer left
     others half loaded."""
     from megatron_selfdistill.model.export import export
-    from megatron_selfdistill.rollout.transfer import SharedMemoryTransfer, WeightUpdate
+    from megatron_selfdistill.rollout.transfer import SharedMemoryTransfer
+    from megatron_selfdistill.rollout.weight_update import WeightUpdate
 
     chunks, grid = models.build(MODEL, models.parallel(), seed=1)
     clients = [VllmServer(address, servers.token, 60) for address in servers.addresses]
     stream = export(chunks, grid, FAMILY.rules(MODEL), bucket_bytes=60_000)
     buckets = [list(bucket) for bucket in stream]
-    with_a_gap = WeightUpdate(SharedMemoryTransfer("/dev/shm"), clients[:1], 9)
+    transfer = SharedMemoryTransfer("/dev/shm")
+    with_a_gap = WeightUpdate(transfer, clients[:1], 9)
     for bucket in buckets[:-1]:
         with_a_gap.send(bucket)
     with_a_gap.finish()
-    broken_off = WeightUpdate(SharedMemoryTransfer("/dev/shm"), clients[1:], 9)
+    broken_off = WeightUpdate(transfer, clients[1:], 9)
     for bucket in buckets[:3]:
         broken_off.send(bucket)
+    broken_off._settle()
+    transfer.close()
     models.fill_from_names(chunks, 0)
     with sampler(chunks, grid, servers) as built:
         built.update_weights(2)
