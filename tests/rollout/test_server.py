@@ -220,6 +220,17 @@ def test_in_a_group_the_others_get_the_weights_though_one_dies(ranks, fakes):
     assert metrics["rollout/servers_alive"] == 1
 
 
+def test_a_server_that_fails_while_the_group_forms_costs_the_others_moments(ranks, fakes):
+    """And not the time after which a server counts as dead, which the hang watch might not wait for."""
+    options = {"transfer": "gloo", "timeout_s": 100.0}
+    faults = [[{"fail_at": "/init_weight_transfer_engine"}]]
+    arguments = ([fake.address for fake in fakes], {}, faults, options, 24, -1)
+    for [(tokens, metrics)] in ranks.run(steps, *arguments, world_size=2, timeout=TIMEOUT):
+        assert tokens in (wanted(everybodys(24))[::2], wanted(everybodys(24))[1::2])
+        assert metrics["rollout/servers_alive"] == 1 and metrics["rollout/sync_seconds"] < 50
+    assert fakes[1].version == "0"
+
+
 def test_weights_that_are_old_enough_to_be_wrong_are_refused_unless_staleness_is_allowed(ranks, fakes):
     """Both servers say that the step's weights are the previous ones."""
     stale = [{}, {"writes_version": "0"}]
