@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.progress import beat
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.transfer_buckets import (
@@ -193,6 +194,7 @@ class BroadcastTransfer:
         if self._group is not None and self._joined == list(servers):
             return {}
         self.close()
+        beat()  # what follows takes a bounded time, and may have to be done for each server
         sizes: dict[VllmServer, int] = {}
         addresses: set[str] = set()
 
