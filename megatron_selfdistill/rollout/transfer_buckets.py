@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.rollout.wire import pin
 
 _PREFIX, _SUFFIX = "selfdistill-", ".bucket"
 _EXPANDABLE = re.compile(r"expandable_segments\s*:\s*true", re.IGNORECASE)
@@ -83,6 +84,7 @@ class MappedFile:
 
     def __init__(self, folder: Path, num_bytes: int) -> None:
         self._file, self.path = _locked_file(folder)
+        self._unpin: Callable[[], None] = lambda: None
         try:
             # A page that the file system has no room for would end this process when it is written to.
             os.posix_fallocate(self._file.fileno(), 0, num_bytes)
@@ -93,8 +95,11 @@ class MappedFile:
                 "which there are two: make it larger, name another folder, or lower rollout.bucket_mb"
             ) from error
         self.memory = torch.from_file(str(self.path), shared=True, size=num_bytes, dtype=torch.uint8)
+        self._unpin = pin(self.memory)
 
     def close(self) -> None:
+        self._unpin()
+        self._unpin = lambda: None
         self.path.unlink(missing_ok=True)
         self._file.close()
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_selfdistill.rollout.transfer_group import broadcast, close_group, open_group
+from megatron_selfdistill.rollout.wire import pin
 
 
 class Receiver(Protocol):
@@ -40,23 +41,32 @@ class FileReceiver:
     def __init__(self, device: torch.device, worker: int) -> None:
         self._device = device
         self._mapped: dict[str, Tensor] = {}
+        self._unpin: dict[str, Callable[[], None]] = {}
 
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
         path = where["path"]
         return (self._map(path, num_bytes) if where.get("mapped") else _read(path, num_bytes)).to(self._device)
 
     def close(self) -> None:
-        self._mapped.clear()
+        for path in list(self._mapped):
+            self._drop(path)
 
     def _map(self, path: str, num_bytes: int) -> Tensor:
         if path not in self._mapped:
-            self._mapped = {known: memory for known, memory in self._mapped.items() if os.path.exists(known)}
+            for known in [known for known in self._mapped if not os.path.exists(known)]:
+                self._drop(known)
             size = os.path.getsize(path)
             self._mapped[path] = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+            if self._device.type != "cpu":
+                self._unpin[path] = pin(self._mapped[path])
         mapped = self._mapped[path]
         if mapped.numel() < num_bytes:
             raise ValueError(f"expected {num_bytes} bytes in {path}, got {mapped.numel()}")
         return mapped[:num_bytes]
+
+    def _drop(self, path: str) -> None:
+        self._unpin.pop(path, lambda: None)()
+        del self._mapped[path]
 
 
 def _read(path: str, num_bytes: int) -> Tensor:
