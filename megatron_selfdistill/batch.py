@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,21 +16,29 @@ from megatron_selfdistill.schedule import microbatch_multiple
 
 
 def pack_everywhere(
-    contexts: Sequence[ContextPair], *, max_tokens: int, pair_order: str, with_teacher: bool, grid: Grid
+    contexts: Sequence[ContextPair],
+    *,
+    max_tokens: int,
+    pair_order: str,
+    with_teacher: bool,
+    grid: Grid,
+    seq_multiple: int | None = None,
 ) -> PackedBatch:
     """This replica's contexts, packed into rows of at most ``max_tokens``.
 
     Every replica gets the same sequence length and number of microbatches, at least one of each stream and in total a
     multiple of what the schedule takes; a replica that has fewer gets weightless ones, with no contexts only those.
-    ``pair_order=alternating`` packs both streams alike.
+    ``pair_order=alternating`` packs both streams alike.  ``seq_multiple``: of which the sequence length is a multiple,
+    as `model.fp8.token_multiple` has it.
 
     Collectives: two maxima over the data-parallel ranks.
     Raises: ValueError where one context alone exceeds ``max_tokens``.
     """
     paired = pair_order == "alternating"
-    sizes = {"max_tokens": max_tokens, "cp_size": grid.cp_size, "tp_size": grid.tp_size}
-    (seq_length,) = largest(grid, required_seq_length(contexts, **sizes, paired=paired))
-    batch = pack(contexts, **sizes, paired=paired, seq_length=seq_length)
+    sizes: dict[str, Any] = {"max_tokens": max_tokens, "cp_size": grid.cp_size, "tp_size": grid.tp_size}
+    sizes |= {"seq_multiple": seq_multiple, "paired": paired}
+    (seq_length,) = largest(grid, required_seq_length(contexts, **sizes))
+    batch = pack(contexts, **sizes, seq_length=seq_length)
     num_student, num_teacher = largest(grid, max(len(batch.student), 1), max(len(batch.teacher), 1))
     while (num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):
         num_student += 1

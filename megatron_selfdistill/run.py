@@ -38,6 +38,7 @@ from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, ro
 from megatron_selfdistill.metrics.samples import chosen, sample_of
 from megatron_selfdistill.metrics.token_numbers import token_numbers
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.resuming import CONFIGURATION, Resumption, resumption
@@ -155,6 +156,7 @@ class Run:
             pair_order=self.pair_order,
             with_teacher=self.distils,
             grid=self.grid,
+            seq_multiple=token_multiple(unwrapped(self.chunks[0]).config),
         )
 
     def forward_backward(self, batch: PackedBatch) -> schedule.StepOutput | None:

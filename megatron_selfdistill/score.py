@@ -36,6 +36,8 @@ from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.vocab_parallel import VocabShard
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Response
@@ -93,7 +95,14 @@ def score_texts(
         return []
     # Alternating, so that the bank holds one row of the teacher's states, however many texts there are.
     order = "alternating"
-    batch = pack_everywhere(pairs, max_tokens=max_tokens, pair_order=order, with_teacher=True, grid=grid)
+    batch = pack_everywhere(
+        pairs,
+        max_tokens=max_tokens,
+        pair_order=order,
+        with_teacher=True,
+        grid=grid,
+        seq_multiple=token_multiple(unwrapped(student[0]).config),
+    )
     read = _reading_log_probs(fusion, backend)
     output = schedule.run(student, teacher, batch, read, grid, vocab, pair_order=order, forward_only=True)
     both = torch.zeros(2, len(batch.response_tokens), dtype=torch.float64, device=grid.device)

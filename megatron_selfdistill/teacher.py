@@ -58,6 +58,7 @@ class Teacher:
             for mine, theirs in self._pairs():
                 mine.copy_(theirs)
             self._copy_buffers()
+        self._weights_changed()
         if self.weights == "ema":
             rests = torch.device("cpu") if self.offload else None
             self.masters = [mine.detach().to(rests, torch.float32) for mine, _ in self._pairs()]
@@ -77,6 +78,7 @@ class Teacher:
                 master.lerp_(main.to(master.device), 1.0 - self.ema_decay)
                 mine.copy_(master)
             self._copy_buffers()
+        self._weights_changed()
 
     @contextlib.contextmanager
     def on_device(self, keep: bool = False) -> Iterator[Chunks]:
@@ -124,6 +126,7 @@ class Teacher:
                     unwrapped(chunk).load_state_dict(loaded)
             for master, (mine, _) in zip(self.masters, self._pairs(), strict=False):
                 mine.copy_(master)
+        self._weights_changed()
 
     @contextlib.contextmanager
     def masters_in_place(self) -> Iterator[None]:
@@ -137,6 +140,12 @@ class Teacher:
         finally:
             for param, own in zip(params, data, strict=True):
                 param.data = own
+
+    def _weights_changed(self) -> None:
+        """Let layers in FP8 quantise their weights anew: they keep a copy from their first forward pass until they are
+        told, and a schedule tells the student's only."""
+        for chunk in self.chunks:
+            unwrapped(chunk).set_is_first_microbatch()
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for mine, theirs in zip(self.chunks, self.student, strict=True):

@@ -68,7 +68,7 @@ RULES: dict[str, str] = {
             *("parallel", "cluster", "schedule", "metrics", "guards", "stop"),
             # The padding of the vocabulary and the longest sequence are no part of the weights; a learned table of
             # positions is, and must fit.
-            *("model.make_vocab_size_divisible_by", "model.max_position_embeddings"),
+            *("model.make_vocab_size_divisible_by", "model.max_position_embeddings", "model.allow_untested_fp8"),
             # Of TransformerConfig, how the layers are cut and which kernels compute them.
             *(
                 f"model.transformer.{name}"

@@ -141,6 +141,8 @@ class ModelConfig:
     """Auxiliary-loss-free balancing by expert biases."""
     moe_router_score_function: str = "softmax"
     """softmax or sigmoid (sigmoid is what expert biases need)."""
+    allow_untested_fp8: bool = False
+    """Let ``model.transformer.fp8`` be set, which has never run on hardware here."""
     num_carried_mtp_layers: int = 0
     """Multi-token-prediction layers that a checkpoint holds for others: converted both ways, never built or trained."""
     transformer: dict[str, Any] = field(default_factory=dict)

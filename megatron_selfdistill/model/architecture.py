@@ -31,6 +31,7 @@ from megatron_selfdistill.config import (
     ParallelConfig,
     ScheduleConfig,
 )
+from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
 from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
@@ -117,6 +118,9 @@ def transformer_config(
         config = cls(**values)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
+    refuse_untested_precision(
+        config, allow_fp8=model.allow_untested_fp8, transformer_engine=installed.transformer_engine
+    )
     refuse_known_faults(config)
     if model.position_embedding_type == "rope":
         _check_rotary_width(config, model.rotary_percent)

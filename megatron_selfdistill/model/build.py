@@ -36,6 +36,7 @@ from megatron_selfdistill.model.architecture import (
     refuse_known_faults,
     uses_transformer_engine,
 )
+from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.parallel import Grid
 
 TESTED_MEGATRON_VERSIONS = ("0.16.1",)
@@ -70,7 +71,7 @@ def build_chunks(
     def build(pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
         if provider is not None:
             chunk = provider(pre_process, post_process, vp_stage)
-            _check_provided(chunk, model.provider, grid)
+            _check_provided(chunk, model, grid)
         else:
             assert config is not None
             chunk = _gpt_model(model, config, grid, vocab_size, pre_process, post_process, vp_stage, transformer_engine)
@@ -268,10 +269,14 @@ def _check_precision(config: TransformerConfig, optimizer: OptimizerConfig) -> N
         raise ConfigError(f"the model was built in {built}, but optimizer.precision is {optimizer.precision}")
 
 
-def _check_provided(chunk: Any, path: str | None, grid: Grid) -> None:
+def _check_provided(chunk: Any, model: ModelConfig, grid: Grid) -> None:
     """A provider's own configuration must agree with ``parallel``, or groups and shards would not fit."""
+    path = model.provider
     if not isinstance(chunk, GPTModel):
         raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
+    refuse_untested_precision(
+        chunk.config, allow_fp8=model.allow_untested_fp8, transformer_engine=uses_transformer_engine()
+    )
     refuse_known_faults(chunk.config)
     _refuse_logits_made_elsewhere(chunk)
     if chunk.post_process and not chunk.parallel_output:

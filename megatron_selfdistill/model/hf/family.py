@@ -91,7 +91,7 @@ class Family:
 
 _NO_PART_OF_A_MODEL = {
     *"provider make_vocab_size_divisible_by init_method_std transformer".split(),
-    *"moe_aux_loss_coeff moe_z_loss_coeff".split(),
+    *"moe_aux_loss_coeff moe_z_loss_coeff allow_untested_fp8".split(),
 }
 
 _MLA = {

@@ -1,0 +1,64 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""FP8 layers: refused until they have run on hardware, unless asked for, and how many tokens they take at a time.
+
+Only layers of Transformer Engine compute in FP8.  The output layer is Megatron Core's own and stays in bf16, so logits
+and the loss are those of any other run.
+"""
+
+from __future__ import annotations
+
+from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import ConfigError
+
+_ROWS = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128, "custom": 128}
+"""Recipe -> the number of tokens of which a rank's share must be a multiple: both layouts of an operand, [tokens, h]
+and its transpose, are cut into blocks of so many, and products need multiples of 16."""
+
+
+def refuse_untested_precision(config: TransformerConfig, *, allow_fp8: bool, transformer_engine: bool) -> None:
+    """Raise `ConfigError` for layers in FP8 or FP4 that are not asked for twice, or that cannot be trained here.
+
+    allow_fp8: ``model.allow_untested_fp8``.  transformer_engine: whether the layers are Transformer Engine's.
+    """
+    faults = [
+        (
+            bool(config.fp4) or config.use_kitchen,
+            "fp4 and kitchen's quantisation have never been tried with self-distillation: unset model.transformer.fp4 "
+            "and model.transformer.use_kitchen",
+        ),
+        (
+            bool(config.fp8) and not allow_fp8,
+            f"fp8={config.fp8} has never been tried on hardware with self-distillation: set "
+            "model.allow_untested_fp8=true to try it, or leave model.transformer.fp8 out",
+        ),
+        (
+            bool(config.fp8) and not transformer_engine,
+            f"fp8={config.fp8} needs a GPU and Transformer Engine's layers, and this run has Megatron's local ones: "
+            "leave model.transformer.fp8 out",
+        ),
+        (
+            config.fp8_param,
+            "fp8_param keeps the parameters themselves in fp8, and teachers, checkpoints and samplers read them as "
+            "they are: set model.transformer.fp8_param=false, which leaves the products in fp8",
+        ),
+    ]
+    for found, sentence in faults:
+        if found:
+            raise ConfigError(sentence)
+
+
+def token_multiple(config: TransformerConfig) -> int | None:
+    """Return the number of tokens of which a packed row's length must be a multiple; None where any length will do.
+
+    With FP8 each rank's share of a row, over TP and CP, is a multiple of what the recipe takes.
+    """
+    if not config.fp8:
+        return None
+    cp = config.context_parallel_size
+    return (
+        _ROWS[str(getattr(config.fp8_recipe, "value", config.fp8_recipe))]
+        * config.tensor_model_parallel_size
+        * (2 * cp if cp > 1 else 1)
+    )
