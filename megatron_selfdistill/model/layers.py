@@ -4,6 +4,7 @@ core attention with grouped queries, packed sequences, context parallelism and a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint
 
 from megatron_selfdistill.data.packing import context_parallel_positions
+
+_FUSED_ROWS = 1024
+"""Queries of a block under context parallelism where a fused kernel computes it: its mask has so many rows."""
+_SCORES = 2**26
+"""Scores of a block over all heads, where no fused kernel computes it: 256 MiB in float32."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -106,16 +114,34 @@ class CoreAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         layout = _attention_layout(packed, self.cp_group, query.device)
-        if layout.allowed is not None:
-            key, value = (_GatherSequence.apply(x, self.cp_group) for x in (key, value))
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            return self._attend(q, k, v, allowed=layout.allowed).squeeze(0).transpose(0, 1).flatten(1)
-        assert layout.segments is not None
+        if isinstance(layout, ContextParallelRows):
+            return self._context_parallel(query, key, value, layout)
         out = []
-        for index in layout.segments.batches:
+        for index in layout.batches:
             q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
             out.append(self._attend(q, k, v, causal=True).transpose(1, 2).flatten(0, 1).flatten(1))
-        return torch.cat(out)[layout.segments.place]  # repeats lie behind their segment's end: nothing real saw them
+        return torch.cat(out)[layout.place]  # repeats lie behind their segment's end: nothing real saw them
+
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, layout: ContextParallelRows) -> Tensor:
+        """Attend block of queries by block of queries, since the scores of all of them are n * (t / cp) * t numbers.
+
+        Backward computes each block again: its mask, which a fused kernel would keep, and its scores, which PyTorch's
+        own formula would keep, are never there for two blocks at a time.
+        """
+        q = query.transpose(0, 1).unsqueeze(0)  # [1, n, t / cp, d]
+        k, v = (_GatherSequence.apply(x, self.cp_group)[layout.order].transpose(0, 1)[None] for x in (key, value))
+        again = {"use_reentrant": False, "preserve_rng_state": self.attention_dropout > 0}
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Tensor:
+            # PyTorch's memory-efficient kernel takes a mask, and no groups of queries.
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+            return self._attend(q, k, v, allowed=layout.allowed(rows, keys))
+
+        out = [
+            checkpoint(attend, q[:, :, rows], k[:, :, keys], v[:, :, keys], rows, keys, **again)
+            for rows, keys in layout.blocks(block_rows(q, k, v))
+        ]
+        return torch.cat(out, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -145,23 +171,57 @@ class SegmentBatches:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Which rows attend together: ``allowed [t/cp, t]`` (context parallel), or ``segments``."""
+class ContextParallelRows:
+    """The positions of a packed row that a context-parallel rank holds as queries, and the keys that each one sees."""
 
-    allowed: Tensor | None = None
-    segments: SegmentBatches | None = None
+    order: Tensor
+    """[t] int64, on the device: the numbers of the gathered keys in the order of the row."""
+    positions: Tensor
+    """[t / cp] int64, on the device: the position of each query in the row."""
+    starts: Tensor
+    """[t / cp] int64, on the device: the position at which the segment of each query begins."""
+    bounds: tuple[tuple[int, int], ...]
+    """Start and position of each query as Python integers."""
+
+    def blocks(self, num_rows: int) -> Iterator[tuple[slice, slice]]:
+        """Yield blocks of at most ``num_rows`` queries, each with all keys that one of its queries sees."""
+        for first in range(0, len(self.bounds), num_rows):
+            rows = self.bounds[first : first + num_rows]
+            keys = slice(min(start for start, _ in rows), max(position for _, position in rows) + 1)
+            yield slice(first, first + len(rows)), keys
+
+    def allowed(self, rows: slice, keys: slice) -> Tensor:
+        """Return the mask [rows, keys] of a block: True where the key is in the query's segment and not behind it."""
+        numbers = torch.arange(keys.start, keys.stop, device=self.order.device)
+        return (numbers >= self.starts[rows, None]) & (numbers <= self.positions[rows, None])
 
 
-def _attention_layout(packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device) -> _Layout:
+def block_rows(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Return the number of queries that attend at a time: as many as keep the largest temporary within bounds.
+
+    ``q [1, n, t / cp, d]``, ``k, v [1, n_kv, t, d]``.  A fused kernel's temporary is the mask; without a kernel that
+    takes a mask, PyTorch writes down the scores of all heads.
+    """
+    rows, num_keys = min(q.size(2), _FUSED_ROWS), k.size(2)
+    mask = torch.empty(1, 1, rows, num_keys, dtype=torch.bool, device=q.device)
+    k, v = (x[:, :1].expand(-1, q.size(1), -1, -1) for x in (k, v))
+    if torch._fused_sdp_choice(q[:, :, :rows], k, v, mask, 0.0, False) != SDPBackend.MATH.value:
+        return _FUSED_ROWS
+    return max(1, _SCORES // (q.size(1) * num_keys))
+
+
+def _attention_layout(
+    packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device
+) -> SegmentBatches | ContextParallelRows:
     """The layout of one microbatch, made once and kept on its ``packed_seq_params`` for the other layers."""
     if (segments := getattr(packed, "segment_batches", None)) is not None:
-        return _Layout(segments=segments)
+        return segments
     layout = getattr(packed, "_selfdistill_layout", None)
     if layout is None:
         if cp_group.size() == 1:
-            layout = _Layout(segments=segments_by_length(_host_bounds(packed)).to(device))
+            layout = segments_by_length(_host_bounds(packed)).to(device)
         else:
-            layout = _position_and_segment_mask(_host_bounds(packed), cp_group, device)
+            layout = context_parallel_rows(_host_bounds(packed), cp_group, device)
         packed._selfdistill_layout = layout  # type: ignore[attr-defined]
     return layout
 
@@ -195,15 +255,17 @@ def segments_by_length(cu_seqlens: Tensor) -> SegmentBatches:
     return SegmentBatches(batches=tuple(batches), place=place)
 
 
-def _position_and_segment_mask(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device) -> _Layout:
-    cp_size = cp_group.size()
-    held = [context_parallel_positions(cu_seqlens, cp_size, rank) for rank in range(cp_size)]
-    queries, keys = held[cp_group.rank()], torch.cat(held)
-    segment_ends = cu_seqlens[1:].contiguous()
-    same = torch.bucketize(queries, segment_ends, right=True)[:, None] == torch.bucketize(
-        keys, segment_ends, right=True
+def context_parallel_rows(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device) -> ContextParallelRows:
+    """Return what this rank of ``cp_group`` holds of a row; ``cu_seqlens [num_segments + 1]`` int64 on the host."""
+    held = [context_parallel_positions(cu_seqlens, cp_group.size(), rank) for rank in range(cp_group.size())]
+    positions = held[cp_group.rank()]
+    starts = cu_seqlens[torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)]
+    return ContextParallelRows(
+        order=torch.argsort(torch.cat(held)).to(device),
+        positions=positions.to(device),
+        starts=starts.to(device),
+        bounds=tuple(zip(starts.tolist(), positions.tolist(), strict=True)),
     )
-    return _Layout(allowed=(same & (keys <= queries[:, None])).to(device))
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -6,11 +6,14 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -241,10 +244,10 @@ def test_packed_sequences_cut_over_context_parallel_ranks_equal_each_sequence_al
 
 
 def without_segments(cu_seqlens: Tensor, group, device):
-    """The mask of positions only, as if the row were one sequence."""
-    held = [context_parallel_positions(cu_seqlens, group.size(), r) for r in range(group.size())]
-    causal = torch.cat(held) <= held[group.rank()][:, None]
-    return layers._Layout(allowed=causal)
+    """Positions only, as if the row were one sequence."""
+    rows = _rows(cu_seqlens, group, device)
+    bounds = tuple((0, position) for _, position in rows.bounds)
+    return dataclasses.replace(rows, starts=torch.zeros_like(rows.starts), bounds=bounds)
 
 
 def one_segment(cu_seqlens: Tensor):
@@ -253,18 +256,25 @@ def one_segment(cu_seqlens: Tensor):
 
 
 def without_positions(cu_seqlens: Tensor, group, device):
-    """The mask of segments only: each token sees its whole sequence."""
-    layout = _by_position_and_segment(cu_seqlens, group, device)
-    held = [context_parallel_positions(cu_seqlens, group.size(), r) for r in range(group.size())]
-    segment = [torch.bucketize(positions, cu_seqlens[1:], right=True) for positions in held]
-    return dataclasses.replace(layout, allowed=segment[group.rank()][:, None] == torch.cat(segment))
+    """Segments only: each token sees its whole sequence."""
+    rows = _rows(cu_seqlens, group, device)
+    last = cu_seqlens[torch.bucketize(rows.positions, cu_seqlens[1:], right=True) + 1] - 1
+    bounds = tuple((start, end) for (start, _), end in zip(rows.bounds, last.tolist(), strict=True))
+    return dataclasses.replace(rows, positions=last, bounds=bounds)
 
 
-_by_length, _by_position_and_segment = layers.segments_by_length, layers._position_and_segment_mask
+def in_the_order_of_the_ranks(cu_seqlens: Tensor, group, device):
+    """The gathered keys, taken for those of the row."""
+    rows = _rows(cu_seqlens, group, device)
+    return dataclasses.replace(rows, order=torch.arange(len(rows.order)))
+
+
+_by_length, _rows = layers.segments_by_length, layers.context_parallel_rows
 MUTATIONS = {
     "no segments": ("segments_by_length", one_segment),
-    "no segments, CP": ("_position_and_segment_mask", without_segments),
-    "no positions, CP": ("_position_and_segment_mask", without_positions),
+    "no segments, CP": ("context_parallel_rows", without_segments),
+    "no positions, CP": ("context_parallel_rows", without_positions),
+    "no order, CP": ("context_parallel_rows", in_the_order_of_the_ranks),
 }
 
 
@@ -296,3 +306,62 @@ def test_segments_by_length_place_every_row_once_and_batch_like_with_like(length
     for index in layout.batches:
         own = [b - a for a, b in pairwise(bounds.tolist()) if a in index[:, 0] and b > a]
         assert max(own) <= 2 * min(own)
+
+
+# -- the memory of attention under context parallelism -----
+
+LONG = [1024, 12, 4, 1000, 8]
+"""Segments of a row of 2048 tokens."""
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator makes, and of all that autograd keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.kept = 0, dict[int, int]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **kwargs or {})
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+
+def memory_and_gradients(fused: bool, num_rows: int, scores: int) -> tuple[int, int, list[Tensor]]:
+    """Largest tensor and elements kept for backward of one attention over `LONG`; its output and gradients."""
+    group = dist.group.WORLD
+    bounds = torch.tensor([0, *torch.tensor(LONG).cumsum(0).tolist()], dtype=torch.int32)
+    held = context_parallel_positions(bounds, group.size(), group.rank())
+    inputs = [x[held].clone().requires_grad_() for x in random_qkv(int(bounds[-1]))]
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    backends = [SDPBackend.FLASH_ATTENTION] if fused else [SDPBackend.MATH]
+    seen = Largest()
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(backends):
+        patch.setattr(layers, "_FUSED_ROWS", num_rows)
+        patch.setattr(layers, "_SCORES", scores)
+        with seen, torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda tensor: tensor):
+            out = attention(group)(*inputs, packed_seq_params=packed)
+        with seen:
+            out.backward(torch.ones_like(out) * torch.arange(out.size(1)))
+    return seen.largest, sum(seen.kept.values()), [out.detach(), *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "formula"])
+def test_attention_under_context_parallelism_never_holds_the_scores_of_a_whole_row(ranks, fused):
+    """In blocks of 32 queries, or of as many as have 2**18 scores."""
+    tokens, all_scores = sum(LONG), HEADS * sum(LONG) // 2 * sum(LONG)
+    in_blocks = ranks.run(memory_and_gradients, fused, 32, 2**18, world_size=2)
+    at_once = ranks.run(memory_and_gradients, fused, tokens, all_scores, world_size=2)
+    for (largest, kept, got), (dense, _, expected) in zip(in_blocks, at_once, strict=True):
+        assert dense > 0.99 * (tokens // 2 * tokens if fused else all_scores), "the mask or the scores of the whole"
+        assert largest <= 2**18 < dense
+        assert kept <= 12 * HEADS * CHANNELS * tokens
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
