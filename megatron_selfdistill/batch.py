@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackedBatch, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.data.packing import PackedBatch, length_quantum, pack, pad_to_count, required_seq_length
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.schedule import microbatch_multiple
 
@@ -29,7 +29,8 @@ def pack_everywhere(
     Every replica gets the same sequence length and number of microbatches, at least one of each stream and in total a
     multiple of what the schedule takes; a replica that has fewer gets weightless ones, with no contexts only those.
     ``pair_order=alternating`` packs both streams alike.  ``seq_multiple``: of which the sequence length is a multiple,
-    as `model.fp8.token_multiple` has it.
+    as `model.fp8.token_multiple` has it.  On GPUs the length is rounded up to a multiple of `length_quantum`, which
+    leaves losses and gradients as they are.
 
     Collectives: two maxima over the data-parallel ranks.
     Raises: ValueError where one context alone exceeds ``max_tokens``.
@@ -37,7 +38,8 @@ def pack_everywhere(
     paired = pair_order == "alternating"
     sizes: dict[str, Any] = {"max_tokens": max_tokens, "cp_size": grid.cp_size, "tp_size": grid.tp_size}
     sizes |= {"seq_multiple": seq_multiple, "paired": paired}
-    (seq_length,) = largest(grid, required_seq_length(contexts, **sizes))
+    quantum = length_quantum(max_tokens) if grid.device.type == "cuda" else None
+    (seq_length,) = largest(grid, required_seq_length(contexts, **sizes, seq_quantum=quantum))
     batch = pack(contexts, **sizes, seq_length=seq_length)
     num_student, num_teacher = largest(grid, max(len(batch.student), 1), max(len(batch.teacher), 1))
     while (num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):

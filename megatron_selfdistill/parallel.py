@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -103,12 +103,38 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(config: ParallelConfig, seed: int) -> Grid:
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""What PyTorch's allocator of GPU memory reads; the first name is known since torch 2.9, the second to all versions."""
+
+
+def expand_segments(environment: MutableMapping[str, str], torch_version: str = torch.__version__) -> None:
+    """Let PyTorch's segments of GPU memory grow in place, unless ``environment`` says how they are to be made.
+
+    Packed rows have other lengths from step to step.  Segments of fixed sizes would leave gaps that no later tensor
+    fits into.  Has an effect only before the first tensor on a GPU.
+    """
+    if any(environment.get(name) for name in ALLOCATOR_VARIABLES):
+        return
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    name = ALLOCATOR_VARIABLES[0 if (major, minor) >= (2, 9) else 1]
+    environment[name] = "expandable_segments:True"
+
+
+def about_allocator(environment: Mapping[str, str]) -> str:
+    """Return how PyTorch's allocator of GPU memory was set up, for the log."""
+    found = [f"{name}={environment[name]}" for name in ALLOCATOR_VARIABLES if environment.get(name)]
+    return " and ".join(found) or "PyTorch's defaults"
+
+
+def initialize(config: ParallelConfig, seed: int, *, shares_memory: bool = False) -> Grid:
     """Start torch.distributed (unless it runs), Megatron's groups and the tensor-parallel random states.
 
     gloo on CPU, NCCL on GPUs (each rank takes the device LOCAL_RANK). A plain ``python`` start is a world of
-    one.
+    one. ``shares_memory``: other processes may open this rank's GPU memory (CUDA IPC), which a system may not allow
+    for segments that grow; else they do (`expand_segments`).
     """
+    if not cpu.ON_CPU and not shares_memory:
+        expand_segments(os.environ)
     if config.tensor_model_parallel_size > 1:
         # Megatron overlaps a collective with a GEMM by the order of their launch, which a single hardware queue keeps.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

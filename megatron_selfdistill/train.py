@@ -123,7 +123,9 @@ def _train(config: Config, inputs: Inputs, prove_ownership: Callable[[], None] |
     from megatron_selfdistill.guards import RunUnhealthy
     from megatron_selfdistill.run import Run
 
-    grid = parallel.initialize(config.parallel, config.seed)
+    rollout = config.rollout
+    by_ipc = rollout.engine == "vllm" and rollout.placement == "server" and rollout.transfer in (None, "ipc")
+    grid = parallel.initialize(config.parallel, config.seed, shares_memory=by_ipc)
     try:
         stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
         with progress.watched(grid.rank, grid.world_size, stacks, config.hang_timeout_s):
@@ -207,13 +209,19 @@ def loop(run: Run) -> None:
 
 def _announce(run: Run) -> None:
     """Write the resolved configuration into the run folder, unless this is a dry run, and say what will run."""
+    from megatron_selfdistill.data.packing import length_quantum
     from megatron_selfdistill.logged import LEFT_OUT_FILE, list_left_out
     from megatron_selfdistill.model.architecture import uses_transformer_engine
     from megatron_selfdistill.model.build import megatron_in_use, unwrapped
     from megatron_selfdistill.model.fused_kernels import kernels_in_use
+    from megatron_selfdistill.parallel import about_allocator
 
     if not run.grid.is_reporter:
         return
+    memory = []
+    if run.grid.device.type == "cuda":
+        quantum = length_quantum(run.config.schedule.max_tokens)
+        memory = [f"GPU memory: {about_allocator(os.environ)}; packed rows of multiples of {quantum} tokens"]
     grid, counts = run.grid, run.inputs.counts
     folder = run.folder.path
     if not run.config.dry_run:
@@ -233,6 +241,7 @@ def _announce(run: Run) -> None:
     for line in (
         f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}",
         kernels_in_use(unwrapped(run.chunks[0]).config),
+        *memory,
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
         *([f"loss: {run.loss_backend}"] if run.distils else []),

@@ -53,6 +53,7 @@ class Case:
     pair_order: str = "teacher_first"
     paired: bool = False
     max_tokens: int = MAX_TOKENS
+    seq_quantum: int | None = None
     extra_weightless: int = 1
     steps: int = 0
     teacher: str = "frozen"
@@ -97,7 +98,8 @@ def packed(case: Case, grid: Grid) -> PackedBatch:
         "tp_size": grid.tp_size,
         "paired": case.paired,
     }
-    batch = pack(mine, **arguments, seq_length=_max(required_seq_length(mine, **arguments), grid))
+    length = _max(required_seq_length(mine, **arguments, seq_quantum=case.seq_quantum), grid)
+    batch = pack(mine, **arguments, seq_length=length)
     counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
     while sum(counts) % schedule.microbatch_multiple(grid):
         counts = [n + 1 for n in counts] if case.paired else [counts[0] + 1, counts[1]]

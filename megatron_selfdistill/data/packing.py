@@ -77,14 +77,16 @@ def required_seq_length(
     cp_size: int,
     tp_size: int,
     seq_multiple: int | None = None,
+    seq_quantum: int | None = None,
     paired: bool,
 ) -> int:
     """The least S with which these contexts fill rows as they would fill rows of ``max_tokens``.
 
-    A multiple of ``tp_size``, or of ``2 * cp_size * tp_size`` if ``cp_size > 1``, and of ``seq_multiple``
-    (which keeps the number of different shapes small); at most ``max_tokens``; that multiple itself if there
-    are no contexts. The maximum over the data-parallel ranks is the ``seq_length`` to hand to ``pack``: any S
-    between this and ``max_tokens`` gives the same rows.
+    A multiple of ``tp_size``, or of ``2 * cp_size * tp_size`` if ``cp_size > 1``, and of ``seq_multiple``; at
+    most ``max_tokens``; that multiple itself if there are no contexts. With ``seq_quantum`` (`length_quantum`)
+    S is rounded up to a multiple of that, too, where ``max_tokens`` leaves room. The maximum over the
+    data-parallel ranks is the ``seq_length`` to hand to ``pack``: any S between this and ``max_tokens`` gives
+    the same rows.
 
     Raises: ValueError if one context alone is longer than ``max_tokens``, or the prompt of one is empty.
     """
@@ -98,7 +100,17 @@ def required_seq_length(
     need = 0
     for lengths, rows in _planned_rows(contexts, capacity, cp_size, paired):
         need = max(need, *(sum(lengths[index] for index in row) for row in rows), 0)
-    return max(multiple, _round_up(need, multiple))
+    return max(multiple, min(_round_up(need, math.lcm(multiple, seq_quantum or 1)), capacity))
+
+
+def length_quantum(max_tokens: int) -> int:
+    """Return the step between the lengths of packed rows on a GPU, in tokens: a power of two up to 256.
+
+    With every length possible, almost every step would have shapes of its own: the allocator would find no block of the
+    right size among those that it has, and kernels would be chosen and compiled again.  The step is at most a sixteenth
+    of ``max_tokens``, so that padding costs little.
+    """
+    return 2 ** min(8, max(0, (max_tokens // 16).bit_length() - 1))
 
 
 def pack(

@@ -17,6 +17,7 @@ from megatron_selfdistill.data.packing import (
     Microbatch,
     PackedBatch,
     context_parallel_positions,
+    length_quantum,
     pack,
     pad_to_count,
     required_seq_length,
@@ -229,3 +230,27 @@ def test_context_parallel_positions_are_the_zig_zag_of_each_segment() -> None:
         context_parallel_positions(cu_seqlens, 3, 0)
     with pytest.raises(ValueError, match="cp_rank: expected 0 to 1"):
         context_parallel_positions(cu_seqlens, 2, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SHAPES, LAYOUTS, st.sampled_from([1, 4, 16, 64]))
+def test_a_quantum_rounds_the_length_up_within_the_budget(
+    shapes: list[tuple[int, int, int]], layout: dict[str, Any], quantum: int
+) -> None:
+    contexts = contexts_of(shapes)
+    need = required_seq_length(contexts, **layout)
+    length = required_seq_length(contexts, **layout, seq_quantum=quantum)
+    multiple = required_seq_length([], **layout)
+    capacity = layout["max_tokens"] // multiple * multiple
+    assert need <= length <= capacity and length % multiple == 0
+    assert not contexts or length == capacity or (length % quantum == 0 and length - need < math.lcm(multiple, quantum))
+    assert pack(contexts, **layout, seq_length=length).seq_length == length
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "quantum"),
+    [(1, 1), (31, 1), (32, 2), (1000, 32), (4095, 128), (4096, 256), (16384, 256), (10**6, 256)],
+)
+def test_the_quantum_is_a_power_of_two_that_costs_little(max_tokens, quantum):
+    assert length_quantum(max_tokens) == quantum
+    assert quantum == 1 or quantum <= max_tokens / 16

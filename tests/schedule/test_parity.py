@@ -155,6 +155,13 @@ def test_gradients_do_not_depend_on_how_microbatches_are_cut(outcomes, max_token
     compare(outcomes, Case(max_tokens=max_tokens, extra_weightless=0), 1, reference=Case(extra_weightless=0))
 
 
+@pytest.mark.parametrize("name", ["TP2+SP", "CP2", "EP2"])
+def test_gradients_do_not_depend_on_padding_to_a_quantum_of_lengths(outcomes, name):
+    kind, cuts, world_size = LAYOUTS[name]
+    reference = Case(kind=kind, max_tokens=300, extra_weightless=0)
+    compare(outcomes, dataclasses.replace(reference, parallel=cuts, seq_quantum=128), world_size, reference=reference)
+
+
 @pytest.mark.parametrize(
     "recompute",
     [
