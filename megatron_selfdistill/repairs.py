@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill import cpu  # noqa: F401  (must come before megatron.core)
+from megatron_selfdistill import cpu  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core import tensor_parallel
 
 
 def apply() -> None:
@@ -44,17 +45,23 @@ def have_transformer_engine() -> bool:
     return True
 
 
-def unmark_duplicated_weights(model: torch.nn.Module) -> None:
-    """Let the gradient norm count a weight once that every tensor-parallel rank holds whole.
+def mark_weights_for_the_norm(model: torch.nn.Module) -> None:
+    """Say of each weight whether other tensor-parallel ranks hold another part of it, or the same whole.
 
-    Transformer Engine marks each weight as cut over tensor-parallel ranks, also those of a linear layer without a
-    ``parallel_mode``, of which latent attention has two.  The norm would count such a weight once per rank.  Experts
-    have no ``parallel_mode`` either, where Megatron Core cuts or distributes them itself: their marks are right.
+    The gradient norm counts a weight on every rank where it is marked ``tensor_model_parallel``, else on one.
+    Transformer Engine marks each weight, also those of a linear layer without a ``parallel_mode``, of which latent
+    attention has two: the norm would count such a weight once per rank.  Attention sinks are cut by head and biases of
+    experts differ from rank to rank, and neither is marked: the norm would count those of one rank.
     """
     for name, module in model.named_modules():
-        if ".experts." not in name and getattr(module, "parallel_mode", "none of Transformer Engine") is None:
-            for param in module.parameters(recurse=False):
+        of_experts = ".experts." in f"{name}."
+        replicated = not of_experts and getattr(module, "parallel_mode", "none of Transformer Engine") is None
+        for param_name, param in module.named_parameters(recurse=False):
+            if replicated:
                 param.tensor_model_parallel = False  # type: ignore[attr-defined]
+            elif param_name == "softmax_offset" or (of_experts and "bias" in param_name):
+                tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+                param.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def _define_names_missing_without_transformer_engine() -> None:

@@ -333,8 +333,8 @@ def test_a_weight_that_every_tensor_parallel_rank_holds_is_counted_once(ranks, s
     assert ranks.run(norm_of_gradients, cut, world_size=2) == [pytest.approx(expected, rel=1e-5)] * 2
 
 
-def test_experts_keep_the_marks_that_transformer_engine_gave_them():
-    """Each tensor-parallel rank has other experts, or other parts of them."""
+def test_marks_are_as_weights_are_cut():
+    """Each tensor-parallel rank has other experts, or other parts of them, and other heads."""
     model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": torch.nn.ModuleDict()})})
     model["mlp"]["experts"]["linear_fc1"] = torch.nn.Linear(2, 2)
     model["linear_q_down_proj"] = torch.nn.Linear(2, 2)
@@ -344,6 +344,13 @@ def test_experts_keep_the_marks_that_transformer_engine_gave_them():
             module.parallel_mode = None
             module.weight.tensor_model_parallel = True
     model["linear_q_up_proj"].parallel_mode = "column"
-    repairs.unmark_duplicated_weights(model)
+    model["core_attention"] = torch.nn.Module()
+    model["core_attention"].register_parameter("softmax_offset", torch.nn.Parameter(torch.zeros(4)))
+    repairs.mark_weights_for_the_norm(model)
     marked = {name for name, param in model.named_parameters() if getattr(param, "tensor_model_parallel", False)}
-    assert marked == {"mlp.experts.linear_fc1.weight", "linear_q_up_proj.weight"}
+    assert marked == {
+        "mlp.experts.linear_fc1.weight",
+        "mlp.experts.linear_fc1.bias",
+        "linear_q_up_proj.weight",
+        "core_attention.softmax_offset",
+    }

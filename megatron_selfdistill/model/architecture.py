@@ -199,6 +199,21 @@ def refuse_known_faults(config: TransformerConfig) -> None:
             "gradient would depend on packing: leave it null",
         ),
         (
+            "global_aux_loss" in _balancing_types(config),
+            "moe_router_load_balancing_type=global_aux_loss has a gradient that shrinks with the number of replicas "
+            "and depends on the microbatches before it: use aux_loss",
+        ),
+        (
+            config.experimental_attention_variant is not None,
+            "experimental_attention_variant has no layers here, and a gated delta net's output norm has wrong "
+            "gradients under tensor parallelism without sequence parallelism: leave it null",
+        ),
+        (
+            local and config.num_moe_experts is not None and config.add_bias_linear,
+            "experts with biases cannot be trained with Megatron's local layers, which add a bias in place to what "
+            "autograd still needs: set model.add_bias_linear=false, or install Transformer Engine",
+        ),
+        (
             bool(config.moe_z_loss_coeff) and (config.sequence_parallel or config.context_parallel_size > 1),
             "moe_z_loss_coeff averages over each rank's own real tokens, so with sequence or context "
             "parallelism it would depend on where padding lies: set model.moe_z_loss_coeff=null",
@@ -207,6 +222,11 @@ def refuse_known_faults(config: TransformerConfig) -> None:
     for found, sentence in faults:
         if found:
             raise ConfigError(sentence)
+
+
+def _balancing_types(config: TransformerConfig) -> list[str]:
+    types = config.moe_router_load_balancing_type
+    return [types] if isinstance(types, str) else list(types)
 
 
 def _check_rotary_width(config: TransformerConfig, rotary_percent: float) -> None:

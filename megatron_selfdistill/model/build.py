@@ -77,7 +77,7 @@ def build_chunks(
             chunk = _gpt_model(model, config, grid, vocab_size, pre_process, post_process, vp_stage, transformer_engine)
         if not cpu.ON_CPU:
             chunk = chunk.cuda(torch.cuda.current_device())
-        repairs.unmark_duplicated_weights(chunk)
+        repairs.mark_weights_for_the_norm(chunk)
         for param in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
         return Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk

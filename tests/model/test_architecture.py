@@ -87,6 +87,18 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         (DENSE, {}, {"attention_dropout": 0.1}),
     ],
     "moe_expert_capacity_factor drops tokens": [(MOE, {}, {"moe_expert_capacity_factor": 1.0})],
+    "moe_router_load_balancing_type=global_aux_loss has a gradient that shrinks": [
+        (MOE, {}, {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.01}),
+        (
+            MOE,
+            {},
+            {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.01, 0.01]},
+        ),
+    ],
+    "experts with biases cannot be trained with Megatron's local layers": [(MOE, {}, {"add_bias_linear": True})],
+    "experimental_attention_variant has no layers here": [
+        (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"}),
+    ],
     "moe_z_loss_coeff averages over each rank's own real tokens": [
         (Z_LOSS, CP2, {}),
         (Z_LOSS, TP2_SP, {}),
