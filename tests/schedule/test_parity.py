@@ -155,6 +155,15 @@ def test_gradients_do_not_depend_on_how_microbatches_are_cut(outcomes, max_token
     compare(outcomes, Case(max_tokens=max_tokens, extra_weightless=0), 1, reference=Case(extra_weightless=0))
 
 
+@pytest.mark.parametrize("cuts", [parallel(ep=2, tp=2, etp=1, sp=True), parallel(cp=2)], ids=["EP2xTP2+SP", "CP2"])
+def test_the_balancing_loss_of_real_tokens_has_the_same_gradient_however_a_row_is_cut(outcomes, cuts):
+    """The loss balances a microbatch, so all contexts are in one row.  Another one has nothing but padding."""
+    case = Case(kind="moe", parallel=cuts, model_changes={"moe_aux_loss_coeff": 0.05}, max_tokens=300)
+    compare(outcomes, case, 2, reference=dataclasses.replace(case, parallel=parallel()))
+    (_, balanced, _), (_, unbalanced, _) = outcomes(case, 2), outcomes(dataclasses.replace(case, model_changes={}), 2)
+    assert any("router" in key and not balanced[key].equal(unbalanced[key]) for key in balanced)
+
+
 @pytest.mark.parametrize("name", ["TP2+SP", "CP2", "EP2"])
 def test_gradients_do_not_depend_on_padding_to_a_quantum_of_lengths(outcomes, name):
     kind, cuts, world_size = LAYOUTS[name]
