@@ -4,6 +4,7 @@ core attention with grouped queries, packed sequences, context parallelism and a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,7 @@ class CoreAttention(MegatronModule):
         """
         q = query.transpose(0, 1).unsqueeze(0)  # [1, n, t / cp, d]
         k, v = (_GatherSequence.apply(x, self.cp_group)[layout.order].transpose(0, 1)[None] for x in (key, value))
-        again = {"use_reentrant": False, "preserve_rng_state": self.attention_dropout > 0}
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.attention_dropout > 0)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Tensor:
             # PyTorch's memory-efficient kernel takes a mask, and no groups of queries.
@@ -138,7 +139,7 @@ class CoreAttention(MegatronModule):
             return self._attend(q, k, v, allowed=layout.allowed(rows, keys))
 
         out = [
-            checkpoint(attend, q[:, :, rows], k[:, :, keys], v[:, :, keys], rows, keys, **again)
+            again(attend, q[:, :, rows], k[:, :, keys], v[:, :, keys], rows, keys)
             for rows, keys in layout.blocks(block_rows(q, k, v))
         ]
         return torch.cat(out, dim=2).squeeze(0).transpose(0, 1).flatten(1)
