@@ -40,6 +40,7 @@ from megatron_selfdistill.metrics.token_numbers import token_numbers
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss
+from megatron_selfdistill.optimizer_step import apply_gradients, gradient_norm
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.resuming import CONFIGURATION, Resumption, resumption
 from megatron_selfdistill.rollout.base import Response, Sampler, SamplingParams
@@ -194,12 +195,11 @@ class Run:
             if self.distils and self.step == 0:
                 check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.max_teacher_cross_entropy)
         with self.phases("optimizer"):
-            self.optimizer.prepare_grads()
-            metrics["gradient_norm"] = float(self.optimizer.get_grad_norm())
+            metrics["gradient_norm"] = gradient_norm(self.optimizer)
             self.guards.check_finite(self.step + 1, metrics)
             self.scheduler.step(1)
             metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-            self.optimizer.step()
+            apply_gradients(self.optimizer, metrics["gradient_norm"])
             self.teacher.update(self.optimizer)
         if self.config.target.rule == "batch" and self.distils:
             entropies, bound = batch_entropies(output, self.grid), self._target().k_bound

@@ -183,6 +183,7 @@ class _Bench:
     def train(self, batch: Any, distil: bool = True, clock: Clock | None = None) -> None:
         """Forward, backward and the optimizer's step."""
         from megatron_selfdistill import schedule
+        from megatron_selfdistill.optimizer_step import apply_gradients, gradient_norm
 
         clock = clock or Clock()
         for chunk in self.chunks:
@@ -199,9 +200,7 @@ class _Bench:
             pair_order="alternating",
         )
         with clock("optimizer"):
-            self.optimizer.prepare_grads()
-            self.optimizer.get_grad_norm()
-            self.optimizer.step()
+            apply_gradients(self.optimizer, gradient_norm(self.optimizer))
 
     @torch.no_grad()
     def teacher_forward(self, batch: Any) -> None:
