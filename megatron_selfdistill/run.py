@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill import next_steps, schedule
-from megatron_selfdistill.batch import largest, pack_everywhere
+from megatron_selfdistill.batch import pack_everywhere
 from megatron_selfdistill.checkpoint.agreement import on_rank_0
 from megatron_selfdistill.checkpoint.arguments import megatron_args
 from megatron_selfdistill.checkpoint.errors import CheckpointError
@@ -40,6 +41,7 @@ from megatron_selfdistill.metrics.token_numbers import token_numbers
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss
+from megatron_selfdistill.one_copy import to_device_in_one_copy
 from megatron_selfdistill.optimizer_step import apply_gradients, gradient_norm
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.resuming import CONFIGURATION, Resumption, resumption
@@ -141,12 +143,10 @@ class Run:
                 self._turns = Turns.of(problems, self._contexts)
                 self._row_weight = turn_weight(self.config.conversations, self._turns, self.grid)
             elif self.config.objective != "solutions":
-                self._sampler_log_probs = _joined(response.log_probs for response in kept)
+                self._sampler_log_probs = self._on_device(response.log_probs for response in kept)
             if self.config.loss.rollout_correction == "truncated":
-                drawn = _joined(response.sampled_log_probs for response in kept)
-                self._row_weight = TruncatedImportance(
-                    drawn.to(self.grid.device), self.config.loss.rollout_correction_cap
-                )
+                drawn = self._on_device(response.sampled_log_probs for response in kept)
+                self._row_weight = TruncatedImportance(drawn, self.config.loss.rollout_correction_cap)
             return self.pack_contexts(self._contexts)
 
     def pack_contexts(self, contexts: Sequence[ContextPair]) -> PackedBatch:
@@ -162,9 +162,7 @@ class Run:
 
     def forward_backward(self, batch: PackedBatch) -> schedule.StepOutput | None:
         """Gradients of the batch in ``main_grad``; None where no replica has a response to train on."""
-        if not largest(self.grid, len(batch.response_tokens))[0]:
-            return None
-        with self.phases("train"):
+        with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
             if not self._checked:
                 self._check_identity()
@@ -175,6 +173,7 @@ class Run:
                 return self._schedule(
                     batch, teacher if self.distils else None, self._row_loss(), row_weight=self._row_weight
                 )
+        return None
 
     def update(self, output: schedule.StepOutput | None) -> dict[str, float]:
         """Check the numbers, apply the gradient, move the teacher; returns the step's metrics, equal on all ranks.
@@ -272,8 +271,7 @@ class Run:
         batch = self.pack_contexts(contexts)
         with self.teacher.on_device() as teacher:
             output = self._schedule(batch, teacher, self._distillation_loss(self._target()), forward_only=True)
-        log_probs = torch.tensor([x for response in responses for x in response.log_probs], dtype=torch.float64)
-        return step_metrics(output, log_probs, self.grid)
+        return step_metrics(output, self._on_device(response.log_probs for response in responses), self.grid)
 
     def save(self) -> None:
         """A checkpoint of the present step.  In the middle of one, the step is redone from there."""
@@ -469,11 +467,18 @@ class Run:
         """One prompt read twice by the same weights has no loss: sharding, packing and exchange work in this layout."""
         if not self.distils or self.config.guards.identity_tolerance is None:
             return
-        same = [replace(c, teacher_prompt=c.student_prompt) for c in self._contexts[:IDENTITY_CONTEXTS]]
+        answered = [context for context in self._contexts if context.response]
+        same = [replace(c, teacher_prompt=c.student_prompt) for c in answered[:IDENTITY_CONTEXTS]]
         batch = self.pack_contexts(same)
         row_loss = self._distillation_loss(Target(teacher_weight=self.config.target.teacher_weight))
         output = self._schedule(batch, self.chunks, row_loss, forward_only=True)
         check_identity(step_metrics(output, None, self.grid)["loss/mean"], self.config.guards.identity_tolerance)
+
+    def _on_device(self, log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
+        """Return ``log_probs``, one sequence per response, as [R_total] float64 in the order of
+        ``PackedBatch.response_tokens``; the host does not wait for the copy."""
+        joined = torch.tensor([value for values in log_probs for value in values], dtype=torch.float64)
+        return to_device_in_one_copy(joined, self.grid.device)
 
     def _show_samples(self, output: schedule.StepOutput) -> None:
         """Log some responses of the step under way with the loss's numbers of their tokens: those of the first problems
@@ -498,8 +503,3 @@ class Run:
         if self.distils:
             streams.append((batch.teacher, metrics["padding/teacher"]))
         return sum(self.grid.dp_size * len(s) * batch.seq_length * (1 - padding) for s, padding in streams)
-
-
-def _joined(log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
-    """[R_total] float64, in the order of ``PackedBatch.response_tokens``."""
-    return torch.tensor([value for values in log_probs for value in values], dtype=torch.float64)

@@ -35,6 +35,11 @@ from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.progress import beat
 from megatron_selfdistill.teacher_bank import TeacherBank
 
+
+class NoResponseTokens(RuntimeError):
+    """The global batch has nothing to train on."""
+
+
 RowLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
 """(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient."""
 RowWeight = Callable[[Tensor, Tensor], Tensor]
@@ -125,7 +130,7 @@ def run(
     ``batch``; all replicas have the same number of microbatches and ``seq_length``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then those of the schedule and of the loss.
-    Raises: ValueError for an order that the microbatches do not fit, RuntimeError where N is 0.
+    Raises: ValueError for an order that the microbatches do not fit, `NoResponseTokens` on all ranks where N is 0.
     """
     totals = torch.tensor(
         [len(batch.response_tokens), sum(mb.num_sequences > 0 for mb in batch.student)], device=grid.device
@@ -133,7 +138,7 @@ def run(
     dist.all_reduce(totals, group=grid.dp_group)
     num_response_tokens, num_weighted = totals.tolist()
     if num_response_tokens == 0:
-        raise RuntimeError("the global batch has no response tokens: every context was dropped or empty")
+        raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
     order = _order(batch, pair_order, with_teacher=teacher is not None)
     config = unwrapped(student[0]).config
     on_device = DeviceBatch.of(

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from megatron_selfdistill.batch import over_last_stage
 from megatron_selfdistill.config import ConversationsConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.loss.weighting import LikelyTurns, down_weighted, dropped
+from megatron_selfdistill.metrics.step import over_all_ranks
+from megatron_selfdistill.one_copy import to_device_in_one_copy
 from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.schedule import StepOutput
 
@@ -47,7 +48,8 @@ def turn_weight(wanted: ConversationsConfig, turns: Turns, grid: Grid) -> Likely
         return None
     weight = {"drop": dropped, "down_weight": down_weighted}[wanted.unlikely]
     over_ranks = partial(over_last_stage, grid=grid)
-    return LikelyTurns(turns.ids.to(grid.device), len(turns.lengths), wanted.min_log_prob, weight, over_ranks)
+    turn_ids = to_device_in_one_copy(turns.ids, grid.device)
+    return LikelyTurns(turn_ids, len(turns.lengths), wanted.min_log_prob, weight, over_ranks)
 
 
 def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: Grid) -> dict[str, float]:
@@ -58,37 +60,38 @@ def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: Grid) -
         turns/accepted_share, turns/accepted_token_share   of the turns, of their tokens
         turns/unlikely_share, turns/unlikely_token_share   those whose weight in the loss is below 1 (``weighted``)
 
-    Collectives: of the per-turn sums one over CP and TP, then a sum and a minimum over the world, and a broadcast.
+    Collectives: of the per-turn sums one over CP and TP, then those of `over_all_ranks`.
     """
     totals = torch.zeros(7, dtype=torch.float64, device=grid.device)
-    lowest = torch.full((1,), math.inf, dtype=torch.float64, device=grid.device)
+    minus_lowest = torch.full((1,), -math.inf, dtype=torch.float64, device=grid.device)
     if output.stats is not None:
         sums = torch.zeros(2, len(turns.lengths), dtype=torch.float64, device=grid.device)
-        ids = turns.ids.to(grid.device)[output.response_ids]
+        turn_ids, tokens, accepted = to_device_in_one_copy(
+            (
+                turns.ids,
+                torch.tensor(turns.lengths, dtype=torch.float64),
+                torch.tensor(turns.accepted, dtype=torch.float64),
+            ),
+            grid.device,
+        )
+        ids = turn_ids[output.response_ids]
         sums[0].index_add_(0, ids, output.stats.student_log_prob.double())
         if output.weights is not None:
             sums[1].index_add_(0, ids, (output.weights < 1).double())
         sums = over_last_stage(sums, grid)
         if grid.tp_rank == 0 and grid.cp_rank == 0 and turns.lengths:
-            tokens = torch.tensor(turns.lengths, dtype=torch.float64, device=grid.device)
-            chosen = torch.tensor(turns.accepted, dtype=torch.float64, device=grid.device)
             means, unlikely = sums[0] / tokens, (sums[1] > 0).double()
-            parts = (torch.ones_like(tokens), tokens, means, chosen, chosen * tokens, unlikely, unlikely * tokens)
+            parts = (torch.ones_like(tokens), tokens, means, accepted, accepted * tokens, unlikely, unlikely * tokens)
             totals += torch.stack([part.sum() for part in parts])
-            lowest[0] = means.min()
-    if grid.world_size > 1:
-        dist.all_reduce(totals)
-        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-        both = torch.cat([totals, lowest])
-        dist.broadcast(both, src=0)  # an all-reduce need not give every rank the same bits
-        totals, lowest = both[:-1], both[-1:]
-    count, num_tokens, log_prob, num_accepted, accepted_tokens, num_unlikely, unlikely_tokens = totals.tolist()
+            minus_lowest[0] = -means.min()
+    sums_over_all, (minus_lowest_of_all,) = over_all_ranks(totals, minus_lowest, grid)
+    count, num_tokens, log_prob, num_accepted, accepted_tokens, num_unlikely, unlikely_tokens = sums_over_all
     if not count:
         return {}
     metrics = {
         "turns/count": count,
         "turns/log_prob_mean": log_prob / count,
-        "turns/log_prob_min": float(lowest[0]),
+        "turns/log_prob_min": -minus_lowest_of_all,
         "turns/accepted_share": num_accepted / count,
         "turns/accepted_token_share": accepted_tokens / num_tokens,
     }

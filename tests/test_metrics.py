@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_traffic import host_traffic
 from rich.console import Console
 
 from megatron_selfdistill.data.contexts import ContextPair
@@ -186,6 +187,17 @@ def test_k_percentiles_are_nearest_ranks_within_the_stated_resolution(spread):
     assert K_RESOLUTION <= 0.01
 
 
+def test_the_metrics_of_a_step_wait_for_the_device_once():
+    output = output_of(all_rows(), torch.arange(NUM_TOKENS), weights=torch.ones(NUM_TOKENS))
+    sampled = -torch.rand(NUM_TOKENS, dtype=torch.float64)
+    with host_traffic() as found:
+        step_metrics(output, sampled, ONE_RANK, weight_cap=2.0)
+    assert [line.partition(" at ")[0] for line in found] == ["tolist"]
+    with host_traffic() as found:
+        batch_entropies(output, ONE_RANK)
+    assert [line.partition(" at ")[0] for line in found] == ["tolist"]
+
+
 def test_percentiles_of_one_k_are_that_k():
     stats = all_rows()
     found = step_metrics(output_of(dataclasses.replace(stats, beta=torch.full_like(stats.beta, 0.4))), None, ONE_RANK)
@@ -282,6 +294,49 @@ def test_phases_add_up_and_begin_anew():
     assert found["seconds/train"] >= 0.01 and "tokens_per_second/train" not in found
     assert next(value for key, value in found.items() if key.startswith("memory/")) > 0
     assert phases.metrics(rollout=1000).keys() & {"seconds/rollout", "tokens_per_second/rollout"} == set()
+
+
+class Queue:
+    """A GPU that does what is queued a second later, and the events that are queued on it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.time = 0.0
+        self.waits = 0
+        queue = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: object) -> None:
+                self.time = queue.time
+
+            def elapsed_time(self, end: Event) -> float:
+                assert queue.waits, "the events have not passed yet"
+                return 1000 * (end.time - self.time)
+
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "current_stream", lambda device: None)
+        patch.setattr(torch.cuda, "synchronize", self.wait)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+
+    def wait(self, device: torch.device) -> None:
+        self.waits += 1
+
+
+def test_phases_of_a_gpu_wait_for_it_once_per_step(monkeypatch):
+    queue = Queue(monkeypatch)
+    phases = Phases(torch.device("cuda"))
+    for name, seconds in (("pack", 0), ("train", 3.0), ("optimizer", 0.5), ("train", 1.0)):
+        with phases(name):
+            queue.time += seconds
+        assert queue.waits == 0, f"the end of {name} waited"
+    found = phases.metrics(train=80)
+    assert queue.waits == 1
+    assert (found["seconds/train"], found["seconds/optimizer"], found["seconds/pack"]) == (4.0, 0.5, 0.0)
+    assert found["tokens_per_second/train"] == 20 and found["memory/peak_gib"] == 1
+    assert "seconds/train" not in phases.metrics()
+    assert queue.waits == 1, "nothing was timed"
 
 
 def log_steps(run_dir: Path, steps: range, done: int, **options: Any) -> None:

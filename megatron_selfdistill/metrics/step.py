@@ -58,8 +58,9 @@ def step_metrics(
 ) -> dict[str, float]:
     """Means over the response tokens of the global batch, under flat keys; equal on all ranks.
 
-    ``sampler_log_probs`` [R_total]: the sampler's raw log-prob of each of ``PackedBatch.response_tokens``, of
-    this replica, compared with the student's in this forward pass; None where nobody sampled.
+    ``sampler_log_probs`` [R_total], on the device: the sampler's raw log-prob of each of
+    ``PackedBatch.response_tokens``, of this replica, compared with the student's in this forward pass; None where
+    nobody sampled.
 
         tokens/response, loss/mean, student_nll = mean -log p(response token)
         loss/reverse_kl, entropy/{student,teacher,target}, entropy/target_minus_student = mean H(q) - H(p)
@@ -72,7 +73,8 @@ def step_metrics(
     A loss without a target (`schedule.next_token`) has the first line only; without ``sampler_log_probs`` or
     without weights of rows theirs are missing.  A token with NaN makes the means that it enters NaN; percentiles leave
     it out.
-    Collectives over the world: a sum of 1.4 k float64, a maximum of 3, a broadcast of both from rank 0.
+    Collectives over the world: those of `over_all_ranks`, for 1.4 k sums and 3 maxima.  The host waits for the device
+    once.
     """
     sums = torch.zeros(len(_SUMS) + _NUM_BINS, dtype=torch.float64, device=grid.device)
     maxima = torch.full((3,), -math.inf, dtype=torch.float64, device=grid.device)
@@ -85,13 +87,19 @@ def step_metrics(
         nothing = sums[:0]
         sums[: len(_SUMS)] = torch.stack([rows.get(key, nothing).sum() for key in _SUMS])
         k = rows.get("k/mean", nothing)
-        k = k[torch.isfinite(k)]
-        sums[len(_SUMS) :] = _histogram(k)
+        known = torch.isfinite(k)
+        sums[len(_SUMS) :] = _histogram(k, known)
         differences = rows.get("sampler/log_prob_mean_abs_diff", nothing)
         # The maximum of NaN and a number depends on their order.
-        for i, values in enumerate((k, -k, differences.nan_to_num(nan=math.inf, posinf=math.inf))):
+        for i, values in enumerate(
+            (
+                torch.where(known, k, -math.inf),
+                torch.where(known, -k, -math.inf),
+                differences.nan_to_num(nan=math.inf, posinf=math.inf),
+            )
+        ):
             maxima[i] = values.max() if values.numel() else -math.inf
-    total, maximum = _over_all_ranks(sums, maxima, grid)
+    total, maximum = over_all_ranks(sums, maxima, grid)
 
     named = dict(zip(_SUMS, total, strict=False))
     metrics = {"tokens/response": named["tokens/response"]}
@@ -119,10 +127,10 @@ def batch_entropies(output: StepOutput, grid: Grid) -> tuple[float, list[float],
         num_betas = len(stats.grid_betas)
         betas[:num_betas] = stats.grid_betas.double()
         entropies = torch.cat([stats.student_entropy[:, None], stats.grid_entropies], dim=1).double()
-        entropies = entropies[torch.isfinite(entropies).all(1)]
-        sums[0] = len(entropies)
-        sums[1 : 2 + num_betas] = entropies.sum(0)
-    total, found = _over_all_ranks(sums, betas, grid)
+        known = torch.isfinite(entropies).all(1)
+        sums[0] = known.sum()
+        sums[1 : 2 + num_betas] = torch.where(known[:, None], entropies, 0.0).sum(0)
+    total, found = over_all_ranks(sums, betas, grid)
     grid_betas = [beta for beta in found if beta > 0]
     if not grid_betas or not total[0]:
         raise ValueError(
@@ -156,7 +164,7 @@ def rollout_metrics(responses: Sequence[Response], grid: Grid, batch: PackedBatc
         numbers += [len(guided), len(ratios), sum(ratios)]
         sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
         longest += max(lengths, default=0)
-    totals, (length_max,) = _over_all_ranks(sums, longest, grid)
+    totals, (length_max,) = over_all_ranks(sums, longest, grid)
     count, tokens, truncated, *padding, num_guided, guided_tokens, log_ratio = totals
     metrics = {"tokens/rollout": tokens}
     if count:
@@ -195,15 +203,18 @@ def _row_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None
         }
         rows |= {f"status/{status.name.lower()}": (stats.status == status).double() for status in Status}
     if sampler_log_probs is not None:
-        theirs = sampler_log_probs[ids.to(sampler_log_probs.device)].to(one.device, torch.float64)
+        theirs = sampler_log_probs[ids].double()
         rows |= {"sampled": one, "sampler/log_prob_mean_abs_diff": (theirs - student_log_prob).abs()}
     return rows
 
 
-def _histogram(k: Tensor) -> Tensor:
-    """Counts of k in bins of equal width in log k."""
-    bins = ((k * K_RANGE).log() / math.log1p(K_RESOLUTION)).floor().clamp(0, _NUM_BINS - 1)
-    return torch.bincount(bins.long(), minlength=_NUM_BINS).double()
+def _histogram(k: Tensor, known: Tensor) -> Tensor:
+    """Return the counts of those ``k`` that are ``known``, in bins of equal width in log k.
+
+    bincount, and a choice by a mask, would make the host wait for the device.
+    """
+    bins = ((torch.where(known, k, 1.0) * K_RANGE).log() / math.log1p(K_RESOLUTION)).floor().clamp(0, _NUM_BINS - 1)
+    return k.new_zeros(_NUM_BINS).index_add_(0, bins.long(), known.to(k.dtype))
 
 
 def _percentile(counts: Sequence[float], share: float) -> float:
@@ -220,12 +231,24 @@ def _padding(stream: Sequence[Microbatch]) -> tuple[int, int]:
     return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
 
 
-def _over_all_ranks(sums: Tensor, maxima: Tensor, grid: Grid) -> tuple[list[float], list[float]]:
-    """Sums and maxima over the world.  A rank whose values another one has too contributes zeros."""
-    if grid.world_size > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        both = torch.cat([sums, maxima])
-        dist.broadcast(both, src=0)  # an all-reduce need not give every rank the same bits
-        sums, maxima = both[: len(sums)], both[len(sums) :]
-    return sums.tolist(), maxima.tolist()
+def over_all_ranks(sums: Tensor, maxima: Tensor, grid: Grid) -> tuple[list[float], list[float]]:
+    """Return sums and maxima over the world, with the same bits on every rank; waits for the device once.
+
+    ``sums [n]``, ``maxima [m]``: float64, on the device; a rank whose values another one has too contributes zeros, and
+    -inf for its maxima.  No maximum may be NaN.
+    Collectives over the world: one sum of n + m * world_size values, in which each rank's maxima have places of their
+    own, and a broadcast of it.
+    """
+    if grid.world_size == 1:
+        return _split(torch.cat([sums, maxima]).tolist(), len(sums))
+    places = maxima.new_zeros(grid.world_size, len(maxima))
+    places[grid.rank] = maxima
+    everything = torch.cat([sums, places.flatten()])
+    dist.all_reduce(everything)
+    dist.broadcast(everything, src=0)  # an all-reduce need not give every rank the same bits
+    total, by_rank = _split(everything.tolist(), len(sums))
+    return total, [max(by_rank[i :: len(maxima)]) for i in range(len(maxima))]
+
+
+def _split(values: list[float], at: int) -> tuple[list[float], list[float]]:
+    return values[:at], values[at:]

@@ -1,0 +1,99 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What would make the host wait for a GPU, recorded on a CPU where it is called.
+
+    with host_traffic() as found:
+        ...
+    assert found == []  # ["tolist at megatron_selfdistill/metrics/step.py:12", ...]
+
+Recorded are operators whose outcome or shape the host must know, and the methods of a tensor that bring it to another
+device or to Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PACKAGE = "/megatron_selfdistill/"
+ELSEWHERE = "/megatron/core/"
+EXEMPT = (
+    "/megatron_selfdistill/loss/row_sums.py",  # the loss in PyTorch; Triton kernels choose these rows on the device
+    "/megatron/core/tensor_parallel/random.py",  # compares states of the host's random numbers
+)
+
+# Stands between Megatron and torch's factories, on a CPU only.
+BETWEEN = ("/megatron_selfdistill/cpu.py",)
+
+READ_BY_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
+FACTORIES = ("tensor", "as_tensor")
+"""With a device: a copy of pageable memory."""
+MOVES = ("to", "cpu", "cuda", "tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+class _Operators(TorchDispatchMode):
+    """Records operators, as ``operator at file:line``."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        with_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        filled = with_mask and name != "index" and args[2].numel() == 1  # by masked_fill, on the device
+        if name in READ_BY_THE_HOST or (with_mask and not filled):
+            record(name, self.found)
+        return func(*args, **(kwargs or {}))
+
+
+def record(what: str, found: list[str]) -> None:
+    """Append ``what`` and the place where this project or Megatron calls it."""
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename.endswith(EXEMPT):
+            return
+        if frame.filename.endswith(BETWEEN):
+            continue
+        if PACKAGE in frame.filename or ELSEWHERE in frame.filename:
+            found.append(f"{what} at {frame.filename.rpartition('/site-packages/')[2]}:{frame.lineno}")
+            return
+
+
+@contextlib.contextmanager
+def host_traffic() -> Iterator[list[str]]:
+    """A list of what is recorded inside, in the order of the calls."""
+    found: list[str] = []
+
+    def moved(move: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            named = [a for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device))]
+            to_device = move != "to" or (named and not kwargs.get("non_blocking"))
+            frame = traceback.extract_stack(limit=2)[0].filename
+            ours = PACKAGE in frame and not frame.endswith(BETWEEN)
+            if to_device and (ours or (ELSEWHERE in frame and move in ("tolist", "numpy"))):
+                record(move, found)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    def made(factory: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs:
+                record(factory, found)
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, _Operators(found):
+        for move in MOVES:
+            patch.setattr(torch.Tensor, move, moved(move, getattr(torch.Tensor, move)))
+        for factory in FACTORIES:
+            patch.setattr(torch, factory, made(factory, getattr(torch, factory)))
+        yield found
