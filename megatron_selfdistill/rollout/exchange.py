@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from megatron_selfdistill.parallel import Grid
 
 _NONE = -1
+_HEADER_WORDS = 1
+"""int64 in front of all packed responses of one sender: their number."""
+_RESPONSE_WORDS = 5
+"""int64 of one packed response beside its tokens and their numbers."""
 _HEARTBEAT_SECONDS = 10.0
 
 T = TypeVar("T")
@@ -67,26 +71,71 @@ def hand_back(written: Mapping[int, Response], pooled: Pool) -> list[Response]:
 
     ``written``: what this rank has, by index into ``pooled.requests``; each index on exactly one rank, on the others
     it is absent.  Raises `EngineError` on all ranks alike where a response is missing or there twice.
-    Collectives: an all-gather of sizes over the world, then a broadcast from each rank that has responses, so that no
-    rank holds more than one sender's at a time.
+    Collectives over the world: a sum of a table of sizes, and one all-to-all in which each rank receives the responses
+    to its own replica's requests and no others.
     """
-    packed = torch.from_numpy(_packed_responses(written)).to(pooled.device)
-    own: dict[int, Response] = {}
-    copies = np.zeros(len(pooled.requests), dtype=np.int64)
-    wanted = range(pooled.first, pooled.first + pooled.count)
-    for rank, size in enumerate(_sizes(packed, None)):
-        share = packed if rank == dist.get_rank() else packed.new_empty(size)
-        dist.broadcast(share, src=rank)
-        indices, responses = _unpacked_responses(share.cpu().numpy(), wanted)
-        np.add.at(copies, indices, 1)
-        own.update(responses)
-    if (copies != 1).any():
-        index = int((copies != 1).argmax())
+    sizes = {index: _words_of(response) for index, response in written.items()}
+    table = _Table.summed(sizes, pooled)
+    if (table.copies != 1).any():
+        index = int((table.copies != 1).argmax())
         raise EngineError(
-            f"expected one response to each of {len(copies)} requests, got {copies.sum()}: request {index} has "
-            f"{copies[index]}"
+            f"expected one response to each of {len(table.copies)} requests, got {table.copies.sum()}: request {index} "
+            f"has {table.copies[index]}"
         )
-    return [own[index] for index in wanted]
+    shares: dict[range, np.ndarray] = {}  # the ranks of a replica get the same
+    for wanted in table.wanted_by_rank:
+        if wanted not in shares:
+            shares[wanted] = _packed_responses({index: written[index] for index in wanted if index in written})
+    sent = [shares[wanted] for wanted in table.wanted_by_rank]
+    own = range(pooled.first, pooled.first + pooled.count)
+    received_words = [_HEADER_WORDS + int(words) for words in table.words_by_writer(own)]
+    received = torch.empty(sum(received_words), dtype=torch.int64, device=pooled.device)
+    dist.all_to_all_single(
+        received,
+        torch.from_numpy(np.concatenate(sent)).to(pooled.device),
+        received_words,
+        [len(share) for share in sent],
+    )
+    responses: dict[int, Response] = {}
+    for share in np.split(received.cpu().numpy(), np.cumsum(received_words)[:-1]):
+        responses |= _unpacked_responses(share)
+    return [responses[index] for index in own]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Who wrote what, and who wants what, as every rank knows it."""
+
+    copies: np.ndarray
+    """[requests] int64: ranks that have a response to each."""
+    words: np.ndarray
+    """[requests] int64: what the response takes in a packed share."""
+    writer: np.ndarray
+    """[requests] int64: the rank that has it, where one rank has."""
+    wanted_by_rank: list[range]
+    """Indices of the requests of each rank's replica."""
+
+    @classmethod
+    def summed(cls, sizes: Mapping[int, int], pooled: Pool) -> _Table:
+        """``sizes``: of the responses that this rank has, in words.  Collectives: one sum over the world."""
+        world_size, rank, count = dist.get_world_size(), dist.get_rank(), len(pooled.requests)
+        table = np.zeros((count, 3), dtype=np.int64)
+        for index, words in sizes.items():
+            table[index] = 1, words, rank
+        wanted = np.zeros((world_size, 2), dtype=np.int64)
+        wanted[rank] = pooled.first, pooled.first + pooled.count
+        everything = torch.from_numpy(np.concatenate([table.ravel(), wanted.ravel()])).to(pooled.device)
+        dist.all_reduce(everything)
+        total = everything.cpu().numpy()
+        copies, words, writer = total[: 3 * count].reshape(count, 3).T
+        return cls(copies, words, writer, [range(*bounds) for bounds in total[3 * count :].reshape(-1, 2).tolist()])
+
+    def words_by_writer(self, wanted: range) -> np.ndarray:
+        """Return [world_size] int64: the words of each rank's responses to the requests ``wanted``."""
+        part = slice(wanted.start, wanted.stop)
+        words = np.zeros(len(self.wanted_by_rank), dtype=np.int64)
+        np.add.at(words, self.writer[part], self.words[part])
+        return words
 
 
 @contextlib.contextmanager
@@ -232,6 +281,11 @@ def _unpacked_requests(packed: np.ndarray) -> list[Request]:
 # all log-probs, all sampled log-probs, and the teacher's of those that are guided.
 
 
+def _words_of(response: Response) -> int:
+    """Return how many int64 a response takes in `_packed_responses`, beside the header of all."""
+    return _RESPONSE_WORDS + len(response.token_ids) * (4 if response.guided else 3)
+
+
 def _packed_responses(written: Mapping[int, Response]) -> np.ndarray:
     responses = written.values()
     head = [
@@ -254,8 +308,8 @@ def _packed_responses(written: Mapping[int, Response]) -> np.ndarray:
     )
 
 
-def _unpacked_responses(packed: np.ndarray, wanted: range) -> tuple[np.ndarray, dict[int, Response]]:
-    """The indices of all, and those that are ``wanted``."""
+def _unpacked_responses(packed: np.ndarray) -> dict[int, Response]:
+    """The responses of `_packed_responses`, by index."""
     count = int(packed[0])
     head = packed[1 : 1 + 5 * count].reshape(count, 5)
     lengths, guided = head[:, 1], head[:, 3]
@@ -268,17 +322,16 @@ def _unpacked_responses(packed: np.ndarray, wanted: range) -> tuple[np.ndarray, 
 
     responses = {}
     for i, index in enumerate(head[:, 0].tolist()):
-        if index in wanted:
-            start, version = starts[0, i], int(head[i, 4])
-            responses[index] = Response(
-                token_ids=packed[start : start + lengths[i]].tolist(),
-                log_probs=floats(1, i),
-                sampled_log_probs=floats(2, i),
-                finish_reason=FINISH_REASONS[head[i, 2]],
-                teacher_log_probs=floats(3, i) if guided[i] else None,
-                weight_version=None if version == _NONE else version,
-            )
-    return head[:, 0], responses
+        start, version = starts[0, i], int(head[i, 4])
+        responses[index] = Response(
+            token_ids=packed[start : start + lengths[i]].tolist(),
+            log_probs=floats(1, i),
+            sampled_log_probs=floats(2, i),
+            finish_reason=FINISH_REASONS[head[i, 2]],
+            teacher_log_probs=floats(3, i) if guided[i] else None,
+            weight_version=None if version == _NONE else version,
+        )
+    return responses
 
 
 def _all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -290,8 +343,8 @@ def _all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]
     return [buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)]
 
 
-def _sizes(tensor: Tensor, group: dist.ProcessGroup | None) -> list[int]:
+def _sizes(tensor: Tensor, group: dist.ProcessGroup) -> list[int]:
     size = tensor.new_tensor([tensor.numel()])
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, size, group=group)
-    return [int(size.item()) for size in sizes]
+    return torch.cat(sizes).tolist()

@@ -32,6 +32,7 @@ from megatron_selfdistill.rollout.kv_cache import (
     keep_rows,
     ragged_decoding,
 )
+from megatron_selfdistill.rollout.survivors import Survivors
 from megatron_selfdistill.rollout.written import PromptPairs, Written
 
 _GIB = 2**30
@@ -168,20 +169,21 @@ class MegatronSampler:
 
     def _sample_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         batch = Written.behind_prompts(requests, params, self._grid.device)
-        length, position = batch.tokens.size(1), int(batch.prompt_lengths.min())
+        length, position = batch.tokens.size(1), min(len(request.prompt) for request in requests)
         live = torch.arange(len(requests), device=self._grid.device)  # rows of the batch that are in the cache
+        survivors = Survivors(len(requests), self._grid.device)
         context = StaticInferenceContext(len(requests), length - 1)  # nobody reads the last token
         logits = self._prefill(context, batch.tokens[:, :position])
         while True:
             tokens = self._draw(batch, live, position, logits, params)
             batch.write(live, position, tokens)
             position += 1
-            unfinished = (batch.ends[live] > position).nonzero().flatten()
-            if unfinished.numel() == 0:
+            num_unfinished, kept = survivors.after_pass(batch.ends[live] > position)
+            if num_unfinished == 0 or position == length:
                 break
-            if 2 * unfinished.numel() <= live.numel():  # the survivors of a long tail should not pay for the rest
-                keep_rows(context, unfinished)
-                live = live[unfinished]
+            if kept is not None:
+                keep_rows(context, kept)
+                live = live[kept]
             logits = self._next_logits(context, batch.tokens[live, position - 1 : position])
             context.sequence_len_offset += 1
         if self._grid.tp_size > 1 or self._grid.pp_size > 1:
@@ -196,6 +198,7 @@ class MegatronSampler:
         cache = RaggedCache(2 * len(requests), longest + params.max_new_tokens - 1)  # nobody reads the last token
         self._prefill_pairs(cache, prompts)
         cache.start_decoding(prompts.lengths, longest)
+        survivors = Survivors(len(requests), self._grid.device)
         tokens = prompts.last_tokens
         with ragged_decoding(self._models, cache):
             for step in range(params.max_new_tokens):
@@ -203,12 +206,12 @@ class MegatronSampler:
                 drawn = self._draw_mixed(batch, live, step, logits, params)
                 batch.write(live, step, drawn)
                 cache.advance()
-                unfinished = (batch.ends[live] > step + 1).nonzero().flatten()
-                if unfinished.numel() == 0:
+                num_unfinished, kept = survivors.after_pass(batch.ends[live] > step + 1)
+                if num_unfinished == 0:
                     break
-                if 2 * unfinished.numel() <= live.numel():
-                    cache.keep(torch.cat([unfinished, unfinished + live.numel()]))
-                    live = live[unfinished]
+                if kept is not None:
+                    cache.keep(torch.cat([kept, kept + live.numel()]))
+                    live = live[kept]
                 tokens = batch.tokens[live, step].repeat(2)
         if self._grid.tp_size > 1 or self._grid.pp_size > 1:
             self._broadcast(batch.log_probs)

@@ -77,6 +77,34 @@ def test_a_missing_or_doubled_response_is_an_error_on_all_ranks(ranks, fault, fo
     assert sentences[0] == sentences[1] and found in sentences[0]
 
 
+def collectives_of_an_exchange(counts: list[int]) -> tuple[list[str], int, int]:
+    """(collectives that handing back makes, int64 that this rank receives, int64 of its replica's responses)."""
+    grid = initialize(parallel(), seed=1)
+    pooled = pool(own(grid.dp_rank, counts), grid)
+    written = {i: response_to(r) for i, r in enumerate(pooled.requests) if i % grid.world_size == grid.rank}
+    called, received = [], []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def recorded(name: str, original: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                called.append(name)
+                received.append(args[0].numel() if name == "all_to_all_single" else 0)
+                return original(*args, **kwargs)
+
+            return call
+
+        for name in ("all_reduce", "all_gather", "broadcast", "all_to_all_single", "all_gather_object"):
+            patch.setattr(dist, name, recorded(name, getattr(dist, name)))
+        back = hand_back(written, pooled)
+    return called, sum(received), sum(map(exchange._words_of, back))
+
+
+def test_responses_travel_in_one_collective_to_those_who_asked_however_many_ranks_there_are(ranks):
+    for called, received, wanted in ranks.run(collectives_of_an_exchange, [5, 2, 0, 3], world_size=4):
+        assert called == ["all_reduce", "all_to_all_single"]
+        assert received == wanted + 4  # and the number of responses from each of 4 ranks
+
+
 def agreed(errors: list[Exception | None]) -> tuple[str, str] | None:
     grid = initialize(parallel(), seed=1)
     mine = errors[grid.rank]

@@ -21,7 +21,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.rollout import megatron
+from megatron_selfdistill.rollout import megatron, survivors
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed, stream_uniforms
 from megatron_selfdistill.rollout.megatron import MegatronSampler
 
@@ -217,6 +217,25 @@ def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, wit
         assert [response.token_ids for response in result["drawn"]] == sampled[share]
         assert [r.token_ids for r in result["plain"]] == [r.token_ids for r in result["alone"]]
         assert not any(response.guided for response in result["plain"])
+
+
+def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
+    """`write_in_layout` where the host learns one pass late which pairs go on, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survivors, "lag_of", lambda device: 1)
+        return write_in_layout(kind, config, stops)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "MoE EP2"])
+def test_pairs_whose_end_is_known_one_pass_late_are_written_the_same(ranks, without_cache, layout):
+    kind, config, world_size = LAYOUTS[layout]
+    texts = without_cache(kind)
+    stops = stops_of(texts)
+    for result in ranks.run(write_one_pass_late, kind, config, stops, world_size=world_size):
+        share = slice(result["replica"], None, result["replicas"])
+        for name in ("early", "split"):
+            for text, response in zip(texts[share], result[name], strict=True):
+                assert (response.token_ids, response.finish_reason) == cut_at(text, stops)
 
 
 def draw_with_targets() -> list[tuple[Target, float, float]]:

@@ -16,7 +16,7 @@ from responses import chi_square_p_value, cut_at, own, stops_of
 
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.rollout import megatron
+from megatron_selfdistill.rollout import megatron, survivors
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed, stream_uniforms
 from megatron_selfdistill.rollout.megatron import MegatronSampler, split_batches
 
@@ -156,6 +156,26 @@ def test_a_replica_without_requests_keeps_step_until_the_others_are_done(ranks, 
         texts = [response.token_ids for response in result["whole"]]
         mine = expected[:: result["replicas"]] if result["replica"] == 0 else []
         assert texts == [tokens for tokens, _ in mine]
+
+
+def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
+    """`write_in_layout` where the host learns one pass late which sequences go on, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survivors, "lag_of", lambda device: 1)
+        return write_in_layout(kind, config, stops)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2+SP", "MoE EP2xCP2"])
+def test_a_batch_whose_end_is_known_one_pass_late_writes_the_same(ranks, without_cache, layout):
+    kind, config, world_size = LAYOUTS[layout]
+    stops = stops_of([tokens for tokens, _ in without_cache(kind)])
+    at_once = ranks.run(write_in_layout, kind, config, stops, world_size=world_size)
+    late = ranks.run(write_one_pass_late, kind, config, stops, world_size=world_size)
+    for one, other in zip(at_once, late, strict=True):
+        for name in ("whole", "early", "split", "drawn"):
+            for expected, got in zip(one[name], other[name], strict=True):
+                assert got.token_ids == expected.token_ids and got.finish_reason == expected.finish_reason
+                assert got.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
 
 
 def draw_in_layout(config: ParallelConfig, order: list[int]) -> dict[int, Response]:
