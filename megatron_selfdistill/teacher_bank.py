@@ -60,6 +60,7 @@ class TeacherBank:
             return parts[0][0]
         block = torch.empty(size, self.width, dtype=dtype, device=self.grid.device)
         for part, place in parts:
+            assert place is not None, "a part that is everything is the only one"
             block.index_copy_(0, place, part)
         return block
 

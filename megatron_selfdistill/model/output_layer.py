@@ -95,8 +95,8 @@ class FusedLoss:
         Collectives over TP: see `fused_distillation_loss`; with sequence parallelism hidden rows are gathered and their
         gradient is reduce-scattered, response positions only.
         """
-        cut = positions.own is not None
-        own = hidden.index_select(0, positions.own) if cut else rows_at(hidden, positions.whole, grid)
+        cut = positions.own
+        own = rows_at(hidden, positions.whole, grid) if cut is None else hidden.index_select(0, cut)
         weight = output_weight(student, own)
         return fused_distillation_loss(
             own.squeeze(1),

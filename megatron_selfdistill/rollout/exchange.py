@@ -127,8 +127,8 @@ class _Table:
         everything = torch.from_numpy(np.concatenate([table.ravel(), wanted.ravel()])).to(pooled.device)
         dist.all_reduce(everything)
         total = everything.cpu().numpy()
-        copies, words, writer = total[: 3 * count].reshape(count, 3).T
-        return cls(copies, words, writer, [range(*bounds) for bounds in total[3 * count :].reshape(-1, 2).tolist()])
+        copies, packed_words, writer = total[: 3 * count].reshape(count, 3).T
+        return cls(copies, packed_words, writer, [range(*bounds) for bounds in total[3 * count :].reshape(-1, 2).tolist()])
 
     def words_by_writer(self, wanted: range) -> np.ndarray:
         """Return [world_size] int64: the words of each rank's responses to the requests ``wanted``."""
