@@ -128,7 +128,8 @@ class _Table:
         dist.all_reduce(everything)
         total = everything.cpu().numpy()
         copies, packed_words, writer = total[: 3 * count].reshape(count, 3).T
-        return cls(copies, packed_words, writer, [range(*bounds) for bounds in total[3 * count :].reshape(-1, 2).tolist()])
+        bounds = total[3 * count :].reshape(-1, 2).tolist()
+        return cls(copies, packed_words, writer, [range(first, behind) for first, behind in bounds])
 
     def words_by_writer(self, wanted: range) -> np.ndarray:
         """Return [world_size] int64: the words of each rank's responses to the requests ``wanted``."""
