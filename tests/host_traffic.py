@@ -33,7 +33,7 @@ BETWEEN = ("/megatron_selfdistill/cpu.py",)
 READ_BY_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
 FACTORIES = ("tensor", "as_tensor")
 """With a device: a copy of pageable memory."""
-MOVES = ("to", "cpu", "cuda", "tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__")
+MOVES = ("to", "cpu", "cuda", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
 
 
 class _Operators(TorchDispatchMode):
@@ -77,7 +77,7 @@ def host_traffic() -> Iterator[list[str]]:
             to_device = move != "to" or (named and not kwargs.get("non_blocking"))
             frame = traceback.extract_stack(limit=2)[0].filename
             ours = PACKAGE in frame and not frame.endswith(BETWEEN)
-            if to_device and (ours or (ELSEWHERE in frame and move in ("tolist", "numpy"))):
+            if to_device and (ours or (ELSEWHERE in frame and move == "tolist")):
                 record(move, found)
             return original(self, *args, **kwargs)
 

@@ -61,7 +61,7 @@ def pool(requests: Sequence[Request], grid: Grid) -> Pool:
     """
     packed = torch.from_numpy(_packed_requests(requests)).to(grid.device)
     shares = _all_gather_uneven(packed, grid.dp_group)
-    pooled = [_unpacked_requests(share.cpu().numpy()) for share in shares]
+    pooled = [_unpacked_requests(share) for share in shares]
     first = sum(len(share) for share in pooled[: grid.dp_rank])
     return Pool([request for share in pooled for request in share], first, len(requests), grid.device)
 
@@ -335,13 +335,14 @@ def _unpacked_responses(packed: np.ndarray) -> dict[int, Response]:
     return responses
 
 
-def _all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def _all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> list[np.ndarray]:
+    """Return every rank's ``tensor [n]``, of any n, on the host."""
     sizes = _sizes(tensor, group)
     padded = tensor.new_zeros(max(sizes))
     padded[: tensor.numel()] = tensor
     buffers = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(buffers, padded, group=group)
-    return [buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)]
+    return [row[:size] for row, size in zip(torch.stack(buffers).cpu().numpy(), sizes, strict=True)]
 
 
 def _sizes(tensor: Tensor, group: dist.ProcessGroup) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from host_traffic import host_traffic
 from models import parallel
 
 from megatron_selfdistill.config import ConfigError
@@ -103,6 +104,19 @@ def test_responses_travel_in_one_collective_to_those_who_asked_however_many_rank
     for called, received, wanted in ranks.run(collectives_of_an_exchange, [5, 2, 0, 3], world_size=4):
         assert called == ["all_reduce", "all_to_all_single"]
         assert received == wanted + 4  # and the number of responses from each of 4 ranks
+
+
+def waits_of_pooling(counts: list[int]) -> list[str]:
+    """What pooling requests sends to the device and waits for."""
+    grid = initialize(parallel(), seed=1)
+    with host_traffic() as found:
+        pool(own(grid.dp_rank, counts), grid)
+    return [line.partition(" at ")[0] for line in found]
+
+
+def test_requests_are_pooled_with_two_waits_for_the_device_however_many_replicas_there_are(ranks):
+    for found in ranks.run(waits_of_pooling, [5, 2, 0, 3], world_size=4):
+        assert found == ["to", "tolist", "cpu"]
 
 
 def agreed(errors: list[Exception | None]) -> tuple[str, str] | None:
