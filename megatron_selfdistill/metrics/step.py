@@ -227,8 +227,9 @@ def _percentile(counts: Sequence[float], share: float) -> float:
 
 
 def _padding(stream: Sequence[Microbatch]) -> tuple[int, int]:
+    """Return (padding tokens, all tokens) of microbatches, whose masks are on the host."""
     masks = [microbatch.padding_mask for microbatch in stream]
-    return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+    return sum(int(mask.numpy().sum()) for mask in masks), sum(mask.numel() for mask in masks)
 
 
 def over_all_ranks(sums: Tensor, maxima: Tensor, grid: Grid) -> tuple[list[float], list[float]]:

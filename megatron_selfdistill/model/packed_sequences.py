@@ -45,15 +45,15 @@ class PackedSequences(PackedSeqParams):
 
         ``position_ids [s / cp]``: those of the tokens that this context-parallel rank holds.
         """
-        cu_seqlens = microbatch.cu_seqlens
+        cu_seqlens, longest = microbatch.cu_seqlens, microbatch.max_seqlen
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             cu_seqlens_q_padded=cu_seqlens,  # padding lies behind its sequence, where causal attention never looks
             cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=microbatch.max_seqlen,
-            max_seqlen_kv=microbatch.max_seqlen,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
             segment_bounds=tuple(cu_seqlens.tolist()),
             rotary_positions=position_ids,
             segment_batches=segments_by_length(cu_seqlens.long()) if with_segment_batches else None,
