@@ -18,7 +18,7 @@ from megatron_selfdistill.loss.vocab_parallel import VocabShard, distillation_lo
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
 from megatron_selfdistill.selftest.tiny import Node
 
-VOCAB_SIZE, NUM_ROWS, MULTIPLE = 1009, 48, 128  # a prime: the last shards are partly padding
+VOCAB_SIZE, NUM_ROWS = 1009, 48  # a prime: the last shards are partly padding
 TARGETS = {
     "k <= 1 + w": Target(),
     "k unbounded": Target(k_max=None),
@@ -40,24 +40,23 @@ SMALLEST_SCALE = 1e-3
 def loss_against_float64(node: Node) -> Outcome:
     """Every divergence and target, float32 and bf16 logits, at the largest TP that the world allows."""
     grid = node.grid(node.cut(tp=node.largest_tp))
-    step = MULTIPLE * grid.tp_size
-    vocab = VocabShard.from_group(-(-VOCAB_SIZE // step) * step, VOCAB_SIZE, grid.tp_group)
+    vocab = VocabShard.from_group(node.padded_rows(VOCAB_SIZE, grid), VOCAB_SIZE, grid.tp_group)
     figures: list[Figure] = []
     for dtype, gradient_bound in GRADIENT_BOUNDS.items():
         losses, gradients = {}, {}
         for (rule, target), (kind, divergence) in product(TARGETS.items(), DIVERGENCES.items()):
             case = f"{kind}, {rule}"
-            losses[case], gradients[case] = _errors(dtype, target, divergence, vocab, grid.device)
+            losses[case], gradients[case] = errors(dtype, target, divergence, vocab, grid.device)
         name = f"{str(dtype).removeprefix('torch.')} logits, TP {grid.tp_size}"
         figures += [largest(f"loss, {name}", losses, LOSS_BOUND)]
         figures += [largest(f"gradient, {name}", gradients, gradient_bound)]
     return Outcome(tuple(figures))
 
 
-def _errors(
+def errors(
     dtype: torch.dtype, target: Target, divergence: Divergence, vocab: VocabShard, device: torch.device
 ) -> tuple[float, float]:
-    """The largest error of a row's loss, and of an element of this rank's columns of the gradient."""
+    """Return the largest error of a row's loss, and of an element of this rank's columns of the gradient."""
     student, teacher, tokens, weights = (x.to(device) for x in _rows(dtype))
     held = slice(vocab.start, vocab.start + vocab.num_valid)
     expected, expected_gradient = reference(student.double(), teacher.double(), target, divergence, weights)

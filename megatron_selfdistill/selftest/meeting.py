@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_selfdistill.selftest.outcome import Outcome, over_ranks
 
 LIMIT_S = 150.0
-"""Of all checks together: whoever waits for a table was promised it in less than three minutes."""
+"""Seconds for all checks together.  This clock stands still during the warm-up, which has as many of its own."""
 GRACE_S = 20.0
 """After one rank has raised, for the others to notice."""
 _POLL_S, _WATCH_S = 0.02, 0.25
@@ -69,6 +69,7 @@ class Meeting:
         self._lock = threading.Lock()  # of the store's connection
         self._num_groups = self._num_checks = 0
         self._check: str | None = None
+        self._phase = ""
         self._began = self._share_s = 0.0
         self._failure_seen: float | None = None
         self._closing = threading.Event()
@@ -141,6 +142,35 @@ class Meeting:
         self._check = None
         return _joined([self._report(rank) for rank in range(self.world_size)])
 
+    def warm_up(
+        self, work: Callable[[Callable[[str], None]], None], leave: Callable[[], None], limit_s: float
+    ) -> Outcome:
+        """Run ``work(phase)`` on all ranks while the clock of the checks stands still, then ``leave()``.
+
+        ``work`` calls ``phase("what it begins")``; a rank that does not return within ``limit_s`` is reported with its
+        phase, which tells a slow compiler from a collective that hangs.  The outcome, equal on all ranks, has no
+        figure: the seconds, and the sentence of the rank that raised, if one did.
+        """
+        left = self._deadline - time.monotonic()
+        self._deadline = time.monotonic() + limit_s
+        name = "warm-up"
+
+        def check() -> Outcome:
+            work(self._begin_phase)
+            return Outcome(not_done="compilers and communicators are ready; no check's time is spent on them")
+
+        try:
+            return self.hold(name, check, leave)
+        finally:
+            self._phase = ""
+            self._deadline = time.monotonic() + left
+
+    def _begin_phase(self, phase: str) -> None:
+        """Tell the others what this rank begins, for the sentence about ranks that never return."""
+        self._phase = phase
+        with self._lock:
+            self._store.set(self._key(f"phase {self.rank}"), phase)
+
     # -- what has been told --------------------------------------------------------------------------------------
 
     def _key(self, what: object) -> str:
@@ -199,6 +229,8 @@ class Meeting:
         if self._failure_seen is not None and now - self._failure_seen > self._grace_s:
             return f"did not return within {self._grace_s:g} s"
         if now - self._began > self._share_s:
+            if self._phase:
+                return f"did not return from the warm-up within {self._share_s:.0f} s (--minutes gives them more)"
             return f"did not return from this check within {self._share_s:.0f} s (--minutes gives them more)"
         return None
 
@@ -215,12 +247,27 @@ class Meeting:
             if not missing:
                 return  # they have just come
             failed = sorted((r for r in map(self._report, told) if r.failed), key=lambda report: report.failed)
-            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {why}"
+            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {why}{self._phases_of(missing)}"
             sentence = f"{failed[0].outcome.error}; then {who}" if failed else who
             seconds = time.monotonic() - self._began
             self._end(Outcome(error=sentence, name=check, seconds=seconds))
         except BaseException:
             _exit()
+
+    def _phases_of(self, missing: list[int]) -> str:
+        """What the missing ranks were at, where this is the warm-up; else nothing."""
+        if not self._phase:
+            return ""
+        at: dict[str, list[str]] = {}
+        for rank in missing:
+            key = self._key(f"phase {rank}")
+            with self._lock:
+                phase = self._store.get(key).decode() if self._store.check([key]) else "its start"
+            at.setdefault(phase, []).append(str(rank))
+        return "".join(
+            f"; rank {ranks[0]} is at {phase}" if len(ranks) == 1 else f"; ranks {', '.join(ranks)} are at {phase}"
+            for phase, ranks in at.items()
+        )
 
     def _end(self, outcome: Outcome) -> None:
         self._broken_off(outcome)

@@ -32,7 +32,7 @@ def save_and_resume(node: Node) -> Outcome:
     """4 steps at once; 2 steps, a checkpoint, and from there 2 more: the same metrics, weights and optimizer state."""
     cuts = node.cut(tp=2 if node.world_size % 4 == 0 else 1)
     whole, halves = (node.new_run_dir(name) for name in ("whole", "halves"))
-    with _deterministic():
+    with deterministic():
         _train(node, cuts, whole, STEPS)
         _train(node, cuts, halves, STEPS // 2)
         _train(node, cuts, halves, STEPS)
@@ -59,15 +59,15 @@ def _train(node: Node, cuts: ParallelConfig, run_dir: Path, num_steps: int) -> N
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """On GPUs, kernels that repeat their last bits, where there are any; a CPU's do."""
     if cpu.ON_CPU:
         yield
         return
     switches: Any = torch.utils.deterministic
-    before, filling = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
+    before, filling = torch.aredeterministic_algorithms_enabled(), switches.fill_uninitialized_memory
     allowed = os.environ.get(_TE_SWITCH)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.usedeterministic_algorithms(True, warn_only=True)
     switches.fill_uninitialized_memory = False
     os.environ[_TE_SWITCH] = "0"  # Transformer Engine reads it when it builds a layer
     try:
@@ -79,7 +79,7 @@ def _deterministic() -> Iterator[None]:
             raise RuntimeError(f"no attention kernel here repeats its bits, flash-attn's do: {error}") from error
         raise
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.usedeterministic_algorithms(before)
         switches.fill_uninitialized_memory = filling
         if allowed is None:
             del os.environ[_TE_SWITCH]

@@ -31,6 +31,7 @@ from megatron_selfdistill.selftest.resume import save_and_resume
 from megatron_selfdistill.selftest.sync import weight_sync
 from megatron_selfdistill.selftest.tiny import Node, write_texts
 from megatron_selfdistill.selftest.training import identity_law, pair_orders
+from megatron_selfdistill.selftest.warming import warm_up
 
 CHECKS: dict[str, Callable[[Node], Outcome]] = {
     "identity law": identity_law,
@@ -41,8 +42,8 @@ CHECKS: dict[str, Callable[[Node], Outcome]] = {
     "weight sync to the sampler": weight_sync,
 }
 SHARE = 0.5
-"""Of the time that is left, what one check may take: the first ones wait for NCCL, Triton and libraries, and the last,
-which waits for an engine, gets all that they have left."""
+"""Of the time that is left, what one check may take; the last one, which waits for an engine, gets all that the others
+have left."""
 
 
 def selftest(sampler: str | None = None, say: Callable[[str], None] = print, limit_s: float = LIMIT_S) -> list[Outcome]:
@@ -50,8 +51,9 @@ def selftest(sampler: str | None = None, say: Callable[[str], None] = print, lim
 
     ``sampler``: megatron or vllm; None is vllm where it is installed.  RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
     are as torchrun sets them; without them this is a world of one.  There must be no process group.
-    Where ranks do not return from a check, or ``limit_s`` are over, the process ends here with status 1, the table
-    complete: what was not reached is a line of it.
+    A warm-up of at most ``limit_s`` comes first: what NCCL and the compilers need the first time counts for no check.
+    Where ranks do not return from it or from a check, or the checks' ``limit_s`` are over, the process ends here with
+    status 1, the table complete: what was not reached is a line of it.
     """
     set_environment()
     rank, world_size = int(os.environ.get("RANK", "0")), parallel.world_size()
@@ -62,7 +64,8 @@ def selftest(sampler: str | None = None, say: Callable[[str], None] = print, lim
     with Meeting(rank, world_size, broken_off=table.end, limit_s=limit_s) as meeting:
         table.begin(world_size, sampler)
         with _folder(meeting) as folder:
-            node = Node(rank, world_size, folder, sampler, meeting.open_group, limit_s)
+            node = Node(rank, world_size, folder, sampler, meeting.open_group, 2 * limit_s)
+            table.warmed(meeting.warm_up(partial(warm_up, node), leave=_leave, limit_s=limit_s))
             for number, (name, check) in enumerate(CHECKS.items(), 1):
                 share = SHARE if number < len(CHECKS) else 1.0
                 table.add(meeting.hold(name, partial(check, node), leave=_leave, share=share))
@@ -88,6 +91,12 @@ class _Table:
         self._say(megatron_in_use())
         self._say(HEADER)
 
+    def warmed(self, outcome: Outcome) -> None:
+        """Say how long the warm-up took, and what broke it off; the checks that follow show what that means."""
+        self._say(f"{outcome.name:<58} {'':>9}    {'':>7} {outcome.seconds:>8.1f}")
+        if outcome.error:
+            self._say(f"    -> {outcome.error}")
+
     def add(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         for line in lines(outcome):
@@ -96,7 +105,10 @@ class _Table:
     def end(self, outcome: Outcome) -> None:
         """Of a check from which not all ranks have returned, or nameless where the time is over: none can follow."""
         why = "the check before was broken off" if outcome.name else outcome.error
-        if outcome.name:
+        if outcome.name and outcome.name not in CHECKS:
+            self.warmed(outcome)
+            why = "the warm-up was broken off"
+        elif outcome.name:
             self.add(outcome)
         for name in list(CHECKS)[len(self.outcomes) :]:
             self.add(Outcome(error=f"not reached: {why}", name=name))

@@ -58,6 +58,11 @@ class Node:
             distributed_timeout_minutes=self.timeout.total_seconds() / 60,
         )
 
+    def padded_rows(self, vocab_size: int, grid: Grid) -> int:
+        """Return the rows of a vocabulary, padded to a multiple of 128 x TP as Megatron does."""
+        step = 128 * grid.tp_size
+        return -(-vocab_size // step) * step
+
     @property
     def timeout(self) -> timedelta:
         """Of a collective.  NCCL kills the process then, so on GPUs the meeting must be the first to give up."""

@@ -76,7 +76,7 @@ class Pair:
 
 def identity_law(node: Node) -> Outcome:
     """The same weights behind the same prompt, or a teacher of weight 0, give neither loss nor gradient."""
-    pair, config = _pair(node, node.cut(tp=node.largest_tp))
+    pair, config = new_pair(node, node.cut(tp=node.largest_tp))
     same, other = pair.packed(same_prompt=True), pair.packed(same_prompt=False)
     losses, ratios, real_losses = {}, {}, {}
     for kind in KINDS:
@@ -103,7 +103,7 @@ def identity_law(node: Node) -> Outcome:
 def pair_orders(node: Node) -> Outcome:
     """teacher_first and alternating leave the same gradients: to the last bit on a CPU."""
     pp = 2 if node.world_size % 2 == 0 else 1
-    pair, _ = _pair(node, node.cut(tp=2 if node.world_size % 4 == 0 else 1, pp=pp))
+    pair, _ = new_pair(node, node.cut(tp=2 if node.world_size % 4 == 0 else 1, pp=pp))
     batch = pair.packed(same_prompt=False)
     one, other = (pair.step(batch, Target(), Divergence(), order) for order in schedule.PAIR_ORDERS)
     differences = {}
@@ -120,7 +120,8 @@ def pair_orders(node: Node) -> Outcome:
     )
 
 
-def _pair(node: Node, cuts: ParallelConfig) -> tuple[Pair, Config]:
+def new_pair(node: Node, cuts: ParallelConfig) -> tuple[Pair, Config]:
+    """Open a process group and build a `Pair` of tiny models in this layout.  Collective."""
     # Each rank's main_grad is then the whole reduced gradient of what it holds, not a slice of it.
     config = node.config(cuts, node.folder, "optimizer.use_distributed_optimizer=false")
     return Pair(config, node.grid(cuts)), config
