@@ -3,6 +3,7 @@
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   PYTHON=EXE    which Python it is made with (default: the first suitable one found)
 #   TESTS=...     which tests make test runs (default tests)
+#   PYTHON_GPU=EXE  the Python of test-gpu, which then makes no virtual environment
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
 
 VENV ?= .venv
@@ -11,6 +12,8 @@ PYTHON ?=
 ARGS ?=
 TESTS ?= tests
 BIN := $(VENV)/bin
+PYTHON_GPU ?=
+GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
 # Two spinning threads on a busy machine cost vLLM a factor of 20, and compiling costs more than it brings on a CPU.
 VLLM_TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 \
 	VLLM_NO_USAGE_STATS=1
@@ -18,7 +21,7 @@ SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh e
 PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm quickstart test test-vllm test-slurm check format bench clean
+.PHONY: help venv venv-vllm quickstart test test-vllm test-slurm test-gpu check format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +52,10 @@ test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slur
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_SLURM=1 \
 		$(if $(wildcard $(VLLM_VENV)/.stamp),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \
 		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
+
+# One GPU, at most nine minutes; docs/gpu.md says what each stage proves.
+test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)
+	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 check: venv ## format, lint, types, shell scripts; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_FOLDERS)

@@ -154,7 +154,7 @@ def run(case: Case) -> Outcome:
 
 def first_step(student: list, optimizer: Any, output: schedule.StepOutput, batch: PackedBatch, grid: Grid) -> Outcome:
     optimizer.prepare_grads()
-    loss = torch.zeros(1, dtype=torch.float64)
+    loss = torch.zeros(1, dtype=torch.float64, device=grid.device)
     if output.stats is not None:
         loss += output.stats.loss.double().sum() / output.num_response_tokens
     dist.all_reduce(loss, group=grid.dp_cp_group)
@@ -187,7 +187,7 @@ def shards(chunks: list, value: Any) -> dict[str, Any]:
             for shard in nested_values(state):
                 if isinstance(shard, ShardedTensor):
                     place = (tuple(shard.global_shape), tuple(shard.global_offset), shard.prepend_axis_num)
-                    out[f"{shard.key}@{shard.global_offset}"] = (shard.key, *place, shard.data.detach().clone())
+                    out[f"{shard.key}@{shard.global_offset}"] = (shard.key, *place, shard.data.detach().cpu().clone())
         finally:
             for p, data in own:
                 p.data = data
@@ -259,6 +259,6 @@ def _off_by_one(microbatch: Any) -> Any:
 
 
 def _max(value: int, grid: Grid) -> int:
-    tensor = torch.tensor(value)
+    tensor = torch.tensor(value, device=grid.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=grid.dp_group)
     return int(tensor)

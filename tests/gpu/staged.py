@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """A c10d backend for tests: collectives of CUDA tensors through host memory and gloo.
 
-NCCL refuses two ranks on one GPU.  With this backend, TP, PP, VPP, CP, EP and DP run on one: models, kernels and streams
-are those of a GPU, and NCCL alone is replaced.  On CPU tensors it takes the same way through copies.
+NCCL refuses two ranks on one GPU.  With this backend, TP, PP, VPP, CP, EP and DP run on one: models, kernels and
+streams are those of a GPU, and NCCL alone is replaced.  CPU tensors take the same way through copies.
 
     import gpu.staged
     dist.init_process_group("staged", store=..., rank=..., world_size=...)

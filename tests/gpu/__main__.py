@@ -1,0 +1,14 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""``python -m tests.gpu``: what ``make test-gpu`` runs; see docs/gpu.md."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+from gpu.command import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Proves on a GPU what continuous integration cannot: stages with limits, a table, one exit status.
+
+    python -m tests.gpu                  one GPU, at most nine minutes
+    python -m tests.gpu --gpus 8         also NCCL, hangs, vLLM and Transformer Engine on eight
+    python -m tests.gpu --device cpu     the same stages as far as a CPU can run them
+
+A stage that fails or hangs does not stop the next one.  The command ends with 1 where a check failed.  Results of a GPU
+are appended to docs/support.jsonl, from which tools/support_table.py writes README's support table; those of a CPU go
+where --record says only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import hidden_gpus
+from gpu import runner, stages
+from gpu.results import FAILED, SKIPPED, Result
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the chosen stages, print the table, record the results; return 1 where a check failed, else 0."""
+    options = parsed(arguments)
+    if options.device == "cuda" and not hidden_gpus.number(os.environ.get(hidden_gpus.VARIABLE)):
+        print("expected an NVIDIA GPU and a torch with CUDA, found none; on a CPU use --device cpu", file=sys.stderr)
+        return 1
+    began = time.monotonic()
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    where = {"device": device_name(options), "date": now[:10], "commit": commit(), "run": now}
+    print(f"test-gpu: {where['device']}, commit {where['commit']}", flush=True)
+    found = runner.run_stages(stages.chosen(options), lambda line: print(line, flush=True))
+    print("\n" + runner.table(found, rows_of_checks(), where))
+    path = options.record or (REPOSITORY / "docs" / "support.jsonl" if options.device == "cuda" else None)
+    if path is not None:
+        record(path, found, where)
+    failed = {result.check for result in found if result.verdict == FAILED}
+    skipped = {result.check for result in found if result.verdict == SKIPPED}
+    all_checks = {result.check for result in found}
+    print(
+        f"\n{len(all_checks - failed - skipped)} of {len(all_checks)} checks passed, {len(skipped)} skipped, "
+        f"{len(failed)} failed, in {time.monotonic() - began:.0f} s"
+    )
+    return 1 if failed else 0
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--gpus", type=int, choices=(1, 8), default=1, help="8 adds the stages that need eight GPUs")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages only")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="append the results to this file of JSON lines")
+    parser.add_argument(
+        "--apex-source", type=Path, metavar="DIR", default=os.environ.get("APEX_SOURCE"), help="NVIDIA apex's sources"
+    )
+    parser.add_argument("--vllm-python", metavar="EXE", help="a Python with vLLM, for the stages with servers")
+    return parser.parse_args(arguments)
+
+
+def rows_of_checks() -> dict[str, list[str]]:
+    """Return of each check the rows of README's support table that need it, by the rows' ids."""
+    rows: dict[str, list[str]] = {}
+    for row in json.loads((REPOSITORY / "docs" / "support.json").read_text())["rows"]:
+        for check in dict.fromkeys(check for level in row["levels"] for check in level["checks"]):
+            rows.setdefault(check, []).append(row["id"])
+    return rows
+
+
+def record(path: Path, found: Sequence[Result], where: dict[str, str]) -> None:
+    """Append one line per result, with where, when and on which commit it was found."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(result) | where) + "\n" for result in found)
+    print(f"results appended to {path}")
+
+
+def device_name(options: argparse.Namespace) -> str:
+    """Return the name of the GPUs, asked in another process, or that of the processor's architecture."""
+    if options.device == "cpu":
+        return f"CPU ({platform.machine()})"
+    code = "import torch; print(torch.cuda.get_device_name())"
+    name = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    return f"{options.gpus} x {name}"
+
+
+def commit() -> str:
+    """Return the short name of HEAD, with a + where files have changed since; "unknown" outside a repository."""
+    git = ["git", "-C", str(REPOSITORY)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return os.environ.get("SELFDISTILL_COMMIT", "unknown")
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

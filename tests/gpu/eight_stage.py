@@ -1,0 +1,163 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Stages on eight GPUs: a rank that stops, and an 8B model with random weights that samples from vLLM.
+
+python -m gpu.eight_stage hang
+python -m gpu.eight_stage colocated
+python -m gpu.eight_stage servers [PYTHON WITH VLLM]
+python -m gpu.eight_stage fp8
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import tiny_run
+from gpu.results import held
+from gpu.runner import REPOSITORY
+
+from megatron_selfdistill.selftest.outcome import Figure, Outcome
+
+NUM_STEPS = 3
+HANG_MINUTES = 0.5
+QWEN3_8B = (
+    *("recipe=qwen3_8b", "data.teacher_template='{problem}H{solution}|'", "model.vocab_size=151936"),
+    *("data.global_batch_size=16", "data.max_length=1024", "rollout.max_new_tokens=64", "rollout.kv_cache_gb=4"),
+    *("schedule.max_tokens=4096", f"num_steps={NUM_STEPS}", "checkpoint.save_every=1000", "metrics.console=false"),
+    *("metrics.tensorboard=false", "model.init_method_std=0.02"),
+)
+
+
+def main(what: str, python: str | None) -> int:
+    with tempfile.TemporaryDirectory(prefix="selfdistill_eight_", ignore_cleanup_errors=True) as path:
+        folder = Path(path)
+        tiny_run.write_data(folder)
+        checks = {
+            "hang": {"a rank that stops": partial(hang, folder)},
+            "colocated": {f"vLLM colocated, engines of {tp}": partial(colocated, folder, tp) for tp in (1, 2)},
+            "servers": {f"vLLM servers over {way}": partial(servers, folder, way, python) for way in WAYS},
+            "fp8": {"fp8 through Transformer Engine": partial(fp8, folder)},
+        }[what]
+        sound = [held(name, check) for name, check in checks.items()]
+    return 0 if all(sound) else 1
+
+
+def launched(
+    script: list[str], num_ranks: int, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """torchrun on this node; its output is kept, and printed where it ends with another status than 0."""
+    paths = [str(REPOSITORY / "tests"), str(REPOSITORY), str(REPOSITORY / "examples")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *script]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        print(done.stdout[-6000:], flush=True)
+    return done
+
+
+def hang(folder: Path) -> Outcome:
+    """One of two ranks is stopped in its third step: the run ends with status 5 within a minute of the limit, and names
+    the rank."""
+    run_dir = folder / "hang"
+    arguments = tiny_run.overrides(folder, run_dir, f"stop.hang_timeout_minutes={HANG_MINUTES}", *on_device())
+    began = time.monotonic()
+    done = launched([str(REPOSITORY / "tests" / "hanging_run.py"), "is stopped", "1", *arguments], 2)
+    seconds = time.monotonic() - began
+    verdict = run_dir / "stacks" / "verdict.txt"
+    said = verdict.read_text() if verdict.exists() else ""
+    return Outcome(
+        (
+            Figure("exit status 5 is reported", float("exitcode  : 5" in done.stdout), 1.0, at_least=True),
+            Figure("rank 1 is named", float(": rank 1 on " in said), 1.0, at_least=True),
+            Figure("seconds from the launch", seconds, 60 * HANG_MINUTES + 90),
+        )
+    )
+
+
+def on_device() -> list[str]:
+    """bf16 on GPUs, whose packed attention may know nothing else."""
+    return [] if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else ["optimizer.precision=bf16"]
+
+
+def trained(
+    folder: Path, name: str, num_ranks: int, keys: list[str], environment: dict[str, str] | None = None
+) -> Outcome:
+    """A run of three steps of an 8B model: every step is written, and sampler and trainer agree."""
+    from megatron_selfdistill.metrics import read_metrics
+
+    run_dir = folder / name
+    data = [f"run_dir={run_dir}", f"data.path={folder}/problems.jsonl", f"data.tokenizer={folder}/tokenizer"]
+    began = time.monotonic()
+    done = launched(["-m", "megatron_selfdistill.train", *QWEN3_8B, *data, *keys], num_ranks, environment)
+    if done.returncode:
+        last = [line for line in done.stdout.splitlines() if "rror" in line]
+        raise RuntimeError(f"the run ended with {done.returncode}: {(last or ['see its output above'])[0][:250]}")
+    lines = list(read_metrics(run_dir))
+    print(f"{name}: {time.monotonic() - began:.0f} s; last step {lines[-1]}", flush=True)
+    off = max(line["sampler/log_prob_mean_abs_diff"] for line in lines)
+    return Outcome(
+        (
+            Figure("steps", float(len(lines)), float(NUM_STEPS), at_least=True),
+            Figure("log-probs of sampler and trainer apart, nats", off, 0.1),
+        )
+    )
+
+
+def without_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is None
+
+
+def colocated(folder: Path, engine_tp: int) -> Outcome:
+    if without_vllm():
+        return Outcome(not_done="vLLM is not installed beside the trainer")
+    return trained(folder, f"colocated_{engine_tp}", 8, [f"rollout.engine_tp={engine_tp}"])
+
+
+WAYS = ("nccl", "gloo", "ipc")
+
+
+def servers(folder: Path, way: str, python: str | None) -> Outcome:
+    """Four servers beside four trainers; over ipc servers and trainers share the same four GPUs."""
+    if python is None and without_vllm():
+        return Outcome(not_done="vLLM is not installed here, and --vllm-python names no Python that has it")
+    keys = [
+        *("rollout.placement=server", "rollout.num_servers=4", f"rollout.transfer={way}", "rollout.engine_tp=1"),
+        *("cluster.num_gpus=4", *([f"rollout.server_python={python}"] if python else [])),
+    ]
+    return trained(folder, f"servers_{way}", 4, keys)
+
+
+def fp8(folder: Path) -> Outcome:
+    """Two steps in fp8, which is refused unless asked for; its losses against bf16's are within a tenth."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return Outcome(not_done="Transformer Engine, which has the fp8 layers, is not installed")
+    from megatron_selfdistill.metrics import read_metrics
+
+    losses = {}
+    for name, keys in {"bf16": [], "fp8": ["+model.transformer.fp8=hybrid", "model.allow_untested_fp8=true"]}.items():
+        sizes = ["model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4"]
+        sizes += ["model.num_query_groups=2", "model.max_position_embeddings=128", "num_steps=2", *keys]
+        arguments = tiny_run.overrides(folder, folder / name, *sizes)
+        arguments = [argument for argument in arguments if argument != "optimizer=fp32"]
+        done = launched(["-m", "megatron_selfdistill.train", *arguments], 1)
+        if done.returncode:
+            raise RuntimeError(f"the run in {name} ended with {done.returncode}; see its output above")
+        losses[name] = next(iter(read_metrics(folder / name)))["loss/mean"]
+    off = abs(losses["fp8"] - losses["bf16"]) / losses["bf16"]
+    return Outcome((Figure("first loss in fp8 against bf16, relative", off, 0.1),))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None))

@@ -1,0 +1,185 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Stage: training steps in layouts on the device, each against one CPU rank.
+
+python -m gpu.layout_stage GROUP BACKEND [--seconds S] [--names NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import layouts
+import torch
+from gpu import cases
+from gpu.layout_rank import file_name
+from gpu.results import held
+
+from megatron_selfdistill.selftest.outcome import Figure, Outcome
+
+# float32 sums in another order; other devices' exponentials differ in their last bits.
+BOUND = 1e-4 if os.environ.get("CUDA_VISIBLE_DEVICES") != "" else 1e-5
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("group", choices=sorted(cases.GROUPS))
+    parser.add_argument("backend", choices=("staged", "nccl"))
+    parser.add_argument("--seconds", type=float, default=100.0, help="of all ranks together")
+    parser.add_argument("--names", nargs="*", help="these cases only")
+    options = parser.parse_args()
+    group = cases.GROUPS[options.group]
+    names = options.names or list(group)
+    deadline = time.monotonic() + options.seconds
+    with tempfile.TemporaryDirectory(prefix="selfdistill_layouts_") as path:
+        folder = Path(path)
+        same = references(options.group, names)
+        reference = start(
+            options.group, "gloo", 1, folder, [f"reference/{name}" for name in set(same.values())], NO_GPU
+        )
+        sizes = sorted({group[name].world_size for name in names})
+        failures: dict[str, str] = {}
+        for size in sizes:
+            failures |= run_all(
+                options.group,
+                options.backend,
+                size,
+                folder,
+                [n for n in names if group[n].world_size == size],
+                deadline,
+            )
+        failures |= finish(reference, folder, deadline)
+        sound = [
+            held(f"{options.group}: {name}", partial(compared, group[name], name, same[name], folder, failures))
+            for name in names
+        ]
+    return 0 if all(sound) else 1
+
+
+def references(group: str, names: Sequence[str]) -> dict[str, str]:
+    """Return of each case the first one that has the same reference."""
+    first: dict[str, str] = {}
+    return {name: first.setdefault(repr(cases.GROUPS[group][name].reference), name) for name in names}
+
+
+def start(
+    group: str,
+    backend: str,
+    world_size: int,
+    folder: Path,
+    names: Sequence[str],
+    environment: dict[str, str] | None = None,
+) -> list[subprocess.Popen]:
+    """Start the ranks of ``names``, each of which writes its output to a file of its own."""
+    processes = []
+    for rank in range(world_size):
+        command = [
+            sys.executable,
+            "-m",
+            "gpu.layout_rank",
+            group,
+            backend,
+            str(rank),
+            str(world_size),
+            str(folder),
+            *names,
+        ]
+        with (folder / f"log {backend} {world_size} {rank}").open("w") as log:
+            processes.append(
+                subprocess.Popen(command, env=os.environ | (environment or {}), stdout=log, stderr=subprocess.STDOUT)
+            )
+    return processes
+
+
+def run_all(group: str, backend: str, size: int, folder: Path, names: list[str], deadline: float) -> dict[str, str]:
+    """Run every case of one world size; after a failure the ranks start anew with the cases behind it.  Return what
+    became of those that failed."""
+    failures: dict[str, str] = {}
+    left = list(names)
+    while left:
+        why = wait(start(group, backend, size, folder, left), deadline)
+        left = [name for name in left if not all((folder / file_name(name, r)).exists() for r in range(size))]
+        if not left:
+            break
+        failed = left.pop(0)
+        log = (folder / f"log {backend} {size} {why[1]}").read_text(errors="replace")
+        print(f"--- {failed}, rank {why[1]}:\n{log[-3000:]}", flush=True)
+        failures[failed] = f"{why[0]}: {(log.strip().splitlines() or ['no output'])[-1][:200]}"
+        if time.monotonic() > deadline:
+            return failures | dict.fromkeys(left, "not reached within the limit")
+        for file in folder.glob(f"store {group} {backend} {size} *"):
+            file.unlink()
+    return failures
+
+
+def wait(processes: Sequence[subprocess.Popen], deadline: float) -> tuple[str, int]:
+    """Wait until all have ended, one has failed or the time is over; end them all; return what happened, and where."""
+    why = ("", 0)
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        if failed or time.monotonic() > deadline:
+            late = next((rank for rank, process in enumerate(processes) if process.poll() is None), 0)
+            why = ("failed", failed[0]) if failed else ("did not end within the limit", late)
+            break
+        time.sleep(0.1)
+    else:
+        failed = [rank for rank, process in enumerate(processes) if process.returncode]
+        why = ("failed", failed[0]) if failed else why
+    for process in processes:
+        process.kill()
+        process.wait()
+    return why
+
+
+def finish(reference: Sequence[subprocess.Popen], folder: Path, deadline: float) -> dict[str, str]:
+    """Wait for the references; a failure is printed, and shows again where a case lacks its reference."""
+    if wait(reference, deadline)[0]:
+        print(f"--- references:\n{(folder / 'log gloo 1 0').read_text(errors='replace')[-3000:]}", flush=True)
+    return {}
+
+
+def compared(one: cases.Compared, name: str, reference: str, folder: Path, failures: dict[str, str]) -> Outcome:
+    """Gradients, or the changes of parameters, and the loss against those of the reference."""
+    if name in failures:
+        return Outcome(error=failures[name])
+    ranks = [torch.load(folder / file_name(name, rank), weights_only=False) for rank in range(one.world_size)]
+    expected = torch.load(folder / file_name(f"reference/{reference}", 0), weights_only=False)
+    losses = {loss for loss, _, _ in ranks}
+    index, bound = (2, cases.PARAMETER_BOUND) if one.parameters else (1, one.bound or BOUND)
+    own = layouts.join([rank[index] for rank in ranks])
+    right = layouts.join([expected[index]])
+    if one.parameters:
+        own, right = ({k: v - initial(k, v) for k, v in tensors.items()} for tensors in (own, right))
+    own = {key: tensor.float() for key, tensor in own.items()}
+    worst, where = layouts.worst_difference(own, right)
+    smallest = min(float(tensor.norm()) for tensor in right.values())
+    off = max(abs(loss - expected[0]) / expected[0] for loss in losses)
+    return Outcome(
+        (
+            Figure(
+                "changes of parameters" if one.parameters else "gradients, relative difference",
+                worst,
+                bound,
+                where=where,
+            ),
+            Figure("loss, relative difference", off, cases.BF16_LOSS_BOUND if one.bound else BOUND),
+            Figure("the loss itself, nats per token", expected[0], 0.05, at_least=True),
+            Figure("smallest norm that was compared", smallest, 1e-12, at_least=True),
+        )
+    )
+
+
+def initial(key: str, like: torch.Tensor) -> torch.Tensor:
+    return layouts.models.full_weight(key, like.shape)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

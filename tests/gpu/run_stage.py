@@ -1,0 +1,207 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Stage: whole runs on one device, each against another run or against whole forward passes, and memory by the plan.
+
+python -m gpu.run_stage
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+# Packed float32 rows: see gpu/layout_rank.py.
+sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+import rank_worker  # noqa: E402
+import tiny_run  # noqa: E402
+import torch  # noqa: E402
+from gpu.results import held  # noqa: E402
+
+from megatron_selfdistill.selftest import set_environment  # noqa: E402
+from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest  # noqa: E402
+from megatron_selfdistill.selftest.resume import deterministic  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def main() -> int:
+    set_environment()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="selfdistill_runs_", ignore_cleanup_errors=True) as path:
+        folder = Path(path)
+        tiny_run.write_data(folder)
+        checks = {
+            "teacher offloaded to host memory": partial(offloaded_teacher, folder),
+            "saving in the background and resuming": partial(background_saves, folder),
+            "guided sampling in process": guided_sampling,
+            "memory against the plan": partial(planned_memory, folder),
+        }
+        sound = [held(name, check) for name, check in checks.items()]
+    return 0 if all(sound) else 1
+
+
+def run(arguments: list[str]) -> None:
+    """Run a whole training run in this process; raises where it does not end with 0."""
+    with deterministic():
+        status = tiny_run.start(arguments)
+    rank_worker._leave(synchronize=False)
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    if status:
+        raise RuntimeError(f"a run ended with status {status}, expected 0: {' '.join(arguments)}")
+
+
+def differences(one: Path, other: Path, num_steps: int = 6) -> tuple[Figure, Figure]:
+    """The largest difference of any metric of two runs, clocks aside, and of any tensor of their last checkpoints."""
+    metrics = {}
+    both = tiny_run.reproducible_metrics(one), tiny_run.reproducible_metrics(other)
+    if [len(lines) for lines in both] != [num_steps] * 2 or both[0][0].keys() != both[1][0].keys():
+        raise RuntimeError(f"expected the same metrics of {num_steps} steps twice, got {list(map(len, both))} steps")
+    for step, (a, b) in enumerate(zip(*both, strict=True), 1):
+        metrics |= {f"{key} of step {step}": _apart(a[key], b[key]) for key in a}
+    from megatron_selfdistill.checkpoint.folder import iteration_name
+    from megatron_selfdistill.checkpoint.streaming import TorchDistSource
+
+    a, b = (TorchDistSource(path / "checkpoints" / iteration_name(num_steps)) for path in (one, other))
+    tensors = {
+        key: float((a.read(key).double() - b.read(key).double()).abs().max()) if math.prod(shape) else 0.0
+        for key, shape in a.shapes.items()
+    }
+    return largest("metrics, largest difference", metrics, 0.0), largest("tensors, largest difference", tensors, 0.0)
+
+
+def _apart(a: float, b: float) -> float:
+    return 0.0 if a == b or (math.isnan(a) and math.isnan(b)) else abs(a - b)
+
+
+def offloaded_teacher(folder: Path) -> Outcome:
+    """A run whose teacher's weights and rows rest in host memory is the run whose teacher stays on the device."""
+    keys = ["teacher.weights=frozen", "checkpoint.save_every=6"]
+    resident, offloaded = folder / "resident", folder / "offloaded"
+    run(tiny_run.overrides(folder, resident, *keys))
+    run(tiny_run.overrides(folder, offloaded, *keys, "teacher.offload=cpu", "schedule.teacher_store_gb=0"))
+    return Outcome(differences(resident, offloaded))
+
+
+def background_saves(folder: Path) -> Outcome:
+    """A run that resumes from a checkpoint written in the background is the run that never stopped."""
+    whole, halves = folder / "whole", folder / "halves"
+    keys = ["checkpoint.async_save=true", "teacher.weights=ema"]
+    run(tiny_run.overrides(folder, whole, *keys))
+    shutil.copytree(whole, halves)
+    shutil.rmtree(halves / "checkpoints" / "iter_0000006")
+    (halves / "checkpoints" / tiny_run.TRACKER).write_text("3")
+    run(tiny_run.overrides(folder, halves, *keys))
+    return Outcome(differences(whole, halves))
+
+
+def guided_sampling() -> Outcome:
+    """Greedy guided tokens are the argmax of the mixed logits of two whole forward passes."""
+    import models
+    import torch.distributed as dist
+
+    from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
+    from megatron_selfdistill.rollout.megatron import MegatronSampler
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        chunks, grid = models.build(models.model_config(), models.parallel())
+        model = chunks[0].eval()
+        sampler = MegatronSampler(chunks, grid, models.VOCAB_SIZE, 64)
+        generator = torch.Generator().manual_seed(3)
+        requests = []
+        for number, (student, teacher) in enumerate(((2, 31), (9, 12), (5, 1), (12, 12), (7, 40))):
+            prompts = [torch.randint(models.VOCAB_SIZE, (n,), generator=generator).tolist() for n in (student, teacher)]
+            requests.append(Request(prompts[0], stream_seed(0, 0, str(number), 0), teacher_prompt=prompts[1]))
+        sampler.update_weights(0)
+        behind, apart, count = 0.0, 0.0, 0
+        for request, response in zip(
+            requests, sampler.generate(requests, SamplingParams(14, temperature=0)), strict=True
+        ):
+            student, teacher = (
+                logits(model, [*p, *response.token_ids], len(p)) for p in (request.prompt, request.teacher_prompt)
+            )
+            ids = torch.tensor(response.token_ids)[:, None]
+            mix = 0.75 * teacher + student
+            behind = max(behind, float((mix.amax(-1) - mix.gather(1, ids)[:, 0]).max()))
+            said = torch.tensor(response.log_probs, dtype=torch.float64)
+            apart = max(apart, float((student.log_softmax(-1).gather(1, ids)[:, 0] - said).abs().max()))
+            count += len(response.token_ids)
+    finally:
+        rank_worker._leave(synchronize=False)
+    return Outcome(
+        (
+            Figure("tokens below the best mixed logit", behind, 1e-3),
+            Figure("student's log-probs off whole passes, nats", apart, 1e-3),
+            Figure("tokens", float(count), 50, at_least=True),
+        )
+    )
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: list[int], prompt_length: int) -> torch.Tensor:
+    """[response tokens, valid vocabulary] float64 on the CPU, without a cache."""
+    import models
+
+    ids = torch.tensor([tokens], device=DEVICE)
+    found = model(ids, torch.arange(len(tokens), device=DEVICE)[None], None)
+    return found[0, prompt_length - 1 : -1, : models.VOCAB_SIZE].double().cpu()
+
+
+PLANNED = (
+    *("model.num_layers=16", "model.hidden_size=1024", "model.ffn_hidden_size=4096", "model.num_attention_heads=16"),
+    *("model.num_query_groups=8", "model.vocab_size=65536", "model.make_vocab_size_divisible_by=128"),
+    *("model.max_position_embeddings=4096", "model.init_method_std=0.02", "optimizer.lr=1e-5"),
+    *("data.global_batch_size=64", "schedule.max_tokens=4096", "num_steps=2", "checkpoint.save_every=1000"),
+    *("rollout.max_new_tokens=48", "rollout.kv_cache_gb=0.5", "cluster.num_gpus=1"),
+)
+"""0.4e9 parameters in bf16."""
+
+
+def planned_memory(folder: Path) -> Outcome:
+    """The most memory that a run has allocated on the device, to what the dry run says of it, reserved room aside."""
+    if not ON_GPU:
+        return Outcome(not_done="the plan is about a GPU's memory, and this is a CPU")
+    from megatron_selfdistill.metrics import read_metrics
+
+    run_dir = folder / "planned"
+    arguments = [a for a in tiny_run.overrides(folder, run_dir, *PLANNED) if a != "optimizer=fp32"]
+    code = f"import sys; from gpu.run_stage import print_plan; print_plan({arguments!r})"
+    planned = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if planned.returncode:
+        raise RuntimeError(f"the dry run failed: {planned.stderr[-300:]}")
+    expected = float(planned.stdout.split()[-1])
+    torch.cuda.reset_peak_memory_stats()
+    run(arguments)
+    peak = max(line["memory/peak_gib"] for line in read_metrics(run_dir))
+    print(f"planned {expected:.2f} GiB, allocated at most {peak:.2f} GiB", flush=True)
+    return Outcome(
+        (
+            Figure("allocated, to the plan", peak / expected, 1.1),
+            Figure("the same, from below", peak / expected, 0.6, at_least=True),
+        )
+    )
+
+
+def print_plan(arguments: list[str]) -> None:
+    """Print the GiB that the dry run expects while training, what is reserved aside; in a process of its own, since a
+    dry run imagines its process group."""
+    from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.plan.dry_run import dry_run
+
+    (memory,) = dry_run(configuration.load(arguments)).memory
+    parts = {name: gib for name, gib in memory.training.items() if name != "reserved"}
+    print(parts, file=sys.stderr)
+    print(sum(parts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Stage: the node's own self-test, ``tools/doctor.py --selftest``, with its checks as results.
+
+python -m gpu.selftest_stage [--ranks N] [--sampler megatron|vllm] --seconds S
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+
+from gpu.results import report
+from gpu.runner import REPOSITORY
+
+from megatron_selfdistill.selftest import run
+from megatron_selfdistill.selftest.outcome import Outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--sampler", choices=("megatron", "vllm"), default="megatron")
+    parser.add_argument("--seconds", type=float, required=True)
+    options = parser.parse_args()
+    if options.ranks > 1 and "RANK" not in os.environ:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
+        return subprocess.run([*launcher, "-m", "gpu.selftest_stage", *sys.argv[1:]], cwd=REPOSITORY).returncode
+    prefix = "self-test" if options.ranks == 1 else f"self-test of {options.ranks} ranks"
+
+    class Table(run._Table):
+        """Reports each check when it comes, so that a self-test that is broken off has reported the ones before."""
+
+        def add(self, outcome: Outcome) -> None:
+            self.outcomes.append(outcome)
+            if os.environ.get("RANK", "0") == "0":
+                report(f"{prefix}: {outcome.name}", outcome)
+
+    run._Table = Table  # type: ignore[misc]
+    outcomes = run.selftest(options.sampler, limit_s=options.seconds)
+    return 0 if run.passed(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
