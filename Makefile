@@ -3,7 +3,7 @@
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   PYTHON=EXE    which Python it is made with (default: the first suitable one found)
 #   TESTS=...     which tests make test runs (default tests)
-#   PYTHON_GPU=EXE  the Python of test-gpu, which then makes no virtual environment
+#   PYTHON_GPU=EXE  the Python of test-gpu and bench-gpu, which then make no virtual environment
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
 
 VENV ?= .venv
@@ -21,7 +21,7 @@ SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh e
 PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm quickstart test test-vllm test-slurm test-gpu check format bench clean
+.PHONY: help venv venv-vllm quickstart test test-vllm test-slurm test-gpu check format bench bench-gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,9 @@ format: venv ## let ruff format and fix what it can
 
 bench: venv ## time and memory of the two pair orders of the schedule
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark_pair_order.py $(ARGS)
+
+bench-gpu: $(if $(PYTHON_GPU),,venv) ## write docs/benchmarks_gpu.md on a GPU, at most nine minutes (ARGS="--gpus 8": the 8B recipe, too)
+	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) tools/benchmarks/on_gpu.py $(ARGS)
 
 clean: ## remove caches and build leftovers; keeps the virtual environment and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

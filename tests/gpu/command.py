@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("expected an NVIDIA GPU and a torch with CUDA, found none; on a CPU use --device cpu", file=sys.stderr)
         return 1
     began = time.monotonic()
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    where = {"device": device_name(options), "date": now[:10], "commit": commit(), "run": now}
+    run = now()
+    where = {"device": device_name(options), "date": run[:10], "commit": commit(), "run": run}
     print(f"test-gpu: {where['device']}, commit {where['commit']}", flush=True)
     found = runner.run_stages(stages.chosen(options), lambda line: print(line, flush=True))
     print("\n" + runner.table(found, rows_of_checks(), where))
@@ -85,6 +85,11 @@ def record(path: Path, found: Sequence[Result], where: dict[str, str]) -> None:
     with path.open("a") as file:
         file.writelines(json.dumps(asdict(result) | where) + "\n" for result in found)
     print(f"results appended to {path}")
+
+
+def now() -> str:
+    """Return the time in UTC, to the second, as ISO 8601 writes it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def device_name(options: argparse.Namespace) -> str:

@@ -1,0 +1,192 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Measures the loss, a training step and sampling on a GPU, and writes docs/benchmarks_gpu.md: ``make bench-gpu``.
+
+    python tools/benchmarks/on_gpu.py                           one GPU, at most nine minutes
+    python tools/benchmarks/on_gpu.py --gpus 8                  also five steps of the recipe qwen3_8b, on eight GPUs
+    python tools/benchmarks/on_gpu.py --device cpu --out FILE   reduced sizes, to another file
+
+Each measurement is a script of tools/ in a process of its own with a limit; one that fails is a line of the page, and
+does not stop the next one.  Ends with 1 where one has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+for _folder in (REPOSITORY, REPOSITORY / "tests"):
+    if str(_folder) not in sys.path:
+        sys.path.append(str(_folder))
+
+import hidden_gpus  # noqa: E402
+from gpu import command, runner  # noqa: E402
+
+PAGE = REPOSITORY / "docs" / "benchmarks_gpu.md"
+NOTHING_YET = "Nothing has been measured on a GPU yet."
+INTRODUCTION = """# Benchmarks on GPUs
+
+`make bench-gpu` writes this page.  [benchmarks.md](benchmarks.md) explains the columns and has the figures of a CPU.
+The floor of the loss is the time of its seven reads and writes of all logits at the speed of a copy in the same run.
+"""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A section of the page: a script's own table."""
+
+    title: str
+    script: str
+    arguments: Sequence[str]
+    limit_s: float
+
+    @property
+    def shown_command(self) -> str:
+        return " ".join(["python", self.script, *self.arguments])
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, self.script, *self.arguments]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measurement with the lines of Markdown that its script has printed, and why it has failed, if it has."""
+
+    measurement: Measurement
+    markdown: list[str]
+    failure: str
+
+
+def measurements(on_gpu: bool, gpus: int) -> list[Measurement]:
+    """Return what is measured, in the order of the page; at most nine minutes on one GPU."""
+    columns = ["151936", "18992"] if on_gpu else ["256"]
+    tokens = ["16384", "4096"] if on_gpu else ["64"]
+    hidden, repeats = ("4096", "5") if on_gpu else ("32", "1")
+    found = []
+    for source in ([], ["--hidden", hidden]):
+        for count in tokens:
+            found.append(
+                Measurement(
+                    f"The loss of {count} tokens from {'hidden states' if source else 'logits'}",
+                    "tools/benchmark_loss.py",
+                    ["--tokens", count, "--vocab", *columns, "--repeats", repeats, *source],
+                    limit_s=70,
+                )
+            )
+    large = "--layers 16 --hidden 2048 --head-size 128 --vocab 151936 --tokens 8192 --repeats 2 --fused keep_gradient"
+    small = "--layers 1 --hidden 64 --head-size 32 --vocab 256 --problems 3 --response 16 --tokens 256 --repeats 1"
+    step = f"{large} --problems 16 --prompt 256 --hint 256 --response 256" if on_gpu else small
+    found.append(
+        Measurement(
+            "A training step with and without the teacher, and sampling in process: "
+            + ("1.7e9 parameters" if on_gpu else "a tiny model"),
+            "tools/benchmark_step.py",
+            step.split(),
+            limit_s=230,
+        )
+    )
+    recipe = "tools/benchmarks/recipe_steps.py"
+    if gpus == 8:
+        title = "recipe=qwen3_8b with random weights, eight GPUs"
+        found.append(Measurement(title, recipe, ["--recipe", "qwen3_8b", "--steps", "5"], limit_s=660))
+    if not on_gpu:
+        found.append(Measurement("Steps of a tiny run", recipe, ["--tiny", "--steps", "3"], limit_s=120))
+    return found
+
+
+def measured(one: Measurement, limit_s: float) -> Measured:
+    """Run a measurement and keep the Markdown of its output: its tables and the line above each."""
+    environment = {} if os.environ.get(hidden_gpus.VARIABLE) != "" else {"TORCHDYNAMO_DISABLE": "1"}
+    stage = runner.Stage(Path(one.script).stem, one.command, limit_s, (), environment)
+    failure, lines = runner.run_process(stage, limit_s, lambda line: print(line, flush=True))
+    markdown = tables(lines)
+    if not failure and not markdown:
+        failure = "the script has printed no table"
+    return Measured(one, markdown, failure)
+
+
+def tables(lines: Sequence[str]) -> list[str]:
+    """Return the Markdown tables of a script's output, each with the last line of text before it."""
+    found: list[str] = []
+    text = ""
+    for line in lines:
+        if line.startswith("|"):
+            if not found or not found[-1].startswith("|"):
+                found += [text, ""] if text else []
+            found.append(line)
+            text = ""
+        elif found and found[-1].startswith("|"):
+            found.append("")
+            text = line
+        elif line.strip():
+            text = line
+    return [line for i, line in enumerate(found) if line or (i and found[i - 1])]
+
+
+def page(found: Sequence[Measured], where: dict[str, str] | None) -> str:
+    """Return the whole page; without ``where`` it says that nothing has been measured."""
+    if where is None:
+        return f"{INTRODUCTION}\n{NOTHING_YET}\n"
+    lines = [INTRODUCTION, f"{where['device']}; {where['versions']}; {where['date']}, commit {where['commit']}.", ""]
+    for one in found:
+        lines += [f"## {one.measurement.title}", "", f"`{one.measurement.shown_command}`", ""]
+        lines += [*one.markdown, ""] if one.markdown else []
+        lines += [f"This measurement failed: {one.failure}.", ""] if one.failure else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def versions() -> str:
+    """Return the versions that matter for speed, of this environment."""
+    import importlib.metadata
+
+    names = "torch triton megatron-core transformer-engine liger-kernel vllm".split()
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the page after each measurement, and return 1 where one has failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--gpus", type=int, choices=(1, 8), default=1)
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: {PAGE.relative_to(REPOSITORY)}, with a GPU")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device == "cuda"
+    if on_gpu and not hidden_gpus.number(os.environ.get(hidden_gpus.VARIABLE)):
+        print("expected an NVIDIA GPU and a torch with CUDA, found none; on a CPU use --device cpu", file=sys.stderr)
+        return 1
+    if not on_gpu:
+        os.environ |= {hidden_gpus.VARIABLE: "", "OMP_NUM_THREADS": "1"}
+    out = options.out or (PAGE if on_gpu else Path(tempfile.mkdtemp(prefix="selfdistill_bench_")) / PAGE.name)
+    now = command.now()
+    where = {
+        "device": command.device_name(options),
+        "versions": versions(),
+        "date": now[:10],
+        "commit": command.commit(),
+    }
+    found: list[Measured] = []
+    saved = 0.0
+    for one in measurements(on_gpu, options.gpus if on_gpu else 1):
+        began = runner.time.monotonic()
+        found.append(measured(one, one.limit_s + saved))
+        saved = max(0.0, saved + one.limit_s - (runner.time.monotonic() - began))
+        out.write_text(page(found, where), encoding="utf-8")
+    failed = [one.measurement.title for one in found if one.failure]
+    print(f"wrote {out}" + (f"; failed: {'; '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

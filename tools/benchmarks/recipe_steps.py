@@ -1,0 +1,125 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Some steps of a recipe with random weights: seconds per phase, model FLOP utilisation, weight sync, peak memory.
+
+    python tools/benchmarks/recipe_steps.py --recipe qwen3_8b --ranks 8 --peak-tflops 989
+    python tools/benchmarks/recipe_steps.py --tiny                                   one CPU rank, a model of two layers
+
+The problems are the subtractions of the tests; responses of random weights never end, so all are as long as
+rollout.max_new_tokens.  The first step, in which everything is compiled and allocated, is left out of the medians.
+
+    utilisation   4 FLOPs per token that student (6) and teacher (2) read and parameter, to what the GPUs' tensor cores
+                  could have done in seconds/train.  Both count alike, though hints make the teacher's share larger;
+                  attention's products between tokens are not counted
+    plan          GiB that the dry run expects while training on the fullest rank, what it reserves included
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+for _folder in (REPOSITORY, REPOSITORY / "tests"):
+    if str(_folder) not in sys.path:
+        sys.path.append(str(_folder))
+
+import tiny_run  # noqa: E402
+
+PLAN = """
+import sys
+from megatron_selfdistill import config
+from megatron_selfdistill.plan.dry_run import dry_run
+plan = dry_run(config.load(sys.argv[1:]))
+print(max(memory.training_peak for memory in plan.memory), plan.parameters)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps, print the table, return the run's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="qwen3_8b")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on one CPU rank")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="of one GPU in bf16, dense (H100, H200: 989)")
+    parser.add_argument("keys", nargs="*", metavar="key=value", help="further keys of the run")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="selfdistill_recipe_", ignore_cleanup_errors=True) as path:
+        folder = Path(path)
+        tiny_run.write_data(folder)
+        keys = tiny_keys(folder, options) if options.tiny else recipe_keys(folder, options)
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}", "-m"]
+        launcher = [] if options.tiny else torchrun
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", *launcher, "megatron_selfdistill.train", *keys]
+        status = subprocess.run(command, env=environment).returncode
+        if status:
+            return status
+        planned = subprocess.run([sys.executable, "-c", PLAN, *keys], env=environment, capture_output=True, text=True)
+        if planned.returncode:
+            print(planned.stderr[-2000:], file=sys.stderr)
+            return planned.returncode
+        gib, parameters = map(float, planned.stdout.split()[-2:])
+        print(table(folder / "run", options, keys, gib, parameters))
+    return 0
+
+
+def tiny_keys(folder: Path, options: argparse.Namespace) -> list[str]:
+    keys = [f"num_steps={options.steps}", "checkpoint.save_every=1000", "cluster.num_gpus=1", *options.keys]
+    return tiny_run.overrides(folder, folder / "run", *keys)
+
+
+def recipe_keys(folder: Path, options: argparse.Namespace) -> list[str]:
+    """The recipe on the tests' problems; in process where vLLM is not installed."""
+    without = [] if importlib.util.find_spec("vllm") else ["rollout.engine=megatron", "rollout.engine_tp=1"]
+    return [
+        *(f"recipe={options.recipe}", f"run_dir={folder / 'run'}", f"num_steps={options.steps}"),
+        *(f"data.path={folder}/problems.jsonl", f"data.tokenizer={folder}/tokenizer"),
+        *("data.teacher_template='{problem}H{solution}|'", "checkpoint.save_every=1000", "metrics.tensorboard=false"),
+        *(f"cluster.num_gpus={options.ranks}", "rollout.max_new_tokens=1024", "guards.min_length_ratio=null"),
+        *without,
+        *options.keys,
+    ]
+
+
+def table(run_dir: Path, options: argparse.Namespace, keys: Sequence[str], planned: float, parameters: float) -> str:
+    """Return Markdown: medians over the steps behind the first one."""
+    from megatron_selfdistill.metrics import read_metrics
+
+    lines = [line for line in read_metrics(run_dir) if "seconds/train" in line][1:]
+
+    def median(key: str) -> float:
+        return statistics.median(line[key] for line in lines)
+
+    phases = sorted(key for key in lines[0] if key.startswith("seconds/") and key != "seconds/step")
+    whole = median("seconds/step")
+    engine = "in process" if options.tiny or "rollout.engine=megatron" in keys else "vLLM, colocated"
+    found = [
+        f"{parameters:.3g} parameters; sampler {engine}; medians of {len(lines)} steps of {whole:.3g} s",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {median(key):.3g} s, {median(key) / whole:.0%} of the step |" for key in phases),
+    ]
+    if not options.tiny:
+        read = median("tokens_per_second/train") * median("seconds/train")
+        done = 4 * read * parameters / median("seconds/train") / options.ranks / 1e12
+        found.append(f"| utilisation in seconds/train | {done:.0f} TFLOP/s per GPU, {done / options.peak_tflops:.0%} |")
+    if lines[0].get("rollout/sync_bytes"):
+        speed = median("rollout/sync_bytes") / max(median("rollout/sync_seconds"), 1e-9) / 1e9
+        found.append(f"| weight sync | {median('rollout/sync_bytes') / 1e9:.3g} GB, {speed:.3g} GB/s |")
+    peak = max(line.get("memory/peak_gib", 0.0) for line in lines)
+    measured = f"{peak:.1f} GiB allocated at most" if peak else "not measured on a CPU"
+    found.append(f"| peak memory | {measured}; the plan expects {planned:.1f} GiB while training |")
+    return "\n".join(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
