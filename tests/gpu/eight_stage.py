@@ -25,7 +25,7 @@ from gpu.runner import REPOSITORY
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 
 NUM_STEPS = 3
-HANG_MINUTES = 0.5
+HANG_MINUTES = 0.25
 QWEN3_8B = (
     *("recipe=qwen3_8b", "data.teacher_template='{problem}H{solution}|'", "model.vocab_size=151936"),
     *("data.global_batch_size=16", "data.max_length=1024", "rollout.max_new_tokens=64", "rollout.kv_cache_gb=4"),
@@ -68,20 +68,20 @@ def launched(
 
 
 def hang(folder: Path) -> Outcome:
-    """One of two ranks is stopped in its third step: the run ends with status 5 within a minute of the limit, and names
+    """One of two ranks is stopped in its third step: the run ends with status 5 within a minute of its limit, and names
     the rank."""
     run_dir = folder / "hang"
     arguments = tiny_run.overrides(folder, run_dir, f"stop.hang_timeout_minutes={HANG_MINUTES}", *on_device())
-    began = time.monotonic()
+    began = time.time()
     done = launched([str(REPOSITORY / "tests" / "hanging_run.py"), "is stopped", "1", *arguments], 2)
-    seconds = time.monotonic() - began
     verdict = run_dir / "stacks" / "verdict.txt"
     said = verdict.read_text() if verdict.exists() else ""
+    seconds = verdict.stat().st_mtime - began if said else None  # torchrun gives a stopped rank 30 s more
     return Outcome(
         (
             Figure("exit status 5 is reported", float("exitcode  : 5" in done.stdout), 1.0, at_least=True),
             Figure("rank 1 is named", float(": rank 1 on " in said), 1.0, at_least=True),
-            Figure("seconds from the launch", seconds, 60 * HANG_MINUTES + 90),
+            Figure("seconds from the launch to the verdict", seconds, 60 * HANG_MINUTES + 60),
         )
     )
 

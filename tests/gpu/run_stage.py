@@ -110,7 +110,7 @@ def guided_sampling() -> Outcome:
     from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
     from megatron_selfdistill.rollout.megatron import MegatronSampler
 
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         chunks, grid = models.build(models.model_config(), models.parallel())

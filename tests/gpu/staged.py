@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllreduceOptions, ProcessGroupGloo, Work
 
 NAME = "staged"
 
@@ -30,7 +31,7 @@ def register() -> None:
         dist.Backend.register_backend(NAME, StagedGroup, devices=["cpu", "cuda"])
 
 
-class _StagedWork(dist.Work):
+class _StagedWork(Work):
     """Works of gloo that run, and the copies to make when they are done."""
 
     def __init__(self, works: Sequence[Any], finish: Callable[[], None] | None, kept: Any) -> None:
@@ -67,7 +68,7 @@ class StagedGroup(dist.ProcessGroup):
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo = ProcessGroupGloo(store, rank, size, timeout)
         self._sent: list[tuple[Any, Tensor]] = []
         self._num_calls = 0
 
@@ -93,11 +94,11 @@ class StagedGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> _StagedWork:
         average = _summing(opts)
         hosts = [_host(tensor) for tensor in tensors]
-        works = [self._gloo.allreduce([host], opts or dist.AllreduceOptions()) for host in hosts]
+        works = [self._gloo.allreduce([host], opts or AllreduceOptions()) for host in hosts]
         return self._work(works, _back(tensors, hosts, self.size() if average else 1))
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> _StagedWork:
-        plain = dist.AllreduceOptions()
+        plain = AllreduceOptions()
         if opts is not None:
             plain.reduceOp = opts.reduceOp
         return self.allreduce(tensors, plain)
@@ -146,7 +147,7 @@ class StagedGroup(dist.ProcessGroup):
 
     def reduce_scatter(self, outputs: list[Tensor], input_lists: list[list[Tensor]], opts: Any) -> _StagedWork:
         """Sum lists of any sizes over the ranks, of which each keeps its own element."""
-        average, plain = _summing(opts), dist.AllreduceOptions()
+        average, plain = _summing(opts), AllreduceOptions()
         plain.reduceOp = opts.reduceOp
         hosts = [torch.cat([_host(tensor).flatten() for tensor in tensors]) for tensors in input_lists]
         works = [self._gloo.allreduce([host], plain) for host in hosts]

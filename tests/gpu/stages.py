@@ -124,7 +124,7 @@ def _eight(options: argparse.Namespace) -> list[Stage]:
             limit_s=60,
             checks=[f"self-test of 8 ranks: {name}" for name in SELF_TEST],
         ),
-        stage("hang", "eight_stage", "hang", limit_s=60, checks=["a rank that stops"]),
+        stage("hang", "eight_stage", "hang", limit_s=110, checks=["a rank that stops"]),
         stage(
             "colocated",
             "eight_stage",
@@ -136,7 +136,7 @@ def _eight(options: argparse.Namespace) -> list[Stage]:
             "servers",
             "eight_stage",
             *("servers", *python),
-            limit_s=400,
+            limit_s=350,
             checks=[f"vLLM servers over {way}" for way in ("nccl", "gloo", "ipc")],
         ),
         stage("fp8", "eight_stage", "fp8", limit_s=60, checks=["fp8 through Transformer Engine"]),
