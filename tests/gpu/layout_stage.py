@@ -56,7 +56,7 @@ def main() -> int:
                 [n for n in names if group[n].world_size == size],
                 deadline,
             )
-        failures |= finish(reference, folder, deadline)
+        finish(reference, folder, deadline)
         sound = [
             held(f"{options.group}: {name}", partial(compared, group[name], name, same[name], folder, failures))
             for name in names
@@ -139,17 +139,18 @@ def wait(processes: Sequence[subprocess.Popen], deadline: float) -> tuple[str, i
     return why
 
 
-def finish(reference: Sequence[subprocess.Popen], folder: Path, deadline: float) -> dict[str, str]:
-    """Wait for the references; a failure is printed, and shows again where a case lacks its reference."""
+def finish(reference: Sequence[subprocess.Popen], folder: Path, deadline: float) -> None:
+    """Wait for the references; a failure is printed, and each case that lacks its reference fails."""
     if wait(reference, deadline)[0]:
         print(f"--- references:\n{(folder / 'log gloo 1 0').read_text(errors='replace')[-3000:]}", flush=True)
-    return {}
 
 
 def compared(one: cases.Compared, name: str, reference: str, folder: Path, failures: dict[str, str]) -> Outcome:
     """Gradients, or the changes of parameters, and the loss against those of the reference."""
     if name in failures:
         return Outcome(error=failures[name])
+    if not (folder / file_name(f"reference/{reference}", 0)).exists():
+        return Outcome(error="the reference on one CPU rank did not end within the limit, or failed: see above")
     ranks = [torch.load(folder / file_name(name, rank), weights_only=False) for rank in range(one.world_size)]
     expected = torch.load(folder / file_name(f"reference/{reference}", 0), weights_only=False)
     losses = {loss for loss, _, _ in ranks}

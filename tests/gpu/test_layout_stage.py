@@ -42,6 +42,12 @@ def test_ranks_that_died_are_an_error_of_their_case(tmp_path):
     assert not outcome.passed and outcome.error == "failed: out of memory"
 
 
+def test_a_case_without_its_reference_is_an_error_of_that_case(tmp_path):
+    write(tmp_path, "MLA", GRADIENT)
+    outcome = layout_stage.compared(cases.ONE_RANK["MLA"], "MLA", "MLA", tmp_path, {})
+    assert not outcome.passed and outcome.error.startswith("the reference on one CPU rank did not end")
+
+
 def test_after_a_case_that_fails_the_ranks_start_anew_with_the_next_ones(tmp_path, monkeypatch):
     started: list[list[str]] = []
 
