@@ -420,6 +420,23 @@ def warm_alone() -> tuple[list[str], int]:
     return phases, len(losses)
 
 
+def deterministic_as_on_a_gpu() -> tuple[bool, str, bool, bool]:
+    import torch
+
+    from megatron_selfdistill.selftest import resume
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume.cpu, "ON_CPU", False)
+        patch.delenv(resume._TE_SWITCH, raising=False)
+        with resume.deterministic():
+            within = torch.are_deterministic_algorithms_enabled(), os.environ[resume._TE_SWITCH]
+        return *within, torch.are_deterministic_algorithms_enabled(), resume._TE_SWITCH in os.environ
+
+
+def test_on_a_gpu_kernels_repeat_their_bits_for_the_time_of_a_comparison(ranks):
+    assert ranks.run(deterministic_as_on_a_gpu, world_size=1) == [(True, "0", False, False)]
+
+
 def test_a_cache_that_others_could_write_to_is_not_used(tmp_path, monkeypatch):
     from megatron_selfdistill import selftest
 

@@ -60,14 +60,14 @@ def _train(node: Node, cuts: ParallelConfig, run_dir: Path, num_steps: int) -> N
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """On GPUs, kernels that repeat their last bits, where there are any; a CPU's do."""
+    """Use kernels that repeat their last bits, where GPUs have them; those of a CPU do."""
     if cpu.ON_CPU:
         yield
         return
     switches: Any = torch.utils.deterministic
-    before, filling = torch.aredeterministic_algorithms_enabled(), switches.fill_uninitialized_memory
+    before, filling = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
     allowed = os.environ.get(_TE_SWITCH)
-    torch.usedeterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     switches.fill_uninitialized_memory = False
     os.environ[_TE_SWITCH] = "0"  # Transformer Engine reads it when it builds a layer
     try:
@@ -79,7 +79,7 @@ def deterministic() -> Iterator[None]:
             raise RuntimeError(f"no attention kernel here repeats its bits, flash-attn's do: {error}") from error
         raise
     finally:
-        torch.usedeterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before)
         switches.fill_uninitialized_memory = filling
         if allowed is None:
             del os.environ[_TE_SWITCH]
