@@ -31,7 +31,7 @@ CPU_CLAIMS = (
 """A few that Triton's interpreter runs in seconds; tests/loss/test_kernels.py runs all of them."""
 CPU_PATIENCE = 6
 """How many times as long a stage may take on a CPU: it takes a minute on two idle cores, and CI's are not idle."""
-NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def chosen(options: argparse.Namespace) -> list[Stage]:

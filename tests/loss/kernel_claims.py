@@ -2,7 +2,7 @@
 """What is claimed of the loss's Triton kernels: a pytest module that test_kernels.py runs in a process of its own.
 
 With TRITON_INTERPRET=1, which must be set before triton is imported, on CPU tensors in Triton's interpreter; without,
-on the GPU.
+on the GPU, which conftest.py shows with SELFDISTILL_TEST_GPU=1 only.
 """
 
 from __future__ import annotations
