@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_selfdistill import __version__
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.console_line import COLUMNS
 from megatron_selfdistill.paths import config_dir
 
 _DESCRIPTION = """\
@@ -124,8 +125,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _more_help(folders: Sequence[Path]) -> str:
-    from megatron_selfdistill.metrics.log import COLUMNS
-
     groups = "\n".join(
         f"  {_choices(name, names)}" for name, names in configuration.groups().items() if name != "recipe"
     )

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
+from megatron_selfdistill.prechecks import require_answers_per_problem
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
 from megatron_selfdistill.verify import Verifier, check_answers, judged_by_all, mentions_answer, voted_answer
 
@@ -191,7 +192,7 @@ def evaluate(
     Raises: ConfigError in one sentence, before anything is sampled, for problems that cannot be judged or do
     not fit ``max_length``; VerifierError on every rank where the verifier failed on one.
     """
-    check_samples(num_samples, ks, majority_ks or ())
+    require_answers_per_problem(num_samples, ks, majority_ks or ())
     if not problems:
         raise ConfigError("Evaluation: expected at least one problem, got none.")
     check_answers(problems, verifier)
@@ -308,15 +309,6 @@ def _binomial(count: int, p: float) -> np.ndarray:
     for _ in range(count):
         chances = np.convolve(chances, [1 - p, p])
     return chances
-
-
-def check_samples(num_samples: int, ks: Sequence[int], majority_ks: Sequence[int] = ()) -> None:
-    """Raises: ConfigError in one sentence where a k of pass@k or majority@k asks for more samples than there are."""
-    for name, those in (("pass@k", ks), ("majority@k", majority_ks)):
-        if num_samples and (max(those, default=1) > num_samples or min(those, default=1) < 1):
-            raise ConfigError(
-                f"Evaluation: expected every k of {name} from 1 to the {num_samples} samples, got {list(those)}."
-            )
 
 
 def _check_lengths(

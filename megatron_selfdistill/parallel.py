@@ -17,6 +17,7 @@ from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must 
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_selfdistill.config import ConfigError, ParallelConfig
+from megatron_selfdistill.roll_call import world_size
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,6 @@ class Grid:
     def is_reporter(self) -> bool:
         """The one rank that prints and writes metrics: rank 0 of the world."""
         return self.rank == 0
-
-
-def world_size() -> int:
-    """Ranks of the launch: ``torchrun``'s WORLD_SIZE, or 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -44,11 +44,16 @@ class OtherRankFailed(Exception):
         self.status = status
 
 
+def world_size() -> int:
+    """Return the number of ranks of this launch: ``torchrun``'s WORLD_SIZE, or 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class RollCall:
     """The ranks of one run of one launch.  Every rank makes one for the same run."""
 
     def __init__(self) -> None:
-        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), world_size()
         # A process may take part in several runs, one after the other; torchrun keeps the store for all its restarts.
         launch = ":".join(os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
         self._prefix = f"selfdistill/{launch}/{_launches[launch]}"

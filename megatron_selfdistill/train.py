@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill import command_line, next_steps, progress, stop
+from megatron_selfdistill import command_line, next_steps, prechecks, progress, stop
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.config import Config, ConfigError, check_files
 from megatron_selfdistill.noise import silence_known_warnings
+from megatron_selfdistill.plan import checks
 from megatron_selfdistill.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.run_lock import LOCK, RunLock
@@ -89,6 +90,10 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     """
     check_files(config)
     ranks, lock = ranks or RollCall(), RunLock(Path(config.run_dir))
+    prechecks.require_ranks(config, ranks.world_size)
+    prechecks.require_lengths(config)
+    prechecks.require_data(config)
+    prechecks.require_start(config)
     with stop.at_sudden_end(lock.release):
         try:
             if ranks.rank == 0 and not config.dry_run:
@@ -180,6 +185,10 @@ def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
 def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]) -> int:
     """``dry_run=true`` without a launch: print what the run will need on ``cluster.num_gpus`` GPUs, and how to launch
     it.  Raises `ConfigError` for what cannot run, and after the tables for what does not fit."""
+    checks.check_plan(config)
+    if config.data.path and config.data.tokenizer:  # else the plan reads neither
+        prechecks.require_data(config)
+    prechecks.require_start(config)
     silence_known_warnings()
     from megatron_selfdistill.plan.dry_run import dry_run
     from megatron_selfdistill.plan.report import show

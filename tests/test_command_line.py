@@ -12,6 +12,7 @@ import pytest
 
 from megatron_selfdistill import __version__, command_line
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.console_line import LINE
 from megatron_selfdistill.paths import config_dir
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
@@ -94,9 +95,7 @@ def test_help_lists_recipes_groups_tools_columns_and_exit_statuses(capsys):
         *("examples/slurm", "\n  2    bad input", "\n  5    ", "\n  130  "),
     ):
         assert part in text, part
-    from megatron_selfdistill.metrics import log
-
-    for column in log._LINE:
+    for column in LINE:
         assert f"\n  {column[1]} " in text, column
     for tool in (REPOSITORY / "tools").glob("*.py"):
         if tool.stem in ("convert", "evaluate", "make_solutions", "doctor"):

@@ -36,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written goes
-    # Seconds of imports, which --help and a mistyped option need not wait for.
+    # What --help and a mistyped option need not wait for; torch is imported once the arguments make sense.
     from megatron_selfdistill.checkpoint.errors import CheckpointError
     from megatron_selfdistill.config import ConfigError
     from megatron_selfdistill.noise import silence_known_warnings
 
     silence_known_warnings()
     try:
+        arguments.check(arguments)
         return arguments.run(arguments)
     except (CheckpointError, ConfigError) as error:
         print(f"convert: {error}", file=sys.stderr)
@@ -52,6 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("convert: interrupted; nothing was left behind", file=sys.stderr)
         return 130
     return EXIT_REFUSED
+
+
+def check_hf_to_megatron(arguments: argparse.Namespace) -> None:
+    """Raise CheckpointError for what can be seen without torch."""
+    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.checkpoint.folder import require_free
+
+    require_free(arguments.out)
+    prechecks.require_hugging_face(arguments.hf)
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> int:
@@ -74,6 +84,18 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_megatron_to_hf(arguments: argparse.Namespace) -> None:
+    """Raise CheckpointError for what can be seen without torch."""
+    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.checkpoint.folder import require_free
+    from megatron_selfdistill.checkpoint.hf_files import read_config
+
+    require_free(arguments.out)
+    prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
+    if arguments.hf_config is not None:
+        read_config(arguments.hf_config)
+
+
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.checkpoint import convert
 
@@ -91,6 +113,14 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
         )
     print(f"{written}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(written)!r})")
     return 0
+
+
+def check_inspect(arguments: argparse.Namespace) -> None:
+    """Raise CheckpointError for what can be seen without torch."""
+    from megatron_selfdistill import prechecks
+
+    if not prechecks.is_hugging_face(arguments.checkpoint):
+        prechecks.require_checkpoint(arguments.checkpoint)
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -153,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  tools/convert.py hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3 --dtype bf16",
         **raw,
     )
-    command.set_defaults(run=hf_to_megatron)
+    command.set_defaults(check=check_hf_to_megatron, run=hf_to_megatron)
     command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder with config.json and weights")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint")
     command.add_argument("--format", choices=["torch_dist"], default="torch_dist", help="of the checkpoint")
@@ -168,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         "      --out Qwen3-8B-distilled --hf-config Qwen3-8B",
         **raw,
     )
-    command.set_defaults(run=megatron_to_hf)
+    command.set_defaults(check=check_megatron_to_hf, run=megatron_to_hf)
     command.add_argument(
         "--megatron",
         type=Path,
@@ -198,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  tools/convert.py inspect runs/first/checkpoints",
         **raw,
     )
-    command.set_defaults(run=inspect)
+    command.set_defaults(check=check_inspect, run=inspect)
     command.add_argument("checkpoint", type=Path, metavar="DIR", help="Megatron's or Hugging Face's")
     return parser
 

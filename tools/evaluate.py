@@ -51,38 +51,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_selfdistill.checkpoint.errors import CheckpointError
     from megatron_selfdistill.config import ConfigError
     from megatron_selfdistill.noise import silence_known_warnings
-    from megatron_selfdistill.rollout.errors import EngineError
-    from megatron_selfdistill.verify import VerifierError
 
     silence_known_warnings()
     try:
-        return compare(arguments) if comparing else evaluate(arguments)
+        if comparing:
+            return compare(arguments)
+        check(arguments)
+        return evaluate(arguments)
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    except (EngineError, VerifierError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return EXIT_FAILED
 
 
 # -- one model ------------------------------------------------------------------------------------------------------
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise `ConfigError` or `CheckpointError` for what can be seen without torch, which takes seconds to import."""
+    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.config import ConfigError
+    from megatron_selfdistill.report.evaluation_folder import require_free
+    from megatron_selfdistill.roll_call import world_size
+
+    prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
+    if arguments.hf is not None and arguments.iteration is not None:
+        raise ConfigError("--iteration chooses among Megatron checkpoints: it needs --megatron, not --hf")
+    config, _ = _loaded(arguments)
+    require_free(arguments.out, arguments.overwrite)
+    if arguments.hf is not None:
+        prechecks.require_hugging_face(arguments.hf)
+    else:
+        prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
+    prechecks.require_data(config)
+    config.check_ranks(world_size())
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Every rank comes here; rank 0 writes and prints."""
+    """Every rank comes here; rank 0 writes and prints.  Returns the exit status."""
+    from megatron_selfdistill.rollout.errors import EngineError
+    from megatron_selfdistill.verify import VerifierError
+
+    try:
+        return _evaluate(arguments)
+    except (EngineError, VerifierError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill import parallel
-    from megatron_selfdistill.evaluate import check_samples
     from megatron_selfdistill.inference import converted
     from megatron_selfdistill.inputs import Inputs
-    from megatron_selfdistill.report.evaluations import require_free
+    from megatron_selfdistill.roll_call import world_size
     from megatron_selfdistill.verify import check_answers, load_verifier
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders go
-    check_samples(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
-    require_free(arguments.out, arguments.overwrite)
     model = _model(arguments)
     config = _configured(arguments, model)
-    config.check_world(parallel.world_size())
+    config.check_world(world_size())
     inputs = Inputs.load_evaluation(config, arguments.hinted)
     check_answers(inputs.evaluation, load_verifier(config.evaluation.verifier))
     grid = parallel.initialize(config.parallel, config.seed)
@@ -139,14 +165,9 @@ def _evaluate_with(
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     """What summary.json says of the model; it is there, as far as a look at it tells."""
-    from megatron_selfdistill.checkpoint.hf_files import read_config
     from megatron_selfdistill.checkpoint.weights import open_weights
-    from megatron_selfdistill.config import ConfigError
 
     if arguments.hf is not None:
-        if arguments.iteration is not None:
-            raise ConfigError("--iteration chooses among Megatron checkpoints: it needs --megatron, not --hf")
-        read_config(arguments.hf)
         return {"format": "hugging_face", "path": str(arguments.hf), "iteration": None}
     weights = open_weights(arguments.megatron, arguments.iteration)
     return {"format": "megatron", "path": str(weights.path), "iteration": weights.iteration}
@@ -154,22 +175,35 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
     """The trainer's configuration, with what the options say and the architecture that the model has."""
-    from megatron_selfdistill import config as configuration
-    from megatron_selfdistill import parallel
     from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+
+    config, given = _loaded(arguments)
+    tokenizer = config.data.tokenizer or _tokenizer_of(Path(model["path"]), model["format"])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    if arguments.hf is not None:
+        return _with_hf_architecture(config, given, arguments.hf)
+    checkpoint = dataclasses.replace(config.checkpoint, load=model["path"], resume=False)
+    config = with_stored_architecture(dataclasses.replace(config, checkpoint=checkpoint), given)
+    require_same_tokenizer(config)
+    return config
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
+    """The configuration of the command line, before the model is known, and the keys that it sets."""
+    from megatron_selfdistill import config as configuration
     from megatron_selfdistill.config import ConfigError
+    from megatron_selfdistill.roll_call import world_size
 
     named = (arguments.overrides, arguments.config_name, arguments.config_dir)
     config, given = configuration.load(*named), configuration.given_keys(*named)
     overridden = {override.lstrip("+~").partition("=")[0] for override in arguments.overrides}
     if taken := sorted(overridden & RESERVED.keys()):
         raise ConfigError(f"{taken[0]} cannot be set here: say it with {RESERVED[taken[0]]}")
-    tokenizer = config.data.tokenizer or _tokenizer_of(Path(model["path"]), model["format"])
+    # The problems are those of --data; nothing is trained: the size of a batch limits no layout.
     config = dataclasses.replace(
         config,
-        # Nothing is trained: the size of a batch limits no layout.
-        data=dataclasses.replace(config.data, tokenizer=tokenizer, global_batch_size=parallel.world_size()),
+        data=dataclasses.replace(config.data, path=None, global_batch_size=world_size()),
         evaluation=dataclasses.replace(
             config.evaluation,
             path=str(arguments.data),
@@ -177,12 +211,7 @@ def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
             pass_at_k=arguments.pass_at_k,
         ),
     )
-    if arguments.hf is not None:
-        return _with_hf_architecture(config, given, arguments.hf)
-    checkpoint = dataclasses.replace(config.checkpoint, load=model["path"], resume=False)
-    config = with_stored_architecture(dataclasses.replace(config, checkpoint=checkpoint), given)
-    require_same_tokenizer(config)
-    return config
+    return config, given
 
 
 def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Config:
@@ -262,6 +291,10 @@ def _settings(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> 
 
 
 def compare(arguments: argparse.Namespace) -> int:
+    from megatron_selfdistill.report.evaluation_folder import require_evaluation
+
+    for folder in (arguments.a, arguments.b):
+        require_evaluation(folder)
     from megatron_selfdistill.report import comparison
     from megatron_selfdistill.report.evaluations import read_evaluation
     from megatron_selfdistill.report.tables import show_comparison

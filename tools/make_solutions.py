@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     silence_known_warnings()
     try:
+        check(arguments)
         return make_solutions(arguments)
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"make_solutions: [rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
@@ -55,6 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("make_solutions: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise `ConfigError` or `CheckpointError` for what can be seen without torch, which takes seconds to import."""
+    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.roll_call import world_size
+
+    config = _configured(arguments)
+    if arguments.hf is not None:
+        prechecks.require_hugging_face(arguments.hf)
+    prechecks.require_data(config)
+    prechecks.require_start(config)
+    config.check_ranks(world_size())
 
 
 def make_solutions(arguments: argparse.Namespace) -> int:
@@ -203,8 +217,7 @@ def _line(attempt: Attempt, inputs: Inputs) -> dict[str, Any]:
 
 def provenance(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
     """All that the solutions depend on, save the layout: the journal's first line, and in each line of the file."""
-    from megatron_selfdistill.checkpoint.folder import iteration_of
-    from megatron_selfdistill.checkpoint.weights import find
+    from megatron_selfdistill.checkpoint.folder import find, iteration_of
     from megatron_selfdistill.config import writable
 
     assert config.checkpoint.load is not None

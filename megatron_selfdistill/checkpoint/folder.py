@@ -22,9 +22,9 @@ from pathlib import Path
 from megatron_selfdistill.checkpoint import manifest
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.manifest import sync
-from megatron_selfdistill.checkpoint.saved_run import is_ours
-from megatron_selfdistill.checkpoint.unpickler import load_metadata
 
+LEGACY_FILE = "model_optim_rng.pt"
+"""A rank's file in the legacy format."""
 TRACKER = "latest_checkpointed_iteration.txt"
 _TEMPORARY = ".writing_"
 _REPLACED = ".old"
@@ -89,12 +89,45 @@ def instead_of(damaged: Path) -> str:
     return "" if newest is None else f"; the newest complete one is {newest}"
 
 
-def incomplete(path: Path) -> str | None:
-    """Why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is one.
+def find(path: Path) -> tuple[Path, bool]:
+    """The checkpoint's own folder, and whether it is a legacy one.  Raises: CheckpointError where there is none."""
+    path = Path(path)
+    refuse_hugging_face(path)
+    chosen = tracked(path) or path
+    return (chosen, True) if is_legacy(chosen) else (resolve(path), False)
 
-    Every file must be as long as its manifest says, or, where another program wrote it without one, at least as long as
-    Megatron's ``.metadata`` says; contents are not read.
+
+def of_iteration(path: Path, iteration: int | None) -> Path:
+    """Return the folder of ``iteration`` in ``path``, or ``path`` itself for None.
+
+    Raises: CheckpointError where there is no such iteration; it names those that are there.
     """
+    if iteration is None:
+        return path
+    if not (chosen := path / iteration_name(iteration)).is_dir():
+        there = ", ".join(sorted(str(iteration_of(p)) for p in path.glob("iter_*"))) or "none"
+        raise CheckpointError(f"{path} has no iteration {iteration}; it has {there}")
+    return chosen
+
+
+def is_legacy(folder: Path) -> bool:
+    """Return whether ``folder`` is an ``iter_`` or ``release`` folder in the ``torch`` format."""
+    return any(folder.glob(f"mp_rank_*/{LEGACY_FILE}"))
+
+
+def refuse_hugging_face(path: Path) -> None:
+    """Raise CheckpointError, with the command that converts it, where ``path`` is a Hugging Face folder."""
+    chosen = tracked(path) or path
+    if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, expected a Megatron checkpoint: convert it with "
+            f"`python tools/convert.py hf-to-megatron --hf {path} --out NEW_FOLDER`, and name NEW_FOLDER"
+        )
+
+
+def lacks(path: Path) -> str | None:
+    """Return what a torch_dist checkpoint at ``path`` obviously lacks ("has no metadata.json"), or None; reads no
+    contents."""
     if not path.is_dir():
         return "does not exist" if not path.exists() else "is not a folder"
     if not (path / "metadata.json").is_file():
@@ -103,8 +136,19 @@ def incomplete(path: Path) -> str | None:
     for name in ("common.pt", ".metadata"):
         if not (path / name).is_file():
             return f"has no {name}"
-    if not zipfile.is_zipfile(path / "common.pt"):
-        return "has a damaged common.pt"
+    return None if zipfile.is_zipfile(path / "common.pt") else "has a damaged common.pt"
+
+
+def incomplete(path: Path) -> str | None:
+    """Why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is one.
+
+    Every file must be as long as its manifest says, or, where another program wrote it without one, at least as long as
+    Megatron's ``.metadata`` says; contents are not read.
+    """
+    if (fault := lacks(path)) is not None:
+        return fault
+    from megatron_selfdistill.checkpoint.unpickler import load_metadata  # imports torch, which takes seconds
+
     try:
         entries = manifest.read(path)
         if entries is not None and (fault := manifest.wrong_size(path, entries)) is not None:
@@ -128,6 +172,8 @@ def unverifiable(path: Path) -> str | None:
 
     Other programs write no manifest.
     """
+    from megatron_selfdistill.checkpoint.saved_run import is_ours  # imports torch, which takes seconds
+
     if manifest.read(path) is not None or not is_ours(path):
         return None
     return (

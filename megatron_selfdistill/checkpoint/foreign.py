@@ -23,10 +23,11 @@ from megatron_selfdistill.checkpoint import folder, state, transfer
 from megatron_selfdistill.checkpoint.agreement import from_all_ranks, on_each_rank, on_rank_0
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.finite import non_finite
+from megatron_selfdistill.checkpoint.folder import find
 from megatron_selfdistill.checkpoint.legacy import LegacySource
 from megatron_selfdistill.checkpoint.names import Place, has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.unpickler import load_pickled
-from megatron_selfdistill.checkpoint.weights import NOT_BUILT, find
+from megatron_selfdistill.checkpoint.weights import NOT_BUILT
 
 Chunks = Sequence[torch.nn.Module]
 

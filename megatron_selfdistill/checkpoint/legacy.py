@@ -21,15 +21,11 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.folder import LEGACY_FILE
 from megatron_selfdistill.checkpoint.names import Place, places, shown
 from megatron_selfdistill.checkpoint.unpickler import load_pickled
 
-FILE = "model_optim_rng.pt"
-
-
-def is_legacy(folder: Path) -> bool:
-    """Whether ``folder`` is an ``iter_`` or ``release`` folder in the ``torch`` format."""
-    return any(folder.glob(f"mp_rank_*/{FILE}"))
+FILE = LEGACY_FILE
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_selfdistill.checkpoint import folder, legacy
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.checkpoint.folder import find
 from megatron_selfdistill.checkpoint.unpickler import load_pickled
-from megatron_selfdistill.checkpoint.weights import find
 from megatron_selfdistill.config import Config, ConfigError, ModelConfig
 from megatron_selfdistill.model.hf.family import TRANSFORMER_DEFAULTS, differences
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint import folder, manifest
 from megatron_selfdistill.checkpoint.errors import CheckpointError
-from megatron_selfdistill.checkpoint.legacy import LegacySource, is_legacy
+from megatron_selfdistill.checkpoint.folder import find
+from megatron_selfdistill.checkpoint.legacy import LegacySource
 from megatron_selfdistill.checkpoint.names import Place, places, shown
 from megatron_selfdistill.checkpoint.saved_run import is_ours
 from megatron_selfdistill.checkpoint.streaming import TorchDistSource
@@ -96,25 +97,8 @@ def open_weights(path: Path, iteration: int | None = None) -> Weights:
     Raises: CheckpointError where it is not whole, naming what is wrong and the newest whole one beside it.
     """
     path = Path(path)
-    if iteration is not None:
-        path = path / folder.iteration_name(iteration)
-        if not path.is_dir():
-            there = ", ".join(sorted(str(folder.iteration_of(p)) for p in path.parent.glob("iter_*"))) or "none"
-            raise CheckpointError(f"{path.parent} has no iteration {iteration}; it has {there}")
-    found, legacy = find(path)
+    found, legacy = find(folder.of_iteration(path, iteration))
     return _Legacy(found) if legacy else _TorchDist(found)
-
-
-def find(path: Path) -> tuple[Path, bool]:
-    """The checkpoint's own folder, and whether it is a legacy one.  Raises: CheckpointError where there is none."""
-    path = Path(path)
-    chosen = folder.tracked(path) or path
-    if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
-        raise CheckpointError(
-            f"{path} is a Hugging Face folder, expected a Megatron checkpoint: convert it with "
-            f"`python tools/convert.py hf-to-megatron --hf {path} --out NEW_FOLDER`, and name NEW_FOLDER"
-        )
-    return (chosen, True) if is_legacy(chosen) else (folder.resolve(path), False)
 
 
 class _TorchDist:

@@ -949,11 +949,10 @@ class Config:
             f"rollout.temperature=1, top_k=0 and top_p=1, got {rollout.temperature}, {rollout.top_k}, {rollout.top_p}",
         )
 
-    def check_world(self, world_size: int) -> None:
-        """Raise `ConfigError` where the parallel sizes, the model and the batch cannot be cut for
-        ``world_size`` ranks.
-        """
-        p, m = self.parallel, self.model
+    def check_ranks(self, world_size: int) -> None:
+        """Raise `ConfigError` where ``world_size`` ranks cannot be cut into the parallel sizes, or the batch is smaller
+        than the number of replicas, whatever the model is."""
+        p = self.parallel
         tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
         ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size or tp
         model_size = tp * pp * cp
@@ -971,18 +970,25 @@ class Config:
             world_size % (etp * pp * ep) == 0,
             f"the world size {world_size} must be a multiple of ETP x EP x PP = {etp} x {ep} x {pp} = {etp * ep * pp}",
         )
-        _require(
-            ep == 1 or m.num_moe_experts is not None or m.provider is not None,
-            f"parallel.expert_model_parallel_size={ep} needs a mixture of experts (model.num_moe_experts)",
-        )
         dp = world_size // model_size
         _require(
             self.data.global_batch_size >= dp,
             f"data.global_batch_size ({self.data.global_batch_size}) must be at least the number of "
             f"data-parallel ranks ({dp})",
         )
+
+    def check_world(self, world_size: int) -> None:
+        """Raise `ConfigError` where the parallel sizes, the model and the batch cannot be cut for ``world_size``
+        ranks."""
+        self.check_ranks(world_size)
+        p, m = self.parallel, self.model
+        ep = p.expert_model_parallel_size
+        _require(
+            ep == 1 or m.num_moe_experts is not None or m.provider is not None,
+            f"parallel.expert_model_parallel_size={ep} needs a mixture of experts (model.num_moe_experts)",
+        )
         if m.provider is None:
-            self._check_model_divides(tp, pp, ep)
+            self._check_model_divides(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, ep)
 
     def _check_model_divides(self, tp: int, pp: int, ep: int) -> None:
         p, m = self.parallel, self.model

@@ -203,6 +203,17 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_
     ``trust_remote_code``: whether Python code that the folder brings (auto_map) is run; without it, none is.
     Raises: FileNotFoundError or ValueError in one sentence if there is no tokenizer at ``path``.
     """
+    path = tokenizer_place(path)
+    if str(path).endswith(".model"):
+        return SentencePieceTokenizer(path, chat_template=chat_template)
+    return HuggingFaceTokenizer(path, chat_template=chat_template, trust_remote_code=trust_remote_code)
+
+
+def tokenizer_place(path: str | Path) -> str | Path:
+    """Return where the tokenizer at ``path`` lies: a folder, a SentencePiece ``.model`` file, or a name of the hub.
+
+    Raises: FileNotFoundError or ValueError in one sentence if there can be no tokenizer; nothing is imported or read.
+    """
     if not Path(path).exists() and not str(path).endswith(".model") and not is_hub_name(path):
         raise FileNotFoundError(
             f"Tokenizer: expected {_TOKENIZERS}, got {path}, which does not exist; correct data.tokenizer."
@@ -215,10 +226,9 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_
     if str(path).endswith(".model"):
         if not Path(path).is_file():
             raise FileNotFoundError(f"Tokenizer: expected a SentencePiece model file, got {path}, which is no file.")
-        return SentencePieceTokenizer(path, chat_template=chat_template)
-    if isinstance(path, Path) and not path.is_dir():
+    elif isinstance(path, Path) and not path.is_dir():
         raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}, another kind of file; name its folder.")
-    return HuggingFaceTokenizer(path, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    return path
 
 
 class HuggingFaceTokenizer(Tokenizer):

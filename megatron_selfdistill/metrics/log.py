@@ -10,9 +10,11 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_selfdistill.config import hidden
+from megatron_selfdistill.console_line import COLUMNS as COLUMNS
+from megatron_selfdistill.console_line import LINE, Column
 from megatron_selfdistill.metrics.pace import Pace
 from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html
 from megatron_selfdistill.metrics.samples import Sample
@@ -20,40 +22,6 @@ from megatron_selfdistill.metrics.samples import Sample
 logger = logging.getLogger(__name__)
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
-
-
-class _Column(NamedTuple):
-    """One number of a console line, where the step has it."""
-
-    key: str
-    label: str
-    form: str
-    meaning: str
-
-
-_LINE = (
-    _Column("loss/mean", "loss", ".4f", "mean loss per response token (nats)"),
-    _Column("entropy/student", "entropy", ".4f", "the student's mean entropy (nats)"),
-    _Column("k/mean", "k", ".2f", "mean divisor of the mixed logits"),
-    _Column(
-        "top1_agreement", "top-1", ".3f", "share of tokens where student and teacher have the same most likely one"
-    ),
-    _Column("response/length_mean", "length", ".1f", "mean response length (tokens)"),
-    _Column("response/truncated_share", "cut", ".2f", "share of responses cut at rollout.max_new_tokens"),
-    _Column("gradient_norm", "grad", ".3g", "gradient norm before clipping"),
-    _Column("learning_rate", "lr", ".2g", "learning rate"),
-    _Column("seconds/step", "s", ".2f", "seconds of the step"),
-)
-
-COLUMNS = "\n".join(
-    [
-        "The console line of a step (metrics.console, every metrics.console_every steps); in brackets, its keys in",
-        "metrics.jsonl, where docs/metrics.md explains all others:",
-        *(f"  {column.label:<8} {column.meaning} ({column.key})" for column in _LINE),
-        "  left     time until the last step, from the third step of a launch on",
-    ]
-)
-"""What the columns of the console mean, for people."""
 
 
 class MetricsLog:
@@ -114,7 +82,7 @@ class MetricsLog:
         if self._console is not None:
             self._console.advance(step)
             if step % self.console_every == 0 or step == self.num_steps:
-                self._console.step_line(step, [column for column in _LINE if column.key in metrics], metrics)
+                self._console.step_line(step, [column for column in LINE if column.key in metrics], metrics)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics taken when ``step`` steps are done; always a line on the console, with the accuracies (of k > 1
@@ -291,7 +259,7 @@ class _Console:
         self.pace.advance(completed)
         self.bar.update(self.task, completed=completed, left=self.pace.left)
 
-    def step_line(self, step: int, columns: Sequence[_Column], metrics: Mapping[str, float]) -> None:
+    def step_line(self, step: int, columns: Sequence[Column], metrics: Mapping[str, float]) -> None:
         if not self.explained:
             self.explained = True
             self._print("columns: " + "; ".join(f"{column.label} = {column.meaning}" for column in columns))

@@ -12,9 +12,15 @@ from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.inputs import Inputs, longest_context
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
-from megatron_selfdistill.model.hf_mapping import family_of_model
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.plan import bubble
+from megatron_selfdistill.plan.checks import (
+    UNKNOWN_VOCABULARY,
+    check_engine,
+    check_lengths,
+    longest_row,
+    planned_gpus,
+)
 from megatron_selfdistill.plan.engines import Engines, engines
 from megatron_selfdistill.plan.host_memory import HostMemory, host_memory
 from megatron_selfdistill.plan.memory import Load, Memory, engine_weight_gib, memory
@@ -107,13 +113,13 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     Raises: `ConfigError`, one sentence, for what cannot be cut, built or sampled; not for what does not fit
     (`Plan.misfit`).
     """
-    num_gpus = _num_gpus(config)
+    num_gpus = planned_gpus(config)
     config = with_stored_architecture(config, given)
     require_same_tokenizer(config)
     config.check_world(num_gpus)
     max_length, seq_length = longest_context(config), longest_row(config)
-    _check_lengths(config, max_length)
-    _check_engine(config, num_gpus)
+    check_lengths(config, max_length)
+    check_engine(config, num_gpus)
     inputs = Inputs.load(config) if config.data.path and config.data.tokenizer else None
     vocab_size = _vocab_size(config, inputs)
     transformer = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
@@ -154,7 +160,6 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         about_prompts=inputs.about_prompts if inputs is not None else None,
         stages=built,
         memory=needed,
-        host=host_memory(config, transformer, built, load),
         parameters=load.model_parameters,
         dp_size=dp_size,
         max_length=max_length,
@@ -162,16 +167,10 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         num_microbatches=num_microbatches,
         pair_order=pair_order,
         schedule=schedule,
+        host=host_memory(config, transformer, built, load),
         output_layer=choose_output_layer(config, load.vocab_size),
         engines=engines(config, transformer, built, num_gpus, kv_cache_gib) if samples else None,
     )
-
-
-def longest_row(config: Config) -> int:
-    """The longest row within ``schedule.max_tokens`` that sequence and context parallelism can cut."""
-    p = config.parallel
-    multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
-    return config.schedule.max_tokens // multiple * multiple
 
 
 def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]:
@@ -187,53 +186,9 @@ def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]
     return num_student, num_teacher
 
 
-def _num_gpus(config: Config) -> int:
-    if config.cluster.num_gpus is None:
-        raise ConfigError("a dry run without a launch needs cluster.num_gpus, the number of GPUs to plan for")
-    if config.model.provider is not None:
-        raise ConfigError(
-            f"model.provider={config.model.provider} builds a model that only a launch can see: start dry_run=true "
-            "under torchrun, or describe the architecture in model.*"
-        )
-    return config.cluster.num_gpus
-
-
 def _vocab_size(config: Config, inputs: Inputs | None) -> int:
-    """Valid rows of the output layer."""
+    """Return the valid rows of the output layer."""
     vocab_size = inputs.vocab_size if inputs is not None else config.model.vocab_size
     if vocab_size is None:
-        raise ConfigError("the vocabulary's size is not known: set model.vocab_size, or data.path and data.tokenizer")
+        raise ConfigError(UNKNOWN_VOCABULARY)
     return vocab_size
-
-
-def _check_lengths(config: Config, max_length: int) -> None:
-    new = config.rollout.max_new_tokens
-    if config.objective != "solutions" and config.samples and new >= max_length:
-        raise ConfigError(
-            f"rollout.max_new_tokens ({new}) leaves no room for a prompt in contexts of at most {max_length} tokens: "
-            "raise data.max_length and schedule.max_tokens, or lower it"
-        )
-
-
-def _check_engine(config: Config, num_gpus: int) -> None:
-    """What vLLM would refuse once the GPUs are there."""
-    rollout, heads = config.rollout, config.model.num_attention_heads
-    if rollout.engine != "vllm" or not config.samples:
-        return
-    if rollout.hf_config is None:
-        family_of_model(config.model)
-    if rollout.placement == "colocated" and num_gpus % rollout.engine_tp:
-        raise ConfigError(
-            f"rollout.engine_tp={rollout.engine_tp} ranks form one engine, but cluster.num_gpus={num_gpus} is no "
-            "multiple of it; choose a divisor"
-        )
-    per_node = min(num_gpus, config.cluster.gpus_per_node)
-    if rollout.placement == "server" and rollout.engine_tp > per_node and rollout.engine_tp % per_node:
-        raise ConfigError(
-            f"rollout.engine_tp={rollout.engine_tp}: a server has GPUs of one node, at most {per_node}, or all GPUs of "
-            f"several; choose a multiple of {per_node}"
-        )
-    if heads % rollout.engine_tp:
-        raise ConfigError(
-            f"rollout.engine_tp={rollout.engine_tp} must divide model.num_attention_heads ({heads}), which vLLM cuts"
-        )

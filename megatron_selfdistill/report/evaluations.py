@@ -24,8 +24,7 @@ from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluate import EvaluationResult, ProblemResult
 from megatron_selfdistill.report.bootstrap import bootstrap
-
-SUMMARY, PROBLEMS, RESPONSES = "summary.json", "problems.jsonl", "responses.jsonl"
+from megatron_selfdistill.report.evaluation_folder import PROBLEMS, RESPONSES, SUMMARY, require_evaluation
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,6 @@ class Evaluation:
     ids: list[str]
     values: dict[str, np.ndarray]
     """Metric -> one number per problem ``[num_problems]``, whose mean is the metric."""
-
-
-def require_free(folder: Path, overwrite: bool) -> None:
-    """Raises: `ConfigError` unless ``folder`` is new or empty, or holds an evaluation that may be overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise ConfigError(f"expected a new folder for the results, got {folder}, which exists; add --overwrite")
-    if not (folder / SUMMARY).is_file():
-        raise ConfigError(f"expected an evaluation to overwrite, got {folder}, which has no {SUMMARY}")
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,9 +60,7 @@ def write_evaluation(folder: Path, result: EvaluationResult, about: Mapping[str,
 def read_evaluation(folder: Path) -> Evaluation:
     """Raises: `ConfigError` in one sentence for a folder that holds no whole evaluation."""
     folder = Path(folder)
-    for name in (SUMMARY, PROBLEMS):
-        if not (folder / name).is_file():
-            raise ConfigError(f"expected an evaluation in {folder}, got no {name}; make one with tools/evaluate.py")
+    require_evaluation(folder)
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         with (folder / PROBLEMS).open(encoding="utf-8") as stream:

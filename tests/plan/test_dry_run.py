@@ -11,7 +11,8 @@ import pytest
 import tiny_run
 
 from megatron_selfdistill.config import ConfigError, load
-from megatron_selfdistill.plan.dry_run import dry_run, longest_row, microbatches
+from megatron_selfdistill.plan.checks import longest_row
+from megatron_selfdistill.plan.dry_run import dry_run, microbatches
 from megatron_selfdistill.plan.launch import launch_commands
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 

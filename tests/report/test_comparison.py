@@ -15,12 +15,10 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluate import EvaluationResult, ProblemResult, Verdict
 from megatron_selfdistill.report.bootstrap import bootstrap, resampled_means
 from megatron_selfdistill.report.comparison import Difference, compare
+from megatron_selfdistill.report.evaluation_folder import PROBLEMS, SUMMARY, require_free
 from megatron_selfdistill.report.evaluations import (
-    PROBLEMS,
-    SUMMARY,
     data_fingerprint,
     read_evaluation,
-    require_free,
     write_evaluation,
 )
 from megatron_selfdistill.report.tables import show_comparison, show_summary
