@@ -16,10 +16,10 @@ PACKAGE = "megatron_selfdistill"
 
 # A module may import from those before it, never from those after it.  Folders count as one.
 ORDER = (
-    "paths one_copy noise progress config console_line next_steps roll_call cpu repairs parallel data verify inputs loss "
-    "model optimizer_step checkpoint prechecks run_lock teacher device_batch teacher_bank "
-    "rollout vllm_plugin serve inference schedule batch score metrics turns guards stop evaluate plan logged rollouts "
-    "resuming run_folder run command_line train selftest report"
+    "paths one_copy noise progress config console_line next_steps roll_call cpu repairs parallel data verify inputs "
+    "loss model optimizer_step checkpoint prechecks run_lock teacher device_batch teacher_bank rollout vllm_plugin "
+    "serve inference schedule batch score metrics turns guards stop evaluate plan logged rollouts resuming run_folder "
+    "run command_line train selftest report"
 ).split()
 
 LOSS_MAY_IMPORT = {"torch", "triton"}

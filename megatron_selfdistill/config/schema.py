@@ -398,8 +398,8 @@ class RolloutConfig:
     transfer_dir: str = "/dev/shm"
     """Folder of the files of transfer=shared_memory; a shared file system where servers are on other nodes."""
     bucket_mb: float = 1024.0
-    """Weights travel in buckets of this many MiB.  On their way to servers there are two: one is packed while the servers
-    load the other."""
+    """Weights travel in buckets of this many MiB.  On their way to servers there are two: one is packed while the
+    servers load the other."""
     timeout_s: float = 1200.0
     """A server that gives no sign of progress for so many seconds counts as dead; to be less than
     stop.hang_timeout_minutes, so that the other servers can write what it owed."""

@@ -122,7 +122,7 @@ def _store(host: str, port: int, timeout_s: float) -> dist.Store:
 def _meet(control: dist.Store, rank: int, world_size: int, why_stop: Callable[[], str | None]) -> None:
     """Return when all members are there.  Rank 0 waits for each of the others and lets them go together."""
     if rank == 0:
-        others = {f"here/{other}": other for other in range(1, world_size)}
+        others = {f"here-{other}": other for other in range(1, world_size)}
         while not control.check(list(others)):
             time.sleep(_LOOK_SECONDS)
             if (why := why_stop()) is not None:
@@ -130,7 +130,7 @@ def _meet(control: dist.Store, rank: int, world_size: int, why_stop: Callable[[]
                 raise RuntimeError(f"ranks {absent} of {world_size} did not come to the process group: {why}")
         control.set(_GO, "")
         return
-    control.set(f"here/{rank}", "")
+    control.set(f"here-{rank}", "")
     while not control.check([_GO]):
         time.sleep(_LOOK_SECONDS)
         if (why := why_stop()) is not None:
