@@ -51,7 +51,7 @@ def main(what: str, python: str | None) -> int:
 def launched(
     script: list[str], num_ranks: int, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """torchrun on this node; its output is kept, and printed where it ends with another status than 0."""
+    """Run torchrun on this node; keep its output, and print it where it ends with another status than 0."""
     paths = [str(REPOSITORY / "tests"), str(REPOSITORY), str(REPOSITORY / "examples")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *script]
     done = subprocess.run(
@@ -68,8 +68,7 @@ def launched(
 
 
 def hang(folder: Path) -> Outcome:
-    """One of two ranks is stopped in its third step: the run ends with status 5 within a minute of its limit, and names
-    the rank."""
+    """Stop one of two ranks in its third step, and check that the run soon ends with status 5 and names the rank."""
     run_dir = folder / "hang"
     arguments = tiny_run.overrides(folder, run_dir, f"stop.hang_timeout_minutes={HANG_MINUTES}", *on_device())
     began = time.time()
@@ -87,14 +86,14 @@ def hang(folder: Path) -> Outcome:
 
 
 def on_device() -> list[str]:
-    """bf16 on GPUs, whose packed attention may know nothing else."""
+    """Return the keys for bf16 on GPUs, whose packed attention may know nothing else."""
     return [] if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else ["optimizer.precision=bf16"]
 
 
 def trained(
     folder: Path, name: str, num_ranks: int, keys: list[str], environment: dict[str, str] | None = None
 ) -> Outcome:
-    """A run of three steps of an 8B model: every step is written, and sampler and trainer agree."""
+    """Run three steps of an 8B model, and count them; compare log-probs of sampler and trainer."""
     from megatron_selfdistill.metrics import read_metrics
 
     run_dir = folder / name
@@ -129,7 +128,7 @@ WAYS = ("nccl", "gloo", "ipc")
 
 
 def servers(folder: Path, way: str, python: str | None) -> Outcome:
-    """Four servers beside four trainers; over ipc servers and trainers share the same four GPUs."""
+    """Run four servers beside four trainers; over ipc servers and trainers share the same four GPUs."""
     if python is None and without_vllm():
         return Outcome(not_done="vLLM is not installed here, and --vllm-python names no Python that has it")
     keys = [
@@ -140,7 +139,7 @@ def servers(folder: Path, way: str, python: str | None) -> Outcome:
 
 
 def fp8(folder: Path) -> Outcome:
-    """Two steps in fp8, which is refused unless asked for; its losses against bf16's are within a tenth."""
+    """Compare the first loss of a run in fp8, which is refused unless asked for, with that of a run in bf16."""
     if importlib.util.find_spec("transformer_engine") is None:
         return Outcome(not_done="Transformer Engine, which has the fp8 layers, is not installed")
     from megatron_selfdistill.metrics import read_metrics

@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def shared_bucket() -> Outcome:
-    """Another process reads this one's bucket, writes to it, and this one sees what it wrote."""
+    """Let another process read this one's bucket and write to it, and compare what both see."""
     if not torch.cuda.is_available():
         return Outcome(not_done="CUDA IPC needs an NVIDIA GPU, and this is a CPU")
     bucket = torch.arange(BUCKET_BYTES // 4, dtype=torch.float32, device="cuda")
@@ -63,7 +63,7 @@ def _read_and_double(bucket: torch.Tensor, answer: Connection) -> None:
 
 
 def own_transfer() -> Outcome:
-    """The project's own tests of the transfer that are marked ``gpu``."""
+    """Run the project's own tests of the transfer that are marked ``gpu``."""
     if not torch.cuda.is_available():
         return Outcome(not_done="CUDA IPC needs an NVIDIA GPU, and this is a CPU")
     if not OWN_TESTS.exists():

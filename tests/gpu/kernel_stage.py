@@ -58,7 +58,7 @@ def cases(claims: list[str]) -> list[str]:
 
 
 def all_claims(claims: list[str]) -> Outcome:
-    """How many cases ran, and how many failed, of all processes together."""
+    """Run the cases in several processes, and count those that ran and those that failed."""
     nodes = cases(claims)
     count = min(MOST_PROCESSES, os.cpu_count() or 1, len(nodes))
     with tempfile.TemporaryDirectory(prefix="selfdistill_claims_") as folder:
@@ -99,7 +99,7 @@ def sanitizer() -> str | None:
 
 
 def sanitized() -> Outcome:
-    """Memory errors that compute-sanitizer's memcheck sees in one case of each of three claims."""
+    """Run one case of each of three claims under compute-sanitizer's memcheck."""
     if not ON_GPU:
         return Outcome(not_done="compute-sanitizer looks at kernels on a GPU, and this is a CPU")
     tool = sanitizer()

@@ -146,7 +146,7 @@ def finish(reference: Sequence[subprocess.Popen], folder: Path, deadline: float)
 
 
 def compared(one: cases.Compared, name: str, reference: str, folder: Path, failures: dict[str, str]) -> Outcome:
-    """Gradients, or the changes of parameters, and the loss against those of the reference."""
+    """Compare the gradients, or the changes of the parameters, and the loss with those of the reference."""
     if name in failures:
         return Outcome(error=failures[name])
     if not (folder / file_name(f"reference/{reference}", 0)).exists():

@@ -43,7 +43,7 @@ def nccl_version() -> str:
 
 
 def speeds() -> Outcome:
-    """Gigabytes per second read and written by a copy, and bf16 teraflops per second of a square product."""
+    """Measure a copy, in GB/s read and written, and a square bf16 product, in TFLOP/s."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy = 2 * COPIED_BYTES / seconds(lambda: target.copy_(source)) / 1e9
@@ -76,8 +76,8 @@ def _wait() -> None:
 
 
 def compiled() -> Outcome:
-    """The function of Megatron's gated MLP, which torch.compile makes, against its formula, forward and backward; later
-    processes find it in Inductor's cache."""
+    """Compare Megatron's compiled function of gated MLPs with its formula, with gradients; later processes find it
+    in Inductor's cache."""
     from megatron_selfdistill import cpu  # noqa: F401  isort: skip  (must come before megatron.core)
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 

@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> None:
 
 
 def differences(one: Path, other: Path, num_steps: int = 6) -> tuple[Figure, Figure]:
-    """The largest difference of any metric of two runs, clocks aside, and of any tensor of their last checkpoints."""
+    """Return the largest difference of any metric of two runs, clocks aside, and of any tensor of their checkpoints."""
     metrics = {}
     both = tiny_run.reproducible_metrics(one), tiny_run.reproducible_metrics(other)
     if [len(lines) for lines in both] != [num_steps] * 2 or both[0][0].keys() != both[1][0].keys():
@@ -82,7 +82,7 @@ def _apart(a: float, b: float) -> float:
 
 
 def offloaded_teacher(folder: Path) -> Outcome:
-    """A run whose teacher's weights and rows rest in host memory is the run whose teacher stays on the device."""
+    """Compare a run whose teacher's weights and rows rest in host memory with one whose teacher stays on the device."""
     keys = ["teacher.weights=frozen", "checkpoint.save_every=6"]
     resident, offloaded = folder / "resident", folder / "offloaded"
     run(tiny_run.overrides(folder, resident, *keys))
@@ -91,7 +91,7 @@ def offloaded_teacher(folder: Path) -> Outcome:
 
 
 def background_saves(folder: Path) -> Outcome:
-    """A run that resumes from a checkpoint written in the background is the run that never stopped."""
+    """Compare a run that resumes from a checkpoint written in the background with the run that never stopped."""
     whole, halves = folder / "whole", folder / "halves"
     keys = ["checkpoint.async_save=true", "teacher.weights=ema"]
     run(tiny_run.overrides(folder, whole, *keys))
@@ -103,7 +103,7 @@ def background_saves(folder: Path) -> Outcome:
 
 
 def guided_sampling() -> Outcome:
-    """Greedy guided tokens are the argmax of the mixed logits of two whole forward passes."""
+    """Compare greedy guided tokens with the argmax of the mixed logits of two whole forward passes."""
     import models
     import torch.distributed as dist
 
@@ -148,7 +148,7 @@ def guided_sampling() -> Outcome:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, tokens: list[int], prompt_length: int) -> torch.Tensor:
-    """[response tokens, valid vocabulary] float64 on the CPU, without a cache."""
+    """Return the response's logits [response tokens, valid vocabulary], float64 on the CPU, made without a cache."""
     import models
 
     ids = torch.tensor([tokens], device=DEVICE)
@@ -167,7 +167,7 @@ PLANNED = (
 
 
 def planned_memory(folder: Path) -> Outcome:
-    """The most memory that a run has allocated on the device, to what the dry run says of it, reserved room aside."""
+    """Compare the most memory that a run has allocated on the device with the dry run's figure, reserved room aside."""
     if not ON_GPU:
         return Outcome(not_done="the plan is about a GPU's memory, and this is a CPU")
     from megatron_selfdistill.metrics import read_metrics

@@ -48,7 +48,7 @@ def chosen(options: argparse.Namespace) -> list[Stage]:
 
 
 def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
-    """One device: at most nine minutes together on a GPU; a CPU that others want too gets more."""
+    """Return the stages of one device: at most nine minutes together on a GPU; a CPU that others want too gets more."""
     slower = 1 if on_gpu else CPU_PATIENCE
     one, several = (
         list(group) if on_gpu else list(cases.CPU_REDUCED[name])
@@ -106,7 +106,7 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
 
 
 def _eight(options: argparse.Namespace) -> list[Stage]:
-    """Eight GPUs, besides: at most fifteen minutes more."""
+    """Return what eight GPUs add: at most fifteen minutes more."""
     python = [options.vllm_python] if options.vllm_python else []
 
     def stage(name: str, module: str, *arguments: str, limit_s: float, checks: list[str]) -> Stage:

@@ -77,7 +77,7 @@ def tiny_keys(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def recipe_keys(folder: Path, options: argparse.Namespace) -> list[str]:
-    """The recipe on the tests' problems; in process where vLLM is not installed."""
+    """Return the keys of the recipe on the tests' problems; it samples in process where vLLM is not installed."""
     without = [] if importlib.util.find_spec("vllm") else ["rollout.engine=megatron", "rollout.engine_tp=1"]
     return [
         *(f"recipe={options.recipe}", f"run_dir={folder / 'run'}", f"num_steps={options.steps}"),
