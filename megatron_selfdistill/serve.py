@@ -187,7 +187,7 @@ def _refuse(refusal: str | None) -> None:
 
 def _command_line_of_vllm() -> tuple[Callable[..., Any], Callable[..., Any], Callable[[], None]]:
     """Return vLLM's make_arg_parser, validate_parsed_serve_args and cli_env_setup, which 0.33 moved."""
-    if importlib.util.find_spec("vllm.entrypoints.common") is not None:
+    if importlib.util.find_spec("vllm.entrypoints.common.cli_args") is not None:
         arguments = importlib.import_module("vllm.entrypoints.common.cli_args")
         startup = importlib.import_module("vllm.entrypoints.common.startup")
     else:  # 0.32

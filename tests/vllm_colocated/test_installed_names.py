@@ -9,6 +9,7 @@ import pytest
 import vllm
 from scripts import load_script
 
+from megatron_selfdistill import serve
 from megatron_selfdistill.vllm_plugin.guided import refuse_settings
 
 
@@ -17,6 +18,11 @@ def test_every_name_that_is_used_is_there():
     root = names.installed()
     assert root is not None and names.version_of(root) == vllm.__version__
     assert names.missing(root) == []
+
+
+def test_a_server_finds_vllms_command_line():
+    names = [function.__name__ for function in serve._command_line_of_vllm()]
+    assert names == ["make_arg_parser", "validate_parsed_serve_args", "cli_env_setup"]
 
 
 def test_the_guided_processor_refuses_a_version_on_which_it_has_not_run(monkeypatch):
