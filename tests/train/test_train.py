@@ -48,6 +48,8 @@ def test_the_log_says_what_computes_the_loss(data, tmp_path):
     process = tiny_run.in_new_process(overrides(data, tmp_path / "run", *options))
     assert process.returncode == 0, process.stderr
     assert "loss: PyTorch (the " in process.stdout
+    assert "kernels: activation silu; rotary embedding unfused; " in process.stdout
+    assert "GPU memory" not in process.stdout, "nothing to say about it on a CPU"
     assert process.stdout.count("the teacher's prompt adds 2 tokens of wording (data.teacher_template)") == 1
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["loss/mean"] > 0 and math.isfinite(line["gradient_norm"])
