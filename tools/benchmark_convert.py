@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -26,10 +27,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table: step, seconds per GB, peak memory; returns 1 if a tensor came back changed."""
+    """Print a table: step, seconds, CPU seconds, their ratios to copying, peak memory; return 1 if a tensor came back
+    changed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model, in bf16")
     parser.add_argument("--folder", type=Path, required=True, help="new folder; three times the model's size, removed")
+    parser.add_argument("--repeat", type=int, default=3, help="how often each step runs, in turn; the medians count")
     parser.add_argument("--only-make", action="store_true", help="only make the model, and print its sizes")
     arguments = parser.parse_args(argv)
     folder = arguments.folder
@@ -38,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     folder.mkdir(parents=True)
     try:
-        return measure(folder, arguments.gigabytes)
+        return measure(folder, arguments.gigabytes, arguments.repeat)
     finally:
         shutil.rmtree(folder)
 
 
-def measure(folder: Path, gigabytes: float) -> int:
+def measure(folder: Path, gigabytes: float, repeat: int) -> int:
+    """Run every step ``repeat`` times in turn and print the medians; ratios are beyond what the imports alone take."""
     # In a process of its own: a child's peak counts from the size of the parent that it was forked from.
     make = [sys.executable, __file__, "--only-make", "--gigabytes", str(gigabytes), "--folder", str(folder / "hf")]
     largest, total = json.loads(subprocess.run(make, check=True, capture_output=True).stdout)
@@ -56,27 +60,35 @@ def measure(folder: Path, gigabytes: float) -> int:
     }
     steps["megatron-to-hf"] += [str(folder / "back"), "--max-shard-size", "2GB"]
     print(f"{total / 1e9:.2f} GB; largest tensor {largest / 1e9:.3f} GB")
-    for name, command in steps.items():
-        seconds, peak = run(command)
-        print(
-            f"{name:16} {seconds:7.1f} s  {seconds / total * 1e9:6.2f} s per GB  peak {peak / 1e9:6.3f} GB", flush=True
-        )
-        if name == "cp -r":
-            shutil.rmtree(folder / "copy")
+    runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in steps}
+    for _ in range(repeat):
+        for written in ("copy", "megatron", "back"):
+            shutil.rmtree(folder / written, ignore_errors=True)
+        for name, command in steps.items():
+            runs[name].append(run(command))
+    median = {name: [statistics.median(column) for column in zip(*them, strict=True)] for name, them in runs.items()}
+    for name, (seconds, cpu, peak) in median.items():
+        line = f"{name:16} {seconds:7.1f} s  {cpu:6.2f} CPU s  peak {peak / 1e9:6.3f} GB"
+        if "-to-" in name:
+            start, copy = median["imports alone"], median["cp -r"]
+            ratios = [(value - start[i]) / copy[i] for i, value in enumerate((seconds, cpu))]
+            line += f"  beyond the imports {ratios[0]:.1f} x cp -r in time, {ratios[1]:.1f} x in CPU time"
+        print(line, flush=True)
     changed = compare(folder / "hf", folder / "back")
     print(f"{len(changed)} tensors changed" + (f", first {changed[0]}" if changed else ""))
     return 1 if changed else 0
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Seconds until the files are on the disk, and peak resident bytes, of a command."""
+def run(command: list[str]) -> tuple[float, float, int]:
+    """Return seconds until the files are on the disk, CPU seconds, and peak resident bytes of a command."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     if status:
         raise SystemExit(f"{' '.join(command)} failed with status {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak
 
 
 def make_model(folder: Path, gigabytes: float) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.finite import is_finite
 from megatron_selfdistill.checkpoint.hf_files import companions, copy_companions, read_config, without_lost_code
 from megatron_selfdistill.checkpoint.names import names
+from megatron_selfdistill.checkpoint.read_ahead import read_ahead
 from megatron_selfdistill.checkpoint.safetensors_folder import SafetensorsWriter, WeightsFolder, open_weights_folder
 from megatron_selfdistill.checkpoint.saved_run import SECTION
 from megatron_selfdistill.checkpoint.state import CONTENT
@@ -147,10 +148,20 @@ def megatron_to_hf(
     with _new_folder(out, num_bytes + (_companion_bytes(beside) if beside is not None else 0)) as temporary:
         progress.start(num_bytes)
         writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
+
+        def parts_of(rule: Rule) -> list[Tensor]:
+            parts = zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True)
+            return [finite.checked(name, part.to(kept[rule])) for name, part in parts]
+
+        def rule_bytes(rule: Rule) -> int:
+            return math.prod(rule.shape) * kept[rule].itemsize
+
+        made = read_ahead(rules, parts_of, rule_bytes)
         for rule in rules:
-            for name, part in zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True):
-                writer.write(name, finite.checked(name, part.to(kept[rule])))
-                progress.advance(part.numel() * kept[rule].itemsize)
+            parts = next(made)
+            for name in rule.hf_names:
+                writer.write(name, parts[0])
+                progress.advance(parts.pop(0).numel() * kept[rule].itemsize)
         writer.close()
         if beside is not None:
             copy_companions(beside, temporary, progress.say)

@@ -5,7 +5,8 @@
     source = TorchDistSource(folder)
     source.read("decoder.layers.mlp.linear_fc2.weight", (17,))
 
-Memory: one piece when writing; when reading one slice, and one stored chunk where the writer cut differently.
+Memory: one piece when writing, and the next one where that is small; when reading one slice, and one stored chunk where
+the writer cut differently.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from megatron_selfdistill.checkpoint import manifest
 from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.checkpoint.manifest import Entry, sync
 from megatron_selfdistill.checkpoint.names import shown
+from megatron_selfdistill.checkpoint.read_ahead import read_ahead
 from megatron_selfdistill.checkpoint.unpickler import load_metadata, load_pickled
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -159,11 +161,12 @@ class _SerialWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         stream: _SummedFile | None = None
+        made = read_ahead(plan.items, planner.resolve_data, _data_bytes)
         for item in plan.items:
+            data = next(made)  # not by zip, which would hold on to it
             if stream is None:
                 stream = _SummedFile(self._folder / f"__0_{len(self.sums)}.distcp")
             start = stream.size
-            data = planner.resolve_data(item)
             if isinstance(data, io.BytesIO):
                 stream.write(data.getbuffer())
             else:
@@ -180,6 +183,12 @@ class _SerialWriter(FileSystemWriter):
         return done
 
 
+def _data_bytes(item: WriteItem) -> int:
+    """Return the bytes of a tensor that is to be written; 0 for an object."""
+    data = item.tensor_data
+    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+
+
 class _SummedFile(io.RawIOBase):
     """A new file that is written from front to back; knows its checksum."""
 
@@ -190,13 +199,20 @@ class _SummedFile(io.RawIOBase):
         self._failure: OSError | None = None
 
     def save(self, tensor: Tensor) -> None:
-        """``torch.save``, which turns a full disk into a RuntimeError about its zip file; not here."""
+        """``torch.save``, which turns a full disk into a RuntimeError about its zip file; not here.
+
+        The zip file holds no CRC of the tensor, which nothing checks: the manifest has a checksum of the whole file.
+        """
+        sums_up = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
         try:
             torch.save(tensor, self)  # type: ignore[arg-type]
         except RuntimeError:
             if self._failure is not None:
                 raise self._failure from None
             raise
+        finally:
+            torch.serialization.set_crc32_options(sums_up)
 
     def writable(self) -> bool:
         return True
