@@ -33,8 +33,8 @@ def require_data(config: Config) -> None:
 
 
 def require_start(config: Config) -> None:
-    """Raise `CheckpointError` where there is no checkpoint at ``checkpoint.load``."""
-    if config.checkpoint.load is not None:
+    """Raise `CheckpointError` where ``checkpoint.load`` is no checkpoint, unless the run resumes its own one."""
+    if config.checkpoint.load is not None and not _resumes(config):
         require_checkpoint(Path(config.checkpoint.load))
 
 
@@ -44,21 +44,26 @@ def require_ranks(config: Config, world_size: int) -> None:
     The model's sizes are judged only where no checkpoint decides them.
     """
     config.check_ranks(world_size)
-    if _names_its_model(config):
+    if names_its_model(config):
         config.check_world(world_size)
 
 
 def require_lengths(config: Config) -> None:
     """Raise `ConfigError` where contexts of ``data.max_length`` fit no row, or not the model, where no checkpoint
     decides what the model is."""
-    if _names_its_model(config):
+    if names_its_model(config):
         longest_context(config)
 
 
-def _names_its_model(config: Config) -> bool:
+def names_its_model(config: Config) -> bool:
     """Return whether no checkpoint decides the architecture."""
+    return config.checkpoint.load is None and not _resumes(config)
+
+
+def _resumes(config: Config) -> bool:
+    """Return whether ``run_dir`` holds checkpoints from which the run would continue."""
     run_dir = config.run_dir if config.checkpoint.resume else None
-    return config.checkpoint.load is None and not (run_dir and folder.candidates(Path(run_dir) / "checkpoints"))
+    return run_dir is not None and bool(folder.candidates(Path(run_dir) / "checkpoints"))
 
 
 def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks: Sequence[int] = ()) -> None:

@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_selfdistill import prechecks
+from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.plan.checks import check_plan
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich safetensors".split()
 
@@ -141,3 +146,16 @@ def test_a_refusal_imports_nothing_heavy_and_writes_nothing(folder, case):
 @pytest.mark.parametrize("command", [TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], ids=lambda c: Path(c).stem)
 def test_help_imports_nothing_heavy(folder, command):
     assert run(folder, command, "--help")[:2] == (0, [])
+
+
+def test_a_run_with_checkpoints_of_its_own_needs_neither_the_one_that_it_started_from_nor_its_architecture(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    begun = [f"run_dir={tmp_path}/run", f"checkpoint.load={tmp_path}/removed"]
+    prechecks.require_start(load(begun))
+    with pytest.raises(CheckpointError, match="expected a Megatron torch_dist checkpoint"):
+        prechecks.require_start(load([*begun, "checkpoint.resume=false"]))
+    heads = ["parallel.tensor_model_parallel_size=5"]
+    prechecks.require_ranks(load([begun[0], *heads]), 5)
+    check_plan(load([begun[0], *heads, "cluster.num_gpus=5"]))
+    with pytest.raises(ConfigError, match="must be a multiple of tensor_model_parallel_size"):
+        prechecks.require_ranks(load([f"run_dir={tmp_path}/new", *heads]), 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.inputs import longest_context
+from megatron_selfdistill.prechecks import names_its_model, require_ranks
 
 UNKNOWN_VOCABULARY = "the vocabulary's size is not known: set model.vocab_size, or data.path and data.tokenizer"
 
@@ -12,9 +13,9 @@ UNKNOWN_VOCABULARY = "the vocabulary's size is not known: set model.vocab_size, 
 def check_plan(config: Config) -> None:
     """Raise `ConfigError` for what cannot be planned, as far as ``config`` tells without a checkpoint's arguments."""
     num_gpus = planned_gpus(config)
-    if config.checkpoint.load is not None:
+    require_ranks(config, num_gpus)
+    if not names_its_model(config):
         return
-    config.check_world(num_gpus)
     check_lengths(config, longest_context(config))
     check_engine(config, num_gpus)
     if config.model.vocab_size is None and not (config.data.path and config.data.tokenizer):
