@@ -122,7 +122,8 @@ class VllmServer:
 
         ``host`` is the name of the worker's host and ``boot_id`` the id of the host's running kernel; ``address`` is
         the worker's address among the server's nodes, empty where the server has one node; ``nccl`` is the version of
-        its NCCL library, None on a CPU; ``gpus`` are the UUIDs of the GPUs that it sees.
+        its NCCL library, None on a CPU; ``gpus`` are the UUIDs of the GPUs that it sees and ``gpu``
+        is that of the GPU on which it computes, None on a CPU.
         """
         return self.call_all("place")
 

@@ -16,7 +16,7 @@ import torch
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.transfer_buckets import bucket_file
-from megatron_selfdistill.rollout.wire import boot_id, nccl_version, visible_gpus
+from megatron_selfdistill.rollout.wire import boot_id, nccl_version, own_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -79,18 +79,25 @@ def _refuse(name: str, why: str | None) -> None:
 
 def _why_not_nccl(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
     """Return why NCCL cannot join this process and all workers in one group, as a sentence, or None where it can.  NCCL
-    refuses a group whose members have different versions, down to the last number."""
+    refuses a group whose members have different versions, down to the last number, or share a GPU."""
     own = nccl_version() if on_gpu else None
     if own is None:
         return "the trainer runs on a CPU, and NCCL needs GPUs: set rollout.transfer=gloo or shared_memory, or null"
+    members = {own_gpu(): "the trainer"}
     for worker in _workers(servers):
-        theirs = worker.place.get("nccl")
+        theirs, gpu = worker.place.get("nccl"), worker.place.get("gpu")
         if theirs != own:
             return (
                 f"the trainer on {socket.gethostname()} has NCCL {own} and {worker} has "
                 f"{f'NCCL {theirs}' if theirs else 'none'}, but NCCL needs the same version everywhere: install one "
                 "version in both environments, or set rollout.transfer=null, which takes another way"
             )
+        if gpu is not None and gpu in members:
+            return (
+                f"{members[gpu]} and {worker} compute on the same GPU, {gpu}, but NCCL needs one for each: give the "
+                "server GPUs of its own, or set rollout.transfer=null, which takes another way"
+            )
+        members[gpu] = str(worker)
     return None
 
 
@@ -98,7 +105,7 @@ def _why_not_ipc(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
     """Return why a worker cannot open memory of this process's GPU, as a sentence, or None where all can."""
     if not on_gpu:
         return "the trainer runs on a CPU, and ipc hands over memory of a GPU: set rollout.transfer=null"
-    gpu = visible_gpus()[torch.cuda.current_device()]
+    gpu = own_gpu()
     for worker in _workers(servers):
         if worker.place["boot_id"] != boot_id():
             return f"ipc hands over memory of a GPU of {socket.gethostname()}, but {worker} does not run there"

@@ -137,6 +137,11 @@ def visible_gpus() -> list[str]:
     return [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
 
 
+def own_gpu() -> str | None:
+    """Return the UUID of the GPU that this process computes on; None without a GPU."""
+    return visible_gpus()[torch.cuda.current_device()] if torch.cuda.is_available() else None
+
+
 def as_arguments(engine_args: Mapping[str, Any]) -> list[str]:
     """``{"max_num_seqs": 8, "enable_prefix_caching": False}`` as vLLM's command line says it."""
     arguments = []

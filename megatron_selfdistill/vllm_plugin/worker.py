@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any
 
-from megatron_selfdistill.rollout.wire import SERVER_VARIABLE, boot_id, nccl_version, visible_gpus
+from megatron_selfdistill.rollout.wire import SERVER_VARIABLE, boot_id, nccl_version, own_gpu, visible_gpus
 from megatron_selfdistill.vllm_plugin.guided import guided_processor
 from megatron_selfdistill.vllm_plugin.weights import register
 
@@ -69,6 +69,7 @@ class WorkerExtension:
             "address": os.environ.get("VLLM_HOST_IP", ""),
             "nccl": nccl_version(),
             "gpus": visible_gpus(),
+            "gpu": own_gpu(),
         }
 
     def can_read(self: Any, path: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from fake_vllm import FakeVllm, fake_servers
 
 from megatron_selfdistill.config import ConfigError
@@ -16,8 +15,8 @@ from megatron_selfdistill.rollout.transfer_choice import choose_transfer
 from megatron_selfdistill.rollout.wire import boot_id
 
 NCCL, GPU = "2.27.5", "GPU-11111111"
-HERE = {"host": "here", "boot_id": boot_id(), "address": "", "nccl": NCCL, "gpus": ["GPU-0", GPU]}
-THERE = {"host": "node7", "boot_id": "another", "address": "10.0.0.7", "nccl": NCCL, "gpus": ["GPU-7"]}
+HERE = {"host": "here", "boot_id": boot_id(), "address": "", "nccl": NCCL, "gpus": ["GPU-0", GPU], "gpu": "GPU-0"}
+THERE = {"host": "node7", "boot_id": "another", "address": "10.0.0.7", "nccl": NCCL, "gpus": ["GPU-7"], "gpu": "GPU-7"}
 OLDER = {**HERE, "nccl": "2.26.2", "gpus": ["GPU-0"]}
 
 
@@ -25,11 +24,10 @@ OLDER = {**HERE, "nccl": "2.26.2", "gpus": ["GPU-0"]}
 def fakes(monkeypatch) -> Iterator[list[FakeVllm]]:
     """Two servers of one worker each, which have the trainer's NCCL and see its GPU."""
     monkeypatch.setattr(transfer_choice, "nccl_version", lambda: NCCL)
-    monkeypatch.setattr(transfer_choice, "visible_gpus", lambda: [GPU])
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(transfer_choice, "own_gpu", lambda: GPU)
     with fake_servers(2) as servers:
-        for server in servers:
-            server.workers = [HERE]
+        for number, server in enumerate(servers):
+            server.workers = [{**HERE, "gpu": f"GPU-of-server-{number}"}]
         yield servers
 
 
@@ -79,6 +77,15 @@ def test_nccl_that_was_asked_for_is_refused_with_both_versions_before_anything_i
     with pytest.raises(ConfigError, match=rf"rollout\.transfer=nccl cannot .* {both}, .*rollout\.transfer=null"):
         choose(fakes, "nccl", tmp_path, on_gpu=True)
     assert {call for fake in fakes for call in fake.calls} == {"/collective_rpc place"}
+
+
+@pytest.mark.parametrize("gpu", [GPU, "GPU-of-server-0"], ids=["of the trainer", "of another worker"])
+def test_nccl_is_neither_chosen_nor_accepted_where_two_members_share_a_gpu(fakes, tmp_path, caplog, gpu):
+    fakes[1].workers = [{**HERE, "gpu": gpu}]
+    assert choose(fakes, None, tmp_path, on_gpu=True) == "ipc"
+    assert f"compute on the same GPU, {gpu}, but NCCL needs one for each" in caplog.text
+    with pytest.raises(ConfigError, match=f"rollout.transfer=nccl cannot .* compute on the same GPU, {gpu}"):
+        choose(fakes, "nccl", tmp_path, on_gpu=True)
 
 
 @pytest.mark.parametrize("name", ["nccl", "ipc"])
