@@ -30,13 +30,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_selfdistill.rollout.engine import WORKER_EXTENSION, whole_prompts
 from megatron_selfdistill.rollout.engine_memory import DeviceMemory, memory_of_visible_gpus, why_no_room
-from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
+from megatron_selfdistill.rollout.server_names import (
+    BACKEND,
+    PARENT_VARIABLE,
+    SERVER_VARIABLE,
+    TOKEN_VARIABLE,
+    as_arguments,
+)
 from megatron_selfdistill.rollout.server_nodes import Node, is_loopback, meet, network_environment, why_not_gpus
 from megatron_selfdistill.rollout.server_nodes import why_not as why_no_node
 from megatron_selfdistill.rollout.vllm_versions import why_not_guided
-from megatron_selfdistill.rollout.wire import BACKEND, PARENT_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE, as_arguments
 
 _GIB = 2**30
 _GRACE_SECONDS = 15.0
@@ -120,6 +124,10 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
     ``shared``: memory of GPUs that hold a trainer too; the engine then takes what is free there, and a third of that is
     its KV cache unless ``--kv-cache-gb`` states another size.
     """
+    # Here and below, so that a command line is refused before torch is imported.
+    from megatron_selfdistill.rollout.engine import WORKER_EXTENSION, whole_prompts
+    from megatron_selfdistill.rollout.pairs import GUIDED_ENGINE_ARGS
+
     arguments = [
         f"--model={options.hf_config}",
         f"--host={options.host}",
@@ -221,6 +229,8 @@ def _set_environment(options: argparse.Namespace) -> None:
     os.environ[SERVER_VARIABLE] = str(os.getpid())
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if options.guided:
+        from megatron_selfdistill.rollout.pairs import GUIDED_ENVIRONMENT
+
         os.environ.update(GUIDED_ENVIRONMENT)
     if options.nnodes > 1:
         try:

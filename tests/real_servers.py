@@ -12,7 +12,7 @@ from typing import Any
 
 from trained import FAMILY, MAX_LENGTH, MODEL, Reach
 
-from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
+from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
 
 
 @contextmanager

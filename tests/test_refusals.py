@@ -133,6 +133,24 @@ def run(folder: Path, *command: str) -> tuple[int, list[str], str]:
     return status, heavy, done.stderr
 
 
+SERVE = "megatron_selfdistill.serve"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: --hf-config"),
+        (["--hf-config", "hf", "--host", "0.0.0.0"], "set the environment variable SELFDISTILL_SERVER_TOKEN"),
+        (["--hf-config", "hf", "--nnodes", "2"], "--nnodes 2 needs --master-addr"),
+    ],
+    ids=["an option", "a host", "a node"],
+)
+def test_a_server_refuses_before_it_imports_anything_heavy(folder, arguments, words):
+    status, heavy, error = run(folder, SERVE, *arguments)
+    assert status != 0 and heavy == []
+    assert words in f"{status}{error}" and "Traceback" not in error  # sys.exit takes a sentence for its status
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_refusal_imports_nothing_heavy_and_writes_nothing(folder, case):
     command, words = CASES[case]

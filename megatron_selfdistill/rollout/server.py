@@ -34,11 +34,11 @@ from megatron_selfdistill.rollout.errors import EngineError
 from megatron_selfdistill.rollout.exchange import agreement, check_requests, hand_back, on_rank_0, pool, staleness
 from megatron_selfdistill.rollout.hf_folder import num_weights
 from megatron_selfdistill.rollout.pairs import PairCounts, generate_guided
+from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.transfer import Transfer, make_transfer, on_each
 from megatron_selfdistill.rollout.transfer_choice import choose_transfer
 from megatron_selfdistill.rollout.weight_update import WeightUpdate
-from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE, own_address
+from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE, own_address
 
 MEET_SECONDS = 1800.0
 """How long nodes wait for each other: one may still be fetching its container."""

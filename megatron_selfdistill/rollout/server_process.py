@@ -21,7 +21,7 @@ import megatron_selfdistill
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
-from megatron_selfdistill.rollout.wire import PARENT_VARIABLE, TOKEN_VARIABLE, as_arguments
+from megatron_selfdistill.rollout.server_names import PARENT_VARIABLE, TOKEN_VARIABLE, as_arguments
 
 _GIB = 2**30
 _PACKAGE = megatron_selfdistill.__name__

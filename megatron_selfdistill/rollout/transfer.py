@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_selfdistill.progress import beat
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
+from megatron_selfdistill.rollout.server_names import own_address
 from megatron_selfdistill.rollout.transfer_buckets import (
     MappedFile,
     PrivateMemory,
@@ -26,7 +27,7 @@ from megatron_selfdistill.rollout.transfer_buckets import (
     remove_abandoned,
 )
 from megatron_selfdistill.rollout.transfer_group import broadcast, close_group, open_group
-from megatron_selfdistill.rollout.wire import Layout, boot_id, layout_of, own_address, pack
+from megatron_selfdistill.rollout.wire import Layout, boot_id, layout_of, pack
 
 _GRACE_SECONDS = 5.0
 

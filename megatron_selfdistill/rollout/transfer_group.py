@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.rollout.wire import BACKEND, own_address
+from megatron_selfdistill.rollout.server_names import BACKEND, own_address
 
 FORMING_SECONDS = 120.0
 """A group that has not formed within this time never will; less than any sensible stop.hang_timeout_minutes."""

@@ -1,15 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """What the trainer (transfer.py) and a vLLM server (vllm_plugin/receivers.py, serve.py) must agree on: how a bucket of
-weights is laid out, how completeness is told, names.  Needs torch only."""
+weights is laid out and how completeness is told.  Needs torch only."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
-import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,6 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-TOKEN_VARIABLE = "SELFDISTILL_SERVER_TOKEN"
-"""Environment variable with the token that a server demands."""
-PARENT_VARIABLE = "SELFDISTILL_SERVER_PARENT"
-"""Environment variable with the process id without which a server ends."""
-SERVER_VARIABLE = "SELFDISTILL_SERVER_PROCESS"
-"""Environment variable with the process id of the server, for its children."""
-BACKEND = "selfdistill"
-"""Our name among vLLM's weight-transfer backends."""
 
 _ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
 
@@ -110,14 +99,6 @@ def digest(names: Iterable[str]) -> str:
     return hashlib.blake2b("\0".join(sorted(names)).encode(), digest_size=16).hexdigest()
 
 
-def own_address(host: str, port: int) -> str:
-    """Return the address of this machine on the way to ``host``."""
-    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(target)  # a datagram socket: nothing is sent
-        return probe.getsockname()[0]
-
-
 def boot_id() -> str:
     """Of the kernel that runs here: the same in all containers of a host, another on every other host."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -140,20 +121,6 @@ def visible_gpus() -> list[str]:
 def own_gpu() -> str | None:
     """Return the UUID of the GPU that this process computes on; None without a GPU."""
     return visible_gpus()[torch.cuda.current_device()] if torch.cuda.is_available() else None
-
-
-def as_arguments(engine_args: Mapping[str, Any]) -> list[str]:
-    """``{"max_num_seqs": 8, "enable_prefix_caching": False}`` as vLLM's command line says it."""
-    arguments = []
-    for name, value in engine_args.items():
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            arguments.append(option if value else option.replace("--", "--no-", 1))
-        elif isinstance(value, (list, tuple)):
-            arguments += [option, *map(str, value)]
-        else:
-            arguments.append(f"{option}={json.dumps(value) if isinstance(value, Mapping) else value}")
-    return arguments
 
 
 def _aligned(num_bytes: int) -> int:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
+from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
 
 _OPEN_PATHS = ("/health",)
 

@@ -25,7 +25,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_selfdistill.rollout.packed import after_reload, before_reload
-from megatron_selfdistill.rollout.wire import BACKEND, Layout, digest, unpack
+from megatron_selfdistill.rollout.server_names import BACKEND
+from megatron_selfdistill.rollout.wire import Layout, digest, unpack
 from megatron_selfdistill.vllm_plugin.receivers import Receiver, make_receiver
 
 _SHOWN = 4

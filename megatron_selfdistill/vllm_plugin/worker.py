@@ -11,7 +11,8 @@ import threading
 import time
 from typing import Any
 
-from megatron_selfdistill.rollout.wire import SERVER_VARIABLE, boot_id, nccl_version, own_gpu, visible_gpus
+from megatron_selfdistill.rollout.server_names import SERVER_VARIABLE
+from megatron_selfdistill.rollout.wire import boot_id, nccl_version, own_gpu, visible_gpus
 from megatron_selfdistill.vllm_plugin.guided import guided_processor
 from megatron_selfdistill.vllm_plugin.weights import register
 

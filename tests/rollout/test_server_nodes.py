@@ -19,8 +19,8 @@ from ports import neighbouring_ports
 
 from megatron_selfdistill import serve
 from megatron_selfdistill.rollout import server_nodes
+from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.server_nodes import Node, meet, network_environment, why_not, why_not_gpus
-from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0

@@ -20,13 +20,13 @@ from megatron_selfdistill.rollout import server_process
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.engine_memory import DeviceMemory
 from megatron_selfdistill.rollout.errors import EngineError
+from megatron_selfdistill.rollout.server_names import PARENT_VARIABLE, TOKEN_VARIABLE
 from megatron_selfdistill.rollout.server_process import (
     ServerProcess,
     server_environment,
     start_servers,
     wait_until_healthy,
 )
-from megatron_selfdistill.rollout.wire import PARENT_VARIABLE, TOKEN_VARIABLE
 
 GIB = 2**30
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_selfdistill import serve
 from megatron_selfdistill.rollout import in_process
-from megatron_selfdistill.rollout.wire import as_arguments
+from megatron_selfdistill.rollout.server_names import as_arguments
 
 
 @pytest.mark.parametrize(("engine_args", "trusted"), [({}, False), ({"trust_remote_code": True}, True)])
@@ -20,7 +20,7 @@ def test_an_engine_in_the_trainers_process_is_told_whether_to_trust_the_folder(
     started: dict[str, Any] = {}
     monkeypatch.setattr(in_process, "_live", None)
     monkeypatch.setattr(in_process.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(in_process, "_started", lambda folder, arguments, *_: started.update(arguments))
+    monkeypatch.setattr(in_process, "_started", lambda folder, arguments, *_, **__: started.update(arguments))
     settings = {"max_model_len": 8, **engine_args}
     in_process.InProcessEngine(tmp_path, torch.device("cpu"), "x", engine_tp=1, guided=False, settings=settings)
     assert started["trust_remote_code"] is trusted

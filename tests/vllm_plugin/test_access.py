@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
+from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.vllm_plugin.access import TokenRequired
 
 

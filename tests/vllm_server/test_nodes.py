@@ -24,7 +24,7 @@ from trained import GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, re
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.client import VllmServer
 from megatron_selfdistill.rollout.errors import EngineError
-from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
+from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
 
 START_SECONDS, TIMEOUT = 900.0, 600.0
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_t
 
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.client import VllmServer
-from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
+from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 600.0

@@ -71,8 +71,8 @@ def _measure(
     """By transfer the seconds of each sync and of the copy before it, and the bytes of one sync."""
     from megatron_selfdistill.rollout.client import VllmServer
     from megatron_selfdistill.rollout.server import ServerSampler
+    from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
     from megatron_selfdistill.rollout.server_process import start_servers, wait_until_healthy
-    from megatron_selfdistill.rollout.wire import TOKEN_VARIABLE
 
     os.environ[TOKEN_VARIABLE] = token = secrets.token_urlsafe(16)
     processes = start_servers(
