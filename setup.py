@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -35,7 +36,7 @@ REQUIREMENTS = [
 ]
 
 # The newest versions that the tests have been run with, as far as the numbers matter: 2.13 stands for every 2.13.x.
-# tools/doctor.py warns of newer ones; for Transformer Engine there is none, since no test has run on a GPU.
+# `selfdistill doctor` warns of newer ones; for Transformer Engine there is none, since no test has run on a GPU.
 TESTED = {
     "torch": "2.13",
     "megatron-core": "0.16.1",
@@ -77,9 +78,9 @@ EXTRAS = {
 
 class BuildWithConfigs(build_py):
     """``build_py`` that also copies ``configs/`` to ``<package>/configs``, where ``paths.config_dir`` looks
-    first.
+    first, and writes the versions above to ``<package>/requirements.json`` for ``selfdistill doctor``.
 
-    An editable install copies nothing: its configs are the checkout's.
+    An editable install writes neither: it reads the checkout's configs and this file.
     """
 
     def run(self) -> None:
@@ -88,10 +89,17 @@ class BuildWithConfigs(build_py):
             for source, target in self._configs().items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
+            versions = {"REQUIREMENTS": REQUIREMENTS, "EXTRAS": EXTRAS, "TESTED": TESTED}
+            self._requirements().write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         outputs = super().get_outputs(include_bytecode)
-        return outputs if self.editable_mode else [*outputs, *map(str, self._configs().values())]
+        return (
+            outputs if self.editable_mode else [*outputs, *map(str, [*self._configs().values(), self._requirements()])]
+        )
+
+    def _requirements(self) -> Path:
+        return Path(self.build_lib) / PACKAGE / "requirements.json"
 
     def _configs(self) -> dict[Path, Path]:
         root = HERE / "configs"
@@ -128,7 +136,7 @@ setup(
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": [f"selfdistill = {PACKAGE}.train:main"]},
+    entry_points={"console_scripts": [f"selfdistill = {PACKAGE}.cli:main"]},
     cmdclass={"build_py": BuildWithConfigs},
     zip_safe=False,
     classifiers=[

@@ -89,7 +89,7 @@ def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, flo
     megatron, run_dir, out = root / "megatron", root / "run", root / "self_distilled"
     for folder in (megatron, run_dir, out):
         shutil.rmtree(folder, ignore_errors=True)
-    announce("Hugging Face to Megatron", f"tools/convert.py hf-to-megatron --hf {task.hf} --out {megatron}")
+    announce("Hugging Face to Megatron", f"selfdistill convert hf-to-megatron --hf {task.hf} --out {megatron}")
     convert.hf_to_megatron(task.hf, megatron)
     overrides = (
         *task.overrides,
@@ -103,7 +103,7 @@ def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, flo
     texts, live = train(overrides, task.config_name)
     announce(
         "Megatron to Hugging Face",
-        f"tools/convert.py megatron-to-hf --megatron {run_dir / 'checkpoints'} --hf-config {task.hf} --out {out}",
+        f"selfdistill convert megatron-to-hf --megatron {run_dir / 'checkpoints'} --hf-config {task.hf} --out {out}",
     )
     convert.megatron_to_hf(run_dir / "checkpoints", out, hf_config=task.hf)
     return out, largest_difference(out, texts, live)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The command line of ``selfdistill``: its arguments, and what it tells about itself without starting anything."""
+"""The command line of ``selfdistill train``: its arguments, and the texts that it prints without starting a run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,12 @@ from megatron_selfdistill.paths import config_dir
 _DESCRIPTION = """\
 Train a Megatron model on its own responses, toward what it would have said had it known the solution.
 
-  selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
+  selfdistill train data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
   torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
 """
 
-_TOOLS = """\
-tools of a checkout of the repository (each has --help):
-  tools/convert.py         Hugging Face folders and Megatron checkpoints, one into the other; what a checkpoint is
-  tools/evaluate.py        accuracy of a model on held-out problems; compare two evaluations
-  tools/make_solutions.py  write the model's own verified solutions into a file
-  tools/doctor.py          what a node has, and whether a run can start there
-  examples/slurm/          sbatch scripts"""
+_OTHERS = """\
+`selfdistill --help` lists the other commands, and examples/slurm in the repository has sbatch scripts."""
 
 _EXIT_CODES = """\
 exit status:
@@ -102,7 +97,7 @@ def recipes(folders: Sequence[Path] = ()) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="selfdistill",
+        prog="selfdistill train",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -133,7 +128,7 @@ def _more_help(folders: Sequence[Path]) -> str:
         [
             f"recipes:\n{listed}",
             f"groups, which set several keys together:\n{groups}",
-            _TOOLS,
+            _OTHERS,
             COLUMNS,
             _EXIT_CODES,
         ]

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
-
-from megatron_selfdistill.paths import config_dir
 
 
 def done(run_dir: Path, num_steps: int, steps_here: int, seconds: float, checkpoint: Path) -> list[str]:
@@ -43,16 +40,7 @@ def duration(seconds: float) -> str:
 
 def _next(run_dir: Path, num_steps: int) -> list[str]:
     return [
-        f"next: {tool('convert')} megatron-to-hf --megatron {shlex.quote(f'{run_dir}/checkpoints')} "
+        f"next: selfdistill convert megatron-to-hf --megatron {shlex.quote(f'{run_dir}/checkpoints')} "
         f"--out {shlex.quote(f'{run_dir}/huggingface')}",
         f"  or: the same command with a larger num_steps (num_steps={2 * num_steps}) trains on from there",
     ]
-
-
-def tool(name: str) -> str:
-    """Return the command that starts a tool of the repository: the tool's path from here, in a checkout."""
-    path = config_dir().parent / "tools" / f"{name}.py"
-    if not path.is_file():
-        return f"(in a checkout of the repository) python tools/{name}.py"
-    relative = os.path.relpath(path)
-    return f"python {shlex.quote(str(path) if relative.startswith('..') else relative)}"

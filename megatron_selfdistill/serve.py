@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """A vLLM server for rollouts, in the environment that has vLLM:
 
-    python -m megatron_selfdistill.serve --hf-config FOLDER --max-model-len 4096 [--port 8000] [-- vLLM's own arguments]
+    selfdistill serve --hf-config FOLDER --max-model-len 4096 [--port 8000] [-- vLLM's own arguments]
 
 It is vLLM's OpenAI-compatible server with the routes that take weights and call methods.  Its weights are random until
 a trainer (rollout.placement=server, rollout.servers) sends some.  Whoever reaches those routes controls the server, so
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _refuse(why_no_node(options.nnodes, options.node_rank, options.master_addr, token))
     is_head = options.node_rank == 0
     _refuse(why_not(options.host, token) if is_head else None)
+    _refuse(_why_no_vllm())
     _set_environment(options)
     _watch_parent()
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shared = memory_of_visible_gpus(options.tensor_parallel_size)
         _refuse(why_no_room(shared, options.shared_gpu_weights_gb * _GIB, _shared_kv_cache_bytes(options, shared)))
     arguments = engine_arguments(options, on_cpu=current_platform.is_cpu(), shared=shared) + vllm_arguments
-    parsed = make_arg_parser(FlexibleArgumentParser(prog="megatron_selfdistill.serve")).parse_args(arguments)
+    parsed = make_arg_parser(FlexibleArgumentParser(prog="selfdistill serve")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
     # Again, now that vLLM has read everything, its own files of arguments included.
     _refuse(why_not(parsed.host, token) if is_head else None)
@@ -94,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line, less what goes to vLLM unread."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_selfdistill.serve",
+        prog="selfdistill serve",
         description="A vLLM server whose weights come from a trainer.",
-        epilog="What follows `--` is handed to vLLM as it is.",
+        epilog="example:\n  selfdistill serve --hf-config Qwen3-8B --max-model-len 4096 -- --max-num-seqs 256\n\n"
+        "What follows `--` is handed to vLLM as it is.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--hf-config", required=True, help="folder with the config.json of the trained model")
     parser.add_argument("--host", default="127.0.0.1", help=f"another than this machine's own needs {TOKEN_VARIABLE}")
@@ -177,6 +180,16 @@ def why_not(host: str | None, token: str) -> str | None:
     return (
         f"--host {host or '0.0.0.0'} can be reached from other machines, and whoever reaches this server controls it: "
         f"set the environment variable {TOKEN_VARIABLE} to a secret that the trainer gets too, or use --host 127.0.0.1"
+    )
+
+
+def _why_no_vllm() -> str | None:
+    """A sentence where this environment has no vLLM."""
+    if "vllm" in sys.modules or importlib.util.find_spec("vllm") is not None:
+        return None
+    return (
+        f"this server needs vLLM, and {sys.executable} has none: start it with the Python of an environment that has "
+        'both, or pip install "megatron_selfdistill[vllm]"'
     )
 
 

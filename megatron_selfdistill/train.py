@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Train a Megatron model on its own responses, towards what it would have said had it known the solution.
 
-selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
+selfdistill train data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
 torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
 """
 

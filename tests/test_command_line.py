@@ -81,7 +81,7 @@ def test_recipes_lists_each_recipe_with_what_it_is_also_a_labs_own(capsys, tmp_p
     assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
 
 
-def test_help_lists_recipes_groups_tools_columns_and_exit_statuses(capsys):
+def test_help_lists_recipes_groups_columns_and_exit_statuses(capsys):
     text = said(capsys, "--help")
     for part in (
         *("--version", "--keys [SECTION]", "--recipes", "--print", "--config-dir"),
@@ -89,17 +89,13 @@ def test_help_lists_recipes_groups_tools_columns_and_exit_statuses(capsys):
             "recipe=teacher_alone ",
             "target=batch|capped",
             "parallel=node_of_8",
-            "tools/convert.py",
-            "tools/evaluate.py",
+            "selfdistill --help",
         ),
         *("examples/slurm", "\n  2    bad input", "\n  5    ", "\n  130  "),
     ):
         assert part in text, part
     for column in LINE:
         assert f"\n  {column[1]} " in text, column
-    for tool in (REPOSITORY / "tools").glob("*.py"):
-        if tool.stem in ("convert", "evaluate", "make_solutions", "doctor"):
-            assert f"tools/{tool.name} " in text
 
 
 def test_keys_may_stand_on_both_sides_of_a_flag(capsys, tmp_path):

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from scripts import load_script
+
+from megatron_selfdistill.commands import doctor, node_findings, node_imports
 
 DOCTOR = Path(__file__).resolve().parent.parent / "tools" / "doctor.py"
 PATIENT_S = 600.0
@@ -20,18 +21,13 @@ ABI = "undefined symbol: _ZN3c105ErrorC2E"
 
 
 @pytest.fixture
-def doctor() -> ModuleType:
-    return load_script(DOCTOR)
+def findings() -> ModuleType:
+    return node_findings
 
 
 @pytest.fixture
-def findings(doctor) -> ModuleType:
-    return load_script(DOCTOR.parent / "node_findings.py")
-
-
-@pytest.fixture
-def imports(doctor) -> ModuleType:
-    return load_script(DOCTOR.parent / "node_imports.py")
+def imports() -> ModuleType:
+    return node_imports
 
 
 def examined(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -120,7 +116,7 @@ def test_a_version_that_is_newer_than_tested_is_a_warning(findings, monkeypatch,
         assert f'pip install "{name}=={findings.tested()[name]}.*"' in found.mend and "--selftest" in found.mend
 
 
-def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failure(doctor, findings, capsys):
+def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failure(findings, capsys):
     outcome = findings.Outcome(version="0.32.9", place="/mine")
     assert findings.imported_package("vllm", ">=0.32,<0.33", outcome, required=False).status == findings.OK
     outcome = findings.Outcome(version="0.16.2", place="/mine")
@@ -344,7 +340,7 @@ def test_libraries_of_the_driver_are_asked_of_a_node_that_has_it(findings):
 # -- for many nodes --------------------------------------------------------------------------------------------------
 
 
-def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(doctor, capsys):
+def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(capsys):
     def line(*more: object) -> str:
         assert doctor.brief([doctor.Finding("torch", "2.13.0", short="2.13.0"), *more]) == 0
         return capsys.readouterr().out
@@ -358,7 +354,7 @@ def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(doctor,
     assert warned == f"{plain.rstrip()}; warnings about /dev/shm\n"
 
 
-def test_in_brief_a_node_that_cannot_run_says_only_why(doctor, capsys):
+def test_in_brief_a_node_that_cannot_run_says_only_why(capsys):
     failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "pip install torch")
     assert doctor.brief([doctor.Finding("python", "3.11", short="3.11"), failure]) == 1
     said = capsys.readouterr().out
@@ -373,7 +369,7 @@ def test_what_a_sound_node_says_in_brief():
 
 
 @pytest.mark.parametrize(("local_rank", "imports"), [("0", True), ("5", False)])
-def test_of_a_launch_one_rank_per_node_imports_and_all_know_how_many_they_are(doctor, monkeypatch, local_rank, imports):
+def test_of_a_launch_one_rank_per_node_imports_and_all_know_how_many_they_are(monkeypatch, local_rank, imports):
     asked = []
 
     def examine(ranks: int, **options: object) -> list[object]:
@@ -388,6 +384,6 @@ def test_of_a_launch_one_rank_per_node_imports_and_all_know_how_many_they_are(do
 
 
 @pytest.mark.parametrize("option", [["--ranks", "0"], ["--ranks", "some"], ["--minutes", "-1", "--selftest"]])
-def test_numbers_that_are_none_are_refused(doctor, option):
+def test_numbers_that_are_none_are_refused(option):
     with pytest.raises(SystemExit, match="2"):
         doctor.main(option)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""tools/evaluate.py: whole evaluations of a tiny model, from both formats, on one rank and on two."""
+"""``selfdistill evaluate``: whole evaluations of a tiny model, from both formats, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import hf_models
 import pytest
 import tiny_run
-from scripts import load_script
 
 from megatron_selfdistill.checkpoint.describe import COMPANIONS
+from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.report.evaluations import PROBLEMS, RESPONSES, SUMMARY
 
 TOOL = tiny_run.REPOSITORY / "tools" / "evaluate.py"
@@ -29,7 +29,7 @@ SETTINGS = (
 
 
 def run_tool(arguments: list[str]) -> int:
-    return load_script(TOOL).main(arguments)
+    return tool.main(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,6 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(folde
     )
     monkeypatch.setattr(evaluations, "write_evaluation", lambda *_: {})
     monkeypatch.setattr(tables, "show_summary", lambda *_: print("the table"))
-    tool = load_script(TOOL)
     given = tool._evaluate_arguments(arguments(folder, tmp_path / "x", "evaluation.verifier=exact_match"))
     config = tool._configured(given, tool._model(given))
     inputs = SimpleNamespace(builder=None, tokenizer=None, evaluation=[problem], stop_token_ids=(), max_length=9)
@@ -237,4 +236,4 @@ def test_iteration_with_a_hugging_face_folder_and_a_checkpoint_without_tokenizer
 def test_options_that_contradict_or_are_missing_show_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_tool([*arguments, "--data", "x", "--out", "y"])
-    assert stopped.value.code == 2 and "usage: evaluate.py" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "usage: selfdistill evaluate" in capsys.readouterr().err

@@ -19,7 +19,7 @@ ORDER = (
     "paths one_copy noise progress config console_line next_steps roll_call cpu repairs parallel data verify inputs "
     "loss model optimizer_step checkpoint prechecks run_lock teacher device_batch teacher_bank rollout vllm_plugin "
     "serve inference schedule batch score metrics turns guards stop evaluate plan logged rollouts resuming run_folder "
-    "run command_line train selftest report"
+    "run command_line train selftest report commands cli __main__"
 ).split()
 
 LOSS_MAY_IMPORT = {"torch", "triton"}

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The tool that writes a model's own solutions: right ones only, the same in every layout, also after a kill."""
+"""The command that writes a model's own solutions: right ones only, the same in every layout, also after a kill."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,15 @@ import hf_models
 import pytest
 import tiny_run
 from ranks import RankError
-from scripts import load_script
 
 from megatron_selfdistill import schedule
 from megatron_selfdistill.checkpoint import convert
+from megatron_selfdistill.commands import solutions
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import load_problems
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.rollout.base import stream_seed
 
-TOOL = tiny_run.REPOSITORY / "tools" / "make_solutions.py"
 NUM_PROBLEMS, NUM_SAMPLES = 10, 8
 LAYOUTS = {
     "DP2": [],
@@ -36,24 +36,28 @@ LAYOUTS = {
 
 def run_tool(arguments: list[str], dies_in_group: int | None = None) -> tuple[int, str]:
     """(exit status, what was printed or complained of) on this rank; it may be killed while it writes a group down."""
-    module = load_script(TOOL)
-    if dies_in_group is not None:
-        append, calls = module.Journal.append, []
-
-        def append_or_die(self: Any, lines: list[dict]) -> None:
-            calls.append(lines)
-            if len(calls) < dies_in_group:
-                return append(self, lines)
-            append(self, lines[:2])
-            with self.path.open("a") as file:
-                file.write('{"problem_id": "half a li')
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        module.Journal.append = append_or_die
     shown, said = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said):
-        status = module.main(arguments)
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        if dies_in_group is not None:
+            patch.setattr(solutions.Journal, "append", dying_append(dies_in_group))
+        status = solutions.main(arguments)
     return status, shown.getvalue() if status == 0 else said.getvalue()
+
+
+def dying_append(dies_in_group: int) -> Callable[[Any, list[dict]], None]:
+    """Return a `Journal.append` that is killed while it writes that group down."""
+    append, calls = solutions.Journal.append, []
+
+    def append_or_die(self: Any, lines: list[dict]) -> None:
+        calls.append(lines)
+        if len(calls) < dies_in_group:
+            return append(self, lines)
+        append(self, lines[:2])
+        with self.path.open("a") as file:
+            file.write('{"problem_id": "half a li')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return append_or_die
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +174,7 @@ def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, fo
 
 
 def test_a_group_that_was_cut_is_done_again_as_a_whole(tmp_path):
-    journal = load_script(TOOL).Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=4)
+    journal = solutions.Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=4)
     lines = [{"problem_id": f"p{i}"} for i in range(10)]
     assert journal.begin(10) == journal.begin(10) == (0, None)
     journal.append(lines[:6])
@@ -252,7 +256,7 @@ def test_a_file_of_other_settings_is_not_continued(ranks, folder, summary):
     (folder / "foreign.jsonl").write_text("{}\n")
     assert "and no foreign.attempts.jsonl beside it" in refusal(ranks, arguments_of(folder, "foreign.jsonl"))
     (folder / "broken.attempts.jsonl").write_text("[1]\n")
-    assert "is not what this tool writes" in refusal(ranks, arguments_of(folder, "broken.jsonl"))
+    assert "is not what this command writes" in refusal(ranks, arguments_of(folder, "broken.jsonl"))
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_wheel_beside_a_labs_stack_finds_its_own_configs(wheel, tmp_path):
         "version": __version__,
         "config_dir": str(target / "megatron_selfdistill/configs"),
         "configs": CONFIGS,
-        "scripts": ["selfdistill = megatron_selfdistill.train:main"],
+        "scripts": ["selfdistill = megatron_selfdistill.cli:main"],
     }
     installed = {path.name for path in target.iterdir() if path.name != "bin"}
     assert {name.partition("-")[0] for name in installed} == {"megatron_selfdistill"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.plan.checks import check_plan
 
@@ -35,6 +37,8 @@ heavy = json.loads(sys.stdin.read())
 print("@", json.dumps([status, sorted(set(heavy) & set(sys.modules))]))
 """
 TRAIN = "megatron_selfdistill.train"
+PROGRAM = "megatron_selfdistill"
+"""Run as ``python -m`` runs it, which is what ``selfdistill`` runs, too."""
 CONVERT, EVALUATE, SOLUTIONS, DOCTOR = (
     str(REPOSITORY / "tools" / f"{name}.py") for name in ("convert", "evaluate", "make_solutions", "doctor")
 )
@@ -99,6 +103,18 @@ CASES: dict[str, tuple[list[str], str]] = {
     "solutions, a missing folder": ([SOLUTIONS, *SOLVED[:3], "nope", SOLVED[4]], "it has no config.json"),
     "solutions, no model": ([SOLUTIONS, *SOLVED[:2], SOLVED[4]], "expected one model"),
     "solutions, a layout": ([SOLUTIONS, *SOLVED, THREE], NOT_CUT),
+    "plan, an unknown number of GPUs": ([PROGRAM, "plan"], "a dry run without a launch needs cluster.num_gpus"),
+    "plan, a layout": ([PROGRAM, "plan", *PLAN[1:], THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
+    "plan, no plan": ([PROGRAM, "plan", *PLAN[1:], "dry_run=false"], "dry_run=false contradicts `selfdistill plan`"),
+    "a word that is no command": ([PROGRAM, "trian", *RUNNABLE], "there is no command 'trian'; did you mean 'train'?"),
+    "no arguments": ([PROGRAM], "usage: selfdistill COMMAND"),
+    "key=value without a command": ([PROGRAM, *RUNNABLE, THREE], NOT_CUT),
+    "train": ([PROGRAM, "train", *RUNNABLE, THREE], NOT_CUT),
+    "convert": ([PROGRAM, "convert", "hf-to-megatron", "--hf", "nope", *OUT], "it has no config.json"),
+    "evaluate": ([PROGRAM, "evaluate", *EVALUATED, THREE], NOT_CUT),
+    "solutions": ([PROGRAM, "solutions", *SOLVED, THREE], NOT_CUT),
+    "doctor": ([PROGRAM, "doctor", "--minutes", "3"], "--minutes is about --selftest"),
+    "serve": ([PROGRAM, "serve"], "the following arguments are required: --hf-config"),
     "doctor, an option": ([DOCTOR, "--minutes", "3"], "--minutes is about --selftest"),
 }
 
@@ -118,6 +134,11 @@ def folder(tmp_path_factory) -> Path:
 
 def run(folder: Path, *command: str) -> tuple[int, list[str], str]:
     """Status, heavy modules that were imported, and what stands on standard error."""
+    return run_and_read(folder, *command)[:3]
+
+
+def run_and_read(folder: Path, *command: str) -> tuple[int, list[str], str, str]:
+    """`run`, and what stands on standard output."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-c", RUN, *command],
@@ -130,7 +151,7 @@ def run(folder: Path, *command: str) -> tuple[int, list[str], str]:
     )
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("@ ")]
     status, heavy = json.loads(line[2:])
-    return status, heavy, done.stderr
+    return status, heavy, done.stderr, done.stdout
 
 
 SERVE = "megatron_selfdistill.serve"
@@ -161,9 +182,17 @@ def test_a_refusal_imports_nothing_heavy_and_writes_nothing(folder, case):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", [TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], ids=lambda c: Path(c).stem)
+@pytest.mark.parametrize("command", [PROGRAM, TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], ids=lambda c: Path(c).stem)
 def test_help_imports_nothing_heavy(folder, command):
     assert run(folder, command, "--help")[:2] == (0, [])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(folder, name):
+    status, heavy, _, said = run_and_read(folder, PROGRAM, name, "--help")
+    assert (status, heavy) == (0, [])
+    assert f"usage: selfdistill {name} " in said
+    assert re.search(rf"^ +selfdistill {name}\b", said, re.MULTILINE), "an example"
 
 
 def test_a_run_with_checkpoints_of_its_own_needs_neither_the_one_that_it_started_from_nor_its_architecture(tmp_path):

@@ -1,10 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""``doctor.py --selftest`` passes on a sound node, finds each fault by the check made for it, and always ends."""
+"""``selfdistill doctor --selftest`` passes on a sound node, finds each fault by its check, and always ends."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
 import os
@@ -16,15 +15,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from megatron_selfdistill.commands import doctor
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest, lines, over_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCTOR = REPOSITORY / "tools" / "doctor.py"
 CHECKS = [
     "identity law",
     "vocabulary-parallel loss against float64",
@@ -38,15 +36,6 @@ PATIENT = ["--minutes", "20"]
 """However busy the machine is."""
 SOUND = dict.fromkeys(CHECKS, "ok") | {CHECKS[2]: "not done"}
 """On a CPU."""
-
-
-def doctor() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("doctor", DOCTOR)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["doctor"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def verdicts(table: str) -> dict[str, str]:
@@ -64,7 +53,7 @@ def self_tested(fault: str, faulty_rank: int | None = None, only: Sequence[str] 
         patch.setattr(run, "CHECKS", {name: run.CHECKS[name] for name in only})
         if faulty_rank in (None, int(os.environ["RANK"])):
             FAULTS[fault](patch)
-        status = doctor().main(["--selftest", "--sampler", "megatron", *PATIENT])
+        status = doctor.main(["--selftest", "--sampler", "megatron", *PATIENT])
     return status, printed.getvalue()
 
 
@@ -191,7 +180,8 @@ def test_what_one_rank_raises_fails_that_check_on_all_ranks_and_the_next_ones_go
 
 def test_two_ranks_of_torchrun_pass():
     """The command that a user types."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(DOCTOR), "--selftest"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_selfdistill", "doctor", "--selftest"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--sampler", "megatron", *PATIENT], env=environment, capture_output=True, text=True, timeout=600
@@ -231,6 +221,7 @@ def test_no_rank_ends_its_groups_while_another_still_computes_and_all_have_the_w
 HANGING = """
 import sys, time
 from megatron_selfdistill.selftest.meeting import Meeting
+from megatron_selfdistill.commands import doctor
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 
 rank, limit_s, share, what = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
@@ -286,6 +277,7 @@ import sys, time
 sys.argv = ["doctor.py"]
 from megatron_selfdistill.selftest import run
 run.warm_up = lambda node, phase: None
+from megatron_selfdistill.commands import doctor
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 
 NAMES = list(run.CHECKS)
@@ -331,6 +323,7 @@ def test_by_default_a_warm_node_has_less_than_three_minutes_and_a_cold_one_less_
 WARMING = """
 import sys, time
 from megatron_selfdistill.selftest import meeting as module
+from megatron_selfdistill.commands import doctor
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 
 rank, what, jumped = int(sys.argv[1]), sys.argv[2], [0.0]
@@ -466,35 +459,32 @@ def test_a_cache_that_others_could_write_to_is_not_used(tmp_path, monkeypatch):
 
 def test_a_self_test_whose_ranks_never_meet_ends_as_well(tmp_path):
     """In the middle of its imports, say."""
-    package = tmp_path / "megatron_selfdistill"
-    package.mkdir()
-    (package / "__init__.py").write_text("import time\ntime.sleep(1000)\n")
     code = (
-        f"import sys; sys.path.insert(0, {str(DOCTOR.parent)!r}); import doctor; doctor.MARGIN_S = 0.0; doctor.main()"
+        "import time; from megatron_selfdistill.commands import doctor; doctor.MARGIN_S = 0.0; "
+        "doctor.examine = lambda *_, **__: time.sleep(1000); doctor.main()"
     )
     command = [sys.executable, "-c", code, "--selftest", "--minutes", "0.02"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "the self-test did not end within 2 s" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_node_that_cannot_run_is_not_tested(monkeypatch, capsys):
-    module = doctor()
-    failure = module.Finding("torch", "not installed", module.FAILURE, "mend")
-    monkeypatch.setattr(module, "examine", lambda ranks, **options: [failure])
+    failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "mend")
+    monkeypatch.setattr(doctor, "examine", lambda ranks, **options: [failure])
     monkeypatch.setitem(sys.modules, "megatron_selfdistill.selftest.run", None)  # its import would be an error
-    assert module.main(["--selftest"]) == 1
+    assert doctor.main(["--selftest"]) == 1
     assert "a run cannot start here: torch" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "3")
-    assert module.main(["--selftest"]) == 1
+    assert doctor.main(["--selftest"]) == 1
     assert capsys.readouterr().out.startswith("rank 3:")
 
 
 @pytest.mark.parametrize("option", [["--sampler", "vllm"], ["--minutes", "3"]])
 def test_what_is_about_the_selftest_is_refused_without_one(capsys, option):
     with pytest.raises(SystemExit, match="2"):
-        doctor().main(option)
+        doctor.main(option)
     assert f"{option[0]} is about --selftest" in capsys.readouterr().err
 
 

@@ -121,7 +121,7 @@ def refuse_hugging_face(path: Path) -> None:
     if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
         raise CheckpointError(
             f"{path} is a Hugging Face folder, expected a Megatron checkpoint: convert it with "
-            f"`python tools/convert.py hf-to-megatron --hf {path} --out NEW_FOLDER`, and name NEW_FOLDER"
+            f"`selfdistill convert hf-to-megatron --hf {path} --out NEW_FOLDER`, and name NEW_FOLDER"
         )
 
 

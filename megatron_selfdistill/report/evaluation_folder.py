@@ -24,4 +24,4 @@ def require_evaluation(folder: Path) -> None:
     """Raise `ConfigError` unless ``folder`` has the files of an evaluation."""
     for name in (SUMMARY, PROBLEMS):
         if not (folder / name).is_file():
-            raise ConfigError(f"expected an evaluation in {folder}, got no {name}; make one with tools/evaluate.py")
+            raise ConfigError(f"expected an evaluation in {folder}, got no {name}; make one with selfdistill evaluate")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whether this node computes what it should: the checks of ``tools/doctor.py --selftest``."""
+"""Whether this node computes what it should: the checks of ``selfdistill doctor --selftest``."""
 
 from __future__ import annotations
 

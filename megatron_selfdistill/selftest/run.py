@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The self-test of a node: every check by the ranks of this launch, a table, one exit status.
 
-torchrun --nproc-per-node 8 tools/doctor.py --selftest
+torchrun --nproc-per-node 8 -m megatron_selfdistill doctor --selftest
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def task(example, root):
 def test_a_hugging_face_folder_becomes_a_self_distilled_one(example, task, root, capsys):
     assert example.main(["--folder", str(root), "--steps", "3"]) == 0
     shown = capsys.readouterr().out
-    assert "after" in shown and "tools/convert.py megatron-to-hf" in shown
+    assert "after" in shown and "selfdistill convert megatron-to-hf" in shown
     out = root / "from_hugging_face" / "seed5" / "self_distilled"
     (tokenizer, before), (_, after) = example.load(task.hf), example.load(out)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]

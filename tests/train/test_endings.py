@@ -14,6 +14,7 @@ import tiny_run
 from tiny_run import overrides, saved_step, train
 
 from megatron_selfdistill import next_steps
+from megatron_selfdistill.commands import convert
 from megatron_selfdistill.metrics import MetricsLog
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -71,21 +72,17 @@ def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
 def test_a_run_ends_with_its_checkpoint_and_commands_to_paste(ended):
     run, messages = ended
     checkpoint = run / "checkpoints" / "iter_0000002"
-    done, convert, train_on = messages[-3:]
+    done, to_hugging_face, train_on = messages[-3:]
     assert re.fullmatch(rf"done: 2 steps in \d+ s; checkpoint: {checkpoint}", done)
     assert (checkpoint / "metadata.json").is_file()
     assert "num_steps=4" in train_on
-    words = shlex.split(convert.removeprefix("next: "))
-    assert (Path.cwd() / words[1]).resolve() == REPOSITORY / "tools" / "convert.py"
-    assert words[2:] == f"megatron-to-hf --megatron {run}/checkpoints --out {run}/huggingface".split()
+    words = shlex.split(to_hugging_face.removeprefix("next: selfdistill convert "))
+    assert words == f"megatron-to-hf --megatron {run}/checkpoints --out {run}/huggingface".split()
 
 
-def test_the_command_to_convert_is_one_that_the_tool_takes(ended, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    import convert
-
-    words = shlex.split(ended[1][-2].removeprefix("next: "))
-    assert convert._parser().parse_args(words[2:]).run is convert.megatron_to_hf
+def test_the_command_to_convert_is_one_that_the_program_takes(ended):
+    words = shlex.split(ended[1][-2].removeprefix("next: selfdistill convert "))
+    assert convert._parser().parse_args(words).run is convert.megatron_to_hf
 
 
 def test_a_complete_run_says_so_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
@@ -97,7 +94,7 @@ def test_a_complete_run_says_so_builds_nothing_and_changes_nothing(ranks, data, 
     assert messages[0] == (
         f"complete: all 2 steps were done before, nothing is trained; checkpoint: {run}/checkpoints/iter_0000002"
     )
-    assert messages[1].startswith("next: python ") and "num_steps=4" in messages[2]
+    assert messages[1].startswith("next: selfdistill convert ") and "num_steps=4" in messages[2]
     assert not (tmp_path / "built").exists()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -131,8 +128,3 @@ def test_a_run_that_was_stopped_says_how_to_continue_and_ends_with_the_steps_of_
 )
 def test_durations_are_for_people(seconds, text):
     assert next_steps.duration(seconds) == text
-
-
-def test_without_a_checkout_the_command_says_where_the_tool_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(next_steps, "config_dir", lambda: tmp_path / "configs")
-    assert next_steps.tool("convert") == "(in a checkout of the repository) python tools/convert.py"

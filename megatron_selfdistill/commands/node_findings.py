@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a node has and lacks for a run, finding by finding, each with its mend: what ``tools/doctor.py`` reports.
+"""What a node has and lacks for a run, finding by finding, each with its mend: what ``selfdistill doctor`` reports.
 
 Needs nothing but Python: what is missing is a finding.
 """
@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import re
 import shutil
@@ -21,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from node_imports import IMPORT_LIMIT_S, Outcome, importing
+from megatron_selfdistill.commands.node_imports import IMPORT_LIMIT_S, Outcome, importing
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 10), (3, 13))
 SHARED_MEMORY, SHARED_MEMORY_GB = Path("/dev/shm"), 1.0
 SIGNALS = "--signals-to-handle"
@@ -233,8 +234,12 @@ def tested() -> dict[str, str]:
 
 @functools.cache
 def _constant(name: str) -> Any:
-    """Return a constant of setup.py, which is read and not run."""
-    for node in ast.parse((REPOSITORY / "setup.py").read_text()).body:
+    """Return a constant of setup.py: as the build wrote it into the wheel, or, in a checkout, read from setup.py, which
+    is not run."""
+    written = _PACKAGE / "requirements.json"
+    if written.is_file():
+        return json.loads(written.read_text(encoding="utf-8"))[name]
+    for node in ast.parse((_PACKAGE.parent / "setup.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
             return ast.literal_eval(node.value)
     raise RuntimeError(f"expected a constant {name} in setup.py, found none")

@@ -1,0 +1,130 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The program ``selfdistill``: choose a command and run it.
+
+This file imports nothing but Python before the command is known: ``selfdistill doctor`` needs no other package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+EXIT_USAGE = 2
+
+
+class Command(NamedTuple):
+    """One command: the module whose ``main`` runs it, what it does, and an example of its arguments."""
+
+    module: str
+    purpose: str
+    example: str
+
+
+COMMANDS = {
+    "train": Command(
+        "train",
+        "Train a model on its own responses.  `selfdistill key=value ...` does the same.",
+        "data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first",
+    ),
+    "plan": Command(
+        "commands.plan",
+        "Show what a run will need on its GPUs, and how to launch it, before there is a GPU.",
+        "recipe=qwen3_8b data.global_batch_size=64",
+    ),
+    "convert": Command(
+        "commands.convert",
+        "Convert Hugging Face folders and Megatron checkpoints, one into the other, and describe them.",
+        "hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3-8b",
+    ),
+    "evaluate": Command(
+        "commands.evaluate",
+        "Evaluate a model on problems with answers, and compare two evaluations.",
+        "--hf Qwen3-8B --data test.jsonl --out results/before",
+    ),
+    "solutions": Command(
+        "commands.solutions",
+        "Sample solutions from a model, verify them, and write the best ones.",
+        "--out own.jsonl --hf Qwen3-8B data.path=problems.jsonl",
+    ),
+    "doctor": Command(
+        "commands.doctor",
+        "Report what this node has and lacks, and let its GPUs verify what they compute.",
+        "--ranks 8",
+    ),
+    "serve": Command(
+        "serve",
+        "Start a vLLM server for rollouts, in an environment that has vLLM.",
+        "--hf-config Qwen3-8B --max-model-len 4096",
+    ),
+}
+"""Command -> how to run it."""
+
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; ``argv``: the arguments, those of this process where it is None.
+
+    Arguments that begin with no command are those of ``train``.  Returns 2, after one sentence or the list of commands
+    on standard error, for a word that is no command, for a package that is not
+    installed, and for no arguments at all.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        print(overview(), file=sys.stderr)
+        return EXIT_USAGE
+    if argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    name = command_of(argv)
+    if name not in COMMANDS:
+        print(f"selfdistill: {_unknown(name)}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        module = importlib.import_module(f"megatron_selfdistill.{COMMANDS[name].module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("megatron_selfdistill"):
+            raise
+        print(f"selfdistill: {error}; `selfdistill doctor` says what to install", file=sys.stderr)
+        return EXIT_USAGE
+    return module.main(argv[1:] if argv[0] == name else argv) or 0
+
+
+def command_of(argv: Sequence[str]) -> str:
+    """Return the first word of ``argv`` where it can be a command, known or not; else ``train``."""
+    return argv[0] if argv and _WORD.fullmatch(argv[0]) else "train"
+
+
+def overview() -> str:
+    """Return the help of the program: every command with its purpose and an example."""
+    width = max(map(len, COMMANDS))
+    purposes = [f"  {name:<{width}}  {command.purpose}" for name, command in COMMANDS.items()]
+    examples = [f"  selfdistill {name} {command.example}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: selfdistill COMMAND ...",
+            "       selfdistill key=value ...",
+            "",
+            "Let a language model teach itself by self-distillation, on Megatron Core.",
+            "",
+            "commands:",
+            *purposes,
+            "",
+            "examples:",
+            *examples,
+            "",
+            "On several ranks: torchrun --nproc-per-node 8 -m megatron_selfdistill COMMAND ...",
+            "`selfdistill COMMAND --help` explains a command.",
+            "`selfdistill --version`, `--keys` and `--recipes` list versions, keys of the configuration, and recipes.",
+        ]
+    )
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}, or key=value ..."
+    return f"there is no command {name!r}; {hint}"

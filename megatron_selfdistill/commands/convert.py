@@ -1,0 +1,236 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Convert Hugging Face folders and Megatron checkpoints, one into the other, and describe them.
+
+    selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3
+    selfdistill checkpoint.load=checkpoints/qwen3 data.tokenizer=Qwen3-8B data.path=problems.jsonl run_dir=runs/first
+    selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --out Qwen3-8B-distilled
+    selfdistill convert inspect runs/first/checkpoints
+
+One process, no GPU.  Memory does not grow with the model: about twice its largest tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.checkpoint.convert import Progress
+
+EXIT_REFUSED = 2
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 2 with one sentence where something does not fit."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.ERROR)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written goes
+    # What --help and a mistyped option need not wait for; torch is imported once the arguments make sense.
+    from megatron_selfdistill.checkpoint.errors import CheckpointError
+    from megatron_selfdistill.config import ConfigError
+    from megatron_selfdistill.noise import silence_known_warnings
+
+    silence_known_warnings()
+    try:
+        arguments.check(arguments)
+        return arguments.run(arguments)
+    except (CheckpointError, ConfigError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"convert: {_os_error(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    return EXIT_REFUSED
+
+
+def check_hf_to_megatron(arguments: argparse.Namespace) -> None:
+    """Raise CheckpointError for what can be seen without torch."""
+    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.checkpoint.folder import require_free
+
+    require_free(arguments.out)
+    prechecks.require_hugging_face(arguments.hf)
+
+
+def hf_to_megatron(arguments: argparse.Namespace) -> int:
+    from megatron_selfdistill.checkpoint import convert
+
+    dtype = convert.DTYPES[arguments.dtype] if arguments.dtype else None
+    with _progress() as progress:
+        written = convert.hf_to_megatron(
+            arguments.hf,
+            arguments.out,
+            dtype=dtype,
+            allow_non_finite=arguments.allow_non_finite,
+            progress=progress,
+        )
+    from megatron_selfdistill.checkpoint.describe import megatron_lm_usage
+
+    print(f"{written}: load it with checkpoint.load={arguments.out}")
+    for name, value in megatron_lm_usage(written).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def check_megatron_to_hf(arguments: argparse.Namespace) -> None:
+    """Raise CheckpointError for what can be seen without torch."""
+    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.checkpoint.folder import require_free
+    from megatron_selfdistill.checkpoint.hf_files import read_config
+
+    require_free(arguments.out)
+    prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
+    if arguments.hf_config is not None:
+        read_config(arguments.hf_config)
+
+
+def megatron_to_hf(arguments: argparse.Namespace) -> int:
+    from megatron_selfdistill.checkpoint import convert
+
+    with _progress() as progress:
+        written = convert.megatron_to_hf(
+            arguments.megatron,
+            arguments.out,
+            iteration=arguments.iteration,
+            hf_config=arguments.hf_config,
+            dtype=convert.DTYPES[arguments.dtype] if arguments.dtype else None,
+            vocab_size=arguments.vocab_size,
+            max_shard_bytes=arguments.max_shard_size,
+            allow_non_finite=arguments.allow_non_finite,
+            progress=progress,
+        )
+    print(f"{written}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(written)!r})")
+    return 0
+
+
+def check_inspect(arguments: argparse.Namespace) -> None:
+    """Raise CheckpointError for what can be seen without torch."""
+    from megatron_selfdistill import prechecks
+
+    if not prechecks.is_hugging_face(arguments.checkpoint):
+        prechecks.require_checkpoint(arguments.checkpoint)
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from megatron_selfdistill.checkpoint.describe import describe
+
+    found = describe(arguments.checkpoint)
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar with bytes and the time that is left, where there is a terminal; decisions as lines above it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    from megatron_selfdistill.checkpoint.convert import Progress
+
+    console = Console(stderr=True)
+    columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield Progress(
+            start=lambda num_bytes: bar.update(task, total=num_bytes),
+            advance=lambda num_bytes: bar.advance(task, num_bytes),
+            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        )
+
+
+def _os_error(error: OSError) -> str:
+    where = f" {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}: nothing was left behind; make room and start again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{os.strerror(error.errno)}:{where} cannot be written or read; nothing was left behind"
+    return f"{error}; nothing was left behind"
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    unit = match[2] if match else None
+    unit = f"{unit}B" if unit and not unit.endswith("B") else unit
+    if match is None or unit not in {*_UNITS, "B"}:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MiB, got {text!r}")
+    return int(float(match[1]) * _UNITS["" if unit == "B" else unit])
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "hf-to-megatron",
+        help="a Hugging Face folder becomes a torch_dist checkpoint that loads in any parallel layout",
+        description="A Hugging Face folder becomes a torch_dist checkpoint that loads in any layout.",
+        epilog="example:\n  selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3 --dtype bf16",
+        **raw,
+    )
+    command.set_defaults(check=check_hf_to_megatron, run=hf_to_megatron)
+    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder with config.json and weights")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint")
+    command.add_argument("--format", choices=["torch_dist"], default="torch_dist", help="of the checkpoint")
+    command.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as they are; FP8 becomes bf16)")
+    command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
+
+    command = commands.add_parser(
+        "megatron-to-hf",
+        help="a Megatron checkpoint (torch_dist or legacy) becomes a Hugging Face folder",
+        description="A Megatron checkpoint, torch_dist or legacy, becomes a folder for transformers and vLLM.",
+        epilog="example:\n  selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --iteration 100 \\\n"
+        "      --out Qwen3-8B-distilled --hf-config Qwen3-8B",
+        **raw,
+    )
+    command.set_defaults(check=check_megatron_to_hf, run=megatron_to_hf)
+    command.add_argument(
+        "--megatron",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="iter_ or release folder, or the one with the tracker",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new Hugging Face folder")
+    command.add_argument("--iteration", type=int, metavar="N", help="another one than the tracker file names")
+    command.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="DIR",
+        help="folder with the original config.json and tokenizer (default: those that the checkpoint carries)",
+    )
+    command.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as they are)")
+    command.add_argument("--vocab-size", type=int, metavar="N", help="true rows, where the checkpoint does not tell")
+    command.add_argument(
+        "--max-shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="of a weights file (default: 5GB)"
+    )
+    command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
+
+    command = commands.add_parser(
+        "inspect",
+        help="what a checkpoint is",
+        description="Family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
+        epilog="example:\n  selfdistill convert inspect runs/first/checkpoints",
+        **raw,
+    )
+    command.set_defaults(check=check_inspect, run=inspect)
+    command.add_argument("checkpoint", type=Path, metavar="DIR", help="Megatron's or Hugging Face's")
+    return parser
+
+
+_DTYPES = ("bf16", "fp16", "fp32")
+_NON_FINITE = "report weights that are NaN or infinite instead of refusing them"

@@ -1,0 +1,174 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Report what this node has, whether it is known to work together, and what a run will therefore use.
+
+    selfdistill doctor
+    srun --label selfdistill doctor --brief --ranks 8        # a line per node
+    torchrun --nproc-per-node 8 -m megatron_selfdistill doctor --selftest
+
+Exits with 1 where a run cannot start here, with the fix, and warns of versions that are newer than tested.  It needs
+nothing but Python: whatever is missing is a line of its report.  With --selftest these ranks then compute: a table of
+checks in less than three minutes once the node's compilers are warm, and 1 where one of them fails or is not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from megatron_selfdistill.commands.node_findings import (
+    FAILURE,
+    OK,
+    OPTIONAL,
+    WARNING,
+    Finding,
+    examine,
+    num_gpus,
+    requirements,
+)
+
+MINUTES = 2.5
+"""For the checks, from the first line of this file to the last line of the table; launchers take some seconds besides.
+The warm-up between, in which a cold node compiles, may take as long again: five minutes in all."""
+MARGIN_S = 15.0
+"""After which a process ends that has not even met the others."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report, and do what the arguments ask for; 1 where a run cannot start here or a check fails, else 0."""
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="selfdistill doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--brief", action="store_true", help="one line where all is well, else one for each failure")
+    parser.add_argument(
+        "--ranks", type=_positive(int), metavar="N", help="that will start on this node: 1 where it has fewer GPUs"
+    )
+    parser.add_argument("--selftest", action="store_true", help="let the ranks of this launch compute and compare")
+    parser.add_argument(
+        "--sampler", choices=["megatron", "vllm"], help="whom the self-test sends weights (default: vllm where it is)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=_positive(float),
+        metavar="M",
+        help=f"for the checks, and as long for a cold node's compilers (default: {MINUTES:g})",
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.selftest:
+        for name in ("sampler", "minutes"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"--{name} is about --selftest")
+        return (brief if arguments.brief else report)(examine(arguments.ranks))
+    limit_s = 60 * (arguments.minutes or MINUTES)
+    with _ended_after(2 * limit_s + MARGIN_S):
+        return examined_and_tested(arguments, began + limit_s)
+
+
+def report(findings: Sequence[Finding]) -> int:
+    """Print them, and what follows; 1 where a run cannot start here, else 0."""
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        print(f"{finding.name:<{width}}  {finding.status:<7}  {finding.found}")
+        if finding.mend:
+            print(f"{'':<{width}}           -> {finding.mend}")
+    failures = [finding.name for finding in findings if finding.status == FAILURE]
+    print()
+    if failures:
+        print(f"a run cannot start here: {', '.join(failures)}")
+        return 1
+    for line in what_a_run_uses(findings):
+        print(line)
+    return 0
+
+
+def brief(findings: Sequence[Finding]) -> int:
+    """For many nodes: a line with this one's name and all that should be alike on every one, or its failures only."""
+    host = platform.node()
+    failures = [finding for finding in findings if finding.status == FAILURE]
+    for finding in failures:
+        print(f"{host}: {FAILURE}: {finding.name}: {finding.found}{f' -> {finding.mend}' if finding.mend else ''}")
+    if failures:
+        return 1
+    required, _ = requirements()
+    others = [f"{f.name} {f.found}" for f in findings if f.name in required and not f.short]
+    said = [f"{finding.name} {finding.short}" for finding in findings if finding.short]
+    said.append(f"{len(others)} other packages {hashlib.sha256('; '.join(others).encode()).hexdigest()[:8]}")
+    warnings = [finding.name for finding in findings if finding.status == WARNING]
+    if warnings:
+        said.append(f"warnings about {', '.join(warnings)}")
+    print(f"{host}: ok; {'; '.join(said)}")
+    return 0
+
+
+def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
+    """The report, of rank 0 and of every rank that has failures, then the self-test; 1 on all ranks where any fails.
+
+    ``deadline``: of all of it, by the monotonic clock."""
+    importlib.import_module("megatron_selfdistill.selftest").set_environment()
+    rank = os.environ.get("RANK", "0")
+    ranks = arguments.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    one_per_node = os.environ.get("LOCAL_RANK", "0") == "0"  # eight imports of the same files tell no more than one
+    findings = examine(ranks, imports=one_per_node, limit_s=deadline - time.monotonic())
+    failed = any(finding.status == FAILURE for finding in findings)
+    if rank == "0" or failed:
+        if rank != "0":
+            print(f"rank {rank}:")
+        (brief if arguments.brief else report)(findings)
+    if failed:
+        return 1  # the launcher ends the other ranks
+    importlib.import_module("megatron_selfdistill.noise").silence_known_warnings()
+    selftest = importlib.import_module("megatron_selfdistill.selftest.run")
+    outcomes = selftest.selftest(arguments.sampler, limit_s=deadline - time.monotonic())
+    return 0 if selftest.passed(outcomes) else 1
+
+
+def what_a_run_uses(findings: Sequence[Finding]) -> list[str]:
+    """The choices that a run makes by what is there."""
+    gpu = num_gpus() > 0
+    status = {finding.name: finding.status for finding in findings}
+    has = {name: status[name] in (OK, WARNING) for name in OPTIONAL}  # a run does not ask for its version
+    layers = "Transformer Engine's" if gpu and has["transformer-engine"] else "Megatron's local"
+    fused = status["apex"] == OK
+    adam = "apex's" if fused else "Transformer Engine's" if gpu and has["transformer-engine"] else "torch's"
+    samplers = "megatron, vllm (colocated or on servers)" if has["vllm"] else "megatron, vllm on servers"
+    return [
+        f"device: {'cuda, over NCCL' if gpu else 'cpu, over gloo'}",
+        f"layers: {layers} spec; Adam: {adam}",
+        f"samplers that can be chosen: {samplers}",
+    ]
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """The process ends with 1 where this takes longer, whatever it waits for: the self-test's own watch starts only
+    when all ranks have imported everything and found each other."""
+
+    def end() -> None:
+        print(f"rank {os.environ.get('RANK', '0')}: the self-test did not end within {seconds:.0f} s", flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _positive(kind: type) -> type:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    number.__name__ = f"positive {kind.__name__}"  # which argparse names in its error
+    return number  # type: ignore[return-value]

@@ -1,0 +1,56 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Show what a run will need on its GPUs, and how to launch it, before there is a GPU.
+
+    selfdistill plan recipe=qwen3_8b data.global_batch_size=64
+    selfdistill plan cluster.num_gpus=16 checkpoint.load=DIR data.path=problems.jsonl data.tokenizer=DIR
+
+The plan shows the layout, the memory of each stage, the pipeline's idle time, and the commands that launch the run.  It
+needs cluster.num_gpus, which many recipes set.  `selfdistill dry_run=true ...` without torchrun does the same; under
+torchrun, dry_run=true builds everything on the GPUs and stops.
+
+exit status: 0 for a plan that fits, and 2 with one sentence for one that cannot run or does not fit
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill import train
+from megatron_selfdistill.checkpoint.errors import CheckpointError
+from megatron_selfdistill.config import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan of the run that ``argv`` configures.
+
+    Returns 0, 2 after one sentence on standard error for bad input and for a run that does not fit, or 130 for Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        if "RANK" in os.environ:
+            raise ConfigError("a plan is made by one process: start it without torchrun, or train with dry_run=true")
+        named = (["dry_run=true", *arguments.overrides], arguments.config_name, arguments.config_dir)
+        config = configuration.load(*named)
+        if not config.dry_run:
+            raise ConfigError("dry_run=false contradicts `selfdistill plan`: leave it out")
+        return train.plan(config, configuration.given_keys(*named), argv)
+    except (ConfigError, CheckpointError) as error:
+        print(f"plan: {configuration.hidden(str(error))}", file=sys.stderr)
+        return train.EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selfdistill plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of `selfdistill train`")
+    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
+    parser.add_argument("--config-dir", action="append", default=[], help="a folder with further configuration groups")
+    return parser
