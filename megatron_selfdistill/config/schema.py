@@ -383,7 +383,7 @@ class RolloutConfig:
     """Folder with the Hugging Face config.json that vLLM builds the model from; null takes the one that the checkpoint
     carries, else makes it from the model."""
     servers: list[str] = field(default_factory=list)
-    """Addresses of vLLM servers that run already (`python -m megatron_selfdistill.serve`), http://host:port."""
+    """Addresses of vLLM servers that run already (`selfdistill serve`), http://host:port."""
     num_servers: int = 0
     """Servers that the run starts by itself on the node of rank 0, and ends."""
     server_python: str | None = None

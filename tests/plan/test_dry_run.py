@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
+from megatron_selfdistill.commands import plan
 from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.plan.checks import longest_row
 from megatron_selfdistill.plan.dry_run import dry_run, microbatches
@@ -33,6 +34,16 @@ def test_a_dry_run_starts_no_process_group_and_writes_nothing(tmp_path, capsys):
     assert main([*TINY, "dry_run=true", f"run_dir={tmp_path}/run"]) == 0
     assert "16 GPUs (2 nodes)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_plan_prints_what_a_dry_run_prints(capsys, monkeypatch):
+    assert main([*TINY, "dry_run=true"]) == 0
+    printed = capsys.readouterr().out
+    assert plan.main(TINY) == 0
+    assert capsys.readouterr().out == printed
+    monkeypatch.setenv("RANK", "0")
+    assert plan.main(TINY) == EXIT_BAD_INPUT
+    assert "start it without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
