@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The pages about data and evaluation name keys that exist, and their examples are read as they say."""
+"""README and the pages: links and keys exist, README stays short, examples are read as the pages say."""
 
 from __future__ import annotations
 
@@ -14,16 +14,103 @@ from megatron_selfdistill.data.problems import load_problems
 from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE
 from megatron_selfdistill.verify import BUILT_IN
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = REPOSITORY / "docs"
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
+NOT_KEYS = {"loss.solver", "metrics.read_metrics", "model.safetensors", "target.svg"}
+"""Words of the form ``section.name`` that no page means as a key: a removed key, a function, files."""
+GENERATED = re.compile(r"<!-- The table is written by .*?<!-- The end of the table [^>]*-->\n", re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["data.md", "evaluation.md"])
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the page's headings on which GitHub and MkDocs agree."""
+    lines = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE).splitlines()
+    found = set()
+    for title in (line.lstrip("#").strip().lower() for line in lines if re.match(r"#+ ", line)):
+        github = re.sub(r"[^\w\- ]", "", title).replace(" ", "-")
+        if github == re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip()):
+            found.add(github)
+    return found
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the relative links of the page that lead to no file of the repository, or to no heading."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.is_file() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_of_a_page_leads_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_a_link_to_no_page_and_one_to_no_heading_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One two\n[a](#one-two) [b](#three) [c](none.md) [d](page.md#one-two) ![e](f.svg) `[g](h.md)`\n")
+    assert broken_links(page) == ["#three", "none.md", "f.svg"]
+
+
+def test_readme_is_short_and_narrow():
+    """The generated table does not count: its rows are as long as what they claim."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = GENERATED.sub("", text).splitlines()
+    assert len(GENERATED.findall(text)) == 1
+    assert len(lines) <= 150 and [line for line in lines if len(line) > 100] == []
+
+
+def test_the_index_names_every_page():
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    recipes = (DOCS / "recipes" / "README.md").read_text(encoding="utf-8")
+    generated = {"support.md"}
+    pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"} - generated
+    assert {page for page in pages if f"]({page})" not in index} == set()
+    assert {f"{path.stem}.md" for path in (REPOSITORY / "configs" / "recipe").glob("*.yaml")} == set(
+        re.findall(r"\]\((\w+\.md)\)", recipes)
+    )
+
+
+@pytest.mark.parametrize("recipe", "qwen3_8b qwen3_32b qwen3_235b_a22b llama31_405b deepseek_v3".split())
+def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
+    file = (REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
+    figures = re.findall(r"^#   [=a-zA-Z].*? ([0-9]+\.[0-9])$", file, re.MULTILINE)
+    assert len(figures) >= 9
+    assert re.findall(r"\| \*{0,2}([0-9]+\.[0-9])\*{0,2} \|$", page, re.MULTILINE) == figures
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_key_that_a_page_names_exists(page):
-    text = (DOCS / page).read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     sections = {key.partition(".")[0] for key in keys()}
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_]+)(?![\w./])", text))
-    known = set(keys()) | {f"{name}.json" for name in sections} | {f"{name}.md" for name in sections}
-    assert len(named) > 5 and named - known - {"data.jsonl"} == set()
+    known = set(keys()) | {f"{name}.{ending}" for name in sections for ending in ("json", "jsonl", "md", "py")}
+    assert named - known - NOT_KEYS == set()
+
+
+@pytest.mark.parametrize("page", ["data.md", "evaluation.md", "rollouts.md", "chat_logs.md", "monitoring.md"])
+def test_the_pattern_of_keys_finds_some(page):
+    assert (
+        len(set(re.findall(r"\b(?:data|evaluation|rollout|conversations|guards)\.[a-z_]+", (DOCS / page).read_text())))
+        > 5
+    )
 
 
 def test_the_page_about_data_shows_every_format_and_records_that_are_read(tmp_path):
