@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_selfdistill.config import keys
 from megatron_selfdistill.data.files import FORMATS
@@ -96,6 +97,15 @@ def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
     assert re.findall(r"\| \*{0,2}([0-9]+\.[0-9])\*{0,2} \|$", page, re.MULTILINE) == figures
 
 
+@pytest.mark.parametrize("recipe", "default teacher_alone literal chat_logs".split())
+def test_the_settings_of_a_recipe_are_those_of_its_file(recipe):
+    settings = yaml.safe_load((REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"## Settings\n\n```\n(.*?)```", page, re.DOTALL)
+    del settings["defaults"]
+    assert yaml.safe_load(shown) == settings
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_key_that_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
@@ -107,10 +117,8 @@ def test_every_key_that_a_page_names_exists(page):
 
 @pytest.mark.parametrize("page", ["data.md", "evaluation.md", "rollouts.md", "chat_logs.md", "monitoring.md"])
 def test_the_pattern_of_keys_finds_some(page):
-    assert (
-        len(set(re.findall(r"\b(?:data|evaluation|rollout|conversations|guards)\.[a-z_]+", (DOCS / page).read_text())))
-        > 5
-    )
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert len(set(re.findall(r"\b(?:data|evaluation|rollout|conversations|guards)\.[a-z_]+", text))) > 5
 
 
 def test_the_page_about_data_shows_every_format_and_records_that_are_read(tmp_path):
