@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.config import keys
 from megatron_selfdistill.data.files import FORMATS
 from megatron_selfdistill.data.problems import load_problems
@@ -113,6 +114,13 @@ def test_every_key_that_a_page_names_exists(page):
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_]+)(?![\w./])", text))
     known = set(keys()) | {f"{name}.{ending}" for name in sections for ending in ("json", "jsonl", "md", "py")}
     assert named - known - NOT_KEYS == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_that_a_page_names_exists(page):
+    named = set(re.findall(r"(?<![\w./=-])selfdistill ([a-z][a-z-]*)(?=[ `\n])", page.read_text(encoding="utf-8")))
+    assert named <= COMMANDS.keys()
+    assert page.name != "running.md" or len(named) >= 2
 
 
 @pytest.mark.parametrize("page", ["data.md", "evaluation.md", "rollouts.md", "chat_logs.md", "monitoring.md"])
