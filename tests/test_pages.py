@@ -129,6 +129,19 @@ def test_the_pattern_of_keys_finds_some(page):
     assert len(set(re.findall(r"\b(?:data|evaluation|rollout|conversations|guards)\.[a-z_]+", text))) > 5
 
 
+def test_every_message_that_the_page_about_troubles_quotes_is_one_of_the_package():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "megatron_selfdistill").rglob("*.py"))
+    messages = re.sub(r"\{[^{}\n]*\}", "...", re.sub(r'"\s*\n\s*f?"', "", sources))
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    symptoms = re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
+    quotes = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+)`", symptom)]
+    parts = {part.strip(" ,.;:()?") for quote in quotes for part in quote.split("...")} - {
+        "DistNetworkError",
+        "EADDRINUSE",
+    }
+    assert len(quotes) > 40 and {part for part in parts if part not in messages} == set()
+
+
 def test_the_page_about_data_shows_every_format_and_records_that_are_read(tmp_path):
     text = (DOCS / "data.md").read_text(encoding="utf-8")
     assert [ending for ending in FORMATS if f"{ending}`" not in text] == []
