@@ -22,9 +22,9 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(DOCS.rglob("*.md")),
 ]
+GENERATED = re.compile(r"<!-- The table is written by .*?<!-- The end of the table [^>]*-->\n", re.DOTALL)
 NOT_KEYS = {"loss.solver", "metrics.read_metrics", "model.safetensors", "target.svg"}
 """Words of the form ``section.name`` that no page means as a key: a removed key, a function, files."""
-GENERATED = re.compile(r"<!-- The table is written by .*?<!-- The end of the table [^>]*-->\n", re.DOTALL)
 
 
 def name_of(page: Path) -> str:
@@ -71,18 +71,16 @@ def test_a_link_to_no_page_and_one_to_no_heading_are_found(tmp_path):
 
 
 def test_readme_is_short_and_narrow():
-    """The generated table does not count: its rows are as long as what they claim."""
+    """The generated table counts with its lines, and may be wide: its rows are as long as what they claim."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    lines = GENERATED.sub("", text).splitlines()
-    assert len(GENERATED.findall(text)) == 1
-    assert len(lines) <= 150 and [line for line in lines if len(line) > 100] == []
+    assert len(text.splitlines()) <= 150 and len(GENERATED.findall(text)) == 1
+    assert [line for line in GENERATED.sub("", text).splitlines() if len(line) > 100] == []
 
 
 def test_the_index_names_every_page():
     index = (DOCS / "README.md").read_text(encoding="utf-8")
     recipes = (DOCS / "recipes" / "README.md").read_text(encoding="utf-8")
-    generated = {"support.md"}
-    pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"} - generated
+    pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
     assert {page for page in pages if f"]({page})" not in index} == set()
     assert {f"{path.stem}.md" for path in (REPOSITORY / "configs" / "recipe").glob("*.yaml")} == set(
         re.findall(r"\]\((\w+\.md)\)", recipes)
