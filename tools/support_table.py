@@ -1,12 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""README's table "What runs where", from docs/support.json and what GPUs have reported in docs/support.jsonl.
+"""The tables "What runs where", from docs/support.json and from what GPUs have reported in docs/support.jsonl.
 
-    python tools/support_table.py            writes the table between README's two marker lines
-    python tools/support_table.py --check    exits with 1 where README has another one
+    python tools/support_table.py            writes README's short table and the page docs/support.md
+    python tools/support_table.py --check    changes nothing, and exits with 1 where one of the two files differs
 
-docs/support.json has the rows: the claim, what a CPU shows of it, and levels of checks of ``make test-gpu``, weakest
-first.  A row is green where the last run of each check of one of its levels has passed, with what that level covers; it
-is red where the last run of one of its checks has failed.  Nobody types a GPU's cell.
+docs/support.json has the groups and the rows.  A row names its group, its claim, what a CPU shows of the claim with the
+test files that show it (its evidence), and levels of checks of ``make test-gpu``, weakest first.  A row is green where
+the last run of each check of one of its levels has passed, with what that level covers; a row is red where the last run
+of one of its checks has failed.  docs/support.md has every row with its evidence; README has one line per group with
+the number of its rows that are shown.  Nobody types a GPU's cell.
 """
 
 from __future__ import annotations
@@ -14,33 +16,52 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ROWS, RESULTS, README = (REPOSITORY / name for name in ("docs/support.json", "docs/support.jsonl", "README.md"))
+ROWS, RESULTS, README, PAGE = (
+    REPOSITORY / name for name in ("docs/support.json", "docs/support.jsonl", "README.md", "docs/support.md")
+)
 BEGIN = "<!-- The table is written by tools/support_table.py from docs/support.json and docs/support.jsonl. -->"
 END = "<!-- The end of the table of tools/support_table.py. -->"
 LEGEND = (
-    "✅ tested in CI (CPU, gloo, the real megatron-core 0.16.1) · 🟢 tested on a GPU (which, when) · "
-    "🔴 failed on a GPU · ⚪ written, never run"
+    "✅ tested in CI (CPU, gloo, the real megatron-core 0.16.1) · 🟢 tested on a GPU (which, when) ·\n"
+    "🔴 failed on a GPU · ⚪ written, never run · \u2013 not possible on a CPU"
 )
+SHORT_NOTE = "*3 of 4*: of the four rows of the subject in [docs/support.md](docs/support.md), which has the evidence."
+PAGE_INTRODUCTION = """\
+# What runs where
+
+Every row is one claim. The evidence for a CPU is a list of test files; continuous integration runs them unless the row
+says otherwise. The evidence for a GPU is a list of checks of [`make test-gpu`](gpu.md). A GPU's cell is computed from
+what the last runs of these checks have reported; nobody types it. `python tools/support_table.py` writes this page."""
+
+Row = Mapping[str, Any]
+LastRuns = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write README's table, or with --check compare it; return 1 where it differs, else 0."""
+    """Write README's table and the page, or compare them with --check; return 1 where one differs, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
-    old = README.read_text(encoding="utf-8")
-    new = with_table(old, table(json.loads(ROWS.read_text(encoding="utf-8"))["rows"], read_results(RESULTS)))
-    if options.check:
-        if new != old:
-            print("README's table is not the one of tools/support_table.py: run it", file=sys.stderr)
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    support, last = json.loads(ROWS.read_text(encoding="utf-8")), last_runs(read_results(RESULTS))
+    wanted = {
+        README: with_table(README.read_text(encoding="utf-8"), short_table(support, last)),
+        PAGE: page(support, last),
+    }
+    status = 0
+    for path, text in wanted.items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if options.check:
+            print(f"{path.name} is not what tools/support_table.py writes: run it", file=sys.stderr)
+            status = 1
+        else:
+            path.write_text(text, encoding="utf-8")
+    return status
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -48,14 +69,6 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def table(rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> str:
-    """Return the legend and the table as Markdown."""
-    last = last_runs(results)
-    lines = [LEGEND, "", "| | CPU | GPU |", "|---|---|---|"]
-    lines += [f"| {row['claim']} | {row['cpu']} | {gpu_cell(row, last)} |" for row in rows]
-    return "\n".join(lines)
 
 
 def last_runs(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -69,7 +82,59 @@ def last_runs(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
     return last
 
 
-def gpu_cell(row: dict[str, Any], last: dict[str, list[dict[str, Any]]]) -> str:
+def short_table(support: Mapping[str, Any], last: LastRuns) -> str:
+    """Return README's legend and table as Markdown: one line per group of ``support``."""
+    lines = ["| | CPU | GPU |", "|---|---|---|"]
+    for group, rows in grouped(support):
+        cells = short_cell([row["cpu"] for row in rows], "✅"), short_cell([gpu_cell(row, last) for row in rows], "🟢")
+        lines.append(f"| {group['claim']} | {cells[0]} | {cells[1]} |")
+    return "\n".join([LEGEND, "", *lines, "", SHORT_NOTE])
+
+
+def short_cell(cells: Sequence[str], passed: str) -> str:
+    """Return one cell for the cells of a group's rows: how many have failed, else how many have ``passed``."""
+    for mark in ("🔴", passed):
+        number = sum(cell.startswith(mark) for cell in cells)
+        if number:
+            return mark if number == len(cells) else f"{mark} {number} of {len(cells)}"
+    return "⚪"
+
+
+def page(support: Mapping[str, Any], last: LastRuns) -> str:
+    """Return docs/support.md: per group a table of its rows, then the evidence of each row."""
+    lines = [PAGE_INTRODUCTION, "", LEGEND]
+    for group, rows in grouped(support):
+        lines += ["", f"## {capitalised(group['claim'])}", "", "| | CPU | GPU |", "|---|---|---|"]
+        lines += [f"| {row['claim']} | {row['cpu']} | {gpu_cell(row, last)} |" for row in rows]
+        for row in rows:
+            lines += ["", f"**{capitalised(row['claim'])}**", "", *evidence(row)]
+    return "\n".join(lines) + "\n"
+
+
+def evidence(row: Row) -> list[str]:
+    """Return the evidence of a row as a Markdown list: the test files for a CPU, the checks of each level for a GPU."""
+    files = ", ".join(f"`{name}`" for name in row["evidence"]) or "no test"
+    lines, above = [f"- CPU: {files}"], set[str]()
+    for level in row["levels"]:
+        covers = f" ({level['covers']})" if level["covers"] else ""
+        weaker = above and above <= set(level["checks"])
+        checks = [check for check in level["checks"] if not weaker or check not in above]
+        lines.append(f"- GPU{covers}: {'the checks above; ' if weaker else ''}{'; '.join(checks)}")
+        above = set(level["checks"])
+    return lines if row["levels"] else [*lines, "- GPU: no check"]
+
+
+def grouped(support: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
+    """Return each group with its rows, both in the order of docs/support.json."""
+    return [(group, [row for row in support["rows"] if row["group"] == group["id"]]) for group in support["groups"]]
+
+
+def capitalised(claim: str) -> str:
+    """Return a claim with a capital first letter; one that begins with a name of the code stays as it is."""
+    return claim if claim.startswith(("`", "torch_dist", "vLLM", "bf16", "srun")) else claim[0].upper() + claim[1:]
+
+
+def gpu_cell(row: Row, last: LastRuns) -> str:
     """Return the GPU's cell of a row: a verdict with device and date, or that nothing has run."""
     note = f" {row['gpu_note']}" if row["gpu_note"] else ""
     checks = dict.fromkeys(check for level in row["levels"] for check in level["checks"])
