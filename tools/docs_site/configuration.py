@@ -1,0 +1,147 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The reference page of the configuration, from the schema, its doc comments, and the rules for resuming a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.command_line import recipes
+from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
+
+INTRODUCTION = """\
+# Configuration
+
+Every key can stand in a YAML file or on the command line, as `key=value`. `selfdistill --keys` prints the same list,
+`selfdistill --keys rollout` that of one section. A key that does not exist is an error, which names the nearest key.
+
+The line under a key gives its type, its default, and whether a run that has a checkpoint may resume with another value:
+"""
+WHEN_RESUMED = {
+    FREE: "a resumed run may change it",
+    BOUND: "a resumed run keeps it",
+    FIXED: "a run never changes it",
+    JUDGE: "a resumed run keeps it where it trains on verdicts",
+}
+"""Rule of config/bound_keys.py -> the words under a key."""
+MEANING = {
+    FREE: "The key does not decide what is learned.",
+    BOUND: "The key decides what is learned. Another value is refused, unless `checkpoint.resume=force` is set.",
+    FIXED: "What a checkpoint stores has another form for each value. Not even `checkpoint.resume=force` changes it.",
+    JUDGE: "The key is bound where the run trains on verdicts; otherwise a resumed run may change it.",
+}
+_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any value", type(None): "null"}
+_NO_CHOICE = "no such choice"
+
+
+def page() -> str:
+    """Return the page as Markdown: the recipes, then every section with its groups and keys."""
+    lines = [INTRODUCTION]
+    lines += [f"- *{WHEN_RESUMED[rule]}*: {MEANING[rule]}" for rule in (FREE, BOUND, FIXED, JUDGE)]
+    lines += ["", "## Recipes", "", "A recipe sets the keys of a whole run. Keys that stand beside it win.", ""]
+    lines += ["| recipe | what it is |", "|---|---|"]
+    for line in recipes().splitlines():
+        name, _, text = line.partition("  ")
+        lines.append(f"| `{name}` | {text.strip()} |")
+    listed, options = configuration.keys(), configuration.groups()
+    sections = list(_sections())
+    known = {name for name, _ in sections}
+    further = {name: names for name, names in options.items() if name not in known and name != "recipe"}
+    for name, title in sections:
+        lines += ["", f"## {name or 'The run'}", "", f"{escaped(title)}.", ""]
+        for group, names in ({name: options[name]} if name in options else {} if name else further).items():
+            lines += [f"Options that set several keys at once: {', '.join(f'`{group}={one}`' for one in names)}.", ""]
+        for key in listed:
+            if key.rpartition(".")[0] == name:
+                lines += [*_entry(key, *listed[key]), ""]
+    return "\n".join(lines)
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """Return the values that a text key accepts, in the schema's order; () where it accepts any text.
+
+    The schema itself is asked: a value that is no choice is refused with the list of all choices.
+    """
+    section, _, name = key.rpartition(".")
+    cls = type(getattr(Config(), section)) if section else Config
+    try:
+        cls(**{name: _NO_CHOICE})
+    except ConfigError as error:
+        found = re.match(rf"{re.escape(key)} must be one of (.*), got {_NO_CHOICE!r}", str(error))
+        return tuple(found[1].split(", ")) if found else ()
+    return ()
+
+
+def type_name(kind: Any) -> str:
+    """Return what a value of a field's type is called in YAML, such as "integer or null" or "list of text"."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(type_name(one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return f"list of {type_name(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return f"mapping to {type_name(get_args(kind)[1])}"
+    return _NAMES[kind]
+
+
+def shown(default: Any) -> str:
+    """Return a default as YAML spells it."""
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return repr(default) if isinstance(default, str) and not default.strip() else str(default)
+
+
+@functools.cache
+def types_of_keys() -> dict[str, Any]:
+    """Return the type of each key's field."""
+
+    def found(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, kind in get_type_hints(cls).items():
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                yield from found(kind, f"{prefix}{name}.")
+            else:
+                yield prefix + name, kind
+
+    return dict(found(Config, ""))
+
+
+def _entry(key: str, default: Any, meaning: str) -> list[str]:
+    kind = types_of_keys()[key]
+    values = [f"`{one}`" for one in choices(key)] if kind in (str, str | None) else []
+    rule = rule_of(key)
+    parts = [
+        ", ".join(values) + (" or null" if kind == str | None else "") if values else type_name(kind),
+        f"default `{shown(default)}`" if "\n" not in shown(default) else "default below",
+        WHEN_RESUMED[rule],
+    ]
+    lines = [f"[`{key}`](#{key}){{ #{key} }}", f":   {' · '.join(parts)}", "", *_indented(escaped(meaning))]
+    if "\n" in shown(default):
+        lines += ["", *_indented("\n".join(["```text", shown(default).rstrip("\n"), "```"]))]
+    if exceptions := sorted(name for name, other in RULES.items() if name.startswith(f"{key}.") and other != rule):
+        names = ", ".join(f"`{name.removeprefix(key + '.')}`" for name in exceptions)
+        lines += ["", *_indented(f"For these items {WHEN_RESUMED[RULES[exceptions[0]]]}: {names}.")]
+    return lines
+
+
+def escaped(text: str) -> str:
+    """Return a doc comment as Markdown that shows every character: outside `code` none of them is markup."""
+    code = re.split(r"(``.*?``|`.*?`)", text)
+    return "".join(part if i % 2 else re.sub(r"([*_<\[\\])", r"\\\1", part) for i, part in enumerate(code))
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {line}".rstrip() for line in text.splitlines()]
+
+
+def _sections() -> Iterator[tuple[str, str]]:
+    """Yield each section's name and the first line of its documentation; first the keys without a section."""
+    yield "", "Keys that belong to no section"
+    for name, default in vars(Config()).items():
+        if dataclasses.is_dataclass(default):
+            yield name, (inspect.getdoc(type(default)) or "").splitlines()[0].rstrip(".")
