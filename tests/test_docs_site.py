@@ -14,6 +14,7 @@ import pytest
 import yaml
 from scripts import load_script
 
+from megatron_selfdistill import cli
 from megatron_selfdistill.config import keys
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -90,11 +91,12 @@ def test_a_doc_comment_is_shown_as_it_is_written(site):
     assert site.configuration.escaped("4 * a_b, <x>, `c * d_e`, ``f_g``") == r"4 \* a\_b, \<x>, `c * d_e`, ``f_g``"
 
 
-def test_every_command_shows_its_help_and_that_of_its_subcommands(site, reference):
+def test_every_command_shows_its_help_and_that_of_its_subcommands(reference):
     page = reference["reference/commands.md"]
-    for name in site.commands.COMMANDS:
-        assert f"\n## {name}\n\n```text\nusage: " in page
-    assert "### python tools/convert.py megatron-to-hf\n\n```text\nusage: convert.py megatron-to-hf" in page
+    for name in cli.COMMANDS:
+        assert f"\n## selfdistill {name}\n\n```text\nusage: selfdistill {name} " in page
+    for name in ("convert hf-to-megatron", "convert megatron-to-hf", "convert inspect", "evaluate compare"):
+        assert f"\n### selfdistill {name}\n\n```text\nusage: selfdistill {name} " in page
 
 
 def test_a_command_whose_help_fails_ends_the_build(site):

@@ -1,42 +1,43 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The reference page of the commands: each command's own --help, and that of its subcommands."""
+"""The reference page of the commands: the --help of ``selfdistill``, of each command, and of its subcommands."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+from megatron_selfdistill import cli
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = {
-    "selfdistill": ("-m", "megatron_selfdistill.train"),
-    "python tools/convert.py": ("tools/convert.py",),
-    "python tools/evaluate.py": ("tools/evaluate.py",),
-    "python tools/evaluate.py compare": ("tools/evaluate.py", "compare"),
-    "python tools/make_solutions.py": ("tools/make_solutions.py",),
-    "python tools/doctor.py": ("tools/doctor.py",),
-    "python -m megatron_selfdistill.serve": ("-m", "megatron_selfdistill.serve"),
-}
-"""A command as a user types it -> the arguments of Python that run it in a checkout."""
+PROGRAM = ("-m", "megatron_selfdistill")
+UNLISTED = {"evaluate": ["compare"]}
+"""Command -> its subcommands that its own --help describes but that argparse does not list."""
 INTRODUCTION = """\
 # Commands
 
-This page shows what each command prints with `--help`."""
+The package installs one program, `selfdistill`. This page shows what the program and its commands print with
+`--help`."""
 
 
 def page() -> str:
     """Return the page as Markdown.  Raises: RuntimeError where a command's --help fails."""
-    lines = [INTRODUCTION]
-    for name, arguments in COMMANDS.items():
-        text = help_of(arguments)
-        lines += ["", f"## {name}", "", "```text", text, "```"]
-        for subcommand in subcommands(text):
-            lines += ["", f"### {name} {subcommand}", "", "```text", help_of((*arguments, subcommand)), "```"]
+    lines = [INTRODUCTION, "", *_help()]
+    for name in cli.COMMANDS:
+        lines += ["", f"## selfdistill {name}", "", *_help(name)]
+        for subcommand in [*subcommands(help_of((*PROGRAM, name))), *UNLISTED.get(name, [])]:
+            lines += ["", f"### selfdistill {name} {subcommand}", "", *_help(name, subcommand)]
     return "\n".join(lines) + "\n"
 
 
+def _help(*words: str) -> list[str]:
+    return ["```text", help_of((*PROGRAM, *words)), "```"]
+
+
+@functools.cache
 def help_of(arguments: tuple[str, ...]) -> str:
     """Return what Python with ``arguments`` and --help prints, at a width of 100 columns.
 
