@@ -61,7 +61,7 @@ def test_every_key_has_an_anchor_its_default_and_whether_a_resumed_run_may_chang
     assert list(entries) == [key for key in keys() if key in entries] and set(entries) == set(keys())
     for key, (default, _) in keys().items():
         assert rules.WHEN_RESUMED[rules.rule_of(key)] in entries[key]
-        assert f"default `{rules.shown(default)}`" in entries[key] or "default below" in entries[key]
+        assert f"default `{rules.shown(default)}`" in entries[key]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,14 @@ def test_items_with_another_rule_than_their_key_are_listed(reference):
     assert "For these items a resumed run may change it: `account_for_embedding_in" in entry.partition("\n[`")[0]
 
 
+def test_every_recipe_is_named_with_a_whole_sentence(reference):
+    rows = dict(re.findall(r"^\| `recipe=(\w+)` \| (.*) \|$", reference["reference/configuration.md"], re.MULTILINE))
+    assert set(rows) == {file.stem for file in (REPOSITORY / "configs" / "recipe").glob("*.yaml")}
+    assert [row for row in rows.values() if not row.endswith(".") or row.endswith("...")] == []
+
+
 def test_a_doc_comment_is_shown_as_it_is_written(site):
-    assert site.configuration.escaped("4 * a_b, <x>, `c * d_e`, ``f_g``") == r"4 \* a\_b, \<x>, `c * d_e`, ``f_g``"
+    assert site.configuration.escaped("4 * a_b, <x>, `c * d_e`, ``f_g``") == r"4 \* a\_b, &lt;x>, `c * d_e`, ``f_g``"
 
 
 def test_every_command_shows_its_help_and_that_of_its_subcommands(reference):

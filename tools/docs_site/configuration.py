@@ -6,15 +6,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.command_line import recipes
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
+from megatron_selfdistill.paths import config_dir
 
 INTRODUCTION = """\
 # Configuration
@@ -47,9 +49,7 @@ def page() -> str:
     lines += [f"- *{WHEN_RESUMED[rule]}*: {MEANING[rule]}" for rule in (FREE, BOUND, FIXED, JUDGE)]
     lines += ["", "## Recipes", "", "A recipe sets the keys of a whole run. Keys that stand beside it win.", ""]
     lines += ["| recipe | what it is |", "|---|---|"]
-    for line in recipes().splitlines():
-        name, _, text = line.partition("  ")
-        lines.append(f"| `{name}` | {text.strip()} |")
+    lines += [f"| `recipe={file.stem}` | {escaped(_first_sentence(file))} |" for file in sorted(_recipe_files())]
     listed, options = configuration.keys(), configuration.groups()
     sections = list(_sections())
     known = {name for name, _ in sections}
@@ -70,7 +70,7 @@ def choices(key: str) -> tuple[str, ...]:
     The schema itself is asked: a value that is no choice is refused with the list of all choices.
     """
     section, _, name = key.rpartition(".")
-    cls = type(getattr(Config(), section)) if section else Config
+    cls: Any = type(getattr(Config(), section)) if section else Config
     try:
         cls(**{name: _NO_CHOICE})
     except ConfigError as error:
@@ -117,26 +117,39 @@ def _entry(key: str, default: Any, meaning: str) -> list[str]:
     rule = rule_of(key)
     parts = [
         ", ".join(values) + (" or null" if kind == str | None else "") if values else type_name(kind),
-        f"default `{shown(default)}`" if "\n" not in shown(default) else "default below",
+        f"default `{shown(default)}`",
         WHEN_RESUMED[rule],
     ]
     lines = [f"[`{key}`](#{key}){{ #{key} }}", f":   {' · '.join(parts)}", "", *_indented(escaped(meaning))]
-    if "\n" in shown(default):
-        lines += ["", *_indented("\n".join(["```text", shown(default).rstrip("\n"), "```"]))]
-    if exceptions := sorted(name for name, other in RULES.items() if name.startswith(f"{key}.") and other != rule):
-        names = ", ".join(f"`{name.removeprefix(key + '.')}`" for name in exceptions)
-        lines += ["", *_indented(f"For these items {WHEN_RESUMED[RULES[exceptions[0]]]}: {names}.")]
+    for other in WHEN_RESUMED:
+        items = sorted(name for name, found in RULES.items() if name.startswith(f"{key}.") and found == other != rule)
+        if items:
+            names = ", ".join(f"`{name.removeprefix(key + '.')}`" for name in items)
+            lines += ["", *_indented(f"For these items {WHEN_RESUMED[other]}: {names}.")]
     return lines
 
 
 def escaped(text: str) -> str:
     """Return a doc comment as Markdown that shows every character: outside `code` none of them is markup."""
     code = re.split(r"(``.*?``|`.*?`)", text)
-    return "".join(part if i % 2 else re.sub(r"([*_<\[\\])", r"\\\1", part) for i, part in enumerate(code))
+    return "".join(
+        part if i % 2 else re.sub(r"([*_\[\\])", r"\\\1", part).replace("<", "&lt;") for i, part in enumerate(code)
+    )
 
 
 def _indented(text: str) -> list[str]:
     return [f"    {line}".rstrip() for line in text.splitlines()]
+
+
+def _recipe_files() -> Iterator[Path]:
+    return (config_dir() / "recipe").glob("*.yaml")
+
+
+def _first_sentence(file: Path) -> str:
+    """Return the first sentence of the comment at the top of a YAML file."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.lstrip("# ").rstrip() for line in comment if "@package" not in line)
+    return re.split(r"(?<=\.) ", text, maxsplit=1)[0]
 
 
 def _sections() -> Iterator[tuple[str, str]]:
