@@ -63,7 +63,7 @@ def test_a_changed_table_is_found_and_written_again(tool, monkeypatch, tmp_path,
 def test_readmes_table_fits_on_a_screen(tool, support):
     lines = tool.short_table(support, {}).splitlines()
     rows = [line for line in lines if line.startswith("|")][2:]
-    assert 0 < len(rows) <= 14 and max(map(len, lines)) <= 120
+    assert 0 < len(rows) <= 14 and max(map(len, lines)) <= 100
 
 
 def test_every_row_belongs_to_a_group_and_every_group_has_a_row(support):

@@ -30,7 +30,7 @@ LEGEND = (
     "✅ tested in CI (CPU, gloo, the real megatron-core 0.16.1) · 🟢 tested on a GPU (which, when) ·\n"
     "🔴 failed on a GPU · ⚪ written, never run · \u2013 not possible on a CPU"
 )
-SHORT_NOTE = "*3 of 4*: of the four rows of the subject in [docs/support.md](docs/support.md), which has the evidence."
+SHORT_NOTE = "*3 of 4*: three of the four rows in [docs/support.md](docs/support.md), with the evidence."
 PAGE_INTRODUCTION = """\
 # What runs where
 
