@@ -81,7 +81,7 @@ docs: ## build the documentation's site into site/, strictly
 
 docs-serve: ## show the site at http://127.0.0.1:8000 while you write
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(DOCS_VENV)" docs
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve --no-strict $(ARGS)
 
 clean: ## remove caches and build leftovers; keeps the virtual environment and runs/
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
