@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from megatron_selfdistill.cli import COMMANDS
@@ -14,6 +15,7 @@ from megatron_selfdistill.config import keys
 from megatron_selfdistill.data.files import FORMATS
 from megatron_selfdistill.data.problems import load_problems
 from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE
+from megatron_selfdistill.loss.target import Target, mixed_target
 from megatron_selfdistill.verify import BUILT_IN
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -125,6 +127,21 @@ def test_every_command_that_a_page_names_exists(page):
 def test_the_pattern_of_keys_finds_some(page):
     text = (DOCS / page).read_text(encoding="utf-8")
     assert len(set(re.findall(r"\b(?:data|evaluation|rollout|conversations|guards)\.[a-z_]+", text))) > 5
+
+
+def test_the_targets_that_the_page_about_the_method_shows_are_those_of_the_loss():
+    text = (DOCS / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| the teacher [^|]*\| ([^|]*)\| ([^|]*)\| ([0-9.]+)[^|]*\| ([^|]*)\|$", text, re.MULTILINE)
+    assert len(rows) == 3
+    for student, teacher, k, shown in rows:
+        p, t, q = (
+            torch.tensor([float(one) for one in row.split()], dtype=torch.float64) for row in (student, teacher, shown)
+        )
+        found = mixed_target(p.log()[None], t.log()[None], Target())
+        assert f"{1 / found.beta.item():.2f}" == k
+        assert torch.equal(found.log_q[0].exp().round(decimals=3), q)
+    fixed = mixed_target(p.log()[None], t.log()[None], Target(rule="fixed")).log_q[0].exp()
+    assert [share for share in (q[-1], fixed[-1]) if f"{100 * share:.1f} %" not in text] == []
 
 
 def test_every_message_that_the_page_about_troubles_quotes_is_one_of_the_package():
