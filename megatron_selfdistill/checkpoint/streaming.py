@@ -11,9 +11,13 @@ the writer cut differently.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import math
+import mmap
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -44,6 +48,8 @@ from megatron_selfdistill.checkpoint.names import shown
 from megatron_selfdistill.checkpoint.read_ahead import read_ahead
 from megatron_selfdistill.checkpoint.unpickler import load_metadata, load_pickled
 
+_POPULATE_READ = 22
+"""Linux's MADV_POPULATE_READ: read all pages now, and report an error of the disk instead of a SIGBUS later."""
 MAX_FILE_BYTES = 4 * 2**30
 """Of one .distcp file: small enough that ranks share the reading, large enough that there are few."""
 
@@ -257,7 +263,7 @@ class TorchDistSource:
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, index: tuple[int, ...] = (), num_rows: int | None = None) -> Tensor:
-        """``stored[key][index]``, or its first ``num_rows`` rows; owns its memory."""
+        """Return ``stored[key][index]``, or its first ``num_rows`` rows; may be mapped from the file."""
         shape = self.shapes[key][len(index) :]
         sizes = shape if num_rows is None else (num_rows, *shape[1:])
         start, end = (*index, *(0 for _ in sizes)), (*(i + 1 for i in index), *sizes)
@@ -271,7 +277,7 @@ class TorchDistSource:
             if target is None and part.numel() == math.prod(sizes):
                 return part.reshape(sizes)
             if target is None:
-                target = torch.empty([b - a for a, b in zip(start, end, strict=True)], dtype=part.dtype)
+                target = _in_large_pages([b - a for a, b in zip(start, end, strict=True)], part.dtype)
             target[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))] = part
             covered += part.numel()
             del part
@@ -292,8 +298,7 @@ class TorchDistSource:
         self._kept = None  # before the next one needs memory
         place = self._metadata.storage_data[index]
         try:
-            with _Window(self.folder / place.relative_path, place.offset, place.length) as window:
-                tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            tensor = _mapped(self.folder / place.relative_path, place.offset, place.length)
         except Exception as error:
             name = place.relative_path
             raise CheckpointError(
@@ -305,6 +310,49 @@ class TorchDistSource:
         if max(chunk.sizes[:-2], default=1) > 1:  # several layers or experts, which are asked for one after the other
             self._kept = (index, tensor)
         return tensor
+
+
+def _in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return new memory for a tensor, in pages of 2 MiB where the system has them: small ones would cost more time than
+    the copy into them."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _mapped(path: Path, offset: int, length: int) -> Tensor:
+    """Return the tensor that ``torch.save`` wrote to ``length`` bytes of a file, mapped from there.
+
+    All of its pages are there afterwards: copying them into new memory would cost more than reading them.
+    Raises: OSError where the file ends too early or cannot be read, what ``torch.load`` raises for another content.
+    """
+    with _Window(path, offset, length) as window:
+        with torch.serialization.skip_data():  # the layout of the tensor, in memory that is never touched
+            tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        num_bytes = tensor.untyped_storage().nbytes()
+        if not num_bytes:
+            return tensor
+        window.seek(0)
+        archive = torch._C.PyTorchFileReader(window)  # type: ignore[call-overload]
+        if archive.has_record("byteorder") and archive.get_record("byteorder") != sys.byteorder.encode():
+            raise ValueError(f"expected numbers of byte order {sys.byteorder}")
+        start = offset + archive.get_record_offset("data/0")
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if start + num_bytes > offset + length:
+            raise OSError(f"expected {num_bytes:,} bytes at {start:,}, got {offset + length - start:,}")
+        pages = mmap.mmap(file.fileno(), before + num_bytes, access=mmap.ACCESS_COPY, offset=start - before)
+    try:
+        pages.madvise(_POPULATE_READ)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Linux before 5.14 knows no such advice, and reads page by page
+            raise
+    stored = torch.frombuffer(memoryview(pages)[before:], dtype=torch.uint8).view(tensor.dtype)
+    return stored.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class _ChunkTable:
