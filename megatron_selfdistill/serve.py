@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _refuse(why_no_node(options.nnodes, options.node_rank, options.master_addr, token))
     is_head = options.node_rank == 0
     _refuse(why_not(options.host, token) if is_head else None)
-    _refuse(_why_no_vllm())
     _set_environment(options)
+    _refuse(_why_no_vllm())
     _watch_parent()
 
     import uvloop  # type: ignore[import-not-found]
