@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; ``argv``: the arguments, those of this process where it is None.
 
     Arguments that begin with no command are those of ``train``.  Returns 2, after one sentence or the list of commands
-    on standard error, for a word that is no command, for a package that is not
-    installed, and for no arguments at all.
+    on standard error, for a word that is no command, for a package that is not installed, and for no arguments at all.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:

@@ -79,7 +79,8 @@ def require_checkpoint(path: Path, iteration: int | None = None) -> None:
     """Raise `CheckpointError` where there is no Megatron checkpoint at ``path``, or none of ``iteration``."""
     chosen = folder.of_iteration(Path(path), iteration)
     folder.refuse_hugging_face(chosen)
-    if not folder.is_legacy(folder.tracked(chosen) or chosen) and folder.lacks(folder.tracked(chosen) or chosen):
+    holder = folder.tracked(chosen) or chosen
+    if not folder.is_legacy(holder) and folder.lacks(holder):
         folder.resolve(chosen)
 
 

@@ -17,14 +17,14 @@ import random
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from wall_time import seconds_of
 
 from megatron_selfdistill.noise import silence_known_warnings
 
@@ -72,7 +72,7 @@ def main() -> None:
     for sampler in samplers.values():
         sampler.update_weights(0)
     found = _measure(samplers, arguments, grid.dp_rank)
-    syncs = [_seconds(lambda: engine.update_weights(1)) for _ in range(arguments.repeats)]
+    syncs = [seconds_of(lambda: engine.update_weights(1)) for _ in range(arguments.repeats)]
     num_bytes = engine.metrics()["rollout/sync_bytes"] / (arguments.repeats + 1)
     engine.close()
     if grid.is_reporter:
@@ -99,20 +99,10 @@ def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: i
                 stream = stream_seed(repeat, dp_rank, "benchmark", number)
                 requests.append(Request(prompt, stream, prompt + hint if guided else None))
             for name, sampler in samplers.items():
-                seconds = _seconds(lambda s=sampler, r=requests: s.generate(r, params))  # type: ignore[misc]
+                seconds = seconds_of(lambda s=sampler, r=requests: s.generate(r, params))  # type: ignore[misc]
                 if repeat:  # the first call warms up
                     found.setdefault(f"{name}, guided" if guided else name, []).append(seconds)
     return found
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def _table(

@@ -17,14 +17,15 @@ import secrets
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # tools/, and the package
+
+from wall_time import seconds_of
 
 from megatron_selfdistill.noise import silence_known_warnings
 
@@ -108,8 +109,8 @@ def _measure(
             copy = _copy_of(chunks)
             syncs, copies = [], []
             for version in range(arguments.repeats + 1):
-                copies.append(_seconds(copy))
-                syncs.append(_seconds(lambda version=version, sampler=sampler: sampler.update_weights(version)))
+                copies.append(seconds_of(copy))
+                syncs.append(seconds_of(lambda version=version, sampler=sampler: sampler.update_weights(version)))
             found["bytes"] = int(sampler.metrics()["rollout/sync_bytes"] / (arguments.repeats + 1))
             sampler.close()
             found["syncs"][transfer], found["copies"][transfer] = syncs[1:], copies[1:]  # the first ones warm up
@@ -131,16 +132,6 @@ def _copy_of(chunks: Any) -> Callable[[], None]:
             target.copy_(source)
 
     return copy
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> str:

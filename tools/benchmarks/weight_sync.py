@@ -33,7 +33,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # tools/, and the package
+
+from wall_time import seconds_of
 
 from megatron_selfdistill.noise import silence_known_warnings
 
@@ -163,13 +165,7 @@ def _profiled() -> Iterator[dict[str, float]]:
 def _seconds(work: Callable[[], Any]) -> float:
     """Return the wall seconds from when all ranks begin until this one has ended."""
     dist.barrier()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return seconds_of(work)
 
 
 def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> str:
