@@ -44,9 +44,9 @@ test: venv ## run the tests (ARGS="-m slow" for the slow ones)
 
 # The sampler in vLLM's own process, then the trainer without vLLM against real servers.
 test-vllm: venv venv-vllm ## run the tests that need the real vLLM, on a CPU
-	@$(VLLM_TEST) $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_colocated $(ARGS)
+	@$(VLLM_TEST) $(VLLM_VENV)/bin/python -m pytest -q tests/vllm/colocated $(ARGS)
 	@$(VLLM_TEST) SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)" \
-		$(BIN)/python -m pytest -q tests/vllm_server $(ARGS)
+		$(BIN)/python -m pytest -q tests/vllm/server $(ARGS)
 
 # A cluster of three nodes on this machine, for the time of the tests.  With vLLM's environment, where it is there, also
 # rollout nodes of their own.
@@ -69,7 +69,7 @@ format: venv ## let ruff format and fix what it can
 	@$(BIN)/ruff check --fix $(PYTHON_FOLDERS); $(BIN)/ruff format $(PYTHON_FOLDERS)
 
 bench: venv ## time and memory of the two pair orders of the schedule
-	@OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark_pair_order.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/benchmarks/pair_order.py $(ARGS)
 
 bench-gpu: $(if $(PYTHON_GPU),,venv) ## write docs/benchmarks_gpu.md on a GPU, at most nine minutes (ARGS="--gpus 8": the 8B recipe, too)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) tools/benchmarks/on_gpu.py $(ARGS)

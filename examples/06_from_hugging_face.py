@@ -84,13 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, float]:
     """Convert, train, convert back: the new Hugging Face folder, and how far its logits are from the live model's."""
-    from megatron_selfdistill.checkpoint import convert
+    from megatron_selfdistill.checkpoint import conversion
 
     megatron, run_dir, out = root / "megatron", root / "run", root / "self_distilled"
     for folder in (megatron, run_dir, out):
         shutil.rmtree(folder, ignore_errors=True)
     announce("Hugging Face to Megatron", f"selfdistill convert hf-to-megatron --hf {task.hf} --out {megatron}")
-    convert.hf_to_megatron(task.hf, megatron)
+    conversion.hf_to_megatron(task.hf, megatron)
     overrides = (
         *task.overrides,
         f"num_steps={num_steps}",
@@ -105,23 +105,23 @@ def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, flo
         "Megatron to Hugging Face",
         f"selfdistill convert megatron-to-hf --megatron {run_dir / 'checkpoints'} --hf-config {task.hf} --out {out}",
     )
-    convert.megatron_to_hf(run_dir / "checkpoints", out, hf_config=task.hf)
+    conversion.megatron_to_hf(run_dir / "checkpoints", out, hf_config=task.hf)
     return out, largest_difference(out, texts, live)
 
 
 def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], list[Tensor]]:
     """The trainer's own parts and loop; then a few prompts as tokens, and the live model's logits on them."""
-    from megatron_selfdistill import parallel
-    from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
-    from megatron_selfdistill.guards import RunUnhealthy
+    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
+    from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.run import Run
     from megatron_selfdistill.train import loop
 
     given = configuration.given_keys(overrides, config_name)
     config = with_stored_architecture(configuration.load(overrides, config_name), given)
     inputs = Inputs.load(config)
-    grid = parallel.initialize(config.parallel, config.seed)
+    grid = ranks.initialize(config.parallel, config.seed)
     try:
         run = Run(config, inputs, grid)
         try:
@@ -134,7 +134,7 @@ def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], 
         texts = [inputs.builder.student_prompt(problem) for problem in inputs.problems.problems[:NUM_TEXTS]]
         return texts, [logits(run, text) for text in texts]
     finally:
-        parallel.shutdown()
+        ranks.shutdown()
 
 
 def logits(run: Run, tokens: Sequence[int]) -> Tensor:

@@ -36,7 +36,7 @@ from megatron_selfdistill.metrics.log import METRICS_FILE
 from megatron_selfdistill.report.curves import GREEDY, SAMPLED, plot_curves
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
-    from megatron_selfdistill.inference import Inference
+    from megatron_selfdistill.evaluation.inference import Inference
     from megatron_selfdistill.inputs import Inputs
 
 NUM_SESSIONS = 2000
@@ -94,8 +94,8 @@ def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outco
 
 def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
     """NUM_SESSIONS conversations between the base and the scripted user, as OpenAI-style messages."""
-    from megatron_selfdistill import parallel
-    from megatron_selfdistill.inference import open_inference
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.inputs import Inputs
 
     overrides = [*base.overrides, f"data.path={base.held_out}", f"run_dir={base.folder / 'logs'}"]
@@ -103,7 +103,7 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
     inputs = Inputs.load(config)
     problems = subtraction_chats.distinct(NUM_SESSIONS, "train", seed=777 + seed)
     sessions = [Session(a, b) for a, b in problems]
-    grid = parallel.initialize(config.parallel, config.seed)
+    grid = ranks.initialize(config.parallel, config.seed)
     try:
         with open_inference(config, inputs, grid) as inference:
             for attempt in range(NUM_ATTEMPTS):
@@ -113,7 +113,7 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
                 ):
                     session.hear(answer, last=attempt + 1 == NUM_ATTEMPTS)
     finally:
-        parallel.shutdown()
+        ranks.shutdown()
     right = sum(session.by_the_model for session in sessions)
     console.print(f"{len(sessions)} conversations; in {right} the model found the answer, else the user gave it")
     return [session.record() for session in random.Random(seed).sample(sessions, len(sessions))]

@@ -24,11 +24,11 @@ from pretraining import CONFIG_NAME, Base, make_base
 from rich.console import Console
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.noise import silence_known_warnings
+from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 from megatron_selfdistill.train import EXIT_UNHEALTHY, train
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
-    from megatron_selfdistill.evaluate import EvaluationResult, Transcript
+    from megatron_selfdistill.evaluation.held_out import EvaluationResult, Transcript
 
 console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
@@ -115,7 +115,7 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
 
     ``num_samples``: sampled responses per problem, at least 8.
     """
-    from megatron_selfdistill import parallel
+    from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
 
@@ -132,7 +132,7 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
         overrides.append(f"checkpoint.load={trained / 'checkpoints'}")
     config = configuration.load(overrides, CONFIG_NAME)
     with console.status("measuring on held-out problems"):
-        grid = parallel.initialize(config.parallel, config.seed)
+        grid = ranks.initialize(config.parallel, config.seed)
         try:
             run = Run(config, Inputs.load(config), grid)
             try:
@@ -143,7 +143,7 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
             finally:
                 run.close()
         finally:
-            parallel.shutdown()
+            ranks.shutdown()
     assert hinted.sampled_accuracy is not None
     return _measurement(result, hinted.sampled_accuracy, own["entropy/student"], base.task.shows_work)
 

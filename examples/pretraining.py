@@ -89,11 +89,11 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
 
 def pretrain(config: Config, task: ModuleType) -> None:
     """``num_steps`` steps of next-token training; the loop of train.py, with rows of a corpus for responses."""
-    from megatron_selfdistill import parallel
+    from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
 
-    grid = parallel.initialize(config.parallel, config.seed)
+    grid = ranks.initialize(config.parallel, config.seed)
     try:
         run = Run(config, Inputs.load(config), grid)
         try:
@@ -105,7 +105,7 @@ def pretrain(config: Config, task: ModuleType) -> None:
         finally:
             run.close()
     finally:
-        parallel.shutdown()
+        ranks.shutdown()
 
 
 def corpus_batch(run: Run, rows: Sequence[tuple[str, str, str]]) -> PackedBatch:

@@ -12,7 +12,7 @@ from megatron_selfdistill.cli import command_of, main
 
 if __name__ == "__main__":
     if command_of(sys.argv[1:]) == "train":
-        from megatron_selfdistill import stop
+        from megatron_selfdistill.distributed import stop
 
         stop.ignore_signals()  # torchrun ends all ranks after the first one, and each has a status to keep
     sys.exit(main())

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_selfdistill.config import Config, ConfigError, DataConfig
-from megatron_selfdistill.data.acceptance import load_rule
+from megatron_selfdistill.data.chat.acceptance import load_rule
+from megatron_selfdistill.data.chat.conversations import ConversationSet, load_conversations
+from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_contexts
-from megatron_selfdistill.data.conversations import ConversationSet, load_conversations
 from megatron_selfdistill.data.hints import (
     LOOKED_AT,
     HintCost,
@@ -29,7 +30,6 @@ from megatron_selfdistill.data.prompts import (
     Tokenizer,
     load_tokenizer,
 )
-from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from megatron_selfdistill import progress
-from megatron_selfdistill.batch import largest
-from megatron_selfdistill.checkpoint.agreement import from_all_ranks
 from megatron_selfdistill.config import Config, ConfigError, hidden
+from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
-from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
+from megatron_selfdistill.distributed import watchdog
+from megatron_selfdistill.distributed.collectives import from_all_ranks
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.inputs import Inputs, turn_reader
-from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.pipeline.batch import largest
 from megatron_selfdistill.rollout.solutions import of_all_replicas
 
 LEFT_OUT_FILE = "left_out.txt"
@@ -44,7 +44,7 @@ class LoggedTurns:
     and the stream's position is all the state there is.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, grid: Grid, stream: ProblemStream) -> None:
+    def __init__(self, config: Config, inputs: Inputs, grid: RankGrid, stream: ProblemStream) -> None:
         self._inputs, self._grid, self._stream = inputs, grid, stream
         self._reader = turn_reader(config, inputs)
         self._file = Path(config.run_dir) / LEFT_OUT_FILE
@@ -105,7 +105,7 @@ class LoggedTurns:
             raise ConfigError(f"no turn is left of {len(self._unusable)}; the first: {first}")
 
 
-def read_all_turns(config: Config, inputs: Inputs, grid: Grid) -> Inputs:
+def read_all_turns(config: Config, inputs: Inputs, grid: RankGrid) -> Inputs:
     """``inputs`` with counts of all their turns and a sentence for every unusable one; the turns stay.
 
     Each rank of the world reads its share, the first says every half minute how far it is.
@@ -138,7 +138,7 @@ def _read_by_chunks(
     for start in range(0, len(problems), _CHUNK):
         chunk = problems[start : start + _CHUNK]
         yield chunk, reader.read(chunk)
-        progress.beat()
+        watchdog.beat()
 
 
 def list_left_out(file: Path, sentences: Iterable[str]) -> None:

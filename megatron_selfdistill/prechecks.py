@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_selfdistill.checkpoint import folder
-from megatron_selfdistill.checkpoint.errors import CheckpointError
-from megatron_selfdistill.checkpoint.hf_files import read_config, weight_files
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
 from megatron_selfdistill.config import Config, ConfigError
-from megatron_selfdistill.data.files import data_files, is_hub_name
+from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.prompts import tokenizer_place
+from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.inputs import longest_context
 
 
@@ -63,7 +63,7 @@ def names_its_model(config: Config) -> bool:
 def _resumes(config: Config) -> bool:
     """Return whether ``run_dir`` holds checkpoints from which the run would continue."""
     run_dir = config.run_dir if config.checkpoint.resume else None
-    return run_dir is not None and bool(folder.candidates(Path(run_dir) / "checkpoints"))
+    return run_dir is not None and bool(directory.candidates(Path(run_dir) / "checkpoints"))
 
 
 def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks: Sequence[int] = ()) -> None:
@@ -77,11 +77,11 @@ def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks
 
 def require_checkpoint(path: Path, iteration: int | None = None) -> None:
     """Raise `CheckpointError` where there is no Megatron checkpoint at ``path``, or none of ``iteration``."""
-    chosen = folder.of_iteration(Path(path), iteration)
-    folder.refuse_hugging_face(chosen)
-    holder = folder.tracked(chosen) or chosen
-    if not folder.is_legacy(holder) and folder.lacks(holder):
-        folder.resolve(chosen)
+    chosen = directory.of_iteration(Path(path), iteration)
+    directory.refuse_hugging_face(chosen)
+    holder = directory.tracked(chosen) or chosen
+    if not directory.is_legacy(holder) and directory.lacks(holder):
+        directory.resolve(chosen)
 
 
 def require_hugging_face(path: Path) -> None:
@@ -93,7 +93,7 @@ def require_hugging_face(path: Path) -> None:
 def is_hugging_face(path: Path) -> bool:
     """Return whether ``path`` is a Hugging Face folder and no Megatron checkpoint."""
     try:
-        folder.refuse_hugging_face(Path(path))
+        directory.refuse_hugging_face(Path(path))
     except CheckpointError:
         return True
     return False

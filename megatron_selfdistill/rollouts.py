@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.chat.replies import Turn
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
-from megatron_selfdistill.data.replies import Turn
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.evaluation.verify import check_answers, judge, load_verifier
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.logged import LoggedTurns
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
 from megatron_selfdistill.rollout.recorded import Recording, record
 from megatron_selfdistill.rollout.solutions import OwnSolutions, Score, Search, of_all_replicas, prompts_with
 from megatron_selfdistill.rollout.success import SuccessRates, Visit
-from megatron_selfdistill.verify import check_answers, judge, load_verifier
 
 Key = tuple[int, str, int]
 """(step, problem id, sample index): what names a sample, and its random stream."""
@@ -38,7 +38,7 @@ class Rollouts:
     """
 
     def __init__(
-        self, config: Config, inputs: Inputs, grid: Grid, sampler: Sampler, phases: Phases, score: Score
+        self, config: Config, inputs: Inputs, grid: RankGrid, sampler: Sampler, phases: Phases, score: Score
     ) -> None:
         """``score``: how learnable responses are (`OwnSolutions`, pick=learnable).
 

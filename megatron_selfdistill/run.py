@@ -13,48 +13,54 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill import next_steps, schedule
-from megatron_selfdistill.batch import pack_everywhere
-from megatron_selfdistill.checkpoint.agreement import on_rank_0
-from megatron_selfdistill.checkpoint.arguments import megatron_args
-from megatron_selfdistill.checkpoint.errors import CheckpointError
-from megatron_selfdistill.checkpoint.folder import iteration_name
-from megatron_selfdistill.checkpoint.megatron import Checkpointer, load_weights, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.directory import iteration_name
+from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
+from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer, load_weights, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.run.resumption import CONFIGURATION, Resumption, resumption
+from megatron_selfdistill.checkpoint.run.run_directory import RunFolder
 from megatron_selfdistill.config import Config, ConfigError, hidden
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.evaluate import EvaluationResult, evaluate
-from megatron_selfdistill.guards import Guards, check_identity, check_teacher_canary, warning_of_a_silent_teacher
-from megatron_selfdistill.inference import decided_output_layer, new_chunks
+from megatron_selfdistill.distributed.collectives import on_rank_0
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.stop import Stop
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.evaluation.held_out import EvaluationResult, evaluate
+from megatron_selfdistill.evaluation.inference import decided_output_layer, new_chunks
+from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.inputs import Inputs, turn_reader
 from megatron_selfdistill.logged import read_all_turns
-from megatron_selfdistill.loss.backend import in_use
 from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.backend import in_use
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target, solve_batch_k
-from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import MetricsLog, Phases, batch_entropies, rollout_metrics, step_metrics
+from megatron_selfdistill.metrics.guards import (
+    Guards,
+    check_identity,
+    check_teacher_canary,
+    warning_of_a_silent_teacher,
+)
 from megatron_selfdistill.metrics.samples import chosen, sample_of
 from megatron_selfdistill.metrics.token_numbers import token_numbers
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.fp8 import token_multiple
+from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
 from megatron_selfdistill.model.output_layer import FusedLoss
-from megatron_selfdistill.one_copy import to_device_in_one_copy
-from megatron_selfdistill.optimizer_step import apply_gradients, gradient_norm
-from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.resuming import CONFIGURATION, Resumption, resumption
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.score import learnabilities
+from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.rollout.base import Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import configured_target, make_sampler, sampling_params
 from megatron_selfdistill.rollout.on_demand import OnDemandSampler
 from megatron_selfdistill.rollouts import Rollouts
-from megatron_selfdistill.run_folder import RunFolder
-from megatron_selfdistill.score import learnabilities
-from megatron_selfdistill.stop import Stop
 from megatron_selfdistill.teacher import Teacher
 from megatron_selfdistill.turns import Turns, turn_metrics, turn_weight
-from megatron_selfdistill.verify import load_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +74,7 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, inputs: Inputs, grid: Grid, prove_ownership: Callable[[], None] | None = None
+        self, config: Config, inputs: Inputs, grid: RankGrid, prove_ownership: Callable[[], None] | None = None
     ) -> None:
         """``prove_ownership``: called on rank 0 before the run folder is written; raises `CheckpointError` where
         another run has taken the folder over (`RunLock.renew`)."""

@@ -15,15 +15,16 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill import command_line, next_steps, prechecks, progress, stop
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.checkpoint.errors import CheckpointError
-from megatron_selfdistill.config import Config, ConfigError, check_files
-from megatron_selfdistill.noise import silence_known_warnings
-from megatron_selfdistill.plan import checks
-from megatron_selfdistill.roll_call import OtherRankFailed, RollCall
-from megatron_selfdistill.rollout.errors import EngineError
-from megatron_selfdistill.run_lock import LOCK, RunLock
+from megatron_selfdistill import prechecks
+from megatron_selfdistill.checkpoint.run.run_lock import LOCK, RunLock
+from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.config import Config, ConfigError, check_files, command_line
+from megatron_selfdistill.distributed import stop, watchdog
+from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
+from megatron_selfdistill.errors import CheckpointError, EngineError
+from megatron_selfdistill.plan import plan_checks
+from megatron_selfdistill.report import next_steps
 
 if TYPE_CHECKING:
     from megatron_selfdistill.inputs import Inputs
@@ -34,9 +35,9 @@ EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
 @stop.listening()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 for a run that is complete or that stopped when asked (stop.py),
+    """Run the command line; return the exit status: 0 for a run that is complete or that stopped when asked (distributed/stop.py),
     2 for bad input, 3 where a guard stopped the run, 4 where responses could not be had, 130 for Ctrl-C outside of a
-    run or pressed twice.  A run that hangs exits with 5 (progress.py)."""
+    run or pressed twice.  A run that hangs exits with 5 (distributed/watchdog.py)."""
     ranks = RollCall()
     try:
         return _command(command_line.parse(argv), ranks)
@@ -105,10 +106,10 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
 
 def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
     silence_known_warnings()
-    from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
+    from megatron_selfdistill.checkpoint.run.resumption import refuse_another_run
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
     from megatron_selfdistill.inputs import Inputs
-    from megatron_selfdistill.resuming import refuse_another_run
 
     refuse_another_run(config, given)
     as_given, config = config, with_stored_architecture(config, given)
@@ -124,17 +125,17 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
 
 
 def _train(config: Config, inputs: Inputs, prove_ownership: Callable[[], None] | None) -> int:
-    from megatron_selfdistill import parallel
-    from megatron_selfdistill.guards import RunUnhealthy
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.run import Run
 
     rollout = config.rollout
     by_ipc = rollout.engine == "vllm" and rollout.placement == "server" and rollout.transfer in (None, "ipc")
-    grid = parallel.initialize(config.parallel, config.seed, shares_memory=by_ipc)
+    grid = ranks.initialize(config.parallel, config.seed, shares_memory=by_ipc)
     try:
         stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
-        with progress.watched(grid.rank, grid.world_size, stacks, config.hang_timeout_s):
-            with progress.moving_files():
+        with watchdog.watched(grid.rank, grid.world_size, stacks, config.hang_timeout_s):
+            with watchdog.moving_files():
                 run = Run(config, inputs, grid, prove_ownership)
             try:
                 _announce(run)
@@ -153,14 +154,14 @@ def _train(config: Config, inputs: Inputs, prove_ownership: Callable[[], None] |
             finally:
                 run.close()
     finally:
-        parallel.shutdown()
+        ranks.shutdown()
 
 
 def _finished(config: Config, as_given: Config) -> Path | None:
     """Return the last checkpoint of a run that is complete, and was last started with the configuration ``as_given``;
     ``config``: the same with the architecture of that checkpoint.  None for any other run."""
-    from megatron_selfdistill.checkpoint import folder
-    from megatron_selfdistill.run_folder import CONFIGURATION_FILE
+    from megatron_selfdistill.checkpoint import directory
+    from megatron_selfdistill.checkpoint.run.run_directory import CONFIGURATION_FILE
 
     run_dir = Path(config.run_dir)
     written = run_dir / CONFIGURATION_FILE
@@ -169,10 +170,10 @@ def _finished(config: Config, as_given: Config) -> Path | None:
     # Its first launch wrote it before there was a checkpoint with an architecture, the others after that.
     if written.read_text(encoding="utf-8") not in map(configuration.to_yaml, (as_given, config)):
         return None  # the run itself judges what differs
-    latest = folder.latest(run_dir / "checkpoints")
-    if latest is None or folder.iteration_of(latest) < config.num_steps:
+    latest = directory.latest(run_dir / "checkpoints")
+    if latest is None or directory.iteration_of(latest) < config.num_steps:
         return None
-    return None if folder.incomplete(latest) or folder.unverifiable(latest) else latest
+    return None if directory.incomplete(latest) or directory.unverifiable(latest) else latest
 
 
 def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
@@ -185,13 +186,13 @@ def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
 def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]) -> int:
     """``dry_run=true`` without a launch: print what the run will need on ``cluster.num_gpus`` GPUs, and how to launch
     it.  Raises `ConfigError` for what cannot run, and after the tables for what does not fit."""
-    checks.check_plan(config)
+    plan_checks.check_plan(config)
     if config.data.path and config.data.tokenizer:  # else the plan reads neither
         prechecks.require_data(config)
     prechecks.require_start(config)
     silence_known_warnings()
     from megatron_selfdistill.plan.dry_run import dry_run
-    from megatron_selfdistill.plan.report import show
+    from megatron_selfdistill.plan.plan_tables import show
 
     planned = dry_run(config, given)
     show(planned, arguments)
@@ -219,11 +220,11 @@ def loop(run: Run) -> None:
 def _announce(run: Run) -> None:
     """Write the resolved configuration into the run folder, unless this is a dry run, and say what will run."""
     from megatron_selfdistill.data.packing import length_quantum
+    from megatron_selfdistill.distributed.ranks import about_allocator
     from megatron_selfdistill.logged import LEFT_OUT_FILE, list_left_out
     from megatron_selfdistill.model.architecture import uses_transformer_engine
     from megatron_selfdistill.model.build import megatron_in_use, unwrapped
     from megatron_selfdistill.model.fused_kernels import kernels_in_use
-    from megatron_selfdistill.parallel import about_allocator
 
     if not run.grid.is_reporter:
         return

@@ -10,15 +10,15 @@ from functools import partial
 
 import torch
 
-from megatron_selfdistill.batch import over_last_stage
 from megatron_selfdistill.config import ConversationsConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import LikelyTurns, down_weighted, dropped
 from megatron_selfdistill.metrics.step import over_all_ranks
-from megatron_selfdistill.one_copy import to_device_in_one_copy
-from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.schedule import StepOutput
+from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.pipeline.batch import over_last_stage
+from megatron_selfdistill.pipeline.schedule import StepOutput
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Turns:
         return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths, dtype=torch.int64))
 
 
-def turn_weight(wanted: ConversationsConfig, turns: Turns, grid: Grid) -> LikelyTurns | None:
+def turn_weight(wanted: ConversationsConfig, turns: Turns, grid: RankGrid) -> LikelyTurns | None:
     """The weights of a step's rows that ``conversations.min_log_prob`` asks for; None where it is null."""
     if wanted.min_log_prob is None:
         return None
@@ -52,7 +52,7 @@ def turn_weight(wanted: ConversationsConfig, turns: Turns, grid: Grid) -> Likely
     return LikelyTurns(turn_ids, len(turns.lengths), wanted.min_log_prob, weight, over_ranks)
 
 
-def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: Grid) -> dict[str, float]:
+def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: RankGrid) -> dict[str, float]:
     """Over the turns of the global batch, under flat keys; equal on all ranks.  ``weighted``: there is a `turn_weight`.
 
         turns/count

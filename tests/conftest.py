@@ -23,8 +23,8 @@ TESTS = Path(__file__).resolve().parent
 
 # Left out where what they need is not there: `make test-vllm` brings it.
 NEEDS = {
-    "vllm_colocated": (importlib.util.find_spec("vllm") is not None, "vLLM in this environment"),
-    "vllm_server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "SELFDISTILL_VLLM_PYTHON"),
+    "vllm/colocated": (importlib.util.find_spec("vllm") is not None, "vLLM in this environment"),
+    "vllm/server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "SELFDISTILL_VLLM_PYTHON"),
     "slurm": (
         os.environ.get("SELFDISTILL_TEST_SLURM") == "1",
         "SELFDISTILL_TEST_SLURM=1 and the packages slurmctld, slurmd and slurm-client (make test-slurm)",

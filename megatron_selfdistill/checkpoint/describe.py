@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.checkpoint import folder, manifest
-from megatron_selfdistill.checkpoint.errors import CheckpointError
-from megatron_selfdistill.checkpoint.hf_files import read_config
-from megatron_selfdistill.checkpoint.megatron_flags import MEGATRON_LM, megatron_flags
-from megatron_selfdistill.checkpoint.safetensors_folder import open_weights_folder
-from megatron_selfdistill.checkpoint.saved_run import is_ours
-from megatron_selfdistill.checkpoint.stored_model import architecture_from_args, true_vocab_size
-from megatron_selfdistill.checkpoint.weights import Weights, open_weights
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
+from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
+from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_folder
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.run.saved_run import is_ours
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.model.hf_mapping import Family, family_of, family_of_model
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
 
 COMPANIONS = "huggingface"
 """The folder in a Megatron checkpoint with the config.json, tokenizer and generation files that it came with."""
@@ -32,7 +33,7 @@ FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per mod
 def describe(path: Path) -> dict[str, str]:
     """What a checkpoint is, for people: family, sizes, parallel layout, iteration, parameters, types, vocabulary."""
     path = Path(path)
-    if (path / "config.json").is_file() and folder.tracked(path) is None:
+    if (path / "config.json").is_file() and directory.tracked(path) is None:
         return _describe_hf(path)
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
@@ -74,7 +75,7 @@ def _usage(weights: Weights, model: ModelConfig, beside: Path | None) -> dict[st
     sizes = weights.sizes()
     flags = megatron_flags(model, dtype=max(sizes, key=lambda dtype: sizes[dtype]), padded_vocab_size=weights.num_rows)
     parts = ["--load", str(weights.path.parent), "--ckpt-format", weights.format]
-    if folder.tracked(weights.path.parent) != weights.path:
+    if directory.tracked(weights.path.parent) != weights.path:
         parts += ["--ckpt-step", str(weights.iteration)]
     if beside is not None and (beside / "tokenizer_config.json").is_file():
         parts += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(beside)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_selfdistill.checkpoint import folder
+from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.describe import companions_of
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.data.prompts import SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -65,9 +65,9 @@ def _shown(tokens: Mapping[int, str], index: int) -> str:
 def _carried(config: Config) -> Path | None:
     """Return the folder with the tokenizer of the checkpoint that the run reads; None where there is none."""
     resumes = config.run_dir and config.checkpoint.resume
-    newest = folder.latest(Path(config.run_dir) / "checkpoints") if resumes else None
+    newest = directory.latest(Path(config.run_dir) / "checkpoints") if resumes else None
     path = newest or config.checkpoint.load
     if path is None:
         return None
-    beside = companions_of(folder.tracked(Path(path)) or Path(path))
+    beside = companions_of(directory.tracked(Path(path)) or Path(path))
     return beside if beside is not None and any(any(beside.glob(pattern)) for pattern in _FILES) else None

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.checkpoint.convert import Progress
+    from megatron_selfdistill.checkpoint.conversion import Progress
 
 EXIT_REFUSED = 2
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written goes
     # What --help and a mistyped option need not wait for; torch is imported once the arguments make sense.
-    from megatron_selfdistill.checkpoint.errors import CheckpointError
+    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
     from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.noise import silence_known_warnings
+    from megatron_selfdistill.errors import CheckpointError
 
     silence_known_warnings()
     try:
@@ -57,18 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_hf_to_megatron(arguments: argparse.Namespace) -> None:
     """Raise CheckpointError for what can be seen without torch."""
     from megatron_selfdistill import prechecks
-    from megatron_selfdistill.checkpoint.folder import require_free
+    from megatron_selfdistill.checkpoint.directory import require_free
 
     require_free(arguments.out)
     prechecks.require_hugging_face(arguments.hf)
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> int:
-    from megatron_selfdistill.checkpoint import convert
+    from megatron_selfdistill.checkpoint import conversion
 
-    dtype = convert.DTYPES[arguments.dtype] if arguments.dtype else None
+    dtype = conversion.DTYPES[arguments.dtype] if arguments.dtype else None
     with _progress() as progress:
-        written = convert.hf_to_megatron(
+        written = conversion.hf_to_megatron(
             arguments.hf,
             arguments.out,
             dtype=dtype,
@@ -86,8 +86,8 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
 def check_megatron_to_hf(arguments: argparse.Namespace) -> None:
     """Raise CheckpointError for what can be seen without torch."""
     from megatron_selfdistill import prechecks
-    from megatron_selfdistill.checkpoint.folder import require_free
-    from megatron_selfdistill.checkpoint.hf_files import read_config
+    from megatron_selfdistill.checkpoint.directory import require_free
+    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 
     require_free(arguments.out)
     prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
@@ -96,15 +96,15 @@ def check_megatron_to_hf(arguments: argparse.Namespace) -> None:
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
-    from megatron_selfdistill.checkpoint import convert
+    from megatron_selfdistill.checkpoint import conversion
 
     with _progress() as progress:
-        written = convert.megatron_to_hf(
+        written = conversion.megatron_to_hf(
             arguments.megatron,
             arguments.out,
             iteration=arguments.iteration,
             hf_config=arguments.hf_config,
-            dtype=convert.DTYPES[arguments.dtype] if arguments.dtype else None,
+            dtype=conversion.DTYPES[arguments.dtype] if arguments.dtype else None,
             vocab_size=arguments.vocab_size,
             max_shard_bytes=arguments.max_shard_size,
             allow_non_finite=arguments.allow_non_finite,
@@ -139,7 +139,7 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    from megatron_selfdistill.checkpoint.convert import Progress
+    from megatron_selfdistill.checkpoint.conversion import Progress
 
     console = Console(stderr=True)
     columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from megatron_selfdistill.commands.node_findings import (
+from megatron_selfdistill.doctor.findings import (
     FAILURE,
     OK,
     OPTIONAL,
@@ -123,8 +123,8 @@ def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
         (brief if arguments.brief else report)(findings)
     if failed:
         return 1  # the launcher ends the other ranks
-    importlib.import_module("megatron_selfdistill.noise").silence_known_warnings()
-    selftest = importlib.import_module("megatron_selfdistill.selftest.run")
+    importlib.import_module("megatron_selfdistill.compat.known_warnings").silence_known_warnings()
+    selftest = importlib.import_module("megatron_selfdistill.selftest.node_test")
     outcomes = selftest.selftest(arguments.sampler, limit_s=deadline - time.monotonic())
     return 0 if selftest.passed(outcomes) else 1
 

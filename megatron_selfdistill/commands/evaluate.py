@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need not wait for
     from megatron_selfdistill.config import Config
+    from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.inputs import Inputs
-    from megatron_selfdistill.parallel import Grid
 
 EXIT_REFUSED, EXIT_FAILED = 2, 4
 RESERVED = {
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     comparing = argv[:1] == ["compare"]
     arguments = _compare_parser().parse_args(argv[1:]) if comparing else _evaluate_arguments(argv)
-    from megatron_selfdistill.checkpoint.errors import CheckpointError
+    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
     from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.noise import silence_known_warnings
+    from megatron_selfdistill.errors import CheckpointError
 
     silence_known_warnings()
     try:
@@ -71,8 +71,8 @@ def check(arguments: argparse.Namespace) -> None:
     """Raise `ConfigError` or `CheckpointError` for what can be seen without torch, which takes seconds to import."""
     from megatron_selfdistill import prechecks
     from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.report.evaluation_folder import require_free
-    from megatron_selfdistill.roll_call import world_size
+    from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.evaluation.evaluation_directory import require_free
 
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     if arguments.hf is not None and arguments.iteration is not None:
@@ -89,8 +89,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Every rank comes here; rank 0 writes and prints.  Returns the exit status."""
-    from megatron_selfdistill.rollout.errors import EngineError
-    from megatron_selfdistill.verify import VerifierError
+    from megatron_selfdistill.errors import EngineError
+    from megatron_selfdistill.evaluation.verify import VerifierError
 
     try:
         return _evaluate(arguments)
@@ -100,11 +100,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from megatron_selfdistill import parallel
-    from megatron_selfdistill.inference import converted
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.evaluation.inference import converted
+    from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.inputs import Inputs
-    from megatron_selfdistill.roll_call import world_size
-    from megatron_selfdistill.verify import check_answers, load_verifier
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders go
     model = _model(arguments)
@@ -112,7 +112,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     config.check_world(world_size())
     inputs = Inputs.load_evaluation(config, arguments.hinted)
     check_answers(inputs.evaluation, load_verifier(config.evaluation.verifier))
-    grid = parallel.initialize(config.parallel, config.seed)
+    grid = ranks.initialize(config.parallel, config.seed)
     try:
         with _temporary_folder(arguments.tmp or arguments.out.parent, grid) as folder, ExitStack() as stack:
             load = model["path"]
@@ -122,18 +122,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(folder / "run"))
             _evaluate_with(config, inputs, grid, arguments, model)
     finally:
-        parallel.shutdown()
+        ranks.shutdown()
     return 0
 
 
 def _evaluate_with(
-    config: Config, inputs: Inputs, grid: Grid, arguments: argparse.Namespace, model: dict[str, Any]
+    config: Config, inputs: Inputs, grid: RankGrid, arguments: argparse.Namespace, model: dict[str, Any]
 ) -> None:
-    from megatron_selfdistill import evaluate as evaluation
-    from megatron_selfdistill.inference import open_inference
-    from megatron_selfdistill.report.evaluations import write_evaluation
-    from megatron_selfdistill.report.tables import show_summary
-    from megatron_selfdistill.verify import load_verifier
+    from megatron_selfdistill.evaluation import held_out as evaluation
+    from megatron_selfdistill.evaluation.evaluations import write_evaluation
+    from megatron_selfdistill.evaluation.inference import open_inference
+    from megatron_selfdistill.evaluation.tables import show_summary
+    from megatron_selfdistill.evaluation.verify import load_verifier
 
     with open_inference(config, inputs, grid) as inference:
         began = time.perf_counter()
@@ -166,7 +166,7 @@ def _evaluate_with(
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     """What summary.json says of the model; it is there, as far as a look at it tells."""
-    from megatron_selfdistill.checkpoint.weights import open_weights
+    from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
 
     if arguments.hf is not None:
         return {"format": "hugging_face", "path": str(arguments.hf), "iteration": None}
@@ -176,7 +176,7 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
     """The trainer's configuration, with what the options say and the architecture that the model has."""
-    from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 
     config, given = _loaded(arguments)
@@ -194,7 +194,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """The configuration of the command line, before the model is known, and the keys that it sets."""
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.roll_call import world_size
+    from megatron_selfdistill.distributed.roll_call import world_size
 
     named = (arguments.overrides, arguments.config_name, arguments.config_dir)
     config, given = configuration.load(*named), configuration.given_keys(*named)
@@ -217,9 +217,9 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
 def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Config:
     """What `with_stored_architecture` will find in the checkpoint that ``hf`` becomes."""
-    from megatron_selfdistill.checkpoint.hf_files import read_config
-    from megatron_selfdistill.checkpoint.stored_model import reconcile
-    from megatron_selfdistill.model.hf_mapping import family_of
+    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+    from megatron_selfdistill.checkpoint.formats.stored_model import reconcile
+    from megatron_selfdistill.model.hf.mapping import family_of
 
     description = read_config(hf)
     fields = {key.removeprefix("model.") for key in given if key.startswith("model.")}
@@ -240,9 +240,9 @@ def _tokenizer_of(path: Path, model_format: str) -> str:
 
 
 @contextmanager
-def _temporary_folder(parent: Path, grid: Grid) -> Iterator[Path]:
+def _temporary_folder(parent: Path, grid: RankGrid) -> Iterator[Path]:
     """A folder that all ranks see, removed afterwards."""
-    from megatron_selfdistill.checkpoint.agreement import on_rank_0
+    from megatron_selfdistill.distributed.collectives import on_rank_0
 
     def make() -> str:
         parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ def _temporary_folder(parent: Path, grid: Grid) -> Iterator[Path]:
 
 
 def _data(inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
-    from megatron_selfdistill.report.evaluations import data_fingerprint
+    from megatron_selfdistill.evaluation.evaluations import data_fingerprint
 
     problems = inputs.evaluation
     return {"path": str(arguments.data), "fingerprint": data_fingerprint(problems), "num_problems": len(problems)}
@@ -292,13 +292,13 @@ def _settings(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> 
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from megatron_selfdistill.report.evaluation_folder import require_evaluation
+    from megatron_selfdistill.evaluation.evaluation_directory import require_evaluation
 
     for folder in (arguments.a, arguments.b):
         require_evaluation(folder)
-    from megatron_selfdistill.report import comparison
-    from megatron_selfdistill.report.evaluations import read_evaluation
-    from megatron_selfdistill.report.tables import show_comparison
+    from megatron_selfdistill.evaluation import comparison
+    from megatron_selfdistill.evaluation.evaluations import read_evaluation
+    from megatron_selfdistill.evaluation.tables import show_comparison
 
     compared = comparison.compare(
         read_evaluation(arguments.a),

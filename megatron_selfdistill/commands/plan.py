@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import train
-from megatron_selfdistill.checkpoint.errors import CheckpointError
 from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

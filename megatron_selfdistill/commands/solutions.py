@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need not wait for
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.problems import Problem
-    from megatron_selfdistill.inference import Inference
+    from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.evaluation.inference import Inference
     from megatron_selfdistill.inputs import Inputs
-    from megatron_selfdistill.parallel import Grid
     from megatron_selfdistill.rollout.solutions import Attempt, Candidate, Score
 
 EXIT_REFUSED = 2
@@ -41,9 +41,9 @@ STEP = 0  # of the random streams: the model is not trained here
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 with one sentence where something does not fit."""
     arguments = _parser().parse_intermixed_args(argv)
-    from megatron_selfdistill.checkpoint.errors import CheckpointError
+    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
     from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.noise import silence_known_warnings
+    from megatron_selfdistill.errors import CheckpointError
 
     silence_known_warnings()
     try:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(arguments: argparse.Namespace) -> None:
     """Raise `ConfigError` or `CheckpointError` for what can be seen without torch, which takes seconds to import."""
     from megatron_selfdistill import prechecks
-    from megatron_selfdistill.roll_call import world_size
+    from megatron_selfdistill.distributed.roll_call import world_size
 
     config = _configured(arguments)
     if arguments.hf is not None:
@@ -72,28 +72,28 @@ def check(arguments: argparse.Namespace) -> None:
 
 def make_solutions(arguments: argparse.Namespace) -> int:
     """The whole of it, on every rank."""
-    from megatron_selfdistill import parallel
-    from megatron_selfdistill.inference import converted
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.evaluation.inference import converted
 
     out = arguments.out
     config = _configured(arguments)
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid = parallel.initialize(config.parallel, config.seed)
+    grid = ranks.initialize(config.parallel, config.seed)
     try:
         hf = arguments.hf
         with converted(hf, _beside(out, ".model")) if hf is not None else nullcontext() as checkpoint:
             _find(arguments, _of_checkpoint(config, arguments, checkpoint), grid)
         return 0
     finally:
-        parallel.shutdown()
+        ranks.shutdown()
 
 
-def _find(arguments: argparse.Namespace, config: Config, grid: Grid) -> None:
-    from megatron_selfdistill.checkpoint.agreement import on_rank_0
+def _find(arguments: argparse.Namespace, config: Config, grid: RankGrid) -> None:
     from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.inference import open_inference
+    from megatron_selfdistill.distributed.collectives import on_rank_0
+    from megatron_selfdistill.evaluation.inference import open_inference
+    from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.inputs import Inputs
-    from megatron_selfdistill.verify import check_answers, load_verifier
 
     config.check_world(grid.world_size)
     inputs = Inputs.load(config)
@@ -122,12 +122,12 @@ def _find(arguments: argparse.Namespace, config: Config, grid: Grid) -> None:
         summarize(journal.lines(), arguments.out, config.solutions.num_samples)
 
 
-def _check_scoring(problems: Sequence[Problem], config: Config, grid: Grid) -> None:
+def _check_scoring(problems: Sequence[Problem], config: Config, grid: RankGrid) -> None:
     """Raises: ValueError for a problem that cannot be scored, or a loss.backend that cannot run."""
     import torch
 
-    from megatron_selfdistill.loss.backend import in_use
-    from megatron_selfdistill.score import with_reference
+    from megatron_selfdistill.loss.sharded.backend import in_use
+    from megatron_selfdistill.pipeline.score import with_reference
 
     for problem in problems:
         with_reference(problem)
@@ -135,12 +135,12 @@ def _check_scoring(problems: Sequence[Problem], config: Config, grid: Grid) -> N
 
 
 def _attempts(
-    group: Sequence[Problem], config: Config, inputs: Inputs, inference: Inference, score: Score | None, grid: Grid
+    group: Sequence[Problem], config: Config, inputs: Inputs, inference: Inference, score: Score | None, grid: RankGrid
 ) -> list[dict[str, Any]]:
     """What became of these problems of all replicas, in their order; the same on every rank."""
     from megatron_selfdistill.config import ConfigError
+    from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.rollout.solutions import Search, of_all_replicas, solve
-    from megatron_selfdistill.verify import load_verifier
 
     wanted = config.solutions
     try:
@@ -161,11 +161,11 @@ def _attempts(
     return [by_id[problem.id] for problem in group]
 
 
-def _scorer(config: Config, inputs: Inputs, inference: Inference, grid: Grid) -> Score:
+def _scorer(config: Config, inputs: Inputs, inference: Inference, grid: RankGrid) -> Score:
     """The learnability of candidates, where the model is student and teacher.  Raises: `ConfigError` for a loss.fused
     that cannot be had."""
-    from megatron_selfdistill.inference import decided_output_layer
-    from megatron_selfdistill.score import learnabilities
+    from megatron_selfdistill.evaluation.inference import decided_output_layer
+    from megatron_selfdistill.pipeline.score import learnabilities
 
     fusion = decided_output_layer(config, inference.chunks).fusion
     return lambda candidates: learnabilities(
@@ -216,7 +216,7 @@ def _line(attempt: Attempt, inputs: Inputs) -> dict[str, Any]:
 
 def provenance(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
     """All that the solutions depend on, save the layout: the journal's first line, and in each line of the file."""
-    from megatron_selfdistill.checkpoint.folder import find, iteration_of
+    from megatron_selfdistill.checkpoint.directory import find, iteration_of
     from megatron_selfdistill.config import writable
 
     assert config.checkpoint.load is not None
@@ -347,7 +347,7 @@ def summarize(attempts: Iterator[dict[str, Any]], out: Path, num_samples: int) -
 
 
 @contextmanager
-def _progress(total: int, done: int, grid: Grid) -> Iterator[Any]:
+def _progress(total: int, done: int, grid: RankGrid) -> Iterator[Any]:
     """A bar with problems and the time that is left, where rank 0 has a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -381,7 +381,7 @@ def _configured(arguments: argparse.Namespace) -> Config:
 def _of_checkpoint(config: Config, arguments: argparse.Namespace, checkpoint: Path | None) -> Config:
     """The configuration with the architecture of the model, which lies at ``checkpoint``, or at checkpoint.load."""
     from megatron_selfdistill import config as configuration
-    from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 
     if checkpoint is not None:

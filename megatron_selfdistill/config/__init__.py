@@ -8,6 +8,7 @@ builder functions code receives plain arguments, never a ``Config``.
 
 from __future__ import annotations
 
+from megatron_selfdistill.config.checks import check_files
 from megatron_selfdistill.config.compose import (
     field_docs,
     from_mapping,
@@ -20,7 +21,6 @@ from megatron_selfdistill.config.compose import (
     writable,
 )
 from megatron_selfdistill.config.environment import hidden
-from megatron_selfdistill.config.files import check_files
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema import (
     CheckpointConfig,

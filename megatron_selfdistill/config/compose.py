@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
+from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.config.schema import Config, ConfigError
-from megatron_selfdistill.paths import config_dir
 
 
 def load(overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()) -> Config:

@@ -355,7 +355,7 @@ class SolutionsConfig:
     """Verified responses kept per problem; a step shows the teacher the best one that is not the response itself."""
     pick: str = "shortest"
     """Which of the verified ones are kept: shortest, most_likely (mean log-prob under the student), random, or
-    learnable (the score of score.py)."""
+    learnable (the score of pipeline/score.py)."""
     alpha: float = 0.01
     """With pick=learnable: weight of the least likely token, and of the largest teacher-student log-ratio."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_selfdistill.data.files import is_hub_name
+from megatron_selfdistill.data.data_files import is_hub_name
 from megatron_selfdistill.data.problems import Problem
 
 DEFAULT_TEACHER_TEMPLATE = """\

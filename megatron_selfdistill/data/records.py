@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_selfdistill.data.files import data_files, format_of, is_hub_name, opened
+from megatron_selfdistill.data.data_files import data_files, format_of, is_hub_name, opened
 
 MAX_DEPTH = 100
 """Levels of objects and lists within one record; chat logs with tool calls have about ten."""

@@ -8,7 +8,14 @@ vocabulary shards, to be used, and ``fused_linear`` the same from hidden states.
 from __future__ import annotations
 
 from megatron_selfdistill.loss.divergence import Divergence, divergence, divergence_gradient
-from megatron_selfdistill.loss.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.vocab_parallel import (
+    TargetSolution,
+    TokenStats,
+    VocabShard,
+    distillation_loss,
+    solve_target,
+)
 from megatron_selfdistill.loss.target import (
     Status,
     Target,
@@ -16,13 +23,6 @@ from megatron_selfdistill.loss.target import (
     beta_grid,
     mixed_target,
     solve_batch_k,
-)
-from megatron_selfdistill.loss.vocab_parallel import (
-    TargetSolution,
-    TokenStats,
-    VocabShard,
-    distillation_loss,
-    solve_target,
 )
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from megatron_selfdistill import progress
+from megatron_selfdistill.distributed import watchdog
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point of time: seconds of this process's clock, or an event in the device's queue."""
@@ -26,7 +26,7 @@ class Phases:
     A phase lasts from when the device (the current one, unless given) has done what was queued before it until it has
     done what was queued in it.  On a GPU events mark both, so that no phase makes the host wait; `metrics` waits once.
     A phase entered again adds up.
-    Beginning and end are signs of progress (progress.py).
+    Beginning and end are signs of progress (distributed/watchdog.py).
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -37,9 +37,9 @@ class Phases:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = self._mark()
-        progress.entered(name)
+        watchdog.entered(name)
         yield
-        progress.left(name)
+        watchdog.left(name)
         self._spans.append((name, start, self._mark()))
 
     def _mark(self) -> Mark:

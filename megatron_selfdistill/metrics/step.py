@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.data.packing import Microbatch, PackedBatch
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.target import Status
-from megatron_selfdistill.loss.vocab_parallel import TokenStats
 from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # a run's metrics are read where there is no Megatron
-    from megatron_selfdistill.parallel import Grid
-    from megatron_selfdistill.schedule import StepOutput
+    from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.pipeline.schedule import StepOutput
 
 K_RESOLUTION = 0.01
 """Relative width of the bins from which k's percentiles are read: they are off by half of it at most."""
@@ -54,7 +54,7 @@ _SUMS = ("tokens/response", "targets", "sampled", "weighted", *_OVER)
 
 
 def step_metrics(
-    output: StepOutput, sampler_log_probs: Tensor | None, grid: Grid, weight_cap: float = math.inf
+    output: StepOutput, sampler_log_probs: Tensor | None, grid: RankGrid, weight_cap: float = math.inf
 ) -> dict[str, float]:
     """Means over the response tokens of the global batch, under flat keys; equal on all ranks.
 
@@ -113,7 +113,7 @@ def step_metrics(
     return metrics
 
 
-def batch_entropies(output: StepOutput, grid: Grid) -> tuple[float, list[float], list[float]]:
+def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[float], list[float]]:
     """(mean H(p), betas, mean H(softmax(beta m)) at each of them) over the global batch, equal on all ranks.
 
     It is what `loss.target.solve_batch_k` takes for the rule "batch".  Tokens with NaN are left out.
@@ -142,7 +142,9 @@ def batch_entropies(output: StepOutput, grid: Grid) -> tuple[float, list[float],
     return means[0], grid_betas, means[1:]
 
 
-def rollout_metrics(responses: Sequence[Response], grid: Grid, batch: PackedBatch | None = None) -> dict[str, float]:
+def rollout_metrics(
+    responses: Sequence[Response], grid: RankGrid, batch: PackedBatch | None = None
+) -> dict[str, float]:
     """Lengths of the global batch's responses in tokens, padding of its microbatches; equal on all ranks.
 
     ``responses``, ``batch``: of this replica, the same on each of its ranks.
@@ -178,7 +180,7 @@ def rollout_metrics(responses: Sequence[Response], grid: Grid, batch: PackedBatc
     return metrics
 
 
-def _holds_rows(grid: Grid) -> bool:
+def _holds_rows(grid: RankGrid) -> bool:
     """The last stage has the rows; its tensor-parallel ranks all have the same ones."""
     return grid.is_last_stage and grid.tp_rank == 0
 
@@ -232,7 +234,7 @@ def _padding(stream: Sequence[Microbatch]) -> tuple[int, int]:
     return sum(int(mask.numpy().sum()) for mask in masks), sum(mask.numel() for mask in masks)
 
 
-def over_all_ranks(sums: Tensor, maxima: Tensor, grid: Grid) -> tuple[list[float], list[float]]:
+def over_all_ranks(sums: Tensor, maxima: Tensor, grid: RankGrid) -> tuple[list[float], list[float]]:
     """Return sums and maxima over the world, with the same bits on every rank; waits for the device once.
 
     ``sums [n]``, ``maxima [m]``: float64, on the device; a rank whose values another one has too contributes zeros, and

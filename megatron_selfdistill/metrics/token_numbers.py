@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.batch import over_last_stage
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics.samples import NUMBERS
-from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.schedule import StepOutput
+from megatron_selfdistill.pipeline.batch import over_last_stage
+from megatron_selfdistill.pipeline.schedule import StepOutput
 
 
-def token_numbers(output: StepOutput, spans: Sequence[range], grid: Grid) -> list[dict[str, list[float]]]:
+def token_numbers(output: StepOutput, spans: Sequence[range], grid: RankGrid) -> list[dict[str, list[float]]]:
     """Return, for each span of ``PackedBatch.response_tokens``, each of `NUMBERS` with one float64 per token.
 
     ``spans``: ascending, without a common index.

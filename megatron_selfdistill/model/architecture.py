@@ -23,7 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_selfdistill import cpu, repairs
+from megatron_selfdistill.compat import cpu, repairs
 from megatron_selfdistill.config import (
     ConfigError,
     ModelConfig,

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from megatron_selfdistill import cpu, repairs  # isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (must come before megatron.core)
 import megatron.core
 from megatron.core import tensor_parallel
 from megatron.core.distributed import (
@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, function_named
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.architecture import (
     layer_spec,
     padded_vocab_size,
@@ -37,7 +38,6 @@ from megatron_selfdistill.model.architecture import (
     uses_transformer_engine,
 )
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
-from megatron_selfdistill.parallel import Grid
 
 TESTED_MEGATRON_VERSIONS = ("0.16.1",)
 
@@ -52,7 +52,7 @@ def megatron_in_use() -> str:
 def build_chunks(
     model: ModelConfig,
     config: TransformerConfig | None,
-    grid: Grid,
+    grid: RankGrid,
     vocab_size: int,
     *,
     transformer_engine: bool | None = None,
@@ -85,7 +85,7 @@ def build_chunks(
     return _each_chunk(grid, build)
 
 
-def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: Grid, vocab_size: int) -> list[GPTModel]:
+def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: RankGrid, vocab_size: int) -> list[GPTModel]:
     """The chunks of `build_chunks` as meta tensors: every parameter of this rank in shape and dtype, without storage.
 
     Always from Megatron's local layers, whose parameters are Transformer Engine's in number and size, so that the
@@ -175,7 +175,7 @@ def unwrapped(chunk: torch.nn.Module) -> GPTModel:
     return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
 
 
-def _each_chunk(grid: Grid, build: Callable[[bool, bool, int | None], Any]) -> list[Any]:
+def _each_chunk(grid: RankGrid, build: Callable[[bool, bool, int | None], Any]) -> list[Any]:
     """``build(pre_process, post_process, vp_stage)`` for every virtual stage of this rank."""
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
     return [
@@ -191,7 +191,7 @@ def _each_chunk(grid: Grid, build: Callable[[bool, bool, int | None], Any]) -> l
 def _gpt_model(
     model: ModelConfig,
     config: TransformerConfig,
-    grid: Grid,
+    grid: RankGrid,
     vocab_size: int,
     pre_process: bool,
     post_process: bool,
@@ -269,7 +269,7 @@ def _check_precision(config: TransformerConfig, optimizer: OptimizerConfig) -> N
         raise ConfigError(f"the model was built in {built}, but optimizer.precision is {optimizer.precision}")
 
 
-def _check_provided(chunk: Any, model: ModelConfig, grid: Grid) -> None:
+def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
     """A provider's own configuration must agree with ``parallel``, or groups and shards would not fit."""
     path = model.provider
     if not isinstance(chunk, GPTModel):

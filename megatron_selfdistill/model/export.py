@@ -22,16 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.loss.sharded_rows import all_gather
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.loss.sharded.sharded_rows import all_gather
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule
-from megatron_selfdistill.parallel import Grid
-from megatron_selfdistill.progress import beat
 
 _ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
 _MOST_PADDING = 1.25  # an all-gather of unequal shares moves so many times their bytes, at most
@@ -40,7 +40,7 @@ _SHOWN = 4
 
 def export(
     chunks: Sequence[torch.nn.Module],
-    grid: Grid,
+    grid: RankGrid,
     rules: Sequence[Rule],
     *,
     bucket_bytes: int = 2**30,
@@ -68,7 +68,7 @@ class Exporter:
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
-        grid: Grid,
+        grid: RankGrid,
         rules: Sequence[Rule],
         *,
         bucket_bytes: int = 2**30,

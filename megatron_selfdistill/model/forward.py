@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_selfdistill.data.packing import Microbatch, context_parallel_positions
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.model.layers import CoreAttention
 from megatron_selfdistill.model.packed_sequences import PackedSequences
-from megatron_selfdistill.one_copy import to_device_in_one_copy
-from megatron_selfdistill.parallel import Grid
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ModelInputs:
     packed_seq_params: PackedSequences
 
     @classmethod
-    def on_host(cls, microbatch: Microbatch, grid: Grid, *, local_attention: bool) -> ModelInputs:
+    def on_host(cls, microbatch: Microbatch, grid: RankGrid, *, local_attention: bool) -> ModelInputs:
         """Return the inputs of ``microbatch`` as host tensors, for `to_device_in_one_copy`.
 
         ``local_attention``: of `uses_local_attention`.
@@ -50,7 +50,7 @@ class ModelInputs:
         )
 
 
-def inputs_of(microbatch: Microbatch, grid: Grid) -> ModelInputs:
+def inputs_of(microbatch: Microbatch, grid: RankGrid) -> ModelInputs:
     """Return the inputs of one microbatch on the device, for a forward outside of the training schedule."""
     return to_device_in_one_copy(ModelInputs.on_host(microbatch, grid, local_attention=True), grid.device)
 
@@ -60,7 +60,7 @@ def uses_local_attention(chunks: Sequence[torch.nn.Module]) -> bool:
     return any(isinstance(module, CoreAttention) for chunk in chunks for module in chunk.modules())
 
 
-def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: Grid) -> Tensor:
+def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: RankGrid) -> Tensor:
     """The chunk's output before any projection, ``[s / cp (/ tp), 1, h]`` in the parameters' dtype."""
     model = unwrapped(chunk)
     extra: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def _without_projection(model: GPTModel) -> Iterator[None]:
         model.post_process = post_process
 
 
-def rows_at(hidden: Tensor, rows: Tensor, grid: Grid) -> Tensor:
+def rows_at(hidden: Tensor, rows: Tensor, grid: RankGrid) -> Tensor:
     """Return ``hidden[rows]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks.
 
     ``rows [R]`` int64 lie on the device of ``hidden``.

@@ -7,7 +7,7 @@ and the loss are those of any other run.
 
 from __future__ import annotations
 
-from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import ConfigError

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import layers
 
 from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.fused_linear import FUSED_MODES, fused_distillation_loss
+from megatron_selfdistill.loss.sharded.fused_linear import FUSED_MODES, fused_distillation_loss
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.model.forward import rows_at
-from megatron_selfdistill.parallel import Grid
 
 MATERIALISED = "materialised"
 DEFAULT_LOGITS_SHARE = 1 / 20
@@ -31,7 +31,7 @@ DEFAULT_LOGITS_SHARE = 1 / 20
 
 @dataclass(frozen=True)
 class Fusion:
-    """How the output layer is fused with the loss: of loss/fused_linear.py."""
+    """How the output layer is fused with the loss: of loss/sharded/fused_linear.py."""
 
     mode: str
     chunk_tokens: int
@@ -50,7 +50,7 @@ class ResponsePositions:
     """[R] int64, with ``own``: where each token's state lies in the ranks' concatenation of their n."""
 
     @classmethod
-    def on_host(cls, whole: Tensor, num_positions: int, grid: Grid) -> ResponsePositions:
+    def on_host(cls, whole: Tensor, num_positions: int, grid: RankGrid) -> ResponsePositions:
         """Return the positions ``whole`` of a share of ``num_positions``, all tensors on the host."""
         if not grid.sequence_parallel or grid.tp_size == 1:
             return cls(whole)
@@ -85,7 +85,7 @@ class FusedLoss:
         teacher_hidden: Tensor,
         response_tokens: Tensor,
         vocab: VocabShard,
-        grid: Grid,
+        grid: RankGrid,
     ) -> TokenStats:
         """Equals `project` of both and `distillation_loss`, with the same gradients to ``hidden [s / cp (/ tp), 1, h]``
         and to the student's output weight.

@@ -31,7 +31,7 @@ class Simulated:
 
 
 def order(num_student: int, num_teacher: int, pair_order: str) -> list[str]:
-    """The streams of a step's microbatches, as schedule.py hands them to Megatron."""
+    """The streams of a step's microbatches, as pipeline/schedule.py hands them to Megatron."""
     if pair_order == "alternating" and num_teacher:
         return [TEACHER, STUDENT] * num_student
     return [TEACHER] * num_teacher + [STUDENT] * num_student

@@ -7,23 +7,23 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from megatron_selfdistill.checkpoint.stored_model import with_stored_architecture
+from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.inputs import Inputs, longest_context
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.plan import bubble
-from megatron_selfdistill.plan.checks import (
+from megatron_selfdistill.plan.engines import Engines, engines
+from megatron_selfdistill.plan.host_memory import HostMemory, host_memory
+from megatron_selfdistill.plan.memory import Load, Memory, engine_weight_gib, memory
+from megatron_selfdistill.plan.plan_checks import (
     UNKNOWN_VOCABULARY,
     check_engine,
     check_lengths,
     longest_row,
     planned_gpus,
 )
-from megatron_selfdistill.plan.engines import Engines, engines
-from megatron_selfdistill.plan.host_memory import HostMemory, host_memory
-from megatron_selfdistill.plan.memory import Load, Memory, engine_weight_gib, memory
 from megatron_selfdistill.plan.stages import Stage, stages
 
 _SERVED_SHARE = 0.8
@@ -175,7 +175,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
 
 def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]:
     """(student's, teacher's) rows for so many contexts of full length, ``per_row`` in each; in sum a multiple of the
-    stages where the schedule is interleaved, raised as batch.py raises them."""
+    stages where the schedule is interleaved, raised as pipeline/batch.py raises them."""
     p = config.parallel
     multiple = p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
     num_student = math.ceil(contexts / per_row)

@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_selfdistill import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill import parallel
 from megatron_selfdistill.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_selfdistill.distributed import ranks
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import build_on_meta
-from megatron_selfdistill.parallel import Grid
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def stages(
     """
     found = []
     for pp_rank in range(cut.pipeline_model_parallel_size):
-        with parallel.imagined(cut, world_size, pp_rank) as grid:
+        with ranks.imagined(cut, world_size, pp_rank) as grid:
             try:
                 chunks = build_on_meta(model, config, grid, vocab_size)
             except (ValueError, AssertionError, RuntimeError) as error:
@@ -67,7 +67,7 @@ def stages(
     return found
 
 
-def _stage(chunks: Sequence[GPTModel], cut: ParallelConfig, grid: Grid, vocab_size: int) -> Stage:
+def _stage(chunks: Sequence[GPTModel], cut: ParallelConfig, grid: RankGrid, vocab_size: int) -> Stage:
     dense = experts = unique = 0
     etp = cut.expert_tensor_parallel_size or grid.tp_size
     for chunk in chunks:

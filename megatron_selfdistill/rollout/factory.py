@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from megatron_selfdistill.config import Config, TargetConfig
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.parallel import Grid
 from megatron_selfdistill.rollout.base import Sampler, SamplingParams
 
 
-def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Module], grid: Grid) -> Sampler:
+def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Module], grid: RankGrid) -> Sampler:
     """The sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
     One that keeps a copy of the weights has none yet: `Sampler.update_weights` comes first.
@@ -23,14 +23,14 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
     """
     rollout = config.rollout
     if rollout.engine == "megatron":
-        from megatron_selfdistill.rollout.megatron import MegatronSampler
+        from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
         return MegatronSampler(chunks, grid, inputs.vocab_size, inputs.max_length, rollout.kv_cache_gb)
-    from megatron_selfdistill.rollout.hf_folder import engine_folder
+    from megatron_selfdistill.rollout.vllm.hf_directory import engine_folder
 
     folder, rules = engine_folder(config, inputs.vocab_size, Path(config.run_dir), grid)
     if rollout.placement == "server":
-        from megatron_selfdistill.rollout.server import ServerSampler
+        from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
         return ServerSampler(
             chunks,
@@ -53,7 +53,7 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
             timeout_s=rollout.timeout_s,
             max_staleness=rollout.max_staleness,
         )
-    from megatron_selfdistill.rollout.vllm import ColocatedSampler
+    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     return ColocatedSampler(
         chunks,

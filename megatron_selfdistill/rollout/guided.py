@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, solve_target
 from megatron_selfdistill.loss.target import Target, mixed_logits
-from megatron_selfdistill.loss.vocab_parallel import VocabShard, solve_target
 from megatron_selfdistill.rollout.base import Request, SamplingParams, invert_cdf, token_log_probs
 
 # Elements of one float64 temporary: about what a core keeps in its cache, or what fills an accelerator.

@@ -18,17 +18,17 @@ import torch.distributed as dist
 from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judge
 from megatron_selfdistill.rollout.base import Request, Response, response_text, stream_seed
-from megatron_selfdistill.verify import Verifier, check_answers, judge
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.parallel import Grid
+    from megatron_selfdistill.distributed.ranks import RankGrid
 
 Generate = Callable[[list[Request]], list[Response]]
 """What a sampler does with this replica's requests; a collective of the world."""
 
 Score = Callable[[Sequence[tuple[Problem, Response]]], Sequence[float]]
-"""How learnable each of this replica's responses is (score.py), more being better; a collective of the world."""
+"""How learnable each of this replica's responses is (pipeline/score.py), more being better; a collective of the world."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def solve(
     generate: Generate,
     builder: PromptBuilder,
     verifier: Verifier,
-    grid: Grid,
+    grid: RankGrid,
     score: Score | None = None,
     fits: Callable[[Problem, str], bool] = lambda problem, text: True,
 ) -> list[Attempt]:
@@ -133,7 +133,9 @@ def solve(
     ]
     if search.pick == "learnable":
         if score is None:
-            raise ValueError("solve: pick=learnable expected a function that scores texts, got none; see score.py.")
+            raise ValueError(
+                "solve: pick=learnable expected a function that scores texts, got none; see pipeline/score.py."
+            )
         right = [at for at, candidate in enumerate(candidates) if candidate.correct]
         for at, value in zip(right, score([(keys[at][0], responses[at]) for at in right]), strict=True):
             candidates[at] = replace(candidates[at], score=value)
@@ -216,7 +218,7 @@ class OwnSolutions:
         return self._refreshed is None or step >= self._refreshed + self.refresh_every
 
     def refresh(
-        self, step: int, problems: Sequence[Problem], group_size: int, *, grid: Grid, **tools: Any
+        self, step: int, problems: Sequence[Problem], group_size: int, *, grid: RankGrid, **tools: Any
     ) -> dict[str, float]:
         """Look for solutions of ``problems``, ``group_size`` at a time, with the weights of this moment.
 
@@ -285,7 +287,7 @@ class OwnSolutions:
         self._table[problem_id] = list(distinct.values())[: self.search.keep]
 
 
-def of_all_replicas(mine: list[Any], grid: Grid) -> list[Any]:
+def of_all_replicas(mine: list[Any], grid: RankGrid) -> list[Any]:
     """The lists of all replicas, one after the other, on every rank.  One all_gather_object over the data-parallel
     ranks."""
     if grid.dp_size == 1:

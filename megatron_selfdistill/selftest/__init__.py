@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 _ENVIRONMENT = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # the order of launches under TP (parallel.py)
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # the order of launches under TP (distributed/ranks.py)
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # sums that repeat their last bits
     "NCCL_ALGO": "^NVLS",  # likewise
 }

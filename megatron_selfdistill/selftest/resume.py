@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill import cpu
-from megatron_selfdistill.checkpoint.folder import iteration_name
-from megatron_selfdistill.checkpoint.streaming import TorchDistSource
+from megatron_selfdistill.checkpoint.directory import iteration_name
+from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistSource
+from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill import cpu, schedule
+from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.inputs import Inputs
-from megatron_selfdistill.loss.vocab_parallel import TokenStats, VocabShard
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
+from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.run import Run
 from megatron_selfdistill.selftest.outcome import Figure, Outcome

@@ -12,10 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill import cpu, parallel
+from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import Config, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.distributed import ranks
+from megatron_selfdistill.distributed.ranks import RankGrid
 
 END, PADDING = "$", "_"
 ALPHABET = "".join(c for c in string.digits + string.ascii_letters + "+=|:. " if c not in END + PADDING) + END + PADDING
@@ -58,7 +59,7 @@ class Node:
             distributed_timeout_minutes=self.timeout.total_seconds() / 60,
         )
 
-    def padded_rows(self, vocab_size: int, grid: Grid) -> int:
+    def padded_rows(self, vocab_size: int, grid: RankGrid) -> int:
         """Return the rows of a vocabulary, padded to a multiple of 128 x TP as Megatron does."""
         step = 128 * grid.tp_size
         return -(-vocab_size // step) * step
@@ -72,10 +73,10 @@ class Node:
         """A fresh default process group, which `parallel.initialize` then uses."""
         self.open_group("gloo" if cpu.ON_CPU else "nccl", self.timeout)
 
-    def grid(self, cuts: ParallelConfig) -> Grid:
+    def grid(self, cuts: ParallelConfig) -> RankGrid:
         """A fresh process group and Megatron's groups."""
         self.new_group()
-        return parallel.initialize(cuts, seed=1)
+        return ranks.initialize(cuts, seed=1)
 
     def new_run_dir(self, name: str) -> Path:
         """Raises OSError where this rank does not see the folder."""
@@ -141,7 +142,7 @@ def write_texts(folder: Path) -> None:
     (folder / "problems.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def contexts(grid: Grid, *, same_prompt: bool) -> list[ContextPair]:
+def contexts(grid: RankGrid, *, same_prompt: bool) -> list[ContextPair]:
     """This replica's share of ragged contexts of random tokens; ``same_prompt``: the teacher's is the student's."""
     rng = random.Random(7)
 

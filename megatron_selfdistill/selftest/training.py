@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_selfdistill import cpu, schedule
-from megatron_selfdistill.batch import pack_everywhere
+from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import Config, ParallelConfig
 from megatron_selfdistill.data.packing import PackedBatch
-from megatron_selfdistill.inference import new_chunks
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.evaluation.inference import new_chunks
 from megatron_selfdistill.loss.divergence import KINDS, Divergence
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.loss.vocab_parallel import VocabShard
 from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.model.build import unwrapped, wrap_for_training
-from megatron_selfdistill.parallel import Grid
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
 from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, Node, contexts
 from megatron_selfdistill.teacher import Teacher
@@ -46,7 +47,7 @@ class Step:
 class Pair:
     """A student wrapped for training and its frozen teacher, which have the same weights."""
 
-    def __init__(self, config: Config, grid: Grid) -> None:
+    def __init__(self, config: Config, grid: RankGrid) -> None:
         self.grid = grid
         self.chunks = wrap_for_training(new_chunks(config, grid, len(ALPHABET)), config.optimizer)
         self.teacher = Teacher("frozen", self.chunks, lambda: new_chunks(config, grid, len(ALPHABET)))

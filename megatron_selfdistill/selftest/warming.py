@@ -9,10 +9,10 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill import cpu
+from megatron_selfdistill.compat import cpu
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.loss.vocab_parallel import VocabShard
-from megatron_selfdistill.selftest.loss import DIVERGENCES, GRADIENT_BOUNDS, TARGETS, VOCAB_SIZE, errors
+from megatron_selfdistill.selftest.sharded_loss import DIVERGENCES, GRADIENT_BOUNDS, TARGETS, VOCAB_SIZE, errors
 from megatron_selfdistill.selftest.tiny import Node
 from megatron_selfdistill.selftest.training import new_pair
 

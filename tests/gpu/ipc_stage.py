@@ -3,7 +3,7 @@
 
     python -m gpu.ipc_stage
 
-tests/rollout/test_ipc.py, where it is there, is this project's own transfer; torch's handles are tried in any case.
+tests/unit/rollout/test_ipc.py, where it is there, is this project's own transfer; torch's handles are tried in any case.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Stage: the claims of tests/loss/kernel_claims.py, spread over processes, and some of them under compute-sanitizer.
+"""Stage: the claims of tests/unit/loss/kernel_claims.py, spread over processes, and some of them under compute-sanitizer.
 
     python -m gpu.kernel_stage claims [CLAIM ...]        all claims, or these, in this machine's way (see below)
     python -m gpu.kernel_stage sanitizer

@@ -78,7 +78,7 @@ def _wait() -> None:
 def compiled() -> Outcome:
     """Compare Megatron's compiled function of gated MLPs with its formula, with gradients; later processes find it
     in Inductor's cache."""
-    from megatron_selfdistill import cpu  # noqa: F401  isort: skip  (must come before megatron.core)
+    from megatron_selfdistill.compat import cpu  # noqa: F401  isort: skip  (must come before megatron.core)
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
     began = time.perf_counter()

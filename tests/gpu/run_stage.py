@@ -66,8 +66,8 @@ def differences(one: Path, other: Path, num_steps: int = 6) -> tuple[Figure, Fig
         raise RuntimeError(f"expected the same metrics of {num_steps} steps twice, got {list(map(len, both))} steps")
     for step, (a, b) in enumerate(zip(*both, strict=True), 1):
         metrics |= {f"{key} of step {step}": _apart(a[key], b[key]) for key in a}
-    from megatron_selfdistill.checkpoint.folder import iteration_name
-    from megatron_selfdistill.checkpoint.streaming import TorchDistSource
+    from megatron_selfdistill.checkpoint.directory import iteration_name
+    from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistSource
 
     a, b = (TorchDistSource(path / "checkpoints" / iteration_name(num_steps)) for path in (one, other))
     tensors = {
@@ -108,7 +108,7 @@ def guided_sampling() -> Outcome:
     import torch.distributed as dist
 
     from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
-    from megatron_selfdistill.rollout.megatron import MegatronSampler
+    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)

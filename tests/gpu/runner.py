@@ -74,7 +74,7 @@ def run_process(
     """
     began, lines = time.monotonic(), []
     say(f"[{stage.name}] begins; limit {limit_s:.0f} s")
-    paths = [str(REPOSITORY / "tests"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    paths = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     inherited = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     process = subprocess.Popen(
         stage.command,

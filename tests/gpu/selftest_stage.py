@@ -14,7 +14,7 @@ import sys
 from gpu.results import report
 from gpu.runner import REPOSITORY
 
-from megatron_selfdistill.selftest import run
+from megatron_selfdistill.selftest import node_test
 from megatron_selfdistill.selftest.outcome import Outcome
 
 
@@ -29,7 +29,7 @@ def main() -> int:
         return subprocess.run([*launcher, "-m", "gpu.selftest_stage", *sys.argv[1:]], cwd=REPOSITORY).returncode
     prefix = "self-test" if options.ranks == 1 else f"self-test of {options.ranks} ranks"
 
-    class Table(run._Table):
+    class Table(node_test._Table):
         """Reports each check when it comes, so that a self-test that is broken off has reported the ones before."""
 
         def add(self, outcome: Outcome) -> None:
@@ -37,9 +37,9 @@ def main() -> int:
             if os.environ.get("RANK", "0") == "0":
                 report(f"{prefix}: {outcome.name}", outcome)
 
-    run._Table = Table  # type: ignore[misc]
-    outcomes = run.selftest(options.sampler, limit_s=options.seconds)
-    return 0 if run.passed(outcomes) else 1
+    node_test._Table = Table  # type: ignore[misc]
+    outcomes = node_test.selftest(options.sampler, limit_s=options.seconds)
+    return 0 if node_test.passed(outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-for _folder in (REPOSITORY, REPOSITORY / "tests"):
+for _folder in (REPOSITORY, REPOSITORY / "tests" / "support"):
     if str(_folder) not in sys.path:
         sys.path.append(str(_folder))
 
@@ -74,7 +74,7 @@ def measurements(on_gpu: bool, gpus: int) -> list[Measurement]:
             found.append(
                 Measurement(
                     f"The loss of {count} tokens from {'hidden states' if source else 'logits'}",
-                    "tools/benchmark_loss.py",
+                    "tools/benchmarks/loss_time.py",
                     ["--tokens", count, "--vocab", *columns, "--repeats", repeats, *source],
                     limit_s=70,
                 )
@@ -86,7 +86,7 @@ def measurements(on_gpu: bool, gpus: int) -> list[Measurement]:
         Measurement(
             "A training step with and without the teacher, and sampling in process: "
             + ("1.7e9 parameters" if on_gpu else "a tiny model"),
-            "tools/benchmark_step.py",
+            "tools/benchmarks/step_time.py",
             step.split(),
             limit_s=230,
         )

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-for _folder in (REPOSITORY, REPOSITORY / "tests"):
+for _folder in (REPOSITORY, REPOSITORY / "tests" / "support"):
     if str(_folder) not in sys.path:
         sys.path.append(str(_folder))
 

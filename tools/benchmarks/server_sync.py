@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # tools/, and the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from wall_time import seconds_of
 
-from megatron_selfdistill.noise import silence_known_warnings
+from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 
 START_SECONDS = 900.0
 
@@ -36,14 +36,14 @@ def main() -> None:
     arguments = _parser().parse_args()
     silence_known_warnings()
     torch.set_num_threads(1)
-    from megatron_selfdistill import parallel
     from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+    from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.model.architecture import transformer_config
     from megatron_selfdistill.model.build import build_chunks
-    from megatron_selfdistill.model.hf_mapping import family_of_model
+    from megatron_selfdistill.model.hf.mapping import family_of_model
 
     cuts = ParallelConfig()
-    grid = parallel.initialize(cuts, seed=0)
+    grid = ranks.initialize(cuts, seed=0)
     model = ModelConfig(
         vocab_size=arguments.vocab,
         num_layers=arguments.layers,
@@ -63,17 +63,17 @@ def main() -> None:
     print(_table(found, arguments, grid.device))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **found}, indent=2))
-    parallel.shutdown()
+    ranks.shutdown()
 
 
 def _measure(
     arguments: argparse.Namespace, chunks: Any, grid: Any, rules: Any, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
     """By transfer the seconds of each sync and of the copy before it, and the bytes of one sync."""
-    from megatron_selfdistill.rollout.client import VllmServer
-    from megatron_selfdistill.rollout.server import ServerSampler
-    from megatron_selfdistill.rollout.server_names import TOKEN_VARIABLE
-    from megatron_selfdistill.rollout.server_process import start_servers, wait_until_healthy
+    from megatron_selfdistill.rollout.vllm.client import VllmServer
+    from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
+    from megatron_selfdistill.rollout.vllm.server.server_process import start_servers, wait_until_healthy
+    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
     os.environ[TOKEN_VARIABLE] = token = secrets.token_urlsafe(16)
     processes = start_servers(

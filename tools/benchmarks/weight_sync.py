@@ -33,11 +33,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # tools/, and the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from wall_time import seconds_of
 
-from megatron_selfdistill.noise import silence_known_warnings
+from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 
 
 def main() -> None:
@@ -53,23 +53,23 @@ def main() -> None:
     arguments = _parser().parse_args()
     silence_known_warnings()
     torch.set_num_threads(1)
-    from megatron_selfdistill import parallel
     from megatron_selfdistill.config import ParallelConfig
+    from megatron_selfdistill.distributed import ranks
 
     cuts = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
-    grid = parallel.initialize(cuts, seed=0)
+    grid = ranks.initialize(cuts, seed=0)
     found = _measure(arguments, cuts, grid)
     if grid.is_reporter:
         print(_table(found, arguments, grid.device))
         if arguments.json:
             Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **found}, indent=2))
-    parallel.shutdown()
+    ranks.shutdown()
 
 
 def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, Any]:
     """Return the seconds of each sync and of the copy before it, the bytes of a sync, and the parts of its time."""
-    from megatron_selfdistill.model.hf_mapping import family_of_model
-    from megatron_selfdistill.rollout.vllm import ColocatedSampler
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     if arguments.unpacked:
         import vllm._custom_ops
@@ -130,7 +130,7 @@ def _profiled() -> Iterator[dict[str, float]]:
     """Yield a dict that fills with seconds by part while the context lasts."""
     from vllm.model_executor.model_loader.reload import layerwise
 
-    from megatron_selfdistill.rollout.vllm import ColocatedSampler
+    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     found: dict[str, float] = {}
 

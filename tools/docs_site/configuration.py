@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
-from megatron_selfdistill.paths import config_dir
+from megatron_selfdistill.config.paths import config_dir
 
 INTRODUCTION = """\
 # Configuration

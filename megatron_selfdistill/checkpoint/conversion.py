@@ -1,0 +1,399 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""From a Hugging Face folder to a Megatron checkpoint and back, a tensor at a time.
+
+Everything is checked before anything is written; a folder gets its name only when it is complete.  One process without
+a process group does it: sharding happens when Megatron loads the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.describe import COMPANIONS, FORMATS, companions_of, num_tokens
+from megatron_selfdistill.checkpoint.formats import manifest, torch_dist
+from megatron_selfdistill.checkpoint.formats.finite import is_finite
+from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, require_sound
+from megatron_selfdistill.checkpoint.formats.hf_files import companions, copy_companions, read_config, without_lost_code
+from megatron_selfdistill.checkpoint.formats.megatron_args import converted_args
+from megatron_selfdistill.checkpoint.formats.read_ahead import read_ahead
+from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
+    SafetensorsWriter,
+    WeightsFolder,
+    open_weights_folder,
+)
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.formats.tensor_names import names
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece
+from megatron_selfdistill.checkpoint.run.saved_run import SECTION
+from megatron_selfdistill.checkpoint.run.state import CONTENT
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.model.architecture import padded_vocab_size
+from megatron_selfdistill.model.hf.mapping import (
+    TIED,
+    Family,
+    Rule,
+    check_names,
+    check_shapes,
+    dequantise_blocks,
+    family_of,
+    family_of_model,
+)
+from megatron_selfdistill.model.hf.rules import Rows
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Whom to tell: ``start`` the bytes that will be written, ``advance`` those that were, ``say`` what is decided."""
+
+    start: Callable[[int], None] = lambda _: None
+    advance: Callable[[int], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
+
+
+def hf_to_megatron(
+    hf: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_non_finite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the model in the Hugging Face folder ``hf`` as ``out/release``, a torch_dist checkpoint; returns that.
+
+    ``dtype``: of all weights but those that Megatron keeps in float32; null keeps each as it is (FP8: bf16; tensors
+    that become one take the widest type among them, which ``progress`` reports).  ``allow_non_finite``: report weights
+    that are NaN or infinite instead of refusing them.
+    Memory: the tensors of one rule, and its result where they must be rearranged.
+    Raises: CheckpointError or ConfigError, one sentence, before anything is written; for weights that are not finite,
+    and OSError, while it is.  Nothing is left behind.
+    """
+    hf, out, progress = Path(hf), Path(out), progress or Progress()
+    directory.require_free(out)
+    model, rules, tensors = _read_hf(hf)
+    finite = _Finite(str(hf), allow_non_finite, progress)
+    pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
+    common = {
+        "args": converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces)),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": dict(CONTENT),
+        SECTION: {"kind": "conversion"},
+    }
+    num_bytes = sum(piece.num_bytes for piece in pieces)
+    with _new_folder(out, num_bytes + _companion_bytes(hf)) as temporary:
+        progress.start(num_bytes)
+        release = temporary / "release"
+        torch_dist.write(release, pieces, common, empty_objects=_extra_states(rules), progress=progress.advance)
+        carried = release / COMPANIONS
+        carried.mkdir()
+        shutil.copyfile(hf / "config.json", carried / "config.json")
+        copy_companions(hf, carried, progress.say)
+        manifest.write(release)
+        (temporary / directory.TRACKER).write_text("release")
+        for path in (carried / "config.json", carried, release, temporary / directory.TRACKER):
+            manifest.sync(path)
+    return out / "release"
+
+
+def megatron_to_hf(
+    megatron: Path,
+    out: Path,
+    *,
+    iteration: int | None = None,
+    hf_config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    allow_non_finite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face folder ``out``.
+
+    ``hf_config``: a folder with the original config.json and tokenizer files; null takes those that the checkpoint
+    carries, else a config.json is made from the stored arguments.  ``dtype``: of all floating-point weights; null
+    keeps each.  ``vocab_size``: the true vocabulary where the checkpoint does not tell (`true_vocab_size`).
+    ``allow_non_finite``: report weights that are NaN or infinite instead of refusing them.
+    Memory: one full tensor of Megatron's, and its parts where they must be rearranged.
+    Raises: CheckpointError or ConfigError, one sentence, before anything is written; OSError while it is.
+    """
+    out, progress = Path(out), progress or Progress()
+    directory.require_free(out)
+    weights = open_weights(megatron, iteration)
+    require_sound(weights, progress.say)
+    beside = Path(hf_config) if hf_config is not None else companions_of(weights.path)
+    original = read_config(beside) if beside is not None and (hf_config or (beside / "config.json").is_file()) else None
+    model, family = _described(weights, original, beside, vocab_size, progress)
+    rules = family.rules(model)
+    weights.fitting(rules)
+    kept = {rule: dtype if dtype and not rule.float32 else weights.dtype(rule) for rule in rules}
+    main = _main_dtype((kept[rule], math.prod(rule.shape) * kept[rule].itemsize) for rule in rules)
+    config = _config(family, model, str(main).removeprefix("torch."), original, weights)
+    tensors = [
+        (name, kept[rule], shape) for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
+    ]
+    num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
+    finite = _Finite(str(weights.path), allow_non_finite, progress)
+    with _new_folder(out, num_bytes + (_companion_bytes(beside) if beside is not None else 0)) as temporary:
+        progress.start(num_bytes)
+        writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
+
+        def parts_of(rule: Rule) -> list[Tensor]:
+            parts = zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True)
+            return [finite.checked(name, part.to(kept[rule])) for name, part in parts]
+
+        def rule_bytes(rule: Rule) -> int:
+            return math.prod(rule.shape) * kept[rule].itemsize
+
+        made = read_ahead(rules, parts_of, rule_bytes)
+        for rule in rules:
+            parts = next(made)
+            for name in rule.hf_names:
+                writer.write(name, parts[0])
+                progress.advance(parts.pop(0).numel() * kept[rule].itemsize)
+        writer.close()
+        if beside is not None:
+            copy_companions(beside, temporary, progress.say)
+        config = without_lost_code(config, temporary, progress.say)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        manifest.sync(temporary / "config.json")
+    return out
+
+
+def carry_companions(checkpoint: Path, run_dir: Path) -> None:
+    """Copy the Hugging Face files that ``checkpoint`` carries into a run folder, from where its checkpoints can be
+    converted back; nothing where it carries none."""
+    beside = companions_of(directory.tracked(checkpoint) or checkpoint)
+    target = run_dir / COMPANIONS
+    if beside is not None and beside.absolute() != target.absolute():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(beside / "config.json", target / "config.json")
+        copy_companions(beside, target)
+
+
+class _Finite:
+    """Looks at every tensor on its way; ``source`` is where they come from, for messages."""
+
+    def __init__(self, source: str, allow: bool, progress: Progress) -> None:
+        self._source, self._allow, self._progress = source, allow, progress
+
+    def checked(self, name: str, tensor: Tensor) -> Tensor:
+        """Return ``tensor``.  Raises: CheckpointError where it is not finite, unless that is allowed."""
+        if not is_finite(tensor):
+            what = f"{name} of {self._source} has NaN or infinite elements (as {tensor.dtype})"
+            if not self._allow:
+                raise CheckpointError(f"{what}: take an earlier checkpoint, or convert it with --allow-non-finite")
+            self._progress.say(what)
+        return tensor
+
+
+def _main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """Return the type in which most bytes of a model are."""
+    total: dict[torch.dtype, int] = {}
+    for dtype, num_bytes in sizes:
+        total[dtype] = total.get(dtype, 0) + num_bytes
+    return max(total, key=lambda dtype: total[dtype])
+
+
+def _companion_bytes(source: Path) -> int:
+    return sum(file.stat().st_size for file in companions(source))
+
+
+def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsFolder]:
+    """The model in a Hugging Face folder, the rules of its tensors, and these; all checked against each other."""
+    config = read_config(hf)
+    family = family_of(config)
+    model = family.model_config(config)
+    tensors = open_weights_folder(hf)
+    rules = check_names(family.rules(model), tensors.tensors)
+    check_shapes(rules, {name: tensor.shape for name, tensor in tensors.tensors.items()})
+    carried = {rule.hf_names[0].split(".")[2] for rule in rules if rule.carried}
+    model = replace(model, num_carried_mtp_layers=len(carried))
+    tied = model.share_embeddings_and_output_weights and TIED[0] in tensors.tensors
+    if tied and not torch.equal(tensors.read(TIED[0]), tensors.read(TIED[1])):
+        raise CheckpointError(f"{hf} ties its embeddings (tie_word_embeddings), but {TIED[0]} is not {TIED[1]}")
+    return model, rules, tensors
+
+
+class _HFReader:
+    """Full tensors of a Hugging Face folder, dequantised, in the type in which they will be stored."""
+
+    def __init__(
+        self, tensors: WeightsFolder, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: _Finite
+    ) -> None:
+        self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
+
+    def dtype(self, rule: Rule, name: str) -> torch.dtype:
+        found = self.tensors.tensors[name].dtype
+        if self._dtype is not None:
+            return torch.float32 if rule.float32 else self._dtype
+        return torch.bfloat16 if found in _FLOAT8 else found
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = self.tensors.read(name)
+        if tensor.dtype in _FLOAT8:
+            scales = f"{name}_scale_inv"
+            if scales not in self.tensors.tensors or self._block is None:
+                raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or its block size is missing")
+            tensor = dequantise_blocks(tensor, self.tensors.read(scales), self._block)
+        return self._finite.checked(name, tensor.to(dtype))
+
+
+def _block(hf: Path) -> tuple[int, int] | None:
+    block = (read_config(hf).get("quantization_config") or {}).get("weight_block_size")
+    return tuple(block) if block else None
+
+
+def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: Progress) -> list[Piece]:
+    """How each rectangle of the checkpoint is made; nothing is read yet.  ``progress`` gets a sentence where tensors
+    of several types become one."""
+    depth: dict[str, tuple[int, ...]] = {}
+    kept: dict[str, torch.dtype] = {}
+    for rule in rules:
+        key, index = rule.megatron.key, rule.megatron.index
+        seen = depth.get(key, (0,) * len(index))
+        depth[key] = tuple(max(a, b + 1) for a, b in zip(seen, index, strict=True))
+        for name in rule.hf_names:
+            dtype = reader.dtype(rule, name)
+            kept[key] = torch.promote_types(kept.get(key, dtype), dtype)  # one type for all layers of a key
+    widened = [name for rule in rules for name in rule.hf_names if reader.dtype(rule, name) != kept[rule.megatron.key]]
+    if widened:
+        wide = str(kept[next(rule.megatron.key for rule in rules if widened[0] in rule.hf_names)]).removeprefix(
+            "torch."
+        )
+        more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
+        progress.say(f"{widened[0]}{more} become {wide}, like the tensors that they are stored with")
+    pieces: list[Piece] = []
+    for rule in rules:
+        pieces += _pieces_of(rule, depth[rule.megatron.key], kept[rule.megatron.key], model, reader)
+    return pieces
+
+
+def _extra_states(rules: list[Rule]) -> list[str]:
+    """Where Megatron looks for a layer's FP8 statistics, in every layer spec: linear layers, norms, attention.
+
+    Its loader stops where one is missing, and takes None for none.
+    """
+    states: dict[tuple[str, tuple[int, ...]], None] = {}
+    for rule in rules:
+        module, _, name = rule.megatron.key.rpartition(".")
+        if rule.carried or module.endswith(("word_embeddings", "output_layer", "router")):
+            continue
+        states[module, rule.megatron.index] = None
+        if name == "layer_norm_weight":  # as the local spec calls the norm that is a part of this layer
+            states |= {(other.rpartition(".")[0], rule.megatron.index): None for other in names(rule.megatron.key)}
+        if module.endswith("self_attention.linear_proj"):
+            states[module.replace("linear_proj", "core_attention"), rule.megatron.index] = None
+    shape: dict[str, tuple[int, ...]] = {}
+    for module, index in states:
+        seen = shape.get(module, (0,) * len(index))
+        shape[module] = tuple(max(a, b + 1) for a, b in zip(seen, index, strict=True))
+    return [
+        f"{module}._extra_state/shard_{'.'.join(map(str, index or (0,)))}_{'.'.join(map(str, shape[module] or (1,)))}"
+        for module, index in states
+    ]
+
+
+def _pieces_of(
+    rule: Rule, stacked: tuple[int, ...], dtype: torch.dtype, model: ModelConfig, reader: _HFReader
+) -> Iterator[Piece]:
+    key, index, leading = rule.megatron.key, rule.megatron.index, (1,) * len(rule.megatron.index)
+    padded = rule.shape
+    if rule.vocabulary:
+        padded = (padded_vocab_size(rule.shape[0], model.make_vocab_size_divisible_by, 1), *rule.shape[1:])
+    tail = (0,) * (len(padded) - 1)
+
+    def piece(row: int, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Piece:
+        sizes = leading + shape
+        return Piece(key, stacked + padded, (*index, row, *tail), sizes, dtype, lambda: make().reshape(sizes))
+
+    if isinstance(rule.arrangement, Rows):  # one below the other: each is a rectangle of its own, and held alone
+        row = 0
+        for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
+            yield piece(row, shape, functools.partial(reader.read, name, dtype))
+            row += shape[0]
+    else:
+        yield piece(0, rule.shape, lambda: rule.to_megatron(*(reader.read(name, dtype) for name in rule.hf_names)))
+    if padded != rule.shape:
+        rest = (padded[0] - rule.shape[0], *padded[1:])
+        yield piece(rule.shape[0], rest, lambda: torch.zeros(rest, dtype=dtype))
+
+
+def _described(
+    weights: Weights,
+    original: Mapping[str, Any] | None,
+    beside: Path | None,
+    vocab_size: int | None,
+    progress: Progress,
+) -> tuple[ModelConfig, Family]:
+    """The model in a Megatron checkpoint, and as what family it leaves."""
+    if weights.args is None and original is None:
+        raise CheckpointError(f"{weights.path} stores no arguments: name a folder with its config.json in --hf-config")
+    if weights.args is not None:
+        model = architecture_from_args(weights.args)
+    else:
+        model = family_of(original or {}).model_config(original or {})
+    if vocab_size is None:
+        # A config.json may know of rows that no token has.
+        known = max((original or {}).get("vocab_size") or 0, num_tokens(beside) or 0)
+        vocab_size = true_vocab_size(weights.args, known or None, weights.num_rows)
+    elif vocab_size > weights.num_rows:
+        raise CheckpointError(f"--vocab-size {vocab_size} exceeds the {weights.num_rows} rows on disk")
+    progress.say(f"vocabulary: {vocab_size} of {weights.num_rows} rows on disk")
+    model = replace(model, vocab_size=vocab_size)
+    carried = weights.num_carried_layers
+    if model.num_carried_mtp_layers != carried:
+        progress.say(f"{model.num_carried_mtp_layers} multi-token-prediction layers stayed behind when it was trained")
+        model = replace(model, num_carried_mtp_layers=carried)
+    family = family_of(original) if original is not None else family_of_model(model)
+    progress.say(f"{family.architecture}; {FORMATS[weights.format]}; iteration {weights.iteration}")
+    return model, family
+
+
+def _config(
+    family: Family, model: ModelConfig, dtype: str, original: Mapping[str, Any] | None, weights: Weights
+) -> dict[str, Any]:
+    """The config.json: the original one, if it describes this model."""
+    if original is None or family.model_config(original).num_carried_mtp_layers == model.num_carried_mtp_layers:
+        return family.hf_config(model, dtype, original)
+    counts = {name: model.num_carried_mtp_layers for name in _MTP_LAYERS if name in original} or {_MTP_LAYERS[0]: 0}
+    config = family.hf_config(model, dtype, {**original, **counts})
+    if getattr(weights.args, "num_carried_mtp_layers", None) == model.num_carried_mtp_layers:
+        # The folder that was converted had no such layers either, whatever its config.json said.
+        config = {name: original.get(name, value) for name, value in config.items() if name in original}
+        config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    return config
+
+
+_MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+
+@contextmanager
+def _new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that gets its name if all goes well, and goes if not."""
+    target = target.absolute()
+    temporary = directory.begin(target.parent, target.name, num_bytes + 2**20)
+    try:
+        yield temporary.path
+        directory.publish_new(temporary, target)
+    except BaseException:
+        temporary.remove()
+        raise
+    finally:
+        temporary.release()

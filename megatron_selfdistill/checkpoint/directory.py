@@ -1,0 +1,344 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The folder that checkpoints lie in: which one is the latest, and how a new one appears in it all at once.
+
+    begin -> ``.writing_iter_0000004_1f3a...`` is filled by all ranks -> publish -> ``iter_0000004``
+
+A folder under its final name is complete.  What a killed save leaves behind keeps its temporary name and goes at the
+next `begin`, unless a live process holds its lock.  Nothing here communicates; one rank calls it for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import uuid
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.manifest import sync
+from megatron_selfdistill.errors import CheckpointError
+
+LEGACY_FILE = "model_optim_rng.pt"
+"""A rank's file in the legacy format."""
+TRACKER = "latest_checkpointed_iteration.txt"
+_TEMPORARY = ".writing_"
+_REPLACED = ".old"
+_ITERATION = re.compile(r"iter_(\d+)(?:\.old)?")
+
+
+def iteration_name(step: int) -> str:
+    """Megatron-LM's name of a checkpoint's folder."""
+    return f"iter_{step:07d}"
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration in a checkpoint's name; 0 for ``release`` and for any other name, as Megatron-LM counts it."""
+    match = _ITERATION.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the first complete one of `candidates`; None where there is none."""
+    return next((path for path in candidates(folder) if incomplete(path) is None), None)
+
+
+def candidates(folder: Path) -> list[Path]:
+    """What the tracker file names, then every checkpoint in ``folder``, the newest first; complete or not.
+
+    The tracker comes first because Megatron's users set it back by hand in order to return to an older checkpoint.
+    """
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _ITERATION.fullmatch(path.name)]
+    # A replaced folder counts after the one that replaces it, should the process have died between two renames.
+    found.sort(key=lambda path: (iteration_of(path), path.suffix != _REPLACED), reverse=True)
+    named = tracked(folder)
+    return found if named is None else [named, *(path for path in found if path != named)]
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint at ``path``: itself (after a crash, the one that it was about to replace), or what Megatron's
+    tracker file in it names.
+
+    Raises: CheckpointError where there is no complete torch_dist checkpoint; it names the newest complete one nearby.
+    """
+    path = Path(path)
+    chosen = tracked(path) or path
+    reason = incomplete(chosen)
+    if reason is not None:
+        replaced = chosen.with_name(chosen.name + _REPLACED)
+        if replaced.is_dir() and incomplete(replaced) is None:
+            return replaced
+        fault = tracker_fault(path)
+        raise CheckpointError(
+            f"expected a Megatron torch_dist checkpoint (an iter_ folder, or the folder with {TRACKER}) at "
+            f"{path}, but {chosen} {f'{fault} and ' if fault else ''}{reason}{instead_of(chosen)}"
+        )
+    return chosen
+
+
+def instead_of(damaged: Path) -> str:
+    """The end of a sentence that offers the newest complete checkpoint beside ``damaged``; empty if there is none."""
+    whole = (other for other in candidates(damaged.parent) if other != damaged and incomplete(other) is None)
+    newest = next(whole, None)
+    return "" if newest is None else f"; the newest complete one is {newest}"
+
+
+def find(path: Path) -> tuple[Path, bool]:
+    """The checkpoint's own folder, and whether it is a legacy one.  Raises: CheckpointError where there is none."""
+    path = Path(path)
+    refuse_hugging_face(path)
+    chosen = tracked(path) or path
+    return (chosen, True) if is_legacy(chosen) else (resolve(path), False)
+
+
+def of_iteration(path: Path, iteration: int | None) -> Path:
+    """Return the folder of ``iteration`` in ``path``, or ``path`` itself for None.
+
+    Raises: CheckpointError where there is no such iteration; it names those that are there.
+    """
+    if iteration is None:
+        return path
+    if not (chosen := path / iteration_name(iteration)).is_dir():
+        there = ", ".join(sorted(str(iteration_of(p)) for p in path.glob("iter_*"))) or "none"
+        raise CheckpointError(f"{path} has no iteration {iteration}; it has {there}")
+    return chosen
+
+
+def is_legacy(folder: Path) -> bool:
+    """Return whether ``folder`` is an ``iter_`` or ``release`` folder in the ``torch`` format."""
+    return any(folder.glob(f"mp_rank_*/{LEGACY_FILE}"))
+
+
+def refuse_hugging_face(path: Path) -> None:
+    """Raise CheckpointError, with the command that converts it, where ``path`` is a Hugging Face folder."""
+    chosen = tracked(path) or path
+    if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, expected a Megatron checkpoint: convert it with "
+            f"`selfdistill convert hf-to-megatron --hf {path} --out NEW_FOLDER`, and name NEW_FOLDER"
+        )
+
+
+def lacks(path: Path) -> str | None:
+    """Return what a torch_dist checkpoint at ``path`` obviously lacks ("has no metadata.json"), or None; reads no
+    contents."""
+    if not path.is_dir():
+        return "does not exist" if not path.exists() else "is not a folder"
+    if not (path / "metadata.json").is_file():
+        legacy = any(path.glob("mp_rank_*"))
+        return "is in the legacy format: save it with --ckpt-format torch_dist" if legacy else "has no metadata.json"
+    for name in ("common.pt", ".metadata"):
+        if not (path / name).is_file():
+            return f"has no {name}"
+    return None if zipfile.is_zipfile(path / "common.pt") else "has a damaged common.pt"
+
+
+def incomplete(path: Path) -> str | None:
+    """Why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is one.
+
+    Every file must be as long as its manifest says, or, where another program wrote it without one, at least as long as
+    Megatron's ``.metadata`` says; contents are not read.
+    """
+    if (fault := lacks(path)) is not None:
+        return fault
+    from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata  # imports torch, which takes seconds
+
+    try:
+        entries = manifest.read(path)
+        if entries is not None and (fault := manifest.wrong_size(path, entries)) is not None:
+            return fault
+        storage = load_metadata(path).storage_data
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path} ")
+    ends: dict[str, int] = {}
+    for place in storage.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size < end:
+            return f"has {size} bytes of {name}, expected {end}"
+    return None
+
+
+def unverifiable(path: Path) -> str | None:
+    """Return why the complete checkpoint at ``path`` cannot be verified, where this program wrote it; else None.
+
+    Other programs write no manifest.
+    """
+    from megatron_selfdistill.checkpoint.run.saved_run import is_ours  # imports torch, which takes seconds
+
+    if manifest.read(path) is not None or not is_ours(path):
+        return None
+    return (
+        f"has no {manifest.NAME}, with which this program wrote it, so that nobody can tell whether it is damaged: "
+        "restore that file, or set checkpoint.verify=none to load it all the same"
+    )
+
+
+@dataclass
+class Temporary:
+    """A checkpoint that is being written.  Every rank (and each writer forked from it) shares its lock."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self._lock: int | None = None
+
+    def hold(self) -> Temporary:
+        """Share the lock: no other process removes the folder before this one and its forks have let go or died."""
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(OSError):  # a file system without locks: then `_remove_leftovers` removes nothing
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return self
+
+    def release(self) -> None:
+        """Let go of the lock; may be called twice."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def is_abandoned(self) -> bool:
+        """Whether nobody alive holds the lock."""
+        if not self._lock_path.exists():
+            return True
+        descriptor = os.open(self._lock_path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def remove(self) -> None:
+        """Delete the folder, then its lock: a folder without a lock is nobody's."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.lock")
+
+
+def begin(folder: Path, name: str, num_bytes: int) -> Temporary:
+    """An empty temporary folder for ``name``, locked by this process.  What killed writers left is removed first.
+
+    Raises: CheckpointError if the disk has less than ``num_bytes`` free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{name} needs {num_bytes:,} bytes but {folder} has {free:,} free: make room; in a run, lower "
+            "checkpoint.keep_last"
+        )
+    temporary = Temporary(folder / f"{_TEMPORARY}{name}_{uuid.uuid4().hex[:8]}").hold()
+    temporary.path.mkdir()
+    return temporary
+
+
+def publish(temporary: Temporary, target: Path) -> None:
+    """Give a completely written folder its manifest, then its name.  After a crash at any point the old or the new one
+    is there."""
+    manifest.write(temporary.path)
+    for file in temporary.path.iterdir():
+        if file.suffix != ".distcp":  # Megatron has synced those, each on the machine that wrote it
+            sync(file)
+    sync(temporary.path)
+    replaced = target.with_name(target.name + _REPLACED)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    temporary.path.rename(target)
+    sync(target.parent)
+    temporary.remove()  # its lock
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def publish_new(temporary: Temporary, target: Path) -> None:
+    """Give a folder whose files are synced a name that must be free: nothing is ever replaced.
+
+    Raises: CheckpointError where something has taken the name.
+    """
+    require_free(target)
+    sync(temporary.path)
+    temporary.path.rename(target)
+    sync(target.parent)
+    temporary.remove()  # its lock
+
+
+def require_free(target: Path) -> None:
+    """Raise CheckpointError if ``target`` is there, unless it is an empty folder."""
+    if target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None):
+        raise CheckpointError(f"{target} is there already and is not overwritten: choose another name, or remove it")
+
+
+def set_latest(target: Path) -> None:
+    """Point Megatron's tracker file at ``target``, atomically."""
+    tracker = target.parent / TRACKER
+    new = tracker.with_name(f"{_TEMPORARY}{TRACKER}")
+    new.write_text(str(iteration_of(target)))
+    sync(new)
+    os.replace(new, tracker)
+    sync(target.parent)
+
+
+def prune(target: Path, keep_last: int | None) -> None:
+    """Delete all but the last ``keep_last`` checkpoints up to and including ``target``; None keeps all."""
+    if keep_last is None:
+        return
+    older = [path for path in target.parent.iterdir() if _ITERATION.fullmatch(path.name)]
+    older = sorted((path for path in older if iteration_of(path) <= iteration_of(target)), key=iteration_of)
+    for path in older[:-keep_last]:
+        # Out of sight first, so that a kill in between leaves no half checkpoint under a checkpoint's name.
+        doomed = Temporary(path.with_name(f"{_TEMPORARY}{path.name}_{uuid.uuid4().hex[:8]}"))
+        path.rename(doomed.path)
+        doomed.remove()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in list(folder.iterdir()):
+        if path.name.startswith(_TEMPORARY) and path.suffix != ".lock":
+            if path.is_file():
+                path.unlink()
+            elif (left := Temporary(path)).is_abandoned():
+                left.remove()
+        elif path.suffix == ".lock" and path.name.startswith(_TEMPORARY):
+            temporary = Temporary(path.with_suffix(""))
+            if not temporary.path.exists() and temporary.is_abandoned():
+                temporary.remove()
+        elif _ITERATION.fullmatch(path.name) and path.suffix == _REPLACED and incomplete(path.with_suffix("")) is None:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def tracked(folder: Path) -> Path | None:
+    """Return the folder that the tracker file names, whether or not it is there; None where it names none."""
+    text = _tracker_text(folder)
+    if text == "release":
+        return folder / "release"
+    return folder / iteration_name(int(text)) if text is not None and _is_iteration(text) else None
+
+
+def tracker_fault(folder: Path) -> str | None:
+    """Return what is wrong with the tracker file in ``folder``; None where nothing is, or where there is none."""
+    text = _tracker_text(folder)
+    if text is None or text == "release" or _is_iteration(text):
+        return None
+    return f"has {text[:20]!r} in {TRACKER}, expected an iteration or release"
+
+
+def _tracker_text(folder: Path) -> str | None:
+    tracker = folder / TRACKER
+    return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
+
+
+def _is_iteration(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20

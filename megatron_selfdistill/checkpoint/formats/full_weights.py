@@ -1,0 +1,237 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The weights of any Megatron checkpoint, torch_dist or legacy, as full tensors by the rules of a mapping.
+
+    weights = open_weights(Path("runs/first/checkpoints"))
+    weights.args, weights.iteration, weights.num_rows
+    weights.fitting(rules)
+    weights.read(rule)
+
+Layer specs, stacking and padding make no difference to the caller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.directory import find
+from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.legacy import LegacySource
+from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistSource
+from megatron_selfdistill.checkpoint.run.saved_run import is_ours
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.model.hf.mapping import CARRIED, Rule
+
+NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
+"""Beside the model in a checkpoint, and no part of it."""
+
+NOT_BUILT = ("mtp.", CARRIED)
+"""Multi-token prediction: part of some checkpoints, and of no model that is trained or sampled here."""
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_SHOWN = 4
+
+
+class Weights(Protocol):
+    """A Megatron checkpoint that was found whole."""
+
+    path: Path
+    format: str
+    """torch_dist or torch (legacy)."""
+    args: argparse.Namespace | None
+    """What its writer stored; None where it stored nothing."""
+    iteration: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the embedding on disk, padding included."""
+        ...
+
+    @property
+    def num_carried_layers(self) -> int:
+        """Multi-token-prediction layers that it carries for others."""
+        ...
+
+    def fitting(self, rules: Sequence[Rule]) -> None:
+        """Raise CheckpointError, naming the first ones, unless the tensors on disk are exactly those of ``rules``."""
+        ...
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        """Of the tensor on disk."""
+        ...
+
+    def read(self, rule: Rule) -> Tensor:
+        """The tensor of ``rule``, without padding."""
+        ...
+
+    def sizes(self) -> dict[torch.dtype, int]:
+        """Number of elements of the model's tensors, by their type; padding included."""
+        ...
+
+
+def require_sound(weights: Weights, say: Callable[[str], None] = lambda _: None) -> None:
+    """Raise CheckpointError, naming the file, unless all contents are what the manifest says; reads every file once.
+
+    Checkpoints of other programs have no manifest, and one of this program may have lost it: ``say`` receives that, and
+    the contents are taken as they are.
+    """
+    entries = manifest.read(weights.path)
+    if entries is None:
+        lost = ", although this program wrote one" if is_ours(weights.path) else ""
+        say(f"{weights.path} has no {manifest.NAME}{lost}: its contents cannot be checked")
+    elif (fault := manifest.wrong_contents(weights.path, entries)) is not None:
+        raise CheckpointError(f"{weights.path} {fault}{directory.instead_of(weights.path)}")
+
+
+def open_weights(path: Path, iteration: int | None = None) -> Weights:
+    """The checkpoint at ``path``: an ``iter_`` or ``release`` folder, or the folder with Megatron's tracker file.
+
+    ``iteration``: another one than the tracker names.
+    Raises: CheckpointError where it is not whole, naming what is wrong and the newest whole one beside it.
+    """
+    path = Path(path)
+    found, legacy = find(directory.of_iteration(path, iteration))
+    return _Legacy(found) if legacy else _TorchDist(found)
+
+
+class _TorchDist:
+    format = "torch_dist"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._source = TorchDistSource(path)
+        common = self._source.common
+        self.args = common.get("args")
+        self.iteration = int(common.get("iteration") or directory.iteration_of(path))
+
+    @property
+    def num_rows(self) -> int:
+        if _EMBEDDING not in self._source.shapes:
+            raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
+        return self._source.shapes[_EMBEDDING][0]
+
+    @property
+    def num_carried_layers(self) -> int:
+        return _num_carried(self._source.shapes)
+
+    def fitting(self, rules: Sequence[Rule]) -> None:
+        faults, used = [], dict[str, list[int]]()
+        for rule in rules:
+            place = self._place(rule)
+            if place is None:
+                faults.append(f"{_shown(rule)} is missing")
+                continue
+            key, index = place
+            shape = self._source.shapes[key]
+            used.setdefault(key, []).append(len(index))
+            faults += _misfit(rule, shape[len(index) :])
+        for key, shape in self._source.shapes.items():
+            if key.startswith(NOT_WEIGHTS):
+                continue
+            if key not in used:
+                faults.append(f"{key} is unexpected")
+            elif (count := math.prod(shape[: used[key][0]])) != len(used[key]):
+                faults.append(f"{key} holds {count} tensors, expected {len(used[key])}")
+        _raise_first(self.path, faults)
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        return self._source.dtype(_known(self, rule)[0])
+
+    def read(self, rule: Rule) -> Tensor:
+        key, index = _known(self, rule)
+        return self._source.read(key, index, rule.shape[0] if rule.vocabulary else None)
+
+    def sizes(self) -> dict[torch.dtype, int]:
+        sizes: dict[torch.dtype, int] = {}
+        for key, shape in self._source.shapes.items():
+            if not key.startswith(NOT_WEIGHTS):
+                dtype = self._source.dtype(key)
+                sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+        return sizes
+
+    def _place(self, rule: Rule) -> Place | None:
+        found = (place for place in places(rule.megatron.key, rule.megatron.index) if place[0] in self._source.shapes)
+        return next(found, None)
+
+
+class _Legacy:
+    format = "torch"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._source = LegacySource(path)
+        self.args: argparse.Namespace | None = self._source.args
+        self.iteration = self._source.iteration
+
+    @property
+    def num_rows(self) -> int:
+        place = self._source.place(_EMBEDDING, ())
+        if place is None:
+            raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
+        return self._source.full_shape(place, ())[0]
+
+    @property
+    def num_carried_layers(self) -> int:
+        return 0
+
+    def fitting(self, rules: Sequence[Rule]) -> None:
+        faults, used = [], set()
+        for rule in rules:
+            place = self._place(rule)
+            if place is None:
+                faults.append(f"{_shown(rule)} is missing")
+                continue
+            used.add(place)
+            faults += _misfit(rule, self._source.full_shape(place, rule.shape))
+        faults += [f"{shown(key, index)} is unexpected" for key, index in sorted(self._source.tensors - used)]
+        _raise_first(self.path, faults)
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        return self._source.dtype(_known(self, rule))
+
+    def read(self, rule: Rule) -> Tensor:
+        tensor = self._source.read(_known(self, rule), rule.shape)
+        return tensor[: rule.shape[0]] if rule.vocabulary else tensor
+
+    def sizes(self) -> dict[torch.dtype, int]:
+        return self._source.sizes()
+
+    def _place(self, rule: Rule) -> Place | None:
+        return self._source.place(rule.megatron.key, rule.megatron.index)
+
+
+def _known(weights: _TorchDist | _Legacy, rule: Rule) -> Place:
+    place = weights._place(rule)
+    if place is None:
+        raise CheckpointError(f"{weights.path} does not fit this model: {_shown(rule)} is missing")
+    return place
+
+
+def _misfit(rule: Rule, found: tuple[int, ...]) -> list[str]:
+    padded = rule.vocabulary and len(found) == len(rule.shape) and found[0] >= rule.shape[0]
+    if found == rule.shape or (padded and found[1:] == rule.shape[1:]):
+        return []
+    return [f"{_shown(rule)} has shape {list(found)}, expected {list(rule.shape)}"]
+
+
+def _num_carried(keys: Sequence[str] | dict[str, tuple[int, ...]]) -> int:
+    """From ``hf_carried.model.layers.61.eh_proj.weight`` and the like."""
+    return len({key.removeprefix(CARRIED).split(".")[2] for key in keys if key.startswith(CARRIED)})
+
+
+def _shown(rule: Rule) -> str:
+    return shown(rule.megatron.key, rule.megatron.index)
+
+
+def _raise_first(path: Path, faults: list[str]) -> None:
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise CheckpointError(f"{path} does not fit this model: {'; '.join(faults[:_SHOWN])}{more}")

@@ -1,0 +1,120 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The ``args`` of a checkpoint, as Megatron-LM's ``--use-checkpoint-args`` reads them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.fused_kernels import activation_name
+
+_PLAIN = (bool, int, float, str, torch.dtype, type(None))
+
+
+def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namespace:
+    """Megatron-LM's names for what the model is.
+
+    The live model answers wherever it can, so that a model of ``model.provider`` is described too; ``model`` adds what
+    a ``GPTModel`` forgets (the factor of the RoPE scaling, the true vocabulary and its divisor).  Holds the plain
+    fields of its ``TransformerConfig``, then the fields that Megatron-LM spells differently.
+    Source: ``load_args_from_checkpoint`` in Megatron-LM's ``megatron/training/checkpointing.py``, core_v0.16.
+    """
+    gpt = unwrapped(chunk)
+    return _args(
+        gpt.config,
+        model,
+        max_position_embeddings=gpt.max_sequence_length,
+        padded_vocab_size=gpt.vocab_size,
+        share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
+        position_embedding_type=gpt.position_embedding_type,
+        rotary_base=gpt.rotary_base,
+        rotary_percent=gpt.rotary_percent,
+        rope_scaling=gpt.rotary_scaling,
+    )
+
+
+def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace:
+    """Return `megatron_args` of a model that is only described; ``dtype`` is that of its weights."""
+    precision = "fp32" if dtype == torch.float32 else "bf16"
+    config = transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
+    assert model.vocab_size is not None
+    args = _args(
+        config,
+        model,
+        max_position_embeddings=model.max_position_embeddings,
+        padded_vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1),
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
+        rope_scaling=model.rope_scaling,
+    )
+    args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
+    return args
+
+
+def _args(
+    config: TransformerConfig,
+    model: ModelConfig,
+    *,
+    max_position_embeddings: int,
+    padded_vocab_size: int,
+    share_embeddings_and_output_weights: bool,
+    position_embedding_type: str,
+    rotary_base: float,
+    rotary_percent: float,
+    rope_scaling: bool,
+) -> argparse.Namespace:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {name: value for name, value in values.items() if _is_plain(value)}
+    values |= {
+        "seq_length": max_position_embeddings,
+        "max_position_embeddings": max_position_embeddings,
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": padded_vocab_size,
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        "untie_embeddings_and_output_weights": not share_embeddings_and_output_weights,
+        "position_embedding_type": position_embedding_type,
+        # The default of Megatron-LM, whose core models do not read it: pretrain_gpt.py compares it with its flags.
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": position_embedding_type == "rope",
+        "rotary_base": rotary_base,
+        "rotary_percent": rotary_percent,
+        "use_rope_scaling": rope_scaling,
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "swiglu": config.gated_linear_unit and config.activation_func is F.silu,
+        "squared_relu": False,
+        "activation": activation_name(config),  # ours: Megatron-LM has flags for some pairs of activation and gate only
+        "norm_epsilon": config.layernorm_epsilon,
+        "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
+        "num_experts": config.num_moe_experts,
+        "num_carried_mtp_layers": model.num_carried_mtp_layers,  # ours
+        # Whatever layers ran: the keys on disk are those of Transformer Engine's layer spec.  Megatron-LM's local spec
+        # names the norm in front of a mixture of experts differently.
+        "transformer_impl": "transformer_engine",
+        "ckpt_format": "torch_dist",
+        "use_dist_ckpt": True,
+        "data_parallel_random_init": False,
+        "no_save_optim": False,
+        "no_save_rng": False,
+    }
+    return argparse.Namespace(**values)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``torch.load`` reads it with ``weights_only``, as Megatron-LM does: no functions, no enumerations."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _PLAIN) and not isinstance(value, enum.Enum)

@@ -1,0 +1,237 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The weights of Hugging Face folders: tensors read one at a time, and written one at a time into bounded shards.
+
+The libraries' own writers want a whole shard in memory.  The format is eight bytes of header length, a JSON header with
+each tensor's place, and the tensors; all places are known before the first tensor is.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_selfdistill.checkpoint.formats.hf_files import WeightFiles, weight_files
+from megatron_selfdistill.checkpoint.formats.manifest import sync
+from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
+from megatron_selfdistill.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, and what it is."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class WeightsFolder(Protocol):
+    """The tensors of a Hugging Face folder, by name."""
+
+    folder: Path
+    tensors: dict[str, Stored]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, mapped from its file where the format allows it."""
+        ...
+
+
+def open_weights_folder(folder: Path) -> WeightsFolder:
+    """Return the tensors of a Hugging Face folder, from safetensors or from PyTorch's pickles.
+
+    Raises: CheckpointError for what is missing, damaged, or leads out of the folder.
+    """
+    files = weight_files(Path(folder))
+    return SafetensorsFolder(folder, files) if files.is_safetensors else PickledFolder(folder, files)
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder, by name.  Raises CheckpointError for what is missing or damaged."""
+
+    def __init__(self, folder: Path, files: WeightFiles) -> None:
+        self.folder = Path(folder)
+        self.tensors: dict[str, Stored] = {}
+        for file, names in files.tensors.items():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    held = set(opened.keys())
+                    for name in held if names is None else names & held:
+                        part = opened.get_slice(name)
+                        dtype = part.get_dtype()
+                        if dtype not in _DTYPES:
+                            raise CheckpointError(f"{name} in {file} is of type {dtype}, which is not known")
+                        self.tensors[name] = Stored(file, _DTYPES[dtype], tuple(part.get_shape()))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} is damaged or cut off ({error})") from error
+            _require_held(file, names, held, files.index)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor, mapped from the file: its pages are read when they are touched and go when it is
+        dropped."""
+        with safe_open(self.tensors[name].file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+class PickledFolder:
+    """The tensors of ``pytorch_model.bin`` or its shards, read by the restricted unpickler: nothing in them runs."""
+
+    def __init__(self, folder: Path, files: WeightFiles) -> None:
+        self.folder = Path(folder)
+        self.tensors: dict[str, Stored] = {}
+        self._opened: tuple[Path, dict[str, Tensor]] | None = None
+        for file, names in files.tensors.items():
+            held = self._load(file)
+            for name in held if names is None else names & held.keys():
+                self.tensors[name] = Stored(file, held[name].dtype, tuple(held[name].shape))
+            _require_held(file, names, set(held), files.index)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor, mapped from the file; files of PyTorch before 1.6 are read whole."""
+        return self._load(self.tensors[name].file)[name]
+
+    def _load(self, file: Path) -> dict[str, Tensor]:
+        """Return what one file holds; the file that was read last stays open."""
+        if self._opened is None or self._opened[0] != file:
+            self._opened = None
+            content = load_pickled(file, mmap=zipfile.is_zipfile(file))
+            if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+                raise CheckpointError(f"{file} holds no table of tensors, which pytorch_model.bin is")
+            self._opened = (file, {str(name): tensor.detach() for name, tensor in content.items()})
+        return self._opened[1]
+
+
+def _require_held(file: Path, names: set[str] | None, held: set[str], index: str | None) -> None:
+    lost = sorted((names or held) - held)
+    if lost:
+        raise CheckpointError(f"{file} lacks {lost[0]}, which {index} says it holds")
+
+
+class SafetensorsWriter:
+    """Shards of at most ``max_shard_bytes``, filled in any order.
+
+    ``tensors``: (name, dtype, shape) of all that will be written; they go into shards in this order.
+    Raises: CheckpointError if one tensor alone is larger than a shard may be, before anything is written.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int
+    ) -> None:
+        self.folder = folder
+        self._places: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
+        self._files: list[int] = []
+        shards = _cut(tensors, max_shard_bytes)
+        self._names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+        self._left: set[str] = set()
+        for name, shard in zip(self._names, shards, strict=True):
+            self._open(folder / name, shard)
+        if len(shards) > 1:
+            self._write_index(shards)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in its place.  Raises: CheckpointError if it is not what was announced, or is written twice."""
+        number, offset, dtype, shape = self._places[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{name} was to be {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype}"
+            )
+        self._left.remove(name)
+        if tensor.numel():
+            data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            done = 0
+            while done < len(data):  # the system may take less than it is given
+                done += os.pwrite(self._files[number], data[done:], offset + done)
+
+    def close(self) -> None:
+        """Wait until all is on the disk.  Raises: CheckpointError if a tensor was never written."""
+        for descriptor in self._files:
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if self._left:
+            raise CheckpointError(f"{len(self._left)} tensors were never written, first {min(self._left)}")
+
+    def _open(self, file: Path, shard: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # Wider types first, so that every tensor is aligned to its own width.
+        for name, dtype, shape in sorted(shard, key=lambda tensor: -tensor[1].itemsize):
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        for name, dtype, shape in shard:
+            self._places[name] = (len(self._files), start + header[name]["data_offsets"][0], dtype, shape)
+            self._left.add(name)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._files.append(descriptor)
+        os.pwrite(descriptor, struct.pack("<Q", len(text)) + text, 0)
+        os.ftruncate(descriptor, start + offset)
+
+    def _write_index(self, shards: Sequence[Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]) -> None:
+        total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
+        weight_map = {tensor[0]: name for name, shard in zip(self._names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        sync(self.folder / _INDEX)
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name of shard ``number`` of ``count``, from 1, as transformers spells it."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _cut(
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int
+) -> list[list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+    """In order, into shards of at most ``max_shard_bytes``, headers included."""
+    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, dtype, shape in tensors:
+        # The name twice over, the type, the shape and the places: what the header will need at most.
+        size = math.prod(shape) * dtype.itemsize + len(name) + 128
+        if size + 64 > max_shard_bytes:
+            raise CheckpointError(
+                f"{name} alone needs {size + 64:,} bytes, but a shard may have {max_shard_bytes:,}: raise "
+                "--max-shard-size"
+            )
+        if shards[-1] and filled + size + 64 > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, dtype, shape))
+        filled += size
+    return shards

@@ -1,0 +1,271 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What model a checkpoint holds, from the arguments that its writer stored: nobody has to type an architecture again.
+
+Megatron-LM's own ``--use-checkpoint-args`` forgets the epsilon of the norms, QK-norm, the sizes of multi-latent
+attention and the scaling of RoPE; they are read here like the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.directory import find
+from megatron_selfdistill.checkpoint.formats import legacy
+from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
+from megatron_selfdistill.config import Config, ConfigError, ModelConfig
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.model.hf.family import TRANSFORMER_DEFAULTS, differences
+
+
+def with_stored_architecture(config: Config, given: Collection[str] | None = None) -> Config:
+    """``config`` with the architecture of the checkpoint that it resumes from, or else starts from.
+
+    ``given``: the keys that somebody set (`config.given_keys`); null takes every ``model.*`` that is not its default.
+    Each rank reads for itself; there need not be a process group yet.
+    Raises: ConfigError that shows both where ``model.*`` contradicts the checkpoint; CheckpointError where there is
+    none that is whole.
+    """
+    if config.model.provider is not None:
+        return config
+    args = None
+    if config.run_dir and config.checkpoint.resume:
+        args = _args_of_newest(Path(config.run_dir) / "checkpoints")
+    if args is None and config.checkpoint.load is not None:
+        args = stored_args(Path(config.checkpoint.load))
+    if args is None:
+        return config
+    if given is None:
+        fields = fields_set(config.model)
+    else:
+        fields = {key.removeprefix("model.") for key in given if key.startswith("model.")}
+    return dataclasses.replace(config, model=reconcile(config.model, fields, architecture_from_args(args)))
+
+
+def stored_args(path: Path) -> argparse.Namespace | None:
+    """What the writer of the checkpoint at ``path`` stored of its arguments; None where it stored none."""
+    found, is_legacy = find(path)
+    if is_legacy:
+        return load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True).get("args")
+    return load_pickled(found / "common.pt").get("args")
+
+
+def _args_of_newest(checkpoints: Path) -> argparse.Namespace | None:
+    """Return the arguments of the first of `folder.candidates` that can be read; None where there is none.
+
+    What is wrong with the others is for the run to say, which reads all of their files.
+    """
+    for path in directory.candidates(checkpoints):
+        if directory.incomplete(path) is None:
+            with contextlib.suppress(CheckpointError):
+                return stored_args(path)
+    return None
+
+
+def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
+    """The model that stored arguments describe; ``vocab_size`` is null where they do not tell (`stored_vocab_size`).
+
+    Raises: CheckpointError for arguments that lack a size, or that say what this project cannot build.
+    """
+    stored = vars(args)
+    _require_known(stored)
+    values = {ours: stored[theirs] for ours, theirs in _SAME.items() if stored.get(theirs) is not None}
+    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]
+    if missing:
+        raise CheckpointError(f"the checkpoint's arguments have no {missing[0]}: give the architecture in model.*")
+    epsilon = next((stored[name] for name in ("layernorm_epsilon", "norm_epsilon") if stored.get(name)), None)
+    if epsilon is not None:
+        values["layernorm_epsilon"] = epsilon
+    if not stored.get("group_query_attention", True):
+        values["num_query_groups"] = values["num_attention_heads"]  # Megatron-LM stores a 1 that it does not use
+    values |= _activation(stored)
+    if "untie_embeddings_and_output_weights" in stored:
+        values["share_embeddings_and_output_weights"] = not stored["untie_embeddings_and_output_weights"]
+    if stored.get("use_rotary_position_embeddings") and stored.get("position_embedding_type") in (None, "rope"):
+        values["position_embedding_type"] = "rope"  # the older flag
+    if values.get("num_moe_experts") is None:
+        values = {name: value for name, value in values.items() if not name.startswith("moe_")}
+    values["vocab_size"] = stored_vocab_size(args)
+    values["transformer"] = _transformer(stored)
+    try:
+        return ModelConfig(**values)
+    except ConfigError as error:
+        raise CheckpointError(f"the checkpoint's arguments describe no model: {error}") from error
+
+
+def stored_vocab_size(args: argparse.Namespace) -> int | None:
+    """The true vocabulary as far as the arguments tell: its rows before padding; None where they do not.
+
+    Megatron's ``NullTokenizer`` adds an end-of-document token to ``vocab_size``: cutting to the stored number would
+    lose its row.
+    """
+    size = getattr(args, "vocab_size", None)
+    if size is None:
+        return None
+    null = str(getattr(args, "tokenizer_type", None) or "").startswith("Null")
+    return int(size) + (1 if null else 0)
+
+
+def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None, num_rows: int) -> int:
+    """Rows of embedding and output layer that are no padding.
+
+    The stored arguments are asked first, then the tokenizer that lies beside the weights, then the rows on disk.  A
+    model may have more rows than its tokenizer has tokens, but neither fewer than those nor more than are on disk.
+    Raises: CheckpointError that shows all three where they contradict each other, or where rows are left that may be
+    padding or not.
+    """
+    stored = stored_vocab_size(args) if args is not None else None
+    padded = getattr(args, "padded_vocab_size", None) if args is not None else None
+    shown = (
+        f"the arguments say {_or_nothing(stored)} ({_or_nothing(padded)} with padding), the tokenizer has "
+        f"{_or_nothing(tokenizer_size)} tokens, {num_rows} rows are on disk"
+    )
+    chosen = next((size for size in (stored, tokenizer_size) if size is not None), num_rows)
+    if chosen > num_rows or (tokenizer_size or 0) > chosen or (stored is not None and (padded or num_rows) < stored):
+        raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
+    if stored is None and tokenizer_size is not None and num_rows != tokenizer_size:
+        divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
+        tp_size = getattr(args, "tensor_model_parallel_size", None) or 1
+        if num_rows != math.ceil(tokenizer_size / (divisor * tp_size)) * divisor * tp_size:
+            raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
+    return chosen
+
+
+def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConfig) -> ModelConfig:
+    """The stored model, with what a configuration adds to it that is no part of an architecture (losses, padding).
+
+    ``given``: the fields of ``configured`` that somebody set.
+    Raises: ConfigError that shows both values of every field that somebody set to something else than is stored.
+    """
+    overlaid = {name: getattr(configured, name) for name in given if name != "transformer"}
+    if stored.vocab_size is None:
+        stored = dataclasses.replace(stored, vocab_size=configured.vocab_size)
+    transformer = {**stored.transformer, **configured.transformer}
+    wanted = dataclasses.replace(stored, **overlaid, transformer=transformer)
+    faults = [
+        f"model.{'transformer.' * (name in configured.transformer)}{name} is {ours!r}, but the checkpoint was written "
+        f"with {theirs!r}"
+        for name, (ours, theirs) in differences(wanted, stored).items()
+        if not _may_differ(name, stored)
+    ]
+    if faults:
+        raise ConfigError(f"{'; '.join(faults)}: leave model.* out, or choose another checkpoint")
+    return wanted
+
+
+def fields_set(model: ModelConfig) -> set[str]:
+    """Those that differ from their defaults: the best guess where nobody recorded what was set."""
+    default = ModelConfig()
+    return {f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(default, f.name)}
+
+
+# Our name -> Megatron-LM's.
+_SAME = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_query_groups",
+    "kv_channels": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "position_embedding_type": "position_embedding_type",
+    "rotary_base": "rotary_base",
+    "rotary_percent": "rotary_percent",
+    "rope_scaling": "use_rope_scaling",
+    "rope_scaling_factor": "rope_scaling_factor",
+    "normalization": "normalization",
+    "add_bias_linear": "add_bias_linear",
+    "add_qkv_bias": "add_qkv_bias",
+    "qk_layernorm": "qk_layernorm",
+    "init_method_std": "init_method_std",
+    "make_vocab_size_divisible_by": "make_vocab_size_divisible_by",
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "moe_router_topk",
+    "moe_ffn_hidden_size": "moe_ffn_hidden_size",
+    "moe_router_enable_expert_bias": "moe_router_enable_expert_bias",
+    "moe_router_score_function": "moe_router_score_function",
+    "num_carried_mtp_layers": "num_carried_mtp_layers",
+}
+
+# A field of TransformerConfig -> the flag that Megatron-LM stores for it.
+_RENAMED = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+
+_NOT_BUILT = {
+    "use_legacy_models": "Megatron-LM's legacy models (--use-legacy-models)",
+    "squared_relu": "a squared ReLU",
+    "quick_geglu": "a quick GeGLU",
+    "openai_gelu": "OpenAI's GeLU",
+    "heterogeneous_layers_config_path": "heterogeneous layers",
+    "hybrid_override_pattern": "a hybrid of Mamba and attention",
+    "hybrid_layer_pattern": "a hybrid of Mamba and attention",
+    "is_hybrid_model": "a hybrid of Mamba and attention",
+}
+
+
+def _require_known(stored: dict[str, Any]) -> None:
+    for name, what in _NOT_BUILT.items():
+        if stored.get(name):
+            raise CheckpointError(f"the checkpoint holds {what} ({name}={stored[name]!r}), which is not built here")
+
+
+def _activation(stored: dict[str, Any]) -> dict[str, Any]:
+    if stored.get("activation") is not None:
+        return {"activation": stored["activation"], "gated_linear_unit": bool(stored.get("gated_linear_unit"))}
+    if stored.get("swiglu"):
+        return {"activation": "silu", "gated_linear_unit": True}
+    # Megatron-LM's fused gelu, its default where linear layers have biases, is the tanh approximation.
+    fused = stored.get("bias_gelu_fusion") and stored.get("add_bias_linear", True)
+    return {
+        "activation": "gelu_tanh" if fused else "gelu",
+        "gated_linear_unit": bool(stored.get("gated_linear_unit")),
+    }
+
+
+def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
+    """The keys of ``model.transformer`` that change logits and that the arguments set to something else than usual."""
+    found: dict[str, Any] = {}
+    latent = bool(stored.get("multi_latent_attention"))
+    for name, default in TRANSFORMER_DEFAULTS.items():
+        value = stored.get(name)
+        if value is None:
+            value = stored.get(_RENAMED.get(name, name))
+        value = getattr(value, "name", value)  # an enumeration
+        if name == "q_lora_rank" and latent and name in stored and value is None:
+            found[name] = None  # queries without compression
+        elif value is not None and value != default:
+            found[name] = list(value) if isinstance(value, tuple) else value
+    if not latent:
+        found = {name: value for name, value in found.items() if name not in _LATENT_ONLY}
+    if stored.get("num_experts") is None:
+        found = {name: value for name, value in found.items() if not name.startswith("moe_")}
+    else:
+        if stored.get("moe_router_dtype"):
+            found["moe_router_dtype"] = stored["moe_router_dtype"]
+        if stored.get("moe_router_enable_expert_bias"):
+            # Self-distillation does not balance experts; a run of ours that did goes on.
+            ours = "num_carried_mtp_layers" in stored
+            found["moe_router_bias_update_rate"] = stored["moe_router_bias_update_rate"] if ours else 0.0
+    if found.get("window_size") is not None:
+        found["window_size"] = tuple(found["window_size"])
+    return found
+
+
+_LATENT_ONLY = (
+    "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_scaling_factor "
+    "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
+).split()
+
+
+def _may_differ(name: str, stored: ModelConfig) -> bool:
+    """RoPE has no table of positions, so a run may allow fewer or more."""
+    return name == "max_position_embeddings" and stored.position_embedding_type != "learned_absolute"
+
+
+def _or_nothing(number: int | None) -> str:
+    return "nothing" if number is None else str(number)

@@ -1,0 +1,413 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Megatron's torch_dist folders, written and read a tensor at a time by one process without a process group.
+
+    write(folder, pieces, common)            # each Piece is made when its turn comes
+    source = TorchDistSource(folder)
+    source.read("decoder.layers.mlp.linear_fc2.weight", (17,))
+
+Memory: one piece when writing, and the next one where that is small; when reading one slice, and one stored chunk where
+the writer cut differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import math
+import mmap
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.manifest import Entry, sync
+from megatron_selfdistill.checkpoint.formats.read_ahead import read_ahead
+from megatron_selfdistill.checkpoint.formats.tensor_names import shown
+from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, load_pickled
+from megatron_selfdistill.errors import CheckpointError
+
+_POPULATE_READ = 22
+"""Linux's MADV_POPULATE_READ: read all pages now, and report an error of the disk instead of a SIGBUS later."""
+MAX_FILE_BYTES = 4 * 2**30
+"""Of one .distcp file: small enough that ranks share the reading, large enough that there are few."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a stored tensor, and how to make it."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Of the whole stored tensor."""
+    offset: tuple[int, ...]
+    """Of the piece in it."""
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+    """Returns ``sizes`` in ``dtype``; the result is dropped as soon as it is written."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+def write(
+    folder: Path,
+    pieces: Sequence[Piece],
+    common: dict[str, Any],
+    *,
+    empty_objects: Sequence[str] = (),
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write a torch_dist checkpoint with the tensors of ``pieces`` and, in common.pt, ``common``.
+
+    Pieces are made in the given order, one at a time.  ``empty_objects``: keys under which Megatron looks for an object
+    and finds None.  ``progress`` is told the bytes of each piece.  Checksums are taken on the way and left for
+    `manifest.write`.
+    Raises: what ``make`` raises, OSError where the disk is full or cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(common, folder / "common.pt")
+    writer = _SerialWriter(folder, progress)
+    try:
+        dcp.save({}, storage_writer=writer, planner=_PiecePlanner(pieces, empty_objects), no_dist=True)
+    except dcp.api.CheckpointException as error:  # it wraps what happened on each of many ranks; here there is one
+        raise next(iter(error.failures.values()))[0] from None
+    (folder / "metadata.json").write_text(
+        '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+        '"common_backend": "torch", "common_backend_version": 1}'
+    )
+    manifest.write_part(folder, "0", [], known=writer.sums)
+    for name in ("common.pt", "metadata.json"):
+        sync(folder / name)
+
+
+class _PiecePlanner(SavePlanner):
+    """Plans what it is told and resolves a piece by making it."""
+
+    def __init__(self, pieces: Iterable[Piece], empty_objects: Iterable[str]) -> None:
+        self.pieces = {MetadataIndex(piece.key, piece.offset): piece for piece in pieces}
+        self.empty_objects = list(empty_objects)
+        none = io.BytesIO()
+        torch.save([None], none)  # a list with an object of each shard, as Megatron stores them
+        self._none = none.getvalue()
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        tensors = [_write_item(index, piece) for index, piece in self.pieces.items()]
+        return SavePlan(
+            [*tensors, *(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.empty_objects)]
+        )
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        stored: dict[str, TensorStorageMetadata] = {}
+        for piece in self.pieces.values():
+            properties = TensorProperties(dtype=piece.dtype)
+            tensor = stored.setdefault(piece.key, TensorStorageMetadata(properties, torch.Size(piece.shape), []))
+            tensor.chunks.append(ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.sizes)))
+        return all_plans, Metadata({**stored, **{key: BytesStorageMetadata() for key in self.empty_objects}})
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(self._none)
+        piece = self.pieces[write_item.index]
+        tensor = piece.make()
+        if tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
+            raise CheckpointError(
+                f"{piece.key} at {list(piece.offset)} was to be {list(piece.sizes)} of {piece.dtype}, got "
+                f"{list(tensor.shape)} of {tensor.dtype}"
+            )
+        tensor = tensor.contiguous()
+        # torch.save writes the whole storage of a view.
+        is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+        return tensor.clone() if is_view else tensor
+
+
+def _write_item(index: MetadataIndex, piece: Piece) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.sizes))
+    data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(piece.shape))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+class _SerialWriter(FileSystemWriter):
+    """Writes in the order of the plan.  PyTorch's own keeps a tensor of every key until its file is closed."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._folder, self._progress = Path(path), progress
+        self.sums: dict[str, Entry] = {}
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        stream: _SummedFile | None = None
+        made = read_ahead(plan.items, planner.resolve_data, _data_bytes)
+        for item in plan.items:
+            data = next(made)  # not by zip, which would hold on to it
+            if stream is None:
+                stream = _SummedFile(self._folder / f"__0_{len(self.sums)}.distcp")
+            start = stream.size
+            if isinstance(data, io.BytesIO):
+                stream.write(data.getbuffer())
+            else:
+                stream.save(data)
+                self._progress(data.numel() * data.element_size())
+            place = _StorageInfo(stream.path.name, start, stream.size - start)
+            results.append(WriteResult(item.index, place.length, place))
+            del data  # before the next one is made
+            if stream.size >= MAX_FILE_BYTES or item is plan.items[-1]:
+                self.sums[stream.path.name] = stream.finish()
+                stream = None
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _data_bytes(item: WriteItem) -> int:
+    """Return the bytes of a tensor that is to be written; 0 for an object."""
+    data = item.tensor_data
+    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+
+
+class _SummedFile(io.RawIOBase):
+    """A new file that is written from front to back; knows its checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._sum = xxhash.xxh3_128()
+        self._file = path.open("xb", buffering=0)
+        self._failure: OSError | None = None
+
+    def save(self, tensor: Tensor) -> None:
+        """``torch.save``, which turns a full disk into a RuntimeError about its zip file; not here.
+
+        The zip file holds no CRC of the tensor, which nothing checks: the manifest has a checksum of the whole file.
+        """
+        sums_up = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(tensor, self)  # type: ignore[arg-type]
+        except RuntimeError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+        finally:
+            torch.serialization.set_crc32_options(sums_up)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._sum.update(view)
+        written = 0
+        try:
+            while written < len(view):  # the system may take less than it is given
+                written += self._file.write(view[written:])
+        except OSError as error:
+            self._failure = error
+            raise
+        self.size += written
+        return written
+
+    def finish(self) -> Entry:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return Entry(self.size, self._sum.hexdigest())
+
+
+class TorchDistSource:
+    """The weights in a torch_dist folder, slice by slice.  Raises CheckpointError for what is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._metadata = load_metadata(self.folder)
+        found = self._metadata.state_dict_metadata
+        self._tensors = {key: t for key, t in found.items() if isinstance(t, TensorStorageMetadata)}
+        self.shapes = {key: tuple(t.size) for key, t in self._tensors.items()}
+        self._chunks: dict[str, _ChunkTable] = {}
+        self._kept: tuple[MetadataIndex, Tensor] | None = None
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What common.pt holds, read by the restricted unpickler."""
+        return load_pickled(self.folder / "common.pt")
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].properties.dtype
+
+    def read(self, key: str, index: tuple[int, ...] = (), num_rows: int | None = None) -> Tensor:
+        """Return ``stored[key][index]``, or its first ``num_rows`` rows; may be mapped from the file."""
+        shape = self.shapes[key][len(index) :]
+        sizes = shape if num_rows is None else (num_rows, *shape[1:])
+        start, end = (*index, *(0 for _ in sizes)), (*(i + 1 for i in index), *sizes)
+        target: Tensor | None = None
+        covered = 0
+        for chunk in self._table(key).overlapping(start, end):
+            low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
+            high = [min(a, b + s) for a, b, s in zip(end, chunk.offsets, chunk.sizes, strict=True)]
+            inside = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
+            part = self._load(key, chunk)[inside]
+            if target is None and part.numel() == math.prod(sizes):
+                return part.reshape(sizes)
+            if target is None:
+                target = _in_large_pages([b - a for a, b in zip(start, end, strict=True)], part.dtype)
+            target[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))] = part
+            covered += part.numel()
+            del part
+        if target is None or covered != target.numel():
+            raise CheckpointError(f"{self.folder} holds only parts of {shown(key, index)}")
+        return target.reshape(sizes)
+
+    def _table(self, key: str) -> _ChunkTable:
+        if key not in self._chunks:
+            self._chunks[key] = _ChunkTable(self._tensors[key].chunks)
+        return self._chunks[key]
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """A whole chunk.  The last one is kept while it holds more than what is asked for at a time."""
+        index = MetadataIndex(key, chunk.offsets)
+        if self._kept is not None and self._kept[0] == index:
+            return self._kept[1]
+        self._kept = None  # before the next one needs memory
+        place = self._metadata.storage_data[index]
+        try:
+            tensor = _mapped(self.folder / place.relative_path, place.offset, place.length)
+        except Exception as error:
+            name = place.relative_path
+            raise CheckpointError(
+                f"{self.folder} has a damaged {name}: no tensor of {key} at byte {place.offset:,} "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if tuple(tensor.shape) != tuple(chunk.sizes):
+            tensor = tensor.reshape(chunk.sizes)
+        if max(chunk.sizes[:-2], default=1) > 1:  # several layers or experts, which are asked for one after the other
+            self._kept = (index, tensor)
+        return tensor
+
+
+def _in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return new memory for a tensor, in pages of 2 MiB where the system has them: small ones would cost more time than
+    the copy into them."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _mapped(path: Path, offset: int, length: int) -> Tensor:
+    """Return the tensor that ``torch.save`` wrote to ``length`` bytes of a file, mapped from there.
+
+    All of its pages are there afterwards: copying them into new memory would cost more than reading them.
+    Raises: OSError where the file ends too early or cannot be read, what ``torch.load`` raises for another content.
+    """
+    with _Window(path, offset, length) as window:
+        with torch.serialization.skip_data():  # the layout of the tensor, in memory that is never touched
+            tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        num_bytes = tensor.untyped_storage().nbytes()
+        if not num_bytes:
+            return tensor
+        window.seek(0)
+        archive = torch._C.PyTorchFileReader(window)  # type: ignore[call-overload]
+        if archive.has_record("byteorder") and archive.get_record("byteorder") != sys.byteorder.encode():
+            raise ValueError(f"expected numbers of byte order {sys.byteorder}")
+        start = offset + archive.get_record_offset("data/0")
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if start + num_bytes > offset + length:
+            raise OSError(f"expected {num_bytes:,} bytes at {start:,}, got {offset + length - start:,}")
+        pages = mmap.mmap(file.fileno(), before + num_bytes, access=mmap.ACCESS_COPY, offset=start - before)
+    try:
+        pages.madvise(_POPULATE_READ)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Linux before 5.14 knows no such advice, and reads page by page
+            raise
+    stored = torch.frombuffer(memoryview(pages)[before:], dtype=torch.uint8).view(tensor.dtype)
+    return stored.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class _ChunkTable:
+    """The chunks of one key, found by their leading index: there may be one for each expert of each layer."""
+
+    def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
+        self._by_first: dict[tuple[int, ...], list[ChunkStorageMetadata]] = defaultdict(list)
+        self._wide: list[ChunkStorageMetadata] = []
+        self._depth = max(len(chunks[0].sizes) - 2, 0) if chunks else 0
+        for chunk in chunks:
+            if all(size == 1 for size in chunk.sizes[: self._depth]):
+                self._by_first[tuple(chunk.offsets[: self._depth])].append(chunk)
+            else:
+                self._wide.append(chunk)
+
+    def overlapping(self, start: Sequence[int], end: Sequence[int]) -> list[ChunkStorageMetadata]:
+        narrow = all(b - a == 1 for a, b in zip(start[: self._depth], end[: self._depth], strict=True))
+        if narrow:
+            near = [*self._by_first.get(tuple(start[: self._depth]), []), *self._wide]
+        else:
+            near = [*(chunk for chunks in self._by_first.values() for chunk in chunks), *self._wide]
+        return [
+            chunk
+            for chunk in near
+            if all(o < b and a < o + s for a, b, o, s in zip(start, end, chunk.offsets, chunk.sizes, strict=True))
+        ]
+
+
+class _Window(io.RawIOBase):
+    """A stretch of a file, as a file; reads straight into the caller's memory."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._offset, self._length, self._position = offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self._position = position + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(self._length - self._position, 0)]
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(view) or 0
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,314 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Megatron's torch_dist checkpoints: save a run, in the background when asked, and resume it in any layout."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.directory import CheckpointError, Temporary
+from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
+from megatron_selfdistill.checkpoint.run import frozen_teacher, sharded_io, state
+from megatron_selfdistill.checkpoint.run.external import load_weights, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.run.frozen_teacher import (
+    TeacherState,
+    is_there,
+    load_frozen_teacher,
+    save_frozen_teacher,
+)
+from megatron_selfdistill.checkpoint.run.saved_run import SECTION, SavedRun, encode, read_saved_run
+from megatron_selfdistill.config import hidden
+from megatron_selfdistill.distributed.collectives import describe, on_each_rank, on_rank_0
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.watchdog import moving_files
+
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "load_frozen_teacher",
+    "load_weights",
+    "load_weights_and_optimizer",
+    "megatron_args",
+    "save_frozen_teacher",
+]
+
+logger = logging.getLogger(__name__)
+
+Chunks = Sequence[torch.nn.Module]
+
+
+class Checkpointer:
+    """The checkpoints of one run, in ``run_dir/checkpoints``, in Megatron-LM's own layout.
+
+    All methods are collective: every rank calls them, in the same order.  They raise `CheckpointError` on all ranks.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        grid: RankGrid,
+        *,
+        keep_last: int | None,
+        async_save: bool,
+        verify: str = "checksums",
+        prove_ownership: Callable[[], None] | None = None,
+    ) -> None:
+        """``verify``: what of a checkpoint's manifest is compared before it is loaded: checksums, sizes or none.
+        ``prove_ownership``: called on rank 0 before a checkpoint or a teacher gets its name and before older
+        checkpoints are removed; it raises `CheckpointError` where another run has taken the run folder over
+        (`RunLock.renew`).  Null where nothing locks the folder.
+        """
+        if not filesystem_async.HAVE_PSUTIL:
+            raise CheckpointError(
+                "torch_dist checkpoints need psutil, without which Megatron's writers hang: pip install psutil"
+            )
+        self.run_dir, self.grid = Path(run_dir), grid
+        self.folder = self.run_dir / "checkpoints"
+        self.keep_last, self.async_save, self.verify = keep_last, async_save, verify
+        self.prove_ownership: Callable[[], None] = prove_ownership or (lambda: None)
+        self._teacher_id: str | None = None
+        # Forked writers: a persistent one would share memory with the weights that go on changing.
+        self._queue = AsyncCallsQueue(persistent=False)
+        self._pending: Temporary | None = None
+        self._lost: str | None = None  # why the last background save left nothing
+        self._validated = False
+
+    def latest(self) -> Path | None:
+        """Return the first of `folder.candidates` that is whole, equal on all ranks; None where there are none.
+
+        A checkpoint that is passed over is said in one warning, with the steps that are lost.
+        Raises: CheckpointError where there are checkpoints and none is whole; nothing is changed then.
+        """
+        faults: dict[Path, str] = {}
+        for path in on_rank_0(lambda: directory.candidates(self.folder)):
+            fault = sharded_io.damage(path, self.verify)
+            if fault is None:
+                self._warn(faults, path)
+                return path
+            faults[path] = fault
+        if not faults:
+            return None
+        reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
+        raise CheckpointError(
+            f"none of the checkpoints in {self.folder} can be used: {reasons}; nothing was changed: restore one of "
+            f"them, or move {self.run_dir} away to start afresh"
+        )
+
+    def _warn(self, faults: dict[Path, str], taken: Path) -> None:
+        if not self.grid.is_reporter:
+            return
+        if fault := directory.tracker_fault(self.folder):
+            logger.warning("%s", hidden(f"{self.folder} {fault}: the newest checkpoint counts"))
+        if faults:
+            reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
+            lost = max(map(directory.iteration_of, faults)) - directory.iteration_of(taken)
+            again = f", {lost} steps earlier" if lost > 0 else ""
+            logger.warning("%s", hidden(f"{reasons} in {self.folder}: the run continues from {taken.name}{again}"))
+
+    @moving_files()
+    def save(
+        self,
+        step: int,
+        *,
+        chunks: Chunks,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        teacher: TeacherState | None,
+        trainer_state: dict[str, Any],
+        args: argparse.Namespace,
+    ) -> Path:
+        """Write ``iter_<step>``, make it the latest, then prune to ``keep_last``.  With ``async_save`` return as soon
+        as the tensors may change again, and do the rest in `poll` or `finish`.
+
+        ``trainer_state``: plain values (`saved_run.encode`); rank 0's are kept.  ``args``: `megatron_args`.  An ``ema``
+        teacher is written along; a ``frozen`` one is written once, beside the checkpoints, and referred to.
+        """
+        self._finalize(blocking=True)
+        self._lost = None  # what is saved now takes its place
+        target = self.folder / directory.iteration_name(step)
+        if teacher is not None and teacher.weights == "frozen":
+            self._keep_teacher(teacher)
+        with state.gathered_parameters(chunks):
+            model = state.model_state(chunks, state.CONTENT)
+            contents = {
+                "args": args,
+                "checkpoint_version": 3.0,
+                "iteration": step,
+                "num_floating_point_operations_so_far": 0,
+                **model,
+                "optimizer": state.optimizer_state(optimizer, model, state.CONTENT),
+                "opt_param_scheduler": scheduler.state_dict(),
+                **state.random_states(self.grid),
+                SECTION: self._own_state(trainer_state | {"step": step}, optimizer, teacher),
+            }
+            if teacher is not None and teacher.weights == "ema":
+                contents |= teacher.sharded_state_dict()
+            self._start_writing(contents, target)
+        return target
+
+    def read(self, path: Path) -> SavedRun:
+        """Return what the checkpoint at ``path`` says of its run, on every rank; `load` then restores it."""
+        found = on_rank_0(lambda: directory.resolve(path))
+        return on_each_rank(lambda: read_saved_run(found))
+
+    @moving_files()
+    def load(
+        self,
+        saved: SavedRun,
+        *,
+        chunks: Chunks,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        teacher: TeacherState | None,
+    ) -> None:
+        """Put everything back as `save` found it, in the same or another layout; ``saved`` holds the trainer's state.
+        Random states come back only in the layout that wrote them."""
+        found, common, own = saved.path, saved.common, saved.own
+        self._require_same_kind(saved, optimizer, teacher)
+        content = common.get("content_metadata") or state.CONTENT
+        same_layout = own["layout"] == state.layout(self.grid)
+        with state.gathered_parameters(chunks):
+            model = state.model_state(chunks, content)
+            optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
+            wanted = {**model, "optimizer": optimizer_state}
+            if teacher is not None and teacher.weights == "ema":
+                wanted |= teacher.sharded_state_dict()
+            if same_layout:
+                wanted |= state.wanted_random_state(self.grid, on_rank_0(lambda: sharded_io.stored_keys(found)))
+            sharded_io.require_fit(wanted, found)
+            loaded = sharded_io.read(wanted, found)
+            state.load_model_state(chunks, loaded)
+            state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"])
+        scheduler.num_steps = 0  # its load_state_dict counts on from where it is
+        scheduler.load_state_dict(common["opt_param_scheduler"])
+        if teacher is not None and teacher.weights == "ema":
+            teacher.load_state_dict(loaded)
+        if teacher is not None and teacher.weights == "frozen":
+            run_dir = found.parents[1]  # the teacher is in the same run folder, whatever a file may say
+            self._teacher_id = load_frozen_teacher(run_dir, teacher, own["teacher_id"], self.verify)
+        if same_layout:  # last: nothing may draw a number after it
+            state.load_random_state(loaded)
+        elif self.grid.is_reporter:
+            layout = own["layout"]
+            logger.warning("%s comes from the layout %s: random states start afresh", hidden(str(found)), layout)
+
+    def poll(self) -> None:
+        """Complete a background save whose writers are done on all ranks; else return at once.
+
+        Collectives: one small all-reduce while a save is under way, none otherwise.
+        """
+        self._finalize(blocking=False)
+
+    @moving_files()
+    def finish(self) -> None:
+        """Wait for the background save, if there is one, and complete it.
+
+        Raises: CheckpointError where it failed, or where its folder was removed and nothing has been saved since.
+        """
+        self._finalize(blocking=True)
+        if self._lost is not None:
+            raise CheckpointError(self._lost)
+
+    def _start_writing(self, contents: dict[str, Any], target: Path) -> None:
+        def make_latest() -> None:
+            self.prove_ownership()
+            directory.set_latest(target)
+            directory.prune(target, self.keep_last)
+
+        request, temporary = sharded_io.begin_write(
+            contents,
+            target,
+            replicas=self.grid.dp_cp_group,
+            validate=not self._validated,
+            prove_ownership=self.prove_ownership,
+            published=make_latest,
+        )
+        self._validated = True
+        if not self.async_save:
+            sharded_io.write_now(request, temporary, target)
+            return
+        self._pending = temporary
+        on_each_rank(lambda: self._queue.schedule_async_request(request))
+
+    def _finalize(self, blocking: bool) -> None:
+        if self._pending is None:
+            return
+        calls = self._queue.async_calls
+        if calls and not calls[0].async_caller.is_current_async_call_done(blocking):
+            return  # on all ranks
+        place = self._pending.path
+        if calls and not on_rank_0(place.is_dir):  # somebody has removed it, perhaps with the whole run folder
+            calls.popleft()
+            sharded_io.forget_results()
+            self._pending.release()
+            self._pending = None
+            self._lost = f"{place} was removed while a checkpoint was being written there in the background"
+            if self.grid.is_reporter:
+                logger.warning("%s: the next save takes its place", hidden(self._lost))
+            return
+        done = False
+        try:
+            done = bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
+        except sharded_io.WRITE_ERRORS as error:
+            done = True
+            raise CheckpointError(f"could not write a checkpoint in the background: {describe(error)}") from error
+        finally:
+            if done:
+                self._pending.release()
+                self._pending = None
+
+    def _own_state(
+        self, trainer_state: dict[str, Any], optimizer: MegatronOptimizer, teacher: TeacherState | None
+    ) -> dict[str, Any]:
+        frozen = teacher is not None and teacher.weights == "frozen"
+        return {
+            "trainer_state": encode(trainer_state),
+            "layout": state.layout(self.grid),
+            "optimizer_steps": state.optimizer_steps(optimizer),
+            "distributed_optimizer": state.uses_distributed_optimizer(optimizer),
+            "teacher": teacher.weights if teacher is not None else None,
+            "teacher_id": self._teacher_id if frozen else None,
+        }
+
+    def _keep_teacher(self, teacher: TeacherState) -> None:
+        """Write the frozen teacher at the first save, and again where somebody has removed it since."""
+        lost = self._teacher_id is not None and not on_rank_0(lambda: is_there(self.run_dir))
+        if lost and self.grid.is_reporter:
+            place = hidden(str(self.run_dir / frozen_teacher.NAME))
+            logger.warning("%s is not there any more: it is written again", place)
+        if lost or self._teacher_id is None:
+            self._teacher_id = save_frozen_teacher(
+                self.run_dir,
+                teacher,
+                self._teacher_id,
+                replicas=self.grid.dp_cp_group,
+                prove_ownership=self.prove_ownership,
+            )
+
+    def _require_same_kind(self, saved: SavedRun, optimizer: MegatronOptimizer, teacher: TeacherState | None) -> None:
+        """Raise CheckpointError where the stored state has another form than this run needs."""
+        own, path = saved.own, saved.path
+        weights = teacher.weights if teacher is not None else None
+        if own["teacher"] != weights:
+            raise CheckpointError(
+                f"{path} was written with teacher.weights={own['teacher']}, this run has {weights}: set it back, or "
+                "start in a new run folder"
+            )
+        distributed = state.uses_distributed_optimizer(optimizer)
+        if own["distributed_optimizer"] != distributed:
+            raise CheckpointError(
+                f"{path} was written with optimizer.use_distributed_optimizer={own['distributed_optimizer']}, this run "
+                f"has {distributed}, which names its state differently: set it back"
+            )

@@ -1,0 +1,216 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Starting from weights that anyone wrote with Megatron: torch_dist or legacy, TE or local layers, in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.directory import find
+from megatron_selfdistill.checkpoint.formats.finite import non_finite
+from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT
+from megatron_selfdistill.checkpoint.formats.legacy import LegacySource
+from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
+from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
+from megatron_selfdistill.checkpoint.run import sharded_io, state
+from megatron_selfdistill.distributed.collectives import from_all_ranks, on_each_rank, on_rank_0
+from megatron_selfdistill.errors import CheckpointError
+
+Chunks = Sequence[torch.nn.Module]
+
+
+def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, verify: str = "checksums") -> int:
+    """Read only the model's weights from a checkpoint, which Megatron-LM or anyone wrote; returns its iteration (0 for
+    ``release``).  Collective.
+
+    ``path``: an ``iter_`` or ``release`` folder, or the folder with Megatron's tracker file; torch_dist, or legacy
+    (``mp_rank_*``).  ``vocab_size``: the valid rows, all of which the checkpoint must have; padding rows that it lacks
+    become zero.  ``verify``: what of its manifest is compared, checksums or sizes; other programs write none.
+    No pickle runs code.  With an optimizer that keeps float32 main parameters, call its ``reload_model_params``
+    afterwards.
+    Raises: CheckpointError before anything is loaded, naming a torn file, or the first tensors that are missing,
+    unexpected or of another shape.
+    """
+    found, is_legacy = on_rank_0(lambda: find(path))
+    if is_legacy:
+        _load_legacy(found, chunks, vocab_size)
+        _require_finite(found, chunks, vocab_size)
+        return directory.iteration_of(found)
+    sharded_io.require_whole(found, verify)
+    wanted = _wanted(chunks, on_rank_0(lambda: set(sharded_io.stored_shapes(found))))
+    sharded_io.require_fit(wanted, found, only_weights=True, vocab_size=vocab_size)
+    with state.gathered_parameters(chunks):
+        state.load_model_state(chunks, sharded_io.read(wanted, found))
+        _require_finite(found, chunks, vocab_size)
+    return directory.iteration_of(found)
+
+
+def load_weights_and_optimizer(
+    path: Path, chunks: Chunks, optimizer: MegatronOptimizer, vocab_size: int | None = None, verify: str = "checksums"
+) -> int:
+    """`load_weights`, and the optimizer's moments and main parameters with them; returns the iteration.  Collective.
+
+    torch_dist only, in any layout if it was saved as ``fully_reshardable`` (or with ``--ckpt-fully-parallel-save``, or
+    without the distributed optimizer), and with the same kind of optimizer.  Hyperparameters and the learning-rate
+    schedule are those of this run.  Call it instead of `load_weights`, after the optimizer was built.
+    Raises: CheckpointError before anything is loaded, as `load_weights` does; also where there is no optimizer state,
+    or that of another kind.
+    """
+    found, is_legacy = on_rank_0(lambda: find(path))
+    if is_legacy:
+        raise CheckpointError(
+            f"{found} is in the legacy format, whose optimizer state fits one layout: load its weights"
+        )
+    sharded_io.require_whole(found, verify)
+    common = on_each_rank(lambda: load_pickled(found / "common.pt"))
+    if "optimizer" not in common:
+        raise CheckpointError(f"{found} holds no optimizer state: load its weights alone")
+    content = common.get("content_metadata") or _content_of_old(common)
+    with state.gathered_parameters(chunks):
+        model = _wanted(chunks, on_rank_0(lambda: set(sharded_io.stored_shapes(found))), content)
+        optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
+        wanted = {**model, "optimizer": optimizer_state}
+        sharded_io.require_fit(wanted, found, vocab_size=vocab_size)
+        loaded = sharded_io.read(wanted, found)
+        state.load_model_state(chunks, loaded)
+        _require_finite(found, chunks, vocab_size)
+        steps = _optimizer_steps(common)
+        state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], steps)
+    return directory.iteration_of(found)
+
+
+def _require_finite(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
+    """Raise CheckpointError on all ranks, naming the first tensors, if some weight is NaN or infinite.  Collective.
+
+    Padding rows of the vocabulary are not looked at: other programs leave them uninitialised.
+    """
+
+    def named() -> Iterator[tuple[str, torch.Tensor]]:
+        for shard in sharded_io.tensors(state.model_state(chunks, state.CONTENT)):
+            key, index, _ = _full(shard)
+            data = shard.data
+            if shard.allow_shape_mismatch and vocab_size is not None:
+                data = data[: max(vocab_size - shard.global_offset[shard.prepend_axis_num], 0)]
+            yield shown(key, index), data
+
+    faults = dict.fromkeys(name for names in from_all_ranks(non_finite(named())) for name in names)
+    if faults:
+        first, more = list(faults)[:4], f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise CheckpointError(
+            f"{path} has NaN or infinite elements in {', '.join(first)}{more}: its writer diverged or was interrupted; "
+            "take an earlier checkpoint"
+        )
+
+
+def _content_of_old(common: dict[str, Any]) -> dict[str, Any]:
+    """How Megatron-LM cut state before it said so (core 0.13): by whether writers shared the work."""
+    shared = getattr(common.get("args"), "ckpt_fully_parallel_save", False)
+    return {"distrib_optim_sharding_type": "fully_sharded_model_space" if shared else "dp_zero_gather_scatter"}
+
+
+def _optimizer_steps(common: dict[str, Any]) -> int:
+    """Updates that Adam's bias correction counted: as stored with the state, else one per iteration."""
+    counts: list[int] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            counts.extend(int(v) for k, v in value.items() if k in ("step", "common_step") and not isinstance(v, dict))
+            for inner in value.values():
+                visit(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                visit(inner)
+
+    visit(common["optimizer"])
+    return max(counts, default=int(common.get("iteration") or 0))
+
+
+def _wanted(chunks: Chunks, stored: set[str], content: dict[str, Any] = state.CONTENT) -> dict[str, Any]:
+    """The model's sharded state dict by the names that the checkpoint has for its tensors."""
+    content = dict(content)
+    if has_numbered_layers(stored):
+        content["non_homogeneous_layers"] = True
+    wanted = state.model_state(chunks, content)
+    for model in wanted.values():
+        for name, value in model.items():
+            if isinstance(value, ShardedObject):
+                # Transformer Engine's FP8 statistics: those of this model stay, the checkpoint's are pickles.
+                model[name] = LocalNonpersistentObject(value.data)
+    for value in nested_values(wanted):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key not in stored:
+            value.key = next((name for name in names(value.key) if name in stored), value.key)
+    return wanted
+
+
+@torch.no_grad()
+def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
+    source = on_each_rank(lambda: LegacySource(path))
+    shards = sharded_io.tensors(state.model_state(chunks, state.CONTENT))
+    faults: dict[str, None] = {}
+    used: set[Place] = set()
+
+    def compare() -> None:
+        for shard in shards:
+            key, index, expected = _full(shard)
+            place = source.place(key, index)
+            if place is None:
+                faults[f"{shown(key, index)} is missing"] = None
+                continue
+            used.add(place)
+            found = source.full_shape(place, expected)
+            if shard.allow_shape_mismatch and found[1:] == expected[1:]:
+                if vocab_size is not None and found[0] < vocab_size:
+                    faults[f"{key} has {found[0]} rows, expected at least {vocab_size}"] = None
+            elif found != expected:
+                faults[f"{shown(key, index)} has shape {list(found)}, expected {list(expected)}"] = None
+
+    on_each_rank(compare)
+    everyone = from_all_ranks((list(faults), used))
+    unexpected = source.tensors.difference(*(places for _, places in everyone))
+    extra = [f"{shown(key, index)} is unexpected" for key, index in sorted(unexpected) if not key.startswith(NOT_BUILT)]
+    sharded_io.raise_first(path, [*dict.fromkeys(fault for some, _ in everyone for fault in some), *extra])
+
+    def fill() -> None:
+        for shard in shards:
+            key, index, expected = _full(shard)
+            place = source.place(key, index)
+            assert place is not None
+            _copy(source.read(place, expected), shard)
+
+    with state.gathered_parameters(chunks):
+        on_each_rank(fill)
+
+
+def _full(shard: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Key, index over layers and experts, and shape of the whole tensor that this is a shard of."""
+    stacked = shard.prepend_axis_num
+    return shard.key, tuple(shard.global_offset[:stacked]), tuple(shard.global_shape[stacked:])
+
+
+def _copy(full: torch.Tensor, shard: ShardedTensor) -> None:
+    """Fill a shard, in place, with its part of the full tensor; rows beyond the end are padding, and zero."""
+    part, target = full, shard.data
+    if target is None:
+        raise CheckpointError(f"{shard.key} has no memory to be loaded into")
+    offsets = shard.global_offset[shard.prepend_axis_num :]
+    for dim, (offset, length) in enumerate(zip(offsets, shard.local_shape, strict=True)):
+        start = min(offset, part.shape[dim])
+        part = part.narrow(dim, start, min(length, part.shape[dim] - start))
+    if part.shape[0] < target.shape[0]:
+        target[part.shape[0] :] = 0
+        target = target[: part.shape[0]]
+    target.copy_(part)

@@ -1,0 +1,289 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The state of Megatron's distributed optimizer for a checkpoint, each parameter on one data-parallel rank only.
+
+The files are those of Megatron's ``fully_reshardable`` format: float32 parameters and both moments of Adam, in the
+shape of the parameter and under its name.  Megatron gathers them on every data-parallel rank (12 bytes of host memory
+per parameter of the model shard on each), or through gloo on the first one, which then writes alone.  Here every rank
+receives its share of whole parameters, about ``1 / DP`` of the shard, and at a load it reads the rows that it keeps.
+
+Megatron's own functions also misplace parameters where the end of a bucket is padded: they take positions in the
+padded buffer for positions in the gathered one.  These functions use positions in the padded buffer throughout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.compat import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+KEYS = ("param", "exp_avg", "exp_avg_sq")
+"""Megatron's names of the float32 parameter and of Adam's two moments."""
+EXCHANGED_ELEMENTS = 2**26
+"""Float32 elements that the ranks of a group exchange at a time: at most 256 MiB to send and 256 MiB to receive on a
+device."""
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """One parameter of the distributed optimizer and the ranks that hold its state."""
+
+    index: int
+    """Its number in Megatron's order."""
+    param: torch.nn.Parameter
+    parts: dict[int, range]
+    """Rank of the data-parallel group -> the elements of the flattened parameter whose state the rank holds."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one rank holds all of it."""
+        return len(self.parts) == 1
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Elements of one parameter that travel from the rank ``source`` to the rank ``owner`` of the group."""
+
+    parameter: _Parameter
+    source: int
+    owner: int
+    elements: range
+
+
+@contextlib.contextmanager
+def one_owner_per_parameter(optimizers: Sequence[Any]) -> Iterator[None]:
+    """Let the distributed optimizers among ``optimizers`` describe and load ``fully_reshardable`` state as this file
+    does, instead of by Megatron's own methods, while the context is open."""
+    distributed = [single for single in optimizers if isinstance(single, DistributedOptimizer)]
+    for single in distributed:
+        single.sharded_param_state_fully_reshardable = functools.partial(parameter_state, single)
+        single.load_parameter_state_from_fully_reshardable = functools.partial(load_parameter_state, single)
+    try:
+        yield
+    finally:
+        for single in distributed:
+            del single.sharded_param_state_fully_reshardable
+            del single.load_parameter_state_from_fully_reshardable
+
+
+def parameter_state(
+    optimizer: DistributedOptimizer, model: dict[str, Any], is_loading: bool = False, metadata: Any = None
+) -> dict[int, dict[str, Any]]:
+    """Return ``{number of the parameter: {"param" | "exp_avg" | "exp_avg_sq": sharded tensors}}`` of this rank.
+
+    ``model``: the sharded state dict of the model, whose names, shapes and offsets the state takes over.  For a save,
+    the parameters that this rank writes, as float32 tensors in host memory; parameters whose model shard another
+    tensor-parallel rank writes are left out.  With ``is_loading``, the rows that this rank keeps, as empty tensors in
+    host memory.  ``metadata`` is Megatron's and not needed.
+    Collectives: for a save, ``all_to_all_single`` of float32 in the data-parallel group, in rounds of at most
+    `EXCHANGED_ELEMENTS`.
+    """
+    described = _described(model)
+    parameters = _parameters(optimizer)
+    if is_loading:
+        rank = optimizer.data_parallel_group.rank()
+        return {
+            one.index: {key: _rows(described[one.param], key, one.parts[rank]) for key in KEYS}
+            for one in parameters
+            if rank in one.parts
+        }
+    written = [one for one in parameters if _is_written_here(described[one.param])]
+    owned = _collect(optimizer, written)
+    return {
+        one.index: {key: _sharded(described[one.param], key, owned[one.index][key]) for key in KEYS}
+        for one in written
+        if one.index in owned
+    }
+
+
+@torch.no_grad()
+def load_parameter_state(optimizer: DistributedOptimizer, loaded: dict[int, dict[str, Any]]) -> None:
+    """Copy ``loaded``, the tensors of `parameter_state` with ``is_loading``, into the optimizer's own state."""
+    rank = optimizer.data_parallel_group.rank()
+    for one in _parameters(optimizer):
+        if rank not in one.parts:
+            continue
+        part, width = one.parts[rank], _row_size(one.param)
+        first = part.start // width * width  # the element with which the rows begin
+        tensors = {}
+        for key in KEYS:
+            rows = torch.cat([piece.flatten() for _, piece in sorted(loaded[one.index][key].items())])
+            tensors[key] = rows[part.start - first : part.stop - first]
+        optimizer._set_main_param_and_optimizer_states(one.param, tensors)
+
+
+def _parameters(optimizer: DistributedOptimizer) -> list[_Parameter]:
+    """Return all parameters in Megatron's order, equal on all ranks of the data-parallel group."""
+    found: list[_Parameter] = []
+    size = optimizer.data_parallel_group.size()
+    for buffer in optimizer.buffers:
+        for param, (start, end, bucket_id) in buffer.param_index_map.items():
+            bucket = buffer.buckets[bucket_id]
+            share = bucket.grad_data.numel() // size
+            first, last = (start - bucket.offset) // share, (end - 1 - bucket.offset) // share
+            parts = {}
+            for rank in range(first, last + 1):
+                low = bucket.offset + rank * share
+                parts[rank] = range(max(start, low) - start, min(end, low + share) - start)
+            found.append(_Parameter(len(found), param, parts))
+    return found
+
+
+def _owners(parameters: Sequence[_Parameter]) -> dict[int, int]:
+    """Return which rank of the group writes each parameter: one that holds a part of it, so that the ranks write
+    about equally much."""
+    load: dict[int, int] = {}
+    owners: dict[int, int] = {}
+    for one in sorted(parameters, key=lambda one: (not one.is_whole, -one.param.numel(), one.index)):
+        owner = min(one.parts, key=lambda rank: (load.get(rank, 0), -len(one.parts[rank]), rank))
+        owners[one.index] = owner
+        load[owner] = load.get(owner, 0) + one.param.numel()
+    return owners
+
+
+def _collect(optimizer: DistributedOptimizer, parameters: Sequence[_Parameter]) -> dict[int, dict[str, Tensor]]:
+    """Return the flattened float32 state of the parameters that this rank owns, in host memory."""
+    group = optimizer.data_parallel_group
+    rank, owners = group.rank(), _owners(parameters)
+    mine = {
+        one.index: optimizer._get_main_param_and_optimizer_states(one.param) for one in parameters if rank in one.parts
+    }
+    owned = {
+        one.index: {key: torch.empty(one.param.numel(), dtype=torch.float32) for key in KEYS}
+        for one in parameters
+        if owners[one.index] == rank
+    }
+    travelling: list[_Segment] = []
+    for one in parameters:
+        owner = owners[one.index]
+        for source, part in one.parts.items():
+            if source != owner:
+                travelling += _segments(one, source, owner, part)
+            elif owner == rank:
+                for key in KEYS:
+                    owned[one.index][key][part.start : part.stop].copy_(mine[one.index][key].detach())
+    for key in KEYS:
+        for some in _rounds(travelling):
+            _exchange(some, {index: state[key] for index, state in mine.items()}, owned, key, group)
+    return owned
+
+
+def _segments(one: _Parameter, source: int, owner: int, part: range) -> list[_Segment]:
+    cuts = range(part.start, part.stop, EXCHANGED_ELEMENTS)
+    return [_Segment(one, source, owner, range(low, min(low + EXCHANGED_ELEMENTS, part.stop))) for low in cuts]
+
+
+def _rounds(segments: Sequence[_Segment]) -> Iterator[list[_Segment]]:
+    """Yield ``segments`` in rounds of at most `EXCHANGED_ELEMENTS`."""
+    some: list[_Segment] = []
+    filled = 0
+    for segment in segments:
+        if some and filled + len(segment.elements) > EXCHANGED_ELEMENTS:
+            yield some
+            some, filled = [], 0
+        some.append(segment)
+        filled += len(segment.elements)
+    if some:
+        yield some
+
+
+def _exchange(
+    segments: Sequence[_Segment],
+    mine: dict[int, Tensor],
+    owned: dict[int, dict[str, Tensor]],
+    key: str,
+    group: dist.ProcessGroup,
+) -> None:
+    """Send the elements of ``segments`` to their owners; collective in ``group``."""
+    rank, size = group.rank(), group.size()
+    device = torch.device("cpu") if cpu.ON_CPU else torch.device("cuda", torch.cuda.current_device())
+    sent = sorted((s for s in segments if s.source == rank), key=lambda s: s.owner)
+    received = sorted((s for s in segments if s.owner == rank), key=lambda s: s.source)
+    outgoing, incoming = [0] * size, [0] * size
+    parts = []
+    for segment in sent:
+        outgoing[segment.owner] += len(segment.elements)
+        start = segment.parameter.parts[rank].start  # of what this rank holds of the parameter
+        parts.append(mine[segment.parameter.index][segment.elements.start - start : segment.elements.stop - start])
+    for segment in received:
+        incoming[segment.source] += len(segment.elements)
+    source = torch.cat([part.detach().float() for part in parts]) if parts else torch.empty(0, device=device)
+    target = torch.empty(sum(incoming), device=device)
+    dist.all_to_all_single(target, source, incoming, outgoing, group=group)
+    arrived = target.split([len(segment.elements) for segment in received]) if received else ()
+    for segment, values in zip(received, arrived, strict=True):
+        owned[segment.parameter.index][key][segment.elements.start : segment.elements.stop].copy_(values)
+
+
+def _described(model: dict[str, Any]) -> dict[Any, ShardedTensor | ShardedTensorFactory]:
+    """Return the sharded description of each parameter of the model."""
+    sharded, _ = extract_sharded_tensors_and_factories(model)
+    return {one.data: one for one in nested_values(sharded)}
+
+
+def _is_written_here(described: ShardedTensor | ShardedTensorFactory) -> bool:
+    """Return whether some rank of this data-parallel group writes the parameter; copies on other tensor-parallel ranks
+    and on other pipeline stages are not written.  Megatron's replica ids end with the data-parallel rank."""
+    return not any(described.replica_id[:-1])  # type: ignore[index]
+
+
+def _sharded(described: ShardedTensor | ShardedTensorFactory, key: str, flat: Tensor) -> Any:
+    """Return the state ``flat`` of a whole parameter as the only replica of what a checkpoint calls it."""
+    data = flat.view(described.data.shape)  # type: ignore[union-attr]
+    main = (*described.replica_id[:-1], 0)  # type: ignore[index]
+    changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{described.key}", "data": data, "replica_id": main}
+    if isinstance(described, ShardedTensor):
+        changes["dtype"] = data.dtype
+    return replace(described, **changes)
+
+
+def _rows(described: ShardedTensor | ShardedTensorFactory, key: str, part: range) -> dict[int, ShardedTensor]:
+    """Return empty float32 tensors for the rows of a parameter in which the elements ``part`` of it lie, in order."""
+    shape = described.data.shape  # type: ignore[union-attr]
+    width = _row_size(described.data)  # type: ignore[arg-type]
+    first, last = part.start // width, -(-part.stop // width)
+    whole = _sharded(described, key, torch.empty(math.prod(shape), dtype=torch.float32, device="meta"))
+    pieces = [whole] if isinstance(whole, ShardedTensor) else whole.build()
+    found: dict[int, ShardedTensor] = {}
+    start = 0  # the row of the parameter with which the piece begins
+    for piece in pieces:  # one below the other: a gated MLP stores its two halves apart
+        low, high = max(first - start, 0), min(last - start, piece.local_shape[0])
+        if low < high:
+            found[len(found)] = _cut(piece, low, high)
+        start += piece.local_shape[0]
+    if start != (shape[0] if len(shape) else 1):
+        raise RuntimeError(f"{described.key} is stored in pieces that do not lie one below the other")
+    return found
+
+
+def _cut(piece: ShardedTensor, low: int, high: int) -> ShardedTensor:
+    """Return the rows ``low`` to ``high`` of ``piece``, empty and in host memory."""
+    leading = piece.prepend_axis_num
+    sizes = (*(1 for _ in range(leading)), high - low, *piece.local_shape[1:])
+    offset = list(piece.global_offset)
+    offset[leading] += low
+    return replace(
+        piece,
+        data=torch.zeros(sizes, dtype=torch.float32),  # zero: padding rows of the vocabulary may not be stored
+        local_shape=sizes,
+        global_offset=tuple(offset),
+        axis_fragmentations=None,  # rows of one rank need not be of the same number as those of another
+        prepend_axis_num=0,
+    )
+
+
+def _row_size(param: Tensor) -> int:
+    """Return the elements of one row."""
+    return math.prod(param.shape[1:])

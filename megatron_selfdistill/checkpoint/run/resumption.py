@@ -1,0 +1,133 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whether a run may continue from the checkpoint in its folder: what is asked now against what was asked then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, fields_set, reconcile
+from megatron_selfdistill.checkpoint.run.saved_run import SavedRun, read_saved_run
+from megatron_selfdistill.config import Config, ConfigError, ModelConfig
+from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, Difference, differences, refusal, stored_values
+from megatron_selfdistill.distributed.collectives import from_all_ranks
+from megatron_selfdistill.errors import CheckpointError
+
+CONFIGURATION = "configuration"
+"""The key of a trainer's state under which a checkpoint keeps `stored_values`."""
+_PROBLEMS = "the problems that data.path gives (their digest)"
+_FORCE = "force"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checkpoint that the run continues from."""
+
+    saved: SavedRun
+    changes: tuple[str, ...]
+    """One line for every key that has changed and may."""
+    warnings: tuple[str, ...]
+    """One line for every key that has changed by force, and what follows from it."""
+    same_problems: bool
+    """Whether the position in the data still means the same problems."""
+
+
+def refuse_another_run(config: Config, given: Collection[str] | None = None) -> None:
+    """Raise `ConfigError` where ``run_dir`` holds a run that may not continue with this configuration.
+
+    ``given``: the keys that somebody set (`config.given_keys`); null takes those that are not at their defaults.  It
+    looks at the newest checkpoint that can be read, before anything expensive starts and without other ranks.  The
+    checkpoint that the run then takes is compared by `resumption`.
+    """
+    if config.checkpoint.resume is not True:
+        return
+    for path in directory.candidates(Path(config.run_dir) / "checkpoints"):
+        try:
+            saved = read_saved_run(path)
+        except CheckpointError:
+            continue  # the run will say what is wrong with it
+        message = refusal(_changed(saved, config, given), str(path))
+        if message is not None:
+            raise ConfigError(message)
+        return
+
+
+def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
+    """Return how the run continues from ``saved``.  Collective.
+
+    ``fingerprint``: of the problems that this rank has read.
+    Raises: `ConfigError` on all ranks where a key that the run is bound to has changed, or the problems, unless
+    checkpoint.resume=force.
+    """
+    found = [*_changed(saved, config), *_changed_data(saved, config, fingerprint)]
+    forced = config.checkpoint.resume == _FORCE and not any(difference.rule == FIXED for difference in found)
+    message = None if forced else refusal(found, str(saved.path))
+    message = next((one for one in from_all_ranks(message) if one is not None), None)
+    if message is not None:
+        raise ConfigError(message)
+    same_problems = not any(difference.key in (_PROBLEMS, "seed") for difference in found)
+    free, bound = ([str(one) for one in found if (one.rule == FREE) == is_free] for is_free in (True, False))
+    return Resumption(saved, tuple(free), (*bound, *_consequences(saved, bool(bound), same_problems)), same_problems)
+
+
+def _consequences(saved: SavedRun, forced: bool, same_problems: bool) -> Iterator[str]:
+    if CONFIGURATION not in saved.trainer_state:
+        yield f"{saved.path} holds no configuration, as those of earlier versions: only its data was compared"
+    if forced:
+        yield (
+            f"checkpoint.resume=force: weights, optimizer and teacher are those of {saved.path}; everything else is "
+            "as configured now"
+        )
+    if not same_problems:
+        yield "the data starts from its beginning; success rates and own solutions start empty"
+
+
+def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[Difference]:
+    """Return the keys that have other values in the checkpoint."""
+    stored = saved.trainer_state.get(CONFIGURATION)
+    if stored is None:
+        return []
+    now = stored_values(config)
+    args = saved.common.get("args")
+    if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
+        whole = architecture_from_args(args)
+        # Of a value that is written as it was then, the present meaning: it may come from the environment.
+        before = {
+            field.name: getattr(config.model, field.name) if now["model"][field.name] == value else value
+            for field in fields(ModelConfig)
+            if (value := stored["model"].get(field.name, field.default)) is not MISSING
+        }
+        given_fields = (
+            None if given is None else {key.removeprefix("model.") for key in given if key.startswith("model.")}
+        )
+        try:
+            stored = stored | {"model": _completed(ModelConfig(**before), whole)}
+            now = now | {"model": _completed(config.model, whole, given_fields)}
+        except ConfigError as error:
+            raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
+        except TypeError:  # an interpolation that was written in another way then: texts are compared
+            pass
+    return differences(stored, now)
+
+
+def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
+    """Return a model without open ends, as plain values: what is null in it follows from the stored architecture."""
+    resolved = reconcile(model, fields_set(model) if given is None else given, stored)
+    return json.loads(json.dumps(asdict(resolved)))
+
+
+def _changed_data(saved: SavedRun, config: Config, fingerprint: str) -> list[Difference]:
+    """Return what the position in the data belongs to, where that is something else now."""
+    stream = saved.trainer_state.get("stream")
+    if stream is None:
+        return []
+    found = []
+    if stream["fingerprint"] != fingerprint:
+        found.append(Difference(_PROBLEMS, stream["fingerprint"], fingerprint, BOUND))
+    if CONFIGURATION not in saved.trainer_state and stream["seed"] != config.seed:
+        found.append(Difference("seed", stream["seed"], config.seed, BOUND))
+    return found

@@ -1,0 +1,29 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Warnings of Megatron Core and torch that tell a user nothing: each rank would print a screen of them at the start."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+_MESSAGES = (
+    # The first lines of a run say which layers are in use.
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    # Megatron's use of its own and of torch's older names.
+    "full scope is deprecated",
+    "`torch.distributed.",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+    "The .grad attribute of a Tensor that is not a leaf",
+    # Set in distributed/ranks.py, where it matters.
+    "When using async grad allreduce",
+    # The converter writes checkpoints from a single process on purpose.
+    "torch.distributed is disabled, unavailable or uninitialized",
+)
+
+
+def silence_known_warnings() -> None:
+    """For commands, before they import Megatron; nobody else's warnings are touched."""
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message=re.escape(message))

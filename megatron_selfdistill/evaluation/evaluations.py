@@ -1,0 +1,130 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""An evaluation as a folder: summary.json, and problems.jsonl with one line per problem.
+
+{"model": .., "data": {"path": .., "fingerprint": .., "num_problems": ..}, "settings": {..},
+ "metrics": {"greedy_accuracy": .., "avg_at_16": .., ..}, "intervals": {"greedy_accuracy": [low, high], ..}}
+
+{"id": .., "num_samples": 16, "num_correct": 5, "greedy": {"correct": .., "length": .., "truncated": .., "answer": ..},
+ "samples": [{..}, ..], "pass_at_k": {"4": ..}, "majority_at_k": {"4": ..}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.data.problems import Problem, ProblemSet
+from megatron_selfdistill.evaluation.bootstrap import bootstrap
+from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY, require_evaluation
+from megatron_selfdistill.evaluation.held_out import EvaluationResult, ProblemResult
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a folder holds."""
+
+    folder: Path
+    summary: dict[str, Any]
+    ids: list[str]
+    values: dict[str, np.ndarray]
+    """Metric -> one number per problem ``[num_problems]``, whose mean is the metric."""
+
+
+def write_evaluation(folder: Path, result: EvaluationResult, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the files of ``result`` and return the summary; ``about`` is what it says besides metrics and intervals.
+
+    Each file appears under its name only when complete, the summary last.  Transcripts, where there are any, go to
+    responses.jsonl.  Equal results make equal files.
+    """
+    lines = [_line(problem, list(result.pass_at_k), list(result.majority_at_k)) for problem in result.problems]
+    metrics = {name.removeprefix("/"): value for name, value in result.metrics("").items()}
+    summary = {**about, "metrics": metrics, "intervals": _intervals(_values(lines))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY).unlink(missing_ok=True)  # it says that the rest is whole
+    (folder / RESPONSES).unlink(missing_ok=True)
+    if result.transcripts:
+        _replace(folder / RESPONSES, map(_json, map(dataclasses.asdict, result.transcripts)))
+    _replace(folder / PROBLEMS, map(_json, lines))
+    _replace(folder / SUMMARY, [json.dumps(summary, indent=2, ensure_ascii=False)])
+    return summary
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Raises: `ConfigError` in one sentence for a folder that holds no whole evaluation."""
+    folder = Path(folder)
+    require_evaluation(folder)
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        with (folder / PROBLEMS).open(encoding="utf-8") as stream:
+            lines = [json.loads(line) for line in stream]
+        values, ids = _values(lines), [line["id"] for line in lines]
+        if len(lines) != summary["data"]["num_problems"]:
+            raise ValueError(f"{len(lines)} lines for {summary['data']['num_problems']} problems")
+        return Evaluation(folder, summary, ids, values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"expected the files of an evaluation in {folder}, got others ({type(error).__name__}: {error})"
+        ) from error
+
+
+def data_fingerprint(problems: Sequence[Problem]) -> str:
+    """Hash of the ids, texts and answers in order; solutions, which an evaluation need not show, do not matter."""
+    return ProblemSet([dataclasses.replace(problem, solution="") for problem in problems]).fingerprint
+
+
+def _line(problem: ProblemResult, ks: Sequence[int], majority_ks: Sequence[int]) -> dict[str, Any]:
+    return {
+        "id": problem.id,
+        "num_samples": len(problem.samples),
+        "num_correct": problem.num_correct,
+        "greedy": dataclasses.asdict(problem.greedy),
+        "samples": [dataclasses.asdict(verdict) for verdict in problem.samples],
+        "pass_at_k": {str(k): problem.pass_at_k(k) for k in ks},
+        "majority_at_k": {str(k): problem.majority_at_k(k) for k in majority_ks},
+    }
+
+
+def _values(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Metric -> its number of each problem, in the order in which they are shown."""
+
+    def column(numbers: Iterable[float]) -> np.ndarray:
+        return np.array(list(numbers), dtype=np.float64)
+
+    values = {"greedy_accuracy": column(line["greedy"]["correct"] for line in lines)}
+    samples = [line["samples"] for line in lines]
+    if samples and all(samples):
+        values[f"avg_at_{len(samples[0])}"] = column(np.mean([s["correct"] for s in those]) for those in samples)
+    for name in ("pass_at_k", "majority_at_k"):
+        for k in lines[0][name] if lines else ():
+            values[f"{name[:-1]}{k}"] = column(line[name][k] for line in lines)
+    for what, name in (("length", "mean_length"), ("truncated", "truncated_share")):
+        values[f"greedy_{name}"] = column(line["greedy"][what] for line in lines)
+        if samples and all(samples):
+            values[f"sampled_{name}"] = column(np.mean([s[what] for s in those]) for those in samples)
+    return values
+
+
+def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """95 % intervals over the problems; none for a single problem."""
+    columns = np.stack(list(values.values()), axis=1)
+    found = bootstrap(columns) if len(columns) > 1 else []
+    return {name: [it.low, it.high] for name, it in zip(values, found, strict=bool(found))}
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
+    os.replace(temporary, path)

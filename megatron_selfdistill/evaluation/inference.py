@@ -1,0 +1,93 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A model that only answers: weights from a checkpoint and a sampler, without optimizer and teacher."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
+from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.distributed.collectives import from_all_ranks, on_rank_0
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.model.architecture import transformer_config
+from megatron_selfdistill.model.build import build_chunks, unwrapped
+from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer, unfusable
+from megatron_selfdistill.rollout.base import Sampler, SamplingParams
+from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What answers, on this rank."""
+
+    chunks: list[torch.nn.Module]
+    vocab: VocabShard
+    sampler: Sampler
+    sampling: SamplingParams
+
+
+@contextmanager
+def open_inference(config: Config, inputs: Inputs, grid: RankGrid) -> Iterator[Inference]:
+    """The model of ``checkpoint.load`` (random weights where that is null) with the sampler of ``rollout``, ready to
+    generate; the sampler is closed on leaving.
+
+    Every rank of the world enters and leaves it.  Raises: `ConfigError`, `CheckpointError`.
+    """
+    chunks = new_chunks(config, grid, inputs.vocab_size)
+    if config.checkpoint.load is not None:
+        load_weights(Path(config.checkpoint.load), chunks, inputs.vocab_size, config.checkpoint.verify)
+    vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, inputs.vocab_size, grid.tp_group)
+    sampler = make_sampler(config, inputs, chunks, grid)
+    try:
+        sampler.update_weights(0)
+        yield Inference(chunks, vocab, sampler, sampling_params(config, inputs))
+    finally:
+        sampler.close()
+
+
+@contextmanager
+def converted(hf: Path, out: Path) -> Iterator[Path]:
+    """The Hugging Face folder ``hf`` as the Megatron checkpoint ``out``, with its companions, which goes on leaving.
+
+    ``out``: on storage that every rank sees; what a killed process left there is replaced.
+    Every rank of the world enters and leaves it; rank 0 converts.  Raises: `CheckpointError` on every rank.
+    """
+
+    def convert() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        hf_to_megatron(hf, out)
+
+    try:
+        on_rank_0(convert)
+        yield out
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn.Module]:
+    """This rank's chunks of the configured model, with initial weights."""
+    architecture = None
+    if config.model.provider is None:
+        architecture = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
+    return build_chunks(config.model, architecture, grid, vocab_size)
+
+
+def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> OutputLayer:
+    """`choose_output_layer` for the model of which this rank holds ``chunks``; the same on every rank of the world.
+
+    Collectives: one exchange over the world of what the last stages have against fusing.  Raises: `ConfigError`.
+    """
+    last = unwrapped(chunks[-1])
+    reasons = from_all_ranks(unfusable(last) if last.post_process else None)
+    return choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))

@@ -1,0 +1,64 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""An evaluation, and the comparison of two, as tables in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_selfdistill.evaluation.comparison import Comparison
+
+
+def show_summary(summary: dict[str, Any], line: str) -> None:
+    """``summary``: that of `write_evaluation`; ``line``: what stands below the table."""
+    model, data, settings = summary["model"], summary["data"], summary["settings"]
+    iteration = "" if model["iteration"] is None else f", iteration {model['iteration']}"
+    title = f"{model['path']}{iteration}\n{data['num_problems']} problems, {settings['num_samples']} samples each"
+    table = Table(title=title, caption=f"95 % intervals over the problems (bootstrap)\n{line}")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right")
+    table.add_column("95 %", justify="right")
+    intervals = summary["intervals"]
+    for name in intervals or summary["metrics"]:  # a single problem has none
+        interval = " to ".join(map(_shown, intervals.get(name, ())))
+        table.add_row(name, _shown(summary["metrics"][name]), interval)
+    _console().print(table)
+
+
+def show_comparison(compared: Comparison) -> None:
+    """With a line for each setting that is not the same in both."""
+    console = _console()
+    caption = (
+        f"paired bootstrap over {compared.num_problems} problems, {compared.num_resamples} resamples, "
+        f"seed {compared.seed}"
+    )
+    table = Table(title=f"A = {compared.a}\nB = {compared.b}", caption=caption)
+    table.add_column("metric", no_wrap=True)
+    for column in ("A", "B", "B - A", "95 %", "P(B <= A)"):
+        table.add_column(column, justify="right")
+    for it in compared.differences:
+        interval = f"{it.low:+.3f} to {it.high:+.3f}"
+        probability = "-" if it.probability_not_above is None else f"{it.probability_not_above:.4f}"
+        numbers = (_shown(it.a), _shown(it.b), f"{it.difference:+.3f}", interval, probability)
+        table.add_row(it.metric, *numbers)
+    console.print(table)
+    if compared.neither_answered:
+        console.print(
+            f"neither A nor B answered any of the {compared.num_problems} problems right, which says nothing of which "
+            "one is better: read responses (--responses 3), and look at evaluation.verifier",
+            style="yellow",
+            markup=False,
+        )
+    for name, (a, b) in compared.other_settings.items():
+        console.print(f"not the same in both: {name} is {a!r} in A and {b!r} in B", style="yellow", markup=False)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -1,0 +1,77 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The betas at which the first pass takes moments, as numbers that the sums can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.loss.target import Target, beta_grid
+
+
+@dataclass(frozen=True)
+class BetaGrid:
+    """What is asked of every row; equal on all ranks.
+
+    betas: J values at which moments are taken, each one a number of ``dtype``.
+    num_grid: the first of them are ``beta_grid(target)``; under "batch" the given beta follows.
+    favoured: index of the beta nearest to 1 / (1 + w), where equal logits have their root.
+    doubled: indices of the betas that are twice the one before: their exponentials may be squares of its own.
+    given: whether the rule gives beta, betas[-1], and solves nothing.
+    lowest_is_bound: as in ``Target``.
+    mix_weights: (weight of t, weight of s) in m.
+    dtype: of the sums, float32 or float64.
+    """
+
+    betas: tuple[float, ...]
+    num_grid: int
+    favoured: int
+    doubled: tuple[int, ...]
+    given: bool
+    lowest_is_bound: bool
+    mix_weights: tuple[float, float]
+    dtype: torch.dtype
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, target: Target, dtype: torch.dtype) -> BetaGrid:
+        """Return the grid of a target; powers of 2 between its betas stay exact in ``dtype``.
+
+        The result is kept: a run has one target and asks for its grid at every call of the loss.
+        """
+        grid = beta_grid(target)
+        asked = grid if target.rule != "batch" else (*grid, target.given_beta)
+        betas = torch.tensor(asked, dtype=torch.float64).to(dtype).tolist()
+        favoured = min(range(len(grid)), key=lambda j: abs(betas[j] * target.geometric_k - 1))
+        return cls(
+            betas=tuple(betas),
+            num_grid=len(grid),
+            favoured=favoured,
+            doubled=tuple(j for j in range(1, len(betas)) if j != favoured and betas[j] == 2 * betas[j - 1]),
+            given=target.given_beta is not None,
+            lowest_is_bound=target.lowest_is_bound,
+            mix_weights=target.mix_weights,
+            dtype=dtype,
+        )
+
+    @property
+    def num_sums(self) -> int:
+        """Columns after those of ``row_sums.FIRST_PASS``: four moments of each beta, then the two token logits."""
+        return 4 * len(self.betas) + 2
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``betas`` as a tensor [J] in ``dtype`` or, without one, in that of the sums; do not write to it."""
+        return _on(self.betas, dtype or self.dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _on(betas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept: a copy from the host makes a GPU wait, and betas are the same for thousands of calls.
+
+    The first of these may be made under inference mode, whose tensors autograd would refuse in the others.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(betas, dtype=dtype, device=device)

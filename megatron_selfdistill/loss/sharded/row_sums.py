@@ -1,0 +1,268 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The passes over one vocabulary shard: all that reads [T, columns] logits, chunk of rows by chunk of rows.
+
+Logits are widened to float32 (float64 stays) one chunk at a time.  Shifted logits are y = s - max s, z = t -
+max t and x = (w z + y) - max(w z + y): m up to a constant, with the small rounding errors of differences
+instead of those of m. The largest term of each sum of exponentials, exactly 1, is left out of the sum
+("tail") and added in float64 by the caller: an almost certain row keeps all digits of its entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.loss.divergence import (
+    FLOOR,
+    Divergence,
+    forward_kl_terms,
+    jsd_gradient,
+    jsd_terms,
+    log_mixture_over_p,
+    q_minus_p,
+    reverse_kl_gradient,
+    reverse_kl_terms,
+)
+from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
+from megatron_selfdistill.loss.target import Status, mixed_logits
+
+CHUNK_BYTES = {"cpu": 1 << 20, "other": 32 << 20}
+"""Size of one temporary of a chunk of rows: what stays in a core's cache, or what fills an accelerator."""
+Chunk = slice | Tensor
+"""A chunk of rows: neighbours, or [n] indices."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The valid columns of both logits on this rank, [T, num_valid], and how they are mixed and summed.
+
+    num_parts: into how many parts a pass cuts each row; their sums are merged as those of ranks are.  1 here: only the
+    Triton kernels cut, the more the fewer rows there are.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    mix_weights: tuple[float, float]
+    dtype: torch.dtype
+    num_parts: int = 1
+
+    def chunks(self, needed: Tensor | None = None) -> Iterable[Chunk]:
+        """Return slices of all rows; on a CPU, where it costs no waiting, indices of those that are ``needed`` [T]."""
+        num_rows, num_columns = self.student.shape
+        on_cpu = self.student.device.type == "cpu"
+        limit = CHUNK_BYTES["cpu" if on_cpu else "other"]
+        step = max(1, limit // (max(1, num_columns) * self.dtype.itemsize))
+        if needed is not None and on_cpu:
+            rows = needed.nonzero().squeeze(1)
+            return rows.split(step) if len(rows) else ()
+        return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+    def over_rows(self, work: Callable[[Chunk], Tensor], num_outputs: int, needed: Tensor | None = None) -> Tensor:
+        """Return [1, T, num_outputs]: ``work`` on every chunk, zeros on a shard of padding only."""
+        out = self.student.new_zeros(self.student.shape[0], num_outputs, dtype=self.dtype)
+        if self.student.shape[1]:
+            for rows in self.chunks(needed):
+                out[rows] = work(rows)
+        return out[None]
+
+
+@dataclass(frozen=True)
+class RowConstants:
+    """What turns a row of logits into log p and log q; [T] each, in the dtype of the statistics.
+
+    log p = s - student_max - student_log_sum;  log q = beta x - log_sum with x = w (t - teacher_max) + (s -
+    student_max) - mix_max.
+    """
+
+    student_max: Tensor
+    teacher_max: Tensor
+    mix_max: Tensor
+    student_log_sum: Tensor
+    beta: Tensor
+    log_sum: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the fields."""
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+    def rows(self, rows: Chunk) -> RowConstants:
+        """Return those of a chunk, as columns."""
+        return RowConstants(*(t[rows, None] for t in self.tensors()))
+
+
+FIRST_PASS = (
+    "student_max student_tail student_first student_argmax "
+    "teacher_max teacher_tail teacher_first teacher_argmax "
+    "mix_max num_student num_mix num_both"
+).split()
+"""Columns of ``first_pass``, before the four moment sums of each beta.
+
+Indices and counts stay below 2^24: exact in float32."""
+
+
+def first_pass(shard: Shard, grid: BetaGrid, response_tokens: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+    """Maxima, sums of exponentials and moment sums of this shard's columns, relative to its own maxima.
+
+    response_tokens: [T] int64, global ids; start: the global column of the shard's first one.
+    Returns: [num_parts, T, len(FIRST_PASS) + grid.num_sums]: FIRST_PASS, argmaxes as global columns; S0 - 1, S1, S2, S3
+    of x for each beta; the student's and the teacher's logit of the response token, 0 where another part holds it.  And
+    the local argmax of m, [num_parts, T].  On a part of padding only, maxima are -inf and sums 0.
+    """
+    mix_argmax = torch.zeros(shard.student.shape[0], dtype=torch.int64, device=shard.student.device)
+
+    def work(rows: Chunk) -> Tensor:
+        y, z = shard.student[rows].to(shard.dtype), shard.teacher[rows].to(shard.dtype)
+        (student_max, student_argmax), (teacher_max, teacher_argmax) = y.max(1), z.max(1)
+        student_shift, teacher_shift = _without_minus_inf(student_max), _without_minus_inf(teacher_max)
+        y, z = y - student_shift[:, None], z - teacher_shift[:, None]
+        x = mixed_logits(y, z, *shard.mix_weights)
+        top, mix_argmax[rows] = x.max(1)
+        x = (x - _without_minus_inf(top)[:, None]).clamp_(min=FLOOR)
+        y.clamp_(min=FLOOR)
+        z.clamp_(min=FLOOR)
+        columns = [student_max, *_tail_and_first(y, student_argmax), student_argmax]
+        columns += [teacher_max, *_tail_and_first(z, teacher_argmax), teacher_argmax]
+        columns += [top, _count(y), _count(x), _count(torch.minimum(x, y))]
+        columns += _moments(x, mix_argmax[rows], grid)
+        return torch.stack([column.to(shard.dtype) for column in columns], dim=1)
+
+    sums = shard.over_rows(work, len(FIRST_PASS) + grid.num_sums - 2)
+    if shard.student.shape[1] == 0:
+        for name in ("student_max", "teacher_max", "mix_max"):
+            sums[..., FIRST_PASS.index(name)] = -torch.inf
+    for name in ("student_argmax", "teacher_argmax"):
+        sums[..., FIRST_PASS.index(name)] += start
+    return torch.cat([sums, _token_logits(shard, response_tokens, start)[None]], dim=2), mix_argmax[None]
+
+
+def _token_logits(shard: Shard, response_tokens: Tensor | None, start: int) -> Tensor:
+    num_rows, num_valid = shard.student.shape
+    if num_valid == 0 or response_tokens is None:
+        return shard.student.new_zeros(num_rows, 2, dtype=shard.dtype)
+    local = response_tokens - start
+    here = ((local >= 0) & (local < num_valid))[:, None]
+    column = local.clamp(0, num_valid - 1)[:, None]
+    both = [logits.gather(1, column).to(shard.dtype) for logits in (shard.student, shard.teacher)]
+    return torch.where(here, torch.cat(both, dim=1), 0.0)
+
+
+def _without_minus_inf(maximum: Tensor) -> Tensor:
+    """A row of -inf is shifted by 0; NaN and +inf stay, and spoil their row, as they should."""
+    return maximum.masked_fill(torch.isneginf(maximum), 0.0)
+
+
+def _count(shifted: Tensor) -> Tensor:
+    return torch.gt(shifted, FLOOR, out=torch.empty_like(shifted)).sum(1)
+
+
+def _tail_and_first(shifted: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of e^y without the largest term, and sum of e^y y."""
+    e = shifted.exp().scatter_(1, argmax[:, None], 0.0)
+    return e.sum(1), e.mul_(shifted).sum(1)
+
+
+def _moments(x: Tensor, argmax: Tensor, grid: BetaGrid) -> list[Tensor]:
+    """S0 - 1 .. S3 for each beta."""
+    sums, e, term = [], torch.empty_like(x), torch.empty_like(x)
+    for j, beta in enumerate(grid.betas):
+        if j in grid.doubled:
+            e.square_()
+        else:
+            torch.mul(x, beta, out=e).exp_().scatter_(1, argmax[:, None], 0.0)
+        sums += [e.sum(1), torch.mul(e, x, out=term).sum(1), term.mul_(x).sum(1), term.mul_(x).sum(1)]
+    return sums
+
+
+SECOND_PASS = ("tail", "first", "second", "third", "reverse_kl", "student_mean")
+SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2", "y3")
+"""Columns of ``second_pass``; the longer list for forward KL."""
+
+
+def second_pass(
+    shard: Shard,
+    constants: RowConstants,
+    mix_argmax: Tensor,
+    *,
+    forward_kl: bool,
+    status: Tensor | None = None,
+) -> Tensor:
+    """Return moments of x under q with the given normaliser, and the divergences: [num_parts, T, 6], for forward KL 11.
+
+    tail .. third: sums of q x^k without the part's largest column; student_mean: sum of p x;
+    reverse_kl, forward_kl: the non-negative terms of the divergence; y0 .. y3: sums of q y x^k.
+    status: [T]; with it this is the third pass, and only the rows that are UNCONVERGED matter.  On a CPU only these are
+    read; elsewhere all are, since choosing them would make the host wait for the device.
+    """
+    (argmax,) = mix_argmax
+    needed = None if status is None else status == Status.UNCONVERGED
+
+    def work(rows: Chunk) -> Tensor:
+        chunk = constants.rows(rows)
+        y, x = _shifted(shard, chunk, rows)
+        log_p, log_q = y - chunk.student_log_sum, x * chunk.beta - chunk.log_sum
+        p, q, d = log_p.exp(), log_q.exp(), log_q.sub_(log_p)
+        divergences = [reverse_kl_terms(p, q, d).sum(1), (p * x).sum(1)]
+        if forward_kl:
+            term = q * y
+            divergences += [forward_kl_terms(p, q, d).sum(1), term.sum(1)]
+            divergences += [term.mul_(x).sum(1) for _ in range(3)]
+        q.scatter_(1, argmax[rows, None], 0.0)
+        moments = [q.sum(1)] + [q.mul_(x).sum(1) for _ in range(3)]
+        return torch.stack(moments + divergences, dim=1)
+
+    return shard.over_rows(work, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS), needed)
+
+
+def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor:
+    """Return [num_parts, T, 2]: this shard's parts of the JSD and of KL(p || M)."""
+
+    def work(rows: Chunk) -> Tensor:
+        p, q, d = _probabilities(shard, constants.rows(rows), rows)
+        jsd = jsd_terms(p, q, d, jsd_lambda).sum(1)
+        return torch.stack([jsd, log_mixture_over_p(d, jsd_lambda).mul_(p).sum(1).neg_()], dim=1)
+
+    return shard.over_rows(work, 2)
+
+
+def write_gradient(
+    shard: Shard,
+    constants: RowConstants,
+    centre: Tensor,
+    divergence: Divergence,
+    grad_loss: Tensor,
+    out: Tensor,
+) -> None:
+    """The gradient with respect to the student's logits, times grad_loss [T], into ``out`` [T, num_valid].
+
+    centre: KL(p || q) for reverse KL, KL(p || M) for JSD, unused for forward KL.  ``out`` may be the
+    student's logits themselves.
+    """
+    if shard.student.shape[1] == 0:
+        return
+    for rows in shard.chunks():
+        p, q, d = _probabilities(shard, constants.rows(rows), rows)
+        if divergence.kind == "reverse_kl":
+            gradient = reverse_kl_gradient(p, d, centre[rows])
+        elif divergence.kind == "forward_kl":
+            gradient = q_minus_p(p, q, d).neg_()
+        else:
+            gradient = jsd_gradient(p, d, divergence.jsd_lambda, centre[rows])
+        out[rows] = gradient.mul_(grad_loss[rows, None])
+
+
+def _shifted(shard: Shard, chunk: RowConstants, rows: Chunk) -> tuple[Tensor, Tensor]:
+    """y and x of a chunk, relative to the maxima of the whole vocabulary."""
+    y = shard.student[rows].to(shard.dtype) - chunk.student_max
+    z = shard.teacher[rows].to(shard.dtype) - chunk.teacher_max
+    x = (mixed_logits(y, z, *shard.mix_weights) - chunk.mix_max).clamp_(min=FLOOR)
+    return y.clamp_(min=FLOOR), x
+
+
+def _probabilities(shard: Shard, chunk: RowConstants, rows: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """p, q and log q - log p of a chunk."""
+    y, x = _shifted(shard, chunk, rows)
+    log_p, log_q = y.sub_(chunk.student_log_sum), x.mul_(chunk.beta).sub_(chunk.log_sum)
+    return log_p.exp(), log_q.exp(), log_q.sub_(log_p)

@@ -1,0 +1,344 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The self-distillation loss with the vocabulary split over a tensor-parallel group.
+
+Forward and backward are written by hand.
+
+Three small all-gathers per call (four for JSD; one less where the rule gives beta) and none in backward, whatever the
+number of tokens:
+
+    first pass over the logits -> gather -> solve beta, the same bits on every rank
+    second pass, at that beta  -> gather -> move beta to the root, divergences
+    third pass, over the rows whose root that has not reached -> gather -> the same for these
+    (JSD: one more pass and gather)
+    backward: one pass, writes the gradient
+
+The host waits for none of this, so the third gather is made whether a row needs it or not: 24 bytes per token (44 for
+forward KL), rank and part of a row.  A row that does not need the third pass costs it nothing else.  Sums are taken in
+float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.backend import Backend, chosen
+from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
+from megatron_selfdistill.loss.sharded.row_statistics import RowResults
+from megatron_selfdistill.loss.sharded.row_sums import RowConstants, Shard
+from megatron_selfdistill.loss.sharded.sharded_rows import all_gather
+from megatron_selfdistill.loss.target import Target
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which columns of the vocabulary this rank holds.
+
+    start: first global column; size: number of columns here, equal on all ranks of ``group``.
+    vocab_size: valid columns of the whole vocabulary; those after them are padding and take part in nothing.
+    group: the tensor-parallel group; None for one rank.
+    """
+
+    start: int
+    size: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.size < 1 or not 1 <= self.vocab_size < 2**24:
+            raise ValueError(
+                "VocabShard needs start >= 0, size >= 1, 1 <= vocab_size < 2^24 (indices travel as float32); "
+                f"got start={self.start}, size={self.size}, vocab_size={self.vocab_size}."
+            )
+
+    @property
+    def num_valid(self) -> int:
+        """Columns of this shard that are not padding: 0 .. size."""
+        return min(self.size, max(0, self.vocab_size - self.start))
+
+    @classmethod
+    def from_group(cls, padded_vocab_size: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
+        """The shard of this rank of ``group``, as Megatron splits an output layer: equal, in rank order."""
+        tp_size, tp_rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        if padded_vocab_size % tp_size or vocab_size > padded_vocab_size:
+            raise ValueError(
+                f"VocabShard.from_group: padded_vocab_size must be a multiple of the {tp_size} ranks "
+                f"and at least vocab_size {vocab_size}; got {padded_vocab_size}."
+            )
+        size = padded_vocab_size // tp_size
+        return cls(tp_rank * size, size, vocab_size, group)
+
+
+@dataclass
+class TokenStats:
+    """Everything known about T response tokens, equal on all ranks of the group.
+
+    float32, or float64 for float64 logits.  Entropies, divergences and log-probs are in nats.
+    Only ``loss`` carries a gradient, to the student's logits.
+    """
+
+    loss: Tensor
+    """[T] the divergence."""
+    reverse_kl: Tensor
+    """[T] KL(p || q) = KL(student || target), whatever the divergence; +inf where q is 0 and p is not."""
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    target_entropy: Tensor
+    """[T] each."""
+    beta: Tensor
+    """[T] 1 / k; 1 under teacher_alone, where q = softmax(t)."""
+    status: Tensor
+    """[T] int64, values of ``Status``."""
+    student_log_prob: Tensor
+    teacher_log_prob: Tensor
+    target_log_prob: Tensor
+    """[T] each, of the response token; NaN if that is no valid column."""
+    top1_agreement: Tensor
+    """[T] bool: student and teacher have the same argmax; of equal maxima the lowest column counts."""
+    grid_betas: Tensor
+    """[J] the betas at which the mix's entropy was taken: ``beta_grid(target)``."""
+    grid_entropies: Tensor
+    """[T, J] H(softmax(grid_betas[j] m))."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenStats]) -> TokenStats:
+        """Of all tokens, from those of at least one part after the other under one target."""
+        rows = [f.name for f in fields(cls) if f.name != "grid_betas"]
+        values = {name: torch.cat([getattr(part, name) for part in parts]) for name in rows}
+        return cls(**values, grid_betas=parts[0].grid_betas)
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    response_tokens: Tensor,
+    *,
+    target: Target,
+    divergence: Divergence,
+    vocab: VocabShard,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    """The divergence between student and mixed target of every response token, over ``vocab.group``.
+
+    Equals ``divergence(log_softmax(s), mixed_target(s, t, target).log_q, divergence)`` on the valid columns
+    of all ranks together.
+
+    Shapes: both logits [T, vocab.size], any float dtype; response_tokens [T] int64, global ids.
+    Ranks: T and response_tokens are equal on all ranks of the group; so is the result.
+    Gradient: to ``student_logits`` only, in their dtype; the target is a constant; 0 at padding columns.
+    inplace_backward: backward writes the gradient over the student's logits; nobody may read them afterwards.
+    backend: "torch", "triton", or None for the one that fits, see ``backend.chosen``; equal on all ranks.
+    -inf: a column with -inf in the student and in the teacher does not exist.  Where only the teacher has it,
+    q = 0, and KL(p || q) is +inf with a gradient that is not finite: mask such columns in the student too, or
+    use another divergence.  Where only the student has it, p = q = 0; under teacher_alone KL(q || p) is +inf.
+    NaN: a row with NaN or +inf gives NaN in that row only.
+    Accuracy: |H(q) - H(p)| <= 1e-5 nats for every token that is MATCHED, whatever the shape of its rows; a token whose
+    root is not reached to that is UNCONVERGED.
+    Cost: three all-gathers (JSD four; one less where the rule gives beta), none in backward, none for T = 0.
+    Reads and writes of rows of logits: both are read by the first pass, by the second, by JSD's own, and by backward,
+    which writes one: 7, for JSD 9.  Rows that two passes do not match are read once more by the third pass, 2; in
+    PyTorch on an accelerator all rows are, see ``row_sums.second_pass``.
+    Temporaries: the gathered sums of the first pass, tp_size x parts x (12 + ``BetaGrid.num_sums``) float32 per token,
+    merged in float64, with 5 betas 136 bytes per rank and part; in PyTorch, where rows have one part, also a few chunks
+    of rows, see ``row_sums.CHUNK_BYTES``.  In Triton few rows are cut into many parts, ``kernels.num_parts``: 500
+    tokens of 152064 columns over 8 ranks into 9, which is 9.8 KB per token beside 38 KB of bf16 logits; from 4096
+    tokens on into 1.  The number of parts, and with it the last bits of the sums, depends on the number of tokens of
+    the call: one cut of a batch into microbatches gives the same bits every time, two cuts agree to rounding.
+    Kept for backward: both logits and seven numbers per token.
+    Raises: ValueError if shapes do not fit, or for a backend that cannot run.
+    """
+    _check_logits("distillation_loss", student_logits, teacher_logits, vocab)
+    _check_tokens(student_logits, response_tokens)
+    chosen_backend = chosen(backend, student_logits, teacher_logits)
+    with torch.no_grad():
+        shard = _shard(student_logits, teacher_logits, target, vocab)
+        forward = _forward(shard, response_tokens, target, divergence, vocab, chosen_backend)
+    loss = _HandWrittenBackward.apply(
+        student_logits,
+        teacher_logits,
+        forward.stats.loss,
+        forward.constants,
+        forward.centre,
+        divergence,
+        shard,
+        inplace_backward,
+        chosen_backend,
+    )
+    forward.stats.loss = loss
+    return forward.stats
+
+
+def _check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, vocab: VocabShard) -> None:
+    shape = tuple(student_logits.shape)
+    if len(shape) != 2 or shape[1] != vocab.size or tuple(teacher_logits.shape) != shape:
+        raise ValueError(
+            f"{caller}: both logits must be [T, {vocab.size}], the columns of this VocabShard; "
+            f"got student {shape} and teacher {tuple(teacher_logits.shape)}."
+        )
+
+
+def _check_tokens(student_logits: Tensor, response_tokens: Tensor) -> None:
+    num_rows = student_logits.shape[0]
+    if tuple(response_tokens.shape) != (num_rows,) or response_tokens.dtype != torch.int64:
+        raise ValueError(
+            f"distillation_loss: response_tokens must be int64 of shape ({num_rows},), one id per row; "
+            f"got {response_tokens.dtype} of shape {tuple(response_tokens.shape)}."
+        )
+
+
+@dataclass(frozen=True)
+class TargetSolution:
+    """Of T rows, equal on all ranks of the group, float64: log q = beta m - log_normaliser, with m of ``Target``."""
+
+    beta: Tensor
+    """[T] 1 / k; 1 under teacher_alone."""
+    log_normaliser: Tensor
+    """[T] log of the sum of e^(beta m), to the accuracy of the sums (float32, or float64 for float64 logits)."""
+
+
+def solve_target(
+    student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard, *, backend: str | None = None
+) -> TargetSolution:
+    """The beta of every row and the normaliser that goes with it, as `distillation_loss` finds them, bit for bit.
+
+    Shapes, ranks, backend, -inf and NaN as there; there is no response token, no divergence and no gradient.
+    Cost: three all-gathers over ``vocab.group``, two where the rule gives beta.
+    Raises: ValueError if shapes do not fit.
+    """
+    _check_logits("solve_target", student_logits, teacher_logits, vocab)
+    with torch.no_grad():
+        shard = _shard(student_logits, teacher_logits, target, vocab)
+        chosen_backend = chosen(backend, student_logits, teacher_logits)
+        _, rows = _solved(shard, None, BetaGrid.of(target, shard.dtype), vocab, chosen_backend, forward_kl=False)
+        return TargetSolution(rows.beta, rows.log_normaliser)
+
+
+def _shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    valid = slice(0, vocab.num_valid)
+    return Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
+
+
+def _solved(
+    shard: Shard,
+    response_tokens: Tensor | None,
+    grid: BetaGrid,
+    vocab: VocabShard,
+    backend: Backend,
+    *,
+    forward_kl: bool,
+) -> tuple[Shard, RowResults]:
+    """Return the shard as the passes cut it, and the results of every row: three gathers, two with a given beta."""
+    shard = replace(shard, num_parts=backend.num_parts(shard.student.shape[0], vocab.size))
+    sums, mix_argmax = backend.first_pass(shard, grid, response_tokens, vocab.start)
+    solving = backend.solve_rows(_gather(sums, vocab.group), grid)
+    status: Tensor | None = None
+    for _ in range(1 if grid.given else 2):
+        sums = backend.second_pass(shard, solving.constants, mix_argmax, forward_kl=forward_kl, status=status)
+        gathered = _gather(sums, vocab.group)
+        rows, solving = backend.finish_rows(solving, gathered, grid, response_tokens, vocab.vocab_size)
+        status = rows.status
+    return shard, rows
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """stats: all of TokenStats; constants and centre: what backward needs, [T] each."""
+
+    stats: TokenStats
+    constants: RowConstants
+    centre: Tensor
+
+
+def _forward(
+    shard: Shard,
+    response_tokens: Tensor,
+    target: Target,
+    divergence: Divergence,
+    vocab: VocabShard,
+    backend: Backend,
+) -> _Forward:
+    grid, forward_kl = BetaGrid.of(target, shard.dtype), divergence.kind == "forward_kl"
+    shard, rows = _solved(shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl)
+    loss = centre = rows.reverse_kl
+    if forward_kl:
+        loss = rows.forward_kl
+    elif divergence.kind == "jsd":
+        parts = _gather(backend.jsd_pass(shard, rows.constants, divergence.jsd_lambda), vocab.group)
+        loss, centre = parts.double().sum(0).to(shard.dtype).unbind(1)
+        loss = loss.clamp(min=0)
+    stats = TokenStats(
+        loss=loss,
+        reverse_kl=rows.reverse_kl,
+        student_entropy=rows.student_entropy,
+        teacher_entropy=rows.teacher_entropy,
+        target_entropy=rows.target_entropy,
+        beta=rows.beta.to(shard.dtype),
+        status=rows.status,
+        student_log_prob=rows.student_log_prob,
+        teacher_log_prob=rows.teacher_log_prob,
+        target_log_prob=rows.target_log_prob,
+        top1_agreement=rows.top1_agreement,
+        grid_betas=grid.on(loss.device)[: grid.num_grid],
+        grid_entropies=rows.grid_entropies,
+    )
+    return _Forward(stats, rows.constants, centre)
+
+
+def _gather(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[n, T, columns] of every rank -> [tp_size * n, T, columns], in rank order.
+
+    Sums over ranks are taken locally from this: an all-reduce need not give every rank the same bits.
+    """
+    if group is None or parts.shape[1] == 0 or dist.get_world_size(group) == 1:
+        return parts
+    gathered = parts.new_empty(dist.get_world_size(group) * parts.shape[0], *parts.shape[1:])
+    all_gather(gathered, parts.contiguous(), group)
+    return gathered
+
+
+class _HandWrittenBackward(torch.autograd.Function):
+    """Hands the loss through and, in backward, writes its gradient with respect to the student's logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        loss: Tensor,
+        constants: RowConstants,
+        centre: Tensor,
+        divergence: Divergence,
+        shard: Shard,
+        inplace: bool,
+        backend: Backend,
+    ) -> Tensor:
+        ctx.save_for_backward(student_logits, teacher_logits, centre, *constants.tensors())
+        ctx.divergence, ctx.inplace, ctx.backend = divergence, inplace, backend
+        ctx.num_valid, ctx.mix_weights, ctx.dtype = shard.student.shape[1], shard.mix_weights, shard.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        student_logits, teacher_logits, centre, *constants = ctx.saved_tensors
+        # detach shares the version counter: autograd refuses a second backward through overwritten logits
+        gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
+        valid = slice(0, ctx.num_valid)
+        shard = Shard(student_logits.detach()[:, valid], teacher_logits[:, valid], ctx.mix_weights, ctx.dtype)
+        ctx.backend.write_gradient(
+            shard,
+            RowConstants(*constants),
+            centre,
+            ctx.divergence,
+            grad_loss.to(ctx.dtype),
+            gradient[:, valid],
+        )
+        gradient[:, ctx.num_valid :] = 0
+        return gradient, *(None,) * 8

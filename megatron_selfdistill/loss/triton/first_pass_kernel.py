@@ -1,0 +1,303 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+# mypy: disable-error-code="assignment, misc"
+# ruff: noqa: RUF005
+"""The Triton kernel of the first pass: everything about both rows from one read of them.
+
+One program of one warp per row and part of a row.  Each lane keeps sums of its own, relative to the running maxima,
+which are scalars: in the steady state nothing crosses lanes but one vote per block.  Where a block holds a new
+maximum or a column that does not exist, a branch moves the sums to the new maximum: S_k of x + d is a binomial of
+S_0 .. S_k of x, times e^(beta d).  A block is summed before it is added: added one by one, many small terms would
+vanish in a long sum.
+
+The largest column so far, e^0 = 1, stays out of the sums ("tail") and is put back when another takes its place.
+The mix is x = w (t - teacher_max) + (s - mix_ref): differences first, so logits of any height lose no digits; that
+teacher_max and mix_ref move as the row is read is made up for in float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_selfdistill.loss.divergence import FLOOR
+from megatron_selfdistill.loss.triton.block_loads import fetched, numbers_of, with_end
+from megatron_selfdistill.loss.triton.kernel_math import LOG2_E, columns_of, exponential, sum_of, sum_of_products
+
+BOTH, STUDENT_ONLY, TEACHER_ONLY = 0, 1, 2
+"""What the mix is made of: w t + s, s alone (w = 0), t alone (teacher_alone)."""
+
+_BOTH = tl.constexpr(BOTH)
+_STUDENT_ONLY = tl.constexpr(STUDENT_ONLY)
+_TEACHER_ONLY = tl.constexpr(TEACHER_ONLY)
+_FLOOR = tl.constexpr(FLOOR)
+_FAR = tl.constexpr(-1e30)  # a logit of a column that does not exist; lies below _NOTHING
+_NOTHING = tl.constexpr(-5e29)  # the maximum before any column has been seen: every logit lies above it
+_UNUSUAL = tl.constexpr(-1e11)  # an x below this calls for the branch, which clamps
+_NO_COLUMN = tl.constexpr(2**31 - 1)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "blocks_per_part", "first_column"])
+def first_pass_kernel(
+    student,
+    teacher,
+    tokens,
+    betas,
+    sums,
+    argmaxes,
+    student_stride,
+    teacher_stride,
+    num_rows,
+    num_columns,
+    blocks_per_part,
+    first_column,
+    mix_weight,
+    MIX: tl.constexpr,
+    J: tl.constexpr,
+    DOUBLED: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Writes one row of ``row_sums.first_pass``.  DOUBLED: bit j is set where j is in ``BetaGrid.doubled``."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    BLOCK: tl.constexpr = LANES * VEC
+    begin = part * blocks_per_part * BLOCK
+    end = tl.minimum(begin + blocks_per_part * BLOCK, num_columns)
+    lane = tl.arange(0, LANES)
+    offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+    zero = tl.zeros([LANES], tl.float32)
+    nothing, no_column = tl.full([], _NOTHING, tl.float32), tl.full([], 0, tl.int32)
+    student_side = (nothing, no_column, zero, zero)
+    teacher_side = (nothing, no_column, zero, zero)
+    mix_side = (nothing, no_column)
+    missing = (no_column, no_column, no_column)
+    moments = ()
+    for _ in tl.static_range(4 * J):
+        moments = moments + (zero,)
+
+    next_s, next_t = fetched(student, lane, begin, end, VEC, PACKED), fetched(teacher, lane, begin, end, VEC, PACKED)
+    for start in range(begin, end, BLOCK):
+        s, t = numbers_of(next_s, student, lane, VEC, PACKED), numbers_of(next_t, teacher, lane, VEC, PACKED)
+        next_s = fetched(student, lane, start + BLOCK, end, VEC, PACKED)
+        next_t = fetched(teacher, lane, start + BLOCK, end, VEC, PACKED)
+        s, t = with_end(s, student, lane, start, end, VEC), with_end(t, teacher, lane, start, end, VEC)
+        y, z = s - student_side[0], t - teacher_side[0]
+        x = _mixed(s, y, z, mix_side[0], mix_weight, MIX)
+        if _is_unusual(y, z, x, MIX):
+            columns = start + offsets
+            s_there, t_there = s > _FAR, t > _FAR
+            missing = _add_missing(missing, s_there, t_there)
+            s = tl.maximum(s, _FAR, propagate_nan=tl.PropagateNan.ALL)
+            t = tl.maximum(t, _FAR, propagate_nan=tl.PropagateNan.ALL)
+            old_student, old_teacher = student_side[0], teacher_side[0]
+            student_side = _raised(student_side, s, columns, lane)
+            teacher_side = _raised(teacher_side, t, columns, lane)
+            y, z = s - student_side[0], t - teacher_side[0]
+            if MIX == _BOTH:
+                there = s_there & t_there
+                mix_side, step, displaced = _raised_mix(
+                    mix_side, s, z, there, columns, student_side[0], old_teacher, teacher_side[0], mix_weight
+                )
+                x = tl.where(there | (s != s) | (t != t), mix_weight * z + (s - mix_side[0]), _FLOOR)
+            elif MIX == _STUDENT_ONLY:
+                mix_side, x = (student_side[0], student_side[1]), y
+                step, displaced = _step(old_student, student_side[0])
+            else:
+                mix_side, x = (teacher_side[0], teacher_side[1]), z
+                step, displaced = _step(old_teacher, teacher_side[0])
+            put_back = tl.where(lane == 0, displaced.to(tl.float32), 0.0)
+            moments = _moved_moments(moments, betas, step, put_back, J)
+            x = tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
+            y = tl.where(columns == student_side[1], _FLOOR, y)
+            z = tl.where(columns == teacher_side[1], _FLOOR, z)
+            x = tl.where(columns == mix_side[1], _FLOOR, x)
+        student_side = _with_block(student_side, y)
+        teacher_side = _with_block(teacher_side, z)
+        moments = _with_moments(moments, x, betas, J, DOUBLED)
+
+    num_read = tl.cdiv(tl.maximum(end - begin, 0), BLOCK) * BLOCK
+    mix_max = _mix_max(student_side, teacher_side, mix_side, moments, MIX)
+    out = sums + (part.to(tl.int64) * num_rows + row) * (14 + 4 * J)
+    _store_side(out, student_side, first_column)
+    _store_side(out + 4, teacher_side, first_column)
+    tl.store(out + 8, mix_max)
+    for i in tl.static_range(3):
+        tl.store(out + 9 + i, (num_read - _missing_of(missing, i, MIX)).to(tl.float32))
+    for i in tl.static_range(4 * J):
+        tl.store(out + 12 + i, tl.sum(moments[i], 0))
+    out += 12 + 4 * J
+    if HAS_TOKENS:
+        token = tl.load(tokens + row) - first_column
+        here = (token >= begin) & (token < end)
+        tl.store(out, tl.load(student + token, mask=here, other=0.0).to(tl.float32))
+        tl.store(out + 1, tl.load(teacher + token, mask=here, other=0.0).to(tl.float32))
+    else:
+        tl.store(out, 0.0)
+        tl.store(out + 1, 0.0)
+    tl.store(argmaxes + part.to(tl.int64) * num_rows + row, mix_side[1])
+
+
+@triton.jit
+def _mixed(s, y, z, mix_ref, mix_weight, MIX: tl.constexpr):
+    if MIX == _BOTH:
+        x = mix_weight * z + (s - mix_ref)
+    elif MIX == _STUDENT_ONLY:
+        x = y
+    else:
+        x = z
+    return x
+
+
+@triton.jit
+def _is_unusual(y, z, x, MIX: tl.constexpr):
+    """Whether the block holds a new maximum, or a column that does not exist: x of one is -inf, or y or z."""
+    highest = tl.max(tl.maximum(tl.maximum(y, z), x), 1)
+    lowest = tl.min(x, 1) if MIX == _BOTH else tl.min(tl.minimum(y, z), 1)
+    # NaN, which a maximum may or may not hand on, spoils the sums either way.
+    unusual = (highest > 0) | (highest != highest) | (lowest < _UNUSUAL)
+    return tl.max(unusual.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _add_missing(missing, s_there, t_there):
+    return (
+        missing[0] + _count(~s_there),
+        missing[1] + _count(~t_there),
+        missing[2] + _count(~(s_there & t_there)),
+    )
+
+
+@triton.jit
+def _count(flags):
+    return tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def _missing_of(missing, i: tl.constexpr, MIX: tl.constexpr):
+    """Columns that do not exist for the student (i = 0), the mix (1), one of the two (2)."""
+    if i == 0 or MIX == _STUDENT_ONLY:
+        count = missing[0]
+    elif i == 1 and MIX == _TEACHER_ONLY:
+        count = missing[1]
+    else:
+        count = missing[2]
+    return count
+
+
+@triton.jit
+def _highest(values):
+    """The maximum of a block; NaN counts as a column that does not exist, it spoils the sums by itself."""
+    return tl.max(tl.max(tl.where(values == values, values, _FAR), 1), 0)
+
+
+@triton.jit
+def _column_of(values, value, columns):
+    return tl.min(tl.min(tl.where(values == value, columns, _NO_COLUMN), 1), 0)
+
+
+@triton.jit
+def _step(old, new):
+    """(old - new, whether a largest column is displaced); before the first column there is nothing to move."""
+    displaced = (new > old) & (old > _NOTHING)
+    return tl.where(displaced, old - new, 0.0), displaced
+
+
+@triton.jit
+def _raised(side, values, columns, lane):
+    """(maximum, argmax, tail, first) relative to the maximum of what was read and this block."""
+    highest = _highest(values)
+    higher = highest > side[0]
+    maximum = tl.where(higher, highest, side[0])
+    argmax = tl.where(higher, _column_of(values, highest, columns), side[1])
+    step, displaced = _step(side[0], maximum)
+    total = side[2] + tl.where(lane == 0, displaced.to(tl.float32), 0.0)
+    scale = exponential(step)
+    return (maximum, argmax, scale * total, scale * (side[3] + step * total))
+
+
+@triton.jit
+def _raised_mix(mix_side, s, z, there, columns, student_max, old_teacher_max, teacher_max, mix_weight):
+    """The mix's reference after a block, the step d that the sums move by, and whether its largest is displaced.
+
+    m = w t + s relative to height = w teacher_max + mix_ref.  A teacher_max that has moved moves mix_ref too, and what
+    float32 cannot hold of that is part of d.
+    """
+    begun = mix_side[0] > _NOTHING
+    weight = tl.full([], mix_weight, tl.float64)
+    height = weight * old_teacher_max.to(tl.float64) + mix_side[0].to(tl.float64)
+    moved = (height - weight * teacher_max.to(tl.float64)).to(tl.float32)
+    mix_ref = tl.where(begun, moved, student_max)
+    x = tl.where(there, mix_weight * z + (s - mix_ref), _FAR)
+    highest = _highest(x)
+    higher = tl.where(begun, highest > 0, highest > _NOTHING)
+    argmax = tl.where(higher, _column_of(x, highest, columns), mix_side[1])
+    new_ref = tl.where(higher, mix_ref + highest, tl.where(begun, mix_ref, _NOTHING))
+    new_height = weight * teacher_max.to(tl.float64) + new_ref.to(tl.float64)
+    step = tl.where(begun, (height - new_height).to(tl.float32), 0.0)
+    return (new_ref, argmax), step, higher & begun
+
+
+@triton.jit
+def _moved_moments(moments, betas, step, put_back, J: tl.constexpr):
+    """S0 - 1, S1, S2, S3 of x + step instead of x, with the displaced column put back into S0."""
+    out = ()
+    for j in tl.static_range(J):
+        scale = exponential(tl.load(betas + j) * step)
+        s0, s1, s2, s3 = moments[4 * j] + put_back, moments[4 * j + 1], moments[4 * j + 2], moments[4 * j + 3]
+        out = out + (
+            scale * s0,
+            scale * (s1 + step * s0),
+            scale * (s2 + step * (2 * s1 + step * s0)),
+            scale * (s3 + step * (3 * s2 + step * (3 * s1 + step * s0))),
+        )
+    return out
+
+
+@triton.jit
+def _with_block(side, shifted):
+    es, values = columns_of(exponential(shifted)), columns_of(shifted)
+    return (side[0], side[1], side[2] + sum_of(es), side[3] + sum_of_products(es, values))
+
+
+@triton.jit
+def _with_moments(moments, x, betas, J: tl.constexpr, DOUBLED: tl.constexpr):
+    square = x * x
+    xs, squares, cubes = columns_of(x), columns_of(square), columns_of(square * x)
+    e, out = x, ()
+    for j in tl.static_range(J):
+        e = e * e if (DOUBLED >> j) & 1 else tl.exp2(x * (tl.load(betas + j) * LOG2_E))
+        es = columns_of(e)
+        out = out + (
+            moments[4 * j] + sum_of(es),
+            moments[4 * j + 1] + sum_of_products(es, xs),
+            moments[4 * j + 2] + sum_of_products(es, squares),
+            moments[4 * j + 3] + sum_of_products(es, cubes),
+        )
+    return out
+
+
+@triton.jit
+def _mix_max(student_side, teacher_side, mix_side, moments, MIX: tl.constexpr):
+    """max of w (t - teacher_max) + (s - student_max), each maximum that of this part; -inf without columns."""
+    total = tl.sum(moments[0] + moments[1], 0)
+    if MIX == _BOTH:
+        height = (mix_side[0].to(tl.float64) - student_side[0].to(tl.float64)).to(tl.float32)
+    else:
+        height = total * 0.0
+    height = tl.where(mix_side[0] > _NOTHING, height, float("-inf"))
+    return tl.where(total == total, height, total)
+
+
+@triton.jit
+def _store_side(out, side, first_column):
+    """Maximum, tail, first, argmax; a row with NaN has no maximum."""
+    tail, first = tl.sum(side[2], 0), tl.sum(side[3], 0)
+    maximum = tl.where(side[0] > _NOTHING, side[0], float("-inf"))
+    tl.store(out, tl.where(tail + first == tail + first, maximum, tail + first))
+    tl.store(out + 1, tail)
+    tl.store(out + 2, first)
+    tl.store(out + 3, (side[1] + first_column).to(tl.float32))

@@ -1,0 +1,214 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The passes over one vocabulary shard as Triton kernels: the contracts of ``row_sums``, one read per row and pass.
+
+The first pass, the second and that of the JSD run one program of one warp per row and part of a row, each lane
+with sums of its own; the gradient is elementwise.  No atomics and no autotuning: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_selfdistill.loss.divergence import KINDS, Divergence
+from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
+from megatron_selfdistill.loss.sharded.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants, Shard
+from megatron_selfdistill.loss.triton.first_pass_kernel import BOTH, STUDENT_ONLY, TEACHER_ONLY, first_pass_kernel
+from megatron_selfdistill.loss.triton.pass_kernels import gradient_kernel, jsd_pass_kernel, second_pass_kernel
+
+LANES = 32
+"""Of a program that sums: one warp, so that nothing waits at a barrier.  A multiprocessor holds at most 32 such
+programs, fewer where the sums take more than 64 registers of a thread; each has two loads under way while it sums
+(``block_loads``)."""
+LOAD_BYTES = 16
+"""Per thread and load: the widest there is, 8 columns of bfloat16."""
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
+"""Two loads of 16 bytes per row and thread in flight in bfloat16."""
+PROGRAMS = 4096
+"""Rows are cut into parts until there are about this many programs: 32 on each of an H100's 132 multiprocessors.  One
+number for every GPU: parts are summed apart, so another number would be other bits."""
+PART_COLUMNS = 2048
+"""A part has at least so many columns; below, its start and its 27 and more sums cost more than its reading."""
+MOST_PARTS = 64
+# A choice that Triton wants made: a * b + c as one instruction, for speed; no result depends on it but by rounding.
+COMPILED = {"num_stages": 1, "enable_fp_fusion": True}
+ALL_REGISTERS = {"maxnreg": 255}
+"""Left to itself, ptxas spills some numbers of a kernel with many to fit one more warp on a multiprocessor."""
+
+
+def num_parts(num_rows: int, num_columns: int) -> int:
+    """Into how many parts to cut rows of [num_rows, columns per rank]."""
+    wanted = triton.cdiv(PROGRAMS, max(1, num_rows))
+    return max(1, min(wanted, num_columns // PART_COLUMNS, MOST_PARTS))
+
+
+def first_pass(shard: Shard, grid: BetaGrid, response_tokens: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+    """`row_sums.first_pass`; the argmax is int32."""
+    num_rows, parts = shard.student.shape[0], shard.num_parts
+    sums = _new(shard, len(FIRST_PASS) + grid.num_sums)
+    argmaxes = torch.empty(parts, num_rows, dtype=torch.int32, device=shard.student.device)
+    options = first_pass_options(grid, _columns_per_load(shard))
+    if num_rows:
+        with launching_on(shard.student):
+            first_pass_kernel[(num_rows, parts)](
+                shard.student,
+                shard.teacher,
+                argmaxes if response_tokens is None else response_tokens.contiguous(),
+                grid.on(shard.student.device),
+                sums,
+                argmaxes,
+                *_extent(shard, options["VEC"]),
+                start,
+                as_sum(shard.mix_weights[0]),
+                MIX=mix_of(shard.mix_weights),
+                J=len(grid.betas),
+                DOUBLED=sum(1 << j for j in grid.doubled),
+                HAS_TOKENS=response_tokens is not None,
+                PACKED=is_packed(shard),
+                **options,
+            )
+    return sums, argmaxes
+
+
+def second_pass(
+    shard: Shard,
+    constants: RowConstants,
+    mix_argmax: Tensor,
+    *,
+    forward_kl: bool,
+    status: Tensor | None = None,
+) -> Tensor:
+    """Launch `row_sums.second_pass`; with ``status``, the programs of rows that have converged read nothing."""
+    sums = _new(shard, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS))
+    if sums.shape[1]:
+        with launching_on(shard.student):
+            second_pass_kernel[(sums.shape[1], shard.num_parts)](
+                shard.student,
+                shard.teacher,
+                *constants.tensors(),
+                mix_argmax,
+                mix_argmax if status is None else status,
+                sums,
+                *_extent(shard, _columns_per_load(shard)),
+                as_sum(shard.mix_weights[0]),
+                MIX=mix_of(shard.mix_weights),
+                WITH_FORWARD=forward_kl,
+                SOME_ROWS=status is not None,
+                **_summing(shard),
+            )
+    return sums
+
+
+def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor:
+    """`row_sums.jsd_pass`."""
+    sums = _new(shard, 2)
+    if sums.shape[1]:
+        with launching_on(shard.student):
+            jsd_pass_kernel[(sums.shape[1], shard.num_parts)](
+                shard.student,
+                shard.teacher,
+                *constants.tensors(),
+                sums,
+                *_extent(shard, _columns_per_load(shard)),
+                as_sum(shard.mix_weights[0]),
+                as_sum(jsd_lambda),
+                MIX=mix_of(shard.mix_weights),
+                **_summing(shard),
+            )
+    return sums
+
+
+def write_gradient(
+    shard: Shard, constants: RowConstants, centre: Tensor, divergence: Divergence, grad_loss: Tensor, out: Tensor
+) -> None:
+    """`row_sums.write_gradient`."""
+    num_rows, num_columns = shard.student.shape
+    if num_rows and num_columns:
+        with launching_on(shard.student):
+            gradient_kernel[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))](
+                shard.student,
+                shard.teacher,
+                *constants.tensors(),
+                centre,
+                grad_loss,
+                out,
+                _row_stride(shard.student),
+                _row_stride(shard.teacher),
+                _row_stride(out),
+                centre.stride(0),
+                grad_loss.stride(0),
+                num_columns,
+                as_sum(shard.mix_weights[0]),
+                as_sum(divergence.jsd_lambda),
+                MIX=mix_of(shard.mix_weights),
+                KIND=KINDS.index(divergence.kind),
+                BLOCK=GRADIENT_BLOCK,
+                num_warps=GRADIENT_WARPS,
+                **COMPILED,
+            )
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current GPU, not on the one where the tensors lie."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _new(shard: Shard, num_columns: int) -> Tensor:
+    shape = shard.num_parts, shard.student.shape[0], num_columns
+    return torch.empty(shape, dtype=torch.float32, device=shard.student.device)
+
+
+def first_pass_options(grid: BetaGrid, columns_per_load: int) -> dict[str, int]:
+    """Of the first pass's kernel, whose sums take most of the registers where the grid is large."""
+    options = {"LANES": LANES, "VEC": columns_per_load, "num_warps": 1, **COMPILED}
+    return options | ALL_REGISTERS if len(grid.betas) > 5 else options
+
+
+def _extent(shard: Shard, columns_per_load: int) -> tuple[int, int, int, int, int]:
+    """Both row strides, the rows, the columns, and the blocks of a part."""
+    num_rows, num_columns = shard.student.shape
+    blocks = triton.cdiv(num_columns, LANES * columns_per_load)
+    strides = _row_stride(shard.student), _row_stride(shard.teacher)
+    return *strides, num_rows, num_columns, triton.cdiv(blocks, shard.num_parts)
+
+
+def _columns_per_load(shard: Shard) -> int:
+    return LOAD_BYTES // max(shard.student.itemsize, shard.teacher.itemsize)
+
+
+def _summing(shard: Shard) -> dict[str, int | bool]:
+    options = {"LANES": LANES, "VEC": _columns_per_load(shard), "PACKED": is_packed(shard)}
+    return {**options, "num_warps": 1, **COMPILED}
+
+
+def is_packed(shard: Shard) -> bool:
+    """Whether rows may be read 16 bytes at a time, by what Triton knows of a pointer and a stride: multiples of 16.
+
+    A stride of 16 columns is more than 16 bytes, but of half as many columns Triton would not know that they are.
+    """
+    return all(x.data_ptr() % LOAD_BYTES == 0 and x.stride(0) % 16 == 0 for x in (shard.student, shard.teacher))
+
+
+def _row_stride(logits: Tensor) -> int:
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(
+            "the Triton kernels of the loss need logits [T, columns] whose columns lie side by side; got strides "
+            f"{logits.stride()}. Make them contiguous, or set loss.backend=torch."
+        )
+    return logits.stride(0)
+
+
+def as_sum(value: float) -> float:
+    """Rounded to float32, as a kernel's argument is; in the interpreter it would stay float64."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def mix_of(mix_weights: tuple[float, float]) -> int:
+    """BOTH, STUDENT_ONLY or TEACHER_ONLY, of ``Target.mix_weights``."""
+    teacher_weight, student_weight = mix_weights
+    if student_weight == 0:
+        return TEACHER_ONLY
+    return STUDENT_ONLY if teacher_weight == 0 else BOTH

@@ -1,0 +1,163 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What happens between the passes as two Triton kernels: the formulas of ``row_statistics`` and ``entropy_match``.
+
+In PyTorch these are hundreds of operations on [T, J] numbers, whose launches take a GPU longer than its passes over the
+logits.  All arithmetic is float64, a program has all parts of a few rows, and every rank has the same parts: the same
+bits on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
+from megatron_selfdistill.loss.sharded.row_statistics import RowResults
+from megatron_selfdistill.loss.sharded.row_sums import RowConstants
+from megatron_selfdistill.loss.triton.kernels import ALL_REGISTERS, COMPILED, as_sum, launching_on, mix_of
+from megatron_selfdistill.loss.triton.row_kernels import NUM_STATE, finish_kernel, solve_kernel
+
+NUMBERS = 32
+"""Parts times rows of a program: one number per thread of a warp while parts are merged."""
+PARTS_PER_WARP = 64
+"""Of one row: two numbers per thread.  With four, some kernels spill registers."""
+MOST_WARPS = 8
+"""As many as there are registers for, with 255 of each thread."""
+SOLVING = {**COMPILED, **ALL_REGISTERS}
+MOST_ROWS = 32
+"""Of a program: one per thread after the merging."""
+RESULTS = (
+    "reverse_kl forward_kl student_entropy teacher_entropy target_entropy "
+    "student_log_prob teacher_log_prob target_log_prob"
+).split()
+"""Of `RowResults`, float32, in the order in which ``finish_kernel`` writes them."""
+
+
+@dataclass(frozen=True)
+class Solving:
+    """Every row between two passes; ``constants`` is what the next one takes.
+
+    state: [NUM_STATE, T] and shift: [parts, T], float64; grid_entropies: [T, num_grid].
+    outputs: after the second pass, where the third one overwrites what it changes.
+    """
+
+    state: Tensor
+    shift: Tensor
+    constants: RowConstants
+    grid_entropies: Tensor
+    outputs: _Outputs | None = None
+
+
+def solve_rows(gathered: Tensor, grid: BetaGrid) -> Solving:
+    """`row_statistics.solve_rows`."""
+    num_parts, num_rows, _ = gathered.shape
+    state, shift = (gathered.new_empty(n, num_rows, dtype=torch.float64) for n in (NUM_STATE.value, num_parts))
+    constants, entropies = gathered.new_empty(6, num_rows), gathered.new_empty(num_rows, grid.num_grid)
+    if num_rows:
+        programs, sizes = _programs(num_rows, num_parts)
+        with launching_on(gathered):
+            solve_kernel[programs](
+                gathered,
+                grid.on(gathered.device),
+                state,
+                shift,
+                constants,
+                entropies,
+                num_rows,
+                num_parts,
+                as_sum(grid.mix_weights[0]),
+                MIX=mix_of(grid.mix_weights),
+                J=len(grid.betas),
+                NUM_GRID=grid.num_grid,
+                FAVOURED=grid.favoured,
+                GIVEN=grid.given,
+                **sizes,
+            )
+    return Solving(state, shift, RowConstants(*constants.unbind(0)), entropies)
+
+
+def finish_rows(
+    solving: Solving, gathered: Tensor, grid: BetaGrid, response_tokens: Tensor | None, vocab_size: int
+) -> tuple[RowResults, Solving]:
+    """Do what `row_statistics.finish_rows` does; the results of the second call overwrite those of the first."""
+    num_parts, num_rows, num_columns = gathered.shape
+    outputs = solving.outputs or _Outputs.new(gathered, solving.grid_entropies)
+    if num_rows:
+        programs, sizes = _programs(num_rows, num_parts)
+        with launching_on(gathered):
+            finish_kernel[programs](
+                solving.state,
+                solving.shift,
+                gathered,
+                outputs.status if response_tokens is None else response_tokens.contiguous(),
+                grid.on(gathered.device),
+                *outputs.pointers(),
+                num_rows,
+                num_parts,
+                vocab_size,
+                as_sum(grid.mix_weights[0]),
+                MIX=mix_of(grid.mix_weights),
+                NUM_GRID=grid.num_grid,
+                GIVEN=grid.given,
+                LOWEST_IS_BOUND=grid.lowest_is_bound,
+                HAS_TOKENS=response_tokens is not None,
+                SOME_ROWS=solving.outputs is not None,
+                NUM_COLUMNS=num_columns,
+                **sizes,
+            )
+    results = outputs.results()
+    return results, replace(solving, constants=results.constants, outputs=outputs)
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Of the last kernel: float32 [len(RESULTS), T] and [6, T]; float64 [2, T], beta and the log-normaliser."""
+
+    numbers: Tensor
+    constants: Tensor
+    exact: Tensor
+    status: Tensor
+    agreement: Tensor
+    grid_entropies: Tensor
+
+    @classmethod
+    def new(cls, gathered: Tensor, grid_entropies: Tensor) -> _Outputs:
+        num_rows = gathered.shape[1]
+        return cls(
+            gathered.new_empty(len(RESULTS), num_rows),
+            gathered.new_empty(6, num_rows),
+            gathered.new_empty(2, num_rows, dtype=torch.float64),
+            gathered.new_empty(num_rows, dtype=torch.int64),
+            gathered.new_empty(num_rows, dtype=torch.bool),
+            grid_entropies,
+        )
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        return self.numbers, self.constants, self.exact, self.status, self.agreement.view(torch.uint8)
+
+    def results(self) -> RowResults:
+        return RowResults(
+            constants=RowConstants(*self.constants.unbind(0)),
+            beta=self.exact[0],
+            log_normaliser=self.exact[1],
+            status=self.status,
+            top1_agreement=self.agreement,
+            grid_entropies=self.grid_entropies,
+            **dict(zip(RESULTS, self.numbers.unbind(0), strict=True)),
+        )
+
+
+def _programs(num_rows: int, num_parts: int) -> tuple[tuple[int], dict[str, int | bool]]:
+    options = launch_options(num_parts)
+    return (triton.cdiv(num_rows, options["ROWS"]),), options
+
+
+def launch_options(num_parts: int) -> dict[str, int | bool]:
+    """ROWS and PARTS of a program, and how its kernel is compiled."""
+    parts = triton.next_power_of_2(num_parts)
+    rows = max(1, min(MOST_ROWS, NUMBERS // parts))
+    num_warps = max(1, min(MOST_WARPS, parts // PARTS_PER_WARP))
+    return {"ROWS": rows, "PARTS": parts, "num_warps": num_warps, **SOLVING}

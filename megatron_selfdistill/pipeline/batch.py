@@ -1,0 +1,68 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The contexts of every replica as microbatches that one schedule takes: as many, and as long, everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packing import PackedBatch, length_quantum, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.pipeline.schedule import microbatch_multiple
+
+
+def pack_everywhere(
+    contexts: Sequence[ContextPair],
+    *,
+    max_tokens: int,
+    pair_order: str,
+    with_teacher: bool,
+    grid: RankGrid,
+    seq_multiple: int | None = None,
+) -> PackedBatch:
+    """This replica's contexts, packed into rows of at most ``max_tokens``.
+
+    Every replica gets the same sequence length and number of microbatches, at least one of each stream and in total a
+    multiple of what the schedule takes; a replica that has fewer gets weightless ones, with no contexts only those.
+    ``pair_order=alternating`` packs both streams alike.  ``seq_multiple``: of which the sequence length is a multiple,
+    as `model.fp8.token_multiple` has it.  On GPUs the length is rounded up to a multiple of `length_quantum`, which
+    leaves losses and gradients as they are.
+
+    Collectives: two maxima over the data-parallel ranks.
+    Raises: ValueError where one context alone exceeds ``max_tokens``.
+    """
+    paired = pair_order == "alternating"
+    sizes: dict[str, Any] = {"max_tokens": max_tokens, "cp_size": grid.cp_size, "tp_size": grid.tp_size}
+    sizes |= {"seq_multiple": seq_multiple, "paired": paired}
+    quantum = length_quantum(max_tokens) if grid.device.type == "cuda" else None
+    (seq_length,) = largest(grid, required_seq_length(contexts, **sizes, seq_quantum=quantum))
+    batch = pack(contexts, **sizes, seq_length=seq_length)
+    num_student, num_teacher = largest(grid, max(len(batch.student), 1), max(len(batch.teacher), 1))
+    while (num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):
+        num_student += 1
+        num_teacher += paired
+    return pad_to_count(batch, num_student, num_teacher)
+
+
+def largest(grid: RankGrid, *values: int) -> list[int]:
+    """Each value's maximum over the replicas.  One all-reduce over the data-parallel ranks."""
+    tensor = torch.tensor(values, device=grid.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=grid.dp_group)
+    return tensor.tolist()
+
+
+def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:
+    """The sum over context-parallel ranks, each of which holds some rows, with tensor-parallel rank 0's bits on all.
+
+    The ranks of one replica's last stage call it; ``values`` is changed.  Collectives: a sum over CP, a broadcast over
+    TP.
+    """
+    if grid.cp_size > 1:
+        dist.all_reduce(values, group=grid.cp_group)
+    if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
+        dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
+    return values

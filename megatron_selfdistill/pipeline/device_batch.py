@@ -1,0 +1,148 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Everything that a step's forward and backward read beside weights and activations, on the device before they start.
+
+All microbatches are known by then, so their tensors travel in one copy, and the schedule never waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.data.packing import Microbatch, PackedBatch, context_parallel_positions
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.model.forward import ModelInputs
+from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.model.output_layer import ResponsePositions
+
+
+@dataclass(frozen=True)
+class StudentMicrobatch:
+    """One microbatch of the student; R response tokens have their hidden state on this context-parallel rank."""
+
+    inputs: ModelInputs
+    positions: ResponsePositions
+    response_ids: Tensor
+    """[R] int64: which of ``PackedBatch.response_tokens`` each of them is."""
+    response_tokens: Tensor
+    """[R] int64."""
+
+
+@dataclass(frozen=True)
+class RoutedStates:
+    """The part of a teacher microbatch's hidden states that one student microbatch needs, on this rank."""
+
+    student_index: int
+    chosen: Tensor | None
+    """[n] int64: which of the states that this rank receives; None for all of them, in their order."""
+    place: Tensor | None
+    """[n] int64: where they lie among the R of the student microbatch; None for all of those, in their order."""
+
+
+@dataclass(frozen=True)
+class TeacherMicrobatch:
+    """One microbatch of the teacher, and which student microbatches need its hidden states."""
+
+    inputs: ModelInputs
+    positions: ResponsePositions
+    send_order: Tensor | None
+    """[R] int64: the order in which this rank's states are sent to the context-parallel ranks; None where there is one
+    such rank."""
+    send_counts: list[int]
+    receive_counts: list[int]
+    """States that this rank sends to and receives from each context-parallel rank."""
+    routes: list[RoutedStates]
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A `PackedBatch` as this rank's schedule takes it, all tensors on the device."""
+
+    student: list[StudentMicrobatch]
+    teacher: list[TeacherMicrobatch]
+    num_states: list[int]
+    """R of each student microbatch, on this context-parallel rank."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch, grid: RankGrid, *, with_teacher: bool, local_attention: bool) -> DeviceBatch:
+        """Copy ``batch`` to this rank's device in one asynchronous copy.
+
+        ``local_attention``: of `model.forward.uses_local_attention`.  Collectives: none.
+        """
+        held = [_held_by(microbatch, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
+        teacher = _teacher_microbatches(batch, grid, local_attention) if with_teacher else []
+        on_host = cls(
+            student=[
+                StudentMicrobatch(
+                    inputs=ModelInputs.on_host(microbatch, grid, local_attention=local_attention),
+                    positions=ResponsePositions.on_host(positions, batch.seq_length // grid.cp_size, grid),
+                    response_ids=ids,
+                    response_tokens=batch.response_tokens[ids],
+                )
+                for microbatch, (positions, ids) in zip(batch.student, held, strict=True)
+            ],
+            teacher=teacher,
+            num_states=[len(ids) for _, ids in held],
+        )
+        return to_device_in_one_copy(on_host, grid.device)
+
+
+def _teacher_microbatches(batch: PackedBatch, grid: RankGrid, local_attention: bool) -> list[TeacherMicrobatch]:
+    """Return the teacher's microbatches as host tensors, with the way of each hidden state to its student."""
+    total = len(batch.response_tokens)
+    owner = torch.zeros(total, dtype=torch.int64)  # context-parallel rank of each token's student state
+    student = torch.zeros(total, dtype=torch.int64)  # its student microbatch
+    place = torch.zeros(total, dtype=torch.int64)  # its place among that microbatch's states on the owner
+    sizes = []  # states of each student microbatch on this rank
+    for index, microbatch in enumerate(batch.student):
+        for rank in range(grid.cp_size):
+            _, ids = _held_by(microbatch, grid.cp_size, rank)
+            owner[ids], student[ids], place[ids] = rank, index, torch.arange(len(ids))
+            if rank == grid.cp_rank:
+                sizes.append(len(ids))
+    microbatches = []
+    for microbatch in batch.teacher:
+        held = [_held_by(microbatch, grid.cp_size, rank) for rank in range(grid.cp_size)]
+        positions, ids = held[grid.cp_rank]
+        received = [theirs[owner[theirs] == grid.cp_rank] for _, theirs in held]
+        microbatches.append(
+            TeacherMicrobatch(
+                inputs=ModelInputs.on_host(microbatch, grid, local_attention=local_attention),
+                positions=ResponsePositions.on_host(positions, batch.seq_length // grid.cp_size, grid),
+                send_order=torch.argsort(owner[ids], stable=True) if grid.cp_size > 1 else None,
+                send_counts=torch.bincount(owner[ids], minlength=grid.cp_size).tolist(),
+                receive_counts=[len(theirs) for theirs in received],
+                routes=_routes(torch.cat(received), student, place, sizes),
+            )
+        )
+    return microbatches
+
+
+def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) -> list[RoutedStates]:
+    """Return one route per student microbatch that needs any of the ``received`` response ids."""
+    routes = []
+    for index in student[received].unique().tolist():
+        chosen = (student[received] == index).nonzero().flatten()
+        places = place[received[chosen]]
+        everything = len(chosen) == sizes[index] and torch.equal(places, torch.arange(len(places)))
+        routes.append(
+            RoutedStates(
+                student_index=index,
+                chosen=None if len(chosen) == len(received) else chosen,
+                place=None if everything else places,
+            )
+        )
+    return routes
+
+
+def _held_by(microbatch: Microbatch, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
+    """Return (position in that rank's share, response id) of each response token whose hidden state the rank holds."""
+    if cp_size == 1:
+        return microbatch.response_rows, microbatch.response_ids
+    held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
+    place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
+    place[held] = torch.arange(len(held))
+    rows = place[microbatch.response_rows]
+    return rows[rows >= 0], microbatch.response_ids[rows >= 0]

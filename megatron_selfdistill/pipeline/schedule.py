@@ -1,0 +1,318 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Teacher and student microbatches through one pipeline-parallel ``forward_backward`` call of Megatron's own schedules.
+
+A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` hands a zero gradient back, so that the
+schedule's sends and receives match.  On the last stage it leaves its final hidden states at response positions in a
+`TeacherHiddenStates`; when the student's microbatch arrives, both are projected there and the loss is taken, in one piece where
+the output layer is fused with the loss (model/output_layer.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.forward import hidden_states, project, rows_at, uses_local_attention
+from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
+from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicrobatch
+from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
+
+
+class NoResponseTokens(RuntimeError):
+    """The global batch has nothing to train on."""
+
+
+RowLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
+"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient."""
+RowWeight = Callable[[Tensor, Tensor], Tensor]
+"""(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the rows' losses, constants
+(loss/weighting.py)."""
+
+PAIR_ORDERS = ("teacher_first", "alternating")
+
+
+@dataclass
+class StepOutput:
+    """What one step leaves behind on this rank.  Rows are the response tokens that this rank's student held; only the
+    last pipeline stage has any, equal on its tensor-parallel ranks and split over its context-parallel ranks."""
+
+    num_response_tokens: int
+    """N, over the global batch; equal on all ranks."""
+    response_ids: Tensor
+    """[R] int64 on the device: which of ``PackedBatch.response_tokens`` each row is."""
+    stats: TokenStats | None
+    """Statistics of the rows, detached, the loss without weights; None on the other stages."""
+    weights: Tensor | None = None
+    """[R] of the rows' losses; None where all are 1."""
+
+
+def self_distillation(
+    target: Target,
+    divergence: Divergence,
+    backend: str | None = None,
+    *,
+    fusion: Fusion | None = None,
+) -> RowLoss | FusedLoss:
+    """The distillation loss with this target and divergence: of logits (loss/sharded/vocab_parallel.py) or, with ``fusion``, of
+    hidden states (loss/sharded/fused_linear.py).  ``backend``: as for `distillation_loss`."""
+    if fusion is not None:
+        return FusedLoss(target, divergence, fusion, backend)
+
+    def loss(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
+        assert teacher is not None
+        return distillation_loss(
+            student,
+            teacher,
+            response_tokens,
+            target=target,
+            divergence=divergence,
+            vocab=vocab,
+            inplace_backward=True,
+            backend=backend,
+        )
+
+    return loss
+
+
+def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
+    """-log p(response token) over the valid vocabulary, in nats, through Megatron's vocab-parallel cross entropy.
+
+    Writes over ``student``: its padding becomes -inf, and in float32 all of it the softmax and then the gradient.  In
+    bf16 those take a float32 copy, see `output_layer.next_token_copies`.
+    """
+    with torch.no_grad():
+        student[:, vocab.num_valid :] = float("-inf")
+    loss = vocab_parallel_cross_entropy(student.float().unsqueeze(1), response_tokens.unsqueeze(1)).squeeze(1)
+    unknown = torch.full_like(loss.detach(), float("nan"))
+    values = {f.name: unknown for f in fields(TokenStats)}
+    values |= {"loss": loss, "student_log_prob": -loss.detach(), "status": torch.zeros_like(response_tokens)}
+    values |= {"grid_betas": unknown[:0], "grid_entropies": unknown.new_empty(len(loss), 0)}
+    return TokenStats(**values)
+
+
+def run(
+    student: Sequence[torch.nn.Module],
+    teacher: Sequence[torch.nn.Module] | None,
+    batch: PackedBatch,
+    row_loss: RowLoss | FusedLoss,
+    grid: RankGrid,
+    vocab: VocabShard,
+    *,
+    row_weight: RowWeight | None = None,
+    pair_order: str = "teacher_first",
+    teacher_store_bytes: float = float("inf"),
+    forward_only: bool = False,
+) -> StepOutput:
+    """One forward and backward of the global batch; gradients are left in ``main_grad``, reduced and finalised.
+
+    The gradient is that of ``sum(row_weight * row_loss) / N``, N the response tokens of the global batch, whatever the
+    cuts; without ``row_weight`` all weights are 1.
+    ``student``: this rank's chunks (DDP); ``teacher``: chunks with the same cuts (the student's own for "current"), or
+    None for a loss without a teacher, which leaves ``batch.teacher`` aside.  All ranks of a replica hold the same
+    ``batch``; all replicas have the same number of microbatches and ``seq_length``.
+
+    Collectives: one all-reduce of N over data-parallel ranks, then those of the schedule and of the loss.
+    Raises: ValueError for an order that the microbatches do not fit, `NoResponseTokens` on all ranks where N is 0.
+    """
+    totals = torch.tensor(
+        [len(batch.response_tokens), sum(mb.num_sequences > 0 for mb in batch.student)], device=grid.device
+    )
+    dist.all_reduce(totals, group=grid.dp_group)
+    num_response_tokens, num_weighted = totals.tolist()
+    if num_response_tokens == 0:
+        raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
+    order = _order(batch, pair_order, with_teacher=teacher is not None)
+    config = unwrapped(student[0]).config
+    on_device = DeviceBatch.of(
+        batch, grid, with_teacher=teacher is not None, local_attention=uses_local_attention(student)
+    )
+    step = _Step(
+        student=list(student),
+        teacher=list(teacher) if teacher is not None else [],
+        batch=on_device,
+        row_loss=row_loss,
+        row_weight=row_weight,
+        grid=grid,
+        vocab=vocab,
+        loss_scale=len(order) * grid.dp_size / num_response_tokens,
+        bank=TeacherHiddenStates(on_device, grid, config.hidden_size, teacher_store_bytes)
+        if teacher is not None
+        else None,
+    )
+    iterators = [iter(order) for _ in student]
+    with (
+        _auxiliary_losses_per_weighted_microbatch(student, len(order) * grid.dp_size / max(num_weighted, 1)),
+        torch.set_grad_enabled(not forward_only),
+    ):
+        get_forward_backward_func()(
+            forward_step_func=step.forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(student) if len(student) > 1 else student[0],
+            num_microbatches=len(order),
+            seq_length=batch.seq_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+    return StepOutput(num_response_tokens, *step.collected())
+
+
+def microbatch_multiple(grid: RankGrid) -> int:
+    """The interleaved schedule takes microbatches in groups of PP; the others take any number."""
+    return grid.pp_size if grid.virtual_pipeline_model_parallel_size else 1
+
+
+def _order(batch: PackedBatch, pair_order: str, with_teacher: bool) -> list[tuple[str, int]]:
+    students = [("student", i) for i in range(len(batch.student))]
+    if not with_teacher:
+        return students
+    teachers = [("teacher", i) for i in range(len(batch.teacher))]
+    if pair_order == "teacher_first":
+        return teachers + students
+    if pair_order != "alternating":
+        raise ValueError(f"pair_order must be one of {', '.join(PAIR_ORDERS)}, got {pair_order!r}")
+    if len(students) != len(teachers):
+        raise ValueError(
+            f"pair_order=alternating needs as many teacher as student microbatches (pack with paired=True), "
+            f"got {len(teachers)} and {len(students)}"
+        )
+    return [item for pair in zip(teachers, students, strict=True) for item in pair]
+
+
+@dataclass
+class _Step:
+    """The forward step of one call of the schedule, and what its last stage collects."""
+
+    student: list[torch.nn.Module]
+    teacher: list[torch.nn.Module]
+    batch: DeviceBatch
+    row_loss: RowLoss | FusedLoss
+    row_weight: RowWeight | None
+    grid: RankGrid
+    vocab: VocabShard
+    loss_scale: float
+    bank: TeacherHiddenStates | None
+    ids: list[Tensor] = field(default_factory=list)
+    stats: list[TokenStats] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+    def forward(self, iterator: Iterator[tuple[str, int]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        beat()
+        stream, index = next(iterator)
+        if stream == "student":
+            return self._student(index, chunk)
+        return self._teacher(index, chunk)
+
+    def _student(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        model = unwrapped(chunk)
+        microbatch = self.batch.student[index]
+        hidden = hidden_states(chunk, microbatch.inputs, self.grid)
+
+        def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            stats = self._stats(index, model, hidden, microbatch)
+            losses = stats.loss
+            if self.row_weight is not None:
+                self.weights.append(self.row_weight(stats.student_log_prob, microbatch.response_ids))
+                losses = losses * self.weights[-1]
+            loss = losses.sum() * self.loss_scale
+            self.ids.append(microbatch.response_ids)
+            self.stats.append(_detached(stats))
+            return loss, {}
+
+        return hidden, loss_func
+
+    def _stats(self, index: int, model: GPTModel, hidden: Tensor, microbatch: StudentMicrobatch) -> TokenStats:
+        """Return the loss of the microbatch's response tokens; ``hidden [s / cp (/ tp), 1, h]``."""
+        positions, tokens = microbatch.positions, microbatch.response_tokens
+        dtype = model.config.params_dtype
+        if isinstance(self.row_loss, FusedLoss):
+            if self.bank is None:
+                raise ValueError("a fused distillation loss needs a teacher, got none")
+            teacher, block = unwrapped(self.teacher[-1]), self.bank.take_slice(index, dtype)
+            return self.row_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid)
+        teacher_logits = None
+        if self.bank is not None:
+            with torch.no_grad():
+                teacher_logits = project(unwrapped(self.teacher[-1]), self.bank.take(index, dtype))
+        student_logits = project(model, rows_at(hidden, positions.whole, self.grid))
+        return self.row_loss(student_logits, teacher_logits, tokens, self.vocab)
+
+    def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        model = unwrapped(chunk)
+        # The schedule gave the received activations to the student's chunk; the teacher's chunk reads the same.
+        input_tensor = None if model.pre_process else model.decoder.input_tensor
+        edge = torch.zeros((), device=self.grid.device) if input_tensor is None else input_tensor
+        if torch.is_grad_enabled():
+            edge.requires_grad_(True)
+        teacher_chunk = self.teacher[self.student.index(chunk)]
+        if teacher_chunk is not chunk and input_tensor is not None:
+            unwrapped(teacher_chunk).set_input_tensor(input_tensor)
+        with torch.no_grad():
+            hidden = hidden_states(teacher_chunk, self.batch.teacher[index].inputs, self.grid)
+        if not model.post_process:
+            return _Bridge.apply(hidden, edge), None
+
+        def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            assert self.bank is not None
+            self.bank.put(index, hidden)
+            return _Bridge.apply(torch.zeros((), device=self.grid.device), edge), {}
+
+        return hidden, loss_func
+
+    def collected(self) -> tuple[Tensor, TokenStats | None, Tensor | None]:
+        if not self.stats:
+            return torch.empty(0, dtype=torch.int64, device=self.grid.device), None, None
+        weights = torch.cat(self.weights) if self.weights else None
+        return torch.cat(self.ids), TokenStats.joined(self.stats), weights
+
+
+class _Bridge(torch.autograd.Function):
+    """A value computed under ``no_grad`` with an edge to ``edge`` that carries a zero gradient: to autograd, and so to
+    the schedule, a teacher microbatch looks like any other."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, edge: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.edge = edge.shape, edge.dtype, edge.device
+        return value.detach()  # no `_base`, so the schedule may deallocate it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        shape, dtype, device = ctx.edge
+        return None, torch.zeros(shape, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def _auxiliary_losses_per_weighted_microbatch(chunks: Sequence[torch.nn.Module], factor: float) -> Iterator[None]:
+    """Megatron divides router losses by all microbatches and data-parallel ranks.  Teachers have none (no gradient) and
+    weightless ones should have none, so the coefficients are raised to make it the weighted students' mean."""
+    configs = {id(c): c for c in (unwrapped(chunk).config for chunk in chunks)}.values()
+    before = [(c, c.moe_aux_loss_coeff, c.moe_z_loss_coeff) for c in configs]
+    for config, aux, z in before:
+        config.moe_aux_loss_coeff = [a * factor for a in aux] if isinstance(aux, list) else aux and aux * factor
+        config.moe_z_loss_coeff = z and z * factor
+    try:
+        yield
+    finally:
+        for config, aux, z in before:
+            config.moe_aux_loss_coeff, config.moe_z_loss_coeff = aux, z
+
+
+def _detached(stats: TokenStats) -> TokenStats:
+    return TokenStats(**{f.name: getattr(stats, f.name).detach() for f in fields(TokenStats)})

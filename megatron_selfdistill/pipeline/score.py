@@ -1,0 +1,204 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""How learnable a text is for the student: forward passes of teacher and student over it, after Sakana's RLT.
+
+For a text y of n tokens that answers the problem x, and a teacher's prompt x' that shows the reference as well:
+
+    l_t = log p_student(y_t | x, y_<t)            d_t = log p_teacher(y_t | x', y_<t) - l_t
+    r_SS = mean_t l_t + alpha min_t l_t           the student could have written it, every token of it
+    r_KL = mean_t d_t + alpha max_t d_t           no token of it needs the reference to be foreseen
+    learnability = r_SS - w r_KL
+
+Source: Cetin, Zhao, Tang 2025 (arXiv 2506.08388, SakanaAI/RLT `teacher_rewards.py`), whose reward is r_SS - 3 r_KL with
+alpha = 0.01.  There a trained teacher writes an explanation; r_SS reads the given *solution* behind question and
+explanation, r_KL reads the *explanation*.  Here the candidate is both, since a model's own solution holds its reasoning
+and its answer: it is read behind the problem alone (r_SS), and behind both prompts (r_KL).  The reference that the
+teacher is shown is the data's solution or, where there is none, its answer: never the candidate, which it would only
+copy.  Log-probs are at temperature 1 (RLT: 0.7), and nothing is clipped; nor is there RLT's term for missing tags.
+
+Log-probs are statistics that the distillation loss takes anyway, so scoring reads logits as training does: those of a
+microbatch, or, where the output layer is fused with the loss, those of a chunk of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.fp8 import token_multiple
+from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.batch import largest, over_last_stage, pack_everywhere
+from megatron_selfdistill.rollout.base import Response
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one text, over its tokens; nats per token."""
+
+    mean_log_prob: float
+    """mean l_t"""
+    min_log_prob: float
+    """min l_t"""
+    mean_log_ratio: float
+    """mean d_t"""
+    max_log_ratio: float
+    """max d_t"""
+
+    def learnability(self, alpha: float, ratio_weight: float = 1.0) -> float:
+        """``(mean l + alpha min l) - ratio_weight (mean d + alpha max d)``: more is easier to learn from."""
+        solution = self.mean_log_prob + alpha * self.min_log_prob
+        return solution - ratio_weight * (self.mean_log_ratio + alpha * self.max_log_ratio)
+
+
+def score_texts(
+    pairs: Sequence[ContextPair],
+    *,
+    student: Sequence[torch.nn.Module],
+    teacher: Sequence[torch.nn.Module],
+    grid: RankGrid,
+    vocab: VocabShard,
+    max_tokens: int,
+    fusion: Fusion | None,
+    backend: str | None,
+) -> list[Scores]:
+    """`Scores` of each pair's response, its stop token included; nothing is trained and no activation is kept.
+
+    ``pairs``: this replica's, the same on each of its ranks; replicas may have different numbers, also none.
+    ``student``, ``teacher``: this rank's chunks with the same cuts, and the same ones where one model is both.
+    ``max_tokens``: token budget of a packed row.
+    ``fusion``, ``backend``: as for `schedule.self_distillation`, and equal on all ranks.  With ``fusion``, of either
+    mode, ``[2 chunk_tokens, V / tp]`` logits exist at a time, without those of both models for all response tokens of a
+    row; besides, temporaries of the loss's passes.
+
+    Returns: one per pair, with the same bits on every rank of the replica.  Another layout packs and sums in another
+    order, which moves float32 log-probs by their rounding.
+    Collectives: every rank of the world calls it; `pack_everywhere`'s, `schedule.run`'s, and of the log-probs
+    ``[2, tokens]`` in float64 one sum over CP and one broadcast each over TP and PP.
+    Raises: ValueError for a response without tokens, a context that is longer than a row, or a backend that cannot run.
+    """
+    empty = [pair.problem_id for pair in pairs if not pair.response]
+    if empty:
+        raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got none.")
+    if not largest(grid, len(pairs))[0]:
+        return []
+    # Alternating, so that the bank holds one row of the teacher's states, however many texts there are.
+    order = "alternating"
+    batch = pack_everywhere(
+        pairs,
+        max_tokens=max_tokens,
+        pair_order=order,
+        with_teacher=True,
+        grid=grid,
+        seq_multiple=token_multiple(unwrapped(student[0]).config),
+    )
+    read = _reading_log_probs(fusion, backend)
+    output = schedule.run(student, teacher, batch, read, grid, vocab, pair_order=order, forward_only=True)
+    both = torch.zeros(2, len(batch.response_tokens), dtype=torch.float64, device=grid.device)
+    if output.stats is not None:
+        ids = output.response_ids
+        both[0, ids] = output.stats.student_log_prob.double()
+        both[1, ids] = output.stats.teacher_log_prob.double()
+    _to_whole_replica(both, grid)
+    lengths = [len(pair.response) for pair in pairs]
+    return [_scores(*rows) for rows in both.cpu().split(lengths, dim=1)] if pairs else []
+
+
+def learnabilities(
+    candidates: Sequence[tuple[Problem, Response]],
+    *,
+    builder: PromptBuilder,
+    student: Sequence[torch.nn.Module],
+    teacher: Sequence[torch.nn.Module],
+    grid: RankGrid,
+    vocab: VocabShard,
+    max_tokens: int,
+    fusion: Fusion | None,
+    backend: str | None,
+    max_length: int,
+    max_new_tokens: int,
+    policy: str,
+    alpha: float,
+) -> list[float]:
+    """`Scores.learnability` of each response to its problem, behind `candidate_contexts`; else as `score_texts`."""
+    pairs = candidate_contexts(builder, candidates, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy)
+    scores = score_texts(
+        pairs,
+        student=student,
+        teacher=teacher,
+        grid=grid,
+        vocab=vocab,
+        max_tokens=max_tokens,
+        fusion=fusion,
+        backend=backend,
+    )
+    return [score.learnability(alpha) for score in scores]
+
+
+def candidate_contexts(
+    builder: PromptBuilder,
+    candidates: Sequence[tuple[Problem, Response]],
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    policy: str,
+) -> list[ContextPair]:
+    """Each candidate behind its problem, and behind the teacher's prompt with the problem's reference.
+
+    The reference is the given solution, or the answer where that is empty.  ``max_length`` .. ``policy``: as
+    `fit_teacher_prompt` takes them, and as the problems were chosen.
+    Raises: ValueError, in one sentence, for a problem with neither, or one whose prompts leave no room.
+    """
+    prompts = []
+    for problem, _ in candidates:
+        pair = fit_teacher_prompt(
+            builder, with_reference(problem), max_length=max_length, max_new_tokens=max_new_tokens, policy=policy
+        )
+        if pair is None:
+            raise ValueError(
+                f"{problem.location}: expected prompts of at most {max_length - max_new_tokens} tokens, to which a "
+                "candidate can be appended, got longer ones; leave the problem out."
+            )
+        prompts.append(pair)
+    return build_contexts(prompts, [response for _, response in candidates])
+
+
+def with_reference(problem: Problem) -> Problem:
+    """``problem`` with what the scoring teacher is shown as its solution.  Raises: ValueError where there is none."""
+    reference = problem.solution or problem.answer
+    if not reference:
+        raise ValueError(
+            f"{problem.location}: expected a solution or an answer, from which the teacher can foresee a text, got "
+            "neither; choose solutions.pick=shortest, most_likely or random."
+        )
+    return replace(problem, solution=reference)
+
+
+def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> schedule.RowLoss | FusedLoss:
+    """The loss whose statistics hold both log-probs at the least price: its target is the teacher, so that no beta is
+    solved."""
+    return schedule.self_distillation(Target("teacher_alone"), Divergence(), backend, fusion=fusion)
+
+
+def _to_whole_replica(both: Tensor, grid: RankGrid) -> None:
+    """From the last stage, whose context-parallel ranks hold some columns each and zeros elsewhere, to every rank."""
+    if grid.is_last_stage:
+        over_last_stage(both, grid)
+    if grid.pp_size > 1:
+        dist.broadcast(both, grid.last_stage_rank, group=grid.pp_group)
+
+
+def _scores(student: Tensor, teacher: Tensor) -> Scores:
+    ratio = teacher - student
+    return Scores(student.mean().item(), student.min().item(), ratio.mean().item(), ratio.max().item())

@@ -1,0 +1,98 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The teacher's hidden states, from where a teacher microbatch leaves them to where the student needs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.model.forward import rows_at
+from megatron_selfdistill.pipeline.device_batch import DeviceBatch, RoutedStates, TeacherMicrobatch
+
+
+class TeacherHiddenStates:
+    """The teacher's final hidden states at response positions: ``[R_j, h / tp]`` for each student microbatch j.
+
+    The states of a student microbatch are those of the response tokens that this context-parallel rank's student holds,
+    in its order; each tensor-parallel rank keeps a slice of the width, so that any choice of states is the same choice
+    on all of them.  States beyond ``store_bytes`` rest in pinned host memory; neither way waits for the device.
+    Collectives, per teacher microbatch under context parallelism: one all-to-all that sends each state to the rank
+    whose student holds the same response token.  No autograd.
+    """
+
+    def __init__(self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float) -> None:
+        self.batch, self.grid, self.store_bytes = batch, grid, store_bytes
+        self.width = hidden_size // grid.tp_size
+        self.shelves = [_Shelf() for _ in batch.student]
+        self.bytes_on_device = 0
+
+    def put(self, index: int, hidden: Tensor) -> None:
+        """Keep the response positions of teacher microbatch ``index``; ``hidden [s / cp (/ tp), 1, h]``."""
+        microbatch = self.batch.teacher[index]
+        states = rows_at(hidden, microbatch.positions.whole, self.grid)
+        states = states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width).contiguous()
+        if self.grid.cp_size > 1:
+            states = self._exchange(microbatch, states)
+        for route in microbatch.routes:
+            self._keep(route, states if route.chosen is None else states.index_select(0, route.chosen))
+
+    def take(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Return the states of student microbatch ``index`` at full width, ``[R, 1, h]``, and forget them."""
+        block = self.take_slice(index, dtype)
+        return gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group).unsqueeze(1)
+
+    def take_slice(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Return this rank's slice of their width, ``[R, h / tp]``, on the device, and forget it."""
+        shelf, size = self.shelves[index], self.batch.num_states[index]
+        self.shelves[index] = _Shelf()
+        self.bytes_on_device -= shelf.bytes_on_device
+        if shelf.num_states != size:
+            raise RuntimeError(f"student microbatch {index} came before the teacher had read its responses")
+        parts = [(part.to(self.grid.device, non_blocking=True), place) for part, place in shelf.parts]
+        if len(parts) == 1 and parts[0][1] is None:
+            return parts[0][0]
+        block = torch.empty(size, self.width, dtype=dtype, device=self.grid.device)
+        for part, place in parts:
+            assert place is not None, "a part that is everything is the only one"
+            block.index_copy_(0, place, part)
+        return block
+
+    def _keep(self, route: RoutedStates, states: Tensor) -> None:
+        shelf = self.shelves[route.student_index]
+        shelf.num_states += len(states)
+        if self.bytes_on_device + states.nbytes > self.store_bytes:
+            on_host = torch.empty(states.shape, dtype=states.dtype, device="cpu", pin_memory=True)
+            states = on_host.copy_(states, non_blocking=True)
+        else:
+            shelf.bytes_on_device += states.nbytes
+            self.bytes_on_device += states.nbytes
+        shelf.parts.append((states, route.place))
+
+    def _exchange(self, microbatch: TeacherMicrobatch, states: Tensor) -> Tensor:
+        received = states.new_empty(sum(microbatch.receive_counts), states.size(1))
+        assert microbatch.send_order is not None
+        dist.all_to_all_single(
+            received,
+            states.index_select(0, microbatch.send_order),
+            microbatch.receive_counts,
+            microbatch.send_counts,
+            group=self.grid.cp_group,
+        )
+        return received
+
+
+@dataclass
+class _Shelf:
+    """What the bank holds for one student microbatch."""
+
+    parts: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """(states [n, h / tp], their places [n] among the R of the microbatch, or None for all in order)."""
+    num_states: int = 0
+    bytes_on_device: int = 0

@@ -1,0 +1,198 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A training model that decodes for a while: what it must not be, what changes, and how it is restored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.model.layers import CoreAttention
+
+
+@dataclass(frozen=True)
+class Override:
+    """``owner.name`` is ``value`` while decoding."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
+def decoding_overrides(models: Sequence[GPTModel], grid: RankGrid) -> list[Override]:
+    """What differs between a training step and decoding, found once per model.
+
+    * Sequence parallelism is off: one token per sequence cannot be cut, so activations are whole on each
+      tensor-parallel rank.  Megatron caches the switch in its linear layers and embeddings, Transformer
+      Engine in its own.
+    * Context parallelism is off: each context-parallel rank decodes sequences of its own, so every group
+      that cuts a sequence (rotary embedding, attention) becomes a group of one.
+    * Multi-latent attention leaves its fused rotary embedding, which refuses a KV cache.
+
+    Collectives: none (a group of one needs no other rank).
+    """
+    modules = [module for model in models for module in model.modules()]
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}.values()
+    overrides = []
+    if grid.sequence_parallel:
+        overrides += [Override(config, "sequence_parallel", False) for config in configs]
+        for name in ("sequence_parallel", "reduce_scatter_embeddings"):
+            overrides += [Override(m, name, False) for m in modules if getattr(m, name, None) is True]
+    if grid.cp_size > 1:
+        alone = dist.new_group([grid.rank], use_local_synchronization=True)
+        collections = {id(m.pg_collection): m.pg_collection for m in modules if hasattr(m, "pg_collection")}.values()
+        overrides += [Override(config, "context_parallel_size", 1) for config in configs]
+        overrides += [Override(c, "cp", alone) for c in collections if getattr(c, "cp", None) is not None]
+        overrides += [Override(m, "cp_group", alone) for m in modules if getattr(m, "cp_group", None) is not None]
+    for config in configs:
+        if config.multi_latent_attention and config.apply_rope_fusion:
+            overrides.append(Override(config, "apply_rope_fusion", False))
+    return overrides
+
+
+@contextlib.contextmanager
+def decoding(
+    chunks: Sequence[torch.nn.Module], models: Sequence[GPTModel], overrides: Sequence[Override]
+) -> Iterator[None]:
+    """The models in evaluation mode, without autograd, with ``overrides``; all of it undone on leaving, also
+    by an error.
+
+    ``chunks`` are the ``models`` as wrapped for training.  Under ``overlap_param_gather`` the parameters are
+    gathered first (a collective over the data-parallel ranks) and the hooks that would gather them during the
+    forward are off: a rank with nothing to decode runs no forward, and the others would wait for it.
+    """
+    modules = [module for model in models for module in model.modules()]
+    training = [(module, module.training) for module in modules]
+    before = [(o.owner, o.name, getattr(o.owner, o.name)) for o in overrides]
+    # Rotary embeddings are cached under arguments that do not name the context-parallel group.
+    rotary = {type(m).forward for m in modules} if any(o.name == "cp_group" for o in overrides) else set()
+    gathering = [c for c in chunks if isinstance(c, DistributedDataParallel) and c.remove_forward_pre_hook_handles]
+    try:
+        for chunk in gathering:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        for module in modules:
+            module.training = False
+        for override in overrides:
+            setattr(override.owner, override.name, override.value)
+        _clear_caches(rotary)
+        # Not inference_mode: its tensors may not enter autograd, and Megatron caches some of them.
+        with torch.no_grad():
+            yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        for module, mode in training:
+            module.training = mode
+        for model in models:
+            model.set_input_tensor(None)
+        _clear_caches(rotary)
+        for chunk in gathering:
+            chunk.enable_forward_pre_hook()
+
+
+def takes_masks(models: Sequence[GPTModel]) -> bool:
+    """Whether attention can hide the columns that a shorter sequence has not reached: Transformer Engine's flash and
+    fused attention take no arbitrary mask."""
+    ours = all(isinstance(layer.core_attention, CoreAttention) for layer in _attention_layers(models))
+    return ours or models[0].config.attention_backend not in (AttnBackend.flash, AttnBackend.fused)
+
+
+def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
+    """Raise `ConfigError` where Megatron's static KV cache would be wrong, or not the trained model."""
+    config = models[0].config
+    rotary = {model.position_embedding_type for model in models}
+    attention = list(_attention_layers(models))
+    moe = config.num_moe_experts is not None
+    refusals = [
+        (
+            config.flash_decode,
+            "flash_decode keeps a cache of its own: set model.transformer.flash_decode=false",
+        ),
+        (
+            config.cuda_graph_impl != "none",
+            "CUDA graphs fix the shapes that decoding changes: set model.transformer.cuda_graph_impl=none",
+        ),
+        (
+            "mrope" in rotary,
+            "multimodal rotary embeddings (mrope) have no KV cache in Megatron Core: sample elsewhere",
+        ),
+        (
+            config.mtp_num_layers is not None,
+            "multi-token-prediction layers cannot be decoded: set mtp_num_layers=null",
+        ),
+        (
+            bool(config.fp8 or config.fp4),
+            "fp8 and fp4 layers need token counts that are multiples of 16, decoding has any: train in bf16",
+        ),
+        (
+            config.tp_comm_overlap,
+            "tp_comm_overlap reserves buffers for sequence-parallel shapes, decoding has others: "
+            "set model.transformer.tp_comm_overlap=false",
+        ),
+        (
+            config.transformer_impl == "inference_optimized",
+            "inference_optimized layers cannot be trained: use transformer_engine or local",
+        ),
+        (
+            config.experimental_attention_variant is not None,
+            f"attention variant {config.experimental_attention_variant!r} has no static KV cache in Megatron",
+        ),
+        (
+            getattr(config, "fine_grained_activation_offloading", False),
+            "fine_grained_activation_offloading also acts while decoding: set it to false",
+        ),
+        (
+            bool(config.window_size),
+            "sliding-window attention ignores its window on a static KV cache: set model.transformer.window_size=null",
+        ),
+        (
+            getattr(config, "cache_mla_latents", False),
+            "cache_mla_latents replaces the weights that are trained: set it to false",
+        ),
+        (
+            any(layer.attn_mask_type != AttnMaskType.causal for layer in attention),
+            "the layer spec must say attn_mask_type=causal for self-attention, or prompts would attend ahead",
+        ),
+        (
+            moe and config.moe_router_load_balancing_type == "sinkhorn",
+            "sinkhorn routing trains with other experts than it decodes with: use aux_loss or none",
+        ),
+        (
+            moe and bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing),
+            "a random router cannot be sampled from: unset moe_input_jitter_eps and moe_router_force_load_balancing",
+        ),
+        (
+            moe and config.moe_expert_capacity_factor is not None,
+            "moe_expert_capacity_factor drops tokens by what else is in the batch: leave it null",
+        ),
+        (
+            moe and config.moe_token_dispatcher_type == "allgather" and grid.ep_size > 1,
+            "the allgather dispatcher needs equal batches on all expert-parallel ranks: "
+            "set moe_token_dispatcher_type=alltoall",
+        ),
+    ]
+    for found, sentence in refusals:
+        if found:
+            raise ConfigError(f"this model cannot be sampled in process: {sentence}")
+
+
+def _clear_caches(functions: set[Any]) -> None:
+    for function in functions:
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def _attention_layers(models: Sequence[GPTModel]) -> Iterator[Attention]:
+    return (module for model in models for module in model.modules() if isinstance(module, Attention))

@@ -1,0 +1,166 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Megatron's static KV cache: what it takes, which sequences stay in it, and one whose rows are of unequal length.
+
+Keys and values lie in ``context.key_value_memory_dict[layer_number]``, ``[columns, b, heads, channels]`` each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+
+
+def cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
+    """What ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
+    layers = list(_attention_layers(models))
+    values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
+    return max(1, values * dtype.itemsize)  # a stage may have no layer
+
+
+def free_bytes() -> int:
+    """Free memory that this rank may count on: its device's, or its share of the machine's."""
+    if torch.cuda.is_available():
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
+    """Drop all other sequences from the cache."""
+    cache = context.key_value_memory_dict
+    for layer_number, (keys, values) in cache.items():
+        cache[layer_number] = keys[:, rows], values[:, rows]
+    context.max_batch_size = rows.numel()
+
+
+class RaggedCache(StaticInferenceContext):
+    """A KV cache in which every row is at a column of its own.
+
+    Prompts of unequal length are read as Megatron reads equal ones, from column 0 on with padding behind; after
+    `start_decoding` each row goes on where its prompt ended (``with ragged_decoding(models, cache)``).  So a token's
+    column is its position, whatever else is in the batch, and no embedding of positions sees the padding.
+    """
+
+    columns: Tensor
+    """``[b]`` int64: where the next pass, of one token per row, puts its keys and values."""
+
+    def start_decoding(self, lengths: Tensor, num_columns: int) -> None:
+        """From here on a pass reads one token per row; the first re-reads the last of each prompt, whose logits no pass
+        over padded prompts gives.  ``lengths [b]``: tokens of each prompt, of which ``num_columns`` is the most."""
+        self.columns = lengths - 1
+        self.num_columns = num_columns
+        self.enable_decode_mode()
+        unread = (torch.arange(self.max_sequence_length, device=lengths.device)[:, None] >= lengths)[:, :, None, None]
+        for memories in self.key_value_memory_dict.values():
+            for memory in memories:
+                memory.masked_fill_(unread, 0)  # hidden, but 0 * NaN of fresh memory would show
+
+    def advance(self) -> None:
+        """Each row has got one more token."""
+        self.columns = self.columns + 1
+        self.num_columns += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other sequences."""
+        keep_rows(self, rows)
+        self.columns = self.columns[rows]
+
+    @property
+    def hidden(self) -> Tensor:
+        """``[b, 1, 1, num_columns]`` bool: the columns behind the row's own, as Megatron masks attention."""
+        columns = torch.arange(self.num_columns, device=self.columns.device)
+        return (columns > self.columns[:, None])[:, None, None]
+
+    def write(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep ``[1, b, heads, channels]`` at the rows' columns; returns all that the layer's attention reads,
+        ``[num_columns, b, heads, channels]``."""
+        rows = torch.arange(self.columns.numel(), device=self.columns.device)
+        keys, values = self.key_value_memory_dict[layer_number]
+        keys[self.columns, rows], values[self.columns, rows] = key[0], value[0]
+        return keys[: self.num_columns], values[: self.num_columns]
+
+    def rows_of(self, table: Tensor) -> Tensor:
+        """``[positions, 1, 1, channels]`` at the rows' columns: ``[1, b, 1, channels]``."""
+        return table[self.columns].transpose(0, 1)
+
+
+@contextlib.contextmanager
+def ragged_decoding(models: Sequence[torch.nn.Module], cache: RaggedCache) -> Iterator[None]:
+    """Attention decodes with ``cache``: Megatron's own has one offset for all rows, and no mask behind a cache.
+
+    Replaced until the end are the step of each attention layer that writes and reads the cache and, in multi-latent
+    attention, the table of rotary embeddings, which it applies before that step.
+    """
+    replaced = {
+        id(m): (m, "_adjust_key_value_for_inference", _ragged_step(m, cache)) for m in _attention_layers(models)
+    }
+    for layer in _attention_layers(models):
+        if isinstance(layer, MultiLatentAttention):
+            rotary = layer.rotary_pos_emb
+            replaced[id(rotary)] = (rotary, "forward", _ragged_table(rotary, cache))
+    try:
+        for owner, name, replacement in replaced.values():
+            owner.__dict__[name] = replacement
+        yield
+    finally:
+        for owner, name, _ in replaced.values():
+            owner.__dict__.pop(name, None)
+
+
+def _ragged_step(layer: Attention, cache: RaggedCache) -> Callable[..., tuple[Any, ...]]:
+    """``Attention._adjust_key_value_for_inference``, each row at its own column."""
+
+    def adjust(
+        inference_context: RaggedCache, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_unused: Any
+    ) -> tuple[Any, ...]:
+        assert inference_context is cache
+        key, value = cache.write(layer.layer_number, key, value)
+        if rotary_pos_emb is not None:
+            of_queries, of_keys = cache.rows_of(rotary_pos_emb[0]), rotary_pos_emb[1][: cache.num_columns]
+            rotary_pos_emb = of_queries, of_keys
+            if layer.config.apply_rope_fusion:  # the fused kernel has one position for all rows, and float32 inside
+                query, rotary_pos_emb = _rotated(layer, query, of_queries), (None, of_keys)
+        return query, key, value, rotary_pos_emb, AttnMaskType.arbitrary, None
+
+    return adjust
+
+
+def _rotated(layer: Attention, query: Tensor, angles: Tensor) -> Tensor:
+    rotated = _apply_rotary_pos_emb_bshd(
+        query.float(),
+        angles,
+        rotary_interleaved=layer.config.rotary_interleaved,
+        mscale=_yarn_get_concentration_factor_from_config(layer.config),
+    )
+    return rotated.to(query.dtype)
+
+
+def _ragged_table(rotary: torch.nn.Module, cache: RaggedCache) -> Callable[..., Any]:
+    """The forward of a rotary embedding, of the rows' positions only; YaRN's also returns a factor."""
+    whole_table = rotary.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        table = whole_table(*args, **kwargs)
+        return (cache.rows_of(table[0]), *table[1:]) if isinstance(table, tuple) else cache.rows_of(table)
+
+    return forward
+
+
+def _attention_layers(models: Sequence[torch.nn.Module]) -> Iterator[Attention]:
+    return (module for model in models for module in model.modules() if isinstance(module, Attention))

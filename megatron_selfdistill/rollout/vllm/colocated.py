@@ -1,0 +1,258 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Sampling with vLLM in the trainer's own processes: ``engine_tp`` consecutive ranks are one engine."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.export import Exporter
+from megatron_selfdistill.model.hf.rules import Rule
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.megatron.kv_cache import free_bytes
+from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
+from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
+from megatron_selfdistill.rollout.vllm.exchange import agreement, check_requests, hand_back, pool, staleness
+from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
+from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
+from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
+
+_GIB = 2**30
+# Of vLLM on a CPU: sequences of a batch, and tokens of a block of the KV cache.
+_CPU_BATCH, _CPU_BLOCK = 256, 128
+
+
+class ColocatedSampler:
+    """Samples with vLLM engines that live beside the trainer's model, on its devices.
+
+    The trainer's layout does not matter to the engines: each rank sees every full tensor of `Exporter.stream`, of which
+    its engine keeps its part; requests of all replicas are dealt over all engines, and responses go back to the ranks
+    that asked.  What a request is answered depends on its prompt, its stream and the weights, not on the others.
+
+    On GPUs the engines sleep between `sleep` and the next call that needs them: weights and KV cache leave the device.
+    A process has one engine at a time; after `close` another can be built.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        grid: RankGrid,
+        hf_config: Path,
+        rules: Sequence[Rule],
+        *,
+        vocab_size: int,
+        max_length: int,
+        engine_tp: int = 1,
+        kv_cache_gb: float | None = None,
+        bucket_bytes: int = 2**30,
+        engine_args: Mapping[str, Any] | None = None,
+        guided: bool = False,
+        max_staleness: int = 0,
+    ) -> None:
+        """``chunks``: of this rank, as built or as wrapped for training; the engines compute in their type.
+        ``hf_config``: the folder with the config.json of the model, and ``rules`` its tensors (hf_folder.py).
+        ``vocab_size``: valid columns.  ``max_length``: longest prompt plus response, in tokens.  ``kv_cache_gb``: GiB
+        of KV cache on this rank; None is a third of what is free now.  ``bucket_bytes``: of full tensors at a time,
+        while weights are sent.  ``engine_args``: arguments of ``vllm.LLM`` that override all others.  ``guided``:
+        whether requests may have a teacher's prompt.  ``max_staleness``: steps by which an engine's weights may lag.
+
+        On a GPU the engine's share of the memory (vLLM's ``gpu_memory_utilization``) is what the trainer leaves free,
+        unless ``engine_args`` sets it.
+
+        Raises, on all ranks alike: `ConfigError` for a world that cannot be cut into engines, for weights and a KV
+        cache that do not fit beside the trainer, and for what vLLM refuses; `EngineError` where it fails otherwise.
+        """
+        if grid.world_size % engine_tp:
+            raise ConfigError(
+                f"rollout.engine_tp={engine_tp} ranks form one engine, but the world size {grid.world_size} is no "
+                "multiple of it; choose a divisor"
+            )
+        found = read_config(hf_config).get("vocab_size")
+        if found != vocab_size:
+            raise ConfigError(f"{hf_config}/config.json has vocab_size={found}, but the model has {vocab_size} tokens")
+        self._grid, self._max_length, self._max_staleness = grid, max_length, max_staleness
+        self._engine_number, self._engine_rank = divmod(grid.rank, engine_tp)
+        self._num_engines = grid.world_size // engine_tp
+        self._guided = guided
+        self._exporter = Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes)
+        self._version: int | None = None
+        self._asleep = False
+        self._metrics: dict[str, float] = {}
+        self._staleness = 0
+        self._pair_counts = PairCounts()
+        config = unwrapped(chunks[0]).config
+        settings = {
+            "dtype": config.params_dtype,
+            "max_model_len": max_length,
+            "kv_cache_memory_bytes": _kv_cache_bytes(kv_cache_gb, config, max_length, grid),
+        }
+        arguments = settings | dict(engine_args or {})
+        if grid.device.type == "cuda":
+            weight_bytes = num_weights(rules) * config.params_dtype.itemsize / engine_tp
+            arguments = _beside_trainer(arguments, _least_memory(grid), weight_bytes)
+        self._engine = _engine_on_all_ranks(hf_config, grid, engine_tp=engine_tp, guided=guided, settings=arguments)
+
+    def update_weights(self, version: int) -> None:
+        """Send the weights of the moment to every engine, as ``version``.
+
+        Collectives: those of `Exporter.stream`.  Raises `EngineError` on all ranks alike.
+        """
+        started = time.perf_counter()
+        with agreement(self._grid.device):
+            if self._asleep:
+                self._engine.wake("weights")
+            self._engine.load(self._tensors(), version)
+            if self._asleep:
+                self._engine.wake("kv_cache")
+        self._asleep = False
+        self._version = version
+        self._count("sync_seconds", self._reduced(time.perf_counter() - started, dist.ReduceOp.MAX))
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        """One response per request, in order, on every rank of the replica.
+
+        ``requests`` are those of this data-parallel replica, the same list on each of its ranks; may be empty.  A
+        collective over the world.  Requests with a teacher's prompt are guided (rollout/vllm/pairs.py); a call may mix both.
+
+        Raises, on all ranks alike: ValueError for an empty prompt and for one that leaves no room for
+        ``max_new_tokens`` within ``max_length``; `EngineError` where an engine fails, gives fewer responses than were
+        asked for, or writes with other weights than the last `update_weights` sent.
+        """
+        version = self._last_version()
+        pooled = pool(requests, self._grid)
+        check_requests(pooled.requests, params, self._max_length, guided=self._guided, who="the vLLM engines")
+        if self._asleep:  # the weights were given up
+            self.update_weights(version)
+        indices = self._share(len(pooled.requests))
+        with agreement(self._grid.device):
+            responses = self._written([pooled.requests[i] for i in indices], params)
+        # All ranks of an engine have them; one of them hands them out.
+        written = dict(zip(indices, responses, strict=True)) if self._engine_rank == 0 else {}
+        return hand_back(written, pooled)
+
+    def sleep(self) -> None:
+        """Leave the device to the trainer; nothing where memory cannot be given back (on a CPU)."""
+        if self._engine.can_sleep and not self._asleep:
+            self._engine.sleep()
+            self._asleep = True
+
+    def metrics(self) -> dict[str, float]:
+        """rollout/sync_seconds (of the slowest rank) and rollout/sync_bytes of all updates since the last call;
+        rollout/guided_repairs where guided, rollout/staleness_max where ``max_staleness`` allows any."""
+        metrics, self._metrics = self._metrics, {}
+        if self._max_staleness:
+            metrics["rollout/staleness_max"] = self._reduced(self._staleness, dist.ReduceOp.MAX)
+        if self._guided:
+            own = self._pair_counts.repairs if self._engine_rank == 0 else 0
+            metrics["rollout/guided_repairs"] = self._reduced(own, dist.ReduceOp.SUM)
+        self._staleness, self._pair_counts = 0, PairCounts()
+        return metrics
+
+    def close(self) -> None:
+        """End the engine; may be called twice."""
+        self._engine.close()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for bucket in self._exporter.stream(copies=False):
+            self._count("sync_bytes", sum(tensor.nbytes for _, tensor in bucket))
+            yield from bucket
+
+    def _share(self, count: int) -> range:
+        """Indices of this rank's engine: neighbours, since the samples of one problem share their prompt's KV cache."""
+        first, behind = (count * n // self._num_engines for n in (self._engine_number, self._engine_number + 1))
+        return range(first, behind)
+
+    def _written(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
+        plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
+        outputs = self._engine.generate([engine_request(requests[i], params) for i in plain])
+        responses = dict(zip(plain, (response_of(output, params) for output in outputs), strict=True))
+        if guided:
+            pairs = generate_guided(self._engine, [requests[i] for i in guided], params, self._pair_counts)
+            responses.update(zip(guided, pairs, strict=True))
+        self._check_versions(responses.values())
+        return [responses[i] for i in range(len(requests))]
+
+    def _check_versions(self, responses: Iterable[Response]) -> None:
+        expected, who = self._last_version(), f"the vLLM engine of rank {self._grid.rank}"
+        for response in responses:
+            age = staleness(response.weight_version, expected, self._max_staleness, who)
+            self._staleness = max(self._staleness, age)
+
+    def _last_version(self) -> int:
+        if self._version is None:
+            raise EngineError("the vLLM engines have no weights yet: call update_weights before generate")
+        return self._version
+
+    def _count(self, name: str, value: float) -> None:
+        key = f"rollout/{name}"
+        self._metrics[key] = self._metrics.get(key, 0.0) + value
+
+    def _reduced(self, value: float, how: Any) -> float:
+        """Over all ranks."""
+        reduced = torch.tensor([value], dtype=torch.float64, device=self._grid.device)
+        dist.all_reduce(reduced, op=how)
+        return float(reduced.item())
+
+
+def _engine_on_all_ranks(hf_config: Path, grid: RankGrid, **options: Any) -> InProcessEngine:
+    ident = [secrets.token_hex(8)]
+    dist.broadcast_object_list(ident, src=0)
+    built: list[InProcessEngine] = []
+    try:
+        with agreement(grid.device):
+            built.append(InProcessEngine(hf_config, grid.device, ident[0], **options))
+    except Exception:
+        for engine in built:  # it was another rank's that failed
+            engine.close()
+        raise
+    return built[0]
+
+
+def _beside_trainer(arguments: Mapping[str, Any], memory: DeviceMemory, weight_bytes: float) -> dict[str, Any]:
+    """Return the engine's arguments with its share of a GPU that holds a trainer, unless they state a share.
+
+    Raises `ConfigError` where ``weight_bytes`` and the KV cache of ``arguments``, per GPU, do not fit into ``memory``.
+    """
+    refusal = why_no_room(memory, weight_bytes, arguments.get("kv_cache_memory_bytes"))
+    if refusal is not None:
+        raise ConfigError(refusal)
+    return {"gpu_memory_utilization": memory.share, **arguments}
+
+
+def _least_memory(grid: RankGrid) -> DeviceMemory:
+    """Return the least free and the largest total memory of all ranks' GPUs; one all-reduce over the world."""
+    own = device_memory()
+    least = torch.tensor([own.free, -own.total], dtype=torch.int64, device=grid.device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    free, negative_total = least.tolist()
+    return DeviceMemory(free, -negative_total)
+
+
+def _kv_cache_bytes(gib: float | None, config: Any, max_length: int, grid: RankGrid) -> int:
+    """Equal on all ranks, and the least of what each has: an engine's ranks must schedule alike."""
+    if gib is not None:
+        return int(gib * _GIB)
+    room = free_bytes() // 3
+    if grid.device.type == "cpu":
+        # vLLM fills the cache with zeros, so on a CPU it should be no larger than a full batch can use.
+        per_token = (
+            2 * config.num_layers * config.num_attention_heads * config.kv_channels * config.params_dtype.itemsize
+        )
+        room = min(room, _CPU_BATCH * (max_length + _CPU_BLOCK) * per_token)
+    least = torch.tensor([room], dtype=torch.int64, device=grid.device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least.item())

@@ -1,0 +1,108 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The folder with the config.json from which vLLM builds the trainer's model, and the names of its tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.conversion import DTYPES
+from megatron_selfdistill.checkpoint.describe import COMPANIONS, companions_of
+from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+from megatron_selfdistill.config import Config, ConfigError, ModelConfig
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
+from megatron_selfdistill.model.hf.rules import Rule
+from megatron_selfdistill.rollout.vllm.exchange import agreement
+
+_MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+
+def engine_folder(config: Config, vocab_size: int, run_dir: Path, grid: RankGrid) -> tuple[Path, list[Rule]]:
+    """``run_dir/engine`` with a config.json of the model as it is trained, and the rules of its tensors.
+
+    The config.json is the one of ``rollout.hf_config``, else the one that ``checkpoint.load`` or the run folder
+    carries, else one made from ``config.model``; with ``vocab_size``, the trainer's type, and without quantisation and
+    multi-token-prediction layers, which are not trained.  Rank 0 writes it.
+
+    Collectives: one all-reduce over the world.
+    Raises, on all ranks alike: `ConfigError` where a config.json describes another model or no known one, and where
+    ``model.provider`` leaves unknown which it is; `EngineError` where it cannot be written.
+    """
+    target = Path(run_dir) / "engine"
+    with agreement(grid.device):
+        hf_config, rules = _described(config, vocab_size, run_dir)
+        if grid.rank == 0:
+            target.mkdir(parents=True, exist_ok=True)
+            partial = target / "config.json.partial"
+            partial.write_text(json.dumps(hf_config, indent=2) + "\n")
+            os.replace(partial, target / "config.json")
+    return target, rules
+
+
+def num_weights(rules: Iterable[Rule]) -> int:
+    """Return the number of elements of the full tensors that an engine holds under ``rules``."""
+    shapes = [shape for rule in rules if not rule.carried for shape in rule.hf_shapes]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[Rule]]:
+    source = _source(config, run_dir)
+    original = None if source is None else _as_trained(_read(source), vocab_size)
+    model, family = _model(config, original, vocab_size)
+    dtype = str(DTYPES[config.optimizer.precision]).removeprefix("torch.")
+    try:
+        hf_config = family.hf_config(model, dtype, original)
+    except ConfigError as error:
+        where = "" if source is None else f"{source}: "
+        raise ConfigError(
+            f"{where}{error}; set rollout.hf_config to the folder of the model that is trained"
+        ) from error
+    return {"architectures": [family.architecture], **hf_config}, family.rules(model)
+
+
+def _source(config: Config, run_dir: Path) -> Path | None:
+    """Where a config.json lies; None where it has to be made."""
+    if config.rollout.hf_config is not None:
+        return Path(config.rollout.hf_config)
+    if config.model.provider is not None:
+        raise ConfigError(
+            "model.provider builds a model that rollout.engine=vllm does not know: name a folder with its Hugging Face "
+            "config.json in rollout.hf_config"
+        )
+    carried = None
+    if config.checkpoint.load is not None:
+        load = Path(config.checkpoint.load)
+        carried = companions_of(directory.tracked(load) or load)
+    if carried is None and (run_dir / COMPANIONS / "config.json").is_file():
+        carried = run_dir / COMPANIONS
+    return carried
+
+
+def _read(source: Path) -> dict[str, Any]:
+    try:
+        return read_config(source)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _as_trained(original: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    # Rows that no token has, as many folders know them, would take a share of every softmax.
+    untrained = {name: 0 for name in _MTP_LAYERS if name in original or name in family_of(original).defaults}
+    return {**original, "vocab_size": vocab_size, **untrained}
+
+
+def _model(config: Config, original: dict[str, Any] | None, vocab_size: int) -> tuple[ModelConfig, Family]:
+    if config.model.provider is not None:
+        assert original is not None
+        family = family_of(original)
+        return family.model_config(original), family
+    model = replace(config.model, vocab_size=vocab_size, num_carried_mtp_layers=0)
+    return model, family_of_model(model) if original is None else family_of(original)

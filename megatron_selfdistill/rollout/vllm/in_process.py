@@ -1,0 +1,332 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""One vLLM engine inside the trainer's own processes, and what it must not do to them.
+
+vLLM believes that a process is its own: it seeds every random generator, replaces functions of torch, moves to a CUDA
+stream of its own, sets environment variables, and ends the default process group with the engine.
+`trainer_state.trainer_state_kept` undoes all but the last; the engine here ends by its own groups alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import FINISH_REASONS
+from megatron_selfdistill.rollout.vllm.engine import (
+    WORKER_EXTENSION,
+    EngineOutput,
+    EngineRequest,
+    oldest_version,
+    whole_prompts,
+)
+from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
+from megatron_selfdistill.rollout.vllm.trainer_state import trainer_state_kept
+from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
+
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Unless the user asked for more.
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+
+# Where vLLM's ranks on a CPU exchange their sums.
+_SHARED_MEMORY = Path("/dev/shm")
+# What an engine says of its weights while they are being replaced, and after that if it breaks off.
+_INCOMPLETE = "incomplete"
+
+_live: InProcessEngine | None = None
+
+
+class InProcessEngine:
+    """``engine_tp`` consecutive ranks of the trainer that hold the model once more, as vLLM holds it; one per process.
+
+    Each of its ranks calls every method, with equal arguments, and gets equal results: vLLM schedules on each of them
+    by itself.  Where one of them fails and the others do not, these wait for it as long as the process groups let them.
+    Weights are random until `load`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        ident: str,
+        *,
+        engine_tp: int,
+        guided: bool,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """``folder``: has the config.json.  ``ident``: a name that no other run on this machine has, equal on all
+        ranks.  ``settings``: arguments of ``vllm.LLM``, which override what is set here.
+
+        Collectives: process groups over the world; every rank of it builds its engine at the same time.
+        Raises: `ConfigError` where vLLM is not installed, where it refuses the model or the settings, and where this
+        process has an engine already; `EngineError` where it fails otherwise.
+        """
+        global _live
+        if _live is not None:
+            raise ConfigError("this process has a vLLM engine already: close its sampler before the next one is built")
+        self.rank, self.ident = dist.get_rank(), ident
+        # Where memory can be taken away and given back under the same addresses: CUDA's virtual memory.
+        self.can_sleep = device.type == "cuda"
+        arguments = {
+            "skip_tokenizer_init": True,
+            "trust_remote_code": False,  # rollout.engine_args may say otherwise
+            "load_format": "dummy",
+            "generation_config": "vllm",
+            "enforce_eager": device.type == "cpu",
+            "disable_log_stats": True,
+            "enable_sleep_mode": self.can_sleep,
+            "tensor_parallel_size": engine_tp,
+            "distributed_executor_backend": "external_launcher",
+            "worker_extension_cls": WORKER_EXTENSION,
+        }
+        if device.type == "cpu":
+            arguments |= whole_prompts(settings["max_model_len"])
+        if guided:
+            arguments |= GUIDED_ENGINE_ARGS
+        _refuse_other_ranks(arguments, settings)
+        environment = {name: os.environ.get(name, value) for name, value in _QUIET.items()} | _ENVIRONMENT
+        with trainer_state_kept(environment | (GUIDED_ENVIRONMENT if guided else {})):
+            self._llm = _started(folder, arguments | dict(settings), self.rank, device.index or 0, ident, guided=guided)
+        _live = self
+
+    def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
+        """One output per request, in order.  Raises `EngineError` if one is missing or was broken off."""
+        if not requests:
+            return []
+        from vllm import SamplingParams
+
+        llm = self._alive()
+        if llm.get_weight_version() == _INCOMPLETE:
+            # Half of them would fill the KV cache with NaN, which outlives the next update: 0 * NaN in unused places.
+            raise EngineError(f"the vLLM engine of rank {self.rank} has a part of its weights: their update broke off")
+        prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
+        params = [SamplingParams(**request.sampling) for request in requests]
+        with trainer_state_kept(), _replaced(llm.llm_engine, "step", _with_beat(llm.llm_engine.step)):
+            try:
+                outputs = llm.generate(prompts, params, use_tqdm=False)
+            except Exception as error:
+                self._drop_unfinished()
+                raise EngineError(f"the vLLM engine of rank {self.rank} failed in mid-batch: {_said(error)}") from error
+        if len(outputs) != len(requests):
+            raise EngineError(
+                f"the vLLM engine of rank {self.rank} was asked for {len(requests)} responses and gave {len(outputs)}"
+            )
+        return [self._output(output.outputs[0]) for output in outputs]
+
+    def call(self, method: str, *args: Any) -> Any:
+        """See `rollout.engine.Engine.call`."""
+        with trainer_state_kept():
+            return self._alive().collective_rpc(method, args=args)[0]
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take these weights, by Hugging Face's names, cast to the engine's type, in place of the present ones.
+
+        What was cached of the old ones is forgotten.  Raises `EngineError`; then `generate` does so too, until another
+        `load`.
+        """
+        from megatron_selfdistill.rollout.vllm.packed import after_reload, before_reload
+
+        llm = self._alive()
+        with trainer_state_kept():
+            llm.update_weight_version(_INCOMPLETE)
+            try:
+                llm.apply_model(before_reload)
+                llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+                llm.apply_model(after_reload)
+            except Exception as error:
+                _abandon_reload(llm)
+                raise EngineError(f"the vLLM engine of rank {self.rank} refused the weights: {_said(error)}") from error
+            if not llm.reset_prefix_cache():
+                raise EngineError(f"the vLLM engine of rank {self.rank} still uses its prefix cache of older weights")
+            llm.update_weight_version(str(version))
+
+    def sleep(self) -> None:
+        """Give weights and KV cache back to the device; `wake` and `load` come before the next `generate`."""
+        with trainer_state_kept():
+            self._alive().sleep(level=2)
+
+    def wake(self, what: str) -> None:
+        """Take memory again for ``what``: weights, then, when they are loaded, kv_cache."""
+        with trainer_state_kept():
+            self._alive().wake_up(tags=[what])
+
+    def close(self) -> None:
+        """End the engine, without the trainer's process groups; may be called twice."""
+        global _live
+        if _live is self:
+            _live = None
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        core = llm.llm_engine.engine_core.engine_core
+        with trainer_state_kept(), _groups_may_be_gone():
+            core.structured_output_manager.clear_backend()
+            core.model_executor.shutdown()  # since 0.33 it ends vLLM's groups but that of the world
+            core.scheduler.shutdown()
+            _forget_groups()
+        del core, llm
+        gc.unfreeze()  # vLLM's engine froze what lived when it started, itself included
+        gc.collect()
+        if self.can_sleep:
+            torch.cuda.empty_cache()
+
+    def _alive(self) -> Any:
+        if self._llm is None:
+            raise EngineError(f"the vLLM engine of rank {self.rank} is closed")
+        return self._llm
+
+    def _drop_unfinished(self) -> None:
+        """So that a batch that failed leaves nothing behind for the next one to find."""
+        engine = self._alive().llm_engine
+        with contextlib.suppress(Exception):  # the failure itself is what is told
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def _output(self, completion: Any) -> EngineOutput:
+        if completion.finish_reason not in FINISH_REASONS:
+            raise EngineError(
+                f"the vLLM engine of rank {self.rank} broke a response off (finish reason "
+                f"{completion.finish_reason!r}, expected {' or '.join(FINISH_REASONS)})"
+            )
+        tokens = list(completion.token_ids)
+        log_probs = [drawn[token].logprob for token, drawn in zip(tokens, completion.logprobs, strict=True)]
+        oldest = oldest_version(span.version for span in completion.weight_versions or ())
+        return EngineOutput(tokens, log_probs, completion.finish_reason, oldest)
+
+
+def _started(folder: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str, *, guided: bool) -> Any:
+    """A ``vllm.LLM`` on this trainer's ranks; what goes wrong, in one sentence."""
+    # That triton is not there, once for each of vLLM's operators.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    try:
+        import vllm
+        from vllm import LLM
+        from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+    except ImportError as error:
+        raise ConfigError(
+            "rollout.engine=vllm with rollout.placement=colocated needs vLLM in the trainer's own environment "
+            f"({error}); install it there, or set rollout.placement=server"
+        ) from error
+
+    if guided and (refusal := why_not_guided(vllm.__version__)):
+        raise ConfigError(refusal)
+
+    def distributed_args(self: Any) -> tuple[str, int, int]:
+        # vLLM's reads RANK and LOCAL_RANK, which a plain `python` start does not have.  The default group exists, so
+        # the address is not used but for a name of shared memory, and "env://" would give all runs on a machine one.
+        return f"env://:{ident}", rank, local_rank
+
+    try:
+        with _replaced(ExecutorWithExternalLauncher, "_distributed_args", distributed_args), _memory_not_bound():
+            llm = LLM(str(folder), **arguments)
+    except Exception as error:
+        _forget_groups()
+        refused = isinstance(error, (ValueError, TypeError, NotImplementedError))
+        sentence = f"vLLM cannot run this model with rollout.kv_cache_gb and rollout.engine_args as set: {_said(error)}"
+        raise ConfigError(sentence) if refused else EngineError(sentence) from error
+    # It would end torch.distributed as a whole, when the engine is collected or at exit.
+    llm.llm_engine.engine_core._finalizer.detach()
+    # Every rank has mapped it by now.  vLLM takes the names away for the engine of rank 0 only, and not after a kill.
+    for path in _SHARED_MEMORY.glob(f"{ident}-*"):
+        path.unlink(missing_ok=True)
+    return llm
+
+
+def _refuse_other_ranks(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    ours = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **arguments}
+    for name in (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "distributed_executor_backend",
+    ):
+        if settings.get(name, ours[name]) != ours[name]:
+            raise ConfigError(
+                f"rollout.engine_args.{name}={settings[name]!r}: a colocated engine runs on rollout.engine_tp of the "
+                "trainer's own ranks; leave it out, or set rollout.placement=server"
+            )
+
+
+def _with_beat(step: Callable[[], Any]) -> Callable[[], Any]:
+    def step_and_beat() -> Any:
+        beat()
+        return step()
+
+    return step_and_beat
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _abandon_reload(llm: Any) -> None:
+    """So that layers which got a part of their weights do not count it in the next reload."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    with set_current_vllm_config(llm.llm_engine.vllm_config):
+        llm.apply_model(lambda model: finalize_layerwise_reload(model, llm.model_config))
+
+
+@contextlib.contextmanager
+def _memory_not_bound() -> Iterator[None]:
+    """On a CPU vLLM binds all memory that the process will ever ask for to one NUMA node, for good."""
+    import vllm._custom_ops  # noqa: F401  (loads the operators)
+
+    if hasattr(torch.ops._C, "init_cpu_memory_env"):
+        with _replaced(torch.ops._C, "init_cpu_memory_env", lambda nodes: None):
+            yield
+    else:
+        yield
+
+
+def _forget_groups() -> None:
+    """vLLM's own process groups end; the trainer's go on.  Its own way (`destroy_distributed_environment`) ends all."""
+    import vllm.distributed
+    from vllm import envs
+
+    parallel_state = vllm.distributed.parallel_state
+    with _groups_may_be_gone():
+        parallel_state.destroy_model_parallel()
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+    envs.disable_envs_cache()
+
+
+@contextlib.contextmanager
+def _groups_may_be_gone() -> Iterator[None]:
+    """vLLM ends its process groups without an error also where the trainer has ended every group before."""
+    import vllm.distributed
+
+    coordinator = vllm.distributed.parallel_state.GroupCoordinator
+    destroy = coordinator.destroy
+
+    def end(group: Any) -> None:
+        if dist.is_initialized():
+            with contextlib.suppress(ValueError, AssertionError):
+                destroy(group)
+
+    with _replaced(coordinator, "destroy", end):
+        yield
+
+
+def _said(error: BaseException) -> str:
+    """Its message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,38 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What vLLM keeps packed on a CPU and does not pack again when weights are replaced in place.
+
+    before_reload(model)
+    ...  # vLLM's reload_weights, or the steps of its layerwise reload
+    after_reload(model)
+
+On other devices nothing is packed: there layers compute with the parameters themselves.  Needs vLLM, never Megatron.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
+
+from megatron_selfdistill.rollout.vllm.reload_in_place import reload_in_place
+
+
+def before_reload(model: torch.nn.Module) -> None:
+    """Experts will be packed as at their first load: with a kernel at hand vLLM takes them for ready and reads plain
+    weights as packed ones.  On every device vLLM loads into the memory that the layers have (reload_in_place.py)."""
+    reload_in_place()
+    if current_platform.is_cpu():
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
+
+
+def after_reload(model: torch.nn.Module) -> None:
+    """Pack the output layer of a model with tied embeddings: its weights arrive under the embedding's name, so that
+    vLLM takes the layer for not loaded and would project by the weights of the start for ever."""
+    if current_platform.is_cpu():
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)

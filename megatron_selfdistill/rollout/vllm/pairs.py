@@ -1,0 +1,324 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Guided responses from a vLLM engine: one is a pair of its ordinary requests, the halves, that share every token.
+
+The engine holds `vllm_plugin.guided.GuidedProcessor`, which draws one token for both halves of a pair wherever they are
+equally long, and makes a half stop where its partner is away.  Here a pair that was parted is cut to what both halves
+have in common and sent again behind it, until it has ended by itself.  Token i comes from the i-th uniform of the
+request's stream however often that happens, so the response is the one that an undisturbed pair would have written.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable
+from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, Engine, EngineOutput, EngineRequest
+
+GUIDED_ENGINE_ARGS: dict[str, Any] = {
+    "logits_processors": ["megatron_selfdistill.rollout.vllm.plugin.guided_processor:GuidedProcessor"],
+    "scheduler_cls": "megatron_selfdistill.rollout.vllm.plugin.pair_scheduler.PairScheduler",
+    "worker_extension_cls": WORKER_EXTENSION,
+    "async_scheduling": False,
+    "enable_prefix_caching": True,
+}
+"""vLLM's engine arguments that guided requests need."""
+GUIDED_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""Environment of the processes of an engine for guided requests: the second model runner takes no processor."""
+
+ROLES = ("student", "teacher")
+_EXTRA_ARG = "selfdistill_pair"
+# Rounds in which a pair that is sent alone gets no token.  The first may part it while its prompts are read in chunks;
+# after that they are cached, and only what others ask of the same engine can still come between.
+_LONE_ATTEMPTS = 10
+
+
+@dataclass
+class PairCounts:
+    """What guided requests took, added up over calls."""
+
+    pairs: int = 0
+    """Responses."""
+    rounds: int = 0
+    """Calls of the engine that wrote tokens."""
+    repairs: int = 0
+    """Times that a pair was parted and sent again."""
+    primed_tokens: int = 0
+    """Prompt tokens that were read ahead, so that halves start together."""
+
+
+@dataclass(frozen=True)
+class PairHalf:
+    """What the engine's processor is told about one half of a pair; travels in ``SamplingParams.extra_args``."""
+
+    pair: str
+    """Name shared by both halves and nothing else that the engine ever sees."""
+    role: str
+    """student or teacher."""
+    stream: int
+    """Of the request, see `base.stream_seed`."""
+    start: int
+    """Tokens of the response that already stand in the prompt."""
+    max_tokens: int
+    """Tokens that may still come."""
+    stop: int
+    """The token that ends this half where its partner is away; one of its stop_token_ids."""
+    target: Target
+    """What tokens are drawn from."""
+    greedy: bool
+    """The most likely token instead of a draw."""
+
+    def extra_args(self) -> dict[str, Any]:
+        """As JSON values, for ``SamplingParams.extra_args``."""
+        return {_EXTRA_ARG: asdict(self)}
+
+    @staticmethod
+    def of(extra_args: Mapping[str, Any] | None) -> PairHalf | None:
+        """The inverse of `extra_args`; None for a request that is no half.  Raises ValueError for anything else."""
+        fields = (extra_args or {}).get(_EXTRA_ARG)
+        if fields is None:
+            return None
+        try:
+            half = PairHalf(**{**fields, "target": Target(**fields["target"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"extra_args[{_EXTRA_ARG!r}] must hold the fields of PairHalf; {error}") from error
+        if half.role not in ROLES:
+            raise ValueError(f"the role of a half must be student or teacher, got {half.role!r}")
+        return half
+
+
+@dataclass(frozen=True)
+class PairLog:
+    """What the engine's processor remembers of a pair whose halves have ended."""
+
+    forced: list[int]
+    """Of student and teacher: the number of tokens before the stop that the processor made it write; -1 for a half
+    that ended by itself."""
+    log_probs: np.ndarray
+    """``[n, 3]`` float32, of each token drawn: of the student, the teacher and the mix, nats."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values: numbers as text would be five times as long."""
+        return {"forced": self.forced, "log_probs": base64.b64encode(self.log_probs.astype("<f4").tobytes()).decode()}
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> PairLog:
+        """The inverse of `to_json`."""
+        values = np.frombuffer(base64.b64decode(fields["log_probs"]), dtype="<f4")
+        return PairLog(list(fields["forced"]), values.reshape(-1, 3))
+
+
+def generate_guided(
+    engine: Engine, requests: Sequence[Request], params: SamplingParams, counts: PairCounts | None = None
+) -> list[Response]:
+    """One guided response per request, in order, drawn from ``params.target`` as `guided.select_mixed_tokens` does.
+
+    ``engine``: made with `GUIDED_ENGINE_ARGS` in `GUIDED_ENVIRONMENT`; every request has a ``teacher_prompt``.
+    ``log_probs``, ``teacher_log_probs`` and ``sampled_log_probs`` are of student, teacher and mix (0 where greedy).
+    Engines of several ranks: each rank makes the same call and gets the same tokens.  ``counts`` is added to.
+
+    Raises: ValueError where a prompt leaves no room for the response, or ``params`` do not fit guided requests;
+    `EngineError` where the engine fails, has no room for both halves of a pair, or changed its weights in between.
+    """
+    refuse_unguidable(params)
+    counts = PairCounts() if counts is None else counts
+    if not requests:
+        return []
+    limits = engine.call("guided_limits")
+    _check_lengths(requests, params, limits["max_model_len"])
+    counts.pairs += len(requests)
+    counts.primed_tokens += _prime(engine, requests, limits)
+    pairs = [_Pair(request) for request in requests]
+    todo, wave, attempts = pairs, len(pairs), 0
+    while todo:
+        batch, later = todo[:wave], todo[wave:]
+        written = _write(engine, batch, params, counts)
+        beat()
+        unfinished = [pair for pair in batch if pair.finish_reason is None]
+        todo = unfinished + later
+        if written:
+            wave, attempts = 2 * wave, 0
+            continue
+        # Nothing at all came of this round: fewer pairs leave each other more room.
+        attempts = attempts + 1 if wave == 1 else 0
+        if attempts == _LONE_ATTEMPTS:
+            lengths = (len(unfinished[0].request.prompt), len(unfinished[0].request.teacher_prompt or ()))
+            raise EngineError(
+                f"a guided pair with prompts of {lengths[0]} and {lengths[1]} tokens got no token in {attempts} rounds "
+                "in which it was sent alone: the engine's KV cache must hold both halves; raise rollout.kv_cache_gb or "
+                "lower rollout.max_new_tokens"
+            )
+        wave = max(1, min(wave, len(batch)) // 2)
+    return [pair.response(params) for pair in pairs]
+
+
+@dataclass
+class _Pair:
+    """A response that is being written."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[np.ndarray] = field(default_factory=list)
+    weight_versions: set[int | None] = field(default_factory=set)
+    finish_reason: str | None = None
+
+    def response(self, params: SamplingParams) -> Response:
+        if len(self.weight_versions) != 1:
+            raise EngineError(
+                "a guided response must come from one version of the weights, but the engine wrote parts of one with "
+                f"versions {sorted(self.weight_versions, key=str)}; send weights only between calls"
+            )
+        student, teacher, mixed = np.concatenate(self.log_probs).T.astype(float).tolist()
+        assert self.finish_reason is not None
+        return Response(
+            token_ids=self.token_ids,
+            log_probs=student,
+            sampled_log_probs=mixed,
+            finish_reason=self.finish_reason,
+            teacher_log_probs=teacher,
+            weight_version=next(iter(self.weight_versions)),
+        )
+
+
+def _check_lengths(requests: Sequence[Request], params: SamplingParams, max_model_len: int) -> None:
+    alone = sum(request.teacher_prompt is None for request in requests)
+    if alone:
+        raise ValueError(f"guided requests need a teacher_prompt; {alone} of {len(requests)} have none")
+    longest = max(longest_prompt(request) for request in requests)
+    if longest + params.max_new_tokens > max_model_len:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, together more "
+            f"than the {max_model_len} that the engine may see; shorten the prompt or lower rollout.max_new_tokens"
+        )
+
+
+def _prime(engine: Engine, requests: Sequence[Request], limits: Mapping[str, int]) -> int:
+    """Let the engine read, and so cache, the prompts; returns how many tokens.
+
+    Halves whose prompts end in different passes part at once.  Cached prompts take a block each, so that whole batches
+    start in one pass, and the samples of one problem share them.  As many as half the KV cache holds: more would push
+    out each other.
+    """
+    prompts = [prompt for request in requests for prompt in (request.prompt, request.teacher_prompt or [])]
+    if sum(map(len, prompts)) <= limits["max_num_batched_tokens"]:
+        return 0
+    room, ahead = limits["kv_cache_tokens"] // 2, []
+    for prompt in dict.fromkeys(map(tuple, prompts)):
+        room -= len(prompt)
+        if room < 0:
+            break
+        ahead.append(EngineRequest(list(prompt), {**_PLAIN, "max_tokens": 1}))
+    if ahead:
+        _generate(engine, ahead)
+    return sum(len(request.token_ids) for request in ahead)
+
+
+# Neither temperature nor seed matter: the processor leaves one token to choose.
+_PLAIN = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+
+
+def _write(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, counts: PairCounts) -> int:
+    """One round: both halves of each pair go on until they end or part; returns how many tokens came."""
+    prefix = uuid.uuid4().hex
+    names = [f"{prefix}-{index}" for index in range(len(batch))]
+    stops = [_stop_token(pair.request, params) for pair in batch]
+    halves = [
+        _half_request(pair, name, role, stop, params)
+        for pair, name, stop in zip(batch, names, stops, strict=True)
+        for role in ROLES
+    ]
+    try:
+        outputs = _generate(engine, halves)
+    except Exception:
+        with contextlib.suppress(EngineError):
+            engine.call("pop_pair_logs", names)
+        raise
+    logs = engine.call("pop_pair_logs", names)
+    counts.rounds += 1
+    written = 0
+    for index, (pair, stop) in enumerate(zip(batch, stops, strict=True)):
+        if logs[index] is None:
+            raise EngineError("the engine forgot what it drew for a guided pair; more were asked for than it can log")
+        log = PairLog.from_json(logs[index])
+        written += _take(pair, outputs[2 * index], outputs[2 * index + 1], log, stop, params)
+        counts.repairs += max(log.forced) >= 0
+    return written
+
+
+def _half_request(pair: _Pair, name: str, role: str, stop: int, params: SamplingParams) -> EngineRequest:
+    prompt = pair.request.prompt if role == "student" else pair.request.teacher_prompt or []
+    start = len(pair.token_ids)
+    max_tokens = params.max_new_tokens - start
+    half = PairHalf(
+        name, role, pair.request.stream, start, max_tokens, stop, params.target, greedy=params.temperature == 0
+    )
+    sampling = {
+        **_PLAIN,
+        "max_tokens": max_tokens,
+        "stop_token_ids": list(params.stop_token_ids or (stop,)),
+        "extra_args": half.extra_args(),
+    }
+    return EngineRequest([*prompt, *pair.token_ids], sampling)
+
+
+def _stop_token(request: Request, params: SamplingParams) -> int:
+    """What a half writes to end.  Without stop tokens some token must serve, and the pair goes on behind it where it
+    was really drawn: the first of a prompt is seldom drawn."""
+    assert request.teacher_prompt is not None
+    return params.stop_token_ids[0] if params.stop_token_ids else request.teacher_prompt[0]
+
+
+def _generate(engine: Engine, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
+    outputs = engine.generate(requests)
+    if len(outputs) != len(requests):
+        raise EngineError(f"the engine returned {len(outputs)} outputs for {len(requests)} requests")
+    return outputs
+
+
+def _take(
+    pair: _Pair, student: EngineOutput, teacher: EngineOutput, log: PairLog, stop: int, params: SamplingParams
+) -> int:
+    """Append to ``pair`` the tokens that both halves took from one draw; returns how many."""
+    lengths = [
+        _num_own_tokens(role, half, forced)
+        for role, half, forced in zip(ROLES, (student, teacher), log.forced, strict=True)
+    ]
+    common = min(lengths)
+    tokens = list(student.token_ids[:common])
+    if tokens != list(teacher.token_ids[:common]) or len(log.log_probs) < common:
+        raise EngineError(
+            f"the halves of a guided pair must share {common} tokens and log each; the engine returned different "
+            f"tokens or {len(log.log_probs)} entries: is its processor the one of this version?"
+        )
+    pair.token_ids += tokens
+    pair.log_probs.append(log.log_probs[:common])
+    pair.weight_versions |= {student.weight_version, teacher.weight_version}
+    if tokens and tokens[-1] in params.stop_token_ids:
+        pair.finish_reason = "stop"
+    elif len(pair.token_ids) == params.max_new_tokens:
+        pair.finish_reason = "length"
+    elif max(log.forced) < 0 and (params.stop_token_ids or tokens[-1:] != [stop]):
+        raise EngineError(
+            f"an engine ended both halves of a guided pair ({student.finish_reason}, {teacher.finish_reason}) after "
+            f"{len(pair.token_ids)} of {params.max_new_tokens} tokens without a stop token"
+        )
+    return common
+
+
+def _num_own_tokens(role: str, half: EngineOutput, forced: int) -> int:
+    if forced >= 0 and len(half.token_ids) != forced + 1:
+        raise EngineError(
+            f"the {role}'s half of a guided pair was stopped behind {forced} tokens but has {len(half.token_ids)}: "
+            "the engine changed its output"
+        )
+    return len(half.token_ids) if forced < 0 else forced

@@ -1,0 +1,50 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Who may use a server: whoever knows its token, on every route but the health check.  vLLM's own ``--api-key`` leaves
+the routes open that load weights and call methods."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
+
+_OPEN_PATHS = ("/health",)
+
+Message = MutableMapping[str, Any]
+
+
+class TokenRequired:
+    """ASGI middleware (``--middleware``): 401 without ``Authorization: Bearer TOKEN``.
+
+    The token is the environment variable SELFDISTILL_SERVER_TOKEN at construction; ValueError where it is empty.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        token = os.environ.get(TOKEN_VARIABLE, "")
+        if not token:
+            raise ValueError(f"expected a token in the environment variable {TOKEN_VARIABLE}, got nothing")
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(
+        self,
+        scope: Message,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in _OPEN_PATHS):
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if hmac.compare_digest(given, self._expected):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            body = b'{"error": "this server needs Authorization: Bearer TOKEN"}'
+            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": body})

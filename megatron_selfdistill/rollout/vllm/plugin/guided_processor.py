@@ -1,0 +1,247 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Guided decoding inside vLLM: a logits processor that draws one token for the two requests of a pair.
+
+In each step, for each pair (`rollout.pairs`) of which both halves are in the batch with equally many output tokens n,
+token n is drawn from the mix of both rows and left as the only choice in both.  Every other half, its partner absent
+or out of step, is left nothing but its stop token, and the number of tokens before it is remembered.
+
+Why no token survives that was not drawn from both true contexts.  vLLM samples rows whose prompt has been read only in
+part too, from logits that mean nothing, and throws their token away; the processor cannot tell.  But a half only gets
+longer by a token drawn together, or by the stop that ends it.  Say both halves end with at least n + 1 tokens of their
+own, forced stops left out.  Each took its token n from a draw made when both had length n.  Were these two draws, the
+half that took its token in the earlier one would have been longer than n in the later one: a contradiction.  So it was
+one draw, of which both kept the token, so both prompts had been read and both rows were true.  What one half has beyond
+the other, after a partial prefill, a preemption or an early end, the driver cuts off and asks for again, with the same
+uniforms.  A stop that was forced on a row which then threw it away took no effect: the next draw erases it.
+
+Needs: the first model runner (V1), no async scheduling (rows must hold all their tokens when the next is drawn), no
+speculative decoding, one pipeline stage, one data-parallel rank, the prefix cache, `PairScheduler`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import vllm
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.distributed import get_tp_group
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.rollout.guided import select_mixed_tokens
+from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, ROLES, PairHalf, PairLog
+from megatron_selfdistill.rollout.vllm.plugin.pair_store import PairStore
+from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
+
+_SCHEDULER = GUIDED_ENGINE_ARGS["scheduler_cls"]
+
+
+class GuidedProcessor(LogitsProcessor):
+    """Named by its path in vLLM's argument ``logits_processors``; requests that are no halves are left alone.
+
+    With tensor parallelism every rank has the gathered logits and its own processor; all take the first rank's draws.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raises ValueError for a half that could end or go on by itself."""
+        half = PairHalf.of(sampling_params.extra_args)
+        if half is None:
+            return
+        params, stops = sampling_params, sampling_params.stop_token_ids
+        fits = params.temperature == 0 and params.n == 1 and params.min_tokens == 0
+        if not fits or half.stop not in (stops or ()) or params.max_tokens != half.max_tokens:
+            raise ValueError(
+                "a half of a guided pair needs temperature 0, n 1, min_tokens 0, its stop among stop_token_ids and its "
+                f"max_tokens ({half.max_tokens}); got temperature {params.temperature}, n {params.n}, min_tokens "
+                f"{params.min_tokens}, {half.stop} among {stops}, max_tokens {params.max_tokens}"
+            )
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        """Raises ValueError for an engine in which halves could not be kept in step."""
+        refuse_settings(vllm_config)
+        self._device = device
+        self._tp_size = vllm_config.parallel_config.tensor_parallel_size
+        self._store = PairStore(device)
+        self._rows: dict[int, _Row] = {}  # by their place in the batch
+        self._pairs: list[_Pairs] = []  # both halves are in the batch; one entry per target
+        self._alone = _Halves.of([], self._store)
+        self._popped = False
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def pop(self, names: Sequence[str]) -> list[PairLog | None]:
+        """What is known of pairs whose halves have ended; see `PairStore.pop`."""
+        self._popped = True  # a pair that was given up may still have rows, and its slot is another's from now on
+        return self._store.pop(names)
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        changed = process_dict_updates(self._rows, batch_update, _row)
+        if changed or (self._popped and self._rows):
+            self._pair_up()
+        self._popped = False
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Leave each half one token to choose.  logits ``[b, V]`` float32, changed in place."""
+        for pairs in self._pairs:
+            lengths = pairs.halves.lengths()
+            positions, teacher_positions = np.split(lengths, 2)
+            in_step = positions == teacher_positions
+            if in_step.all():
+                self._draw(logits, pairs, pairs.rows, pairs.slots, positions)
+                continue
+            self._stop(logits, pairs.halves, lengths, np.tile(~in_step, 2))
+            if in_step.any():
+                rows = pairs.rows[:, torch.from_numpy(in_step).to(self._device)]
+                self._draw(logits, pairs, rows, pairs.slots[in_step], positions[in_step])
+        if self._alone.outputs:
+            self._stop(logits, self._alone, self._alone.lengths(), np.ones(len(self._alone.outputs), dtype=bool))
+        return logits
+
+    def _draw(self, logits: Tensor, pairs: _Pairs, rows: Tensor, slots: np.ndarray, positions: np.ndarray) -> None:
+        """One token for each pair of ``rows [2, b]``, the ``positions``-th of its two outputs."""
+        uniforms = torch.from_numpy(self._store.uniforms[slots, positions]).to(self._device)
+        drawn = select_mixed_tokens(logits[rows[0]], logits[rows[1]], uniforms, pairs.target, greedy=pairs.greedy)
+        values = torch.stack(
+            [drawn.token_ids.double(), drawn.student_log_probs, drawn.teacher_log_probs, drawn.mixed_log_probs]
+        )
+        if self._tp_size > 1:
+            # A GPU's sums may differ in the last bit between two ranks, and one different token would part them.
+            values = get_tp_group().broadcast(values, src=0)
+        self._store.write(slots, positions, values[1:].T)
+        _leave_only(logits, rows.flatten(), values[0].long().repeat(2))
+
+    def _stop(self, logits: Tensor, halves: _Halves, lengths: np.ndarray, chosen: np.ndarray) -> None:
+        rows_and_stops = torch.from_numpy(np.stack([halves.rows[chosen], halves.stops[chosen]])).to(self._device)
+        _leave_only(logits, *rows_and_stops)
+        self._store.forced[halves.slots[chosen], halves.roles[chosen]] = lengths[chosen]
+
+    def _pair_up(self) -> None:
+        """Sort the rows of the present batch into pairs, by target, and those that are alone."""
+        halves = {(row.half.pair, row.half.role): (index, row) for index, row in self._rows.items()}
+        groups: dict[tuple[Target, bool], list[list[tuple[int, _Row]]]] = {}
+        alone = []
+        for (name, role), (index, row) in halves.items():
+            partner = halves.get((name, ROLES[1 - ROLES.index(role)]))
+            if partner is None or partner[1].shared != row.shared:
+                alone.append((index, row))
+            elif role == ROLES[0]:
+                groups.setdefault((row.half.target, row.half.greedy), []).append([(index, row), partner])
+        live = {name for name, _ in halves}
+        self._alone = _Halves.of(alone, self._store, live)
+        self._pairs = [
+            _Pairs.of(target, greedy, members, self._store, live, self._device)
+            for (target, greedy), members in groups.items()
+        ]
+
+
+def guided_processor(processors: Iterable[LogitsProcessor]) -> GuidedProcessor:
+    """The one among a model runner's processors.  Raises RuntimeError where the engine was made without it."""
+    for processor in processors:
+        if isinstance(processor, GuidedProcessor):
+            return processor
+    raise RuntimeError("this engine takes no guided requests: it was started without the guided logits processor")
+
+
+def refuse_settings(vllm_config: Any) -> None:
+    """Raise ValueError, in one sentence, for an engine in which halves could not be kept in step, and for a version of
+    vLLM on which guided rollouts have not run."""
+    refusal = why_not_guided(vllm.__version__)
+    if refusal is not None:
+        raise ValueError(refusal)
+    scheduler, parallel, cache = vllm_config.scheduler_config, vllm_config.parallel_config, vllm_config.cache_config
+    room = 2 * cache.block_size
+    wrong = {
+        "the first model runner (VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
+        "async_scheduling=False": scheduler.async_scheduling,
+        "no speculative decoding": vllm_config.speculative_config is not None,
+        "pipeline_parallel_size=1": parallel.pipeline_parallel_size > 1,
+        "data_parallel_size=1 (one server per engine instead)": parallel.data_parallel_size > 1,
+        "enable_prefix_caching=True": not cache.enable_prefix_caching,
+        f"scheduler_cls={_SCHEDULER}, got {scheduler.scheduler_cls}": scheduler.scheduler_cls != _SCHEDULER,
+        f"an even max_num_seqs, got {scheduler.max_num_seqs}": scheduler.max_num_seqs % 2 == 1,
+        f"max_num_batched_tokens of at least two cache blocks ({room}), got {scheduler.max_num_batched_tokens}": (
+            scheduler.max_num_batched_tokens < room
+        ),
+    }
+    needed = [setting for setting, is_wrong in wrong.items() if is_wrong]
+    if needed:
+        raise ValueError(f"rollout.guidance=mixed needs of the engine: {'; '.join(needed)}")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the batch that is one half of a pair."""
+
+    half: PairHalf
+    outputs: list[int]
+    """vLLM's own list: always the tokens up to now."""
+    shared: PairHalf
+    """What the other half must say too: `half` but for its role and its stop."""
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """What a step needs to know of halves; arrays ``[n]`` int64 in the host's memory."""
+
+    outputs: list[list[int]]
+    rows: np.ndarray
+    slots: np.ndarray
+    stops: np.ndarray
+    roles: np.ndarray
+
+    @staticmethod
+    def of(members: Sequence[tuple[int, _Row]], store: PairStore, live: Collection[str] = ()) -> _Halves:
+        columns = [
+            (index, store.admit(row.half, live), row.half.stop, ROLES.index(row.half.role)) for index, row in members
+        ]
+        arrays = np.array(columns, dtype=np.int64).reshape(-1, 4).T
+        return _Halves([row.outputs for _, row in members], *arrays)
+
+    def lengths(self) -> np.ndarray:
+        return np.fromiter(map(len, self.outputs), dtype=np.int64, count=len(self.outputs))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of which both halves are in the batch and that share a target."""
+
+    target: Target
+    greedy: bool
+    halves: _Halves
+    """The students', then the teachers' in the same order."""
+    slots: np.ndarray
+    """``[b]``, as of either half."""
+    rows: Tensor
+    """``[2, b]`` on the device."""
+
+    @staticmethod
+    def of(
+        target: Target,
+        greedy: bool,
+        members: Sequence[Sequence[tuple[int, _Row]]],
+        store: PairStore,
+        live: Collection[str],
+        device: torch.device,
+    ) -> _Pairs:
+        students, teachers = zip(*members, strict=True)
+        halves = _Halves.of([*students, *teachers], store, live)
+        rows = torch.from_numpy(halves.rows.reshape(2, -1)).to(device)
+        return _Pairs(target, greedy, halves, halves.slots[: len(members)], rows)
+
+
+def _row(params: SamplingParams, _prompt: list[int] | None, outputs: list[int]) -> _Row | None:
+    half = PairHalf.of(params.extra_args)
+    return None if half is None else _Row(half, outputs, shared=replace(half, role="", stop=0))
+
+
+def _leave_only(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    logits.index_fill_(0, rows, -torch.inf)
+    logits[rows, tokens] = 0

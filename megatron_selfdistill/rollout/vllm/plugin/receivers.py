@@ -1,0 +1,172 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The receiving ends of rollout/vllm/transfer.py: one class per way in which a bucket of weights reaches a worker of a vLLM
+server.  This file imports no vLLM, so that every way can be tested without it."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.rollout.vllm.protocol import pin
+from megatron_selfdistill.rollout.vllm.transfer_group import broadcast, close_group, open_group
+
+
+class Receiver(Protocol):
+    """One way in which a bucket arrives."""
+
+    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        """Return the bucket ``[num_bytes]`` uint8 on the worker's device.
+
+        Its bytes last until the trainer is told that it is loaded: the same memory may hold a later bucket.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave the trainer; may be called once."""
+        ...
+
+
+class FileReceiver:
+    """From a file of the trainer's.
+
+    One that the trainer keeps is mapped once, and on a CPU its own memory is the bucket.  One that it removes
+    afterwards is read as a whole, since on a network file system pages of a removed file cannot be had later.
+    """
+
+    def __init__(self, device: torch.device, worker: int) -> None:
+        self._device = device
+        self._mapped: dict[str, Tensor] = {}
+        self._unpin: dict[str, Callable[[], None]] = {}
+
+    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        path = where["path"]
+        return (self._map(path, num_bytes) if where.get("mapped") else _read(path, num_bytes)).to(self._device)
+
+    def close(self) -> None:
+        for path in list(self._mapped):
+            self._drop(path)
+
+    def _map(self, path: str, num_bytes: int) -> Tensor:
+        if path not in self._mapped:
+            for known in [known for known in self._mapped if not os.path.exists(known)]:
+                self._drop(known)
+            size = os.path.getsize(path)
+            self._mapped[path] = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+            if self._device.type != "cpu":
+                self._unpin[path] = pin(self._mapped[path])
+        mapped = self._mapped[path]
+        if mapped.numel() < num_bytes:
+            raise ValueError(f"expected {num_bytes} bytes in {path}, got {mapped.numel()}")
+        return mapped[:num_bytes]
+
+    def _drop(self, path: str) -> None:
+        self._unpin.pop(path, lambda: None)()
+        del self._mapped[path]
+
+
+def _read(path: str, num_bytes: int) -> Tensor:
+    packed = torch.empty(num_bytes, dtype=torch.uint8)
+    with open(path, "rb") as bucket:
+        got = bucket.readinto(packed.numpy().data)
+    if got != num_bytes:
+        raise ValueError(f"expected {num_bytes} bytes in {path}, got {got}")
+    return packed
+
+
+class BroadcastReceiver:
+    """From rank 0 of a process group that the trainer opened; the workers of all servers follow it."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        worker: int,
+        *,
+        backend: str,
+        host: str,
+        port: int,
+        first_rank: int,
+        world_size: int,
+        timeout_s: float,
+    ) -> None:
+        self._device = torch.device("cpu") if backend == "gloo" else device
+        self._final_device = device
+        self._timeout_s = timeout_s
+        self._broken = False
+        self._memory = torch.empty(0, dtype=torch.uint8)  # of gloo's buckets: on a GPU torch keeps memory for the next
+        self._group = open_group(backend, host, port, first_rank + worker, world_size, device, timeout_s)
+
+    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        packed = self._place(num_bytes)
+        self._broken = True
+        broadcast(self._group, packed, self._timeout_s)
+        self._broken = False
+        return packed.to(self._final_device)
+
+    def _place(self, num_bytes: int) -> Tensor:
+        if self._device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        if self._memory.numel() < num_bytes:
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes]
+
+    def close(self) -> None:
+        close_group(self._group, self._broken)
+        del self._group
+
+
+class IpcReceiver:
+    """From memory of a GPU of this node, by its CUDA IPC handle.  That GPU must be visible here, and reachable from the
+    worker's own."""
+
+    def __init__(self, device: torch.device, worker: int) -> None:
+        self._device = device
+
+    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+        if where["gpu"] not in uuids:
+            raise ValueError(
+                f"the weights lie on GPU {where['gpu']}, which this server cannot see (it sees {', '.join(uuids)}); "
+                "start it with that one in CUDA_VISIBLE_DEVICES too, or choose rollout.transfer=nccl"
+            )
+        source = uuids.index(where["gpu"])
+        storage = torch.UntypedStorage._new_shared_cuda(
+            source,
+            base64.b64decode(where["handle"]),
+            where["storage_bytes"],
+            where["storage_offset"],
+            base64.b64decode(where["counter_handle"]),
+            where["counter_offset"],
+            base64.b64decode(where["event_handle"]),
+            where["event_sync"],
+        )
+        shared = torch.empty(0, dtype=torch.uint8, device=f"cuda:{source}").set_(storage, 0, (num_bytes,), (1,))
+        packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device).copy_(shared)
+        torch.cuda.synchronize(self._device)
+        return packed
+
+    def close(self) -> None:
+        pass
+
+
+_RECEIVERS: dict[str, Any] = {
+    "shared_memory": FileReceiver,
+    "gloo": BroadcastReceiver,
+    "nccl": BroadcastReceiver,
+    "ipc": IpcReceiver,
+}
+
+
+def make_receiver(name: str, device: torch.device, worker: int, arguments: Mapping[str, Any]) -> Receiver:
+    """Return the receiver of the transfer ``name``, which copies buckets to ``device``.
+
+    ``worker`` is the number of this worker within its server; ``arguments`` are those of the receiver's class, as the
+    trainer sends them.  Raises ValueError for another name.
+    """
+    if name not in _RECEIVERS:
+        raise ValueError(f"expected a transfer among {', '.join(_RECEIVERS)}, got {name!r}")
+    return _RECEIVERS[name](device, worker, **arguments)

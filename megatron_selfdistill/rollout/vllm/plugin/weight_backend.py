@@ -1,0 +1,156 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""How weights of the trainer become a vLLM worker's: our weight-transfer backend.  Bytes come by receivers.py.
+
+The trainer (rollout/vllm/transfer.py) says at ``init_weight_transfer_engine`` which way it is, sends buckets that may split
+anywhere between two tensors, and then what it has sent: an update that lacks a tensor, or leaves a parameter of the
+model as it was, fails before the engine may answer with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from megatron_selfdistill.rollout.vllm.packed import after_reload, before_reload
+from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
+from megatron_selfdistill.rollout.vllm.protocol import Layout, digest, unpack
+from megatron_selfdistill.rollout.vllm.server.server_names import BACKEND
+
+_SHOWN = 4
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """What the trainer says once."""
+
+    transfer: str
+    """shared_memory, gloo, nccl or ipc."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the receiver's class."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """What the trainer says of each bucket, and at last, without names, of all of them."""
+
+    names: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
+    where: dict[str, Any] = field(default_factory=dict)
+    """Where the bytes are; the receiver's business."""
+    complete: str | None = None
+    """The `digest` of all names that were sent."""
+
+
+class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """One per worker.  Layers are rebuilt when their last tensor is there (vLLM's layerwise reload)."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    _receiver: Receiver | None = None
+    _reloading = False
+    _verified = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._receiver = make_receiver(init_info.transfer, self.device, worker, init_info.arguments)
+
+    def start_weight_update(self) -> None:
+        if self._reloading:  # an update broke off: its half-filled layers must not be counted on from there
+            self._finalize()
+        self._reloading, self._verified = True, False
+        before_reload(self.model)
+        initialize_layerwise_reload(self.model)
+        self._received: list[str] = []
+        self._unloaded = self._expected()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        if self._receiver is None:
+            raise RuntimeError("expected init_weight_transfer_engine before the first weights; the trainer sends it")
+        if update_info.complete is not None:
+            self._verify(update_info.complete)
+            return
+        layout = Layout(update_info.names, update_info.dtypes, update_info.shapes)
+        packed = self._receiver.receive(layout.num_bytes, update_info.where)
+        with disable_mtp_completeness_check():
+            loaded = self.model.load_weights(unpack(packed, layout))
+        self._own_what_waits(packed)
+        self._received += layout.names
+        self._unloaded = set() if loaded is None else self._unloaded - loaded
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def finish_weight_update(self) -> None:
+        if not self._verified:
+            raise RuntimeError("expected to be told that all weights were sent before finish_weight_update")
+        self._finalize()
+        self._reloading = False
+
+    def shutdown(self) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+    def _expected(self) -> set[str]:
+        """The parameters that an update must reach."""
+        if self.model_config.quantization is not None:
+            return set()  # quantised layers make some of theirs themselves
+        names = {name for name, _ in self.model.named_parameters()}
+        if getattr(self.model_config.hf_text_config, "tie_word_embeddings", False):
+            # On a CPU the output layer has a copy of the embedding's weights, and takes them from there.
+            heads = [prefix for prefix, module in self.model.named_modules() if isinstance(module, ParallelLMHead)]
+            names = {name for name in names if name.rpartition(".")[0] not in heads}
+        return names
+
+    def _own_what_waits(self, packed: Tensor) -> None:
+        """Copy the tensors of ``packed`` that incomplete layers hold: its memory is written to again from here on."""
+        first, behind = packed.data_ptr(), packed.data_ptr() + packed.numel()
+        for module in self.model.modules():
+            for _, call in get_layerwise_info(module).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, Tensor) and first <= value.data_ptr() < behind:
+                        call.arguments[name] = value.clone()
+
+    def _finalize(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        after_reload(self.model)
+
+    def _verify(self, complete: str) -> None:
+        if digest(self._received) != complete:
+            raise ValueError(
+                f"the trainer sent other tensors than the {len(self._received)} that arrived here, "
+                f"{', '.join(self._received[:_SHOWN])}, ..."
+            )
+        if self._unloaded:
+            missing = sorted(self._unloaded)
+            raise ValueError(
+                f"{len(missing)} parameters of vLLM's model got no weights: {', '.join(missing[:_SHOWN])}; the server "
+                "must run with the config.json of the trained model"
+            )
+        self._verified = True
+
+
+def register() -> None:
+    """Make `SelfDistillEngine` known in this process; again is nothing."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, SelfDistillEngine)

@@ -1,0 +1,97 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Methods that a vLLM worker has besides its own, called through ``collective_rpc``.  A worker imports this file before
+it loads its model, so it is also where our weight-transfer backend is registered."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+from megatron_selfdistill.rollout.vllm.plugin.guided_processor import guided_processor
+from megatron_selfdistill.rollout.vllm.plugin.weight_backend import register
+from megatron_selfdistill.rollout.vllm.protocol import boot_id, nccl_version, own_gpu, visible_gpus
+from megatron_selfdistill.rollout.vllm.server.server_names import SERVER_VARIABLE
+
+
+def end_with_server() -> None:
+    """End this worker and its engine core once the API server (rollout/vllm/server/serve.py) is gone: where that was killed it cannot tell
+    them, and vLLM's engine core would keep its GPUs for ever."""
+    server, parent = int(os.environ.get(SERVER_VARIABLE, "0")), os.getppid()
+    if not server:
+        return
+
+    def watch() -> None:
+        while _is_alive(server):
+            time.sleep(1.0)
+        # The worker may be the engine core itself; then its parent was the server.
+        if parent != server and os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="server watch", daemon=True).start()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+register()
+end_with_server()
+
+
+class WorkerExtension:
+    """Becomes a base class of vLLM's worker (``--worker-extension-cls``), so no name may be one of the worker's own.
+
+    Arguments are JSON values, and results are None, dicts or lists: they travel over HTTP, where vLLM makes a string of
+    anything else.
+    """
+
+    def abandon_weight_update(self: Any) -> None:
+        """Forget an update that was started and not finished, so that the next one may start: its trainer is gone."""
+        self._weight_update_active = False
+        if self.weight_transfer_engine is not None:
+            self.weight_transfer_engine.reset_weight_update_target()
+
+    def place(self: Any) -> dict[str, Any]:
+        """Return where this worker runs and what it could receive weights with, as `VllmServer.workers` describes."""
+        return {
+            "host": socket.gethostname(),
+            "boot_id": boot_id(),
+            "address": os.environ.get("VLLM_HOST_IP", ""),
+            "nccl": nccl_version(),
+            "gpus": visible_gpus(),
+            "gpu": own_gpu(),
+        }
+
+    def can_read(self: Any, path: str) -> dict[str, Any]:
+        """Whether this worker can, and the host it runs on."""
+        try:
+            with open(path, "rb") as file:
+                file.read(1)
+        except OSError:
+            return {"can_read": False, "host": socket.gethostname()}
+        return {"can_read": True, "host": socket.gethostname()}
+
+    def guided_limits(self: Any) -> dict[str, int]:
+        """What the driver of guided requests (rollout/vllm/pairs.py) must know of this engine, in tokens."""
+        cache, scheduler = self.vllm_config.cache_config, self.vllm_config.scheduler_config
+        return {
+            "max_model_len": self.vllm_config.model_config.max_model_len,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        }
+
+    def pop_pair_logs(self: Any, names: list[str]) -> list[dict[str, Any] | None]:
+        """What was drawn for guided pairs whose halves have ended, which is then forgotten; `PairLog` as JSON."""
+        logs = guided_processor(self.model_runner.input_batch.logitsprocs.all).pop(names)
+        return [None if log is None else log.to_json() for log in logs]

@@ -1,0 +1,134 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the trainer (transfer.py) and a vLLM server (rollout/vllm/plugin/receivers.py, rollout/vllm/server/serve.py) must agree on: how a bucket of
+weights is laid out and how completeness is told.  Needs torch only."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What lies in a bucket: tensors one behind the other, each at the next multiple of 16 bytes."""
+
+    names: list[str]
+    dtypes: list[str]
+    """``bfloat16`` for ``torch.bfloat16``."""
+    shapes: list[list[int]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor."""
+        sizes = zip(self.shapes, self.dtypes, strict=True)
+        return [math.prod(shape) * _dtype(name).itemsize for shape, name in sizes]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the bucket, padding included."""
+        return sum(map(_aligned, self.sizes))
+
+
+def layout_of(tensors: Sequence[tuple[str, Tensor]]) -> Layout:
+    """The layout of a bucket with these (Hugging Face name, full tensor)."""
+    return Layout(
+        names=[name for name, _ in tensors],
+        dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+        shapes=[list(tensor.shape) for _, tensor in tensors],
+    )
+
+
+@torch.no_grad()
+def pack(tensors: Sequence[tuple[str, Tensor]], layout: Layout, into: Tensor | None = None) -> Tensor:
+    """Return the bucket ``[num_bytes]`` uint8 with these tensors, each copied once.
+
+    ``into`` is memory of at least that many bytes, whose beginning becomes the bucket; None takes new memory on the
+    tensors' device.  From a GPU to main memory the bytes go in one copy, and this returns when they are there.
+    """
+    device = tensors[0][1].device
+    if into is None or into.device != device:
+        packed = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+    else:
+        packed = into[: layout.num_bytes]
+    for (_, source), (_, place) in zip(tensors, unpack(packed, layout), strict=True):
+        place.copy_(source)
+    return packed if into is None or into.device == device else into[: layout.num_bytes].copy_(packed)
+
+
+def unpack(packed: Tensor, layout: Layout) -> list[tuple[str, Tensor]]:
+    """The tensors of a bucket, as views of it."""
+    tensors = []
+    start = 0
+    for name, dtype, shape, size in zip(layout.names, layout.dtypes, layout.shapes, layout.sizes, strict=True):
+        tensors.append((name, packed[start : start + size].view(_dtype(dtype)).view(shape)))
+        start += _aligned(size)
+    return tensors
+
+
+def pin(memory: Tensor) -> Callable[[], None]:
+    """Register main memory with the GPU's driver, so that it is copied to and from a GPU without a detour; return a
+    function that undoes this, to be called before the memory goes.
+
+    Nothing happens in a process without a GPU.  Where the driver refuses, the log says so, and copies take the detour.
+    """
+    if not torch.cuda.is_available():
+        return lambda: None
+    cudart: Any = torch.cuda.cudart()
+    address = memory.data_ptr()
+    status = int(cudart.cudaHostRegister(address, memory.nbytes, 0))
+    if status != 0:
+        logger.warning("CUDA cannot pin %d MiB of a bucket (error %d): copies are slower", memory.nbytes >> 20, status)
+        return lambda: None
+    return lambda: cudart.cudaHostUnregister(address)
+
+
+def digest(names: Iterable[str]) -> str:
+    """Of a set of names, whatever their order; a name that comes twice counts twice."""
+    return hashlib.blake2b("\0".join(sorted(names)).encode(), digest_size=16).hexdigest()
+
+
+def boot_id() -> str:
+    """Of the kernel that runs here: the same in all containers of a host, another on every other host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def nccl_version() -> str | None:
+    """Return the version of the NCCL library that torch uses in this process, such as "2.27.5"; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def visible_gpus() -> list[str]:
+    """Return the UUID of each GPU that this process sees, by device index; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+
+
+def own_gpu() -> str | None:
+    """Return the UUID of the GPU that this process computes on; None without a GPU."""
+    return visible_gpus()[torch.cuda.current_device()] if torch.cuda.is_available() else None
+
+
+def _aligned(num_bytes: int) -> int:
+    return math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"expected the name of a torch dtype, got {name!r}")
+    return dtype

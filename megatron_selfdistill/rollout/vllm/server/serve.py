@@ -1,0 +1,294 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A vLLM server for rollouts, in the environment that has vLLM:
+
+    selfdistill serve --hf-config FOLDER --max-model-len 4096 [--port 8000] [-- vLLM's own arguments]
+
+It is vLLM's OpenAI-compatible server with the routes that take weights and call methods.  Its weights are random until
+a trainer (rollout.placement=server, rollout.servers) sends some.  Whoever reaches those routes controls the server, so
+it listens on this machine only, unless the environment variable SELFDISTILL_SERVER_TOKEN holds a token: then every
+request but the health check needs it.
+
+A model that fits on no single node is served by several, each started with the same command but its own --node-rank:
+
+    ... --tensor-parallel-size 16 --nnodes 2 --node-rank 0|1 --master-addr ADDRESS-OF-RANK-0
+
+Rank 0 answers requests; they end together.  Among themselves they speak as PyTorch's processes do, without the token:
+on a network that others can use, that is not enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, memory_of_visible_gpus, why_no_room
+from megatron_selfdistill.rollout.vllm.server.server_names import (
+    BACKEND,
+    PARENT_VARIABLE,
+    SERVER_VARIABLE,
+    TOKEN_VARIABLE,
+    as_arguments,
+)
+from megatron_selfdistill.rollout.vllm.server.server_nodes import (
+    Node,
+    is_loopback,
+    meet,
+    network_environment,
+    why_not_gpus,
+)
+from megatron_selfdistill.rollout.vllm.server.server_nodes import why_not as why_no_node
+from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
+
+_GIB = 2**30
+_GRACE_SECONDS = 15.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, or until the process named by SELFDISTILL_SERVER_PARENT is gone, or another node
+    of the server."""
+    own, vllm_arguments = _split(sys.argv[1:] if argv is None else list(argv))
+    options = parser().parse_args(own)
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    _refuse(why_no_node(options.nnodes, options.node_rank, options.master_addr, token))
+    is_head = options.node_rank == 0
+    _refuse(why_not(options.host, token) if is_head else None)
+    _set_environment(options)
+    _refuse(_why_no_vllm())
+    _watch_parent()
+
+    import uvloop  # type: ignore[import-not-found]
+    import vllm
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    _refuse(why_not_guided(vllm.__version__) if options.guided else None)
+    make_arg_parser, validate_parsed_serve_args, cli_env_setup = _command_line_of_vllm()
+    cli_env_setup()
+    shared = None
+    if options.shared_gpu_weights_gb is not None and not current_platform.is_cpu():
+        shared = memory_of_visible_gpus(options.tensor_parallel_size)
+        _refuse(why_no_room(shared, options.shared_gpu_weights_gb * _GIB, _shared_kv_cache_bytes(options, shared)))
+    arguments = engine_arguments(options, on_cpu=current_platform.is_cpu(), shared=shared) + vllm_arguments
+    parsed = make_arg_parser(FlexibleArgumentParser(prog="selfdistill serve")).parse_args(arguments)
+    validate_parsed_serve_args(parsed)
+    # Again, now that vLLM has read everything, its own files of arguments included.
+    _refuse(why_not(parsed.host, token) if is_head else None)
+    _refuse(_why_not_parsed(options, parsed, None if current_platform.is_cpu() else current_platform.device_count()))
+    if options.nnodes > 1:
+        try:
+            meet(_node(options), token, lost=_end)
+        except OSError as error:
+            sys.exit(str(error))
+    if not is_head:
+        _run_headless(parsed)
+        return
+    if token:
+        # The last one is the outermost.
+        parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.access.TokenRequired"]
+    uvloop.run(run_server(parsed))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, less what goes to vLLM unread."""
+    parser = argparse.ArgumentParser(
+        prog="selfdistill serve",
+        description="A vLLM server whose weights come from a trainer.",
+        epilog="example:\n  selfdistill serve --hf-config Qwen3-8B --max-model-len 4096 -- --max-num-seqs 256\n\n"
+        "What follows `--` is handed to vLLM as it is.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--hf-config", required=True, help="folder with the config.json of the trained model")
+    parser.add_argument("--host", default="127.0.0.1", help=f"another than this machine's own needs {TOKEN_VARIABLE}")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of this server, on all its nodes")
+    parser.add_argument("--dtype", default="auto", help="of weights and activations: bfloat16, float16, float32")
+    parser.add_argument("--max-model-len", type=int, help="longest prompt plus response, in tokens")
+    parser.add_argument("--kv-cache-gb", type=float, help="memory of the KV cache; default: vLLM's, or a third on CPU")
+    parser.add_argument(
+        "--shared-gpu-weights-gb",
+        type=float,
+        help="the GPUs hold a trainer too: take what it leaves free, of which weights need this many GiB on each GPU",
+    )
+    parser.add_argument("--nnodes", type=int, default=1, help="nodes of this server, each started with this command")
+    parser.add_argument("--node-rank", type=int, default=0, help="of this node; 0 is the one that answers requests")
+    parser.add_argument("--master-addr", help="address of node rank 0, by which the others reach it")
+    parser.add_argument("--master-port", type=int, default=29501, help="a free port there; the one behind it too")
+    parser.add_argument("--guided", action="store_true", help="prepare for rollout.guidance=mixed")
+    return parser
+
+
+def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMemory | None = None) -> list[str]:
+    """What vLLM's server is started with, before the user's own arguments, which override it.
+
+    ``shared``: memory of GPUs that hold a trainer too; the engine then takes what is free there, and a third of that is
+    its KV cache unless ``--kv-cache-gb`` states another size.
+    """
+    # Here and below, so that a command line is refused before torch is imported.
+    from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, whole_prompts
+    from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS
+
+    arguments = [
+        f"--model={options.hf_config}",
+        f"--host={options.host}",
+        f"--port={options.port}",
+        f"--tensor-parallel-size={options.tensor_parallel_size}",
+        f"--dtype={options.dtype}",
+        "--load-format=dummy",
+        "--tokens-only",
+        "--no-trust-remote-code",
+        # Sampling is what a request says; a generation_config.json beside config.json must not change it.
+        "--generation-config=vllm",
+        f"--weight-transfer-config={json.dumps({'backend': BACKEND})}",
+        f"--worker-extension-cls={WORKER_EXTENSION}",
+        "--disable-uvicorn-access-log",
+        # No web page that a browser on this machine shows has business here.
+        "--allowed-origins=[]",
+    ]
+    if options.max_model_len is not None:
+        arguments.append(f"--max-model-len={options.max_model_len}")
+    kv_cache_gb = options.kv_cache_gb
+    if on_cpu:
+        arguments += ["--enforce-eager", *as_arguments(whole_prompts(options.max_model_len))]
+        kv_cache_gb = _free_gib() / 3 if kv_cache_gb is None else kv_cache_gb
+    if shared is not None:
+        arguments.append(f"--gpu-memory-utilization={shared.share}")
+        arguments.append(f"--kv-cache-memory-bytes={_shared_kv_cache_bytes(options, shared)}")
+    elif kv_cache_gb is not None:
+        arguments.append(f"--kv-cache-memory-bytes={int(kv_cache_gb * _GIB)}")
+    if options.guided:
+        arguments += as_arguments(GUIDED_ENGINE_ARGS)
+    if options.nnodes > 1:
+        names = ("nnodes", "node_rank", "master_addr", "master_port")
+        arguments += as_arguments({name: getattr(options, name) for name in names})
+        arguments += ["--distributed-executor-backend=mp", *(["--headless"] if options.node_rank else [])]
+    return arguments
+
+
+def _shared_kv_cache_bytes(options: argparse.Namespace, shared: DeviceMemory) -> int:
+    """The KV cache of an engine beside a trainer, which needs the rest for its activations, in bytes per GPU."""
+    return shared.free // 3 if options.kv_cache_gb is None else int(options.kv_cache_gb * _GIB)
+
+
+def why_not(host: str | None, token: str) -> str | None:
+    """A sentence where a server may not listen on ``host``; None is vLLM's every interface."""
+    if token or is_loopback(host or "0.0.0.0"):
+        return None
+    return (
+        f"--host {host or '0.0.0.0'} can be reached from other machines, and whoever reaches this server controls it: "
+        f"set the environment variable {TOKEN_VARIABLE} to a secret that the trainer gets too, or use --host 127.0.0.1"
+    )
+
+
+def _why_no_vllm() -> str | None:
+    """A sentence where this environment has no vLLM."""
+    if "vllm" in sys.modules or importlib.util.find_spec("vllm") is not None:
+        return None
+    return (
+        f"this server needs vLLM, and {sys.executable} has none: start it with the Python of an environment that has "
+        'both, or pip install "megatron_selfdistill[vllm]"'
+    )
+
+
+def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, visible: int | None) -> str | None:
+    """A sentence where what vLLM has read does not fit the nodes."""
+    if (parsed.nnodes, parsed.node_rank) != (options.nnodes, options.node_rank):
+        return "--nnodes, --node-rank, --master-addr and --master-port come before `--`: this command watches the nodes"
+    num_gpus = parsed.tensor_parallel_size * parsed.pipeline_parallel_size * parsed.data_parallel_size
+    return why_not_gpus(options.nnodes, num_gpus, visible)
+
+
+def _refuse(refusal: str | None) -> None:
+    if refusal:
+        sys.exit(refusal)
+
+
+def _command_line_of_vllm() -> tuple[Callable[..., Any], Callable[..., Any], Callable[[], None]]:
+    """Return vLLM's make_arg_parser, validate_parsed_serve_args and cli_env_setup, which 0.33 moved."""
+    if importlib.util.find_spec("vllm.entrypoints.common.cli_args") is not None:
+        arguments = importlib.import_module("vllm.entrypoints.common.cli_args")
+        startup = importlib.import_module("vllm.entrypoints.common.startup")
+    else:  # 0.32
+        arguments = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+        startup = importlib.import_module("vllm.entrypoints.serve.utils.api_utils")
+    return arguments.make_arg_parser, arguments.validate_parsed_serve_args, startup.cli_env_setup
+
+
+def _run_headless(parsed: argparse.Namespace) -> None:
+    from vllm.entrypoints.cli.serve import run_headless
+
+    parsed.api_server_count = 0
+    run_headless(parsed)
+
+
+def _node(options: argparse.Namespace) -> Node:
+    return Node(options.nnodes, options.node_rank, options.master_addr, options.master_port)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and those behind ``--``."""
+    if "--" not in argv:
+        return argv, []
+    cut = argv.index("--")
+    return argv[:cut], argv[cut + 1 :]
+
+
+def _set_environment(options: argparse.Namespace) -> None:
+    """What vLLM reads from the environment; before it is imported, and for its child processes."""
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes of weights and methods
+    os.environ[SERVER_VARIABLE] = str(os.getpid())
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if options.guided:
+        from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENVIRONMENT
+
+        os.environ.update(GUIDED_ENVIRONMENT)
+    if options.nnodes > 1:
+        try:
+            network = network_environment(_node(options))
+        except OSError as error:
+            sys.exit(f"--master-addr {options.master_addr} cannot be reached: {error}")
+        for name, value in network.items():
+            os.environ.setdefault(name, value)
+
+
+def _watch_parent() -> None:
+    """End with the process that started this one, also where it was killed and could not say so."""
+    parent = int(os.environ.get(PARENT_VARIABLE, "0"))
+    if not parent:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _end(why: str) -> None:
+    """End this node; its workers end with it (rollout/vllm/plugin/worker.py), which may wait in a collective for ever."""
+    print(f"megatron_selfdistill.rollout.vllm.server.serve: {why}", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _free_gib() -> float:
+    import psutil
+
+    return psutil.virtual_memory().available / _GIB
+
+
+if __name__ == "__main__":
+    main()

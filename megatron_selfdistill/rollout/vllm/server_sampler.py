@@ -1,0 +1,348 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Sampling on vLLM servers, in processes and environments of their own: the trainer needs no vLLM.
+
+Rank 0 alone talks to them.  A server that fails loses its requests to the others and gets none until weights have been
+sent to it again; responses count when they are whole and say that the weights were those they should be.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.export import Exporter
+from megatron_selfdistill.model.hf.rules import Rule
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.dispatch import Task, deal
+from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
+from megatron_selfdistill.rollout.vllm.exchange import agreement, check_requests, hand_back, on_rank_0, pool, staleness
+from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
+from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
+from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
+from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
+from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer, on_each
+from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
+from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
+
+logger = logging.getLogger(__name__)
+
+_PROBE_SECONDS = 10.0
+
+
+class ServerSampler:
+    """Samples on servers that run already, or that rank 0 starts and ends.
+
+    Requests of all replicas are gathered, dealt over the servers and handed back, so neither the trainer's layout nor
+    the number of servers changes what a request is answered.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        grid: RankGrid,
+        hf_config: Path,
+        rules: Sequence[Rule],
+        *,
+        max_length: int,
+        run_dir: Path,
+        servers: Sequence[str] = (),
+        num_servers: int = 0,
+        server_python: str | None = None,
+        server_env: Mapping[str, str] | None = None,
+        engine_tp: int = 1,
+        kv_cache_gb: float | None = None,
+        engine_args: Mapping[str, Any] | None = None,
+        guided: bool = False,
+        transfer: str | None = None,
+        transfer_dir: str = "/dev/shm",
+        bucket_bytes: int = 2**30,
+        timeout_s: float = 1200.0,
+        max_staleness: int = 0,
+    ) -> None:
+        """``chunks``: of this rank, as built or as wrapped for training.  ``rules``: of the model's tensors.  The rest
+        as `RolloutConfig` says; ``hf_config``, ``server_python``, ``server_env``, ``engine_tp``, ``kv_cache_gb`` and
+        ``engine_args`` are of servers that are started here (their logs: ``run_dir/servers``), and the token of those
+        that run already is in the environment variable SELFDISTILL_SERVER_TOKEN.
+
+        Returns when all servers are up.  Raises, on all ranks alike: `EngineError` where one is not, `ConfigError`
+        where one was started for shorter responses, or has workers that ``transfer`` does not reach.
+        """
+        self._grid, self._max_length, self._guided = grid, max_length, guided
+        self._max_staleness = max_staleness
+        self._exporter = Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=[0])
+        self._version: int | None = None
+        self._metrics: dict[str, float] = {}
+        # Of rank 0 only, from here on.
+        self._servers: list[VllmServer] = []
+        self._versions: dict[VllmServer, int] = {}  # of the weights that a server is known to have, whole
+        self._failed: dict[VllmServer, Exception] = {}
+        self._transfer: Transfer | None = None
+        self._started: list[ServerProcess] = []
+        if grid.rank == 0:
+            atexit.register(self.close)
+
+        def start() -> None:
+            token = os.environ.get(TOKEN_VARIABLE, "") if servers else secrets.token_urlsafe(32)
+            self._started = start_servers(
+                num_servers,
+                folder=run_dir / "servers",
+                hf_config=hf_config,
+                python=server_python,
+                environment=server_env or {},
+                token=token,
+                tensor_parallel_size=engine_tp,
+                dtype=unwrapped(chunks[0]).config.params_dtype,
+                max_model_len=max_length,
+                kv_cache_gb=kv_cache_gb,
+                guided=guided,
+                engine_args=engine_args or {},
+                shares_gpus=transfer == "ipc",
+                num_weights=num_weights(rules),
+            )
+            addresses = list(servers) or [one.address for one in self._started]
+            self._servers = [VllmServer(address, token, timeout_s) for address in addresses]
+            wait_until_healthy(self._started, self._servers[: len(self._started)], timeout_s)
+            for server in self._servers:
+                _check(server, max_length)
+            chosen = choose_transfer(transfer, self._servers, folder=transfer_dir, on_gpu=grid.device.type == "cuda")
+            self._transfer = make_transfer(chosen, folder=transfer_dir, timeout_s=timeout_s)
+
+        try:
+            on_rank_0(start, grid.device)
+        except Exception:
+            self.close()
+            raise
+
+    def update_weights(self, version: int) -> None:
+        """Send the weights of the moment, as ``version``, to every server that is alive, also one that was not before.
+
+        Collectives: those of `Exporter.stream`, and again where a server was lost on the way and the others could not
+        go on without it.  Raises `EngineError`, on all ranks alike, when no server got all of them.
+        """
+        started = time.perf_counter()
+        todo: list[list[VllmServer]] = []  # each to be sent to at once
+        on_rank_0(lambda: todo.append(self._reachable()), self._grid.device)
+        while self._any_left(todo):
+            self._send(todo, version)
+        with agreement(self._grid.device):
+            if self._grid.rank == 0 and version not in self._versions.values():
+                raise EngineError(f"no vLLM server took the weights: {_causes(self._failed.values())}")
+        self._version = version
+        self._count("sync_seconds", time.perf_counter() - started)
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        """One response per request, in order, on every rank of the replica.
+
+        ``requests`` are those of this data-parallel replica, the same list on each of its ranks; may be empty.  A
+        collective over the world.
+
+        Raises, on all ranks alike: ValueError for an empty prompt and for one that leaves no room for
+        ``max_new_tokens`` within ``max_length``; `EngineError` where no server is left for a request.
+        """
+        if self._version is None:
+            raise EngineError("the vLLM servers have no weights yet: call update_weights before generate")
+        pooled = pool(requests, self._grid)
+        check_requests(pooled.requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
+        written = on_rank_0(lambda: self._written(pooled.requests, params), self._grid.device)
+        return hand_back(written or {}, pooled)
+
+    def sleep(self) -> None:
+        """Nothing: servers have memory of their own."""
+
+    def metrics(self) -> dict[str, float]:
+        """rollout/sync_seconds and rollout/sync_bytes of all updates since the last call, rollout/servers_alive,
+        rollout/requests_retried, rollout/guided_repairs where guided, and rollout/staleness_max where
+        ``max_staleness`` allows any."""
+        self._metrics["rollout/servers_alive"] = len(self._servers) - len(self._failed)
+        told = [self._metrics]
+        dist.broadcast_object_list(told, src=0)
+        self._metrics = {}
+        return told[0]
+
+    def close(self) -> None:
+        """End the servers that were started here; may be called twice."""
+        atexit.unregister(self.close)
+        if self._transfer is not None:
+            self._transfer.close()
+        for one in self._started:
+            one.stop()
+        self._started = []
+
+    def _reachable(self) -> list[VllmServer]:
+        """Servers that answer now; what those that were started anew had of us is forgotten."""
+        assert self._transfer is not None
+        told: dict[VllmServer, str] = {}
+
+        def ask(server: VllmServer) -> None:
+            server.health(_PROBE_SECONDS)
+            told[server] = server.weight_version(_PROBE_SECONDS)
+
+        failures = on_each(self._servers, ask)
+        for server, error in failures.items():
+            self._lose(server, error)
+        for server, version in told.items():
+            if version != str(self._versions.get(server)):
+                self._transfer.forget(server)
+                self._versions.pop(server, None)
+        if not told:
+            raise EngineError(f"no vLLM server can be reached: {_causes(failures.values())}")
+        return [server for server in self._servers if server in told]
+
+    def _send(self, todo: list[list[VllmServer]], version: int) -> None:
+        """One update, to the first servers of ``todo`` on rank 0, which are taken out, and put back where they need
+        another."""
+        device = self._grid.device
+        update = on_rank_0(lambda: self._begin(todo.pop(0), version), device)
+        for tensors in self._exporter.stream(copies=False):
+            on_rank_0(lambda tensors=tensors: update.send(tensors), device)  # type: ignore[misc,union-attr]
+        on_rank_0(lambda: todo.extend(self._finish(update, version)), device)  # type: ignore[arg-type]
+
+    def _begin(self, servers: Sequence[VllmServer], version: int) -> WeightUpdate:
+        assert self._transfer is not None
+        for server in servers:
+            self._versions.pop(server, None)
+        return WeightUpdate(self._transfer, servers, version)
+
+    def _finish(self, update: WeightUpdate, version: int) -> list[list[VllmServer]]:
+        """The end of an update: take note of who has the weights; returns those that need them again."""
+        update.finish()
+        self._count("sync_bytes", update.num_bytes)
+        if not update.broken:
+            for server in update.servers:
+                self._versions[server] = version
+                self._failed.pop(server, None)
+        failures = update.failures
+        again: list[VllmServer] = []
+        if update.broken and not update.isolated and len(update.servers) + len(failures) > 1:
+            # One took the others with it, and all look alike.  Those that still answer get the weights one by one.
+            candidates = [server for server in self._servers if server in failures or server in update.servers]
+            failures = on_each(candidates, lambda server: server.health(_PROBE_SECONDS))
+            again = [server for server in candidates if server not in failures]
+        for server, error in failures.items():
+            self._lose(server, error)
+        return [[server] for server in again]
+
+    def _any_left(self, todo: Sequence[Any]) -> bool:
+        """On rank 0."""
+        left = torch.tensor([bool(todo)], dtype=torch.int32, device=self._grid.device)
+        dist.broadcast(left, src=0)
+        return bool(left.item())
+
+    def _written(self, requests: Sequence[Request], params: SamplingParams) -> dict[int, Response]:
+        if not requests:
+            return {}
+        servers = self._usable()
+        plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
+        guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
+        # Pairs are driven in step by whoever asks for them, so a server gets its share at once.
+        cuts = [len(guided) * i // len(servers) for i in range(len(servers) + 1)]
+        groups = [[i] for i in plain]
+        groups += [guided[first:behind] for first, behind in pairwise(cuts) if first < behind]
+        counts: list[PairCounts] = []
+        tasks = [self._task([requests[i] for i in group], params, counts) for group in groups]
+        dealt = deal(tasks, servers)
+        for server, error in dealt.failures.items():
+            self._lose(server, error)
+        self._count("requests_retried", dealt.retried)
+        if guided:
+            self._count("guided_repairs", sum(each.repairs for each in counts))
+        written = {
+            i: response
+            for group, responses in zip(groups, dealt.results, strict=True)
+            for i, response in zip(group, responses, strict=True)
+        }
+        if self._max_staleness:
+            oldest = min(response.weight_version for response in written.values())  # type: ignore[type-var]
+            self._metrics["rollout/staleness_max"] = self._expected() - oldest  # type: ignore[operator]
+        return written
+
+    def _task(
+        self, requests: Sequence[Request], params: SamplingParams, counts: list[PairCounts]
+    ) -> Task[list[Response]]:
+        """What one server is asked for: one plain response, or guided ones that go together."""
+
+        def do(server: VllmServer) -> list[Response]:
+            if requests[0].teacher_prompt is None:
+                responses = [response_of(server.complete(engine_request(requests[0], params)), params)]
+            else:
+                own_counts = PairCounts()
+                responses = generate_guided(server, requests, params, own_counts)
+                counts.append(own_counts)
+            for response in responses:
+                staleness(response.weight_version, self._expected(), self._max_staleness, f"{server.address}:")
+            return responses
+
+        return do
+
+    def _usable(self) -> list[VllmServer]:
+        """Servers with weights that are new enough.  One that failed is asked again only where it may have them."""
+
+        def ask(server: VllmServer) -> None:
+            if server.weight_version(_PROBE_SECONDS) != str(self._versions[server]):
+                raise EngineError(f"{server.address}: lost its weights")
+
+        candidates = [server for server in self._failed if server in self._versions]
+        still_failing = on_each(candidates, ask)
+        for server in candidates:
+            if server not in still_failing:
+                self._failed.pop(server, None)
+        usable = [server for server in self._servers if server not in self._failed and self._is_recent(server)]
+        if not usable:
+            raise EngineError(
+                f"none of {len(self._servers)} vLLM servers is alive and has weights of version {self._expected()}: "
+                f"{_causes(self._failed.values())}"
+            )
+        return usable
+
+    def _is_recent(self, server: VllmServer) -> bool:
+        version = self._versions.get(server)
+        return version is not None and 0 <= self._expected() - version <= self._max_staleness
+
+    def _expected(self) -> int:
+        assert self._version is not None
+        return self._version
+
+    def _lose(self, server: VllmServer, error: Exception) -> None:
+        if server not in self._failed:
+            logger.warning("lost a vLLM server: %s", error)
+        self._failed[server] = error
+
+    def _count(self, name: str, value: float) -> None:
+        key = f"rollout/{name}"
+        self._metrics[key] = self._metrics.get(key, 0.0) + value
+
+
+def _check(server: VllmServer, max_length: int) -> None:
+    """Raise `ConfigError` where ``server`` cannot be used for this run, `EngineError` where it cannot be reached."""
+    server.health()
+    longest = server.max_model_len()
+    if longest is not None and longest < max_length:
+        raise ConfigError(
+            f"the vLLM server {server.address} was started with --max-model-len {longest}, but contexts of this run "
+            f"have up to {max_length} tokens: start it with --max-model-len {max_length}"
+        )
+    if server.num_tokens() is None:
+        raise ConfigError(
+            f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, work "
+            "on long responses looks as if it hung; start it without"
+        )
+
+
+def _causes(errors: Any) -> str:
+    return "; ".join(str(error) for error in list(errors)[:4])

@@ -1,0 +1,322 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Ways for weights to go from the trainer's rank 0 to vLLM servers: one class each.  weight_update.py uses them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, layout_of, pack
+from megatron_selfdistill.rollout.vllm.server.server_names import own_address
+from megatron_selfdistill.rollout.vllm.transfer_buckets import (
+    MappedFile,
+    PrivateMemory,
+    SharedGpuMemory,
+    TwoBuffers,
+    bucket_file,
+    remove_abandoned,
+)
+from megatron_selfdistill.rollout.vllm.transfer_group import broadcast, close_group, open_group
+
+_GRACE_SECONDS = 5.0
+
+Failures = dict[VllmServer, Exception]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors on their way, in memory of the transfer's."""
+
+    layout: Layout
+    packed: Tensor
+    """``[num_bytes]`` uint8; its bytes are `Layout`'s."""
+    where: dict[str, Any] = field(default_factory=dict)
+    """Where servers find them, as JSON; the receiver's business."""
+
+
+class Transfer(Protocol):
+    """One way in which weights reach servers.  Rank 0 of the trainer alone has one."""
+
+    isolated: bool
+    """A server that fails leaves the update of the others whole."""
+
+    def join(self, servers: Sequence[VllmServer]) -> Failures:
+        """Make ``servers``, and no others, ready to receive; again is cheap.  Returns those that could not."""
+        ...
+
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        """Return a bucket of (Hugging Face name, full tensor); the tensors may be written to again when this returns.
+        The bucket before it may still be on its way, the one before that not."""
+        ...
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        """Let ``servers``, as joined, load a bucket, and return those that did not."""
+        ...
+
+    def release(self) -> None:
+        """Give back what only an update needs: it is over, and no server reads anything any more."""
+        ...
+
+    def forget(self, server: VllmServer) -> None:
+        """The server has lost what `join` told it: it was started anew."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_transfer(name: str, *, folder: str, timeout_s: float) -> Transfer:
+    """The transfer that ``rollout.transfer`` names; ``folder`` is of shared_memory, ``timeout_s`` of the others."""
+    if name == "shared_memory":
+        return SharedMemoryTransfer(folder)
+    if name == "ipc":
+        return IpcTransfer()
+    return BroadcastTransfer(name, timeout_s)
+
+
+class _OfferedTransfer:
+    """Each bucket is offered in one place, where every server reads it before it answers."""
+
+    isolated = True
+    _name: str
+
+    def __init__(self) -> None:
+        self._joined: set[VllmServer] = set()
+
+    def join(self, servers: Sequence[VllmServer]) -> Failures:
+        failures = on_each([server for server in servers if server not in self._joined], self._invite)
+        self._joined = set(servers) - set(failures)
+        return failures
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        return on_each(servers, lambda server: server.update_weights(**vars(bucket.layout), where=bucket.where))
+
+    def forget(self, server: VllmServer) -> None:
+        self._joined.discard(server)
+
+    def _invite(self, server: VllmServer) -> None:
+        server.init_weight_transfer(self._name, {})
+
+
+class SharedMemoryTransfer(_OfferedTransfer):
+    """Through files in ``folder``: in memory (/dev/shm), or on a file system that the servers share.
+
+    Where all workers are on this host, two files last as long as this object, and both sides have them mapped.  A
+    network file system keeps no two mappings alike, so workers of other hosts read a file per bucket, which is removed
+    when all have read it.  What a killed trainer left is removed by the next.
+    """
+
+    _name = "shared_memory"
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self._folder = Path(folder)
+        self._files = TwoBuffers(lambda num_bytes: MappedFile(self._folder, num_bytes))
+        self._elsewhere: set[VllmServer] = set()
+        remove_abandoned(self._folder)
+
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        layout = layout_of(tensors)
+        if self._elsewhere & self._joined:
+            return Bucket(layout, pack(tensors, layout).cpu())
+        file = self._files.next(layout.num_bytes)
+        return Bucket(layout, pack(tensors, layout, file.memory), {"path": str(file.path), "mapped": True})
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        if bucket.where:
+            return super().send(bucket, servers)
+        with bucket_file(self._folder, bucket.packed) as path:
+            return super().send(Bucket(bucket.layout, bucket.packed, {"path": str(path)}), servers)
+
+    def release(self) -> None:
+        """Nothing: the next update writes to the same pages."""
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _invite(self, server: VllmServer) -> None:
+        here = all(worker["boot_id"] == boot_id() for worker in server.workers())
+        (self._elsewhere.discard if here else self._elsewhere.add)(server)
+        super()._invite(server)
+
+
+class IpcTransfer(_OfferedTransfer):
+    """Through this rank's GPU memory, which the workers of servers on the same host open by a CUDA IPC handle.  Two
+    buffers last for an update."""
+
+    _name = "ipc"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers = TwoBuffers(SharedGpuMemory)
+
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        layout = layout_of(tensors)
+        buffer = self._buffers.next(layout.num_bytes)
+        return Bucket(layout, pack(tensors, layout, buffer.memory), buffer.handle)
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        torch.cuda.synchronize(bucket.packed.device)
+        return super().send(bucket, servers)
+
+    def release(self) -> None:
+        self._buffers.close()
+
+    def close(self) -> None:
+        self._buffers.close()
+
+
+class BroadcastTransfer:
+    """One broadcast per bucket in a process group of this process (rank 0) and all workers of all servers, beside the
+    trainer's own groups.  ``backend``: gloo (through main memory) or nccl (each worker on a GPU of its own)."""
+
+    isolated = False
+
+    def __init__(self, backend: str, timeout_s: float) -> None:
+        self._backend = backend
+        self._timeout_s = timeout_s
+        self._joined: list[VllmServer] = []
+        self._group: dist.ProcessGroup | None = None
+        self._store: dist.TCPStore | None = None
+        self._broken = False
+        self._buffers = TwoBuffers(PrivateMemory)
+
+    def join(self, servers: Sequence[VllmServer]) -> Failures:
+        if self._group is not None and self._joined == list(servers):
+            return {}
+        self.close()
+        beat()  # what follows takes a bounded time, and may have to be done for each server
+        sizes: dict[VllmServer, int] = {}
+        addresses: set[str] = set()
+
+        def ask(server: VllmServer) -> None:
+            sizes[server] = server.world_size()
+            workers = {worker["address"] for worker in server.workers()} - {""}
+            addresses.update([own_address(server.host, server.port), *(own_address(each, 1) for each in workers)])
+
+        failures = on_each(servers, ask)
+        if failures:
+            return failures
+        first_rank, ranks = 1, {}
+        for server in servers:
+            ranks[server] = first_rank
+            first_rank += sizes[server]
+        # Workers on this machine can be reached by any of its addresses, the others not by 127.0.0.1.
+        address = min(addresses, key=lambda each: each.startswith("127."))
+        self._store = dist.TCPStore(address, 0, first_rank, True, wait_for_workers=False)
+        common = {
+            "backend": self._backend,
+            "host": address,
+            "port": self._store.port,
+            "world_size": first_rank,
+            "timeout_s": self._timeout_s,
+        }
+
+        device = torch.device("cuda", torch.cuda.current_device()) if self._backend == "nccl" else torch.device("cpu")
+        port, failed = self._store.port, threading.Event()
+
+        def enter() -> None:
+            self._group = open_group(
+                self._backend, address, port, 0, first_rank, device, self._timeout_s, given_up=failed.is_set
+            )
+
+        def invite(server: VllmServer) -> None:
+            try:
+                server.init_weight_transfer(self._backend, {**common, "first_rank": ranks[server]})
+            except Exception:
+                failed.set()
+                raise
+
+        failures = on_each_while(enter, servers, invite)
+        self._joined = [] if failures else list(servers)
+        if failures:
+            self.close()
+        return failures
+
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        layout = layout_of(tensors)
+        into = self._buffers.next(layout.num_bytes).memory if self._backend == "gloo" else None
+        return Bucket(layout, pack(tensors, layout, into))
+
+    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        failed = threading.Event()
+
+        def offer() -> None:
+            assert self._group is not None
+            try:
+                broadcast(self._group, bucket.packed, self._timeout_s, given_up=failed.is_set)
+            except RuntimeError:
+                self._broken = True
+                raise
+
+        def load(server: VllmServer) -> None:
+            try:
+                server.update_weights(**vars(bucket.layout))
+            except Exception:
+                failed.set()
+                raise
+
+        failures = on_each_while(offer, servers, load)
+        if failures:  # whoever failed may have left it
+            self.close()
+        return failures
+
+    def release(self) -> None:
+        """Nothing: the next update writes to the same pages."""
+
+    def forget(self, server: VllmServer) -> None:
+        if server in self._joined:
+            self.close()
+
+    def close(self) -> None:
+        if self._group is not None:
+            close_group(self._group, self._broken)
+        self._group = self._store = None
+        self._broken = False
+        self._joined = []
+
+
+def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], None]) -> Failures:
+    """Call ``do`` on all servers at once; returns what it raised, by server."""
+    return on_each_while(None, servers, do)
+
+
+def on_each_while(
+    own: Callable[[], None] | None, servers: Sequence[VllmServer], do: Callable[[VllmServer], None]
+) -> Failures:
+    """Call ``do`` on all servers at once and ``own`` meanwhile in this thread; return what ``do`` raised, by server.
+
+    Where only ``own`` fails, that is every server's failure: it does not say whose fault it was.  A server that has not
+    answered some seconds after ``own`` failed is waited for no longer, and fails.
+    """
+    if not servers:
+        return {}
+    own_error: Exception | None = None
+    with ThreadPoolExecutor(len(servers), thread_name_prefix="server") as threads:
+        answers = {server: threads.submit(do, server) for server in servers}
+        if own is not None:
+            try:
+                own()
+            except Exception as error:
+                own_error = error
+                silent = wait(answers.values(), _GRACE_SECONDS).not_done
+                for server in [server for server, answer in answers.items() if answer in silent]:
+                    server.interrupt()
+        raised = {server: answer.exception() for server, answer in answers.items()}
+    # Without their tracebacks, whose frames would keep the memory of a bucket for as long as the failure is known.
+    failures: Failures = {
+        server: error.with_traceback(None) for server, error in raised.items() if isinstance(error, Exception)
+    }
+    if own_error is not None and not failures:
+        return {server: EngineError(f"{server.address}: {own_error}") for server in servers}
+    return failures

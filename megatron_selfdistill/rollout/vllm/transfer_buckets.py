@@ -1,0 +1,200 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Memory of the trainer that vLLM servers on the same host read: files in memory, and memory of a GPU."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.rollout.vllm.protocol import pin
+
+_PREFIX, _SUFFIX = "selfdistill-", ".bucket"
+_EXPANDABLE = re.compile(r"expandable_segments\s*:\s*true", re.IGNORECASE)
+
+
+class Buffer(Protocol):
+    """A piece of memory for one bucket at a time."""
+
+    memory: Tensor
+    """``[num_bytes]`` uint8."""
+
+    def close(self) -> None:
+        """Give the memory back; nobody reads it any more."""
+        ...
+
+
+BufferT = TypeVar("BufferT", bound=Buffer)
+
+
+class TwoBuffers(Generic[BufferT]):
+    """Two buffers that take turns, so that one can be filled while servers read the other; ``make`` makes one of a
+    size in bytes.  They last until `close`, so that their pages are there already when the next update comes."""
+
+    def __init__(self, make: Callable[[int], BufferT]) -> None:
+        self._make = make
+        self._buffers: list[BufferT | None] = [None, None]
+        self._turn = 0
+
+    def next(self, num_bytes: int) -> BufferT:
+        """Return the buffer whose turn it is, of at least ``num_bytes``, which nobody may be reading any more."""
+        self._turn = 1 - self._turn
+        buffer = self._buffers[self._turn]
+        if buffer is None or buffer.memory.numel() < num_bytes:
+            if buffer is not None:
+                self._buffers[self._turn] = None
+                buffer.close()
+            buffer = self._buffers[self._turn] = self._make(num_bytes)
+        return buffer
+
+    def close(self) -> None:
+        """Give both back; `next` makes new ones."""
+        for buffer in self._buffers:
+            if buffer is not None:
+                buffer.close()
+        self._buffers = [None, None]
+
+
+class PrivateMemory:
+    """Main memory of this process alone."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = torch.empty(num_bytes, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Nothing: the memory goes with this object."""
+
+
+class MappedFile:
+    """A file in ``folder`` that this process and servers on this host have mapped: ``memory`` is its bytes.
+
+    Only the owner may read it.  It is removed by `close`, or by the next trainer where this one was killed.  Raises
+    `ConfigError` where ``folder`` has no room for it.
+    """
+
+    def __init__(self, folder: Path, num_bytes: int) -> None:
+        self._file, self.path = _locked_file(folder)
+        self._unpin: Callable[[], None] = lambda: None
+        try:
+            # A page that the file system has no room for would end this process when it is written to.
+            os.posix_fallocate(self._file.fileno(), 0, num_bytes)
+        except OSError as error:
+            self.close()
+            raise ConfigError(
+                f"rollout.transfer_dir={folder} has no room for a bucket of {num_bytes / 2**20:.0f} MiB ({error}), of "
+                "which there are two: make it larger, name another folder, or lower rollout.bucket_mb"
+            ) from error
+        self.memory = torch.from_file(str(self.path), shared=True, size=num_bytes, dtype=torch.uint8)
+        self._unpin = pin(self.memory)
+
+    def close(self) -> None:
+        self._unpin()
+        self._unpin = lambda: None
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+class SharedGpuMemory:
+    """Memory of this process's GPU that processes on the same host open by ``handle``, a dictionary of JSON values.
+
+    torch keeps memory that it has handed out until a counter says that one other process has opened and closed it:
+    without any that does, for ever.  `close` takes that one count away, since servers answer when they have read.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = _gpu_memory(num_bytes)
+        shared = self.memory.untyped_storage()._share_cuda_()
+        _, handle, size, offset, self._counter, self._counter_offset, event, event_sync = shared
+        self.handle: dict[str, Any] = {
+            "gpu": str(torch.cuda.get_device_properties(self.memory.device).uuid),
+            "handle": base64.b64encode(handle).decode(),
+            "storage_bytes": size,
+            "storage_offset": offset,
+            "counter_handle": base64.b64encode(self._counter).decode(),
+            "counter_offset": self._counter_offset,
+            "event_handle": base64.b64encode(event).decode(),
+            "event_sync": event_sync,
+        }
+
+    def close(self) -> None:
+        device = self.memory.device
+        torch.UntypedStorage._release_ipc_counter(self._counter, self._counter_offset, device=device)
+        del self.memory
+        torch.cuda.ipc_collect()
+
+
+def _gpu_memory(num_bytes: int) -> Tensor:
+    with without_expandable_segments():
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+
+
+@contextlib.contextmanager
+def without_expandable_segments() -> Iterator[None]:
+    """Let torch allocate GPU memory by cudaMalloc inside, whatever its settings: memory of expandable segments needs
+    other handles, which torch 2.11 to 2.13 do not open reliably.  Other settings stay as they are."""
+    settings = _allocator_settings()
+    if not _EXPANDABLE.search(settings):
+        yield
+        return
+    _set_allocator_settings(_EXPANDABLE.sub("expandable_segments:False", settings))
+    try:
+        yield
+    finally:
+        _set_allocator_settings(settings)
+
+
+def _allocator_settings() -> str:
+    """Return all settings of torch's allocator in its own form; torch forgets those that a new string leaves out."""
+    if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        return torch._C._accelerator_getAllocatorSettings()
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+
+
+def _set_allocator_settings(settings: str) -> None:
+    if hasattr(torch._C, "_accelerator_setAllocatorSettings"):
+        torch._C._accelerator_setAllocatorSettings(settings)
+    else:
+        torch.cuda.memory._set_allocator_settings(settings)
+
+
+@contextlib.contextmanager
+def bucket_file(folder: Path, packed: Tensor) -> Iterator[Path]:
+    """Yield the path of a file with the bytes of ``packed``, which other hosts can read, too; it is removed after."""
+    bucket, path = _locked_file(folder)
+    with bucket:
+        try:
+            bucket.write(packed.numpy().data)
+            bucket.flush()
+            os.fsync(bucket.fileno())  # a network file system shows them to other hosts no earlier
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove buckets in ``folder`` whose writer is gone: nobody holds their lock."""
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with contextlib.suppress(OSError), open(path, "rb") as bucket:  # another user's, removed meanwhile, or locked
+            fcntl.flock(bucket, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _locked_file(folder: Path) -> tuple[Any, Path]:
+    """Return a new file, open and locked by this process, and its path.  The file gets the name that `remove_abandoned`
+    looks for only when it is locked."""
+    name = _PREFIX + secrets.token_hex(8)
+    path = folder / (name + _SUFFIX)
+    file = open(folder / name, "x+b", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
+    fcntl.flock(file, fcntl.LOCK_EX)
+    os.rename(folder / name, path)
+    return file, path

@@ -1,0 +1,121 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The weights of one moment, from the trainer's rank 0 to several vLLM servers at once, by any transfer.
+
+    update = WeightUpdate(transfer, servers, version)  # on rank 0
+    for tensors in exporter.stream(copies=False):      # on every rank
+        update.send(tensors)
+    update.finish()
+    update.failures                                    # servers that have no whole update, and why
+
+A server answers nothing between the first call and the last, and what it says of a broken update is no version at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.protocol import digest
+from megatron_selfdistill.rollout.vllm.transfer import Failures, Transfer, on_each
+
+LOADING = "loading"
+"""What a server says of its weights while they arrive; no number, so no response with it is ever used."""
+
+
+class WeightUpdate:
+    """The weights of one moment on their way to several servers at once.
+
+    ``servers`` are those that still take part, ``failures`` the others.  Where the transfer is not ``isolated``, one
+    that fails ends the update of all: `broken` tells so, and the others need a new update.
+    """
+
+    def __init__(self, transfer: Transfer, servers: Sequence[VllmServer], version: int) -> None:
+        self._transfer = transfer
+        self._version = version
+        self._names: list[str] = []
+        self.servers = list(servers)
+        self.failures: Failures = {}
+        self.num_bytes = 0
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = ThreadPoolExecutor(
+            1, "bucket", initializer=None if device is None else lambda: torch.cuda.set_device(device)
+        )
+        self._on_its_way: Future[Failures] | None = None
+        self._drop(on_each(self.servers, _begin))
+        self._drop(transfer.join(self.servers) if self.servers else {})
+        if not self.broken:
+            self._each(lambda server: server.start_weight_update())
+
+    @property
+    def isolated(self) -> bool:
+        """Of the transfer: who failed did so alone, and need not be asked again."""
+        return self._transfer.isolated
+
+    @property
+    def broken(self) -> bool:
+        """Nobody gets a whole update."""
+        return not self.servers or bool(self.failures and not self._transfer.isolated)
+
+    def send(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Send one bucket, which may be empty.
+
+        Returns when its tensors may be written to again: servers have loaded the bucket before it, and may still be
+        loading this one, so that the next one is gathered and packed meanwhile.
+        """
+        if self.broken or not tensors:
+            return
+        bucket = self._transfer.pack(tensors)
+        self._settle()
+        if self.broken:
+            return
+        self._names += bucket.layout.names
+        self.num_bytes += sum(tensor.nbytes for _, tensor in tensors)
+        self._on_its_way = self._thread.submit(self._transfer.send, bucket, list(self.servers))
+
+    def finish(self) -> None:
+        """Let servers that got every tensor answer with the new weights from here on."""
+        try:
+            self._settle()
+            self._end()
+        finally:
+            self._thread.shutdown()
+            self._transfer.release()
+
+    def _settle(self) -> None:
+        """Wait for the bucket that is on its way."""
+        if self._on_its_way is not None:
+            sent, self._on_its_way = self._on_its_way, None
+            self._drop(sent.result())
+
+    def _end(self) -> None:
+        if self.broken:
+            return
+        complete = digest(self._names)
+
+        def end(server: VllmServer) -> None:
+            server.update_weights(complete=complete)
+            server.finish_weight_update(str(self._version))
+            server.resume()
+
+        # What fails here has no part in the transfer any more, so it is one server's own affair.
+        failures = on_each(self.servers, end)
+        self.servers = [server for server in self.servers if server not in failures]
+        self.failures.update(failures)
+
+    def _each(self, do: Callable[[VllmServer], None]) -> None:
+        self._drop(on_each(self.servers, do))
+
+    def _drop(self, failures: Failures) -> None:
+        self.failures.update(failures)
+        self.servers = [server for server in self.servers if server not in failures]
+
+
+def _begin(server: VllmServer) -> None:
+    """Stop work, undo what an earlier trainer may have left, and disown the weights."""
+    server.pause()
+    server.set_weight_version(LOADING)
+    server.call("abandon_weight_update")

@@ -1,0 +1,151 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The self-test of a node: every check by the ranks of this launch, a table, one exit status.
+
+torchrun --nproc-per-node 8 -m megatron_selfdistill doctor --selftest
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_selfdistill.compat import cpu
+from megatron_selfdistill.distributed import ranks
+from megatron_selfdistill.model.architecture import uses_transformer_engine
+from megatron_selfdistill.model.build import megatron_in_use
+from megatron_selfdistill.selftest import set_environment
+from megatron_selfdistill.selftest.layer_kinds import layers_against_local
+from megatron_selfdistill.selftest.meeting import LIMIT_S, Meeting
+from megatron_selfdistill.selftest.outcome import HEADER, Outcome, lines
+from megatron_selfdistill.selftest.resume import save_and_resume
+from megatron_selfdistill.selftest.sharded_loss import loss_against_float64
+from megatron_selfdistill.selftest.sync import weight_sync
+from megatron_selfdistill.selftest.tiny import Node, write_texts
+from megatron_selfdistill.selftest.training import identity_law, pair_orders
+from megatron_selfdistill.selftest.warming import warm_up
+
+CHECKS: dict[str, Callable[[Node], Outcome]] = {
+    "identity law": identity_law,
+    "vocabulary-parallel loss against float64": loss_against_float64,
+    "Transformer Engine's layers against local ones": layers_against_local,
+    "both pair orders": pair_orders,
+    "save and resume": save_and_resume,
+    "weight sync to the sampler": weight_sync,
+}
+SHARE = 0.5
+"""Of the time that is left, what one check may take; the last one, which waits for an engine, gets all that the others
+have left."""
+
+
+def selftest(sampler: str | None = None, say: Callable[[str], None] = print, limit_s: float = LIMIT_S) -> list[Outcome]:
+    """What became of every check, equal on all ranks; rank 0 ``say``s each as it comes, and a sentence at the end.
+
+    ``sampler``: megatron or vllm; None is vllm where it is installed.  RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+    are as torchrun sets them; without them this is a world of one.  There must be no process group.
+    A warm-up of at most ``limit_s`` comes first: what NCCL and the compilers need the first time counts for no check.
+    Where ranks do not return from it or from a check, or the checks' ``limit_s`` are over, the process ends here with
+    status 1, the table complete: what was not reached is a line of it.
+    """
+    set_environment()
+    rank, world_size = int(os.environ.get("RANK", "0")), ranks.world_size()
+    sampler = sampler or ("vllm" if importlib.util.find_spec("vllm") else "megatron")
+    if not cpu.ON_CPU:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    table = _Table(say if rank == 0 else lambda line: None)
+    with Meeting(rank, world_size, broken_off=table.end, limit_s=limit_s) as meeting:
+        table.begin(world_size, sampler)
+        with _folder(meeting) as folder:
+            node = Node(rank, world_size, folder, sampler, meeting.open_group, 2 * limit_s)
+            table.warmed(meeting.warm_up(partial(warm_up, node), leave=_leave, limit_s=limit_s))
+            for number, (name, check) in enumerate(CHECKS.items(), 1):
+                share = SHARE if number < len(CHECKS) else 1.0
+                table.add(meeting.hold(name, partial(check, node), leave=_leave, share=share))
+    table.conclude()
+    return table.outcomes
+
+
+def passed(outcomes: list[Outcome]) -> bool:
+    return len(outcomes) == len(CHECKS) and all(outcome.passed for outcome in outcomes)
+
+
+class _Table:
+    """Says each outcome as it comes, so that also a process that is killed has said the ones before."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.outcomes: list[Outcome] = []
+        self._say, self._began = say, time.perf_counter()
+
+    def begin(self, world_size: int, sampler: str) -> None:
+        device = "cpu, over gloo" if cpu.ON_CPU else f"{torch.cuda.get_device_name()}, over NCCL"
+        layers = "Transformer Engine's" if uses_transformer_engine() else "Megatron's local"
+        self._say(f"self-test: {world_size} rank{'s' * (world_size > 1)}, {device}; {layers} layers; sampler {sampler}")
+        self._say(megatron_in_use())
+        self._say(HEADER)
+
+    def warmed(self, outcome: Outcome) -> None:
+        """Say how long the warm-up took, and what broke it off; the checks that follow show what that means."""
+        self._say(f"{outcome.name:<58} {'':>9}    {'':>7} {outcome.seconds:>8.1f}")
+        if outcome.error:
+            self._say(f"    -> {outcome.error}")
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        for line in lines(outcome):
+            self._say(line)
+
+    def end(self, outcome: Outcome) -> None:
+        """Of a check from which not all ranks have returned, or nameless where the time is over: none can follow."""
+        why = "the check before was broken off" if outcome.name else outcome.error
+        if outcome.name and outcome.name not in CHECKS:
+            self.warmed(outcome)
+            why = "the warm-up was broken off"
+        elif outcome.name:
+            self.add(outcome)
+        for name in list(CHECKS)[len(self.outcomes) :]:
+            self.add(Outcome(error=f"not reached: {why}", name=name))
+        self.conclude()
+
+    def conclude(self) -> None:
+        failures = [outcome.name for outcome in self.outcomes if not outcome.passed]
+        left_out = [outcome.name for outcome in self.outcomes if outcome.passed and outcome.not_done]
+        seconds = time.perf_counter() - self._began
+        if failures:
+            self._say(f"{len(failures)} of {len(CHECKS)} checks failed in {seconds:.0f} s: {'; '.join(failures)}")
+            return
+        but = f"; not done: {'; '.join(left_out)}" if left_out else ""
+        self._say(f"this node passes, {len(CHECKS) - len(left_out)} of {len(CHECKS)} checks, in {seconds:.0f} s{but}")
+
+
+@contextlib.contextmanager
+def _folder(meeting: Meeting) -> Iterator[Path]:
+    """With texts, made by rank 0 and told to the others; it goes when all have left."""
+    made: list[Path] = []
+
+    def make() -> str:
+        made.append(Path(tempfile.mkdtemp(prefix="selfdistill_selftest_")))
+        write_texts(made[0])
+        return str(made[0])
+
+    try:
+        yield Path(meeting.from_rank_0("folder", make))
+    finally:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leave() -> None:
+    """End the process groups of a check, also of one that was broken off, and free what it held."""
+    ranks.shutdown()
+    gc.collect()
+    if not cpu.ON_CPU:
+        torch.cuda.empty_cache()

@@ -1,0 +1,161 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The quickstart learns what it says, its baselines do not, the guard stops what collapses; every example runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import additions
+import arms
+import pretraining
+import pytest
+import ragged_subtraction
+import subtraction
+import tables
+from rich.console import Console
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.metrics import read_metrics
+from megatron_selfdistill.metrics.guards import Guards
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted(path.stem for path in (REPOSITORY / "examples").glob("[0-9]*.py"))
+
+
+@pytest.fixture(scope="module")
+def problems(root):
+    return pretraining.write_records(root / "train.jsonl", subtraction.training_problems(5))
+
+
+@pytest.fixture(scope="module")
+def distilled(base, problems, root):
+    return arms.run_arm(arms.SELF_DISTILLATION.on(problems), base, root / "arms")
+
+
+def test_the_base_has_the_pupils_bugs_and_can_use_a_hint(base):
+    before = arms.measure(base)
+    assert 0.2 < before.greedy < 0.5
+    assert 0.15 < before.sampled < 0.45
+    assert before.hinted > 0.95
+    assert before.shows_work > 0.95
+
+
+def test_self_distillation_from_answers_alone_learns_to_subtract(distilled):
+    after = distilled.measurement
+    assert distilled.status == 0
+    assert after.greedy >= 0.85
+    assert after.sampled >= 0.60
+    assert after.shows_work > 0.95
+    assert 21.5 < after.length < 22.5
+    assert after.hinted > 0.9
+
+
+def test_no_guard_would_stop_the_healthy_run_at_half_its_margin(distilled):
+    """The default limits leave room: the same run passes limits that are twice as tight."""
+    config = configuration.load()
+    tight = dataclasses.replace(
+        config.guards,
+        min_entropy_ratio=2 * config.guards.min_entropy_ratio,
+        max_entropy_ratio=config.guards.max_entropy_ratio / 2,
+        min_length_ratio=2 * config.guards.min_length_ratio,
+    )
+    guards = Guards(tight)
+    for line in read_metrics(distilled.run_dir):
+        guards.check(line["step"], line)
+
+
+def test_fine_tuning_on_the_hints_text_learns_nothing(base, problems, root, load_example):
+    outcome = arms.run_arm(load_example("01_quickstart").IMITATION.on(problems), base, root / "arms")
+    assert outcome.measurement.greedy <= 0.10
+    assert outcome.measurement.shows_work <= 0.10
+
+
+def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, problems, root, capsys):
+    outcome = arms.run_arm(arms.LITERAL.on(problems), base, root / "arms")
+    assert outcome.status == 3
+    assert outcome.stopped
+    assert "entropy explosion" in capsys.readouterr().out
+    last = read_metrics(outcome.run_dir)[-1]["step"]
+    assert last < 120
+    assert (outcome.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(last)
+
+
+def test_a_base_is_found_again_and_another_setting_makes_another(base, root):
+    again = pretraining.make_base(subtraction, 5, root / "bases")
+    assert again == dataclasses.replace(base, seconds=0.0)
+    short = pretraining.make_base(subtraction, 5, root / "bases", num_steps=2)
+    assert short.folder != base.folder
+    assert short.seconds > 0
+
+
+def test_the_printed_command_is_the_run(base, problems, root):
+    """It exists, it composes to the configuration that the arm ran with, and it starts."""
+    arm = arms.TEACHER_ALONE.on(problems)
+    overrides = (*base.overrides, *arm.overrides, f"run_dir={root / 'by_hand'}", "dry_run=true")
+    line = arms.command(overrides)
+    words = shlex.split(line)
+    in_line = words[words.index("quickstart") + 1 :]
+    assert configuration.load(in_line, "quickstart") == configuration.load(list(overrides), "quickstart")
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    python_path = words[0].removeprefix("PYTHONPATH=") + os.pathsep + str(REPOSITORY)
+    line = line.replace(words[0], f"PYTHONPATH={shlex.quote(python_path)}")  # this package may not be installed
+    done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2000 problems" in done.stdout
+
+
+def test_variable_widths_are_learnt(root, load_example, monkeypatch):
+    monkeypatch.setattr(ragged_subtraction, "PRETRAINING_STEPS", 800)
+    load_example("05_variable_widths").main(["--folder", str(root), "--steps", "30", "--only"])
+    run_dir = root / "variable_widths" / "seed5" / "self-distillation"
+    lines = read_metrics(run_dir)
+    accuracy = [line["evaluation/greedy_accuracy"] for line in lines if "evaluation/greedy_accuracy" in line]
+    assert accuracy[-1] > accuracy[0] + 0.2
+    assert (run_dir.parent / "curves.png").stat().st_size > 10_000
+
+
+def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeypatch, capsys):
+    monkeypatch.setattr(additions, "PRETRAINING_STEPS", 30)
+    monkeypatch.setattr(additions, "WEAK_PRETRAINING_STEPS", 10)
+    assert load_example("04_many_answers").main(["--folder", str(root), "--steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "RFT with a verifier" in shown
+    assert "different" in shown
+    for part in ("strong", "weak"):
+        assert (root / "many_answers" / "seed5" / part / "curves.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["01_quickstart", "02_wrong_hints", "03_hard_problems"])
+def test_the_other_examples_run_to_their_end(base, root, load_example, name, capsys):
+    assert load_example(name).main(["--folder", str(root), "--steps", "2"]) == 0
+    assert "curves.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_says_what_it_shows_and_how_it_is_run(load_example, name, capsys):
+    module = load_example(name)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python examples/{name}.py" in shown
+
+
+def test_several_seeds_are_shown_as_mean_and_worst(load_example, base):
+    measured = [arms.Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, ()) for greedy in (0.9, 0.98)]
+    outcomes = [
+        [arms.Outcome(arms.SELF_DISTILLATION, base.folder, 0, seconds, m)]
+        for seconds, m in zip((10.0, 20.0), measured, strict=True)
+    ]
+    table = load_example("01_quickstart").over_seeds({5: (measured[0], outcomes[0]), 6: (measured[0], outcomes[1])})
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(table)
+    assert "0.940 (0.900)" in shown.getvalue()
+    assert "15" in shown.getvalue()
+    assert tables.label(dataclasses.replace(outcomes[0][0], status=3)).endswith("(stopped)")

@@ -1,0 +1,244 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The benchmarks run as users run them, and count what they say they count; their times are nobody's claim here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from scripts import load_script
+
+from megatron_selfdistill.loss import VocabShard
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def run(tool: str, *arguments: str, launcher: Sequence[str] = (), fails: bool = False) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, str(TOOLS / tool), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stdout
+
+
+def measured(folder: Path, *arguments: str, launcher: Sequence[str] = (), fails: bool = False) -> dict[str, list[dict]]:
+    """Of each contender, in every size."""
+    run("benchmark_loss.py", "--repeats=1", f"--out={folder}/found", *arguments, launcher=launcher, fails=fails)
+    assert (folder / "found.md").read_text().count("collectives") > 0
+    by_name: dict[str, list[dict]] = {}
+    for size in json.loads((folder / "found.json").read_text())["sizes"]:
+        for found in size["found"]:
+            by_name.setdefault(found["name"], []).append(found)
+    return by_name
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script of tools/ as a module, which finds those beside it, as when it is run."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    for name in ("loss_contenders", "loss_measurements", "step_parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return lambda name: load_script(TOOLS / f"{name}.py")
+
+
+def case_of(contenders: ModuleType, tokens: int, vocab: int, dtype: torch.dtype, kind: str = "reverse_kl") -> Any:
+    return contenders.Case(tokens, vocab, None, dtype, torch.device("cpu"), VocabShard(0, vocab, vocab), kind)
+
+
+def test_the_loss_is_measured_at_every_size_with_its_error_and_a_plot(tmp_path):
+    found = measured(tmp_path, "--tokens", "40", "80", "--vocab", "1000", "3000", f"--plot={tmp_path}/loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert {len(sizes) for sizes in found.values()} == {3}
+    for ours in (*found["torch"], *found["naive PyTorch"]):
+        assert ours["loss_error"] < 1e-5 and ours["gradient_error"] < 1e-4 and ours["failure"] is None
+    assert found["naive PyTorch"][0]["moved_u"] > 600 and found["naive PyTorch"][0]["peak_u"] > 10
+    assert found["Megatron's fused cross entropy"][0]["collectives"] == 2
+
+
+def test_the_fused_output_layer_is_measured_against_its_products(tmp_path):
+    options = ["--tokens=768", "--vocab=8192", "--hidden=64", "--chunk=64", "--divergence=jsd"]
+    found = {name: sizes[0] for name, sizes in measured(tmp_path, *options).items()}
+    assert found["fused, keep_gradient"]["peak_u"] < 0.8 * found["materialised"]["peak_u"]
+    assert found["fused, low_memory"]["peak_u"] < 0.7 * found["fused, keep_gradient"]["peak_u"]
+    passes = {"materialised": 13, "fused, keep_gradient": 13, "fused, low_memory": 15}
+    for name, by_design in passes.items():
+        assert found[name]["gradient_error"] < 1e-4
+        assert found[name]["passes_by_design"] == by_design
+        assert found[name]["passes_measured"] == by_design + 2, "in fp32 both rows are read for their maxima, too"
+        assert found[name]["floor_u"] is None
+    assert found["4 products alone"]["loss_error"] is None
+    assert found["4 products alone"]["passes_by_design"] == found["4 products alone"]["passes_measured"] == 4
+
+
+@pytest.mark.parametrize("options", [["--vocab=2000"], ["--vocab=2000", "--hidden=32", "--chunk=16"]])
+def test_errors_are_told_also_where_the_vocabulary_is_over_two_ranks(tmp_path, options):
+    """The gradient of hidden states is right only where it is summed over the ranks."""
+    found = measured(tmp_path, "--tokens=40", "--divergence=forward_kl", *options, launcher=TWO_RANKS)
+    ours = {name: sizes[0] for name, sizes in found.items() if sizes[0]["loss_error"] is not None}
+    assert len(ours) == (1 if "--hidden=32" not in options else 3)
+    for one in ours.values():
+        assert 0 < one["loss_error"] < 1e-5 and 0 < one["gradient_error"] < 1e-5
+    sums = {"4 products alone": 1, "materialised": 4}  # of dgrad; and the loss's own three
+    assert all(found[name][0]["collectives"] == sums[name] for name in found.keys() & sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("kind", "passes"), [("reverse_kl", 7), ("forward_kl", 7), ("jsd", 9)])
+def test_passes_are_those_of_the_design_and_the_floor_follows_dtype_and_divergence(tools, dtype, kind, passes):
+    module, size = tools("loss_measurements"), dtype.itemsize // 2
+    contenders = sys.modules["loss_contenders"]
+    case = case_of(contenders, 256, 4096, dtype, kind)  # of 64 rows in a chunk
+    entrants = contenders.contenders(argparse.Namespace(hidden=None, divergence=kind), case.device, 1)
+    report = module.report_of(case, [one for one in entrants if one.name == "torch"], 1)
+    (found,) = report.found
+    assert found.failure is None and report.floor_u == passes * size
+    assert (found.passes_by_design, found.floor_u) == (passes, passes * size)
+    # In fp32 a chunk of rows is read for its maximum, and again, out of a cache, for the difference to it.
+    assert found.passes_measured == passes + (2 if dtype is torch.float32 else 0)
+
+
+def test_one_contender_at_a_time_holds_tensors(tools):
+    module = tools("loss_measurements")
+    contenders = sys.modules["loss_contenders"]
+    case, alive = case_of(contenders, 8, 300, torch.float32), weakref.WeakSet()
+
+    class Logits:
+        """Of one run."""
+
+    def prepare(case: Any) -> Any:
+        assert not alive, "those of an earlier run are still there"
+        logits = Logits()
+        alive.add(logits)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            return case.student.new_zeros(8) * bool(logits), case.student
+
+        return run
+
+    found = module.measure(case, [contenders.Contender(name, prepare) for name in "abc"], 2)
+    assert [one.failure for one in found] == [None] * 3
+    assert not alive
+
+
+class FailsAt:
+    """A contender that works so many times, and then does not."""
+
+    def __init__(self, times: int, works: Callable[[Any], Any]) -> None:
+        self.left, self.works = times, works
+
+    def __call__(self, case: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise CompilationFailed("no such | instruction\nat line 7")
+        return self.works(case)
+
+
+class CompilationFailed(Exception):
+    """As Triton's: no RuntimeError."""
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 3, 4], ids=["prepared", "timed", "peak", "operators", "errors"])
+def test_a_contender_that_fails_leaves_the_others_rows(tools, capsys, times):
+    module = tools("benchmark_loss")
+    contenders, measurements = sys.modules["loss_contenders"], sys.modules["loss_measurements"]
+    case, works = case_of(contenders, 8, 300, torch.float32), contenders.ours(backend="torch")
+    failing = contenders.Contender("naive PyTorch", FailsAt(times, works))
+    report = measurements.report_of(case, [failing, contenders.Contender("torch", works, passes=7, floor=7)], 1)
+    assert report.found[0].failure == "CompilationFailed: no such | instruction"
+    assert report.found[1].failure is None and report.found[1].loss_error < 1e-5
+    arguments = argparse.Namespace(hidden=None, dtype="float32", divergence="reverse_kl")
+    heading, _, failed, row = module.table(report, arguments, 1).splitlines()[-4:]
+    assert failed.startswith(r"| naive PyTorch | CompilationFailed: no such \| instruction | ")
+    cells = [cell.strip() for cell in row.split("|")]
+    column = [cell.strip() for cell in heading.split("|")].index("to naive PyTorch")
+    assert cells[column] == "-" and "nan" not in row
+    assert failed.replace(r"\|", "").count("|") == row.count("|") == heading.count("|")
+
+
+def test_files_hold_the_sizes_before_one_that_ends_the_run(tmp_path):
+    found = measured(tmp_path, "--tokens=40", "--vocab", "1000", str(2**24), fails=True)
+    assert len(found["torch"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fused"),
+    [([], "none"), ([], "keep_gradient"), (TWO_RANKS, "low_memory")],
+    ids=["one rank", "keep_gradient", "TP2, low_memory"],
+)
+def test_a_step_is_measured_by_parts(tmp_path, launcher, fused):
+    sizes = "--layers=1 --hidden=64 --head-size=32 --vocab=256 --problems=3 --response=16 --tokens=256 --repeats=1"
+    options = [f"--tp={2 if launcher else 1}", f"--json={tmp_path}/found", f"--fused={fused}", "--chunk=8"]
+    shown = run("benchmark_step.py", *options, *sizes.split(), launcher=launcher)
+    assert "| self-distillation, whole step |" in shown
+    assert "output layer materialised" in shown if fused == "none" else f"fused, {fused}, chunks of 8" in shown
+    found = json.loads((tmp_path / "found").read_text())
+    (parts,) = found["parts"]
+    assert min(parts[name] for name in parts if name != "weight sync") > 0
+    assert sorted(parts) == sorted(
+        "rollout,teacher forward,student forward,output layer,loss,backward,optimizer,weight sync".split(",")
+    )
+    # Contexts of 80 tokens, with their hints of 144: three in a row of 256 tokens, in pairs one.
+    in_pairs = {"student's step": 3, "teacher's forward": 3, "self-distillation": 6}
+    assert found["num_microbatches"] == {"next token": 1} | in_pairs
+    assert [sorted(seconds) for seconds in found["seconds"]] == [sorted(found["num_microbatches"])]
+    assert "of the student's step and the teacher's forward together" in shown
+
+
+class Sampler:
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., list]:
+        return lambda *_: self.calls.append(name) or []
+
+
+def test_weights_are_sent_once_per_step_and_not_within_the_rollout(tools, monkeypatch):
+    module, sampler = tools("benchmark_step"), Sampler()
+    rest = dict.fromkeys(("grid", "chunks", "teacher", "optimizer", "vocab", "row_loss"))
+    bench = module._Bench(**rest, sampler=sampler, arguments=argparse.Namespace(response=4))
+    monkeypatch.setattr(bench, "packed", lambda responses: None)
+
+    def train(batch: Any, clock: Any) -> None:
+        for name in module.PARTS:
+            with clock(name):
+                pass
+
+    monkeypatch.setattr(bench, "train", train)
+    bench.by_part()
+    assert sampler.calls == ["update_weights", "generate", "sleep"]
+
+
+def test_seconds_within_a_part_count_for_that_part_alone(tools, monkeypatch):
+    module, times = tools("step_parts"), iter([0.0, 1.0, 3.0, 4.0, 4.5, 10.0])
+    monkeypatch.setattr(module, "now", lambda: next(times))
+    clock = module.Clock(on=True)
+    with clock("backward"):
+        with clock("loss"):
+            pass
+        with clock("loss"):
+            pass
+    assert clock.seconds == {"backward": 7.5, "loss": 2.5}
+
+
+@pytest.mark.parametrize("words", [["--placement", "server"], ["--placement=server"]])
+def test_a_weight_sync_to_servers_is_measured_by_its_own_script(monkeypatch, words):
+    called: list[list[str]] = []
+    stand_in = ModuleType("server_sync")
+    stand_in.main = lambda: called.append(sys.argv[1:])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "server_sync", stand_in)
+    monkeypatch.setattr(sys, "argv", ["weight_sync.py", "--layers=2", *words, "--transfers", "gloo"])
+    load_script(TOOLS / "benchmarks" / "weight_sync.py").main()
+    assert called == [["--layers=2", "--transfers", "gloo"]]

@@ -1,0 +1,163 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The documentation's site has every page, key, command and module, and its links out of docs/ lead to pages."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scripts import load_script
+
+from megatron_selfdistill import cli
+from megatron_selfdistill.config import keys
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCS = REPOSITORY / "docs"
+
+
+@pytest.fixture(scope="module")
+def site(request) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        yield load_script(REPOSITORY / "tools" / "docs_site" / "hooks.py")
+
+
+@pytest.fixture(scope="module")
+def reference(site) -> dict[str, str]:
+    return site.reference()
+
+
+def pages_of(entry: Any) -> Iterator[str]:
+    """Yield every page that a part of the navigation names."""
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for one in entry.values() if isinstance(entry, dict) else entry:
+            yield from pages_of(one)
+
+
+def test_the_navigation_has_every_page_once_and_no_other(site, reference):
+    named = list(pages_of(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]))
+    written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    generated = {*reference, *(site.links.site_path(name, REPOSITORY) for name in site.IN_NAVIGATION)}
+    assert sorted(named) == sorted(written | generated)
+
+
+def test_the_build_fails_where_a_page_a_link_or_an_anchor_is_missing():
+    settings = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
+    found = [level for kind in settings["validation"].values() for level in kind.values()]
+    assert settings["strict"] is True and found == ["warn"] * 7
+
+
+def test_every_key_has_an_anchor_its_default_and_whether_a_resumed_run_may_change_it(site, reference):
+    page, rules = reference["reference/configuration.md"], site.configuration
+    entries = dict(re.findall(r"^\[`([\w.]+)`\]\(#\1\)\{ #\1 \}\n:   (.*)$", page, re.MULTILINE))
+    assert list(entries) == [key for key in keys() if key in entries] and set(entries) == set(keys())
+    for key, (default, _) in keys().items():
+        assert rules.WHEN_RESUMED[rules.rule_of(key)] in entries[key]
+        assert f"default `{rules.shown(default)}`" in entries[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (
+            "rollout.transfer",
+            "`shared_memory`, `gloo`, `nccl`, `ipc` or null · default `null` · a resumed run may change",
+        ),
+        ("loss.divergence", "`reverse_kl`, `forward_kl`, `jsd` · default `reverse_kl` · a resumed run keeps it"),
+        ("teacher.weights", "`frozen`, `ema`, `current` · default `frozen` · a run never changes it"),
+        ("evaluation.verifier", "text · default `math_verify` · a resumed run keeps it where it trains on verdicts"),
+        ("model.vocab_size", "integer or null · default `null` · a resumed run keeps it"),
+        ("rollout.stop_token_ids", "list of integer · default `[]` · a resumed run keeps it"),
+    ],
+)
+def test_an_entry_has_type_choices_default_and_rule(reference, key, words):
+    assert f"{{ #{key} }}\n:   {words}" in reference["reference/configuration.md"]
+
+
+def test_items_with_another_rule_than_their_key_are_listed(reference):
+    _, _, entry = reference["reference/configuration.md"].partition("{ #model.transformer }")
+    assert "For these items a resumed run may change it: `account_for_embedding_in" in entry.partition("\n[`")[0]
+
+
+def test_every_recipe_is_named_with_a_whole_sentence(reference):
+    rows = dict(re.findall(r"^\| `recipe=(\w+)` \| (.*) \|$", reference["reference/configuration.md"], re.MULTILINE))
+    assert set(rows) == {file.stem for file in (REPOSITORY / "configs" / "recipe").glob("*.yaml")}
+    assert [row for row in rows.values() if not row.endswith(".") or row.endswith("...")] == []
+
+
+def test_a_doc_comment_is_shown_as_it_is_written(site):
+    assert site.configuration.escaped("4 * a_b, <x>, `c * d_e`, ``f_g``") == r"4 \* a\_b, &lt;x>, `c * d_e`, ``f_g``"
+
+
+def test_every_command_shows_its_help_and_that_of_its_subcommands(reference):
+    page = reference["reference/commands.md"]
+    for name in cli.COMMANDS:
+        assert f"\n## selfdistill {name}\n\n```text\nusage: selfdistill {name} " in page
+    for name in ("convert hf-to-megatron", "convert megatron-to-hf", "convert inspect", "evaluate compare"):
+        assert f"\n### selfdistill {name}\n\n```text\nusage: selfdistill {name} " in page
+
+
+def test_a_command_whose_help_fails_ends_the_build(site):
+    with pytest.raises(RuntimeError, match=r"to print its help, got: .*no_such_module"):
+        site.commands.help_of(("-m", "no_such_module"))
+
+
+def test_every_module_of_the_reference_exists_and_is_documented(reference):
+    modules = re.findall(r"^::: (\S+)$", "\n".join(reference.values()), re.MULTILINE)
+    assert len(modules) > 20 and len(set(modules)) == len(modules)
+    assert [name for name in modules if not (REPOSITORY / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+def test_the_site_needs_neither_torch_nor_megatron(site):
+    code = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys(("torch", "megatron", "numpy", "transformers")))
+hooks = runpy.run_path({str(REPOSITORY / "tools/docs_site/hooks.py")!r})
+print(len(hooks["configuration"].page()), len(hooks["repository_pages"]()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A repository whose one page links to everything that a page may link to."""
+    for name, text in {
+        "docs/guides/page.md": "[a](other.md#x) [b](../../tool.py#L3) [c](../../FILE.md#y) [d](https://x.org)\n"
+        "```\n[e](../../tool.py)\n```\n[f](../../code) [g](../../missing.md) [h](#z) ![i](../i.png)\n",
+        "docs/guides/other.md": "",
+        "FILE.md": "[a](docs/guides/page.md#x) [b](code/one.sh)\n![c](docs/i.png)\n",
+        "docs/i.png": "",
+        "tool.py": "print('```')\n",
+        "code/one.sh": "echo\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_links_out_of_docs_lead_to_pages_of_the_site(site, tree):
+    text, outside = site.links.rewritten((tree / "docs/guides/page.md").read_text(), "docs/guides/page.md", tree)
+    assert text.split("\n") == [
+        "[a](other.md#x) [b](../repository/tool.py.md) [c](../repository/FILE.md#y) [d](https://x.org)",
+        *("```", "[e](../../tool.py)", "```"),
+        "[f](../repository/code/index.md) [g](../../missing.md) [h](#z) ![i](../i.png)",
+        "",
+    ]
+    assert outside == ["tool.py", "FILE.md", "code"]
+
+
+def test_a_file_that_a_page_leads_to_is_a_page_with_links_of_its_own(site, tree):
+    made = site.links.linked_files(["docs/guides/page.md"], tree)
+    assert set(made) == {f"repository/{name}.md" for name in ("tool.py", "FILE", "code/index", "code/one.sh")}
+    assert made["repository/FILE.md"] == "[a](../guides/page.md#x) [b](code/one.sh.md)\n![c](../i.png)\n"
+    assert "# tool.py\n\n````python\nprint('```')\n\n````\n" in made["repository/tool.py.md"]
+    assert made["repository/code/index.md"].endswith("# code\n\n- `one.sh`\n")

@@ -1,0 +1,175 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every command works from a wheel, in a fresh environment and outside of a checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import hf_models
+import pytest
+import tiny_run
+
+from megatron_selfdistill.cli import COMMANDS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+SMALL = ["rollout.max_new_tokens=4", "rollout.kv_cache_gb=0.05", "optimizer=fp32", "evaluation.verifier=exact_match"]
+TEMPLATE = "data.teacher_template='{problem}H{solution}|'"
+OUTSIDE = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("PYTHONPATH", "PYTHONHOME", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+} | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
+
+Done = subprocess.CompletedProcess[str]
+
+
+def run(*command: str | Path, cwd: Path) -> Done:
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=OUTSIDE, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    tree = folder / "source"  # a build leaves files in the tree that it builds from
+    tree.mkdir()
+    for name in "setup.py pyproject.toml MANIFEST.in LICENSE README.md configs megatron_selfdistill".split():
+        done = run("cp", "-r", REPOSITORY / name, tree / name, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
+    done = run(sys.executable, "-m", "pip", "wheel", *options, tree, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def environment(folder: Path, wheel: Path) -> Path:
+    """An environment that has the wheel and nothing else; returns its folder of programs."""
+    venv.create(folder, with_pip=False)
+    programs = folder / "bin"
+    install = ("install", "--quiet", "--no-deps", wheel)
+    done = run(sys.executable, "-m", "pip", "--python", programs / "python", *install, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return programs
+
+
+@pytest.fixture(scope="module")
+def bare(wheel, tmp_path_factory) -> Path:
+    return environment(tmp_path_factory.mktemp("bare"), wheel)
+
+
+@pytest.fixture(scope="module")
+def programs(wheel, tmp_path_factory) -> Path:
+    """An environment with the wheel, and with the packages beside which these tests run."""
+    folder = tmp_path_factory.mktemp("environment")
+    programs = environment(folder, wheel)
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    # Python does not read the .pth files of these folders, and so not this project's editable installation either.
+    (next(folder.rglob("site-packages")) / "packages.pth").write_text("".join(f"{path}\n" for path in packages))
+    return programs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Problems, and an untrained model as a Hugging Face folder with its tokenizer."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_run.write_data(folder, 4)
+    hf_models.write("qwen3", folder / "hf", vocab_size=23)
+    for path in (folder / "tokenizer").iterdir():
+        (folder / "hf" / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uses(programs, folder) -> Iterator[Mapping[str, Future[Done]]]:
+    """One small use of every command, two of them at a time."""
+    data, model = "problems.jsonl", ["--hf", "hf"]
+    commands = {
+        "train": tiny_run.overrides(Path(), Path("run"), "num_steps=1", "model.num_layers=2"),
+        "evaluate": [*model, "--data", data, "--out", "results", "--num-samples", "1", *SMALL],
+        "solutions": ["--out", "own.jsonl", *model, "--num-samples", "2", f"data.path={data}", *SMALL, TEMPLATE],
+        "convert": ["hf-to-megatron", *model, "--out", "megatron"],
+        "plan": ["recipe=qwen3_8b", "data.global_batch_size=64"],
+        "doctor": ["--brief"],
+        "serve": ["--help"] if HAS_VLLM else ["--hf-config", "hf"],
+    }
+    assert commands.keys() == COMMANDS.keys()
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(run, programs / "selfdistill", name, *arguments, cwd=folder)
+            for name, arguments in commands.items()
+        }
+
+
+def test_the_program_is_that_of_the_wheel(programs, tmp_path):
+    code = "import megatron_selfdistill; print(megatron_selfdistill.__file__)"
+    assert run(programs / "python", "-c", code, cwd=tmp_path).stdout.startswith(str(programs.parent))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(programs, tmp_path, name):
+    done = run(programs / "selfdistill", name, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and f"  selfdistill {name} " in done.stdout.replace("doctor\n", "doctor \n"), done
+
+
+def test_train_trains(uses, folder):
+    done = uses["train"].result()
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file()
+
+
+def test_plan_finds_its_recipe_and_shows_how_to_launch_it(uses):
+    done = uses["plan"].result()
+    assert done.returncode == 0, done.stderr
+    assert "torchrun --standalone" in done.stdout and " recipe=qwen3_8b data.global_batch_size=64 " in done.stdout
+
+
+def test_convert_converts_and_inspects(uses, programs, folder):
+    done = uses["convert"].result()
+    assert done.returncode == 0, done.stderr
+    assert "load it with checkpoint.load=megatron" in done.stdout
+    inspected = run(programs / "selfdistill", "convert", "inspect", "megatron", cwd=folder)
+    assert inspected.returncode == 0 and "Qwen3ForCausalLM" in inspected.stdout, inspected.stderr
+
+
+def test_evaluate_evaluates(uses, folder):
+    done = uses["evaluate"].result()
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "results" / "summary.json").read_text())["data"]["num_problems"] == 4
+
+
+def test_solutions_samples_for_every_problem(uses, folder):
+    done = uses["solutions"].result()
+    assert done.returncode == 0, done.stderr
+    assert len((folder / "own.attempts.jsonl").read_text().splitlines()) == 1 + 4
+    assert (folder / "own.jsonl").is_file()
+
+
+def test_doctor_knows_the_versions_that_are_needed(uses):
+    done = uses["doctor"].result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ": ok; python 3." in done.stdout and "megatron-core " in done.stdout
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed here: the server would start")
+def test_serve_says_that_it_needs_vllm(uses):
+    done = uses["serve"].result()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "this server needs vLLM" in done.stderr and "megatron_selfdistill[vllm]" in done.stderr
+
+
+def test_without_any_other_package_the_doctor_reports_and_other_commands_name_it(bare, tmp_path):
+    report = run(bare / "selfdistill", "doctor", cwd=tmp_path)
+    assert report.returncode == 1 and "Traceback" not in report.stderr, report.stderr
+    assert 'pip install "megatron-core>=0.16.1,<0.17"' in report.stdout
+    assert run(bare / "selfdistill", "--help", cwd=tmp_path).returncode == 0
+    refused = run(bare / "selfdistill", "train", "--help", cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert "`selfdistill doctor` says what to install" in refused.stderr

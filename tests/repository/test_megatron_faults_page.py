@@ -1,0 +1,51 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The page about Megatron Core's silent faults quotes refusals that exist and names tests that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from megatron_selfdistill.model import architecture
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGE = (REPOSITORY / "docs" / "megatron_faults.md").read_text(encoding="utf-8")
+ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith(("| finding", "| comb"))]
+
+
+def functions_of(path: str) -> set[str]:
+    tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def sentences() -> str:
+    """All strings of `architecture`, joined: adjacent ones of a sentence are one already."""
+    tree = ast.parse(Path(architecture.__file__).read_text(encoding="utf-8"))
+    return "\n".join(
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+def test_every_test_that_the_page_names_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)
+    assert len(named) > 10
+    assert [f"{path}::{name}" for path, name in named if name not in functions_of(path)] == []
+
+
+def test_every_refusal_that_the_page_quotes_is_one():
+    quoted = re.findall(r'refused: "([^"]+)"', PAGE)
+    assert len(quoted) > 8
+    said = sentences()
+    assert [quote for quote in quoted if quote not in said] == []
+
+
+def test_every_row_says_what_happens_here():
+    assert len(ROWS) > 20
+    for row in ROWS:
+        here = row.rstrip(" |").rpartition(" | ")[2]
+        assert re.search(r"impossible|refused|repaired|not affected", here), row
+        if "refused" in here:
+            assert '"' in here or "as finding" in here, row
+        if re.search(r"repaired|not affected", here):
+            assert "::test_" in here, row

@@ -1,0 +1,225 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The configs and the version are found from a wheel, an editable install and a checkout, from any folder."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from megatron_selfdistill import __version__
+from megatron_selfdistill.config import paths
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHIPPED = "setup.py pyproject.toml MANIFEST.in LICENSE README.md CHANGELOG.md configs megatron_selfdistill".split()
+CONFIGS = sorted(str(path.relative_to(REPOSITORY / "configs")) for path in (REPOSITORY / "configs").rglob("*.yaml"))
+
+WHAT_IS_FOUND = """
+import importlib.metadata, json
+import megatron_selfdistill
+from megatron_selfdistill.paths import config_dir
+folder = config_dir()
+installed = importlib.metadata.distributions(name="megatron_selfdistill")
+print(json.dumps({
+    "package": megatron_selfdistill.__file__,
+    "version": megatron_selfdistill.__version__,
+    "config_dir": str(folder),
+    "configs": sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml")),
+    "scripts": [f"{script.name} = {script.value}" for it in installed for script in it.entry_points],
+}))
+"""
+
+
+def pip(*arguments: str, cwd: Path) -> None:
+    """pip without network: what is built here needs nothing that is not installed."""
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    environment = {**os.environ, "PIP_NO_INDEX": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def found(cwd: Path, *, path: Path | None = None, site: Path | None = None) -> dict:
+    """What `WHAT_IS_FOUND` prints in a fresh Python that starts in another folder and has no site-packages.
+
+    It sees the folder ``path`` on its path, or ``site`` as its only site-packages.
+    """
+    start = f"import sys; sys.path.append('{path}')" if path else f"import site; site.addsitedir('{site}')"
+    command = [sys.executable, "-I", "-S", "-c", f"{start}\n{WHAT_IS_FOUND}"]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory):
+    """A copy of what is shipped: building leaves files in the tree it builds from."""
+    tree = tmp_path_factory.mktemp("source")
+    leftovers = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    for name in SHIPPED:
+        path = REPOSITORY / name
+        if path.is_dir():
+            shutil.copytree(path, tree / name, ignore=leftovers)
+        elif path.exists():
+            shutil.copy(path, tree / name)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def sdist(source_tree, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=source_tree, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built from the sdist, so a file that the sdist lacks is missed here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(sdist), cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_sdist_holds_the_configs_and_the_licence(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert CONFIGS
+    assert {f"configs/{name}" for name in CONFIGS} | {"LICENSE", "setup.py", "pyproject.toml"} <= names
+
+
+def test_the_wheel_holds_the_package_and_the_configs_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        records = archive.read(next(n for n in names if n.endswith(".dist-info/RECORD"))).decode()
+    assert {f"megatron_selfdistill/configs/{name}" for name in CONFIGS} <= set(names)
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"megatron_selfdistill"}
+    assert all(f"megatron_selfdistill/configs/{name}," in records for name in CONFIGS)
+
+
+def test_a_wheel_beside_a_labs_stack_finds_its_own_configs(wheel, tmp_path):
+    """``pip install --no-deps`` changes none of the packages that are there."""
+    target = tmp_path / "lab"
+    pip("install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
+    result = found(tmp_path, path=target)
+    assert result == {
+        "package": str(target / "megatron_selfdistill/__init__.py"),
+        "version": __version__,
+        "config_dir": str(target / "megatron_selfdistill/configs"),
+        "configs": CONFIGS,
+        "scripts": ["selfdistill = megatron_selfdistill.cli:main"],
+    }
+    installed = {path.name for path in target.iterdir() if path.name != "bin"}
+    assert {name.partition("-")[0] for name in installed} == {"megatron_selfdistill"}
+
+
+def test_an_editable_install_finds_the_configs_of_the_checkout(source_tree, tmp_path):
+    # --ignore-installed: pip must not touch the installation that these tests run from.
+    pip(
+        *["install", "--no-deps", "--no-build-isolation", "--ignore-installed"],
+        *["--prefix", str(tmp_path / "prefix"), "--editable", str(source_tree)],
+        cwd=tmp_path,
+    )
+    site_packages = next((tmp_path / "prefix").rglob("site-packages"))
+    result = found(tmp_path, site=site_packages)
+    assert result["package"] == str(source_tree / "megatron_selfdistill/__init__.py")
+    assert result["config_dir"] == str(source_tree / "configs")
+    assert result["configs"] == CONFIGS
+    assert not (source_tree / "megatron_selfdistill/configs").exists()
+
+
+def test_a_checkout_finds_its_configs_from_any_folder(tmp_path):
+    result = found(tmp_path, path=REPOSITORY)
+    assert result["config_dir"] == str(REPOSITORY / "configs")
+    assert result["version"] == __version__
+
+
+def test_missing_configs_are_an_error_that_names_both_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "_PACKAGE", tmp_path / "package")
+    with pytest.raises(FileNotFoundError, match=r"package/configs or .*, found neither"):
+        paths.config_dir()
+
+
+def constants_of_setup() -> dict:
+    names = ("REQUIREMENTS", "EXTRAS", "TESTED")
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse((REPOSITORY / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in names
+    }
+
+
+def allowed() -> dict[str, SpecifierSet]:
+    """Distribution -> versions that an install takes."""
+    found = constants_of_setup()
+    everything = map(Requirement, [*found["REQUIREMENTS"], *found["EXTRAS"]["vllm"]])
+    return {requirement.name: requirement.specifier for requirement in everything}
+
+
+def test_a_plain_install_takes_a_torch_that_is_tested():
+    torch = allowed()["torch"]
+    assert all(version in torch for version in ("2.6.0", "2.13.0", "2.13.1"))
+    assert not any(version in torch for version in ("2.5.1", "2.14.0", "2.15.0"))
+
+
+def test_the_extra_te_takes_the_transformer_engines_that_the_installed_megatron_core_declares():
+    declared = [Requirement(line) for line in importlib.metadata.requires("megatron-core") or []]
+    (wanted,) = {one.specifier for one in declared if one.name == "transformer-engine"}
+    (ours,) = map(Requirement, constants_of_setup()["EXTRAS"]["te"])
+    assert ours.name == "transformer-engine" and "pytorch" in ours.extras
+    assert ours.specifier == wanted, "the versions that megatron-core was built for have changed"
+
+
+def test_every_tested_version_is_one_that_an_install_takes():
+    versions, wanted = constants_of_setup()["TESTED"], allowed()
+    assert versions.keys() == wanted.keys()
+    taken = {name for name, version in versions.items() for patch in ("", ".999") if version + patch in wanted[name]}
+    assert taken == versions.keys()
+
+
+def test_the_environment_finds_the_one_requirement_of_megatron_core():
+    [command] = re.findall(r"requirement=\$\((sed .*)\)", (REPOSITORY / "tools" / "venv.sh").read_text())
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert [done.stdout.strip()] == [r for r in constants_of_setup()["REQUIREMENTS"] if r.startswith("megatron-core")]
+
+
+def test_whatever_decides_results_has_an_upper_bound():
+    unbounded = {name for name, wanted in allowed().items() if not any(one.operator == "<" for one in wanted)}
+    assert unbounded == {"psutil", "tokenizers", "rich", "tensorboard", "matplotlib"}
+
+
+def test_the_tested_torch_is_that_of_the_environments_which_run_the_tests():
+    tested = constants_of_setup()["TESTED"]["torch"]
+    versions = re.findall(r"TORCH_VERSION:-(\S+)}", (REPOSITORY / "tools" / "venv.sh").read_text())
+    assert [version.rpartition(".")[0] for version in versions] == [tested]
+
+
+def test_the_environment_with_vllm_has_versions_that_an_install_takes():
+    lines = (REPOSITORY / "tools" / "vllm_cpu.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    shared = pinned.keys() & allowed().keys()
+    assert {"transformers", "numpy", "tokenizers", "safetensors"} <= shared
+    assert [name for name in shared if pinned[name] not in allowed()[name]] == []
+
+
+def test_the_version_is_one_that_packaging_tools_understand():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+
+
+def test_make_without_a_target_lists_the_targets():
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(["make", "-C", str(REPOSITORY)], capture_output=True, text=True, check=True)
+    for target in ("quickstart", "test", "check", "bench", "clean"):
+        assert f"make {target} " in done.stdout

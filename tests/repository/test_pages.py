@@ -1,0 +1,172 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""README and the pages: links and keys exist, README stays short, examples are read as the pages say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_selfdistill.cli import COMMANDS
+from megatron_selfdistill.config import keys
+from megatron_selfdistill.data.data_files import FORMATS
+from megatron_selfdistill.data.problems import load_problems
+from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE
+from megatron_selfdistill.evaluation.verify import BUILT_IN
+from megatron_selfdistill.loss.target import Target, mixed_target
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCS = REPOSITORY / "docs"
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
+GENERATED = re.compile(r"<!-- The table is written by .*?<!-- The end of the table [^>]*-->\n", re.DOTALL)
+NOT_KEYS = {"loss.solver", "metrics.read_metrics", "model.safetensors", "target.svg"}
+"""Words of the form ``section.name`` that no page means as a key: a removed key, a function, files."""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the page's headings on which GitHub and MkDocs agree."""
+    lines = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE).splitlines()
+    found = set()
+    for title in (line.lstrip("#").strip().lower() for line in lines if re.match(r"#+ ", line)):
+        github = re.sub(r"[^\w\- ]", "", title).replace(" ", "-")
+        if github == re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip()):
+            found.add(github)
+    return found
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the relative links of the page that lead to no file of the repository, or to no heading."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.is_file() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_of_a_page_leads_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_a_link_to_no_page_and_one_to_no_heading_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One two\n[a](#one-two) [b](#three) [c](none.md) [d](page.md#one-two) ![e](f.svg) `[g](h.md)`\n")
+    assert broken_links(page) == ["#three", "none.md", "f.svg"]
+
+
+def test_readme_is_short_and_narrow():
+    """The generated table counts with its lines, and may be wide: its rows are as long as what they claim."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and len(GENERATED.findall(text)) == 1
+    assert [line for line in GENERATED.sub("", text).splitlines() if len(line) > 100] == []
+
+
+def test_the_index_names_every_page():
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    recipes = (DOCS / "recipes" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+    assert {page for page in pages if f"]({page})" not in index} == set()
+    assert {f"{path.stem}.md" for path in (REPOSITORY / "configs" / "recipe").glob("*.yaml")} == set(
+        re.findall(r"\]\((\w+\.md)\)", recipes)
+    )
+
+
+@pytest.mark.parametrize("recipe", "qwen3_8b qwen3_32b qwen3_235b_a22b llama31_405b deepseek_v3".split())
+def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
+    file = (REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
+    figures = re.findall(r"^#   [=a-zA-Z].*? ([0-9]+\.[0-9])$", file, re.MULTILINE)
+    assert len(figures) >= 9
+    assert re.findall(r"\| \*{0,2}([0-9]+\.[0-9])\*{0,2} \|$", page, re.MULTILINE) == figures
+
+
+@pytest.mark.parametrize("recipe", "default teacher_alone literal chat_logs".split())
+def test_the_settings_of_a_recipe_are_those_of_its_file(recipe):
+    settings = yaml.safe_load((REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"## Settings\n\n```\n(.*?)```", page, re.DOTALL)
+    del settings["defaults"]
+    assert yaml.safe_load(shown) == settings
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_key_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    sections = {key.partition(".")[0] for key in keys()}
+    named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_]+)(?![\w./])", text))
+    known = set(keys()) | {f"{name}.{ending}" for name in sections for ending in ("json", "jsonl", "md", "py")}
+    assert named - known - NOT_KEYS == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_that_a_page_names_exists(page):
+    named = set(re.findall(r"(?<![\w./=-])selfdistill ([a-z][a-z-]*)(?=[ `\n])", page.read_text(encoding="utf-8")))
+    assert named <= COMMANDS.keys()
+    assert page.name != "running.md" or len(named) >= 2
+
+
+@pytest.mark.parametrize("page", ["data.md", "evaluation.md", "rollouts.md", "chat_logs.md", "monitoring.md"])
+def test_the_pattern_of_keys_finds_some(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert len(set(re.findall(r"\b(?:data|evaluation|rollout|conversations|guards)\.[a-z_]+", text))) > 5
+
+
+def test_the_targets_that_the_page_about_the_method_shows_are_those_of_the_loss():
+    text = (DOCS / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| the teacher [^|]*\| ([^|]*)\| ([^|]*)\| ([0-9.]+)[^|]*\| ([^|]*)\|$", text, re.MULTILINE)
+    assert len(rows) == 3
+    for student, teacher, k, shown in rows:
+        p, t, q = (
+            torch.tensor([float(one) for one in row.split()], dtype=torch.float64) for row in (student, teacher, shown)
+        )
+        found = mixed_target(p.log()[None], t.log()[None], Target())
+        assert f"{1 / found.beta.item():.2f}" == k
+        assert torch.equal(found.log_q[0].exp().round(decimals=3), q)
+    fixed = mixed_target(p.log()[None], t.log()[None], Target(rule="fixed")).log_q[0].exp()
+    assert [share for share in (q[-1], fixed[-1]) if f"{100 * share:.1f} %" not in text] == []
+
+
+def test_every_message_that_the_page_about_troubles_quotes_is_one_of_the_package():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "megatron_selfdistill").rglob("*.py"))
+    messages = re.sub(r"\{[^{}\n]*\}", "...", re.sub(r'"\s*\n\s*f?"', "", sources))
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    symptoms = re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
+    quotes = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+)`", symptom)]
+    parts = {part.strip(" ,.;:()?") for quote in quotes for part in quote.split("...")} - {
+        "DistNetworkError",
+        "EADDRINUSE",
+    }
+    assert len(quotes) > 40 and {part for part in parts if part not in messages} == set()
+
+
+def test_the_page_about_data_shows_every_format_and_records_that_are_read(tmp_path):
+    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    assert [ending for ending in FORMATS if f"{ending}`" not in text] == []
+    (example,) = re.findall(r"```jsonl\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "problems.jsonl").write_text(example)
+    assert [problem.answer for problem in load_problems(tmp_path / "problems.jsonl").problems] == ["92", None]
+    wording = len(DEFAULT_TEACHER_TEMPLATE) - len("{problem}{solution}")
+    assert f"The default wording has {wording} characters" in text
+
+
+def test_the_page_about_evaluation_has_every_verifier():
+    text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in BUILT_IN if f"| `{name}`" not in text] == []

@@ -1,0 +1,237 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A run folder never wins over what is asked in silence: what may change is logged, what may not is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen
+
+from megatron_selfdistill.train import main
+
+MORE_STEPS = ["num_steps=7"]
+
+
+def started(ranks, data: Path, run: Path, *more: str) -> tuple[int, str]:
+    """The exit status and the output of one rank."""
+    arguments = overrides(data, run, *MORE_STEPS, "metrics.console=true", *more)
+    (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
+    return outcome
+
+
+CHANGED = {
+    "the target": (["target=strict"], ["target.k_max: '1 + w' in the checkpoint, now null"]),
+    "the loss": (["loss.divergence=forward_kl"], ["loss.divergence: 'reverse_kl' in the checkpoint, now 'forward_kl'"]),
+    "the base model": (["checkpoint.load=elsewhere"], ["checkpoint.load: null in the checkpoint, now 'elsewhere'"]),
+    "the sampling": (
+        ["rollout.temperature=0.5", "rollout.max_new_tokens=9", "rollout.num_samples=2"],
+        [
+            "rollout.max_new_tokens: 14 in the checkpoint, now 9",
+            "rollout.num_samples: 1 in the checkpoint, now 2",
+            "rollout.temperature: 1.0 in the checkpoint, now 0.5",
+        ],
+    ),
+    "the seed": (["seed=5"], ["seed: 0 in the checkpoint, now 5"]),
+    "the wording": (["data.teacher_template='{problem}{solution}'"], ["data.teacher_template: "]),
+    "the objective": (["objective=solutions"], ["objective: 'self_distillation' in the checkpoint, now 'solutions'"]),
+    "a loss of the model": (
+        ["model.moe_aux_loss_coeff=0.1"],
+        ["model.moe_aux_loss_coeff: 0.0 in the checkpoint, now 0.1"],
+    ),
+    "a field of TransformerConfig": (
+        ["+model.transformer.attention_dropout=0.1"],
+        ["model.transformer.attention_dropout: null in the checkpoint, now 0.1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_decides_what_is_learned_is_refused_before_anything_is_read(finished, data, capfd, name):
+    changes, expected = CHANGED[name]
+    before = bytes_of(finished)
+    assert main(overrides(data, finished, *MORE_STEPS, "data.path=nowhere", *changes)) == 2
+    message = capfd.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and "iter_0000006 was trained with another configuration" in message
+    assert all(line in message for line in expected)
+    assert "num_steps" not in message, "what may change is no reason"
+    assert message.endswith("checkpoint.resume=force")
+    assert bytes_of(finished) == before
+
+
+def test_what_has_another_form_on_disk_is_refused_even_by_force(ranks, finished, data):
+    changes = ["teacher.weights=ema", "optimizer.use_distributed_optimizer=false", "checkpoint.resume=force"]
+    status, message = started(ranks, data, finished, *changes)
+    assert status == 2 and "Traceback" not in message
+    assert "teacher.weights: 'frozen' in the checkpoint, now 'ema'" in message
+    assert "optimizer.use_distributed_optimizer, teacher.weights cannot change within a run" in message
+    assert "checkpoint.load=" in message and "checkpoint.resume=force" not in message
+
+
+def test_another_architecture_names_both_and_the_folder(finished, data, capfd):
+    assert main(overrides(data, finished, "model.num_layers=2")) == 2
+    message = capfd.readouterr().err
+    assert "iter_0000006: model.num_layers is 2, but the checkpoint was written with 4" in message
+    assert "another run_dir" in message
+
+
+def test_what_may_change_is_logged_line_by_line_and_the_run_goes_on(ranks, data, finished, run):
+    changes = ["optimizer.lr=5e-4", "schedule.max_tokens=128", "checkpoint.save_every=5", "loss.fused=low_memory"]
+    status, said = started(ranks, data, run, *changes)
+    assert status == 0 and saved_step(run) == 7
+    lines = [line for line in said.splitlines() if " in the checkpoint, now " in line]
+    assert f"run_dir: '{finished}' in the checkpoint, now '{run}'" in lines, "the fixture has copied the folder"
+    assert [line for line in lines if not line.startswith("run_dir")] == [
+        "checkpoint.save_every: 3 in the checkpoint, now 5",
+        "loss.fused: null in the checkpoint, now 'low_memory'",
+        "metrics.console: false in the checkpoint, now true",
+        "num_steps: 6 in the checkpoint, now 7",
+        "optimizer.lr: 0.001 in the checkpoint, now 0.0005",
+        "schedule.max_tokens: 256 in the checkpoint, now 128",
+    ]
+    assert reproducible_metrics(run)[6]["learning_rate"] == pytest.approx(5e-4)
+
+
+def test_the_same_command_says_nothing(ranks, data, tmp_path):
+    for _ in range(2):
+        status, said = started(ranks, data, tmp_path / "run", "num_steps=1")
+        assert status == 0 and " in the checkpoint, now " not in said and "force" not in said
+
+
+def test_a_precision_may_change(ranks, data, run):
+    status, said = started(ranks, data, run, "optimizer.precision=bf16")
+    assert status == 0 and "optimizer.precision: 'fp32' in the checkpoint, now 'bf16'" in said
+
+
+def test_force_continues_with_the_stored_state_and_says_what_it_overrides(ranks, data, run):
+    status, said = started(ranks, data, run, "target=strict", "rollout.temperature=0.5", "checkpoint.resume=force")
+    assert status == 0 and saved_step(run) == 7
+    assert "target.k_max: '1 + w' in the checkpoint, now null" in said
+    assert "rollout.temperature: 1.0 in the checkpoint, now 0.5" in said
+    assert "checkpoint.resume=force: weights, optimizer and teacher are those of " in said
+    assert [line["step"] for line in reproducible_metrics(run)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def shortened(data: Path, folder: Path) -> Path:
+    """The problems without the last one."""
+    lines = (data / "problems.jsonl").read_text().splitlines(keepends=True)
+    path = folder / "problems.jsonl"
+    path.write_text("".join(lines[:-1]))
+    return path
+
+
+def test_other_problems_are_refused_wherever_they_lie_and_the_same_ones_are_not(ranks, data, run, tmp_path):
+    other, same = shortened(data, tmp_path), tmp_path / "same.jsonl"
+    shutil.copyfile(data / "problems.jsonl", same)
+    before = bytes_of(run)
+    status, said = started(ranks, data, run, f"data.path={other}")
+    assert status == 2 and "Traceback" not in said
+    assert "the problems that data.path gives (their digest): '" in said and "checkpoint.resume=force" in said
+    assert bytes_of(run) == before
+    status, said = started(ranks, data, run, f"data.path={same}")
+    assert status == 0 and f"data.path: '{data}/problems.jsonl' in the checkpoint, now '{same}'" in said
+
+
+def test_force_starts_other_problems_from_their_beginning(ranks, data, run, tmp_path):
+    changes = [f"data.path={shortened(data, tmp_path)}", "seed=3", "checkpoint.resume=force"]
+    status, said = started(ranks, data, run, *changes)
+    assert status == 0 and "the data starts from its beginning" in said
+    state = trainer_state(run / "checkpoints" / "iter_0000007")
+    assert state["stream"] | {"fingerprint": ""} == {"epoch": 0, "position": 8, "seed": 3, "fingerprint": ""}
+
+
+def trainer_state(path: Path) -> dict:
+    from megatron_selfdistill.checkpoint.run.saved_run import read_saved_run
+
+    return read_saved_run(path).trainer_state
+
+
+def test_the_verifier_is_bound_where_verdicts_decide_what_is_trained(finished):
+    from megatron_selfdistill.config import load
+    from megatron_selfdistill.config.bound_keys import differences, stored_values
+
+    def rule(*overrides: str) -> str:
+        one, other = (
+            stored_values(load([*overrides, f"evaluation.verifier={name}"])) for name in ("exact_match", "math_verify")
+        )
+        (found,) = differences(one, other)
+        return found.rule
+
+    assert rule() == "free"
+    for training in ("objective=verified_rollouts", "data.solutions=own", "rollout.guide_below=0.2"):
+        assert rule(training, *(["rollout.guidance=mixed"] if "guide" in training else [])) == "bound"
+
+
+def test_the_configuration_of_an_earlier_launch_is_kept(ranks, data, run):
+    text = (run / "config.yaml").read_text()
+    assert started(ranks, data, run, "optimizer.lr=5e-4")[0] == 0
+    assert (run / "config.until_step_6.yaml").read_text() == text
+    assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == 5e-4
+    assert started(ranks, data, run, "optimizer.lr=5e-4")[0] == 0
+    kept = sorted(file.name for file in run.glob("config*.yaml"))
+    assert kept == ["config.until_step_6.yaml", "config.yaml"], "an equal one is not kept twice"
+
+
+def test_the_checkpoint_holds_the_configuration_and_nothing_but_plain_values(finished):
+    from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
+
+    own = load_pickled(finished / "checkpoints" / "iter_0000006" / "common.pt")["selfdistill"]
+    assert isinstance(own["trainer_state"], str)
+    state = json.loads(own["trainer_state"])
+    assert state["step"] == 6 and state["configuration"]["rollout"]["max_new_tokens"] == 14
+
+
+def test_a_checkpoint_without_a_configuration_is_compared_by_its_data(ranks, data, run):
+    import pickle
+
+    import torch
+
+    from megatron_selfdistill.checkpoint.formats import manifest
+
+    for path in (run / "checkpoints").glob("iter_*"):
+        common = torch.load(path / "common.pt", weights_only=False)
+        state = json.loads(common["selfdistill"]["trainer_state"])
+        del state["configuration"]
+        common["selfdistill"]["trainer_state"] = pickle.dumps(state)  # as earlier versions wrote it
+        torch.save(common, path / "common.pt")
+        manifest.write(path)
+    status, said = started(ranks, data, run, "seed=5")
+    assert status == 2 and "seed: 0 in the checkpoint, now 5" in said and "Traceback" not in said
+    status, said = started(ranks, data, run, "loss.divergence=forward_kl")
+    assert status == 0 and "holds no configuration, as those of earlier versions: only its data was compared" in said
+    assert saved_step(run) == 7
+
+
+def test_a_run_needs_a_folder_and_a_look_at_the_configuration_does_not(data, capfd):
+    arguments = [argument for argument in overrides(data, Path("unused")) if not argument.startswith("run_dir=")]
+    assert main(arguments) == 2
+    assert capfd.readouterr().err.strip().startswith("[rank 0] run_dir is not set: name the folder")
+    assert not Path("checkpoints").exists()
+    assert main([*arguments, "--print"]) == 0
+    assert "run_dir: ''" in capfd.readouterr().out
+
+
+def started_with(variable: str, value: str, arguments: list[str]) -> tuple[int, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(variable, value)
+        return start_and_listen(arguments)
+
+
+def test_what_is_said_on_resuming_shows_no_value_of_the_environment(ranks, data, run):
+    secret = "unannounced-model"
+    run = run.rename(run.with_name(secret))
+    arguments = overrides(data, run, *MORE_STEPS, "metrics.console=true", "target.k_max=null", "seed=4")
+    arguments += [f"run_dir='{run.parent}/${{oc.env:LAB_MODEL}}'", "checkpoint.resume=force"]
+    (run / "checkpoints" / "iter_0000006" / "manifest.json").unlink()
+    ((status, said),) = ranks.run(started_with, "LAB_MODEL", secret, arguments, world_size=1, init_process_group=False)
+    assert status == 0 and secret not in said
+    assert "${oc.env:LAB_MODEL}/checkpoints: the run continues from iter_0000003, 3 steps earlier" in said
+    assert "weights, optimizer and teacher are those of " in said
+
+
+def test_an_impossible_value_of_resume_is_refused(data, tmp_path, capfd):
+    assert main(overrides(data, tmp_path / "run", "checkpoint.resume=yes_please")) == 2
+    assert "checkpoint.resume must be one of true, false, force, got 'yes_please'" in capfd.readouterr().err

@@ -1,0 +1,130 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a run says at its end, and what a run that is complete does when it is started again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+from tiny_run import overrides, saved_step, train
+
+from megatron_selfdistill.report import next_steps
+from megatron_selfdistill.commands import convert
+from megatron_selfdistill.metrics import MetricsLog
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def told(arguments: list[str], path: Path, built: Path | None = None, press: bool = False) -> int:
+    """A run that writes its messages to ``path``, and a line to ``built`` when it builds its model; ``press``: asked to
+    stop in its second step."""
+    import builtins
+    import os
+
+    from megatron_selfdistill.run import Run
+
+    message, build, update, show = MetricsLog.message, Run._build_model, Run.update, builtins.print
+
+    def note(self: Any, text: str) -> None:
+        if self.enabled:
+            with path.open("a") as file:
+                file.write(text + "\n")
+        message(self, text)
+
+    def note_build(self: Any) -> None:
+        if built is not None:
+            built.touch()
+        build(self)
+
+    def pressed(self: Any, output: Any) -> Any:
+        if press and self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, output)
+
+    def note_print(*parts: Any, **options: Any) -> None:
+        if "file" not in options:
+            with path.open("a") as file:
+                show(*parts, file=file)
+        show(*parts, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "message", note)
+        patch.setattr(Run, "_build_model", note_build)
+        patch.setattr(Run, "update", pressed)
+        patch.setattr(builtins, "print", note_print)
+        return tiny_run.start(arguments)
+
+
+@pytest.fixture(scope="module")
+def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a run of 2 steps on 2 ranks, and its messages."""
+    folder = tmp_path_factory.mktemp("ended")
+    arguments = overrides(data, folder / "run", "num_steps=2", "checkpoint.async_save=true")
+    train(ranks, arguments, world_size=2, start=told, path=folder / "messages")
+    return folder / "run", (folder / "messages").read_text().splitlines()
+
+
+def test_a_run_ends_with_its_checkpoint_and_commands_to_paste(ended):
+    run, messages = ended
+    checkpoint = run / "checkpoints" / "iter_0000002"
+    done, to_hugging_face, train_on = messages[-3:]
+    assert re.fullmatch(rf"done: 2 steps in \d+ s; checkpoint: {checkpoint}", done)
+    assert (checkpoint / "metadata.json").is_file()
+    assert "num_steps=4" in train_on
+    words = shlex.split(to_hugging_face.removeprefix("next: selfdistill convert "))
+    assert words == f"megatron-to-hf --megatron {run}/checkpoints --out {run}/huggingface".split()
+
+
+def test_the_command_to_convert_is_one_that_the_program_takes(ended):
+    words = shlex.split(ended[1][-2].removeprefix("next: selfdistill convert "))
+    assert convert._parser().parse_args(words).run is convert.megatron_to_hf
+
+
+def test_a_complete_run_says_so_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
+    run, _ = ended
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    arguments = overrides(data, run, "num_steps=2", "checkpoint.async_save=true")
+    train(ranks, arguments, world_size=2, start=told, path=tmp_path / "messages", built=tmp_path / "built")
+    messages = (tmp_path / "messages").read_text().splitlines()
+    assert messages[0] == (
+        f"complete: all 2 steps were done before, nothing is trained; checkpoint: {run}/checkpoints/iter_0000002"
+    )
+    assert messages[1].startswith("next: selfdistill convert ") and "num_steps=4" in messages[2]
+    assert not (tmp_path / "built").exists()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_complete_run_with_another_configuration_is_judged_as_any_other_and_says_that_nothing_is_trained(
+    ranks, data, ended, tmp_path
+):
+    run, _ = ended
+    options = ["num_steps=2", "checkpoint.async_save=true", "metrics.console_every=2"]
+    arguments = overrides(data, run, *options)
+    train(ranks, arguments, world_size=2, start=told, path=tmp_path / "messages", built=tmp_path / "built")
+    assert (tmp_path / "built").exists()
+    assert "\ncomplete: all 2 steps were done before, nothing is trained" in (tmp_path / "messages").read_text()
+
+
+def test_a_run_that_was_stopped_says_how_to_continue_and_ends_with_the_steps_of_both_launches(ranks, data, tmp_path):
+    run = tmp_path / "run"
+    arguments = overrides(data, run, "num_steps=3")
+    train(ranks, arguments, start=told, path=tmp_path / "first", press=True)
+    assert saved_step(run) == 2
+    assert (tmp_path / "first").read_text().splitlines()[-1] == (
+        f"stopped after step 2 of 3: SIGINT; started again, the same command continues; checkpoint: "
+        f"{run}/checkpoints/iter_0000002"
+    )
+    train(ranks, arguments, start=told, path=tmp_path / "second")
+    assert "\ndone: 3 steps (1 of them in this launch) in " in (tmp_path / "second").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.4, "8 s"), (59.6, "1:00 minutes"), (185, "3:05 minutes"), (93785, "26:03:05 hours")]
+)
+def test_durations_are_for_people(seconds, text):
+    assert next_steps.duration(seconds) == text

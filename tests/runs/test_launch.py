@@ -1,0 +1,115 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Under a real torchrun: each error is printed once and leaves its status, and Ctrl-C saves at the first press."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tiny_run import overrides, saved_step
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def torchrun(arguments: list[str], script: list[str] | None = None) -> subprocess.Popen[str]:
+    """Two ranks of the run, started by torchrun."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), str(TESTS.parent), str(TESTS.parent / "examples")]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = launcher + (script or ["-m", "megatron_selfdistill.train"]) + arguments
+    # A group of its own: Ctrl-C in a terminal reaches torchrun, whose ranks are in sessions of their own.
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def failed(arguments: list[str], script: list[str] | None = None) -> str:
+    """What two ranks and torchrun have written to standard error."""
+    process = torchrun(arguments, script)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 1, said
+    return said
+
+
+def lines_of_ranks(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("[rank ")]
+
+
+def assert_said_once(said: str, rank: int, words: str, statuses: int = 2) -> None:
+    (line,) = lines_of_ranks(said)
+    assert line.startswith(f"[rank {rank}] ") and words in line
+    report = said.split("FAILED")[-1]
+    assert report.count("exitcode  : 2 ") == report.count("exitcode  : ") == statuses, report
+    assert words in report, "torchrun's own report has the sentence for its traceback"
+
+
+def test_an_error_of_the_configuration_is_said_once(data, tmp_path):
+    assert_said_once(failed(overrides(data, tmp_path / "run", "traget=1")), 0, "unknown configuration key 'traget'")
+
+
+def test_an_error_of_a_checkpoint_is_said_once(data, tmp_path):
+    (tmp_path / "bad" / "iter_0000001").mkdir(parents=True)
+    said = failed(overrides(data, tmp_path / "run", f"checkpoint.load={tmp_path}/bad/iter_0000001"))
+    assert_said_once(said, 0, "bad/iter_0000001")
+
+
+def test_an_error_that_only_rank_1_has_is_said_by_it_and_releases_rank_0(data, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from megatron_selfdistill import train\n"
+        "from megatron_selfdistill.inputs import Inputs\n"
+        "def load(config):\n"
+        "    raise train.ConfigError('only here')\n"
+        "if os.environ['RANK'] == '1': Inputs.load = load\n"
+        "if __name__ == '__main__':\n"
+        "    train.stop.ignore_signals()\n"
+        "    sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    began = time.monotonic()
+    said = failed(overrides(data, tmp_path / "run"), [str(script)])
+    assert_said_once(said, 1, "only here")
+    assert time.monotonic() - began < 100 and not (tmp_path / "run").exists()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
+def test_ctrl_c_saves_and_stops_a_run_under_torchrun(data, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(overrides(data, run, "num_steps=1000000", "checkpoint.save_every=0"))
+    wait_for(run / "metrics.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    (line,) = lines_of_ranks(said)
+    assert line.startswith("[rank 0] Ctrl-C: the run saves and ends after its present step; torchrun waits 30 s")
+    assert saved_step(run) >= 1 and (run / "stopped").read_text() == f"step {saved_step(run)}: SIGINT\n"
+    assert said.count("Traceback") == 1, "torchrun's own"
+    assert not (run / "lock").exists()
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_also_while_its_ranks_wait_in_foreign_code(data, tmp_path):
+    """Rank 0 waits in a collective, in C++, for rank 1, which sleeps."""
+    run = tmp_path / "run"
+    script = [str(TESTS / "support" / "hanging_run.py"), "sleeps", "1"]
+    process = torchrun(overrides(data, run), script)
+    wait_for(run / "metrics.jsonl", process)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert time.monotonic() - began < 20, "torchrun would kill the ranks after 30 s"
+    assert [line.partition(":")[0] for line in lines_of_ranks(said)] == ["[rank 0] Ctrl-C", "[rank 0] Ctrl-C again"]
+    assert not (run / "stopped").exists() and not (run / "lock").exists()

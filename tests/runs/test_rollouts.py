@@ -1,0 +1,92 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Rollouts within a run: what a failing engine leaves behind, weights of tokens, which problems are guided."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import tiny_run
+from tiny_run import assert_equal_runs, go_back_to_step_3, overrides, reproducible_metrics, saved_step, train
+
+from megatron_selfdistill.train import EXIT_NO_ROLLOUT
+
+
+def start_with_an_engine_that_dies_in_the_fifth_step(arguments: list[str]) -> int:
+    from megatron_selfdistill.rollout.vllm.engine import EngineError
+    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+    generate, calls = MegatronSampler.generate, []
+
+    def generate_or_die(self: Any, requests: Any, params: Any) -> Any:
+        calls.append(requests)
+        if len(calls) == 5:
+            raise EngineError("the engine on rank 0 died: expected 8 responses, got 3")
+        return generate(self, requests, params)
+
+    return tiny_run.start_with(arguments, MegatronSampler, "generate", generate_or_die)
+
+
+def test_a_run_whose_engine_died_goes_on_as_if_it_had_not(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "whole"), world_size=2)
+    start, broken = start_with_an_engine_that_dies_in_the_fifth_step, overrides(data, tmp_path / "broken")
+    train(ranks, broken, world_size=2, start=start, expected=EXIT_NO_ROLLOUT)
+    assert saved_step(tmp_path / "broken") == 4, "the four steps that were done are kept"
+    train(ranks, broken, world_size=2)
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "broken")
+
+
+def test_truncated_importance_weights_are_those_of_the_recorded_probabilities(ranks, data, tmp_path):
+    """One step on replayed responses whose log-probs say that every token was drawn with 1.25 times or a third of the
+    student's probability: the weights are 1 / 1.25, and the cap."""
+    options = ["num_steps=1", "loss.rollout_correction=truncated", "loss.rollout_correction_cap=1.5"]
+    recorded, changed = tmp_path / "recorded.jsonl", tmp_path / "changed.jsonl"
+    train(ranks, overrides(data, tmp_path / "plain", *options, f"rollout.record={recorded}"))
+    [plain] = reproducible_metrics(tmp_path / "plain")
+    assert plain["correction/weight_mean"] == pytest.approx(1, abs=1e-5) and plain["correction/capped"] == 0
+    num_tokens, num_small = 0, 0
+    with changed.open("w") as lines:
+        for number, record in enumerate(map(json.loads, recorded.read_text().splitlines())):
+            factor = 1.25 if number % 2 else 1 / 3
+            record["sampled_log_probs"] = [value + math.log(factor) for value in record["log_probs"]]
+            num_tokens += len(record["token_ids"])
+            num_small += 0 if number % 2 else len(record["token_ids"])
+            lines.write(json.dumps(record) + "\n")
+    train(ranks, overrides(data, tmp_path / "weighted", *options, f"rollout.replay={changed}"), world_size=2)
+    [weighted] = reproducible_metrics(tmp_path / "weighted")
+    assert weighted["correction/capped"] == pytest.approx(num_small / num_tokens)
+    mean = (1.5 * num_small + (num_tokens - num_small) / 1.25) / num_tokens
+    assert weighted["correction/weight_mean"] == pytest.approx(mean, abs=1e-4)
+    assert weighted["gradient_norm"] != pytest.approx(plain["gradient_norm"], rel=1e-3)
+
+
+def test_guidance_below_a_success_rate_reaches_the_problems_that_fail_and_survives_a_restart(ranks, data, tmp_path):
+    """A verifier that some problems never satisfy; 8 problems, so each is visited at every step."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join((data / "problems.jsonl").read_text().splitlines(keepends=True)[:8]))
+    options = [
+        f"data.path={problems}",
+        "rollout.guidance=mixed",
+        "rollout.guide_below=0.5",
+        "evaluation.verifier=tiny_run.starts_with_an_even_token",
+    ]
+    recorded = tmp_path / "recorded.jsonl"
+    whole, halves = overrides(data, tmp_path / "whole", *options), overrides(data, tmp_path / "halves", *options)
+    train(ranks, [*whole, f"rollout.record={recorded}"], world_size=2)
+    shares = [line.get("guided/share", 0.0) for line in reproducible_metrics(tmp_path / "whole")]
+    assert shares[0] == 0 and 0 < shares[1] < 1, "first alone, then guided where the verifier says no"
+    first: dict[str, bool] = {}
+    for record in map(json.loads, recorded.read_text().splitlines()):
+        guided = record["teacher_log_probs"] is not None
+        if record["step"] == 1:
+            assert guided == (not first[record["problem_id"]])
+        elif record["step"] == 0:
+            text = "".join("0123456789-=b.,;:|HX~$_"[token] for token in record["token_ids"][:-1])
+            right = record["finish_reason"] == "stop" and tiny_run.starts_with_an_even_token(text, None)
+            first[record["problem_id"]] = right
+    train(ranks, [*halves, "checkpoint.keep_last=null"], world_size=2)
+    go_back_to_step_3(tmp_path / "halves")
+    train(ranks, [*halves, "checkpoint.keep_last=null"], world_size=2)
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")

@@ -1,0 +1,93 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a step of a run does once, and how often it waits for the device."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+from host_traffic import host_traffic
+from tiny_run import overrides
+
+READS = ("tolist ", "_local_scalar_dense ", "nonzero ", "masked_select ", "bincount ", "equal ", "cpu ")
+# Where host tensors become a `DeviceBatch`, and the optimizer that GPUs have from elsewhere.
+NOT_ON_THE_DEVICE = (
+    "megatron_selfdistill/pipeline/device_batch.py",
+    "megatron_selfdistill/data/packing.py",
+    "megatron_selfdistill/model/layers.py",
+    "megatron_selfdistill/model/packed_sequences.py",
+    "megatron/core/optimizer/optimizer.py",
+    "megatron/core/utils.py",
+)
+
+
+def start_counting(arguments: Sequence[str], module: str, name: str, expected: int) -> int:
+    """`tiny_run.start`, during which the function ``module.name`` must be called ``expected`` times."""
+    owner, calls = importlib.import_module(module), []
+    original = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        status = tiny_run.start(arguments)
+    assert len(calls) == expected
+    return status
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_the_norm_of_the_gradient_is_taken_once_per_step(ranks, data, tmp_path, clip):
+    arguments = overrides(data, tmp_path / "run", "num_steps=3", f"optimizer.clip_grad={clip}")
+    counted = ("megatron.core.optimizer.optimizer", "get_grad_norm_fp32", 3)
+    assert ranks.run(start_counting, arguments, *counted, world_size=1, init_process_group=False) == [0]
+
+
+def start_recording(arguments: Sequence[str], path: Path) -> int:
+    """`tiny_run.start`; what each part of the second step exchanges with the device goes to ``path``."""
+    from megatron_selfdistill.run import Run
+
+    found: dict[str, list[str]] = {}
+
+    def recorded(name: str, original: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            second = self.step == 1
+            with host_traffic() as traffic:
+                outcome = original(self, *args, **kwargs)
+            if second:
+                found[name] = [line for line in traffic if not line.rpartition(":")[0].endswith(NOT_ON_THE_DEVICE)]
+            return outcome
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pack", "forward_backward", "update", "finish_step"):
+            patch.setattr(Run, name, recorded(name, getattr(Run, name)))
+        status = tiny_run.start(arguments)
+    path.write_text(json.dumps(found, indent=1))
+    return status
+
+
+def test_a_step_reads_from_the_device_six_times_beside_sampling(ranks, data, tmp_path):
+    """Row lengths and counts of all replicas, the number of response tokens, the metrics, the gradient's norm, and the
+    metrics of the rollout; the optimizer of this machine, torch's, is left aside."""
+    arguments = overrides(data, tmp_path / "run", "num_steps=3", "checkpoint.save_every=0")
+    arguments += ["loss.rollout_correction=truncated"]
+    found = tmp_path / "found.json"
+    assert ranks.run(start_recording, arguments, found, world_size=1, init_process_group=False) == [0]
+    traffic = {
+        part: [line.rpartition(":")[0].rpartition("/")[2] for line in lines if line.startswith(READS)]
+        for part, lines in json.loads(found.read_text()).items()
+    }
+    assert traffic == {
+        "pack": ["pipeline/batch.py", "pipeline/batch.py"],
+        "forward_backward": ["pipeline/schedule.py"],
+        "update": ["step.py", "clip_grads.py"],
+        "finish_step": ["step.py"],
+    }

@@ -1,0 +1,173 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command: what it refuses and how, what it writes, and when a guard stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import overrides, reproducible_metrics, saved_step, train
+
+from megatron_selfdistill.metrics import read_samples
+from megatron_selfdistill.train import main
+
+BAD_INPUT = {
+    "a misspelt key": (["traget.rule=fixed"], "did you mean 'target.rule'"),
+    "a missing file": (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
+    "no tokenizer": (["data.tokenizer=null"], "data.tokenizer is not set"),
+    "a missing slot": (["data.teacher_template='{problem}'"], "{solution}"),
+    "sizes that do not divide the world": (["parallel.tensor_model_parallel_size=3"], "multiple of TP x PP x CP"),
+    "heads that TP does not divide": (["model.num_attention_heads=3"], "hidden_size"),
+    "a template that hides the problem": (["data.chat_template='{% for m in messages %}x{% endfor %}'"], "to show the"),
+    "a response that cannot fit": (["rollout.max_new_tokens=1000"], "max_new_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_status_2_before_any_process_group(data, tmp_path, capfd, name):
+    options, expected = BAD_INPUT[name]
+    assert main(overrides(data, tmp_path / "run", *options)) == 2
+    assert not torch.distributed.is_initialized()
+    error = capfd.readouterr().err.strip()
+    assert expected in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_record_names_file_and_line(data, tmp_path, capfd):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"problem": "1-1:", "solution": "0"}\n{"problem": "1-1:"}\n')
+    assert main(overrides(data, tmp_path / "run", f"data.path={path}")) == 2
+    assert "bad.jsonl:2" in capfd.readouterr().err
+
+
+def test_the_log_says_what_computes_the_loss(data, tmp_path):
+    options = ["num_steps=1", "metrics.console=true"]
+    process = tiny_run.in_new_process(overrides(data, tmp_path / "run", *options))
+    assert process.returncode == 0, process.stderr
+    assert "loss: PyTorch (the " in process.stdout
+    assert "kernels: activation silu; rotary embedding unfused; " in process.stdout
+    assert "GPU memory" not in process.stdout, "nothing to say about it on a CPU"
+    assert process.stdout.count("the teacher's prompt adds 2 tokens of wording (data.teacher_template)") == 1
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["loss/mean"] > 0 and math.isfinite(line["gradient_norm"])
+
+
+def test_kernels_that_cannot_run_are_refused_with_status_2(data, tmp_path):
+    process = tiny_run.in_new_process(overrides(data, tmp_path / "run", "loss.backend=triton"))
+    assert process.returncode == 2 and "loss.backend=triton cannot be used: " in process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run", "num_steps=3", "metrics.tensorboard=true"))
+    run = tmp_path / "run"
+    assert (run / "config.yaml").is_file() and list(run.rglob("events.out.tfevents*"))
+    assert saved_step(run) == 3
+    assert (run / "teacher").is_dir(), "the frozen teacher is written once, beside the checkpoints"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for key in (
+        "loss/mean loss/reverse_kl entropy/student entropy/teacher entropy/target entropy/target_minus_student k/mean "
+        "k/p01 k/p99 status/matched status/capped top1_agreement response/length_mean response/truncated_share "
+        "gradient_norm learning_rate tokens_per_second/rollout tokens_per_second/train padding/student padding/teacher "
+        "seconds/rollout seconds/train memory/rss_gib sampler/log_prob_mean_abs_diff sampler/log_prob_max_abs_diff"
+    ).split():
+        assert key in lines[-1], key
+    assert lines[-1]["sampler/log_prob_max_abs_diff"] < 1e-4
+
+
+def test_a_dry_run_checks_and_builds_and_does_nothing(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run", "dry_run=true"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def with_a_nan_gradient(arguments: list[str]) -> int:
+    """At the third step one gradient is NaN."""
+    from megatron_selfdistill.run import Run
+
+    update = Run.update
+
+    def spoilt(self, output):  # type: ignore[no-untyped-def]
+        if self.step == 2:
+            next(self.chunks[0].parameters()).main_grad[0] = math.nan
+        return update(self, output)
+
+    return tiny_run.start_with(arguments, Run, "update", spoilt)
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied_and_stops_the_run_with_a_checkpoint(ranks, data, tmp_path):
+    arguments = overrides(data, tmp_path / "run", "checkpoint.save_every=2")
+    train(ranks, arguments, start=with_a_nan_gradient, expected=3)
+    assert saved_step(tmp_path / "run") == 2
+    train(ranks, arguments)  # the checkpoint is sound
+    assert all(math.isfinite(line["loss/mean"]) for line in reproducible_metrics(tmp_path / "run"))
+
+
+def test_the_entropy_guard_stops_a_run(ranks, data, tmp_path):
+    guards = ["guards.reference_steps=1", "guards.patience=1", "guards.min_entropy_ratio=10"]
+    train(ranks, overrides(data, tmp_path / "run", *guards), expected=3)
+    assert len(reproducible_metrics(tmp_path / "run")) == 2
+
+
+def test_the_teacher_canary_stops_a_run_before_its_first_update(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run", "guards.max_teacher_cross_entropy=1e-6"), expected=3)
+    assert not reproducible_metrics(tmp_path / "run")
+
+
+def with_a_broken_teacher_pass(arguments: list[str]) -> int:
+    """Every teacher microbatch reads its tokens one position late."""
+    from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
+
+    rows = TeacherHiddenStates.put
+
+    def late(self, index, hidden):  # type: ignore[no-untyped-def]
+        return rows(self, index, hidden.roll(1, 0))
+
+    return tiny_run.start_with(arguments, TeacherHiddenStates, "put", late)
+
+
+def test_the_identity_law_is_checked_at_the_start(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run"), start=with_a_broken_teacher_pass, expected=3)
+
+
+@pytest.mark.parametrize("objective", ["solutions", "verified_rollouts"])
+def test_a_baseline_runs_on_the_same_data(ranks, data, tmp_path, objective):
+    options = [f"objective={objective}", "evaluation.verifier=tiny_run.starts_with_an_even_token"]
+    train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
+    lines = reproducible_metrics(tmp_path / "run")
+    assert len(lines) == 6 and lines[-1]["loss/mean"] < lines[0]["loss/mean"] * 1.5
+    assert not (tmp_path / "run" / "teacher").exists()
+    samples = read_samples(tmp_path / "run")
+    assert samples and not any(sample["solution"] for sample in samples)
+    for sample in samples:
+        assert sample["response"] and set(sample["tokens"]["teacher_log_prob"]) == {None}
+        assert all(value < 0 for value in sample["tokens"]["student_log_prob"])
+
+
+def test_samples_of_a_problem_that_comes_twice_in_a_batch_count_on():
+    from types import SimpleNamespace
+
+    from megatron_selfdistill.rollouts import _first_sample_indices
+
+    batch = [SimpleNamespace(id=i) for i in "abca"]
+    assert _first_sample_indices(batch, 4) == [0, 0, 0, 4]
+
+
+def test_evaluation_is_logged_at_the_start_and_at_the_end(ranks, data, tmp_path):
+    options = [
+        f"evaluation.path={data}/problems.jsonl",
+        "evaluation.every=100",
+        "evaluation.at_start=true",
+        "evaluation.limit=5",
+        "evaluation.num_samples=2",
+        "evaluation.pass_at_k=[1,2]",
+        "num_steps=2",
+    ]
+    train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in lines if "evaluation/greedy_accuracy" in line]
+    assert evaluated == [0, 2]
+    assert "evaluation/pass_at_2" in lines[0]

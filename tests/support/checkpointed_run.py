@@ -1,0 +1,196 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A tiny training run that is saved and resumed in any layout; its gradients are functions of parameter and
+step."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import layouts
+import models
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer, megatron_args
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.teacher import Teacher, main_parameter
+
+ADAM = OptimizerConfig(precision="fp32", lr=1e-2, lr_decay_style="linear", weight_decay=0.1)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's model, layout and optimizer."""
+
+    kind: str = "gqa"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = ADAM
+    teacher: str = "ema"
+    seed: int = 0
+    model_changes: dict[str, Any] = field(default_factory=dict)
+
+    def cut(self, **sizes: Any) -> Setup:
+        """The same in another layout."""
+        return dataclasses.replace(self, parallel=ParallelConfig(**sizes))
+
+    @property
+    def model(self) -> ModelConfig:
+        return models.model_config(self.kind, **self.model_changes)
+
+
+@dataclass
+class CheckpointedRun:
+    """One rank of a run."""
+
+    setup: Setup
+    grid: RankGrid
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    teacher: Teacher
+    checkpointer: Checkpointer
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What `Checkpointer.load` fills."""
+        return {
+            "chunks": self.chunks,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "teacher": self.teacher,
+        }
+
+    @property
+    def args(self) -> argparse.Namespace:
+        return megatron_args(self.chunks[0], self.setup.model)
+
+    def step(self, index: int) -> None:
+        """Optimizer step ``index`` with the gradients of that step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        params = [p for chunk in self.chunks for p in unwrapped(chunk).parameters()]
+        values = [p.data for p in params]
+        for p in params:
+            p.data = p.main_grad
+        models.fill_from_names(self.chunks, seed=1000 + index)
+        for p, value in zip(params, values, strict=True):
+            p.data = value
+        self.scheduler.step(1)
+        assert self.optimizer.step()[0]
+        self.teacher.update(self.optimizer)
+
+    def save(self, step: int, **trainer_state: Any) -> Path:
+        return self.checkpointer.save(step, **self.parts, trainer_state=trainer_state, args=self.args)
+
+    def load_latest(self) -> dict[str, Any]:
+        path = self.checkpointer.latest()
+        assert path is not None
+        return self.load(path)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        saved = self.checkpointer.read(path)
+        self.checkpointer.load(saved, **self.parts)
+        return saved.trainer_state
+
+    def parameters(self) -> dict[str, Any]:
+        """The float32 parameters that the optimizer updates, for `layouts.join`."""
+        for chunk in self.chunks:
+            if self.setup.optimizer.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        return layouts.shards(self.chunks, lambda p: main_parameter(p, self.optimizer).clone())
+
+    def weights(self) -> dict[str, Any]:
+        """The parameters that the model computes with."""
+        return layouts.shards(self.chunks, lambda p: p.detach().float().clone())
+
+    def teacher_weights(self) -> dict[str, Any]:
+        """The teacher's float32 master, or its copy where it has none."""
+        with self.teacher.masters_in_place():
+            return layouts.shards(self.teacher.chunks, lambda p: p.detach().float().clone())
+
+    def adam_steps(self) -> list[Tensor]:
+        """The ``step`` tensor of every parameter's Adam state."""
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [state["step"] for single in chained for state in single.optimizer.state.values()]
+
+
+def start(
+    setup: Setup, run_dir: Path, *, keep_last: int | None = None, async_save: bool = False, steps: int = 0
+) -> CheckpointedRun:
+    """A run that has taken ``steps`` steps from weights of ``setup.seed``."""
+    chunks, grid = models.build(setup.model, setup.parallel, optimizer=setup.optimizer, seed=setup.seed)
+    config = unwrapped(chunks[0]).config
+    student = wrap_for_training(chunks, setup.optimizer)
+    optimizer, scheduler = build_optimizer(student, setup.optimizer, 10)
+    optimizer.reload_model_params()  # filled after the main parameters' precursors were built
+    teacher = Teacher(
+        setup.teacher,
+        student,
+        lambda: build_chunks(setup.model, config, grid, models.VOCAB_SIZE),
+        ema_decay=0.5,
+    )
+    checkpointer = Checkpointer(run_dir, grid, keep_last=keep_last, async_save=async_save)
+    run = CheckpointedRun(setup, grid, student, optimizer, scheduler, teacher, checkpointer)
+    for index in range(1, steps + 1):
+        run.step(index)
+    return run
+
+
+def save_and_go_on(setup: Setup, run_dir: Path, async_save: bool = False) -> dict[str, Any]:
+    """Two steps, a checkpoint, two more steps: what a run that never stopped holds in the end."""
+    run = start(setup, run_dir, steps=2, async_save=async_save)
+    draw()
+    run.save(2, position=[3, 5])
+    drawn = draw()
+    run.step(3)
+    run.checkpointer.poll()
+    run.step(4)
+    run.checkpointer.finish()
+    return ended(run, drawn)
+
+
+def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
+    """Other weights and other steps, the checkpoint on top of them, then steps 3 and 4."""
+    run = start(dataclasses.replace(setup, seed=5), run_dir, steps=1)
+    state = run.load_latest()
+    drawn = draw()
+    assert state == {"step": 2, "position": [3, 5]}
+    if setup.teacher == "ema":
+        copies = [p for chunk in run.teacher.chunks for p in unwrapped(chunk).parameters()]
+        for master, copy in zip(run.teacher.masters, copies, strict=True):
+            assert torch.equal(copy, master.to(copy.dtype))
+    steps = run.adam_steps()
+    assert [float(step) for step in steps] == [2.0] * len(steps)
+    assert len({step.data_ptr() for step in steps}) == len(steps)
+    run.step(3)
+    run.step(4)
+    return ended(run, drawn)
+
+
+def ended(run: CheckpointedRun, drawn: list[float]) -> dict[str, Any]:
+    return {
+        "parameters": run.parameters(),
+        "weights": run.weights(),
+        "teacher": run.teacher_weights(),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "drawn": drawn,
+    }
+
+
+def draw() -> list[float]:
+    """One number of each random stream."""
+    import random
+
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.rand(()).item()
+    return [random.random(), float(np.random.random()), torch.rand(()).item(), tracked]

@@ -1,0 +1,260 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Tiny random transformers models of every family, as folders on disk, and this project's model filled from them.
+
+    write("qwen3", folder)                                   # config.json and model.safetensors, by save_pretrained
+    family, model, rules, tensors = read(folder)
+    chunks, grid = models.build(model, ParallelConfig()); fill(chunks, rules, tensors)
+
+Sizes are odd on purpose: fewer groups than heads, channels that are not hidden / heads, a vocabulary that is no
+multiple of anything, unequal widths; and weights are large enough that each of them shows in the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import shard_of
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.model import forward
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.hf.mapping import Family, Rule, check_names, check_shapes, family_of
+
+VOCAB_SIZE = 101  # prime
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LATENT = {
+    **{name: size for name, size in _SIZES.items() if name != "head_dim"},
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 28,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 14,
+    "rms_norm_eps": 1e-6,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "mscale": 0.8,
+    "mscale_all_dim": 0.6,
+    "beta_fast": 8,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 16,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("LlamaConfig", {**_SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama3": (
+        "LlamaConfig",
+        {
+            **_SIZES,
+            "tie_word_embeddings": True,
+            "rope_theta": 500000.0,
+            "rope_scaling": _LLAMA3,
+            "max_position_embeddings": 8 * 8192,
+        },
+    ),
+    "mistral": ("MistralConfig", {**_SIZES, "sliding_window": None, "rms_norm_eps": 1e-5}),
+    "qwen2": ("Qwen2Config", {**_SIZES, "tie_word_embeddings": True, "rope_theta": 1000000.0}),
+    "qwen3": ("Qwen3Config", {**_SIZES, "rope_theta": 1000000.0}),
+    "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_SIZES, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "norm_topk_prob": True},
+    ),
+    "qwen3_moe_mixed": (
+        "Qwen3MoeConfig",
+        {
+            **_SIZES,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 28,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_LATENT,
+            "q_lora_rank": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.7,
+            "rope_scaling": _YARN,
+        },
+    ),
+    "deepseek_v3_plain": (
+        "DeepseekV3Config",
+        {
+            **_LATENT,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "num_mtp_layers": 0,
+        },
+    ),
+}
+"""kind -> transformers' configuration class and its arguments."""
+
+
+def hf_config(kind: str, **changes: Any) -> Any:
+    """transformers' configuration object."""
+    import transformers
+
+    name, arguments = CONFIGS[kind]
+    return getattr(transformers, name)(**{**arguments, **changes})
+
+
+def write(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
+    """Save a random model of this kind with ``save_pretrained``; returns it (float32, in eval mode)."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(hf_config(kind, **changes)).eval()
+        _randomise(model)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def _randomise(model: torch.nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        noise = torch.randn_like(tensor)
+        if "norm" in name:
+            tensor.copy_(1 + 0.3 * noise)
+        elif "embed_tokens" in name or "lm_head" in name:
+            tensor.copy_(0.4 * noise)
+        elif name.endswith("e_score_correction_bias"):
+            tensor.copy_(0.1 * noise)
+        elif name.endswith("bias"):
+            tensor.copy_(0.5 * noise)
+        elif tensor.dim() > 1:
+            tensor.copy_(1.5 * tensor.shape[-1] ** -0.5 * noise)
+
+
+def read(folder: Path, **changes: Any) -> tuple[Family, ModelConfig, list[Rule], dict[str, Tensor]]:
+    """Family, configuration (with ``changes``, and little padding), rules and tensors of a Hugging Face folder."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    family = family_of(config)
+    model = dataclasses.replace(family.model_config(config), **{"make_vocab_size_divisible_by": 8, **changes})
+    rules = check_names(family.rules(model), tensors)
+    check_shapes(rules, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return family, model, rules, tensors
+
+
+@torch.no_grad()
+def fill(chunks: Sequence[torch.nn.Module], rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Set every parameter and buffer of a checkpoint from Hugging Face tensors; returns the keys that were set.
+
+    Rows of padding become 3: wherever they were read, it would show.
+    """
+    full = {
+        (rule.megatron.key, rule.megatron.index): rule.to_megatron(*(tensors[name] for name in rule.hf_names))
+        for rule in rules
+    }
+    filled, storages = set(), set()
+    for chunk in chunks:
+        model = unwrapped(chunk)
+        state_dict = model.sharded_state_dict(prefix="")
+        apply_factories(state_dict)
+        for shard in nested_values(state_dict):
+            if isinstance(shard, ShardedTensor):
+                index = tuple(shard.global_offset[: shard.prepend_axis_num])
+                value = full[shard.key, index]
+                rows = shard.global_shape[shard.prepend_axis_num]
+                if value.shape[0] < rows:
+                    value = torch.cat([value, value.new_full((rows - value.shape[0], *value.shape[1:]), 3.0)])
+                shard.data.copy_(shard_of(_stacked(value, index), shard))
+                filled.add(shard.key)
+                storages.add(shard.data.untyped_storage().data_ptr())
+        missing = [n for n, p in model.named_parameters() if p.untyped_storage().data_ptr() not in storages]
+        assert not missing, f"nothing was set in {missing}"
+    return filled
+
+
+class _stacked:
+    """A slice that stands where `shard_of` looks for it in a stacked tensor, without the rest of the stack."""
+
+    def __init__(self, value: Tensor, index: tuple[int, ...]) -> None:
+        self.value, self.index = value, index
+
+    def __getitem__(self, offset: int) -> Any:
+        assert offset == self.index[0]
+        return _stacked(self.value, self.index[1:]) if len(self.index) > 1 else self.value
+
+    def narrow(self, *arguments: int) -> Tensor:
+        return self.value.narrow(*arguments)
+
+
+def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
+    """Sequences behind each other in one row, every position of which is asked for."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    total = int(lengths.sum())
+    return Microbatch(
+        tokens=torch.tensor([token for sequence in sequences for token in sequence]),
+        position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()]),
+        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+        padding_mask=torch.zeros(total, dtype=torch.bool),
+        response_rows=torch.arange(total),
+        response_ids=torch.arange(total),
+        num_sequences=len(sequences),
+    )
+
+
+@torch.no_grad()
+def megatron_logits(chunk: torch.nn.Module, grid: RankGrid, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """``[sum of lengths, vocabulary]`` float32 of a whole model on one rank, along the path that training takes."""
+    inputs = forward.inputs_of(packed(sequences), grid)
+    rows = forward.rows_at(forward.hidden_states(chunk, inputs, grid), torch.arange(inputs.tokens.numel()), grid)
+    return forward.project(unwrapped(chunk), rows).float()[:, :VOCAB_SIZE]
+
+
+@torch.no_grad()
+def hf_logits(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The same of a transformers model, each sequence by itself."""
+    return torch.cat([model(torch.tensor([sequence])).logits[0].float() for sequence in sequences])
+
+
+SEQUENCES = [torch.randint(VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (23, 40)]
+"""Texts to compare logits on: two, so that packing is part of it, and longer than YaRN's original length."""

@@ -1,0 +1,266 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""One self-distillation step of a tiny model in any layout, and its gradients as full tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packing import PackedBatch, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model import forward
+from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.teacher import Teacher
+
+MAX_TOKENS = 56
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run; everything but ``parallel``, ``pair_order`` and the cuts must leave the gradient as it is."""
+
+    kind: str = "gqa"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            optimizer="sgd", precision="fp32", lr=0.01, clip_grad=0.0, use_distributed_optimizer=False
+        )
+    )
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    model_changes: dict[str, Any] = field(default_factory=dict)
+    divergence: str = "reverse_kl"
+    pair_order: str = "teacher_first"
+    paired: bool = False
+    max_tokens: int = MAX_TOKENS
+    seq_quantum: int | None = None
+    extra_weightless: int = 1
+    steps: int = 0
+    teacher: str = "frozen"
+    fusion: Fusion | None = None
+    mutation: str | None = None
+
+
+@dataclass
+class Outcome:
+    loss: float
+    """Mean divergence over the response tokens of the global batch, nats."""
+    grad_norm: float
+    grads: dict[str, torch.Tensor]
+    """This rank's shards: see `join`."""
+    params: dict[str, torch.Tensor]
+    """After ``steps`` optimizer steps."""
+    num_microbatches: int
+
+
+def contexts() -> list[ContextPair]:
+    """Seven ragged contexts; the teacher's prompt is longer by another amount for each."""
+    rng = random.Random(7)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(models.VOCAB_SIZE) for _ in range(count)]
+
+    pairs = []
+    for index in range(7):
+        prompt = tokens(rng.randrange(3, 12))
+        pairs.append(
+            ContextPair(f"p{index}", prompt, tokens(rng.randrange(2, 9)) + prompt, tokens(rng.randrange(1, 23)), False)
+        )
+    return pairs
+
+
+def packed(case: Case, grid: RankGrid) -> PackedBatch:
+    """This replica's share of `contexts`, with as many microbatches as the others, and one empty one more."""
+    mine = contexts()[grid.dp_rank :: grid.dp_size]
+    arguments = {
+        "max_tokens": case.max_tokens,
+        "cp_size": grid.cp_size,
+        "tp_size": grid.tp_size,
+        "paired": case.paired,
+    }
+    length = _max(required_seq_length(mine, **arguments, seq_quantum=case.seq_quantum), grid)
+    batch = pack(mine, **arguments, seq_length=length)
+    counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
+    while sum(counts) % schedule.microbatch_multiple(grid):
+        counts = [n + 1 for n in counts] if case.paired else [counts[0] + 1, counts[1]]
+    return pad_to_count(batch, *counts)
+
+
+def run(case: Case) -> Outcome:
+    """One rank of ``case``: gradients of the first step, and parameters after ``case.steps`` steps."""
+    model = models.model_config(case.kind, **case.model_changes)
+    chunks, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
+    config = unwrapped(chunks[0]).config
+    student = wrap_for_training(chunks, case.optimizer)
+    optimizer, scheduler = build_optimizer(student, case.optimizer, 10)
+    teacher = Teacher(case.teacher, student, lambda: build_chunks(model, config, grid, models.VOCAB_SIZE))
+    if case.teacher != "current":
+        models.fill_from_names(teacher.chunks, seed=1)
+    vocab = vocab_shard(student, grid)
+    batch = packed(case, grid)
+    with mutated(case.mutation, grid):
+        if case.mutation == "padded column left in the softmax":
+            vocab = dataclasses.replace(vocab, vocab_size=vocab.size * grid.tp_size)
+        if case.mutation == "teacher and student swapped":
+            batch = dataclasses.replace(batch, student=batch.teacher, teacher=batch.student)
+        if case.mutation == "response position off by one":
+            batch = dataclasses.replace(batch, student=[_off_by_one(mb) for mb in batch.student])
+        outcome = None
+        for _ in range(max(case.steps, 1)):
+            for chunk in student:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            output = schedule.run(
+                student,
+                teacher.chunks,
+                batch,
+                schedule.self_distillation(Target(), Divergence(case.divergence), fusion=case.fusion),
+                grid,
+                vocab,
+                pair_order=case.pair_order,
+            )
+            if outcome is None:
+                outcome = first_step(student, optimizer, output, batch, grid)
+            if case.steps:
+                scheduler.step(1)
+                optimizer.step()
+                teacher.update(optimizer)
+    if case.steps:
+        for chunk in student:
+            chunk.start_param_sync(force_sync=True) if case.optimizer.overlap_param_gather else None
+        outcome.params = shards(student, lambda p: p.detach())
+    return outcome
+
+
+def first_step(
+    student: list, optimizer: Any, output: schedule.StepOutput, batch: PackedBatch, grid: RankGrid
+) -> Outcome:
+    optimizer.prepare_grads()
+    loss = torch.zeros(1, dtype=torch.float64, device=grid.device)
+    if output.stats is not None:
+        loss += output.stats.loss.double().sum() / output.num_response_tokens
+    dist.all_reduce(loss, group=grid.dp_cp_group)
+    dist.broadcast(loss, grid.last_stage_rank, group=grid.pp_group)
+    return Outcome(
+        loss=float(loss),
+        grad_norm=float(optimizer.get_grad_norm()),
+        grads=shards(student, lambda p: p.main_grad),
+        params={},
+        num_microbatches=len(batch.student) + len(batch.teacher),
+    )
+
+
+def vocab_shard(student: list, grid: RankGrid) -> VocabShard:
+    rows = unwrapped(student[-1]).vocab_size
+    return VocabShard.from_group(rows, models.VOCAB_SIZE, grid.tp_group)
+
+
+def shards(chunks: list, value: Any) -> dict[str, Any]:
+    """``value(parameter)`` of every parameter as (global shape, offset, shard) under its checkpoint name."""
+    out: dict[str, Any] = {}
+    for chunk in chunks:
+        model = unwrapped(chunk)
+        own = [(p, p.data) for p in model.parameters()]
+        try:
+            for p, _ in own:
+                p.data = value(p).clone()
+            state = model.sharded_state_dict(prefix="")
+            apply_factories(state)
+            for shard in nested_values(state):
+                if isinstance(shard, ShardedTensor):
+                    place = (tuple(shard.global_shape), tuple(shard.global_offset), shard.prepend_axis_num)
+                    out[f"{shard.key}@{shard.global_offset}"] = (shard.key, *place, shard.data.detach().cpu().clone())
+        finally:
+            for p, data in own:
+                p.data = data
+    return out
+
+
+def join(per_rank: list[dict[str, Any]], rows: int = models.VOCAB_SIZE) -> dict[str, torch.Tensor]:
+    """Full tensors from all ranks' shards.  Ranks that hold the same shard must agree to the last bit in what they
+    hold of it (finalised gradients and parameters do).  Vocabulary padding is cut off; its gradient must be zero."""
+    full: dict[str, torch.Tensor] = {}
+    for shard_by_name in per_rank:
+        for key, shape, offset, prepended, data in shard_by_name.values():
+            target = full.setdefault(key, torch.full(shape, float("nan"), dtype=data.dtype))
+            view = target
+            for position in offset[:prepended]:
+                view = view[position]
+            for dim, (start, length) in enumerate(zip(offset[prepended:], data.shape, strict=True)):
+                view = view.narrow(dim, start, length)
+            known = ~view.isnan()
+            assert torch.equal(view[known], data[known]), f"ranks disagree about {key}"
+            view.copy_(data)
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if key in full:
+            full[key] = full[key][:rows]
+    assert not any(t.isnan().any() for t in full.values()), "some part of a tensor is on no rank, or NaN"
+    return full
+
+
+def worst_difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """max over tensors of |got - expected|_2 / |expected|_2, and which tensor that is."""
+    assert got.keys() == expected.keys()
+    worst = (0.0, "")
+    for key, reference in expected.items():
+        norm = reference.double().norm().item()
+        difference = (got[key].double() - reference.double()).norm().item()
+        worst = max(worst, (difference / norm if norm else difference, key))
+    return worst
+
+
+@contextlib.contextmanager
+def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
+    """The named fault, for the while."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "backbone gradient x TP":
+            gather = forward.gather_from_sequence_parallel_region
+            patch.setattr(
+                forward,
+                "gather_from_sequence_parallel_region",
+                lambda hidden, tensor_parallel_output_grad, group: gather(hidden, True, group),
+            )
+        elif name in ("gradient x CP", "gradient x num_microbatches"):
+            original = schedule._Step.__init__
+
+            def scaled(self: Any, *args: Any, **kwargs: Any) -> None:
+                original(self, *args, **kwargs)
+                count = len(self.batch.student) + len(self.batch.teacher)
+                self.loss_scale *= grid.cp_size if name == "gradient x CP" else count
+
+            patch.setattr(schedule._Step, "__init__", scaled)
+        elif name == "layer-norm all-reduce dropped":
+            finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]  # the package exports a namesake
+            patch.setattr(finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *a, **k: None)
+        yield
+
+
+def _off_by_one(microbatch: Any) -> Any:
+    rows = (microbatch.response_rows + 1).clamp(max=len(microbatch.tokens) - 1)
+    return dataclasses.replace(microbatch, response_rows=rows)
+
+
+def _max(value: int, grid: RankGrid) -> int:
+    tensor = torch.tensor(value, device=grid.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=grid.dp_group)
+    return int(tensor)

@@ -1,0 +1,152 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Tiny models with the same weights in every layout: what tests of sampling, schedules and checkpoints
+compare.
+
+    chunks, grid = build(model_config("moe"), ParallelConfig(expert_model_parallel_size=2))
+
+Each weight is a function of its global name and full shape (`full_weight`), so a rank fills what it holds and
+no checkpoint is read.  The weights are large enough that greedy text does not repeat itself and logits are
+far from ties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.distributed.ranks import RankGrid, current_grid, initialize
+from megatron_selfdistill.model.architecture import transformer_config
+from megatron_selfdistill.model.build import build_chunks, unwrapped
+from megatron_selfdistill.plan.stages import Stage, stages
+
+VOCAB_SIZE = 61  # prime: no shard is full; padded to a multiple of 8 * tp
+
+_GQA = ModelConfig(
+    vocab_size=VOCAB_SIZE,
+    make_vocab_size_divisible_by=8,
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    max_position_embeddings=256,
+)
+_MODELS = {
+    "gqa": _GQA,  # grouped queries, untied
+    "tied": dataclasses.replace(_GQA, share_embeddings_and_output_weights=True, add_qkv_bias=True),
+    "moe": dataclasses.replace(_GQA, num_layers=2, num_moe_experts=4, moe_ffn_hidden_size=32, qk_layernorm=True),
+}
+
+
+def model_config(kind: str = "gqa", **changes: Any) -> ModelConfig:
+    """``gqa`` (untied), ``tied`` (with biases in QKV) or ``moe`` (4 experts, 2 per token); ``changes``
+    replace fields."""
+    return dataclasses.replace(_MODELS[kind], **changes)
+
+
+def parallel(
+    tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, ep: int = 1, etp: int | None = None, sp: bool = False
+) -> ParallelConfig:
+    """The cuts of a test, by their short names."""
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        sequence_parallel=sp,
+    )
+
+
+def build(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    optimizer: OptimizerConfig | None = None,
+    schedule: ScheduleConfig | None = None,
+    seed: int = 0,
+) -> tuple[list[torch.nn.Module], RankGrid]:
+    """This rank's chunks, filled from names with ``seed``, and the grid; initialises Megatron's groups if
+    need be."""
+    grid = current_grid(parallel) if _groups_exist() else initialize(parallel, seed=1234)
+    optimizer = optimizer or OptimizerConfig(precision="fp32")
+    config = transformer_config(model, parallel, optimizer, schedule or ScheduleConfig())
+    assert model.vocab_size is not None
+    chunks = build_chunks(model, config, grid, model.vocab_size)
+    fill_from_names(chunks, seed)
+    return chunks, grid
+
+
+def planned(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> list[Stage]:
+    """The stages of the same model as meta tensors, in a world that need not exist."""
+    config = transformer_config(model, parallel, OptimizerConfig(), ScheduleConfig())
+    assert model.vocab_size is not None
+    return stages(model, config, parallel, model.vocab_size, world_size)
+
+
+@torch.no_grad()
+def fill_from_names(chunks: Sequence[torch.nn.Module], seed: int = 0) -> None:
+    """Set every parameter and buffer of a checkpoint to its slice of `full_weight`; ``seed`` makes another
+    model."""
+    filled: set[int] = set()
+    for chunk in chunks:
+        model = unwrapped(chunk)
+        state_dict = model.sharded_state_dict(prefix="")
+        apply_factories(state_dict)
+        for shard in nested_values(state_dict):
+            if isinstance(shard, ShardedTensor):
+                shard.data.copy_(shard_of(full_weight(shard.key, shard.global_shape, seed), shard))
+                filled.add(shard.data.untyped_storage().data_ptr())
+        missing = [n for n, p in model.named_parameters() if p.untyped_storage().data_ptr() not in filled]
+        assert not missing, f"no global name for {missing}"
+
+
+def shard_of(full: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
+    """The part of a full tensor that ``shard`` describes; leading axes (layer, expert) are stacked in the
+    full one."""
+    for offset in shard.global_offset[: shard.prepend_axis_num]:
+        full = full[offset]
+    for dim, (offset, length) in enumerate(
+        zip(shard.global_offset[shard.prepend_axis_num :], shard.local_shape, strict=True)
+    ):
+        full = full.narrow(dim, offset, length)
+    return full
+
+
+def full_weight(key: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
+    """The whole tensor named ``key``.  More rows leave the first ones as they are, so that vocabularies
+    padded for different TP sizes agree."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    normal = np.random.Generator(np.random.Philox(int.from_bytes(digest, "little"))).standard_normal(tuple(shape))
+    weight = torch.from_numpy(normal).float()
+    if "norm" in key:
+        return 1 + 0.2 * weight
+    if key.endswith("expert_bias"):
+        return 0.05 * weight
+    if key.endswith("bias"):
+        return 0.3 * weight
+    if key.startswith(("embedding.", "output_layer.")):
+        return 0.35 * weight
+    # Attention must look at few tokens and layers must drown the residual stream, or the text repeats one
+    # token.
+    gains = {"linear_qkv": 2.0, "linear_proj": 4.0, "linear_fc2": 4.0, "router": 2.0}
+    gain = next((gain for name, gain in gains.items() if name in key), 1.0)
+    return gain / math.sqrt(shape[-1]) * weight
+
+
+def _groups_exist() -> bool:
+    from megatron.core import parallel_state
+
+    return parallel_state.model_parallel_is_initialized()

@@ -1,0 +1,53 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A trainer's sampler on real vLLM servers, and the processes that make one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trained import FAMILY, MAX_LENGTH, MODEL, Reach
+
+from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
+
+
+@contextmanager
+def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[Any]:
+    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
+
+    os.environ[TOKEN_VARIABLE] = servers.token
+    built = ServerSampler(
+        chunks,
+        grid,
+        servers.hf_config,
+        FAMILY.rules(MODEL),
+        **{"max_length": MAX_LENGTH, "run_dir": servers.hf_config, "servers": servers.addresses, **options},
+    )
+    try:
+        yield built
+    finally:
+        built.close()
+
+
+def command_lines(session: int) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.getsid(int(entry.name)) == session:
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ProcessLookupError):
+            continue  # it has ended meanwhile
+    return [line for line in found if line]  # a zombie has none
+
+
+def assert_session_ends(session: int) -> None:
+    """All processes of a server are gone soon, without being stopped by us."""
+    deadline = time.monotonic() + 60
+    # The resource tracker of Python's multiprocessing ends when the last process that it serves has ended.
+    while left := command_lines(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)

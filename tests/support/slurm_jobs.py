@@ -1,0 +1,164 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A job of the project's own sbatch scripts, as submitted by a user, and what one can see of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from tiny_run import REPOSITORY, overrides, saved_step
+
+SCRIPTS = sorted((REPOSITORY / "examples" / "slurm").glob("*.sbatch"))
+STEPS = 16
+# vLLM's attention on a CPU knows heads of 32 channels, not smaller ones.
+FOR_VLLM = ("model.hidden_size=64", "model.num_attention_heads=2", "model.num_query_groups=2")
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+PATIENCE_S = 300.0
+
+T = TypeVar("T")
+
+
+def sh(*command: str, **environment: str) -> str:
+    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | environment, cwd=REPOSITORY)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout.strip()
+
+
+def wait_until(what: Callable[[], T], seconds: float = PATIENCE_S) -> T:
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain"
+        time.sleep(0.1)
+    return value
+
+
+class Job:
+    """A submitted script; ``options`` are sbatch's, ``more`` the run's, ``environment`` the script's parameters."""
+
+    def __init__(
+        self,
+        script: str,
+        data: Path,
+        run_dir: Path,
+        *more: str,
+        options: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
+        self.run_dir, self.log = run_dir, run_dir.with_suffix(".log")
+        parameters = {
+            "RUN_DIR": str(run_dir),
+            "GPUS_PER_NODE": "1",
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
+            "GLOO_SOCKET_IFNAME": "lo",  # both nodes are this host, whose name need not be in DNS
+            "RUN_DOCTOR": "0",
+            **environment,
+        }
+        arguments = overrides(
+            data,
+            run_dir,
+            f"num_steps={STEPS}",
+            "checkpoint.save_every=4",
+            "rollout.kv_cache_gb=0.1",
+            "metrics.console=true",
+            *more,
+        )
+        path = next(path for path in SCRIPTS if path.stem == script)
+        self.id = sh("sbatch", "--parsable", f"--output={self.log}", *options, str(path), *arguments, **parameters)
+
+    def field(self, name: str) -> str:
+        return sh("scontrol", "show", "job", self.id).split(f"{name}=", 1)[1].split()[0]
+
+    def restarts(self) -> int:
+        return int(self.field("Restarts"))
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def steps_done(self) -> int:
+        """Lines of metrics.jsonl."""
+        path = self.run_dir / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def saved_step(self) -> int:
+        return saved_step(self.run_dir)
+
+    def after_steps(self, count: int) -> Job:
+        wait_until(lambda: self.steps_done() >= count or self.field("JobState") in ENDS)
+        assert self.field("JobState") == "RUNNING", self.text()
+        return self
+
+    def start_again_now(self) -> None:
+        """Slurm lets a requeued job wait for two minutes."""
+        wait_until(lambda: self.field("JobState") == "PENDING" and self.restarts() > 0)
+        # Restarted within the second of its requeue a job ends with "credential revoked".
+        sh("scontrol", "update", f"JobId={self.id}", "StartTime=now+3")
+
+    def end(self) -> str:
+        wait_until(lambda: self.field("JobState") in ENDS)
+        return self.field("JobState")
+
+    def processes(self, node: str | None = None) -> dict[int, dict[str, str]]:
+        """pid -> environment of this job's processes, those of a node where one is named."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                lines = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue  # no process, or one that has ended
+            environment = dict(line.split("=", 1) for line in lines if "=" in line)
+            here = node is None or environment.get("SLURMD_NODENAME") == node
+            same_cluster = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+            if environment.get("SLURM_JOB_ID") == self.id and same_cluster and here:
+                found[int(entry.name)] = environment
+        return found
+
+    def nodes_running(self, module: str) -> set[str]:
+        """Where there are processes of this job with ``module`` on their command lines."""
+        found = set()
+        for pid, environment in self.processes().items():
+            with contextlib.suppress(OSError):  # it has ended
+                if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                    found.add(environment["SLURMD_NODENAME"])
+        return found
+
+    def tasks(self) -> list[int]:
+        """Those processes of its steps that Slurm has started itself."""
+        own = self.processes()
+        return [pid for pid, one in own.items() if "SLURM_STEP_NUM_NODES" in one and parent(pid) not in own]
+
+    def ranks(self) -> dict[int, tuple[int, str]]:
+        """rank -> pid and node of the trainer's processes."""
+        workers = {pid: one for pid, one in self.processes().items() if "LOCAL_RANK" in one}
+        own = {pid: one for pid, one in workers.items() if parent(pid) not in workers}  # not what they have forked
+        return {int(one["RANK"]): (pid, one["SLURMD_NODENAME"]) for pid, one in own.items()}
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def config_of_the_tiny_model(folder: Path, data: Path) -> Path:
+    """``folder`` with the Hugging Face config.json of the model that the jobs train, as vLLM on a CPU can run it."""
+    from megatron_selfdistill.config import load
+    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+
+    config = load(overrides(data, folder / "unused", *FOR_VLLM))
+    model = replace(config.model, vocab_size=Inputs.load(config).vocab_size)
+    family = family_of_model(model)
+    described = {"architectures": [family.architecture], **family.hf_config(model, "float32")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder

@@ -1,0 +1,209 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whole training runs of a tiny model on column subtraction, in this process, on ranks or in a process of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from ranks import RankPool
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.append(str(REPOSITORY / "examples"))
+
+# Not equal between runs: clocks, and memory.
+NOT_REPRODUCIBLE = ("seconds/", "tokens_per_second/", "memory/")
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def write_data(folder: Path, num_problems: int = 40) -> None:
+    """A tokenizer and problems with answers as hints."""
+    import subtraction
+    from pretraining import write_records, write_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder / "tokenizer", subtraction.ALPHABET)
+    pairs = subtraction.distinct(num_problems, "train", seed=1)
+    write_records(folder / "problems.jsonl", [subtraction.record(a, b) for a, b in pairs])
+
+
+def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
+    """A run of 6 steps of 8 problems; ``more`` has the last word."""
+    return [
+        f"run_dir={run_dir}",
+        f"data.path={data}/problems.jsonl",
+        f"data.tokenizer={data}/tokenizer",
+        "data.teacher_template='{problem}H{solution}|'",
+        "data.global_batch_size=8",
+        "rollout.max_new_tokens=14",
+        "schedule.max_tokens=256",
+        "model.num_layers=4",
+        "model.hidden_size=32",
+        "model.num_query_groups=2",
+        "model.make_vocab_size_divisible_by=8",
+        "model.max_position_embeddings=128",
+        "model.init_method_std=0.2",
+        "optimizer=fp32",
+        "optimizer.lr=1e-3",
+        "optimizer.lr_warmup_steps=2",
+        "num_steps=6",
+        "checkpoint.save_every=3",
+        "metrics.console=false",
+        "metrics.tensorboard=false",
+        *more,
+    ]
+
+
+def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
+    """``selfdistill`` with these arguments on this rank; ``kill_at`` names a place of `killed_at`."""
+    from megatron_selfdistill.train import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        if kill_at is not None:
+            killed_at(kill_at, patch)
+        return main(list(arguments))
+
+
+def start_and_listen(arguments: Sequence[str]) -> tuple[int, str]:
+    """`start`, and what it writes to standard output and error, warnings included."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        status = start(arguments)
+    return status, said.getvalue()
+
+
+def start_with(arguments: Sequence[str], owner: Any, name: str, replacement: Any) -> int:
+    """`start` while ``owner.name`` is ``replacement``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, replacement)
+        return start(arguments)
+
+
+def train(
+    ranks: RankPool,
+    arguments: Sequence[str],
+    world_size: int = 1,
+    *,
+    start: Callable[..., int] = start,
+    expected: int = 0,
+    **options: Any,
+) -> None:
+    """Each rank calls ``start(arguments)`` and gets the exit status ``expected``; ``options`` are further arguments of
+    ``start``, or of `RankPool.run`."""
+    statuses = ranks.run(start, arguments, world_size=world_size, init_process_group=False, **options)
+    assert statuses == [expected] * world_size
+
+
+def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
+    """This process kills itself: in the middle of its 5th step, or in the middle of writing its 2nd checkpoint."""
+
+    def kill(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if place == "step":
+        from megatron_selfdistill.run import Run
+
+        update = Run.update
+
+        def update_or_die(self: Any, output: Any) -> Any:
+            if self.step == 4:
+                self.teacher.update = kill  # the weights have moved, the step is not counted
+            return update(self, output)
+
+        patch.setattr(Run, "update", update_or_die)
+    else:
+        from megatron_selfdistill.checkpoint import directory
+
+        calls = []
+        publish = directory.publish
+
+        def publish_or_die(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            if len(calls) > 2:  # the frozen teacher, the checkpoint of step 3, and now that of step 6
+                kill()
+            return publish(*args, **kwargs)
+
+        patch.setattr(directory, "publish", publish_or_die)
+
+
+def in_new_process(arguments: Sequence[str], kill_at: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`start` in a Python of its own, as one that dies must be."""
+    code = f"import tiny_run, sys; sys.exit(tiny_run.start({list(arguments)!r}, {kill_at!r}))"
+    paths = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY), str(REPOSITORY / "examples")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without clocks.  Whatever a run of the tests writes, docs/metrics.md explains."""
+    from metric_keys import undocumented
+
+    from megatron_selfdistill.metrics import read_metrics
+
+    assert undocumented(key for line in read_metrics(run_dir) for key in line) == set()
+    return [{k: v for k, v in line.items() if not k.startswith(NOT_REPRODUCIBLE)} for line in read_metrics(run_dir)]
+
+
+def recorded(path: Path, step: int) -> dict[tuple[str, int], list[int]]:
+    """What ``rollout.record`` has written of a step: (problem, sample) -> token ids."""
+    records = map(json.loads, path.read_text().splitlines())
+    return {(r["problem_id"], r["sample_index"]): r["token_ids"] for r in records if r["step"] == step}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder -> its contents."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def saved_step(run_dir: Path) -> int:
+    """That of the latest checkpoint, as the tracker file says; 0 where there is none."""
+    path = run_dir / "checkpoints" / TRACKER
+    return int(path.read_text()) if path.exists() else 0
+
+
+def go_back_to_step_3(run_dir: Path) -> None:
+    """A run of 6 steps loses its last checkpoint.  Started again it takes steps 4 to 6 anew, at the learning rates of a
+    whole run, which ``num_steps=3`` would not have had."""
+    shutil.rmtree(run_dir / "checkpoints" / "iter_0000006")
+    (run_dir / "checkpoints" / TRACKER).write_text("3")
+
+
+def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:
+    """Every tensor of a checkpoint, in full: weights, optimizer state, and the teacher's average."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    return load_plain_tensors(str(run_dir / "checkpoints" / f"iter_{step:07d}"))
+
+
+def differences(one: Path, other: Path, step: int = 6) -> list[tuple[str, float]]:
+    """Which tensors of two runs' checkpoints differ, and by how much; needs an initialised process group."""
+    a, b = final_tensors(one, step), final_tensors(other, step)
+    assert a.keys() == b.keys()
+    return [
+        (key, float((a[key].double() - b[key].double()).abs().max()))
+        for key in a
+        if hasattr(a[key], "equal") and not a[key].equal(b[key])
+    ]
+
+
+def assert_equal_runs(ranks: RankPool, one: Path, other: Path, num_steps: int = 6) -> None:
+    """Bit for bit: the metrics of every step, weights, optimizer state, and the teacher's average."""
+    assert len(reproducible_metrics(one)) == num_steps
+    assert reproducible_metrics(one) == reproducible_metrics(other)
+    assert ranks.run(differences, one, other, num_steps, world_size=1) == [[]]
+
+
+def starts_with_an_even_token(text: str, problem: Any) -> bool:
+    """A verifier that an untrained model satisfies now and then."""
+    return text[:1] in set("02468-b,:H~")

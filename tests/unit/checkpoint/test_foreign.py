@@ -1,0 +1,164 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""torch_dist checkpoints by other layer specs, by other versions of Megatron, and with their optimizer state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpointed_run
+import layouts
+import models
+import pytest
+import torch
+from checkpointed_run import Setup
+
+from megatron_selfdistill.checkpoint.formats import torch_dist
+from megatron_selfdistill.checkpoint.formats.full_weights import NOT_WEIGHTS, open_weights
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistSource
+from megatron_selfdistill.checkpoint.run.saved_run import SECTION
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.errors import CheckpointError
+
+TP2 = ParallelConfig(tensor_model_parallel_size=2)
+PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+
+
+def save(setup: Setup, run_dir: Path) -> None:
+    checkpointed_run.start(setup, run_dir).save(1)
+
+
+@pytest.fixture(scope="module", params=["gqa", "moe"])
+def saved(request, ranks, tmp_path_factory) -> tuple[str, Path]:
+    """The kind of a model, and a checkpoint of it with this project's names."""
+    run_dir = tmp_path_factory.mktemp("run")
+    ranks.run(save, Setup(kind=request.param, teacher="current"), run_dir, world_size=1)
+    return request.param, run_dir / "checkpoints" / "iter_0000001"
+
+
+def by_stock_local_layers(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Megatron's own local spec calls every norm before an MLP a part of ``linear_fc1``, experts or not."""
+    return {key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"): tensor}
+
+
+def by_unfused_layers(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    key = key.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+    return {key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."): tensor}
+
+
+def with_numbered_layers(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Newer versions give each layer a key of its own."""
+    if not key.startswith("decoder.layers."):
+        return {key: tensor}
+    rest = key.removeprefix("decoder.layers.")
+    return {f"decoder.layers.{layer}.{rest}": part for layer, part in enumerate(tensor)}
+
+
+def with_more(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Multi-token-prediction layers, the writer's optimizer."""
+    if key != "decoder.final_layernorm.weight":
+        return {key: tensor}
+    return {key: tensor, "mtp.layers.eh_proj.weight": tensor[None], "optimizer.state.exp_avg.x": tensor}
+
+
+def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> Path:
+    """The weights of ``path`` by other names, as another program writes them, a whole tensor in each piece."""
+    source = TorchDistSource(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for key in source.shapes:
+        if not key.startswith(NOT_WEIGHTS):
+            tensors |= rename(key, source.read(key))
+    pieces = [
+        Piece(key, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()
+    ]
+    target = out / "iter_0000001"
+    torch_dist.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
+    for part in target.glob("manifest*"):
+        part.unlink()
+    return target
+
+
+def load(model: ModelConfig, parallel: ParallelConfig, path: Path) -> dict:
+    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+
+    chunks, _ = models.build(model, parallel, seed=9)
+    load_weights(path, chunks, models.VOCAB_SIZE)
+    return layouts.shards(chunks, lambda p: p.detach().clone())
+
+
+@pytest.mark.parametrize("rename", [by_stock_local_layers, by_unfused_layers, with_numbered_layers, with_more])
+def test_names_of_other_layers_and_versions_are_understood(ranks, saved, tmp_path, rename):
+    kind, path = saved
+    model = models.model_config(kind)
+    other = rewritten(path, tmp_path, rename)
+    expected = layouts.join(ranks.run(load, model, ParallelConfig(), path, world_size=1))
+    for parallel in (TP2, PP2):
+        if kind == "moe" and parallel is TP2:
+            parallel = dataclasses.replace(TP2, sequence_parallel=True)
+        loaded = ranks.run(load, model, parallel, other, world_size=2)
+        assert layouts.worst_difference(layouts.join(loaded), expected)[0] == 0
+
+
+@pytest.mark.parametrize("rename", [by_stock_local_layers, by_unfused_layers, with_numbered_layers])
+def test_names_of_other_layers_are_converted(saved, tmp_path, rename):
+    from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+
+    weights = open_weights(rewritten(saved[1], tmp_path, rename))
+    model = architecture_from_args(weights.args)
+    rules = family_of_model(model).rules(model)
+    weights.fitting(rules)
+    whole = open_weights(saved[1])
+    assert all(torch.equal(weights.read(rule), whole.read(rule)) for rule in rules)
+
+
+# With the optimizer's state
+
+PLAIN_ADAM = dataclasses.replace(checkpointed_run.ADAM, use_distributed_optimizer=False)
+
+
+def go_on_as_another_run(setup: Setup, run_dir: Path, out: Path) -> dict:
+    """Other weights, other moments; those of the checkpoint on top of them; then steps 3 and 4."""
+    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights_and_optimizer
+
+    run = checkpointed_run.start(dataclasses.replace(setup, seed=5), out, steps=1)
+    assert load_weights_and_optimizer(run_dir / "checkpoints", run.chunks, run.optimizer) == 2
+    run.scheduler.num_steps = 2  # the schedule is this run's own: here it stands where the other one stood
+    run.step(3)
+    run.step(4)
+    return run.parameters()
+
+
+@pytest.mark.parametrize("optimizer", [checkpointed_run.ADAM, PLAIN_ADAM], ids=["distributed", "plain"])
+def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, optimizer):
+    setup = Setup(teacher="current", optimizer=optimizer)
+    ended = ranks.run(
+        checkpointed_run.save_and_go_on, setup.cut(pipeline_model_parallel_size=2), tmp_path, world_size=2
+    )
+    taken = ranks.run(
+        go_on_as_another_run, setup.cut(tensor_model_parallel_size=2), tmp_path, tmp_path / "other", world_size=2
+    )
+    expected = layouts.join([rank["parameters"] for rank in ended])
+    assert layouts.worst_difference(layouts.join(taken), expected)[0] < 1e-6
+
+
+def refuse_optimizer(setup: Setup, path: Path, out: Path, sentence: str) -> None:
+    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights_and_optimizer
+
+    run = checkpointed_run.start(setup, out)
+    with pytest.raises(CheckpointError, match=sentence):
+        load_weights_and_optimizer(path, run.chunks, run.optimizer)
+
+
+def test_a_checkpoint_without_fitting_optimizer_state_is_refused(ranks, saved, tmp_path):
+    kind, path = saved
+    setup = Setup(kind=kind, teacher="current")
+    weights_alone = rewritten(path, tmp_path, lambda key, tensor: {key: tensor})
+    common = torch.load(weights_alone / "common.pt")
+    del common["optimizer"]
+    torch.save(common, weights_alone / "common.pt")
+    ranks.run(refuse_optimizer, setup, weights_alone, tmp_path / "a", "holds no optimizer state", world_size=1)
+    sgd = OptimizerConfig(optimizer="sgd", precision="fp32", sgd_momentum=0.9, use_distributed_optimizer=False)
+    other = dataclasses.replace(setup, optimizer=sgd)
+    ranks.run(refuse_optimizer, other, path, tmp_path / "b", "optimizer.* is missing", world_size=1)

@@ -1,0 +1,156 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Starting from weights alone, as Megatron-LM writes them; and the sentence where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpointed_run
+import layouts
+import models
+import pytest
+import torch
+from checkpointed_run import Setup
+
+from megatron_selfdistill.config import ModelConfig, ParallelConfig
+
+
+class Payload:
+    """Arguments whose pickle does something when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+def save_with_payload(setup: Setup, run_dir: Path) -> dict:
+    run = checkpointed_run.start(setup, run_dir, steps=1)
+    path = run.save(3)
+    if run.grid.rank == 0:
+        torch.save({"args": Payload(run_dir / "executed")}, path / "common.pt")
+        (path / "manifest.json").unlink()  # as another program would have written it
+    return run.weights()
+
+
+def load(model: ModelConfig, parallel: ParallelConfig, path: Path, vocab_size: int | None = None) -> dict:
+    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+
+    chunks, _ = models.build(model, parallel, seed=9)
+    assert load_weights(path, chunks, vocab_size) == 3
+    return layouts.shards(chunks, lambda p: p.detach().clone())
+
+
+def refuse(model: ModelConfig, path: Path, sentence: str, vocab_size: int | None = None) -> None:
+    from megatron_selfdistill.checkpoint.run.checkpointer import CheckpointError, load_weights
+
+    chunks, _ = models.build(model, ParallelConfig(), seed=9)
+    before = layouts.join([layouts.shards(chunks, lambda p: p.detach().clone())])
+    with pytest.raises(CheckpointError, match=sentence):
+        load_weights(path, chunks, vocab_size)
+    after = layouts.join([layouts.shards(chunks, lambda p: p.detach().clone())])
+    assert layouts.worst_difference(after, before)[0] == 0, "something was loaded all the same"
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory) -> tuple[Path, dict]:
+    """A folder of checkpoints, and the weights of the one in it."""
+    run_dir = tmp_path_factory.mktemp("run")
+    shards = ranks.run(save_with_payload, Setup().cut(tensor_model_parallel_size=2), run_dir, world_size=2)
+    return run_dir / "checkpoints", layouts.join(shards)
+
+
+@pytest.mark.parametrize("inside", ["", "iter_0000003"])
+def test_weights_load_in_another_layout_and_no_pickle_is_executed(ranks, saved, inside):
+    folder, weights = saved
+    layout = ParallelConfig(pipeline_model_parallel_size=2)
+    loaded = ranks.run(load, models.model_config("gqa"), layout, folder / inside, world_size=2)
+    assert layouts.worst_difference(layouts.join(loaded), weights)[0] == 0
+    assert not (folder.parent / "executed").exists()
+
+
+def test_more_padding_rows_than_on_disk_are_zero(ranks, saved):
+    folder, weights = saved
+    model = models.model_config("gqa", make_vocab_size_divisible_by=128)
+    loaded = ranks.run(load, model, ParallelConfig(), folder, models.VOCAB_SIZE, world_size=1)
+    assert layouts.worst_difference(layouts.join(loaded), weights)[0] == 0
+    padding = layouts.join(loaded, rows=128)["output_layer.weight"][64:]
+    assert padding.shape == (64, 32) and padding.count_nonzero() == 0
+
+
+QKV = "decoder.layers.self_attention.linear_qkv"
+MISFITS = {
+    "missing": (models.model_config("gqa", add_qkv_bias=True), rf"{QKV}.bias is missing"),
+    "unexpected": (
+        models.model_config("gqa", share_embeddings_and_output_weights=True),
+        "output_layer.weight is unexpected",
+    ),
+    "layers": (
+        models.model_config("gqa", num_layers=2),
+        r"linear_fc1.weight has shape \[4, 128, 32\], expected \[2, 128, 32\]; .*; and 2 more",
+    ),
+    "width": (
+        models.model_config("gqa", hidden_size=64),
+        r"final_layernorm.weight has shape \[32\], expected \[64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_weights_that_do_not_fit_are_named_before_anything_is_loaded(ranks, saved, misfit):
+    model, sentence = MISFITS[misfit]
+    ranks.run(refuse, model, saved[0], sentence, world_size=1)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(ranks, saved):
+    model = models.model_config("gqa", vocab_size=100)
+    ranks.run(refuse, model, saved[0], "has 64 rows, expected at least 100", 100, world_size=1)
+
+
+def test_a_folder_without_checkpoint_is_refused(ranks, tmp_path):
+    model = models.model_config("gqa")
+    ranks.run(refuse, model, tmp_path, "expected a Megatron torch_dist checkpoint .* no metadata.json", world_size=1)
+    ranks.run(refuse, model, tmp_path / "nowhere", "does not exist", world_size=1)
+
+
+# Weights that are not finite
+
+
+def save_with_nan(setup: Setup, run_dir: Path, where: dict[str, int]) -> None:
+    """Save with a NaN in row ``where[name]`` of each parameter whose name ends with ``name``."""
+    run = checkpointed_run.start(setup, run_dir)
+    for name, param in run.chunks[0].named_parameters():
+        for end, row in where.items():
+            if name.endswith(end):
+                param.data[row].fill_(torch.nan)
+    run.save(3)
+
+
+def load_non_finite(path: Path, sentence: str, vocab_size: int | None) -> None:
+    from megatron_selfdistill.checkpoint.run.checkpointer import CheckpointError, load_weights
+
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(pipeline_model_parallel_size=2), seed=9)
+    with pytest.raises(CheckpointError, match=sentence):
+        load_weights(path, chunks, vocab_size)
+
+
+def test_a_nan_in_the_weights_is_found_when_they_are_loaded_and_its_tensor_is_named_on_every_rank(ranks, tmp_path):
+    where = {"layers.2.mlp.linear_fc2.weight": 5}
+    ranks.run(save_with_nan, Setup(teacher="current"), tmp_path, where, world_size=1)
+    sentence = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2.weight\[2\]: .* take an earlier"
+    ranks.run(load_non_finite, tmp_path / "checkpoints", sentence, models.VOCAB_SIZE, world_size=2)
+
+
+def load_finite(path: Path) -> None:
+    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
+    assert load_weights(path, chunks, models.VOCAB_SIZE) == 3
+
+
+def test_padding_rows_may_hold_anything(ranks, tmp_path):
+    where = {"word_embeddings.weight": models.VOCAB_SIZE, "output_layer.weight": models.VOCAB_SIZE + 1}
+    ranks.run(save_with_nan, Setup(teacher="current"), tmp_path, where, world_size=1)
+    ranks.run(load_finite, tmp_path / "checkpoints", world_size=1)

@@ -1,0 +1,160 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every data-parallel rank holds its share of the optimizer state during a save and a load, in Megatron's format."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import checkpointed_run
+import layouts
+import pytest
+import torch
+from checkpointed_run import ADAM, Setup
+
+BF16 = dataclasses.replace(ADAM, precision="bf16")
+WHOLE = Setup(optimizer=BF16, teacher="current")
+LAYOUTS = {
+    "DP2": (2, WHOLE),
+    "TP2xDP2": (4, WHOLE.cut(tensor_model_parallel_size=2)),
+    "PP2xDP2 tied": (4, dataclasses.replace(WHOLE, kind="tied").cut(pipeline_model_parallel_size=2)),
+    "EP2xDP2": (4, dataclasses.replace(WHOLE, kind="moe").cut(expert_model_parallel_size=2)),
+}
+
+
+def held(states: Any) -> list[torch.Tensor]:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    return [one.data for one in nested_values(states) if isinstance(one, ShardedBase) and torch.is_tensor(one.data)]
+
+
+def bytes_for_saving_and_loading(setup: Setup, run_dir: Path) -> tuple[int, int, int, int]:
+    """Bytes of optimizer state that a save and a load put into host memory here, 12 bytes per parameter of this
+    rank's model shard, and 12 bytes per element of its largest parameter."""
+    from megatron_selfdistill.checkpoint.run import state
+    from megatron_selfdistill.model.build import unwrapped
+
+    run = checkpointed_run.start(setup, run_dir, steps=1)
+    model = state.model_state(run.chunks, state.CONTENT)
+    saved = state.optimizer_state(run.optimizer, model, state.CONTENT)
+    loaded = state.optimizer_state(run.optimizer, model, state.CONTENT, is_loading=True)
+    sizes = [param.numel() for chunk in run.chunks for param in unwrapped(chunk).parameters()]
+    counted = [
+        sum({tensor.data_ptr(): tensor.nbytes for tensor in held(states)}.values()) for states in (saved, loaded)
+    ]
+    return counted[0], counted[1], 12 * sum(sizes), 12 * max(sizes)
+
+
+@pytest.mark.parametrize("name", ["DP2", "EP2xDP2"])
+def test_a_rank_holds_its_share_of_the_optimizer_state_and_at_most_one_parameter_more(ranks, tmp_path, name):
+    world_size, setup = LAYOUTS[name]
+    per_rank = ranks.run(bytes_for_saving_and_loading, setup, tmp_path, world_size=world_size)
+    for saved, loaded, whole, largest in per_rank:
+        assert saved <= whole / 2 + largest
+        assert loaded <= whole / 2 + largest
+        assert min(saved, loaded) > whole / 4
+    if name == "DP2":  # nothing is held twice
+        assert sum(saved for saved, *_ in per_rank) == per_rank[0][2]
+
+
+def described(setup: Setup, run_dir: Path) -> tuple[dict, dict]:
+    """What this project and what Megatron itself would write of the optimizer state on this rank: by key and offset."""
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    from megatron_selfdistill.checkpoint.run import sharded_io, state
+
+    run = checkpointed_run.start(setup, run_dir, steps=2)
+    model = state.model_state(run.chunks, state.CONTENT)
+    ours = state.optimizer_state(run.optimizer, model, state.CONTENT)
+    theirs = run.optimizer.sharded_state_dict(model, metadata=state.CONTENT)
+    found = []
+    for states in (ours, theirs):
+        tensors = [one for one in sharded_io.tensors({"optimizer": states}) if is_main_replica(one.replica_id)]
+        found.append({(one.key, one.global_offset, one.global_shape): one.data.clone() for one in tensors})
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_ranks_together_write_what_megatron_writes(ranks, tmp_path, name):
+    world_size, setup = LAYOUTS[name]
+    ours: dict = {}
+    theirs: dict = {}
+    count = 0
+    for own, megatrons in ranks.run(described, setup, tmp_path, world_size=world_size):
+        count += len(own)
+        ours |= own
+        theirs |= megatrons
+    assert ours.keys() == theirs.keys()
+    assert count == len(ours)  # each by one rank
+    assert all(torch.equal(ours[place], theirs[place]) for place in ours)
+
+
+def with_small_buckets(run: Any, setup: Setup, run_dir: Path) -> Any:
+    """``run`` in buckets of a few parameters each, whose ends are padded where 3 ranks share them."""
+    from megatron_selfdistill.checkpoint.run import optimizer_shards
+    from megatron_selfdistill.model import build
+
+    small = functools.partial(build.DistributedDataParallelConfig, bucket_size=3000)
+    with (
+        mock.patch.object(build, "DistributedDataParallelConfig", small),
+        mock.patch.object(optimizer_shards, "EXCHANGED_ELEMENTS", 700),
+    ):
+        return run(setup, run_dir)
+
+
+def num_padded_buckets(setup: Setup, run_dir: Path) -> int:
+    run = checkpointed_run.start(setup, run_dir)
+    (single,) = run.optimizer.chained_optimizers
+    buckets = [bucket for buffer in single.buffers for bucket in buffer.buckets]
+    return sum(bucket.numel_unpadded < bucket.grad_data.numel() for bucket in buckets)
+
+
+def test_padded_buckets_and_an_exchange_in_many_rounds_resume_bit_for_bit(ranks, tmp_path):
+    overlapped = dataclasses.replace(BF16, overlap_grad_reduce=True, overlap_param_gather=True)
+    setup = dataclasses.replace(WHOLE, optimizer=overlapped)
+    assert min(ranks.run(with_small_buckets, num_padded_buckets, setup, tmp_path, world_size=3)) > 2
+    never_stopped = ranks.run(with_small_buckets, checkpointed_run.save_and_go_on, setup, tmp_path, world_size=3)
+    resumed = ranks.run(with_small_buckets, checkpointed_run.resume_and_go_on, setup, tmp_path, world_size=3)
+    on_one_rank = ranks.run(checkpointed_run.resume_and_go_on, WHOLE, tmp_path, world_size=1)
+    for what, most in (("parameters", 0.0), ("weights", 0.0)):
+        expected = layouts.join([outcome[what] for outcome in never_stopped])
+        worst, where = layouts.worst_difference(layouts.join([outcome[what] for outcome in resumed]), expected)
+        assert worst <= most, (what, where)
+    expected = layouts.join([outcome["parameters"] for outcome in never_stopped])
+    worst, where = layouts.worst_difference(layouts.join([o["parameters"] for o in on_one_rank]), expected)
+    assert worst < 1e-6, where
+
+
+def test_every_rank_writes_about_as_much_and_only_what_it_has_a_part_of():
+    from megatron_selfdistill.checkpoint.run import optimizer_shards
+
+    sizes = [64, 900, 30, 30, 30, 30, 500, 64, 64, 64]
+    parameters, position, share = [], 0, sum(sizes) // 8 + 1
+    for index, size in enumerate(sizes):
+        ranks = range(position // share, (position + size - 1) // share + 1)
+        bounds = [
+            (max(position, r * share) - position, min(position + size, (r + 1) * share) - position) for r in ranks
+        ]
+        parts = {rank: range(*bound) for rank, bound in zip(ranks, bounds, strict=True)}
+        parameters.append(optimizer_shards._Parameter(index, torch.nn.Parameter(torch.empty(size)), parts))
+        position += size
+    owners = optimizer_shards._owners(parameters)
+    assert all(owners[one.index] in one.parts for one in parameters)
+    load = [sum(one.param.numel() for one in parameters if owners[one.index] == rank) for rank in range(8)]
+    assert max(load) <= share + max(sizes)
+    assert sum(load) == sum(sizes)
+
+
+def save_with_a_frozen_teacher(run_dir: Path) -> None:
+    checkpointed_run.start(Setup(teacher="frozen"), run_dir, steps=1).save(1)
+
+
+def test_the_ranks_that_hold_the_same_teacher_share_its_writing(ranks, tmp_path):
+    ranks.run(save_with_a_frozen_teacher, tmp_path, world_size=2)
+    writers = {path.name.split("_")[2]: path.stat().st_size for path in (tmp_path / "teacher").glob("*.distcp")}
+    assert set(writers) == {"0", "1"}
+    assert min(writers.values()) > 0.3 * sum(writers.values())

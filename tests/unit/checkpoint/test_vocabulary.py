@@ -1,0 +1,183 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Another model's tokenizer is refused before anything else is read; the same one saved in other files is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import hf_models
+import pytest
+import sentencepiece
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
+from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+from megatron_selfdistill.config import Config, ConfigError, from_mapping
+
+LETTERS = "_$abcdefgh"
+
+
+def save_tokenizer(folder: Path, letters: str = LETTERS, added: tuple[str, ...] = ("<think>",)) -> Path:
+    """Save a tokenizer with one token per letter, and added tokens."""
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$", unk_token="_")
+    fast.add_tokens(list(added))
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A converted checkpoint that carries a tokenizer."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    hf_models.write("llama2", folder / "hf")
+    save_tokenizer(folder / "hf")
+    hf_to_megatron(folder / "hf", folder / "megatron")
+    return folder / "megatron"
+
+
+def config_of(checkpoint: Path, tokenizer: Path, **data: object) -> Config:
+    run_dir = checkpoint.parent / "run"
+    load = {"load": str(checkpoint)}
+    return from_mapping({"data": {"tokenizer": str(tokenizer), **data}, "checkpoint": load, "run_dir": str(run_dir)})
+
+
+def test_the_tokenizer_that_the_checkpoint_carries_is_taken(checkpoint):
+    require_same_tokenizer(config_of(checkpoint, checkpoint / "release" / "huggingface"))
+    require_same_tokenizer(config_of(checkpoint, checkpoint.parent / "hf"))
+
+
+def test_the_same_tokenizer_saved_again_in_another_order_with_other_fields_is_taken(checkpoint, tmp_path):
+    AutoTokenizer.from_pretrained(checkpoint.parent / "hf").save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
+    content["decoder"] = json.loads(decoders.Fuse().__getstate__())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content, indent=7))
+    assert (tmp_path / "tokenizer.json").read_bytes() != (checkpoint.parent / "hf" / "tokenizer.json").read_bytes()
+    require_same_tokenizer(config_of(checkpoint, tmp_path))
+
+
+OTHERS = {
+    "smaller, of another model": ("_$hgfedcba"[:6], (), "token 2 is 'h' here and 'a' there"),
+    "other added tokens": (LETTERS, ("<plan>",), "token 10 is '<plan>' here and '<think>' there"),
+    "fewer added tokens": (LETTERS, (), "token 10 is absent here and '<think>' there"),
+    "more added tokens": (LETTERS, ("<think>", "<plan>"), "token 11 is '<plan>' here and absent there"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_tokenizer_is_refused_with_both_names_unless_it_is_allowed(checkpoint, tmp_path, other):
+    letters, added, difference = OTHERS[other]
+    save_tokenizer(tmp_path, letters, added)
+    carried = checkpoint / "release" / "huggingface"
+    sentence = (
+        f"data.tokenizer={tmp_path} is not the tokenizer that the checkpoint carries in {carried}: {difference}; "
+        f"set data.tokenizer={carried}, or data.allow_other_tokenizer=true if this is meant"
+    )
+    with pytest.raises(ConfigError) as error:
+        require_same_tokenizer(config_of(checkpoint, tmp_path))
+    assert str(error.value) == sentence
+    require_same_tokenizer(config_of(checkpoint, tmp_path, allow_other_tokenizer=True))
+
+
+def test_a_checkpoint_without_tokenizer_says_nothing(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "megatron")
+    for file in (tmp_path / "megatron" / "release" / "huggingface").glob("tokenizer*"):
+        file.unlink()
+    require_same_tokenizer(config_of(tmp_path / "megatron", save_tokenizer(tmp_path / "other", "_$xyz")))
+
+
+def test_a_run_that_resumes_compares_with_what_its_own_folder_carries(checkpoint, tmp_path):
+    shutil.copytree(checkpoint / "release", tmp_path / "run" / "checkpoints" / "iter_0000003")
+    shutil.move(tmp_path / "run" / "checkpoints" / "iter_0000003" / "huggingface", tmp_path / "run" / "huggingface")
+    save_tokenizer(tmp_path / "other", "_$xyz")
+    data = {"data": {"tokenizer": str(tmp_path / "other")}, "run_dir": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match=f"carries in {tmp_path / 'run' / 'huggingface'}"):
+        require_same_tokenizer(from_mapping(data))
+
+
+def test_without_a_run_folder_only_the_checkpoint_to_load_counts(checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(checkpoint / "release", tmp_path / "checkpoints" / "iter_0000003")
+    monkeypatch.chdir(tmp_path)
+    require_same_tokenizer(from_mapping({"data": {"tokenizer": str(save_tokenizer(tmp_path / "other", "_$xyz"))}}))
+
+
+def test_a_run_ends_with_the_sentence_before_it_reads_problems(checkpoint, tmp_path, capsys):
+    from megatron_selfdistill.train import main
+
+    save_tokenizer(tmp_path / "other", "_$xyz")
+    (tmp_path / "bad.jsonl").write_text("no JSON")
+    arguments = {"data.path": tmp_path / "bad.jsonl", "data.tokenizer": tmp_path / "other"}
+    arguments |= {"checkpoint.load": checkpoint, "run_dir": tmp_path / "run"}
+    assert main([f"{key}={value}" for key, value in arguments.items()]) == 2
+    assert "is not the tokenizer that the checkpoint carries" in capsys.readouterr().err
+
+
+TOKENIZATION = """
+from transformers import PreTrainedTokenizerFast
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_tokenizers_that_are_code_are_compared_where_that_code_may_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    hf_models.write("llama2", tmp_path / "hf")
+    for folder, letters in ((tmp_path / "hf", LETTERS), (tmp_path / "other", "_$xyz")):
+        save_tokenizer(folder, letters)
+        (folder / "tokenization_own.py").write_text(TOKENIZATION)
+        written = json.loads((folder / "tokenizer_config.json").read_text())
+        written["tokenizer_class"] = "OwnTokenizer"
+        written["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(written))
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "hf", trust_remote_code=True))
+    with pytest.raises(ConfigError, match="token 2 is 'x' here and 'a' there"):
+        require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "other", trust_remote_code=True))
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "hf"))
+
+
+# SentencePiece
+
+
+def train_sentencepiece(file: Path, text: str) -> Path:
+    (file.parent / "text.txt").write_text("\n".join([text] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(file.parent / "text.txt"),
+        model_prefix=str(file.with_suffix("")),
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return file
+
+
+def test_sentencepiece_files_are_compared_by_their_pieces(tmp_path):
+    hf_models.write("llama2", tmp_path / "hf")
+    train_sentencepiece(tmp_path / "hf" / "tokenizer.model", "one two three and so on")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    copied = Path(shutil.copy(tmp_path / "hf" / "tokenizer.model", tmp_path / "mine.model"))
+    require_same_tokenizer(config_of(tmp_path / "megatron", copied))
+    other = train_sentencepiece(tmp_path / "other.model", "vier und fuenf und sechs")
+    with pytest.raises(ConfigError, match="is not the tokenizer that the checkpoint carries"):
+        require_same_tokenizer(config_of(tmp_path / "megatron", other))
+
+
+def test_a_sentencepiece_file_is_the_tokenizer_that_transformers_made_of_it(tmp_path):
+    hf_models.write("llama2", tmp_path / "hf")
+    file = train_sentencepiece(tmp_path / "mine.model", "one two three and so on")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    pieces = [model.id_to_piece(index) for index in range(model.get_piece_size())]
+    fast = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], unk_id=0))
+    PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>").save_pretrained(tmp_path / "hf")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    require_same_tokenizer(config_of(tmp_path / "megatron", file))
+    other = train_sentencepiece(tmp_path / "other.model", "vier und fuenf und sechs")
+    with pytest.raises(ConfigError, match="is not the tokenizer that the checkpoint carries"):
+        require_same_tokenizer(config_of(tmp_path / "megatron", other))

@@ -1,0 +1,80 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The program ``selfdistill`` chooses the command, and ends as that command ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_selfdistill import cli
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "called", "handed_on"),
+    [
+        (["train", "seed=1"], "train", ["seed=1"]),
+        (["seed=1", "--print"], "train", ["seed=1", "--print"]),
+        (["--config-name", "other"], "train", ["--config-name", "other"]),
+        (["+model.new=1"], "train", ["+model.new=1"]),
+        (["~target"], "train", ["~target"]),
+        (["seed=1", "convert"], "train", ["seed=1", "convert"]),
+        (["evaluate", "compare", "a", "b"], "commands.evaluate", ["compare", "a", "b"]),
+        (["serve", "--port", "1", "--", "train"], "serve", ["--port", "1", "--", "train"]),
+    ],
+)
+def test_the_first_word_chooses_who_gets_the_other_arguments(monkeypatch, arguments, called, handed_on):
+    got = []
+
+    def import_module(name: str) -> SimpleNamespace:
+        return SimpleNamespace(main=lambda argv: got.append((name, argv)) or 7)
+
+    monkeypatch.setattr(cli.importlib, "import_module", import_module)
+    assert cli.main(arguments) == 7
+    assert got == [(f"megatron_selfdistill.{called}", handed_on)]
+
+
+def test_a_server_that_ends_without_a_status_ends_well(monkeypatch):
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: None))
+    assert cli.main(["serve"]) == 0
+
+
+def test_a_word_that_is_near_no_command_lists_all(capsys):
+    assert cli.main(["zzz"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(name in line for name in cli.COMMANDS)
+
+
+def test_a_package_that_is_missing_is_named_but_a_fault_of_our_own_is_raised(monkeypatch, capsys):
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {lacking!r}", name=lacking)
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    lacking = "omegaconf"
+    assert cli.main(["train"]) == 2
+    assert "No module named 'omegaconf'; `selfdistill doctor` says what to install" in capsys.readouterr().err
+    lacking = "megatron_selfdistill.plan.nothing"
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ignored"), [(["--version"], True), (["train", "--version"], True), (["doctor", "--help"], False)]
+)
+def test_only_a_rank_that_trains_outlives_the_signal_by_which_torchrun_ends_the_others(arguments, ignored):
+    code = (
+        "import runpy, signal, sys\n"
+        "try:\n    runpy.run_module('megatron_selfdistill', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "sys.exit(10 + (signal.getsignal(signal.SIGTERM) == signal.SIG_IGN))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 10 + ignored, done.stderr

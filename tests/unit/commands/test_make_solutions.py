@@ -1,0 +1,293 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command that writes a model's own solutions: right ones only, the same in every layout, also after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+import tiny_run
+from ranks import RankError
+
+from megatron_selfdistill.checkpoint import conversion
+from megatron_selfdistill.commands import solutions
+from megatron_selfdistill.config import from_mapping
+from megatron_selfdistill.data.problems import load_problems
+from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.rollout.base import stream_seed
+
+NUM_PROBLEMS, NUM_SAMPLES = 10, 8
+LAYOUTS = {
+    "DP2": [],
+    "TP2": ["parallel.tensor_model_parallel_size=2"],
+    "PP2": ["parallel.pipeline_model_parallel_size=2"],
+}
+
+
+def run_tool(arguments: list[str], dies_in_group: int | None = None) -> tuple[int, str]:
+    """(exit status, what was printed or complained of) on this rank; it may be killed while it writes a group down."""
+    shown, said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        if dies_in_group is not None:
+            patch.setattr(solutions.Journal, "append", dying_append(dies_in_group))
+        status = solutions.main(arguments)
+    return status, shown.getvalue() if status == 0 else said.getvalue()
+
+
+def dying_append(dies_in_group: int) -> Callable[[Any, list[dict]], None]:
+    """Return a `Journal.append` that is killed while it writes that group down."""
+    append, calls = solutions.Journal.append, []
+
+    def append_or_die(self: Any, lines: list[dict]) -> None:
+        calls.append(lines)
+        if len(calls) < dies_in_group:
+            return append(self, lines)
+        append(self, lines[:2])
+        with self.path.open("a") as file:
+            file.write('{"problem_id": "half a li')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return append_or_die
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Problems without solutions, a tokenizer, and a random model as a Hugging Face folder and as a checkpoint."""
+    import subtraction
+    from pretraining import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("make_solutions")
+    tiny_run.write_data(folder, NUM_PROBLEMS)
+    records = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    for number, record in enumerate(records):
+        record["id"] = f"p{number}"
+        del record["solution"]
+    write(folder / "problems.jsonl", records)
+    write(folder / "unanswered.jsonl", [{"problem": "1-1:"}])
+    hf_models.write("qwen3", folder / "hf", vocab_size=len(subtraction.ALPHABET), max_position_embeddings=128)
+    write_tokenizer(folder / "hf", subtraction.ALPHABET)
+    conversion.hf_to_megatron(folder / "hf", folder / "megatron")
+    return folder
+
+
+def write(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def arguments_of(folder: Path, name: str, *more: str, model: str = "checkpoint.load={}/megatron") -> list[str]:
+    return [
+        *("--out", str(folder / name)),
+        *("--num-samples", str(NUM_SAMPLES), "--keep", "2", "--group-size", "4"),
+        f"data.path={folder}/problems.jsonl",
+        f"data.tokenizer={folder}/tokenizer",
+        "data.teacher_template='{problem}H{solution}|'",
+        "rollout.max_new_tokens=28",
+        "schedule.max_tokens=256",
+        "optimizer=fp32",
+        "evaluation.verifier=tiny_run.starts_with_an_even_token",
+        *([model.format(folder)] if model else []),
+        *more,
+    ]
+
+
+def made(ranks, arguments: list[str], world_size: int = 1, **options: Any) -> str:
+    results = ranks.run(run_tool, arguments, world_size=world_size, init_process_group=False, **options)
+    assert [status for status, _ in results] == [0] * world_size, results
+    return results[0][1]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def summary(folder, ranks) -> str:
+    """Of own.jsonl, made by one rank without interruption."""
+    return made(ranks, arguments_of(folder, "own.jsonl", "--pick", "learnable"))
+
+
+def test_every_solution_is_right_and_the_file_is_one_that_a_run_reads(folder, summary):
+    records = lines_of(folder / "own.jsonl")
+    data = {"path": f"{folder}/own.jsonl", "tokenizer": f"{folder}/tokenizer"}
+    read = Inputs.load(from_mapping({"data": data, "rollout": {"max_new_tokens": 28}})).problems.problems
+    assert [(p.id, p.solution, p.answer) for p in read] == [(r["id"], r["solution"], r["answer"]) for r in records]
+    asked = {p.id: p.messages for p in load_problems(folder / "problems.jsonl", fields={"solution": None}).problems}
+    assert len(records) > len({record["problem_id"] for record in records}) >= NUM_PROBLEMS // 2
+    for problem, record in zip(read, records, strict=True):
+        assert problem.messages == asked[record["problem_id"]]
+        assert tiny_run.starts_with_an_even_token(record["solution"], problem)
+        assert record["verdicts"][record["sample"]] and not record["truncated"][record["sample"]]
+        assert record["lengths"][record["sample"]] == record["num_tokens"] > len(record["solution"])
+        assert record["num_correct"] == sum(record["verdicts"]) and len(record["verdicts"]) == NUM_SAMPLES
+
+
+def test_each_line_says_where_it_comes_from(folder, summary):
+    for record in lines_of(folder / "own.jsonl"):
+        source = record["provenance"]
+        assert source["model"] == str(folder / "megatron" / "release") and source["iteration"] == 0
+        assert (source["seed"], source["num_samples"], source["pick"]) == (0, NUM_SAMPLES, "learnable")
+        assert source["sampling"]["temperature"] == 1.0 and source["sampling"]["max_new_tokens"] == 28
+        assert (
+            record["prompt"] == record["problem"]
+            and math.isfinite(record["learnability"])
+            and record["mean_log_prob"] < 0
+        )
+    best, second = {}, {}
+    for record in lines_of(folder / "own.jsonl"):
+        (second if record["id"].endswith("#2") else best)[record["problem_id"]] = record["learnability"]
+    assert second and all(best[name] >= value for name, value in second.items())
+
+
+def test_the_summary_counts_what_the_attempts_say(folder, summary):
+    _, *attempts = lines_of(folder / "own.attempts.jsonl")
+    assert [attempt["problem_id"] for attempt in attempts] == [f"p{i}" for i in range(NUM_PROBLEMS)]
+    rows = [line.split("│")[1:4] for line in summary.splitlines() if line.startswith("│")]
+    counted = [sum(attempt["num_correct"] == right for attempt in attempts) for right in range(NUM_SAMPLES + 1)]
+    assert [(int(a), int(b)) for a, b, _ in rows] == list(enumerate(counted))
+    rate = sum(attempt["num_correct"] for attempt in attempts) / (NUM_PROBLEMS * NUM_SAMPLES)
+    without = sum(not attempt["solutions"] for attempt in attempts)
+    assert f"pass rate {rate:.1%}" in summary and 0.1 < rate < 0.9
+    assert f"{without} problems without a solution" in summary
+
+
+@pytest.mark.parametrize("dies_in_group", [2, 3])
+def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, folder, summary, dies_in_group):
+    name = f"killed_{dies_in_group}.jsonl"
+    arguments = arguments_of(folder, name, "--pick", "learnable")
+    with pytest.raises(RankError):
+        made(ranks, arguments, dies_in_group=dies_in_group)
+    assert not (folder / name).exists()
+    assert made(ranks, arguments).splitlines()[:-1] == summary.splitlines()[:-1]
+    assert (folder / name).read_text() == (folder / "own.jsonl").read_text()
+    attempts = f"{name.removesuffix('.jsonl')}.attempts.jsonl"
+    assert (folder / attempts).read_text() == (folder / "own.attempts.jsonl").read_text()
+
+
+def test_a_group_that_was_cut_is_done_again_as_a_whole(tmp_path):
+    journal = solutions.Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=4)
+    lines = [{"problem_id": f"p{i}"} for i in range(10)]
+    assert journal.begin(10) == journal.begin(10) == (0, None)
+    journal.append(lines[:6])
+    with journal.path.open("a") as file:
+        file.write('{"problem_id": "p')
+    assert journal.begin(10) == (4, None) and list(journal.lines()) == lines[:4]
+    journal.append(lines[4:])
+    assert journal.begin(10) == (10, None) and list(journal.lines()) == lines
+
+
+def test_what_is_done_is_not_done_again(ranks, folder, summary):
+    before = (folder / "own.jsonl").read_bytes()
+    arguments = arguments_of(folder, "own.jsonl", "--pick", "learnable")
+    assert made(ranks, arguments, dies_in_group=1) == summary
+    assert (folder / "own.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_writes_the_same_solutions(ranks, folder, summary, layout):
+    name = f"{layout}.jsonl"
+    arguments = arguments_of(folder, name, "--pick", "learnable", *LAYOUTS[layout])
+    assert made(ranks, arguments, world_size=2).splitlines()[:-1] == summary.splitlines()[:-1]
+    for expected, got in zip(lines_of(folder / "own.jsonl"), lines_of(folder / name), strict=True):
+        for key in ("learnability", "mean_log_prob"):
+            assert got.pop(key) == pytest.approx(expected.pop(key), abs=1e-4)
+        assert got == expected
+
+
+def run_tool_without_projecting(arguments: list[str]) -> tuple[int, str]:
+    """`run_tool` where nothing can make the logits of a whole microbatch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(schedule, "project")
+        return run_tool(arguments)
+
+
+def test_where_the_output_layer_is_fused_candidates_are_scored_in_chunks(ranks, folder, summary):
+    arguments = arguments_of(folder, "fused.jsonl", "--pick", "learnable", "loss.fused=low_memory")
+    arguments.append("loss.fused_chunk_tokens=5")
+    ((status, shown),) = ranks.run(run_tool_without_projecting, arguments, world_size=1, init_process_group=False)
+    assert status == 0 and shown.splitlines()[:-1] == summary.splitlines()[:-1]
+    for expected, got in zip(lines_of(folder / "own.jsonl"), lines_of(folder / "fused.jsonl"), strict=True):
+        assert got.pop("learnability") == pytest.approx(expected.pop("learnability"), abs=1e-6)
+        assert got == expected
+
+
+def test_a_hugging_face_folder_gives_the_solutions_of_its_checkpoint(ranks, folder, summary):
+    bare = [a for a in arguments_of(folder, "hf.jsonl", "--hf", f"{folder}/hf", model="") if "data.tokenizer" not in a]
+    made(ranks, [*bare, "--pick", "learnable"])
+    assert lines_of(folder / "hf.attempts.jsonl")[0]["model"] == str(folder / "hf")
+    assert lines_of(folder / "hf.attempts.jsonl")[1:] == lines_of(folder / "own.attempts.jsonl")[1:]
+    assert not list(folder.glob(".hf.jsonl*")), "the converted model was removed"
+
+
+def test_its_samples_are_no_rollouts_and_depend_on_the_seed(ranks, folder, summary):
+    made(ranks, arguments_of(folder, "seed.jsonl", "--pick", "learnable", "seed=1"))
+    lengths = [
+        [line["lengths"] for line in lines_of(folder / f"{name}.attempts.jsonl")[1:]] for name in ("own", "seed")
+    ]
+    assert lengths[0] != lengths[1]
+    assert stream_seed(0, 0, "p0", 0) != stream_seed(0, 0, "solution/p0", 0)
+
+
+def refusal(ranks, arguments: list[str]) -> str:
+    ((status, shown),) = ranks.run(run_tool, arguments, world_size=1, init_process_group=False)
+    assert status == 2 and len(shown.strip().splitlines()) == 1, shown
+    return shown
+
+
+def test_a_file_of_other_settings_is_not_continued(ranks, folder, summary):
+    before = (folder / "own.attempts.jsonl").read_bytes()
+    for more, words in [
+        (["--pick", "learnable", "--keep", "3"], "was begun with keep = 2, and now it is 3"),
+        (["--pick", "shortest"], "was begun with prompts = "),
+        (["--pick", "learnable", "rollout.temperature=0.5"], "was begun with sampling = "),
+        (["--pick", "learnable", "--num-problems", "4"], "was begun with data = "),
+    ]:
+        assert words in refusal(ranks, arguments_of(folder, "own.jsonl", *more))
+    assert (folder / "own.attempts.jsonl").read_bytes() == before
+    (folder / "foreign.jsonl").write_text("{}\n")
+    assert "and no foreign.attempts.jsonl beside it" in refusal(ranks, arguments_of(folder, "foreign.jsonl"))
+    (folder / "broken.attempts.jsonl").write_text("[1]\n")
+    assert "is not what this command writes" in refusal(ranks, arguments_of(folder, "broken.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("more", "model", "words"),
+    [
+        ([], "", "expected one model: either --hf DIR or checkpoint.load=DIR"),
+        (["--hf", "hf"], "checkpoint.load={}/megatron", "expected one model"),
+        (["--hf", "nowhere"], "", "nowhere"),
+        ([], "checkpoint.load={}/nowhere", "nowhere"),
+        (["data.path=nowhere.jsonl"], "checkpoint.load={}/megatron", "nowhere.jsonl"),
+        (["evaluation.verifier=no_such.thing"], "checkpoint.load={}/megatron", "evaluation.verifier must be"),
+        (["rolout.top_k=3"], "checkpoint.load={}/megatron", "rollout"),
+        (["--alpha", "-1"], "checkpoint.load={}/megatron", "solutions.alpha must be at least 0"),
+        (
+            ["data.path={}/unanswered.jsonl", "evaluation.verifier=exact_match"],
+            "checkpoint.load={}/megatron",
+            "unanswered.jsonl:1: expected an answer",
+        ),
+        (
+            ["data.path={}/unanswered.jsonl", "--pick", "learnable"],
+            "checkpoint.load={}/megatron",
+            "unanswered.jsonl:1: expected a solution or an answer",
+        ),
+        (
+            ["--pick", "learnable", "loss.backend=triton"],
+            "checkpoint.load={}/megatron",
+            "loss.backend=triton cannot be",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(ranks, folder, more, model, words):
+    more = [argument.format(folder) for argument in more]
+    assert words in refusal(ranks, arguments_of(folder, "refused.jsonl", *more, model=model))
+    assert not (folder / "refused.jsonl").exists() and not (folder / "refused.attempts.jsonl").exists()

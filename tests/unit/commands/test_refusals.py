@@ -1,0 +1,208 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every command refuses a command line that cannot work before it imports torch, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_selfdistill import prechecks
+from megatron_selfdistill.cli import COMMANDS
+from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.plan.plan_checks import check_plan
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich safetensors".split()
+
+# Runs a command as its own main module, then prints its status and the heavy modules that it has imported.
+RUN = """
+import json, runpy, sys
+command, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0], status = command, 0
+try:
+    if command.endswith(".py"):
+        runpy.run_path(command, run_name="__main__")
+    else:
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    status = end.code or 0
+heavy = json.loads(sys.stdin.read())
+print("@", json.dumps([status, sorted(set(heavy) & set(sys.modules))]))
+"""
+TRAIN = "megatron_selfdistill.train"
+PROGRAM = "megatron_selfdistill"
+"""Run as ``python -m`` runs it, which is what ``selfdistill`` runs, too."""
+CONVERT, EVALUATE, SOLUTIONS, DOCTOR = (
+    str(REPOSITORY / "tools" / f"{name}.py") for name in ("convert", "evaluate", "make_solutions", "doctor")
+)
+RUNNABLE = ["run_dir=run", "data.path=data.jsonl", "data.tokenizer=hf"]
+PLAN = ["dry_run=true", "cluster.num_gpus=16", "model.vocab_size=1000"]
+OUT = ["--out", "out"]
+EVALUATED = ["--hf", "hf", "--data", "data.jsonl", *OUT]
+SOLVED = ["--out", "own.jsonl", "--hf", "hf", "data.path=data.jsonl"]
+THREE = "parallel.tensor_model_parallel_size=3"
+NOT_CUT = "the world size 1 must be a multiple of TP x PP x CP = 3 x 1 x 1 = 3"
+NO_CHECKPOINT = "expected a Megatron torch_dist checkpoint"
+
+CASES: dict[str, tuple[list[str], str]] = {
+    "train, a missing file": ([TRAIN, *RUNNABLE, "data.path=nope.jsonl"], "got nope.jsonl, which matches none"),
+    "train, missing problems to evaluate": ([TRAIN, *RUNNABLE, "evaluation.path=nope.jsonl"], "got nope.jsonl"),
+    "train, a missing tokenizer": ([TRAIN, *RUNNABLE, "data.tokenizer=./nope"], "got ./nope, which does not exist"),
+    "train, a missing checkpoint": ([TRAIN, *RUNNABLE, "checkpoint.load=nope"], NO_CHECKPOINT),
+    "train, an empty folder": ([TRAIN, *RUNNABLE, "checkpoint.load=empty"], "empty has no metadata.json"),
+    "train, a Hugging Face folder": ([TRAIN, *RUNNABLE, "checkpoint.load=hf"], "hf is a Hugging Face folder"),
+    "train, a layout": ([TRAIN, *RUNNABLE, THREE], NOT_CUT),
+    "train, another number of ranks": ([TRAIN, *RUNNABLE, "cluster.num_gpus=16"], "but the launch has 1 ranks"),
+    "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),
+    "train, a recipe": ([TRAIN, "recipe=nope"], "recipe=nope: there is no such file"),
+    "train, a type": ([TRAIN, "num_steps=three"], "'three' of type 'str' could not be converted to Integer"),
+    "train, too long contexts": ([TRAIN, *RUNNABLE, "data.max_length=1000000"], "exceeds the longest row"),
+    "a plan, a layout": ([TRAIN, *PLAN, THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
+    "a plan, engines": ([TRAIN, *PLAN, "rollout.engine=vllm", "rollout.engine_tp=3"], "ranks form one engine"),
+    "a plan, no vocabulary": ([TRAIN, *PLAN, "model.vocab_size=null"], "the vocabulary's size is not known"),
+    "a plan, a checkpoint": ([TRAIN, *PLAN, "checkpoint.load=nope"], NO_CHECKPOINT),
+    "convert, no command": ([CONVERT], "the following arguments are required: COMMAND"),
+    "convert, a missing folder": ([CONVERT, "hf-to-megatron", "--hf", "nope", *OUT], "it has no config.json"),
+    "convert, no weights": ([CONVERT, "hf-to-megatron", "--hf", "no_weights", *OUT], "no_weights has no weights"),
+    "convert, a folder in the way": (
+        [CONVERT, "hf-to-megatron", "--hf", "hf", "--out", "full"],
+        "full is there already and is not overwritten",
+    ),
+    "convert back, a missing folder": ([CONVERT, "megatron-to-hf", "--megatron", "nope", *OUT], NO_CHECKPOINT),
+    "convert back, an iteration": (
+        [CONVERT, "megatron-to-hf", "--megatron", "empty", "--iteration", "7", *OUT],
+        "empty has no iteration 7; it has none",
+    ),
+    "convert back, a folder in the way": (
+        [CONVERT, "megatron-to-hf", "--megatron", "empty", "--out", "full"],
+        "full is there already",
+    ),
+    "inspect": ([CONVERT, "inspect", "nope"], NO_CHECKPOINT),
+    "evaluate, a key": ([EVALUATE, *EVALUATED, "rollot.top_p=1"], "did you mean"),
+    "evaluate, an option": ([EVALUATE, *OUT], "the following arguments are required: --data"),
+    "evaluate, a reserved key": ([EVALUATE, *EVALUATED, "run_dir=x"], "run_dir cannot be set here"),
+    "evaluate, a missing file": ([EVALUATE, "--hf", "hf", "--data", "nope.jsonl", *OUT], "got nope.jsonl"),
+    "evaluate, a missing folder": ([EVALUATE, "--hf", "nope", "--data", "data.jsonl", *OUT], "has no config.json"),
+    "evaluate, a missing checkpoint": ([EVALUATE, "--megatron", "nope", "--data", "data.jsonl", *OUT], NO_CHECKPOINT),
+    "evaluate, results in the way": ([EVALUATE, *EVALUATED[:4], "--out", "full"], "add --overwrite"),
+    "evaluate, too few samples": (
+        [EVALUATE, *EVALUATED, "--num-samples", "2", "--pass-at-k", "3"],
+        "expected every k of pass@k from 1 to the 2 samples, got [3]",
+    ),
+    "evaluate, a layout": ([EVALUATE, *EVALUATED, THREE], NOT_CUT),
+    "compare": ([EVALUATE, "compare", "nope", "empty"], "expected an evaluation in nope, got no summary.json"),
+    "solutions, a key": ([SOLUTIONS, *SOLVED, "rollot.top_p=1"], "did you mean"),
+    "solutions, a missing file": ([SOLUTIONS, *SOLVED[:4], "data.path=nope.jsonl"], "got nope.jsonl"),
+    "solutions, a missing folder": ([SOLUTIONS, *SOLVED[:3], "nope", SOLVED[4]], "it has no config.json"),
+    "solutions, no model": ([SOLUTIONS, *SOLVED[:2], SOLVED[4]], "expected one model"),
+    "solutions, a layout": ([SOLUTIONS, *SOLVED, THREE], NOT_CUT),
+    "plan, an unknown number of GPUs": ([PROGRAM, "plan"], "a dry run without a launch needs cluster.num_gpus"),
+    "plan, a layout": ([PROGRAM, "plan", *PLAN[1:], THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
+    "plan, no plan": ([PROGRAM, "plan", *PLAN[1:], "dry_run=false"], "dry_run=false contradicts `selfdistill plan`"),
+    "a word that is no command": ([PROGRAM, "trian", *RUNNABLE], "there is no command 'trian'; did you mean 'train'?"),
+    "no arguments": ([PROGRAM], "usage: selfdistill COMMAND"),
+    "key=value without a command": ([PROGRAM, *RUNNABLE, THREE], NOT_CUT),
+    "train": ([PROGRAM, "train", *RUNNABLE, THREE], NOT_CUT),
+    "convert": ([PROGRAM, "convert", "hf-to-megatron", "--hf", "nope", *OUT], "it has no config.json"),
+    "evaluate": ([PROGRAM, "evaluate", *EVALUATED, THREE], NOT_CUT),
+    "solutions": ([PROGRAM, "solutions", *SOLVED, THREE], NOT_CUT),
+    "doctor": ([PROGRAM, "doctor", "--minutes", "3"], "--minutes is about --selftest"),
+    "serve": ([PROGRAM, "serve"], "the following arguments are required: --hf-config"),
+    "doctor, an option": ([DOCTOR, "--minutes", "3"], "--minutes is about --selftest"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "data.jsonl").write_text('{"problem": "1 + 1", "solution": "2", "answer": "2"}\n')
+    for name in ("hf", "no_weights", "empty", "full"):
+        (folder / name).mkdir()
+    for name in ("hf", "no_weights"):
+        (folder / name / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "hf" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (folder / "full" / "file").write_text("")
+    return folder
+
+
+def run(folder: Path, *command: str) -> tuple[int, list[str], str]:
+    """Status, heavy modules that were imported, and what stands on standard error."""
+    return run_and_read(folder, *command)[:3]
+
+
+def run_and_read(folder: Path, *command: str) -> tuple[int, list[str], str, str]:
+    """`run`, and what stands on standard output."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *command],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        input=json.dumps(HEAVY),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("@ ")]
+    status, heavy = json.loads(line[2:])
+    return status, heavy, done.stderr, done.stdout
+
+
+SERVE = "megatron_selfdistill.rollout.vllm.server.serve"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: --hf-config"),
+        (["--hf-config", "hf", "--host", "0.0.0.0"], "set the environment variable SELFDISTILL_SERVER_TOKEN"),
+        (["--hf-config", "hf", "--nnodes", "2"], "--nnodes 2 needs --master-addr"),
+    ],
+    ids=["an option", "a host", "a node"],
+)
+def test_a_server_refuses_before_it_imports_anything_heavy(folder, arguments, words):
+    status, heavy, error = run(folder, SERVE, *arguments)
+    assert status != 0 and heavy == []
+    assert words in f"{status}{error}" and "Traceback" not in error  # sys.exit takes a sentence for its status
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_refusal_imports_nothing_heavy_and_writes_nothing(folder, case):
+    command, words = CASES[case]
+    before = sorted(folder.rglob("*"))
+    status, heavy, error = run(folder, *command)
+    assert (status, heavy) == (2, []), error
+    assert words in error and "Traceback" not in error
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [PROGRAM, TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], ids=lambda c: Path(c).stem)
+def test_help_imports_nothing_heavy(folder, command):
+    assert run(folder, command, "--help")[:2] == (0, [])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(folder, name):
+    status, heavy, _, said = run_and_read(folder, PROGRAM, name, "--help")
+    assert (status, heavy) == (0, [])
+    assert f"usage: selfdistill {name} " in said
+    assert re.search(rf"^ +selfdistill {name}\b", said, re.MULTILINE), "an example"
+
+
+def test_a_run_with_checkpoints_of_its_own_needs_neither_the_one_that_it_started_from_nor_its_architecture(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    begun = [f"run_dir={tmp_path}/run", f"checkpoint.load={tmp_path}/removed"]
+    prechecks.require_start(load(begun))
+    with pytest.raises(CheckpointError, match="expected a Megatron torch_dist checkpoint"):
+        prechecks.require_start(load([*begun, "checkpoint.resume=false"]))
+    heads = ["parallel.tensor_model_parallel_size=5"]
+    prechecks.require_ranks(load([begun[0], *heads]), 5)
+    check_plan(load([begun[0], *heads, "cluster.num_gpus=5"]))
+    with pytest.raises(ConfigError, match="must be a multiple of tensor_model_parallel_size"):
+        prechecks.require_ranks(load([f"run_dir={tmp_path}/new", *heads]), 5)

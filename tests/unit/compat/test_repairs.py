@@ -1,0 +1,356 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What Megatron Core gets wrong is right here, and a machine with CUDA is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import layouts
+import models
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (must come before megatron.core)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+)
+
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.model import architecture, build
+from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.layers import RMSNorm
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+# -- the distributed optimizer with torch's Adam --------------------------------------------------------------
+
+
+def adam_steps_after_loading(path: str) -> dict:
+    """Three steps, the state through a state dict into a fresh optimizer, and one step more, on one of 2 ranks."""
+    first, student = distributed_optimizer()
+    for step in range(3):
+        take_step(first, step)
+    second, other_student = distributed_optimizer()
+    if path == "sharded_state_dict":
+        # As checkpoints do: describing what will be loaded makes the state first.
+        kind = {"distrib_optim_sharding_type": "fully_reshardable"}
+        kept, template = (
+            optimizer.sharded_state_dict(unwrapped(chunks[0]).sharded_state_dict(), is_loading=loading, metadata=kind)
+            for optimizer, chunks, loading in [(first, student, False), (second, other_student, True)]
+        )
+        assert template.keys() == kept.keys() and inner(second).state
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    loaded = [state["step"] for state in inner(second).state.values()]
+    storages = {step.untyped_storage().data_ptr() for step in loaded}
+    values = [float(step) for step in loaded]
+    take_step(second, 3)
+    after = [float(state["step"]) for state in inner(second).state.values()]
+    return {"parameters": len(loaded), "storages": len(storages), "loaded": values, "after": after}
+
+
+def distributed_optimizer():
+    config = OptimizerConfig(precision="bf16", lr=1e-3, use_distributed_optimizer=True)
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), optimizer=config)
+    student = wrap_for_training(chunks, config)
+    return build_optimizer(student, config, 10)[0], student
+
+
+def distributed(optimizer) -> DistributedOptimizer:
+    (only,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    assert isinstance(only, DistributedOptimizer)
+    return only
+
+
+def inner(optimizer) -> torch.optim.Optimizer:
+    return distributed(optimizer).optimizer
+
+
+def take_step(optimizer, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for buffer in distributed(optimizer).buffers:
+        buffer.grad_data.copy_(torch.randn(buffer.grad_data.shape, generator=generator))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("path", ["state_dict", "sharded_state_dict"])
+def test_each_parameter_has_its_own_step_after_loading(ranks, path):
+    for rank in ranks.run(adam_steps_after_loading, path, world_size=2):
+        assert rank["parameters"] > 3, "each rank must hold several parameters, or sharing could not show"
+        assert rank["storages"] == rank["parameters"]
+        assert set(rank["loaded"]) == {3.0}
+        assert set(rank["after"]) == {4.0}
+
+
+def parameters_through_a_checkpoint() -> float:
+    """Largest difference of main parameters and moments after they went through per-parameter tensors."""
+    first, _ = distributed_optimizer()
+    take_step(first, 0)
+    second, _ = distributed_optimizer()
+    source, target = distributed(first), distributed(second)
+    target.load_state_dict(copy.deepcopy(source.state_dict()))
+    worst = 0.0
+    for mine, theirs in zip(target.model_param_gbuf_map, source.model_param_gbuf_map, strict=True):
+        tensors = source._get_main_param_and_optimizer_states(theirs)
+        assert tensors["exp_avg"].any(), "a moment that is zero would load from anywhere"
+        target._set_main_param_and_optimizer_states(mine, tensors)
+        for key, value in target._get_main_param_and_optimizer_states(mine).items():
+            worst = max(worst, float((value - tensors[key]).abs().max()))
+    return worst
+
+
+def test_main_parameters_and_moments_load_bit_for_bit(ranks):
+    assert ranks.run(parameters_through_a_checkpoint, world_size=2) == [0.0, 0.0]
+
+
+# -- the router's padding mask --------------------------------------------------------------------------------
+
+
+def router_with(**changes):
+    chunks, _ = models.build(models.model_config("moe", **changes), ParallelConfig())
+    return unwrapped(chunks[0]).decoder.layers[0].mlp.router.train()
+
+
+def counted_tokens(num_tokens: int, num_real: int) -> tuple[list[int], list[int]]:
+    """Tokens per expert that the router counts, and those that it routes among the real ones."""
+    router = router_with(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
+    hidden = torch.randn(num_tokens, 1, 32)
+    padding_mask = torch.arange(num_tokens)[None] >= num_real
+    _, routing_map = router(hidden, padding_mask=padding_mask)
+    return router.local_tokens_per_expert.int().tolist(), routing_map[:num_real].sum(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_real"),
+    [(9, 5), (4, 2), (7, 7), (6, 0)],
+    ids=["padded", "as many tokens as experts", "unpadded", "all padding"],
+)
+def test_expert_biases_count_only_real_tokens(ranks, num_tokens, num_real):
+    ((counted, routed),) = ranks.run(counted_tokens, num_tokens, num_real, world_size=1)
+    assert counted == routed
+    assert sum(counted) == 2 * num_real, "two experts per token"
+
+
+def auxiliary_loss(num_real: int, padding: float) -> tuple[float, torch.Tensor, float]:
+    """Load-balancing loss of 6 rows of which ``num_real`` are real, its gradient in the router, and the loss that
+    float64 gives for the real ones."""
+    torch.manual_seed(0)
+    router = router_with(moe_aux_loss_coeff=0.5)
+    clear_aux_losses_tracker()
+    hidden = torch.randn(6, 1, 32)
+    hidden[num_real:] = padding
+    probs, _ = router(hidden, padding_mask=torch.arange(6)[None] >= num_real)
+    (probs.sum() * 0.0).backward()
+    logged = get_moe_layer_wise_logging_tracker()["load_balancing_loss"]["values"].sum()
+    logits = (hidden[:num_real, 0].double() @ router.weight.detach().double().T).softmax(-1)
+    chosen = torch.zeros_like(logits).scatter(1, logits.topk(2).indices, 1.0)
+    expected = 4 * (chosen.sum(0) / (2 * num_real) * logits.mean(0)).sum() if num_real else torch.zeros(())
+    return float(logged), router.weight.grad.clone(), float(expected)
+
+
+def test_the_balancing_loss_of_real_tokens_is_the_formula_and_ignores_padding(ranks):
+    ((loss, gradient, expected),) = ranks.run(auxiliary_loss, 4, 0.0, world_size=1)
+    assert loss == pytest.approx(expected, rel=1e-5) and gradient.norm() > 1e-3
+    ((other_loss, other_gradient, _),) = ranks.run(auxiliary_loss, 4, 7.0, world_size=1)
+    assert other_loss == loss
+    torch.testing.assert_close(other_gradient, gradient)
+
+
+def test_the_balancing_loss_of_a_microbatch_that_is_all_padding_is_zero(ranks):
+    ((loss, gradient, _),) = ranks.run(auxiliary_loss, 0, 1.0, world_size=1)
+    assert loss == 0.0
+    assert gradient.isfinite().all() and not gradient.any()
+
+
+# -- Megatron Core on CPU, and a machine with CUDA --------------------------------------------------------------
+
+
+def test_a_machine_with_cuda_is_left_as_it_was():
+    """Nothing of torch is replaced, nothing set, and Megatron not even imported."""
+    code = """
+import os, sys
+import torch, torch.distributed
+places = [torch, torch.Tensor, torch.nn.Module, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.distributed]
+torch.cuda.is_available = lambda: True
+before = [dict(vars(place)) for place in places]
+environment = dict(os.environ)
+from megatron_selfdistill import cpu
+assert cpu.ON_CPU is False and cpu.install() is False
+for place, names in zip(places, before):
+    now = vars(place)
+    changed = [name for name in names.keys() | now.keys() if now.get(name) is not names.get(name)]
+    assert not changed, (place, changed)
+assert dict(os.environ) == environment
+assert not any(name.startswith("megatron.core") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-Wignore", "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_the_probe_for_replaced_names_can_see_one():
+    """The same comparison on a machine without CUDA finds what was replaced."""
+    code = """
+import torch
+before = dict(vars(torch.Tensor))
+from megatron_selfdistill import cpu
+changed = {name for name, value in vars(torch.Tensor).items() if before.get(name) is not value}
+assert cpu.ON_CPU and {"cuda", "to", "type", "new_empty"} <= changed, changed
+"""
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-Wignore", "-c", code], cwd=REPOSITORY, check=True, env=environment)
+
+
+cpu_only = pytest.mark.skipif(not cpu.ON_CPU, reason="this machine has CUDA")
+
+
+@cpu_only
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", 0, torch.device("cuda", 3)], ids=str)
+def test_every_way_of_naming_cuda_means_the_cpu(device):
+    made = [
+        torch.empty(3, device=device),
+        torch.zeros_like(torch.ones(2), device=device),
+        torch.ones(2).new_full((2,), 1.0, device=device),
+        torch.ones(2).to(device),
+        torch.ones(2).to(device=device, dtype=torch.bfloat16),
+        torch.nn.Linear(2, 2).to(device).weight,
+        torch.empty(3, pin_memory=True),
+        torch.ones(2).cuda(),
+    ]
+    assert {tensor.device.type for tensor in made} == {"cpu"}
+
+
+@cpu_only
+def test_a_device_that_is_a_context_applies_to_the_replaced_factories():
+    """transformers loads models under it; where it is ignored, their rotary frequencies are never set."""
+    with torch.device("meta"):
+        made = [torch.empty(2), torch.tensor(1.0), torch.arange(3), torch.nn.Linear(2, 2).weight]
+    assert {tensor.device.type for tensor in made} == {"meta"}
+
+
+def test_meta_stays_meta():
+    for device in ("meta", torch.device("meta")):
+        made = [torch.empty(3, device=device), torch.ones(2).to(device), torch.nn.Linear(2, 2, device=device).weight]
+        assert {tensor.device.type for tensor in made} == {"meta"}
+    assert torch.empty(3, device="meta").cuda().device.type == "meta"
+    assert torch.empty_like(torch.empty(3, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
+        ("import something_that_it_needs", "No module named 'something_that_it_needs'"),
+    ],
+)
+def test_a_transformer_engine_that_does_not_load_is_not_taken_for_none(tmp_path, content, reason):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(content)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    command = [sys.executable, "-Wignore", "-c", "from megatron_selfdistill import repairs"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and reason in done.stderr.splitlines()[-1]
+
+
+@cpu_only
+def test_the_type_of_a_tensor_reads_as_the_optimizers_expect_it_and_still_converts():
+    assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+    assert torch.ones(2).bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert torch.ones(2).type(torch.int64).dtype == torch.int64
+
+
+def uneven_collectives() -> tuple[list[float], list[float]]:
+    """all_gather and reduce_scatter of 1, 2, .. rows: gloo alone does neither."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = [torch.full((r + 1,), float(r)) for r in range(size)]
+    gathered = [torch.empty(r + 1) for r in range(size)]
+    dist.all_gather(gathered, rows[rank])
+    scattered = torch.empty(rank + 1)
+    dist.reduce_scatter(scattered, [row + rank for row in rows])
+    return torch.cat(gathered).tolist(), scattered.tolist()
+
+
+@cpu_only
+def test_collectives_of_uneven_parts_are_what_nccl_makes_of_them(ranks):
+    for rank, (gathered, scattered) in enumerate(ranks.run(uneven_collectives, world_size=3)):
+        assert gathered == [0.0, 1.0, 1.0, 2.0, 2.0, 2.0]
+        assert scattered == [3.0 * rank + 3] * (rank + 1)
+
+
+def split_sizes_as_tensors() -> list[float]:
+    rank = dist.get_rank()
+    output = torch.empty(3)
+    counts = torch.tensor([1, 2])
+    send = torch.full((2 * int(counts[rank]),), float(rank))
+    dist.all_to_all_single(output, send, counts, torch.full((2,), int(counts[rank])))
+    return output.tolist()
+
+
+@cpu_only
+def test_all_to_all_takes_split_sizes_as_tensors(ranks):
+    assert ranks.run(split_sizes_as_tensors, world_size=2) == [[0.0, 1.0, 1.0]] * 2
+
+
+# -- weights that Transformer Engine marks as cut --------------------------------------------------------------
+
+
+class MarkedNorm(RMSNorm):
+    """A replicated weight, marked as Transformer Engine marks that of a linear layer without a parallel mode."""
+
+    parallel_mode = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+
+def marked_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
+    block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
+    for spec in block.layer_specs:
+        spec.submodules.pre_mlp_layernorm = MarkedNorm
+    return block
+
+
+def norm_of_gradients(case: layouts.Case) -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "layer_spec", marked_spec)
+        return layouts.run(case).grad_norm
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_weight_that_every_tensor_parallel_rank_holds_is_counted_once(ranks, sequence_parallel):
+    case = layouts.Case(extra_weightless=0)
+    (expected,) = ranks.run(norm_of_gradients, case, world_size=1)
+    cut = dataclasses.replace(case, parallel=models.parallel(tp=2, sp=sequence_parallel))
+    assert ranks.run(norm_of_gradients, cut, world_size=2) == [pytest.approx(expected, rel=1e-5)] * 2
+
+
+def test_marks_are_as_weights_are_cut():
+    """Each tensor-parallel rank has other experts, or other parts of them, and other heads."""
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": torch.nn.ModuleDict()})})
+    model["mlp"]["experts"]["linear_fc1"] = torch.nn.Linear(2, 2)
+    model["linear_q_down_proj"] = torch.nn.Linear(2, 2)
+    model["linear_q_up_proj"] = torch.nn.Linear(2, 2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.parallel_mode = None
+            module.weight.tensor_model_parallel = True
+    model["linear_q_up_proj"].parallel_mode = "column"
+    model["core_attention"] = torch.nn.Module()
+    model["core_attention"].register_parameter("softmax_offset", torch.nn.Parameter(torch.zeros(4)))
+    repairs.mark_weights_for_the_norm(model)
+    marked = {name for name, param in model.named_parameters() if getattr(param, "tensor_model_parallel", False)}
+    assert marked == {
+        "mlp.experts.linear_fc1.weight",
+        "mlp.experts.linear_fc1.bias",
+        "linear_q_up_proj.weight",
+        "core_attention.softmax_offset",
+    }

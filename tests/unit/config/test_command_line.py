@@ -1,0 +1,154 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command line: what it tells about itself, the order of its arguments, and what it imports in order to refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_selfdistill import __version__
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config import command_line
+from megatron_selfdistill.config.console_line import LINE
+from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.train import EXIT_BAD_INPUT, main
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich".split()
+
+
+def said(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_version_names_this_package_torch_and_megatron(capsys):
+    import importlib.metadata
+
+    lines = said(capsys, "--version").splitlines()
+    assert lines[0] == f"megatron_selfdistill {__version__}"
+    for name in ("torch", "megatron-core"):
+        assert f"{name} {importlib.metadata.version(name)}" in lines
+
+
+def test_version_says_what_is_not_installed(monkeypatch):
+    def missing(name: str) -> str:
+        raise command_line.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(command_line.metadata, "version", missing)
+    assert "torch is not installed" in command_line.version()
+
+
+def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
+    lines = said(capsys, "--keys").splitlines()
+    for key, (default, doc) in configuration.keys().items():
+        assert lines.count(f"{key}={default}") == 1 and f"    {doc}" in lines
+    title = "== rollout: How the student writes its responses =="
+    assert lines.index(title) < lines.index("rollout.engine=megatron")
+    assert lines.index("num_steps=100") < lines.index(next(line for line in lines if line.startswith("== model")))
+
+
+def test_keys_of_a_section_are_those_alone_with_the_groups_options(capsys):
+    text = said(capsys, "--keys", "target")
+    keys = [line.partition("=")[0] for line in text.splitlines() if not line.startswith((" ", "=", "("))]
+    assert keys == [key for key in list(configuration.keys()) if key.startswith("target.")]
+    assert "(sets several at once: target=batch|capped|" in text
+    assert said(capsys, "--keys", "optimizer.lr").splitlines()[-2:] == [
+        "optimizer.lr=1e-06",
+        "    Learning rate after warm-up.",
+    ]
+    assert "did you mean 'rollout'?" in refused(capsys, "--keys", "rolout")
+
+
+def test_recipes_lists_each_recipe_with_what_it_is_also_a_labs_own(capsys, tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "ours.yaml").write_text("# @package _global_\n# Our own one.  With more.\nnum_steps: 3\n")
+    lines = said(capsys, "--recipes", "--config-dir", str(tmp_path)).splitlines()
+    assert {line.split()[0] for line in lines} == {
+        "recipe=ours",
+        *(f"recipe={file.stem}" for file in (config_dir() / "recipe").glob("*.yaml")),
+    }
+    assert lines[-1].split(maxsplit=1)[1] == "Our own one."
+    assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
+
+
+def test_help_lists_recipes_groups_columns_and_exit_statuses(capsys):
+    text = said(capsys, "--help")
+    for part in (
+        *("--version", "--keys [SECTION]", "--recipes", "--print", "--config-dir"),
+        *(
+            "recipe=teacher_alone ",
+            "target=batch|capped",
+            "parallel=node_of_8",
+            "selfdistill --help",
+        ),
+        *("examples/slurm", "\n  2    bad input", "\n  5    ", "\n  130  "),
+    ):
+        assert part in text, part
+    for column in LINE:
+        assert f"\n  {column[1]} " in text, column
+
+
+def test_keys_may_stand_on_both_sides_of_a_flag(capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "ours.yaml").write_text("num_layers: 6\n")
+    text = said(capsys, "seed=3", "--config-dir", str(tmp_path), "model=ours", "--print", "num_steps=7")
+    assert "seed: 3" in text and "num_steps: 7" in text and "num_layers: 6" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "is not set"),
+        (["run_dir=here"], "data.path is not set"),
+        (["run_dir=here", "data.path="], "data.path is not set"),
+        (["run_dir=here", "data.path=x.jsonl"], "data.tokenizer is not set"),
+        (["run_dir=/dev/null/x", "data.path=x.jsonl", "data.tokenizer=y"], "expected a folder"),
+        (["traget=1"], "did you mean 'target'?"),
+        (["optimizer.lr=inf"], "must be a finite number"),
+    ],
+)
+def test_a_refused_command_line_imports_nothing_heavy(arguments, words, tmp_path):
+    code = (
+        "import sys\nfrom megatron_selfdistill.train import main\nstatus = main(sys.argv[1:])\n"
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules))\nprint(heavy)\nsys.exit(status)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+        "PYTHONPATH": str(REPOSITORY)
+    }
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--version", "--keys", "--recipes"])
+def test_what_the_command_tells_about_itself_imports_nothing_heavy(flag):
+    code = (
+        "import sys\nfrom megatron_selfdistill.train import main\nassert main(sys.argv[1:]) == 0\n"
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules))\nsys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, flag], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_before_a_run_is_status_130_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(configuration, "load", interrupted)
+    assert main(["run_dir=here"]) == 130
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,392 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Logged conversations: what is read, what is refused without being quoted, and which turns come out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_selfdistill.data.chat.acceptance import (
+    answer_text,
+    closing_turn,
+    is_correction,
+    is_repeat,
+    load_rule,
+    marked,
+)
+from megatron_selfdistill.data.chat.conversations import ConversationSet, load_conversations
+
+SECRET = "zebra"
+
+
+def chat(*turns: tuple[str, str]) -> list[dict[str, Any]]:
+    names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    return [{"role": names[role], "content": content} for role, content in turns]
+
+
+def log(folder: Path, *entries: Any, **options: Any) -> ConversationSet:
+    """``entries``: records, or lists of messages."""
+    path = folder / "log.jsonl"
+    entries = tuple({"messages": entry} if isinstance(entry, list) else entry for entry in entries)
+    path.write_text("".join(f"{e if isinstance(e, str) else json.dumps(e)}\n" for e in entries))
+    return load_conversations(path, **{"rule": closing_turn, **options})
+
+
+CORRECTED = chat(("s", "Be brief."), ("u", "3+4?"), ("a", "8"), ("u", "No, wrong."), ("a", "7"), ("u", "Thanks!"))
+
+
+def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_as_its_solution(tmp_path):
+    found = log(tmp_path, {"id": "c", "messages": CORRECTED})
+    first, second = found.turns.problems
+    assert [first.id, second.id] == ["c/2", "c/4"] and first.location.endswith("log.jsonl:1, message 2")
+    assert first.messages == tuple(CORRECTED[:2]) and second.messages == tuple(CORRECTED[:4])
+    assert first.solution == second.solution == "7"
+    assert (first.reply.message, first.reply.accepted) == (CORRECTED[2], False)
+    assert (second.reply.message, second.reply.accepted) == (CORRECTED[4], True)
+    assert (found.num_conversations, found.num_marked) == (1, 0)
+
+
+def test_the_accepted_turn_is_left_out_on_request(tmp_path):
+    at_once = chat(("u", "3+4?"), ("a", "7"), ("u", "Thanks!"))
+    found = log(tmp_path, CORRECTED, at_once, turns="before_accepted")
+    assert [p.reply.message["content"] for p in found.turns.problems] == ["8"]
+    assert (found.num_conversations, found.num_resolved_at_once) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("rest", "accepted"),
+    [
+        ([("u", "thanks")], 1),
+        ([("u", "thanks"), ("a", "You are welcome.")], 1),
+        ([("u", "And how far is the moon?")], 1),
+        ([("u", "And how far is the moon?"), ("a", "Far.")], None),
+        ([("u", "And how far is the moon?"), ("a", "Far."), ("u", "Muchas gracias"), ("a", "Welcome.")], 3),
+        ([("u", "谢谢"), ("a", "不客气")], 1),
+        ([("u", "No, that is wrong."), ("a", "7"), ("u", "great")], 3),
+        ([], None),
+        ([("u", "No."), ("a", "7")], None),
+        ([("u", "ok"), ("a", "sure"), ("u", "what is the sum of 3 and 4?!"), ("a", "7")], None),
+        ([("u", "ok"), ("a", "sure"), ("u", "what is the sum of 3 and 4?!")], None),
+        ([("u", "Das ist leider falsch."), ("a", "7")], None),
+        ([("u", "不对"), ("a", "7")], None),
+    ],
+)
+def test_the_rule_takes_the_reply_before_a_closing_turn_that_neither_corrects_nor_repeats(rest, accepted):
+    assert closing_turn(chat(("u", "What is the sum of 3 and 4?"), ("a", "8"), *rest)) == accepted
+
+
+COMPLAINTS = {
+    "English": [
+        "It crashes on an empty list.",
+        "This fails with exit code 1",
+        "That is broken",
+        "There is a bug in line 3",
+        "This is useless",
+        "You forgot the empty list",
+        "shorter please",
+        "good grief, that deletes the list",
+        "Great, it crashes",
+        "Great, now it deletes all my files",
+        "That is rubbish",
+        "Thanks for nothing",
+        "Thanks, it crashes",
+        "Nice try",
+    ],
+    "German": ["Das stürzt ab", "Du hast die leere Liste vergessen", "Mach es kürzer", "Das Programm bricht ab"],
+    "French": ["Ça marche mal", "Tu as oublié la liste vide", "Ça plante", "C'est nul"],
+    "Spanish": ["Falla con una lista vacía", "Se bloquea con una lista vacía", "Te olvidaste de la lista vacía"],
+    "Italian": ["Si blocca", "Hai dimenticato la lista vuota", "Non funziona"],
+    "Portuguese": ["Está com erro", "Você esqueceu a lista vazia", "Quebrou"],
+    "Chinese": ["不工作", "这个会崩溃", "你忘了空列表"],
+    "Japanese": ["空のリストで落ちます", "それは役に立たない"],
+    "Korean": ["빈 목록에서 오류가 납니다", "작동하지 않아요"],
+    "Russian": ["Это не работает", "Программа падает", "Ты забыл про пустой список"],
+}
+CONTENT = [
+    *("Thanks!", "great", "ok", "That works, thanks", "works now", "Perfect, exactly what I needed", "Sounds good"),
+    *("Danke, das passt", "merci beaucoup", "Muchas gracias", "Grazie mille", "Obrigado!"),
+    *("谢谢", "ありがとう", "감사합니다", "Спасибо"),
+]
+SOMETHING_ELSE = [
+    *("Now translate it into French.", "Good, and what is the capital of France?", "How long is the Nile?"),
+    *("Wie weit ist der Mond?", "Et la lune ?", "¿Cómo ordeno una lista en Rust?", "Quanto dista la luna?"),
+    *("月球有多远", "月までの距離は", "Как далеко до Луны?"),
+]
+
+
+def closed_by(text: str, answered: bool) -> int | None:
+    last = [("a", "Well.")] if answered else []
+    return closing_turn(chat(("u", "Write a function that sorts numbers"), ("a", "sorted"), ("u", text), *last))
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("language", COMPLAINTS)
+def test_a_complaint_is_never_taken_for_content(language, answered):
+    assert [text for text in COMPLAINTS[language] if closed_by(text, answered) is not None] == []
+
+
+def test_thanks_are_content_with_an_answer_after_them_and_something_else_only_without():
+    assert [text for text in CONTENT if closed_by(text, False) != 1 or closed_by(text, True) != 1] == []
+    assert [text for text in SOMETHING_ELSE if closed_by(text, False) != 1] == []
+    assert [text for text in SOMETHING_ELSE if closed_by(text, True) is not None] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("It is 7.", "It is 7."),
+        ("<think>3 + 4</think>\n7", "7"),
+        ("3 + 4</think>7", "7"),
+        ("<think>3 + 4, cut", ""),
+        ("<think>3</think><think>+ 4, cut", ""),
+        ("7 goes behind <think>", "7 goes behind <think>"),
+    ],
+)
+def test_an_answers_text_is_without_reasoning_also_where_it_is_cut_off(content, text, tmp_path):
+    assert answer_text({"content": content}) == text
+    messages = chat(("u", "3+4?"), ("a", content), ("u", "Thanks"))
+    assert closing_turn(messages) == (1 if text else None)
+    if not text:
+        with pytest.raises(ValueError, match="expected message 1 to be an assistant's with text"):
+            log(tmp_path, {"messages": messages, "accepted": 1})
+
+
+def test_a_reply_without_text_is_not_what_the_rule_accepts():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    messages = [*chat(("u", "3+4?")), call, *chat(("t", "7"), ("a", "It is 7."), ("u", "Thanks"))]
+    assert closing_turn(messages) == 3
+    assert closing_turn([*messages[:3], {"role": "assistant"}, messages[4]]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Thanks a lot", False),
+        ("Perfect. Now translate it to French please, and do not use slang", False),
+        ("not quite", True),
+        ("The third line of the function that you have just given me is wrong", True),
+        ("es sigue mal", True),
+        ("Это неверно", True),
+        ("WRONG", True),
+    ],
+)
+def test_corrections_are_told_by_their_words(text, verdict):
+    assert is_correction(text) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "earlier", "verdict"),
+    [
+        ("What is the capital of France?", "what is the capital of france", True),
+        ("I asked: what is the capital of France? Please", "What is the capital of France?", True),
+        ("We talked about maps and the weather before, and then I said: name its capital", "Name its capital", True),
+        ("What is the population of Peru?", "Who wrote Faust?", False),
+        ("what is 3+4", "what is 5+6", False),
+        ("ok", "ok", True),
+        ("ok", "no", False),
+    ],
+)
+def test_repeats_are_alike_and_name_the_same_numbers(text, earlier, verdict):
+    assert is_repeat(text, earlier) == verdict
+
+
+def test_marks_in_the_record_and_on_the_message_win_over_the_rule(tmp_path):
+    marked_messages = [dict(message) for message in CORRECTED]
+    marked_messages[2]["accepted"] = True
+    found = log(tmp_path, {"messages": CORRECTED, "accepted": 2}, marked_messages)
+    assert [p.solution for p in found.turns.problems] == ["8", "8"]
+    assert "accepted" not in found.turns.problems[1].reply.message
+    assert (found.num_marked, found.num_later_turns) == (2, 2)
+
+
+def test_a_user_who_gave_the_answer_himself_is_marked_like_a_reply(tmp_path):
+    messages = chat(("u", "3+4?"), ("a", "8"), ("u", "It is 7."))
+    found = log(tmp_path, {"messages": messages, "accepted": 2}, rule=marked)
+    [turn] = found.turns.problems
+    assert (turn.solution, turn.reply.message["content"], turn.reply.accepted) == ("It is 7.", "8", False)
+
+
+def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monkeypatch):
+    (tmp_path / "rule_of_a_test.py").write_text("def third_message(messages):\n    return 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rule = load_rule("rule_of_a_test.third_message")
+    found = log(tmp_path, CORRECTED, rule=rule)
+    assert [p.solution for p in found.turns.problems] == ["8"]
+
+    def broken(messages):
+        raise KeyError(messages[1]["content"])
+
+    with pytest.raises(ValueError, match="the rule broken for the accepted answer failed with KeyError;") as caught:
+        log(tmp_path, CORRECTED, rule=broken)
+    assert "3+4" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"closing_turn, marked or the dotted path of a function .*, got 'nonsense'"):
+        load_rule("nonsense")
+
+
+def test_parts_are_joined_nulls_dropped_and_tool_arguments_parsed(tmp_path):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 3, "b": 4}'}}
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "3+4?"}],
+            "name": None,
+        },
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "assistant", "content": "<think>add</think>\n7", "tool_calls": []},
+        {"role": "user", "content": "Thanks"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "description": None}}]
+    first, second = log(tmp_path, {"messages": messages, "tools": tools}).turns.problems
+    assert first.messages == ({"role": "user", "content": "What is\n3+4?"},)
+    assert first.reply.message["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 3, "b": 4}}
+    assert "content" not in first.reply.message and second.messages[2]["content"] == ""
+    assert first.solution == "7", "the hint is without the reasoning"
+    assert "tool_calls" not in second.reply.message
+    assert first.tools == ({"type": "function", "function": {"name": "add"}},)
+
+
+BAD = {
+    "no assistant turn": (chat(("u", SECRET)), "expected an assistant turn, got none"),
+    "unresolved": (chat(("u", SECRET), ("a", SECRET)), "unresolved: expected a mark, or a closing user turn"),
+    "two users": (chat(("u", SECRET), ("u", SECRET)), "'messages[1]': expected assistant after user, got user"),
+    "begins with a reply": (
+        chat(("a", SECRET)),
+        "expected system or developer or user after the beginning, got assist",
+    ),
+    "late system": (chat(("u", SECRET), ("s", SECRET)), "expected assistant after user, got system"),
+    "tool without call": (chat(("u", SECRET), ("a", "x"), ("t", SECRET)), "expected user after assistant, got tool"),
+    "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "expected a text as the content of the assistant"),
+    "unknown role": ([{"role": SECRET, "content": SECRET}], "expected a role among system, developer, user, assistant"),
+    "role of another kind": ([{"role": [SECRET], "content": SECRET}], "got a list that is none"),
+    "calls of another kind": ([*chat(("u", SECRET)), {"role": "assistant", "tool_calls": 3}], "a list of tool calls"),
+    "call of another kind": (
+        [*chat(("u", SECRET)), {"role": "assistant", "tool_calls": [SECRET]}],
+        "a function's name",
+    ),
+    "mark that is no index": ({"messages": CORRECTED, "accepted": 1.5}, "index of a message, got a number"),
+    "mark that JSON does not have": ({"messages": CORRECTED, "accepted": float("nan")}, "JSON has no NaN"),
+    "messages as text that is not their JSON": ({"messages": SECRET}, "expected a list, got a text that is not"),
+    "nested too deep": ('{"messages": ' + "[" * 100_000 + f'"{SECRET}"' + "]" * 100_000 + "}", "one valid JSON object"),
+    "tool arguments nested too deep": (
+        [
+            *chat(("u", SECRET)),
+            {"role": "assistant", "tool_calls": [{"function": {"name": SECRET, "arguments": "[" * 100_000}}]},
+        ],
+        "expected a tool call's arguments to be valid JSON",
+    ),
+    "image": ([{"role": "user", "content": [{"type": "image_url", "text": SECRET}]}], "expected text parts only"),
+    "number": ([{"role": "user", "content": 3}], "expected a string or text parts as the content, got a number"),
+    "no messages": ({"text": SECRET}, "field 'messages': expected a non-empty list of messages, got nothing"),
+    "no object": (f'"{SECRET}"', "expected a JSON object per record, got a text"),
+    "no JSON": (f'{{"messages": "{SECRET}', "expected one valid JSON object per line"),
+    "mark beyond": ({"messages": CORRECTED, "accepted": 9}, "expected an index below 6, got 9"),
+    "mark on the question": (
+        {"messages": CORRECTED, "accepted": 1},
+        "expected message 1 to be an assistant's with text",
+    ),
+    "message with a number as its mark": (
+        [*CORRECTED[:2], CORRECTED[2] | {"accepted": 1}, *CORRECTED[3:]],
+        "'messages[2]': expected true, false or null as 'accepted', got a number",
+    ),
+    "message with a text as its mark": (
+        [*CORRECTED[:2], CORRECTED[2] | {"accepted": "true"}, *CORRECTED[3:]],
+        "'messages[2]': expected true, false or null as 'accepted', got a text",
+    ),
+    "half a surrogate pair": (
+        [*CORRECTED[:2], {"role": "assistant", "content": "cut \ud83d"}, *CORRECTED[3:]],
+        "'messages[2]': expected text that can be written as UTF-8, got half of a surrogate pair",
+    ),
+    "half a surrogate pair in a tool call": (
+        [
+            *chat(("u", SECRET)),
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"\ude00": 1}}}]},
+        ],
+        "'messages[1]': expected text that can be written as UTF-8",
+    ),
+    "half a surrogate pair in an id": (
+        {"messages": CORRECTED, "id": "\ud83d"},
+        "field 'id': expected text that can be",
+    ),
+    "half a surrogate pair in a tool": (
+        {"messages": CORRECTED, "tools": [{"function": {"name": "\ud83d"}}]},
+        "field 'tools': expected text that can be",
+    ),
+    "mark of another kind": (
+        {"messages": CORRECTED, "accepted": SECRET},
+        "expected the index of a message, got a text",
+    ),
+    "broken arguments": (
+        [
+            *chat(("u", SECRET)),
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": f"{{{SECRET}"}}]},
+        ],
+        "expected a tool call's arguments to be valid JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_log_is_named_by_file_and_line_and_counted_but_never_quoted(name, tmp_path):
+    entry, words = BAD[name]
+    with pytest.raises(ValueError) as caught:
+        log(tmp_path, CORRECTED, entry)
+    sentence = str(caught.value)
+    assert words in sentence and "log.jsonl:2: " in sentence and SECRET not in sentence and "\n" not in sentence
+    found = log(tmp_path, CORRECTED, entry, CORRECTED, on_bad_record="skip")
+    assert (len(found.turns), found.turns.num_skipped, found.num_unresolved) == (4, 1, int(name == "unresolved"))
+    assert words in found.turns.skipped[0] and SECRET not in found.turns.skipped[0]
+
+
+def test_contents_are_shown_where_one_asks_for_them(tmp_path):
+    with pytest.raises(ValueError, match=SECRET):
+        log(tmp_path, *[BAD["unknown role"][0]], show_contents=True)
+
+
+def test_whole_emojis_and_marks_of_false_are_fine(tmp_path):
+    messages = [*CORRECTED[:2], {"role": "assistant", "content": "8 😀", "accepted": False}, *CORRECTED[3:]]
+    first, _ = log(tmp_path, messages).turns.problems
+    assert first.reply.message == {"role": "assistant", "content": "8 😀"}
+
+
+def test_parquet_holds_the_same_conversations(tmp_path):
+    import pandas
+
+    records = [{"messages": CORRECTED, "accepted": None}, {"messages": CORRECTED, "accepted": 2}]
+    pandas.DataFrame(records).to_parquet(tmp_path / "log.parquet")
+    [*of_parquet] = load_conversations(tmp_path / "log.parquet", rule=closing_turn).turns.problems
+    [*of_json] = log(tmp_path, *records).turns.problems
+    assert [(p.messages, p.solution, p.reply) for p in of_parquet] == [
+        (p.messages, p.solution, p.reply) for p in of_json
+    ]
+
+
+def test_csv_holds_the_same_conversations_with_messages_as_json(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    records = [{"messages": CORRECTED, "tools": tools}, {"messages": CORRECTED, "accepted": 2}]
+    with (tmp_path / "log.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["messages", "accepted", "tools"])
+        for r in records:
+            rows.writerow(
+                [json.dumps(r["messages"]), r.get("accepted"), json.dumps(r["tools"]) if "tools" in r else ""]
+            )
+    of_csv = load_conversations(tmp_path / "log.csv", rule=closing_turn).turns
+    assert of_csv.fingerprint == log(tmp_path, *records).turns.fingerprint
+    assert of_csv.problems[0].tools == tuple(tools)
+
+
+def test_a_log_without_any_turn_is_an_error_that_counts(tmp_path):
+    with pytest.raises(ValueError, match=r"got none: 0 good ones, 1 bad; the first: .*log.jsonl:1: "):
+        log(tmp_path, BAD["unresolved"][0], on_bad_record="skip")
+
+
+def test_a_log_with_another_reply_is_another_data_set(tmp_path):
+    other = [dict(message) for message in CORRECTED]
+    other[2]["content"] = "9"
+    one, two = (log(tmp_path, {"id": "c", "messages": m}, turns="before_accepted").turns for m in (CORRECTED, other))
+    assert one.fingerprint != two.fingerprint

@@ -1,0 +1,117 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Python code that a tokenizer's folder brings runs only where a key allows it, whatever a terminal answers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pty
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import dynamic_module_utils
+
+from megatron_selfdistill.config import ConfigError, from_mapping
+from megatron_selfdistill.data.prompts import load_tokenizer
+from megatron_selfdistill.inputs import Inputs
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+EVIL = """
+from transformers import PreTrainedTokenizerFast
+open({ran!r}, "w").write("it ran")
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def folder(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working tokenizer whose class is in evil.py, and problems."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(chat_folder, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"problem": "3+4?", "solution": "7", "answer": "7"}) + "\n")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return folder
+
+
+@pytest.fixture(params=["a terminal that answers y", "no terminal"])
+def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Standard input and output are a pseudo-terminal with many a "y" typed into it, or input is empty."""
+    if request.param == "no terminal":
+        with open(os.devnull) as nothing:
+            monkeypatch.setattr(sys, "stdin", nothing)
+            yield
+        return
+    ours, theirs = pty.openpty()
+    os.write(ours, b"y\ny\ny\ny\n")
+    with os.fdopen(theirs, "r+b", buffering=0) as raw, open(raw.fileno(), closefd=False) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert sys.stdin.isatty()
+        yield
+    os.close(ours)
+
+
+def config_of(folder: Path, **data: object):
+    problems = str(folder.parent / "problems.jsonl")
+    return from_mapping(
+        {
+            "data": {"path": problems, "tokenizer": str(folder), **data},
+            "evaluation": {"path": problems},
+            "rollout": {"max_new_tokens": 10},
+        }
+    )
+
+
+@pytest.mark.parametrize("load", [Inputs.load, Inputs.load_evaluation], ids=["training", "evaluation"])
+def test_remote_code_never_runs_unless_the_key_allows_it(folder, terminal, load):
+    with pytest.raises(ConfigError, match=r"auto_map names Python code .* set data\.trust_remote_code=true") as caught:
+        load(config_of(folder))
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert not (folder.parent / "ran").exists()
+    assert type(load(config_of(folder, trust_remote_code=True)).tokenizer._tokenizer).__name__ == "EvilTokenizer"
+    assert (folder.parent / "ran").read_text() == "it ran"
+
+
+def test_a_folder_whose_class_transformers_knows_loads_without_its_code(folder, terminal):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(folder).encode("seven")
+    assert not (folder.parent / "ran").exists()
+
+
+def test_remote_code_that_fails_is_one_sentence(folder):
+    (folder / "evil.py").write_text("raise RuntimeError('not today\\nnor tomorrow')\n")
+    with pytest.raises(ConfigError, match=r"tokenizer: not today$"):
+        Inputs.load(config_of(folder, trust_remote_code=True))
+
+
+def test_a_name_of_the_hub_that_cannot_be_loaded_is_said_to_be_no_folder_here(monkeypatch):
+    def from_pretrained(name, **options):
+        raise OSError("no connection\nwith details")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match=r"got lab/model: there is no such folder here, .* \(no connection\)$"):
+        load_tokenizer("lab/model")
+
+
+@pytest.mark.parametrize("folder_name", ["megatron_selfdistill", "tools"])
+def test_whatever_is_loaded_with_transformers_says_whether_it_trusts_the_folder(folder_name):
+    calls = [
+        (path.name, node.lineno, {keyword.arg for keyword in node.keywords})
+        for path in sorted((REPOSITORY / folder_name).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
+    ]
+    assert bool(calls) == (folder_name == "megatron_selfdistill"), "the tools load nothing themselves"
+    assert [call for call in calls if "trust_remote_code" not in call[2]] == []

@@ -1,0 +1,120 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""GPU memory does not fall into pieces: few lengths of packed rows, and segments that grow."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_selfdistill import train
+from megatron_selfdistill.config import load
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packing import length_quantum, required_seq_length
+from megatron_selfdistill.distributed import ranks
+from megatron_selfdistill.distributed.ranks import about_allocator, expand_segments
+from megatron_selfdistill.pipeline import batch
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+
+SIZES = {"max_tokens": 4096, "cp_size": 1, "tp_size": 1, "paired": False}
+
+
+def lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What steps of other contexts need and get on a device."""
+    grid: Any = SimpleNamespace(device=torch.device(device), cp_size=1, tp_size=1)
+    monkeypatch.setattr(batch, "largest", lambda grid, *values: list(values))
+    monkeypatch.setattr(batch, "microbatch_multiple", lambda grid: 1)
+    found = []
+    for step in range(40):
+        contexts = [ContextPair("p", [1] * (300 + 37 * step), [1] * 400, [2] * 100, truncated=False)]
+        order = {"pair_order": "teacher_first", "with_teacher": True, "grid": grid}
+        packed = pack_everywhere(contexts, max_tokens=SIZES["max_tokens"], **order)
+        found.append((required_seq_length(contexts, **SIZES), packed.seq_length))
+    return found
+
+
+def test_steps_on_a_gpu_have_few_lengths(monkeypatch):
+    found = lengths("cuda", monkeypatch)
+    assert len({need for need, _ in found}) > 30 and len({length for _, length in found}) <= 8
+    quantum = length_quantum(SIZES["max_tokens"])
+    assert all(length % quantum == 0 and 0 <= length - need < quantum for need, length in found)
+
+
+def test_steps_on_a_cpu_are_no_longer_than_they_must_be(monkeypatch):
+    assert all(length == need for need, length in lengths("cpu", monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("2.6.0+cu124", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("2.8.1", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("2.9.0", "PYTORCH_ALLOC_CONF"),
+        ("2.13.0+cpu", "PYTORCH_ALLOC_CONF"),
+        ("3.0", "PYTORCH_ALLOC_CONF"),
+    ],
+)
+def test_segments_grow_by_the_name_that_torch_reads(version, name):
+    environment: dict[str, str] = {}
+    expand_segments(environment, version)
+    assert environment == {name: "expandable_segments:True"}
+    assert about_allocator(environment) == f"{name}=expandable_segments:True"
+
+
+@pytest.mark.parametrize("name", ranks.ALLOCATOR_VARIABLES)
+@pytest.mark.parametrize("version", ["2.6.0", "2.13.0"])
+def test_what_the_user_set_stays(name, version):
+    environment = {name: "max_split_size_mb:512"}
+    expand_segments(environment, version)
+    assert environment == {name: "max_split_size_mb:512"} and "max_split_size_mb" in about_allocator(environment)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "shares", "grows"), [(True, False, False), (False, False, True), (False, True, False)]
+)
+def test_segments_are_set_before_anything_touches_a_gpu(monkeypatch, on_cpu, shares, grows):
+    """And left alone on a CPU, and where servers open this process's memory."""
+    for name in ranks.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ranks, "cpu", SimpleNamespace(ON_CPU=on_cpu))
+    seen: list[str] = []
+
+    def first(config: Any) -> None:
+        seen.append(about_allocator(os.environ))
+        raise InterruptedError
+
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(ranks, "_init_process_group", first)
+    monkeypatch.setattr(ranks.os, "environ", dict(os.environ))  # a copy, which keeps what is set below
+    with pytest.raises(InterruptedError):
+        ranks.initialize(load([]).parallel, 1, shares_memory=shares)
+    assert [bool(re.search("expandable_segments:True", said)) for said in seen] == [grows]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shares"),
+    [
+        ([], False),
+        (["rollout.engine=vllm", "rollout.placement=colocated"], False),
+        (["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"], True),
+        (["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1", "rollout.transfer=ipc"], True),
+        (["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1", "rollout.transfer=nccl"], False),
+    ],
+)
+def test_a_run_says_whether_servers_may_open_its_memory(monkeypatch, overrides, shares):
+    seen: list[bool] = []
+
+    def initialize(*_: Any, shares_memory: bool) -> None:
+        seen.append(shares_memory)
+        raise InterruptedError
+
+    monkeypatch.setattr(ranks, "initialize", initialize)
+    config = load(overrides)
+    with pytest.raises(InterruptedError):
+        train._train(dataclasses.replace(config), SimpleNamespace(), None)
+    assert seen == [shares]

@@ -1,0 +1,108 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Ranks without a process group hear when all are ready, and when one has failed; each sentence has one speaker."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.distributed import roll_call
+from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
+
+
+def run(ranks: Any, function: Any, *arguments: Any, world_size: int = 3) -> list[Any]:
+    return ranks.run(function, *arguments, world_size=world_size, init_process_group=False)
+
+
+def answers() -> tuple[str, float]:
+    ranks = RollCall()
+    if ranks.rank == 2:
+        time.sleep(0.5)
+    began = time.monotonic()
+    word = ranks.answer("folder", f"from {ranks.rank}")
+    seconds = time.monotonic() - began
+    ranks.leave()
+    return word, seconds
+
+
+def test_all_ranks_wait_for_the_last_one_and_get_rank_0s_word(ranks):
+    words, seconds = zip(*run(ranks, answers), strict=True)
+    assert words == ("from 0",) * 3 and min(seconds[:2]) > 0.3 > seconds[2]
+
+
+def fails(who: list[int], sentences: list[str]) -> Any:
+    """Ranks ``who`` fail; what each prints, or the status that it hears."""
+    ranks = RollCall()
+    try:
+        if ranks.rank in who:
+            return ranks.failed(sentences[ranks.rank], 4)
+        ranks.answer("folder")
+        ranks.answer("inputs")
+    except OtherRankFailed as other:
+        return other.status
+    finally:
+        ranks.leave()
+    return "ready"
+
+
+@pytest.mark.parametrize(
+    ("who", "sentences", "outcomes"),
+    [
+        ([0, 1, 2], ["a", "a", "a"], [True, False, False]),
+        ([0, 1, 2], ["a", "b", "a"], [True, True, False]),
+        ([1], ["", "b", ""], [4, True, 4]),
+        ([0], ["a", "", ""], [True, 4, 4]),
+    ],
+)
+def test_a_failure_releases_the_others_and_each_sentence_has_one_speaker(ranks, who, sentences, outcomes):
+    assert run(ranks, fails, who, sentences) == outcomes
+
+
+def test_of_several_ranks_with_a_sentence_that_rank_0_lacks_one_speaks(ranks):
+    status, *spoke = run(ranks, fails, [1, 2], ["", "b", "b"])
+    assert status == 4 and sorted(spoke) == [False, True]
+
+
+def twice() -> list[str]:
+    calls = [RollCall(), RollCall()]
+    words = [ranks.answer("folder", f"run {number}") for number, ranks in enumerate(calls)]
+    for ranks in calls:
+        ranks.leave()
+    return words
+
+
+def test_two_runs_of_one_launch_do_not_hear_each_other(ranks):
+    assert run(ranks, twice, world_size=2) == [["run 0", "run 1"]] * 2
+
+
+def absent() -> str:
+    ranks = RollCall()
+    if ranks.rank == 1:
+        time.sleep(1.0)
+        return ""
+    with pytest.raises(ConfigError) as caught:
+        ranks.answer("inputs", timeout_s=0.2)
+    return str(caught.value)
+
+
+def test_a_rank_that_does_not_come_is_a_sentence(ranks):
+    assert run(ranks, absent, world_size=2)[0].startswith("waited 0.2 s for all 2 ranks to get ready (inputs)")
+
+
+def test_a_store_that_cannot_be_reached_silences_nobody(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(roll_call, "_CONNECT_S", 0.2)
+    ranks = RollCall()
+    assert ranks.failed("a", 2)
+    ranks.leave()
+
+
+def test_a_world_of_one_waits_for_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = RollCall()
+    assert ranks.answer("folder", "word") == "word" and ranks.failed("a", 2)
+    ranks.leave()

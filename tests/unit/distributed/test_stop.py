@@ -1,0 +1,245 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A run that is asked to stop ends at a step boundary, on all ranks alike, with a checkpoint and a marker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_run
+from tiny_run import assert_equal_runs, overrides, reproducible_metrics, saved_step, train
+
+from megatron_selfdistill.distributed import stop
+from megatron_selfdistill.distributed.stop import MARKER, SIGNALS, Stop, listening, seconds_left_in_slurm, seconds_of
+from megatron_selfdistill.errors import EngineError
+
+
+def asked(arguments: list[str], at: str, step: int, numbers: list[int], who: list[int]) -> int:
+    """A run: the ranks ``who`` get signals at the beginning of method ``at`` of `Run`, ``step`` steps being done."""
+    from megatron_selfdistill.run import Run
+
+    original = getattr(Run, at)
+
+    def with_signals(self: Any, *args: Any) -> Any:
+        if self.step == step and self.grid.rank in who:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    return tiny_run.start_with(arguments, Run, at, with_signals)
+
+
+def failing(arguments: list[str]) -> int:
+    """The engine fails in step 3, since the job was ended."""
+    from megatron_selfdistill.run import Run
+
+    generate = Run.generate
+
+    def fail(self: Any, problems: Any) -> Any:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise EngineError("the servers are gone")
+        return generate(self, problems)
+
+    return tiny_run.start_with(arguments, Run, "generate", fail)
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(ranks, overrides(data, folder), world_size=2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("at", "numbers", "who"),
+    [("generate", [signal.SIGUSR1], [1]), ("update", [signal.SIGTERM], [0]), ("pack", [*SIGNALS] * 3, [0, 1])],
+    ids=["USR1 to one rank while it generates", "TERM to one rank in an update", "many signals to both ranks"],
+)
+def test_a_run_that_is_stopped_and_started_again_equals_one_that_never_stopped(
+    ranks, data, whole, tmp_path, at, numbers, who
+):
+    arguments = overrides(data, tmp_path / "run")
+    train(ranks, arguments, world_size=2, start=asked, at=at, step=1, numbers=numbers, who=who)
+    assert saved_step(tmp_path / "run") == 2, "the step in which the signal comes is finished, and no other begins"
+    assert (tmp_path / "run" / MARKER).read_text().startswith("step 2: SIG")
+    train(ranks, arguments, world_size=2)
+    assert not (tmp_path / "run" / MARKER).exists()
+    assert_equal_runs(ranks, whole, tmp_path / "run")
+
+
+def test_a_signal_does_not_break_off_a_save(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run"), start=asked, at="save", step=3, numbers=[*SIGNALS] * 2, who=[0])
+    assert saved_step(tmp_path / "run") == 3
+    assert (tmp_path / "run" / MARKER).read_text().startswith("step 3: ")
+
+
+def test_a_signal_before_the_first_step_ends_the_run_without_one(ranks, data, tmp_path):
+    evaluated = ["evaluation.at_start=true", f"evaluation.path={data}/problems.jsonl", "evaluation.limit=2"]
+    arguments = overrides(data, tmp_path / "run", *evaluated)
+    train(ranks, arguments, start=asked, at="evaluate", step=0, numbers=[signal.SIGUSR1], who=[0])
+    assert (tmp_path / "run" / MARKER).read_text() == "step 0: SIGUSR1\n"
+    assert [line["step"] for line in reproducible_metrics(tmp_path / "run")] == [0]
+    assert not list((tmp_path / "run").glob("checkpoints/*")), "there is nothing yet to save"
+
+
+def test_a_signal_in_the_last_step_leaves_a_complete_run_and_no_marker(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run"), start=asked, at="update", step=5, numbers=[signal.SIGTERM], who=[0])
+    assert saved_step(tmp_path / "run") == 6 and not (tmp_path / "run" / MARKER).exists()
+
+
+def test_an_engine_that_ends_with_the_job_makes_no_failed_run(ranks, data, whole, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run"), world_size=2, start=failing)
+    assert saved_step(tmp_path / "run") == 2 and (tmp_path / "run" / MARKER).exists()
+    train(ranks, overrides(data, tmp_path / "run"), world_size=2)
+    assert_equal_runs(ranks, whole, tmp_path / "run")
+
+
+def test_a_time_limit_that_no_step_fits_leads_on_by_one_step_per_launch(ranks, data, tmp_path):
+    arguments = overrides(data, tmp_path / "run", "num_steps=3", "stop.time_limit_minutes=0")
+    for step in (1, 2, 3):
+        train(ranks, arguments, world_size=2)
+        assert saved_step(tmp_path / "run") == step
+        assert (tmp_path / "run" / MARKER).exists() == (step != 3)
+
+
+def test_a_time_limit_leaves_room_for_the_longest_step_and_the_margin(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(stop, "_began", 0.0)
+    ending = Stop(tmp_path, SimpleNamespace(is_reporter=True), time_limit_minutes=10, margin_minutes=2)
+    late = []
+    # The longest step so far takes 120 s, and so does the margin: of 600 s, 360 s are for steps.
+    for then in (100.0, 190.0, 200.0, 320.0, 359.0, 361.0):
+        now = then
+        late.append(ending._is_late())
+    assert late == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2:03", 123), ("1:02:03", 3723), ("2-00:00:01", 172801), ("0:00", 0), ("UNLIMITED", None)],
+)
+def test_squeues_durations_are_read(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "INVALID", "NOT_SET", "12"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match="expected a duration"):
+        seconds_of(text)
+
+
+def test_the_end_of_a_slurm_job_comes_from_its_environment_or_from_squeue(tmp_path, monkeypatch):
+    assert seconds_left_in_slurm({"SLURM_JOB_END_TIME": str(time.time() + 100)}) == pytest.approx(100, abs=2)
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\n[ "$*" = "--noheader --jobs=7 --format=%L" ] && echo 1:30\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert seconds_left_in_slurm({"SLURM_JOB_ID": "7"}) == 90
+
+
+def test_a_slurm_job_whose_end_cannot_be_found_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ending = Stop(tmp_path, SimpleNamespace(is_reporter=True))
+    assert "does not know when its Slurm job ends" in ending.plan and "stop.time_limit_minutes" in ending.plan
+
+
+def test_signals_are_noted_before_torch_is_imported():
+    code = (
+        "import os, signal, sys\n"
+        "from megatron_selfdistill import config, stop, train\n"
+        "def load(*args):\n"
+        "    assert 'torch' not in sys.modules\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1), os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    raise config.ConfigError(f'noted {sorted(stop._received)}')\n"
+        "config.load = load\n"
+        "sys.exit(train.main([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "noted [10, 15]" in done.stderr, done.stderr
+
+
+def test_ctrl_c_stops_a_run_as_term_does(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run"), start=asked, at="update", step=1, numbers=[signal.SIGINT], who=[0])
+    assert saved_step(tmp_path / "run") == 2
+    assert (tmp_path / "run" / MARKER).read_text() == "step 2: SIGINT\n"
+
+
+PRESSES = """
+import os, signal, sys, threading, time
+from megatron_selfdistill import stop
+
+def press(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+
+stop._SAME_PRESS_S = 0.05
+with stop.listening(), stop.interruptible(), stop.at_sudden_end(lambda: print("released", flush=True)):
+    {body}
+    time.sleep(0.5)
+    print("noted", sorted(stop._received))
+"""
+
+
+def presses(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PRESSES.format(body=body)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_ends_the_process_with_one_line_and_130():
+    one = presses("press(signal.SIGINT)")
+    assert (one.returncode, one.stdout) == (0, "noted [2]\n")
+    assert one.stderr.startswith("[rank 0] Ctrl-C: the run saves and ends") and len(one.stderr.splitlines()) == 1
+    two = presses("press(signal.SIGINT, signal.SIGINT)")
+    assert (two.returncode, two.stdout) == (stop.EXIT_INTERRUPTED, "released\n")
+    assert two.stderr.splitlines()[1:] == [
+        "[rank 0] Ctrl-C again: the run has ended at once; its steps since the last checkpoint are lost"
+    ]
+
+
+def test_the_second_ctrl_c_ends_a_process_whose_main_thread_is_in_foreign_code():
+    lines = "libc = ctypes.CDLL(None); box = ctypes.create_string_buffer(64); libc.pthread_mutex_init(box, None)"
+    body = f"import ctypes; {lines}; libc.pthread_mutex_lock(box)\n    "
+    body += "threading.Thread(target=press, args=[signal.SIGINT] * 2).start(); libc.pthread_mutex_lock(box)"
+    assert presses(body).returncode == stop.EXIT_INTERRUPTED
+
+
+def test_one_press_that_arrives_twice_is_one():
+    twice = presses("stop._SAME_PRESS_S = 5.0; press(signal.SIGINT, signal.SIGINT)")
+    assert (twice.returncode, twice.stdout) == (0, "noted [2]\n")
+
+
+def test_a_press_that_a_forked_writer_gets_too_is_one():
+    body = "child = os.fork()\n    if not child: press(signal.SIGINT); os._exit(0)\n"
+    body += "    os.waitpid(child, 0); press(signal.SIGINT)"
+    assert presses(body).stdout == "noted [2]\n"
+
+
+def test_term_after_ctrl_c_is_torchruns_second_press_and_no_signal_elsewhere():
+    both = "press(signal.SIGINT, signal.SIGTERM)"
+    assert presses(both, TORCHELASTIC_RUN_ID="x").returncode == stop.EXIT_INTERRUPTED
+    assert presses(both).stdout == "noted [2, 15]\n"
+    by_slurm = presses(both, TORCHELASTIC_RUN_ID="x", TORCHELASTIC_SIGNALS_TO_HANDLE="SIGINT")
+    assert by_slurm.stdout == "noted [2, 15]\n", "torchrun does not hand on TERM there, so it is Slurm's"
+    assert presses("press(signal.SIGTERM, signal.SIGTERM)", TORCHELASTIC_RUN_ID="x").stdout == "noted [15]\n"
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with listening():
+        assert all(signal.getsignal(number) is stop._take_note for number in SIGNALS)
+        with stop.interruptible():
+            assert signal.getsignal(signal.SIGINT) is stop._take_note
+        assert signal.getsignal(signal.SIGINT) is not stop._take_note
+    assert [signal.getsignal(number) for number in SIGNALS] == before

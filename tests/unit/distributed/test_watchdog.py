@@ -1,0 +1,221 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A rank that hangs is named, every rank's stack is written, and the run ends; one that is slow is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+from tiny_run import overrides, train
+
+from megatron_selfdistill.config import Config, ConfigError, load
+from megatron_selfdistill.distributed import watchdog
+from megatron_selfdistill.distributed.watchdog import Report, hanging
+
+TESTS = Path(__file__).resolve().parents[2]
+
+
+def report(place: int = 7, waits: bool = True, stalled: bool = True, **entered: int) -> Report:
+    return Report(tick=3, stalled=stalled, place=place, phase="train", waits=waits, host="node1", collectives=entered)
+
+
+def test_a_rank_that_no_longer_speaks_is_the_one():
+    assert list(hanging({0: report(), 1: report(place=5), 2: report()}, frozenset([2]))) == [2]
+
+
+def test_a_rank_that_is_behind_in_the_phases_is_the_one():
+    assert list(hanging({0: report(waits=False), 1: report(place=5), 2: report()}, frozenset())) == [1]
+
+
+def test_of_ranks_in_one_phase_the_one_that_waits_for_nobody_is_the_one():
+    assert list(hanging({0: report(), 1: report(waits=False), 2: report()}, frozenset())) == [1]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_of_ranks_that_look_alike_none_is_named(waits):
+    assert hanging({0: report(waits=waits), 1: report(waits=waits)}, frozenset()) == {}
+
+
+def test_where_no_frame_shows_who_waits_the_one_that_missed_a_collective_is_the_one():
+    """Rank 3 missed one of ranks 2 and 3; rank 2 therefore one of the world, in which 0 and 1 wait."""
+    ranks = {
+        0: report(waits=False, world=5, tp=8),
+        1: report(waits=False, world=5, tp=8),
+        2: report(waits=False, world=4, tp2=9),
+        3: report(waits=False, world=4, tp2=8),
+    }
+    found = hanging(ranks, frozenset())
+    assert list(found) == [3] and "in phase 'train': others are in a collective of tp2 without it" in found[3]
+
+
+def test_of_several_that_seem_to_wait_for_nobody_the_one_that_missed_a_collective_is_the_one():
+    ranks = {0: report(world=5), 1: report(waits=False, world=5), 2: report(waits=False, world=4)}
+    assert list(hanging(ranks, frozenset())) == [2]
+
+
+def test_a_world_of_one_hangs_by_itself():
+    assert list(hanging({0: report()}, frozenset())) == [0]
+
+
+def test_by_default_a_hang_is_seen_before_collectives_give_up():
+    assert Config().hang_timeout_s == 25 * 60
+    assert load(["parallel.distributed_timeout_minutes=60"]).hang_timeout_s == 50 * 60
+    assert load(["stop.hang_timeout_minutes=0"]).hang_timeout_s is None
+    with pytest.raises(ConfigError, match=r"must be below parallel\.distributed_timeout_minutes"):
+        load(["stop.hang_timeout_minutes=30"])
+
+
+def hung(data: Path, folder: Path, how: str, rank: int, world_size: int = 2) -> subprocess.CompletedProcess[str]:
+    """torchrun on a run that hangs; it gives up its workers a second after it lost one."""
+    paths = [str(TESTS / "support"), str(TESTS.parent), str(TESTS.parent / "examples")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command = [sys.executable, *launcher, str(TESTS / "support" / "hanging_run.py"), how, str(rank)]
+    arguments = overrides(data, folder, "stop.hang_timeout_minutes=0.1")
+    return subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("sleeps unseen", 1), ("holds the interpreter", 0)])
+def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_the_run_ends(data, tmp_path, how, rank):
+    started = time.monotonic()
+    ended = hung(data, tmp_path / "run", how, rank)
+    assert time.monotonic() - started < 200 and ended.returncode != 0
+    verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
+    assert f"] {verdict}" in ended.stderr and "no rank has made progress for 0.1 minutes" in verdict
+    assert f": rank {rank} on " in verdict and f"rank {1 - rank} on" not in verdict
+    assert "exitcode  : 5" in ended.stderr
+    stacks = {r: (tmp_path / "run" / "stacks" / f"rank_{r}.txt").read_text() for r in (0, 1)}
+    assert "hanging_run.py" in stacks[rank] and "in pack_or_hang" in stacks[rank]
+    assert "most recent call first" in stacks[1 - rank] and "in <lambda>" not in stacks[1 - rank]
+
+
+def test_a_silent_rank_without_a_stack_is_named_and_its_file_says_why(tmp_path):
+    watch = watchdog._Watch(0, 1, tmp_path, timeout_s=10.0)
+    watch._silent = frozenset([1, 2])
+    (tmp_path / "rank_1.txt").touch()
+    (tmp_path / "rank_2.txt").write_text("Thread 0x1 (most recent call first)")  # written by C, while Python is held up
+    why = "a stopped process (SIGSTOP) or a dead node cannot write its stack"
+    assert watch._without_stacks() == f", except that of rank 1: {why}"
+    assert (tmp_path / "rank_1.txt").read_text().endswith(f": rank 1 has not answered: {why}\n")
+    assert "not answered" not in (tmp_path / "rank_2.txt").read_text()
+
+
+def test_a_rank_that_hangs_while_the_run_is_built_is_named(data, tmp_path):
+    hung(data, tmp_path / "run", "sleeps in the start", 1)
+    verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
+    assert ": rank 1 on " in verdict and "rank 0 on" not in verdict
+
+
+def copies(folder: Path) -> None:
+    (folder / "file").write_bytes(bytes(2**21))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody counts what a process writes")
+@pytest.mark.parametrize("by_a_child", [False, True])
+def test_files_that_move_are_signs_where_a_library_loads_or_saves_and_only_there(tmp_path, by_a_child):
+    watch = watchdog._Watch(0, 1, tmp_path / "stacks", timeout_s=10.0)
+
+    def verdict_after_copies() -> str | None:
+        for _ in range(4):
+            watch._clock += 5
+            with ProcessPoolExecutor(1) if by_a_child else contextlib.nullcontext() as pool:
+                pool.submit(copies, tmp_path).result() if pool else copies(tmp_path)
+                if (verdict := watch._verdict()) is not None:
+                    return verdict
+        return None
+
+    with watchdog.moving_files():
+        assert watch._verdict() is None
+        assert verdict_after_copies() is None
+    assert watch._verdict() is None
+    assert "rank 0 on" in verdict_after_copies()
+    with watchdog.moving_files():
+        assert watch._verdict() is None
+        watch._clock += 10
+        assert "rank 0 on" in watch._verdict()
+
+
+def noted(arguments: list[str], path: Path) -> int:
+    """A run of which each load and save notes whether moved files are signs of progress."""
+    from megatron_selfdistill.checkpoint.run import sharded_io
+    from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
+
+    def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            with path.open("a") as file:
+                print(name, *kwargs.values(), watchdog._signs.moving_files > 0, file=file)
+            return original(*args, **kwargs)
+
+        return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((sharded_io, "read"), (Checkpointer, "_finalize"), (sharded_io, "write_now")):
+            patch.setattr(owner, name, noting(name, getattr(owner, name)))
+        return tiny_run.start(arguments)
+
+
+def test_whatever_loads_and_saves_counts_the_files_that_it_moves(ranks, data, tmp_path):
+    for steps in (1, 2):
+        arguments = overrides(data, tmp_path / "run", f"num_steps={steps}")
+        train(ranks, arguments, 1, start=noted, path=tmp_path / "notes")
+    notes = (tmp_path / "notes").read_text().split("\n")
+    wanted = {"read True", "write_now True", "_finalize True True", "_finalize False False"}  # the last: to look only
+    assert wanted == {note for note in notes if note}
+
+
+def test_a_run_that_is_refused_while_it_is_built_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError), watchdog.watched(0, 1, tmp_path / "run" / "stacks", 60.0):
+        raise RuntimeError
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_hangs_before_its_first_sign_is_named_with_its_host(data, tmp_path):
+    hung(data, tmp_path / "run", "holds the interpreter at once", 0)
+    assert ": rank 0 on " in (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
+
+
+@pytest.mark.slow  # torchrun waits for half a minute for a process that is stopped
+def test_a_rank_that_is_stopped_is_named(data, tmp_path):
+    ended = hung(data, tmp_path / "run", "is stopped", 1)
+    verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
+    assert ended.returncode != 0 and "rank 1" in verdict and "no longer answers" in verdict
+    assert "except that of rank 1: a stopped process" in verdict and f"] {verdict}" in ended.stderr
+    assert "rank 1 has not answered" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
+
+
+def slow(arguments: list[str], seconds: float) -> int:
+    """Rollouts that take longer than the timeout of a hang, but get on: that of rank 0, then that of rank 1."""
+    from megatron_selfdistill.distributed.watchdog import beat
+    from megatron_selfdistill.run import Run
+
+    generate = Run.generate
+
+    def slowly(self, problems):
+        if self.grid.rank == self.step:  # the other waits in a collective
+            for _ in range(20):
+                time.sleep(seconds / 20)
+                beat()
+        return generate(self, problems)
+
+    return tiny_run.start_with(arguments, Run, "generate", slowly)
+
+
+def test_slow_ranks_that_others_wait_for_are_no_hang_and_leave_no_stacks(ranks, data, tmp_path):
+    arguments = overrides(data, tmp_path / "run", "num_steps=2", "stop.hang_timeout_minutes=0.25")
+    train(ranks, arguments, 2, start=slow, seconds=17.0)
+    assert not (tmp_path / "run" / "stacks").exists()

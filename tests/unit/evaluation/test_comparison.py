@@ -1,0 +1,233 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The interval of a mean holds what it promises, and two evaluations are compared only where that means something."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.evaluation.bootstrap import bootstrap, resampled_means
+from megatron_selfdistill.evaluation.comparison import Difference, compare
+from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, SUMMARY, require_free
+from megatron_selfdistill.evaluation.evaluations import data_fingerprint, read_evaluation, write_evaluation
+from megatron_selfdistill.evaluation.held_out import EvaluationResult, ProblemResult, Verdict
+from megatron_selfdistill.evaluation.tables import show_comparison, show_summary
+
+RNG_SEED = 7
+
+
+def paired_outcomes(rng: np.random.Generator, num_problems: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
+    """Right or wrong, by two models, on problems that are easy or hard for both: B is right ``gain`` more often."""
+    ease = rng.beta(0.4, 0.4, num_problems) * (1 - gain)
+    return tuple((rng.random(num_problems) < chance).astype(float) for chance in (ease, ease + gain))
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says():
+    rng = np.random.default_rng(RNG_SEED)
+    covered = above = 0
+    for _ in range(500):
+        a, b = paired_outcomes(rng, 80, gain=0.1)
+        (it,) = bootstrap((b - a)[:, None], num_resamples=1000, seed=int(rng.integers(2**31)))
+        covered += it.low <= 0.1 <= it.high
+        above += it.low > 0.1
+    assert 0.92 <= covered / 500 <= 0.98
+    assert above / 500 <= 0.05, "not by being off to one side"
+
+
+def test_the_probability_is_a_p_value():
+    """Where B is no better, it is small as seldom as it says."""
+    rng = np.random.default_rng(RNG_SEED)
+    values = []
+    for _ in range(500):
+        a, b = paired_outcomes(rng, 80, gain=0.0)
+        (it,) = bootstrap((b - a)[:, None], num_resamples=500, seed=int(rng.integers(2**31)))
+        values.append(it.probability_not_above_0)
+    assert np.mean(np.array(values) <= 0.05) <= 0.08 and 0.4 < np.mean(values) < 0.7
+
+
+def test_resampled_means_are_means_of_the_same_problems_in_every_column():
+    values = np.random.default_rng(RNG_SEED).normal(size=(37, 2))
+    values = np.concatenate([values, values[:, :1] - values[:, 1:]], axis=1)
+    means = resampled_means(values, 20_000, seed=3)
+    assert np.allclose(means[:, 0] - means[:, 1], means[:, 2])
+    assert np.allclose(means.mean(axis=0), values.mean(axis=0), atol=5e-3)
+    assert np.allclose(means.std(axis=0), values.std(axis=0) / np.sqrt(37), rtol=0.03)
+    assert np.array_equal(means, resampled_means(values, 20_000, seed=3))
+    assert not np.array_equal(means, resampled_means(values, 20_000, seed=4))
+
+
+def test_many_problems_are_resampled_in_groups(monkeypatch):
+    values = np.arange(10.0)[:, None]
+    monkeypatch.setattr("megatron_selfdistill.evaluation.bootstrap._MAX_ELEMENTS", 30)
+    means = resampled_means(values, 1000, seed=0)
+    assert means.shape == (1000, 1) and 4 < means.mean() < 5 and len(np.unique(means)) > 30
+
+
+def test_fewer_than_two_problems_have_no_interval():
+    with pytest.raises(ValueError, match="at least 2 problems"):
+        bootstrap(np.ones((1, 3)))
+
+
+def write(folder: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[str] | None = None, **settings) -> Path:
+    """An evaluation with these verdicts: per problem the greedy one, then the samples."""
+    names = ids or [f"p{i}" for i in range(len(outcomes))]
+    verdicts = [[Verdict(bool(right), 3 + i, False, str(right)) for i, right in enumerate(row)] for row in outcomes]
+    problems = [ProblemResult(name, row[0], row[1:]) for name, row in zip(names, verdicts, strict=True)]
+    num_samples, ks = len(outcomes[0]) - 1, [1, 2]
+    samples = [verdict.correct for it in problems for verdict in it.samples]
+    result = EvaluationResult(
+        num_problems=len(problems),
+        num_samples=num_samples,
+        greedy_accuracy=float(np.mean([it.greedy.correct for it in problems])),
+        greedy_mean_length=3.0,
+        greedy_truncated_share=0.0,
+        sampled_accuracy=float(np.mean(samples)),
+        sampled_mean_length=4.0,
+        sampled_truncated_share=0.0,
+        pass_at_k={k: float(np.mean([it.pass_at_k(k) for it in problems])) for k in ks},
+        majority_at_k={k: float(np.mean([it.majority_at_k(k) for it in problems])) for k in ks},
+        problems=problems,
+        transcripts=[],
+    )
+    data = {"path": "p.jsonl", "fingerprint": "-".join(names), "num_problems": len(problems)}
+    write_evaluation(folder, result, {"model": {}, "data": data, "settings": settings})
+    return folder
+
+
+def outcomes_of(seed: int, num_problems: int = 40, num_samples: int = 4, gain: float = 0.0) -> list[list[bool]]:
+    """Problems whose ease is the same for every seed and scatters widely."""
+    ease = np.random.default_rng(0).beta(0.3, 0.3, num_problems) * (1 - gain) + gain
+    draws = np.random.default_rng(seed).random((num_problems, num_samples + 1))
+    return (draws < ease[:, None]).tolist()
+
+
+def differences(a: Path, b: Path) -> dict[str, Difference]:
+    return {it.metric: it for it in compare(read_evaluation(a), read_evaluation(b)).differences}
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    outcomes = outcomes_of(1)
+    it = read_evaluation(write(tmp_path / "a", outcomes))
+    assert it.ids == [f"p{i}" for i in range(40)]
+    assert it.values["greedy_accuracy"].tolist() == [float(row[0]) for row in outcomes]
+    assert it.values["avg_at_4"].tolist() == [sum(row[1:]) / 4 for row in outcomes]
+    for name, values in it.values.items():
+        if not name.endswith("length"):
+            assert values.mean() == pytest.approx(it.summary["metrics"][name]), name
+        low, high = it.summary["intervals"][name]
+        assert low <= values.mean() <= high
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [PROBLEMS, SUMMARY]
+
+
+def test_a_single_problem_is_shown_without_intervals(tmp_path, capsys):
+    summary = read_evaluation(write(tmp_path / "a", [[True, False, True]], num_samples=2)).summary
+    assert summary["intervals"] == {}
+    show_summary(summary | {"model": {"path": "model", "iteration": 7}}, "done")
+    shown = capsys.readouterr().out
+    assert "model, iteration 7" in shown and "1 problems, 2 samples" in shown
+    assert "greedy_accuracy │ 1.000" in " ".join(shown.split()) and "avg_at_2 │ 0.500" in " ".join(shown.split())
+
+
+def test_problems_are_paired(tmp_path):
+    """Ease that scatters over problems is the same for both models, and leaves the interval of their difference."""
+    a = write(tmp_path / "a", outcomes_of(1))
+    b = write(tmp_path / "b", outcomes_of(2, gain=0.1))
+    paired = differences(a, b)["avg_at_4"]
+    alone = [it.values["avg_at_4"] for it in map(read_evaluation, (a, b))]
+    unpaired = 2 * 1.96 * np.sqrt(sum(values.var() / 40 for values in alone))
+    assert paired.difference == pytest.approx(alone[1].mean() - alone[0].mean())
+    assert paired.high - paired.low < 0.5 * unpaired
+    shuffled = np.random.default_rng(0).permutation(alone[1]) - alone[0]
+    (as_if_unpaired,) = bootstrap(shuffled[:, None])
+    assert as_if_unpaired.high - as_if_unpaired.low > 0.8 * unpaired
+
+
+def test_better_is_above_and_worse_is_below(tmp_path):
+    worse, better = write(tmp_path / "a", outcomes_of(1)), write(tmp_path / "b", outcomes_of(2, gain=0.4))
+    up, down = differences(worse, better)["avg_at_4"], differences(better, worse)["avg_at_4"]
+    assert up.low > 0 and up.probability_not_above < 0.01
+    assert down.high < 0 and down.probability_not_above == 1
+    assert (down.low, down.high) == pytest.approx((-up.high, -up.low))
+
+
+def test_a_model_is_not_above_itself(tmp_path):
+    a = write(tmp_path / "a", outcomes_of(1))
+    for name, it in differences(a, a).items():
+        probability = None if name.endswith("truncated_share") else 1  # nothing was truncated
+        assert (it.difference, it.low, it.high, it.probability_not_above) == (0, 0, 0, probability)
+
+
+def test_two_models_that_answer_nothing_are_not_called_equal(tmp_path, capsys):
+    a, b = (write(tmp_path / name, [[False] * 5] * 6) for name in "ab")
+    compared = compare(read_evaluation(a), read_evaluation(b))
+    assert compared.neither_answered
+    assert {it.probability_not_above for it in compared.differences if "_at_" in it.metric} == {None}
+    show_comparison(compared)
+    shown = capsys.readouterr().out
+    assert "neither A nor B answered any of the 6 problems right" in shown
+    rows = [line for line in shown.splitlines() if "greedy_accuracy" in line or "_at_" in line]
+    assert len(rows) == 6 and not any("1.0000" in row for row in rows)
+    right = write(tmp_path / "c", [[False] * 5] * 5 + [[True] * 5])
+    compared = compare(read_evaluation(a), read_evaluation(right))
+    assert not compared.neither_answered and compared.differences[0].probability_not_above > 0
+    show_comparison(compared)
+    assert "neither" not in capsys.readouterr().out
+
+
+def test_other_numbers_of_samples_and_other_settings_are_compared_and_said(tmp_path):
+    a = write(tmp_path / "a", outcomes_of(1), temperature=1.0, top_k=0)
+    b = write(tmp_path / "b", outcomes_of(2, num_samples=3), temperature=0.7, top_k=0)
+    compared = compare(read_evaluation(a), read_evaluation(b))
+    assert compared.other_settings == {"temperature": [1.0, 0.7]}
+    names = [it.metric for it in compared.differences]
+    assert names[:6] == "greedy_accuracy avg_at_k pass_at_1 pass_at_2 majority_at_1 majority_at_2".split()
+    assert json.loads(json.dumps(compared.json()))["differences"][1]["metric"] == "avg_at_k"
+
+
+def test_other_problems_are_refused_in_one_sentence(tmp_path):
+    a = read_evaluation(write(tmp_path / "a", outcomes_of(1, 3)))
+    b = read_evaluation(write(tmp_path / "b", outcomes_of(1, 3), ids=["p0", "q1", "p2"]))
+    with pytest.raises(ConfigError, match=r"same problems, got 3 .*first that differs is 'p1' against 'q1'"):
+        compare(a, b)
+    one = read_evaluation(write(tmp_path / "one", outcomes_of(1, 1)))
+    with pytest.raises(ConfigError, match="at least 2 problems to compare on, got 1"):
+        compare(one, one)
+
+
+def test_a_folder_without_a_whole_evaluation_is_refused(tmp_path):
+    folder = write(tmp_path / "a", outcomes_of(1, 3))
+    lines = (folder / PROBLEMS).read_text().splitlines()
+    (folder / PROBLEMS).write_text("\n".join(lines[:2]) + "\n")
+    with pytest.raises(ConfigError, match="2 lines for 3 problems"):
+        read_evaluation(folder)
+    (folder / PROBLEMS).write_text("\n".join([*lines[:2], lines[2][:20]]))
+    with pytest.raises(ConfigError, match="JSONDecodeError"):
+        read_evaluation(folder)
+    (folder / PROBLEMS).unlink()
+    with pytest.raises(ConfigError, match=f"got no {PROBLEMS}"):
+        read_evaluation(folder)
+
+
+def test_only_an_evaluation_is_overwritten(tmp_path):
+    require_free(tmp_path / "new", overwrite=False)
+    folder = write(tmp_path / "a", outcomes_of(1, 3))
+    with pytest.raises(ConfigError, match="add --overwrite"):
+        require_free(folder, overwrite=False)
+    require_free(folder, overwrite=True)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("1")
+    with pytest.raises(ConfigError, match=f"which has no {SUMMARY}"):
+        require_free(tmp_path / "thesis", overwrite=True)
+
+
+def test_solutions_do_not_matter_to_what_was_evaluated():
+    one = Problem("p", ({"role": "user", "content": "1+1"},), "it is 2", "2", "a:1")
+    other = Problem("p", one.messages, "", "2", "b:9")
+    wrong = Problem("p", one.messages, "", "3", "b:9")
+    assert data_fingerprint([one]) == data_fingerprint([other]) != data_fingerprint([wrong])

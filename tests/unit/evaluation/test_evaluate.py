@@ -1,0 +1,523 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Evaluation gives the same result in every layout; verifiers and pass@k keep their word."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from characters import ONE_RANK, STOP, Characters
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_selfdistill.config import Config, ConfigError, EvaluationConfig
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.evaluation import verify as module
+from megatron_selfdistill.evaluation.held_out import EvaluationResult, Verdict, evaluate, majority_at_k, pass_at_k
+from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+
+PARAMS = SamplingParams(max_new_tokens=4, temperature=1.0, stop_token_ids=(STOP,))
+
+
+class FakeSampler:
+    """Answers ``a+b:`` by the right sum, a wrong one or without an end, as the stream says; a hint helps."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, SamplingParams]] = []
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        self.calls.append((len(requests), params))
+        return [self.answer(request, params) for request in requests]
+
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        prompt = "".join(map(chr, request.prompt))
+        a, b = prompt.split(":")[0].split("|")[0].split("+")
+        draw = random.Random(request.stream).random() if params.temperature else int(a) % 3 / 3
+        total = int(a) + int(b) + (draw > 0.6 and "|" not in prompt)
+        text = f"{total:04d}" if 0.2 < draw < 0.4 else f"{total}$"
+        ids = [ord(character) for character in text[: params.max_new_tokens]]
+        return Response(ids, [0.0] * len(ids), [0.0] * len(ids), "stop" if ids[-1] == STOP else "length")
+
+    def update_weights(self, version: int) -> None:
+        pass
+
+
+def sums(count: int = 7) -> list[Problem]:
+    return [
+        Problem(f"p{a}", ({"role": "user", "content": f"{a}+8"},), f"it is {a + 8}", str(a + 8), f"file:{a}")
+        for a in range(count)
+    ]
+
+
+def builder() -> PromptBuilder:
+    return PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
+
+
+def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **options: Any) -> EvaluationResult:
+    options = {"params": PARAMS, "num_samples": 6, "ks": [1, 4], "seed": 3, "step": 20} | options
+    verifier = options.pop("verifier", exact_match)
+    return evaluate(
+        sampler or FakeSampler(),
+        builder(),
+        Characters(),
+        problems,
+        verifier,
+        grid=grid,
+        max_length=options.pop("max_length", 100),
+        **options,
+    )
+
+
+def run_in_layout(sizes: dict[str, int], count: int) -> tuple[EvaluationResult, list[int], list[str]]:
+    """(result, sizes of the calls of the sampler, ids that this rank verified)"""
+    from megatron_selfdistill.config import ParallelConfig
+    from megatron_selfdistill.distributed import ranks
+
+    grid = ranks.initialize(ParallelConfig(**sizes), 0)
+    sampler, verified = FakeSampler(), []
+
+    def verifier(text: str, problem: Problem) -> bool:
+        verified.append(problem.id)
+        return exact_match(text, problem)
+
+    result = run(sums(count), grid, sampler, verifier=verifier, majority_ks=[3])
+    return result, [number for number, _ in sampler.calls], verified
+
+
+def verifier_that_fails_on_p1(text: str, problem: Problem) -> bool:
+    if problem.id == "p1":
+        raise KeyError("unit")
+    return True
+
+
+def failing_run() -> str:
+    from megatron_selfdistill.config import ParallelConfig
+    from megatron_selfdistill.distributed import ranks
+
+    with pytest.raises(RuntimeError) as failure:
+        run(sums(), ranks.initialize(ParallelConfig(), 0), verifier=verifier_that_fails_on_p1)
+    return str(failure.value)
+
+
+def problem_with(answer: str | None) -> Problem:
+    return Problem("p", ({"role": "user", "content": "?"},), "so", answer, "file.jsonl:7")
+
+
+def test_accuracies_lengths_and_shares_are_counted_from_the_transcripts():
+    result = run(sums(), num_transcripts=None)
+    for name, kind in (("greedy", {None}), ("sampled", set(range(6)))):
+        those = [t for t in result.transcripts if t.sample in kind]
+        assert len(those) == 7 * len(kind)
+        for what, attribute in (
+            ("accuracy", "correct"),
+            ("truncated_share", "truncated"),
+            ("mean_length", "length"),
+        ):
+            mean = sum(getattr(t, attribute) for t in those) / len(those)
+            assert getattr(result, f"{name}_{what}") == pytest.approx(mean), what
+    by_problem = [
+        [t.correct for t in result.transcripts if t.problem_id == f"p{a}" and t.sample is not None] for a in range(7)
+    ]
+    for k in (1, 4):
+        subsets = [any(subset) for right in by_problem for subset in itertools.combinations(right, k)]
+        assert result.pass_at_k[k] == pytest.approx(sum(subsets) / len(subsets))
+    assert [[it.correct for it in problem.samples] for problem in result.problems] == by_problem
+    assert 0 < result.greedy_accuracy < 1 and 0 < result.sampled_accuracy < result.pass_at_k[4] < 1
+
+
+def test_each_problem_has_its_verdicts_and_answers():
+    result = run(sums(), num_transcripts=None, majority_ks=[1, 6])
+    said = {(t.problem_id, t.sample): t for t in result.transcripts}
+    for number, problem in enumerate(result.problems):
+        assert problem.id == f"p{number}" and len(problem.samples) == 6
+        for sample, verdict in [(None, problem.greedy), *enumerate(problem.samples)]:
+            it = said[problem.id, sample]
+            answer = None if it.truncated else it.response
+            assert verdict == Verdict(it.correct, it.length, it.truncated, answer)
+    assert result.problems[1].num_correct == sum(said["p1", i].correct for i in range(6))
+    assert result.majority_at_k[1] == pytest.approx(result.sampled_accuracy)
+    expected = [
+        majority_by_enumeration([s.answer for s in p.samples], [s.correct for s in p.samples], 6)
+        for p in result.problems
+    ]
+    assert result.majority_at_k[6] == pytest.approx(sum(expected) / 7) and 0 < result.majority_at_k[6] < 1
+    assert result.metrics("test")["test/majority_at_6"] == result.majority_at_k[6]
+    assert result.metrics("test")["test/avg_at_6"] == result.sampled_accuracy
+
+
+def test_an_evaluation_without_majorities_reads_no_votes(monkeypatch):
+    from megatron_selfdistill.evaluation import held_out as module
+
+    with_votes = run(sums(), majority_ks=[])
+    assert any(verdict.answer is not None for problem in with_votes.problems for verdict in problem.samples)
+    monkeypatch.setattr(module, "voted_answer", None)  # a run that evaluates while it trains asks for none
+    without = run(sums())
+    assert all(verdict.answer is None for problem in without.problems for verdict in problem.samples)
+    assert without.metrics("test") == with_votes.metrics("test")
+
+
+def test_transcripts_are_what_was_read_and_written():
+    result = run(sums(3), num_transcripts=2, num_samples=1, ks=[1])
+    assert [(t.problem_id, t.sample) for t in result.transcripts] == [
+        ("p0", None),
+        ("p0", 0),
+        ("p1", None),
+        ("p1", 0),
+    ]
+    first = result.transcripts[0]
+    assert (first.prompt, first.response, first.correct, first.length) == ("0+8:", "8", True, 2)
+
+
+def test_a_truncated_response_is_wrong_though_it_ends_in_the_answer():
+    class Endless(FakeSampler):
+        def answer(self, request, params):
+            return Response([ord("8")], [0.0], [0.0], "length")
+
+    result = run(sums(1), sampler=Endless())
+    assert result.greedy_accuracy == 0 and result.greedy_truncated_share == 1
+
+
+def test_greedy_is_greedy_and_samples_are_drawn_as_asked():
+    sampler = FakeSampler()
+    run(
+        sums(),
+        sampler=sampler,
+        params=SamplingParams(4, temperature=0.7, top_k=5, top_p=0.9, stop_token_ids=(STOP,)),
+    )
+    (count, greedy), (num_sampled, sampled) = sampler.calls
+    assert (count, num_sampled) == (7, 42)
+    assert (greedy.temperature, greedy.top_k, greedy.top_p) == (0, 0, 1) and greedy.stop_token_ids == (STOP,)
+    assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.7, 5, 0.9)
+
+
+def test_without_samples_only_greedy_is_reported():
+    sampler = FakeSampler()
+    result = run(sums(), sampler=sampler, num_samples=0, ks=[1])
+    assert len(sampler.calls) == 1 and result.sampled_accuracy is None and result.pass_at_k == {}
+    assert result.metrics().keys() == {
+        f"evaluation/greedy_{name}" for name in ("accuracy", "mean_length", "truncated_share")
+    }
+
+
+def test_metrics_are_flat_numbers():
+    metrics = run(sums()).metrics("test")
+    assert metrics["test/pass_at_4"] > metrics["test/sampled_accuracy"] > 0
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_samples_depend_on_seed_and_step():
+    first = run(sums(), num_transcripts=None).transcripts
+    assert run(sums(), num_transcripts=None).transcripts == first
+    assert run(sums(), num_transcripts=None, step=21).transcripts != first
+    assert run(sums(), num_transcripts=None, seed=4).transcripts != first
+
+
+def test_hinted_evaluation_shows_the_solution():
+    plain, hinted = run(sums()), run(sums(), hinted=True)
+    assert hinted.transcripts[0].prompt == "0+8|it is 8:"
+    assert hinted.sampled_accuracy > plain.sampled_accuracy
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [
+        (2, {}),
+        (2, {"tensor_model_parallel_size": 2}),
+        (4, {"pipeline_model_parallel_size": 2}),
+        (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
+    ],
+)
+def test_every_layout_gives_every_rank_the_same_result_and_verifies_once(ranks, world_size, sizes):
+    alone = run(sums(), majority_ks=[3])
+    found = ranks.run(run_in_layout, sizes, 7, world_size=world_size)
+    assert [result for result, _, _ in found] == [alone] * world_size
+    truncated = alone.greedy_truncated_share * 7 + alone.sampled_truncated_share * 42
+    assert sum(len(verified) for _, _, verified in found) == round(49 - truncated)
+    assert all(verified for _, _, verified in found)
+
+
+def test_a_replica_without_problems_still_calls_the_sampler(ranks):
+    found = ranks.run(run_in_layout, {}, 1, world_size=2)
+    assert [calls for _, calls, _ in found] == [[1, 6], [0, 0]]
+    assert found[0][0] == found[1][0] == run(sums(1), majority_ks=[3])
+
+
+def test_a_verifier_that_fails_on_one_rank_stops_all_of_them(ranks):
+    sentences = ranks.run(failing_run, world_size=2)
+    assert sentences == ["file:1: the verifier failed with KeyError: 'unit'"] * 2
+
+
+def test_problems_that_cannot_be_judged_are_found_before_sampling():
+    sampler = FakeSampler()
+    with pytest.raises(ValueError, match=r"^file.jsonl:7: expected an answer .* 1 of 8 problems"):
+        run([*sums(), problem_with(None)], sampler=sampler)
+    with pytest.raises(ValueError, match=r"^file:0: expected a prompt of at most 3 tokens .* got 4"):
+        run(sums(), sampler=sampler, max_length=7)
+    with pytest.raises(ValueError, match="at least one problem"):
+        run([], sampler=sampler)
+    with pytest.raises(ValueError, match=r"pass@k from 1 to the 6 samples, got \[8\]"):
+        run(sums(), sampler=sampler, ks=[8])
+    with pytest.raises(ValueError, match=r"majority@k from 1 to the 6 samples, got \[0\]"):
+        run(sums(), sampler=sampler, majority_ks=[0])
+    assert sampler.calls == []
+
+
+def test_a_verifier_of_ones_own_needs_no_answers():
+    problems = [Problem(p.id, p.messages, p.solution, None, p.location) for p in sums()]
+    assert run(problems, verifier=lambda text, problem: text in problem.solution).greedy_accuracy > 0
+
+
+@pytest.mark.parametrize("right", itertools.product([False, True], repeat=5))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right):
+    for k in range(1, 6):
+        subsets = list(itertools.combinations(right, k))
+        assert pass_at_k(5, sum(right), k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+
+
+def majority_by_enumeration(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
+    """The definition: every subset of k votes; a tie is drawn."""
+    outcomes = []
+    for subset in itertools.combinations(range(len(answers)), k):
+        votes = Counter(answers[i] for i in subset if answers[i] is not None)
+        most = max(votes.values(), default=0)
+        winners = [answer for answer, count in votes.items() if count == most]
+        shares = [Fraction(sum(correct[i] for i in subset if answers[i] == winner), most) for winner in winners]
+        outcomes.append(sum(shares) / len(shares) if shares else Fraction(0))
+    return float(sum(outcomes) / len(outcomes))
+
+
+@given(
+    votes=st.lists(st.tuples(st.sampled_from([None, "a", "b", "c", "d"]), st.booleans()), min_size=1, max_size=8),
+    data=st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_majority_at_k_is_the_mean_over_all_subsets(votes, data):
+    answers = [answer for answer, _ in votes]
+    correct = [right and answer is not None for answer, right in votes]
+    k = data.draw(st.integers(1, len(votes)))
+    assert majority_at_k(answers, correct, k) == pytest.approx(majority_by_enumeration(answers, correct, k), abs=1e-12)
+
+
+def test_majority_at_k_of_many_samples_is_found_at_once():
+    answers = [*["7"] * 100, *["8"] * 90, *(str(i) for i in range(10, 76))]
+    correct = [answer == "7" for answer in answers]
+    assert majority_at_k(answers, correct, 256) == pytest.approx(1)
+    assert majority_at_k(answers, correct, 1) == pytest.approx(100 / 256)
+    assert majority_at_k(answers, correct, 2) == pytest.approx(100 / 256)  # two votes agree or are drawn from
+    assert 100 / 256 < majority_at_k(answers, correct, 16) < majority_at_k(answers, correct, 128) < 1
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_majority_at_k_needs_enough_samples(k):
+    with pytest.raises(ValueError, match="draw at least k samples"):
+        majority_at_k(["a", "b", "a"], [True, False, True], k)
+
+
+@pytest.mark.parametrize(
+    ("response", "by_text", "by_meaning"),
+    [
+        ("so\n  4  2 ", "4 2", "2"),
+        (r"it is $\frac{1}{2}$", r"it is $\frac{1}{2}$", "0.5"),
+        ("it is 0.5", "it is 0.5", "0.5"),
+        (r"\boxed{2.0}", "2.0", "2"),
+        (r"\boxed{1/3}", "1/3", "0.333333"),
+        (r"\boxed{0.3333333}", "0.3333333", "0.333333"),
+        (r"\boxed{1+x^2}", "1+x^2", "x**2 + 1"),
+        (r"\boxed{1} </think> \boxed{2}", "2", "2"),
+        ("who knows", "who knows", "who knows"),
+        ("  ", None, None),
+        ("so\n\n</think>\n", None, None),
+    ],
+)
+def test_a_response_votes_for_its_final_answer(response, by_text, by_meaning):
+    assert voted_answer(response, exact_match) == by_text
+    assert voted_answer(response, math_verify) == by_meaning
+
+
+def test_a_number_too_large_to_write_out_is_a_vote_of_its_own():
+    answers = [voted_answer(rf"\boxed{{{text}}}", math_verify) for text in ("9999999!", "9999998!", "2^{20000}")]
+    assert len(set(answers)) == 3 and None not in answers
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
+def test_pass_at_k_needs_enough_samples(n, c, k):
+    with pytest.raises(ValueError, match="draw at least k samples"):
+        pass_at_k(n, c, k)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("092", "092", True),
+        ("  092\n", " 092 ", True),
+        ("092", "92", False),
+        ("first 1\nthen 2\n\n42\n", "42", True),
+        ("42\nthen 2", "42", False),
+        ("so it is 42", "42", False),
+        (r"so \boxed{41}, no, \boxed{42}. Done", "42", True),
+        (r"so \boxed{42}, no, \boxed{41}" + "\n42", "42", False),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
+        (r"\boxed{42} or \boxed{4", "42", True),
+        ("3 + 4 = 7\n#### 7", "7", True),
+        ("#### 7\n#### 8", "7", False),
+        ("42\n</think>\nno idea", "42", False),
+        (r"\boxed{7}</think> it is" + "\n42", "42", True),
+        ("a  b\nc", "a b c", True),
+        ("", "42", False),
+    ],
+)
+def test_exact_match_compares_the_final_answer(response, answer, right):
+    assert exact_match(response, problem_with(answer)) is right
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        (r"so it is $\frac{1}{2}$", "1/2", True),
+        ("the answer is 0.5", r"\frac{1}{2}", True),
+        (r"\boxed{1+x^2}", "x^2+1", True),
+        (r"\boxed{1+x^3}", "x^2+1", False),
+        ("the answer is 12345", "12,345", True),
+        (r"\boxed{2^{1/2}}", r"$\sqrt{2}$", True),
+        ("it is 41", "42", False),
+        (r"\boxed{42}</think> it is 41", "42", False),
+        (r"$\boxed{\text{Monday}}$", r"\text{Monday}", True),
+        ("", "42", False),
+        ("85 + 78 = 163, so the answer is 163.", "163", True),
+        ("85 + 78 = 163, so the answer is 163.", "85", False),
+        ("#### 7", "7.0", True),
+        ("Paris", "Paris", True),
+        (r"it is \boxed{Paris}", "Paris", True),
+        (r"it is \boxed{Spair}", "Paris", False),
+        ("It is Paris.", "Paris", False),
+        ("so\nNew  York", "New York", True),
+        ("so\n12:30", "12:30", True),
+        (r"\boxed{x}", "x", True),
+        (r"\boxed{2 y}", "2y", True),
+    ],
+)
+def test_math_verify_compares_what_is_meant(response, answer, right):
+    assert math_verify(response, problem_with(answer)) is right
+
+
+def test_math_verify_gives_up_on_an_expression_that_takes_for_ever(monkeypatch):
+    monkeypatch.setattr(module, "MATH_TIMEOUT_SECONDS", 1)
+    assert math_verify(r"\boxed{9999999!}", problem_with("42")) is False
+
+
+def test_math_verify_works_in_a_thread():
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(math_verify("it is 42", problem_with("42"))))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
+    (tmp_path / "lab_verifiers.py").write_text("def even(text, problem):\n    return int(text) % 2 == 0\n\nlimit = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_verifier("lab_verifiers.even")("4", problem_with(None))
+    for name, sentence in [
+        ("lab_verifiers.odd", "no attribute 'odd'"),
+        ("lab_verifiers.limit", "which is a int"),
+        ("no_such_lab.even", "PYTHONPATH"),
+        ("exactmatch", "must be exact_match, math_verify or the dotted path"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            load_verifier(name)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "mentions"),
+    [
+        ("so the answer is 163.", "163", True),
+        ("so  New\nYork!", "New York", True),
+        ("1631 or 0.163 or 163.5 or x163", "163", False),
+        ("163</think> no idea", "163", False),
+        (r"it is \frac{1}{2}.", r"\frac{1}{2}", True),
+        ("", "163", False),
+        ("anything", None, False),
+    ],
+)
+def test_an_answer_is_mentioned_as_whole_words_or_a_whole_number(response, answer, mentions):
+    assert module.mentions_answer(response, problem_with(answer)) is mentions
+
+
+class Talkative(FakeSampler):
+    """Says the sum in words that exact_match does not take."""
+
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        a, b = "".join(map(chr, request.prompt)).split(":")[0].split("+")
+        late = request.stream % 5 == 0 and params.temperature > 0
+        text = f"{'well, ' * 40}it is {int(a) + int(b)}." + ("" if late else "$")
+        return Response([ord(c) for c in text], [0.0] * len(text), [0.0] * len(text), "length" if late else "stop")
+
+
+def talk_in_layout(sizes: dict[str, int], verifier: str) -> tuple[list[str], int]:
+    """(lines about overlooked answers, responses that did not reach the limit)"""
+    from megatron_selfdistill.config import ParallelConfig
+    from megatron_selfdistill.distributed import ranks
+
+    grid = ranks.initialize(ParallelConfig(**sizes), 0)
+    result = run(sums(), grid, Talkative(), verifier=load_verifier(verifier), max_length=1000)
+    whole = [it for problem in result.problems for it in (problem.greedy, *problem.samples) if not it.truncated]
+    return result.overlooked.lines(verifier) if result.overlooked else [], len(whole)
+
+
+def test_answers_that_the_verifier_never_takes_are_said_with_the_key_and_three_responses(ranks):
+    found = ranks.run(talk_in_layout, {}, "exact_match", world_size=1)
+    ((line, *examples), num_whole) = found[0]
+    assert line.startswith(f"0 of 49 responses are right by evaluation.verifier=exact_match, but {num_whole} of them")
+    assert "set evaluation.verifier=math_verify" in line and 0 < num_whole < 49
+    assert [example.split(",")[0] for example in examples] == [f'  file:{a}: the answer "{a + 8}"' for a in range(3)]
+    assert all(example.endswith(f'it is {a + 8}."') and len(example) < 280 for a, example in enumerate(examples))
+    assert ranks.run(talk_in_layout, {}, "math_verify", world_size=1)[0][0] == []
+    for sizes in ({}, {"tensor_model_parallel_size": 2}):
+        assert ranks.run(talk_in_layout, sizes, "exact_match", world_size=2) == found * 2
+
+
+def test_what_is_overlooked_is_said_without_responses_of_a_private_log_and_only_where_none_is_right():
+    result = run(sums(), sampler=Talkative(), max_length=1000)
+    (line,) = result.overlooked.lines("exact_match", show_contents=False)
+    assert "it is" not in line
+    assert "look at what your verifier compares" in result.overlooked.lines("lab.verify")[0]
+    assert "data.system_prompt" in result.overlooked.lines("math_verify")[0]
+    one_right = run(sums(), sampler=Talkative(), verifier=lambda text, problem: problem.id == "p0", max_length=1000)
+    assert one_right.overlooked is None
+    assert run([problem_with("163")], verifier=lambda *_: False, sampler=Silent()).overlooked is None
+
+
+@pytest.mark.parametrize(("show_contents", "num_lines"), [(True, 4), (False, 1)])
+def test_the_log_of_a_run_says_what_its_verifier_overlooked(monkeypatch, show_contents, num_lines):
+    from megatron_selfdistill import run as run_module
+
+    result, said, logged = run(sums(), sampler=Talkative(), max_length=1000), [], []
+    monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: result)
+    config = Config(evaluation=EvaluationConfig(verifier="exact_match"))
+    it = MagicMock(step=3, config=config)
+    it.inputs.builder.show_contents = show_contents
+    it.log.message, it.log.log_evaluation = said.append, lambda step, metrics: logged.append(step)
+    assert run_module.Run.evaluate(it) is result and logged == [3]
+    assert len(said) == num_lines and "set evaluation.verifier=math_verify" in said[0]
+
+
+class Silent(FakeSampler):
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        return Response([STOP], [0.0], [0.0], "stop")
+
+
+def test_the_default_verifier_takes_answers_in_a_sentence():
+    assert load_verifier(EvaluationConfig().verifier)("so the answer is 163.", problem_with("163"))
+
+
+def test_the_built_in_verifiers_have_names():
+    assert load_verifier("exact_match") is exact_match and load_verifier("math_verify") is math_verify

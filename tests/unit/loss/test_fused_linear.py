@@ -1,0 +1,516 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The fused output layer equals float64 and the materialised path, in every chunking and split, and is as large and as
+dear as it says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.sharded import row_sums
+from megatron_selfdistill.loss.sharded.fused_linear import FUSED_MODES, fused_distillation_loss
+
+WIDTH, VOCAB_SIZE, PADDED_VOCAB_SIZE = 12, 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
+NUM_TOKENS, CHUNK = 13, 5
+GATHER, REDUCE_SCATTER = (
+    ("all_gather_single", "reduce_scatter_single")
+    if hasattr(dist, "all_gather_single")
+    else ("all_gather_into_tensor", "reduce_scatter_tensor")
+)
+TARGETS = {"capped": Target(), "fixed": Target("fixed", k=1.3), "teacher alone": Target("teacher_alone")}
+DIVERGENCES = {
+    "reverse": Divergence("reverse_kl"),
+    "forward": Divergence("forward_kl"),
+    "jsd": Divergence("jsd", 0.3),
+}
+
+
+class Example:
+    """Hidden states, weights, tokens and the weights of their losses, the same on every rank."""
+
+    def __init__(self, tied: bool, dtype: torch.dtype = torch.float32, num_tokens: int = NUM_TOKENS) -> None:
+        generator = torch.Generator().manual_seed(3)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        self.student, self.teacher = normal(num_tokens, WIDTH), normal(num_tokens, WIDTH)
+        self.weight = normal(PADDED_VOCAB_SIZE, WIDTH)
+        self.teacher_weight = None if tied else normal(PADDED_VOCAB_SIZE, WIDTH)
+        self.tokens = torch.randint(VOCAB_SIZE, (num_tokens,), generator=generator)
+        self.row_weights = torch.randn(num_tokens, generator=generator)  # of either sign, none alike
+        self.row_weights[::4] = 0
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, dH and dW (valid rows) in float64, by autograd through the definition; beta by bisection."""
+    hidden, weight = (x.double().requires_grad_() for x in (example.student, example.weight[:VOCAB_SIZE]))
+    of_teacher = example.weight if example.teacher_weight is None else example.teacher_weight
+    s, t = hidden @ weight.T, example.teacher.double() @ of_teacher[:VOCAB_SIZE].double().T
+    mix = t if target.rule == "teacher_alone" else target.teacher_weight * t + s.detach()
+    wanted = entropy(s.detach().log_softmax(-1))
+    low = torch.full_like(wanted, 1 / (1 + target.teacher_weight)).log()
+    high = low + torch.tensor(16.0).log()
+    for _ in range(70):
+        middle = (low + high) / 2
+        soft = entropy((middle.exp()[:, None] * mix).log_softmax(-1)) > wanted
+        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
+    beta = low.exp() if target.rule == "entropy_matched" else torch.full_like(low, 1 / (target.k or 1.0))
+    log_q, log_p = (beta[:, None] * mix).log_softmax(-1), s.log_softmax(-1)
+    lam = kind.jsd_lambda
+    log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    losses = {
+        "reverse_kl": lambda: kl(log_p, log_q),
+        "forward_kl": lambda: kl(log_q, log_p),
+        "jsd": lambda: lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m),
+    }[kind.kind]()
+    (losses * example.row_weights).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return losses.detach(), hidden.grad, weight.grad
+
+
+def shard_of(group: dist.ProcessGroup | None) -> tuple[VocabShard, slice]:
+    vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, group)
+    return vocab, slice(vocab.start, vocab.start + vocab.size)
+
+
+def fused(
+    example: Example,
+    target: Target,
+    kind: Divergence,
+    mode: str,
+    chunk_tokens: int = CHUNK,
+    group: dist.ProcessGroup | None = None,
+    **options: Any,
+) -> tuple[TokenStats, Tensor | None, Tensor | None]:
+    """(statistics, dH, dW of this rank's rows)."""
+    vocab, mine = shard_of(group)
+    hidden, weight = options.pop("hidden", example.student).clone(), example.weight[mine].clone()
+    stats = fused_distillation_loss(
+        hidden.requires_grad_(),
+        options.pop("teacher_hidden", example.teacher),
+        weight.requires_grad_(),
+        None if example.teacher_weight is None else example.teacher_weight[mine],
+        example.tokens,
+        target=target,
+        divergence=kind,
+        vocab=vocab,
+        chunk_tokens=chunk_tokens,
+        mode=mode,
+        **options,
+    )
+    (stats.loss * example.row_weights).sum().backward()
+    stats.loss = stats.loss.detach()
+    return stats, hidden.grad, weight.grad
+
+
+def materialised(example: Example, target: Target, kind: Divergence) -> tuple[TokenStats, Tensor | None, Tensor | None]:
+    hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
+    of_teacher = weight.detach() if example.teacher_weight is None else example.teacher_weight
+    stats = distillation_loss(
+        hidden @ weight.T,
+        example.teacher @ of_teacher.T,
+        example.tokens,
+        target=target,
+        divergence=kind,
+        vocab=shard_of(None)[0],
+    )
+    (stats.loss * example.row_weights).sum().backward()
+    stats.loss = stats.loss.detach()
+    return stats, hidden.grad, weight.grad
+
+
+def relative(got: Tensor | None, expected: Tensor) -> float:
+    assert got is not None
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+every_mode = pytest.mark.parametrize("mode", FUSED_MODES)
+every_tying = pytest.mark.parametrize("tied", [True, False], ids=["same weight", "own weight"])
+
+
+@every_tying
+@every_mode
+@pytest.mark.parametrize(("rule", "kind"), itertools.product(TARGETS, DIVERGENCES))
+def test_loss_dgrad_and_wgrad_equal_float64(rule: str, kind: str, mode: str, tied: bool) -> None:
+    example = Example(tied)
+    loss, dgrad, wgrad = reference(example, TARGETS[rule], DIVERGENCES[kind])
+    stats, got_dgrad, got_wgrad = fused(example, TARGETS[rule], DIVERGENCES[kind], mode)
+    torch.testing.assert_close(stats.loss.double(), loss, rtol=2e-6, atol=2e-6)
+    assert relative(got_dgrad, dgrad) < 3e-6
+    assert got_wgrad is not None and relative(got_wgrad[:VOCAB_SIZE], wgrad) < 3e-6
+    assert (got_wgrad[VOCAB_SIZE:] == 0).all(), "padding takes part in nothing"
+
+
+@every_tying
+@every_mode
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 4, 7, 12, 13, 14, 100])
+def test_every_chunking_equals_the_materialised_path(chunk_tokens: int, mode: str, tied: bool) -> None:
+    """7: two chunks of which the first has room for the teacher behind it, and the second has none."""
+    example = Example(tied)
+    expected = materialised(example, Target(), Divergence())
+    got = fused(example, Target(), Divergence(), mode, chunk_tokens)
+    for field in fields(TokenStats):
+        value = getattr(expected[0], field.name)
+        torch.testing.assert_close(getattr(got[0], field.name), value, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(got[1:], expected[1:], strict=True):
+        assert theirs is not None and relative(mine, theirs) < 2e-6
+
+
+@every_tying
+def test_low_memory_in_one_chunk_gives_the_materialised_paths_bits(tied: bool) -> None:
+    example = Example(tied, torch.bfloat16)
+    expected = materialised(example, Target(), Divergence("jsd"))
+    got = fused(example, Target(), Divergence("jsd"), "low_memory", NUM_TOKENS)
+    assert torch.equal(got[0].loss, expected[0].loss)
+    assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
+
+
+@every_mode
+def test_bf16_gradients_are_as_near_to_float64_as_the_materialised_paths(mode: str) -> None:
+    example = Example(False, torch.bfloat16, num_tokens=200)
+    _, dgrad, wgrad = reference(example, Target(), Divergence())
+    of_path = []
+    for got in (
+        materialised(example, Target(), Divergence()),
+        fused(example, Target(), Divergence(), mode, 64),
+    ):
+        assert got[1].dtype == got[2].dtype == torch.bfloat16
+        of_path.append((relative(got[1], dgrad), relative(got[2][:VOCAB_SIZE], wgrad)))
+    for theirs, ours in zip(*of_path, strict=True):
+        assert theirs < 0.05 and ours < 1.5 * theirs
+
+
+@every_mode
+def test_no_tokens_give_no_gradient_but_one(mode: str) -> None:
+    """DDP counts on every weight having a gradient in every microbatch."""
+    stats, dgrad, wgrad = fused(Example(True, num_tokens=0), Target(), Divergence(), mode)
+    assert len(stats.loss) == 0 and dgrad is not None and dgrad.shape == (0, WIDTH)
+    assert wgrad is not None and (wgrad == 0).all() and wgrad.shape == (PADDED_VOCAB_SIZE, WIDTH)
+
+
+@every_mode
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_what_needs_no_gradient_gets_none(mode: str, frozen: str) -> None:
+    example = Example(True)
+    _, *expected = fused(example, Target(), Divergence(), mode)
+    inputs = [example.student.clone(), example.weight.clone()]
+    for name, value in zip(("hidden", "weight"), inputs, strict=True):
+        value.requires_grad_(frozen not in (name, "both"))
+    with counting_flops() as counter:
+        loss = call(example, *inputs, mode=mode).loss
+        if frozen == "both":
+            assert not loss.requires_grad
+        else:
+            (loss * example.row_weights).sum().backward()
+    for value, gradient in zip(inputs, expected, strict=True):
+        assert value.grad is None or torch.equal(value.grad, gradient)
+    assert [value.grad is None for value in inputs] == [not value.requires_grad for value in inputs]
+    projections = {"keep_gradient": 2, "low_memory": 4}[mode] if frozen != "both" else 2
+    assert gemms(counter) == projections + (frozen != "both")
+
+
+def call(example: Example, hidden: Tensor, weight: Tensor, *, mode: str, **options: Any) -> TokenStats:
+    return fused_distillation_loss(
+        hidden,
+        example.teacher,
+        weight,
+        example.teacher_weight,
+        example.tokens,
+        **{
+            "target": Target(),
+            "divergence": Divergence(),
+            "vocab": shard_of(None)[0],
+            "chunk_tokens": CHUNK,
+            "mode": mode,
+            **options,
+        },
+    )
+
+
+def counting_flops() -> FlopCounterMode:
+    in_place = {torch.ops.aten.addmm_: lambda _, first, second, **__: 2 * first[0] * first[1] * second[1]}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
+def gemms(counter: FlopCounterMode) -> float:
+    """In units of one GEMM of all tokens, the width and the columns."""
+    return counter.get_total_flops() / (2 * NUM_TOKENS * WIDTH * PADDED_VOCAB_SIZE)
+
+
+@every_tying
+@pytest.mark.parametrize(("mode", "forward", "all_in_all"), [("keep_gradient", 2, 4), ("low_memory", 2, 6)])
+def test_number_of_gemms(mode: str, forward: int, all_in_all: int, tied: bool) -> None:
+    example = Example(tied)
+    hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
+    with counting_flops() as counter:
+        loss = call(example, hidden, weight, mode=mode).loss
+        assert gemms(counter) == forward
+        loss.sum().backward()
+        assert gemms(counter) == all_in_all
+
+
+@pytest.mark.parametrize("mode", FUSED_MODES)
+def test_hidden_states_are_projected_where_they_lie(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joining student and teacher for one product would copy 2 c h numbers per chunk."""
+    joined: list[tuple[int, ...]] = []
+    original = torch.cat
+    monkeypatch.setattr(
+        torch, "cat", lambda parts, *a, **k: (joined.append(parts[0].shape), original(parts, *a, **k))[1]
+    )
+    fused(Example(True), Target(), Divergence(), mode)
+    assert joined and all(len(shape) < 2 or shape[1] != WIDTH for shape in joined)
+
+
+def memory_of(mode: str | None, num_tokens: int, chunk: int, columns: int) -> tuple[float, float, float]:
+    """In rows of logits: what is left allocated after forward, the peak in forward, the peak in backward."""
+    hidden = torch.randn(num_tokens, 8, requires_grad=True)
+    weight = torch.randn(columns, 8, requires_grad=True)
+    teacher, tokens = torch.randn(num_tokens, 8), torch.zeros(num_tokens, dtype=torch.int64)
+    options: dict[str, Any] = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, columns, columns)}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as of_forward:
+        if mode is None:
+            logits = hidden @ weight.T, teacher @ weight.detach().T
+            loss = distillation_loss(*logits, tokens, inplace_backward=True, **options).loss
+            del logits
+        else:
+            options |= {"mode": mode, "chunk_tokens": chunk}
+            loss = fused_distillation_loss(hidden, teacher, weight, None, tokens, **options).loss
+    with torch.profiler.profile(activities=activities, profile_memory=True) as of_backward:
+        loss.sum().backward()
+    left, peak = allocated(of_forward)
+    return left / (columns * 4), peak / (columns * 4), (left + allocated(of_backward)[1]) / (columns * 4)
+
+
+@every_mode
+def test_without_a_gradient_there_are_two_chunks_of_logits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(row_sums.CHUNK_BYTES, "cpu", 1 << 16)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        stats = fused_distillation_loss(
+            torch.randn(512, 8, requires_grad=True),
+            torch.randn(512, 8),
+            torch.randn(8192, 8, requires_grad=True),
+            None,
+            torch.zeros(512, dtype=torch.int64),
+            target=Target(),
+            divergence=Divergence(),
+            vocab=VocabShard(0, 8192, 8192),
+            chunk_tokens=48,
+            mode=mode,
+        )
+    assert not stats.loss.requires_grad
+    assert 96 <= allocated(profile)[1] / (8192 * 4) < 96 + 40
+
+
+def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
+    """Bytes (at the end, at most), relative to the start."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return total, peak
+
+
+def test_memory_is_one_tensor_of_logits_and_a_chunk_or_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(row_sums.CHUNK_BYTES, "cpu", 1 << 16)  # temporaries of the passes: a row or two each
+    num_tokens, chunk, columns = 512, 48, 8192
+    rest = 40  # rows: what has no column, both gradients of width 8, temporaries
+    sizes = {mode: memory_of(mode, num_tokens, chunk, columns) for mode in (None, *FUSED_MODES)}
+    left, in_forward, in_backward = sizes[None]
+    assert 2 * num_tokens <= left and 2 * num_tokens <= min(in_forward, in_backward), "the materialised path"
+    left, in_forward, in_backward = sizes["keep_gradient"]
+    assert num_tokens <= left < num_tokens + rest
+    assert num_tokens + chunk <= in_forward < num_tokens + chunk + rest
+    assert in_backward < num_tokens + rest
+    left, in_forward, in_backward = sizes["low_memory"]
+    assert left < rest
+    assert 2 * chunk <= in_forward < 2 * chunk + rest and 2 * chunk <= in_backward < 2 * chunk + rest
+
+
+class Recorder:
+    """A `WeightGradient` that sums by itself."""
+
+    def __init__(self) -> None:
+        self.total, self.calls = torch.zeros(PADDED_VOCAB_SIZE, WIDTH), 0
+
+    def add(self, hidden: Tensor, gradient: Tensor) -> None:
+        assert hidden.is_contiguous() and gradient.is_contiguous()
+        self.total += gradient.T @ hidden
+        self.calls += 1
+
+    def for_autograd(self) -> Tensor:
+        return torch.full_like(self.total, 7.0)
+
+
+@pytest.mark.parametrize(("mode", "calls"), [("keep_gradient", 1), ("low_memory", 3)])
+def test_a_given_weight_gradient_takes_all_of_it_in_backward_and_hands_autograd_something_else(
+    mode: str, calls: int
+) -> None:
+    example = Example(False)
+    _, dgrad, wgrad = fused(example, Target(), Divergence(), mode)
+    recorder = Recorder()
+    hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
+    for done in range(3):  # microbatches
+        loss = call(example, hidden, weight, mode=mode, weight_gradient=recorder).loss
+        assert recorder.calls == done * calls, "nothing is added in forward"
+        (loss * example.row_weights).sum().backward()
+        assert recorder.calls == (done + 1) * calls
+    assert wgrad is not None and relative(recorder.total, 3 * wgrad) < 1e-6
+    assert hidden.grad is not None and relative(hidden.grad, 3 * dgrad) < 1e-6
+    assert weight.grad is not None and (weight.grad == 3 * 7.0).all()
+
+
+def counting(calls: dict[str, int], name: str) -> Callable[..., Any]:
+    collective = getattr(dist, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return collective(*args, **kwargs)
+
+    return counted
+
+
+def split_over_ranks(num_tokens: int, dtype: torch.dtype) -> list[tuple[TokenStats, Tensor, Tensor, dict[str, int]]]:
+    """Each (tied, mode, form of hidden states) on this rank, and how often it called each collective."""
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    cut = slice(rank * WIDTH // size, (rank + 1) * WIDTH // size)
+    owner = (torch.arange(num_tokens) * 7 // 3) % size if num_tokens > 1 else torch.full((num_tokens,), size - 1)
+    counts = torch.bincount(owner, minlength=size)
+    places = torch.stack([(owner[:i] == owner[i]).sum() for i in range(num_tokens)]) if num_tokens else owner
+    found = []
+    for tied, mode, sequence_parallel in itertools.product([True, False], FUSED_MODES, [False, True]):
+        example = Example(tied, dtype, num_tokens)
+        options: dict[str, Any] = {}
+        if sequence_parallel:
+            longest = int(counts.max())
+            own = torch.full((longest, WIDTH), torch.nan, dtype=dtype)
+            own[: counts[rank]] = example.student[owner == rank]
+            options = {"hidden": own, "gathered_rows": owner * longest + places}
+            options["teacher_hidden"] = example.teacher[:, cut]
+        with pytest.MonkeyPatch.context() as patch:
+            calls = dict.fromkeys((GATHER, "all_reduce", REDUCE_SCATTER), 0)
+            for name in calls:
+                patch.setattr(dist, name, counting(calls, name))
+            stats, dgrad, wgrad = fused(example, Target(), Divergence(), mode, group=group, **options)
+        assert dgrad is not None and wgrad is not None
+        if sequence_parallel:  # back into the order of tokens
+            assert (dgrad[counts[rank] :] == 0).all(), "rows that no token needs"
+            whole = torch.zeros_like(example.student)
+            whole[owner == rank] = dgrad[: counts[rank]]
+            dist.all_reduce(whole)
+            dgrad = whole
+        found.append((stats, dgrad, wgrad, calls))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_split_equals_one_rank(ranks: RankPool, world_size: int) -> None:
+    per_rank = ranks.run(split_over_ranks, NUM_TOKENS, torch.float32, world_size=world_size)
+    cases = list(itertools.product([True, False], FUSED_MODES, [False, True]))
+    num_chunks = -(-NUM_TOKENS // CHUNK)
+    for (tied, mode, sequence_parallel), *shards in zip(cases, *per_rank, strict=True):
+        case = (tied, mode, sequence_parallel)
+        stats, dgrad, wgrad = fused(Example(tied), Target(), Divergence(), mode)
+        for shard in shards:
+            for field in fields(TokenStats):
+                first, value = getattr(shards[0][0], field.name), getattr(shard[0], field.name)
+                assert torch.equal(first, value), (case, "the same bits on every rank")
+                torch.testing.assert_close(value, getattr(stats, field.name), rtol=1e-5, atol=1e-5)
+            assert relative(shard[1], dgrad) < 2e-6, case
+        assert relative(torch.cat([shard[2] for shard in shards]), wgrad) < 2e-6, case
+        again = mode == "low_memory"
+        assert shards[0][3] == {
+            # The loss's three, in forward only; the teacher's rows; the student's, once more in backward.
+            GATHER: 3 * num_chunks + (num_chunks * (1 + again) + 2) * sequence_parallel,
+            "all_reduce": 1 - sequence_parallel,
+            REDUCE_SCATTER: 1 * sequence_parallel,
+        }, case
+
+
+def test_the_weights_gradient_of_many_chunks_in_bf16_is_as_exact_as_that_of_one() -> None:
+    generator = torch.Generator().manual_seed(5)
+    states = [torch.randn(256, 16, generator=generator).bfloat16() for _ in range(2)]
+    weight, tokens = torch.randn(64, 16, generator=generator).bfloat16(), torch.arange(256) % 64
+    found = {}
+    for chunk_tokens in (256, 2):
+        leaf = weight.clone().requires_grad_()
+        stats = fused_distillation_loss(
+            *states,
+            leaf,
+            None,
+            tokens,
+            target=Target(),
+            divergence=Divergence("forward_kl"),
+            vocab=VocabShard(0, 64, 64),
+            chunk_tokens=chunk_tokens,
+            mode="low_memory",
+        )
+        (found[chunk_tokens],) = torch.autograd.grad(stats.loss.sum(), leaf)
+    assert found[2].dtype == torch.bfloat16
+    assert relative(found[2].float(), found[256].float()) < 3e-3, "a bf16 number keeps 3 digits"
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_ranks_without_rows_of_their_own(ranks: RankPool, num_tokens: int) -> None:
+    per_rank = ranks.run(split_over_ranks, num_tokens, torch.float32, world_size=2)
+    cases = itertools.product([True, False], FUSED_MODES, [False, True])
+    for (tied, mode, _), *shards in zip(cases, *per_rank, strict=True):
+        _, dgrad, wgrad = fused(Example(tied, num_tokens=num_tokens), Target(), Divergence(), mode)
+        for shard in shards:
+            torch.testing.assert_close(shard[1], dgrad, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(torch.cat([shard[2] for shard in shards]), wgrad, rtol=2e-6, atol=1e-6)
+        assert num_tokens or not any(sum(shard[3].values()) for shard in shards), "nothing to talk about"
+
+
+@every_mode
+def test_what_backward_has_used_up_cannot_be_used_again(mode: str) -> None:
+    example = Example(True)
+    hidden = example.student.clone().requires_grad_()
+    loss = call(example, hidden, example.weight, mode=mode).loss.sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mode": "fast"}, "mode must be one of keep_gradient, low_memory"),
+        ({"chunk_tokens": 0}, "chunk_tokens at least 1"),
+        ({"vocab": VocabShard(0, 256, VOCAB_SIZE)}, r"weights must be \[256, 12\]"),
+        ({"gathered_rows": torch.zeros(4, dtype=torch.int64)}, r"gathered_rows must be int64 of shape \(13,\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    example = Example(True)
+    with pytest.raises(ValueError, match=sentence):
+        call(example, example.student, example.weight, **{"mode": "low_memory", **changes})
+
+
+def test_hidden_states_that_do_not_fit_are_refused() -> None:
+    example = Example(True)
+    with pytest.raises(ValueError, match=r"student_hidden must be \[13, 12\]"):
+        call(example, example.student[:5], example.weight, mode="low_memory")
+    with pytest.raises(ValueError, match="one dtype"):
+        call(example, example.student.bfloat16(), example.weight, mode="low_memory")

@@ -1,0 +1,230 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The Triton kernels of the loss: right in the interpreter and on a GPU, well compiled for three architectures.
+
+The claims are the tests of kernel_claims.py.  A process of its own runs them, since how triton runs a kernel is settled
+when it is imported; each is reported here under its own name.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
+from megatron_selfdistill.loss.sharded import backend
+from megatron_selfdistill.loss.sharded.backend import in_use
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[2]
+CLAIMS = [
+    node.name
+    for node in ast.parse((HERE / "kernel_claims.py").read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton")
+
+Outcomes = dict[str, list[tuple[str, str]]]
+
+
+def outcomes(folder: Path, *, interpreted: bool, seconds: float = 3600) -> Outcomes:
+    """For every test of kernel_claims.py, (passed, failed or skipped, with what message) of each of its cases.
+
+    Raises: subprocess.TimeoutExpired after so many seconds, far more than they take: some wait for other processes.
+    """
+    report = folder / "claims.xml"
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1" if interpreted else "0"}
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "kernel_claims.py"), f"--junitxml={report}"]
+    process = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
+    assert report.exists(), process.stdout + process.stderr
+    found: Outcomes = defaultdict(list)
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        message = "" if problem is None else f"{case.get('name')}: {problem.get('message')}\n{problem.text}"
+        found[str(case.get("name")).split("[")[0]].append(("passed" if problem is None else problem.tag, message))
+    return found
+
+
+def report(found: Outcomes, claim: str) -> None:
+    assert found[claim], f"{claim} was not run"
+    failures = [message for outcome, message in found[claim] if outcome in ("failure", "error")]
+    assert not failures, "\n".join(failures)
+    skipped = [message for outcome, message in found[claim] if outcome == "skipped"]
+    if len(skipped) == len(found[claim]):
+        pytest.skip(skipped[0])
+
+
+@pytest.fixture(scope="module")
+def in_the_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return outcomes(tmp_path_factory.mktemp("interpreted"), interpreted=True)
+
+
+@pytest.fixture(scope="module")
+def on_the_gpu(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return outcomes(tmp_path_factory.mktemp("gpu"), interpreted=False)
+
+
+@needs_triton
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_in_the_interpreter(claim: str, in_the_interpreter: Outcomes) -> None:
+    report(in_the_interpreter, claim)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_on_the_gpu(claim: str, on_the_gpu: Outcomes) -> None:
+    report(on_the_gpu, claim)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What tools/benchmarks/kernel_report.py says of one kernel after the other, each for the next architecture."""
+    kernels = ["*bf16", "*fp32", "* 1 parts", "finish, forward KL, 128 parts"]
+    return measured(tmp_path_factory.mktemp("compiled"), "--third", "--kernel", *kernels)
+
+
+@pytest.fixture(scope="module")
+def all_compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return measured(tmp_path_factory.mktemp("compiled"))
+
+
+def measured(folder: Path, *arguments: str) -> list[dict]:
+    process = kernel_report("--json", str(folder / "report.json"), *arguments)
+    assert process.returncode == 0, process.stdout + process.stderr
+    entries = json.loads((folder / "report.json").read_text())
+    assert process.stdout.count("\n") == 2 + len(entries)
+    assert {entry["arch"] for entry in entries} == {80, 90, 100}
+    return entries
+
+
+def kernel_report(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(REPOSITORY / "tools" / "benchmarks" / "kernel_report.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def assert_nothing_spills_or_waits(entry: dict) -> None:
+    """Several warps, which the parts of 8 ranks may need between the passes, wait for each other."""
+    assert entry["spills"] == 0 < entry["registers"] <= 255, entry
+    if not entry["name"].endswith("128 parts"):
+        assert entry["shared"] == entry["barriers"] == 0, entry
+
+
+def assert_wide_accesses(entry: dict) -> None:
+    """Both rows: the first block and the next one in a pass; in the gradient all that a thread has of a block."""
+    gradient = "gradient" in entry["name"]
+    wide = {"pass": 4, "gradient": 4 if "bf16" in entry["name"] else 8}
+    expected = 0
+    if not entry["name"].startswith(("solve", "finish")):
+        expected = next(number for kind, number in wide.items() if kind in entry["name"])
+    assert entry["wide_loads"] == expected, entry
+    assert entry["wide_stores"] == (expected // 2 if gradient else 0), entry
+
+
+def assert_reading_ahead(entry: dict) -> None:
+    """The shortest loops have some 120 instructions; one that waits for what it asks for has 0 to 9 between."""
+    reads_logits = " pass" in entry["name"] and not entry["name"].startswith("finish")
+    assert entry["ahead"] >= 100 if reads_logits else entry["ahead"] is None, entry
+
+
+def test_the_distance_of_a_load_is_that_of_the_shortest_path_round_its_loop_to_its_first_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    from load_distance import load_distance
+
+    code = """
+        /*0010*/                   LDG.E.128 R20, desc[UR4][R2.64] ;
+        /*0020*/                   FADD R1, R20, R20 ;
+        /*0030*/                   IMAD.U32 R9, R4, 0x10000, RZ ;
+        /*0040*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64+0x200] ;
+        /*0050*/               @P1 BRA 0x80 ;
+        /*0060*/                   FADD R1, R1, R9 ;
+        /*0070*/                   FADD R1, R1, R9 ;
+        /*0080*/                   {middle} ;
+        /*0090*/                   SHFL.BFLY PT, R8, R9, 0x10, 0x1f ;
+        /*00a0*/               @P0 BRA 0x30 ;
+        /*00b0*/                   STG.E desc[UR4][R10.64], R1 ;
+        /*00c0*/                   EXIT ;
+    """
+    assert load_distance(code.replace("{middle}", "FADD R1, R1, R9")) == 4  # read at 0x30, round the loop
+    assert load_distance(code.replace("{middle}", "MOV R12, R7")) == 1  # its last register, past the branch
+    assert load_distance(code.replace("{middle}", "IMAD.MOV.U32 R4, RZ, RZ, R9")) is None  # never read: overwritten
+    assert load_distance(code.replace("{middle}", "NOP").replace("BRA 0x30", "BRA 0x90")) is None  # no load in the loop
+
+
+@needs_triton
+def test_no_kernel_spills_registers_or_waits_at_a_barrier(compiled: list[dict]) -> None:
+    for entry in compiled:
+        assert_nothing_spills_or_waits(entry)
+
+
+@needs_triton
+def test_logits_are_read_and_written_16_bytes_at_a_time(compiled: list[dict]) -> None:
+    for entry in compiled:
+        assert_wide_accesses(entry)
+
+
+@needs_triton
+def test_a_pass_works_on_a_block_while_the_next_one_is_under_way(compiled: list[dict]) -> None:
+    for entry in compiled:
+        assert_reading_ahead(entry)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_all_of_it_holds_for_every_kernel_and_architecture(all_compiled: list[dict]) -> None:
+    for entry in all_compiled:
+        assert_nothing_spills_or_waits(entry)
+        assert_wide_accesses(entry)
+        assert_reading_ahead(entry)
+
+
+def test_without_a_choice_a_gpu_takes_triton_and_what_triton_cannot_do_takes_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert in_use("torch", CUDA, torch.bfloat16) == ("torch", "as configured")
+    if HAS_TRITON:
+        assert in_use(None, CUDA, torch.bfloat16) == ("triton", "logits on cuda")
+        assert in_use("triton", CUDA, torch.float32) == ("triton", "as configured")
+        assert in_use(None, CPU, torch.float32) == ("torch", "the logits lie on cpu, not on cuda")
+        assert in_use(None, CUDA, torch.float64)[0] == "torch"
+    monkeypatch.setattr(backend, "_triton_is_there", backend._triton_is_there.__wrapped__)  # not as it was found before
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert in_use(None, CUDA, torch.bfloat16) == ("torch", "the package triton is not installed")
+
+
+@needs_triton
+def test_a_triton_that_is_too_old_is_not_chosen_and_refused_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    too_old = "triton 3.2.0 is too old, 3.3 or later is needed"
+    monkeypatch.setattr(backend, "_triton_version", lambda: "3.2.0")
+    assert in_use(None, CUDA, torch.bfloat16) == ("torch", too_old)
+    with pytest.raises(ValueError, match=rf"loss\.backend=triton cannot be used: {too_old}\. Use torch"):
+        in_use("triton", CUDA, torch.bfloat16)
+    for version in ("3.3.1", "3.10.0+git8b3c7d2", "4.0"):
+        monkeypatch.setattr(backend, "_triton_version", lambda version=version: version)
+        assert in_use(None, CUDA, torch.bfloat16) == ("triton", "logits on cuda")
+
+
+def test_a_backend_that_cannot_run_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    logits, tokens = torch.randn(2, 8), torch.zeros(2, dtype=torch.int64)
+    arguments = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, 8, 8)}
+    with pytest.raises(ValueError, match=r"loss\.backend=triton cannot be used: .*Use torch, or null"):
+        distillation_loss(logits, logits, tokens, **arguments, backend="triton")
+    with pytest.raises(ValueError, match=r"loss\.backend must be null, torch or triton; got 'cuda'"):
+        distillation_loss(logits, logits, tokens, **arguments, backend="cuda")

@@ -1,0 +1,192 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Guards stop a run that has gone wrong, after patience, and let a healthy one go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from unittest.mock import MagicMock
+
+import pytest
+
+from megatron_selfdistill.config import Config, GuardsConfig
+from megatron_selfdistill.metrics.guards import (
+    Guards,
+    RunUnhealthy,
+    check_identity,
+    check_teacher_canary,
+    warning_of_a_silent_teacher,
+)
+
+CONFIG = GuardsConfig(reference_steps=3, patience=2)
+HEALTHY = {"loss/mean": 0.1, "gradient_norm": 1.0, "entropy/student": 0.06, "response/length_mean": 22.0}
+
+
+def stopped_at(guards: Guards, trace: list[dict[str, float]], start: int = 0) -> tuple[int, str] | None:
+    """(step, sentence) of the stop; None where the whole trace passes."""
+    for step, metrics in enumerate(trace, start):
+        try:
+            guards.check(step, HEALTHY | metrics)
+        except RunUnhealthy as stop:
+            return step, str(stop)
+    return None
+
+
+def entropies(*values: float) -> list[dict[str, float]]:
+    return [{"entropy/student": value} for value in values]
+
+
+def lengths(*values: float) -> list[dict[str, float]]:
+    return [{"response/length_mean": value} for value in values]
+
+
+@pytest.mark.parametrize("key", ["loss/mean", "gradient_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_stops_at_once(key, value):
+    step, sentence = stopped_at(Guards(CONFIG), [{}, {key: value}])
+    assert step == 1 and sentence.startswith(f"step 1: expected a finite {key}, got {value}")
+
+
+def test_the_first_step_may_already_be_not_finite():
+    with pytest.raises(RunUnhealthy, match="loss/mean"):
+        Guards(CONFIG).check_finite(0, {"loss/mean": math.nan})
+    Guards(CONFIG).check_finite(0, {"loss/mean": 1.0})  # before the gradient norm is known
+
+
+def test_entropy_collapse_stops_after_patience():
+    trace = entropies(0.06, 0.05, 0.07, 0.0011, 0.0011, 0.0011)
+    step, sentence = stopped_at(Guards(CONFIG), trace)
+    assert step == 4
+    assert "entropy collapse" in sentence and "min_entropy_ratio=null" in sentence
+    assert "0.0011" in sentence and "mean over the first 3 steps was 0.06" in sentence
+
+
+def test_entropy_just_above_its_limit_is_healthy():
+    assert stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, *[0.0013] * 9)) is None
+
+
+def test_entropy_explosion_stops_after_patience():
+    step, sentence = stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.3, 0.4))
+    assert step == 4 and "entropy explosion" in sentence and "above 3 times" in sentence
+
+
+def test_a_tiny_entropy_may_rise_by_many_times():
+    assert stopped_at(Guards(CONFIG), entropies(1e-3, 1e-3, 1e-3, *[0.05] * 5)) is None
+
+
+def test_length_collapse_stops_after_patience():
+    step, sentence = stopped_at(Guards(CONFIG), lengths(22, 22, 22, 5, 5))
+    assert step == 4 and "length collapse" in sentence
+
+
+def test_a_violation_that_ends_before_patience_is_forgiven():
+    assert stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.9, 0.06, 0.9, 0.06, 0.9)) is None
+
+
+def test_violations_of_two_guards_do_not_add_up():
+    assert stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.9, 0.0001, 0.9, 0.0001)) is None
+
+
+def test_the_reference_steps_are_not_judged():
+    assert stopped_at(Guards(CONFIG), entropies(0.06, 5.0, 0.0001)) is None
+
+
+@pytest.mark.parametrize("only", ["min_entropy_ratio", "max_entropy_ratio"])
+def test_nan_violates_once_there_is_a_reference(only):
+    off = {name: None for name in ("min_entropy_ratio", "max_entropy_ratio") if name != only}
+    config = dataclasses.replace(CONFIG, non_finite=False, **off)
+    trace = entropies(math.nan, 0.06, 0.06, math.nan, 0.06, math.nan, 0.06, math.nan, math.nan)
+    step, sentence = stopped_at(Guards(config), trace)
+    assert step == 8 and "it is nan" in sentence
+
+
+@pytest.mark.parametrize(
+    ("off", "trace"),
+    [
+        ({"non_finite": False}, [{"loss/mean": math.nan}] * 9),
+        ({"min_entropy_ratio": None}, entropies(1, 1, 1, *[0.0] * 9)),
+        ({"max_entropy_ratio": None}, entropies(1, 1, 1, *[9.0] * 9)),
+        ({"min_length_ratio": None}, lengths(22, 22, 22, *[1] * 9)),
+    ],
+)
+def test_each_guard_can_be_turned_off(off, trace):
+    assert stopped_at(Guards(CONFIG), trace) is not None
+    assert stopped_at(Guards(dataclasses.replace(CONFIG, **off)), trace) is None
+
+
+def test_a_run_without_entropies_is_guarded_by_the_rest():
+    guards = Guards(CONFIG)
+    for step in range(5):
+        guards.check(step, {"loss/mean": 0.1, "response/length_mean": 22.0})
+    guards.check(5, {"loss/mean": 0.1, "response/length_mean": 2.0})
+    with pytest.raises(RunUnhealthy, match="length collapse"):
+        guards.check(6, {"loss/mean": 0.1, "response/length_mean": 2.0})
+
+
+@pytest.mark.parametrize("killed_at", range(9))
+def test_a_resumed_run_guards_as_if_it_had_never_stopped(killed_at):
+    trace = entropies(0.06, 0.05, 0.08, 0.3, 0.06, 0.07, 0.3, 0.3, 0.3)
+    never_stopped = stopped_at(Guards(CONFIG), trace)
+    assert never_stopped is not None and never_stopped[0] == 7
+    before, after = Guards(CONFIG), Guards(CONFIG)
+    stop = stopped_at(before, trace[:killed_at])
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert (stop or stopped_at(after, trace[killed_at:], killed_at)) == never_stopped
+
+
+def test_a_run_stopped_by_a_guard_stops_again_unless_it_has_recovered():
+    guards = Guards(CONFIG)
+    assert stopped_at(guards, entropies(0.06, 0.06, 0.06, 0.9, 0.9)) is not None
+    sick, recovered = Guards(CONFIG), Guards(CONFIG)
+    sick.load_state_dict(guards.state_dict())
+    recovered.load_state_dict(guards.state_dict())
+    assert stopped_at(sick, entropies(0.9)) is not None
+    assert stopped_at(recovered, entropies(0.06, 0.9, 0.06)) is None
+
+
+def test_the_identity_check_wants_a_loss_of_zero():
+    check_identity(-1e-9, 1e-4)
+    check_identity(5.0, None)
+    for loss in (2e-4, -2e-4, math.nan, math.inf):
+        with pytest.raises(RunUnhealthy, match=r"same weights .* at most 0.0001 nats per token"):
+            check_identity(loss, 1e-4)
+
+
+def test_the_teacher_canary_wants_a_teacher_that_knows_the_responses():
+    check_teacher_canary(0.3, 2.0)
+    check_teacher_canary(11.0, None)
+    for cross_entropy in (2.1, math.nan):
+        with pytest.raises(RunUnhealthy, match=r"at most 2 nats .*tokenizer"):
+            check_teacher_canary(cross_entropy, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "teacher_weight", "warns"),
+    [
+        ({"loss/reverse_kl": 4e-8}, 0.75, True),
+        ({"loss/reverse_kl": 0.0}, 0.75, True),
+        ({"loss/reverse_kl": 1e-6}, 0.75, False),
+        ({"loss/reverse_kl": 4e-8}, 0.0, False),
+        ({"loss/reverse_kl": math.nan}, 0.75, False),
+        ({"loss/mean": 0.0}, 0.75, False),
+        ({}, 0.75, False),
+    ],
+)
+def test_a_teacher_that_says_what_the_student_says_is_warned_of(metrics, teacher_weight, warns):
+    warning = warning_of_a_silent_teacher(metrics, teacher_weight)
+    assert (warning is not None) == warns
+    assert not warns or ("data.teacher_template" in warning and "\n" not in warning)
+
+
+def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch):
+    from megatron_selfdistill import run as module
+
+    said = []
+    run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9))
+    run.log.message = said.append
+    run.rollouts.finish_step.return_value = run.phases.metrics.return_value = {}
+    monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})
+    for _ in range(3):
+        module.Run.finish_step(run, {"loss/reverse_kl": 1e-9}, [], None)
+        assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in said] == [True]

@@ -1,0 +1,309 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a configuration says is what Megatron Core is told, and what it would get wrong is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+import megatron.core.models.common.embeddings.rope_utils as rope_utils
+import megatron.core.transformer.transformer_config as megatron_config
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import (
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    load,
+)
+from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.model import architecture
+from megatron_selfdistill.model.architecture import (
+    layer_spec,
+    padded_vocab_size,
+    refuse_known_faults,
+    transformer_config,
+)
+from megatron_selfdistill.model.build import build_chunks, unwrapped
+from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
+
+DENSE = ModelConfig(num_layers=4)
+MOE = ModelConfig(num_layers=4, num_moe_experts=4)
+SHIPPED_MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+
+
+def configured(model: ModelConfig = DENSE, parallel: dict | None = None, **transformer) -> TransformerConfig:
+    model = dataclasses.replace(model, transformer=transformer)
+    optimizer = OptimizerConfig(precision="fp32")
+    return transformer_config(model, ParallelConfig(**parallel or {}), optimizer, ScheduleConfig())
+
+
+PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
+Z_LOSS = dataclasses.replace(MOE, moe_z_loss_coeff=0.01)
+# sentence -> ways of meeting it: (model, parallel, model.transformer)
+REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
+    "interleaved pipelining over 2 stages with batch_p2p_comm": [(DENSE, PP2_VPP2, {"batch_p2p_comm": True})],
+    "on gloo, overlap_p2p_comm sends buffers": [
+        (DENSE, PP2_VPP2, {"overlap_p2p_comm": True, "deallocate_pipeline_outputs": True})
+    ],
+    "multi-latent attention without Transformer Engine": [
+        (DENSE, {"tensor_model_parallel_size": 2}, {"multi_latent_attention": True})
+    ],
+    "calculate_per_token_loss multiplies router losses": [(DENSE, {}, {"calculate_per_token_loss": True})],
+    "defer_embedding_wgrad_compute keeps the gradients": [
+        (
+            DENSE,
+            {"pipeline_model_parallel_size": 2},
+            {"defer_embedding_wgrad_compute": True, "gradient_accumulation_fusion": True},
+        )
+    ],
+    "multi-token-prediction layers are not trained": [(DENSE, {}, {"mtp_num_layers": 1})],
+    "sliding-window attention needs Transformer Engine": [(DENSE, {}, {"window_size": [8, 0]})],
+    "attention sinks (softmax_type) need Transformer Engine": [
+        (DENSE, {}, {"softmax_type": "off-by-one"}),
+        (DENSE, {}, {"softmax_type": "learnable"}),
+    ],
+    "apply_rope_fusion rotates packed sequences as if": [
+        (DENSE, {}, {"apply_rope_fusion": True, "rotary_interleaved": True})
+    ],
+    "the fused kernel leaves out activation_func_clamp_value": [
+        (DENSE, {}, {"bias_activation_fusion": True, "activation_func_clamp_value": 7.0})
+    ],
+    "gradient_accumulation_fusion needs apex's kernel": [(DENSE, {}, {"gradient_accumulation_fusion": True})],
+    "dropout makes the student that is trained differ": [
+        (DENSE, {}, {"hidden_dropout": 0.1}),
+        (DENSE, {}, {"attention_dropout": 0.1}),
+    ],
+    "moe_expert_capacity_factor drops tokens": [(MOE, {}, {"moe_expert_capacity_factor": 1.0})],
+    "moe_router_load_balancing_type=global_aux_loss has a gradient that shrinks": [
+        (MOE, {}, {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.01}),
+        (
+            MOE,
+            {},
+            {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.01, 0.01]},
+        ),
+    ],
+    "experts with biases cannot be trained with Megatron's local layers": [(MOE, {}, {"add_bias_linear": True})],
+    "experimental_attention_variant has no layers here": [
+        (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"}),
+    ],
+    "moe_z_loss_coeff averages over each rank's own real tokens": [
+        (Z_LOSS, CP2, {}),
+        (Z_LOSS, TP2_SP, {}),
+        (MOE, CP2, {"moe_z_loss_coeff": 0.01}),
+        (MOE, TP2_SP, {"moe_z_loss_coeff": 0.01}),
+    ],
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_megatron_gets_wrong_is_refused_with_a_sentence(sentence, monkeypatch):
+    monkeypatch.setattr(megatron_config, "is_te_min_version", lambda *_: True)  # Megatron's own checks come first
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
+    for model, parallel, transformer in REFUSED[sentence]:
+        with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
+            configured(model, parallel, **transformer)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_providers_fused_activation_may_not_leave_out_the_clamp():
+    config = configured()
+    config.bias_activation_fusion, config.activation_func_clamp_value = True, 7.0
+    with pytest.raises(ConfigError, match="bias_activation_fusion: the fused kernel leaves out"):
+        refuse_known_faults(config)
+
+
+def test_every_sentence_of_refuse_known_faults_is_met_above():
+    source = inspect.getsource(refuse_known_faults)
+    num_faults = len(re.findall(r"^        \(\n", source, re.MULTILINE))
+    assert num_faults == len(REFUSED)
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_each_refusal_has_a_cause(sentence):
+    """Without what is refused the same model and layout pass."""
+    for model, parallel, _ in REFUSED[sentence]:
+        configured(dataclasses.replace(model, moe_z_loss_coeff=None), parallel)
+
+
+def test_what_is_right_is_not_refused():
+    configured(DENSE, PP2_VPP2, overlap_p2p_comm=True)
+    configured(DENSE, {}, multi_latent_attention=True)
+    configured(Z_LOSS)
+    configured(Z_LOSS, {"pipeline_model_parallel_size": 2})
+
+
+def test_a_transformer_field_that_megatron_does_not_have_is_named_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"model\.transformer\.moe_shared_expert_size: .* no such field"):
+        configured(moe_shared_expert_size=3)
+    with pytest.raises(ConfigError, match="did you mean 'rotary_interleaved'"):
+        configured(rotary_interleave=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "key"),
+    [
+        ("context_parallel_size", 2, "parallel.context_parallel_size"),
+        ("sequence_parallel", True, "parallel.sequence_parallel"),
+        ("bf16", True, "optimizer.precision"),
+        ("params_dtype", "bfloat16", "optimizer.precision"),
+    ],
+)
+def test_a_transformer_field_that_would_contradict_another_section_is_refused(field, value, key):
+    with pytest.raises(ConfigError, match=f"cannot be set here: set {key}"):
+        configured(**{field: value})
+
+
+def test_what_megatron_itself_refuses_is_one_sentence():
+    with pytest.raises(ConfigError, match="Megatron Core refuses this model: ") as caught:
+        configured(recompute_granularity="full")
+    assert "\n" not in str(caught.value) and "recompute" in str(caught.value)
+
+
+def test_a_transformer_field_has_the_last_word():
+    assert configured(attention_softmax_in_fp32=False).attention_softmax_in_fp32 is False
+    assert configured(layernorm_zero_centered_gamma=True).layernorm_zero_centered_gamma is True
+    assert configured(layernorm_epsilon=0.5).layernorm_epsilon == 0.5
+
+
+def test_an_architecture_is_what_its_fields_say():
+    model = ModelConfig(
+        num_layers=6,
+        hidden_size=96,
+        num_attention_heads=6,
+        num_query_groups=3,
+        kv_channels=24,
+        activation="gelu",
+        gated_linear_unit=False,
+        add_qkv_bias=True,
+        layernorm_epsilon=1e-3,
+    )
+    parallel = ParallelConfig(tensor_model_parallel_size=3, pipeline_model_parallel_size=2)
+    recompute = ScheduleConfig(recompute_granularity="selective", recompute_modules=["mlp", "core_attn"])
+    got = transformer_config(model, parallel, OptimizerConfig(precision="bf16"), recompute)
+    assert (got.num_layers, got.hidden_size, got.ffn_hidden_size) == (6, 96, 384)
+    assert (got.num_attention_heads, got.num_query_groups, got.kv_channels) == (6, 3, 24)
+    assert (got.activation_func, got.gated_linear_unit, got.add_qkv_bias) == (F.gelu, False, True)
+    assert (got.bf16, got.params_dtype, got.pipeline_dtype) == (True, torch.bfloat16, torch.bfloat16)
+    assert (got.tensor_model_parallel_size, got.pipeline_model_parallel_size) == (3, 2)
+    assert got.recompute_modules == ["mlp", "core_attn"] and got.layernorm_epsilon == 1e-3
+    assert got.batch_p2p_comm is False, "with two stages batched messages would cross"
+    assert (got.hidden_dropout, got.attention_dropout) == (0.0, 0.0)
+
+
+def test_router_losses_are_off_unless_asked_for():
+    assert configured(MOE).moe_router_load_balancing_type == "none"
+    balanced = configured(dataclasses.replace(MOE, moe_aux_loss_coeff=0.01))
+    assert (balanced.moe_router_load_balancing_type, balanced.moe_aux_loss_coeff) == ("aux_loss", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("rows", "divisible_by", "tp_size", "padded"),
+    [
+        (61, 8, 1, 64),
+        (61, 8, 4, 64),
+        (65, 8, 4, 96),
+        (128, 128, 1, 128),
+        (129, 128, 2, 256),
+        (1, 128, 4, 512),
+    ],
+)
+def test_the_vocabulary_is_padded_to_a_multiple(rows, divisible_by, tp_size, padded):
+    assert padded_vocab_size(rows, divisible_by, tp_size) == padded
+
+
+def built(option: str, changes: dict) -> dict:
+    """On one rank: facts of the shipped model ``option``, narrowed by ``changes`` to what a test can hold."""
+    config = load([f"model={option}", "optimizer=fp32"])
+    model = dataclasses.replace(config.model, **changes)
+    grid = initialize(config.parallel, seed=1)
+    transformer = transformer_config(model, config.parallel, config.optimizer, config.schedule)
+    (chunk,) = build_chunks(model, transformer, grid, model.vocab_size)
+    gpt = unwrapped(chunk)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = gpt(tokens, tokens, None)
+    return {
+        "finite": bool(logits.isfinite().all()),
+        "rows": logits.size(-1),
+        "tied": gpt.share_embeddings_and_output_weights,
+        "q_layernorm": any("q_layernorm.weight" in name for name, _ in gpt.named_parameters()),
+        "inv_freq": None if transformer.multi_latent_attention else gpt.rotary_pos_emb.inv_freq.double(),
+        "num_layers": len(gpt.decoder.layers),
+    }
+
+
+@pytest.mark.parametrize("option", SHIPPED_MODELS)
+def test_every_shipped_architecture_is_accepted_and_builds_when_narrowed(ranks, option):
+    config = load([f"model={option}"])
+    full = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
+    assert full.num_layers == config.model.num_layers and full.hidden_size == config.model.hidden_size
+    narrow = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "vocab_size": 100,
+    }
+    if config.model.num_moe_experts is not None:
+        narrow |= {"num_moe_experts": 16, "moe_ffn_hidden_size": 64}
+    if "moe_layer_freq" in config.model.transformer:
+        narrow["transformer"] = {**config.model.transformer, "moe_layer_freq": [0, 1]}
+    (facts,) = ranks.run(built, option, narrow, world_size=1)
+    rows = padded_vocab_size(100, config.model.make_vocab_size_divisible_by, 1)
+    assert facts["finite"] and (facts["rows"], facts["num_layers"]) == (rows, 2)
+    assert facts["tied"] is config.model.share_embeddings_and_output_weights
+    assert facts["q_layernorm"] is config.model.qk_layernorm
+    if facts["inv_freq"] is None:  # latent attention rotates by itself
+        return
+    channels = config.model.kv_channels or 32 // 4
+    inv_freq = config.model.rotary_base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    assert facts["inv_freq"][0] == pytest.approx(inv_freq[0].item())
+    slowest = inv_freq[-1].item() / (config.model.rope_scaling_factor if config.model.rope_scaling else 1)
+    assert facts["inv_freq"][-1] == pytest.approx(slowest, rel=1e-5)
+
+
+def specs(moe: bool) -> dict:
+    grid_of = ParallelConfig()
+    initialize(grid_of, seed=1)
+    model = dataclasses.replace(MOE if moe else DENSE, qk_layernorm=True)
+    block = layer_spec(transformer_config(model, grid_of, OptimizerConfig(precision="fp32"), ScheduleConfig()))
+    layer = block.layer_specs[0].submodules
+    attention = layer.self_attention.submodules
+    norms = [block.layer_norm, layer.input_layernorm, layer.pre_mlp_layernorm]
+    norms += [attention.q_layernorm, attention.k_layernorm]
+    return {
+        "norms": [norm is RMSNorm for norm in norms],
+        "core_attention": attention.core_attention is CoreAttention,
+        "map": layer.sharded_state_dict_keys_map,
+    }
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_the_local_spec_has_our_layers_and_transformer_engines_names(ranks, moe):
+    (facts,) = ranks.run(specs, moe, world_size=1)
+    assert all(facts["norms"]) and facts["core_attention"]
+    fused = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not moe:
+        fused["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    assert facts["map"] == fused
+
+
+def test_transformer_engine_is_used_only_where_it_imports_and_cuda_is_there(monkeypatch):
+    for on_cpu, imports in [(True, True), (True, False), (False, False), (False, True)]:
+        monkeypatch.setattr(architecture, "cpu", SimpleNamespace(ON_CPU=on_cpu))
+        monkeypatch.setattr(architecture.repairs, "have_transformer_engine", lambda imports=imports: imports)
+        assert architecture.uses_transformer_engine() is (not on_cpu and imports)

@@ -1,0 +1,207 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A lab's own model trains as the built-in one does, and a lab's own Megatron Core is what is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import layouts
+import models
+import pytest
+import torch
+from layouts import Case, join
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+import megatron.core
+
+from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.model.build import build_optimizer, megatron_in_use, wrap_for_training
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def lab_models_on_the_path(monkeypatch):
+    """As a lab would: its folder on PYTHONPATH.  The ranks take pytest's own path over."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def gradients(ranks, case: Case, world_size: int):
+    per_rank = ranks.run(layouts.run, case, world_size=world_size)
+    return per_rank[0].loss, join([outcome.grads for outcome in per_rank])
+
+
+PP2_VPP2 = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("provider", "parallel", "world_size"),
+    [
+        ("model_provider", ParallelConfig(), 1),
+        ("without_vp_stage", ParallelConfig(), 1),
+        ("with_keywords", PP2_VPP2, 2),
+        ("model_provider", PP2_VPP2, 2),
+        ("without_vp_stage", TP2_SP, 2),
+    ],
+)
+def test_a_providers_model_has_the_built_in_models_gradient(ranks, provider, parallel, world_size):
+    case = Case(parallel=parallel)
+    loss, expected = gradients(ranks, case, world_size)
+    provided = dataclasses.replace(case, model_changes={"provider": f"lab_models.{provider}"})
+    provided_loss, got = gradients(ranks, provided, world_size)
+    assert loss > 0.05 and provided_loss == loss
+    assert got.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert got[key].equal(gradient), key
+
+
+def refusal(provider: str, parallel: ParallelConfig) -> str:
+    """The sentence with which a provider is refused, on this rank."""
+    with pytest.raises(ConfigError) as caught:
+        models.build(models.model_config("gqa", provider=provider), parallel)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("provider", "parallel", "words"),
+    [
+        ("lab_models.no_gpt", ParallelConfig(), "must return a megatron.core GPTModel, got Linear"),
+        ("lab_models.returns_a_list", ParallelConfig(), "must return a megatron.core GPTModel, got list"),
+        (
+            "lab_models.of_another_context_parallel_size",
+            ParallelConfig(),
+            "built with context_parallel_size=2, but parallel.context_parallel_size is 1",
+        ),
+        (
+            "lab_models.without_sequence_parallelism",
+            TP2_SP,
+            "built with sequence_parallel=False, but parallel.sequence_parallel is True",
+        ),
+        (
+            "lab_models.of_another_expert_parallel_size",
+            ParallelConfig(),
+            "built with expert_model_parallel_size=2, but parallel.expert_model_parallel_size is 1",
+        ),
+        ("lab_models.that_gathers_its_logits", ParallelConfig(), "must build with parallel_output=True"),
+        ("lab_models.that_caps_its_logits", ParallelConfig(), "SoftCapped has a _postprocess of its own"),
+        ("lab_models.with_scaled_logits", ParallelConfig(), "use_mup multiplies the logits behind the output layer"),
+        ("lab_models.with_dropout", ParallelConfig(), "dropout makes the student"),
+        ("lab_models.without_vp_stage", PP2_VPP2, "must take vp_stage"),
+        ("lab_models.absent", ParallelConfig(), "got 'lab_models.absent'; module 'lab_models' has no attribute"),
+        ("no_such_lab.provider", ParallelConfig(), "cannot be imported: No module named 'no_such_lab'"),
+        (
+            "provider",
+            ParallelConfig(),
+            "the dotted path of a function (package.module.function), got 'provider'",
+        ),
+        ("lab_models.not_a_function", ParallelConfig(), "got 'lab_models.not_a_function', which is a int"),
+    ],
+)
+def test_a_provider_that_cannot_be_used_is_refused_in_one_sentence(ranks, provider, parallel, words):
+    world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    for text in ranks.run(refusal, provider, parallel, world_size=world_size):
+        assert words in text and "\n" not in text
+
+
+# -- chunks and optimizer -----------------------------------------------------------------------------------
+
+
+def dtypes(precision: str) -> dict:
+    optimizer = OptimizerConfig(precision=precision, use_distributed_optimizer=False, lr=1e-3)
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), optimizer=optimizer)
+    student = wrap_for_training(chunks, optimizer)
+    megatron_optimizer, scheduler = build_optimizer(student, optimizer, 10)
+    parameter = next(student[0].parameters())
+    scheduler.step(1)
+    return {
+        "parameter": parameter.dtype,
+        "gradient": parameter.main_grad.dtype,
+        "updated": {p.dtype for group in megatron_optimizer.param_groups for p in group["params"]},
+        "lr": megatron_optimizer.param_groups[0]["lr"],
+    }
+
+
+def test_bf16_parameters_have_float32_gradients_and_main_parameters(ranks):
+    (bf16,) = ranks.run(dtypes, "bf16", world_size=1)
+    assert (bf16["parameter"], bf16["gradient"], bf16["updated"]) == (
+        torch.bfloat16,
+        torch.float32,
+        {torch.float32},
+    )
+    (fp32,) = ranks.run(dtypes, "fp32", world_size=1)
+    assert (fp32["parameter"], fp32["gradient"], fp32["updated"]) == (
+        torch.float32,
+        torch.float32,
+        {torch.float32},
+    )
+    assert bf16["lr"] == fp32["lr"] == 1e-3
+
+
+def refused_precision() -> str:
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig())
+    with pytest.raises(ConfigError) as caught:
+        wrap_for_training(chunks, OptimizerConfig(precision="bf16"))
+    return str(caught.value)
+
+
+def test_a_model_of_another_precision_than_the_optimizers_is_refused(ranks):
+    (text,) = ranks.run(refused_precision, world_size=1)
+    assert text == "the model was built in fp32, but optimizer.precision is bf16"
+
+
+def learning_rates(num_steps: int, **changes) -> list[float]:
+    optimizer = OptimizerConfig(precision="fp32", optimizer="sgd", use_distributed_optimizer=False, **changes)
+    chunks, _ = models.build(models.model_config("gqa", num_layers=1), ParallelConfig(), optimizer=optimizer)
+    megatron_optimizer, scheduler = build_optimizer(wrap_for_training(chunks, optimizer), optimizer, num_steps)
+    rates = []
+    for _ in range(num_steps):
+        scheduler.step(1)
+        rates.append(megatron_optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_the_learning_rate_warms_up_and_decays_over_the_steps_of_the_run(ranks):
+    (rates,) = ranks.run(
+        learning_rates, 6, lr=1.0, min_lr=0.2, lr_warmup_steps=2, lr_decay_style="linear", world_size=1
+    )
+    assert rates == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+# -- which Megatron Core ------------------------------------------------------------------------------------
+
+
+def test_the_megatron_in_use_is_named_with_version_and_place():
+    assert megatron_in_use() == f"megatron.core {megatron.core.__version__} from {megatron.core.__path__[0]}"
+    assert Path(megatron.core.__path__[0]).is_dir()
+
+
+def test_a_version_that_was_never_tested_is_noted(monkeypatch):
+    monkeypatch.setattr(megatron.core, "__version__", "0.99.0")
+    assert megatron_in_use().startswith("megatron.core 0.99.0 from ")
+    assert megatron_in_use().endswith("(never tested here; tested: 0.16.1)")
+
+
+def test_the_megatron_core_that_comes_first_on_the_path_is_used(tmp_path):
+    """A newer one: the installed files under another version."""
+    installed, newer = Path(megatron.core.__path__[0]), tmp_path / "megatron" / "core"
+    newer.mkdir(parents=True)
+    for entry in installed.iterdir():
+        if entry.name not in ("package_info.py", "__pycache__"):
+            (newer / entry.name).symlink_to(entry)
+    info = (installed / "package_info.py").read_text()
+    (newer / "package_info.py").write_text(info.replace("MINOR = 16", "MINOR = 77"))
+    code = "from megatron_selfdistill.model.build import megatron_in_use; print(megatron_in_use())"
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-Wignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == f"megatron.core 0.77.1 from {newer} (never tested here; tested: 0.16.1)"

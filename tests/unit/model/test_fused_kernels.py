@@ -1,0 +1,245 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Kernels are fused only where Megatron Core takes them, and an MLP is the same function with them and without."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+import megatron.core.models.common.embeddings.rope_utils as rope_utils
+import megatron.core.transformer.transformer_config as megatron_config
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import (
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    load,
+)
+from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.model import architecture
+from megatron_selfdistill.model.architecture import transformer_config
+from megatron_selfdistill.model.fused_kernels import (
+    ACTIVATIONS,
+    activation_name,
+    fused_kernels,
+    kernels_in_use,
+)
+
+SHIPPED_MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """What a rank believes to have."""
+
+    cuda: bool = False
+    te: bool = False
+    apex: bool = False
+
+
+NODES = {"CPU": Node(), "GPU": Node(cuda=True), "GPU, apex": Node(cuda=True, apex=True), "GPU, TE": Node(True, True)}
+
+
+def believe(patch: pytest.MonkeyPatch, node: Node) -> None:
+    """Let this process take itself for ``node``, as far as configurations go."""
+    patch.setattr(architecture.cpu, "ON_CPU", not node.cuda)
+    patch.setattr(architecture, "uses_transformer_engine", lambda: node.te)
+    patch.setattr(layers, "_grad_accum_fusion_available", node.apex)
+    if node.te:
+        patch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
+        patch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", object())
+        patch.setattr(megatron_config, "is_te_min_version", lambda *_, **__: True)
+
+
+def configured(model: ModelConfig, node: Node) -> TransformerConfig:
+    with pytest.MonkeyPatch.context() as patch:
+        believe(patch, node)
+        return transformer_config(model, ParallelConfig(), OptimizerConfig(precision="fp32"), ScheduleConfig())
+
+
+def models() -> list[ModelConfig]:
+    """Every combination of what Megatron Core's checks of fused kernels look at."""
+    latent = {"multi_latent_attention": True}
+    rotations = [
+        {},
+        {"rotary_interleaved": True},
+        {**latent, "rope_type": "rope"},
+        {**latent, "rope_type": "yarn"},
+        {**latent, "rope_type": "yarn", "qk_pos_emb_head_dim": 6},
+        {**latent, "rope_type": "yarn", "cache_mla_latents": True},
+    ]
+    mlps = [{}, {"glu_linear_offset": 1.0}, {"activation_func_clamp_value": 7.0}, {"use_te_activation_func": True}]
+    found = []
+    for activation, gated, biased, moe in itertools.product(ACTIVATIONS, (False, True), (False, True), (None, 4)):
+        for rotation, mlp in [*((rotation, {}) for rotation in rotations), *(({}, mlp) for mlp in mlps[1:])]:
+            if mlp.get("use_te_activation_func") and activation == "gelu_tanh":
+                continue  # Transformer Engine has gelu, silu and relu
+            model = ModelConfig(
+                activation=activation,
+                gated_linear_unit=gated,
+                add_bias_linear=biased,
+                num_moe_experts=moe,
+                num_layers=2,
+                transformer=rotation | mlp,
+            )
+            found.append(model)
+    return found
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_no_combination_is_refused_on_a_gpu_that_a_cpu_takes(node):
+    """Experts with biases train with Transformer Engine only."""
+    for model in models():
+        if not (model.num_moe_experts and model.add_bias_linear):
+            configured(model, Node())
+            configured(model, NODES[node])
+        elif NODES[node].te:
+            configured(model, NODES[node])
+
+
+@pytest.mark.parametrize("option", SHIPPED_MODELS)
+@pytest.mark.parametrize("node", NODES)
+def test_every_shipped_model_is_configured_on_every_node(option, node):
+    configured(load([f"model={option}"]).model, NODES[node])
+
+
+def test_what_is_fused_on_a_gpu_with_transformer_engine():
+    swiglu, moe = configured(ModelConfig(), NODES["GPU, TE"]), ModelConfig(num_moe_experts=4)
+    assert swiglu.bias_activation_fusion and swiglu.bias_dropout_fusion and swiglu.apply_rope_fusion
+    assert swiglu.gradient_accumulation_fusion and swiglu.persist_layer_norm and not swiglu.moe_grouped_gemm
+    assert configured(moe, NODES["GPU, TE"]).moe_grouped_gemm and not configured(moe, NODES["GPU"]).moe_grouped_gemm
+    unrotated = dataclasses.replace(ModelConfig(), transformer={"rotary_interleaved": True})
+    assert not configured(unrotated, NODES["GPU, TE"]).apply_rope_fusion
+    latent = {"multi_latent_attention": True, "rope_type": "yarn"}
+    assert configured(dataclasses.replace(moe, transformer=latent), NODES["GPU, TE"]).apply_rope_fusion
+
+
+def test_grouped_experts_with_biases_come_without_the_fusion_that_megatron_refuses_beside_them():
+    """As ``TEGroupedMLP`` asserts when it is built."""
+    config = configured(ModelConfig(num_moe_experts=4, add_bias_linear=True), NODES["GPU, TE"])
+    assert config.moe_grouped_gemm and not (config.add_bias_linear and config.bias_dropout_fusion)
+    dense = configured(ModelConfig(add_bias_linear=True), NODES["GPU, TE"])
+    assert dense.bias_dropout_fusion
+
+
+@pytest.mark.parametrize(("node", "fused"), [("CPU", False), ("GPU", False), ("GPU, apex", True), ("GPU, TE", True)])
+def test_weight_gradients_are_accumulated_by_a_kernel_wherever_one_is(node, fused):
+    assert configured(ModelConfig(), NODES[node]).gradient_accumulation_fusion is fused
+
+
+def exact(activation: str, x: Tensor) -> Tensor:
+    """The function that ``model.activation`` names, written out."""
+    if activation == "silu":
+        return x / (1 + (-x).exp())
+    if activation == "gelu":
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def mlp_errors() -> dict[str, float]:
+    """The largest difference of Megatron's MLP, output and gradient of its input, from its formula in float64."""
+    initialize(ParallelConfig(), seed=1)
+    errors = {}
+    for model in models():
+        if model.num_moe_experts or model.transformer:
+            continue
+        for name in ("CPU", "GPU"):
+            config = configured(model, NODES[name])
+            torch.manual_seed(0)
+            mlp = MLP(config, get_mlp_module_spec(use_te=False).submodules)
+            for param in mlp.parameters():
+                torch.nn.init.normal_(param, std=0.3)
+            x = torch.randn(5, 1, config.hidden_size, requires_grad=True)
+            out, bias = mlp(x)
+            out = out if bias is None else out + bias
+            out.square().sum().backward()
+            x64 = x.detach().double().requires_grad_()
+            w = {key: value.detach().double() for key, value in mlp.named_parameters()}
+            hidden = F.linear(x64, w["linear_fc1.weight"], w.get("linear_fc1.bias"))
+            if model.gated_linear_unit:
+                gate, up = hidden.chunk(2, dim=-1)
+                hidden = exact(model.activation, gate) * up
+            else:
+                hidden = exact(model.activation, hidden)
+            expected = F.linear(hidden, w["linear_fc2.weight"], w.get("linear_fc2.bias"))
+            expected.square().sum().backward()
+            pairs = [(out.detach(), expected.detach()), (x.grad, x64.grad)]
+            error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+            gate_word = "gated" if model.gated_linear_unit else "plain"
+            bias_word = "biased" if model.add_bias_linear else "bare"
+            fused = "fused" if config.bias_activation_fusion else "unfused"
+            errors[f"{model.activation} {gate_word} {bias_word} {name} {fused}"] = error
+    return errors
+
+
+def test_an_mlp_is_the_same_function_on_a_gpu_as_on_a_cpu(ranks):
+    """The fused kernel of gelu is the tanh approximation, 1e-3 away from the exact function."""
+    (errors,) = ranks.run(mlp_errors, world_size=1)
+    assert len(errors) == 2 * len(ACTIVATIONS) * 4
+    wrong = {name: error for name, error in errors.items() if error > 1e-5}
+    assert not wrong
+    fused = {name for name in errors if name.endswith(" fused")}
+    assert fused == {
+        *("silu gated bare GPU fused", "silu gated biased GPU fused"),
+        *("gelu_tanh gated bare GPU fused", "gelu_tanh gated biased GPU fused", "gelu_tanh plain biased GPU fused"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation": "gelu"}, "is the tanh approximation, which is model.activation=gelu_tanh"),
+        ({"gated_linear_unit": False}, "silu has a fused kernel in a gated MLP only"),
+        ({"activation": "gelu_tanh", "gated_linear_unit": False}, "in an MLP with biases only"),
+        ({"activation": "gelu_tanh", "num_moe_experts": 4}, "experts have a fused kernel for gated silu only"),
+        ({"num_moe_experts": 4, "add_bias_linear": True}, "experts with biases have no fused kernel"),
+    ],
+)
+def test_a_fused_activation_that_would_compute_something_else_is_refused(changes, words):
+    model = ModelConfig(**changes, transformer={"bias_activation_fusion": True})
+    with pytest.raises(ConfigError, match=words) as caught:
+        configured(model, NODES["GPU, TE"])
+    assert str(caught.value).startswith("model.transformer.bias_activation_fusion=true cannot be had, because ")
+
+
+def test_the_name_of_an_activation_is_that_of_the_function_which_is_computed():
+    for model, node in itertools.product(models(), NODES.values()):
+        if model.num_moe_experts and model.add_bias_linear and not node.te:
+            continue
+        assert activation_name(configured(model, node)) == model.activation
+    provided = configured(ModelConfig(), Node())
+    provided.activation_func = F.relu
+    assert activation_name(provided) is None
+
+
+def test_the_log_says_what_is_fused(monkeypatch):
+    config = configured(ModelConfig(num_moe_experts=4), NODES["GPU, TE"])
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
+    assert kernels_in_use(config) == (
+        "kernels: activation silu, fused; rotary embedding fused; weight gradients accumulated by the kernel: all "
+        "layers but the output layer; experts in one grouped product"
+    )
+    plain = kernels_in_use(configured(ModelConfig(activation="gelu"), Node()))
+    assert (
+        plain == "kernels: activation gelu; rotary embedding unfused; weight gradients accumulated by the kernel: none"
+    )
+
+
+def test_the_fused_kernels_of_a_model_do_not_depend_on_what_is_not_there():
+    values = {"gated_linear_unit": True}
+    found = fused_kernels(values, "silu", architecture.Installed(cuda=False, transformer_engine=False))
+    assert found.pop("activation_func") is F.silu and not any(found.values())

@@ -1,0 +1,144 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Megatron's grouped experts, over stand-ins for Transformer Engine's grouped layers, are the experts that a CPU has:
+the same names in checkpoints and exports, the same gradients, the same loaded weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import layouts
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from layouts import Case, join, worst_difference
+from models import model_config, parallel
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.model import architecture, build
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.export import export
+from megatron_selfdistill.model.hf.mapping import FAMILIES
+
+LAYOUTS = {
+    "one rank": (parallel(), 1),
+    "EP2": (parallel(ep=2), 2),
+    "EP2xTP2+SP": (parallel(ep=2, tp=2, etp=1, sp=True), 2),
+    "ETP2": (parallel(tp=2, etp=2, sp=True), 2),
+}
+
+
+class GroupedLinear(torch.nn.Module):
+    """One matrix per expert, named, cut and described for checkpoints as Megatron's ``TEGroupedLinear`` does."""
+
+    axis: int
+
+    def __init__(self, num_gemms: int, inputs: int, outputs: int, *, config: Any, pg_collection: Any, **_: Any) -> None:
+        super().__init__()
+        self.num_gemms, self.groups = num_gemms, pg_collection
+        cuts = pg_collection.expt_tp.size()
+        shape = (outputs // cuts, inputs) if self.axis == 0 else (outputs, inputs // cuts)
+        for index in range(num_gemms):
+            weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+            weight.allreduce = config.expert_model_parallel_size == 1
+            set_tensor_model_parallel_attributes(weight, True, self.axis, 1)
+            self.register_parameter(f"weight{index}", weight)
+
+    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, None]:
+        parts = x.split(m_splits)
+        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        found = {}
+        first, count = self.groups.ep.rank() * self.num_gemms, self.groups.ep.size() * self.num_gemms
+        for index in range(self.num_gemms):
+            shards = make_sharded_tensors_for_checkpoint(
+                {f"{index}.weight": getattr(self, f"weight{index}")},
+                "",
+                {f"{index}.weight": self.axis},
+                (*sharded_offsets, (len(sharded_offsets), first + index, count)),
+                tp_group=self.groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            replace_prefix_for_sharding(shards, f"{index}.", prefix)
+            shard = shards[f"{index}.weight"]
+            shard.replica_id = (*shard.replica_id[:2], self.groups.expt_dp.rank())
+            found[f"{prefix}weight{index}"] = shard
+        return found
+
+
+class GroupedColumn(GroupedLinear):
+    axis = 0
+
+
+class GroupedRow(GroupedLinear):
+    axis = 1
+
+
+def grouped_spec(config: Any, vp_stage: int | None = None, *, transformer_engine: bool | None = None) -> Any:
+    """The local layer spec with Megatron's own ``TEGroupedMLP`` as its experts, over the stand-ins."""
+    block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
+    for spec in block.layer_specs:
+        spec.submodules.mlp.submodules.experts = ModuleSpec(
+            module=TEGroupedMLP, submodules=MLPSubmodules(linear_fc1=GroupedColumn, linear_fc2=GroupedRow)
+        )
+    return block
+
+
+def run(case: Case, grouped: bool) -> layouts.Outcome:
+    with pytest.MonkeyPatch.context() as patch:
+        if grouped:
+            patch.setattr(build, "layer_spec", grouped_spec)
+        return layouts.run(case)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_of_grouped_experts_equal_those_of_experts_one_after_the_other(ranks, name):
+    cuts, world_size = LAYOUTS[name]
+    case = Case(kind="moe", parallel=cuts)
+    reference = dataclasses.replace(case, parallel=parallel(), extra_weightless=0)
+    expected = ranks.run(run, reference, False, world_size=1)
+    got = ranks.run(run, case, True, world_size=world_size)
+    assert got[0].loss == pytest.approx(expected[0].loss, rel=1e-5) and expected[0].loss > 0.05
+    assert got[0].grad_norm == pytest.approx(expected[0].grad_norm, rel=1e-5)
+    worst, where = worst_difference(join([o.grads for o in got]), join([o.grads for o in expected]))
+    assert worst < 1e-5, f"{where} differs by {worst:.1e}"
+
+
+def exported(cuts: Any, grouped: bool) -> dict[str, Tensor]:
+    """Every tensor under its Hugging Face name, on rank 0."""
+    model = model_config("moe")
+    with pytest.MonkeyPatch.context() as patch:
+        if grouped:
+            patch.setattr(build, "layer_spec", grouped_spec)
+        chunks, grid = models.build(model, cuts)
+    mlp = unwrapped(chunks[0]).decoder.layers[0].mlp.experts
+    assert isinstance(mlp, TEGroupedMLP if grouped else SequentialMLP)
+    return named(chunks, grid, model)
+
+
+def named(chunks: Any, grid: RankGrid, model: Any) -> dict[str, Tensor]:
+    return {
+        name: tensor.clone()
+        for run in export(chunks, grid, FAMILIES["Qwen3MoeForCausalLM"].rules(model))
+        for name, tensor in run
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_grouped_experts_are_exported_under_the_same_names_with_the_same_values(ranks, name):
+    cuts, world_size = LAYOUTS[name]
+    expected = ranks.run(exported, parallel(), False, world_size=1)[0]
+    got = ranks.run(exported, cuts, True, world_size=world_size)[0]
+    assert got.keys() == expected.keys() and any(".experts.3." in key for key in got)
+    assert all(got[key].equal(expected[key]) for key in got)

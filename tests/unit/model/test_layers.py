@@ -1,0 +1,367 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The layers that stand in for Transformer Engine's compute what float64 written here computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.data.packing import context_parallel_positions
+from megatron_selfdistill.model import layers
+from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
+
+HEADS, GROUPS, CHANNELS = 4, 2, 8
+
+# Sequences of very different lengths, each padded to a multiple of 2 * CP, and a segment that is only
+# padding.
+LENGTHS = [1, 3, 40, 17, 2, 8]
+SEGMENTS = [4, 4, 40, 20, 4, 8, 12]
+BOUNDS = [0, *torch.tensor(SEGMENTS).cumsum(0).tolist()]
+
+
+class OneRank:
+    """Stands in for a process group of one."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def config(**changes) -> TransformerConfig:
+    values = {
+        "num_layers": 1,
+        "hidden_size": HEADS * CHANNELS,
+        "num_attention_heads": HEADS,
+        "num_query_groups": GROUPS,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "use_cpu_initialization": True,
+    }
+    return TransformerConfig(**values | changes)
+
+
+def attention(group=None, **kwargs) -> CoreAttention:
+    collection = SimpleNamespace(cp=group or OneRank())
+    return CoreAttention(config(), 1, None, "self", pg_collection=collection, **kwargs)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of one sequence in float64: ``[s, n, d]``, ``[t, n_kv, d]`` -> ``[s, n * d]``, the
+    queries being the last s of t positions."""
+    q, k, v = query.double(), key.double(), value.double()
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scores = torch.einsum("ind,jnd->nij", q, k) / q.size(-1) ** 0.5
+    positions = torch.arange(k.size(0))
+    later = positions[None, :] > positions[k.size(0) - q.size(0) :, None]
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+    return torch.einsum("nij,jnd->ind", weights, v).flatten(1)
+
+
+def random_qkv(*rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(*rows, heads, CHANNELS) for heads in (HEADS, GROUPS, GROUPS)]
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    return 3 * query, key, value  # peaked: each position looks at few others
+
+
+# -- RMSNorm -----
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_rms_norm_and_its_gradients_equal_the_formula(zero_centered):
+    norm = RMSNorm(config(layernorm_zero_centered_gamma=zero_centered), 24, eps=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(24, generator=generator))
+    x = (0.1 * torch.randn(5, 3, 24, generator=generator)).requires_grad_()
+    weight = norm.weight.detach().double().requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    expected = x64 / (x64.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (weight + zero_centered)
+    upstream = torch.randn(5, 3, 24, generator=generator)
+    expected.backward(upstream.double())
+    norm(x).backward(upstream)
+    torch.testing.assert_close(norm(x).double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm_starts_as_the_plain_normalisation():
+    x = torch.randn(4, 24, generator=torch.Generator().manual_seed(2))
+    plain = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    for zero_centered in (False, True):
+        norm = RMSNorm(config(layernorm_zero_centered_gamma=zero_centered), 24)
+        torch.testing.assert_close(norm(x), plain)
+
+
+def test_rms_norm_of_bf16_rounds_only_the_normed_input_and_the_product():
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
+    norm = RMSNorm(config(params_dtype=torch.bfloat16, bf16=True), 24)
+    assert norm.weight.dtype == torch.bfloat16
+    norm.weight.data.copy_(torch.linspace(0.3, 1.7, 24))
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert norm(x).equal((exact.bfloat16().double() * norm.weight.double()).bfloat16())
+    assert not norm(x).equal((exact * norm.weight.double()).bfloat16()), "or the order would not matter"
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_weight_says_whether_its_gradient_is_summed_over_tensor_parallel_ranks(sequence_parallel):
+    changes = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence_parallel}
+    assert RMSNorm(config(**changes), 24).weight.sequence_parallel is sequence_parallel
+
+
+# -- attention, unpacked -----
+
+
+def test_attention_with_grouped_queries_and_its_gradients_equal_the_formula():
+    query, key, value = (x.requires_grad_() for x in random_qkv(13, 2))
+    out = attention()(query, key, value)
+    assert out.shape == (13, 2, HEADS * CHANNELS)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(upstream)
+    for b in range(2):
+        q, k, v = (x[:, b].detach().double().requires_grad_() for x in (query, key, value))
+        expected = reference(q, k, v)
+        expected.backward(upstream[:, b].double())
+        torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
+        for got, exact in ((query, q), (key, k), (value, v)):
+            torch.testing.assert_close(got.grad[:, b].double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4, 12, 13])
+def test_the_last_queries_against_a_cache_equal_the_last_rows_of_the_whole(num_queries):
+    query, key, value = random_qkv(13, 2)
+    out = attention()(query[-num_queries:], key, value)
+    for b in range(2):
+        expected = reference(query[-num_queries:, b], key[:, b], value[:, b])
+        torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_of_megatrons_kind_hides_what_it_marks():
+    query, key, value = random_qkv(6, 1)
+    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    out = attention()(query, key, value, attention_mask=hidden[None, None])
+    torch.testing.assert_close(out, attention()(query, key, value))
+
+
+def test_the_softmax_scale_may_be_given():
+    query, key, value = random_qkv(6, 1)
+    scaled = attention(softmax_scale=2 * CHANNELS**-0.5)(query, key, value)
+    torch.testing.assert_close(scaled, attention()(2 * query, key, value))
+
+
+def test_what_attention_cannot_do_is_refused():
+    query, key, value = random_qkv(4, 1)
+    with pytest.raises(ValueError, match="attention_type='cross'"):
+        CoreAttention(config(), 1, None, "cross", pg_collection=SimpleNamespace(cp=OneRank()))
+    with pytest.raises(ValueError, match="no attention bias"):
+        attention()(query, key, value, attention_bias=torch.zeros(4, 4))
+    two = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    with pytest.raises(ValueError, match="needs packed sequences"):
+        attention(two)(query, key, value)
+
+
+# -- attention, packed -----
+
+
+def packed_params() -> PackedSeqParams:
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+
+
+def real_rows() -> Tensor:
+    """Positions of the row that hold a token, not padding."""
+    return torch.cat([torch.arange(s, s + n) for s, n in zip(BOUNDS, LENGTHS, strict=False)])
+
+
+def packed_attention(group, mutation: str | None = None) -> list[Tensor]:
+    """Output and gradients of query, key and value, at the positions that this rank of ``group`` holds."""
+    held = context_parallel_positions(torch.tensor(BOUNDS), group.size(), group.rank())
+    rows = random_qkv(BOUNDS[-1])
+    query, key, value = (x[held].clone().requires_grad_() for x in rows)
+    upstream = torch.zeros(BOUNDS[-1], HEADS * CHANNELS)
+    upstream[real_rows()] = torch.randn(len(real_rows()), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
+    with pytest.MonkeyPatch.context() as patch:
+        if mutation:
+            patch.setattr(layers, *MUTATIONS[mutation])
+        out = attention(group)(query, key, value, packed_seq_params=packed_params())
+        out.backward(upstream[held])
+    return [out.detach(), query.grad, key.grad, value.grad]
+
+
+def packed_attention_of_rank(mutation: str | None = None) -> list[Tensor]:
+    return packed_attention(dist.group.WORLD, mutation)
+
+
+def whole_row(per_rank: list[list[Tensor]]) -> list[Tensor]:
+    """The four tensors of the row, from what each context-parallel rank holds of them."""
+    held = [context_parallel_positions(torch.tensor(BOUNDS), len(per_rank), r) for r in range(len(per_rank))]
+    joined = []
+    for parts in zip(*per_rank, strict=True):
+        full = torch.full((BOUNDS[-1], *parts[0].shape[1:]), torch.nan)
+        for positions, part in zip(held, parts, strict=True):
+            full[positions] = part
+        joined.append(full)
+    return joined
+
+
+def assert_each_sequence_is_as_if_alone(row: list[Tensor]) -> None:
+    query, key, value = random_qkv(BOUNDS[-1])
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(len(real_rows()), HEADS * CHANNELS, generator=generator).split(LENGTHS)
+    for start, length, gradient in zip(BOUNDS, LENGTHS, upstream, strict=False):
+        here = slice(start, start + length)
+        q, k, v = (x[here].double().requires_grad_() for x in (query, key, value))
+        expected = reference(q, k, v)
+        expected.backward(gradient.double())
+        for got, exact in zip(row, (expected, q.grad, k.grad, v.grad), strict=True):
+            torch.testing.assert_close(got[here].double(), exact, rtol=1e-5, atol=1e-5)
+    padding = torch.ones(BOUNDS[-1], dtype=torch.bool).index_fill(0, real_rows(), False)
+    assert row[0].isfinite().all()
+    assert all(not gradient[padding].any() for gradient in row[1:]), "padding has a gradient"
+
+
+def test_packed_sequences_equal_each_sequence_alone():
+    assert_each_sequence_is_as_if_alone(whole_row([packed_attention(OneRank())]))
+
+
+def test_packed_sequences_cut_over_context_parallel_ranks_equal_each_sequence_alone(ranks):
+    assert_each_sequence_is_as_if_alone(whole_row(ranks.run(packed_attention_of_rank, world_size=2)))
+
+
+def without_segments(cu_seqlens: Tensor, group, device):
+    """Positions only, as if the row were one sequence."""
+    rows = _rows(cu_seqlens, group, device)
+    bounds = tuple((0, position) for _, position in rows.bounds)
+    return dataclasses.replace(rows, starts=torch.zeros_like(rows.starts), bounds=bounds)
+
+
+def one_segment(cu_seqlens: Tensor):
+    """The batches of a row that is one sequence."""
+    return _by_length(torch.tensor([0, int(cu_seqlens[-1])]))
+
+
+def without_positions(cu_seqlens: Tensor, group, device):
+    """Segments only: each token sees its whole sequence."""
+    rows = _rows(cu_seqlens, group, device)
+    last = cu_seqlens[torch.bucketize(rows.positions, cu_seqlens[1:], right=True) + 1] - 1
+    bounds = tuple((start, end) for (start, _), end in zip(rows.bounds, last.tolist(), strict=True))
+    return dataclasses.replace(rows, positions=last, bounds=bounds)
+
+
+def in_the_order_of_the_ranks(cu_seqlens: Tensor, group, device):
+    """The gathered keys, taken for those of the row."""
+    rows = _rows(cu_seqlens, group, device)
+    return dataclasses.replace(rows, order=torch.arange(len(rows.order)))
+
+
+_by_length, _rows = layers.segments_by_length, layers.context_parallel_rows
+MUTATIONS = {
+    "no segments": ("segments_by_length", one_segment),
+    "no segments, CP": ("context_parallel_rows", without_segments),
+    "no positions, CP": ("context_parallel_rows", without_positions),
+    "no order, CP": ("context_parallel_rows", in_the_order_of_the_ranks),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mask_that_lacks_segments_or_positions_is_caught(ranks, mutation):
+    if mutation.endswith("CP"):
+        row = whole_row(ranks.run(packed_attention_of_rank, mutation, world_size=2))
+    else:
+        row = whole_row([packed_attention(OneRank(), mutation)])
+    with pytest.raises(AssertionError):
+        assert_each_sequence_is_as_if_alone(row)
+
+
+def test_the_layout_is_made_once_per_microbatch(monkeypatch):
+    params, made = packed_params(), []
+    monkeypatch.setattr(layers, "segments_by_length", lambda *a: made.append(1) or _by_length(*a))
+    rows = random_qkv(BOUNDS[-1])
+    first = attention()(*rows, packed_seq_params=params)
+    assert attention()(*rows, packed_seq_params=params).equal(first)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("lengths", [[1], [5], [1] * 9, [64, 1, 63, 33, 32], [4, 0, 4]])
+def test_segments_by_length_place_every_row_once_and_batch_like_with_like(lengths):
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    layout = _by_length(bounds)
+    rows = torch.cat([index.flatten() for index in layout.batches])
+    assert rows[layout.place].equal(torch.arange(sum(lengths)))
+    for index in layout.batches:
+        own = [b - a for a, b in pairwise(bounds.tolist()) if a in index[:, 0] and b > a]
+        assert max(own) <= 2 * min(own)
+
+
+# -- the memory of attention under context parallelism -----
+
+LONG = [1024, 12, 4, 1000, 8]
+"""Segments of a row of 2048 tokens."""
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator makes, and of all that autograd keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.kept = 0, dict[int, int]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **kwargs or {})
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+
+def memory_and_gradients(fused: bool, num_rows: int, scores: int) -> tuple[int, int, list[Tensor]]:
+    """Largest tensor and elements kept for backward of one attention over `LONG`; its output and gradients."""
+    group = dist.group.WORLD
+    bounds = torch.tensor([0, *torch.tensor(LONG).cumsum(0).tolist()], dtype=torch.int32)
+    held = context_parallel_positions(bounds, group.size(), group.rank())
+    inputs = [x[held].clone().requires_grad_() for x in random_qkv(int(bounds[-1]))]
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    backends = [SDPBackend.FLASH_ATTENTION] if fused else [SDPBackend.MATH]
+    seen = Largest()
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(backends):
+        patch.setattr(layers, "_FUSED_ROWS", num_rows)
+        patch.setattr(layers, "_SCORES", scores)
+        with seen, torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda tensor: tensor):
+            out = attention(group)(*inputs, packed_seq_params=packed)
+        with seen:
+            out.backward(torch.ones_like(out) * torch.arange(out.size(1)))
+    return seen.largest, sum(seen.kept.values()), [out.detach(), *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "formula"])
+def test_attention_under_context_parallelism_never_holds_the_scores_of_a_whole_row(ranks, fused):
+    """In blocks of 32 queries, or of as many as have 2**18 scores."""
+    tokens, all_scores = sum(LONG), HEADS * sum(LONG) // 2 * sum(LONG)
+    in_blocks = ranks.run(memory_and_gradients, fused, 32, 2**18, world_size=2)
+    at_once = ranks.run(memory_and_gradients, fused, tokens, all_scores, world_size=2)
+    for (largest, kept, got), (dense, _, expected) in zip(in_blocks, at_once, strict=True):
+        assert dense > 0.99 * (tokens // 2 * tokens if fused else all_scores), "the mask or the scores of the whole"
+        assert largest <= 2**18 < dense
+        assert kept <= 12 * HEADS * CHANNELS * tokens
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

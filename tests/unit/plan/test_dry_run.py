@@ -1,0 +1,259 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the dry run refuses, in one sentence that names the key; when it runs instead of a run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from megatron_selfdistill.commands import plan
+from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.plan.dry_run import dry_run, microbatches
+from megatron_selfdistill.plan.launch import launch_commands
+from megatron_selfdistill.plan.plan_checks import longest_row
+from megatron_selfdistill.train import EXIT_BAD_INPUT, main
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+TINY = [
+    "cluster.num_gpus=16",
+    "model.vocab_size=1000",
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "rollout.max_new_tokens=64",
+    "data.max_length=128",
+    "schedule.max_tokens=512",
+]
+
+
+def test_a_dry_run_starts_no_process_group_and_writes_nothing(tmp_path, capsys):
+    assert main([*TINY, "dry_run=true", f"run_dir={tmp_path}/run"]) == 0
+    assert "16 GPUs (2 nodes)" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_plan_prints_what_a_dry_run_prints(capsys, monkeypatch):
+    assert main([*TINY, "dry_run=true"]) == 0
+    printed = capsys.readouterr().out
+    assert plan.main(TINY) == 0
+    assert capsys.readouterr().out == printed
+    monkeypatch.setenv("RANK", "0")
+    assert plan.main(TINY) == EXIT_BAD_INPUT
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tensor_model_parallel_size=3"], "the world size 16 must be a multiple of TP x PP x CP = 3"),
+        (["parallel.pipeline_model_parallel_size=8"], "model.num_layers (4) must be a multiple of PP x VPP = 8"),
+        (["parallel.tensor_model_parallel_size=8"], "model.num_attention_heads (4)"),
+        (
+            ["model.hidden_size=66", "model.kv_channels=16", "parallel.tensor_model_parallel_size=4"],
+            "model.hidden_size",
+        ),
+        (["model.num_moe_experts=6", "parallel.expert_model_parallel_size=4"], "model.num_moe_experts (6)"),
+        (["data.global_batch_size=8"], "data.global_batch_size (8) must be at least the number of data-parallel ranks"),
+        (["rollout.max_new_tokens=128"], "rollout.max_new_tokens (128) leaves no room for a prompt"),
+        (["data.max_length=1024"], "data.max_length (1024) exceeds the longest row within schedule.max_tokens (512)"),
+        (["cluster.num_gpus=12"], "cluster.num_gpus (12) must be a multiple of cluster.gpus_per_node (8)"),
+        (["model.vocab_size=null"], "set model.vocab_size"),
+        (["model.provider=a.b"], "model.provider=a.b builds a model that only a launch can see"),
+        (["rollout.engine=vllm", "rollout.engine_tp=3"], "rollout.engine_tp=3 ranks form one engine"),
+        (["rollout.engine=vllm", "rollout.engine_tp=8"], "must divide model.num_attention_heads (4)"),
+        (
+            "rollout.engine=vllm rollout.placement=server rollout.num_servers=1 rollout.engine_tp=12".split(),
+            "at most 8, or all GPUs of several; choose a multiple of 8",
+        ),
+        (["rollout.engine=vllm", "model.normalization=LayerNorm", "model.activation=gelu"], "no known Hugging Face"),
+        (["model.kv_channels=7"], "expected an even model.kv_channels (by default model.hidden_size / model.num"),
+        (["model.hidden_size=60"], "model.num_attention_heads), got 15"),
+        (["model.transformer.mtp_num_layers=1"], "multi-token-prediction layers are not trained"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_status_2_and_one_sentence(overrides, words, capsys):
+    assert main([*TINY, *overrides, "dry_run=true"]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["recipe=qwen3_32b", "parallel.tensor_model_parallel_size=4"], "pipeline stage 0 needs"),
+        (["recipe=qwen3_8b", "cluster.gpu_memory_gb=40"], "while sampling (KV cache 16.0 and engine weights 15.3)"),
+        (["recipe=qwen3_8b", "schedule.max_tokens=65536"], "while training (activations"),
+        (["recipe=llama31_405b", "rollout.engine_tp=8"], "a GPU of a rollout server would hold 94.5 GiB of weights"),
+        (
+            ["recipe=qwen3_8b", "cluster.host_memory_gb=100"],
+            "the ranks of a node would hold optimizer in a save 91.6 + weights in a save 15.3 = 106.8 GiB of host "
+            "memory, but cluster.host_memory_gb is 100: plan for more nodes (cluster.num_gpus)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_after_its_table(overrides, words, capsys):
+    assert main([*overrides, "dry_run=true"]) == EXIT_BAD_INPUT
+    captured = capsys.readouterr()
+    assert "= while training" in captured.out
+    assert words in captured.err and captured.err.count("\n") == 1
+
+
+def test_the_advice_to_recompute_works_when_it_is_pasted_and_is_not_repeated(capsys):
+    too_long = ["recipe=qwen3_8b", "schedule.max_tokens=65536"]
+    advised = (dry_run(load(too_long)).misfit() or "").split()
+    keys = [word for word in advised if word.startswith("schedule.recompute_")]
+    assert len(keys) == 3
+    recomputing = dry_run(load([*too_long, *keys]))
+    assert recomputing.memory[0].training["activations"] < dry_run(load(too_long)).memory[0].training["activations"] / 4
+    misfit = dry_run(load(["recipe=qwen3_8b", "schedule.max_tokens=2097152", *keys])).misfit()
+    assert misfit is not None and "while training" in misfit and "recompute" not in misfit
+
+
+INPUTS = ["data.path=problems.jsonl", "data.tokenizer=tokenizer"]
+
+
+def test_a_launch_of_another_size_is_refused(tmp_path, capsys):
+    assert main([*TINY, *INPUTS, f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
+    assert "cluster.num_gpus is 16, but the launch has 1 ranks" in capsys.readouterr().err
+
+
+def test_a_dry_run_under_a_launch_builds_the_run_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main([*TINY, *INPUTS, "dry_run=true", f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
+    assert "cluster.num_gpus is 16, but the launch has 8 ranks" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_run_folder_and_names_one_to_choose(capsys):
+    assert main([*TINY, "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "RUN_DIR=runs/first sbatch" in out and "run_dir=runs/first" in out
+
+
+def test_data_that_is_named_is_read_and_counted(tmp_path, capsys):
+    tiny_run.write_data(tmp_path, num_problems=12)
+    overrides = tiny_run.overrides(tmp_path, tmp_path / "run", "cluster.num_gpus=2", "dry_run=true")
+    assert main(overrides) == 0
+    out = capsys.readouterr().out
+    assert "12 problems fit" in out
+    assert "the teacher's prompt adds 2 tokens of wording (data.teacher_template) and on average " in out
+    assert not any(f"{key}=/path" in out for key in ("data.path", "data.tokenizer"))
+    assert main([*overrides, "data.max_length=16"]) == EXIT_BAD_INPUT
+    assert "problems.jsonl:1: expected a student's prompt" in capsys.readouterr().err
+
+
+def test_a_plan_needs_the_number_of_gpus():
+    with pytest.raises(ConfigError, match=r"needs cluster\.num_gpus"):
+        dry_run(load())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.kv_channels=7", "model.rotary_percent=0.5"], ["model.kv_channels=7", "model.rotary_percent=0.9"]],
+)
+def test_a_head_that_turns_in_part_only_may_be_odd(overrides):
+    assert dry_run(load([*TINY, *overrides])).parameters > 0
+
+
+LOGS = ["recipe=chat_logs", *TINY]
+
+
+def test_a_plan_for_logs_has_no_sampler_no_responses_and_no_memory_for_either(capsys):
+    long_responses = ["rollout.max_new_tokens=4096", "rollout.num_samples=8"]
+    server = ["rollout.engine=vllm", "rollout.placement=server", "rollout.engine_tp=3", "rollout.num_servers=1"]
+    assert main([*LOGS, *long_responses, *server, "rollout.server_python=python", "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "a step: 32 logged turns; contexts of at most 128" in out
+    assert "responses: those of the log; nothing is sampled" in out
+    assert not any(words in out for words in ("KV cache", "while sampling", "vLLM", "rollout_nodes", "4096 tokens"))
+    plan = dry_run(load([*LOGS, *long_responses]))
+    assert plan.num_microbatches == dry_run(load(LOGS)).num_microbatches
+    assert all(memory.rollout == {} and memory.peak == memory.training_peak > 0 for memory in plan.memory)
+
+
+def test_a_plan_for_logs_that_evaluates_has_its_sampler(tmp_path, capsys):
+    evaluated = [*LOGS, f"evaluation.path={tmp_path}/held_out.jsonl", "evaluation.every=5"]
+    assert main([*evaluated, "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "responses: those of the log; evaluations: sampled in process" in out and "KV cache" in out
+    assert main([*evaluated, "rollout.max_new_tokens=128", "dry_run=true"]) == EXIT_BAD_INPUT
+    assert "rollout.max_new_tokens (128) leaves no room" in capsys.readouterr().err
+
+
+def test_the_replies_of_a_log_may_fill_their_contexts():
+    def rows(*overrides: str) -> float:
+        plan = dry_run(load([*LOGS, "schedule.pair_order=teacher_first", *overrides]))
+        return plan.memory[-1].training["teacher rows"]
+
+    assert rows("data.max_length=128") == 2 * rows("data.max_length=64") > 0
+
+
+def test_rows_divide_by_what_cuts_them():
+    cuts = "parallel.tensor_model_parallel_size=4 parallel.context_parallel_size=3 schedule.max_tokens=1000".split()
+    assert longest_row(load(cuts)) == 984
+
+
+def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleaving_takes():
+    interleaved = "parallel.pipeline_model_parallel_size=4 parallel.virtual_pipeline_model_parallel_size=2".split()
+    assert microbatches(load(), 10, 4) == (3, 3)
+    assert microbatches(load(interleaved), 10, 4) == (5, 3)
+    assert microbatches(load([*interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
+    assert microbatches(load(["objective=solutions"]), 10, 4) == (3, 0)
+
+
+def test_one_node_is_launched_alone_and_several_meet_at_the_head():
+    _, one = launch_commands(load(["cluster.num_gpus=4"]), ["a=b"])
+    assert one.startswith("torchrun --standalone --nproc-per-node 4 -m ")
+    _, two = launch_commands(load(["cluster.num_gpus=16"]), ["x=[1, 2]", "dry_run=true"])
+    assert '--nnodes 2 --node-rank "$NODE_RANK" --master-addr "$HEAD" --nproc-per-node 8' in two
+    assert "'x=[1, 2]'" in two and "dry_run" not in two
+
+
+SERVERS = (
+    "rollout.engine=vllm rollout.placement=server rollout.server_python=/vllm/python rollout.num_servers=3".split()
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        (["cluster.num_gpus=8"], "sbatch examples/slurm/one_node.sbatch"),
+        (["cluster.num_gpus=4"], "GPUS_PER_NODE=4 sbatch --gpus-per-node=4 examples/slurm/one_node.sbatch"),
+        (["cluster.num_gpus=16"], "sbatch --nodes=2 examples/slurm/many_nodes.sbatch"),
+        (
+            ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=4"],
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=2 sbatch --nodes=4 "
+            "examples/slurm/rollout_nodes.sbatch",
+        ),
+        (
+            ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=16"],
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=16 SERVER_NODES=2 ROLLOUT_NODES=6 "
+            "sbatch --nodes=8 examples/slurm/rollout_nodes.sbatch",
+        ),
+        (
+            ["cluster.num_gpus=4", *SERVERS, "rollout.engine_tp=4"],  # the script's nodes are all alike
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=3 GPUS_PER_NODE=4 "
+            "sbatch --gpus-per-node=4 --nodes=4 examples/slurm/rollout_nodes.sbatch",
+        ),
+    ],
+)
+def test_slurm_gets_the_script_for_the_nodes_and_servers_of_the_plan(overrides, command):
+    sbatch, _ = launch_commands(load([*overrides, "run_dir=my runs/first"]), ["run_dir=my runs/first", "a=b"])
+    assert sbatch.startswith(f"RUN_DIR='my runs/first' {command} a=b checkpoint.load=")
+    script = shlex.split(sbatch)[shlex.split(sbatch).index("a=b") - 1]
+    text = (REPOSITORY / script).read_text()
+    for variable in re.findall(r"(\w+)=", sbatch.split(" sbatch ")[0]):
+        assert f"\n{variable}=${{{variable}:" in text  # a parameter of the script
+    assert "run_dir=" not in sbatch
+
+
+def test_servers_that_slurm_starts_are_not_started_by_the_run_too():
+    sbatch, _ = launch_commands(load([*SERVERS, "cluster.num_gpus=8"]), SERVERS)
+    words = shlex.split(sbatch)
+    overrides = words[words.index("examples/slurm/rollout_nodes.sbatch") + 1 :]
+    rollout = load([*overrides, "rollout.servers=[http://node7:8000]"]).rollout
+    assert rollout.num_servers == 0 and rollout.servers == ["http://node7:8000"]

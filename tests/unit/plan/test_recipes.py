@@ -1,0 +1,236 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every recipe for a real size passes the dry run, is the published model, and says what the dry run says."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+
+import pytest
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.model.hf.family import differences
+from megatron_selfdistill.model.hf.mapping import family_of
+from megatron_selfdistill.plan.dry_run import Plan, dry_run
+from megatron_selfdistill.train import main
+
+# Of the checkpoints on the hub, to the parameter; DeepSeek-V3 without its second-token layer and expert biases.
+PUBLISHED = {
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_32b": 32_762_123_264,
+    "llama31_405b": 405_853_388_800,
+    "qwen3_235b_a22b": 235_093_634_560,
+    "deepseek_v3": 671_026_404_352,
+}
+GPUS = {"qwen3_8b": 8, "qwen3_32b": 32, "llama31_405b": 256, "qwen3_235b_a22b": 128, "deepseek_v3": 512}
+SERVER_NODES = {"llama31_405b": 2, "qwen3_235b_a22b": 1, "deepseek_v3": 4}
+"""Nodes that a recipe's rollout server fills, besides the trainer's."""
+
+# What decides the model in the public config.json files.
+_QWEN3 = {
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+}
+HF_CONFIGS = {
+    "qwen3_8b": {
+        **_QWEN3,
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 36,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "qwen3_32b": {
+        **_QWEN3,
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "llama31_405b": {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 126,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "qwen3_235b_a22b": {
+        **_QWEN3,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_hidden_layers": 94,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 1536,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "vocab_size": 129280,
+        "max_position_embeddings": 163840,
+        "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+        "rms_norm_eps": 1e-6,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 1,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    },
+}
+REAL_SIZES = sorted(PUBLISHED)
+
+
+@functools.cache
+def plan_of(recipe: str) -> Plan:
+    return dry_run(load([f"recipe={recipe}"]))
+
+
+def test_every_shipped_recipe_that_names_its_gpus_is_tested_here():
+    shipped = [path.stem for path in (config_dir() / "recipe").glob("*.yaml")]
+    assert sorted(name for name in shipped if load([f"recipe={name}"]).cluster.num_gpus) == REAL_SIZES
+
+
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_a_recipe_fits_its_gpus_with_some_to_spare(recipe):
+    plan = plan_of(recipe)
+    assert plan.config.cluster.num_gpus == GPUS[recipe]
+    assert plan.misfit() is None
+    assert max(memory.peak for memory in plan.memory) < 0.95 * plan.config.cluster.gpu_memory_gb
+
+
+@pytest.mark.parametrize("recipe", sorted({p.stem for p in (config_dir() / "recipe").glob("*.yaml")} - set(REAL_SIZES)))
+def test_a_recipe_without_a_size_passes_the_dry_run_at_one(recipe):
+    plan = dry_run(load([f"recipe={recipe}", "cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8"]))
+    assert plan.misfit() is None and plan.parameters == PUBLISHED["qwen3_8b"]
+
+
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_parameters_are_those_of_the_published_model(recipe):
+    assert plan_of(recipe).parameters == PUBLISHED[recipe]
+
+
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_the_architecture_is_that_of_the_public_config(recipe):
+    published = HF_CONFIGS[recipe]
+    assert differences(family_of(published).model_config(published), load([f"model={recipe}"]).model) == {}
+
+
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_the_tensors_of_a_hugging_face_folder_add_up_to_the_same_model(recipe):
+    model = load([f"model={recipe}"]).model
+    total = 0
+    for rule in family_of(HF_CONFIGS[recipe]).rules(model):
+        if not rule.carried and not rule.hf_names[0].endswith("e_score_correction_bias"):
+            total += sum(functools.reduce(lambda a, b: a * b, shape) for shape in rule.hf_shapes)
+    assert total == plan_of(recipe).parameters
+
+
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_the_arithmetic_in_a_recipes_comments_is_the_plans(recipe):
+    text = (config_dir() / "recipe" / f"{recipe}.yaml").read_text()
+    written = {name.strip(): float(size) for name, size in re.findall(r"^#   (.{17}).* (\d+\.\d)$", text, re.MULTILINE)}
+    fullest = max(plan_of(recipe).memory, key=lambda memory: memory.training_peak)
+    parts = fullest.rollout | fullest.training
+    parts |= {"= while training": fullest.training_peak, "= while sampling": fullest.rollout_peak}
+    shown = {name: round(size, 1) for name, size in parts.items() if name in written or round(size, 1) > 0}
+    assert written == shown
+    said = re.findall(r"(\d+\.\d) %; a smaller batch has more", text)
+    bubble = plan_of(recipe).schedule.bubble
+    assert [float(percent) for percent in said] == ([round(100 * bubble, 1)] if bubble else [])
+
+
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, capsys):
+    assert main([f"recipe={recipe}", "dry_run=true", "run_dir=my runs/first"]) == 0
+    out = capsys.readouterr().out
+    assert f"{PUBLISHED[recipe] / 1e9:.2f} B parameters on {GPUS[recipe]} GPUs" in out
+    assert "= while training" in out and "bubble" in out
+    sbatch, torchrun = map(shlex.split, out.strip().splitlines()[-2:])
+    assert "sbatch" in sbatch and "RUN_DIR=my runs/first" in sbatch
+    num_nodes = GPUS[recipe] // 8 + SERVER_NODES.get(recipe, 0)
+    assert f"--nodes={num_nodes}" in sbatch or num_nodes == 1
+    words = torchrun
+    assert words[0] == "torchrun" and "megatron_selfdistill.train" in words
+    nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    assert nodes * int(words[words.index("--nproc-per-node") + 1]) == GPUS[recipe]
+    overrides = words[words.index("megatron_selfdistill.train") + 1 :]
+    assert overrides[:2] == ["run_dir=my runs/first", f"recipe={recipe}"]
+    missing = {"checkpoint.load", "data.tokenizer", "data.path"}
+    assert {word.split("=")[0] for word in overrides[2:]} == missing
+    assert load(overrides).dry_run is False
+
+
+def test_a_recipe_is_the_default_one_at_another_size():
+    default, real = load(), load(["recipe=qwen3_8b"])
+    assert (real.target, real.loss, real.guards) == (default.target, default.loss, default.guards)
+    assert real.teacher.weights == default.teacher.weights
+
+
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_a_group_wins_over_a_recipes_own_values(recipe, tmp_path):
+    (tmp_path / "parallel").mkdir()
+    (tmp_path / "parallel" / "two.yaml").write_text("tensor_model_parallel_size: 2\n")
+    config = load([f"recipe={recipe}", "parallel=two"], search_path=[tmp_path])
+    assert config.parallel.tensor_model_parallel_size == 2
+
+
+def test_a_model_chosen_on_the_command_line_keeps_nothing_of_the_recipes():
+    config = load(["recipe=qwen3_8b", "model=llama_1b", "target=strict"])
+    assert config.model == load(["model=llama_1b"]).model
+    assert config.target.k_max is None

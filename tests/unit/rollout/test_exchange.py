@@ -1,0 +1,202 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Requests pooled over replicas, responses handed back, errors that all ranks learn."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from host_traffic import host_traffic
+from models import parallel
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.vllm import exchange
+from megatron_selfdistill.rollout.vllm.exchange import agreement, check_requests, hand_back, on_rank_0, pool
+
+
+def requests_of(replica: int, count: int) -> list[Request]:
+    return [
+        Request(
+            [replica, i, *range(3 * i)], 2**64 - 1 - 10 * replica - i, [7, i][: 3 * i] if (replica + i) % 2 else None
+        )
+        for i in range(count)
+    ]
+
+
+def response_to(request: Request) -> Response:
+    """A response that tells what it answers."""
+    length = len(request.prompt) - 2
+    teacher = request.teacher_prompt
+    return Response(
+        token_ids=[request.stream % 1000] * length,
+        log_probs=[-math.pi] * length,
+        sampled_log_probs=[math.nan] * length,
+        finish_reason="stop" if length % 2 else "length",
+        teacher_log_probs=None if teacher is None else [-1 / 3] * length,
+        weight_version=None if teacher is None else 12,
+    )
+
+
+def own(replica: int, counts: list[int]) -> list[Request]:
+    return requests_of(replica, counts[replica])
+
+
+def exchanged(tp: int, counts: list[int], fault: str = "") -> tuple[list[Request], list[Response] | str]:
+    """All requests as this rank sees them, and what its replica got back; response i is written by rank i % world."""
+    grid = initialize(parallel(tp=tp), seed=1)
+    pooled = pool(own(grid.dp_rank, counts), grid)
+    written = {i: response_to(r) for i, r in enumerate(pooled.requests) if i % grid.world_size == grid.rank}
+    if fault and grid.rank == 1:
+        written = {i: r for i, r in written.items() if i != 1} if fault == "missing" else {**written, 0: written[1]}
+    try:
+        return pooled.requests, hand_back(written, pooled)
+    except EngineError as error:
+        return pooled.requests, str(error)
+
+
+@pytest.mark.parametrize(
+    ("tp", "world_size", "counts"),
+    [(1, 1, [3]), (1, 1, [0]), (1, 2, [5, 2]), (2, 4, [0, 4]), (2, 4, [7, 1]), (1, 4, [1, 0, 0, 3])],
+)
+def test_every_replica_gets_the_responses_to_its_own_requests(ranks, tp, world_size, counts):
+    everybody = [request for replica in range(len(counts)) for request in own(replica, counts)]
+    for rank, (requests, back) in enumerate(ranks.run(exchanged, tp, counts, world_size=world_size)):
+        assert requests == everybody
+        wanted = [response_to(request) for request in own(rank // tp, counts)]
+        assert repr(back) == repr(wanted)  # NaN is not equal to itself
+
+
+@pytest.mark.parametrize(("fault", "found"), [("missing", "request 1 has 0"), ("twice", "request 0 has 2")])
+def test_a_missing_or_doubled_response_is_an_error_on_all_ranks(ranks, fault, found):
+    sentences = [back for _, back in ranks.run(exchanged, 1, [3, 3], fault, world_size=2)]
+    assert sentences[0] == sentences[1] and found in sentences[0]
+
+
+def collectives_of_an_exchange(counts: list[int]) -> tuple[list[str], int, int]:
+    """(collectives that handing back makes, int64 that this rank receives, int64 of its replica's responses)."""
+    grid = initialize(parallel(), seed=1)
+    pooled = pool(own(grid.dp_rank, counts), grid)
+    written = {i: response_to(r) for i, r in enumerate(pooled.requests) if i % grid.world_size == grid.rank}
+    called, received = [], []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def recorded(name: str, original: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                called.append(name)
+                received.append(args[0].numel() if name == "all_to_all_single" else 0)
+                return original(*args, **kwargs)
+
+            return call
+
+        for name in ("all_reduce", "all_gather", "broadcast", "all_to_all_single", "all_gather_object"):
+            patch.setattr(dist, name, recorded(name, getattr(dist, name)))
+        back = hand_back(written, pooled)
+    return called, sum(received), sum(map(exchange._words_of, back))
+
+
+def test_responses_travel_in_one_collective_to_those_who_asked_however_many_ranks_there_are(ranks):
+    for called, received, wanted in ranks.run(collectives_of_an_exchange, [5, 2, 0, 3], world_size=4):
+        assert called == ["all_reduce", "all_to_all_single"]
+        assert received == wanted + 4  # and the number of responses from each of 4 ranks
+
+
+def waits_of_pooling(counts: list[int]) -> list[str]:
+    """What pooling requests sends to the device and waits for."""
+    grid = initialize(parallel(), seed=1)
+    with host_traffic() as found:
+        pool(own(grid.dp_rank, counts), grid)
+    return [line.partition(" at ")[0] for line in found]
+
+
+def test_requests_are_pooled_with_two_waits_for_the_device_however_many_replicas_there_are(ranks):
+    for found in ranks.run(waits_of_pooling, [5, 2, 0, 3], world_size=4):
+        assert found == ["to", "tolist", "cpu"]
+
+
+def agreed(errors: list[Exception | None]) -> tuple[str, str] | None:
+    grid = initialize(parallel(), seed=1)
+    mine = errors[grid.rank]
+    try:
+        with agreement(grid.device):
+            if mine is not None:
+                raise mine
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("errors", "wanted"),
+    [
+        ([None, None], None),
+        ([None, EngineError("gone")], ("EngineError", "gone")),
+        ([ConfigError("first"), ValueError("second")], ("ConfigError", "first")),
+        ([ValueError("no room"), None], ("ValueError", "no room")),
+        ([None, KeyError("x")], ("EngineError", "rank 1: KeyError: 'x'")),
+    ],
+)
+def test_what_one_rank_raises_all_ranks_raise(ranks, errors, wanted):
+    assert ranks.run(agreed, errors, world_size=2) == [wanted, wanted]
+
+
+def alone(seconds: float, fails: bool) -> tuple[Any, str, int]:
+    """What `on_rank_0` gives and raises, and how many broadcasts the ranks met in meanwhile."""
+    grid = initialize(parallel(), seed=1)
+    met: list[int] = []
+    original = dist.broadcast
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        met.append(1)
+        return original(*args, **kwargs)
+
+    def work() -> str:
+        assert grid.rank == 0
+        time.sleep(seconds)
+        if fails:
+            raise EngineError("it took too long")
+        return "done"
+
+    found, sentence = None, ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "_HEARTBEAT_SECONDS", 0.1)
+        patch.setattr(dist, "broadcast", counted)
+        try:
+            found = on_rank_0(work, grid.device)
+        except EngineError as error:
+            sentence = str(error)
+    return found, sentence, len(met)
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_a_collective_may_wait(ranks):
+    first, second = ranks.run(alone, 0.55, False, world_size=2)
+    assert (first[0], second[0]) == ("done", None)
+    assert first[2] == second[2] >= 4
+
+
+def test_what_rank_0_fails_at_alone_all_ranks_raise(ranks):
+    assert [step[:2] for step in ranks.run(alone, 0.0, True, world_size=2)] == [(None, "it took too long")] * 2
+
+
+PARAMS = SamplingParams(max_new_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("request_", "guided", "why"),
+    [
+        (Request([], 1), True, "empty prompt"),
+        (Request([1] * 21, 1), True, "longest prompt has 21 tokens"),
+        (Request([1], 1, [1] * 21), True, "longest prompt has 21 tokens"),
+        (Request([1], 1, []), True, "empty prompt"),
+        (Request([1], 1, [2]), False, "engines were built without guided"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused_before_anybody_is_asked(request_, guided, why):
+    with pytest.raises(ValueError, match=why):
+        check_requests([Request([1] * 20, 2), request_], PARAMS, 30, guided=guided, who="the engines")
+    check_requests([Request([1] * 20, 2), Request([1], 3, [2] * 20)], PARAMS, 30, guided=True, who="the engines")

@@ -1,0 +1,105 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The config.json that vLLM builds the trainer's model from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+
+from megatron_selfdistill.config import CheckpointConfig, Config, ConfigError, ParallelConfig, RolloutConfig
+
+MODEL = models.model_config("tied")
+
+
+def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[str]] | str:
+    """The config.json and Hugging Face's names of the tensors as this rank sees them, or what was refused."""
+    from megatron_selfdistill.distributed.ranks import initialize
+    from megatron_selfdistill.rollout.vllm.hf_directory import engine_folder
+
+    grid = initialize(ParallelConfig(), seed=1)
+    try:
+        folder, rules = engine_folder(config, vocab_size, run_dir, grid)
+    except ConfigError as error:
+        return str(error)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    return json.loads((folder / "config.json").read_text()), [name for rule in rules for name in rule.hf_names]
+
+
+def carried(folder: Path, **changes: Any) -> Path:
+    """A checkpoint that carries a config.json of `MODEL`."""
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+
+    config = {**family_of_model(MODEL).hf_config(MODEL, "bfloat16"), "bos_token_id": 7, **changes}
+    (folder / "huggingface").mkdir(parents=True)
+    (folder / "huggingface" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def loading(checkpoint: Path, **changes: Any) -> Config:
+    return Config(model=MODEL, checkpoint=CheckpointConfig(load=str(checkpoint)), **changes)
+
+
+def test_without_any_config_json_one_is_made_that_names_the_family_the_sizes_and_the_type(ranks, tmp_path):
+    config = Config(model=replace(MODEL, vocab_size=None))
+    first, second = ranks.run(described, config, 61, tmp_path, world_size=2)
+    assert first == second
+    made, names = first
+    assert made["architectures"] == ["Qwen2ForCausalLM"] and made["vocab_size"] == 61
+    assert made["hidden_size"] == 32 and made["tie_word_embeddings"] and made["torch_dtype"] == "bfloat16"
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+def test_a_checkpoints_own_config_json_is_kept_but_for_vocabulary_type_and_quantisation(ranks, tmp_path):
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    load = carried(tmp_path / "load", vocab_size=128, quantization_config=fp8)
+    ((found, _),) = ranks.run(described, loading(load), 61, tmp_path / "run", world_size=1)
+    assert found["bos_token_id"] == 7 and found["vocab_size"] == 61
+    assert "quantization_config" not in found
+
+
+def test_a_resumed_run_finds_it_in_its_folder_and_hf_config_goes_first(ranks, tmp_path):
+    run = carried(tmp_path / "run")
+    other = carried(tmp_path / "other", bos_token_id=9) / "huggingface"
+    config = Config(model=MODEL)
+    ((found, _),) = ranks.run(described, config, 61, run, world_size=1)
+    assert found["bos_token_id"] == 7
+    config = replace(config, rollout=RolloutConfig(hf_config=str(other)))
+    ((found, _),) = ranks.run(described, config, 61, run, world_size=1)
+    assert found["bos_token_id"] == 9
+
+
+def test_a_providers_model_is_what_its_config_json_says(ranks, tmp_path):
+    provider = replace(MODEL, provider="some.module.model_provider", num_layers=9)
+    config = Config(model=provider, rollout=RolloutConfig(hf_config=str(carried(tmp_path) / "huggingface")))
+    ((found, names),) = ranks.run(described, config, 61, tmp_path / "run", world_size=1)
+    assert found["num_hidden_layers"] == MODEL.num_layers
+    assert sum(name.endswith("input_layernorm.weight") for name in names) == MODEL.num_layers
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("another model", "hidden_size would be 48 but the model has 32"),
+        ("unknown", "only these architectures are known"),
+        ("provider", "name a folder with its Hugging Face config.json in rollout.hf_config"),
+        ("absent", "has no config.json"),
+    ],
+)
+def test_a_config_json_that_cannot_be_the_models_is_one_sentence_on_all_ranks(ranks, tmp_path, fault, expected):
+    config = Config(model=MODEL)
+    if fault == "another model":
+        config = loading(carried(tmp_path / "load", hidden_size=48))
+    elif fault == "unknown":
+        config = loading(carried(tmp_path / "load", architectures=["OtherForCausalLM"]))
+    elif fault == "provider":
+        config = Config(model=replace(MODEL, provider="some.module.model_provider"))
+    else:
+        config = Config(model=MODEL, rollout=RolloutConfig(hf_config=str(tmp_path / "nowhere")))
+    first, second = ranks.run(described, config, 61, tmp_path / "run", world_size=2)
+    assert first == second
+    assert expected in first

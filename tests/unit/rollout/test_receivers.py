@@ -1,0 +1,98 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The receiving ends of every transfer, without vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_selfdistill.rollout.vllm.plugin.receivers import make_receiver
+from megatron_selfdistill.rollout.vllm.transfer_buckets import MappedFile
+
+CPU = torch.device("cpu")
+
+BLOCKED = """
+import sys
+sys.modules["vllm"] = None
+from megatron_selfdistill.vllm_plugin import receivers
+sys.exit(0 if len(receivers._RECEIVERS) == 4 else 1)
+"""
+
+
+def test_receivers_need_no_vllm():
+    subprocess.run([sys.executable, "-c", BLOCKED], check=True)
+
+
+def test_an_unknown_transfer_is_refused():
+    with pytest.raises(ValueError, match=r"expected a transfer among shared_memory, .*, got 'pigeon'"):
+        make_receiver("pigeon", CPU, 0, {})
+
+
+def test_a_bucket_that_is_cut_short_is_refused(tmp_path):
+    (tmp_path / "bucket").write_bytes(b"abc")
+    receiver = make_receiver("shared_memory", CPU, 0, {})
+    with pytest.raises(ValueError, match=r"expected 4 bytes in .*, got 3"):
+        receiver.receive(4, {"path": str(tmp_path / "bucket")})
+
+
+def test_a_mapped_bucket_is_the_trainers_memory_and_one_that_is_gone_is_let_go(tmp_path):
+    receiver = make_receiver("shared_memory", CPU, 0, {})
+    files = [MappedFile(tmp_path, size) for size in (8, 12)]
+    for turn, file in enumerate([*files, *files]):
+        file.memory.fill_(turn)
+        packed = receiver.receive(6, {"path": str(file.path), "mapped": True})
+        assert packed.tolist() == [turn] * 6
+    with pytest.raises(ValueError, match=r"expected 9 bytes in .*, got 8"):
+        receiver.receive(9, {"path": str(files[0].path), "mapped": True})
+    files[0].close()
+    larger = MappedFile(tmp_path, 16)
+    receiver.receive(16, {"path": str(larger.path), "mapped": True})
+    assert set(receiver._mapped) == {str(files[1].path), str(larger.path)}
+
+
+class Cudart:
+    """In the place of torch.cuda.cudart(): which addresses are registered, and a status that it answers."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        if self.status == 0:
+            self.registered[address] = num_bytes
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> None:
+        del self.registered[address]
+
+
+@pytest.mark.parametrize("status", [0, 712])
+def test_on_a_gpu_node_a_mapped_bucket_is_pinned_until_it_goes_or_the_log_says_why_not(
+    tmp_path, monkeypatch, caplog, status
+):
+    cudart = Cudart(status)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    file = MappedFile(tmp_path, 2**20)
+    assert cudart.registered == ({file.memory.data_ptr(): 2**20} if status == 0 else {})
+    assert [record.message for record in caplog.records] == (
+        [] if status == 0 else ["CUDA cannot pin 1 MiB of a bucket (error 712): copies are slower"]
+    )
+    file.close()
+    file.close()
+    assert not cudart.registered
+
+
+@pytest.mark.gpu
+def test_a_pinned_bucket_reaches_a_gpu_to_the_last_bit(tmp_path):
+    file = MappedFile(tmp_path, 2**20)
+    receiver = make_receiver("shared_memory", torch.device("cuda", 0), 0, {})
+    wanted = torch.randint(256, (2**20,), dtype=torch.uint8, device="cuda")
+    file.memory.copy_(wanted)
+    arrived = receiver.receive(2**20, {"path": str(file.path), "mapped": True})
+    assert arrived.is_cuda and torch.equal(arrived, wanted)
+    receiver.close()
+    file.close()

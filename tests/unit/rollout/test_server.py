@@ -1,0 +1,287 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""`ServerSampler` on servers that fail in every way: each request gets its one response, from the right weights, or
+every rank raises the same sentence."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from fake_vllm import FakeVllm, fake_servers, tokens_behind
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import Request, SamplingParams
+
+GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
+MODEL = models.model_config("gqa")
+TIMEOUT = 120.0
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeVllm]]:
+    with fake_servers(2) as servers:
+        yield servers
+
+
+def everybodys(count: int) -> list[Request]:
+    return [Request([1 + i % 7, i], 1000 + i) for i in range(count)]
+
+
+def wanted(requests: list[Request]) -> list[list[int]]:
+    return [tokens_behind(request.prompt, GREEDY.max_new_tokens) for request in requests]
+
+
+def tell(address: str, **fault: Any) -> None:
+    """What a fake server shall do from here on."""
+    data = json.dumps(fault).encode()
+    urllib.request.urlopen(urllib.request.Request(address + "/fault", data, method="POST"), timeout=20).read()
+
+
+@contextmanager
+def sampler(addresses: list[str], layout: dict[str, int], **options: Any) -> Iterator[tuple[Any, Any]]:
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
+
+    chunks, grid = models.build(MODEL, models.parallel(**layout))
+    with tempfile.TemporaryDirectory() as folder:
+        built = ServerSampler(
+            chunks,
+            grid,
+            Path(folder),
+            family_of_model(MODEL).rules(MODEL),
+            **{
+                "max_length": 64,
+                "run_dir": Path(folder),
+                "servers": addresses,
+                "transfer": "shared_memory",
+                "transfer_dir": folder,
+                "bucket_bytes": 20_000,
+                "timeout_s": 60.0,
+                **options,
+            },
+        )
+        try:
+            yield built, grid
+        finally:
+            built.close()
+
+
+Step = tuple[list[list[int]], dict[str, float]] | tuple[str, str]
+
+
+def steps(
+    addresses: list[str],
+    layout: dict[str, int],
+    faults: list[list[dict[str, Any]]],
+    options: dict[str, Any],
+    count: int = 24,
+    sync_from: int = 0,
+) -> list[Step]:
+    """A step for each of ``faults``, which rank 0 tells the servers behind that step's `update_weights` (those from
+    ``sync_from`` on: before): the replica's tokens and the metrics, or the error's class and sentence."""
+    done: list[Step] = []
+    with sampler(addresses, layout, **options) as (built, grid):
+        mine = everybodys(count)[grid.dp_rank :: grid.dp_size]
+        for version, fault in enumerate(faults):
+
+            def begin(fault: list[dict[str, Any]] = fault) -> None:
+                for address, each in zip(addresses, fault, strict=False):
+                    if each and grid.rank == 0:
+                        tell(address, **each)
+                torch.distributed.barrier()
+
+            try:
+                if version > sync_from:
+                    begin()
+                built.update_weights(version)
+                if version <= sync_from:
+                    begin()
+                responses = built.generate(mine, GREEDY)
+                assert {response.log_probs[0] for response in responses} <= {-0.5}
+                done.append(([response.token_ids for response in responses], built.metrics()))
+            except (EngineError, ValueError, ConfigError) as error:
+                done.append((type(error).__name__, str(error)))
+    return done
+
+
+def run(ranks: Any, fakes: list[FakeVllm], faults: list[Any], world_size: int = 1, **more: Any) -> list[Step]:
+    """`steps`, which every rank sees alike, on ranks whose layout is ``more["layout"]``; replicas' responses joined."""
+    layout, options = more.pop("layout", {}), more.pop("options", {})
+    addresses = [fake.address for fake in fakes]
+    arguments = (addresses, layout, faults, options)
+    per_rank = ranks.run(steps, *arguments, world_size=world_size, timeout=TIMEOUT, **more)
+    assert len({json.dumps([step[1] for step in rank_steps]) for rank_steps in per_rank}) == 1
+    return per_rank[0] if world_size == 1 or layout else _joined(per_rank)
+
+
+def _joined(per_rank: list[list[Step]]) -> list[Step]:
+    joined: list[Step] = []
+    for step in zip(*per_rank, strict=True):
+        if isinstance(step[0][0], str):
+            joined.append(step[0])
+        else:
+            replicas = [tokens for tokens, _ in step]
+            joined.append(([replicas[i % len(step)][i // len(step)] for i in range(24)], step[0][1]))
+    return joined
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [({}, 1), ({}, 2), ({"tp": 2, "pp": 2}, 4)])
+def test_in_any_layout_all_requests_are_answered_once_with_the_weights_that_were_sent(ranks, fakes, layout, world_size):
+    for tokens, metrics in run(ranks, fakes, [[], []], world_size, layout=layout):
+        assert tokens == wanted(everybodys(24))
+        assert metrics["rollout/servers_alive"] == 2 and metrics["rollout/requests_retried"] == 0
+        assert metrics["rollout/sync_bytes"] == sum(t.nbytes for t in fakes[0].weights.values()) > 0
+    answered = fakes[0].answered + fakes[1].answered
+    assert len(answered) == 24 and set(answered.values()) == {2}
+    assert fakes[0].answered and fakes[1].answered
+    assert {fake.version for fake in fakes} == {"1"}
+    assert fakes[0].weights["lm_head.weight"].shape == (models.VOCAB_SIZE, MODEL.hidden_size)
+    assert torch.equal(
+        fakes[0].weights["model.norm.weight"],
+        models.full_weight("decoder.final_layernorm.weight", (MODEL.hidden_size,)),
+    )
+
+
+def test_without_a_named_transfer_workers_that_cannot_read_files_get_the_weights_another_way(ranks, fakes):
+    fakes[1].blind = ["here"]
+    [(tokens, metrics)] = run(ranks, fakes, [[]], options={"transfer": None})
+    assert tokens == wanted(everybodys(24)) and metrics["rollout/servers_alive"] == 2
+    assert [fake.transfer for fake in fakes] == ["gloo", "gloo"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"die_at": 5},
+        {"hang_at": 5},
+        {"status": 500, "says": "broken"},
+        {"says": "{}"},
+        {"writes_version": "8"},
+        {"restart": True},
+    ],
+    ids=lambda fault: next(iter(fault)),
+)
+def test_what_a_failing_server_does_not_answer_another_one_does(ranks, fakes, fault):
+    [(tokens, metrics)] = run(ranks, fakes, [[fault, {"gets_on": True}]], options={"timeout_s": 2.0})
+    assert tokens == wanted(everybodys(24))
+    assert metrics["rollout/servers_alive"] == 1
+    assert metrics["rollout/requests_retried"] > 0
+    assert set(fakes[1].answered.values()) == {1}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_when_all_servers_fail_every_rank_says_so_and_why(ranks, fakes, world_size):
+    [(kind, sentence)] = run(ranks, fakes, [[{"die_at": 3}, {"status": 500, "says": "no memory"}]], world_size)
+    assert kind == "EngineError"
+    assert sentence.startswith("no vLLM server is left for") and "no memory" in sentence
+    assert all(fake.address in sentence for fake in fakes)
+
+
+def test_responses_of_other_weights_are_never_used(ranks, fakes):
+    [(kind, sentence)] = run(ranks, fakes, [[{"writes_version": "1"}, {"writes_version": "default"}]])
+    assert kind == "EngineError"
+    assert "weights of version 1, expected 0" in sentence and "weights of version None, expected 0" in sentence
+
+
+def test_a_server_that_comes_back_is_used_after_the_next_weights_and_not_before(ranks, fakes):
+    back = {"restart": True, "die_at": 0}
+    first, second = run(ranks, fakes, [[{"die_at": 1}], [back]])
+    assert first[0] == second[0] == wanted(everybodys(24))
+    assert first[1]["rollout/servers_alive"] == 1 and second[1]["rollout/servers_alive"] == 2
+    assert fakes[0].version == "1" and fakes[0].answered
+
+
+def test_a_server_that_does_not_take_the_weights_is_dropped(ranks, fakes):
+    _, (tokens, metrics) = run(ranks, fakes, [[], [{"fail_at": "/update_weights"}]])
+    assert tokens == wanted(everybodys(24)) and metrics["rollout/servers_alive"] == 1
+    assert fakes[0].version == "loading" and fakes[1].version == "1"
+
+
+def test_when_no_server_takes_the_weights_every_rank_raises(ranks, fakes):
+    fault = {"fail_at": "/finish_weight_update"}
+    _, (kind, sentence) = run(ranks, fakes, [[], [fault, fault]], 2)
+    assert kind == "EngineError" and sentence.startswith("no vLLM server took the weights: ")
+
+
+def test_in_a_group_the_others_get_the_weights_though_one_dies(ranks, fakes):
+    options = {"transfer": "gloo", "timeout_s": 8.0}
+    _, (tokens, metrics) = run(ranks, fakes, [[], [{"fail_at": "/update_weights"}]], 2, options=options)
+    assert tokens == wanted(everybodys(24))
+    assert fakes[1].version == "1"
+    assert metrics["rollout/servers_alive"] == 1
+
+
+def test_a_server_that_fails_while_the_group_forms_costs_the_others_moments(ranks, fakes):
+    """And not the time after which a server counts as dead, which the hang watch might not wait for."""
+    options = {"transfer": "gloo", "timeout_s": 100.0}
+    faults = [[{"fail_at": "/init_weight_transfer_engine"}]]
+    arguments = ([fake.address for fake in fakes], {}, faults, options, 24, -1)
+    for [(tokens, metrics)] in ranks.run(steps, *arguments, world_size=2, timeout=TIMEOUT):
+        assert tokens in (wanted(everybodys(24))[::2], wanted(everybodys(24))[1::2])
+        assert metrics["rollout/servers_alive"] == 1 and metrics["rollout/sync_seconds"] < 50
+    assert fakes[1].version == "0"
+
+
+def test_weights_that_are_old_enough_to_be_wrong_are_refused_unless_staleness_is_allowed(ranks, fakes):
+    """Both servers say that the step's weights are the previous ones."""
+    stale = [{}, {"writes_version": "0"}]
+    for allowed in (0, 1):
+        _, (tokens, metrics) = run(ranks, fakes, [[], stale], options={"max_staleness": allowed})
+        assert tokens == wanted(everybodys(24))
+        assert metrics["rollout/servers_alive"] == 1 + allowed
+        assert metrics.get("rollout/staleness_max") == (1 if allowed else None)
+        for fake in fakes:
+            fake.writes_version = ""
+
+
+def refused(addresses: list[str], requests: list[Request], options: dict[str, Any]) -> tuple[str, str]:
+    try:
+        with sampler(addresses, {}, **options) as (built, _):
+            built.update_weights(0)
+            built.generate(requests, GREEDY)
+    except (ConfigError, ValueError, EngineError) as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.mark.parametrize(
+    ("requests", "told", "wanted_"),
+    [
+        ([Request([1] * 61, 0)], {}, ("ValueError", "the longest prompt has 61 tokens")),
+        ([Request([1], 0, [2])], {}, ("ValueError", "the vLLM servers were built without guided")),
+        ([Request([1], 0)], {"max_model_len": 63}, ("ConfigError", "--max-model-len 64")),
+        ([Request([1], 0)], {"counts": False}, ("ConfigError", "--disable-log-stats")),
+        ([Request([1], 0)], {"token": "other"}, ("EngineError", "answered 401")),
+        ([Request([1], 0)], {"status": 400, "says": "what is this"}, ("EngineError", "answered 400: what is this")),
+    ],
+    ids=["length", "guided", "max_model_len", "stats", "token", "refused"],
+)
+def test_what_no_server_can_do_is_an_error_on_all_ranks(ranks, fakes, requests, told, wanted_):
+    for fake in fakes:
+        for name, value in told.items():
+            setattr(fake, name, value)
+    found = ranks.run(refused, [f.address for f in fakes], requests, {}, world_size=2, timeout=TIMEOUT)
+    assert found[0] == found[1]
+    assert found[0][0] == wanted_[0] and wanted_[1] in found[0][1]
+
+
+def asked_too_early(addresses: list[str]) -> str:
+    with sampler(addresses, {}) as (built, _):
+        try:
+            built.generate(everybodys(2), GREEDY)
+        except EngineError as error:
+            return str(error)
+    return ""
+
+
+def test_nothing_is_sampled_before_the_first_weights(ranks, fakes):
+    assert "call update_weights before generate" in ranks.run(asked_too_early, [fakes[0].address], world_size=1)[0]

@@ -1,0 +1,289 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Servers that a run starts: what they are started with, and what is said when they do not come up."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory
+from megatron_selfdistill.rollout.vllm.server import serve, server_process
+from megatron_selfdistill.rollout.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE
+from megatron_selfdistill.rollout.vllm.server.server_process import (
+    ServerProcess,
+    server_environment,
+    start_servers,
+    wait_until_healthy,
+)
+
+GIB = 2**30
+
+
+def started(
+    folder: Path,
+    python: Path | str | None,
+    count: int = 1,
+    shares_gpus: bool = False,
+    environment: dict[str, str] | None = None,
+) -> list[ServerProcess]:
+    return start_servers(
+        count,
+        folder=folder / "servers",
+        hf_config=folder,
+        python=None if python is None else str(python),
+        environment=environment or {},
+        token="secret",
+        tensor_parallel_size=2,
+        dtype=torch.bfloat16,
+        max_model_len=77,
+        kv_cache_gb=0.5,
+        guided=True,
+        engine_args={
+            "max_num_seqs": 8,
+            "enable_prefix_caching": False,
+            "middleware": ["a", "b"],
+            "compilation_config": {"level": 0},
+        },
+        shares_gpus=shares_gpus,
+        num_weights=2**30,
+    )
+
+
+def script(folder: Path, text: str) -> Path:
+    """A Python that is none: it does what ``text`` says, whatever it is asked."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_a_server_is_told_everything_and_nothing_secret_stands_in_its_command(tmp_path, monkeypatch):
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "PYTHONHOME"):
+        monkeypatch.setenv(name, "7")
+    [one] = started(tmp_path, script(tmp_path, 'echo "$@"; env'))
+    one.process.wait(20)
+    command, *environment = one.log.read_text().splitlines()
+    assert command == (
+        f"-m megatron_selfdistill.rollout.vllm.server.serve --port={one.address.rpartition(':')[2]} --hf-config={tmp_path} "
+        "--tensor-parallel-size=2 --dtype=bfloat16 --max-model-len=77 --kv-cache-gb=0.5 --guided -- "
+        '--max-num-seqs=8 --no-enable-prefix-caching --middleware a b --compilation-config={"level": 0}'
+    )
+    variables = dict(line.partition("=")[::2] for line in environment)
+    assert variables[TOKEN_VARIABLE] == "secret" and variables[PARENT_VARIABLE] == str(os.getpid())
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME"} & set(variables)
+    assert [path.name for path in Path(variables["PYTHONPATH"]).iterdir()] == ["megatron_selfdistill"]
+
+
+def test_servers_on_the_trainers_gpus_are_told_so_and_how_large_the_weights_are(tmp_path):
+    [one] = started(tmp_path, script(tmp_path, 'echo "$@"'), shares_gpus=True)
+    one.process.wait(20)
+    words = one.log.read_text().split()
+    assert "--shared-gpu-weights-gb=1.0" in words[: words.index("--")]  # 2**30 elements of 2 bytes on two GPUs
+
+
+# What the user exported for the job, what torchrun added, and what the trainer has set since.
+AT_START = {
+    **{"HOME": "/home/me", "NCCL_SOCKET_IFNAME": "eth0", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+    **{
+        "RANK": "3",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "node0",
+        "TORCHELASTIC_RUN_ID": "1",
+        "OMP_NUM_THREADS": "1",
+    },
+}
+NOW = {
+    **AT_START,
+    **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+    **{"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "SLURM_JOB_ID": "4"},
+}
+
+
+def test_a_server_inherits_what_the_user_exported_and_not_what_the_trainer_or_torchrun_set():
+    assert server_environment(NOW, AT_START) == {
+        "HOME": "/home/me",
+        "SLURM_JOB_ID": "4",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
+    }
+
+
+@pytest.mark.parametrize(
+    ("at_start", "kept"),
+    [
+        ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}),  # started without torchrun
+        ({"OMP_NUM_THREADS": "12", "LOCAL_WORLD_SIZE": "8"}, {"OMP_NUM_THREADS": "12"}),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "8"}, {}),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    ],
+)
+def test_a_setting_of_the_users_own_reaches_the_servers(at_start, kept):
+    assert server_environment(at_start, at_start) == kept
+
+
+def test_a_process_knows_what_it_was_started_with():
+    code = (
+        "import os; os.environ['NCCL_DEBUG'] = 'INFO'; os.environ['NCCL_ALGO'] = 'Ring';"
+        "from megatron_selfdistill.rollout.vllm.server.server_process import environment_at_start, server_environment;"
+        "made = server_environment(os.environ, environment_at_start());"
+        "print(made.get('NCCL_DEBUG'), made.get('NCCL_ALGO'))"
+    )
+    environment = {**os.environ, "NCCL_DEBUG": "WARN"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["WARN", "None"]
+
+
+def test_variables_for_the_servers_override_all_others_and_empty_ones_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_SWITCH", "on")
+    environment = {"NCCL_DEBUG": "INFO", "SOME_SWITCH": "", TOKEN_VARIABLE: "another"}
+    [one] = started(tmp_path, script(tmp_path, "env"), environment=environment)
+    one.process.wait(20)
+    variables = dict(line.partition("=")[::2] for line in one.log.read_text().splitlines())
+    assert variables["NCCL_DEBUG"] == "INFO" and "SOME_SWITCH" not in variables
+    assert variables[TOKEN_VARIABLE] == "secret"
+
+
+def test_servers_have_ports_of_their_own_and_logs_of_their_own(tmp_path):
+    processes = started(tmp_path, script(tmp_path, "exit 0"), count=3)
+    assert len({one.address for one in processes}) == len({one.log for one in processes}) == 3
+    for one in processes:
+        one.stop()
+        one.stop()
+
+
+def test_a_server_that_ends_at_once_is_an_error_with_its_last_words(tmp_path):
+    [one] = started(tmp_path, script(tmp_path, "echo no module named vllm >&2; exit 3"))
+    with pytest.raises(EngineError, match=r"(?s)ended with status 3 .*0\.log:\nno module named vllm"):
+        wait_until_healthy([one], [VllmServer(one.address)], 20)
+
+
+def test_a_server_that_does_not_come_up_is_an_error_in_time(tmp_path):
+    [one] = started(tmp_path, script(tmp_path, "echo loading; exec sleep 60"))
+    with pytest.raises(EngineError, match=r"(?s)not up after 0\.5 s .*loading"):
+        wait_until_healthy([one], [VllmServer(one.address)], 0.5)
+    one.stop()
+    assert one.process.returncode is not None
+
+
+def test_a_python_that_is_not_there_is_a_configuration_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"rollout\.server_python=/no/python cannot be started"):
+        started(tmp_path, "/no/python")
+
+
+def test_the_children_of_a_server_end_with_it_also_when_it_was_killed(tmp_path):
+    [one] = started(tmp_path, script(tmp_path, "sleep 100 & echo child $!; wait"))
+    while "child" not in (text := one.log.read_text()):
+        time.sleep(0.02)
+    child = int(text.split()[-1])
+    one.process.kill()
+    one.process.wait()
+    one.stop()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "shares", "visible", "wanted"),
+    [
+        (2, 2, False, "0,1,2,3,4,5", ["2,3", "4,5"]),
+        (1, 1, False, "4,7,9", ["9"]),
+        (2, 1, True, "4,7,9", ["4,7,9", "7,4,9"]),
+        (2, 2, False, "0,1,2,3", None),
+    ],
+)
+def test_servers_get_the_gpus_behind_the_trainers_or_share_them(monkeypatch, count, each, shares, visible, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    if wanted is None:
+        with pytest.raises(ConfigError, match="need 4 besides the 2 of the trainer, but this machine shows 4"):
+            server_process._gpus_of_servers(count, each, shares)
+    else:
+        assert server_process._gpus_of_servers(count, each, shares) == wanted
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "allowed"),
+    [
+        ("127.0.0.1", "", True),
+        ("127.8.0.1", "", True),
+        ("::1", "", True),
+        ("localhost", "", True),
+        ("0.0.0.0", "", False),
+        ("::", "", False),
+        (None, "", False),
+        ("", "", False),
+        ("10.0.0.1", "", False),
+        ("localhost.example.org", "", False),
+        ("0.0.0.0", "token", True),
+    ],
+)
+def test_a_server_without_a_token_listens_on_loopback_only(host, token, allowed):
+    refusal = serve.why_not(host, token)
+    assert (refusal is None) == allowed
+    assert refusal is None or TOKEN_VARIABLE in refusal
+
+
+def test_vllm_is_told_where_weights_come_from_and_that_requests_alone_say_how_to_sample():
+    options = serve.parser().parse_args(["--hf-config=/model", "--max-model-len=9", "--kv-cache-gb=0.5", "--guided"])
+    arguments = serve.engine_arguments(options, on_cpu=False)
+    for argument in (
+        "--load-format=dummy",
+        "--generation-config=vllm",
+        '--weight-transfer-config={"backend": "selfdistill"}',
+        "--kv-cache-memory-bytes=536870912",
+        "--no-async-scheduling",
+    ):
+        assert argument in arguments
+    assert "--enforce-eager" not in arguments
+    plain = serve.engine_arguments(argparse.Namespace(**{**vars(options), "guided": False}), on_cpu=True)
+    assert "--enforce-eager" in plain and not any("logits-processors" in argument for argument in plain)
+
+
+@pytest.mark.parametrize(("kv_cache_gb", "kv_cache_bytes"), [(16.0, 16 * GIB), (None, 20 * GIB)])
+def test_vllm_on_a_trainers_gpu_gets_what_is_free_there(kv_cache_gb, kv_cache_bytes):
+    options = serve.parser().parse_args(["--hf-config=/model", "--shared-gpu-weights-gb=15.3"])
+    options.kv_cache_gb = kv_cache_gb
+    arguments = serve.engine_arguments(options, on_cpu=False, shared=DeviceMemory(60 * GIB, 80 * GIB))
+    given = dict(argument.split("=", 1) for argument in arguments if "memory" in argument)
+    assert given == {
+        "--gpu-memory-utilization": str(58 / 80),
+        "--kv-cache-memory-bytes": str(kv_cache_bytes),
+    }
+
+
+def import_without(package: str, *modules: str) -> None:
+    """In a Python of its own, where ``package`` cannot be imported."""
+    code = f"import sys; sys.modules[{package!r}] = None; import {', '.join(modules)}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_trainer_side_of_servers_imports_no_vllm():
+    import_without(
+        "vllm",
+        "megatron_selfdistill.rollout.vllm.server_sampler",
+        "megatron_selfdistill.rollout.vllm.server.serve",
+        "megatron_selfdistill.rollout.vllm.plugin.access",
+    )
+
+
+def test_the_servers_side_imports_no_megatron():
+    import_without(
+        "megatron",
+        "megatron_selfdistill.rollout.vllm.server.serve",
+        "megatron_selfdistill.rollout.vllm.plugin.access",
+        "megatron_selfdistill.rollout.vllm.protocol",
+    )

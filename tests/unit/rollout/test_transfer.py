@@ -1,0 +1,287 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Weights on their way to servers: every bit arrives, or the server that lacks one is named."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_vllm import FakeVllm, fake_servers
+from torch import Tensor
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.rollout.vllm import transfer as transfer_module
+from megatron_selfdistill.rollout.vllm import transfer_buckets
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.protocol import Layout, digest, layout_of, pack, unpack
+from megatron_selfdistill.rollout.vllm.transfer import BroadcastTransfer, SharedMemoryTransfer, Transfer, make_transfer
+from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
+
+
+def tensors(count: int = 11) -> list[tuple[str, Tensor]]:
+    """Of odd sizes, so that the next one would begin where its type may not; one of them a view, not contiguous."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for i in range(count):
+        wide = torch.randint(100, (3 + i, 5), generator=generator).to(DTYPES[i % len(DTYPES)])
+        found.append((f"layer.{i}.weight", wide.t() if i == 3 else wide[:, :3] if i == 4 else wide))
+    return found
+
+
+def buckets(size: int = 4) -> Iterator[list[tuple[str, Tensor]]]:
+    everything = tensors()
+    for first in range(0, len(everything), size):
+        yield everything[first : first + size]
+
+
+def same(arrived: dict[str, Tensor], sent: list[tuple[str, Tensor]]) -> bool:
+    return list(arrived) == [name for name, _ in sent] and all(
+        arrived[name].dtype == tensor.dtype
+        and arrived[name].shape == tensor.shape
+        and bytes(arrived[name].contiguous().view(torch.uint8).flatten().tolist())
+        == bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+        for name, tensor in sent
+    )
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeVllm]]:
+    with fake_servers(2) as servers:
+        yield servers
+
+
+@pytest.fixture(params=["shared_memory", "gloo"])
+def transfer(request, tmp_path) -> Iterator[Transfer]:
+    made = make_transfer(request.param, folder=str(tmp_path), timeout_s=10)
+    yield made
+    made.close()
+
+
+def reach(fakes: list[FakeVllm]) -> list[VllmServer]:
+    return [VllmServer(fake.address, timeout_s=10) for fake in fakes]
+
+
+def sent(
+    transfer: Transfer, servers: list[VllmServer], version: int, between: dict[int, FakeVllm] | None = None
+) -> WeightUpdate:
+    """An update; before bucket i, the server ``between[i]`` begins to fail at it."""
+    update = WeightUpdate(transfer, servers, version)
+    for i, bucket in enumerate(buckets()):
+        if between and i in between:
+            between[i].fail_at = "/update_weights"
+        update.send(bucket)
+    update.finish()
+    return update
+
+
+def test_a_bucket_unpacks_to_what_was_packed():
+    everything = tensors()
+    layout = layout_of(everything)
+    packed = pack(everything, layout)
+    assert packed.numel() == layout.num_bytes
+    assert same(dict(unpack(packed, Layout(**vars(layout)))), everything)
+
+
+def test_a_digest_knows_a_missing_and_a_doubled_name_but_no_order():
+    assert digest(["a", "b", "c"]) == digest(["c", "a", "b"])
+    assert len({digest(names) for names in (["a", "b"], ["a"], ["a", "b", "b"], ["ab"], [])}) == 5
+
+
+def test_an_unknown_type_is_refused():
+    with pytest.raises(ValueError, match="'float31'"):
+        _ = Layout(["a"], ["float31"], [[1]]).sizes
+
+
+def test_every_server_gets_every_tensor_to_the_last_bit(transfer, fakes):
+    servers = reach(fakes)
+    for version in (3, 4):
+        update = sent(transfer, servers, version)
+        assert not update.failures and update.servers == servers
+        assert update.num_bytes == sum(tensor.nbytes for _, tensor in tensors())
+        for fake in fakes:
+            assert same(fake.weights, tensors())
+            assert fake.version == str(version)
+    joins = [fake.calls.count("/init_weight_transfer_engine") for fake in fakes]
+    assert joins == [1, 1]  # not anew for each update
+
+
+def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transfer, fakes):
+    update = WeightUpdate(transfer, reach(fakes), 5)
+    first, second, *_ = buckets()
+    update.send(first)
+    update.send(second)  # returns when the first one is loaded
+    assert {fake.version for fake in fakes} == {"loading"}
+    update._settle()
+    transfer.close()
+    calls = [call for call in fakes[0].calls if not call.startswith(("/get_world", "/init_weight"))]
+    calls = [call for call in calls if call != "/collective_rpc place"]
+    begun = ["/pause", "/update_weight_version", "/collective_rpc abandon_weight_update"]
+    assert calls == [*begun, "/start_weight_update", "/update_weights", "/update_weights"]
+
+
+def test_an_update_ends_with_its_version_then_without_the_cache_then_with_answers(transfer, fakes):
+    sent(transfer, reach(fakes), 6)
+    for fake in fakes:
+        assert fake.calls[-4:] == ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/resume"]
+
+
+def test_through_files_a_failing_server_fails_alone(fakes, tmp_path):
+    transfer = SharedMemoryTransfer(tmp_path)
+    update = sent(transfer, reach(fakes), 7, between={1: fakes[0]})
+    assert not update.broken
+    assert [server.address for server in update.servers] == [fakes[1].address]
+    [(server, error)] = update.failures.items()
+    assert server.address == fakes[0].address and "told to fail" in str(error)
+    assert same(fakes[1].weights, tensors()) and fakes[1].version == "7"
+    assert fakes[0].version == "loading"
+
+
+def test_in_a_group_a_failing_server_ends_the_update_of_all_and_the_others_can_have_a_new_one(fakes):
+    transfer = BroadcastTransfer("gloo", 3.0)
+    update = sent(transfer, reach(fakes), 7, between={1: fakes[0]})
+    assert update.broken and fakes[0].address in {server.address for server in update.failures}
+    assert {fake.version for fake in fakes} == {"loading"}
+    update = sent(transfer, reach(fakes[1:]), 7)
+    assert not update.failures and same(fakes[1].weights, tensors()) and fakes[1].version == "7"
+    transfer.close()
+
+
+def test_a_server_that_failed_once_can_have_the_next_update(transfer, fakes):
+    servers = reach(fakes[:1])
+    for version, fail_at in ((7, "/update_weights"), (8, "")):
+        fakes[0].fail_at = ""
+        update = WeightUpdate(transfer, servers, version)
+        for bucket in buckets():
+            update.send(bucket)
+            fakes[0].fail_at = fail_at
+        update.finish()
+        assert update.broken == bool(fail_at)
+    assert same(fakes[0].weights, tensors()) and fakes[0].version == "8"
+
+
+def test_a_server_that_was_started_anew_joins_again(transfer, fakes):
+    servers = reach(fakes)
+    for version in (1, 2):
+        assert not sent(transfer, servers, version).failures
+        fakes[0].restart()
+        transfer.forget(servers[0])
+    assert fakes[1].calls.count("/init_weight_transfer_engine") == (1 if transfer.isolated else 2)
+
+
+def test_on_this_host_two_files_serve_all_updates_and_none_stays(fakes, tmp_path):
+    transfer = SharedMemoryTransfer(tmp_path)
+    seen: list[set[Path]] = []
+    for version in (1, 2, 3):  # within two updates both files are as large as the largest bucket
+        assert not sent(transfer, reach(fakes), version).failures
+        seen.append(set(tmp_path.iterdir()))
+    assert len(seen[1]) == 2 and seen[1] == seen[2]
+    transfer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_of_other_hosts_read_a_file_per_bucket_and_none_stays(fakes, tmp_path):
+    fakes[0].workers = [{**fakes[0].workers[0], "boot_id": "another"}]
+    seen: list[int] = []
+    received = fakes[0].update
+    fakes[0].update = lambda info: (seen.append(len(list(tmp_path.iterdir()))), received(info))  # type: ignore[method-assign]
+    transfer = SharedMemoryTransfer(tmp_path)
+    assert not sent(transfer, reach(fakes), 1).failures
+    assert seen == [1, 1, 1, 0]  # the last is the announcement
+    assert same(fakes[0].weights, tensors()) and same(fakes[1].weights, tensors())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_is_packed_while_the_one_before_is_loaded(fakes, tmp_path, monkeypatch):
+    """The second one, before the server has answered for the first; the third, not before."""
+    answering, packed = threading.Event(), []
+    loaded = fakes[0].update
+    fakes[0].update = lambda info: (answering.wait(20), loaded(info))  # type: ignore[method-assign]
+    transfer = SharedMemoryTransfer(tmp_path)
+    pack_one = transfer.pack
+    monkeypatch.setattr(transfer, "pack", lambda bucket: (packed.append(len(packed)), pack_one(bucket))[1])
+    update = WeightUpdate(transfer, reach(fakes[:1]), 1)
+    sender = threading.Thread(target=lambda: ([update.send(bucket) for bucket in buckets()], update.finish()))
+    sender.start()
+    deadline = time.monotonic() + 20
+    while len(packed) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert packed == [0, 1]
+    answering.set()
+    sender.join(20)
+    assert same(fakes[0].weights, tensors()) and fakes[0].version == "1"
+
+
+def test_a_folder_without_room_is_refused_before_it_is_written_to(tmp_path, monkeypatch):
+    def full(*arguments: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transfer_buckets.os, "posix_fallocate", full)
+    with pytest.raises(ConfigError, match=rf"rollout\.transfer_dir={tmp_path} has no room .*rollout\.bucket_mb"):
+        SharedMemoryTransfer(tmp_path).pack(tensors())
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys, torch
+from pathlib import Path
+from megatron_selfdistill.rollout.transfer_buckets import bucket_file
+with bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_is_in_use_is_not(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    [left] = tmp_path.iterdir()
+    used = tmp_path / left.name.replace("-", "-other")
+    other = tmp_path / "model.bucket"
+    used.touch()
+    other.touch()
+    with used.open("rb") as bucket:
+        fcntl.flock(bucket, fcntl.LOCK_EX)
+        SharedMemoryTransfer(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([used, other])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("shared_memory", "SharedMemoryTransfer"),
+        ("nccl", "BroadcastTransfer"),
+        ("gloo", "BroadcastTransfer"),
+        ("ipc", "IpcTransfer"),
+    ],
+)
+def test_the_transfer_is_the_one_that_is_named(name, kind, tmp_path):
+    made = make_transfer(name, folder=str(tmp_path), timeout_s=1)
+    assert type(made).__name__ == kind
+
+
+def test_workers_on_other_hosts_are_told_an_address_that_leads_out_of_this_one(fakes, monkeypatch):
+    """The head is on this machine and reached by 127.0.0.1, but not all of its server's nodes are."""
+    out = {"127.0.0.1": "127.0.0.1", "node7": "localhost"}
+    monkeypatch.setattr(transfer_module, "own_address", lambda host, port: out[host])
+    fakes[0].workers = [{**fakes[0].workers[0], "address": address} for address in ("127.0.0.1", "node7")]
+    told = []
+    fakes[0].take_part = lambda info: (told.append(info["arguments"]["host"]), FakeVllm.take_part(fakes[0], info))
+    broadcast = BroadcastTransfer("gloo", 10.0)
+    assert not broadcast.join(reach(fakes[:1]))
+    broadcast.close()
+    assert told == ["localhost"]
+
+
+def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):
+    modes: list[int] = []
+    fakes[0].update = lambda info: modes.extend(p.stat().st_mode & 0o777 for p in Path(tmp_path).iterdir())  # type: ignore[method-assign]
+    sent(SharedMemoryTransfer(tmp_path), reach(fakes[:1]), 1)
+    assert set(modes) == {0o600}

@@ -1,0 +1,123 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Which transfer is chosen for servers whose workers are on several hosts, and which is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fake_vllm import FakeVllm, fake_servers
+
+from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.rollout.vllm import transfer_choice
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.protocol import boot_id
+from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
+
+NCCL, GPU = "2.27.5", "GPU-11111111"
+HERE = {"host": "here", "boot_id": boot_id(), "address": "", "nccl": NCCL, "gpus": ["GPU-0", GPU], "gpu": "GPU-0"}
+THERE = {"host": "node7", "boot_id": "another", "address": "10.0.0.7", "nccl": NCCL, "gpus": ["GPU-7"], "gpu": "GPU-7"}
+OLDER = {**HERE, "nccl": "2.26.2", "gpus": ["GPU-0"]}
+
+
+@pytest.fixture
+def fakes(monkeypatch) -> Iterator[list[FakeVllm]]:
+    """Two servers of one worker each, which have the trainer's NCCL and see its GPU."""
+    monkeypatch.setattr(transfer_choice, "nccl_version", lambda: NCCL)
+    monkeypatch.setattr(transfer_choice, "own_gpu", lambda: GPU)
+    with fake_servers(2) as servers:
+        for number, server in enumerate(servers):
+            server.workers = [{**HERE, "gpu": f"GPU-of-server-{number}"}]
+        yield servers
+
+
+def choose(fakes: list[FakeVllm], name: str | None, folder: object, on_gpu: bool = False) -> str:
+    return choose_transfer(name, [VllmServer(fake.address) for fake in fakes], folder=str(folder), on_gpu=on_gpu)
+
+
+def test_without_a_name_it_is_nccl_on_gpus_else_files_where_all_workers_read_them(fakes, tmp_path):
+    assert choose(fakes, None, tmp_path, on_gpu=True) == "nccl"
+    assert choose(fakes, None, tmp_path) == "shared_memory"
+    fakes[1].workers, fakes[1].blind = [HERE, THERE], ["node7"]
+    assert choose(fakes, None, tmp_path) == "gloo"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["shared_memory", "gloo", "nccl", "ipc"])
+def test_a_named_transfer_that_reaches_all_workers_is_taken(fakes, name, tmp_path):
+    assert choose(fakes, name, tmp_path, on_gpu=True) == name
+
+
+@pytest.mark.parametrize(
+    ("workers", "blind", "chosen"),
+    [
+        ([{**HERE, "nccl": "2.26.2"}], [], "ipc"),
+        ([HERE, OLDER], [], "shared_memory"),
+        ([HERE, {**THERE, "nccl": "2.27.3"}], [], "shared_memory"),
+        ([HERE, {**THERE, "nccl": "2.27.3"}], ["node7"], "gloo"),
+        ([{**OLDER, "nccl": None, "gpus": []}], [], "shared_memory"),
+    ],
+    ids=["its GPU is seen", "one host", "a shared folder", "two hosts", "a server on a CPU"],
+)
+def test_with_another_nccl_in_one_worker_it_is_the_best_other_way_and_the_log_has_both_versions(
+    fakes, tmp_path, caplog, workers, blind, chosen
+):
+    fakes[1].workers, fakes[1].blind = workers, blind
+    assert choose(fakes, None, tmp_path, on_gpu=True) == chosen
+    [record] = caplog.records
+    theirs = workers[-1]["nccl"]
+    assert f"by rollout.transfer={chosen}, not nccl: the trainer on " in record.message
+    assert f"has NCCL {NCCL} and worker {len(workers) - 1} of {fakes[1].address}" in record.message
+    assert f"has {f'NCCL {theirs}' if theirs else 'none'}, but" in record.message
+
+
+def test_nccl_that_was_asked_for_is_refused_with_both_versions_before_anything_is_formed(fakes, tmp_path):
+    fakes[1].workers = [OLDER]
+    both = rf"has NCCL 2\.27\.5 and worker 0 of {fakes[1].address}, on here, has NCCL 2\.26\.2"
+    with pytest.raises(ConfigError, match=rf"rollout\.transfer=nccl cannot .* {both}, .*rollout\.transfer=null"):
+        choose(fakes, "nccl", tmp_path, on_gpu=True)
+    assert {call for fake in fakes for call in fake.calls} == {"/collective_rpc place"}
+
+
+@pytest.mark.parametrize("gpu", [GPU, "GPU-of-server-0"], ids=["of the trainer", "of another worker"])
+def test_nccl_is_neither_chosen_nor_accepted_where_two_members_share_a_gpu(fakes, tmp_path, caplog, gpu):
+    fakes[1].workers = [{**HERE, "gpu": gpu}]
+    assert choose(fakes, None, tmp_path, on_gpu=True) == "ipc"
+    assert f"compute on the same GPU, {gpu}, but NCCL needs one for each" in caplog.text
+    with pytest.raises(ConfigError, match=f"rollout.transfer=nccl cannot .* compute on the same GPU, {gpu}"):
+        choose(fakes, "nccl", tmp_path, on_gpu=True)
+
+
+@pytest.mark.parametrize("name", ["nccl", "ipc"])
+def test_what_needs_gpus_is_refused_on_a_cpu(fakes, name, tmp_path):
+    with pytest.raises(ConfigError, match=f"rollout.transfer={name} cannot .*the trainer runs on a CPU"):
+        choose(fakes, name, tmp_path)
+
+
+def test_ipc_to_a_worker_that_does_not_see_the_trainers_gpu_is_refused(fakes, tmp_path):
+    fakes[1].workers = [HERE, OLDER]
+    seen = rf"GPU {GPU}, which worker 1 of {fakes[1].address}, on here, does not see \(it sees GPU-0\)"
+    with pytest.raises(ConfigError, match=rf"rollout\.transfer=ipc cannot .*{seen}: .*CUDA_VISIBLE_DEVICES"):
+        choose(fakes, "ipc", tmp_path, on_gpu=True)
+
+
+def test_shared_memory_that_a_worker_of_another_host_does_not_see_is_refused(fakes, tmp_path):
+    fakes[1].workers, fakes[1].blind = [HERE, THERE], ["node7"]
+    with pytest.raises(ConfigError, match=f"{tmp_path} .* where worker 1 of {fakes[1].address}, on node7, cannot"):
+        choose(fakes, "shared_memory", tmp_path)
+
+
+def test_a_folder_that_hosts_share_serves_them(fakes, tmp_path):
+    fakes[1].workers = [HERE, THERE]
+    assert choose(fakes, "shared_memory", tmp_path) == "shared_memory"
+
+
+def test_ipc_to_a_worker_of_another_host_is_refused(fakes, tmp_path):
+    fakes[1].workers = [HERE, THERE]
+    with pytest.raises(ConfigError, match=f"worker 1 of {fakes[1].address}, on node7, does not run there"):
+        choose(fakes, "ipc", tmp_path, on_gpu=True)
+
+
+def test_a_folder_that_is_not_there_is_named(fakes, tmp_path):
+    with pytest.raises(ConfigError, match=r"rollout\.transfer_dir=.*/none cannot be written to"):
+        choose(fakes, "shared_memory", tmp_path / "none")

@@ -1,0 +1,170 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The group of a broadcast: it forms, or every member that lives is free again soon, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_vllm import fake_servers
+
+from megatron_selfdistill.rollout.vllm import transfer_group
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.transfer import BroadcastTransfer
+from megatron_selfdistill.rollout.vllm.transfer_group import broadcast, open_group
+
+CPU = torch.device("cpu")
+LONG = 60.0
+SOON = 15.0
+"""Far below LONG, and far above what the machine takes."""
+
+DIES_WHILE_FORMING = """
+import os, sys, torch
+from megatron_selfdistill.rollout import transfer_group
+transfer_group._gloo = lambda *arguments: os._exit(7)
+transfer_group.open_group("gloo", "127.0.0.1", int(sys.argv[1]), 1, 3, torch.device("cpu"), 60.0)
+"""
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def opened(
+    threads: ThreadPoolExecutor, store: dist.TCPStore, rank: int, size: int, timeout_s: float, **more: Any
+) -> Future[dist.ProcessGroup]:
+    return threads.submit(open_group, "gloo", "127.0.0.1", store.port, rank, size, CPU, timeout_s, **more)
+
+
+def sentence(opening: Future[dist.ProcessGroup]) -> str:
+    """What a member raises, soon."""
+    with pytest.raises(RuntimeError) as raised:
+        opening.result(SOON)
+    return str(raised.value)
+
+
+def test_a_member_that_dies_while_the_group_forms_costs_the_others_moments(store, threads):
+    with subprocess.Popen([sys.executable, "-c", DIES_WHILE_FORMING, str(store.port)]) as dying:
+        trainer = opened(threads, store, 0, 3, LONG, given_up=lambda: dying.poll() is not None)
+        survivor = opened(threads, store, 2, 3, LONG)
+        assert dying.wait(LONG) == 7
+        assert "did not form: another member has failed" in sentence(trainer)
+        assert "did not form: the trainer has given it up" in sentence(survivor)
+    again = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    openings = [opened(threads, again, rank, 2, LONG) for rank in range(2)]
+    groups = [opening.result(SOON) for opening in openings]
+    arrived = torch.zeros(3)
+    sending = threads.submit(broadcast, groups[0], torch.ones(3), LONG)
+    broadcast(groups[1], arrived, LONG)
+    sending.result(SOON)
+    assert arrived.tolist() == [1, 1, 1]
+
+
+def test_a_member_that_never_comes_is_named_when_the_time_is_over(store, threads):
+    openings = [opened(threads, store, rank, 3, 1.0) for rank in (0, 2)]
+    assert sentence(openings[0]) == "ranks [1] of 3 did not come to the process group: 1 s are over"
+    assert "did not meet" in sentence(openings[1])
+
+
+def test_a_trainer_that_is_gone_frees_the_others(threads):
+    code = (
+        "import torch.distributed as dist, sys, time\n"
+        "store = dist.TCPStore('127.0.0.1', 0, None, True, wait_for_workers=False)\n"
+        "print(store.port, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        port = int(trainer.stdout.readline())
+        waiting = threads.submit(open_group, "gloo", "127.0.0.1", port, 1, 2, CPU, LONG)
+        time.sleep(0.5)
+        trainer.kill()
+        sentence(waiting)
+
+
+class StandIn:
+    """In the place of ProcessGroupNCCL: what is done to it, and what the environment says when it is made."""
+
+    done: ClassVar[list[Any]] = []
+    connect: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+
+    class Options:
+        _timeout: Any = None
+
+    def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
+        handling = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+        StandIn.done.append((rank, size, options._timeout.total_seconds(), handling))
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        StandIn.connect()
+        StandIn.done.append(device)
+
+
+@pytest.fixture
+def nccl(monkeypatch) -> Iterator[type[StandIn]]:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", StandIn, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: StandIn.done.append(f"set {device}"))
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    StandIn.done, StandIn.connect = [], staticmethod(lambda: None)
+    yield StandIn
+
+
+def test_an_nccl_group_is_connected_when_it_opens_and_its_watchdog_ends_nobody(nccl, store):
+    device = torch.device("cuda", 3)
+    open_group("nccl", "127.0.0.1", store.port, 0, 1, device, 10.0)
+    made = nccl.done[1]
+    assert nccl.done == ["set cuda:3", (0, 1, made[2], "0"), device]
+    assert made[2] > 10.0  # torch's watchdog comes after `broadcast` has given up
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+
+
+def test_an_nccl_group_that_blocks_while_it_connects_is_left_behind(nccl, store):
+    never = threading.Event()
+    nccl.connect = staticmethod(never.wait)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="did not form: 1 s are over"):
+        open_group("nccl", "127.0.0.1", store.port, 0, 1, torch.device("cuda", 0), 1.0)
+    assert time.monotonic() - started < SOON
+    never.set()
+
+
+def test_an_nccl_group_that_cannot_connect_says_why(nccl, store):
+    def refuse() -> None:
+        raise RuntimeError("ncclInvalidUsage")
+
+    nccl.connect = staticmethod(refuse)
+    with pytest.raises(RuntimeError, match="did not form: ncclInvalidUsage"):
+        open_group("nccl", "127.0.0.1", store.port, 0, 1, torch.device("cuda", 0), 10.0)
+
+
+@pytest.mark.parametrize("fault", ["fail_at", "hangs_at"])
+def test_a_server_that_does_not_join_leaves_the_others_usable(monkeypatch, fault):
+    if fault == "hangs_at":
+        monkeypatch.setattr(transfer_group, "FORMING_SECONDS", 2.0)
+    with fake_servers(2) as fakes:
+        setattr(fakes[0], fault, "/init_weight_transfer_engine")
+        broken, whole = (VllmServer(fake.address, timeout_s=LONG) for fake in fakes)
+        transfer = BroadcastTransfer("gloo", LONG)
+        started = time.monotonic()
+        failures = transfer.join([broken, whole])
+        assert time.monotonic() - started < SOON
+        assert broken in failures
+        whole.health()
+        assert not transfer.join([whole])
+        transfer.close()

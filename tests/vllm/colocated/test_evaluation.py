@@ -1,0 +1,57 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""tools/evaluate.py with the real vLLM: the same greedy responses, verdicts and files as with the trainer's sampler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import hf_models
+import pytest
+import tiny_run
+from test_evaluate_tool import SETTINGS, run_tool
+
+from megatron_selfdistill.evaluation.comparison import compare
+from megatron_selfdistill.evaluation.evaluations import read_evaluation
+
+TIMEOUT = 600.0  # the first call on a rank imports vLLM
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    tiny_run.write_data(folder, 12)
+    hf_models.write("qwen3", folder / "hf", vocab_size=23, head_dim=32)  # vLLM on a CPU has no smaller heads
+    for path in (folder / "tokenizer").iterdir():
+        shutil.copy(path, folder / "hf" / path.name)
+    return folder
+
+
+def evaluate(ranks, folder: Path, name: str, *options: str, world_size: int = 1) -> Path:
+    arguments = ["--hf", str(folder / "hf"), "--data", str(folder / "problems.jsonl"), "--out", str(folder / name)]
+    arguments += ["--num-samples", "8", *SETTINGS, *options]
+    assert (
+        ranks.run(run_tool, arguments, world_size=world_size, init_process_group=False, timeout=TIMEOUT)
+        == [0] * world_size
+    )
+    return folder / name
+
+
+def greedy_verdicts(out: Path) -> list[dict]:
+    return [json.loads(line)["greedy"] for line in (out / "problems.jsonl").read_text().splitlines()]
+
+
+def test_either_sampler_evaluates_a_hugging_face_folder(ranks, folder):
+    trainers = evaluate(ranks, folder, "megatron")
+    vllms = evaluate(ranks, folder, "vllm", "rollout.engine=vllm")
+    on_two = evaluate(
+        ranks, folder, "two", "rollout.engine=vllm", "parallel.tensor_model_parallel_size=2", world_size=2
+    )
+    assert greedy_verdicts(trainers) == greedy_verdicts(vllms)
+    assert any(verdict["answer"] for verdict in greedy_verdicts(vllms))
+    assert (vllms / "problems.jsonl").read_text() == (on_two / "problems.jsonl").read_text()
+    compared = compare(read_evaluation(trainers), read_evaluation(vllms))
+    assert compared.other_settings == {"engine": ["megatron", "vllm colocated"]}
+    sampled = next(it for it in compared.differences if it.metric == "sampled_mean_length")
+    assert abs(sampled.difference) < 2, "one distribution, other random numbers"

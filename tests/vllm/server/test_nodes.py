@@ -1,0 +1,156 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A real vLLM server of two nodes, here two commands on one host: half of the model lies in each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import models
+import pytest
+from ports import neighbouring_ports
+from real_servers import assert_session_ends, sampler
+from responses import tokens
+from trained import GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests, write_config
+
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
+
+START_SECONDS, TIMEOUT = 900.0, 600.0
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True)
+class Server:
+    """Of two nodes; the head's command first."""
+
+    commands: list[subprocess.Popen[bytes]]
+    logs: list[Path]
+    reach: Reach
+
+    def wait_until_healthy(self) -> None:
+        client = VllmServer(self.reach.addresses[0], self.reach.token)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            with contextlib.suppress(EngineError):
+                return client.health(5.0)
+            ended = [one for one in self.commands if one.poll() is not None]
+            assert not ended and time.monotonic() < deadline, self.tails()
+            time.sleep(0.5)
+
+    def tails(self) -> str:
+        return "\n".join(log.read_text(errors="replace")[-4000:] for log in self.logs)
+
+
+@contextlib.contextmanager
+def server_of_two_nodes(folder: Path) -> Iterator[Server]:
+    hf_config, token = write_config(folder / "model"), secrets.token_urlsafe(16)
+    port, master_port = neighbouring_ports(), neighbouring_ports()
+    package = folder / "package"
+    package.mkdir()
+    (package / "megatron_selfdistill").symlink_to(REPOSITORY / "megatron_selfdistill", target_is_directory=True)
+    command = [
+        os.environ["SELFDISTILL_VLLM_PYTHON"],
+        "-m",
+        "megatron_selfdistill.rollout.vllm.server.serve",
+        f"--hf-config={hf_config}",
+        f"--port={port}",
+        "--tensor-parallel-size=2",
+        "--dtype=float32",
+        f"--max-model-len={MAX_LENGTH}",
+        "--kv-cache-gb=0.1",
+        "--guided",
+        "--nnodes=2",
+        "--master-addr=127.0.0.1",
+        f"--master-port={master_port}",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(package), TOKEN_VARIABLE: token}
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    commands = []
+    for rank, log in enumerate(logs):
+        with log.open("wb") as output:
+            started = subprocess.Popen(
+                [*command, f"--node-rank={rank}"],
+                env=environment,
+                cwd=folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        commands.append(started)
+    try:
+        server = Server(commands, logs, Reach([f"http://127.0.0.1:{port}"], token, hf_config))
+        server.wait_until_healthy()
+        yield server
+    finally:
+        for one in commands:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(one.pid, signal.SIGKILL)
+            one.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with server_of_two_nodes(tmp_path_factory.mktemp("nodes")) as started:
+        yield started
+
+
+def synced(reach: Reach, transfer: str) -> tuple[list[Response], list[Response], list[Response]]:
+    """Greedy responses with the weights of seed 1, in TP 2: plain ones, and with guided ones in between, those of the
+    server and in process."""
+    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+    chunks, grid = models.build(MODEL, models.parallel(tp=2), seed=1)
+    plain = requests(12)
+    mixed = [Request(r.prompt, r.stream, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
+    with sampler(chunks, grid, reach, transfer=transfer, guided=True, bucket_bytes=60_000) as built:
+        built.update_weights(1)
+        in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
+        in_process.update_weights(1)
+        return built.generate(plain, GREEDY), built.generate(mixed, GREEDY), in_process.generate(mixed, GREEDY)
+
+
+@pytest.mark.parametrize("transfer", ["gloo", None])
+def test_workers_on_all_nodes_have_the_weights(ranks, server, transfer):
+    prompts = [request.prompt for request in requests(12)]
+    wanted = ranks.run(greedy_by_transformers, prompts, GREEDY.max_new_tokens, 1, world_size=1, timeout=TIMEOUT)[0]
+    per_rank = ranks.run(synced, server.reach, transfer, world_size=2, timeout=TIMEOUT)
+    for plain, mixed, in_process in per_rank:
+        assert tokens(plain) == [token_ids for token_ids, _ in wanted]
+        assert [response.guided for response in mixed] == [i % 2 == 1 for i in range(12)]
+        assert tokens(mixed) == tokens(in_process)
+
+
+def test_workers_say_where_they_are(server):
+    workers = VllmServer(server.reach.addresses[0], server.reach.token).workers()
+    assert [worker["host"] for worker in workers] == [socket.gethostname()] * 2
+    assert [worker["address"] for worker in workers] == ["127.0.0.1"] * 2
+
+
+def assert_all_end(server: Server) -> None:
+    for one in server.commands:
+        one.wait(60)
+        assert_session_ends(one.pid)
+
+
+def test_with_a_worker_node_the_whole_server_ends(server):
+    os.kill(server.commands[1].pid, signal.SIGKILL)
+    assert_all_end(server)
+    assert "node rank 1 of this server is gone, and this node ends with it" in server.logs[0].read_text()
+
+
+def test_with_its_head_the_whole_server_ends(tmp_path):
+    with server_of_two_nodes(tmp_path) as server:
+        os.kill(server.commands[0].pid, signal.SIGKILL)
+        assert_all_end(server)
+        assert "the head of this server, 127.0.0.1, is gone" in server.logs[1].read_text()

@@ -1,0 +1,239 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""`ServerSampler` with real vLLM servers, from a trainer that has no vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import models
+import pytest
+from real_servers import assert_session_ends, command_lines, sampler
+from responses import own, tokens
+from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests
+
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
+
+HERE = Path(__file__).resolve().parent
+TIMEOUT = 600.0
+
+
+def synced(
+    servers: Reach, layout: dict[str, int], transfer: str
+) -> tuple[list[list[Response]], dict[str, float], bool]:
+    """Greedy responses with the weights of seed 0, then of seed 1; what was measured; whether vLLM is here."""
+    chunks, grid = models.build(MODEL, models.parallel(**layout))
+    everything = requests(12)
+    with sampler(chunks, grid, servers, transfer=transfer, bucket_bytes=60_000) as built:
+        written = []
+        for seed in (0, 1):
+            models.fill_from_names(chunks, seed)
+            built.update_weights(seed)
+            written.append(built.generate(own(grid, everything), GREEDY))
+        return written, built.metrics(), importlib.util.find_spec("vllm") is not None
+
+
+@pytest.fixture(scope="module")
+def expected(ranks) -> dict[int, list[tuple[list[int], list[float]]]]:
+    """By seed: greedy tokens and log-probs of transformers, for `requests(12)`."""
+    prompts = [request.prompt for request in requests(12)]
+    return {
+        seed: ranks.run(greedy_by_transformers, prompts, GREEDY.max_new_tokens, seed, world_size=1, timeout=TIMEOUT)[0]
+        for seed in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "transfer"),
+    [({"tp": 2, "pp": 2}, 4, "shared_memory"), ({"tp": 2, "pp": 2}, 4, "gloo"), ({}, 2, "gloo")],
+    ids=["TP2xPP2, shared memory", "TP2xPP2, gloo", "DP2, gloo"],
+)
+def test_after_a_sync_greedy_tokens_are_those_of_transformers_with_the_same_weights(
+    ranks, servers, expected, layout, world_size, transfer
+):
+    per_rank = ranks.run(synced, servers.reach, layout, transfer, world_size=world_size, timeout=TIMEOUT)
+    num_replicas = 1 if layout else world_size
+    assert not any(has_vllm for _, _, has_vllm in per_rank)
+    for rank, (written, metrics, _) in enumerate(per_rank):
+        replica = rank if num_replicas > 1 else 0
+        for seed, responses in enumerate(written):
+            wanted = expected[seed][replica::num_replicas]
+            assert tokens(responses) == [token_ids for token_ids, _ in wanted]
+            assert {response.weight_version for response in responses} == {seed}
+            differences = [
+                abs(ours - theirs)
+                for response, (_, log_probs) in zip(responses, wanted, strict=True)
+                for ours, theirs in zip(response.log_probs, log_probs, strict=True)
+            ]
+            assert max(differences) < 1e-4
+        assert metrics == per_rank[0][1]
+        print(f"{transfer}: {metrics}")
+    assert metrics["rollout/sync_bytes"] > 0 and metrics["rollout/servers_alive"] == 2
+    assert tokens(per_rank[0][0][0]) != tokens(per_rank[0][0][1])
+
+
+def interrupted(servers: Reach) -> tuple[str, list[Response]]:
+    """What a server says of an update that lacks a bucket; then what all write after a whole one, where a trainer left
+    others half loaded."""
+    from megatron_selfdistill.model.export import export
+    from megatron_selfdistill.rollout.vllm.transfer import SharedMemoryTransfer
+    from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
+
+    chunks, grid = models.build(MODEL, models.parallel(), seed=1)
+    clients = [VllmServer(address, servers.token, 60) for address in servers.addresses]
+    stream = export(chunks, grid, FAMILY.rules(MODEL), bucket_bytes=60_000)
+    buckets = [list(bucket) for bucket in stream]
+    transfer = SharedMemoryTransfer("/dev/shm")
+    with_a_gap = WeightUpdate(transfer, clients[:1], 9)
+    for bucket in buckets[:-1]:
+        with_a_gap.send(bucket)
+    with_a_gap.finish()
+    broken_off = WeightUpdate(transfer, clients[1:], 9)
+    for bucket in buckets[:3]:
+        broken_off.send(bucket)
+    broken_off._settle()
+    transfer.close()
+    models.fill_from_names(chunks, 0)
+    with sampler(chunks, grid, servers) as built:
+        built.update_weights(2)
+        return str(next(iter(with_a_gap.failures.values()))), built.generate(requests(12), GREEDY)
+
+
+def test_half_an_update_is_refused_and_leaves_nothing_behind(ranks, servers, expected):
+    [(sentence, responses)] = ranks.run(interrupted, servers.reach, world_size=1, timeout=TIMEOUT)
+    assert "parameters of vLLM's model got no weights" in sentence
+    assert tokens(responses) == [token_ids for token_ids, _ in expected[0]]
+
+
+def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
+    """The same guided and plain requests in one call on servers, and in process."""
+    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+    chunks, grid = models.build(MODEL, models.parallel())
+    plain = requests(8, longest=40)
+    mixed = [Request(r.prompt, r.stream, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
+    in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
+    with sampler(chunks, grid, servers, guided=True) as built:
+        built.update_weights(3)
+        in_process.update_weights(3)
+        return built.generate(mixed, GREEDY), in_process.generate(mixed, GREEDY)
+
+
+def test_guided_responses_of_servers_are_those_in_process(ranks, servers):
+    [(on_servers, in_process)] = ranks.run(guided, servers.reach, world_size=1, timeout=TIMEOUT)
+    assert tokens(on_servers) == tokens(in_process)
+    assert [response.guided for response in on_servers] == [i % 2 == 1 for i in range(8)]
+
+
+def drawn_while_disturbed(
+    servers: Reach, process: int, sent: int, timeout_s: float
+) -> tuple[list[Response], list[Response], dict[str, float], dict[str, float]]:
+    """Sample responses twice, the second time with a signal to a server's process after the first tokens.
+
+    ``timeout_s`` is the patience of the second time only: a busy machine can be silent for as long without a signal.
+    """
+    chunks, grid = models.build(MODEL, models.parallel())
+    everything = requests(96, longest=30)
+    with sampler(chunks, grid, servers) as built:
+        built.update_weights(5)
+        undisturbed = built.generate(everything, DRAWN)
+        before = built.metrics()
+    with sampler(chunks, grid, servers, timeout_s=timeout_s) as built:
+        built.update_weights(5)
+        killer = threading.Timer(0.15, os.kill, (process, sent))
+        killer.start()
+        disturbed = built.generate(everything, DRAWN)
+        killer.join()
+        return undisturbed, disturbed, before, built.metrics()
+
+
+def counted(servers: Reach) -> tuple[float, int]:
+    """By how much the servers' count of tokens grows while they write, and how many tokens they wrote."""
+    chunks, grid = models.build(MODEL, models.parallel())
+    clients = [VllmServer(address, servers.token) for address in servers.addresses]
+    with sampler(chunks, grid, servers) as built:
+        built.update_weights(4)
+        before = sum(client.num_tokens() or 0 for client in clients)
+        responses = built.generate(requests(8), GREEDY)
+        grown = sum(client.num_tokens() or 0 for client in clients) - before
+    return grown, sum(map(len, tokens(responses)))
+
+
+def test_a_server_counts_the_tokens_that_tell_work_from_silence(ranks, servers):
+    [(grown, written)] = ranks.run(counted, servers.reach, world_size=1, timeout=TIMEOUT)
+    assert grown > written > 0
+
+
+def test_a_server_that_hangs_in_mid_batch_loses_no_request(ranks, servers):
+    process = servers.processes[0].process.pid
+    try:
+        [(undisturbed, disturbed, before, after)] = ranks.run(
+            drawn_while_disturbed, servers.reach, process, signal.SIGSTOP, 20.0, world_size=1, timeout=TIMEOUT
+        )
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert disturbed == undisturbed
+    assert before["rollout/requests_retried"] == 0 and before["rollout/servers_alive"] == 2
+    assert after["rollout/requests_retried"] > 0 and after["rollout/servers_alive"] == 1
+
+
+def test_without_the_token_nothing_but_health_is_answered(servers):
+    server = servers.processes[1].address
+    VllmServer(server).health()
+    for path in ("/weight_info", "/v1/models", "/get_world_size", "/metrics", "/docs"):
+        for headers in ({}, {"Authorization": f"Bearer {servers.reach.token[:-1]}"}):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(urllib.request.Request(server + path, headers=headers), timeout=60)
+            assert refused.value.code == 401, path
+    assert all(servers.reach.token not in one.log.read_text() for one in servers.processes)
+    assert all(servers.reach.token not in command for command in command_lines(servers.processes[1].process.pid))
+
+
+@pytest.mark.parametrize("more", [["--host", "0.0.0.0"], ["--", "--host=::"]])
+def test_another_interface_than_loopback_needs_a_token(servers, more):
+    environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    environment["PYTHONPATH"] = str(HERE.parents[2])
+    command = [os.environ["SELFDISTILL_VLLM_PYTHON"], "-m", "megatron_selfdistill.rollout.vllm.server.serve"]
+    command += [f"--hf-config={servers.reach.hf_config}", *more]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1].endswith("or use --host 127.0.0.1")
+
+
+def test_a_killed_server_loses_no_request_and_leaves_no_process(ranks, servers):
+    process = servers.processes[0].process
+    [(undisturbed, disturbed, _, after)] = ranks.run(
+        drawn_while_disturbed, servers.reach, process.pid, signal.SIGKILL, 60.0, world_size=1, timeout=TIMEOUT
+    )
+    assert process.wait(10) == -signal.SIGKILL
+    assert disturbed == undisturbed
+    assert after["rollout/requests_retried"] > 0 and after["rollout/servers_alive"] == 1
+    assert_session_ends(process.pid)
+
+
+def test_servers_that_a_run_starts_serve_it_and_end_with_it(servers, expected, tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1] / "support"), str(HERE.parents[2])]),
+    }
+    environment.pop(TOKEN_VARIABLE, None)
+    command = [sys.executable, str(HERE / "run_with_a_server.py"), str(tmp_path), str(servers.reach.hf_config)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            lines = [line for line in run.stdout if line.startswith(("server ", "tokens "))]
+            server = int(lines[0].split()[1])
+            assert re.findall(r"\d+", lines[1]) == [str(token) for token in expected[0][0][0]]
+        finally:
+            run.kill()
+    assert_session_ends(server)

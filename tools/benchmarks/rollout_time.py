@@ -1,0 +1,148 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Tokens per second of both samplers, plain and guided, and seconds and bytes of a weight sync, side by side.
+
+    python tools/benchmarks/rollout_time.py                                  in an environment with vLLM
+    torchrun --nproc-per-node 2 tools/benchmarks/rollout_time.py --tp 2 --engine-tp 2
+
+The same random Llama, the same prompts and the same number of new tokens for all; calls of the samplers take turns, so
+that whatever else the machine does hits all of them, and medians are compared.  Guided responses count once, though two
+contexts are read for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from wall_time import seconds_of
+
+from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    silence_known_warnings()
+    torch.set_num_threads(1)
+    from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.model.architecture import transformer_config
+    from megatron_selfdistill.model.build import build_chunks
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
+
+    cuts = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
+    grid = ranks.initialize(cuts, seed=0)
+    model = ModelConfig(
+        vocab_size=arguments.vocab,
+        num_layers=arguments.layers,
+        hidden_size=arguments.hidden,
+        num_attention_heads=arguments.hidden // 64,
+        max_position_embeddings=4096,
+        init_method_std=0.1,
+    )
+    precision = "bf16" if grid.device.type == "cuda" else "fp32"
+    config = transformer_config(model, cuts, OptimizerConfig(precision=precision), ScheduleConfig())
+    chunks = build_chunks(model, config, grid, arguments.vocab)
+    family, max_length = family_of_model(model), 2 * arguments.prompt + arguments.new_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        dtype = str(config.params_dtype).removeprefix("torch.")
+        (Path(folder) / "config.json").write_text(json.dumps(family.hf_config(model, dtype)))
+        engine = ColocatedSampler(
+            chunks,
+            grid,
+            Path(folder),
+            family.rules(model),
+            vocab_size=arguments.vocab,
+            max_length=max_length,
+            engine_tp=arguments.engine_tp,
+            guided=True,
+        )
+    samplers = {"megatron": MegatronSampler(chunks, grid, arguments.vocab, max_length), "vllm": engine}
+    for sampler in samplers.values():
+        sampler.update_weights(0)
+    found = _measure(samplers, arguments, grid.dp_rank)
+    syncs = [seconds_of(lambda: engine.update_weights(1)) for _ in range(arguments.repeats)]
+    num_bytes = engine.metrics()["rollout/sync_bytes"] / (arguments.repeats + 1)
+    engine.close()
+    if grid.is_reporter:
+        print(_table(found, statistics.median(syncs), num_bytes, arguments, grid.device))
+        if arguments.json:
+            numbers = {"arguments": vars(arguments), "seconds": found, "sync_seconds": syncs, "sync_bytes": num_bytes}
+            Path(arguments.json).write_text(json.dumps(numbers, indent=2))
+    ranks.shutdown()
+
+
+def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: int) -> dict[str, list[float]]:
+    """Seconds of each call, by sampler and kind."""
+    from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
+
+    params = SamplingParams(max_new_tokens=arguments.new_tokens)  # no stop token: all write as much
+    found: dict[str, list[float]] = {}
+    for repeat in range(arguments.repeats + 1):
+        for guided in (False, True):
+            rng = random.Random(f"{dp_rank}/{repeat}")  # new prompts each time: no cache of prefixes helps
+            requests = []
+            for number in range(arguments.batch):
+                prompt = [rng.randrange(arguments.vocab) for _ in range(arguments.prompt)]
+                hint = [rng.randrange(arguments.vocab) for _ in range(arguments.prompt)]
+                stream = stream_seed(repeat, dp_rank, "benchmark", number)
+                requests.append(Request(prompt, stream, prompt + hint if guided else None))
+            for name, sampler in samplers.items():
+                seconds = seconds_of(lambda s=sampler, r=requests: s.generate(r, params))  # type: ignore[misc]
+                if repeat:  # the first call warms up
+                    found.setdefault(f"{name}, guided" if guided else name, []).append(seconds)
+    return found
+
+
+def _table(
+    found: dict[str, list[float]], sync: float, num_bytes: float, arguments: argparse.Namespace, device: torch.device
+) -> str:
+    tokens = arguments.batch * arguments.new_tokens
+    speeds = {name: tokens / statistics.median(seconds) for name, seconds in found.items()}
+    lines = [
+        f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}; {arguments.batch} prompts of "
+        f"{arguments.prompt} tokens, {arguments.new_tokens} new tokens; TP {arguments.tp} x PP {arguments.pp}, "
+        f"engines of {arguments.engine_tp}; {device.type}",
+        "",
+        "| sampler | tokens/s per replica | to its plain speed | to megatron |",
+        "|---|---|---|---|",
+    ]
+    for name, speed in speeds.items():
+        plain, same_kind = speeds[name.split(",")[0]], speeds[name.replace("vllm", "megatron")]
+        lines.append(f"| {name} | {speed:.0f} | {speed / plain:.2f} | {speed / same_kind:.2f} |")
+    lines.append(f"\nweight sync: {sync:.3f} s for {num_bytes / 2**20:.1f} MiB ({num_bytes / sync / 2**30:.2f} GiB/s)")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {
+        "batch": 64,
+        "prompt": 64,
+        "new-tokens": 64,
+        "layers": 4,
+        "hidden": 256,
+        "vocab": 8192,
+        "tp": 1,
+        "pp": 1,
+        "engine-tp": 1,
+        "repeats": 5,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser.add_argument("--json", help="also write every measured time to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

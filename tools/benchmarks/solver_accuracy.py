@@ -1,0 +1,278 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Print how accurately the sharded loss solves for beta, per class of distributions, as a Markdown table.
+
+    python tools/benchmarks/solver_accuracy.py [--vocab-size 8192] [--tokens 24] [--seed 0] [--strict]
+
+Every class is compared with float64 on the same logits.  ``--strict`` takes the target without a bound on k
+instead of the one with k <= 1 + w.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
+
+Pair = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=24, help="tokens per class")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strict", action="store_true", help="no bound on k")
+    arguments = parser.parse_args()
+    target = Target(k_max=None) if arguments.strict else Target()
+    columns = "class, beta (1+w), matched, capped, beyond, undetermined, unconverged, H(q)-H(p), sum q-1, reverse KL"
+    print(f"| {columns.replace(', ', ' | ')} |")
+    print("|---" * 10 + "|")
+    for name in DISTRIBUTIONS:
+        student, teacher = draw(name, arguments.tokens, arguments.vocab_size, arguments.seed)
+        print(markdown_row(name, measure(student, teacher, target), target))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of the rows of one class, [T] float64; the errors are against float64.
+
+    mismatch: |H(q) - H(p)| at the beta found, 0 where no match was asked for; normalisation: |sum of q - 1|;
+    reverse_kl: error of the reported KL(p || q).
+    """
+
+    beta: Tensor
+    status: Tensor
+    mismatch: Tensor
+    normalisation: Tensor
+    reverse_kl: Tensor
+
+
+def measure(student: Tensor, teacher: Tensor, target: Target) -> Accuracy:
+    """Run the loss on [T, V] logits as they are and compare with float64."""
+    num_tokens, vocab_size = student.shape
+    vocab = VocabShard(0, vocab_size, vocab_size)
+    tokens = torch.zeros(num_tokens, dtype=torch.int64)
+    # The normaliser in use is read off one column: its log q, as reported, against the logits in float64.
+    tokens += (student.double() + target.teacher_weight * teacher.double()).argmax(1)
+    stats = distillation_loss(student, teacher, tokens, target=target, divergence=Divergence(), vocab=vocab)
+    mix, beta = student.double() + target.teacher_weight * teacher.double(), stats.beta.double()
+    log_p, log_q = student.double().log_softmax(-1), (beta[:, None] * mix).log_softmax(-1)
+    mismatch = (_entropy(log_q) - _entropy(log_p)).abs()
+    reference = mixed_target(student.double(), teacher.double(), target)
+    asked = reference.status == Status.MATCHED
+    used = stats.target_log_prob.double() - log_q.gather(1, tokens[:, None]).squeeze(1)
+    kept = torch.isfinite(log_p) & torch.isfinite(log_q)
+    reverse = torch.where(kept, log_p.exp() * (log_p - log_q), 0.0).sum(1)
+    return Accuracy(
+        beta=beta,
+        status=stats.status,
+        mismatch=torch.where(asked, mismatch, 0.0),
+        normalisation=torch.expm1(used).abs(),
+        reverse_kl=(stats.reverse_kl.double() - reverse).abs(),
+    )
+
+
+def markdown_row(name: str, accuracy: Accuracy, target: Target) -> str:
+    """One row of the table: the range of beta (1 + w), the share of each status, the largest errors."""
+    relative = accuracy.beta * target.geometric_k
+    ordered = (Status.MATCHED, Status.CAPPED, Status.OUT_OF_RANGE, Status.UNDETERMINED, Status.UNCONVERGED)
+    shares = " | ".join(f"{(accuracy.status == status).double().mean():.2f}" for status in ordered)
+    errors = " | ".join(f"{e.max():.1e}" for e in (accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl))
+    return f"| {name} | {relative.min():.3f} .. {relative.max():.3f} | {shares} | {errors} |"
+
+
+def draw(name: str, num_tokens: int, vocab_size: int, seed: int = 0) -> Pair:
+    """Student's and teacher's logits [num_tokens, vocab_size] of one class of DISTRIBUTIONS."""
+    generator = torch.Generator().manual_seed(seed * 1000 + list(DISTRIBUTIONS).index(name))
+    return DISTRIBUTIONS[name](num_tokens, vocab_size, generator)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -torch.where(torch.isfinite(log_probs), log_probs.exp() * log_probs, 0.0).sum(-1)
+
+
+def _normal(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(num_tokens, vocab_size, generator=generator)
+
+
+def _llm(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """A broad bulk and a few tall columns, higher in some rows: entropies from 0.01 to several nats."""
+    logits = 2.2 * _normal(num_tokens, vocab_size, generator)
+    heads = torch.randint(vocab_size, (num_tokens, 12), generator=generator)
+    height = 8 + 8 * torch.rand(num_tokens, 1, generator=generator)
+    return logits.scatter(1, heads, height + 2 * torch.randn(num_tokens, 12, generator=generator))
+
+
+def _llm_pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student = _llm(num_tokens, vocab_size, generator)
+    return student, student + 0.8 * _normal(num_tokens, vocab_size, generator)
+
+
+def _llm_bf16(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student, teacher = _llm_pair(num_tokens, vocab_size, generator)
+    return student.bfloat16(), teacher.bfloat16()
+
+
+def _large_offsets(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student, teacher = _llm_pair(num_tokens, vocab_size, generator)
+    return student + 400, teacher - 300
+
+
+def _zipf(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    ranks = torch.arange(1, vocab_size + 1, dtype=torch.float32).log()
+    exponents = 0.8 + torch.rand(num_tokens, 1, generator=generator)
+    student = -exponents * ranks
+    return student, student + 0.5 * _normal(num_tokens, vocab_size, generator)
+
+
+def _one_hot(gap: float) -> Callable[[int, int, torch.Generator], Pair]:
+    def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+        student = _normal(num_tokens, vocab_size, generator)
+        rise = torch.zeros(vocab_size)
+        rise[vocab_size // 3] = gap + torch.tensor(vocab_size / 4096).log()
+        noise = 0.5 * _normal(num_tokens, vocab_size, generator)
+        return student + rise, student + noise + rise
+
+    return pair
+
+
+def _flat(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    return 0.3 * _normal(num_tokens, vocab_size, generator), 0.5 * _normal(num_tokens, vocab_size, generator)
+
+
+def _peaked_student(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student = _llm(num_tokens, vocab_size, generator)
+    return student, 0.05 * _normal(num_tokens, vocab_size, generator)
+
+
+def _flat_student(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    teacher, student = _peaked_student(num_tokens, vocab_size, generator)
+    return student, teacher
+
+
+def _disagree(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    return _llm(num_tokens, vocab_size, generator), _llm(num_tokens, vocab_size, generator)
+
+
+def _swap(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    """The teacher exchanges the student's two best columns."""
+    student = _llm(num_tokens, vocab_size, generator)
+    best = student.topk(2, dim=1)
+    return student, student.scatter(1, best.indices, best.values.flip(1))
+
+
+def _ties(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    """Two columns tie at the top of the mix while the student is surer than log 2: no root."""
+    student, teacher = _one_hot(14.0)(num_tokens, vocab_size, generator)
+    best = student.argmax(1, keepdim=True)
+    other = (best + 1) % vocab_size
+    student = student.scatter(1, best, 20.0).scatter(1, other, 14.0)
+    return student, teacher.scatter(1, best, 12.0).scatter(1, other, 20.0)
+
+
+def _near_ties(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student, teacher = _ties(num_tokens, vocab_size, generator)
+    best = teacher.argmax(1, keepdim=True)
+    lift = 0.5 * torch.rand(num_tokens, 1, generator=generator)
+    return student, teacher.scatter_add(1, best, lift)
+
+
+def _masked(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student, teacher = _llm_pair(num_tokens, vocab_size, generator)
+    removed = torch.rand(vocab_size, generator=generator) < 0.5
+    return student.masked_fill(removed, -torch.inf), teacher.masked_fill(removed, -torch.inf)
+
+
+def _near(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student = _llm(num_tokens, vocab_size, generator)
+    return student, student + 1e-3 * _normal(num_tokens, vocab_size, generator)
+
+
+def _sharper_teacher(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student = _llm(num_tokens, vocab_size, generator)
+    return student, 1.5 * student
+
+
+def _tied_tops(num_tied: int) -> Callable[[int, int, torch.Generator], Pair]:
+    """Equal best columns of both over a bulk of sigma 0, 0.5 and 2: H(beta) has a plateau at log(num_tied)."""
+
+    def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+        sigma = torch.tensor([0.0, 0.5, 2.0]).repeat(num_tokens)[:num_tokens, None]
+        student, teacher = (sigma * _normal(num_tokens, vocab_size, generator) for _ in "st")
+        bulk = torch.tensor(vocab_size).log() + sigma**2 / 2
+        student[:, :num_tied] = bulk - 2 + 14 * torch.rand(num_tokens, 1, generator=generator)
+        teacher[:, :num_tied] = (bulk + 8) * torch.rand(num_tokens, 1, generator=generator)
+        return student, teacher
+
+    return pair
+
+
+def _smallest_plateau(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    student, teacher = torch.zeros(num_tokens, vocab_size), torch.zeros(num_tokens, vocab_size)
+    student[:, :2], teacher[:, :2] = 16.6, 7.0
+    return student, teacher
+
+
+def _forks(less_sure: float) -> Callable[[int, int, torch.Generator], Pair]:
+    """Two continuations nearly equally likely over a small tail: apart by 0.05 to 0.8, the teacher by as much."""
+
+    def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+        student = 2.2 * _normal(num_tokens, vocab_size, generator)
+        gap = torch.tensor([0.05, 0.1, 0.2, 0.8]).repeat(num_tokens)[:num_tokens, None]
+        height = 13 + 7 * torch.rand(num_tokens, 1, generator=generator)
+        student[:, :2] = height + gap * torch.randn(num_tokens, 2, generator=generator)
+        teacher = student + 0.8 * _normal(num_tokens, vocab_size, generator)
+        teacher[:, :2] = student[:, :2] - less_sure + gap * torch.randn(num_tokens, 2, generator=generator)
+        return student.bfloat16(), teacher.bfloat16()
+
+    return pair
+
+
+def _levels(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
+    """Columns of 0 but for one to three blocks of equal columns at random heights."""
+    student, teacher = torch.zeros(num_tokens, vocab_size), torch.zeros(num_tokens, vocab_size)
+    for row in range(num_tokens):
+        start = 0
+        for block in range(1 + row % 3):
+            share = torch.rand(3, generator=generator)
+            size = int(2 ** (6 * share[0])) if block else 1 + int(4 * share[0])
+            student[row, start : start + size], teacher[row, start : start + size] = 20 * share[1], 18 * share[2] - 4
+            start += size
+    return student, teacher
+
+
+DISTRIBUTIONS: dict[str, Callable[[int, int, torch.Generator], Pair]] = {
+    "language model": _llm_pair,
+    "language model, bf16": _llm_bf16,
+    "large offsets": _large_offsets,
+    "zipf": _zipf,
+    "one-hot, H ~ 1e-1": _one_hot(11.0),
+    "one-hot, H ~ 1e-4": _one_hot(20.0),
+    "one-hot, H < 1e-6": _one_hot(30.0),
+    "flat": _flat,
+    "peaked student, flat teacher": _peaked_student,
+    "flat student, peaked teacher": _flat_student,
+    "disagree": _disagree,
+    "teacher swaps the top two": _swap,
+    "ties": _ties,
+    "near-ties": _near_ties,
+    "masked": _masked,
+    "teacher ~ student": _near,
+    "teacher sharper": _sharper_teacher,
+    "two tied tops": _tied_tops(2),
+    "three tied tops": _tied_tops(3),
+    "two tied tops, smallest": _smallest_plateau,
+    "forks, bf16": _forks(0.0),
+    "forks, teacher 4 nats less sure, bf16": _forks(4.0),
+    "forks, teacher 6 nats less sure, bf16": _forks(6.0),
+    "levels": _levels,
+}
+
+
+if __name__ == "__main__":
+    main()

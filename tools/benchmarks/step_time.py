@@ -1,0 +1,355 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The price of self-distillation: a training step by parts, against next-token training on the same tokens.
+
+    python tools/benchmarks/step_time.py --layers 4 --hidden 256
+    torchrun --nproc-per-node 8 tools/benchmarks/step_time.py --tp 8 --layers 32 --hidden 4096 --vocab 128256 \\
+        --fused keep_gradient
+
+A random dense model; prompts, hints and responses of fixed lengths, the responses written by its own sampler.  Whole
+steps of self-distillation and of next-token training (the same student contexts packed for themselves, no teacher, no
+rollout) take turns with the two things that self-distillation cannot avoid: the student's step (next-token training on
+the very microbatches of self-distillation) and the teacher's forward (hidden states of its microbatches, and logits at
+their response positions).  Every ratio is the median over the rounds of the ratio within one round, so that whatever
+else the machine does hits both sides.  On a CPU the processor's time is compared, which other work stretches less.
+Steps in between are timed part by part, waiting for the device at each boundary, and give the shares.  No pipeline:
+parts of stages overlap.
+
+    output layer    the logits of teacher and student; with --fused low_memory those that backward makes again, too
+    loss            its passes over the logits, the one that writes their gradient included
+    backward        all other backward, the output layer's included, and what is in no other part
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_parts import PARTS, Clock, now, timed_parts, wait
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+
+NEXT_TOKEN, STUDENT_STEP = "next token", "student's step"
+TEACHER_FORWARD, DISTILLATION = "teacher's forward", "self-distillation"
+LABELS = {
+    NEXT_TOKEN: "next-token training, forward to optimizer",
+    STUDENT_STEP: "student's step: next-token training on the microbatches of self-distillation",
+    TEACHER_FORWARD: "teacher's forward",
+    DISTILLATION: "self-distillation, forward to optimizer",
+}
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    silence_known_warnings()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(arguments.threads)
+    from megatron_selfdistill.distributed import ranks
+
+    bench = _Bench.build(arguments)
+    rounds: list[dict[str, float]] = []
+    by_part: list[dict[str, float]] = []
+    for repeat in range(arguments.repeats + 1):
+        bench.sync()
+        responses = bench.rollout()
+        batch, alone = bench.packed(responses), bench.packed(responses, paired=False)
+        contenders: dict[str, Callable[[], Any]] = {
+            NEXT_TOKEN: lambda b=alone: bench.train(b, distil=False),  # type: ignore[misc]
+            STUDENT_STEP: lambda b=batch: bench.train(b, distil=False),  # type: ignore[misc]
+            TEACHER_FORWARD: lambda b=batch: bench.teacher_forward(b),  # type: ignore[misc]
+            DISTILLATION: lambda b=batch: bench.train(b),  # type: ignore[misc]
+        }
+        num_microbatches = {
+            NEXT_TOKEN: len(alone.student),
+            STUDENT_STEP: len(batch.student),
+            TEACHER_FORWARD: len(batch.teacher),
+            DISTILLATION: len(batch.teacher + batch.student),
+        }
+        names = list(contenders)[:: 1 if repeat % 2 else -1]  # no contender always comes after the same one
+        seconds = {name: _seconds(contenders[name]) for name in names}
+        parts = bench.by_part()
+        if repeat:  # the first round warms up
+            rounds.append(seconds)
+            by_part.append(parts)
+    bench.close()
+    if bench.grid.is_reporter:
+        print(_table(rounds, by_part, num_microbatches, bench, arguments))
+        if arguments.json:
+            numbers = {"arguments": vars(arguments), "where": _where(), "seconds": rounds, "parts": by_part}
+            numbers["num_microbatches"] = num_microbatches
+            Path(arguments.json).write_text(json.dumps(numbers, indent=2))
+    ranks.shutdown()
+
+
+@dataclass
+class _Bench:
+    """A model, its teacher, its optimizer and its sampler, and one batch of random problems."""
+
+    grid: Any
+    chunks: list[Any]
+    teacher: Any
+    optimizer: Any
+    sampler: Any
+    vocab: Any
+    row_loss: Any
+    arguments: argparse.Namespace
+    problems: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    step: int = 0
+
+    @classmethod
+    def build(cls, arguments: argparse.Namespace) -> _Bench:
+        from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+        from megatron_selfdistill.distributed import ranks
+        from megatron_selfdistill.loss.divergence import Divergence
+        from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+        from megatron_selfdistill.loss.target import Target
+        from megatron_selfdistill.model.architecture import transformer_config
+        from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+        from megatron_selfdistill.model.output_layer import Fusion
+        from megatron_selfdistill.pipeline import schedule
+        from megatron_selfdistill.teacher import Teacher
+
+        cuts = ParallelConfig(
+            tensor_model_parallel_size=arguments.tp, sequence_parallel=arguments.tp > 1 and arguments.sp
+        )
+        grid = ranks.initialize(cuts, seed=0)
+        length = arguments.prompt + arguments.hint + arguments.response
+        model = ModelConfig(
+            vocab_size=arguments.vocab,
+            num_layers=arguments.layers,
+            hidden_size=arguments.hidden,
+            num_attention_heads=arguments.hidden // arguments.head_size,
+            max_position_embeddings=length,
+        )
+        optimizer = OptimizerConfig(precision="bf16" if grid.device.type == "cuda" else "fp32")
+        config = transformer_config(model, cuts, optimizer, ScheduleConfig())
+        chunks = wrap_for_training(build_chunks(model, config, grid, arguments.vocab), optimizer)
+        fusion = None if arguments.fused == "none" else Fusion(arguments.fused, arguments.chunk)
+        rng = random.Random(grid.dp_rank)
+        bench = cls(
+            grid=grid,
+            chunks=chunks,
+            teacher=Teacher("frozen", chunks, lambda: build_chunks(model, config, grid, arguments.vocab)),
+            optimizer=build_optimizer(chunks, optimizer, num_steps=1000)[0],
+            sampler=_sampler(arguments, model, chunks, grid, str(config.params_dtype), length),
+            vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group),
+            row_loss=schedule.self_distillation(Target(), Divergence(), fusion=fusion),
+            arguments=arguments,
+        )
+        for _ in range(arguments.problems):
+            sizes = arguments.prompt, arguments.hint
+            bench.problems.append(tuple([rng.randrange(arguments.vocab) for _ in range(n)] for n in sizes))  # type: ignore[arg-type]
+        return bench
+
+    def sync(self) -> None:
+        """Send the present weights to the sampler."""
+        self.step += 1
+        self.sampler.update_weights(self.step)
+
+    def rollout(self) -> list[Any]:
+        """A response to every problem, each of the same length, by the weights of the last `sync`: there is no stop
+        token."""
+        from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
+
+        requests = [
+            Request(prompt, stream_seed(0, self.step, str(number), 0))
+            for number, (prompt, _) in enumerate(self.problems)
+        ]
+        responses = self.sampler.generate(requests, SamplingParams(max_new_tokens=self.arguments.response))
+        self.sampler.sleep()
+        return responses
+
+    def packed(self, responses: list[Any], paired: bool = True) -> Any:
+        """Both contexts of every response; the hint stands before the problem.  Not ``paired``: the student's rows hold
+        as many contexts as fit, not as many as fit with their hints."""
+        from megatron_selfdistill.data.contexts import ContextPair
+        from megatron_selfdistill.data.packing import pack
+
+        contexts = [
+            ContextPair(str(i), prompt, hint + prompt, response.token_ids, False)
+            for i, ((prompt, hint), response) in enumerate(zip(self.problems, responses, strict=True))
+        ]
+        return pack(contexts, max_tokens=self.arguments.tokens, cp_size=1, tp_size=self.arguments.tp, paired=paired)
+
+    def train(self, batch: Any, distil: bool = True, clock: Clock | None = None) -> None:
+        """Forward, backward and the optimizer's step."""
+        from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
+        from megatron_selfdistill.pipeline import schedule
+
+        clock = clock or Clock()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        row_loss = self.row_loss if distil else schedule.next_token
+        schedule.run(
+            self.chunks,
+            self.teacher.chunks if distil else None,
+            batch,
+            row_loss,
+            self.grid,
+            self.vocab,
+            pair_order="alternating",
+        )
+        with clock("optimizer"):
+            apply_gradients(self.optimizer, gradient_norm(self.optimizer))
+
+    @torch.no_grad()
+    def teacher_forward(self, batch: Any) -> None:
+        """Run the teacher's microbatches alone, up to its logits at the response positions."""
+        from megatron_selfdistill.model.build import unwrapped
+        from megatron_selfdistill.model.forward import hidden_states, inputs_of, project, rows_at
+
+        (chunk,) = self.teacher.chunks
+        for microbatch in batch.teacher:
+            hidden = hidden_states(chunk, inputs_of(microbatch, self.grid), self.grid)
+            rows = microbatch.response_rows.to(self.grid.device)
+            project(unwrapped(chunk), rows_at(hidden, rows, self.grid))
+
+    def by_part(self) -> dict[str, float]:
+        """Seconds of each of `PARTS` in one step of self-distillation."""
+        clock = Clock(on=True)
+        with clock("weight sync"):
+            self.sync()
+        with clock("rollout"):
+            responses = self.rollout()
+        batch = self.packed(responses)
+        with timed_parts(clock), clock("backward"):
+            self.train(batch, clock=clock)
+        return {name: clock.seconds[name] for name in PARTS}
+
+    def close(self) -> None:
+        self.sampler.close()
+
+
+def _sampler(
+    arguments: argparse.Namespace, model: Any, chunks: list[Any], grid: Any, dtype: str, max_length: int
+) -> Any:
+    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+    if arguments.engine == "megatron":
+        return MegatronSampler(chunks, grid, arguments.vocab, max_length)
+    import tempfile
+
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
+
+    family = family_of_model(model)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(family.hf_config(model, dtype.removeprefix("torch."))))
+        return ColocatedSampler(
+            chunks,
+            grid,
+            Path(folder),
+            family.rules(model),
+            vocab_size=arguments.vocab,
+            max_length=max_length,
+            engine_tp=arguments.tp,
+        )
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    wait()
+    began = now()
+    work()
+    wait()
+    return now() - began
+
+
+def _where() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+
+
+def _table(
+    rounds: list[dict[str, float]],
+    by_part: list[dict[str, float]],
+    num_microbatches: dict[str, int],
+    bench: _Bench,
+    arguments: argparse.Namespace,
+) -> str:
+    def median(name: str) -> float:
+        return statistics.median(found[name] for found in rounds)
+
+    def median_ratio(these: list[str], those: list[str], beside: float = 0.0) -> float:
+        """Return the median over the rounds of (the sum of ``these`` + ``beside``) / the sum of ``those``."""
+        return statistics.median(
+            (sum(found[name] for name in these) + beside) / sum(found[name] for name in those) for found in rounds
+        )
+
+    parts = {name: statistics.median(found[name] for found in by_part) for name in PARTS}
+    beside = parts["rollout"] + parts["weight sync"]
+    overhead = median_ratio([DISTILLATION], [STUDENT_STEP, TEACHER_FORWARD])
+    tokens = arguments.problems * arguments.response * bench.grid.dp_size
+    unit = "seconds" if torch.cuda.is_available() else "CPU seconds"
+    lines = [
+        f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, "
+        f"{bench.optimizer.config.params_dtype}; "
+        f"{arguments.problems} problems of {arguments.prompt} tokens, hints of {arguments.hint}, responses of "
+        f"{arguments.response}; TP {arguments.tp} x DP {bench.grid.dp_size}; sampler {arguments.engine}; "
+        f"{_output_layer(arguments)}; "
+        f"torch {torch.__version__}, {_where()}",
+        "",
+        f"| | microbatches | {unit} (median) | to next-token training |",
+        "|---|---|---|---|",
+        *(
+            f"| {LABELS[name]} | {count} | {median(name):.3f} | {median_ratio([name], [NEXT_TOKEN]):.2f} |"
+            for name, count in num_microbatches.items()
+        ),
+        f"| self-distillation, whole step | {num_microbatches[DISTILLATION]} | {median(DISTILLATION) + beside:.3f} "
+        f"| {median_ratio([DISTILLATION], [NEXT_TOKEN], beside):.2f} |",
+        "",
+        f"Self-distillation takes {overhead:.3f} of the student's step and the teacher's forward together.",
+        "",
+        f"| part | {unit} | share | response tokens/s |",
+        "|---|---|---|---|",
+    ]
+    total = sum(parts.values())
+    for name, seconds in parts.items():
+        speed = f"{tokens / seconds:.0f}" if seconds > 1e-4 else "-"  # the sampler in process has the weights already
+        lines.append(f"| {name} | {seconds:.4f} | {seconds / total:.1%} | {speed} |")
+    return "\n".join(lines)
+
+
+def _output_layer(arguments: argparse.Namespace) -> str:
+    if arguments.fused == "none":
+        return "output layer materialised"
+    return f"output layer fused, {arguments.fused}, chunks of {arguments.chunk}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {
+        "problems": 8,
+        "prompt": 64,
+        "hint": 64,
+        "response": 128,
+        "tokens": 1024,
+        "layers": 4,
+        "hidden": 256,
+        "head-size": 64,
+        "vocab": 8192,
+        "tp": 1,
+        "chunk": 4096,
+        "repeats": 5,
+        "threads": 1,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser.add_argument("--sp", action="store_true", help="sequence parallelism")
+    parser.add_argument("--engine", choices=("megatron", "vllm"), default="megatron", help="who writes the responses")
+    modes = ("none", "keep_gradient", "low_memory")
+    parser.add_argument("--fused", choices=modes, default="none", help="the output layer with the loss (loss.fused)")
+    parser.add_argument("--json", help="also write every measured time to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
