@@ -9,4 +9,4 @@ class CheckpointError(Exception):
 
 
 class EngineError(Exception):
-    """A rollout engine that failed; the message is one sentence.  No response of a step in which it is raised is used."""
+    """A rollout engine that failed; the message is one sentence, and no response of the failed step is used."""

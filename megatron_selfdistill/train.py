@@ -35,9 +35,9 @@ EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
 @stop.listening()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 for a run that is complete or that stopped when asked (distributed/stop.py),
+    """Run the command line; return the exit status: 0 for a run that is complete or that stopped when asked (stop.py),
     2 for bad input, 3 where a guard stopped the run, 4 where responses could not be had, 130 for Ctrl-C outside of a
-    run or pressed twice.  A run that hangs exits with 5 (distributed/watchdog.py)."""
+    run or pressed twice.  A run that hangs exits with 5 (watchdog.py)."""
     ranks = RollCall()
     try:
         return _command(command_line.parse(argv), ranks)

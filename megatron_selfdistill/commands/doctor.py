@@ -111,7 +111,7 @@ def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
     """The report, of rank 0 and of every rank that has failures, then the self-test; 1 on all ranks where any fails.
 
     ``deadline``: of all of it, by the monotonic clock."""
-    importlib.import_module("megatron_selfdistill.selftest").set_environment()
+    importlib.import_module("megatron_selfdistill.selftest.launch_environment").set_environment()
     rank = os.environ.get("RANK", "0")
     ranks = arguments.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     one_per_node = os.environ.get("LOCAL_RANK", "0") == "0"  # eight imports of the same files tell no more than one

@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_selfdistill import __version__
-from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import compose
 from megatron_selfdistill.config.console_line import COLUMNS
 from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.schema import Config, ConfigError
 
 _DESCRIPTION = """\
 Train a Megatron model on its own responses, toward what it would have said had it known the solution.
@@ -74,11 +74,11 @@ def keys(section: str = "") -> str:
 
     Raises: `ConfigError` for a section that is not there, with the nearest one.
     """
-    listed, lines = configuration.keys(), []
+    listed, lines = compose.keys(), []
     chosen = {key for key in listed if not section or key == section or key.startswith(f"{section}.")}
     if not chosen:
-        raise ConfigError(f"--keys {section}: {configuration.unknown_key(section)}")
-    options = configuration.groups()
+        raise ConfigError(f"--keys {section}: {compose.unknown_key(section)}")
+    options = compose.groups()
     for name, title in _sections():
         own = [key for key in listed if key in chosen and key.rpartition(".")[0] == name]
         if own:
@@ -120,9 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _more_help(folders: Sequence[Path]) -> str:
-    groups = "\n".join(
-        f"  {_choices(name, names)}" for name, names in configuration.groups().items() if name != "recipe"
-    )
+    groups = "\n".join(f"  {_choices(name, names)}" for name, names in compose.groups().items() if name != "recipe")
     listed = "\n".join(f"  {line}" for line in recipes(folders).splitlines())
     return "\n\n".join(
         [

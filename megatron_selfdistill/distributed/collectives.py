@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint.directory import CheckpointError
+from megatron_selfdistill.errors import CheckpointError
 
 T = TypeVar("T")
 

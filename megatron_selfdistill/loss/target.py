@@ -240,7 +240,7 @@ def solve_batch_k(
     ``TokenStats.grid_entropies``; betas rise.  The mean entropy of the mix is known at these betas alone.  Between them
     the logit-entropy log H - log(1 - H / max_entropy) is interpolated over log beta by a monotone cubic (Fritsch and
     Carlson 1980).  The mean entropy at k is therefore exact at grid points and elsewhere as good as that curve: on the
-    classes of ``tools/benchmarks/solver_accuracy.py`` within 0.02 nats where student and teacher are alike, and within 0.25 nats
+    classes of ``solver_accuracy.py`` within 0.02 nats where student and teacher are alike, and within 0.25 nats
     where all tokens melt from a few columns into the bulk, or settle on a plateau, in one cell of the grid.  The rule
     uses k for the tokens of the next step, which differ by more.
     ``max_entropy``: log of the number of valid columns; without it the scale is log H.  Beyond the grid, k is that of

@@ -3,8 +3,8 @@
 
 A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` hands a zero gradient back, so that the
 schedule's sends and receives match.  On the last stage it leaves its final hidden states at response positions in a
-`TeacherHiddenStates`; when the student's microbatch arrives, both are projected there and the loss is taken, in one piece where
-the output layer is fused with the loss (model/output_layer.py).
+`TeacherHiddenStates`; when the student's microbatch arrives, both are projected there and the loss is taken, in one
+piece where the output layer is fused with the loss (model/output_layer.py).
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def self_distillation(
     *,
     fusion: Fusion | None = None,
 ) -> RowLoss | FusedLoss:
-    """The distillation loss with this target and divergence: of logits (loss/sharded/vocab_parallel.py) or, with ``fusion``, of
-    hidden states (loss/sharded/fused_linear.py).  ``backend``: as for `distillation_loss`."""
+    """The distillation loss with this target and divergence: of logits (vocab_parallel.py) or, with ``fusion``, of
+    hidden states (fused_linear.py).  ``backend``: as for `distillation_loss`."""
     if fusion is not None:
         return FusedLoss(target, divergence, fusion, backend)
 

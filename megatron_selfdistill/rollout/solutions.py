@@ -28,7 +28,7 @@ Generate = Callable[[list[Request]], list[Response]]
 """What a sampler does with this replica's requests; a collective of the world."""
 
 Score = Callable[[Sequence[tuple[Problem, Response]]], Sequence[float]]
-"""How learnable each of this replica's responses is (pipeline/score.py), more being better; a collective of the world."""
+"""How learnable each of this replica's responses is (score.py), more being better; a collective of the world."""
 
 
 @dataclass(frozen=True)

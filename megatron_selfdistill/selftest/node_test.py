@@ -23,7 +23,7 @@ from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
-from megatron_selfdistill.selftest import set_environment
+from megatron_selfdistill.selftest.launch_environment import set_environment
 from megatron_selfdistill.selftest.layer_kinds import layers_against_local
 from megatron_selfdistill.selftest.meeting import LIMIT_S, Meeting
 from megatron_selfdistill.selftest.outcome import HEADER, Outcome, lines

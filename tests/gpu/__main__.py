@@ -6,9 +6,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "support"), str(Path(__file__).resolve().parents[2])]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = map(str, (TESTS / "support", TESTS.parent))
 
-from gpu.command import main  # noqa: E402
+from tests.gpu.command import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

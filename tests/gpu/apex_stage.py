@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stage: NVIDIA apex's kernel that adds weight gradients to main_grad, built from its three sources, in training steps.
 
-python -m gpu.apex_stage [SOURCES]       apex's repository; default: the environment's APEX_SOURCE
+python -m tests.gpu.apex_stage [SOURCES]       apex's repository; default: the environment's APEX_SOURCE
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu import cases
-from gpu.results import held
 
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from tests.gpu import cases
+from tests.gpu.results import held
 
 MODULE = "fused_weight_gradient_mlp_cuda"
 SOURCES = (
@@ -39,7 +39,7 @@ def main(source: str | None) -> int:
                     held(name, lambda: Outcome(not_done=why))
             return 0 if why else 1
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, os.environ["PYTHONPATH"]])}
-        command = [sys.executable, "-m", "gpu.layout_stage", "apex", "staged", "--seconds", "60"]
+        command = [sys.executable, "-m", "tests.gpu.layout_stage", "apex", "staged", "--seconds", "60"]
         return subprocess.run(command, env=environment).returncode
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The training steps that are compared: each layout on the device with one rank on a CPU, by tests/support/layouts.py."""
+"""The training steps that are compared: each layout on the device with one rank on a CPU, by support/layouts.py."""
 
 from __future__ import annotations
 

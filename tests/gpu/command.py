@@ -25,8 +25,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import hidden_gpus
-from gpu import runner, stages
-from gpu.results import FAILED, SKIPPED, Result
+
+from tests.gpu import runner, stages
+from tests.gpu.results import FAILED, SKIPPED, Result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stages on eight GPUs: a rank that stops, and an 8B model with random weights that samples from vLLM.
 
-python -m gpu.eight_stage hang
-python -m gpu.eight_stage colocated
-python -m gpu.eight_stage servers [PYTHON WITH VLLM]
-python -m gpu.eight_stage fp8
+python -m tests.gpu.eight_stage hang
+python -m tests.gpu.eight_stage colocated
+python -m tests.gpu.eight_stage servers [PYTHON WITH VLLM]
+python -m tests.gpu.eight_stage fp8
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import tiny_run
-from gpu.results import held
-from gpu.runner import REPOSITORY
 
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from tests.gpu.results import held
+from tests.gpu.runner import REPOSITORY
 
 NUM_STEPS = 3
 HANG_MINUTES = 0.25
@@ -52,7 +52,7 @@ def launched(
     script: list[str], num_ranks: int, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """Run torchrun on this node; keep its output, and print it where it ends with another status than 0."""
-    paths = [str(REPOSITORY / "tests"), str(REPOSITORY), str(REPOSITORY / "examples")]
+    paths = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY), str(REPOSITORY / "examples")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *script]
     done = subprocess.run(
         command,

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stage: a bucket of weights through a CUDA IPC handle to a second process, in both directions.
 
-    python -m gpu.ipc_stage
+    python -m tests.gpu.ipc_stage
 
-tests/unit/rollout/test_ipc.py, where it is there, is this project's own transfer; torch's handles are tried in any case.
+unit/rollout/test_ipc.py, where it is there, is this project's own transfer; torch's handles are tried in any case.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from gpu.results import held
-from gpu.runner import REPOSITORY
 
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from tests.gpu.results import held
+from tests.gpu.runner import REPOSITORY
 
 OWN_TESTS = REPOSITORY / "tests" / "rollout" / "test_ipc.py"
 BUCKET_BYTES = 2**26

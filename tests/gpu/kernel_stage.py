@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Stage: the claims of tests/unit/loss/kernel_claims.py, spread over processes, and some of them under compute-sanitizer.
+"""Stage: the claims of unit/loss/kernel_claims.py, spread over processes, and some of them under compute-sanitizer.
 
-    python -m gpu.kernel_stage claims [CLAIM ...]        all claims, or these, in this machine's way (see below)
-    python -m gpu.kernel_stage sanitizer
+    python -m tests.gpu.kernel_stage claims [CLAIM ...]        all claims, or these, in this machine's way (see below)
+    python -m tests.gpu.kernel_stage sanitizer
 
 On a GPU the kernels are compiled, one process per core up to twelve; on a CPU Triton's interpreter runs them.
 """
@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import hidden_gpus
-from gpu.results import held
-from gpu.runner import REPOSITORY
 
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from tests.gpu.results import held
+from tests.gpu.runner import REPOSITORY
 
 CLAIMS = REPOSITORY / "tests" / "loss" / "kernel_claims.py"
 ON_GPU = os.environ.get(hidden_gpus.VARIABLE) != ""

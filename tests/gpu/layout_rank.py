@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """One rank of gpu/layout_stage.py: runs cases one after the other and writes what it holds of each.
 
-    python -m gpu.layout_rank GROUP BACKEND RANK WORLD_SIZE FOLDER NAME ...
+    python -m tests.gpu.layout_rank GROUP BACKEND RANK WORLD_SIZE FOLDER NAME ...
 
 BACKEND is staged or nccl on GPUs, and staged or gloo on a CPU.  The name "reference/NAME" means that case's reference.
 """
@@ -33,7 +33,8 @@ def main(group: str, backend: str, rank: int, world_size: int, folder: Path, nam
     }
     torch.set_num_threads(1)
     import layouts
-    from gpu import cases, staged
+
+    from tests.gpu import cases, staged
 
     assert staged.NAME.upper() in dist.Backend._plugins
     if on_gpu:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stage: training steps in layouts on the device, each against one CPU rank.
 
-python -m gpu.layout_stage GROUP BACKEND [--seconds S] [--names NAME ...]
+python -m tests.gpu.layout_stage GROUP BACKEND [--seconds S] [--names NAME ...]
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import layouts
 import torch
-from gpu import cases
-from gpu.layout_rank import file_name
-from gpu.results import held
 
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from tests.gpu import cases
+from tests.gpu.layout_rank import file_name
+from tests.gpu.results import held
 
 # float32 sums in another order; other devices' exponentials differ in their last bits.
 BOUND = 1e-4 if os.environ.get("CUDA_VISIBLE_DEVICES") != "" else 1e-5
@@ -84,7 +84,7 @@ def start(
         command = [
             sys.executable,
             "-m",
-            "gpu.layout_rank",
+            "tests.gpu.layout_rank",
             group,
             backend,
             str(rank),

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stage: versions, the speed of a copy and of a bf16 product, and a warm torch.compile for the stages that follow.
 
-python -m gpu.roofline
+python -m tests.gpu.roofline
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from gpu.results import held
 
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
+from tests.gpu.results import held
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

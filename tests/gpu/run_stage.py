@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stage: whole runs on one device, each against another run or against whole forward passes, and memory by the plan.
 
-python -m gpu.run_stage
+python -m tests.gpu.run_stage
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 import rank_worker  # noqa: E402
 import tiny_run  # noqa: E402
 import torch  # noqa: E402
-from gpu.results import held  # noqa: E402
 
-from megatron_selfdistill.selftest import set_environment  # noqa: E402
+from megatron_selfdistill.selftest.launch_environment import set_environment  # noqa: E402
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest  # noqa: E402
 from megatron_selfdistill.selftest.resume import deterministic  # noqa: E402
+from tests.gpu.results import held  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -174,7 +174,7 @@ def planned_memory(folder: Path) -> Outcome:
 
     run_dir = folder / "planned"
     arguments = [a for a in tiny_run.overrides(folder, run_dir, *PLANNED) if a != "optimizer=fp32"]
-    code = f"import sys; from gpu.run_stage import print_plan; print_plan({arguments!r})"
+    code = f"import sys; from tests.gpu.run_stage import print_plan; print_plan({arguments!r})"
     planned = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if planned.returncode:
         raise RuntimeError(f"the dry run failed: {planned.stderr[-300:]}")

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from gpu import results
-from gpu.results import FAILED, Result
+
+from tests.gpu import results
+from tests.gpu.results import FAILED, Result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

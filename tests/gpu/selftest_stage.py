@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stage: the node's own self-test, ``tools/doctor.py --selftest``, with its checks as results.
 
-python -m gpu.selftest_stage [--ranks N] [--sampler megatron|vllm] --seconds S
+python -m tests.gpu.selftest_stage [--ranks N] [--sampler megatron|vllm] --seconds S
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import os
 import subprocess
 import sys
 
-from gpu.results import report
-from gpu.runner import REPOSITORY
-
 from megatron_selfdistill.selftest import node_test
 from megatron_selfdistill.selftest.outcome import Outcome
+from tests.gpu.results import report
+from tests.gpu.runner import REPOSITORY
 
 
 def main() -> int:
@@ -26,7 +25,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.ranks > 1 and "RANK" not in os.environ:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
-        return subprocess.run([*launcher, "-m", "gpu.selftest_stage", *sys.argv[1:]], cwd=REPOSITORY).returncode
+        return subprocess.run([*launcher, "-m", "tests.gpu.selftest_stage", *sys.argv[1:]], cwd=REPOSITORY).returncode
     prefix = "self-test" if options.ranks == 1 else f"self-test of {options.ranks} ranks"
 
     class Table(node_test._Table):

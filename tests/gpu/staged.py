@@ -4,7 +4,7 @@
 NCCL refuses two ranks on one GPU.  With this backend, TP, PP, VPP, CP, EP and DP run on one: models, kernels and
 streams are those of a GPU, and NCCL alone is replaced.  CPU tensors take the same way through copies.
 
-    import gpu.staged
+    import tests.gpu.staged
     dist.init_process_group("staged", store=..., rank=..., world_size=...)
 
 As with NCCL, a call starts when the work of the current stream is done, and its result is there for the stream on which

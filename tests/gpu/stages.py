@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gpu import cases
-from gpu.runner import Stage
+from tests.gpu import cases
+from tests.gpu.runner import Stage
 
 SELF_TEST = (
     "identity law",
@@ -58,7 +58,7 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     apex = [str(options.apex_source)] if options.apex_source else []
 
     def stage(name: str, module: str, *arguments: str, limit_s: float, checks: list[str]) -> Stage:
-        command = [sys.executable, "-m", f"gpu.{module}", *arguments]
+        command = [sys.executable, "-m", f"tests.gpu.{module}", *arguments]
         return Stage(name, command, slower * limit_s, checks, environment)
 
     return [
@@ -110,7 +110,7 @@ def _eight(options: argparse.Namespace) -> list[Stage]:
     python = [options.vllm_python] if options.vllm_python else []
 
     def stage(name: str, module: str, *arguments: str, limit_s: float, checks: list[str]) -> Stage:
-        return Stage(name, [sys.executable, "-m", f"gpu.{module}", *arguments], limit_s, checks)
+        return Stage(name, [sys.executable, "-m", f"tests.gpu.{module}", *arguments], limit_s, checks)
 
     return [
         stage(

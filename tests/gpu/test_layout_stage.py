@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import cases, command, layout_stage, stages
-from gpu.layout_rank import file_name
+
+from tests.gpu import cases, command, layout_stage, stages
+from tests.gpu.layout_rank import file_name
 
 SHAPE = (4, 3)
 GRADIENT = torch.arange(12.0).view(SHAPE) + 1

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from gpu.results import FAILED, OK, SKIPPED, Result, results_of
-from gpu.runner import Stage, run_stages, table
 
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from tests.gpu.results import FAILED, OK, SKIPPED, Result, results_of
+from tests.gpu.runner import Stage, run_stages, table
 
 REPORT = """
 import sys
-from gpu.results import report
+from tests.gpu.results import report
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 report(sys.argv[1], Outcome((Figure("a figure", float(sys.argv[2]), 1.0),)))
 """
@@ -98,19 +98,19 @@ def test_the_table_names_the_row_the_figure_the_bound_and_where_it_ran():
 def test_the_command_ends_with_1_where_a_check_failed(tmp_path, value, status):
     root = Path(__file__).resolve().parents[2]
     code = (
-        "import sys; from gpu import command, stages; from gpu.runner import Stage\n"
+        "import sys; from tests.gpu import command, stages; from gpu.runner import Stage\n"
         f"one = Stage('one', [sys.executable, '-c', {REPORT!r}, 'one', {value!r}], 60.0, ('one',))\n"
         "stages.chosen = lambda arguments: [one]\n"
         f"sys.exit(command.main(['--device', 'cpu', '--record', {str(tmp_path / 'out.jsonl')!r}]))"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "tests"), str(root)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "tests" / "support"), str(root)])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == status, done.stdout + done.stderr
     assert '"check": "one"' in (tmp_path / "out.jsonl").read_text()
 
 
 def test_the_stages_of_one_gpu_take_nine_minutes_at_most_and_name_every_check_once():
-    from gpu import command, stages
+    from tests.gpu import command, stages
 
     for arguments in (["--device", "cuda"], ["--device", "cpu"]):
         chosen = stages.chosen(command.parsed(arguments))

@@ -177,7 +177,7 @@ COLLECTIVES: dict[str, Callable[[Any], list[Tensor]]] = {
 
 
 def both() -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    from gpu import staged
+    from tests.gpu import staged
 
     group = dist.new_group(backend=staged.NAME)
     assert dist.get_backend(group) == staged.NAME and isinstance(group, staged.StagedGroup)
@@ -199,7 +199,7 @@ def test_a_collective_gives_what_gloo_gives(found, name):
 
 def what_gloo_lacks() -> list[Tensor]:
     """Averages, booleans, lists of tensors of different sizes, and results that are there after ``wait`` only."""
-    from gpu import staged
+    from tests.gpu import staged
 
     group, rank = dist.new_group(backend=staged.NAME), dist.get_rank()
     mean = torch.tensor([3.0 * rank, 6.0])

@@ -20,7 +20,7 @@ from scripts import load_script
 
 from megatron_selfdistill.loss import VocabShard
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
 TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -34,7 +34,7 @@ def run(tool: str, *arguments: str, launcher: Sequence[str] = (), fails: bool = 
 
 def measured(folder: Path, *arguments: str, launcher: Sequence[str] = (), fails: bool = False) -> dict[str, list[dict]]:
     """Of each contender, in every size."""
-    run("benchmark_loss.py", "--repeats=1", f"--out={folder}/found", *arguments, launcher=launcher, fails=fails)
+    run("loss_time.py", "--repeats=1", f"--out={folder}/found", *arguments, launcher=launcher, fails=fails)
     assert (folder / "found.md").read_text().count("collectives") > 0
     by_name: dict[str, list[dict]] = {}
     for size in json.loads((folder / "found.json").read_text())["sizes"]:
@@ -45,7 +45,7 @@ def measured(folder: Path, *arguments: str, launcher: Sequence[str] = (), fails:
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A script of tools/ as a module, which finds those beside it, as when it is run."""
+    """A script of tools/benchmarks/ as a module, which finds those beside it, as when it is run."""
     monkeypatch.syspath_prepend(str(TOOLS))
     for name in ("loss_contenders", "loss_measurements", "step_parts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -150,7 +150,7 @@ class CompilationFailed(Exception):
 
 @pytest.mark.parametrize("times", [0, 1, 2, 3, 4], ids=["prepared", "timed", "peak", "operators", "errors"])
 def test_a_contender_that_fails_leaves_the_others_rows(tools, capsys, times):
-    module = tools("benchmark_loss")
+    module = tools("loss_time")
     contenders, measurements = sys.modules["loss_contenders"], sys.modules["loss_measurements"]
     case, works = case_of(contenders, 8, 300, torch.float32), contenders.ours(backend="torch")
     failing = contenders.Contender("naive PyTorch", FailsAt(times, works))
@@ -179,7 +179,7 @@ def test_files_hold_the_sizes_before_one_that_ends_the_run(tmp_path):
 def test_a_step_is_measured_by_parts(tmp_path, launcher, fused):
     sizes = "--layers=1 --hidden=64 --head-size=32 --vocab=256 --problems=3 --response=16 --tokens=256 --repeats=1"
     options = [f"--tp={2 if launcher else 1}", f"--json={tmp_path}/found", f"--fused={fused}", "--chunk=8"]
-    shown = run("benchmark_step.py", *options, *sizes.split(), launcher=launcher)
+    shown = run("step_time.py", *options, *sizes.split(), launcher=launcher)
     assert "| self-distillation, whole step |" in shown
     assert "output layer materialised" in shown if fused == "none" else f"fused, {fused}, chunks of 8" in shown
     found = json.loads((tmp_path / "found").read_text())
@@ -206,7 +206,7 @@ class Sampler:
 
 
 def test_weights_are_sent_once_per_step_and_not_within_the_rollout(tools, monkeypatch):
-    module, sampler = tools("benchmark_step"), Sampler()
+    module, sampler = tools("step_time"), Sampler()
     rest = dict.fromkeys(("grid", "chunks", "teacher", "optimizer", "vocab", "row_loss"))
     bench = module._Bench(**rest, sampler=sampler, arguments=argparse.Namespace(response=4))
     monkeypatch.setattr(bench, "packed", lambda responses: None)
@@ -240,5 +240,5 @@ def test_a_weight_sync_to_servers_is_measured_by_its_own_script(monkeypatch, wor
     stand_in.main = lambda: called.append(sys.argv[1:])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "server_sync", stand_in)
     monkeypatch.setattr(sys, "argv", ["weight_sync.py", "--layers=2", *words, "--transfers", "gloo"])
-    load_script(TOOLS / "benchmarks" / "weight_sync.py").main()
+    load_script(TOOLS / "weight_sync.py").main()
     assert called == [["--layers=2", "--transfers", "gloo"]]

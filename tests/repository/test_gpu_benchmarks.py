@@ -63,4 +63,4 @@ def test_tables_keep_the_line_of_text_above_each(tool):
     lines = ["start", "first", "", "| a |", "|---|", "| 1 |", "", "second", "", "| b |", "|---|", "", "end"]
     expected = ["first", "", "| a |", "|---|", "| 1 |", "", "second", "", "| b |", "|---|"]
     assert tool.tables(lines)[: len(expected)] == expected
-    assert "gpu" in sys.modules, "the runner of the stages is shared with make test-gpu"
+    assert "tests.gpu" in sys.modules, "the runner of the stages is shared with make test-gpu"

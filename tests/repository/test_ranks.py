@@ -193,7 +193,7 @@ def test_ranks_end_when_the_session_is_killed(tmp_path):
     tests = Path(__file__).parents[1]
     script = tmp_path / "session.py"
     script.write_text(
-        "import sys, os, time, threading; sys.path.insert(0, sys.argv[1])\n"
+        "import sys, os, time, threading; sys.path[:0] = sys.argv[1:]\n"
         "from ranks import RankPool\n"
         "import test_ranks\n"
         "if __name__ == '__main__':\n"
@@ -201,7 +201,7 @@ def test_ranks_end_when_the_session_is_killed(tmp_path):
         "    print(*pool.run(test_ranks.process_id, world_size=2), flush=True)\n"
         "    pool.run(test_ranks.sleep_on, 0, 100.0, world_size=2)\n"
     )
-    command = [sys.executable, str(script), str(tests)]
+    command = [sys.executable, str(script), str(tests / "support"), str(tests / "repository")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as session:
         assert session.stdout is not None
         process_ids = [int(word) for word in session.stdout.readline().split()]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu import command, stages
 from scripts import load_script
+
+from tests.gpu import command, stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROW = {

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Who is measured by benchmark_loss.py, and on what: this project's loss, naive PyTorch, and the peers."""
+"""Who is measured by loss_time.py, and on what: this project's loss, naive PyTorch, and the peers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What benchmark_loss.py finds of one size: time, memory, traffic, collectives and accuracy of every contender."""
+"""What loss_time.py finds of one size: time, memory, traffic, collectives and accuracy of every contender."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """Time, memory and accuracy of the loss: this project's paths, naive PyTorch and the peers, side by side in one run.
 
     python tools/benchmarks/loss_time.py --vocab 32768 --tokens 512
-    python tools/benchmarks/loss_time.py --vocab 152064 19008 --tokens 16384 4096 --hidden 8192 --plot loss.png --out loss
+    python tools/benchmarks/loss_time.py --vocab 152064 19008 --tokens 16384 4096 --hidden 8192 --plot loss.png
     torchrun --nproc-per-node 2 tools/benchmarks/loss_time.py ...        # the vocabulary over both ranks
 
 Forward and backward, from the logits of one rank's shard or, with ``--hidden``, from hidden states.  1u is one read or

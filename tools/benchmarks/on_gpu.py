@@ -25,7 +25,8 @@ for _folder in (REPOSITORY, REPOSITORY / "tests" / "support"):
         sys.path.append(str(_folder))
 
 import hidden_gpus  # noqa: E402
-from gpu import command, runner  # noqa: E402
+
+from tests.gpu import command, runner  # noqa: E402
 
 PAGE = REPOSITORY / "docs" / "benchmarks_gpu.md"
 NOTHING_YET = "Nothing has been measured on a GPU yet."

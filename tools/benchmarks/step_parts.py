@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The parts of a training step that benchmark_step.py times, and the clock that tells them apart."""
+"""The parts of a training step that step_time.py times, and the clock that tells them apart."""
 
 from __future__ import annotations
 

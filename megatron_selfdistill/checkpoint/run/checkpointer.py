@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_selfdistill.checkpoint import directory
-from megatron_selfdistill.checkpoint.directory import CheckpointError, Temporary
+from megatron_selfdistill.checkpoint.directory import Temporary
 from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.run import frozen_teacher, sharded_io, state
 from megatron_selfdistill.checkpoint.run.external import load_weights, load_weights_and_optimizer
@@ -33,6 +33,7 @@ from megatron_selfdistill.config import hidden
 from megatron_selfdistill.distributed.collectives import describe, on_each_rank, on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import moving_files
+from megatron_selfdistill.errors import CheckpointError
 
 __all__ = [
     "CheckpointError",

@@ -125,7 +125,7 @@ class ColocatedSampler:
         """One response per request, in order, on every rank of the replica.
 
         ``requests`` are those of this data-parallel replica, the same list on each of its ranks; may be empty.  A
-        collective over the world.  Requests with a teacher's prompt are guided (rollout/vllm/pairs.py); a call may mix both.
+        collective over the world.  Requests with a teacher's prompt are guided (pairs.py); a call may mix both.
 
         Raises, on all ranks alike: ValueError for an empty prompt and for one that leaves no room for
         ``max_new_tokens`` within ``max_length``; `EngineError` where an engine fails, gives fewer responses than were

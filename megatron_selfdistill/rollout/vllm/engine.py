@@ -53,7 +53,7 @@ class Engine(Protocol):
         ...
 
     def call(self, method: str, *args: Any) -> Any:
-        """What the method of that name of the worker extension (rollout/vllm/plugin/worker.py) returns, on the engine's first
+        """What the method of that name of the worker extension (plugin/worker.py) returns, on the engine's first
         worker; arguments and result are JSON values."""
         ...
 

@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Guided responses from a vLLM engine: one is a pair of its ordinary requests, the halves, that share every token.
 
-The engine holds `vllm_plugin.guided.GuidedProcessor`, which draws one token for both halves of a pair wherever they are
-equally long, and makes a half stop where its partner is away.  Here a pair that was parted is cut to what both halves
-have in common and sent again behind it, until it has ended by itself.  Token i comes from the i-th uniform of the
-request's stream however often that happens, so the response is the one that an undisturbed pair would have written.
+The engine holds `GuidedProcessor` (plugin/guided_processor.py), which draws one token for both halves of a pair
+wherever they are equally long, and makes a half stop where its partner is away.  Here a pair that was parted is cut to
+what both halves have in common and sent again behind it, until it has ended by itself.  Token i comes from the i-th
+uniform of the request's stream however often that happens, so the response is the one that an undisturbed pair would
+have written.
 """
 
 from __future__ import annotations

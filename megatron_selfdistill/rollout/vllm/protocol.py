@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the trainer (transfer.py) and a vLLM server (rollout/vllm/plugin/receivers.py, rollout/vllm/server/serve.py) must agree on: how a bucket of
-weights is laid out and how completeness is told.  Needs torch only."""
+"""The protocol of weight transfer: how a bucket of weights is laid out, and how a receiver knows that it is complete.
+
+The trainer (transfer.py) and a vLLM server (plugin/receivers.py, server/serve.py) share it.  It needs torch only.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def run_megatron_lm(what: str, out: Path, flags: Sequence[str], world_size: int 
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(neighbouring_ports()),
-        "PYTHONPATH": str(WORKER.parents[2]),
+        "PYTHONPATH": str(WORKER.parents[3]),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     command = [sys.executable, "-W", "ignore", WORKER, str(MEGATRON_LM), what, out, *flags, *TRAINING, *ON_CPU]

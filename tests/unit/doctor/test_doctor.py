@@ -13,8 +13,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+import megatron_selfdistill.doctor.findings
+import megatron_selfdistill.doctor.imports
 from megatron_selfdistill.commands import doctor
-from megatron_selfdistill.doctor import findings, imports
 
 DOCTOR = Path(__file__).resolve().parents[3] / "tools" / "doctor.py"
 PATIENT_S = 600.0
@@ -23,12 +24,12 @@ ABI = "undefined symbol: _ZN3c105ErrorC2E"
 
 @pytest.fixture
 def findings() -> ModuleType:
-    return findings
+    return megatron_selfdistill.doctor.findings
 
 
 @pytest.fixture
 def imports() -> ModuleType:
-    return imports
+    return megatron_selfdistill.doctor.imports
 
 
 def examined(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:

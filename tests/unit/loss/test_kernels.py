@@ -143,7 +143,7 @@ def assert_reading_ahead(entry: dict) -> None:
 def test_the_distance_of_a_load_is_that_of_the_shortest_path_round_its_loop_to_its_first_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    monkeypatch.syspath_prepend(REPOSITORY / "tools" / "benchmarks")
     from load_distance import load_distance
 
     code = """

@@ -13,7 +13,6 @@ import pytest
 import tiny_run
 import torch
 from rich.console import Console
-from test_metrics import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
 from megatron_selfdistill.config import ConfigError, MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
@@ -21,6 +20,7 @@ from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
 from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html
 from megatron_selfdistill.metrics.samples import NUMBERS, Sample, SampleToken, chosen, sample_of
+from tests.unit.metrics.test_metrics import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
 
 class Letters:

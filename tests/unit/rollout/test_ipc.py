@@ -17,7 +17,7 @@ from megatron_selfdistill.rollout.vllm.transfer_buckets import SharedGpuMemory
 
 SERVER = """
 import hashlib, json, sys, torch
-from megatron_selfdistill.vllm_plugin.receivers import make_receiver
+from megatron_selfdistill.rollout.vllm.plugin.receivers import make_receiver
 
 receiver = make_receiver("ipc", torch.device("cuda", 0), 0, {})
 for line in sys.stdin:

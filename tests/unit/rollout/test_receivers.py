@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 BLOCKED = """
 import sys
 sys.modules["vllm"] = None
-from megatron_selfdistill.vllm_plugin import receivers
+from megatron_selfdistill.rollout.vllm.plugin import receivers
 sys.exit(0 if len(receivers._RECEIVERS) == 4 else 1)
 """
 

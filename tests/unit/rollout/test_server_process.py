@@ -75,7 +75,8 @@ def test_a_server_is_told_everything_and_nothing_secret_stands_in_its_command(tm
     one.process.wait(20)
     command, *environment = one.log.read_text().splitlines()
     assert command == (
-        f"-m megatron_selfdistill.rollout.vllm.server.serve --port={one.address.rpartition(':')[2]} --hf-config={tmp_path} "
+        f"-m megatron_selfdistill.rollout.vllm.server.serve --port={one.address.rpartition(':')[2]} "
+        f"--hf-config={tmp_path} "
         "--tensor-parallel-size=2 --dtype=bfloat16 --max-model-len=77 --kv-cache-gb=0.5 --guided -- "
         '--max-num-seqs=8 --no-enable-prefix-caching --middleware a b --compilation-config={"level": 0}'
     )

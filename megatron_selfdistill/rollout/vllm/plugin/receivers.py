@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The receiving ends of rollout/vllm/transfer.py: one class per way in which a bucket of weights reaches a worker of a vLLM
+"""The receiving ends of transfer.py: one class per way in which a bucket of weights reaches a worker of a vLLM
 server.  This file imports no vLLM, so that every way can be tested without it."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """How weights of the trainer become a vLLM worker's: our weight-transfer backend.  Bytes come by receivers.py.
 
-The trainer (rollout/vllm/transfer.py) says at ``init_weight_transfer_engine`` which way it is, sends buckets that may split
+The trainer (transfer.py) says at ``init_weight_transfer_engine`` which way it is, sends buckets that may split
 anywhere between two tensors, and then what it has sent: an update that lacks a tensor, or leaves a parameter of the
 model as it was, fails before the engine may answer with it.
 """

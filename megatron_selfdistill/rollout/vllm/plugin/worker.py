@@ -18,7 +18,7 @@ from megatron_selfdistill.rollout.vllm.server.server_names import SERVER_VARIABL
 
 
 def end_with_server() -> None:
-    """End this worker and its engine core once the API server (rollout/vllm/server/serve.py) is gone: where that was killed it cannot tell
+    """End this worker and its engine core once the API server (serve.py) is gone: where that was killed it cannot tell
     them, and vLLM's engine core would keep its GPUs for ever."""
     server, parent = int(os.environ.get(SERVER_VARIABLE, "0")), os.getppid()
     if not server:

@@ -277,7 +277,7 @@ def _watch_parent() -> None:
 
 
 def _end(why: str) -> None:
-    """End this node; its workers end with it (rollout/vllm/plugin/worker.py), which may wait in a collective for ever."""
+    """End this node; its workers end with it (plugin/worker.py), which may wait in a collective for ever."""
     print(f"megatron_selfdistill.rollout.vllm.server.serve: {why}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_SECONDS)

@@ -1,0 +1,40 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The environment variables that the self-test sets before torch looks for GPUs."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+_ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # the order of launches under TP (distributed/ranks.py)
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # sums that repeat their last bits
+    "NCCL_ALGO": "^NVLS",  # likewise
+}
+
+
+def set_environment() -> None:
+    """Set what CUDA, NCCL and the compilers read when they start, unless it is set: before torch looks for GPUs."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    share_caches()
+
+
+def share_caches() -> None:
+    """Let the ranks of a node share one cache of compiled kernels on its own disk, unless the variables are set.
+
+    Triton's default lies in the home folder, which nodes often share over a network.  A folder that belongs to somebody
+    else, or that others can write to, is not used: what lies there is loaded and run.
+    """
+    folder = Path(tempfile.gettempdir()) / f"selfdistill_cache_{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return
+    for name, part in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(name, str(folder / part))
