@@ -64,7 +64,9 @@ ORDER = {
     "plan": "bubble plan_checks stages launch memory engines host_memory dry_run plan_tables",
     "run": "",
     "train": "",
-    "selftest": "launch_environment outcome tiny meeting layer_kinds resume sharded_loss sync training warming node_test",
+    "selftest": (
+        "launch_environment outcome tiny meeting layer_kinds resume sharded_loss sync training warming node_test"
+    ),
     "doctor": "imports findings",
     "commands": "convert doctor evaluate plan solutions",
     "cli": "",

@@ -29,7 +29,7 @@ CONFIGS = sorted(str(path.relative_to(REPOSITORY / "configs")) for path in (REPO
 WHAT_IS_FOUND = """
 import importlib.metadata, json
 import megatron_selfdistill
-from megatron_selfdistill.paths import config_dir
+from megatron_selfdistill.config.paths import config_dir
 folder = config_dir()
 installed = importlib.metadata.distributions(name="megatron_selfdistill")
 print(json.dumps({

@@ -439,7 +439,7 @@ def test_after_an_interruption_a_second_run_starts_clean(hf_folder, tmp_path, ki
 _SLOWLY = """
 import signal, sys, time
 from pathlib import Path
-from megatron_selfdistill.checkpoint.convert import Progress, hf_to_megatron
+from megatron_selfdistill.checkpoint.conversion import Progress, hf_to_megatron
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script is born deaf to it
 hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), progress=Progress(advance=lambda _: time.sleep(0.5)))

@@ -184,7 +184,7 @@ places = [torch, torch.Tensor, torch.nn.Module, torch.cuda, torch.cuda.random, t
 torch.cuda.is_available = lambda: True
 before = [dict(vars(place)) for place in places]
 environment = dict(os.environ)
-from megatron_selfdistill import cpu
+from megatron_selfdistill.compat import cpu
 assert cpu.ON_CPU is False and cpu.install() is False
 for place, names in zip(places, before):
     now = vars(place)
@@ -201,7 +201,7 @@ def test_the_probe_for_replaced_names_can_see_one():
     code = """
 import torch
 before = dict(vars(torch.Tensor))
-from megatron_selfdistill import cpu
+from megatron_selfdistill.compat import cpu
 changed = {name for name, value in vars(torch.Tensor).items() if before.get(name) is not value}
 assert cpu.ON_CPU and {"cuda", "to", "type", "new_empty"} <= changed, changed
 """
@@ -255,7 +255,7 @@ def test_a_transformer_engine_that_does_not_load_is_not_taken_for_none(tmp_path,
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text(content)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
-    command = [sys.executable, "-Wignore", "-c", "from megatron_selfdistill import repairs"]
+    command = [sys.executable, "-Wignore", "-c", "from megatron_selfdistill.compat import repairs"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and reason in done.stderr.splitlines()[-1]
 

@@ -157,7 +157,7 @@ def test_a_slurm_job_whose_end_cannot_be_found_says_so(tmp_path, monkeypatch):
 def test_signals_are_noted_before_torch_is_imported():
     code = (
         "import os, signal, sys\n"
-        "from megatron_selfdistill import config, stop, train\n"
+        "from megatron_selfdistill import config, train; from megatron_selfdistill.distributed import stop\n"
         "def load(*args):\n"
         "    assert 'torch' not in sys.modules\n"
         "    os.kill(os.getpid(), signal.SIGUSR1), os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -177,7 +177,7 @@ def test_ctrl_c_stops_a_run_as_term_does(ranks, data, tmp_path):
 
 PRESSES = """
 import os, signal, sys, threading, time
-from megatron_selfdistill import stop
+from megatron_selfdistill.distributed import stop
 
 def press(*numbers):
     for number in numbers:

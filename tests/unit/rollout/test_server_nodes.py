@@ -26,7 +26,7 @@ PATIENCE_S = 60.0
 # It leaves a child behind, as vLLM does, which must not keep anybody waiting.
 NODE = """
 import os, sys, time
-from megatron_selfdistill.rollout.server_nodes import Node, meet
+from megatron_selfdistill.rollout.vllm.server.server_nodes import Node, meet
 
 def lost(why):
     print(why, flush=True)

@@ -234,7 +234,7 @@ def test_a_folder_without_room_is_refused_before_it_is_written_to(tmp_path, monk
 KILLED = """
 import os, sys, torch
 from pathlib import Path
-from megatron_selfdistill.rollout.transfer_buckets import bucket_file
+from megatron_selfdistill.rollout.vllm.transfer_buckets import bucket_file
 with bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
     os.kill(os.getpid(), 9)
 """

@@ -29,7 +29,7 @@ SOON = 15.0
 
 DIES_WHILE_FORMING = """
 import os, sys, torch
-from megatron_selfdistill.rollout import transfer_group
+from megatron_selfdistill.rollout.vllm import transfer_group
 transfer_group._gloo = lambda *arguments: os._exit(7)
 transfer_group.open_group("gloo", "127.0.0.1", int(sys.argv[1]), 1, 3, torch.device("cpu"), 60.0)
 """

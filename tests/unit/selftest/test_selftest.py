@@ -275,7 +275,7 @@ def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, 
 HASTY = """
 import sys, time
 sys.argv = ["doctor.py"]
-from megatron_selfdistill.selftest import run
+from megatron_selfdistill.selftest import node_test as run
 run.warm_up = lambda node, phase: None
 from megatron_selfdistill.commands import doctor
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
