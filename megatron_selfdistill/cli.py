@@ -56,7 +56,7 @@ COMMANDS = {
         "--ranks 8",
     ),
     "serve": Command(
-        "serve",
+        "rollout.vllm.server.serve",
         "Start a vLLM server for rollouts, in an environment that has vLLM.",
         "--hf-config Qwen3-8B --max-model-len 4096",
     ),

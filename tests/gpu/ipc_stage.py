@@ -21,7 +21,7 @@ from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from tests.gpu.results import held
 from tests.gpu.runner import REPOSITORY
 
-OWN_TESTS = REPOSITORY / "tests" / "rollout" / "test_ipc.py"
+OWN_TESTS = REPOSITORY / "tests" / "unit" / "rollout" / "test_ipc.py"
 BUCKET_BYTES = 2**26
 
 

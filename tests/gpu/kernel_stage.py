@@ -24,7 +24,7 @@ from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from tests.gpu.results import held
 from tests.gpu.runner import REPOSITORY
 
-CLAIMS = REPOSITORY / "tests" / "loss" / "kernel_claims.py"
+CLAIMS = REPOSITORY / "tests" / "unit" / "loss" / "kernel_claims.py"
 ON_GPU = os.environ.get(hidden_gpus.VARIABLE) != ""
 MOST_PROCESSES = 12
 SANITIZED = (

@@ -15,9 +15,10 @@ PACKAGE = REPOSITORY / "megatron_selfdistill"
 PAGE = REPOSITORY / "docs" / "metrics.md"
 
 SOURCES = [
-    *(PACKAGE / name for name in "run.py rollouts.py logged.py turns.py evaluate.py".split()),
+    *(file for name in "run trainer rollouts logged turns".split() if (file := PACKAGE / f"{name}.py").exists()),
+    PACKAGE / "evaluation" / "held_out.py",
     *(PACKAGE / "metrics" / name for name in ("step.py", "phases.py")),
-    *sorted((PACKAGE / "rollout").glob("*.py")),
+    *(file for room in ("rollout", "sources") for file in sorted((PACKAGE / room).rglob("*.py"))),
 ]
 NO_KEYS = {"application/json"}
 

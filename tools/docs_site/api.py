@@ -5,14 +5,14 @@ from __future__ import annotations
 
 PACKAGE = "megatron_selfdistill"
 PAGES = {
-    "loss": ("Loss", "loss.target loss.divergence loss.vocab_parallel loss.fused_linear loss.weighting"),
-    "pipeline": ("A step through the pipeline", "schedule teacher batch"),
+    "loss": ("Loss", "loss.target loss.divergence loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting"),
+    "pipeline": ("A step through the pipeline", "pipeline.schedule teacher pipeline.batch"),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
-    "data": ("Data", "data.problems data.prompts data.contexts data.conversations data.acceptance"),
+    "data": ("Data", "data.problems data.prompts data.contexts data.chat.conversations data.chat.acceptance"),
     "config": ("Configuration", "config.compose config.bound_keys"),
-    "evaluation": ("Evaluation", "evaluate verify report.comparison report.bootstrap"),
-    "checkpoints": ("Checkpoints and Hugging Face", "checkpoint.convert checkpoint.describe model.export"),
-    "metrics": ("Metrics and guards", "metrics.log metrics.step guards"),
+    "evaluation": ("Evaluation", "evaluation.held_out evaluation.verify evaluation.comparison evaluation.bootstrap"),
+    "checkpoints": ("Checkpoints and Hugging Face", "checkpoint.conversion checkpoint.describe model.export"),
+    "metrics": ("Metrics and guards", "metrics.log metrics.step metrics.guards"),
 }
 """Name of a page under reference/api -> its title, and its modules in the order of the page."""
 
