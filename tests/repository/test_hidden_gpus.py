@@ -40,7 +40,7 @@ def probed(folder: Path, **environment: str) -> str:
     (folder / "test_probes.py").write_text(PROBES)
     (folder / "pretended.py").write_text(TWO_GPUS)
     paths = os.pathsep.join([str(folder), str(TESTS / "support"), str(TESTS.parent)])
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "pretended", "-p", "conftest"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "pretended", "-p", "tests.conftest"]
     command += ["-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", str(folder), str(folder / "test_probes.py")]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_V", "SELFDISTILL_"))}
     environment = inherited | {"PYTHONPATH": paths} | environment
