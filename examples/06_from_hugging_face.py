@@ -113,17 +113,17 @@ def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], 
     """The trainer's own parts and loop; then a few prompts as tokens, and the live model's logits on them."""
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.run import Run
+    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.train import loop
 
     given = configuration.given_keys(overrides, config_name)
     config = with_stored_architecture(configuration.load(overrides, config_name), given)
-    inputs = Inputs.load(config)
+    run_data = RunData.load(config)
     grid = ranks.initialize(config.parallel, config.seed)
     try:
-        run = Run(config, inputs, grid)
+        run = Run(config, run_data, grid)
         try:
             loop(run)
         except RunUnhealthy as unhealthy:
@@ -131,7 +131,7 @@ def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], 
             console.print(f"stopped: {unhealthy}")
         finally:
             run.close()
-        texts = [inputs.builder.student_prompt(problem) for problem in inputs.problems.problems[:NUM_TEXTS]]
+        texts = [run_data.builder.student_prompt(problem) for problem in run_data.problems.problems[:NUM_TEXTS]]
         return texts, [logits(run, text) for text in texts]
     finally:
         ranks.shutdown()
@@ -143,7 +143,7 @@ def logits(run: Run, tokens: Sequence[int]) -> Tensor:
 
     ids = torch.tensor([tokens])
     with torch.no_grad():
-        return run.chunks[0](ids, torch.arange(len(tokens))[None], None)[0, :, : run.inputs.vocab_size].float()
+        return run.chunks[0](ids, torch.arange(len(tokens))[None], None)[0, :, : run.run_data.vocab_size].float()
 
 
 def largest_difference(hf: Path, texts: Sequence[Sequence[int]], live: Sequence[Tensor]) -> float:

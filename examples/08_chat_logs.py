@@ -37,7 +37,7 @@ from megatron_selfdistill.report.curves import GREEDY, SAMPLED, plot_curves
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
     from megatron_selfdistill.evaluation.inference import Inference
-    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run_data import RunData
 
 NUM_SESSIONS = 2000
 NUM_ATTEMPTS = 3
@@ -96,20 +96,20 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
     """NUM_SESSIONS conversations between the base and the scripted user, as OpenAI-style messages."""
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import open_inference
-    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run_data import RunData
 
     overrides = [*base.overrides, f"data.path={base.held_out}", f"run_dir={base.folder / 'logs'}"]
     config = configuration.load(overrides, CONFIG_NAME)
-    inputs = Inputs.load(config)
+    run_data = RunData.load(config)
     problems = subtraction_chats.distinct(NUM_SESSIONS, "train", seed=777 + seed)
     sessions = [Session(a, b) for a, b in problems]
     grid = ranks.initialize(config.parallel, config.seed)
     try:
-        with open_inference(config, inputs, grid) as inference:
+        with open_inference(config, run_data, grid) as inference:
             for attempt in range(NUM_ATTEMPTS):
                 open_ones = [session for session in sessions if not session.closed]
                 for session, answer in zip(
-                    open_ones, answers(open_ones, attempt, inference, inputs, seed), strict=True
+                    open_ones, answers(open_ones, attempt, inference, run_data, seed), strict=True
                 ):
                     session.hear(answer, last=attempt + 1 == NUM_ATTEMPTS)
     finally:
@@ -119,13 +119,13 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
     return [session.record() for session in random.Random(seed).sample(sessions, len(sessions))]
 
 
-def answers(sessions: Sequence[Session], attempt: int, inference: Inference, inputs: Inputs, seed: int) -> list[str]:
+def answers(sessions: Sequence[Session], attempt: int, inference: Inference, run_data: RunData, seed: int) -> list[str]:
     """What the model says next in each conversation, at T = 1."""
     from megatron_selfdistill.rollout.base import Request, response_text, stream_seed
 
-    encode = inputs.tokenizer.encode
+    encode = run_data.tokenizer.encode
     requests = [Request(encode(s.text), stream_seed(seed, 0, s.name, attempt)) for s in sessions]
-    return [response_text(r, inputs.tokenizer) for r in inference.sampler.generate(requests, inference.sampling)]
+    return [response_text(r, run_data.tokenizer) for r in inference.sampler.generate(requests, inference.sampling)]
 
 
 class Session:

@@ -116,8 +116,8 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
     ``num_samples``: sampled responses per problem, at least 8.
     """
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
+    from megatron_selfdistill.run_data import RunData
 
     overrides = [
         *base.overrides,
@@ -134,7 +134,7 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
     with console.status("measuring on held-out problems"):
         grid = ranks.initialize(config.parallel, config.seed)
         try:
-            run = Run(config, Inputs.load(config), grid)
+            run = Run(config, RunData.load(config), grid)
             try:
                 result = run.evaluate(num_transcripts=None)
                 hinted = run.evaluate(hinted=True)

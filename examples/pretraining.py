@@ -90,12 +90,12 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
 def pretrain(config: Config, task: ModuleType) -> None:
     """``num_steps`` steps of next-token training; the loop of train.py, with rows of a corpus for responses."""
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
+    from megatron_selfdistill.run_data import RunData
 
     grid = ranks.initialize(config.parallel, config.seed)
     try:
-        run = Run(config, Inputs.load(config), grid)
+        run = Run(config, RunData.load(config), grid)
         try:
             while run.step < config.num_steps:
                 rng = random.Random(f"{config.seed}/{run.step}")  # by step: a resumed run reads the same rows
@@ -114,7 +114,7 @@ def corpus_batch(run: Run, rows: Sequence[tuple[str, str, str]]) -> PackedBatch:
 
     from megatron_selfdistill.data.contexts import ContextPair
 
-    encode = run.inputs.tokenizer.encode
+    encode = run.run_data.tokenizer.encode
     contexts, labels = [], []
     for number, (prompt, text, wanted) in enumerate(rows):
         tokens = encode(prompt)

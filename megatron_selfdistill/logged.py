@@ -16,9 +16,9 @@ from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
 from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.distributed.collectives import from_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.inputs import Inputs, turn_reader
 from megatron_selfdistill.pipeline.batch import largest
 from megatron_selfdistill.rollout.solutions import of_all_replicas
+from megatron_selfdistill.run_data import RunData, turn_reader
 
 LEFT_OUT_FILE = "left_out.txt"
 _CHUNK = 64  # turns that are tokenized at a time
@@ -44,9 +44,9 @@ class LoggedTurns:
     and the stream's position is all the state there is.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, grid: RankGrid, stream: ProblemStream) -> None:
-        self._inputs, self._grid, self._stream = inputs, grid, stream
-        self._reader = turn_reader(config, inputs)
+    def __init__(self, config: Config, run_data: RunData, grid: RankGrid, stream: ProblemStream) -> None:
+        self._inputs, self._grid, self._stream = run_data, grid, stream
+        self._reader = turn_reader(config, run_data)
         self._file = Path(config.run_dir) / LEFT_OUT_FILE
         self._unusable: dict[str, Unusable] = {}  # known so far, on all ranks; they are not read again
 
@@ -105,13 +105,13 @@ class LoggedTurns:
             raise ConfigError(f"no turn is left of {len(self._unusable)}; the first: {first}")
 
 
-def read_all_turns(config: Config, inputs: Inputs, grid: RankGrid) -> Inputs:
-    """``inputs`` with counts of all their turns and a sentence for every unusable one; the turns stay.
+def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
+    """``run_data`` with counts of all their turns and a sentence for every unusable one; the turns stay.
 
     Each rank of the world reads its share, the first says every half minute how far it is.
     Raises: `ConfigError` on all ranks for the first unusable turn that may not be left out.
     """
-    reader, problems = turn_reader(config, inputs), inputs.problems.problems
+    reader, problems = turn_reader(config, run_data), run_data.problems.problems
     counts, unusable = TurnCounts(), []
     said = time.monotonic()
     share = iter(range(grid.rank, len(problems), grid.world_size))
@@ -127,9 +127,9 @@ def read_all_turns(config: Config, inputs: Inputs, grid: RankGrid) -> Inputs:
     for _, turn in everywhere:
         _checked(reader, turn)
     total = sum((counts for counts, _ in parts), TurnCounts())
-    sentences = dict.fromkeys([*inputs.problems.skipped, *(turn.sentence for _, turn in everywhere)])
+    sentences = dict.fromkeys([*run_data.problems.skipped, *(turn.sentence for _, turn in everywhere)])
     about = f"all {len(problems)} turns were read: {total}"
-    return replace(inputs, about_conversations=(*inputs.about_conversations[:-1], about), left_out=tuple(sentences))
+    return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), left_out=tuple(sentences))
 
 
 def _read_by_chunks(

@@ -15,7 +15,7 @@ from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.prompts import tokenizer_place
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.inputs import longest_context
+from megatron_selfdistill.run_data import longest_context
 
 
 def require_data(config: Config) -> None:

@@ -18,13 +18,13 @@ from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_co
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.verify import check_answers, judge, load_verifier
-from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.logged import LoggedTurns
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
 from megatron_selfdistill.rollout.recorded import Recording, record
 from megatron_selfdistill.rollout.solutions import OwnSolutions, Score, Search, of_all_replicas, prompts_with
 from megatron_selfdistill.rollout.success import SuccessRates, Visit
+from megatron_selfdistill.run_data import RunData
 
 Key = tuple[int, str, int]
 """(step, problem id, sample index): what names a sample, and its random stream."""
@@ -38,16 +38,16 @@ class Rollouts:
     """
 
     def __init__(
-        self, config: Config, inputs: Inputs, grid: RankGrid, sampler: Sampler, phases: Phases, score: Score
+        self, config: Config, run_data: RunData, grid: RankGrid, sampler: Sampler, phases: Phases, score: Score
     ) -> None:
         """``score``: how learnable responses are (`OwnSolutions`, pick=learnable).
 
         Raises: `ConfigError` where answers are needed and missing; ValueError for a recording that cannot be read.
         """
-        self.config, self.inputs, self.grid, self.sampler = config, inputs, grid, sampler
+        self.config, self.run_data, self.grid, self.sampler = config, run_data, grid, sampler
         self._phases, self._score = phases, score
         self._verifier = load_verifier(config.evaluation.verifier)
-        self._stream = ProblemStream(inputs.problems, batch_size=config.data.global_batch_size, seed=config.seed)
+        self._stream = ProblemStream(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
         self._recording = Recording(config.rollout.replay) if config.rollout.replay else None
         self._success = SuccessRates(config.rollout.guide_below) if config.rollout.guide_below is not None else None
         self._own: OwnSolutions | None = None
@@ -56,12 +56,12 @@ class Rollouts:
             search = Search(wanted.num_samples, wanted.keep, wanted.pick, config.seed)
             self._own = OwnSolutions(search, wanted.refresh_every)
         if self._own is not None or self._success is not None:
-            check_answers(inputs.problems.problems, self._verifier)
+            check_answers(run_data.problems.problems, self._verifier)
         self._sampler_step: int | None = None  # whose weights the sampler has
         self._before: dict[str, Any] = {}  # while a step is under way: what it has changed, as it was before
         self._visits: list[Visit] = []  # of the step under way
         self._metrics: dict[str, float] = {}
-        self._logged = LoggedTurns(config, inputs, grid, self._stream) if config.logged else None
+        self._logged = LoggedTurns(config, run_data, grid, self._stream) if config.logged else None
         self._turns: dict[str, Turn] = {}  # of this step, where the responses are those of a log
 
     # -- a step --------------------------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ class Rollouts:
         if problem.id in self._turns:
             return self._turns[problem.id].prompts
         policy = self.config.data.on_long_context
-        pair = fit_teacher_prompt(self.inputs.builder, problem, policy=policy, **self._sizes)
-        assert pair is not None, "Inputs.load kept only the problems that fit"
+        pair = fit_teacher_prompt(self.run_data.builder, problem, policy=policy, **self._sizes)
+        assert pair is not None, "RunData.load kept only the problems that fit"
         return pair
 
     def solution_read(self, context: ContextPair) -> str:
@@ -151,9 +151,9 @@ class Rollouts:
             return ""
         if self._own is not None:
             response = Response(context.response, [], [], "length" if context.truncated else "stop")
-            own = self._own.solution_for(context.problem_id, response_text(response, self.inputs.tokenizer))
+            own = self._own.solution_for(context.problem_id, response_text(response, self.run_data.tokenizer))
             return own.text if own is not None else ""
-        return next(p.solution for p in self.inputs.problems.problems if p.id == context.problem_id)
+        return next(p.solution for p in self.run_data.problems.problems if p.id == context.problem_id)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for the checkpoint; in the middle of a step, what was before it."""
@@ -174,7 +174,7 @@ class Rollouts:
 
     @property
     def _sizes(self) -> dict[str, int]:
-        return {"max_length": self.inputs.max_length, "max_new_tokens": self.config.rollout.max_new_tokens}
+        return {"max_length": self.run_data.max_length, "max_new_tokens": self.config.rollout.max_new_tokens}
 
     def _next_logged(self, logged: LoggedTurns) -> list[Problem]:
         with self._phases("read"):
@@ -215,7 +215,7 @@ class Rollouts:
 
     def _right(self, pairs: Sequence[tuple[Problem, Response]]) -> list[bool]:
         """Whether each response is right, the same on all ranks of the replica; a truncated one is not."""
-        texts = [None if r.truncated else response_text(r, self.inputs.tokenizer) for _, r in pairs]
+        texts = [None if r.truncated else response_text(r, self.run_data.tokenizer) for _, r in pairs]
         questions = {
             (self.grid.dp_rank, i): (problem, text)
             for i, ((problem, _), text) in enumerate(zip(pairs, texts, strict=True))
@@ -233,7 +233,7 @@ class Rollouts:
                 self.config.data.global_batch_size,
                 grid=self.grid,
                 generate=lambda requests: self.sampler.generate(requests, sampling),
-                builder=self.inputs.builder,
+                builder=self.run_data.builder,
                 verifier=self._verifier,
                 score=self._score,
                 fits=lambda problem, text: self._prompts_with(problem, text) is not None,
@@ -245,7 +245,7 @@ class Rollouts:
         """The prompts and responses of those that have a solution which is not the response itself."""
         prompts, kept = [], []
         for problem, response in pairs:
-            solution = own.solution_for(problem.id, response_text(response, self.inputs.tokenizer))
+            solution = own.solution_for(problem.id, response_text(response, self.run_data.tokenizer))
             prompt_pair = self._prompts_with(problem, solution.text) if solution is not None else None
             if prompt_pair is not None:
                 prompts.append(prompt_pair)
@@ -257,12 +257,12 @@ class Rollouts:
 
     def _prompts_with(self, problem: Problem, solution: str) -> PromptPair | None:
         policy = self.config.data.on_long_context
-        return prompts_with(self.inputs.builder, problem, solution, policy=policy, **self._sizes)
+        return prompts_with(self.run_data.builder, problem, solution, policy=policy, **self._sizes)
 
     def _solution(self, problem: Problem) -> Response:
         """The solution's own text as the response: what fine-tuning on solutions imitates."""
         limit = self.config.rollout.max_new_tokens
-        tokens = [*self.inputs.tokenizer.encode(problem.solution), self.inputs.stop_token_ids[0]]
+        tokens = [*self.run_data.tokenizer.encode(problem.solution), self.run_data.stop_token_ids[0]]
         unknown = [math.nan] * min(len(tokens), limit)
         return Response(tokens[:limit], unknown, unknown, "stop" if len(tokens) <= limit else "length")
 

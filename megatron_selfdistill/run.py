@@ -30,7 +30,6 @@ from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.evaluation.held_out import EvaluationResult, evaluate
 from megatron_selfdistill.evaluation.inference import decided_output_layer, new_chunks
 from megatron_selfdistill.evaluation.verify import load_verifier
-from megatron_selfdistill.inputs import Inputs, turn_reader
 from megatron_selfdistill.logged import read_all_turns
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.backend import in_use
@@ -59,6 +58,7 @@ from megatron_selfdistill.rollout.base import Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import configured_target, make_sampler, sampling_params
 from megatron_selfdistill.rollout.on_demand import OnDemandSampler
 from megatron_selfdistill.rollouts import Rollouts
+from megatron_selfdistill.run_data import RunData, turn_reader
 from megatron_selfdistill.teacher import Teacher
 from megatron_selfdistill.turns import Turns, turn_metrics, turn_weight
 
@@ -74,11 +74,11 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, inputs: Inputs, grid: RankGrid, prove_ownership: Callable[[], None] | None = None
+        self, config: Config, run_data: RunData, grid: RankGrid, prove_ownership: Callable[[], None] | None = None
     ) -> None:
         """``prove_ownership``: called on rank 0 before the run folder is written; raises `CheckpointError` where
         another run has taken the folder over (`RunLock.renew`)."""
-        self.config, self.inputs, self.grid = config, inputs, grid
+        self.config, self.run_data, self.grid = config, run_data, grid
         self._prove_ownership, self._owns_folder = prove_ownership, True
         self.run_dir = Path(config.run_dir)
         self.loss_backend = self._loss_backend()
@@ -95,7 +95,7 @@ class Run:
         self.resumed_from = resumption.saved.path if resumption is not None else None
         self.changes = resumption.changes if resumption is not None else ()  # of the configuration, for the log
         if config.logged and self.resumed_from is None and self._wants_all_turns_read():
-            self.inputs = read_all_turns(config, inputs, grid)
+            self.run_data = read_all_turns(config, run_data, grid)
         self._build_model()
         self.guards = Guards(config.guards)
         self.step = 0
@@ -208,7 +208,7 @@ class Run:
             self.teacher.update(self.optimizer)
         if self.config.target.rule == "batch" and self.distils:
             entropies, bound = batch_entropies(output, self.grid), self._target().k_bound
-            self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.inputs.vocab_size))
+            self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.run_data.vocab_size))
         return metrics
 
     def finish_step(self, metrics: dict[str, float], responses: Sequence[Response], batch: PackedBatch) -> None:
@@ -250,9 +250,9 @@ class Run:
         with self.phases("evaluation"):
             result = evaluate(
                 self.sampler,
-                self.inputs.builder,
-                self.inputs.tokenizer,
-                self.inputs.evaluation,
+                self.run_data.builder,
+                self.run_data.tokenizer,
+                self.run_data.evaluation,
                 load_verifier(self.config.evaluation.verifier),
                 params=self.sampling,
                 num_samples=self.config.evaluation.num_samples,
@@ -260,12 +260,12 @@ class Run:
                 seed=self.config.seed,
                 step=self.step,
                 grid=self.grid,
-                max_length=self.inputs.max_length,
+                max_length=self.run_data.max_length,
                 hinted=hinted,
                 num_transcripts=num_transcripts,
             )
         if result.overlooked is not None:
-            for line in result.overlooked.lines(self.config.evaluation.verifier, self.inputs.builder.show_contents):
+            for line in result.overlooked.lines(self.config.evaluation.verifier, self.run_data.builder.show_contents):
                 self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
         return result
@@ -296,7 +296,7 @@ class Run:
                     "batch_k": self.batch_k,
                     CONFIGURATION: stored_values(self.config),
                 },
-                args=megatron_args(self.chunks[0], replace(self.config.model, vocab_size=self.inputs.vocab_size)),
+                args=megatron_args(self.chunks[0], replace(self.config.model, vocab_size=self.run_data.vocab_size)),
             )
         self._saved_step = self.step
 
@@ -338,13 +338,13 @@ class Run:
         config, grid = self.config, self.grid
 
         def initial_chunks() -> list[torch.nn.Module]:
-            return new_chunks(config, grid, self.inputs.vocab_size)
+            return new_chunks(config, grid, self.run_data.vocab_size)
 
         self.chunks = wrap_for_training(initial_chunks(), config.optimizer)
         last = unwrapped(self.chunks[-1])
         self.output_layer = decided_output_layer(config, self.chunks)
-        self.vocab = VocabShard.from_group(last.vocab_size, self.inputs.vocab_size, grid.tp_group)
-        vocab_size, verify = self.inputs.vocab_size, config.checkpoint.verify
+        self.vocab = VocabShard.from_group(last.vocab_size, self.run_data.vocab_size, grid.tp_group)
+        vocab_size, verify = self.run_data.vocab_size, config.checkpoint.verify
         load = None if self.resumed_from is not None else config.checkpoint.load
         if load is not None and not config.checkpoint.load_optimizer:
             load_weights(Path(load), self.chunks, vocab_size, verify)
@@ -360,14 +360,14 @@ class Run:
         )
         self.sampler: Sampler
         if config.logged:  # nothing is sampled but for evaluations, where there are any
-            self.sampler = OnDemandSampler(lambda: make_sampler(config, self.inputs, self.chunks, grid))
+            self.sampler = OnDemandSampler(lambda: make_sampler(config, self.run_data, self.chunks, grid))
         else:
-            self.sampler = make_sampler(config, self.inputs, self.chunks, grid)
-        self.rollouts = Rollouts(config, self.inputs, grid, self.sampler, self.phases, self._learnabilities)
+            self.sampler = make_sampler(config, self.run_data, self.chunks, grid)
+        self.rollouts = Rollouts(config, self.run_data, grid, self.sampler, self.phases, self._learnabilities)
 
     def _wants_all_turns_read(self) -> bool:
         """A dry run reports them all, and an error is found before the first step; else each step reads its own."""
-        return self.config.dry_run or turn_reader(self.config, self.inputs).has_errors
+        return self.config.dry_run or turn_reader(self.config, self.run_data).has_errors
 
     def _loss_backend(self) -> str:
         """What computes the loss, and why, for the log; raises `ConfigError` where what is configured cannot."""
@@ -388,7 +388,7 @@ class Run:
                 f"checkpoint.resume=false, but {self.run_dir} holds {latest.name} of an earlier run: "
                 "choose another run_dir, or let it resume"
             )
-        found = resumption(self.config, self.inputs.problems.fingerprint, self.checkpointer.read(latest))
+        found = resumption(self.config, self.run_data.problems.fingerprint, self.checkpointer.read(latest))
         if self.grid.is_reporter:
             for line in found.warnings:
                 logger.warning("%s", hidden(line))
@@ -437,7 +437,7 @@ class Run:
     @property
     def sampling(self) -> SamplingParams:
         """How responses are drawn in this step."""
-        return sampling_params(self.config, self.inputs, self.batch_k)
+        return sampling_params(self.config, self.run_data, self.batch_k)
 
     def _target(self) -> Target:
         return configured_target(self.config.target, self.batch_k)
@@ -455,7 +455,7 @@ class Run:
         with self.teacher.on_device() as teacher:
             return learnabilities(
                 candidates,
-                builder=self.inputs.builder,
+                builder=self.run_data.builder,
                 student=self.chunks,
                 teacher=teacher,
                 grid=self.grid,
@@ -465,7 +465,7 @@ class Run:
                 backend=self.config.loss.backend,
                 policy=self.config.data.on_long_context,
                 alpha=self.config.solutions.alpha,
-                max_length=self.inputs.max_length,
+                max_length=self.run_data.max_length,
                 max_new_tokens=self.config.rollout.max_new_tokens,
             )
 
@@ -498,7 +498,7 @@ class Run:
         self.log.log_samples(
             self.step + 1,
             lambda: [
-                sample_of(context, self.rollouts.solution_read(context), known, self.inputs.tokenizer)
+                sample_of(context, self.rollouts.solution_read(context), known, self.run_data.tokenizer)
                 for (context, _), known in zip(shown, numbers, strict=True)
             ],
         )

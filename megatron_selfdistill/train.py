@@ -27,8 +27,8 @@ from megatron_selfdistill.plan import plan_checks
 from megatron_selfdistill.report import next_steps
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.run import Run
+    from megatron_selfdistill.run_data import RunData
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
@@ -109,7 +109,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.run.resumption import refuse_another_run
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run_data import RunData
 
     refuse_another_run(config, given)
     as_given, config = config, with_stored_architecture(config, given)
@@ -119,12 +119,12 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     finished = _finished(config, as_given) if ranks.rank == 0 else None
     if checkpoint := ranks.answer("folder", str(finished or ""), patience_s):
         return _already_complete(config, Path(checkpoint), ranks)
-    inputs = Inputs.load(config)
+    run_data = RunData.load(config)
     ranks.answer("inputs", timeout_s=patience_s)
-    return _train(config, inputs, None if config.dry_run else lock.renew)
+    return _train(config, run_data, None if config.dry_run else lock.renew)
 
 
-def _train(config: Config, inputs: Inputs, prove_ownership: Callable[[], None] | None) -> int:
+def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None] | None) -> int:
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.run import Run
@@ -136,7 +136,7 @@ def _train(config: Config, inputs: Inputs, prove_ownership: Callable[[], None] |
         stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
         with watchdog.watched(grid.rank, grid.world_size, stacks, config.hang_timeout_s):
             with watchdog.moving_files():
-                run = Run(config, inputs, grid, prove_ownership)
+                run = Run(config, run_data, grid, prove_ownership)
             try:
                 _announce(run)
                 if not config.dry_run:
@@ -232,19 +232,19 @@ def _announce(run: Run) -> None:
     if run.grid.device.type == "cuda":
         quantum = length_quantum(run.config.schedule.max_tokens)
         memory = [f"GPU memory: {about_allocator(os.environ)}; packed rows of multiples of {quantum} tokens"]
-    grid, counts = run.grid, run.inputs.counts
+    grid, counts = run.grid, run.run_data.counts
     folder = run.folder.path
     if not run.config.dry_run:
         run.folder.write()
     layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
-    data = f"{len(run.inputs.problems)} {'turns' if run.inputs.about_conversations else 'problems'} "
+    data = f"{len(run.run_data.problems)} {'turns' if run.run_data.about_conversations else 'problems'} "
     if run.config.logged:
         data += f"(what cannot be used is left out when it comes up, and listed in {folder / LEFT_OUT_FILE})"
     else:
         data += (
             f"({counts.truncated} with a shortened solution; left out: {counts.dropped} too long, "
-            f"{run.inputs.problems.num_skipped} bad)"
+            f"{run.run_data.problems.num_skipped} bad)"
         )
     start = run.config.checkpoint.load or "random weights"
     start = f"resumes {run.resumed_from}" if run.resumed_from else f"starts from {start}"
@@ -255,10 +255,10 @@ def _announce(run: Run) -> None:
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
         *([f"loss: {run.loss_backend}"] if run.distils else []),
-        f"{data}; contexts of at most {run.inputs.max_length} tokens",
+        f"{data}; contexts of at most {run.run_data.max_length} tokens",
         str(run.output_layer),
-        *([run.inputs.about_prompts] if run.inputs.about_prompts else []),
-        *run.inputs.about_conversations,
+        *([run.run_data.about_prompts] if run.run_data.about_prompts else []),
+        *run.run_data.about_conversations,
         f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
         *run.changes,
         *([run.stop.plan] if run.stop.plan else []),
@@ -268,9 +268,9 @@ def _announce(run: Run) -> None:
         return  # the list is that of the run that is using the folder
     if run.resumed_from is None:
         (folder / LEFT_OUT_FILE).unlink(missing_ok=True)
-    if run.inputs.left_out:
-        list_left_out(folder / LEFT_OUT_FILE, run.inputs.left_out)
-        run.log.message(f"what was left out, by file and line: {folder / LEFT_OUT_FILE}; {run.inputs.left_out[0]}")
+    if run.run_data.left_out:
+        list_left_out(folder / LEFT_OUT_FILE, run.run_data.left_out)
+        run.log.message(f"what was left out, by file and line: {folder / LEFT_OUT_FILE}; {run.run_data.left_out[0]}")
 
 
 def _conclude(run: Run, first_step: int, seconds: float) -> None:

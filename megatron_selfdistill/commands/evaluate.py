@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need not wait for
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run_data import RunData
 
 EXIT_REFUSED, EXIT_FAILED = 2, 4
 RESERVED = {
@@ -104,14 +104,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.inference import converted
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
-    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run_data import RunData
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders go
     model = _model(arguments)
     config = _configured(arguments, model)
     config.check_world(world_size())
-    inputs = Inputs.load_evaluation(config, arguments.hinted)
-    check_answers(inputs.evaluation, load_verifier(config.evaluation.verifier))
+    run_data = RunData.load_evaluation(config, arguments.hinted)
+    check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
     grid = ranks.initialize(config.parallel, config.seed)
     try:
         with _temporary_folder(arguments.tmp or arguments.out.parent, grid) as folder, ExitStack() as stack:
@@ -120,14 +120,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 load = str(stack.enter_context(converted(arguments.hf, folder / "converted")))
             checkpoint = dataclasses.replace(config.checkpoint, load=load)
             config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(folder / "run"))
-            _evaluate_with(config, inputs, grid, arguments, model)
+            _evaluate_with(config, run_data, grid, arguments, model)
     finally:
         ranks.shutdown()
     return 0
 
 
 def _evaluate_with(
-    config: Config, inputs: Inputs, grid: RankGrid, arguments: argparse.Namespace, model: dict[str, Any]
+    config: Config, run_data: RunData, grid: RankGrid, arguments: argparse.Namespace, model: dict[str, Any]
 ) -> None:
     from megatron_selfdistill.evaluation import held_out as evaluation
     from megatron_selfdistill.evaluation.evaluations import write_evaluation
@@ -135,13 +135,13 @@ def _evaluate_with(
     from megatron_selfdistill.evaluation.tables import show_summary
     from megatron_selfdistill.evaluation.verify import load_verifier
 
-    with open_inference(config, inputs, grid) as inference:
+    with open_inference(config, run_data, grid) as inference:
         began = time.perf_counter()
         result = evaluation.evaluate(
             inference.sampler,
-            inputs.builder,
-            inputs.tokenizer,
-            inputs.evaluation,
+            run_data.builder,
+            run_data.tokenizer,
+            run_data.evaluation,
             load_verifier(config.evaluation.verifier),
             params=inference.sampling,
             num_samples=arguments.num_samples,
@@ -150,13 +150,13 @@ def _evaluate_with(
             seed=config.seed,
             step=0,  # whatever the iteration: two models compared draw from the same streams
             grid=grid,
-            max_length=inputs.max_length,
+            max_length=run_data.max_length,
             hinted=arguments.hinted,
             num_transcripts=arguments.responses,
         )
         seconds = time.perf_counter() - began
     if grid.is_reporter:
-        about = {"model": model, "data": _data(inputs, arguments), "settings": _settings(config, inputs, arguments)}
+        about = {"model": model, "data": _data(run_data, arguments), "settings": _settings(config, run_data, arguments)}
         summary = write_evaluation(arguments.out, result, about)
         num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
         show_summary(summary, f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}")
@@ -256,14 +256,14 @@ def _temporary_folder(parent: Path, grid: RankGrid) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _data(inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
+def _data(run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_selfdistill.evaluation.evaluations import data_fingerprint
 
-    problems = inputs.evaluation
+    problems = run_data.evaluation
     return {"path": str(arguments.data), "fingerprint": data_fingerprint(problems), "num_problems": len(problems)}
 
 
-def _settings(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
+def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on besides model and problems."""
     from megatron_selfdistill.config import writable
 
@@ -279,7 +279,7 @@ def _settings(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> 
         "temperature": rollout.temperature,
         "top_k": rollout.top_k,
         "top_p": rollout.top_p,
-        "stop_token_ids": list(inputs.stop_token_ids),
+        "stop_token_ids": list(run_data.stop_token_ids),
         "system_prompt": data["system_prompt"],
         "student_template": data["student_template"],
         "teacher_template": data["teacher_template"] if arguments.hinted else None,

@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need
     from megatron_selfdistill.data.problems import Problem
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.evaluation.inference import Inference
-    from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.rollout.solutions import Attempt, Candidate, Score
+    from megatron_selfdistill.run_data import RunData
 
 EXIT_REFUSED = 2
 STEP = 0  # of the random streams: the model is not trained here
@@ -93,28 +93,28 @@ def _find(arguments: argparse.Namespace, config: Config, grid: RankGrid) -> None
     from megatron_selfdistill.distributed.collectives import on_rank_0
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
-    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run_data import RunData
 
     config.check_world(grid.world_size)
-    inputs = Inputs.load(config)
-    problems = inputs.problems.problems
+    run_data = RunData.load(config)
+    problems = run_data.problems.problems
     try:
         check_answers(problems, load_verifier(config.evaluation.verifier))
         if config.solutions.pick == "learnable":
             _check_scoring(problems, config, grid)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    header = provenance(config, inputs, arguments)
+    header = provenance(config, run_data, arguments)
     journal = Journal(arguments.out, header, arguments.group_size)
     done, refusal = on_rank_0(lambda: journal.begin(len(problems)))
     if refusal:
         raise ConfigError(refusal)
     if done < len(problems):
-        with open_inference(config, inputs, grid) as inference, _progress(len(problems), done, grid) as advance:
-            score = _scorer(config, inputs, inference, grid) if config.solutions.pick == "learnable" else None
+        with open_inference(config, run_data, grid) as inference, _progress(len(problems), done, grid) as advance:
+            score = _scorer(config, run_data, inference, grid) if config.solutions.pick == "learnable" else None
             for start in range(done, len(problems), arguments.group_size):
                 group = problems[start : start + arguments.group_size]
-                lines = _attempts(group, config, inputs, inference, score, grid)
+                lines = _attempts(group, config, run_data, inference, score, grid)
                 on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
                 advance(len(lines))
     on_rank_0(lambda: journal.finish({problem.id for problem in problems}))
@@ -135,7 +135,12 @@ def _check_scoring(problems: Sequence[Problem], config: Config, grid: RankGrid) 
 
 
 def _attempts(
-    group: Sequence[Problem], config: Config, inputs: Inputs, inference: Inference, score: Score | None, grid: RankGrid
+    group: Sequence[Problem],
+    config: Config,
+    run_data: RunData,
+    inference: Inference,
+    score: Score | None,
+    grid: RankGrid,
 ) -> list[dict[str, Any]]:
     """What became of these problems of all replicas, in their order; the same on every rank."""
     from megatron_selfdistill.config import ConfigError
@@ -149,19 +154,19 @@ def _attempts(
             Search(wanted.num_samples, wanted.keep, wanted.pick, config.seed),
             STEP,
             generate=lambda requests: inference.sampler.generate(requests, inference.sampling),
-            builder=inputs.builder,
+            builder=run_data.builder,
             verifier=load_verifier(config.evaluation.verifier),
             grid=grid,
             score=score,
         )
     except RuntimeError as error:  # the verifier or an engine: what was done before is kept
         raise ConfigError(f"{error}; when that is mended, the same command goes on from here") from error
-    mine = [_line(attempt, inputs) for attempt in attempts]
+    mine = [_line(attempt, run_data) for attempt in attempts]
     by_id = {line["problem_id"]: line for line in of_all_replicas(mine, grid)}
     return [by_id[problem.id] for problem in group]
 
 
-def _scorer(config: Config, inputs: Inputs, inference: Inference, grid: RankGrid) -> Score:
+def _scorer(config: Config, run_data: RunData, inference: Inference, grid: RankGrid) -> Score:
     """The learnability of candidates, where the model is student and teacher.  Raises: `ConfigError` for a loss.fused
     that cannot be had."""
     from megatron_selfdistill.evaluation.inference import decided_output_layer
@@ -170,7 +175,7 @@ def _scorer(config: Config, inputs: Inputs, inference: Inference, grid: RankGrid
     fusion = decided_output_layer(config, inference.chunks).fusion
     return lambda candidates: learnabilities(
         candidates,
-        builder=inputs.builder,
+        builder=run_data.builder,
         student=inference.chunks,
         teacher=inference.chunks,
         grid=grid,
@@ -178,14 +183,14 @@ def _scorer(config: Config, inputs: Inputs, inference: Inference, grid: RankGrid
         max_tokens=config.schedule.max_tokens,
         fusion=fusion,
         backend=config.loss.backend,
-        max_length=inputs.max_length,
+        max_length=run_data.max_length,
         max_new_tokens=config.rollout.max_new_tokens,
         policy=config.data.on_long_context,
         alpha=config.solutions.alpha,
     )
 
 
-def _line(attempt: Attempt, inputs: Inputs) -> dict[str, Any]:
+def _line(attempt: Attempt, run_data: RunData) -> dict[str, Any]:
     """One problem in the journal."""
     problem, candidates = attempt.problem, attempt.candidates
     messages = list(problem.messages)
@@ -205,7 +210,7 @@ def _line(attempt: Attempt, inputs: Inputs) -> dict[str, Any]:
         "problem_id": problem.id,
         **asked,
         "answer": problem.answer,
-        "prompt": inputs.tokenizer.decode(inputs.builder.student_prompt(problem)),
+        "prompt": run_data.tokenizer.decode(run_data.builder.student_prompt(problem)),
         "num_correct": sum(candidate.correct for candidate in candidates),
         "verdicts": [candidate.correct for candidate in candidates],
         "lengths": [len(candidate.response.token_ids) for candidate in candidates],
@@ -214,7 +219,7 @@ def _line(attempt: Attempt, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def provenance(config: Config, inputs: Inputs, arguments: argparse.Namespace) -> dict[str, Any]:
+def provenance(config: Config, run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:
     """All that the solutions depend on, save the layout: the journal's first line, and in each line of the file."""
     from megatron_selfdistill.checkpoint.directory import find, iteration_of
     from megatron_selfdistill.config import writable
@@ -229,9 +234,9 @@ def provenance(config: Config, inputs: Inputs, arguments: argparse.Namespace) ->
     return {
         "model": str((arguments.hf or path).absolute()),
         "iteration": iteration_of(path),
-        "data": inputs.problems.fingerprint,
+        "data": run_data.problems.fingerprint,
         "seed": config.seed,
-        "sampling": {**sampling, "stop_token_ids": list(inputs.stop_token_ids)},
+        "sampling": {**sampling, "stop_token_ids": list(run_data.stop_token_ids)},
         "prompts": {name: written["data"][name] for name in wording},
         "verifier": written["evaluation"]["verifier"],
         **{name: value for name, value in asdict(wanted).items() if name != "refresh_every"},

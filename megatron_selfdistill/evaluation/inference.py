@@ -17,13 +17,13 @@ from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import from_all_ranks, on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, unwrapped
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer, unfusable
 from megatron_selfdistill.rollout.base import Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
+from megatron_selfdistill.run_data import RunData
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ class Inference:
 
 
 @contextmanager
-def open_inference(config: Config, inputs: Inputs, grid: RankGrid) -> Iterator[Inference]:
+def open_inference(config: Config, run_data: RunData, grid: RankGrid) -> Iterator[Inference]:
     """The model of ``checkpoint.load`` (random weights where that is null) with the sampler of ``rollout``, ready to
     generate; the sampler is closed on leaving.
 
     Every rank of the world enters and leaves it.  Raises: `ConfigError`, `CheckpointError`.
     """
-    chunks = new_chunks(config, grid, inputs.vocab_size)
+    chunks = new_chunks(config, grid, run_data.vocab_size)
     if config.checkpoint.load is not None:
-        load_weights(Path(config.checkpoint.load), chunks, inputs.vocab_size, config.checkpoint.verify)
-    vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, inputs.vocab_size, grid.tp_group)
-    sampler = make_sampler(config, inputs, chunks, grid)
+        load_weights(Path(config.checkpoint.load), chunks, run_data.vocab_size, config.checkpoint.verify)
+    vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, run_data.vocab_size, grid.tp_group)
+    sampler = make_sampler(config, run_data, chunks, grid)
     try:
         sampler.update_weights(0)
-        yield Inference(chunks, vocab, sampler, sampling_params(config, inputs))
+        yield Inference(chunks, vocab, sampler, sampling_params(config, run_data))
     finally:
         sampler.close()
 

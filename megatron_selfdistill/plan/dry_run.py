@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config, ConfigError
-from megatron_selfdistill.inputs import Inputs, longest_context
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.plan import bubble
@@ -25,6 +24,7 @@ from megatron_selfdistill.plan.plan_checks import (
     planned_gpus,
 )
 from megatron_selfdistill.plan.stages import Stage, stages
+from megatron_selfdistill.run_data import RunData, longest_context
 
 _SERVED_SHARE = 0.8
 """Of a server's GPU, that weights may take: vLLM uses 0.9 of it, and what is left is cache and activations."""
@@ -120,8 +120,8 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     max_length, seq_length = longest_context(config), longest_row(config)
     check_lengths(config, max_length)
     check_engine(config, num_gpus)
-    inputs = Inputs.load(config) if config.data.path and config.data.tokenizer else None
-    vocab_size = _vocab_size(config, inputs)
+    run_data = RunData.load(config) if config.data.path and config.data.tokenizer else None
+    vocab_size = _vocab_size(config, run_data)
     transformer = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
     built = stages(config.model, transformer, config.parallel, vocab_size, num_gpus)
     p = config.parallel
@@ -156,8 +156,8 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     kv_cache_gib = min(each.rollout.get("KV cache", 0.0) for each in needed)
     return Plan(
         config=config,
-        num_problems=len(inputs.problems) if inputs is not None else None,
-        about_prompts=inputs.about_prompts if inputs is not None else None,
+        num_problems=len(run_data.problems) if run_data is not None else None,
+        about_prompts=run_data.about_prompts if run_data is not None else None,
         stages=built,
         memory=needed,
         parameters=load.model_parameters,
@@ -186,9 +186,9 @@ def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]
     return num_student, num_teacher
 
 
-def _vocab_size(config: Config, inputs: Inputs | None) -> int:
+def _vocab_size(config: Config, run_data: RunData | None) -> int:
     """Return the valid rows of the output layer."""
-    vocab_size = inputs.vocab_size if inputs is not None else config.model.vocab_size
+    vocab_size = run_data.vocab_size if run_data is not None else config.model.vocab_size
     if vocab_size is None:
         raise ConfigError(UNKNOWN_VOCABULARY)
     return vocab_size

@@ -10,12 +10,12 @@ import torch
 
 from megatron_selfdistill.config import Config, TargetConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Sampler, SamplingParams
+from megatron_selfdistill.run_data import RunData
 
 
-def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Module], grid: RankGrid) -> Sampler:
+def make_sampler(config: Config, run_data: RunData, chunks: Sequence[torch.nn.Module], grid: RankGrid) -> Sampler:
     """The sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
     One that keeps a copy of the weights has none yet: `Sampler.update_weights` comes first.
@@ -25,10 +25,10 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
     if rollout.engine == "megatron":
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
-        return MegatronSampler(chunks, grid, inputs.vocab_size, inputs.max_length, rollout.kv_cache_gb)
+        return MegatronSampler(chunks, grid, run_data.vocab_size, run_data.max_length, rollout.kv_cache_gb)
     from megatron_selfdistill.rollout.vllm.hf_directory import engine_folder
 
-    folder, rules = engine_folder(config, inputs.vocab_size, Path(config.run_dir), grid)
+    folder, rules = engine_folder(config, run_data.vocab_size, Path(config.run_dir), grid)
     if rollout.placement == "server":
         from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
@@ -37,7 +37,7 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
             grid,
             folder,
             rules,
-            max_length=inputs.max_length,
+            max_length=run_data.max_length,
             run_dir=Path(config.run_dir),
             servers=rollout.servers,
             num_servers=rollout.num_servers,
@@ -60,8 +60,8 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
         grid,
         folder,
         rules,
-        vocab_size=inputs.vocab_size,
-        max_length=inputs.max_length,
+        vocab_size=run_data.vocab_size,
+        max_length=run_data.max_length,
         engine_tp=rollout.engine_tp,
         kv_cache_gb=rollout.kv_cache_gb,
         bucket_bytes=int(rollout.bucket_mb * 2**20),
@@ -71,7 +71,7 @@ def make_sampler(config: Config, inputs: Inputs, chunks: Sequence[torch.nn.Modul
     )
 
 
-def sampling_params(config: Config, inputs: Inputs, batch_k: float | None = None) -> SamplingParams:
+def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
     """How ``config.rollout`` samples; guided requests are drawn from `configured_target`."""
     rollout = config.rollout
     return SamplingParams(
@@ -79,7 +79,7 @@ def sampling_params(config: Config, inputs: Inputs, batch_k: float | None = None
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,
-        stop_token_ids=inputs.stop_token_ids,
+        stop_token_ids=run_data.stop_token_ids,
         target=configured_target(config.target, batch_k),
         loss_backend=config.loss.backend,
     )

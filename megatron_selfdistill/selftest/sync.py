@@ -13,11 +13,11 @@ from torch import Tensor
 from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.run import Run
+from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from megatron_selfdistill.selftest.tiny import Node
 
@@ -49,8 +49,8 @@ def weight_sync(node: Node) -> Outcome:
         "optimizer.lr=0.02",  # Adam moves each weight by that much
         *(["+rollout.engine_args.enforce_eager=true"] if node.sampler == "vllm" else []),  # compiling takes minutes
     )
-    inputs = Inputs.load(config)
-    run = Run(config, inputs, node.grid(cuts))
+    run_data = RunData.load(config)
+    run = Run(config, run_data, node.grid(cuts))
     try:
         problems = run.next_problems()
         first = _written(run, problems, version=0)

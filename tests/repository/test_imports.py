@@ -41,7 +41,7 @@ ORDER = {
         "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion vocabulary "
         "run.sharded_io run.resumption run.external run.frozen_teacher run.checkpointer run.run_directory"
     ),
-    "inputs": "",
+    "run_data": "",
     "prechecks": "",
     "teacher": "",
     "rollout": (

@@ -235,17 +235,17 @@ def test_shortened_solutions_are_counted(ranks, data, tmp_path):
 
 def refused_before_the_first_step(arguments: list[str]) -> str:
     """What a run raises that met only a good turn before its ranks met each other."""
-    from megatron_selfdistill import inputs, run
+    from megatron_selfdistill import run, run_data
     from megatron_selfdistill.config import ConfigError, load
     from megatron_selfdistill.distributed.ranks import initialize, shutdown
 
     config = load(arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "LOOKED_AT", 1)
+        patch.setattr(run_data, "LOOKED_AT", 1)
         patch.setattr(
-            inputs.random, "Random", lambda seed: type("First", (), {"sample": lambda self, all, n: all[:n]})()
+            run_data.random, "Random", lambda seed: type("First", (), {"sample": lambda self, all, n: all[:n]})()
         )
-        read = inputs.Inputs.load(config)
+        read = run_data.RunData.load(config)
     grid = initialize(config.parallel, config.seed)
     try:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as caught:
@@ -280,9 +280,9 @@ def test_a_dry_run_under_a_launcher_reads_and_lists_all_turns(ranks, data, mixed
 
 def test_a_log_of_which_nothing_can_be_shown_is_refused_before_any_process_group(data, tmp_path):
     from megatron_selfdistill.config import ConfigError, load
-    from megatron_selfdistill.inputs import Inputs
+    from megatron_selfdistill.run_data import RunData
 
     with pytest.raises(
         ConfigError, match=r"none of 64 turns that were looked at can be used; the first: .*chats.jsonl:"
     ):
-        Inputs.load(load(chats(data, tmp_path / "run", "data.chat_template='{{ messages[0].content }}'")))
+        RunData.load(load(chats(data, tmp_path / "run", "data.chat_template='{{ messages[0].content }}'")))

@@ -152,11 +152,11 @@ def parent(pid: int) -> int:
 def config_of_the_tiny_model(folder: Path, data: Path) -> Path:
     """``folder`` with the Hugging Face config.json of the model that the jobs train, as vLLM on a CPU can run it."""
     from megatron_selfdistill.config import load
-    from megatron_selfdistill.inputs import Inputs
     from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.run_data import RunData
 
     config = load(overrides(data, folder / "unused", *FOR_VLLM))
-    model = replace(config.model, vocab_size=Inputs.load(config).vocab_size)
+    model = replace(config.model, vocab_size=RunData.load(config).vocab_size)
     family = family_of_model(model)
     described = {"architectures": [family.architecture], **family.hf_config(model, "float32")}
     folder.mkdir(parents=True, exist_ok=True)

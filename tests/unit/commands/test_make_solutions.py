@@ -22,9 +22,9 @@ from megatron_selfdistill.checkpoint import conversion
 from megatron_selfdistill.commands import solutions
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import load_problems
-from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.base import stream_seed
+from megatron_selfdistill.run_data import RunData
 
 NUM_PROBLEMS, NUM_SAMPLES = 10, 8
 LAYOUTS = {
@@ -119,7 +119,7 @@ def summary(folder, ranks) -> str:
 def test_every_solution_is_right_and_the_file_is_one_that_a_run_reads(folder, summary):
     records = lines_of(folder / "own.jsonl")
     data = {"path": f"{folder}/own.jsonl", "tokenizer": f"{folder}/tokenizer"}
-    read = Inputs.load(from_mapping({"data": data, "rollout": {"max_new_tokens": 28}})).problems.problems
+    read = RunData.load(from_mapping({"data": data, "rollout": {"max_new_tokens": 28}})).problems.problems
     assert [(p.id, p.solution, p.answer) for p in read] == [(r["id"], r["solution"], r["answer"]) for r in records]
     asked = {p.id: p.messages for p in load_problems(folder / "problems.jsonl", fields={"solution": None}).problems}
     assert len(records) > len({record["problem_id"] for record in records}) >= NUM_PROBLEMS // 2

@@ -18,7 +18,7 @@ from transformers import dynamic_module_utils
 
 from megatron_selfdistill.config import ConfigError, from_mapping
 from megatron_selfdistill.data.prompts import load_tokenizer
-from megatron_selfdistill.inputs import Inputs
+from megatron_selfdistill.run_data import RunData
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -72,7 +72,7 @@ def config_of(folder: Path, **data: object):
     )
 
 
-@pytest.mark.parametrize("load", [Inputs.load, Inputs.load_evaluation], ids=["training", "evaluation"])
+@pytest.mark.parametrize("load", [RunData.load, RunData.load_evaluation], ids=["training", "evaluation"])
 def test_remote_code_never_runs_unless_the_key_allows_it(folder, terminal, load):
     with pytest.raises(ConfigError, match=r"auto_map names Python code .* set data\.trust_remote_code=true") as caught:
         load(config_of(folder))
@@ -93,7 +93,7 @@ def test_a_folder_whose_class_transformers_knows_loads_without_its_code(folder, 
 def test_remote_code_that_fails_is_one_sentence(folder):
     (folder / "evil.py").write_text("raise RuntimeError('not today\\nnor tomorrow')\n")
     with pytest.raises(ConfigError, match=r"tokenizer: not today$"):
-        Inputs.load(config_of(folder, trust_remote_code=True))
+        RunData.load(config_of(folder, trust_remote_code=True))
 
 
 def test_a_name_of_the_hub_that_cannot_be_loaded_is_said_to_be_no_folder_here(monkeypatch):

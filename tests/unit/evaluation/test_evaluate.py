@@ -504,7 +504,7 @@ def test_the_log_of_a_run_says_what_its_verifier_overlooked(monkeypatch, show_co
     monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: result)
     config = Config(evaluation=EvaluationConfig(verifier="exact_match"))
     it = MagicMock(step=3, config=config)
-    it.inputs.builder.show_contents = show_contents
+    it.run_data.builder.show_contents = show_contents
     it.log.message, it.log.log_evaluation = said.append, lambda step, metrics: logged.append(step)
     assert run_module.Run.evaluate(it) is result and logged == [3]
     assert len(said) == num_lines and "set evaluation.verifier=math_verify" in said[0]

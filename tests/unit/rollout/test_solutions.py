@@ -15,9 +15,9 @@ from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import Problem, ProblemSet, ProblemStream, load_problems
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
-from megatron_selfdistill.inputs import Inputs
 from megatron_selfdistill.rollout.base import Request, Response, response_text, stream_seed
 from megatron_selfdistill.rollout.solutions import Attempt, OwnSolutions, Search, content_of, prompts_with, solve
+from megatron_selfdistill.run_data import RunData
 
 BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
 
@@ -342,7 +342,7 @@ def test_with_own_solutions_the_datas_are_neither_needed_nor_read(tmp_path):
     values = {"tokenizer": f"{tmp_path}/tokenizer", "teacher_template": "{problem}H{solution}|", "solutions": "own"}
     for name in ("problems.jsonl", "bare.jsonl"):
         data = {**values, "path": str(tmp_path / name)}
-        inputs = Inputs.load(from_mapping({"data": data, "rollout": {"max_new_tokens": 14}}))
-        assert [p.solution for p in inputs.problems.problems] == [""] * 4
-        assert [p.answer for p in inputs.problems.problems] == [record["answer"] for record in records]
+        run_data = RunData.load(from_mapping({"data": data, "rollout": {"max_new_tokens": 14}}))
+        assert [p.solution for p in run_data.problems.problems] == [""] * 4
+        assert [p.answer for p in run_data.problems.problems] == [record["answer"] for record in records]
     assert load_problems(tmp_path / "bare.jsonl", fields={"solution": None}).problems[0].solution == ""

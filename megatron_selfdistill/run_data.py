@@ -33,7 +33,7 @@ from megatron_selfdistill.data.prompts import (
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunData:
     """What is trained and evaluated on, as texts and as the rules that turn texts into prompts."""
 
     tokenizer: Tokenizer
@@ -56,7 +56,7 @@ class Inputs:
     """One sentence, with file and line, for every conversation that is left out, and for turns that were read."""
 
     @classmethod
-    def load(cls, config: Config) -> Inputs:
+    def load(cls, config: Config) -> RunData:
         """Read and check everything; `ConfigError` names the file, the line or the key in one sentence."""
         try:
             return cls._load(config)
@@ -64,7 +64,7 @@ class Inputs:
             raise ConfigError(str(error)) from error
 
     @classmethod
-    def load_evaluation(cls, config: Config, with_solutions: bool = False) -> Inputs:
+    def load_evaluation(cls, config: Config, with_solutions: bool = False) -> RunData:
         """Only what is evaluated on, ``evaluation.path``, and how it is shown; there are no problems to train on.
 
         ``with_solutions``: every problem must have one.  Prompts may be as long as the model and ``data.max_length``
@@ -93,7 +93,7 @@ class Inputs:
             raise ConfigError(str(error)) from error
 
     @classmethod
-    def _load(cls, config: Config) -> Inputs:
+    def _load(cls, config: Config) -> RunData:
         data = config.data
         if data.path is None or data.tokenizer is None:
             missing = "data.path" if data.path is None else "data.tokenizer"
@@ -130,7 +130,7 @@ class Inputs:
         )
 
     @classmethod
-    def _load_conversations(cls, config: Config, tokenizer: Tokenizer) -> Inputs:
+    def _load_conversations(cls, config: Config, tokenizer: Tokenizer) -> RunData:
         data, wanted, max_length = config.data, config.conversations, longest_context(config)
         assert data.path is not None
         builder = PromptBuilder(tokenizer, _templates(data), wanted.show_contents)
@@ -187,9 +187,9 @@ def _about(log: ConversationSet) -> str:
     )
 
 
-def turn_reader(config: Config, inputs: Inputs) -> TurnReader:
+def turn_reader(config: Config, run_data: RunData) -> TurnReader:
     """How the run reads logged turns."""
-    return _reader(config.data, inputs.builder, inputs.stop_token_ids, inputs.max_length)
+    return _reader(config.data, run_data.builder, run_data.stop_token_ids, run_data.max_length)
 
 
 def _reader(data: DataConfig, builder: PromptBuilder, stop_token_ids: tuple[int, ...], max_length: int) -> TurnReader:

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.config import Config, ConfigError, from_mapping
-from megatron_selfdistill.inputs import Inputs, longest_context
+from megatron_selfdistill.run_data import RunData, longest_context
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHARACTERS = "0123456789-=b.,;:|H$_"
@@ -30,7 +30,7 @@ def character_tokenizer(folder: Path, **special: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Problems of one length and solutions of 3, 8 and 60 characters, and two tokenizers."""
-    folder = tmp_path_factory.mktemp("inputs")
+    folder = tmp_path_factory.mktemp("run_data")
     write(folder / "problems.jsonl", [{"problem": "500-408=", "solution": "0" * n} for n in (3, 8, 60)])
     write(folder / "held_out.jsonl", [{"problem": "1-1=", "solution": "0", "answer": "0"}] * 3)
     character_tokenizer(folder / "tokenizer", eos_token="$")
@@ -60,7 +60,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 def sentence_of(config: Config) -> str:
     with pytest.raises(ConfigError) as caught:
-        Inputs.load(config)
+        RunData.load(config)
     text = str(caught.value)
     assert text and "\n" not in text
     return text
@@ -68,11 +68,11 @@ def sentence_of(config: Config) -> str:
 
 def test_what_is_read_is_what_the_files_say(folder):
     held_out = folder / "held_out.jsonl"
-    inputs = Inputs.load(config_of(folder, f"evaluation.path={held_out}", "evaluation.limit=2"))
-    assert [p.solution for p in inputs.problems.problems] == ["000", "0" * 8]
-    assert len(inputs.evaluation) == 2 and inputs.evaluation[0].answer == "0"
-    assert (inputs.vocab_size, inputs.max_length) == (len(CHARACTERS), 40)
-    assert inputs.stop_token_ids == (CHARACTERS.index("$"),)
+    run_data = RunData.load(config_of(folder, f"evaluation.path={held_out}", "evaluation.limit=2"))
+    assert [p.solution for p in run_data.problems.problems] == ["000", "0" * 8]
+    assert len(run_data.evaluation) == 2 and run_data.evaluation[0].answer == "0"
+    assert (run_data.vocab_size, run_data.max_length) == (len(CHARACTERS), 40)
+    assert run_data.stop_token_ids == (CHARACTERS.index("$"),)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_is_read_is_what_the_files_say(folder):
 )
 def test_what_cannot_be_read_is_one_sentence(folder, overrides, words):
     with pytest.raises(ConfigError) as caught:
-        Inputs.load(config_of(folder, *(o.replace("{folder}", str(folder)) for o in overrides)))
+        RunData.load(config_of(folder, *(o.replace("{folder}", str(folder)) for o in overrides)))
     text = str(caught.value)
     assert words.lower() in text.lower() and "\n" not in text
 
@@ -134,36 +134,36 @@ def test_what_cannot_be_read_is_one_sentence(folder, overrides, words):
     ],
 )
 def test_each_policy_counts_what_it_keeps_truncates_and_drops(folder, policy, lengths, counts):
-    inputs = Inputs.load(config_of(folder, f"data.on_long_context={policy}"))
-    assert [len(p.solution) for p in inputs.problems.problems] == lengths
-    assert (inputs.counts.kept, inputs.counts.truncated, inputs.counts.dropped) == counts
+    run_data = RunData.load(config_of(folder, f"data.on_long_context={policy}"))
+    assert [len(p.solution) for p in run_data.problems.problems] == lengths
+    assert (run_data.counts.kept, run_data.counts.truncated, run_data.counts.dropped) == counts
 
 
 def test_bad_records_are_skipped_and_counted_when_asked(folder, tmp_path):
     records = tmp_path / "bad.jsonl"
     write(records, [{"problem": "1-1=", "solution": "0"}, {"problem": "2-1="}])
     assert "bad.jsonl:2" in sentence_of(config_of(folder, f"data.path={records}"))
-    inputs = Inputs.load(config_of(folder, f"data.path={records}", "data.on_bad_record=skip"))
-    assert len(inputs.problems) == 1 and len(inputs.problems.skipped) == 1
+    run_data = RunData.load(config_of(folder, f"data.path={records}", "data.on_bad_record=skip"))
+    assert len(run_data.problems) == 1 and len(run_data.problems.skipped) == 1
 
 
 def test_the_chat_template_may_be_a_file(folder, tmp_path):
     (tmp_path / "template.jinja").write_text(PLAIN)
-    by_text = Inputs.load(config_of(folder))
-    by_file = Inputs.load(config_of(folder, f"data.chat_template={tmp_path / 'template.jinja'}"))
+    by_text = RunData.load(config_of(folder))
+    by_file = RunData.load(config_of(folder, f"data.chat_template={tmp_path / 'template.jinja'}"))
     problem = by_text.problems.problems[0]
     assert by_file.builder.prompt_pair(problem) == by_text.builder.prompt_pair(problem)
 
 
 def test_more_stop_tokens_join_the_tokenizers_own_and_may_replace_a_missing_one(folder):
-    both = Inputs.load(config_of(folder, "rollout.stop_token_ids=[3,19,3]"))
-    alone = Inputs.load(config_of(folder, f"data.tokenizer={folder / 'endless'}", "rollout.stop_token_ids=[3]"))
+    both = RunData.load(config_of(folder, "rollout.stop_token_ids=[3,19,3]"))
+    alone = RunData.load(config_of(folder, f"data.tokenizer={folder / 'endless'}", "rollout.stop_token_ids=[3]"))
     assert both.stop_token_ids == (CHARACTERS.index("$"), 3)
     assert alone.stop_token_ids == (3,)
 
 
 def test_a_models_own_vocabulary_may_be_larger_than_the_tokenizers(folder):
-    assert Inputs.load(config_of(folder, "model.vocab_size=32")).vocab_size == 32
+    assert RunData.load(config_of(folder, "model.vocab_size=32")).vocab_size == 32
 
 
 @pytest.mark.parametrize(
@@ -191,16 +191,16 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     options = ["data.kind=conversations", "data.on_bad_record=skip", f"data.path={tmp_path}/chats.jsonl"]
     fields = ["data.fields.messages=chat", "data.fields.accepted=liked", "data.fields.problem=task"]
     evaluated = f"evaluation.path={tmp_path}/held_out.jsonl"
-    inputs = Inputs.load(config_of(folder, *options, *fields, evaluated, f"data.chat_template={template}"))
-    assert [(p.solution, p.reply.message["content"]) for p in inputs.problems.problems] == [("00", "1"), ("00", "00")]
-    assert [p.messages[0]["content"] for p in inputs.evaluation] == ["1-1="]
-    assert [line.rpartition("chats.jsonl:")[2][:2] for line in inputs.left_out] == ["2:", "3:"]
+    run_data = RunData.load(config_of(folder, *options, *fields, evaluated, f"data.chat_template={template}"))
+    assert [(p.solution, p.reply.message["content"]) for p in run_data.problems.problems] == [("00", "1"), ("00", "00")]
+    assert [p.messages[0]["content"] for p in run_data.evaluation] == ["1-1="]
+    assert [line.rpartition("chats.jsonl:")[2][:2] for line in run_data.left_out] == ["2:", "3:"]
     assert (
-        "1 conversations" in inputs.about_conversations[0]
-        and "as unresolved: 1, as bad: 1" in (inputs.about_conversations[0])
+        "1 conversations" in run_data.about_conversations[0]
+        and "as unresolved: 1, as bad: 1" in (run_data.about_conversations[0])
     )
-    assert "all 2 turns were read: 2 can be used" in inputs.about_conversations[1]
-    assert "5 logged tokens, 0.600 of them in accepted turns" in inputs.about_conversations[1]
+    assert "all 2 turns were read: 2 can be used" in run_data.about_conversations[1]
+    assert "5 logged tokens, 0.600 of them in accepted turns" in run_data.about_conversations[1]
 
 
 def test_a_rule_that_is_nowhere_is_a_sentence(folder):
@@ -237,15 +237,15 @@ def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_s
     more = [o.replace("{folder}", str(folder)) for o in ("data.teacher_template='{problem}|{solution}'", *overrides)]
     config = config_of(folder, *more)
     if words is None:
-        assert Inputs.load(config).about_prompts is None
+        assert RunData.load(config).about_prompts is None
     else:
         assert words in (sentence := sentence_of(config)) and "data.chat_template" in sentence
 
 
 @pytest.mark.parametrize("policy", ["truncate_start", "truncate_end"])
 def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(folder, policy):
-    inputs = Inputs.load(config_of(folder, f"data.on_long_context={policy}"))
-    assert inputs.counts.truncated == 1, "and its prompt has passed the check"
+    run_data = RunData.load(config_of(folder, f"data.on_long_context={policy}"))
+    assert run_data.counts.truncated == 1, "and its prompt has passed the check"
     beginning = "{% for m in messages %}{{ m.content[:16] }}{% endfor %}"  # 8 of the problem, 8 of the solution
     hidden = config_of(folder, f"data.on_long_context={policy}", f'data.chat_template="{beginning}"')
     assert "problems.jsonl:3: expected the teacher's prompt to show the solution" in sentence_of(hidden)
@@ -255,7 +255,7 @@ def test_only_the_first_prompts_are_looked_at(folder, tmp_path):
     problems = [{"problem": f"{n:04}-1=", "solution": "0"} for n in range(65)]
     write(tmp_path / "a.jsonl", [*problems[:64], {**problems[64], "problem": "1|2=", "solution": "00"}])
     cut = config_of(folder, f"data.path={tmp_path}/a.jsonl", f'data.chat_template="{HALF}"')
-    assert len(Inputs.load(cut).problems) == 65
+    assert len(RunData.load(cut).problems) == 65
     write(tmp_path / "a.jsonl", [*problems[:63], {**problems[64], "problem": "1|2=", "solution": "00"}])
     assert "a.jsonl:64: expected the student's prompt" in sentence_of(cut)
 
@@ -274,26 +274,26 @@ def test_the_accepted_answer_of_a_log_must_be_in_the_teachers_prompt_and_is_not_
         )
         assert "000" not in sentence.replace("0000", "")
     template.write_text("{% for m in messages %}" + reply + "{{ m.content }}{% endif %}{% endfor %}")
-    assert "3 of the accepted answer (in 1 prompts)" in Inputs.load(config_of(folder, *of_template)).about_prompts
+    assert "3 of the accepted answer (in 1 prompts)" in RunData.load(config_of(folder, *of_template)).about_prompts
 
 
 def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(folder):
     path = f"evaluation.path={folder}/held_out.jsonl"
     hidden = config_of(folder, path, f'data.chat_template="{HALF}"', "data.teacher_template='{problem}|{solution}'")
-    assert len(Inputs.load_evaluation(hidden).evaluation) == 3
+    assert len(RunData.load_evaluation(hidden).evaluation) == 3
     with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the teacher's prompt to show the solution"):
-        Inputs.load_evaluation(hidden, with_solutions=True)
+        RunData.load_evaluation(hidden, with_solutions=True)
     with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the student's prompt to show the problem"):
-        Inputs.load_evaluation(config_of(folder, path, f"data.chat_template='{EMPTY}'"))
+        RunData.load_evaluation(config_of(folder, path, f"data.chat_template='{EMPTY}'"))
 
 
 def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(folder):
-    inputs = Inputs.load(config_of(folder, "data.teacher_template='{problem}==={solution}|'"))
-    assert inputs.about_prompts == (
+    run_data = RunData.load(config_of(folder, "data.teacher_template='{problem}==={solution}|'"))
+    assert run_data.about_prompts == (
         "the teacher's prompt adds 4 tokens of wording (data.teacher_template) and on average 6 of the solution "
         "(in 2 prompts)"
     )
-    own = Inputs.load(config_of(folder, "data.solutions=own", f"data.path={folder}/held_out.jsonl"))
+    own = RunData.load(config_of(folder, "data.solutions=own", f"data.path={folder}/held_out.jsonl"))
     assert "1 of the answer, until there are own solutions" in own.about_prompts
     too_long = sentence_of(config_of(folder, "data.on_long_context=error"))
     assert "got 69 (8 of them in the student's prompt too, 1 of data.teacher_template, 60 of the solution)" in too_long
@@ -313,15 +313,15 @@ def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(f
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     hub = ["data.path=lab/sums", "data.subset=hard", "data.split=val", "evaluation.path=lab/sums"]
-    inputs = Inputs.load(config_of(folder, *hub, "evaluation.subset=easy"))
+    run_data = RunData.load(config_of(folder, *hub, "evaluation.subset=easy"))
     assert calls == [("lab/sums", "hard", "val"), ("lab/sums", "easy", "test")]
-    assert inputs.evaluation[0].location == "lab/sums[test]:1"
+    assert run_data.evaluation[0].location == "lab/sums[test]:1"
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.csv").write_text("problem,solution\n1-1=,0\n")
     (tmp_path / "shards" / "1.csv").write_text("problem,solution\n2-1=,1\n")
     of_shards = config_of(folder, f"data.path={tmp_path}/shards", f"evaluation.path={tmp_path}/shards/1.csv")
-    inputs = Inputs.load(of_shards)
-    assert (len(inputs.problems), len(inputs.evaluation)) == (2, 1)
+    run_data = RunData.load(of_shards)
+    assert (len(run_data.problems), len(run_data.evaluation)) == (2, 1)
     missing = sentence_of(config_of(folder, f"evaluation.path={folder}/held_out.jsonl", "evaluation.subset=easy"))
     assert "held_out.jsonl: expected the name of a hub data set with the subset 'easy'" in missing
 
