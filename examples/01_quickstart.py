@@ -26,7 +26,7 @@ from arms import Arm, Measurement, Outcome, console
 from pretraining import write_records
 from rich.table import Table
 
-IMITATION = Arm("Fine-tuning on the hint text", ("objective=solutions", "data.fields.solution=as_response"))
+IMITATION = Arm("Fine-tuning on the hint text", ("objective=sft", "data.fields.solution=as_response"))
 
 NUMBERS = ("greedy", "sampled", "pass_at_8", "hinted", "entropy", "shows_work", "length")
 

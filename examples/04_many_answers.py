@@ -25,7 +25,7 @@ from pretraining import write_records
 
 from megatron_selfdistill.report.curves import ENTROPY, SAMPLED
 
-IMITATION = Arm("Fine-tuning on solutions", ("objective=solutions",))
+IMITATION = Arm("Fine-tuning on solutions", ("objective=sft",))
 ARMS = (arms.SELF_DISTILLATION, arms.STRICT, arms.TEACHER_ALONE, IMITATION, arms.REJECTION)
 WEAK_ARMS = (arms.SELF_DISTILLATION, arms.TEACHER_ALONE, arms.FORWARD_KL, arms.REJECTION)
 NUM_SAMPLES = 32

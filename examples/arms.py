@@ -52,7 +52,7 @@ TEACHER_ALONE = Arm("Teacher alone", ("recipe=teacher_alone",))
 FORWARD_KL = Arm("Forward KL", ("loss.divergence=forward_kl",))
 TEACHER_ALONE_FORWARD_KL = Arm("Teacher alone, forward KL", ("recipe=teacher_alone", "loss.divergence=forward_kl"))
 LITERAL = Arm("Literal recipe", ("recipe=literal",))
-REJECTION = Arm("RFT with a verifier", ("objective=verified_rollouts",))
+REJECTION = Arm("RFT with a verifier", ("objective=rft",))
 """Rejection fine-tuning: next-token training on the own responses that the verifier accepts."""
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help 
 
 CONFIG_NAME = "quickstart"
 OVERRIDES = (
-    "objective=solutions",
+    "objective=sft",
     "optimizer.lr=5e-3",
     "optimizer.min_lr=2.5e-4",
     "optimizer.lr_warmup_steps=50",

@@ -84,7 +84,7 @@ class Rollouts:
     def generate(self, problems: Sequence[Problem], step: int, sampling: SamplingParams) -> list[Response]:
         """``rollout.num_samples`` responses per problem, problem by problem, or the one that its log has; `EngineError`
         is raised on all ranks."""
-        if self.config.objective == "solutions":
+        if self.config.objective == "sft":
             return [self._solution(problem) for problem in problems]
         if self.config.logged:
             return [_logged_response(self._turns[problem.id]) for problem in problems]
@@ -107,7 +107,7 @@ class Rollouts:
         """Both contexts of each response that is trained on, and those responses."""
         samples = len(responses) // max(len(problems), 1)
         pairs = list(zip([p for p in problems for _ in range(samples)], responses, strict=True))
-        if self.config.objective == "verified_rollouts":
+        if self.config.objective == "rft":
             right = self._right(pairs)
             pairs = [pair for pair, keep in zip(pairs, right, strict=True) if keep]
         if self._own is not None:

@@ -148,7 +148,7 @@ class Run:
             if self.config.logged:
                 self._turns = Turns.of(problems, self._contexts)
                 self._row_weight = turn_weight(self.config.conversations, self._turns, self.grid)
-            elif self.config.objective != "solutions":
+            elif self.config.objective != "sft":
                 self._sampler_log_probs = self._on_device(response.log_probs for response in kept)
             if self.config.loss.rollout_correction == "truncated":
                 drawn = self._on_device(response.sampled_log_probs for response in kept)

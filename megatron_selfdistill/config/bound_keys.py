@@ -202,7 +202,7 @@ def _plain(default: Any) -> Any:
 def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
     """Whether verdicts decide what a run trains on, besides what an evaluation reports."""
     guides = values.get("rollout.guide_below") is not None
-    return guides or values.get("objective") == "verified_rollouts" or values.get("data.solutions") == "own"
+    return guides or values.get("objective") == "rft" or values.get("data.solutions") == "own"
 
 
 def _shown(value: Any) -> str:

@@ -822,8 +822,8 @@ class Config:
     seed: int = 0
     """Seed of data order, sampling streams and initial weights."""
     objective: str = "self_distillation"
-    """self_distillation; or a baseline on the same data: solutions (next-token training on the solution text)
-    or verified_rollouts (next-token training on own responses whose answer verifies)."""
+    """self_distillation; or a baseline on the same data: sft (next-token training on the solution text)
+    or rft (next-token training on own responses whose answer verifies)."""
     dry_run: bool = False
     """Check and stop.  Under a launch: after everything has been built, before the first step.  Without one, and with
     cluster.num_gpus: every rank's part as shapes alone, memory and bubble, on any machine and without GPUs."""
@@ -868,7 +868,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _tidy("", self)
-        _one_of("objective", self.objective, ["self_distillation", "solutions", "verified_rollouts"])
+        _one_of("objective", self.objective, ["self_distillation", "sft", "rft"])
         _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
         _require(0 <= self.seed <= MAX_SEED, f"seed must lie in 0 to {MAX_SEED}, got {self.seed}")
         if self.data.kind == "conversations":
@@ -887,8 +887,8 @@ class Config:
             "after which a rank that waits gives up and takes the others with it: raise the latter",
         )
         _require(
-            self.data.solutions == "given" or self.objective != "solutions",
-            "objective=solutions trains on the text of given solutions: leave data.solutions=given",
+            self.data.solutions == "given" or self.objective != "sft",
+            "objective=sft trains on the text of given solutions: leave data.solutions=given",
         )
         _require(
             self.rollout.guidance == "none" or self.rollout.replay is None,
@@ -937,7 +937,7 @@ class Config:
 
     def _check_correction(self) -> None:
         rollout, key = self.rollout, f"loss.rollout_correction={self.loss.rollout_correction}"
-        _require(self.objective != "solutions", f"{key} corrects samples, but with objective=solutions nobody samples")
+        _require(self.objective != "sft", f"{key} corrects samples, but with objective=sft nobody samples")
         _require(
             rollout.temperature > 0,
             f"{key} divides by the probability of a draw, which greedy decoding (rollout.temperature=0) does not have",

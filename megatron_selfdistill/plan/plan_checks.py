@@ -44,7 +44,7 @@ def longest_row(config: Config) -> int:
 def check_lengths(config: Config, max_length: int) -> None:
     """Raise `ConfigError` where contexts of ``max_length`` tokens leave no room for a prompt."""
     new = config.rollout.max_new_tokens
-    if config.objective != "solutions" and config.samples and new >= max_length:
+    if config.objective != "sft" and config.samples and new >= max_length:
         raise ConfigError(
             f"rollout.max_new_tokens ({new}) leaves no room for a prompt in contexts of at most {max_length} tokens: "
             "raise data.max_length and schedule.max_tokens, or lower it"

@@ -37,7 +37,7 @@ CHANGED = {
     ),
     "the seed": (["seed=5"], ["seed: 0 in the checkpoint, now 5"]),
     "the wording": (["data.teacher_template='{problem}{solution}'"], ["data.teacher_template: "]),
-    "the objective": (["objective=solutions"], ["objective: 'self_distillation' in the checkpoint, now 'solutions'"]),
+    "the objective": (["objective=sft"], ["objective: 'self_distillation' in the checkpoint, now 'sft'"]),
     "a loss of the model": (
         ["model.moe_aux_loss_coeff=0.1"],
         ["model.moe_aux_loss_coeff: 0.0 in the checkpoint, now 0.1"],
@@ -161,7 +161,7 @@ def test_the_verifier_is_bound_where_verdicts_decide_what_is_trained(finished):
         return found.rule
 
     assert rule() == "free"
-    for training in ("objective=verified_rollouts", "data.solutions=own", "rollout.guide_below=0.2"):
+    for training in ("objective=rft", "data.solutions=own", "rollout.guide_below=0.2"):
         assert rule(training, *(["rollout.guidance=mixed"] if "guide" in training else [])) == "bound"
 
 

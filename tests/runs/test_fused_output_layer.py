@@ -90,7 +90,7 @@ def test_the_run_says_how_its_output_layer_works(folder):
 
 
 def test_a_baseline_cannot_be_asked_to_fuse(folder):
-    told = overrides(folder, folder / "refused", "objective=verified_rollouts", *FUSED["low_memory"])
+    told = overrides(folder, folder / "refused", "objective=rft", *FUSED["low_memory"])
     done = tiny_run.in_new_process(told)
     assert done.returncode == 2
     assert "loss.fused=low_memory fuses the output layer with the distillation loss, but objective=" in done.stderr

@@ -133,7 +133,7 @@ def test_the_identity_law_is_checked_at_the_start(ranks, data, tmp_path):
     train(ranks, overrides(data, tmp_path / "run"), start=with_a_broken_teacher_pass, expected=3)
 
 
-@pytest.mark.parametrize("objective", ["solutions", "verified_rollouts"])
+@pytest.mark.parametrize("objective", ["sft", "rft"])
 def test_a_baseline_runs_on_the_same_data(ranks, data, tmp_path, objective):
     options = [f"objective={objective}", "evaluation.verifier=tiny_run.starts_with_an_even_token"]
     train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)

@@ -219,11 +219,11 @@ HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
         ([f"data.chat_template='{EMPTY}'"], "problems.jsonl:1: expected the student's prompt to show the problem"),
         ([f'data.chat_template="{HALF}"'], "problems.jsonl:1: expected the teacher's prompt to show the solution, got"),
         (
-            [f'data.chat_template="{HALF}"', "evaluation.path={folder}/held_out.jsonl", "objective=solutions"],
+            [f'data.chat_template="{HALF}"', "evaluation.path={folder}/held_out.jsonl", "objective=sft"],
             None,  # no teacher reads a prompt
         ),
         (
-            [f'data.chat_template="{HALF}"', "evaluation.path={folder}/cut.jsonl", "objective=solutions"],
+            [f'data.chat_template="{HALF}"', "evaluation.path={folder}/cut.jsonl", "objective=sft"],
             "cut.jsonl:2: expected the student's prompt to show the problem",
         ),
         (

@@ -359,14 +359,14 @@ def test_the_configs_are_found_from_any_folder(tmp_path):
         (["rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[node7:8000]"], "such as http://"),
         (["rollout.guidance=mixed", "rollout.temperature=0.7"], "draws from the target itself"),
         (["rollout.guidance=mixed", "rollout.top_p=0.9"], "draws from the target itself"),
-        (["loss.rollout_correction=truncated", "objective=solutions"], "nobody samples"),
+        (["loss.rollout_correction=truncated", "objective=sft"], "nobody samples"),
         (["loss.rollout_correction=truncated", "rollout.temperature=0"], "rollout.temperature=0"),
         (
             ["loss.rollout_correction=truncated", "rollout.engine=vllm", "rollout.temperature=0.7"],
             "vLLM tells log-probs at temperature 1 only",
         ),
         (["rollout.guide_below=0.5", "rollout.guidance=mixed", "rollout.replay=old.jsonl"], "rollout.replay"),
-        (["data.solutions=own", "objective=solutions"], "leave data.solutions=given"),
+        (["data.solutions=own", "objective=sft"], "leave data.solutions=given"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_sentence(overrides, words):
@@ -378,7 +378,7 @@ def test_settings_that_contradict_each_other_are_one_sentence(overrides, words):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["objective=solutions"], "data.kind=conversations needs objective=self_distillation"),
+        (["objective=sft"], "data.kind=conversations needs objective=self_distillation"),
         (["data.solutions=own"], "data.kind=conversations needs objective=self_distillation"),
         (["rollout.record=here.jsonl"], "conversations.responses=logged samples nothing"),
         (["rollout.guidance=mixed"], "conversations.responses=logged samples nothing"),

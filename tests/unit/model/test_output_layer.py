@@ -330,8 +330,8 @@ def test_every_cut_of_rows_and_columns_counts():
     assert size(parallel={"tensor_model_parallel_size": 2}) == 1
     assert size(parallel={"context_parallel_size": 2}) == 1
     assert size(optimizer={"precision": "fp32"}) == 4
-    assert size(objective="verified_rollouts") == 3, "there is no teacher, but a copy in float32"
-    assert size(objective="verified_rollouts", optimizer={"precision": "fp32"}) == 2, "written over"
+    assert size(objective="rft") == 3, "there is no teacher, but a copy in float32"
+    assert size(objective="rft", optimizer={"precision": "fp32"}) == 2, "written over"
 
 
 NEXT_TOKEN_ROWS, WIDTH, PADDED = 64, 8, 8192
@@ -357,7 +357,7 @@ def bytes_of_next_token_training(dtype: torch.dtype, num_valid: int) -> tuple[in
 @pytest.mark.parametrize("num_valid", [PADDED, PADDED - 100])
 @pytest.mark.parametrize(("dtype", "precision", "logits"), [(torch.bfloat16, "bf16", 3), (torch.float32, "fp32", 1)])
 def test_next_token_training_takes_the_rows_of_logits_that_a_run_announces(ranks, dtype, precision, logits, num_valid):
-    config = from_mapping({"objective": "verified_rollouts", "optimizer": {"precision": precision}})
+    config = from_mapping({"objective": "rft", "optimizer": {"precision": precision}})
     layer = choose_output_layer(config, PADDED)
     announced = layer.logit_rows(NEXT_TOKEN_ROWS) * layer.row_bytes
     assert announced == logits * NEXT_TOKEN_ROWS * PADDED * dtype.itemsize
@@ -369,7 +369,7 @@ def test_what_is_asked_for_is_taken_whatever_its_size():
     for mode in MODES:
         assert chosen(fused=mode).mode == mode
     assert chosen(fused="none", max_logits_gb=0).mode == "materialised"
-    baseline = from_mapping({"objective": "verified_rollouts", "loss": {"max_logits_gb": 0}})
+    baseline = from_mapping({"objective": "rft", "loss": {"max_logits_gb": 0}})
     assert choose_output_layer(baseline, COLUMNS).mode == "materialised"
 
 

@@ -202,7 +202,7 @@ def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleav
     assert microbatches(load(), 10, 4) == (3, 3)
     assert microbatches(load(interleaved), 10, 4) == (5, 3)
     assert microbatches(load([*interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
-    assert microbatches(load(["objective=solutions"]), 10, 4) == (3, 0)
+    assert microbatches(load(["objective=sft"]), 10, 4) == (3, 0)
 
 
 def test_one_node_is_launched_alone_and_several_meet_at_the_head():

@@ -85,7 +85,7 @@ def test_a_teacher_takes_its_copy_and_an_average_its_master(teacher, factor):
     (stage,) = planned(model_config(), parallel(), 1)
     config = dataclasses.replace(Config(), teacher=teacher)
     assert parameter_bytes(config, stage)["teacher"] == factor * stage.parameters
-    baseline = dataclasses.replace(config, objective="solutions")
+    baseline = dataclasses.replace(config, objective="sft")
     assert parameter_bytes(baseline, stage)["teacher"] == 0
 
 
