@@ -101,7 +101,7 @@ class Run:
         self.step = 0
         self.batch_k: float | None = None  # of target.rule=batch: solved from the step before
         self._sampler_log_probs: torch.Tensor | None = None
-        self._row_weight: schedule.RowWeight | None = None
+        self._token_weights: schedule.TokenWeights | None = None
         self._contexts: Sequence[ContextPair] = []  # of this step; none where the caller has packed its own
         self._turns = Turns([], [])  # of this step, where the responses are those of a log
         if resumption is not None:
@@ -147,12 +147,12 @@ class Run:
             self._contexts, kept = self.rollouts.contexts(problems, responses)
             if self.config.logged:
                 self._turns = Turns.of(problems, self._contexts)
-                self._row_weight = turn_weight(self.config.conversations, self._turns, self.grid)
+                self._token_weights = turn_weight(self.config.conversations, self._turns, self.grid)
             elif self.config.objective != "sft":
                 self._sampler_log_probs = self._on_device(response.log_probs for response in kept)
             if self.config.loss.rollout_correction == "truncated":
                 drawn = self._on_device(response.sampled_log_probs for response in kept)
-                self._row_weight = TruncatedImportance(drawn, self.config.loss.rollout_correction_cap)
+                self._token_weights = TruncatedImportance(drawn, self.config.loss.rollout_correction_cap)
             return self.pack_contexts(self._contexts)
 
     def pack_contexts(self, contexts: Sequence[ContextPair]) -> PackedBatch:
@@ -161,7 +161,7 @@ class Run:
             contexts,
             max_tokens=self.config.schedule.max_tokens,
             pair_order=self.pair_order,
-            with_teacher=self.distils,
+            with_teacher=self.has_teacher,
             grid=self.grid,
             seq_multiple=token_multiple(unwrapped(self.chunks[0]).config),
         )
@@ -177,7 +177,7 @@ class Run:
             self.optimizer.zero_grad()
             with self.teacher.on_device() as teacher:
                 return self._schedule(
-                    batch, teacher if self.distils else None, self._row_loss(), row_weight=self._row_weight
+                    batch, teacher if self.has_teacher else None, self._token_loss(), token_weights=self._token_weights
                 )
         return None
 
@@ -189,7 +189,7 @@ class Run:
         if output is None:
             return {}
         if self.config.logged:
-            metrics = turn_metrics(output, self._turns, self._row_weight is not None, self.grid)
+            metrics = turn_metrics(output, self._turns, self._token_weights is not None, self.grid)
             metrics |= step_metrics(replace(output, weights=None), None, self.grid)
         else:
             metrics = step_metrics(output, self._sampler_log_probs, self.grid, self.config.loss.rollout_correction_cap)
@@ -197,7 +197,7 @@ class Run:
             self._show_samples(output)
         if not self._checked:
             self._checked = True
-            if self.distils and self.step == 0:
+            if self.has_teacher and self.step == 0:
                 check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.max_teacher_cross_entropy)
         with self.phases("optimizer"):
             metrics["gradient_norm"] = gradient_norm(self.optimizer)
@@ -206,7 +206,7 @@ class Run:
             metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
             apply_gradients(self.optimizer, metrics["gradient_norm"])
             self.teacher.update(self.optimizer)
-        if self.config.target.rule == "batch" and self.distils:
+        if self.config.target.rule == "batch" and self.has_teacher:
             entropies, bound = batch_entropies(output, self.grid), self._target().k_bound
             self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.run_data.vocab_size))
         return metrics
@@ -289,7 +289,7 @@ class Run:
                 chunks=self.chunks,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
-                teacher=self.teacher if self.distils else None,
+                teacher=self.teacher if self.has_teacher else None,
                 trainer_state={
                     **self.rollouts.state_dict(),
                     "guards": self.guards.state_dict(),
@@ -328,7 +328,7 @@ class Run:
                 raise
 
     @property
-    def distils(self) -> bool:
+    def has_teacher(self) -> bool:
         """Whether there is a teacher; the baselines train on next tokens."""
         return self.config.objective == "self_distillation"
 
@@ -352,7 +352,7 @@ class Run:
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(Path(load), self.chunks, self.optimizer, vocab_size, verify)
         self.teacher = Teacher(
-            config.teacher.weights if self.distils else "current",
+            config.teacher.weights if self.has_teacher else "current",
             self.chunks,
             initial_chunks,
             ema_decay=config.teacher.ema_decay,
@@ -400,7 +400,7 @@ class Run:
             chunks=self.chunks,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            teacher=self.teacher if self.distils else None,
+            teacher=self.teacher if self.has_teacher else None,
         )
         state = found.saved.trainer_state
         self.step, self.batch_k = state["step"], state["batch_k"]
@@ -414,14 +414,14 @@ class Run:
         self,
         batch: PackedBatch,
         teacher: Sequence[torch.nn.Module] | None,
-        row_loss: schedule.RowLoss | FusedLoss,
+        token_loss: schedule.TokenLoss | FusedLoss,
         **options: Any,
     ) -> schedule.StepOutput:
         return schedule.run(
             self.chunks,
             teacher,
             batch,
-            row_loss,
+            token_loss,
             self.grid,
             self.vocab,
             pair_order=self.pair_order,
@@ -442,10 +442,10 @@ class Run:
     def _target(self) -> Target:
         return configured_target(self.config.target, self.batch_k)
 
-    def _row_loss(self) -> schedule.RowLoss | FusedLoss:
-        return self._distillation_loss(self._target()) if self.distils else schedule.next_token
+    def _token_loss(self) -> schedule.TokenLoss | FusedLoss:
+        return self._distillation_loss(self._target()) if self.has_teacher else schedule.next_token
 
-    def _distillation_loss(self, target: Target) -> schedule.RowLoss | FusedLoss:
+    def _distillation_loss(self, target: Target) -> schedule.TokenLoss | FusedLoss:
         loss = self.config.loss
         divergence = Divergence(loss.divergence, loss.jsd_lambda)
         return schedule.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
@@ -471,13 +471,13 @@ class Run:
 
     def _check_identity(self) -> None:
         """One prompt read twice by the same weights has no loss: sharding, packing and exchange work in this layout."""
-        if not self.distils or self.config.guards.identity_tolerance is None:
+        if not self.has_teacher or self.config.guards.identity_tolerance is None:
             return
         answered = [context for context in self._contexts if context.response]
         same = [replace(c, teacher_prompt=c.student_prompt) for c in answered[:IDENTITY_CONTEXTS]]
         batch = self.pack_contexts(same)
-        row_loss = self._distillation_loss(Target(teacher_weight=self.config.target.teacher_weight))
-        output = self._schedule(batch, self.chunks, row_loss, forward_only=True)
+        token_loss = self._distillation_loss(Target(teacher_weight=self.config.target.teacher_weight))
+        output = self._schedule(batch, self.chunks, token_loss, forward_only=True)
         check_identity(step_metrics(output, None, self.grid)["loss/mean"], self.config.guards.identity_tolerance)
 
     def _on_device(self, log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
@@ -506,6 +506,6 @@ class Run:
     def _tokens_read(self, batch: PackedBatch, metrics: dict[str, float]) -> float:
         """Tokens, without padding, that student and teacher read in this step, over the global batch."""
         streams = [(batch.student, metrics["padding/student"])]
-        if self.distils:
+        if self.has_teacher:
             streams.append((batch.teacher, metrics["padding/teacher"]))
         return sum(self.grid.dp_size * len(s) * batch.seq_length * (1 - padding) for s, padding in streams)

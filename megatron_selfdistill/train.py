@@ -254,7 +254,7 @@ def _announce(run: Run) -> None:
         *memory,
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
         f"pair order {run.pair_order}",
-        *([f"loss: {run.loss_backend}"] if run.distils else []),
+        *([f"loss: {run.loss_backend}"] if run.has_teacher else []),
         f"{data}; contexts of at most {run.run_data.max_length} tokens",
         str(run.output_layer),
         *([run.run_data.about_prompts] if run.run_data.about_prompts else []),

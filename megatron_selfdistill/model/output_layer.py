@@ -242,7 +242,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
     Raises: `ConfigError` where a fused layer is asked for and cannot be had.
     """
     loss, parallel = config.loss, config.parallel
-    distils = config.objective == "self_distillation"
+    has_teacher = config.objective == "self_distillation"
     asked = loss.fused if loss.fused in FUSED_MODES else None
     if asked is not None and cannot is not None:
         raise ConfigError(
@@ -253,14 +253,14 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
     layer = OutputLayer(
         mode=asked or MATERIALISED,
         chunk_tokens=loss.fused_chunk_tokens,
-        streams=2 if distils else 1,
+        streams=2 if has_teacher else 1,
         row_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
         max_rows=config.schedule.max_tokens // parallel.context_parallel_size,
-        copies=1.0 if distils else next_token_copies(element_size),
+        copies=1.0 if has_teacher else next_token_copies(element_size),
     )
     share = config.cluster.gpu_memory_gb * DEFAULT_LOGITS_SHARE
     limit = (share if loss.max_logits_gb is None else loss.max_logits_gb) * 2**30
-    if loss.fused is not None or not distils or layer.largest <= limit:
+    if loss.fused is not None or not has_teacher or layer.largest <= limit:
         return layer
     if cannot is not None:
         return replace(layer, note=f"; not fused, because {cannot}")

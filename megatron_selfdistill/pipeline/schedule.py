@@ -40,10 +40,10 @@ class NoResponseTokens(RuntimeError):
     """The global batch has nothing to train on."""
 
 
-RowLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
+TokenLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
 """(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient."""
-RowWeight = Callable[[Tensor, Tensor], Tensor]
-"""(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the rows' losses, constants
+TokenWeights = Callable[[Tensor, Tensor], Tensor]
+"""(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, constants
 (loss/weighting.py)."""
 
 PAIR_ORDERS = ("teacher_first", "alternating")
@@ -70,7 +70,7 @@ def self_distillation(
     backend: str | None = None,
     *,
     fusion: Fusion | None = None,
-) -> RowLoss | FusedLoss:
+) -> TokenLoss | FusedLoss:
     """The distillation loss with this target and divergence: of logits (vocab_parallel.py) or, with ``fusion``, of
     hidden states (fused_linear.py).  ``backend``: as for `distillation_loss`."""
     if fusion is not None:
@@ -112,19 +112,19 @@ def run(
     student: Sequence[torch.nn.Module],
     teacher: Sequence[torch.nn.Module] | None,
     batch: PackedBatch,
-    row_loss: RowLoss | FusedLoss,
+    token_loss: TokenLoss | FusedLoss,
     grid: RankGrid,
     vocab: VocabShard,
     *,
-    row_weight: RowWeight | None = None,
+    token_weights: TokenWeights | None = None,
     pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
 ) -> StepOutput:
     """One forward and backward of the global batch; gradients are left in ``main_grad``, reduced and finalised.
 
-    The gradient is that of ``sum(row_weight * row_loss) / N``, N the response tokens of the global batch, whatever the
-    cuts; without ``row_weight`` all weights are 1.
+    The gradient is the one of ``sum(token_weights * token_loss) / N``, with N the response tokens of the global batch,
+    whatever the cuts; without ``token_weights`` all weights are 1.
     ``student``: this rank's chunks (DDP); ``teacher``: chunks with the same cuts (the student's own for "current"), or
     None for a loss without a teacher, which leaves ``batch.teacher`` aside.  All ranks of a replica hold the same
     ``batch``; all replicas have the same number of microbatches and ``seq_length``.
@@ -148,8 +148,8 @@ def run(
         student=list(student),
         teacher=list(teacher) if teacher is not None else [],
         batch=on_device,
-        row_loss=row_loss,
-        row_weight=row_weight,
+        token_loss=token_loss,
+        token_weights=token_weights,
         grid=grid,
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / num_response_tokens,
@@ -203,8 +203,8 @@ class _Step:
     student: list[torch.nn.Module]
     teacher: list[torch.nn.Module]
     batch: DeviceBatch
-    row_loss: RowLoss | FusedLoss
-    row_weight: RowWeight | None
+    token_loss: TokenLoss | FusedLoss
+    token_weights: TokenWeights | None
     grid: RankGrid
     vocab: VocabShard
     loss_scale: float
@@ -228,8 +228,8 @@ class _Step:
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             stats = self._stats(index, model, hidden, microbatch)
             losses = stats.loss
-            if self.row_weight is not None:
-                self.weights.append(self.row_weight(stats.student_log_prob, microbatch.response_ids))
+            if self.token_weights is not None:
+                self.weights.append(self.token_weights(stats.student_log_prob, microbatch.response_ids))
                 losses = losses * self.weights[-1]
             loss = losses.sum() * self.loss_scale
             self.ids.append(microbatch.response_ids)
@@ -242,17 +242,17 @@ class _Step:
         """Return the loss of the microbatch's response tokens; ``hidden [s / cp (/ tp), 1, h]``."""
         positions, tokens = microbatch.positions, microbatch.response_tokens
         dtype = model.config.params_dtype
-        if isinstance(self.row_loss, FusedLoss):
+        if isinstance(self.token_loss, FusedLoss):
             if self.bank is None:
                 raise ValueError("a fused distillation loss needs a teacher, got none")
             teacher, block = unwrapped(self.teacher[-1]), self.bank.take_slice(index, dtype)
-            return self.row_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid)
+            return self.token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid)
         teacher_logits = None
         if self.bank is not None:
             with torch.no_grad():
                 teacher_logits = project(unwrapped(self.teacher[-1]), self.bank.take(index, dtype))
         student_logits = project(model, rows_at(hidden, positions.whole, self.grid))
-        return self.row_loss(student_logits, teacher_logits, tokens, self.vocab)
+        return self.token_loss(student_logits, teacher_logits, tokens, self.vocab)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         model = unwrapped(chunk)

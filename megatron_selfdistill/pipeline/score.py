@@ -185,7 +185,7 @@ def with_reference(problem: Problem) -> Problem:
     return replace(problem, solution=reference)
 
 
-def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> schedule.RowLoss | FusedLoss:
+def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> schedule.TokenLoss | FusedLoss:
     """The loss whose statistics hold both log-probs at the least price: its target is the teacher, so that no beta is
     solved."""
     return schedule.self_distillation(Target("teacher_alone"), Divergence(), backend, fusion=fusion)

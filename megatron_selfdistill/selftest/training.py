@@ -63,9 +63,9 @@ class Pair:
     def step(self, batch: PackedBatch, target: Target, divergence: Divergence, pair_order: str) -> Step:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        row_loss = schedule.self_distillation(target, divergence)
+        token_loss = schedule.self_distillation(target, divergence)
         output = schedule.run(
-            self.chunks, self.teacher.chunks, batch, row_loss, self.grid, self.vocab, pair_order=pair_order
+            self.chunks, self.teacher.chunks, batch, token_loss, self.grid, self.vocab, pair_order=pair_order
         )
         gradients = {
             f"{index}.{name}": parameter.main_grad.float().clone()

@@ -72,7 +72,7 @@ def gradients_of_plain_autograd(cap: float | None, fusion: Fusion | None) -> tup
     loss_of = schedule.self_distillation(Target(), Divergence(), fusion=fusion)
     weight = TruncatedImportance(sampled, cap) if cap is not None else None
     vocab = layouts.vocab_shard(student, grid)
-    output = schedule.run(student, teacher, batch, loss_of, grid, vocab, row_weight=weight)
+    output = schedule.run(student, teacher, batch, loss_of, grid, vocab, token_weights=weight)
     ours = {n: p.main_grad.clone() for n, p in unwrapped(student[0]).named_parameters()}
     weights = output.weights if weight is not None else 1
     assert float((weights * output.stats.loss).mean()) == pytest.approx(float(loss), rel=1e-5)

@@ -207,7 +207,7 @@ class Sampler:
 
 def test_weights_are_sent_once_per_step_and_not_within_the_rollout(tools, monkeypatch):
     module, sampler = tools("step_time"), Sampler()
-    rest = dict.fromkeys(("grid", "chunks", "teacher", "optimizer", "vocab", "row_loss"))
+    rest = dict.fromkeys(("grid", "chunks", "teacher", "optimizer", "vocab", "token_loss"))
     bench = module._Bench(**rest, sampler=sampler, arguments=argparse.Namespace(response=4))
     monkeypatch.setattr(bench, "packed", lambda responses: None)
 

@@ -74,14 +74,16 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     if arguments.stage_ms:
         _wait_in_every_stage(chunks, teacher, *(ms / 1000 for ms in arguments.stage_ms))
 
-    row_loss = schedule.self_distillation(Target(), Divergence())
+    token_loss = schedule.self_distillation(Target(), Divergence())
     found: dict[str, dict[str, list[float]]] = {order: {"seconds": [], "peak_mib": []} for order in ORDERS}
     for repeat in range(arguments.repeats + 1):
         for order in ORDERS:
             for chunk in chunks:
                 chunk.zero_grad_buffer()
             seconds, peak = _measured(
-                lambda order=order: schedule.run(chunks, teacher.chunks, batch, row_loss, grid, vocab, pair_order=order)
+                lambda order=order: schedule.run(
+                    chunks, teacher.chunks, batch, token_loss, grid, vocab, pair_order=order
+                )
             )
             if repeat:  # the first round warms up
                 found[order]["seconds"].append(seconds)

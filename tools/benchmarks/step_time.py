@@ -101,7 +101,7 @@ class _Bench:
     optimizer: Any
     sampler: Any
     vocab: Any
-    row_loss: Any
+    token_loss: Any
     arguments: argparse.Namespace
     problems: list[tuple[list[int], list[int]]] = field(default_factory=list)
     step: int = 0
@@ -143,7 +143,7 @@ class _Bench:
             optimizer=build_optimizer(chunks, optimizer, num_steps=1000)[0],
             sampler=_sampler(arguments, model, chunks, grid, str(config.params_dtype), length),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group),
-            row_loss=schedule.self_distillation(Target(), Divergence(), fusion=fusion),
+            token_loss=schedule.self_distillation(Target(), Divergence(), fusion=fusion),
             arguments=arguments,
         )
         for _ in range(arguments.problems):
@@ -190,12 +190,12 @@ class _Bench:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        row_loss = self.row_loss if distil else schedule.next_token
+        token_loss = self.token_loss if distil else schedule.next_token
         schedule.run(
             self.chunks,
             self.teacher.chunks if distil else None,
             batch,
-            row_loss,
+            token_loss,
             self.grid,
             self.vocab,
             pair_order="alternating",

@@ -161,7 +161,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
             score.score_texts([pair], **chunks, max_tokens=8, fusion=None, backend=None)
         else:
             config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8))
-            me = SimpleNamespace(chunks=["student"], config=config, pair_order="", distils=True, grid=None)
+            me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
             run.Run.pack_contexts(me, [])
     assert seen == [("multiple of", "student")]
     assert batch_module.pack_everywhere is pack_everywhere
