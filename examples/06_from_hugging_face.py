@@ -33,7 +33,7 @@ from megatron_selfdistill import config as configuration
 if TYPE_CHECKING:  # torch, transformers and Megatron are imported by what needs them: --help answers at once
     from torch import Tensor
 
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.trainer import Trainer
 
 PRETRAINING_STEPS = 600
 PRETRAINING_BATCH = 64
@@ -114,36 +114,37 @@ def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], 
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.metrics.guards import RunUnhealthy
-    from megatron_selfdistill.run import Run
     from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.train import loop
+    from megatron_selfdistill.trainer import Trainer
 
     given = configuration.given_keys(overrides, config_name)
     config = with_stored_architecture(configuration.load(overrides, config_name), given)
     run_data = RunData.load(config)
     grid = ranks.initialize(config.parallel, config.seed)
     try:
-        run = Run(config, run_data, grid)
+        trainer = Trainer(config, run_data, grid)
         try:
-            loop(run)
+            loop(trainer)
         except RunUnhealthy as unhealthy:
-            run.save()
+            trainer.save()
             console.print(f"stopped: {unhealthy}")
         finally:
-            run.close()
+            trainer.close()
         texts = [run_data.builder.student_prompt(problem) for problem in run_data.problems.problems[:NUM_TEXTS]]
-        return texts, [logits(run, text) for text in texts]
+        return texts, [logits(trainer, text) for text in texts]
     finally:
         ranks.shutdown()
 
 
-def logits(run: Run, tokens: Sequence[int]) -> Tensor:
+def logits(trainer: Trainer, tokens: Sequence[int]) -> Tensor:
     """``[length, vocabulary]`` of the model that was trained; on one rank it is a single chunk."""
     import torch
 
     ids = torch.tensor([tokens])
     with torch.no_grad():
-        return run.chunks[0](ids, torch.arange(len(tokens))[None], None)[0, :, : run.run_data.vocab_size].float()
+        logits = trainer.learner.chunks[0](ids, torch.arange(len(tokens))[None], None)
+    return logits[0, :, : trainer.run_data.vocab_size].float()
 
 
 def largest_difference(hf: Path, texts: Sequence[Sequence[int]], live: Sequence[Tensor]) -> float:

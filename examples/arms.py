@@ -116,8 +116,8 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
     ``num_samples``: sampled responses per problem, at least 8.
     """
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.run import Run
     from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.trainer import Trainer
 
     overrides = [
         *base.overrides,
@@ -134,14 +134,13 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
     with console.status("measuring on held-out problems"):
         grid = ranks.initialize(config.parallel, config.seed)
         try:
-            run = Run(config, RunData.load(config), grid)
+            trainer = Trainer(config, RunData.load(config), grid)
             try:
-                result = run.evaluate(num_transcripts=None)
-                hinted = run.evaluate(hinted=True)
-                problems = run.next_problems()
-                own = run.measure(problems, run.generate(problems))
+                result = trainer.evaluate(num_transcripts=None)
+                hinted = trainer.evaluate(hinted=True)
+                own = trainer.measure(trainer.next_batch())
             finally:
-                run.close()
+                trainer.close()
         finally:
             ranks.shutdown()
     assert hinted.sampled_accuracy is not None

@@ -18,8 +18,10 @@ from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
-    from megatron_selfdistill.data.packing import PackedBatch
-    from megatron_selfdistill.run import Run
+    from torch import Tensor
+
+    from megatron_selfdistill.data.prompts import Tokenizer
+    from megatron_selfdistill.sources.source import StepBatch
 
 CONFIG_NAME = "quickstart"
 OVERRIDES = (
@@ -90,37 +92,41 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
 def pretrain(config: Config, task: ModuleType) -> None:
     """``num_steps`` steps of next-token training; the loop of train.py, with rows of a corpus for responses."""
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.run import Run
     from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.trainer import Trainer
 
     grid = ranks.initialize(config.parallel, config.seed)
     try:
-        run = Run(config, RunData.load(config), grid)
+        trainer = Trainer(config, RunData.load(config), grid)
         try:
-            while run.step < config.num_steps:
-                rng = random.Random(f"{config.seed}/{run.step}")  # by step: a resumed run reads the same rows
-                batch = corpus_batch(run, [task.corpus_row(rng) for _ in range(config.data.global_batch_size)])
-                metrics = run.update(run.forward_backward(batch))
-                run.finish_step(metrics, [], batch)
+            while trainer.step < config.num_steps:
+                rng = random.Random(f"{config.seed}/{trainer.step}")  # by step: a resumed run reads the same rows
+                rows = [task.corpus_row(rng) for _ in range(config.data.global_batch_size)]
+                batch, labels = corpus_batch(rows, trainer.run_data.tokenizer)
+                packed = dataclasses.replace(trainer.pack(batch), response_tokens=labels)
+                output = trainer.forward_backward(batch, packed)
+                metrics = trainer.update(batch, output)
+                trainer.finish_step(batch, packed, metrics)
         finally:
-            run.close()
+            trainer.close()
     finally:
         ranks.shutdown()
 
 
-def corpus_batch(run: Run, rows: Sequence[tuple[str, str, str]]) -> PackedBatch:
-    """Rows of (prompt, text to read, text to predict) as microbatches; both texts are equally long."""
+def corpus_batch(rows: Sequence[tuple[str, str, str]], tokenizer: Tokenizer) -> tuple[StepBatch, Tensor]:
+    """Return rows of (prompt, text to read, text to predict) as a batch, and the tokens to predict; both texts of a row
+    are equally long."""
     import torch
 
     from megatron_selfdistill.data.contexts import ContextPair
+    from megatron_selfdistill.sources.source import StepBatch
 
-    encode = run.run_data.tokenizer.encode
     contexts, labels = [], []
     for number, (prompt, text, wanted) in enumerate(rows):
-        tokens = encode(prompt)
-        contexts.append(ContextPair(str(number), tokens, tokens, encode(text), False))
-        labels += encode(wanted)
-    return dataclasses.replace(run.pack_contexts(contexts), response_tokens=torch.tensor(labels))
+        tokens = tokenizer.encode(prompt)
+        contexts.append(ContextPair(str(number), tokens, tokens, tokenizer.encode(text), False))
+        labels += tokenizer.encode(wanted)
+    return StepBatch(contexts=contexts), torch.tensor(labels)
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
-from megatron_selfdistill.checkpoint.run.run_lock import LOCK, RunLock
+from megatron_selfdistill.checkpoint.run.run_lock import RunLock
 from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 from megatron_selfdistill.config import Config, ConfigError, check_files, command_line
 from megatron_selfdistill.distributed import stop, watchdog
@@ -27,8 +27,8 @@ from megatron_selfdistill.plan import plan_checks
 from megatron_selfdistill.report import next_steps
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.run import Run
     from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.trainer import Trainer
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
@@ -125,9 +125,10 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
 
 
 def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None] | None) -> int:
+    from megatron_selfdistill.announcement import announce, conclude
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.metrics.guards import RunUnhealthy
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.trainer import Trainer
 
     rollout = config.rollout
     by_ipc = rollout.engine == "vllm" and rollout.placement == "server" and rollout.transfer in (None, "ipc")
@@ -136,23 +137,23 @@ def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None
         stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
         with watchdog.watched(grid.rank, grid.world_size, stacks, config.hang_timeout_s):
             with watchdog.moving_files():
-                run = Run(config, run_data, grid, prove_ownership)
+                trainer = Trainer(config, run_data, grid, prove_ownership)
             try:
-                _announce(run)
+                announce(trainer)
                 if not config.dry_run:
-                    first, began = run.step, time.monotonic()
-                    loop(run)
-                    _conclude(run, first, time.monotonic() - began)
+                    first, began = trainer.step, time.monotonic()
+                    loop(trainer)
+                    conclude(trainer, first, time.monotonic() - began)
                 return 0
             except (RunUnhealthy, EngineError) as reason:
-                if isinstance(reason, EngineError) and run.stop.agreed():
-                    run.leave()  # who ended this job ended its servers too
+                if isinstance(reason, EngineError) and trainer.stop.agreed():
+                    trainer.leave()  # whatever ended this job ended its servers too
                     return 0
-                run.save()
-                run.log.message(f"stopped: {reason}")
+                trainer.save()
+                trainer.log.message(f"stopped: {reason}")
                 return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
             finally:
-                run.close()
+                trainer.close()
     finally:
         ranks.shutdown()
 
@@ -202,89 +203,18 @@ def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]
     return 0
 
 
-def loop(run: Run) -> None:
-    """The algorithm."""
-    if run.step == 0 and run.config.evaluation.at_start:
-        run.evaluate()
-    while run.step < run.config.num_steps and not run.stop.agreed():
-        problems = run.next_problems()
-        responses = run.generate(problems)  # on-policy: the current weights
-        batch = run.pack(problems, responses)  # the same responses behind two prompts
-        output = run.forward_backward(batch)  # teacher and student in one pipeline schedule
-        metrics = run.update(output)
-        run.finish_step(metrics, responses, batch)
-    if run.step < run.config.num_steps:
-        run.leave()  # a signal, or the end of its time
-
-
-def _announce(run: Run) -> None:
-    """Write the resolved configuration into the run folder, unless this is a dry run, and say what will run."""
-    from megatron_selfdistill.data.packing import length_quantum
-    from megatron_selfdistill.distributed.ranks import about_allocator
-    from megatron_selfdistill.logged import LEFT_OUT_FILE, list_left_out
-    from megatron_selfdistill.model.architecture import uses_transformer_engine
-    from megatron_selfdistill.model.build import megatron_in_use, unwrapped
-    from megatron_selfdistill.model.fused_kernels import kernels_in_use
-
-    if not run.grid.is_reporter:
-        return
-    memory = []
-    if run.grid.device.type == "cuda":
-        quantum = length_quantum(run.config.schedule.max_tokens)
-        memory = [f"GPU memory: {about_allocator(os.environ)}; packed rows of multiples of {quantum} tokens"]
-    grid, counts = run.grid, run.run_data.counts
-    folder = run.folder.path
-    if not run.config.dry_run:
-        run.folder.write()
-    layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
-    vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
-    data = f"{len(run.run_data.problems)} {'turns' if run.run_data.about_conversations else 'problems'} "
-    if run.config.logged:
-        data += f"(what cannot be used is left out when it comes up, and listed in {folder / LEFT_OUT_FILE})"
-    else:
-        data += (
-            f"({counts.truncated} with a shortened solution; left out: {counts.dropped} too long, "
-            f"{run.run_data.problems.num_skipped} bad)"
-        )
-    start = run.config.checkpoint.load or "random weights"
-    start = f"resumes {run.resumed_from}" if run.resumed_from else f"starts from {start}"
-    for line in (
-        f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}",
-        kernels_in_use(unwrapped(run.chunks[0]).config),
-        *memory,
-        f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
-        f"pair order {run.pair_order}",
-        *([f"loss: {run.loss_backend}"] if run.has_teacher else []),
-        f"{data}; contexts of at most {run.run_data.max_length} tokens",
-        str(run.output_layer),
-        *([run.run_data.about_prompts] if run.run_data.about_prompts else []),
-        *run.run_data.about_conversations,
-        f"{start}, at step {run.step} of {run.config.num_steps}; everything goes to {folder}",
-        *run.changes,
-        *([run.stop.plan] if run.stop.plan else []),
-    ):
-        run.log.message(line)
-    if run.config.dry_run and (folder / LOCK).exists():
-        return  # the list is that of the run that is using the folder
-    if run.resumed_from is None:
-        (folder / LEFT_OUT_FILE).unlink(missing_ok=True)
-    if run.run_data.left_out:
-        list_left_out(folder / LEFT_OUT_FILE, run.run_data.left_out)
-        run.log.message(f"what was left out, by file and line: {folder / LEFT_OUT_FILE}; {run.run_data.left_out[0]}")
-
-
-def _conclude(run: Run, first_step: int, seconds: float) -> None:
-    """Say what a run that has done its last step made, and what comes next."""
-    if run.step < run.config.num_steps:
-        return  # it was asked to stop, and has said so
-    run.checkpointer.finish()
-    run_dir, steps = run.run_dir, run.step - first_step
-    if steps > 0:
-        lines = next_steps.done(run_dir, run.step, steps, seconds, run.checkpoint)
-    else:
-        lines = next_steps.complete(run_dir, run.step, run.checkpoint)
-    for line in lines:
-        run.log.message(line)
+def loop(trainer: Trainer) -> None:
+    """The algorithm: every value of a step, from the responses to the weights that they change."""
+    if trainer.step == 0 and trainer.config.evaluation.at_start:
+        trainer.evaluate()
+    while trainer.step < trainer.config.num_steps and not trainer.stop.agreed():
+        batch = trainer.next_batch()  # on-policy: responses of the current weights
+        packed = trainer.pack(batch)  # the same responses conditioned on two prompts
+        output = trainer.forward_backward(batch, packed)  # teacher and student in one pipeline schedule
+        metrics = trainer.update(batch, output)
+        trainer.finish_step(batch, packed, metrics)
+    if trainer.step < trainer.config.num_steps:
+        trainer.leave()  # a signal, or the end of its time
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need
     from megatron_selfdistill.data.problems import Problem
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.evaluation.inference import Inference
-    from megatron_selfdistill.rollout.solutions import Attempt, Candidate, Score
     from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.sources.solution_search import Attempt, Candidate, Score
 
 EXIT_REFUSED = 2
 STEP = 0  # of the random streams: the model is not trained here
@@ -145,7 +145,8 @@ def _attempts(
     """What became of these problems of all replicas, in their order; the same on every rank."""
     from megatron_selfdistill.config import ConfigError
     from megatron_selfdistill.evaluation.verify import load_verifier
-    from megatron_selfdistill.rollout.solutions import Search, of_all_replicas, solve
+    from megatron_selfdistill.pipeline.batch import of_all_replicas
+    from megatron_selfdistill.sources.solution_search import Search, solve
 
     wanted = config.solutions
     try:

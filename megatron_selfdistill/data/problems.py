@@ -163,9 +163,13 @@ class ProblemStream:
             self._position += 1
         return drawn
 
+    def fork(self) -> ProblemStream:
+        """Return a stream at the same position, which then moves by itself."""
+        return copy.copy(self)  # `draw` replaces what it changes
+
     def coming(self, num_batches: int) -> list[Problem]:
         """The different problems of the next batches, in the order of their first turn; the position stays."""
-        ahead = copy.copy(self)  # `next_batch` replaces what it changes
+        ahead = self.fork()
         problems = [problem for _ in range(num_batches) for problem in ahead.next_batch()]
         return list({problem.id: problem for problem in problems}.values())
 

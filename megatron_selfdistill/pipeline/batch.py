@@ -66,3 +66,15 @@ def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:
     if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
         dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
     return values
+
+
+def of_all_replicas(mine: list[Any], grid: RankGrid) -> list[Any]:
+    """Return the lists of all replicas, one after the other, on every rank.
+
+    Collectives: one all_gather_object over the data-parallel ranks.
+    """
+    if grid.dp_size == 1:
+        return mine
+    everyone: list[list[Any]] = [[] for _ in range(grid.dp_size)]
+    dist.all_gather_object(everyone, mine, group=grid.dp_group)
+    return [item for part in everyone for item in part]

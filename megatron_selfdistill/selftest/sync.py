@@ -11,15 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.compat import cpu
-from megatron_selfdistill.data.contexts import build_contexts
-from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.contexts import PromptPair, build_contexts
+from megatron_selfdistill.data.problems import shard
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.base import Request, Response
-from megatron_selfdistill.run import Run
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from megatron_selfdistill.selftest.tiny import Node
+from megatron_selfdistill.sources.configured_source import given_solutions
+from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.trainer import Trainer
 
 BOUND = 1e-3 if cpu.ON_CPU else 0.25
 """Nats of one token: rounding of float32, or of bf16 through all layers and of logits up to some nats."""
@@ -50,16 +53,17 @@ def weight_sync(node: Node) -> Outcome:
         *(["+rollout.engine_args.enforce_eager=true"] if node.sampler == "vllm" else []),  # compiling takes minutes
     )
     run_data = RunData.load(config)
-    run = Run(config, run_data, node.grid(cuts))
+    trainer = Trainer(config, run_data, node.grid(cuts))
     try:
-        problems = run.next_problems()
-        first = _written(run, problems, version=0)
-        before = _compared(run, problems, first)
-        run.update(run.forward_backward(run.pack(problems, first)))
-        stale = _compared(run, problems, first)
-        after = _compared(run, problems, _written(run, problems, version=1))
+        prompts = _prompts(trainer)
+        first = _sampled(trainer, prompts, version=0)
+        before = _compared(trainer, prompts, first)
+        batch = StepBatch(responses=first, contexts=build_contexts(prompts, first))
+        trainer.update(batch, trainer.forward_backward(batch, trainer.pack(batch)))
+        stale = _compared(trainer, prompts, first)
+        after = _compared(trainer, prompts, _sampled(trainer, prompts, version=1))
     finally:
-        run.close()
+        trainer.close()
     return Outcome(
         (
             Figure("greedy tokens below the trainer's best, nats", _larger(before.below_best, after.below_best), BOUND),
@@ -69,39 +73,47 @@ def weight_sync(node: Node) -> Outcome:
     )
 
 
-def _written(run: Run, problems: Sequence[Problem], version: int) -> list[Response]:
-    run.sampler.update_weights(version)
-    requests = [Request(run.rollouts.prompts(problem).student_prompt, stream=i) for i, problem in enumerate(problems)]
-    return run.sampler.generate(requests, run.sampling)
+def _prompts(trainer: Trainer) -> list[PromptPair]:
+    """Return the prompts of this replica's share of the first problems of the data."""
+    config, grid = trainer.config, trainer.grid
+    problems = trainer.run_data.problems.problems[: config.data.global_batch_size]
+    prompts = given_solutions(config, trainer.run_data)
+    return [prompts.pair(problem) for problem in shard(problems, grid.dp_rank, grid.dp_size)]
 
 
-def _compared(run: Run, problems: Sequence[Problem], responses: Sequence[Response]) -> Comparison:
-    """These responses against one forward pass of the trainer's present weights."""
-    run.sampler.sleep()
-    contexts = build_contexts([run.rollouts.prompts(problem) for problem in problems], responses)
-    batch = run.pack_contexts(contexts)
+def _sampled(trainer: Trainer, prompts: Sequence[PromptPair], version: int) -> list[Response]:
+    trainer.sampler.update_weights(version)
+    requests = [Request(pair.student_prompt, stream=i) for i, pair in enumerate(prompts)]
+    return trainer.sampler.generate(requests, trainer.sampling)
+
+
+def _compared(trainer: Trainer, prompts: Sequence[PromptPair], responses: Sequence[Response]) -> Comparison:
+    """Return how these responses compare with one forward pass of the trainer's present weights."""
+    trainer.sampler.sleep()
+    learner, grid = trainer.learner, trainer.grid
+    packed = learner.pack(build_contexts(prompts, responses))
     best: list[Tensor] = []
 
     def greedy(student: Tensor, teacher: Tensor | None, tokens: Tensor, vocab: VocabShard) -> TokenStats:
         largest = student[:, : vocab.num_valid].float().amax(-1) if vocab.num_valid else _lowest(student)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=run.grid.tp_group)
-        best.append(largest - _logit(student, tokens, vocab, run))
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=grid.tp_group)
+        best.append(largest - _logit(student, tokens, vocab, grid))
         return schedule.next_token(student, None, tokens, vocab)  # which writes over the logits
 
-    output = schedule.run(run.chunks, None, batch, greedy, run.grid, run.vocab, forward_only=True)
+    output = schedule.run(learner.chunks, None, packed, greedy, grid, learner.vocab, forward_only=True)
     if output.stats is None or not len(output.response_ids):
         return Comparison(None, None)
-    said = torch.tensor([x for response in responses for x in response.log_probs], dtype=torch.float64)
+    stated = torch.tensor([x for response in responses for x in response.log_probs], dtype=torch.float64)
     own = output.stats.student_log_prob.double().cpu()
-    return Comparison(torch.cat(best).max().item(), (own - said[output.response_ids.cpu()]).abs().max().item())
+    return Comparison(torch.cat(best).max().item(), (own - stated[output.response_ids.cpu()]).abs().max().item())
 
 
-def _logit(student: Tensor, tokens: Tensor, vocab: VocabShard, run: Run) -> Tensor:
-    """Of each token [R], float32, from whichever rank holds it."""
+def _logit(student: Tensor, tokens: Tensor, vocab: VocabShard, grid: RankGrid) -> Tensor:
+    """Return the logit [R] of each token, float32, from the rank that holds it."""
     here = (tokens >= vocab.start) & (tokens < vocab.start + vocab.num_valid)
     local = (tokens - vocab.start).clamp(0, vocab.size - 1)
     logit = torch.where(here, student.float().gather(1, local[:, None]).squeeze(1), _lowest(student))
-    dist.all_reduce(logit, op=dist.ReduceOp.MAX, group=run.grid.tp_group)
+    dist.all_reduce(logit, op=dist.ReduceOp.MAX, group=grid.tp_group)
     return logit
 
 

@@ -53,12 +53,12 @@ def chats(data: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def start_where_no_sampler_can_be_built(arguments: list[str]) -> int:
-    from megatron_selfdistill import run
+    from megatron_selfdistill.sources import configured_source
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("a sampler was built")
 
-    return tiny_run.start_with(arguments, run, "make_sampler", refuse)
+    return tiny_run.start_with(arguments, configured_source, "make_sampler", refuse)
 
 
 def test_a_run_on_logs_builds_no_sampler_and_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path):
@@ -235,7 +235,7 @@ def test_shortened_solutions_are_counted(ranks, data, tmp_path):
 
 def refused_before_the_first_step(arguments: list[str]) -> str:
     """What a run raises that met only a good turn before its ranks met each other."""
-    from megatron_selfdistill import run, run_data
+    from megatron_selfdistill import run_data, trainer
     from megatron_selfdistill.config import ConfigError, load
     from megatron_selfdistill.distributed.ranks import initialize, shutdown
 
@@ -249,8 +249,8 @@ def refused_before_the_first_step(arguments: list[str]) -> str:
     grid = initialize(config.parallel, config.seed)
     try:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as caught:
-            patch.setattr(run.Run, "_build_model", lambda self: pytest.fail("a model was built"))
-            run.Run(config, read, grid)
+            patch.setattr(trainer, "Learner", lambda *_, **__: pytest.fail("a model was built"))
+            trainer.Trainer(config, read, grid)
         return str(caught.value)
     finally:
         shutdown()

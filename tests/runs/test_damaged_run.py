@@ -89,18 +89,18 @@ def test_a_tracker_file_that_is_no_text_is_said_in_one_line(ranks, data, run):
 
 def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
     """A run whose folder somebody deletes in the middle of its 5th step."""
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.trainer import Trainer
 
-    update = Run.update
+    update = Trainer.update
 
-    def update_and_lose(self, output):
+    def update_and_lose(self, batch, output):
         if self.step == 4 and self.grid.rank == 0:
             while run.exists():  # a writer in the background may make files while others are removed
                 shutil.rmtree(run, ignore_errors=True)
-        return update(self, output)
+        return update(self, batch, output)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "update", update_and_lose)
+        patch.setattr(Trainer, "update", update_and_lose)
         return start_and_listen(arguments)
 
 

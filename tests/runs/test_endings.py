@@ -26,9 +26,10 @@ def told(arguments: list[str], path: Path, built: Path | None = None, press: boo
     import builtins
     import os
 
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.learner import Learner
+    from megatron_selfdistill.trainer import Trainer
 
-    message, build, update, show = MetricsLog.message, Run._build_model, Run.update, builtins.print
+    message, build, update, show = MetricsLog.message, Learner.__init__, Trainer.update, builtins.print
 
     def note(self: Any, text: str) -> None:
         if self.enabled:
@@ -36,15 +37,15 @@ def told(arguments: list[str], path: Path, built: Path | None = None, press: boo
                 file.write(text + "\n")
         message(self, text)
 
-    def note_build(self: Any) -> None:
+    def note_build(self: Any, *args: Any, **options: Any) -> None:
         if built is not None:
             built.touch()
-        build(self)
+        build(self, *args, **options)
 
-    def pressed(self: Any, output: Any) -> Any:
+    def pressed(self: Any, batch: Any, output: Any) -> Any:
         if press and self.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(self, output)
+        return update(self, batch, output)
 
     def note_print(*parts: Any, **options: Any) -> None:
         if "file" not in options:
@@ -54,8 +55,8 @@ def told(arguments: list[str], path: Path, built: Path | None = None, press: boo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsLog, "message", note)
-        patch.setattr(Run, "_build_model", note_build)
-        patch.setattr(Run, "update", pressed)
+        patch.setattr(Learner, "__init__", note_build)
+        patch.setattr(Trainer, "update", pressed)
         patch.setattr(builtins, "print", note_print)
         return tiny_run.start(arguments)
 

@@ -10,7 +10,7 @@ import tiny_run
 import torch
 from tiny_run import overrides, reproducible_metrics
 
-from megatron_selfdistill import run
+from megatron_selfdistill import learner
 from megatron_selfdistill.pipeline import schedule
 
 # 20 tokens of a microbatch's 100 or so; rounding has moved no sampled token in these few steps
@@ -59,10 +59,10 @@ def start_counting(arguments: list[str]) -> tuple[int, int, int]:
     """(exit status, how often this rank projected a whole microbatch, responses that were scored on it)"""
     projected: list[torch.Size] = []
     scored: list[int] = []
-    project, learnabilities = schedule.project, run.learnabilities
+    project, learnabilities = schedule.project, learner.learnabilities
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "project", lambda *a: (projected.append(a[1].shape), project(*a))[1])
-        patch.setattr(run, "learnabilities", lambda a, **k: (scored.append(len(a)), learnabilities(a, **k))[1])
+        patch.setattr(learner, "learnabilities", lambda a, **k: (scored.append(len(a)), learnabilities(a, **k))[1])
         return tiny_run.start(arguments), len(projected), sum(scored)
 
 

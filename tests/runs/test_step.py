@@ -51,7 +51,7 @@ def test_the_norm_of_the_gradient_is_taken_once_per_step(ranks, data, tmp_path, 
 
 def start_recording(arguments: Sequence[str], path: Path) -> int:
     """`tiny_run.start`; what each part of the second step exchanges with the device goes to ``path``."""
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.trainer import Trainer
 
     found: dict[str, list[str]] = {}
 
@@ -68,7 +68,7 @@ def start_recording(arguments: Sequence[str], path: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pack", "forward_backward", "update", "finish_step"):
-            patch.setattr(Run, name, recorded(name, getattr(Run, name)))
+            patch.setattr(Trainer, name, recorded(name, getattr(Trainer, name)))
         status = tiny_run.start(arguments)
     path.write_text(json.dumps(found, indent=1))
     return status

@@ -86,16 +86,16 @@ def test_a_dry_run_checks_and_builds_and_does_nothing(ranks, data, tmp_path):
 
 def with_a_nan_gradient(arguments: list[str]) -> int:
     """At the third step one gradient is NaN."""
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.trainer import Trainer
 
-    update = Run.update
+    update = Trainer.update
 
-    def spoilt(self, output):  # type: ignore[no-untyped-def]
+    def spoilt(self, batch, output):  # type: ignore[no-untyped-def]
         if self.step == 2:
-            next(self.chunks[0].parameters()).main_grad[0] = math.nan
-        return update(self, output)
+            next(self.learner.chunks[0].parameters()).main_grad[0] = math.nan
+        return update(self, batch, output)
 
-    return tiny_run.start_with(arguments, Run, "update", spoilt)
+    return tiny_run.start_with(arguments, Trainer, "update", spoilt)
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied_and_stops_the_run_with_a_checkpoint(ranks, data, tmp_path):
@@ -150,10 +150,10 @@ def test_a_baseline_runs_on_the_same_data(ranks, data, tmp_path, objective):
 def test_samples_of_a_problem_that_comes_twice_in_a_batch_count_on():
     from types import SimpleNamespace
 
-    from megatron_selfdistill.rollouts import _first_sample_indices
+    from megatron_selfdistill.sources.on_policy import first_sample_indices
 
     batch = [SimpleNamespace(id=i) for i in "abca"]
-    assert _first_sample_indices(batch, 4) == [0, 0, 0, 4]
+    assert first_sample_indices(batch, 4) == [0, 0, 0, 4]
 
 
 def test_evaluation_is_logged_at_the_start_and_at_the_end(ranks, data, tmp_path):

@@ -24,10 +24,11 @@ WAYS = {
 def main(how: str, rank: str, arguments: list[str]) -> int:
     from megatron_selfdistill import train
     from megatron_selfdistill.distributed import watchdog
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.learner import Learner
+    from megatron_selfdistill.trainer import Trainer
 
     at_once, in_the_start = how.endswith("at once"), how.endswith("in the start")
-    loop, pack, build = train.loop, Run.pack_contexts, Run._build_model  # in the same phase as the others, who wait
+    loop, pack, build = train.loop, Trainer.pack, Learner.__init__  # in the same phase as the others, who wait
     if how.endswith("unseen"):
         watchdog._WAITING = ("nowhere",)
 
@@ -36,18 +37,18 @@ def main(how: str, rank: str, arguments: list[str]) -> int:
             WAYS[how]()
         return pack(self, *args)
 
-    def hang_or_loop(run: Any) -> None:
+    def hang_or_loop(trainer: Any) -> None:
         if at_once and os.environ["RANK"] == rank:
             WAYS[how]()
-        loop(run)
+        loop(trainer)
 
-    def hang_or_build(self: Any) -> None:
+    def hang_or_build(self: Any, *args: Any, **options: Any) -> None:
         if in_the_start and os.environ["RANK"] == rank:
             WAYS[how]()
-        build(self)
+        build(self, *args, **options)
 
-    Run.pack_contexts = pack_or_hang  # type: ignore[method-assign]
-    Run._build_model = hang_or_build  # type: ignore[method-assign]
+    Trainer.pack = pack_or_hang  # type: ignore[method-assign]
+    Learner.__init__ = hang_or_build  # type: ignore[method-assign]
     train.loop = hang_or_loop
     return train.main(arguments)
 

@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "megatron_selfdistill"
 PAGE = REPOSITORY / "docs" / "metrics.md"
 
 SOURCES = [
-    *(file for name in "run trainer rollouts logged turns".split() if (file := PACKAGE / f"{name}.py").exists()),
+    PACKAGE / "trainer.py",
     PACKAGE / "evaluation" / "held_out.py",
     *(PACKAGE / "metrics" / name for name in ("step.py", "phases.py")),
     *(file for room in ("rollout", "sources") for file in sorted((PACKAGE / room).rglob("*.py"))),

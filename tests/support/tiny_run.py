@@ -112,16 +112,16 @@ def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if place == "step":
-        from megatron_selfdistill.run import Run
+        from megatron_selfdistill.trainer import Trainer
 
-        update = Run.update
+        update = Trainer.update
 
-        def update_or_die(self: Any, output: Any) -> Any:
+        def update_or_die(self: Any, batch: Any, output: Any) -> Any:
             if self.step == 4:
-                self.teacher.update = kill  # the weights have moved, the step is not counted
-            return update(self, output)
+                self.learner.teacher.update = kill  # the weights have moved, the step is not counted
+            return update(self, batch, output)
 
-        patch.setattr(Run, "update", update_or_die)
+        patch.setattr(Trainer, "update", update_or_die)
     else:
         from megatron_selfdistill.checkpoint import directory
 

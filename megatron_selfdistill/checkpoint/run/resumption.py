@@ -4,18 +4,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, fields_set, reconcile
 from megatron_selfdistill.checkpoint.run.saved_run import SavedRun, read_saved_run
-from megatron_selfdistill.config import Config, ConfigError, ModelConfig
+from megatron_selfdistill.config import Config, ConfigError, ModelConfig, hidden
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, Difference, differences, refusal, stored_values
 from megatron_selfdistill.distributed.collectives import from_all_ranks
 from megatron_selfdistill.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
+    from megatron_selfdistill.distributed.ranks import RankGrid
+
+logger = logging.getLogger(__name__)
 
 CONFIGURATION = "configuration"
 """The key of a trainer's state under which a checkpoint keeps `stored_values`."""
@@ -54,6 +61,29 @@ def refuse_another_run(config: Config, given: Collection[str] | None = None) -> 
         if message is not None:
             raise ConfigError(message)
         return
+
+
+def latest_resumption(
+    config: Config, fingerprint: str, checkpointer: Checkpointer, grid: RankGrid
+) -> Resumption | None:
+    """Return what the run in ``run_dir`` continues from, with its warnings logged; None for a new run.  Collective.
+
+    ``fingerprint``: the digest of the problems that this rank has read.
+    Raises: `ConfigError` on all ranks where the run may not continue, `CheckpointError` where no checkpoint is usable.
+    """
+    latest = checkpointer.latest()
+    if latest is None:
+        return None
+    if not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume=false, but {Path(config.run_dir)} holds {latest.name} of an earlier run: "
+            "choose another run_dir, or let it resume"
+        )
+    found = resumption(config, fingerprint, checkpointer.read(latest))
+    if grid.is_reporter:
+        for line in found.warnings:
+            logger.warning("%s", hidden(line))
+    return found
 
 
 def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:

@@ -3,21 +3,42 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.checkpoint.conversion import carry_companions
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.distributed.collectives import on_rank_0
+from megatron_selfdistill.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 CONFIGURATION_FILE = "config.yaml"
 
 
 class RunFolder:
-    """The run folder as one rank writes it: the reporter.  Checkpoints and metrics are others' files."""
+    """The run folder: the files that the reporter writes once per launch, and the proof that it is still this run's.
 
-    def __init__(self, config: Config, step: int) -> None:
-        """``step``: the steps that are done at the start of this launch."""
+    ``is_owned`` is its only state: False once another run has taken the folder over.
+    """
+
+    def __init__(self, config: Config, step: int, prove_ownership: Callable[[], None] | None = None) -> None:
+        """``step``: the steps that are done at the start of this launch; ``prove_ownership``: called on rank 0, raises
+        `CheckpointError` where another run has taken the folder over (`RunLock.renew`)."""
         self.path, self._config, self._step = Path(config.run_dir), config, step
+        self._prove_ownership = prove_ownership
+        self.is_owned = True
+
+    def require_ownership(self) -> None:
+        """Raise `CheckpointError` on all ranks where another run has taken the run folder over.  Collective."""
+        if self._prove_ownership is not None:
+            try:
+                on_rank_0(self._prove_ownership)
+            except CheckpointError:
+                self.is_owned = False
+                raise
 
     def write(self) -> None:
         """Write config.yaml and the Hugging Face files of ``checkpoint.load``.
@@ -33,9 +54,11 @@ class RunFolder:
         if self._config.checkpoint.load:
             carry_companions(Path(self._config.checkpoint.load), self.path)
 
-    def is_whole(self) -> bool:
-        """Whether config.yaml is still there."""
-        return (self.path / CONFIGURATION_FILE).is_file()
+    def restore(self) -> None:
+        """Write again what a launch writes once, where somebody has removed the run folder in the meantime."""
+        if not (self.path / CONFIGURATION_FILE).is_file():
+            logger.warning("%s is not there any more: it is written again", configuration.hidden(str(self.path)))
+            self.write()
 
     def _unused_name(self) -> Path:
         number, name = 1, f"config.until_step_{self._step}"

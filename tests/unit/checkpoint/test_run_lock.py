@@ -277,17 +277,17 @@ def test_a_dry_run_needs_no_lock_and_writes_nothing(ranks, data, run_dir):
 
 def robbed(arguments: list[str], at: int) -> int:
     """A run of which another one has taken over the folder when ``at`` steps are done."""
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.trainer import Trainer
 
-    generate = Run.generate
+    next_batch = Trainer.next_batch
 
-    def rob(self: Any, problems: Any) -> Any:
+    def rob(self: Any) -> Any:
         if self.step == at and self.grid.rank == 0:
             (file,) = (self.run_dir / LOCK).iterdir()
             file.rename(file.with_name("somebody.0"))
-        return generate(self, problems)
+        return next_batch(self)
 
-    return tiny_run.start_with(arguments, Run, "generate", rob)
+    return tiny_run.start_with(arguments, Trainer, "next_batch", rob)
 
 
 @pytest.mark.parametrize("background", ["true", "false"])

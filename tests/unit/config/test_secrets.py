@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from megatron_selfdistill import train
 from megatron_selfdistill.config import ConfigError, from_mapping, hidden, load, to_yaml, writable
 from megatron_selfdistill.config.environment import SHORTEST_HIDDEN
-from megatron_selfdistill.logged import list_left_out
 from megatron_selfdistill.plan.launch import launch_commands
+from megatron_selfdistill.sources.chat_logs import list_left_out
 from megatron_selfdistill.train import main
 
 SECRET = "s3cr3t-0f-the-lab"

@@ -22,10 +22,10 @@ from megatron_selfdistill.errors import EngineError
 
 
 def asked(arguments: list[str], at: str, step: int, numbers: list[int], who: list[int]) -> int:
-    """A run: the ranks ``who`` get signals at the beginning of method ``at`` of `Run`, ``step`` steps being done."""
-    from megatron_selfdistill.run import Run
+    """A run: the ranks ``who`` get signals at the beginning of the stage ``at`` of `Trainer`, after ``step`` steps."""
+    from megatron_selfdistill.trainer import Trainer
 
-    original = getattr(Run, at)
+    original = getattr(Trainer, at)
 
     def with_signals(self: Any, *args: Any) -> Any:
         if self.step == step and self.grid.rank in who:
@@ -33,22 +33,22 @@ def asked(arguments: list[str], at: str, step: int, numbers: list[int], who: lis
                 os.kill(os.getpid(), number)
         return original(self, *args)
 
-    return tiny_run.start_with(arguments, Run, at, with_signals)
+    return tiny_run.start_with(arguments, Trainer, at, with_signals)
 
 
 def failing(arguments: list[str]) -> int:
     """The engine fails in step 3, since the job was ended."""
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.trainer import Trainer
 
-    generate = Run.generate
+    next_batch = Trainer.next_batch
 
-    def fail(self: Any, problems: Any) -> Any:
+    def fail(self: Any) -> Any:
         if self.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             raise EngineError("the servers are gone")
-        return generate(self, problems)
+        return next_batch(self)
 
-    return tiny_run.start_with(arguments, Run, "generate", fail)
+    return tiny_run.start_with(arguments, Trainer, "next_batch", fail)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def whole(ranks, data, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("at", "numbers", "who"),
-    [("generate", [signal.SIGUSR1], [1]), ("update", [signal.SIGTERM], [0]), ("pack", [*SIGNALS] * 3, [0, 1])],
+    [("next_batch", [signal.SIGUSR1], [1]), ("update", [signal.SIGTERM], [0]), ("pack", [*SIGNALS] * 3, [0, 1])],
     ids=["USR1 to one rank while it generates", "TERM to one rank in an update", "many signals to both ranks"],
 )
 def test_a_run_that_is_stopped_and_started_again_equals_one_that_never_stopped(

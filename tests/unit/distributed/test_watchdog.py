@@ -201,18 +201,18 @@ def test_a_rank_that_is_stopped_is_named(data, tmp_path):
 def slow(arguments: list[str], seconds: float) -> int:
     """Rollouts that take longer than the timeout of a hang, but get on: that of rank 0, then that of rank 1."""
     from megatron_selfdistill.distributed.watchdog import beat
-    from megatron_selfdistill.run import Run
+    from megatron_selfdistill.trainer import Trainer
 
-    generate = Run.generate
+    next_batch = Trainer.next_batch
 
-    def slowly(self, problems):
+    def slowly(self):
         if self.grid.rank == self.step:  # the other waits in a collective
             for _ in range(20):
                 time.sleep(seconds / 20)
                 beat()
-        return generate(self, problems)
+        return next_batch(self)
 
-    return tiny_run.start_with(arguments, Run, "generate", slowly)
+    return tiny_run.start_with(arguments, Trainer, "next_batch", slowly)
 
 
 def test_slow_ranks_that_others_wait_for_are_no_hang_and_leave_no_stacks(ranks, data, tmp_path):

@@ -498,15 +498,15 @@ def test_what_is_overlooked_is_said_without_responses_of_a_private_log_and_only_
 
 @pytest.mark.parametrize(("show_contents", "num_lines"), [(True, 4), (False, 1)])
 def test_the_log_of_a_run_says_what_its_verifier_overlooked(monkeypatch, show_contents, num_lines):
-    from megatron_selfdistill import run as run_module
+    from megatron_selfdistill import trainer as module
 
     result, said, logged = run(sums(), sampler=Talkative(), max_length=1000), [], []
-    monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: result)
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: result)
     config = Config(evaluation=EvaluationConfig(verifier="exact_match"))
     it = MagicMock(step=3, config=config)
     it.run_data.builder.show_contents = show_contents
     it.log.message, it.log.log_evaluation = said.append, lambda step, metrics: logged.append(step)
-    assert run_module.Run.evaluate(it) is result and logged == [3]
+    assert module.Trainer.evaluate(it) is result and logged == [3]
     assert len(said) == num_lines and "set evaluation.verifier=math_verify" in said[0]
 
 

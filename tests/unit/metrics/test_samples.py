@@ -290,12 +290,12 @@ def test_a_sample_is_what_was_recorded_behind_what_the_data_has(data, one):
 
 
 def start_where_nothing_can_be_gathered(arguments: list[str]) -> int:
-    from megatron_selfdistill import run
+    from megatron_selfdistill.metrics import step_samples
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("numbers were gathered")
 
-    return tiny_run.start_with(arguments, run, "token_numbers", refuse)
+    return tiny_run.start_with(arguments, step_samples, "token_numbers", refuse)
 
 
 def test_a_run_without_samples_gathers_and_writes_nothing(ranks, data, tmp_path):

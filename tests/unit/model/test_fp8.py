@@ -23,7 +23,7 @@ import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill import run
+from megatron_selfdistill import learner
 from megatron_selfdistill.config import (
     ConfigError,
     ModelConfig,
@@ -140,7 +140,7 @@ def test_packed_rows_have_lengths_of_that_multiple(ranks, multiple):
     assert length == math.ceil(56 / (multiple or 1)) * (multiple or 1)
 
 
-@pytest.mark.parametrize("module", ["run", "score"])
+@pytest.mark.parametrize("module", ["learner", "score"])
 def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch):
     """Each hands the multiple of its own chunks on."""
     seen: list[Any] = []
@@ -149,7 +149,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
         seen.append(arguments["seq_multiple"])
         raise InterruptedError
 
-    target = {"run": run, "score": score}[module]
+    target = {"learner": learner, "score": score}[module]
     monkeypatch.setattr(target, "pack_everywhere", recorded)
     monkeypatch.setattr(target, "token_multiple", lambda config: ("multiple of", config))
     monkeypatch.setattr(target, "unwrapped", lambda chunk: type("Model", (), {"config": chunk}))
@@ -162,7 +162,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
         else:
             config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8))
             me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
-            run.Run.pack_contexts(me, [])
+            learner.Learner.pack(me, [])
     assert seen == [("multiple of", "student")]
     assert batch_module.pack_everywhere is pack_everywhere
 

@@ -113,9 +113,9 @@ def pairs_in_another_sequence(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_place_in_the_data_that_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    from megatron_selfdistill.rollouts import Rollouts
+    from megatron_selfdistill.sources.source import CommittedState
 
-    patch.setattr(Rollouts, "load_state_dict", lambda self, state: None)
+    patch.setattr(CommittedState, "load_state_dict", lambda self, state: None)
 
 
 def a_sampler_at_another_temperature(patch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Own solutions: responses of the model whose answer is right, which of them are kept, and which one a step is shown.
+"""The search for own solutions: the model answers problems, a verifier finds the right answers, the best are kept.
 
-Only the answer decides: a verifier says whether a response is right, and one that was cut off is wrong.
+Only the answer decides: a verifier says whether a response is right, and a response that was cut off is wrong.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judge
@@ -25,10 +22,10 @@ if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 Generate = Callable[[list[Request]], list[Response]]
-"""What a sampler does with this replica's requests; a collective of the world."""
+"""Samples one response per request of this replica; a collective of the world."""
 
 Score = Callable[[Sequence[tuple[Problem, Response]]], Sequence[float]]
-"""How learnable each of this replica's responses is (score.py), more being better; a collective of the world."""
+"""Says how learnable each of this replica's responses is (score.py), more being better; a collective of the world."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +71,6 @@ class Attempt:
     """In the order of the samples."""
     kept: list[Candidate]
     """The solutions, best first; no two with the same content (`content_of`)."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A verified response of the model, as the table of a run keeps it."""
-
-    text: str
-    length: int
-    """Tokens, as it was sampled."""
-    step: int
-    """Optimizer steps behind the weights that wrote it."""
 
 
 def solve(
@@ -183,115 +169,3 @@ def content_of(text: str) -> str:
 # White space, and what formats text without being seen: soft hyphen, zero-width characters, marks of direction.
 _INVISIBLE = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]+")
 _FINAL = ".,;:!?。"
-
-
-def prompts_with(
-    builder: PromptBuilder, problem: Problem, solution: str, *, max_length: int, max_new_tokens: int, policy: str
-) -> PromptPair | None:
-    """`fit_teacher_prompt` with an own solution; None where that does not fit.
-
-    The policy "error" is about what a run was given, and a solution found in it is only left out: it acts as "drop".
-    """
-    return fit_teacher_prompt(
-        builder,
-        replace(problem, solution=solution),
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        policy="drop" if policy == "error" else policy,
-    )
-
-
-class OwnSolutions:
-    """The solutions of a run: which ones its problems have, and when they are looked for anew.
-
-    Every rank of the world makes the same calls and holds the same table.
-    """
-
-    def __init__(self, search: Search, refresh_every: int) -> None:
-        """``refresh_every``: steps between searches."""
-        self.search, self.refresh_every = search, refresh_every
-        self._table: dict[str, list[Solution]] = {}
-        self._refreshed: int | None = None
-
-    def due(self, step: int) -> bool:
-        """Whether solutions are to be looked for before the step that ``step`` optimizer steps precede."""
-        return self._refreshed is None or step >= self._refreshed + self.refresh_every
-
-    def refresh(
-        self, step: int, problems: Sequence[Problem], group_size: int, *, grid: RankGrid, **tools: Any
-    ) -> dict[str, float]:
-        """Look for solutions of ``problems``, ``group_size`` at a time, with the weights of this moment.
-
-        A problem's new solutions come first; older ones, which are as right as they were, fill up what is left of
-        ``search.keep``.  Problems that are not asked for keep what they have.
-        ``tools``: generate, builder, verifier, score, fits as `solve` takes them.
-
-        Returns: solutions/problems, solutions/pass_rate (right / sampled), solutions/solved_share (with a right sample
-        now), solutions/available_share (with a solution in the table), solutions/length_mean (tokens of those in the
-        table); equal on all ranks.
-        Collectives: per group those of `solve`, and an all_gather_object over the data-parallel ranks.
-        """
-        num_right = num_sampled = num_solved = 0
-        for start in range(0, len(problems), group_size):
-            attempts = solve(problems[start : start + group_size], self.search, step, grid=grid, **tools)
-            found = [
-                (
-                    attempt.problem.id,
-                    sum(candidate.correct for candidate in attempt.candidates),
-                    [Solution(c.text, len(c.response.token_ids), step) for c in attempt.kept],
-                )
-                for attempt in attempts
-            ]
-            for problem_id, right, solutions in of_all_replicas(found, grid):
-                num_sampled += self.search.num_samples
-                num_right += right
-                num_solved += right > 0
-                self._add(problem_id, solutions)
-        self._refreshed = step
-        available = [self._table[problem.id] for problem in problems if self._table.get(problem.id)]
-        lengths = [solution.length for solutions in available for solution in solutions]
-        return {
-            "solutions/problems": float(len(problems)),
-            "solutions/pass_rate": num_right / max(num_sampled, 1),
-            "solutions/solved_share": num_solved / max(len(problems), 1),
-            "solutions/available_share": len(available) / max(len(problems), 1),
-            "solutions/length_mean": sum(lengths) / max(len(lengths), 1),
-        }
-
-    def solution_for(self, problem_id: str, response: str | None = None) -> Solution | None:
-        """Return the best solution kept for a problem that is not the response itself; None where there is none.
-
-        ``response``: its text (`response_text`).  A solution with that content (`content_of`) is the same sample or its
-        twin: the response would be shown itself as a hint.
-        """
-        solutions = self._table.get(problem_id, [])
-        if response is None or not solutions:
-            return next(iter(solutions), None)
-        own = content_of(response)
-        return next((solution for solution in solutions if content_of(solution.text) != own), None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values: the table, and the step of the last search."""
-        table = {problem_id: [asdict(s) for s in solutions] for problem_id, solutions in self._table.items()}
-        return {"table": table, "refreshed": self._refreshed}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
-        self._table = {name: [Solution(**values) for values in kept] for name, kept in state["table"].items()}
-        self._refreshed = state["refreshed"]
-
-    def _add(self, problem_id: str, solutions: Sequence[Solution]) -> None:
-        distinct: dict[str, Solution] = {}
-        for solution in (*solutions, *self._table.get(problem_id, ())):
-            distinct.setdefault(content_of(solution.text), solution)
-        self._table[problem_id] = list(distinct.values())[: self.search.keep]
-
-
-def of_all_replicas(mine: list[Any], grid: RankGrid) -> list[Any]:
-    """The lists of all replicas, one after the other, on every rank.  One all_gather_object over the data-parallel
-    ranks."""
-    if grid.dp_size == 1:
-        return mine
-    everyone: list[list[Any]] = [[] for _ in range(grid.dp_size)]
-    dist.all_gather_object(everyone, mine, group=grid.dp_group)
-    return [item for part in everyone for item in part]

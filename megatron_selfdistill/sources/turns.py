@@ -28,11 +28,11 @@ class Turns:
     lengths: list[int]
     """Tokens of each reply."""
     accepted: list[bool]
-    """It is the reply with which the user was content."""
+    """Whether each reply is the one that the user accepted."""
 
     @classmethod
     def of(cls, problems: Sequence[Problem], contexts: Sequence[ContextPair]) -> Turns:
-        """``contexts[i]`` is the logged reply of ``problems[i]`` behind its prompts."""
+        """Return the turns of ``problems``, where ``contexts[i]`` holds the logged reply of ``problems[i]``."""
         accepted = [problem.reply is not None and problem.reply.accepted for problem in problems]
         return cls([len(context.response) for context in contexts], accepted)
 
@@ -42,8 +42,8 @@ class Turns:
         return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths, dtype=torch.int64))
 
 
-def turn_weight(wanted: ConversationsConfig, turns: Turns, grid: RankGrid) -> LikelyTurns | None:
-    """The weights of a step's rows that ``conversations.min_log_prob`` asks for; None where it is null."""
+def turn_weights(wanted: ConversationsConfig, turns: Turns, grid: RankGrid) -> LikelyTurns | None:
+    """Return the token weights that ``conversations.min_log_prob`` asks for; None where the key is null."""
     if wanted.min_log_prob is None:
         return None
     weight = {"drop": dropped, "down_weight": down_weighted}[wanted.unlikely]
@@ -53,7 +53,9 @@ def turn_weight(wanted: ConversationsConfig, turns: Turns, grid: RankGrid) -> Li
 
 
 def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: RankGrid) -> dict[str, float]:
-    """Over the turns of the global batch, under flat keys; equal on all ranks.  ``weighted``: there is a `turn_weight`.
+    """Return metrics over the turns of the global batch, under flat keys; equal on all ranks.
+
+    ``weighted``: whether the loss had `turn_weights`.  The keys:
 
         turns/count
         turns/log_prob_mean, turns/log_prob_min   of the turns' mean log-prob per token under the student, nats

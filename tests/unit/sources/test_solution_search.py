@@ -16,8 +16,9 @@ from megatron_selfdistill.data.problems import Problem, ProblemSet, ProblemStrea
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.rollout.base import Request, Response, response_text, stream_seed
-from megatron_selfdistill.rollout.solutions import Attempt, OwnSolutions, Search, content_of, prompts_with, solve
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.sources.own_solutions import OwnSolutions, prompts_with
+from megatron_selfdistill.sources.solution_search import Attempt, Search, content_of, solve
 
 BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
 
@@ -159,7 +160,7 @@ def table_in_layout(sizes: dict[str, int], pick: str, count: int = 9) -> tuple[d
         return [random.Random(str(response.log_probs)).random() for _, response in those]
 
     table = OwnSolutions(Search(6, 2, pick, 5), refresh_every=3)
-    metrics = table.refresh(
+    table, metrics = table.refreshed(
         4,
         sums(count),
         4,
@@ -209,7 +210,7 @@ def own_solutions(*found: tuple[int, list[str]], keep: int = 2) -> OwnSolutions:
     for step, texts in found:
         replies = [written(f"{text}$") for text in texts] + [written("wrong$")] * (4 - len(texts))
         tools = {"generate": lambda requests, replies=replies: replies, "builder": BUILDER, "verifier": exact_match}
-        table.refresh(step, sums(1), 8, grid=ONE_RANK, **tools)
+        table, _ = table.refreshed(step, sums(1), 8, grid=ONE_RANK, **tools)
     return table
 
 
@@ -296,8 +297,9 @@ def test_a_search_is_due_at_the_start_and_every_so_many_steps():
 
 def test_a_table_that_was_saved_and_loaded_goes_on_alike():
     table = own_solutions((0, ["8", "so\n8"]), (10, ["well\n8"]))
-    other = OwnSolutions(table.search, table.refresh_every)
-    other.load_state_dict(json.loads(json.dumps(table.state_dict())))
+    empty = OwnSolutions(table.search, table.refresh_every)
+    other = empty.restored(json.loads(json.dumps(table.state_dict())))
+    assert empty.table == {} and empty.due(0), "solutions are a value: restoring makes another one"
     assert other.state_dict() == table.state_dict()
     assert [other.due(step) for step in range(30)] == [table.due(step) for step in range(30)]
     assert other.solution_for("p0", "well\n8") == table.solution_for("p0", "well\n8")
@@ -307,10 +309,10 @@ def test_metrics_say_what_was_found_and_what_there_is():
     replies = [written("8$"), written("so\n8$"), written("9$"), written("9")] + [written("7$")] * 4
     table = OwnSolutions(Search(4, 2, "shortest", 5), refresh_every=10)
     tools = {"builder": BUILDER, "verifier": exact_match, "grid": ONE_RANK}
-    metrics = table.refresh(0, sums(2), 8, generate=lambda requests: replies, **tools)
+    table, metrics = table.refreshed(0, sums(2), 8, generate=lambda requests: replies, **tools)
     wanted = {"problems": 2, "pass_rate": 0.25, "solved_share": 0.5, "available_share": 0.5, "length_mean": 3.5}
     assert metrics == {f"solutions/{name}": value for name, value in wanted.items()}
-    metrics = table.refresh(10, sums(2), 8, generate=lambda requests: [written("7$")] * 8, **tools)
+    table, metrics = table.refreshed(10, sums(2), 8, generate=lambda requests: [written("7$")] * 8, **tools)
     assert metrics["solutions/solved_share"] == 0 and metrics["solutions/available_share"] == 0.5
 
 

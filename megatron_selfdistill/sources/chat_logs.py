@@ -1,28 +1,72 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The logged turns of each step: turned into tokens when they come up, so that a run on any log starts at once."""
+"""The assistant's turns of logged conversations as responses; a turn becomes tokens when a step needs it."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from megatron_selfdistill.config import Config, ConfigError, hidden
+from megatron_selfdistill.config import Config, ConfigError, ConversationsConfig, hidden
 from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
+from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
 from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.distributed.collectives import from_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.pipeline.batch import largest
-from megatron_selfdistill.rollout.solutions import of_all_replicas
+from megatron_selfdistill.metrics import Phases, step_metrics
+from megatron_selfdistill.pipeline.batch import largest, of_all_replicas
+from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader
+from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+from megatron_selfdistill.sources.turns import Turns, turn_metrics, turn_weights
 
 LEFT_OUT_FILE = "left_out.txt"
 _CHUNK = 64  # turns that are tokenized at a time
 _REPORT_EVERY_S = 30.0
+
+
+class ChatLogs(CommittedState):
+    """One response per problem: the reply that the log has, which another policy wrote; nothing is sampled."""
+
+    def __init__(
+        self, state: SourceState, turns: LoggedTurns, conversations: ConversationsConfig, grid: RankGrid, phases: Phases
+    ) -> None:
+        super().__init__(state)
+        self._turns, self._conversations, self._grid, self._phases = turns, conversations, grid, phases
+
+    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
+        """Return the batch of this replica's share of the next usable turns; nothing is sampled.
+
+        Raises: `ConfigError` on all ranks for an unusable turn that may not be left out, and where none is left.
+        """
+        stream = self.state.stream.fork()
+        with self._phases("read"):
+            read = self._turns.next_turns(stream)
+        with self._phases("pack"):
+            responses = [_logged_response(turn) for turn in read.turns]
+            contexts = build_contexts([turn.prompts for turn in read.turns], responses)
+            turns = Turns.of(read.problems, contexts)
+            return StepBatch(
+                problems=read.problems,
+                responses=responses,
+                contexts=contexts,
+                solutions=[problem.solution for problem in read.problems],
+                token_weights=turn_weights(self._conversations, turns, self._grid),
+                metrics=read.metrics,
+                next_state=SourceState(stream, self.state.prompts),
+            )
+
+    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+        """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""
+        turns = Turns.of(batch.problems, batch.contexts)
+        metrics = turn_metrics(output, turns, batch.token_weights is not None, self._grid)
+        return metrics | step_metrics(replace(output, weights=None), None, self._grid)
 
 
 @dataclass(frozen=True)
@@ -30,54 +74,57 @@ class StepTurns:
     """This replica's turns of a step."""
 
     problems: list[Problem]
-    turns: dict[str, Turn]
-    """By problem id."""
-    metrics: dict[str, float]
+    turns: list[Turn]
+    """The turn of each of ``problems``."""
+    metrics: Mapping[str, float]
     """Counts over the global batch, equal on all ranks: turns/left_out_long and turns/left_out_bad, drawn for this step
-    and replaced; where ``data.on_long_context`` shortens, turns/shortened, whose solution is not whole."""
+    and replaced; where ``data.on_long_context`` shortens, turns/shortened, whose solution is not complete."""
 
 
 class LoggedTurns:
     """Global batches of usable turns, each replica reading its own share.
 
-    A step's batch are the next ``data.global_batch_size`` usable turns of the stream, however many replicas there are,
-    and the stream's position is all the state there is.
+    The batch of a step is the next ``data.global_batch_size`` usable turns of the stream, whatever the number of
+    replicas.  Unusable turns are remembered, so that no turn is read or listed twice: this memory, equal on all ranks,
+    is all that a call of `next_turns` changes here, and it changes no batch.
     """
 
-    def __init__(self, config: Config, run_data: RunData, grid: RankGrid, stream: ProblemStream) -> None:
-        self._inputs, self._grid, self._stream = run_data, grid, stream
+    def __init__(self, config: Config, run_data: RunData, grid: RankGrid) -> None:
+        self._num_problems, self._grid = len(run_data.problems), grid
         self._reader = turn_reader(config, run_data)
         self._file = Path(config.run_dir) / LEFT_OUT_FILE
-        self._unusable: dict[str, Unusable] = {}  # known so far, on all ranks; they are not read again
+        self._unusable: dict[str, Unusable] = {}
 
-    def next_turns(self) -> StepTurns:
-        """The turns of the next step.  An unusable turn's place is taken by the next one of the stream.
+    def next_turns(self, stream: ProblemStream) -> StepTurns:
+        """Return the next turns of ``stream``, which moves on; an unusable turn is replaced by the next one.
 
         Every rank of the world calls it.  Collectives: one maximum over the data-parallel ranks, and where a turn was
         unusable an all_gather_object and another round.
         Raises: `ConfigError` on all ranks for an unusable turn that may not be left out, and where none is left.
         """
-        grid, batch = self._grid, self._stream.next_batch()
+        grid, batch = self._grid, stream.next_batch()
         places = list(range(len(batch)))
         mine: dict[str, Turn] = {}
         num_long = num_bad = 0
         while places:
-            own = [batch[place] for place in places if place % grid.dp_size == grid.dp_rank]
+            own_places = [place for place in places if place % grid.dp_size == grid.dp_rank]
+            own = [batch[place] for place in own_places]
             found = self._read(own)
             mine |= {p.id: turn for p, turn in zip(own, found, strict=True) if isinstance(turn, Turn)}
-            refused = self._refused_anywhere([place for place in places if place % grid.dp_size == grid.dp_rank], found)
+            refused = self._refused_anywhere(own_places, found)
             num_long += sum(turn.too_long for turn in refused.values())
             num_bad += sum(not turn.too_long for turn in refused.values())
             places = sorted(refused)
             self._learn([(batch[place].id, refused[place]) for place in places])
-            for place, problem in zip(places, self._stream.draw(len(places)), strict=True):
+            for place, problem in zip(places, stream.draw(len(places)), strict=True):
                 batch[place] = problem
         problems = shard(batch, grid.dp_rank, grid.dp_size)
-        shortened = sum(mine[problem.id].prompts.solution_truncated for problem in problems)
-        metrics = {"turns/left_out_long": num_long, "turns/left_out_bad": num_bad}
+        turns = [mine[problem.id] for problem in problems]
+        metrics = {"turns/left_out_long": float(num_long), "turns/left_out_bad": float(num_bad)}
         if self._reader.on_long_context.startswith("truncate"):
-            metrics["turns/shortened"] = sum(of_all_replicas([shortened], grid))
-        return StepTurns(problems, mine, {name: float(count) for name, count in metrics.items()})
+            shortened = sum(turn.prompts.solution_truncated for turn in turns)
+            metrics["turns/shortened"] = float(sum(of_all_replicas([shortened], grid)))
+        return StepTurns(problems, turns, metrics)
 
     def _read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
         new = [problem for problem in problems if problem.id not in self._unusable]
@@ -87,7 +134,7 @@ class LoggedTurns:
         return [found.get(problem.id) or self._unusable[problem.id] for problem in problems]
 
     def _refused_anywhere(self, places: Sequence[int], found: Sequence[Turn | Unusable]) -> dict[int, Unusable]:
-        """Those of all replicas, by place, the same on all ranks."""
+        """Return the unusable turns of all replicas, by place, the same on all ranks."""
         mine = [(place, t) for place, t in zip(places, found, strict=True) if isinstance(t, Unusable)]
         if not largest(self._grid, len(mine))[0]:
             return {}
@@ -100,27 +147,33 @@ class LoggedTurns:
             list_left_out(self._file, [turn.sentence for _, turn in new])
         for _, turn in new:
             _checked(self._reader, turn)
-        if len(self._unusable) == len(self._inputs.problems):
+        if len(self._unusable) == self._num_problems:
             first = next(iter(self._unusable.values())).sentence
             raise ConfigError(f"no turn is left of {len(self._unusable)}; the first: {first}")
 
 
-def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
-    """``run_data`` with counts of all their turns and a sentence for every unusable one; the turns stay.
+def wants_all_turns_read(config: Config, run_data: RunData) -> bool:
+    """Return whether all turns are read before the first step: a dry run reports all of them, and an unusable turn that
+    may not be left out must be found in time."""
+    return config.dry_run or turn_reader(config, run_data).has_errors
 
-    Each rank of the world reads its share, the first says every half minute how far it is.
+
+def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
+    """Return ``run_data`` with counts of all turns and a sentence for every unusable turn; the turns themselves stay.
+
+    Each rank of the world reads its share; rank 0 reports every half minute how far it is.
     Raises: `ConfigError` on all ranks for the first unusable turn that may not be left out.
     """
     reader, problems = turn_reader(config, run_data), run_data.problems.problems
     counts, unusable = TurnCounts(), []
-    said = time.monotonic()
+    reported_at = time.monotonic()
     share = iter(range(grid.rank, len(problems), grid.world_size))
     for chunk, turns in _read_by_chunks(reader, problems[grid.rank :: grid.world_size]):
         numbers = list(islice(share, len(chunk)))
         counts += TurnCounts.of(turns)
         unusable += [(n, turn) for n, turn in zip(numbers, turns, strict=True) if isinstance(turn, Unusable)]
-        if grid.rank == 0 and time.monotonic() - said > _REPORT_EVERY_S:
-            said = time.monotonic()
+        if grid.rank == 0 and time.monotonic() - reported_at > _REPORT_EVERY_S:
+            reported_at = time.monotonic()
             print(f"reading logged turns: {numbers[-1] + 1} of {len(problems)}", file=sys.stderr, flush=True)
     parts = from_all_ranks((counts, unusable))
     everywhere = sorted((item for _, part in parts for item in part), key=lambda item: item[0])
@@ -142,7 +195,7 @@ def _read_by_chunks(
 
 
 def list_left_out(file: Path, sentences: Iterable[str]) -> None:
-    """Append those that ``file`` does not have yet, a line each."""
+    """Append the sentences that ``file`` does not have yet, a line each."""
     file.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the run folder
     have = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
     new = [sentence for sentence in dict.fromkeys(map(hidden, sentences)) if sentence not in have]
@@ -155,3 +208,9 @@ def _checked(reader: TurnReader, turn: Unusable) -> None:
         reader.check(turn)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _logged_response(turn: Turn) -> Response:
+    """Return the reply of a log, with log-probs that nobody knows."""
+    unknown = [math.nan] * len(turn.reply)
+    return Response(turn.reply, unknown, unknown, "stop")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Responses written down in one run and trained on in another: the same tokens in every layout."""
+"""Responses that one run records and another run trains on: the same tokens in every layout."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megatron_selfdistill.rollout.base import Response
 
-Key = tuple[int, str, int]
-"""(step, problem id, sample index)"""
+SampleKey = tuple[int, str, int]
+"""(step, problem id, sample index): the name of a sample, and of its random numbers."""
 
 
 class Recording:
@@ -22,7 +22,7 @@ class Recording:
     def __init__(self, path: str | Path) -> None:
         """Read the whole file.  Raises ValueError naming file and line of a record that is not a response."""
         self.path = Path(path)
-        self._responses: dict[Key, Response] = {}
+        self._responses: dict[SampleKey, Response] = {}
         with self.path.open() as lines:
             for number, line in enumerate(lines, 1):
                 try:
@@ -35,8 +35,8 @@ class Recording:
                         f"{line[:60]!r} ({error})"
                     ) from None
 
-    def responses(self, keys: Sequence[Key]) -> list[Response]:
-        """The responses of these keys, in order.  Raises ValueError for one that was not recorded."""
+    def responses(self, keys: Sequence[SampleKey]) -> list[Response]:
+        """Return the responses of these keys, in order.  Raises: ValueError for a key that was not recorded."""
         for key in keys:
             if key not in self._responses:
                 step, problem_id, sample = key
@@ -48,7 +48,11 @@ class Recording:
 
 
 def record(
-    path: str | Path, keys: Sequence[Key], responses: Sequence[Response], dp_group: dist.ProcessGroup, writes: bool
+    path: str | Path,
+    keys: Sequence[SampleKey],
+    responses: Sequence[Response],
+    dp_group: dist.ProcessGroup,
+    writes: bool,
 ) -> None:
     """Append this step's responses of all data-parallel ranks; only the rank with ``writes`` touches the file.
 

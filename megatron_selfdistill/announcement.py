@@ -1,0 +1,92 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a run reports before its first step and after its last one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from megatron_selfdistill.checkpoint.run.run_lock import LOCK
+from megatron_selfdistill.data.packing import length_quantum
+from megatron_selfdistill.distributed.ranks import about_allocator
+from megatron_selfdistill.model.architecture import uses_transformer_engine
+from megatron_selfdistill.model.build import megatron_in_use, unwrapped
+from megatron_selfdistill.model.fused_kernels import kernels_in_use
+from megatron_selfdistill.report import next_steps
+from megatron_selfdistill.sources.chat_logs import LEFT_OUT_FILE, list_left_out
+from megatron_selfdistill.trainer import Trainer
+
+
+def announce(trainer: Trainer) -> None:
+    """Write the resolved configuration into the run folder, unless this is a dry run, and report what will run."""
+    if not trainer.grid.is_reporter:
+        return
+    folder, data, dry_run = trainer.folder.path, trainer.run_data, trainer.config.dry_run
+    if not dry_run:
+        trainer.folder.write()
+    for line in _lines(trainer):
+        trainer.log.message(line)
+    if dry_run and (folder / LOCK).exists():
+        return  # the list belongs to the run that is using the folder
+    if trainer.resumed_from is None:
+        (folder / LEFT_OUT_FILE).unlink(missing_ok=True)
+    if data.left_out:
+        list_left_out(folder / LEFT_OUT_FILE, data.left_out)
+        trainer.log.message(f"what was left out, by file and line: {folder / LEFT_OUT_FILE}; {data.left_out[0]}")
+
+
+def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
+    """Report what a run that has done its last step made, and what comes next.
+
+    ``first_step``: the steps that were done when this launch began, ``seconds`` ago.
+    """
+    if trainer.step < trainer.config.num_steps:
+        return  # the run was asked to stop, and has reported so
+    trainer.checkpointer.finish()
+    run_dir, steps = trainer.run_dir, trainer.step - first_step
+    if steps > 0:
+        lines = next_steps.done(run_dir, trainer.step, steps, seconds, trainer.checkpoint)
+    else:
+        lines = next_steps.complete(run_dir, trainer.step, trainer.checkpoint)
+    for line in lines:
+        trainer.log.message(line)
+
+
+def _lines(trainer: Trainer) -> Iterator[str]:
+    config, grid, data, learner = trainer.config, trainer.grid, trainer.run_data, trainer.learner
+    layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
+    yield f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}"
+    yield kernels_in_use(unwrapped(learner.chunks[0]).config)
+    if grid.device.type == "cuda":
+        quantum = length_quantum(config.schedule.max_tokens)
+        yield f"GPU memory: {about_allocator(os.environ)}; packed rows of multiples of {quantum} tokens"
+    vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
+    yield (
+        f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
+        f"pair order {learner.pair_order}"
+    )
+    if learner.has_teacher:
+        yield f"loss: {trainer.loss_backend}"
+    yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
+    yield str(learner.output_layer)
+    if data.about_prompts:
+        yield data.about_prompts
+    yield from data.about_conversations
+    start = f"starts from {config.checkpoint.load or 'random weights'}"
+    start = f"resumes {trainer.resumed_from}" if trainer.resumed_from else start
+    yield f"{start}, at step {trainer.step} of {config.num_steps}; everything goes to {trainer.folder.path}"
+    yield from trainer.changes
+    if trainer.stop.plan:
+        yield trainer.stop.plan
+
+
+def _problems(trainer: Trainer) -> str:
+    data = trainer.run_data
+    number = f"{len(data.problems)} {'turns' if data.about_conversations else 'problems'}"
+    if trainer.config.logged:
+        file = trainer.folder.path / LEFT_OUT_FILE
+        return f"{number} (what cannot be used is left out when it comes up, and listed in {file})"
+    return (
+        f"{number} ({data.counts.truncated} with a shortened solution; left out: {data.counts.dropped} too long, "
+        f"{data.problems.num_skipped} bad)"
+    )

@@ -1,0 +1,220 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What learns on one rank: the student, its teacher and its optimizer, and the loss between student and teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_selfdistill.checkpoint.run.checkpointer import load_weights, load_weights_and_optimizer
+from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.evaluation.inference import decided_output_layer, new_chunks
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.backend import in_use
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.target import Target, solve_batch_k
+from megatron_selfdistill.metrics import batch_entropies, step_metrics
+from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.fp8 import token_multiple
+from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
+from megatron_selfdistill.model.output_layer import FusedLoss
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.score import learnabilities
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.rollout.factory import configured_target
+from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.teacher import Teacher
+
+IDENTITY_CONTEXTS = 8
+"""Contexts per replica that `Learner.identity_loss` reads."""
+
+
+class Learner:
+    """Student, teacher and optimizer of one rank.
+
+    Every rank of the world makes the same calls in the same order.  `forward_backward` changes gradients only;
+    `apply_gradients` changes the weights, the optimizer with its schedule, and the teacher; `solve_k` changes
+    ``batch_k``.
+    """
+
+    def __init__(self, config: Config, run_data: RunData, grid: RankGrid, *, resumes: bool) -> None:
+        """Build the model with the weights of ``checkpoint.load``, or random weights where that is null.
+
+        ``resumes``: the caller loads a checkpoint of the run afterwards, so that ``checkpoint.load`` is not read.
+        Raises: `ConfigError`, `CheckpointError`.
+        """
+        self.config, self.run_data, self.grid = config, run_data, grid
+
+        def initial_chunks() -> list[torch.nn.Module]:
+            return new_chunks(config, grid, run_data.vocab_size)
+
+        self.chunks = wrap_for_training(initial_chunks(), config.optimizer)
+        self.output_layer = decided_output_layer(config, self.chunks)
+        last = unwrapped(self.chunks[-1])
+        self.vocab = VocabShard.from_group(last.vocab_size, run_data.vocab_size, grid.tp_group)
+        load = Path(config.checkpoint.load) if config.checkpoint.load is not None and not resumes else None
+        if load is not None and not config.checkpoint.load_optimizer:
+            load_weights(load, self.chunks, run_data.vocab_size, config.checkpoint.verify)
+        self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
+        if load is not None and config.checkpoint.load_optimizer:
+            load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
+        self.teacher = Teacher(
+            config.teacher.weights if self.has_teacher else "current",
+            self.chunks,
+            initial_chunks,
+            ema_decay=config.teacher.ema_decay,
+            offload=config.teacher.offload == "cpu",
+        )
+        self.batch_k: float | None = None
+        """For target.rule=batch: the k that was solved from the last step; None before the first step."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the loss has a teacher; the baselines train on next tokens."""
+        return self.config.objective == "self_distillation"
+
+    @property
+    def pair_order(self) -> str:
+        """The order of microbatches: as configured, else teacher_first with a pipeline and alternating without."""
+        return self.config.schedule.pair_order or ("teacher_first" if self.grid.pp_size > 1 else "alternating")
+
+    @property
+    def stored_parts(self) -> dict[str, Any]:
+        """The parts that a checkpoint holds, as `Checkpointer.save` and `Checkpointer.load` take them."""
+        return {
+            "chunks": self.chunks,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "teacher": self.teacher if self.has_teacher else None,
+        }
+
+    def pack(self, contexts: Sequence[ContextPair]) -> PackedBatch:
+        """Return the contexts of this replica as microbatches: as many, and as long, on every replica.  Collective."""
+        return pack_everywhere(
+            contexts,
+            max_tokens=self.config.schedule.max_tokens,
+            pair_order=self.pair_order,
+            with_teacher=self.has_teacher,
+            grid=self.grid,
+            seq_multiple=token_multiple(unwrapped(self.chunks[0]).config),
+        )
+
+    def forward_backward(
+        self, packed: PackedBatch, token_weights: schedule.TokenWeights | None = None
+    ) -> schedule.StepOutput:
+        """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
+
+        Raises: `NoResponseTokens` on all ranks where no replica has a response token.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._distillation_loss(self._target()) if self.has_teacher else schedule.next_token
+        with self.teacher.on_device() as teacher:
+            return self._schedule(packed, teacher if self.has_teacher else None, loss, token_weights=token_weights)
+
+    def measure(self, contexts: Sequence[ContextPair]) -> schedule.StepOutput:
+        """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained."""
+        packed = self.pack(contexts)
+        with self.teacher.on_device() as teacher:
+            return self._schedule(packed, teacher, self._distillation_loss(self._target()), forward_only=True)
+
+    def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
+        """Return the mean loss of the first ``contexts`` with the student as its own teacher behind the same prompt.
+
+        It is 0 where sharding, packing and exchange work in this layout.  Collective.
+
+        Raises: `NoResponseTokens` on all ranks where no replica has a response token.
+        """
+        answered = [context for context in contexts if context.response][:IDENTITY_CONTEXTS]
+        same = [replace(context, teacher_prompt=context.student_prompt) for context in answered]
+        loss = self._distillation_loss(Target(teacher_weight=self.config.target.teacher_weight))
+        output = self._schedule(self.pack(same), self.chunks, loss, forward_only=True)
+        return step_metrics(output, None, self.grid)["loss/mean"]
+
+    def gradient_norm(self) -> float:
+        """Return the 2-norm of all gradients, unclipped, and prepare them for `apply_gradients`.  Collective."""
+        return gradient_norm(self.optimizer)
+
+    def apply_gradients(self, norm: float) -> float:
+        """Update the weights with the prepared gradients, clipped by their ``norm``, and then the teacher.
+
+        Returns the learning rate of this update.  Collective.
+        """
+        self.scheduler.step(1)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        apply_gradients(self.optimizer, norm)
+        self.teacher.update(self.optimizer)
+        return learning_rate
+
+    def solve_k(self, output: schedule.StepOutput) -> None:
+        """Set ``batch_k`` for the next step from the entropies of this step, where target.rule=batch.  Collective."""
+        if self.config.target.rule == "batch" and self.has_teacher:
+            entropies, bound = batch_entropies(output, self.grid), self._target().k_bound
+            self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.run_data.vocab_size))
+
+    def learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
+        """Return how learnable each response is for the student (pipeline/score.py).  Collective."""
+        with self.teacher.on_device() as teacher:
+            return learnabilities(
+                candidates,
+                builder=self.run_data.builder,
+                student=self.chunks,
+                teacher=teacher,
+                grid=self.grid,
+                vocab=self.vocab,
+                max_tokens=self.config.schedule.max_tokens,
+                fusion=self.output_layer.fusion,
+                backend=self.config.loss.backend,
+                policy=self.config.data.on_long_context,
+                alpha=self.config.solutions.alpha,
+                max_length=self.run_data.max_length,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+            )
+
+    def _schedule(
+        self,
+        packed: PackedBatch,
+        teacher: Sequence[torch.nn.Module] | None,
+        token_loss: schedule.TokenLoss | FusedLoss,
+        **options: Any,
+    ) -> schedule.StepOutput:
+        return schedule.run(
+            self.chunks,
+            teacher,
+            packed,
+            token_loss,
+            self.grid,
+            self.vocab,
+            pair_order=self.pair_order,
+            teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
+            **options,
+        )
+
+    def _target(self) -> Target:
+        return configured_target(self.config.target, self.batch_k)
+
+    def _distillation_loss(self, target: Target) -> schedule.TokenLoss | FusedLoss:
+        loss = self.config.loss
+        divergence = Divergence(loss.divergence, loss.jsd_lambda)
+        return schedule.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
+
+
+def loss_backend(config: Config, grid: RankGrid) -> str:
+    """Return what computes the loss, and why, for the log.  Raises: `ConfigError` where the configured one cannot."""
+    dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
+    try:
+        name, why = in_use(config.loss.backend, grid.device, dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return f"{'Triton kernels' if name == 'triton' else 'PyTorch'} ({why})"

@@ -1,0 +1,106 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The source of responses that a configuration names, with its sampler, its prompts and the data that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.problems import ProblemStream
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
+from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.rollout.base import Sampler
+from megatron_selfdistill.rollout.factory import make_sampler
+from megatron_selfdistill.rollout.on_demand import OnDemandSampler
+from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
+from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
+from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.own_solutions import Finder, OwnSolutionPrompts, OwnSolutions
+from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge, Prompts
+from megatron_selfdistill.sources.recording import Recording
+from megatron_selfdistill.sources.replay import Replay
+from megatron_selfdistill.sources.solution_search import Score, Search
+from megatron_selfdistill.sources.solutions_as_responses import SolutionsAsResponses
+from megatron_selfdistill.sources.source import ResponseSource, SourceState
+from megatron_selfdistill.sources.synced_sampler import SyncedSampler
+
+
+def configured_source(
+    config: Config, run_data: RunData, grid: RankGrid, sampler: Sampler, phases: Phases, score: Score
+) -> ResponseSource:
+    """Return the source of ``config``, at the beginning of the data.
+
+    ``score``: how learnable responses are, for solutions.pick=learnable.
+    Raises: `ConfigError` where answers are needed and missing; ValueError for a recording that cannot be read.
+    """
+    judge = Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid)
+    stream = ProblemStream(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
+    recording = Recording(config.rollout.replay) if config.rollout.replay else None
+    finder = Finder(sampler, judge.verifier, score, phases, grid, config.data.global_batch_size)
+    state = SourceState(stream, _prompts(config, run_data, judge, finder))
+    if config.objective == "sft":
+        return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
+    if config.logged:
+        return ChatLogs(state, LoggedTurns(config, run_data, grid), config.conversations, grid, phases)
+    options = OnPolicyOptions(
+        sampler=sampler,
+        judge=judge,
+        phases=phases,
+        grid=grid,
+        seed=config.seed,
+        num_samples=config.rollout.num_samples,
+        only_right=config.objective == "rft",
+        corrects=config.loss.rollout_correction == "truncated",
+        weight_cap=config.loss.rollout_correction_cap,
+        record=config.rollout.record,
+    )
+    return OnPolicy(state, options) if recording is None else Replay(state, options, recording)
+
+
+def configured_sampler(
+    config: Config, run_data: RunData, chunks: Sequence[torch.nn.Module], grid: RankGrid, phases: Phases
+) -> SyncedSampler:
+    """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
+
+    Where the responses are those of a log, the sampler is built by the first evaluation, if there is any.
+    Collectives: every rank of the world calls it.  Raises: `ConfigError`.
+    """
+    if config.logged:
+        return SyncedSampler(OnDemandSampler(lambda: make_sampler(config, run_data, chunks, grid)), phases)
+    return SyncedSampler(make_sampler(config, run_data, chunks, grid), phases)
+
+
+def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
+    """Return the data of a run that starts, after the reading that its source needs before a model is built.
+
+    Every rank of the world calls it.  Raises: `ConfigError` on all ranks for a turn that may not be left out.
+    """
+    if config.logged and wants_all_turns_read(config, run_data):
+        return read_all_turns(config, run_data, grid)
+    return run_data
+
+
+def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:
+    """Return how the prompts of ``config`` show the solutions of the data."""
+    return GivenSolutions(
+        run_data.builder, run_data.max_length, config.rollout.max_new_tokens, config.data.on_long_context
+    )
+
+
+def _prompts(config: Config, run_data: RunData, judge: Judge, finder: Finder) -> Prompts:
+    given, wanted, below = given_solutions(config, run_data), config.solutions, config.rollout.guide_below
+    owns = config.data.solutions == "own"
+    if owns or below is not None:
+        check_answers(run_data.problems.problems, judge.verifier)
+    prompts: Prompts = given
+    if owns:
+        search = Search(wanted.num_samples, wanted.keep, wanted.pick, config.seed)
+        prompts = OwnSolutionPrompts(given, OwnSolutions(search, wanted.refresh_every), finder)
+    if config.rollout.guidance != "none":
+        success = SuccessRates(below) if below is not None else None
+        prompts = GuidedPrompts(prompts, judge, config.rollout.num_samples, success)
+    return prompts

@@ -1,0 +1,141 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Guidance as a decorator of prompts: whose responses are sampled from the mix of student and teacher.
+
+Under ``rollout.guide_below`` guidance goes to the problems that the student alone has rarely solved of late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.problems import Problem, ProblemStream
+from megatron_selfdistill.pipeline.batch import of_all_replicas
+from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
+
+WINDOW = 4
+"""Visits to a problem without guidance over which its success rate is the mean."""
+PROBE_EVERY = 4
+"""Of so many visits to a guided problem the last one is without guidance, so that its rate stays known."""
+
+Visit = tuple[str, bool, float]
+"""Problem id, whether the responses were guided, share of right responses."""
+
+
+@dataclass(frozen=True)
+class _Visits:
+    alone: tuple[float, ...] = ()
+    """Shares of right responses in the last `WINDOW` visits without guidance."""
+    guided_since: int = 0
+    """Guided visits since the last visit without guidance."""
+
+
+@dataclass(frozen=True)
+class SuccessRates:
+    """Per problem, the share of right responses in its last visits without guidance.
+
+    It is a value, equal on every rank of the world if every rank records the same verdicts in the same order.  Guided
+    responses do not count: that the mix solves a problem does not say that the student does.
+    """
+
+    guide_below: float
+    """In (0, 1]: a problem whose rate lies below this number is guided."""
+    visits: Mapping[str, _Visits] = field(default_factory=dict)
+    """Problem id -> its visits so far."""
+
+    def guides(self, problem_id: str) -> bool:
+        """Return whether the next visit is guided.
+
+        The first visit is not, and of the visits to a guided problem every PROBE_EVERY-th is not.
+        """
+        visits = self.visits.get(problem_id)
+        if visits is None or not visits.alone:
+            return False
+        rate = sum(visits.alone) / len(visits.alone)
+        return rate < self.guide_below and visits.guided_since < PROBE_EVERY - 1
+
+    def recorded(self, visits: Iterable[Visit]) -> SuccessRates:
+        """Return the rates after all visits of a step."""
+        table = dict(self.visits)
+        for problem_id, guided, share in visits:
+            known = table.get(problem_id, _Visits())
+            if guided:
+                table[problem_id] = _Visits(known.alone, known.guided_since + 1)
+            else:
+                table[problem_id] = _Visits((*known.alone, share)[-WINDOW:])
+        return replace(self, visits=table)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the visits as plain values for a checkpoint."""
+        return {problem_id: (list(v.alone), v.guided_since) for problem_id, v in self.visits.items()}
+
+    def restored(self, state: Mapping[str, Any]) -> SuccessRates:
+        """Return these rates with the visits of ``state``, which `state_dict` returned."""
+        visits = {problem_id: _Visits(tuple(alone)[-WINDOW:], since) for problem_id, (alone, since) in state.items()}
+        return replace(self, visits=visits)
+
+
+@dataclass(frozen=True)
+class GuidedPrompts:
+    """Prompts under which responses are guided: to all problems that have a solution, or to those that fail."""
+
+    inner: Prompts
+    judge: Judge
+    num_samples: int
+    """Responses per visit to a problem."""
+    success: SuccessRates | None = None
+    """Which problems are guided; None guides all problems that have a solution."""
+
+    def prepare(
+        self, step: int, sampling: SamplingParams, stream: ProblemStream
+    ) -> tuple[Prompts, Mapping[str, float]]:
+        """Return the prompts of the step with the inner prompts prepared, and their metrics.  Collective."""
+        inner, metrics = self.inner.prepare(step, sampling, stream)
+        return replace(self, inner=inner), metrics
+
+    def pair(self, problem: Problem) -> PromptPair:
+        """Return both prompts of a problem: a guided response is sampled from the mix that they give."""
+        return self.inner.pair(problem)
+
+    def has_solution(self, problem: Problem) -> bool:
+        """Return whether the teacher's prompt of `pair` shows a solution."""
+        return self.inner.has_solution(problem)
+
+    def guides(self, problem: Problem) -> bool:
+        """Return whether the next responses to ``problem`` are sampled with guidance."""
+        return self.inner.has_solution(problem) and (self.success is None or self.success.guides(problem.id))
+
+    def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the answers that the inner prompts choose, and their metrics."""
+        return self.inner.choose(answers)
+
+    def record(self, answers: Sequence[Answer], guided: Collection[str]) -> Prompts:
+        """Return the prompts with the success rates after this step.
+
+        The ``answers`` of one visit follow each other.  Collectives: those of `Judge.right`, and one all_gather_object
+        over the data-parallel ranks; none where all problems are guided.
+        """
+        if self.success is None:
+            return self
+        right = self.judge.right(answers)
+        n = self.num_samples
+        mine = [
+            (answers[i].problem.id, answers[i].problem.id in guided, sum(right[i : i + n]) / n)
+            for i in range(0, len(answers), n)
+        ]
+        return replace(self, success=self.success.recorded(of_all_replicas(mine, self.judge.grid)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the success rates, and the state of the inner prompts, as plain values."""
+        success = self.success.state_dict() if self.success is not None else None
+        return {**self.inner.state_dict(), "success": success}
+
+    def restored(self, state: Mapping[str, Any]) -> Prompts:
+        """Return these prompts with what `state_dict` returned."""
+        success = self.success
+        if success is not None and state.get("success") is not None:
+            success = success.restored(state["success"])
+        return replace(self, inner=self.inner.restored(state), success=success)

@@ -1,0 +1,158 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Responses that the student samples with its weights of this moment, to the problems of the data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_selfdistill.data.contexts import PromptPair, build_contexts
+from megatron_selfdistill.data.problems import Problem, shard
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss.weighting import TruncatedImportance
+from megatron_selfdistill.metrics import Phases, step_metrics
+from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, stream_seed
+from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
+from megatron_selfdistill.sources.recording import SampleKey, record
+from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+
+
+@dataclass(frozen=True)
+class OnPolicyOptions:
+    """How the student's own responses become batches."""
+
+    sampler: Sampler
+    judge: Judge
+    phases: Phases
+    grid: RankGrid
+    seed: int
+    """The seed of the run."""
+    num_samples: int
+    """Responses per problem and step."""
+    only_right: bool
+    """Whether only responses are trained on that the verifier finds right."""
+    corrects: bool
+    """Whether token weights correct for the difference of student and sampler (`TruncatedImportance`)."""
+    weight_cap: float
+    """The largest of these weights."""
+    record: str | None
+    """The file to which the responses of all steps are appended; None records nothing."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The problems of a step on this replica, and what is asked of the sampler."""
+
+    problems: list[Problem]
+    pairs: Mapping[str, PromptPair]
+    guided: Collection[str]
+    keys: list[SampleKey]
+    requests: list[Request]
+
+
+class OnPolicy(CommittedState):
+    """Responses of the student to the problems of the data, ``num_samples`` per problem, problem by problem."""
+
+    def __init__(self, state: SourceState, options: OnPolicyOptions) -> None:
+        super().__init__(state)
+        self._options = options
+
+    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
+        """Return the batch of this replica's share of the next global batch of problems.
+
+        Raises: `EngineError` on all ranks where responses could not be sampled.
+        """
+        options = self._options
+        prompts, found = self.state.prompts.prepare(step, sampling, self.state.stream)
+        stream = self.state.stream.fork()
+        asked = self._asked(step, stream.next_batch(), prompts)
+        responses = self._responses(step, asked.keys, asked.requests, sampling)
+        answers = [
+            Answer(problem, asked.pairs[problem.id], response)
+            for problem, response in zip(_repeated(asked.problems, options.num_samples), responses, strict=True)
+        ]
+        with options.phases("rollout"):
+            if options.record is not None:
+                record(options.record, asked.keys, responses, options.grid.dp_group, options.grid.is_reporter)
+            prompts_after = prompts.record(answers, asked.guided)
+        with options.phases("pack"):
+            trained, chosen = self._trained(prompts, answers)
+            kept = [answer.response for answer in trained]
+            return StepBatch(
+                problems=asked.problems,
+                responses=responses,
+                contexts=build_contexts([answer.prompts for answer in trained], kept),
+                solutions=[answer.problem.solution for answer in trained],
+                sampler_log_probs=self._on_device(response.log_probs for response in kept),
+                token_weights=self._corrections(kept) if options.corrects else None,
+                metrics={**found, **chosen},
+                next_state=SourceState(stream, prompts_after),
+            )
+
+    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+        """Return the `step_metrics` of the batch, which compare student and sampler.  Collective."""
+        options = self._options
+        return step_metrics(output, batch.sampler_log_probs, options.grid, options.weight_cap)
+
+    def _asked(self, step: int, global_batch: Sequence[Problem], prompts: Prompts) -> _Asked:
+        grid, num_samples = self._options.grid, self._options.num_samples
+        problems = shard(global_batch, grid.dp_rank, grid.dp_size)
+        first = shard(first_sample_indices(global_batch, num_samples), grid.dp_rank, grid.dp_size)
+        pairs = {problem.id: prompts.pair(problem) for problem in problems}
+        guided = {problem.id for problem in problems if prompts.guides(problem)}
+        keys = [
+            (step, problem.id, start + i)
+            for problem, start in zip(problems, first, strict=True)
+            for i in range(num_samples)
+        ]
+        requests = []
+        for key in keys:
+            pair, name = pairs[key[1]], stream_seed(self._options.seed, *key)
+            requests.append(Request(pair.student_prompt, name, pair.teacher_prompt if key[1] in guided else None))
+        return _Asked(problems, pairs, guided, keys, requests)
+
+    def _responses(
+        self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
+    ) -> list[Response]:
+        """Return one response per request, sampled with the weights of this moment."""
+        self._options.sampler.update_weights(step)
+        with self._options.phases("rollout"):
+            return self._options.sampler.generate(requests, sampling)
+
+    def _trained(self, prompts: Prompts, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the answers that are trained on, with their prompts, and metrics.  Collective."""
+        if self._options.only_right:
+            right = self._options.judge.right(answers)
+            answers = [answer for answer, keep in zip(answers, right, strict=True) if keep]
+        return prompts.choose(answers)
+
+    def _corrections(self, responses: Sequence[Response]) -> TruncatedImportance:
+        sampled = self._on_device(response.sampled_log_probs for response in responses)
+        return TruncatedImportance(sampled, self._options.weight_cap)
+
+    def _on_device(self, log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
+        """Return ``log_probs``, one sequence per response, as [R_total] float64 on the device; nothing waits for it."""
+        joined = torch.tensor([value for values in log_probs for value in values], dtype=torch.float64)
+        return to_device_in_one_copy(joined, self._options.grid.device)
+
+
+def first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int]:
+    """Return the index of each problem's first sample: 0, or more where the problem comes again in the same batch.
+
+    An epoch can end within a batch; the samples of a problem that comes twice then count on.
+    """
+    seen: Counter[str] = Counter()
+    first = []
+    for problem in batch:
+        first.append(seen[problem.id])
+        seen[problem.id] += num_samples
+    return first
+
+
+def _repeated(problems: Sequence[Problem], times: int) -> list[Problem]:
+    return [problem for problem in problems for _ in range(times)]

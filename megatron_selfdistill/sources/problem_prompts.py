@@ -1,0 +1,147 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The prompts of a step's problems: what the student answers, and what the teacher is shown besides."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
+from megatron_selfdistill.data.problems import Problem, ProblemStream
+from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
+from megatron_selfdistill.evaluation.verify import Verifier, judge
+from megatron_selfdistill.rollout.base import Response, SamplingParams, response_text
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.distributed.ranks import RankGrid
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response, the problem that it answers, and the two prompts that it is conditioned on."""
+
+    problem: Problem
+    """With the solution that the teacher reads, in full."""
+    prompts: PromptPair
+    response: Response
+
+
+class Prompts(Protocol):
+    """How prompts are made.  It is a value: whatever a step finds out is in a new object, never in this one."""
+
+    def prepare(
+        self, step: int, sampling: SamplingParams, stream: ProblemStream
+    ) -> tuple[Prompts, Mapping[str, float]]:
+        """Return the prompts of the step that ``step`` optimizer steps precede, and metrics; ``stream``: the problems
+        that come next, which the caller's step begins with.  Collective."""
+        ...
+
+    def pair(self, problem: Problem) -> PromptPair:
+        """Return both prompts of a problem before it is answered."""
+        ...
+
+    def has_solution(self, problem: Problem) -> bool:
+        """Return whether the teacher's prompt of `pair` shows a solution."""
+        ...
+
+    def guides(self, problem: Problem) -> bool:
+        """Return whether the next responses to ``problem`` are sampled with guidance."""
+        ...
+
+    def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the answers that are trained on, with the prompts that they are trained with, and metrics.
+
+        Collective over the data-parallel ranks.
+        """
+        ...
+
+    def record(self, answers: Sequence[Answer], guided: Collection[str]) -> Prompts:
+        """Return the prompts of later steps, once all ``answers`` of this replica are known; ``guided``: the ids of the
+        problems with guided responses.  Collective."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what steps have changed, as plain values."""
+        ...
+
+    def restored(self, state: Mapping[str, Any]) -> Prompts:
+        """Return these prompts with what `state_dict` returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class GivenSolutions:
+    """Prompts that show the teacher the solutions of the data, which nothing changes."""
+
+    builder: PromptBuilder
+    max_length: int
+    """Longest prompt + response in tokens."""
+    max_new_tokens: int
+    """Longest response in tokens."""
+    policy: str
+    """``data.on_long_context``, as `fit_teacher_prompt` takes it."""
+
+    def prepare(
+        self, step: int, sampling: SamplingParams, stream: ProblemStream
+    ) -> tuple[Prompts, Mapping[str, float]]:
+        """Return these prompts and no metrics."""
+        return self, {}
+
+    def pair(self, problem: Problem) -> PromptPair:
+        """Return both prompts of a problem; the teacher's prompt shows ``problem.solution``."""
+        pair = fit_teacher_prompt(
+            self.builder,
+            problem,
+            max_length=self.max_length,
+            max_new_tokens=self.max_new_tokens,
+            policy=self.policy,
+        )
+        assert pair is not None, "RunData.load kept only the problems that fit"
+        return pair
+
+    def has_solution(self, problem: Problem) -> bool:
+        """Return True: the data give a solution to every problem."""
+        return True
+
+    def guides(self, problem: Problem) -> bool:
+        """Return False: responses are sampled from the student alone."""
+        return False
+
+    def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return all answers as they are."""
+        return list(answers), {}
+
+    def record(self, answers: Sequence[Answer], guided: Collection[str]) -> Prompts:
+        """Return these prompts: no answer changes them."""
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return null for the parts that only decorated prompts have."""
+        return {"success": None, "own": None}
+
+    def restored(self, state: Mapping[str, Any]) -> Prompts:
+        """Return these prompts, which have no state."""
+        return self
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The verdicts of a verifier on the answers of all replicas."""
+
+    verifier: Verifier
+    tokenizer: Tokenizer
+    grid: RankGrid
+
+    def right(self, answers: Sequence[Answer]) -> list[bool]:
+        """Return whether each answer of this replica is right, the same on all ranks of the replica; a truncated
+        response is wrong.  Collective over the world."""
+        questions = {
+            (self.grid.dp_rank, i): (
+                answer.problem,
+                None if answer.response.truncated else response_text(answer.response, self.tokenizer),
+            )
+            for i, answer in enumerate(answers)
+        }
+        verdicts = judge(questions, self.verifier, self.grid)
+        return [verdicts[key] for key in questions]

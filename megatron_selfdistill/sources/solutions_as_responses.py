@@ -1,0 +1,49 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The solutions of the data as responses: what supervised fine-tuning (``objective=sft``) imitates."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_selfdistill.data.contexts import build_contexts
+from megatron_selfdistill.data.problems import Problem, shard
+from megatron_selfdistill.data.prompts import Tokenizer
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.metrics import Phases, step_metrics
+from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+
+
+class SolutionsAsResponses(CommittedState):
+    """One response per problem: the text of its solution, and the token that ends a response."""
+
+    def __init__(
+        self, state: SourceState, tokenizer: Tokenizer, stop_token: int, grid: RankGrid, phases: Phases
+    ) -> None:
+        super().__init__(state)
+        self._tokenizer, self._stop_token, self._grid, self._phases = tokenizer, stop_token, grid, phases
+
+    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
+        """Return the batch of this replica's share of the next global batch of problems; nothing is sampled."""
+        prompts, stream = self.state.prompts, self.state.stream.fork()
+        problems = shard(stream.next_batch(), self._grid.dp_rank, self._grid.dp_size)
+        with self._phases("pack"):
+            responses = [self._response(problem, sampling.max_new_tokens) for problem in problems]
+            return StepBatch(
+                problems=problems,
+                responses=responses,
+                contexts=build_contexts([prompts.pair(problem) for problem in problems], responses),
+                solutions=[problem.solution for problem in problems],
+                next_state=SourceState(stream, prompts),
+            )
+
+    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+        """Return the `step_metrics` of the batch.  Collective."""
+        return step_metrics(output, batch.sampler_log_probs, self._grid)
+
+    def _response(self, problem: Problem, limit: int) -> Response:
+        """Return the solution's own text as a response of at most ``limit`` tokens, with unknown log-probs."""
+        tokens = [*self._tokenizer.encode(problem.solution), self._stop_token]
+        unknown = [math.nan] * min(len(tokens), limit)
+        return Response(tokens[:limit], unknown, unknown, "stop" if len(tokens) <= limit else "length")

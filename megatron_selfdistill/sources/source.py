@@ -1,0 +1,119 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a step trains on, as one value, and the protocol of the sources that make it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.problems import Problem, ProblemStream
+from megatron_selfdistill.pipeline.schedule import StepOutput, TokenWeights
+from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.sources.problem_prompts import Prompts
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """What a checkpoint keeps of a source: a value, which a finished step replaces as a whole."""
+
+    stream: ProblemStream
+    """The position in the data.  A source never moves this stream: it reads from a fork of it."""
+    prompts: Prompts
+    """How the prompts are made, with the own solutions and the success rates that have been found so far."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Responses that are trained on together, and what the loss has to know about their tokens.
+
+    Everything belongs to one data-parallel replica and is the same on each of its ranks.  The order of tokens is the
+    one of ``contexts``, whose responses follow each other; `PackedBatch.response_tokens` has the same order.
+    A batch need not hold all responses of its step, and nobody asks whether it does: a step whose responses arrive in
+    waves is a sequence of batches, of which the last one carries ``next_state``.
+    """
+
+    problems: Sequence[Problem] = ()
+    """The problems that ``responses`` answer, each as often as the data have it in this batch."""
+    responses: Sequence[Response] = ()
+    """All responses, also the ones that are not trained on: metrics of the rollout are about them."""
+    contexts: Sequence[ContextPair] = ()
+    """Both contexts of each response that is trained on."""
+    solutions: Sequence[str] = ()
+    """For each of ``contexts``, the solution that the teacher reads, in full even where the prompt shows a part."""
+    sampler_log_probs: Tensor | None = None
+    """[R_total] float64 nats, on the device: the log-probs that the sampler states; None where nothing was sampled."""
+    token_weights: TokenWeights | None = None
+    """The weights of the tokens' losses; None where all weights are 1."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What was counted while the batch was made, over the global batch, under flat keys; equal on all ranks."""
+    next_state: SourceState | None = None
+    """The state of the source once this step is finished; None where the batch leaves the state as it is."""
+
+
+class ResponseSource(Protocol):
+    """Where the responses of a run come from.
+
+    Every rank of the world makes the same calls in the same order.  `next_step` is a function of the step, the weights
+    and the committed state, and changes none of them: a step that is not committed is redone, bit for bit.  A source
+    that works ahead of the step holds the batches that are not committed yet, and its `state_dict` stays the one before
+    the first of them.
+    """
+
+    @property
+    def state(self) -> SourceState:
+        """The committed state: the one before the step that is under way."""
+        ...
+
+    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
+        """Return the batch of the step that ``step`` optimizer steps precede; ``sampling``: how responses are sampled.
+
+        Raises: `EngineError` on all ranks where responses could not be sampled.
+        """
+        ...
+
+    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+        """Return the metrics of a batch that has been through the schedule, equal on all ranks.  Collective."""
+        ...
+
+    def commit(self, batch: StepBatch) -> None:
+        """Take over ``batch.next_state``: the step of this batch is finished."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the committed state as plain values for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the committed state by the one that `state_dict` returned."""
+        ...
+
+
+class CommittedState:
+    """The state of a source and the steps that replace it, for all sources whose state is a `SourceState`."""
+
+    def __init__(self, state: SourceState) -> None:
+        self._state = state
+
+    @property
+    def state(self) -> SourceState:
+        """The committed state: the one before the step that is under way."""
+        return self._state
+
+    def commit(self, batch: StepBatch) -> None:
+        """Take over ``batch.next_state``: the step of this batch is finished."""
+        if batch.next_state is not None:
+            self._state = batch.next_state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the committed state as plain values for a checkpoint."""
+        return {"stream": self._state.stream.state_dict(), **self._state.prompts.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the committed state by the one that `state_dict` returned."""
+        stream = self._state.stream.fork()
+        stream.load_state_dict(state["stream"])
+        self._state = SourceState(stream, self._state.prompts.restored(state))

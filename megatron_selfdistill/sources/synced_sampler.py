@@ -1,0 +1,44 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A sampler that gets each version of the student's weights once, however many parts of a run ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
+
+
+class SyncedSampler:
+    """A `Sampler` around another one, whose weights are only sent where it does not have them yet.
+
+    ``version`` is its only state: the version of the weights that the inner sampler has, None before the first sync.
+    """
+
+    def __init__(self, inner: Sampler, phases: Phases) -> None:
+        """``phases``: where the time of a sync is counted, as phase "sync"."""
+        self.inner, self._phases = inner, phases
+        self.version: int | None = None
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        """Return one response per request, with the weights of the last `update_weights`.  Collective."""
+        return self.inner.generate(requests, params)
+
+    def update_weights(self, version: int) -> None:
+        """Send the weights of this moment, unless the inner sampler has those of ``version`` already.  Collective."""
+        if self.version != version:
+            with self._phases("sync"):
+                self.inner.update_weights(version)
+            self.version = version
+
+    def sleep(self) -> None:
+        """Give back what only sampling needs."""
+        self.inner.sleep()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the inner sampler counted since the last call."""
+        return self.inner.metrics()
+
+    def close(self) -> None:
+        """End what the inner sampler started."""
+        self.inner.close()

@@ -1,0 +1,295 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The parts of a run, and the stages of a step as methods that take and return values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_selfdistill.checkpoint.directory import iteration_name
+from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
+from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
+from megatron_selfdistill.checkpoint.run.resumption import CONFIGURATION, Resumption, latest_resumption
+from megatron_selfdistill.checkpoint.run.run_directory import RunFolder
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.bound_keys import stored_values
+from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.stop import Stop
+from megatron_selfdistill.evaluation.held_out import EvaluationResult, evaluate
+from megatron_selfdistill.evaluation.verify import load_verifier
+from megatron_selfdistill.learner import Learner, loss_backend
+from megatron_selfdistill.metrics import MetricsLog, Phases, rollout_metrics
+from megatron_selfdistill.metrics.guards import (
+    Guards,
+    check_identity,
+    check_teacher_canary,
+    warning_of_a_silent_teacher,
+)
+from megatron_selfdistill.metrics.step_samples import step_samples
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.report import next_steps
+from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.rollout.factory import sampling_params
+from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
+from megatron_selfdistill.sources.source import StepBatch
+
+
+class Trainer:
+    """Learner, source of responses, data, checkpoints and logs of one rank.
+
+    Every rank of the world makes the same calls in the same order.  A step is a chain of values: no stage keeps
+    anything for the next one.  What the stages change is this: `forward_backward` the gradients, `update` the learner
+    and ``checked``, `finish_step` the ``step``, the state of the source, the guards and what is logged and saved.
+    """
+
+    def __init__(
+        self, config: Config, run_data: RunData, grid: RankGrid, prove_ownership: Callable[[], None] | None = None
+    ) -> None:
+        """``prove_ownership``: called on rank 0 before the run folder is written; raises `CheckpointError` where
+        another run has taken the folder over (`RunLock.renew`).
+
+        Raises: `ConfigError`, `CheckpointError`.
+        """
+        self.config, self.grid, self.run_dir = config, grid, Path(config.run_dir)
+        self.loss_backend = loss_backend(config, grid)
+        self.phases = Phases(grid.device)
+        self.checkpointer = Checkpointer(
+            self.run_dir,
+            grid,
+            keep_last=config.checkpoint.keep_last,
+            async_save=config.checkpoint.async_save,
+            verify=config.checkpoint.verify,
+            prove_ownership=prove_ownership,
+        )
+        found = latest_resumption(config, run_data.problems.fingerprint, self.checkpointer, grid)
+        self.resumed_from = found.saved.path if found is not None else None
+        self.changes = found.changes if found is not None else ()  # of the configuration, for the log
+        self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
+        self.learner = Learner(config, self.run_data, grid, resumes=found is not None)
+        self.sampler = configured_sampler(config, self.run_data, self.learner.chunks, grid, self.phases)
+        self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self._score)
+        self.guards = Guards(config.guards)
+        self.step = 0
+        """Optimizer steps done."""
+        self.checked = False
+        """Whether this launch has checked the identity law and the teacher's canary."""
+        if found is not None:
+            self._resume(found)
+        self.folder = RunFolder(config, self.step, prove_ownership)
+        self.saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
+        self.log = MetricsLog(
+            self.run_dir,
+            num_steps=config.num_steps,
+            tensorboard=config.metrics.tensorboard,
+            console=config.metrics.console,
+            console_every=config.metrics.console_every,
+            enabled=grid.is_reporter,
+        )
+        if not config.dry_run:  # which writes nothing: another run may be using the folder
+            self.log.resume(self.step)
+        if config.metrics.show_samples and not config.shows_contents:
+            self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
+        self.stop = Stop(
+            None if config.dry_run else self.run_dir,
+            grid,
+            time_limit_minutes=config.stop.time_limit_minutes,
+            margin_minutes=config.stop.margin_minutes,
+        )
+
+    # -- the stages of a step, in the order of the loop ----------------------------------------------------------
+
+    def next_batch(self) -> StepBatch:
+        """Return the responses of the next step, sampled with the current weights where anything is sampled.
+
+        Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
+        """
+        return self.source.next_step(self.step, self.sampling)
+
+    def pack(self, batch: StepBatch) -> PackedBatch:
+        """Return both contexts of every response as microbatches: as many, and as long, on every replica."""
+        with self.phases("pack"):
+            return self.learner.pack(batch.contexts)
+
+    def forward_backward(self, batch: StepBatch, packed: PackedBatch) -> schedule.StepOutput | None:
+        """Leave the gradients of the batch in ``main_grad``; return None where no replica has a response to train on.
+
+        The first batch of a launch is also read twice by the same weights: see `check_identity`.
+        Raises: `RunUnhealthy` where this check fails.
+        """
+        with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
+            self.sampler.sleep()
+            tolerance = self.config.guards.identity_tolerance
+            if not self.checked and self.learner.has_teacher and tolerance is not None:
+                check_identity(self.learner.identity_loss(batch.contexts), tolerance)
+            return self.learner.forward_backward(packed, batch.token_weights)
+        return None
+
+    def update(self, batch: StepBatch, output: schedule.StepOutput | None) -> dict[str, float]:
+        """Check the numbers, apply the gradient, move the teacher; return the metrics so far, equal on all ranks.
+
+        Raises: `RunUnhealthy` for a number that is not finite; the gradient is then not applied.
+        """
+        if output is None:
+            return {}
+        metrics = self.source.metrics(batch, output)
+        if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
+            self._show_samples(batch, output)
+        if not self.checked and self.learner.has_teacher and self.step == 0:
+            check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.max_teacher_cross_entropy)
+        self.checked = True
+        with self.phases("optimizer"):
+            metrics["gradient_norm"] = self.learner.gradient_norm()
+            self.guards.check_finite(self.step + 1, metrics)
+            metrics["learning_rate"] = self.learner.apply_gradients(metrics["gradient_norm"])
+        self.learner.solve_k(output)
+        return metrics
+
+    def finish_step(self, batch: StepBatch, packed: PackedBatch, metrics: Mapping[str, float]) -> None:
+        """Count the step, commit its batch; log, evaluate, guard and save what is due.
+
+        Raises: `RunUnhealthy` where a guard trips, `CheckpointError` where the run folder belongs to another run now.
+        """
+        self.folder.require_ownership()
+        self.step += 1
+        self.source.commit(batch)
+        metrics = {
+            **metrics,
+            **rollout_metrics(batch.responses, self.grid, packed),
+            **batch.metrics,
+            **self.sampler.metrics(),
+        }
+        read = tokens_read(packed, metrics, self.grid.dp_size, self.learner.has_teacher)
+        self.log.log(self.step, metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read))
+        warning = warning_of_a_silent_teacher(metrics, self.config.target.teacher_weight) if self.step == 1 else None
+        if warning is not None:
+            self.log.message(warning)
+        self.guards.check(self.step, metrics)
+        last = self.step == self.config.num_steps
+        if self.config.evaluation.every and (self.step % self.config.evaluation.every == 0 or last):
+            self.evaluate()
+        if last or (self.config.checkpoint.save_every and self.step % self.config.checkpoint.save_every == 0):
+            self.save()
+        self.checkpointer.poll()
+
+    # -- beside the loop -----------------------------------------------------------------------------------------
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How responses are sampled in the present step."""
+        return sampling_params(self.config, self.run_data, self.learner.batch_k)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the present step's checkpoint."""
+        return self.checkpointer.folder / iteration_name(self.step)
+
+    def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
+        """Evaluate on held-out problems, without hints unless ``hinted``, and log the result under the present step.
+
+        ``num_transcripts``: the problems whose responses are kept as text; None keeps all.
+        """
+        wanted, data = self.config.evaluation, self.run_data
+        self.sampler.update_weights(self.step)
+        with self.phases("evaluation"):
+            result = evaluate(
+                self.sampler,
+                data.builder,
+                data.tokenizer,
+                data.evaluation,
+                load_verifier(wanted.verifier),
+                params=self.sampling,
+                num_samples=wanted.num_samples,
+                ks=wanted.pass_at_k,
+                seed=self.config.seed,
+                step=self.step,
+                grid=self.grid,
+                max_length=data.max_length,
+                hinted=hinted,
+                num_transcripts=num_transcripts,
+            )
+        if result.overlooked is not None:
+            for line in result.overlooked.lines(wanted.verifier, data.builder.show_contents):
+                self.log.message(line)
+        self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
+        return result
+
+    def measure(self, batch: StepBatch) -> dict[str, float]:
+        """Return the metrics of a batch under the present weights, student and teacher; nothing is trained.
+
+        Entropies are the student's own, at temperature 1, at every response token.
+        """
+        return self.source.metrics(batch, self.learner.measure(batch.contexts))
+
+    def save(self) -> None:
+        """Save a checkpoint of the present step; in the middle of a step, the step is redone from there."""
+        self.folder.require_ownership()
+        with self.phases("checkpoint"):
+            if self.grid.is_reporter:
+                self.folder.restore()
+            model = replace(self.config.model, vocab_size=self.run_data.vocab_size)
+            self.checkpointer.save(
+                self.step,
+                **self.learner.stored_parts,
+                trainer_state={
+                    **self.source.state_dict(),
+                    "guards": self.guards.state_dict(),
+                    "batch_k": self.learner.batch_k,
+                    CONFIGURATION: stored_values(self.config),
+                },
+                args=megatron_args(self.learner.chunks[0], model),
+            )
+        self.saved_step = self.step
+
+    def leave(self) -> None:
+        """End before the last step, as asked: save a checkpoint of the present step, and mark that it lies there."""
+        if self.saved_step != self.step:
+            self.save()
+        self.folder.require_ownership()
+        self.checkpointer.finish()
+        self.stop.leave_marker(self.step)
+        checkpoint = self.checkpoint if self.step else None
+        self.log.message(next_steps.stopped(self.step, self.config.num_steps, self.stop.reason, checkpoint))
+
+    def close(self) -> None:
+        """Finish saves in the background, end the sampler's engines, close the logs."""
+        self.sampler.close()
+        if self.folder.is_owned:
+            self.checkpointer.finish()
+        self.log.close()
+
+    # -- what the methods above need -----------------------------------------------------------------------------
+
+    def _resume(self, found: Resumption) -> None:
+        self.checkpointer.load(found.saved, **self.learner.stored_parts)
+        state = found.saved.trainer_state
+        self.step, self.learner.batch_k = state["step"], state["batch_k"]
+        if found.same_problems:
+            self.source.load_state_dict(state)
+        self.guards.load_state_dict(state["guards"])
+
+    def _score(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
+        self.sampler.sleep()
+        return self.learner.learnabilities(candidates)
+
+    def _show_samples(self, batch: StepBatch, output: schedule.StepOutput) -> None:
+        solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.contexts)
+        count, tokenizer = self.config.metrics.show_samples, self.run_data.tokenizer
+        samples = step_samples(output, batch.contexts, solutions, count, tokenizer, self.grid)
+        if samples is not None:
+            self.log.log_samples(self.step + 1, samples)
+
+
+def tokens_read(packed: PackedBatch, metrics: Mapping[str, float], num_replicas: int, has_teacher: bool) -> float:
+    """Return the tokens, without padding, that student and teacher read in a step, over the global batch.
+
+    ``packed``: of one replica; ``metrics``: with padding/student and padding/teacher over all replicas.
+    """
+    parts = [(packed.student, metrics["padding/student"])]
+    if has_teacher:
+        parts.append((packed.teacher, metrics["padding/teacher"]))
+    return sum(num_replicas * len(part) * packed.seq_length * (1 - padding) for part, padding in parts)

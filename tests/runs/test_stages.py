@@ -1,0 +1,206 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The stages of a step pass values: in any order, on any batch, and without keeping anything for the next stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import overrides
+
+CONTAINERS = (list, tuple, set, dict)
+SCALARS = (str, int, float, bool, type(None))
+OWN = ["data.solutions=own", "solutions.num_samples=6", "data.on_long_context=drop"]
+VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
+SOURCES = {
+    "on-policy, one k per batch": ["target=batch"],
+    "own solutions": [*OWN, VERIFIED],
+    "guided below a success rate": ["rollout.guidance=mixed", "rollout.guide_below=0.5", VERIFIED],
+    "sft": ["objective=sft"],
+    "rft": ["objective=rft", VERIFIED],
+    "chat logs": ["recipe=chat_logs", "data.path=DATA/chats.jsonl", "data.chat_template=DATA/template.jinja"],
+    "chat logs with weights": [
+        *("recipe=chat_logs", "data.path=DATA/chats.jsonl", "data.chat_template=DATA/template.jinja"),
+        *("conversations.min_log_prob=-4", "conversations.unlikely=down_weight"),
+    ],
+}
+# What a stage may change, by "object.attribute": everything else must be as it was.
+CHANGES = {
+    "next_batch": {"sampler.version"},
+    "pack": set(),
+    "forward_backward": set(),
+    "update": {"trainer.checked", "learner.batch_k"},
+    "finish_step": {
+        *("trainer.step", "trainer.saved_step", "source._state", "guards.sums", "guards.counts", "guards.violations"),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(data: Path) -> Path:
+    """Besides, logged conversations of one turn each."""
+    from pretraining import write_records
+
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
+    (data / "template.jinja").write_text(template)
+    turns = [(f"{number:03d}-0=", f"{number:03d}", "thanks") for number in range(40)]
+    roles = ("user", "assistant", "user")
+    records = [{"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]} for texts in turns]
+    write_records(data / "chats.jsonl", records)
+    return data
+
+
+def arguments(data: Path, run_dir: Path, *options: str) -> list[str]:
+    return overrides(data, run_dir, "num_steps=3", *(option.replace("DATA", str(data)) for option in options))
+
+
+def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
+    """Return ``use(trainer)`` for the `Trainer` of a configuration."""
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.config import load
+    from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.trainer import Trainer
+
+    config = load(overrides)
+    run_data = RunData.load(config)
+    grid = ranks.initialize(config.parallel, config.seed)
+    try:
+        trainer = Trainer(config, run_data, grid)
+        try:
+            return use(trainer)
+        finally:
+            trainer.close()
+    finally:
+        ranks.shutdown()
+
+
+def gradients(trainer: Any, batch: Any) -> torch.Tensor:
+    """Return all gradients of this rank after one batch."""
+    output = trainer.forward_backward(batch, trainer.pack(batch))
+    assert output is not None
+    parameters = [parameter for chunk in trainer.learner.chunks for parameter in chunk.parameters()]
+    return torch.cat([parameter.main_grad.flatten().clone() for parameter in parameters])
+
+
+def gradients_in_and_out_of_order(overrides: Sequence[str]) -> list[list[bool]]:
+    """For three batches, whether their gradients are the same in another order, and the second time."""
+    from megatron_selfdistill.loss.weighting import TruncatedImportance
+    from megatron_selfdistill.sources.source import StepBatch
+
+    def use(trainer: Any) -> list[list[bool]]:
+        first = trainer.next_batch()
+        trainer.source.commit(first)
+        ahead = trainer.next_batch()
+        assert [p.id for p in first.problems] != [p.id for p in ahead.problems]
+        by_hand = StepBatch(contexts=[dataclasses.replace(c, response=c.response[:3]) for c in ahead.contexts])
+        num_tokens = sum(len(context.response) for context in by_hand.contexts)
+        weights = TruncatedImportance(torch.linspace(-9, -1, num_tokens, dtype=torch.float64), cap=1.5)
+        batches = {"first": first, "ahead": ahead, "weighted": dataclasses.replace(by_hand, token_weights=weights)}
+        in_order = {name: gradients(trainer, batch) for name, batch in batches.items()}
+        assert all(gradient.abs().sum() > 0 for gradient in in_order.values())
+        assert not in_order["weighted"].equal(gradients(trainer, by_hand)), "weights count"
+        others = [("weighted", "ahead", "first"), ("ahead", "ahead", "weighted"), ("first", "first", "weighted")]
+        return [[gradients(trainer, batches[name]).equal(in_order[name]) for name in order] for order in others]
+
+    return with_trainer(overrides, use)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"), [(1, ()), (2, ("parallel.pipeline_model_parallel_size=2",))], ids=["one rank", "PP2"]
+)
+def test_a_batch_has_the_same_gradients_whatever_came_before_it(ranks, data, tmp_path, world_size, layout):
+    of_ranks = ranks.run(
+        gradients_in_and_out_of_order,
+        arguments(data, tmp_path / "run", *layout),
+        world_size=world_size,
+        init_process_group=False,
+    )
+    assert of_ranks == [[[True] * 3] * 3] * world_size
+
+
+def snapshot(value: Any) -> Any:
+    """Return what tells that ``value`` has changed: contents of containers, the identity of anything else."""
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, CONTAINERS):
+        return [snapshot(item) for item in value]
+    return value if isinstance(value, SCALARS) else id(value)
+
+
+def attributes(trainer: Any) -> dict[str, Any]:
+    """Return the attributes of the trainer's parts, by "object.attribute"."""
+    parts = {
+        "trainer": trainer,
+        "learner": trainer.learner,
+        "source": trainer.source,
+        "sampler": trainer.sampler,
+        "guards": trainer.guards,
+        "folder": trainer.folder,
+        "teacher": trainer.learner.teacher,
+    }
+    return {f"{name}.{key}": snapshot(value) for name, part in parts.items() for key, value in vars(part).items()}
+
+
+def changes_of_two_steps(overrides: Sequence[str]) -> list[dict[str, list[str]]]:
+    """For each of two steps, what each stage changes; a batch that is asked for twice must be the same."""
+
+    def use(trainer: Any) -> list[dict[str, list[str]]]:
+        trainer.folder.write()
+        found: list[dict[str, list[str]]] = []
+        for _ in range(2):
+            changed: dict[str, list[str]] = {}
+
+            def stage(name: str, *values: Any, changed: dict[str, list[str]] = changed) -> Any:
+                before = attributes(trainer)
+                result = getattr(trainer, name)(*values)
+                after = attributes(trainer)
+                changed[name] = [key for key in after if key not in before or before[key] != after[key]]
+                return result
+
+            committed = trainer.source.state_dict()
+            batch = stage("next_batch")
+            again = trainer.next_batch()
+            assert (again.problems, again.contexts) == (batch.problems, batch.contexts)
+            packed = stage("pack", batch)
+            output = stage("forward_backward", batch, packed)
+            metrics = stage("update", batch, output)
+            assert trainer.source.state_dict() == committed, "the state is the one before the step"
+            stage("finish_step", batch, packed, metrics)
+            assert trainer.source.state_dict() != committed
+            found.append(changed)
+        return found
+
+    return with_trainer(overrides, use)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_stage_keeps_anything_for_the_next_one(ranks, data, tmp_path, name):
+    [steps] = ranks.run(
+        changes_of_two_steps, arguments(data, tmp_path / "run", *SOURCES[name]), world_size=1, init_process_group=False
+    )
+    for changed in steps:
+        for stage, keys in changed.items():
+            assert set(keys) <= CHANGES[stage], f"{stage} changes {sorted(set(keys) - CHANGES[stage])}"
+        assert {"trainer.step", "source._state"} <= set(changed["finish_step"])
+
+
+def test_the_trainer_fits_on_a_few_screens_and_the_loop_on_one():
+    from megatron_selfdistill.train import loop
+    from megatron_selfdistill.trainer import Trainer
+
+    assert len(inspect.getsource(Trainer).splitlines()) <= 250
+    assert len(inspect.getsource(loop).splitlines()) <= 25
+
+
+def test_trainer_and_loop_ask_no_source_what_kind_it_is():
+    from megatron_selfdistill import train, trainer
+
+    text = inspect.getsource(trainer) + inspect.getsource(train.loop)
+    assert not any(
+        word in text for word in ("config.logged", "config.objective", "isinstance(self.source", "data.kind")
+    )
