@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = ("reverse_kl", "forward_kl", "jsd")
+from megatron_selfdistill.choices import DIVERGENCES
+
 FLOOR = -1e12
 """Stands for a log-probability or shifted logit of -inf: its exp is 0, and its cube finite in float32."""
 
@@ -31,8 +32,8 @@ class Divergence:
     jsd_lambda: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"Divergence.kind must be one of {', '.join(KINDS)}; got {self.kind!r}.")
+        if self.kind not in DIVERGENCES:
+            raise ValueError(f"Divergence.kind must be one of {', '.join(DIVERGENCES)}; got {self.kind!r}.")
         if not 0 < self.jsd_lambda < 1:
             raise ValueError(
                 f"Divergence.jsd_lambda must lie strictly between 0 and 1; got {self.jsd_lambda}. "

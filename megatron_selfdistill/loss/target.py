@@ -20,7 +20,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-RULES = ("entropy_matched", "fixed", "batch", "teacher_alone")
+from megatron_selfdistill.choices import TARGET_RULES
+
 RANGE = 16.0
 """beta (1 + w) stays within [1 / RANGE, RANGE]; also the span of the grid of betas."""
 MIN_ENTROPY = 1e-6
@@ -66,8 +67,8 @@ class Target:
     k: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"Target.rule must be one of {', '.join(RULES)}; got {self.rule!r}.")
+        if self.rule not in TARGET_RULES:
+            raise ValueError(f"Target.rule must be one of {', '.join(TARGET_RULES)}; got {self.rule!r}.")
         if not (math.isfinite(self.teacher_weight) and self.teacher_weight >= 0):
             raise ValueError(f"Target.teacher_weight must be a finite number >= 0; got {self.teacher_weight}.")
         if isinstance(self.k_max, str) and self.k_max != "1 + w":

@@ -16,10 +16,11 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import layers
 
+from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.sharded.fused_linear import FUSED_MODES, fused_distillation_loss
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.forward import rows_at
@@ -183,7 +184,7 @@ def unfusable(model: GPTModel) -> str | None:
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """What a run decided: ``mode`` is `MATERIALISED` or one of ``fused_linear.FUSED_MODES``."""
+    """What a run decided: ``mode`` is `MATERIALISED` or one of `choices.FUSED_MODES`."""
 
     mode: str
     chunk_tokens: int

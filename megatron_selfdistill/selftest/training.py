@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_selfdistill.choices import DIVERGENCES
 from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import Config, ParallelConfig
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.inference import new_chunks
-from megatron_selfdistill.loss.divergence import KINDS, Divergence
+from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import step_metrics
@@ -80,7 +81,7 @@ def identity_law(node: Node) -> Outcome:
     pair, config = new_pair(node, node.cut(tp=node.largest_tp))
     same, other = pair.packed(same_prompt=True), pair.packed(same_prompt=False)
     losses, ratios, real_losses = {}, {}, {}
-    for kind in KINDS:
+    for kind in DIVERGENCES:
         divergence = Divergence(kind)
         real = pair.step(other, Target(), divergence, "teacher_first")
         real_losses[kind] = real.loss

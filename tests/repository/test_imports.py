@@ -17,6 +17,7 @@ PACKAGE = "megatron_selfdistill"
 # A room may import from those before it and a file from those before it in its room, never from those after them.
 ORDER = {
     "errors": "",
+    "choices": "",
     "config": "console_line paths environment schema checks compose functions bound_keys command_line",
     "compat": "cpu known_warnings repairs",
     "distributed": "collectives roll_call watchdog ranks stop",

@@ -78,6 +78,7 @@ def cases() -> Iterator[Case]:
     """Every kernel: bfloat16 and float32 logits; the default grid of 5 betas, the strict one of 9, one given beta."""
     import torch
 
+    from megatron_selfdistill.choices import DIVERGENCES
     from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
     from megatron_selfdistill.loss.target import Target
     from megatron_selfdistill.loss.triton import first_pass_kernel, kernels, pass_kernels
@@ -102,7 +103,7 @@ def cases() -> Iterator[Case]:
             types = logits | {"argmaxes": "*i32", "statuses": "*i64" if some_rows else "*i32"}
             yield Case(name, pass_kernels.second_pass_kernel, types, constants, reading)
         yield Case(f"JSD pass, {dtype}", pass_kernels.jsd_pass_kernel, logits, summing, reading)
-        for i, kind in enumerate(kernels.KINDS):
+        for i, kind in enumerate(DIVERGENCES):
             constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": kernels.GRADIENT_BLOCK}
             name = f"gradient, {kind}, {dtype}"
             yield Case(

@@ -18,9 +18,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.compat import cpu  # noqa: F401  (before megatron.core)
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded.fused_linear import FUSED_MODES, fused_distillation_loss
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 
 W = 0.75
 TARGET = Target(teacher_weight=W)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.choices import LOSS_BACKENDS
 from megatron_selfdistill.loss.sharded import row_statistics, row_sums
 from megatron_selfdistill.loss.sharded.row_statistics import RowResults
 from megatron_selfdistill.loss.sharded.row_sums import RowConstants
 
-NAMES = ("torch", "triton")
 OLDEST_TRITON = (3, 3)
 """Before, kernels could not hand tuples around."""
 
@@ -53,8 +53,8 @@ def chosen(name: str | None, student_logits: Tensor, teacher_logits: Tensor) -> 
 
 def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(name, why): what `chosen` takes for logits of this dtype on this device, and a few words for the log."""
-    if name is not None and name not in NAMES:
-        raise ValueError(f"loss.backend must be null, {' or '.join(NAMES)}; got {name!r}.")
+    if name is not None and name not in LOSS_BACKENDS:
+        raise ValueError(f"loss.backend must be null, {' or '.join(LOSS_BACKENDS)}; got {name!r}.")
     if name == "torch":
         return "torch", "as configured"
     against = _against_triton(device, dtype)

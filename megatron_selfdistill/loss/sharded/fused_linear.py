@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.backend import Backend, chosen
 from megatron_selfdistill.loss.sharded.row_sums import RowConstants, Shard
 from megatron_selfdistill.loss.sharded.sharded_rows import RowPlacement, gather_width
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, _forward, _shard
 from megatron_selfdistill.loss.target import Target
-
-FUSED_MODES = ("keep_gradient", "low_memory")
 
 
 class WeightGradient(Protocol):

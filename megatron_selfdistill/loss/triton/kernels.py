@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_selfdistill.loss.divergence import KINDS, Divergence
+from megatron_selfdistill.choices import DIVERGENCES
+from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
 from megatron_selfdistill.loss.sharded.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants, Shard
 from megatron_selfdistill.loss.triton.first_pass_kernel import BOTH, STUDENT_ONLY, TEACHER_ONLY, first_pass_kernel
@@ -144,7 +145,7 @@ def write_gradient(
                 as_sum(shard.mix_weights[0]),
                 as_sum(divergence.jsd_lambda),
                 MIX=mix_of(shard.mix_weights),
-                KIND=KINDS.index(divergence.kind),
+                KIND=DIVERGENCES.index(divergence.kind),
                 BLOCK=GRADIENT_BLOCK,
                 num_warps=GRADIENT_WARPS,
                 **COMPILED,

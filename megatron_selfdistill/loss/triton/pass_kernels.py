@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_selfdistill.loss.divergence import FLOOR, KINDS
+from megatron_selfdistill.choices import DIVERGENCES
+from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.loss.triton.block_loads import fetched, load, numbers_of, with_end
 from megatron_selfdistill.loss.triton.first_pass_kernel import BOTH, STUDENT_ONLY
@@ -27,7 +28,7 @@ from megatron_selfdistill.loss.triton.kernel_math import (
 _FLOOR = tl.constexpr(FLOOR)
 _BOTH, _STUDENT_ONLY = tl.constexpr(BOTH), tl.constexpr(STUDENT_ONLY)
 _UNCONVERGED = tl.constexpr(int(Status.UNCONVERGED))
-_REVERSE, _FORWARD = tl.constexpr(KINDS.index("reverse_kl")), tl.constexpr(KINDS.index("forward_kl"))
+_REVERSE, _FORWARD = tl.constexpr(DIVERGENCES.index("reverse_kl")), tl.constexpr(DIVERGENCES.index("forward_kl"))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns", "blocks_per_part"])

@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 from bytes_alive import BytesAlive
 from torch import Tensor
 
+from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import (
     Divergence,
     Status,
@@ -38,7 +39,7 @@ from megatron_selfdistill.loss import (
 )
 from megatron_selfdistill.loss.sharded import row_statistics, row_sums
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.fused_linear import FUSED_MODES, fused_distillation_loss
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.row_statistics import Rows
 from megatron_selfdistill.loss.sharded.row_sums import Shard
 from megatron_selfdistill.loss.sharded.solver import Solution

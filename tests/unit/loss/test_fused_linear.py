@@ -16,9 +16,10 @@ from ranks import RankPool
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.sharded import row_sums
-from megatron_selfdistill.loss.sharded.fused_linear import FUSED_MODES, fused_distillation_loss
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 
 WIDTH, VOCAB_SIZE, PADDED_VOCAB_SIZE = 12, 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
 NUM_TOKENS, CHUNK = 13, 5
