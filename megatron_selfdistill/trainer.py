@@ -12,7 +12,7 @@ from megatron_selfdistill.checkpoint.directory import iteration_name
 from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.run.resumption import CONFIGURATION, Resumption, latest_resumption
-from megatron_selfdistill.checkpoint.run.run_directory import RunFolder
+from megatron_selfdistill.checkpoint.run.run_directory import RunDirectory
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.packing import PackedBatch
@@ -80,7 +80,7 @@ class Trainer:
         """Whether this launch has checked the identity law and the teacher's canary."""
         if found is not None:
             self._resume(found)
-        self.folder = RunFolder(config, self.step, prove_ownership)
+        self.folder = RunDirectory(config, self.step, prove_ownership)
         self.saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
         self.log = MetricsLog(
             self.run_dir,
@@ -186,7 +186,7 @@ class Trainer:
     @property
     def checkpoint(self) -> Path:
         """The folder of the present step's checkpoint."""
-        return self.checkpointer.folder / iteration_name(self.step)
+        return self.checkpointer.directory / iteration_name(self.step)
 
     def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
         """Evaluate on held-out problems, without hints unless ``hinted``, and log the result under the present step.

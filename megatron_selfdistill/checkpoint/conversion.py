@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""From a Hugging Face folder to a Megatron checkpoint and back, a tensor at a time.
+"""Convert a Hugging Face directory into a Megatron checkpoint and back, one tensor at a time.
 
-Everything is checked before anything is written; a folder gets its name only when it is complete.  One process without
-a process group does it: sharding happens when Megatron loads the result.
+The converter checks everything before it writes anything, and renames the output directory to its final name only when
+the output is complete.  One process without a process group converts; Megatron shards the result when it loads it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint import directory
-from megatron_selfdistill.checkpoint.describe import COMPANIONS, FORMATS, companions_of, num_tokens
+from megatron_selfdistill.checkpoint.describe import FORMATS, HF_ASSETS, hf_assets_of, num_tokens
 from megatron_selfdistill.checkpoint.formats import manifest, torch_dist
 from megatron_selfdistill.checkpoint.formats.finite import is_finite
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, require_sound
-from megatron_selfdistill.checkpoint.formats.hf_files import companions, copy_companions, read_config, without_lost_code
+from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
+from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, hf_assets, read_config, without_lost_code
 from megatron_selfdistill.checkpoint.formats.megatron_args import converted_args
 from megatron_selfdistill.checkpoint.formats.read_ahead import read_ahead
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
     SafetensorsWriter,
-    WeightsFolder,
-    open_weights_folder,
+    WeightsDirectory,
+    open_weights_directory,
 )
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.formats.tensor_names import names
@@ -74,7 +74,7 @@ def hf_to_megatron(
     allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the model in the Hugging Face folder ``hf`` as ``out/release``, a torch_dist checkpoint; returns that.
+    """Write the model in the Hugging Face directory ``hf`` as ``out/release``, a torch_dist checkpoint; returns that.
 
     ``dtype``: of all weights but those that Megatron keeps in float32; null keeps each as it is (FP8: bf16; tensors
     that become one take the widest type among them, which ``progress`` reports).  ``allow_non_finite``: report weights
@@ -97,14 +97,14 @@ def hf_to_megatron(
         SECTION: {"kind": "conversion"},
     }
     num_bytes = sum(piece.num_bytes for piece in pieces)
-    with _new_folder(out, num_bytes + _companion_bytes(hf)) as temporary:
+    with _new_directory(out, num_bytes + _hf_assets_bytes(hf)) as temporary:
         progress.start(num_bytes)
         release = temporary / "release"
         torch_dist.write(release, pieces, common, empty_objects=_extra_states(rules), progress=progress.advance)
-        carried = release / COMPANIONS
+        carried = release / HF_ASSETS
         carried.mkdir()
         shutil.copyfile(hf / "config.json", carried / "config.json")
-        copy_companions(hf, carried, progress.say)
+        copy_hf_assets(hf, carried, progress.say)
         manifest.write(release)
         (temporary / directory.TRACKER).write_text("release")
         for path in (carried / "config.json", carried, release, temporary / directory.TRACKER):
@@ -124,9 +124,9 @@ def megatron_to_hf(
     allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face folder ``out``.
+    """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face directory ``out``.
 
-    ``hf_config``: a folder with the original config.json and tokenizer files; null takes those that the checkpoint
+    ``hf_config``: a directory with the original config.json and tokenizer files; null takes those that the checkpoint
     carries, else a config.json is made from the stored arguments.  ``dtype``: of all floating-point weights; null
     keeps each.  ``vocab_size``: the true vocabulary where the checkpoint does not tell (`true_vocab_size`).
     ``allow_non_finite``: report weights that are NaN or infinite instead of refusing them.
@@ -136,12 +136,12 @@ def megatron_to_hf(
     out, progress = Path(out), progress or Progress()
     directory.require_free(out)
     weights = open_weights(megatron, iteration)
-    require_sound(weights, progress.say)
-    beside = Path(hf_config) if hf_config is not None else companions_of(weights.path)
+    verify_checksums(weights, progress.say)
+    beside = Path(hf_config) if hf_config is not None else hf_assets_of(weights.path)
     original = read_config(beside) if beside is not None and (hf_config or (beside / "config.json").is_file()) else None
     model, family = _described(weights, original, beside, vocab_size, progress)
     rules = family.rules(model)
-    weights.fitting(rules)
+    weights.check_shapes(rules)
     kept = {rule: dtype if dtype and not rule.float32 else weights.dtype(rule) for rule in rules}
     main = _main_dtype((kept[rule], math.prod(rule.shape) * kept[rule].itemsize) for rule in rules)
     config = _config(family, model, str(main).removeprefix("torch."), original, weights)
@@ -150,7 +150,7 @@ def megatron_to_hf(
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
     finite = _Finite(str(weights.path), allow_non_finite, progress)
-    with _new_folder(out, num_bytes + (_companion_bytes(beside) if beside is not None else 0)) as temporary:
+    with _new_directory(out, num_bytes + (_hf_assets_bytes(beside) if beside is not None else 0)) as temporary:
         progress.start(num_bytes)
         writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
 
@@ -169,22 +169,22 @@ def megatron_to_hf(
                 progress.advance(parts.pop(0).numel() * kept[rule].itemsize)
         writer.close()
         if beside is not None:
-            copy_companions(beside, temporary, progress.say)
+            copy_hf_assets(beside, temporary, progress.say)
         config = without_lost_code(config, temporary, progress.say)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")
     return out
 
 
-def carry_companions(checkpoint: Path, run_dir: Path) -> None:
-    """Copy the Hugging Face files that ``checkpoint`` carries into a run folder, from where its checkpoints can be
+def copy_hf_assets_to_run_dir(checkpoint: Path, run_dir: Path) -> None:
+    """Copy the Hugging Face files that ``checkpoint`` carries into a run directory, from where its checkpoints can be
     converted back; nothing where it carries none."""
-    beside = companions_of(directory.tracked(checkpoint) or checkpoint)
-    target = run_dir / COMPANIONS
+    beside = hf_assets_of(directory.tracked(checkpoint) or checkpoint)
+    target = run_dir / HF_ASSETS
     if beside is not None and beside.absolute() != target.absolute():
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(beside / "config.json", target / "config.json")
-        copy_companions(beside, target)
+        copy_hf_assets(beside, target)
 
 
 class _Finite:
@@ -211,20 +211,20 @@ def _main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     return max(total, key=lambda dtype: total[dtype])
 
 
-def _companion_bytes(source: Path) -> int:
-    return sum(file.stat().st_size for file in companions(source))
+def _hf_assets_bytes(source: Path) -> int:
+    return sum(file.stat().st_size for file in hf_assets(source))
 
 
-def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsFolder]:
-    """The model in a Hugging Face folder, the rules of its tensors, and these; all checked against each other."""
+def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
+    """The model in a Hugging Face directory, the rules of its tensors, and these; all checked against each other."""
     config = read_config(hf)
     family = family_of(config)
     model = family.model_config(config)
-    tensors = open_weights_folder(hf)
+    tensors = open_weights_directory(hf)
     rules = check_names(family.rules(model), tensors.tensors)
     check_shapes(rules, {name: tensor.shape for name, tensor in tensors.tensors.items()})
-    carried = {rule.hf_names[0].split(".")[2] for rule in rules if rule.carried}
-    model = replace(model, num_carried_mtp_layers=len(carried))
+    carried = {rule.hf_names[0].split(".")[2] for rule in rules if rule.is_passthrough}
+    model = replace(model, num_passthrough_mtp_layers=len(carried))
     tied = model.share_embeddings_and_output_weights and TIED[0] in tensors.tensors
     if tied and not torch.equal(tensors.read(TIED[0]), tensors.read(TIED[1])):
         raise CheckpointError(f"{hf} ties its embeddings (tie_word_embeddings), but {TIED[0]} is not {TIED[1]}")
@@ -232,10 +232,10 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsFolder]:
 
 
 class _HFReader:
-    """Full tensors of a Hugging Face folder, dequantised, in the type in which they will be stored."""
+    """Full tensors of a Hugging Face directory, dequantised, in the type in which they will be stored."""
 
     def __init__(
-        self, tensors: WeightsFolder, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: _Finite
+        self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: _Finite
     ) -> None:
         self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
 
@@ -293,7 +293,7 @@ def _extra_states(rules: list[Rule]) -> list[str]:
     states: dict[tuple[str, tuple[int, ...]], None] = {}
     for rule in rules:
         module, _, name = rule.megatron.key.rpartition(".")
-        if rule.carried or module.endswith(("word_embeddings", "output_layer", "router")):
+        if rule.is_passthrough or module.endswith(("word_embeddings", "output_layer", "router")):
             continue
         states[module, rule.megatron.index] = None
         if name == "layer_norm_weight":  # as the local spec calls the norm that is a part of this layer
@@ -344,7 +344,9 @@ def _described(
 ) -> tuple[ModelConfig, Family]:
     """The model in a Megatron checkpoint, and as what family it leaves."""
     if weights.args is None and original is None:
-        raise CheckpointError(f"{weights.path} stores no arguments: name a folder with its config.json in --hf-config")
+        raise CheckpointError(
+            f"{weights.path} stores no arguments: name a directory with its config.json in --hf-config"
+        )
     if weights.args is not None:
         model = architecture_from_args(weights.args)
     else:
@@ -357,10 +359,12 @@ def _described(
         raise CheckpointError(f"--vocab-size {vocab_size} exceeds the {weights.num_rows} rows on disk")
     progress.say(f"vocabulary: {vocab_size} of {weights.num_rows} rows on disk")
     model = replace(model, vocab_size=vocab_size)
-    carried = weights.num_carried_layers
-    if model.num_carried_mtp_layers != carried:
-        progress.say(f"{model.num_carried_mtp_layers} multi-token-prediction layers stayed behind when it was trained")
-        model = replace(model, num_carried_mtp_layers=carried)
+    carried = weights.num_passthrough_layers
+    if model.num_passthrough_mtp_layers != carried:
+        progress.say(
+            f"{model.num_passthrough_mtp_layers} multi-token-prediction layers stayed behind when it was trained"
+        )
+        model = replace(model, num_passthrough_mtp_layers=carried)
     family = family_of(original) if original is not None else family_of_model(model)
     progress.say(f"{family.architecture}; {FORMATS[weights.format]}; iteration {weights.iteration}")
     return model, family
@@ -370,12 +374,12 @@ def _config(
     family: Family, model: ModelConfig, dtype: str, original: Mapping[str, Any] | None, weights: Weights
 ) -> dict[str, Any]:
     """The config.json: the original one, if it describes this model."""
-    if original is None or family.model_config(original).num_carried_mtp_layers == model.num_carried_mtp_layers:
+    if original is None or family.model_config(original).num_passthrough_mtp_layers == model.num_passthrough_mtp_layers:
         return family.hf_config(model, dtype, original)
-    counts = {name: model.num_carried_mtp_layers for name in _MTP_LAYERS if name in original} or {_MTP_LAYERS[0]: 0}
+    counts = {name: model.num_passthrough_mtp_layers for name in _MTP_LAYERS if name in original} or {_MTP_LAYERS[0]: 0}
     config = family.hf_config(model, dtype, {**original, **counts})
-    if getattr(weights.args, "num_carried_mtp_layers", None) == model.num_carried_mtp_layers:
-        # The folder that was converted had no such layers either, whatever its config.json said.
+    if getattr(weights.args, "num_passthrough_mtp_layers", None) == model.num_passthrough_mtp_layers:
+        # The directory that was converted had no such layers either, whatever its config.json said.
         config = {name: original.get(name, value) for name, value in config.items() if name in original}
         config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
     return config
@@ -385,8 +389,8 @@ _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 @contextmanager
-def _new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that gets its name if all goes well, and goes if not."""
+def _new_directory(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary directory beside ``target`` that gets its name if all goes well, and goes if not."""
     target = target.absolute()
     temporary = directory.begin(target.parent, target.name, num_bytes + 2**20)
     try:

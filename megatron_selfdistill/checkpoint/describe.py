@@ -17,15 +17,15 @@ from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
-from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_folder
+from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
-from megatron_selfdistill.checkpoint.run.saved_run import is_ours
+from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
 
-COMPANIONS = "huggingface"
-"""The folder in a Megatron checkpoint with the config.json, tokenizer and generation files that it came with."""
+HF_ASSETS = "huggingface"
+"""The directory in a Megatron checkpoint with the config.json, tokenizer and generation files that it came with."""
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
 
@@ -41,7 +41,7 @@ def describe(path: Path) -> dict[str, str]:
     lines["parameters"] = f"{_parameters(sizes)}, padding included"
     if weights.args is None:
         return lines | {"arguments": "none are stored: the architecture is not known"}
-    args, beside = weights.args, companions_of(weights.path)
+    args, beside = weights.args, hf_assets_of(weights.path)
     model = architecture_from_args(args)
     try:
         vocab_size = true_vocab_size(args, num_tokens(beside), weights.num_rows)
@@ -55,7 +55,9 @@ def describe(path: Path) -> dict[str, str]:
     if (weights.path / manifest.NAME).is_file():
         lines["manifest"] = "sizes agree"
     else:
-        lines["manifest"] = "lost (this program wrote one)" if is_ours(weights.path) else "none (another program's)"
+        lines["manifest"] = (
+            "lost (this program wrote one)" if is_selfdistill_checkpoint(weights.path) else "none (another program's)"
+        )
     return lines | _describe_model(model) | _usage(weights, model, beside)
 
 
@@ -68,7 +70,7 @@ def megatron_lm_usage(path: Path) -> dict[str, str]:
     weights = open_weights(path)
     if weights.args is None:
         raise CheckpointError(f"{weights.path} stores no arguments, from which Megatron-LM's flags follow")
-    return _usage(weights, architecture_from_args(weights.args), companions_of(weights.path))
+    return _usage(weights, architecture_from_args(weights.args), hf_assets_of(weights.path))
 
 
 def _usage(weights: Weights, model: ModelConfig, beside: Path | None) -> dict[str, str]:
@@ -89,11 +91,11 @@ def _usage(weights: Weights, model: ModelConfig, beside: Path | None) -> dict[st
     return lines
 
 
-def companions_of(path: Path) -> Path | None:
-    """The Hugging Face files of a checkpoint: in it, beside it, or in the run folder that it belongs to."""
+def hf_assets_of(path: Path) -> Path | None:
+    """The Hugging Face files of a checkpoint: in it, beside it, or in the run directory that it belongs to."""
     for parent in (path, path.parent, path.parent.parent):
-        if (parent / COMPANIONS / "config.json").is_file():
-            return parent / COMPANIONS
+        if (parent / HF_ASSETS / "config.json").is_file():
+            return parent / HF_ASSETS
     return None
 
 
@@ -123,7 +125,7 @@ _LAYOUT = {
 def _describe_hf(path: Path) -> dict[str, str]:
     config = read_config(path)
     family = family_of(config)
-    tensors = open_weights_folder(path).tensors
+    tensors = open_weights_directory(path).tensors
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
@@ -149,8 +151,8 @@ def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[st
         lines["experts"] = (
             f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}, {model.moe_router_topk} per token"
         )
-    if model.num_carried_mtp_layers:
-        lines["multi-token prediction"] = f"{model.num_carried_mtp_layers} layers, carried along"
+    if model.num_passthrough_mtp_layers:
+        lines["multi-token prediction"] = f"{model.num_passthrough_mtp_layers} layers, carried along"
     if model.transformer:
         lines["further"] = ", ".join(f"{name}={value}" for name, value in model.transformer.items())
     return lines

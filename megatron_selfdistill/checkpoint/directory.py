@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The folder that checkpoints lie in: which one is the latest, and how a new one appears in it all at once.
+"""The directory that checkpoints lie in: which one is the latest, and how a new one appears in it all at once.
 
     begin -> ``.writing_iter_0000004_1f3a...`` is filled by all ranks -> publish -> ``iter_0000004``
 
-A folder under its final name is complete.  What a killed save leaves behind keeps its temporary name and goes at the
+A directory under its final name is complete.  What a killed save leaves behind keeps its temporary name and goes at the
 next `begin`, unless a live process holds its lock.  Nothing here communicates; one rank calls it for all.
 """
 
@@ -32,7 +32,7 @@ _ITERATION = re.compile(r"iter_(\d+)(?:\.old)?")
 
 
 def iteration_name(step: int) -> str:
-    """Megatron-LM's name of a checkpoint's folder."""
+    """Megatron-LM's name of a checkpoint's directory."""
     return f"iter_{step:07d}"
 
 
@@ -42,22 +42,22 @@ def iteration_of(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def latest(folder: Path) -> Path | None:
+def latest(directory: Path) -> Path | None:
     """Return the first complete one of `candidates`; None where there is none."""
-    return next((path for path in candidates(folder) if incomplete(path) is None), None)
+    return next((path for path in candidates(directory) if incomplete(path) is None), None)
 
 
-def candidates(folder: Path) -> list[Path]:
-    """What the tracker file names, then every checkpoint in ``folder``, the newest first; complete or not.
+def candidates(directory: Path) -> list[Path]:
+    """What the tracker file names, then every checkpoint in ``directory``, the newest first; complete or not.
 
     The tracker comes first because Megatron's users set it back by hand in order to return to an older checkpoint.
     """
-    if not folder.is_dir():
+    if not directory.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _ITERATION.fullmatch(path.name)]
-    # A replaced folder counts after the one that replaces it, should the process have died between two renames.
+    found = [path for path in directory.iterdir() if _ITERATION.fullmatch(path.name)]
+    # A replaced directory counts after the one that replaces it, should the process have died between two renames.
     found.sort(key=lambda path: (iteration_of(path), path.suffix != _REPLACED), reverse=True)
-    named = tracked(folder)
+    named = tracked(directory)
     return found if named is None else [named, *(path for path in found if path != named)]
 
 
@@ -76,7 +76,7 @@ def resolve(path: Path) -> Path:
             return replaced
         fault = tracker_fault(path)
         raise CheckpointError(
-            f"expected a Megatron torch_dist checkpoint (an iter_ folder, or the folder with {TRACKER}) at "
+            f"expected a Megatron torch_dist checkpoint (an iter_ directory, or the directory with {TRACKER}) at "
             f"{path}, but {chosen} {f'{fault} and ' if fault else ''}{reason}{instead_of(chosen)}"
         )
     return chosen
@@ -90,7 +90,7 @@ def instead_of(damaged: Path) -> str:
 
 
 def find(path: Path) -> tuple[Path, bool]:
-    """The checkpoint's own folder, and whether it is a legacy one.  Raises: CheckpointError where there is none."""
+    """The checkpoint's own directory, and whether it is a legacy one.  Raises: CheckpointError where there is none."""
     path = Path(path)
     refuse_hugging_face(path)
     chosen = tracked(path) or path
@@ -98,7 +98,7 @@ def find(path: Path) -> tuple[Path, bool]:
 
 
 def of_iteration(path: Path, iteration: int | None) -> Path:
-    """Return the folder of ``iteration`` in ``path``, or ``path`` itself for None.
+    """Return the directory of ``iteration`` in ``path``, or ``path`` itself for None.
 
     Raises: CheckpointError where there is no such iteration; it names those that are there.
     """
@@ -110,18 +110,18 @@ def of_iteration(path: Path, iteration: int | None) -> Path:
     return chosen
 
 
-def is_legacy(folder: Path) -> bool:
-    """Return whether ``folder`` is an ``iter_`` or ``release`` folder in the ``torch`` format."""
-    return any(folder.glob(f"mp_rank_*/{LEGACY_FILE}"))
+def is_legacy(directory: Path) -> bool:
+    """Return whether ``directory`` is an ``iter_`` or ``release`` directory in the ``torch`` format."""
+    return any(directory.glob(f"mp_rank_*/{LEGACY_FILE}"))
 
 
 def refuse_hugging_face(path: Path) -> None:
-    """Raise CheckpointError, with the command that converts it, where ``path`` is a Hugging Face folder."""
+    """Raise CheckpointError, with the command that converts it, where ``path`` is a Hugging Face directory."""
     chosen = tracked(path) or path
     if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
         raise CheckpointError(
-            f"{path} is a Hugging Face folder, expected a Megatron checkpoint: convert it with "
-            f"`selfdistill convert hf-to-megatron --hf {path} --out NEW_FOLDER`, and name NEW_FOLDER"
+            f"{path} is a Hugging Face directory, expected a Megatron checkpoint: convert it with "
+            f"`selfdistill convert hf-to-megatron --hf {path} --out NEW_DIRECTORY`, and name NEW_DIRECTORY"
         )
 
 
@@ -129,7 +129,7 @@ def lacks(path: Path) -> str | None:
     """Return what a torch_dist checkpoint at ``path`` obviously lacks ("has no metadata.json"), or None; reads no
     contents."""
     if not path.is_dir():
-        return "does not exist" if not path.exists() else "is not a folder"
+        return "does not exist" if not path.exists() else "is not a directory"
     if not (path / "metadata.json").is_file():
         legacy = any(path.glob("mp_rank_*"))
         return "is in the legacy format: save it with --ckpt-format torch_dist" if legacy else "has no metadata.json"
@@ -172,9 +172,11 @@ def unverifiable(path: Path) -> str | None:
 
     Other programs write no manifest.
     """
-    from megatron_selfdistill.checkpoint.run.saved_run import is_ours  # imports torch, which takes seconds
+    from megatron_selfdistill.checkpoint.run.saved_run import (
+        is_selfdistill_checkpoint,
+    )  # imports torch, which takes seconds
 
-    if manifest.read(path) is not None or not is_ours(path):
+    if manifest.read(path) is not None or not is_selfdistill_checkpoint(path):
         return None
     return (
         f"has no {manifest.NAME}, with which this program wrote it, so that nobody can tell whether it is damaged: "
@@ -192,7 +194,7 @@ class Temporary:
         self._lock: int | None = None
 
     def hold(self) -> Temporary:
-        """Share the lock: no other process removes the folder before this one and its forks have let go or died."""
+        """Share the lock: no other process removes the directory before this one and its forks have let go or died."""
         self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT)
         with contextlib.suppress(OSError):  # a file system without locks: then `_remove_leftovers` removes nothing
             fcntl.flock(self._lock, fcntl.LOCK_SH)
@@ -218,7 +220,7 @@ class Temporary:
         return True
 
     def remove(self) -> None:
-        """Delete the folder, then its lock: a folder without a lock is nobody's."""
+        """Delete the directory, then its lock: a directory without a lock is nobody's."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock_path.unlink(missing_ok=True)
 
@@ -227,27 +229,29 @@ class Temporary:
         return self.path.with_name(f"{self.path.name}.lock")
 
 
-def begin(folder: Path, name: str, num_bytes: int) -> Temporary:
-    """An empty temporary folder for ``name``, locked by this process.  What killed writers left is removed first.
+def begin(directory: Path, name: str, num_bytes: int) -> Temporary:
+    """An empty temporary directory for ``name``, locked by this process.  What killed writers left is removed first.
 
     Raises: CheckpointError if the disk has less than ``num_bytes`` free.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    free = shutil.disk_usage(folder).free
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(directory)
+    free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise CheckpointError(
-            f"{name} needs {num_bytes:,} bytes but {folder} has {free:,} free: make room; in a run, lower "
+            f"{name} needs {num_bytes:,} bytes but {directory} has {free:,} free: make room; in a run, lower "
             "checkpoint.keep_last"
         )
-    temporary = Temporary(folder / f"{_TEMPORARY}{name}_{uuid.uuid4().hex[:8]}").hold()
+    temporary = Temporary(directory / f"{_TEMPORARY}{name}_{uuid.uuid4().hex[:8]}").hold()
     temporary.path.mkdir()
     return temporary
 
 
 def publish(temporary: Temporary, target: Path) -> None:
-    """Give a completely written folder its manifest, then its name.  After a crash at any point the old or the new one
-    is there."""
+    """Write the manifest of a completely written checkpoint, then rename its directory to ``target``.
+
+    A crash at any point leaves either the old or the new checkpoint under ``target``.
+    """
     manifest.write(temporary.path)
     for file in temporary.path.iterdir():
         if file.suffix != ".distcp":  # Megatron has synced those, each on the machine that wrote it
@@ -264,7 +268,7 @@ def publish(temporary: Temporary, target: Path) -> None:
 
 
 def publish_new(temporary: Temporary, target: Path) -> None:
-    """Give a folder whose files are synced a name that must be free: nothing is ever replaced.
+    """Give a directory whose files are synced a name that must be free: nothing is ever replaced.
 
     Raises: CheckpointError where something has taken the name.
     """
@@ -276,7 +280,7 @@ def publish_new(temporary: Temporary, target: Path) -> None:
 
 
 def require_free(target: Path) -> None:
-    """Raise CheckpointError if ``target`` is there, unless it is an empty folder."""
+    """Raise CheckpointError if ``target`` is there, unless it is an empty directory."""
     if target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None):
         raise CheckpointError(f"{target} is there already and is not overwritten: choose another name, or remove it")
 
@@ -304,8 +308,8 @@ def prune(target: Path, keep_last: int | None) -> None:
         doomed.remove()
 
 
-def _remove_leftovers(folder: Path) -> None:
-    for path in list(folder.iterdir()):
+def _remove_leftovers(directory: Path) -> None:
+    for path in list(directory.iterdir()):
         if path.name.startswith(_TEMPORARY) and path.suffix != ".lock":
             if path.is_file():
                 path.unlink()
@@ -319,24 +323,24 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def tracked(folder: Path) -> Path | None:
-    """Return the folder that the tracker file names, whether or not it is there; None where it names none."""
-    text = _tracker_text(folder)
+def tracked(directory: Path) -> Path | None:
+    """Return the directory that the tracker file names, whether or not it is there; None where it names none."""
+    text = _tracker_text(directory)
     if text == "release":
-        return folder / "release"
-    return folder / iteration_name(int(text)) if text is not None and _is_iteration(text) else None
+        return directory / "release"
+    return directory / iteration_name(int(text)) if text is not None and _is_iteration(text) else None
 
 
-def tracker_fault(folder: Path) -> str | None:
-    """Return what is wrong with the tracker file in ``folder``; None where nothing is, or where there is none."""
-    text = _tracker_text(folder)
+def tracker_fault(directory: Path) -> str | None:
+    """Return what is wrong with the tracker file in ``directory``; None where nothing is, or where there is none."""
+    text = _tracker_text(directory)
     if text is None or text == "release" or _is_iteration(text):
         return None
     return f"has {text[:20]!r} in {TRACKER}, expected an iteration or release"
 
 
-def _tracker_text(folder: Path) -> str | None:
-    tracker = folder / TRACKER
+def _tracker_text(directory: Path) -> str | None:
+    tracker = directory / TRACKER
     return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
 
 

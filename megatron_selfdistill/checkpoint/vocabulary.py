@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint import directory
-from megatron_selfdistill.checkpoint.describe import companions_of
+from megatron_selfdistill.checkpoint.describe import hf_assets_of
 from megatron_selfdistill.config import Config, ConfigError
 from megatron_selfdistill.data.prompts import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -63,11 +63,11 @@ def _shown(tokens: Mapping[int, str], index: int) -> str:
 
 
 def _carried(config: Config) -> Path | None:
-    """Return the folder with the tokenizer of the checkpoint that the run reads; None where there is none."""
+    """Return the directory with the tokenizer of the checkpoint that the run reads; None where there is none."""
     resumes = config.run_dir and config.checkpoint.resume
     newest = directory.latest(Path(config.run_dir) / "checkpoints") if resumes else None
     path = newest or config.checkpoint.load
     if path is None:
         return None
-    beside = companions_of(directory.tracked(Path(path)) or Path(path))
+    beside = hf_assets_of(directory.tracked(Path(path)) or Path(path))
     return beside if beside is not None and any(any(beside.glob(pattern)) for pattern in _FILES) else None

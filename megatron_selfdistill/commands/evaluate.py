@@ -229,10 +229,10 @@ def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Co
 
 def _tokenizer_of(path: Path, model_format: str) -> str:
     """The tokenizer that lies in a Hugging Face folder, or that a checkpoint carries from one."""
-    from megatron_selfdistill.checkpoint.describe import companions_of
+    from megatron_selfdistill.checkpoint.describe import hf_assets_of
     from megatron_selfdistill.config import ConfigError
 
-    folder = path if model_format == "hugging_face" else companions_of(path)
+    folder = path if model_format == "hugging_face" else hf_assets_of(path)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if folder is None or not any((folder / name).is_file() for name in files):
         raise ConfigError(f"{path} carries no tokenizer: name one with data.tokenizer=DIR")

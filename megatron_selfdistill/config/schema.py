@@ -143,7 +143,7 @@ class ModelConfig:
     """softmax or sigmoid (sigmoid is what expert biases need)."""
     allow_untested_fp8: bool = False
     """Let ``model.transformer.fp8`` be set, which has never run on hardware here."""
-    num_carried_mtp_layers: int = 0
+    num_passthrough_mtp_layers: int = 0
     """Multi-token-prediction layers that a checkpoint holds for others: converted both ways, never built or trained."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Any further ``TransformerConfig`` field by its own name; it overrides what this project derives."""
@@ -153,7 +153,7 @@ class ModelConfig:
         sizes = "vocab_size make_vocab_size_divisible_by num_layers hidden_size ffn_hidden_size kv_channels"
         _at_least(1, "model", self, f"{sizes} num_attention_heads num_query_groups max_position_embeddings")
         _at_least(1, "model", self, "num_moe_experts moe_router_topk moe_ffn_hidden_size")
-        _at_least(0, "model", self, "num_carried_mtp_layers")
+        _at_least(0, "model", self, "num_passthrough_mtp_layers")
         _one_of("model.normalization", self.normalization, ["RMSNorm", "LayerNorm"])
         _one_of("model.activation", self.activation, ["silu", "gelu", "gelu_tanh"])
         _one_of(

@@ -260,7 +260,7 @@ def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
             for member, entries in enumerate(members):
                 for entry in entries:
                     held.setdefault(entry.where, {}).setdefault(number, []).append((member, entry))
-    rules = [rule for rule in rules if not rule.carried]
+    rules = [rule for rule in rules if not rule.is_passthrough]
     loads: defaultdict[tuple[int, bool], Counter[int]] = defaultdict(Counter)
     mapped = Counter(rule.megatron for rule in rules)
     faults = [f"{_name(where)} has no rule" for where in held if where not in mapped]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill.checkpoint.directory import iteration_name
-from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistSource
+from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.metrics import read_metrics
@@ -129,7 +129,7 @@ def _difference(one: float, other: float) -> float:
 def _tensors(run_dir: Path, step: int, other_dir: Path, other_step: int) -> dict[str, float]:
     """Of each tensor of two checkpoints, in full: the largest difference."""
     one, other = (
-        TorchDistSource(path / "checkpoints" / iteration_name(number))
+        TorchDistReader(path / "checkpoints" / iteration_name(number))
         for path, number in ((run_dir, step), (other_dir, other_step))
     )
     if one.shapes != other.shapes:

@@ -67,9 +67,9 @@ def differences(one: Path, other: Path, num_steps: int = 6) -> tuple[Figure, Fig
     for step, (a, b) in enumerate(zip(*both, strict=True), 1):
         metrics |= {f"{key} of step {step}": _apart(a[key], b[key]) for key in a}
     from megatron_selfdistill.checkpoint.directory import iteration_name
-    from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistSource
+    from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
 
-    a, b = (TorchDistSource(path / "checkpoints" / iteration_name(num_steps)) for path in (one, other))
+    a, b = (TorchDistReader(path / "checkpoints" / iteration_name(num_steps)) for path in (one, other))
     tensors = {
         key: float((a.read(key).double() - b.read(key).double()).abs().max()) if math.prod(shape) else 0.0
         for key, shape in a.shapes.items()

@@ -142,9 +142,9 @@ def compare(before: Path, after: Path) -> list[str]:
     """The names of tensors that are not bitwise the same in both folders."""
     import torch
 
-    from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_folder
+    from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
 
-    one, two = open_weights_folder(before), open_weights_folder(after)
+    one, two = open_weights_directory(before), open_weights_directory(after)
     if one.tensors.keys() != two.tensors.keys():
         return sorted(one.tensors.keys() ^ two.tensors.keys())
     return [name for name in one.tensors if not torch.equal(one.read(name), two.read(name))]

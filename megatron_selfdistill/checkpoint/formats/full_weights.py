@@ -3,7 +3,7 @@
 
     weights = open_weights(Path("runs/first/checkpoints"))
     weights.args, weights.iteration, weights.num_rows
-    weights.fitting(rules)
+    weights.check_shapes(rules)
     weights.read(rule)
 
 Layer specs, stacking and padding make no difference to the caller.
@@ -23,17 +23,17 @@ from torch import Tensor
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import find
 from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.checkpoint.formats.legacy import LegacySource
+from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
-from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistSource
-from megatron_selfdistill.checkpoint.run.saved_run import is_ours
+from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.model.hf.mapping import CARRIED, Rule
+from megatron_selfdistill.model.hf.mapping import PASSTHROUGH, Rule
 
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
 """Beside the model in a checkpoint, and no part of it."""
 
-NOT_BUILT = ("mtp.", CARRIED)
+NOT_BUILT = ("mtp.", PASSTHROUGH)
 """Multi-token prediction: part of some checkpoints, and of no model that is trained or sampled here."""
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -56,11 +56,11 @@ class Weights(Protocol):
         ...
 
     @property
-    def num_carried_layers(self) -> int:
+    def num_passthrough_layers(self) -> int:
         """Multi-token-prediction layers that it carries for others."""
         ...
 
-    def fitting(self, rules: Sequence[Rule]) -> None:
+    def check_shapes(self, rules: Sequence[Rule]) -> None:
         """Raise CheckpointError, naming the first ones, unless the tensors on disk are exactly those of ``rules``."""
         ...
 
@@ -77,7 +77,7 @@ class Weights(Protocol):
         ...
 
 
-def require_sound(weights: Weights, say: Callable[[str], None] = lambda _: None) -> None:
+def verify_checksums(weights: Weights, say: Callable[[str], None] = lambda _: None) -> None:
     """Raise CheckpointError, naming the file, unless all contents are what the manifest says; reads every file once.
 
     Checkpoints of other programs have no manifest, and one of this program may have lost it: ``say`` receives that, and
@@ -85,14 +85,14 @@ def require_sound(weights: Weights, say: Callable[[str], None] = lambda _: None)
     """
     entries = manifest.read(weights.path)
     if entries is None:
-        lost = ", although this program wrote one" if is_ours(weights.path) else ""
+        lost = ", although this program wrote one" if is_selfdistill_checkpoint(weights.path) else ""
         say(f"{weights.path} has no {manifest.NAME}{lost}: its contents cannot be checked")
     elif (fault := manifest.wrong_contents(weights.path, entries)) is not None:
         raise CheckpointError(f"{weights.path} {fault}{directory.instead_of(weights.path)}")
 
 
 def open_weights(path: Path, iteration: int | None = None) -> Weights:
-    """The checkpoint at ``path``: an ``iter_`` or ``release`` folder, or the folder with Megatron's tracker file.
+    """The checkpoint at ``path``: an ``iter_`` or ``release`` directory, or the directory with Megatron's tracker file.
 
     ``iteration``: another one than the tracker names.
     Raises: CheckpointError where it is not whole, naming what is wrong and the newest whole one beside it.
@@ -107,7 +107,7 @@ class _TorchDist:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._source = TorchDistSource(path)
+        self._source = TorchDistReader(path)
         common = self._source.common
         self.args = common.get("args")
         self.iteration = int(common.get("iteration") or directory.iteration_of(path))
@@ -119,10 +119,10 @@ class _TorchDist:
         return self._source.shapes[_EMBEDDING][0]
 
     @property
-    def num_carried_layers(self) -> int:
-        return _num_carried(self._source.shapes)
+    def num_passthrough_layers(self) -> int:
+        return _num_passthrough_layers(self._source.shapes)
 
-    def fitting(self, rules: Sequence[Rule]) -> None:
+    def check_shapes(self, rules: Sequence[Rule]) -> None:
         faults, used = [], dict[str, list[int]]()
         for rule in rules:
             place = self._place(rule)
@@ -132,7 +132,7 @@ class _TorchDist:
             key, index = place
             shape = self._source.shapes[key]
             used.setdefault(key, []).append(len(index))
-            faults += _misfit(rule, shape[len(index) :])
+            faults += _shape_faults(rule, shape[len(index) :])
         for key, shape in self._source.shapes.items():
             if key.startswith(NOT_WEIGHTS):
                 continue
@@ -167,7 +167,7 @@ class _Legacy:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._source = LegacySource(path)
+        self._source = LegacyReader(path)
         self.args: argparse.Namespace | None = self._source.args
         self.iteration = self._source.iteration
 
@@ -179,10 +179,10 @@ class _Legacy:
         return self._source.full_shape(place, ())[0]
 
     @property
-    def num_carried_layers(self) -> int:
+    def num_passthrough_layers(self) -> int:
         return 0
 
-    def fitting(self, rules: Sequence[Rule]) -> None:
+    def check_shapes(self, rules: Sequence[Rule]) -> None:
         faults, used = [], set()
         for rule in rules:
             place = self._place(rule)
@@ -190,7 +190,7 @@ class _Legacy:
                 faults.append(f"{_shown(rule)} is missing")
                 continue
             used.add(place)
-            faults += _misfit(rule, self._source.full_shape(place, rule.shape))
+            faults += _shape_faults(rule, self._source.full_shape(place, rule.shape))
         faults += [f"{shown(key, index)} is unexpected" for key, index in sorted(self._source.tensors - used)]
         _raise_first(self.path, faults)
 
@@ -215,16 +215,16 @@ def _known(weights: _TorchDist | _Legacy, rule: Rule) -> Place:
     return place
 
 
-def _misfit(rule: Rule, found: tuple[int, ...]) -> list[str]:
+def _shape_faults(rule: Rule, found: tuple[int, ...]) -> list[str]:
     padded = rule.vocabulary and len(found) == len(rule.shape) and found[0] >= rule.shape[0]
     if found == rule.shape or (padded and found[1:] == rule.shape[1:]):
         return []
     return [f"{_shown(rule)} has shape {list(found)}, expected {list(rule.shape)}"]
 
 
-def _num_carried(keys: Sequence[str] | dict[str, tuple[int, ...]]) -> int:
-    """From ``hf_carried.model.layers.61.eh_proj.weight`` and the like."""
-    return len({key.removeprefix(CARRIED).split(".")[2] for key in keys if key.startswith(CARRIED)})
+def _num_passthrough_layers(keys: Sequence[str] | dict[str, tuple[int, ...]]) -> int:
+    """From ``hf_passthrough.model.layers.61.eh_proj.weight`` and the like."""
+    return len({key.removeprefix(PASSTHROUGH).split(".")[2] for key in keys if key.startswith(PASSTHROUGH)})
 
 
 def _shown(rule: Rule) -> str:

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The files of a Hugging Face folder: config.json, which files hold the weights, and all others that belong to a model.
+"""The files of a Hugging Face directory: config.json, the files of weights, and the other files of the model.
 
-A folder may come from anywhere.  No name in an index file and no symbolic link leads out of it, except into the
-``blobs`` folder of the hub's own cache.
+A directory may come from anywhere.  No name in an index file and no symbolic link leads out of it, except into the
+``blobs`` directory of the hub's own cache.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".distcp", ".npz"}
 _ABOUT_OTHER_WEIGHTS = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
 """Descriptions of quantised weights; the weights that are written are not quantised."""
-_MAX_COMPANION_BYTES = 256 * 2**20
+_MAX_ASSET_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that hold the weights of a folder."""
+    """The files that hold the weights of a directory."""
 
     is_safetensors: bool
     """Whether they are safetensors; else they are PyTorch's pickles (``pytorch_model.bin``)."""
@@ -37,78 +37,80 @@ class WeightFiles:
     """Name of the index file."""
 
 
-def weight_files(folder: Path) -> WeightFiles:
+def weight_files(directory: Path) -> WeightFiles:
     """Return the files with the weights, in the order in which transformers looks for them: ``model.safetensors``, its
     index, ``pytorch_model.bin``, its index; then any other safetensors but Mistral's ``consolidated`` copies.
 
-    Raises: CheckpointError where there are none, where one is missing, and where a name leads out of the folder.
+    Raises: CheckpointError where there are none, where one is missing, and where a name leads out of the directory.
     """
     for single in _SINGLE_FILES:
         is_safetensors = single.endswith(".safetensors")
-        if (folder / single).is_file():
-            return WeightFiles(is_safetensors, {contained(folder, single): None})
-        index = folder / f"{single}.index.json"
+        if (directory / single).is_file():
+            return WeightFiles(is_safetensors, {contained(directory, single): None})
+        index = directory / f"{single}.index.json"
         if index.is_file():
-            return WeightFiles(is_safetensors, _indexed(folder, index), index.name)
-    others = sorted(file.name for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+            return WeightFiles(is_safetensors, _indexed(directory, index), index.name)
+    others = sorted(file.name for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if not others:
         raise CheckpointError(
-            f"{folder} has no weights: expected model.safetensors, pytorch_model.bin or one of their index files"
+            f"{directory} has no weights: expected model.safetensors, pytorch_model.bin or one of their index files"
         )
-    return WeightFiles(True, {contained(folder, name): None for name in others})
+    return WeightFiles(True, {contained(directory, name): None for name in others})
 
 
-def _indexed(folder: Path, index: Path) -> dict[Path, set[str] | None]:
+def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
     try:
-        weight_map = json.loads(contained(folder, index.name).read_text())["weight_map"]
+        weight_map = json.loads(contained(directory, index.name).read_text())["weight_map"]
         entries = [(str(name), file) for name, file in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error})") from error
     files: dict[Path, set[str] | None] = {}
     for name, file in entries:
         if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-            raise CheckpointError(f"{index} places {name} in {file!r}, expected the name of a file in the same folder")
-        names = files.setdefault(folder / file, set())
+            raise CheckpointError(
+                f"{index} places {name} in {file!r}, expected the name of a file in the same directory"
+            )
+        names = files.setdefault(directory / file, set())
         assert names is not None
         names.add(name)
     for path in files:
         if not path.is_file():
-            raise CheckpointError(f"{folder} lacks {path.name}, which {index.name} names")
-        contained(folder, path.name)
+            raise CheckpointError(f"{directory} lacks {path.name}, which {index.name} names")
+        contained(directory, path.name)
     if not files:
         raise CheckpointError(f"{index} names no tensors")
     return files
 
 
-def contained(folder: Path, name: str) -> Path:
-    """Return ``folder / name``, unless it is a symbolic link that leads out of the folder.
+def contained(directory: Path, name: str) -> Path:
+    """Return ``directory / name``, unless it is a symbolic link that leads out of the directory.
 
     Links into the cache of the hub (``snapshots/REVISION/file -> ../../blobs/HASH``) are followed.
     Raises: CheckpointError naming the link and its target.
     """
-    if not _is_inside(folder, folder / name):
+    if not _is_inside(directory, directory / name):
         raise CheckpointError(
-            f"{folder / name} is a symbolic link to {(folder / name).resolve()}, outside of its folder: put the file "
-            "itself there"
+            f"{directory / name} is a symbolic link to {(directory / name).resolve()}, outside of its directory: put "
+            "the file itself there"
         )
-    return folder / name
+    return directory / name
 
 
-def _is_inside(folder: Path, file: Path) -> bool:
-    root, target = folder.resolve(), file.resolve()
+def _is_inside(directory: Path, file: Path) -> bool:
+    root, target = directory.resolve(), file.resolve()
     if target.is_relative_to(root):
         return True
     return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return ``config.json`` of a Hugging Face folder.  Raises: CheckpointError where there is none that parses."""
-    folder = Path(folder)
-    file = folder / CONFIG
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return ``config.json`` of a Hugging Face directory.  Raises: CheckpointError where there is none that parses."""
+    directory = Path(directory)
+    file = directory / CONFIG
     try:
-        config = json.loads(contained(folder, CONFIG).read_text())
+        config = json.loads(contained(directory, CONFIG).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no Hugging Face folder: it has no config.json") from None
+        raise CheckpointError(f"{directory} is no Hugging Face directory: it has no config.json") from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -116,19 +118,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def copy_companions(source: Path, target: Path, say: Callable[[str], None] = lambda _: None) -> list[str]:
-    """Copy all files that are neither weights nor config.json, with their subfolders; return their names.
+def copy_hf_assets(source: Path, target: Path, say: Callable[[str], None] = lambda _: None) -> list[str]:
+    """Copy all files that are neither weights nor config.json, with their subdirectories; return their names.
 
     Tokenizers, chat templates, generation defaults, licences and the Python files of remote code are among them.
-    Hidden files, links that lead out of the folder, and files of more than 256 MiB are not; ``say`` gets a sentence for
-    each link and each such file.
+    The function skips hidden files, links that lead out of the directory, and files of more than 256 MiB; ``say``
+    receives one message for each skipped link and each skipped large file.
     """
     copied = []
-    for file in companions(source):
+    for file in hf_assets(source):
         name = str(file.relative_to(source))
         if not _is_inside(source, file):
             say(f"{name} is not copied: it is a symbolic link to {file.resolve()}, outside of {source}")
-        elif file.stat().st_size > _MAX_COMPANION_BYTES:
+        elif file.stat().st_size > _MAX_ASSET_BYTES:
             say(f"{name} is not copied: its {file.stat().st_size:,} bytes are more than a tokenizer or code has")
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -138,14 +140,14 @@ def copy_companions(source: Path, target: Path, say: Callable[[str], None] = lam
     return copied
 
 
-def companions(source: Path) -> Iterator[Path]:
-    """Yield the files that `copy_companions` considers, sorted; folders that are links are not entered."""
+def hf_assets(source: Path) -> Iterator[Path]:
+    """Yield the files that `copy_hf_assets` considers, sorted; directories that are links are not entered."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_dir():
             if not path.is_symlink():
-                yield from companions(path)
+                yield from hf_assets(path)
         elif path.is_file() and not _is_about_weights(path):
             yield path
 
@@ -155,22 +157,22 @@ def _is_about_weights(file: Path) -> bool:
     return name == CONFIG or file.suffix in _WEIGHTS or name.endswith(".index.json") or name in _ABOUT_OTHER_WEIGHTS
 
 
-def without_lost_code(config: dict[str, Any], folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return ``config`` without those entries of ``auto_map`` whose Python file is not in ``folder``.
+def without_lost_code(config: dict[str, Any], directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return ``config`` without those entries of ``auto_map`` whose Python file is not in ``directory``.
 
     transformers would look for that file and fail, although it has a class of its own for this architecture.
     """
     found = config.get("auto_map")
     if not isinstance(found, dict):
         return config
-    kept = {name: reference for name, reference in found.items() if _has_code(reference, folder)}
+    kept = {name: reference for name, reference in found.items() if _has_code(reference, directory)}
     if lost := sorted(found.keys() - kept.keys()):
         say(f"config.json: the entries {', '.join(lost)} of auto_map are dropped, whose Python files are not there")
     rest = {name: value for name, value in config.items() if name != "auto_map"}
     return {**rest, "auto_map": kept} if kept else rest
 
 
-def _has_code(reference: Any, folder: Path) -> bool:
+def _has_code(reference: Any, directory: Path) -> bool:
     """Return whether ``modeling_x.Model``, or each of a list, has its file; ``org/name--x.Model`` is on the hub."""
     references = [r for r in (reference if isinstance(reference, list) else [reference]) if isinstance(r, str)]
-    return all("--" in r or (folder / f"{r.rpartition('.')[0].replace('.', '/')}.py").is_file() for r in references)
+    return all("--" in r or (directory / f"{r.rpartition('.')[0].replace('.', '/')}.py").is_file() for r in references)

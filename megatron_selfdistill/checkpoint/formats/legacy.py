@@ -44,19 +44,19 @@ class _Shard:
     name: str
 
 
-class LegacySource:
-    """The weights in a legacy folder, tensor by tensor, under the keys and stacked indices of torch_dist.
+class LegacyReader:
+    """The weights in a legacy directory, tensor by tensor, under the keys and stacked indices of torch_dist.
 
     Raises: CheckpointError for a file that is missing, damaged or asks for a refused global.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        files = {file.parent.name: file for file in sorted(self.folder.glob(f"mp_rank_*/{FILE}"))}
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        files = {file.parent.name: file for file in sorted(self.directory.glob(f"mp_rank_*/{FILE}"))}
         if not files:
-            raise CheckpointError(f"{folder} has no mp_rank_*/{FILE}")
+            raise CheckpointError(f"{directory} has no mp_rank_*/{FILE}")
         first = load_pickled(next(iter(files.values())), mmap=True)
-        self.args = _arguments(first, self.folder)
+        self.args = _arguments(first, self.directory)
         self.iteration = int(first.get("iteration") or 0)
         sizes = {axis: int(getattr(self.args, f"{axis}_model_parallel_size", None) or 1) for axis in _AXES}
         self._tp_size, self._ep_size = sizes["tensor"], sizes["expert"]
@@ -69,7 +69,7 @@ class LegacySource:
 
     @property
     def common(self) -> dict[str, Any]:
-        """As `TorchDistSource.common`: what a checkpoint holds besides tensors, as far as it is read here."""
+        """As `TorchDistReader.common`: what a checkpoint holds besides tensors, as far as it is read here."""
         return {"args": self.args, "iteration": self.iteration}
 
     @property
@@ -123,7 +123,7 @@ class LegacySource:
         for shard in self._shards[place]:
             by_rank.setdefault(shard.rank.tensor % size, shard)
         if len(by_rank) != size:
-            raise CheckpointError(f"{self.folder} has {len(by_rank)} of {size} shards of {shown(*place)}")
+            raise CheckpointError(f"{self.directory} has {len(by_rank)} of {size} shards of {shown(*place)}")
         return [by_rank[rank] for rank in range(size)]
 
     def _find_shards(self, sizes: dict[str, int]) -> dict[Place, list[_Shard]]:
@@ -181,12 +181,12 @@ class LegacySource:
             missing = set(range(sizes[axis])) - {getattr(rank, axis) for rank in self._ranks}
             if missing:
                 raise CheckpointError(
-                    f"{self.folder} has no file of {axis} rank {min(missing)}, but was written by {sizes[axis]}"
+                    f"{self.directory} has no file of {axis} rank {min(missing)}, but was written by {sizes[axis]}"
                 )
         pairs = {(rank.tensor, rank.pipeline) for rank in self._ranks}
         if len(pairs) != sizes["tensor"] * sizes["pipeline"]:
             raise CheckpointError(
-                f"{self.folder} has files of {len(pairs)} tensor and pipeline ranks, expected "
+                f"{self.directory} has files of {len(pairs)} tensor and pipeline ranks, expected "
                 f"{sizes['tensor']} x {sizes['pipeline']}"
             )
 
@@ -228,19 +228,19 @@ def _place(name: str, first_layer: int, first_expert: int) -> Place | None:
     return f"decoder.layers.{rest}", (layer,)
 
 
-def _arguments(state: Any, folder: Path) -> argparse.Namespace:
+def _arguments(state: Any, directory: Path) -> argparse.Namespace:
     args = state.get("args") if isinstance(state, dict) else None
     if args is None:
-        raise CheckpointError(f"{folder} holds no arguments of Megatron-LM, from which its layout would be known")
+        raise CheckpointError(f"{directory} holds no arguments of Megatron-LM, from which its layout would be known")
     if float(state.get("checkpoint_version", 3.0)) < 3.0:
         raise CheckpointError(
-            f"{folder} has checkpoint_version {state['checkpoint_version']}, expected 3.0: save it with a newer "
+            f"{directory} has checkpoint_version {state['checkpoint_version']}, expected 3.0: save it with a newer "
             "Megatron-LM"
         )
     first: dict[str, Any] = next((state[key] for key in state if re.fullmatch(r"model\d*", key)), {})
     if "language_model" in first or any(name.startswith("language_model.") for name in first):
         raise CheckpointError(
-            f"{folder} was written by Megatron-LM's legacy models, expected Megatron Core's: convert it with "
+            f"{directory} was written by Megatron-LM's legacy models, expected Megatron Core's: convert it with "
             "Megatron-LM's tools/checkpoint/convert.py"
         )
     return args

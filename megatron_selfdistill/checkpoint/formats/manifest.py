@@ -4,7 +4,7 @@
     {"version": 1, "algorithm": "xxh3_128", "files": {"common.pt": {"size": 1234, "checksum": "9f..."}, ...}}
 
 Megatron-LM ignores the file.  Checkpoints of other writers have none, and then only what Megatron itself stores can be
-checked (`folder.incomplete`).  Nothing here communicates: many ranks sum up or check different files at once.
+checked (`directory.incomplete`).  Nothing here communicates: many ranks sum up or check different files at once.
 """
 
 from __future__ import annotations
@@ -46,43 +46,46 @@ def checksum(file: Path) -> Entry:
     return Entry(size, total.hexdigest())
 
 
-def write_part(folder: Path, owner: str, files: Iterable[Path], known: Mapping[str, Entry] | None = None) -> None:
+def write_part(directory: Path, owner: str, files: Iterable[Path], known: Mapping[str, Entry] | None = None) -> None:
     """Sum up ``files`` for a later `write`: each writer does so for its own, on its own machine and still from memory.
 
     ``known``: entries that were summed up while they were written.  A file that is missing is left out: whoever failed
     to write it says so.
     """
-    entries = {str(file.relative_to(folder)): asdict(checksum(file)) for file in files if file.is_file()}
+    entries = {str(file.relative_to(directory)): asdict(checksum(file)) for file in files if file.is_file()}
     entries |= {name: asdict(entry) for name, entry in (known or {}).items()}
-    part = folder / f"{_PART}{owner}.json"
+    part = directory / f"{_PART}{owner}.json"
     part.write_text(json.dumps(entries))
     sync(part)
 
 
-def write(folder: Path) -> None:
-    """Make the manifest of a complete folder from its parts, which go; files that no part names are summed up here."""
+def write(directory: Path) -> None:
+    """Write the manifest of a complete directory from its parts, and delete the parts.
+
+    This function computes the checksums of the files that no part names.
+    """
     entries: dict[str, dict[str, int | str]] = {}
-    parts = sorted(folder.glob(f"{_PART}*"))
+    parts = sorted(directory.glob(f"{_PART}*"))
     for part in parts:
         entries |= json.loads(part.read_text())
         part.unlink()
-    for file in sorted(folder.iterdir()):
-        name = str(file.relative_to(folder))
+    for file in sorted(directory.iterdir()):
+        name = str(file.relative_to(directory))
         if file.is_file() and name != NAME and name not in entries:
             entries[name] = asdict(checksum(file))
     text = json.dumps({"version": 1, "algorithm": _ALGORITHM, "files": dict(sorted(entries.items()))}, indent=1)
-    temporary = folder / f"{NAME}.new"
+    temporary = directory / f"{NAME}.new"
     temporary.write_text(text)
     sync(temporary)
-    os.replace(temporary, folder / NAME)
+    os.replace(temporary, directory / NAME)
 
 
-def read(folder: Path) -> dict[str, Entry] | None:
+def read(directory: Path) -> dict[str, Entry] | None:
     """File name -> what it must be; None where there is no manifest, since others write none.
 
     Raises: CheckpointError where the manifest itself is damaged.
     """
-    file = folder / NAME
+    file = directory / NAME
     if not file.is_file():
         return None
     try:
@@ -90,19 +93,19 @@ def read(folder: Path) -> dict[str, Entry] | None:
         entries = {name: Entry(**entry) for name, entry in content["files"].items()}
         algorithm = content["algorithm"]
         if outside := next((name for name in entries if name != Path(name).name or name in ("", "..")), None):
-            raise ValueError(f"it names the file {outside!r}, expected one in its folder")
+            raise ValueError(f"it names the file {outside!r}, expected one in its directory")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} has a damaged {NAME} ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{directory} has a damaged {NAME} ({type(error).__name__}: {error})") from None
     if algorithm != _ALGORITHM:
-        raise CheckpointError(f"{folder} has checksums of {algorithm} in its {NAME}, expected {_ALGORITHM}")
+        raise CheckpointError(f"{directory} has checksums of {algorithm} in its {NAME}, expected {_ALGORITHM}")
     return entries
 
 
-def wrong_size(folder: Path, entries: Mapping[str, Entry]) -> str | None:
+def wrong_size(directory: Path, entries: Mapping[str, Entry]) -> str | None:
     """What is wrong with the first file that is missing or of another length ("has 12 bytes of common.pt, expected
     34"), or None.  Reads no contents."""
     for name, entry in entries.items():
-        file = folder / name
+        file = directory / name
         if not file.is_file():
             return f"has no {name}"
         if file.stat().st_size != entry.size:
@@ -110,20 +113,20 @@ def wrong_size(folder: Path, entries: Mapping[str, Entry]) -> str | None:
     return None
 
 
-def wrong_contents(folder: Path, entries: Mapping[str, Entry], part: int = 0, num_parts: int = 1) -> str | None:
+def wrong_contents(directory: Path, entries: Mapping[str, Entry], part: int = 0, num_parts: int = 1) -> str | None:
     """What is wrong with the first file whose contents have another checksum, or None; reads all of them.
 
     With ``num_parts``, only the ``part``-th share of the files, by size: ranks check one checkpoint together.
     """
     largest_first = sorted(entries, key=lambda name: (-entries[name].size, name))
     for name in largest_first[part::num_parts]:
-        if checksum(folder / name) != entries[name]:
+        if checksum(directory / name) != entries[name]:
             return f"has a damaged {name}: its checksum is not the one in {NAME}"
     return None
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -100,7 +100,7 @@ def _args(
         "norm_epsilon": config.layernorm_epsilon,
         "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
         "num_experts": config.num_moe_experts,
-        "num_carried_mtp_layers": model.num_carried_mtp_layers,  # ours
+        "num_passthrough_mtp_layers": model.num_passthrough_mtp_layers,  # ours
         # Whatever layers ran: the keys on disk are those of Transformer Engine's layer spec.  Megatron-LM's local spec
         # names the norm in front of a mixture of experts differently.
         "transformer_impl": "transformer_engine",

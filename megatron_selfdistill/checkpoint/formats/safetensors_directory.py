@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The weights of Hugging Face folders: tensors read one at a time, and written one at a time into bounded shards.
+"""The weights of Hugging Face directories: tensors read one at a time, and written one at a time into bounded shards.
 
 The libraries' own writers want a whole shard in memory.  The format is eight bytes of header length, a JSON header with
 each tensor's place, and the tensors; all places are known before the first tensor is.
@@ -59,10 +59,10 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class WeightsFolder(Protocol):
-    """The tensors of a Hugging Face folder, by name."""
+class WeightsDirectory(Protocol):
+    """The tensors of a Hugging Face directory, by name."""
 
-    folder: Path
+    directory: Path
     tensors: dict[str, Stored]
 
     def read(self, name: str) -> Tensor:
@@ -70,20 +70,20 @@ class WeightsFolder(Protocol):
         ...
 
 
-def open_weights_folder(folder: Path) -> WeightsFolder:
-    """Return the tensors of a Hugging Face folder, from safetensors or from PyTorch's pickles.
+def open_weights_directory(directory: Path) -> WeightsDirectory:
+    """Return the tensors of a Hugging Face directory, from safetensors or from PyTorch's pickles.
 
-    Raises: CheckpointError for what is missing, damaged, or leads out of the folder.
+    Raises: CheckpointError for what is missing, damaged, or leads out of the directory.
     """
-    files = weight_files(Path(folder))
-    return SafetensorsFolder(folder, files) if files.is_safetensors else PickledFolder(folder, files)
+    files = weight_files(Path(directory))
+    return SafetensorsDirectory(directory, files) if files.is_safetensors else PickledDirectory(directory, files)
 
 
-class SafetensorsFolder:
-    """The tensors of a Hugging Face folder, by name.  Raises CheckpointError for what is missing or damaged."""
+class SafetensorsDirectory:
+    """The tensors of a Hugging Face directory, by name.  Raises CheckpointError for what is missing or damaged."""
 
-    def __init__(self, folder: Path, files: WeightFiles) -> None:
-        self.folder = Path(folder)
+    def __init__(self, directory: Path, files: WeightFiles) -> None:
+        self.directory = Path(directory)
         self.tensors: dict[str, Stored] = {}
         for file, names in files.tensors.items():
             try:
@@ -106,11 +106,11 @@ class SafetensorsFolder:
             return opened.get_tensor(name)
 
 
-class PickledFolder:
+class PickledDirectory:
     """The tensors of ``pytorch_model.bin`` or its shards, read by the restricted unpickler: nothing in them runs."""
 
-    def __init__(self, folder: Path, files: WeightFiles) -> None:
-        self.folder = Path(folder)
+    def __init__(self, directory: Path, files: WeightFiles) -> None:
+        self.directory = Path(directory)
         self.tensors: dict[str, Stored] = {}
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
         for file, names in files.tensors.items():
@@ -148,16 +148,16 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, folder: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int
+        self, directory: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int
     ) -> None:
-        self.folder = folder
+        self.directory = directory
         self._places: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
         self._files: list[int] = []
         shards = _cut(tensors, max_shard_bytes)
         self._names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
         self._left: set[str] = set()
         for name, shard in zip(self._names, shards, strict=True):
-            self._open(folder / name, shard)
+            self._open(directory / name, shard)
         if len(shards) > 1:
             self._write_index(shards)
 
@@ -206,8 +206,8 @@ class SafetensorsWriter:
         total = sum(math.prod(shape) * dtype.itemsize for shard in shards for _, dtype, shape in shard)
         weight_map = {tensor[0]: name for name, shard in zip(self._names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        sync(self.folder / _INDEX)
+        (self.directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        sync(self.directory / _INDEX)
 
 
 def shard_name(number: int, count: int) -> str:

@@ -57,7 +57,7 @@ def stored_args(path: Path) -> argparse.Namespace | None:
 
 
 def _args_of_newest(checkpoints: Path) -> argparse.Namespace | None:
-    """Return the arguments of the first of `folder.candidates` that can be read; None where there is none.
+    """Return the arguments of the first of `directory.candidates` that can be read; None where there is none.
 
     What is wrong with the others is for the run to say, which reads all of their files.
     """
@@ -190,7 +190,7 @@ _SAME = {
     "moe_ffn_hidden_size": "moe_ffn_hidden_size",
     "moe_router_enable_expert_bias": "moe_router_enable_expert_bias",
     "moe_router_score_function": "moe_router_score_function",
-    "num_carried_mtp_layers": "num_carried_mtp_layers",
+    "num_passthrough_mtp_layers": "num_passthrough_mtp_layers",
 }
 
 # A field of TransformerConfig -> the flag that Megatron-LM stores for it.
@@ -249,7 +249,7 @@ def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
             found["moe_router_dtype"] = stored["moe_router_dtype"]
         if stored.get("moe_router_enable_expert_bias"):
             # Self-distillation does not balance experts; a run of ours that did goes on.
-            ours = "num_carried_mtp_layers" in stored
+            ours = "num_passthrough_mtp_layers" in stored
             found["moe_router_bias_update_rate"] = stored["moe_router_bias_update_rate"] if ours else 0.0
     if found.get("window_size") is not None:
         found["window_size"] = tuple(found["window_size"])

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Megatron's torch_dist folders, written and read a tensor at a time by one process without a process group.
+"""Megatron's torch_dist directories, written and read a tensor at a time by one process without a process group.
 
-    write(folder, pieces, common)            # each Piece is made when its turn comes
-    source = TorchDistSource(folder)
+    write(directory, pieces, common)            # each Piece is made when its turn comes
+    source = TorchDistReader(directory)
     source.read("decoder.layers.mlp.linear_fc2.weight", (17,))
 
 Memory: one piece when writing, and the next one where that is small; when reading one slice, and one stored chunk where
@@ -74,7 +74,7 @@ class Piece:
 
 
 def write(
-    folder: Path,
+    directory: Path,
     pieces: Sequence[Piece],
     common: dict[str, Any],
     *,
@@ -88,20 +88,20 @@ def write(
     `manifest.write`.
     Raises: what ``make`` raises, OSError where the disk is full or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(common, folder / "common.pt")
-    writer = _SerialWriter(folder, progress)
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(common, directory / "common.pt")
+    writer = _SerialWriter(directory, progress)
     try:
         dcp.save({}, storage_writer=writer, planner=_PiecePlanner(pieces, empty_objects), no_dist=True)
     except dcp.api.CheckpointException as error:  # it wraps what happened on each of many ranks; here there is one
         raise next(iter(error.failures.values()))[0] from None
-    (folder / "metadata.json").write_text(
+    (directory / "metadata.json").write_text(
         '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
         '"common_backend": "torch", "common_backend_version": 1}'
     )
-    manifest.write_part(folder, "0", [], known=writer.sums)
+    manifest.write_part(directory, "0", [], known=writer.sums)
     for name in ("common.pt", "metadata.json"):
-        sync(folder / name)
+        sync(directory / name)
 
 
 class _PiecePlanner(SavePlanner):
@@ -161,7 +161,7 @@ class _SerialWriter(FileSystemWriter):
 
     def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
         super().__init__(path)
-        self._folder, self._progress = Path(path), progress
+        self._directory, self._progress = Path(path), progress
         self.sums: dict[str, Entry] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -171,7 +171,7 @@ class _SerialWriter(FileSystemWriter):
         for item in plan.items:
             data = next(made)  # not by zip, which would hold on to it
             if stream is None:
-                stream = _SummedFile(self._folder / f"__0_{len(self.sums)}.distcp")
+                stream = _SummedFile(self._directory / f"__0_{len(self.sums)}.distcp")
             start = stream.size
             if isinstance(data, io.BytesIO):
                 stream.write(data.getbuffer())
@@ -242,12 +242,12 @@ class _SummedFile(io.RawIOBase):
         return Entry(self.size, self._sum.hexdigest())
 
 
-class TorchDistSource:
-    """The weights in a torch_dist folder, slice by slice.  Raises CheckpointError for what is missing or damaged."""
+class TorchDistReader:
+    """The weights in a torch_dist directory, slice by slice.  Raises CheckpointError for what is missing or damaged."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self._metadata = load_metadata(self.folder)
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._metadata = load_metadata(self.directory)
         found = self._metadata.state_dict_metadata
         self._tensors = {key: t for key, t in found.items() if isinstance(t, TensorStorageMetadata)}
         self.shapes = {key: tuple(t.size) for key, t in self._tensors.items()}
@@ -257,7 +257,7 @@ class TorchDistSource:
     @property
     def common(self) -> dict[str, Any]:
         """What common.pt holds, read by the restricted unpickler."""
-        return load_pickled(self.folder / "common.pt")
+        return load_pickled(self.directory / "common.pt")
 
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].properties.dtype
@@ -282,7 +282,7 @@ class TorchDistSource:
             covered += part.numel()
             del part
         if target is None or covered != target.numel():
-            raise CheckpointError(f"{self.folder} holds only parts of {shown(key, index)}")
+            raise CheckpointError(f"{self.directory} holds only parts of {shown(key, index)}")
         return target.reshape(sizes)
 
     def _table(self, key: str) -> _ChunkTable:
@@ -298,11 +298,11 @@ class TorchDistSource:
         self._kept = None  # before the next one needs memory
         place = self._metadata.storage_data[index]
         try:
-            tensor = _mapped(self.folder / place.relative_path, place.offset, place.length)
+            tensor = _mapped(self.directory / place.relative_path, place.offset, place.length)
         except Exception as error:
             name = place.relative_path
             raise CheckpointError(
-                f"{self.folder} has a damaged {name}: no tensor of {key} at byte {place.offset:,} "
+                f"{self.directory} has a damaged {name}: no tensor of {key} at byte {place.offset:,} "
                 f"({type(error).__name__}: {error})"
             ) from error
         if tuple(tensor.shape) != tuple(chunk.sizes):

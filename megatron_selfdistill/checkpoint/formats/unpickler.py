@@ -64,7 +64,7 @@ def loads_pickled(data: bytes | io.BytesIO, name: str) -> Any:
 
 
 def load_metadata(path: Path) -> Metadata:
-    """Return the ``.metadata`` of the torch_dist checkpoint in the folder ``path``, as PyTorch's reader does.
+    """Return the ``.metadata`` of the torch_dist checkpoint in the directory ``path``, as PyTorch's reader does.
 
     Raises: CheckpointError naming the refused global, or what is wrong with the file; its text begins with ``path``.
     """
@@ -82,7 +82,7 @@ def load_metadata(path: Path) -> Metadata:
     for place in metadata.storage_data.values():
         name = getattr(place, "relative_path", None)
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise CheckpointError(f"{path} has a .metadata that names the file {name!r}, expected one in its folder")
+            raise CheckpointError(f"{path} has a .metadata that names the file {name!r}, expected one in its directory")
     return metadata
 
 

@@ -68,15 +68,15 @@ class Checkpointer:
     ) -> None:
         """``verify``: what of a checkpoint's manifest is compared before it is loaded: checksums, sizes or none.
         ``prove_ownership``: called on rank 0 before a checkpoint or a teacher gets its name and before older
-        checkpoints are removed; it raises `CheckpointError` where another run has taken the run folder over
-        (`RunLock.renew`).  Null where nothing locks the folder.
+        checkpoints are removed; it raises `CheckpointError` where another run has taken the run directory over
+        (`RunLock.renew`).  Null where nothing locks the directory.
         """
         if not filesystem_async.HAVE_PSUTIL:
             raise CheckpointError(
                 "torch_dist checkpoints need psutil, without which Megatron's writers hang: pip install psutil"
             )
         self.run_dir, self.grid = Path(run_dir), grid
-        self.folder = self.run_dir / "checkpoints"
+        self.directory = self.run_dir / "checkpoints"
         self.keep_last, self.async_save, self.verify = keep_last, async_save, verify
         self.prove_ownership: Callable[[], None] = prove_ownership or (lambda: None)
         self._teacher_id: str | None = None
@@ -87,13 +87,13 @@ class Checkpointer:
         self._validated = False
 
     def latest(self) -> Path | None:
-        """Return the first of `folder.candidates` that is whole, equal on all ranks; None where there are none.
+        """Return the first of `directory.candidates` that is whole, equal on all ranks; None where there are none.
 
         A checkpoint that is passed over is said in one warning, with the steps that are lost.
         Raises: CheckpointError where there are checkpoints and none is whole; nothing is changed then.
         """
         faults: dict[Path, str] = {}
-        for path in on_rank_0(lambda: directory.candidates(self.folder)):
+        for path in on_rank_0(lambda: directory.candidates(self.directory)):
             fault = sharded_io.damage(path, self.verify)
             if fault is None:
                 self._warn(faults, path)
@@ -103,20 +103,20 @@ class Checkpointer:
             return None
         reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
         raise CheckpointError(
-            f"none of the checkpoints in {self.folder} can be used: {reasons}; nothing was changed: restore one of "
+            f"none of the checkpoints in {self.directory} can be used: {reasons}; nothing was changed: restore one of "
             f"them, or move {self.run_dir} away to start afresh"
         )
 
     def _warn(self, faults: dict[Path, str], taken: Path) -> None:
         if not self.grid.is_reporter:
             return
-        if fault := directory.tracker_fault(self.folder):
-            logger.warning("%s", hidden(f"{self.folder} {fault}: the newest checkpoint counts"))
+        if fault := directory.tracker_fault(self.directory):
+            logger.warning("%s", hidden(f"{self.directory} {fault}: the newest checkpoint counts"))
         if faults:
             reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
             lost = max(map(directory.iteration_of, faults)) - directory.iteration_of(taken)
             again = f", {lost} steps earlier" if lost > 0 else ""
-            logger.warning("%s", hidden(f"{reasons} in {self.folder}: the run continues from {taken.name}{again}"))
+            logger.warning("%s", hidden(f"{reasons} in {self.directory}: the run continues from {taken.name}{again}"))
 
     @moving_files()
     def save(
@@ -138,7 +138,7 @@ class Checkpointer:
         """
         self._finalize(blocking=True)
         self._lost = None  # what is saved now takes its place
-        target = self.folder / directory.iteration_name(step)
+        target = self.directory / directory.iteration_name(step)
         if teacher is not None and teacher.weights == "frozen":
             self._keep_teacher(teacher)
         with state.gathered_parameters(chunks):
@@ -188,7 +188,7 @@ class Checkpointer:
                 wanted |= teacher.sharded_state_dict()
             if same_layout:
                 wanted |= state.wanted_random_state(self.grid, on_rank_0(lambda: sharded_io.stored_keys(found)))
-            sharded_io.require_fit(wanted, found)
+            sharded_io.check_shapes(wanted, found)
             loaded = sharded_io.read(wanted, found)
             state.load_model_state(chunks, loaded)
             state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"])
@@ -197,7 +197,7 @@ class Checkpointer:
         if teacher is not None and teacher.weights == "ema":
             teacher.load_state_dict(loaded)
         if teacher is not None and teacher.weights == "frozen":
-            run_dir = found.parents[1]  # the teacher is in the same run folder, whatever a file may say
+            run_dir = found.parents[1]  # the teacher is in the same run directory, whatever a file may say
             self._teacher_id = load_frozen_teacher(run_dir, teacher, own["teacher_id"], self.verify)
         if same_layout:  # last: nothing may draw a number after it
             state.load_random_state(loaded)
@@ -216,7 +216,7 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait for the background save, if there is one, and complete it.
 
-        Raises: CheckpointError where it failed, or where its folder was removed and nothing has been saved since.
+        Raises: CheckpointError where it failed, or where its directory was removed and nothing has been saved since.
         """
         self._finalize(blocking=True)
         if self._lost is not None:
@@ -250,7 +250,7 @@ class Checkpointer:
         if calls and not calls[0].async_caller.is_current_async_call_done(blocking):
             return  # on all ranks
         place = self._pending.path
-        if calls and not on_rank_0(place.is_dir):  # somebody has removed it, perhaps with the whole run folder
+        if calls and not on_rank_0(place.is_dir):  # somebody has removed it, perhaps with the whole run directory
             calls.popleft()
             sharded_io.forget_results()
             self._pending.release()
@@ -305,7 +305,7 @@ class Checkpointer:
         if own["teacher"] != weights:
             raise CheckpointError(
                 f"{path} was written with teacher.weights={own['teacher']}, this run has {weights}: set it back, or "
-                "start in a new run folder"
+                "start in a new run directory"
             )
         distributed = state.uses_distributed_optimizer(optimizer)
         if own["distributed_optimizer"] != distributed:

@@ -23,7 +23,7 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import find
 from megatron_selfdistill.checkpoint.formats.finite import non_finite
 from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT
-from megatron_selfdistill.checkpoint.formats.legacy import LegacySource
+from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.checkpoint.run import sharded_io, state
@@ -34,25 +34,26 @@ Chunks = Sequence[torch.nn.Module]
 
 
 def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, verify: str = "checksums") -> int:
-    """Read only the model's weights from a checkpoint, which Megatron-LM or anyone wrote; returns its iteration (0 for
-    ``release``).  Collective.
+    """Load the weights of a model from a checkpoint of any writer, and return its iteration; collective.
 
-    ``path``: an ``iter_`` or ``release`` folder, or the folder with Megatron's tracker file; torch_dist, or legacy
-    (``mp_rank_*``).  ``vocab_size``: the valid rows, all of which the checkpoint must have; padding rows that it lacks
-    become zero.  ``verify``: what of its manifest is compared, checksums or sizes; other programs write none.
-    No pickle runs code.  With an optimizer that keeps float32 main parameters, call its ``reload_model_params``
-    afterwards.
-    Raises: CheckpointError before anything is loaded, naming a torn file, or the first tensors that are missing,
-    unexpected or of another shape.
+    ``path``: an ``iter_`` or ``release`` directory, or the directory with Megatron's tracker file, in the torch_dist or
+    the legacy format (``mp_rank_*``); the iteration of ``release`` is 0.  ``vocab_size``: the number of valid rows of
+    the vocabulary, all of which the checkpoint must have; padding rows that the checkpoint lacks become zero.
+    ``verify``: what the function compares with the checkpoint's manifest, ``checksums`` or ``sizes``; checkpoints of
+    other programs have no manifest.  No pickle runs code.  With an optimizer that keeps float32 main parameters, call
+    the optimizer's ``reload_model_params`` afterwards.
+
+    Raises: CheckpointError before anything is loaded; the message names a torn file, or the first tensors that are
+    missing, unexpected or of another shape.
     """
     found, is_legacy = on_rank_0(lambda: find(path))
     if is_legacy:
         _load_legacy(found, chunks, vocab_size)
         _require_finite(found, chunks, vocab_size)
         return directory.iteration_of(found)
-    sharded_io.require_whole(found, verify)
+    sharded_io.verify_integrity(found, verify)
     wanted = _wanted(chunks, on_rank_0(lambda: set(sharded_io.stored_shapes(found))))
-    sharded_io.require_fit(wanted, found, only_weights=True, vocab_size=vocab_size)
+    sharded_io.check_shapes(wanted, found, only_weights=True, vocab_size=vocab_size)
     with state.gathered_parameters(chunks):
         state.load_model_state(chunks, sharded_io.read(wanted, found))
         _require_finite(found, chunks, vocab_size)
@@ -75,7 +76,7 @@ def load_weights_and_optimizer(
         raise CheckpointError(
             f"{found} is in the legacy format, whose optimizer state fits one layout: load its weights"
         )
-    sharded_io.require_whole(found, verify)
+    sharded_io.verify_integrity(found, verify)
     common = on_each_rank(lambda: load_pickled(found / "common.pt"))
     if "optimizer" not in common:
         raise CheckpointError(f"{found} holds no optimizer state: load its weights alone")
@@ -84,7 +85,7 @@ def load_weights_and_optimizer(
         model = _wanted(chunks, on_rank_0(lambda: set(sharded_io.stored_shapes(found))), content)
         optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
         wanted = {**model, "optimizer": optimizer_state}
-        sharded_io.require_fit(wanted, found, vocab_size=vocab_size)
+        sharded_io.check_shapes(wanted, found, vocab_size=vocab_size)
         loaded = sharded_io.read(wanted, found)
         state.load_model_state(chunks, loaded)
         _require_finite(found, chunks, vocab_size)
@@ -158,7 +159,7 @@ def _wanted(chunks: Chunks, stored: set[str], content: dict[str, Any] = state.CO
 
 @torch.no_grad()
 def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
-    source = on_each_rank(lambda: LegacySource(path))
+    source = on_each_rank(lambda: LegacyReader(path))
     shards = sharded_io.tensors(state.model_state(chunks, state.CONTENT))
     faults: dict[str, None] = {}
     used: set[Place] = set()

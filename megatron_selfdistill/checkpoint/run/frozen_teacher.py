@@ -55,7 +55,7 @@ def save_frozen_teacher(
     checkpoints know them again.  Collective.
 
     ``mark``: that of the same teacher, which checkpoints refer to; null makes a new one.  Other weights there come from
-    an earlier start in the same run folder, and are replaced.  ``replicas`` and
+    an earlier start in the same run directory, and are replaced.  ``replicas`` and
     ``prove_ownership``: as in `transfer.begin_write`.
     """
     target = Path(run_dir) / NAME
@@ -82,15 +82,15 @@ def load_frozen_teacher(
     """
     target = Path(run_dir) / NAME
     path = on_rank_0(lambda: directory.resolve(target))
-    sharded_io.require_whole(path, verify)
+    sharded_io.verify_integrity(path, verify)
     found = _mark_of(path)
     if mark not in (None, found):
         raise CheckpointError(
             f"{path} is not the teacher that this checkpoint was trained with: a later start in the same run "
-            "folder replaced it"
+            "directory replaced it"
         )
     wanted = teacher.sharded_state_dict()
-    sharded_io.require_fit(wanted, path)
+    sharded_io.check_shapes(wanted, path)
     teacher.load_state_dict(sharded_io.read(wanted, path))
     return found
 
@@ -105,7 +105,7 @@ def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:
     wanted = {str(i): tensor for i, tensor in enumerate(sharded_io.tensors(teacher.sharded_state_dict()))}
     own = {name: tensor.data for name, tensor in wanted.items()}
     try:
-        sharded_io.require_fit(wanted, path)
+        sharded_io.check_shapes(wanted, path)
     except CheckpointError:  # on all ranks: another model
         return False
     for tensor in wanted.values():

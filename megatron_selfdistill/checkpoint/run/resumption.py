@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whether a run may continue from the checkpoint in its folder: what is asked now against what was asked then."""
+"""Whether a run may continue from the checkpoint in its directory: what is asked now against what was asked then."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The files of a run folder that a launch writes once: the configuration, and what conversions need."""
+"""The files of a run directory that a launch writes once: the configuration, and what conversions need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.checkpoint.conversion import carry_companions
+from megatron_selfdistill.checkpoint.conversion import copy_hf_assets_to_run_dir
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import on_rank_0
 from megatron_selfdistill.errors import CheckpointError
@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 CONFIGURATION_FILE = "config.yaml"
 
 
-class RunFolder:
-    """The run folder: the files that the reporter writes once per launch, and the proof that it is still this run's.
+class RunDirectory:
+    """The run directory: the files that the reporter writes once per launch, and the proof that it is still this run's.
 
-    ``is_owned`` is its only state: False once another run has taken the folder over.
+    ``is_owned`` is its only state: False once another run has taken the directory over.
     """
 
     def __init__(self, config: Config, step: int, prove_ownership: Callable[[], None] | None = None) -> None:
         """``step``: the steps that are done at the start of this launch; ``prove_ownership``: called on rank 0, raises
-        `CheckpointError` where another run has taken the folder over (`RunLock.renew`)."""
+        `CheckpointError` where another run has taken the directory over (`RunLock.renew`)."""
         self.path, self._config, self._step = Path(config.run_dir), config, step
         self._prove_ownership = prove_ownership
         self.is_owned = True
 
     def require_ownership(self) -> None:
-        """Raise `CheckpointError` on all ranks where another run has taken the run folder over.  Collective."""
+        """Raise `CheckpointError` on all ranks where another run has taken the run directory over.  Collective."""
         if self._prove_ownership is not None:
             try:
                 on_rank_0(self._prove_ownership)
@@ -52,10 +52,10 @@ class RunFolder:
             file.rename(self._unused_name())
         file.write_text(text, encoding="utf-8")
         if self._config.checkpoint.load:
-            carry_companions(Path(self._config.checkpoint.load), self.path)
+            copy_hf_assets_to_run_dir(Path(self._config.checkpoint.load), self.path)
 
     def restore(self) -> None:
-        """Write again what a launch writes once, where somebody has removed the run folder in the meantime."""
+        """Write again what a launch writes once, where somebody has removed the run directory in the meantime."""
         if not (self.path / CONFIGURATION_FILE).is_file():
             logger.warning("%s is not there any more: it is written again", configuration.hidden(str(self.path)))
             self.write()

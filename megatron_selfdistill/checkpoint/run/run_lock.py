@@ -1,16 +1,16 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The lock of a run folder: one run at a time trains into it, on any file system with atomic renames (NFS included).
+"""The lock of a run directory: one run at a time trains into it, on any file system with atomic renames (NFS included).
 
     run_dir/lock/<id of the owner>.<heartbeats so far>       one file, which says who the owner is
 
 Every change is one atomic operation on the file server that names what it expects to find:
 
-    take       rename a prepared folder to ``lock``, which fails unless ``lock`` is missing or empty
+    take       rename a prepared directory to ``lock``, which fails unless ``lock`` is missing or empty
     heartbeat  rename ``<id>.<n>`` to ``<id>.<n+1>``, which fails where somebody has broken the lock
     break      unlink ``<id>.<n>``, which fails where the owner has renewed it since the waiting process looked
     release    unlink the own file
 
-So neither clocks that differ nor caches of the file system can give a folder to two runs: a waiting process compares
+So neither clocks that differ nor caches of the file system can give a directory to two runs: a waiting process compares
 what it sees with what it saw, and the server decides.
 """
 
@@ -37,7 +37,7 @@ from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.errors import CheckpointError
 
 LOCK = "lock"
-"""The lock's name in the run folder."""
+"""The lock's name in the run directory."""
 BEAT_S = 5.0
 """Seconds between two heartbeats of an owner."""
 SILENCE_S = 120.0
@@ -88,7 +88,7 @@ class Owner:
 
 
 class RunLock:
-    """The lock of one run folder, held by one process of a run: rank 0.
+    """The lock of one run directory, held by one process of a run: rank 0.
 
     A thread renews it every ``beat_s`` seconds from `acquire` to `release`.
     """
@@ -102,11 +102,11 @@ class RunLock:
         report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         """``report``: receives a line when `acquire` waits for an owner, and when it breaks the lock of one."""
-        self.run_dir, self._folder = Path(run_dir), Path(run_dir) / LOCK
+        self.run_dir, self._directory = Path(run_dir), Path(run_dir) / LOCK
         self._beat_s, self._silence_s, self._report = beat_s, silence_s, report
         self._id, self._beats = uuid.uuid4().hex[:12], 0
         self._held = self._made_run_dir = False
-        self._place: tuple[int, int] | None = None  # tells the run folder from one that was made again
+        self._place: tuple[int, int] | None = None  # tells the run directory from one that was made again
         self._lost: str | None = None
         self._mutex, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._beat_until_closed, name="run lock", daemon=True)
@@ -116,7 +116,7 @@ class RunLock:
 
         An owner whose process or Slurm job is over loses the lock at once, one that gives no sign of life for
         ``silence_s`` seconds after that time, which this call waits for.
-        Raises: `ConfigError` in one sentence where the owner is alive, or the folder cannot be written.
+        Raises: `ConfigError` in one sentence where the owner is alive, or the directory cannot be written.
         """
         try:
             self._made_run_dir = not self.run_dir.exists()
@@ -126,13 +126,13 @@ class RunLock:
         except OSError as error:
             self._remove_empty_run_dir()
             raise ConfigError(
-                f"run_dir={self.run_dir} cannot be written: {error.strerror or error}; choose another folder"
+                f"run_dir={self.run_dir} cannot be written: {error.strerror or error}; choose another directory"
             ) from error
         self._held = True
         self._thread.start()
 
     def renew(self) -> None:
-        """Prove that this process still owns the folder: after this call returns, what it writes is safe.
+        """Prove that this process still owns the directory: after this call returns, what it writes is safe.
 
         Raises: `CheckpointError` where the lock is no longer this process's; OSError where that cannot be found out.
         """
@@ -143,7 +143,10 @@ class RunLock:
                 raise CheckpointError(self._lost)
 
     def release(self) -> None:
-        """Give the lock back; harmless where it is not held, or lost.  An empty run folder that `acquire` made goes."""
+        """Release the lock, and remove an empty run directory that `acquire` created.
+
+        The call does nothing where this process does not hold the lock, or has lost it.
+        """
         if not self._held:
             return
         self._held = False
@@ -151,15 +154,15 @@ class RunLock:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=2 * self._beat_s)  # it may be waiting for a file server
         with contextlib.suppress(OSError):
-            (self._folder / self._name(self._beats)).unlink()
-            self._folder.rmdir()
+            (self._directory / self._name(self._beats)).unlink()
+            self._directory.rmdir()
         self._remove_empty_run_dir()
 
     # -- taking ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[Path]:
-        """A folder that becomes the lock when it is renamed."""
+        """A directory that becomes the lock when it is renamed."""
         prepared = self.run_dir / f".{LOCK}_{self._id}"
         prepared.mkdir(parents=True)
         try:
@@ -201,28 +204,28 @@ class RunLock:
 
     def _take(self, prepared: Path) -> bool:
         try:
-            prepared.rename(self._folder)
+            prepared.rename(self._directory)
         except OSError as error:
-            if (self._folder / self._name(0)).exists():
+            if (self._directory / self._name(0)).exists():
                 return True  # done, but the answer was lost and the request repeated (NFS)
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             with contextlib.suppress(OSError):
-                self._folder.rmdir()  # empty: for file systems that do not replace even that
+                self._directory.rmdir()  # empty: for file systems that do not replace even that
             return False
         return True
 
     def _break(self, name: str) -> bool:
         """Remove the file ``name`` of an owner, unless the owner has renewed it since."""
         try:
-            (self._folder / name).unlink()
+            (self._directory / name).unlink()
         except OSError:
             return False
         return True
 
     def _present(self) -> str | None:
         try:
-            return min(os.listdir(self._folder), default=None)
+            return min(os.listdir(self._directory), default=None)
         except FileNotFoundError:
             return None
 
@@ -230,7 +233,7 @@ class RunLock:
         """Read who owns the lock; None where its file cannot be read, or is renamed in between."""
         for _ in range(3):
             try:
-                return Owner(**json.loads((self._folder / name).read_text(encoding="utf-8")))
+                return Owner(**json.loads((self._directory / name).read_text(encoding="utf-8")))
             except FileNotFoundError:
                 name = self._present() or name
             except (OSError, ValueError, TypeError):
@@ -241,7 +244,7 @@ class RunLock:
         return (
             f"run_dir={self.run_dir} is in use by another run ({owner or 'unknown'}), which is alive: choose another "
             f"run_dir, or end that run first; nothing has been changed.  If you are certain that no run uses this "
-            f"folder, remove {self._folder}"
+            f"directory, remove {self._directory}"
         )
 
     # -- holding --------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ class RunLock:
                 self.renew()
 
     def _beat(self) -> None:
-        old, new = (self._folder / self._name(beat) for beat in (self._beats, self._beats + 1))
+        old, new = (self._directory / self._name(beat) for beat in (self._beats, self._beats + 1))
         try:
             old.rename(new)
         except OSError as error:
@@ -268,7 +271,7 @@ class RunLock:
         self._beats += 1
 
     def _take_again(self) -> bool:
-        """Take the lock again where somebody has removed the whole run folder, so that nobody's work is in it."""
+        """Take the lock again where somebody has removed the whole run directory, so that nobody's work is in it."""
         place = _place(self.run_dir)
         if place == self._place or (self.run_dir / "checkpoints").exists():
             return False  # another run may have taken the lock, trained, and released it
@@ -282,12 +285,12 @@ class RunLock:
     def _loss(self) -> str:
         name = self._present()
         if name is None:
-            what = f"{self._folder} has been removed, or a run that took the folder over has already ended"
+            what = f"{self._directory} has been removed, or a run that took the directory over has already ended"
         else:
-            what = f"another run has taken the folder over ({self._owner(name) or 'unknown'})"
+            what = f"another run has taken the directory over ({self._owner(name) or 'unknown'})"
         return (
-            f"run_dir={self.run_dir} no longer belongs to this run: {what}.  A run loses its folder when it gives no "
-            f"sign of life for {self._silence_s:g} s, for instance while it is suspended.  This run ends without "
+            f"run_dir={self.run_dir} no longer belongs to this run: {what}.  A run loses its directory when it gives "
+            f"no sign of life for {self._silence_s:g} s, for instance while it is suspended.  This run ends without "
             "writing anything"
         )
 
@@ -297,10 +300,10 @@ class RunLock:
                 self.run_dir.rmdir()
 
 
-def _place(folder: Path) -> tuple[int, int] | None:
-    """Return what tells a folder from another one of the same name; None where there is none."""
+def _place(directory: Path) -> tuple[int, int] | None:
+    """Return what tells a directory from another one of the same name; None where there is none."""
     try:
-        status = folder.stat()
+        status = directory.stat()
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino

@@ -40,7 +40,7 @@ def encode(trainer_state: dict[str, Any]) -> str:
 
 
 def read_saved_run(path: Path) -> SavedRun:
-    """Read what the checkpoint folder ``path`` says of its run.  Nothing is executed.
+    """Read what the checkpoint directory ``path`` says of its run.  Nothing is executed.
 
     Raises: CheckpointError where the checkpoint is not one of a run, or is damaged.
     """
@@ -56,8 +56,8 @@ def read_saved_run(path: Path) -> SavedRun:
     return SavedRun(path, common, own, _decode(own["trainer_state"], path))
 
 
-def is_ours(path: Path) -> bool:
-    """Return whether this program wrote the checkpoint folder ``path``, a run's, a frozen teacher's or a conversion's.
+def is_selfdistill_checkpoint(path: Path) -> bool:
+    """Return whether this program saved the checkpoint in ``path``: of a run, a frozen teacher or a conversion.
 
     What this program writes can be read: a common.pt that cannot is another program's, or is damaged.
     """

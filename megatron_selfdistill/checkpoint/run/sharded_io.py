@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Between sharded state dicts and one torch_dist folder: write under a temporary name, check that it fits, read."""
+"""Between sharded state dicts and one torch_dist directory: write under a temporary name, check that it fits, read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import Temporary
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, NOT_WEIGHTS
-from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistSource
+from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, load_pickled, loads_pickled
 from megatron_selfdistill.checkpoint.run.state import CONTENT
 from megatron_selfdistill.distributed.collectives import describe, from_all_ranks, on_each_rank, on_rank_0
@@ -54,11 +54,11 @@ def begin_write(
     prove_ownership: Callable[[], None] = lambda: None,
     published: Callable[[], None] = lambda: None,
 ) -> tuple[AsyncRequest, Temporary]:
-    """Megatron's request that writes ``contents``, and the locked temporary folder that it fills.
+    """Megatron's request that writes ``contents``, and the locked temporary directory that it fills.
 
-    Execute the request at once or in the background; its end calls ``prove_ownership``, renames the folder to
+    Execute the request at once or in the background; its end calls ``prove_ownership``, renames the directory to
     ``target`` and then runs ``published``, all on rank 0.  Afterwards, also after a failure, `Temporary.release` it.
-    ``prove_ownership`` raises `CheckpointError` where another run has taken the run folder over, for instance while
+    ``prove_ownership`` raises `CheckpointError` where another run has taken the run directory over, for instance while
     this one was suspended in the middle of the save: then nothing gets the name ``target``.
     ``replicas``: ranks that hold equal tensors and share the writing.  ``validate``: check that the ranks' shards
     cover each tensor once.  Collective; raises `CheckpointError` on all ranks.
@@ -66,7 +66,7 @@ def begin_write(
     needed = sum(from_all_ranks(_num_bytes(contents)))
     # Before the lock: the process that hands over the writers' results outlives the save and must not share it.
     on_each_rank(filesystem_async._get_write_results_queue)
-    temporary = _begin_folder(target, needed)
+    temporary = _begin_directory(target, needed)
     strategy = get_default_save_sharded_strategy()
     if replicas is not None and replicas.size() > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, replicas)
@@ -136,7 +136,7 @@ def read_common(path: Path) -> dict[str, Any]:
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor in a torch_dist checkpoint; no pickle but a restricted one is read."""
-    return TorchDistSource(path).shapes
+    return TorchDistReader(path).shapes
 
 
 def stored_keys(path: Path) -> set[str]:
@@ -144,7 +144,7 @@ def stored_keys(path: Path) -> set[str]:
     return set(load_metadata(path).state_dict_metadata)
 
 
-def require_fit(
+def check_shapes(
     wanted: dict[str, Any], path: Path, *, only_weights: bool = False, vocab_size: int | None = None
 ) -> None:
     """Raise one sentence on all ranks unless the checkpoint has each tensor that some rank wants, in its shape.
@@ -205,7 +205,7 @@ def damage(path: Path, verify: str) -> str | None:
     return next((fault for fault in from_all_ranks(on_each_rank(check)) if fault is not None), None)
 
 
-def require_whole(path: Path, verify: str) -> None:
+def verify_integrity(path: Path, verify: str) -> None:
     """Raise `CheckpointError` on all ranks where `damage` finds some; it offers the newest complete one nearby."""
     fault = damage(path, verify)
     if fault is not None:
@@ -214,7 +214,7 @@ def require_whole(path: Path, verify: str) -> None:
 
 @contextlib.contextmanager
 def _restricted_readers() -> Iterator[None]:
-    """Let PyTorch's reader of torch_dist folders, which Megatron uses, unpickle by the restricted unpickler.
+    """Let PyTorch's reader of torch_dist directories, which Megatron uses, unpickle by the restricted unpickler.
 
     PyTorch itself calls ``pickle.load`` for ``.metadata`` and ``torch.load(weights_only=False)`` for objects.
     """
@@ -279,8 +279,8 @@ def _write_and_sum_up(
         manifest.write_part(path, str(rank), [Path(file) for file, _, _ in buckets])
 
 
-def _begin_folder(target: Path, num_bytes: int) -> Temporary:
-    """`folder.begin` on rank 0, and every rank's hold on the lock."""
+def _begin_directory(target: Path, num_bytes: int) -> Temporary:
+    """`directory.begin` on rank 0, and every rank's hold on the lock."""
     begun: list[Temporary] = []
 
     def begin() -> Path:

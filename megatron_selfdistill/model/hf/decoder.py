@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.model.hf.rules import CARRIED, MegatronSlice, QueryGroups, Rule, query_groups, rows
+from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, QueryGroups, Rule, query_groups, rows
 
 Architecture = dict[str, Any]
 Place = Callable[..., MegatronSlice]
@@ -45,8 +45,8 @@ def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None =
     rules.append(rows(MegatronSlice("decoder.final_layernorm.weight"), {"model.norm.weight": (hidden,)}))
     if not arch["share_embeddings_and_output_weights"]:
         rules.append(rows(MegatronSlice("output_layer.weight"), {"lm_head.weight": vocabulary}, vocabulary=True))
-    for layer in range(num_layers, num_layers + arch["num_carried_mtp_layers"]):
-        rules += carried_rules(arch, names, f"model.layers.{layer}", is_moe=arch["num_moe_experts"] is not None)
+    for layer in range(num_layers, num_layers + arch["num_passthrough_mtp_layers"]):
+        rules += passthrough_rules(arch, names, f"model.layers.{layer}", is_moe=arch["num_moe_experts"] is not None)
     return rules
 
 
@@ -63,9 +63,9 @@ def layer_rules(arch: Architecture, names: ExpertNames, hf: str, place: Place, i
         yield from _mlp("mlp", arch["hidden_size"], arch["ffn_hidden_size"], f"{hf}.mlp", ExpertNames(), place)
 
 
-def carried_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: bool) -> Iterator[Rule]:
+def passthrough_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: bool) -> Iterator[Rule]:
     """A multi-token-prediction layer: its own embedding, projection, norms and output around a transformer layer, each
-    tensor as it is, under `CARRIED` and its Hugging Face name."""
+    tensor as it is, under `PASSTHROUGH` and its Hugging Face name."""
     hidden, vocabulary = arch["hidden_size"], (arch["vocab_size"], arch["hidden_size"])
     shapes: dict[str, tuple[int, ...]] = {
         f"{hf}.embed_tokens.weight": vocabulary,
@@ -80,7 +80,7 @@ def carried_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: bool)
         shapes |= zip(rule.hf_names, rule.hf_shapes, strict=True)
         float32 |= set(rule.hf_names) if rule.float32 else set()
     for name, shape in shapes.items():
-        yield rows(MegatronSlice(CARRIED + name), {name: shape}, float32=name in float32)
+        yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape}, float32=name in float32)
 
 
 def _place(layer: int, stacked: bool) -> Place:

@@ -44,7 +44,7 @@ def _read(config: HFConfig) -> ModelConfig:
         moe_ffn_hidden_size=config["moe_intermediate_size"],
         moe_router_enable_expert_bias=True,
         moe_router_score_function="sigmoid",
-        num_carried_mtp_layers=_mtp_layers(config),
+        num_passthrough_mtp_layers=_mtp_layers(config),
         transformer=transformer,
     )
 
@@ -109,7 +109,7 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
         "routed_scaling_factor": arch["moe_router_topk_scaling_factor"],
         "first_k_dense_replace": arch["moe_layer_freq"].index(1),
         "moe_layer_freq": 1,
-        "num_nextn_predict_layers": arch["num_carried_mtp_layers"],
+        "num_nextn_predict_layers": arch["num_passthrough_mtp_layers"],
     }
 
 

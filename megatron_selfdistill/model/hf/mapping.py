@@ -3,7 +3,7 @@
 
     family = family_of(config)                    # config.json as a dict
     model = family.model_config(config)           # ModelConfig
-    rules = check_names(family.rules(model), names_in_the_folder)
+    rules = check_names(family.rules(model), names_in_the_directory)
     rule.to_megatron(*hf_tensors), rule.to_hf(tensor)
 
 Nothing here reads a file, knows about ranks or computes: sharding is Megatron's, streaming the converter's.
@@ -17,11 +17,11 @@ from typing import Any
 from megatron_selfdistill.config import ConfigError, ModelConfig
 from megatron_selfdistill.model.hf import deepseek, dense, experts
 from megatron_selfdistill.model.hf.family import Family, architecture, differences, said
-from megatron_selfdistill.model.hf.rules import CARRIED, MegatronSlice, Rule, dequantise_blocks
+from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks
 
 __all__ = [
-    "CARRIED",
     "FAMILIES",
+    "PASSTHROUGH",
     "TIED",
     "Family",
     "MegatronSlice",
@@ -51,7 +51,7 @@ FAMILIES: dict[str, Family] = {
 """By the name in ``architectures`` of a config.json."""
 
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
-"""In a tied model the first, where a folder has it at all, must equal the second, and is not converted."""
+"""In a tied model the first, where a directory has it at all, must equal the second, and is not converted."""
 
 _SHOWN = 4
 _SCALES = "_scale_inv"
@@ -93,7 +93,7 @@ def family_of_model(model: ModelConfig) -> Family:
 
 
 def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
-    """The rules that apply to a folder with tensors ``hf_names``: all, less carried layers that it has none of.
+    """The rules that apply to a directory with tensors ``hf_names``: all, less carried layers that it has none of.
 
     Companions of FP8 weights (``..._scale_inv``), the inverse frequencies that old files hold, and `TIED` are expected.
     Raises: ConfigError, one sentence naming the first missing and the first unexpected tensors.
@@ -128,13 +128,13 @@ def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[R
     present = {
         _layer_of(rule)
         for rule in rules
-        if rule.carried and (rule.megatron.key in found or found.intersection(rule.hf_names))
+        if rule.is_passthrough and (rule.megatron.key in found or found.intersection(rule.hf_names))
     }
-    return [rule for rule in rules if not rule.carried or _layer_of(rule) in present]
+    return [rule for rule in rules if not rule.is_passthrough or _layer_of(rule) in present]
 
 
 def _layer_of(rule: Rule) -> str:
-    """Of a carried tensor ``hf_carried.model.layers.61.eh_proj.weight``: 61."""
+    """Of a carried tensor ``hf_passthrough.model.layers.61.eh_proj.weight``: 61."""
     return rule.hf_names[0].split(".")[2]
 
 

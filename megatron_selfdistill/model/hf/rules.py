@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_selfdistill.config import ConfigError
 
-CARRIED = "hf_carried."
+PASSTHROUGH = "hf_passthrough."
 """Keys of ours in a Megatron checkpoint: tensors that Megatron neither builds nor trains, kept for the way back."""
 
 
@@ -84,9 +84,9 @@ class Rule:
     """The first axis is the vocabulary, which Megatron pads."""
 
     @property
-    def carried(self) -> bool:
-        """Whether no model has this tensor: it lies in checkpoints only, under `CARRIED`."""
-        return self.megatron.key.startswith(CARRIED)
+    def is_passthrough(self) -> bool:
+        """Whether no model has this tensor: it lies in checkpoints only, under `PASSTHROUGH`."""
+        return self.megatron.key.startswith(PASSTHROUGH)
 
     def to_megatron(self, *hf_tensors: Tensor) -> Tensor:
         """The slice of shape ``shape``, from full tensors of ``hf_shapes`` in the order of ``hf_names``.

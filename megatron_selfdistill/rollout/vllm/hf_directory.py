@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.conversion import DTYPES
-from megatron_selfdistill.checkpoint.describe import COMPANIONS, companions_of
+from megatron_selfdistill.checkpoint.describe import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import Config, ConfigError, ModelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -49,7 +49,7 @@ def engine_folder(config: Config, vocab_size: int, run_dir: Path, grid: RankGrid
 
 def num_weights(rules: Iterable[Rule]) -> int:
     """Return the number of elements of the full tensors that an engine holds under ``rules``."""
-    shapes = [shape for rule in rules if not rule.carried for shape in rule.hf_shapes]
+    shapes = [shape for rule in rules if not rule.is_passthrough for shape in rule.hf_shapes]
     return sum(math.prod(shape) for shape in shapes)
 
 
@@ -80,9 +80,9 @@ def _source(config: Config, run_dir: Path) -> Path | None:
     carried = None
     if config.checkpoint.load is not None:
         load = Path(config.checkpoint.load)
-        carried = companions_of(directory.tracked(load) or load)
-    if carried is None and (run_dir / COMPANIONS / "config.json").is_file():
-        carried = run_dir / COMPANIONS
+        carried = hf_assets_of(directory.tracked(load) or load)
+    if carried is None and (run_dir / HF_ASSETS / "config.json").is_file():
+        carried = run_dir / HF_ASSETS
     return carried
 
 
@@ -104,5 +104,5 @@ def _model(config: Config, original: dict[str, Any] | None, vocab_size: int) -> 
         assert original is not None
         family = family_of(original)
         return family.model_config(original), family
-    model = replace(config.model, vocab_size=vocab_size, num_carried_mtp_layers=0)
+    model = replace(config.model, vocab_size=vocab_size, num_passthrough_mtp_layers=0)
     return model, family_of_model(model) if original is None else family_of(original)

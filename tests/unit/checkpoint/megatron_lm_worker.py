@@ -3,7 +3,7 @@
 
     megatron_lm_worker.py MEGATRON_LM WHAT OUT [flags of pretrain_gpt.py ...]
 
-``megatron.training``, ``gpt_builders.py`` and ``pretrain_gpt.py`` come from the folder MEGATRON_LM, and run as they
+``megatron.training``, ``gpt_builders.py`` and ``pretrain_gpt.py`` come from the directory MEGATRON_LM, and run as they
 are.  The process provides only what the machine lacks: CUDA's names (`megatron_selfdistill.compat.cpu`), the repairs of
 Megatron Core without Transformer Engine, compiled extensions, and the package ``six``, which a BERT tokenizer imports.
 """

@@ -371,7 +371,9 @@ def lose_a_background_save(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_background_save_whose_folder_is_removed_is_an_error_unless_another_one_follows(ranks, tmp_path, world_size):
+def test_a_background_save_whose_directory_is_removed_is_an_error_unless_another_one_follows(
+    ranks, tmp_path, world_size
+):
     ranks.run(lose_a_background_save, tmp_path / "run", world_size=world_size)
 
 
@@ -427,14 +429,14 @@ def resume_and_save(run_dir: Path, step: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("async_save", [False, True])
 def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
-    folder = tmp_path / "checkpoints"
+    directory = tmp_path / "checkpoints"
     with pytest.raises(RankError, match="exit code -9"):
         ranks.run(killed_in_a_save, tmp_path, async_save, world_size=1)
     writers = [int(path.read_text()) for path in tmp_path.glob("writer_*")]
     assert writers
     try:
         ranks.run(resume_and_save, tmp_path, 1, world_size=1)
-        (left,) = folder.glob(".writing_iter_0000002_????????")
+        (left,) = directory.glob(".writing_iter_0000002_????????")
         assert any(path.suffix == ".distcp" for path in left.iterdir())  # its writers live: it is not touched
     finally:
         for writer in writers:

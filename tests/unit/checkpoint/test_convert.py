@@ -34,15 +34,15 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 KINDS = list(hf_models.CONFIGS)
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+def config_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
 
 
 def assert_same_tensors(one: Path, two: Path) -> None:
@@ -56,8 +56,8 @@ def assert_same_tensors(one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back_is_the_identity(hf_folder, tmp_path, kind):
-    hf = hf_folder(kind)
+def test_there_and_back_is_the_identity(hf_directory, tmp_path, kind):
+    hf = hf_directory(kind)
     said: list[str] = []
     hf_to_megatron(hf, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", progress=Progress(say=said.append))
@@ -68,12 +68,12 @@ def test_there_and_back_is_the_identity(hf_folder, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_the_original_config_transformers_computes_the_same(hf_folder, tmp_path, kind):
+def test_without_the_original_config_transformers_computes_the_same(hf_directory, tmp_path, kind):
     import transformers
 
-    hf = hf_folder(kind)
+    hf = hf_directory(kind)
     release = hf_to_megatron(hf, tmp_path / "megatron")
-    shutil.rmtree(release / conversion.COMPANIONS)
+    shutil.rmtree(release / conversion.HF_ASSETS)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert_same_tensors(hf, tmp_path / "back")
     tokens = torch.tensor([hf_models.SEQUENCES[0]])
@@ -82,8 +82,8 @@ def test_without_the_original_config_transformers_computes_the_same(hf_folder, t
         assert torch.equal(before(tokens).logits, after(tokens).logits)
 
 
-def test_shards_are_bounded_and_load(hf_folder, tmp_path):
-    hf = hf_folder("qwen3")
+def test_shards_are_bounded_and_load(hf_directory, tmp_path):
+    hf = hf_directory("qwen3")
     hf_to_megatron(hf, tmp_path / "megatron")
     back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=30_000)
     shards = sorted(back.glob("*.safetensors"))
@@ -96,10 +96,10 @@ def test_shards_are_bounded_and_load(hf_folder, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_type_is_taken_by_all_weights_but_the_expert_bias(hf_folder, tmp_path):
-    hf_to_megatron(hf_folder("deepseek_v3"), tmp_path / "megatron", dtype=torch.bfloat16)
+def test_a_type_is_taken_by_all_weights_but_the_expert_bias(hf_directory, tmp_path):
+    hf_to_megatron(hf_directory("deepseek_v3"), tmp_path / "megatron", dtype=torch.bfloat16)
     tensors = tensors_of(megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
-    for name, original in tensors_of(hf_folder("deepseek_v3")).items():
+    for name, original in tensors_of(hf_directory("deepseek_v3")).items():
         bias = name.endswith("e_score_correction_bias")
         assert tensors[name].dtype == (torch.float32 if bias else torch.bfloat16)
         assert torch.equal(tensors[name], original if bias else original.bfloat16())
@@ -127,8 +127,8 @@ def with_fp8(hf: Path, out: Path) -> dict[str, torch.Tensor]:
     return dequantised
 
 
-def test_fp8_weights_come_back_dequantised(hf_folder, tmp_path):
-    expected = with_fp8(hf_folder("deepseek_v3"), tmp_path / "fp8")
+def test_fp8_weights_come_back_dequantised(hf_directory, tmp_path):
+    expected = with_fp8(hf_directory("deepseek_v3"), tmp_path / "fp8")
     hf_to_megatron(tmp_path / "fp8", tmp_path / "megatron")
     tensors = tensors_of(megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
     assert expected
@@ -159,8 +159,8 @@ def with_mtp_layer(hf: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
 
 
-def test_multi_token_prediction_layers_are_carried_both_ways(hf_folder, tmp_path, ranks):
-    with_mtp_layer(hf_folder("deepseek_v3"), tmp_path / "hf")
+def test_multi_token_prediction_layers_are_carried_both_ways(hf_directory, tmp_path, ranks):
+    with_mtp_layer(hf_directory("deepseek_v3"), tmp_path / "hf")
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert_same_tensors(tmp_path / "hf", tmp_path / "back")
@@ -194,7 +194,7 @@ def load_and_compare(hf: Path, megatron: Path, parallel: ParallelConfig) -> None
 
     _, model, rules, tensors = hf_models.read(hf)
     expected, _ = models.build(model, parallel)
-    hf_models.fill(expected, [rule for rule in rules if not rule.carried], tensors)
+    hf_models.fill(expected, [rule for rule in rules if not rule.is_passthrough], tensors)
     chunks, _ = models.build(model, parallel, seed=9)
     assert load_weights(megatron, chunks, hf_models.VOCAB_SIZE) == 0
     for loaded, filled in zip(chunks, expected, strict=True):
@@ -207,9 +207,9 @@ def load_and_compare(hf: Path, megatron: Path, parallel: ParallelConfig) -> None
 
 
 @pytest.mark.parametrize("kind, layout", CASES)
-def test_a_converted_checkpoint_loads_in_any_layout(ranks, hf_folder, tmp_path, kind, layout):
-    hf_to_megatron(hf_folder(kind), tmp_path / "megatron")
-    ranks.run(load_and_compare, hf_folder(kind), tmp_path / "megatron", LAYOUTS[layout], world_size=WORLD[layout])
+def test_a_converted_checkpoint_loads_in_any_layout(ranks, hf_directory, tmp_path, kind, layout):
+    hf_to_megatron(hf_directory(kind), tmp_path / "megatron")
+    ranks.run(load_and_compare, hf_directory(kind), tmp_path / "megatron", LAYOUTS[layout], world_size=WORLD[layout])
 
 
 def read_as_megatron(release: Path, hf: Path, kind: str) -> None:
@@ -238,10 +238,10 @@ def read_as_megatron(release: Path, hf: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "mixtral", "qwen3_moe_mixed", "deepseek_v3"])
-def test_megatrons_own_loader_sees_nothing_unusual(ranks, hf_folder, tmp_path, kind):
-    release = hf_to_megatron(hf_folder(kind), tmp_path / "megatron")
+def test_megatrons_own_loader_sees_nothing_unusual(ranks, hf_directory, tmp_path, kind):
+    release = hf_to_megatron(hf_directory(kind), tmp_path / "megatron")
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
-    ranks.run(read_as_megatron, release, hf_folder(kind), kind, world_size=1)
+    ranks.run(read_as_megatron, release, hf_directory(kind), kind, world_size=1)
 
 
 # From a checkpoint that a run wrote
@@ -300,16 +300,16 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_a_folder_that_does_not_fit_is_one_sentence(hf_folder, tmp_path, misfit):
+def test_a_directory_that_does_not_fit_is_one_sentence(hf_directory, tmp_path, misfit):
     changes, sentence = MISFITS[misfit]
-    hf = edited(hf_folder("qwen3"), tmp_path / "hf", **changes)
+    hf = edited(hf_directory("qwen3"), tmp_path / "hf", **changes)
     with pytest.raises((ConfigError, CheckpointError), match=sentence):
         hf_to_megatron(hf, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_truncated_and_missing_safetensors_are_named(hf_folder, tmp_path):
-    hf = edited(hf_folder("qwen3"), tmp_path / "hf")
+def test_truncated_and_missing_safetensors_are_named(hf_directory, tmp_path):
+    hf = edited(hf_directory("qwen3"), tmp_path / "hf")
     file = hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut off"):
@@ -322,8 +322,8 @@ def test_truncated_and_missing_safetensors_are_named(hf_folder, tmp_path):
         hf_to_megatron(hf, tmp_path / "out")
 
 
-def test_a_damaged_megatron_checkpoint_is_named(hf_folder, tmp_path):
-    release = hf_to_megatron(hf_folder("llama2"), tmp_path / "megatron")
+def test_a_damaged_megatron_checkpoint_is_named(hf_directory, tmp_path):
+    release = hf_to_megatron(hf_directory("llama2"), tmp_path / "megatron")
     file = release / "__0_0.distcp"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
@@ -335,23 +335,23 @@ def test_a_damaged_megatron_checkpoint_is_named(hf_folder, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
-def test_another_config_than_the_checkpoints_shows_both(hf_folder, tmp_path):
-    hf_to_megatron(hf_folder("llama2"), tmp_path / "megatron")
-    other = edited(hf_folder("llama2"), tmp_path / "other", config={"rms_norm_eps": 1e-6})
+def test_another_config_than_the_checkpoints_shows_both(hf_directory, tmp_path):
+    hf_to_megatron(hf_directory("llama2"), tmp_path / "megatron")
+    other = edited(hf_directory("llama2"), tmp_path / "other", config={"rms_norm_eps": 1e-6})
     with pytest.raises(ConfigError, match="layernorm_epsilon would be 1e-06 but the model has 1e-05"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back", hf_config=other)
     with pytest.raises(CheckpointError, match="has no iteration 7; it has none"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back", iteration=7)
 
 
-def test_nothing_is_overwritten(hf_folder, tmp_path):
+def test_nothing_is_overwritten(hf_directory, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     (tmp_path / "out.old").mkdir()
     with pytest.raises(CheckpointError, match="is there already and is not overwritten"):
-        hf_to_megatron(hf_folder("llama2"), tmp_path / "out")
+        hf_to_megatron(hf_directory("llama2"), tmp_path / "out")
     (tmp_path / "out" / "mine").unlink()
-    hf_to_megatron(hf_folder("llama2"), tmp_path / "out")  # an empty folder is no loss
+    hf_to_megatron(hf_directory("llama2"), tmp_path / "out")  # an empty directory is no loss
     assert (tmp_path / "out.old").is_dir()
 
 
@@ -364,8 +364,10 @@ def run_tool(*arguments: Any, **options: Any) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
 
-def test_the_tool_converts_and_describes(hf_folder, tmp_path):
-    done = run_tool("hf-to-megatron", "--hf", hf_folder("mixtral"), "--out", tmp_path / "megatron", "--dtype", "bf16")
+def test_the_tool_converts_and_describes(hf_directory, tmp_path):
+    done = run_tool(
+        "hf-to-megatron", "--hf", hf_directory("mixtral"), "--out", tmp_path / "megatron", "--dtype", "bf16"
+    )
     assert done.returncode == 0, done.stderr
     assert f"flags of Megatron-LM core_v0.16.1: --load {tmp_path / 'megatron'} " in done.stdout
     assert "--num-experts 4" in done.stdout and "--bf16" in done.stdout
@@ -383,24 +385,24 @@ def test_the_tool_converts_and_describes(hf_folder, tmp_path):
     assert refused.returncode == 2 and refused.stderr.startswith("convert: ") and refused.stderr.count("\n") == 1
 
 
-def test_a_disk_that_is_too_small_is_told_first(hf_folder, small_disk):
+def test_a_disk_that_is_too_small_is_told_first(hf_directory, small_disk):
     disk = small_disk("512k")
     with pytest.raises(CheckpointError, match=r"bytes but .* has .* free: make room"):
-        hf_to_megatron(hf_folder("llama2"), disk / "megatron")
+        hf_to_megatron(hf_directory("llama2"), disk / "megatron")
     assert not list(disk.iterdir())
 
 
-def test_a_disk_that_fills_up_leaves_nothing_behind(hf_folder, small_disk, monkeypatch):
+def test_a_disk_that_fills_up_leaves_nothing_behind(hf_directory, small_disk, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 2**40))
     disk = small_disk("512k")
     (disk / "other").write_bytes(bytes(300_000))
     with pytest.raises(OSError, match="No space left on device"):
-        hf_to_megatron(hf_folder("mixtral"), disk / "megatron")
+        hf_to_megatron(hf_directory("mixtral"), disk / "megatron")
     assert [path.name for path in disk.iterdir()] == ["other"]
 
 
-def test_a_failing_write_leaves_nothing_behind(hf_folder, tmp_path, monkeypatch):
-    hf_to_megatron(hf_folder("llama2"), tmp_path / "megatron")
+def test_a_failing_write_leaves_nothing_behind(hf_directory, tmp_path, monkeypatch):
+    hf_to_megatron(hf_directory("llama2"), tmp_path / "megatron")
     monkeypatch.setattr(safetensors_directory.os, "pwrite", fail_with(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
@@ -414,14 +416,14 @@ def fail_with(error: Exception) -> Any:
     return fail
 
 
-def test_a_target_that_cannot_be_written_is_one_sentence(hf_folder, tmp_path):
-    done = run_tool("hf-to-megatron", "--hf", hf_folder("llama2"), "--out", "/proc/megatron")
+def test_a_target_that_cannot_be_written_is_one_sentence(hf_directory, tmp_path):
+    done = run_tool("hf-to-megatron", "--hf", hf_directory("llama2"), "--out", "/proc/megatron")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("convert: ")
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_after_an_interruption_a_second_run_starts_clean(hf_folder, tmp_path, kill):
-    hf, out = hf_folder("llama2"), tmp_path / "megatron"
+def test_after_an_interruption_a_second_run_starts_clean(hf_directory, tmp_path, kill):
+    hf, out = hf_directory("llama2"), tmp_path / "megatron"
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOWLY, str(hf), str(out)], cwd=REPOSITORY, stderr=subprocess.DEVNULL
     )

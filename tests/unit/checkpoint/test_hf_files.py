@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Folders as they are published: other kinds of weights, files and types; and names that lead out of a folder."""
+"""Published Hugging Face directories: formats of weights, other files, types, and names that leave the directory."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
 @pytest.fixture
-def folder(hf_folder, tmp_path) -> Path:
-    """A copy of a converted model's folder, to be changed."""
-    return Path(shutil.copytree(hf_folder(KIND), tmp_path / "hf"))
+def directory(hf_directory, tmp_path) -> Path:
+    """A copy of a converted model's directory, to be changed."""
+    return Path(shutil.copytree(hf_directory(KIND), tmp_path / "hf"))
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+def config_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
 
 
-def change_config(folder: Path, **fields: Any) -> None:
-    (folder / "config.json").write_text(json.dumps(config_of(folder) | fields))
+def change_config(directory: Path, **fields: Any) -> None:
+    (directory / "config.json").write_text(json.dumps(config_of(directory) | fields))
 
 
-def there_and_back(folder: Path, **options: Any) -> tuple[Path, list[str]]:
-    """Convert ``folder`` to Megatron and back; returns the new folder and what was reported on the way."""
+def there_and_back(directory: Path, **options: Any) -> tuple[Path, list[str]]:
+    """Convert ``directory`` to Megatron and back; returns the new directory and what was reported on the way."""
     said: list[str] = []
-    out = folder.parent
-    hf_to_megatron(folder, out / "megatron", progress=Progress(say=said.append), **options)
+    out = directory.parent
+    hf_to_megatron(directory, out / "megatron", progress=Progress(say=said.append), **options)
     return megatron_to_hf(out / "megatron", out / "back", progress=Progress(say=said.append), **options), said
 
 
@@ -66,25 +66,25 @@ def in_shards(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "before PyTorch 1.6"])
-def test_pytorch_model_bin_is_converted(folder, layout):
-    tensors = tensors_of(folder)
-    (folder / "model.safetensors").unlink()
+def test_pytorch_model_bin_is_converted(directory, layout):
+    tensors = tensors_of(directory)
+    (directory / "model.safetensors").unlink()
     if layout == "sharded":
         files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
         for file, part in zip(files, in_shards(tensors), strict=True):
-            torch.save(part, folder / file)
+            torch.save(part, directory / file)
         weight_map = {name: file for file, part in zip(files, in_shards(tensors), strict=True) for name in part}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     else:
         zipped = layout == "single"
-        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    back, _ = there_and_back(folder)
+        torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    back, _ = there_and_back(directory)
     assert_equal(tensors_of(back), tensors)
     assert not list(back.glob("*.bin*"))
 
 
 class Harmful:
-    """Makes the folder ``path`` when it is unpickled."""
+    """Makes the directory ``path`` when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,20 +93,20 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_would_run_code_is_refused_by_name(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save({EMBEDDING: Harmful(folder.parent / "made")}, folder / "pytorch_model.bin")
+def test_a_pickle_that_would_run_code_is_refused_by_name(directory):
+    (directory / "model.safetensors").unlink()
+    torch.save({EMBEDDING: Harmful(directory.parent / "made")}, directory / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin is not read: .*posix.mkdir"):
-        hf_to_megatron(folder, folder.parent / "out")
-    assert not (folder.parent / "made").exists()
+        hf_to_megatron(directory, directory.parent / "out")
+    assert not (directory.parent / "made").exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors"])
-def test_copies_of_the_weights_in_mistrals_own_names_do_not_matter(folder, name):
-    expected = tensors_of(folder)
-    (folder / "model.safetensors").rename(folder / name)
-    save_file({"tok_embeddings.weight": torch.zeros(2)}, folder / "consolidated.safetensors")
-    back, _ = there_and_back(folder)
+def test_copies_of_the_weights_in_mistrals_own_names_do_not_matter(directory, name):
+    expected = tensors_of(directory)
+    (directory / "model.safetensors").rename(directory / name)
+    save_file({"tok_embeddings.weight": torch.zeros(2)}, directory / "consolidated.safetensors")
+    back, _ = there_and_back(directory)
     assert_equal(tensors_of(back), expected)
     assert not (back / "consolidated.safetensors").exists()
 
@@ -116,37 +116,40 @@ ESCAPES = ["../outside.safetensors", "/etc/hosts", "sub/model.safetensors", ".."
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("name", ESCAPES)
-def test_an_index_may_only_name_files_of_its_folder(folder, name, kind):
-    shutil.copyfile(folder / "model.safetensors", folder.parent / "outside.safetensors")
-    (folder / "model.safetensors").unlink()
-    (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
-    with pytest.raises(CheckpointError, match="expected the name of a file in the same folder"):
-        hf_to_megatron(folder, folder.parent / "out")
+def test_an_index_may_only_name_files_of_its_directory(directory, name, kind):
+    shutil.copyfile(directory / "model.safetensors", directory.parent / "outside.safetensors")
+    (directory / "model.safetensors").unlink()
+    (directory / f"{kind}.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
+    with pytest.raises(CheckpointError, match="expected the name of a file in the same directory"):
+        hf_to_megatron(directory, directory.parent / "out")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_links_that_lead_out_of_a_folder_are_refused(folder, file):
-    (folder / file).rename(folder.parent / "elsewhere")
-    (folder / file).symlink_to("../elsewhere")
-    with pytest.raises(CheckpointError, match=rf"{file} is a symbolic link to .*elsewhere, outside of its folder"):
-        hf_to_megatron(folder, folder.parent / "out")
+def test_links_that_lead_out_of_a_directory_are_refused(directory, file):
+    (directory / file).rename(directory.parent / "elsewhere")
+    (directory / file).symlink_to("../elsewhere")
+    with pytest.raises(CheckpointError, match=rf"{file} is a symbolic link to .*elsewhere, outside of its directory"):
+        hf_to_megatron(directory, directory.parent / "out")
 
 
-def test_links_of_the_hubs_cache_are_followed(folder):
-    expected = tensors_of(folder)
-    blobs, snapshot = folder.parent / "models--a--b" / "blobs", folder.parent / "models--a--b" / "snapshots" / "1234"
+def test_links_of_the_hubs_cache_are_followed(directory):
+    expected = tensors_of(directory)
+    blobs, snapshot = (
+        directory.parent / "models--a--b" / "blobs",
+        directory.parent / "models--a--b" / "snapshots" / "1234",
+    )
     blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(folder.iterdir())):
+    for number, file in enumerate(sorted(directory.iterdir())):
         file.rename(blobs / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    hf_to_megatron(snapshot, folder.parent / "megatron")
-    assert_equal(tensors_of(megatron_to_hf(folder.parent / "megatron", folder.parent / "back")), expected)
+    hf_to_megatron(snapshot, directory.parent / "megatron")
+    assert_equal(tensors_of(megatron_to_hf(directory.parent / "megatron", directory.parent / "back")), expected)
 
 
 # Which files are copied
 
 
-def test_everything_but_weights_is_copied_both_ways(folder):
+def test_everything_but_weights_is_copied_both_ways(directory):
     files = {
         "tekken.json": "{}",
         "README.md": "a card",
@@ -155,15 +158,15 @@ def test_everything_but_weights_is_copied_both_ways(folder):
         "tokenization_own.py": "y = 2",
     }
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(content)
     for name in ("optimizer.pt", "model.onnx", ".hidden", "hf_quant_config.json", "rust_model.ot.h5"):
-        (folder / name).write_bytes(b"0")
-    secret = folder.parent / "secret"
+        (directory / name).write_bytes(b"0")
+    secret = directory.parent / "secret"
     secret.write_text("a key")
-    (folder / "notes.txt").symlink_to("../secret")
-    (folder / "linked").symlink_to("..")
-    back, said = there_and_back(folder)
+    (directory / "notes.txt").symlink_to("../secret")
+    (directory / "linked").symlink_to("..")
+    back, said = there_and_back(directory)
     for name, content in files.items():
         assert (back / name).read_text() == content
     copied = {str(file.relative_to(back)) for file in back.rglob("*") if file.is_file()}
@@ -191,28 +194,28 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def own_modules(tmp_path, monkeypatch) -> None:
-    """Let transformers copy remote code to a folder of this test."""
+    """Let transformers copy remote code to a directory of this test."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-def test_a_model_with_remote_code_loads_when_it_comes_back(folder, own_modules):
+def test_a_model_with_remote_code_loads_when_it_comes_back(directory, own_modules):
     from tokenizers import Tokenizer, models
 
-    expected = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    (folder / "modeling_own.py").write_text(MODELING)
-    (folder / "configuration_own.py").write_text(CONFIGURATION)
-    (folder / "tokenization_own.py").write_text(TOKENIZATION)
-    written = json.loads((folder / "tokenizer_config.json").read_text())
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    (directory / "modeling_own.py").write_text(MODELING)
+    (directory / "configuration_own.py").write_text(CONFIGURATION)
+    (directory / "tokenization_own.py").write_text(TOKENIZATION)
+    written = json.loads((directory / "tokenizer_config.json").read_text())
     written |= {
         "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
         "tokenizer_class": "OwnTokenizer",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(written))
+    (directory / "tokenizer_config.json").write_text(json.dumps(written))
     auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    change_config(folder, auto_map=auto_map, model_type="own_llama")
-    back, _ = there_and_back(folder)
+    change_config(directory, auto_map=auto_map, model_type="own_llama")
+    back, _ = there_and_back(directory)
     found = transformers.AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True).eval()
     loaded = transformers.AutoTokenizer.from_pretrained(back, trust_remote_code=True)
     assert type(found).__name__ == "OwnForCausalLM" and type(loaded).__name__ == "OwnTokenizer"
@@ -222,10 +225,10 @@ def test_a_model_with_remote_code_loads_when_it_comes_back(folder, own_modules):
         assert torch.equal(found(tokens).logits, expected(tokens).logits)
 
 
-def test_remote_code_that_is_already_lost_is_dropped_from_auto_map_and_reported(folder):
+def test_remote_code_that_is_already_lost_is_dropped_from_auto_map_and_reported(directory):
     hub = "someone/model--modeling_hub.Model"
-    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own", "AutoModel": hub})
-    back, said = there_and_back(folder)
+    change_config(directory, auto_map={"AutoModelForCausalLM": "modeling_own.Own", "AutoModel": hub})
+    back, said = there_and_back(directory)
     assert config_of(back)["auto_map"] == {"AutoModel": hub}
     assert [line for line in said if "AutoModelForCausalLM of auto_map are dropped" in line]
     transformers.AutoModelForCausalLM.from_pretrained(back)
@@ -234,33 +237,33 @@ def test_remote_code_that_is_already_lost_is_dropped_from_auto_map_and_reported(
 # Types
 
 
-def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+def save(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
-def test_types_that_differ_between_tensors_come_back(folder):
+def test_types_that_differ_between_tensors_come_back(directory):
     wide = {"norm", "lm_head"}
-    tensors = {n: t if any(part in n for part in wide) else t.bfloat16() for n, t in tensors_of(folder).items()}
-    save(folder, tensors)
-    back, said = there_and_back(folder)
+    tensors = {n: t if any(part in n for part in wide) else t.bfloat16() for n, t in tensors_of(directory).items()}
+    save(directory, tensors)
+    back, said = there_and_back(directory)
     assert_equal(tensors_of(back), tensors)
     assert config_of(back)["dtype"] == "bfloat16"
     assert not [line for line in said if "become" in line]
 
 
-def test_types_that_differ_within_one_tensor_of_megatrons_are_widened_and_reported(folder):
+def test_types_that_differ_within_one_tensor_of_megatrons_are_widened_and_reported(directory):
     narrow = "model.layers.2.self_attn.k_proj.weight"
-    tensors = tensors_of(folder) | {narrow: tensors_of(folder)[narrow].bfloat16()}
-    save(folder, tensors)
-    back, said = there_and_back(folder)
+    tensors = tensors_of(directory) | {narrow: tensors_of(directory)[narrow].bfloat16()}
+    save(directory, tensors)
+    back, said = there_and_back(directory)
     assert torch.equal(tensors_of(back)[narrow], tensors[narrow].float())
     assert f"{narrow} become float32, like the tensors that they are stored with" in said
 
 
-def test_half_precision_is_recorded_as_such(folder):
-    save(folder, {name: tensor.half() for name, tensor in tensors_of(folder).items()})
-    back, _ = there_and_back(folder)
-    args = load_pickled(folder.parent / "megatron" / "release" / "common.pt")["args"]
+def test_half_precision_is_recorded_as_such(directory):
+    save(directory, {name: tensor.half() for name, tensor in tensors_of(directory).items()})
+    back, _ = there_and_back(directory)
+    args = load_pickled(directory.parent / "megatron" / "release" / "common.pt")["args"]
     assert (args.fp16, args.bf16, args.params_dtype) == (True, False, torch.float16)
     assert config_of(back)["dtype"] == "float16"
     assert {tensor.dtype for tensor in tensors_of(back).values()} == {torch.float16}
@@ -270,56 +273,56 @@ def test_half_precision_is_recorded_as_such(folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_by_name_and_leave_nothing_behind(folder, value):
-    tensors = tensors_of(folder)
+def test_weights_that_are_not_finite_are_refused_by_name_and_leave_nothing_behind(directory, value):
+    tensors = tensors_of(directory)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
-    save(folder, tensors)
+    save(directory, tensors)
     with pytest.raises(
         CheckpointError, match=r"model.layers.1.mlp.up_proj.weight of .*hf has NaN or infinite elements"
     ):
-        hf_to_megatron(folder, folder.parent / "out")
-    assert [path.name for path in folder.parent.iterdir()] == ["hf"]
+        hf_to_megatron(directory, directory.parent / "out")
+    assert [path.name for path in directory.parent.iterdir()] == ["hf"]
 
 
-def test_weights_that_are_not_finite_are_converted_and_reported_on_request(folder):
-    tensors = tensors_of(folder)
+def test_weights_that_are_not_finite_are_converted_and_reported_on_request(directory):
+    tensors = tensors_of(directory)
     tensors[NORM][3] = float("nan")
-    save(folder, tensors)
-    back, said = there_and_back(folder, allow_non_finite=True)
+    save(directory, tensors)
+    back, said = there_and_back(directory, allow_non_finite=True)
     assert tensors_of(back)[NORM][3].isnan() and torch.equal(tensors_of(back)[EMBEDDING], tensors[EMBEDDING])
     assert len([line for line in said if f"{NORM} of" in line]) == 2  # on the way there and on the way back
     with pytest.raises(CheckpointError, match=rf"{NORM} of .*release has NaN .* --allow-non-finite"):
-        megatron_to_hf(folder.parent / "megatron", folder.parent / "refused")
+        megatron_to_hf(directory.parent / "megatron", directory.parent / "refused")
 
 
-def test_a_type_that_is_too_narrow_for_a_weight_is_reported_as_such(folder):
-    save(folder, tensors_of(folder) | {NORM: torch.full((36,), 1e6)})
+def test_a_type_that_is_too_narrow_for_a_weight_is_reported_as_such(directory):
+    save(directory, tensors_of(directory) | {NORM: torch.full((36,), 1e6)})
     with pytest.raises(CheckpointError, match=rf"{NORM} of .* \(as torch.float16\)"):
-        hf_to_megatron(folder, folder.parent / "out", dtype=torch.float16)
+        hf_to_megatron(directory, directory.parent / "out", dtype=torch.float16)
 
 
 # Fields of config.json
 
 
-def with_config(kind: str, hf_folder: Any, tmp_path: Path, **fields: Any) -> Path:
-    folder = Path(shutil.copytree(hf_folder(kind), tmp_path / "hf"))
-    change_config(folder, **fields)
-    return folder
+def with_config(kind: str, hf_directory: Any, tmp_path: Path, **fields: Any) -> Path:
+    directory = Path(shutil.copytree(hf_directory(kind), tmp_path / "hf"))
+    change_config(directory, **fields)
+    return directory
 
 
 @pytest.mark.parametrize("field, value", [("scoring_func", "softmax"), ("topk_method", "greedy")])
-def test_another_router_than_deepseek_v3s_is_refused(hf_folder, tmp_path, field, value):
-    folder = with_config("deepseek_v3", hf_folder, tmp_path, **{field: value})
+def test_another_router_than_deepseek_v3s_is_refused(hf_directory, tmp_path, field, value):
+    directory = with_config("deepseek_v3", hf_directory, tmp_path, **{field: value})
     with pytest.raises(ConfigError, match=f"{field}='{value}'"):
-        hf_to_megatron(folder, tmp_path / "out")
+        hf_to_megatron(directory, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind, fields", [("qwen2", {"attention_bias": True}), ("llama2", {"hidden_act": "swish"})])
-def test_fields_that_change_nothing_are_kept(hf_folder, tmp_path, kind, fields):
-    back, _ = there_and_back(with_config(kind, hf_folder, tmp_path, **fields))
+def test_fields_that_change_nothing_are_kept(hf_directory, tmp_path, kind, fields):
+    back, _ = there_and_back(with_config(kind, hf_directory, tmp_path, **fields))
     assert config_of(back).items() >= fields.items()
     model = transformers.AutoModelForCausalLM.from_pretrained(back)
-    expected = transformers.AutoModelForCausalLM.from_pretrained(hf_folder(kind))
+    expected = transformers.AutoModelForCausalLM.from_pretrained(hf_directory(kind))
     tokens = torch.tensor([hf_models.SEQUENCES[0]])
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, expected(tokens).logits)
@@ -328,10 +331,10 @@ def test_fields_that_change_nothing_are_kept(hf_folder, tmp_path, kind, fields):
 # The first mistake
 
 
-def test_a_hugging_face_folder_as_checkpoint_is_told_how_to_be_converted(hf_folder):
+def test_a_hugging_face_directory_as_checkpoint_is_told_how_to_be_converted(hf_directory):
     from megatron_selfdistill.checkpoint.formats.stored_model import stored_args
 
-    folder = hf_folder(KIND)
-    with pytest.raises(CheckpointError, match=rf"is a Hugging Face folder.*hf-to-megatron --hf {folder} --out"):
-        stored_args(folder)
-    assert conversion.COMPANIONS not in {path.name for path in folder.iterdir()}
+    directory = hf_directory(KIND)
+    with pytest.raises(CheckpointError, match=rf"is a Hugging Face directory.*hf-to-megatron --hf {directory} --out"):
+        stored_args(directory)
+    assert conversion.HF_ASSETS not in {path.name for path in directory.iterdir()}

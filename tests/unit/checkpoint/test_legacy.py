@@ -89,7 +89,7 @@ def test_release_and_the_architecture_are_read(ranks, tmp_path):
     )
 
 
-def test_it_becomes_a_hugging_face_folder(ranks, tmp_path):
+def test_it_becomes_a_hugging_face_directory(ranks, tmp_path):
     from safetensors.torch import load_file
 
     model = models.model_config("gqa")
@@ -109,9 +109,9 @@ def test_it_becomes_a_hugging_face_folder(ranks, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("legacy")
-    ranks.run(legacy_files.save, folder, models.model_config("gqa"), TP2_PP2, "te", world_size=4)
-    return folder
+    directory = tmp_path_factory.mktemp("legacy")
+    ranks.run(legacy_files.save, directory, models.model_config("gqa"), TP2_PP2, "te", world_size=4)
+    return directory
 
 
 def refuse(model: ModelConfig, path: Path, sentence: str) -> None:
@@ -141,15 +141,15 @@ def test_another_model_is_refused_before_anything_is_loaded(ranks, saved, model,
 
 
 def test_a_missing_or_damaged_file_is_named(saved, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(saved, folder)
-    file = folder / "iter_0000004" / "mp_rank_01_001" / "model_optim_rng.pt"
+    directory = tmp_path / "copy"
+    shutil.copytree(saved, directory)
+    file = directory / "iter_0000004" / "mp_rank_01_001" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng.pt is damaged"):
-        open_weights(folder)
+        open_weights(directory)
     shutil.rmtree(file.parent)
     with pytest.raises(CheckpointError, match="files of 3 tensor and pipeline ranks, expected 2 x 2"):
-        open_weights(folder)
+        open_weights(directory)
 
 
 def test_legacy_models_and_old_versions_are_refused(tmp_path):

@@ -56,7 +56,7 @@ def refuse(model: ModelConfig, path: Path, sentence: str, vocab_size: int | None
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory) -> tuple[Path, dict]:
-    """A folder of checkpoints, and the weights of the one in it."""
+    """A directory of checkpoints, and the weights of the one in it."""
     run_dir = tmp_path_factory.mktemp("run")
     shards = ranks.run(save_with_payload, Setup().cut(tensor_model_parallel_size=2), run_dir, world_size=2)
     return run_dir / "checkpoints", layouts.join(shards)
@@ -64,17 +64,17 @@ def saved(ranks, tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.mark.parametrize("inside", ["", "iter_0000003"])
 def test_weights_load_in_another_layout_and_no_pickle_is_executed(ranks, saved, inside):
-    folder, weights = saved
+    directory, weights = saved
     layout = ParallelConfig(pipeline_model_parallel_size=2)
-    loaded = ranks.run(load, models.model_config("gqa"), layout, folder / inside, world_size=2)
+    loaded = ranks.run(load, models.model_config("gqa"), layout, directory / inside, world_size=2)
     assert layouts.worst_difference(layouts.join(loaded), weights)[0] == 0
-    assert not (folder.parent / "executed").exists()
+    assert not (directory.parent / "executed").exists()
 
 
 def test_more_padding_rows_than_on_disk_are_zero(ranks, saved):
-    folder, weights = saved
+    directory, weights = saved
     model = models.model_config("gqa", make_vocab_size_divisible_by=128)
-    loaded = ranks.run(load, model, ParallelConfig(), folder, models.VOCAB_SIZE, world_size=1)
+    loaded = ranks.run(load, model, ParallelConfig(), directory, models.VOCAB_SIZE, world_size=1)
     assert layouts.worst_difference(layouts.join(loaded), weights)[0] == 0
     padding = layouts.join(loaded, rows=128)["output_layer.weight"][64:]
     assert padding.shape == (64, 32) and padding.count_nonzero() == 0
@@ -109,7 +109,7 @@ def test_a_vocabulary_that_is_too_small_is_refused(ranks, saved):
     ranks.run(refuse, model, saved[0], "has 64 rows, expected at least 100", 100, world_size=1)
 
 
-def test_a_folder_without_checkpoint_is_refused(ranks, tmp_path):
+def test_a_directory_without_checkpoint_is_refused(ranks, tmp_path):
     model = models.model_config("gqa")
     ranks.run(refuse, model, tmp_path, "expected a Megatron torch_dist checkpoint .* no metadata.json", world_size=1)
     ranks.run(refuse, model, tmp_path / "nowhere", "does not exist", world_size=1)

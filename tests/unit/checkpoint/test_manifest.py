@@ -41,7 +41,7 @@ def saved(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(saved, tmp_path) -> Path:
-    """A run folder with the checkpoints of steps 1 and 2."""
+    """A run directory with the checkpoints of steps 1 and 2."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
@@ -213,11 +213,11 @@ def test_a_checkpoint_without_manifest_of_another_program_is_taken(ranks, run_di
 
 def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
     from megatron_selfdistill.checkpoint.describe import describe
-    from megatron_selfdistill.checkpoint.formats.full_weights import open_weights, require_sound
+    from megatron_selfdistill.checkpoint.formats.full_weights import open_weights, verify_checksums
 
     (newest(run_dir) / manifest.NAME).unlink()
     said: list[str] = []
-    require_sound(open_weights(newest(run_dir)), said.append)
+    verify_checksums(open_weights(newest(run_dir)), said.append)
     assert said == [
         f"{newest(run_dir)} has no manifest.json, although this program wrote one: its contents cannot be checked"
     ]
@@ -225,10 +225,10 @@ def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", ".."])
-def test_a_manifest_may_not_name_files_of_other_folders(tmp_path, name):
+def test_a_manifest_may_not_name_files_of_other_directories(tmp_path, name):
     entries = {name: {"size": 1, "checksum": ""}}
     (tmp_path / manifest.NAME).write_text(json.dumps({"version": 1, "algorithm": "xxh3_128", "files": entries}))
-    with pytest.raises(CheckpointError, match=r"has a damaged manifest.json .*expected one in its folder"):
+    with pytest.raises(CheckpointError, match=r"has a damaged manifest.json .*expected one in its directory"):
         manifest.read(tmp_path)
 
 

@@ -101,14 +101,14 @@ def line_of(path: Path) -> str:
     return megatron_lm_usage(path)[FLAGS]
 
 
-def model_of(folder: Path) -> ModelConfig:
-    config = json.loads((folder / "config.json").read_text())
+def model_of(directory: Path) -> ModelConfig:
+    config = json.loads((directory / "config.json").read_text())
     return family_of(config).model_config(config)
 
 
 @pytest.mark.parametrize("kind", hf_models.CONFIGS)
-def test_the_flags_of_a_family_are_those_that_megatron_lm_was_seen_to_compute_it_with(hf_folder, kind):
-    flags = megatron_flags(model_of(hf_folder(kind)))
+def test_the_flags_of_a_family_are_those_that_megatron_lm_was_seen_to_compute_it_with(hf_directory, kind):
+    flags = megatron_flags(model_of(hf_directory(kind)))
     assert pairs(flags.arguments) == pairs((COMMON + EXPECTED[kind]).split())
     assert bool(flags.not_expressible) == (kind == "deepseek_v3")
 
@@ -145,8 +145,8 @@ def test_rarer_properties_have_their_flags():
     assert found >= {("--apply-layernorm-1p",), ("--window-size", "7,0"), ("--moe-apply-probs-on-input",)}
 
 
-def test_a_conversion_and_inspect_give_the_whole_line_to_paste(hf_folder, tmp_path):
-    release = hf_to_megatron(hf_folder("qwen3"), tmp_path / "megatron", dtype=torch.bfloat16)
+def test_a_conversion_and_inspect_give_the_whole_line_to_paste(hf_directory, tmp_path):
+    release = hf_to_megatron(hf_directory("qwen3"), tmp_path / "megatron", dtype=torch.bfloat16)
     usage = megatron_lm_usage(tmp_path / "megatron")
     assert list(usage) == [FLAGS] and describe(release)[FLAGS] == usage[FLAGS]
     found = pairs(shlex.split(usage[FLAGS]))
@@ -158,9 +158,9 @@ def test_a_conversion_and_inspect_give_the_whole_line_to_paste(hf_folder, tmp_pa
 
 
 def test_the_line_names_the_tokenizer_that_the_checkpoint_carries_and_another_iteration_than_the_trackers(
-    hf_folder, tmp_path
+    hf_directory, tmp_path
 ):
-    release = hf_to_megatron(hf_folder("llama2"), tmp_path / "megatron")
+    release = hf_to_megatron(hf_directory("llama2"), tmp_path / "megatron")
     carried = release / "huggingface"
     (carried / "tokenizer.model").write_bytes(b"")
     shutil.copytree(release, tmp_path / "megatron" / "iter_0000003")
@@ -172,13 +172,13 @@ def test_the_line_names_the_tokenizer_that_the_checkpoint_carries_and_another_it
     assert "--ckpt-step" in shlex.split(line_of(tmp_path / "megatron" / "iter_0000003"))
 
 
-def test_what_no_flag_expresses_is_part_of_inspect(hf_folder, tmp_path):
-    hf_to_megatron(hf_folder("deepseek_v3"), tmp_path / "megatron")
+def test_what_no_flag_expresses_is_part_of_inspect(hf_directory, tmp_path):
+    hf_to_megatron(hf_directory("deepseek_v3"), tmp_path / "megatron")
     assert "beta_fast=8 of YaRN" in describe(tmp_path / "megatron")[IMPOSSIBLE]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
-def test_a_conversion_stores_the_layer_spec_whose_names_it_has(hf_folder, tmp_path, kind):
-    args = stored_args(hf_to_megatron(hf_folder(kind), tmp_path / "megatron"))
+def test_a_conversion_stores_the_layer_spec_whose_names_it_has(hf_directory, tmp_path, kind):
+    args = stored_args(hf_to_megatron(hf_directory(kind), tmp_path / "megatron"))
     assert isinstance(args, argparse.Namespace)
     assert args.transformer_impl == "transformer_engine" and args.add_position_embedding is True

@@ -32,7 +32,9 @@ from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.model.hf.mapping import family_of
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
-pytestmark = pytest.mark.skipif(MEGATRON_LM is None, reason="MEGATRON_LM names no folder with Megatron-LM core_v0.16.1")
+pytestmark = pytest.mark.skipif(
+    MEGATRON_LM is None, reason="MEGATRON_LM names no directory with Megatron-LM core_v0.16.1"
+)
 
 WORKER = Path(__file__).with_name("megatron_lm_worker.py")
 ON_CPU = (
@@ -125,9 +127,9 @@ RARE = {
 }
 
 
-def test_megatron_lms_own_parser_reads_each_printed_line_as_the_checkpoint_stores_the_model(hf_folder, tmp_path):
-    folders = [hf_folder(kind) for kind in hf_models.CONFIGS]
-    configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+def test_megatron_lms_own_parser_reads_each_printed_line_as_the_checkpoint_stores_the_model(hf_directory, tmp_path):
+    directories = [hf_directory(kind) for kind in hf_models.CONFIGS]
+    configs = [json.loads((directory / "config.json").read_text()) for directory in directories]
     described = [family_of(config).model_config(config) for config in configs]
     described.append(ModelConfig(num_layers=2, vocab_size=64, add_bias_linear=True, transformer=RARE))
     torch.save([megatron_flags(model).arguments for model in described], tmp_path / "out.pt")

@@ -12,8 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[3]
 SOURCES = sorted(
     path
-    for folder in ("megatron_selfdistill", "tools", "examples")
-    for path in (REPOSITORY / folder).rglob("*.py")
+    for directory in ("megatron_selfdistill", "tools", "examples")
+    for path in (REPOSITORY / directory).rglob("*.py")
     if "site-packages" not in path.parts
 )
 

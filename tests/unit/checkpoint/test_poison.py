@@ -49,7 +49,7 @@ def saved(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(saved, tmp_path) -> Path:
-    """A run folder with a frozen teacher and the checkpoint of step 1."""
+    """A run directory with a frozen teacher and the checkpoint of step 1."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
@@ -226,7 +226,7 @@ def test_statistics_of_transformer_engine_are_pickled_again_and_poisoned_ones_re
     assert not mark.exists()
 
 
-def read_statistics(folder: Path, mark: Path) -> None:
+def read_statistics(directory: Path, mark: Path) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from megatron_selfdistill.checkpoint.run import sharded_io
@@ -235,7 +235,7 @@ def read_statistics(folder: Path, mark: Path) -> None:
         return {"model": {"x._extra_state": ShardedObject("x._extra_state", value, (1,), (0,), replica_id=0)}}
 
     statistics = torch.frombuffer(bytearray(pickle.dumps(Payload(mark))), dtype=torch.uint8)
-    target = folder / "iter_0000001"
+    target = directory / "iter_0000001"
     sharded_io.write_now(*sharded_io.begin_write(contents(statistics), target), target)
     with pytest.raises(CheckpointError, match=r"x._extra_state is not read: its pickle asks for posix.system"):
         sharded_io.read(contents(None), target)

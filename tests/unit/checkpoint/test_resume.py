@@ -83,17 +83,17 @@ OPTIMIZERS = {
 def saved_on_one_rank(ranks, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
     saved = {}
     for name, setup in OPTIMIZERS.items():
-        folder = tmp_path_factory.mktemp("run")
-        saved[name] = folder, ranks.run(checkpointed_run.save_and_go_on, setup, folder, world_size=1)
+        directory = tmp_path_factory.mktemp("run")
+        saved[name] = directory, ranks.run(checkpointed_run.save_and_go_on, setup, directory, world_size=1)
     return saved
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", FROM_ONE_RANK)
 def test_a_run_of_one_rank_goes_on_in_other_layouts(ranks, saved_on_one_rank, layout, optimizer):
-    folder, never_stopped = saved_on_one_rank[optimizer]
+    directory, never_stopped = saved_on_one_rank[optimizer]
     setup = OPTIMIZERS[optimizer].cut(**FROM_ONE_RANK[layout])
-    assert_close(ranks.run(checkpointed_run.resume_and_go_on, setup, folder, world_size=2), never_stopped)
+    assert_close(ranks.run(checkpointed_run.resume_and_go_on, setup, directory, world_size=2), never_stopped)
 
 
 OTHER_LAYOUTS = {

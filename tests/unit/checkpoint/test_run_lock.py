@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One run at a time owns a run folder; a dead or silent owner loses it, and notices before it writes again."""
+"""One run at a time owns a run directory; a dead or silent owner loses it, and notices before it writes again."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_second_run_is_refused_with_the_first_ones_host_process_job_and_start(
 
 def test_a_released_lock_leaves_nothing_and_can_be_taken_again(run_dir):
     acquired(run_dir).release()
-    assert not run_dir.exists(), "the folder was made for the lock alone"
+    assert not run_dir.exists(), "the directory was made for the lock alone"
     run_dir.mkdir()
     again = acquired(run_dir)
     again.release()
@@ -142,7 +142,9 @@ def test_a_suspended_owner_is_replaced_after_its_silence_and_notices_without_tou
     assert "waiting up to 0.6 s" in reports[0] and "has given no sign of life for 0.6 s" in reports[1]
     process.send_signal(signal.SIGCONT)
     said, _ = process.communicate(timeout=60)
-    assert "no longer belongs to this run: another run has taken the folder over" in said and f"{os.getpid()}" in said
+    assert (
+        "no longer belongs to this run: another run has taken the directory over" in said and f"{os.getpid()}" in said
+    )
     new.renew()
     new.release()
 
@@ -164,7 +166,7 @@ def test_an_owner_elsewhere_is_judged_by_its_heartbeats_alone_whatever_the_clock
     thread.join()
     os.utime(next((run_dir / LOCK).iterdir()), (2**33, 2**33))
     new = acquired(run_dir)
-    with pytest.raises(CheckpointError, match="another run has taken the folder over"):
+    with pytest.raises(CheckpointError, match="another run has taken the directory over"):
         alive.renew()
     alive.release()
     assert [file.name.partition(".")[0] for file in (run_dir / LOCK).iterdir()] == [new._id]
@@ -233,31 +235,31 @@ def test_a_slurm_job_that_is_over_loses_the_lock_at_once_and_no_other(run_dir, t
     lock.release()
 
 
-def test_a_run_folder_that_was_removed_is_locked_again_and_one_that_others_used_is_lost(run_dir):
+def test_a_run_directory_that_was_removed_is_locked_again_and_one_that_others_used_is_lost(run_dir):
     lock = acquired(run_dir, beat_s=3600.0)
     shutil.rmtree(run_dir)
     lock.renew()
     assert [file.name for file in (run_dir / LOCK).iterdir()] == [f"{lock._id}.0"]
     lock.renew()
     shutil.rmtree(run_dir / LOCK)
-    with pytest.raises(CheckpointError, match="a run that took the folder over has already ended"):
+    with pytest.raises(CheckpointError, match="a run that took the directory over has already ended"):
         lock.renew()
     lock.release()
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(run_dir, monkeypatch):
+def test_a_directory_that_cannot_be_written_is_a_sentence(run_dir, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(ConfigError, match="cannot be written: Permission denied; choose another folder"):
+    with pytest.raises(ConfigError, match="cannot be written: Permission denied; choose another directory"):
         lock_of(run_dir).acquire()
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_in_a_folder_in_use_ends_on_all_ranks_with_status_2_and_changes_nothing(ranks, data, run_dir):
+def test_a_run_in_a_directory_in_use_ends_on_all_ranks_with_status_2_and_changes_nothing(ranks, data, run_dir):
     lock = acquired(run_dir)
     before = sorted(path for path in run_dir.rglob("*") if path.parent.name != LOCK)
     train(ranks, overrides(data, run_dir), world_size=2, expected=2)
@@ -276,7 +278,7 @@ def test_a_dry_run_needs_no_lock_and_writes_nothing(ranks, data, run_dir):
 
 
 def robbed(arguments: list[str], at: int) -> int:
-    """A run of which another one has taken over the folder when ``at`` steps are done."""
+    """A run of which another one has taken over the directory when ``at`` steps are done."""
     from megatron_selfdistill.trainer import Trainer
 
     next_batch = Trainer.next_batch
@@ -291,7 +293,7 @@ def robbed(arguments: list[str], at: int) -> int:
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_a_run_that_has_lost_its_folder_ends_on_all_ranks_without_writing(ranks, data, run_dir, background):
+def test_a_run_that_has_lost_its_directory_ends_on_all_ranks_without_writing(ranks, data, run_dir, background):
     arguments = overrides(data, run_dir, "checkpoint.save_every=2", f"checkpoint.async_save={background}")
     train(ranks, arguments, world_size=2, start=robbed, expected=2, at=3)
     assert [line["step"] for line in reproducible_metrics(run_dir)] == [1, 2, 3]

@@ -245,7 +245,7 @@ def test_a_checkpoint_without_arguments_leaves_the_configuration_alone(checkpoin
 
 
 def test_a_rank_of_its_own_resumes_what_it_wrote(checkpoint):
-    """The run folder's newest checkpoint says what the model is, not the one that it started from."""
+    """The run directory's newest checkpoint says what the model is, not the one that it started from."""
     config = configuration.load([f"run_dir={checkpoint.parent}", "checkpoint.load=/gone"])
     assert with_stored_architecture(config).model.num_moe_experts == 4
 

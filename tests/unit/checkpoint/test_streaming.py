@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""torch_dist folders written a tensor at a time: nothing more is ever held, and any chunking reads back."""
+"""torch_dist directories written a tensor at a time: nothing more is ever held, and any chunking reads back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats import manifest, torch_dist
 from megatron_selfdistill.checkpoint.formats.read_ahead import read_ahead
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistSource
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
 from megatron_selfdistill.errors import CheckpointError
 
 
@@ -39,9 +39,9 @@ def test_every_slice_reads_back_whatever_the_chunks(tmp_path_factory, data):
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple))
     sizes = tuple(data.draw(st.integers(1, n)) for n in shape)
     full = torch.arange(torch.Size(shape).numel()).reshape(shape).to(torch.float32)
-    folder = tmp_path_factory.mktemp("chunks")
-    torch_dist.write(folder, cut("key", full, sizes), {})
-    source = TorchDistSource(folder)
+    directory = tmp_path_factory.mktemp("chunks")
+    torch_dist.write(directory, cut("key", full, sizes), {})
+    source = TorchDistReader(directory)
     depth = data.draw(st.integers(0, len(shape) - 1))
     index = tuple(data.draw(st.integers(0, n - 1)) for n in shape[:depth])
     assert torch.equal(source.read("key", index), full[index])
@@ -72,7 +72,7 @@ def test_files_are_cut_and_summed_up_while_they_are_written(tmp_path, monkeypatc
     entries = manifest.read(tmp_path)
     assert entries is not None and len([name for name in entries if name.endswith(".distcp")]) == 3
     assert manifest.wrong_size(tmp_path, entries) is None and manifest.wrong_contents(tmp_path, entries) is None
-    assert torch.equal(TorchDistSource(tmp_path).read("key"), full)
+    assert torch.equal(TorchDistReader(tmp_path).read("key"), full)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn], ids=str)
@@ -117,7 +117,7 @@ def test_what_is_not_covered_is_told(tmp_path):
     full = torch.zeros(4, 3)
     torch_dist.write(tmp_path, cut("key", full, (2, 3))[:1], {})
     with pytest.raises(CheckpointError, match=r"holds only parts of key"):
-        TorchDistSource(tmp_path).read("key")
+        TorchDistReader(tmp_path).read("key")
 
 
 def test_a_cut_off_file_is_named(tmp_path):
@@ -125,7 +125,7 @@ def test_a_cut_off_file_is_named(tmp_path):
     file: Path = tmp_path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"has a damaged __0_0.distcp: no tensor of key at byte 0"):
-        TorchDistSource(tmp_path).read("key")
+        TorchDistReader(tmp_path).read("key")
 
 
 def test_small_tensors_are_made_while_the_one_before_is_used_and_large_ones_are_not():

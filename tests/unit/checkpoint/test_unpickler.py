@@ -296,13 +296,13 @@ def test_random_states_metadata_and_protocols_of_all_ages_come_back():
 
 
 @pytest.mark.parametrize("name", ["../__0_0.distcp", "/etc/passwd", "a/b.distcp", ".."])
-def test_metadata_may_not_name_files_of_other_folders(tmp_path, name):
+def test_metadata_may_not_name_files_of_other_directories(tmp_path, name):
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
     place = {MetadataIndex("weight"): _StorageInfo(name, 0, 1)}
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data=place)))
-    with pytest.raises(CheckpointError, match=r"names the file .*expected one in its folder"):
+    with pytest.raises(CheckpointError, match=r"names the file .*expected one in its directory"):
         load_metadata(tmp_path)
 
 

@@ -21,24 +21,24 @@ from megatron_selfdistill.config import Config, ConfigError, from_mapping
 LETTERS = "_$abcdefgh"
 
 
-def save_tokenizer(folder: Path, letters: str = LETTERS, added: tuple[str, ...] = ("<think>",)) -> Path:
+def save_tokenizer(directory: Path, letters: str = LETTERS, added: tuple[str, ...] = ("<think>",)) -> Path:
     """Save a tokenizer with one token per letter, and added tokens."""
     tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$", unk_token="_")
     fast.add_tokens(list(added))
-    fast.save_pretrained(folder)
-    return folder
+    fast.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A converted checkpoint that carries a tokenizer."""
-    folder = tmp_path_factory.mktemp("vocabulary")
-    hf_models.write("llama2", folder / "hf")
-    save_tokenizer(folder / "hf")
-    hf_to_megatron(folder / "hf", folder / "megatron")
-    return folder / "megatron"
+    directory = tmp_path_factory.mktemp("vocabulary")
+    hf_models.write("llama2", directory / "hf")
+    save_tokenizer(directory / "hf")
+    hf_to_megatron(directory / "hf", directory / "megatron")
+    return directory / "megatron"
 
 
 def config_of(checkpoint: Path, tokenizer: Path, **data: object) -> Config:
@@ -92,7 +92,7 @@ def test_a_checkpoint_without_tokenizer_says_nothing(checkpoint, tmp_path):
     require_same_tokenizer(config_of(tmp_path / "megatron", save_tokenizer(tmp_path / "other", "_$xyz")))
 
 
-def test_a_run_that_resumes_compares_with_what_its_own_folder_carries(checkpoint, tmp_path):
+def test_a_run_that_resumes_compares_with_what_its_own_directory_carries(checkpoint, tmp_path):
     shutil.copytree(checkpoint / "release", tmp_path / "run" / "checkpoints" / "iter_0000003")
     shutil.move(tmp_path / "run" / "checkpoints" / "iter_0000003" / "huggingface", tmp_path / "run" / "huggingface")
     save_tokenizer(tmp_path / "other", "_$xyz")
@@ -101,7 +101,7 @@ def test_a_run_that_resumes_compares_with_what_its_own_folder_carries(checkpoint
         require_same_tokenizer(from_mapping(data))
 
 
-def test_without_a_run_folder_only_the_checkpoint_to_load_counts(checkpoint, tmp_path, monkeypatch):
+def test_without_a_run_directory_only_the_checkpoint_to_load_counts(checkpoint, tmp_path, monkeypatch):
     shutil.copytree(checkpoint / "release", tmp_path / "checkpoints" / "iter_0000003")
     monkeypatch.chdir(tmp_path)
     require_same_tokenizer(from_mapping({"data": {"tokenizer": str(save_tokenizer(tmp_path / "other", "_$xyz"))}}))
@@ -128,13 +128,13 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 def test_tokenizers_that_are_code_are_compared_where_that_code_may_run(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     hf_models.write("llama2", tmp_path / "hf")
-    for folder, letters in ((tmp_path / "hf", LETTERS), (tmp_path / "other", "_$xyz")):
-        save_tokenizer(folder, letters)
-        (folder / "tokenization_own.py").write_text(TOKENIZATION)
-        written = json.loads((folder / "tokenizer_config.json").read_text())
+    for directory, letters in ((tmp_path / "hf", LETTERS), (tmp_path / "other", "_$xyz")):
+        save_tokenizer(directory, letters)
+        (directory / "tokenization_own.py").write_text(TOKENIZATION)
+        written = json.loads((directory / "tokenizer_config.json").read_text())
         written["tokenizer_class"] = "OwnTokenizer"
         written["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
-        (folder / "tokenizer_config.json").write_text(json.dumps(written))
+        (directory / "tokenizer_config.json").write_text(json.dumps(written))
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "hf", trust_remote_code=True))
     with pytest.raises(ConfigError, match="token 2 is 'x' here and 'a' there"):

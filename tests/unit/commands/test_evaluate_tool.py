@@ -15,7 +15,7 @@ import hf_models
 import pytest
 import tiny_run
 
-from megatron_selfdistill.checkpoint.describe import COMPANIONS
+from megatron_selfdistill.checkpoint.describe import HF_ASSETS
 from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.evaluation.evaluations import PROBLEMS, RESPONSES, SUMMARY
 
@@ -225,7 +225,7 @@ def test_iteration_with_a_hugging_face_folder_and_a_checkpoint_without_tokenizer
     assert run_tool(arguments(folder, tmp_path / "x", "--iteration", "3", model="hf")) == 2
     assert "--iteration chooses among Megatron checkpoints" in capfd.readouterr().err
     shutil.copytree(folder / "megatron", tmp_path / "megatron")
-    shutil.rmtree(tmp_path / "megatron" / "release" / COMPANIONS)
+    shutil.rmtree(tmp_path / "megatron" / "release" / HF_ASSETS)
     bare = ["--megatron", str(tmp_path / "megatron")]
     assert run_tool([*arguments(folder, tmp_path / "x"), *bare]) == 2
     assert "data.tokenizer=DIR" in capfd.readouterr().err

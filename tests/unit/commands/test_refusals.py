@@ -57,7 +57,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, a missing tokenizer": ([TRAIN, *RUNNABLE, "data.tokenizer=./nope"], "got ./nope, which does not exist"),
     "train, a missing checkpoint": ([TRAIN, *RUNNABLE, "checkpoint.load=nope"], NO_CHECKPOINT),
     "train, an empty folder": ([TRAIN, *RUNNABLE, "checkpoint.load=empty"], "empty has no metadata.json"),
-    "train, a Hugging Face folder": ([TRAIN, *RUNNABLE, "checkpoint.load=hf"], "hf is a Hugging Face folder"),
+    "train, a Hugging Face folder": ([TRAIN, *RUNNABLE, "checkpoint.load=hf"], "hf is a Hugging Face directory"),
     "train, a layout": ([TRAIN, *RUNNABLE, THREE], NOT_CUT),
     "train, another number of ranks": ([TRAIN, *RUNNABLE, "cluster.num_gpus=16"], "but the launch has 1 ranks"),
     "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),

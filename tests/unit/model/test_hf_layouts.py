@@ -78,18 +78,18 @@ class Loaded:
     logits: Tensor | None
     """``[tokens, vocabulary]`` float32, on the last stage."""
     changed: list[str]
-    """Tensors that are not exported as they are in the folder."""
+    """Tensors that are not exported as they are in the directory."""
 
 
 def load(
-    folders: dict[str, Path], layout: Layout, precisions: Sequence[str], how: str = "by rules"
+    directories: dict[str, Path], layout: Layout, precisions: Sequence[str], how: str = "by rules"
 ) -> dict[tuple[str, str], Loaded]:
     """``how``: ``by rules``, ``swapped`` (two layers) or ``from checkpoint`` (as `hf_to_megatron` wrote it)."""
     from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
 
     found = {}
-    for kind, folder in folders.items():
-        _, model, rules, tensors = hf_models.read(folder)
+    for kind, directory in directories.items():
+        _, model, rules, tensors = hf_models.read(directory)
         if how == "swapped":
             names = {"model.layers.1.": "model.layers.2.", "model.layers.2.": "model.layers.1."}
             tensors = {names.get(name[:15], name[:15]) + name[15:]: tensor for name, tensor in tensors.items()}
@@ -100,7 +100,7 @@ def load(
                 optimizer = OptimizerConfig(precision=precision)
                 chunks, grid = models.build(model, layout.parallel(kind), optimizer=optimizer)
             if how == "from checkpoint":
-                load_weights(folder / "megatron", chunks, model.vocab_size)
+                load_weights(directory / "megatron", chunks, model.vocab_size)
             else:
                 hf_models.fill(chunks, rules, tensors)
             logits = logits_through_the_pipeline(chunks, grid, SEQUENCES)
@@ -119,7 +119,7 @@ def changed_by_export(
     expected = {
         name: tensors[name].to(torch.float32 if rule.float32 else dtype)
         for rule in rules
-        if not rule.carried
+        if not rule.is_passthrough
         for name in rule.hf_names
     }
     changed = []
@@ -159,7 +159,7 @@ def logits_through_the_pipeline(
 
 
 class Comparison:
-    """Every kind's folder and transformers' logits, and those of each layout, all made when first asked for."""
+    """Every kind's directory and transformers' logits, and those of each layout, all made when first asked for."""
 
     def __init__(self, root: Path, ranks: Any) -> None:
         self.root, self.ranks = root, ranks
@@ -181,13 +181,13 @@ class Comparison:
         """On the last rank, once the others agree."""
         assert self.expected
         cut, world_size, kinds = LAYOUTS[layout]
-        folders = {kind: self.root / kind for kind in (SWAPPABLE if how == "swapped" else kinds)}
+        directories = {kind: self.root / kind for kind in (SWAPPABLE if how == "swapped" else kinds)}
         if how == "from checkpoint":
-            for folder in folders.values():
-                if not (folder / "megatron").exists():
-                    hf_to_megatron(folder, folder / "megatron")
+            for directory in directories.values():
+                if not (directory / "megatron").exists():
+                    hf_to_megatron(directory, directory / "megatron")
         precisions = ("fp32", "bf16") if how == "by rules" else ("fp32",)
-        per_rank = self.ranks.run(load, folders, cut, precisions, how, world_size=world_size, timeout=300)
+        per_rank = self.ranks.run(load, directories, cut, precisions, how, world_size=world_size, timeout=300)
         last = per_rank[-1]
         for key, rank in ((key, rank) for rank in per_rank for key in last):
             assert rank[key].logits is None or torch.equal(rank[key].logits, last[key].logits), key
@@ -260,8 +260,8 @@ def main() -> None:
     from ranks import RankPool
 
     pool = RankPool()
-    with tempfile.TemporaryDirectory() as folder:
-        comparison = Comparison(Path(folder), pool)
+    with tempfile.TemporaryDirectory() as directory:
+        comparison = Comparison(Path(directory), pool)
         print("| family |", " | ".join(LAYOUTS), "|")
         for kind in KINDS:
             cells = []

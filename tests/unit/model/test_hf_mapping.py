@@ -23,8 +23,8 @@ from megatron_selfdistill.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_selfdistill.model.hf import rules as rules_module
 from megatron_selfdistill.model.hf.family import TRANSFORMER_DEFAULTS
 from megatron_selfdistill.model.hf.mapping import (
-    CARRIED,
     FAMILIES,
+    PASSTHROUGH,
     Family,
     architecture,
     check_names,
@@ -42,26 +42,26 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Callable[[str], tuple[Path, Any, Tensor]]:
-    """kind -> (folder, transformers' model, its logits), each made once."""
+    """kind -> (directory, transformers' model, its logits), each made once."""
     made: dict[str, tuple[Path, Any, Tensor]] = {}
 
     def make(kind: str) -> tuple[Path, Any, Tensor]:
         if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            model = hf_models.write(kind, folder)
-            made[kind] = folder, model, hf_models.hf_logits(model, hf_models.SEQUENCES)
+            directory = tmp_path_factory.mktemp(kind)
+            model = hf_models.write(kind, directory)
+            made[kind] = directory, model, hf_models.hf_logits(model, hf_models.SEQUENCES)
         return made[kind]
 
     return make
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
+def config_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
 
 
-def logits_of_converted(folder: Path, mutation: str | None = None) -> Tensor:
-    """Logits of this project's model filled from a folder; also checks that model and rules have the same tensors."""
-    _, model, rules, tensors = hf_models.read(folder)
+def logits_of_converted(directory: Path, mutation: str | None = None) -> Tensor:
+    """Return the logits of this project's model, filled from a directory; check that rules and model agree."""
+    _, model, rules, tensors = hf_models.read(directory)
     with pytest.MonkeyPatch.context() as patch:
         if mutation is not None:
             model, tensors = MUTATIONS[mutation](patch, model, dict(tensors))
@@ -73,8 +73,8 @@ def logits_of_converted(folder: Path, mutation: str | None = None) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_converted_model_has_transformers_logits(ranks, written, kind):
-    folder, _, expected = written(kind)
-    (logits,) = ranks.run(logits_of_converted, folder, world_size=1)
+    directory, _, expected = written(kind)
+    (logits,) = ranks.run(logits_of_converted, directory, world_size=1)
     assert expected.std() > 1
     assert (logits - expected).abs().max() <= TOLERANCE
 
@@ -166,16 +166,16 @@ MUTATIONS = {
     ],
 )
 def test_comparing_logits_catches(ranks, written, kind, mutation):
-    folder, _, expected = written(kind)
-    (logits,) = ranks.run(logits_of_converted, folder, mutation, world_size=1)
+    directory, _, expected = written(kind)
+    (logits,) = ranks.run(logits_of_converted, directory, mutation, world_size=1)
     assert (logits - expected).abs().max() > 5 * TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kind", KINDS)
 def test_to_megatron_and_back_is_the_identity_bit_by_bit(written, kind, dtype):
-    folder = written(kind)[0]
-    _, _, rules, tensors = hf_models.read(folder)
+    directory = written(kind)[0]
+    _, _, rules, tensors = hf_models.read(directory)
     back: dict[str, Tensor] = {}
     for rule in rules:
         taken = [tensors[name].to(dtype) for name in rule.hf_names]
@@ -210,8 +210,8 @@ def test_linear_qkv_holds_each_groups_queries_then_its_key_then_its_value():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_written_config_json_makes_the_same_transformers_model(written, kind):
-    folder, original, _ = written(kind)
-    config = config_of(folder)
+    directory, original, _ = written(kind)
+    config = config_of(directory)
     family = family_of(config)
     model = family.model_config(config)
     generated = json.loads(json.dumps(family.hf_config(model, dtype="float32")))
@@ -415,7 +415,7 @@ def test_a_tensor_of_another_shape_is_named(written):
         qkv.to_hf(torch.zeros(2))
 
 
-def test_companions_and_duplicates_in_a_folder_are_no_surprise(written):
+def test_companions_and_duplicates_in_a_directory_are_no_surprise(written):
     _, _, rules, tensors = hf_models.read(written("llama3")[0])
     names = {*tensors, "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
     names.add("model.layers.0.mlp.up_proj.weight_scale_inv")
@@ -439,11 +439,11 @@ def test_layers_have_their_own_keys_only_where_dense_and_moe_layers_are_mixed(wr
 # Multi-token prediction, as DeepSeek publishes it
 
 
-def with_mtp_layer(folder: Path) -> tuple[list, dict[str, Tensor]]:
-    """Rules and tensors of a DeepSeek folder to which the tensors of layer 4 have been added under published names."""
-    config = config_of(folder)
+def with_mtp_layer(directory: Path) -> tuple[list, dict[str, Tensor]]:
+    """Return rules and tensors of a DeepSeek directory, with the tensors of layer 4 added under published names."""
+    config = config_of(directory)
     family = family_of(config)
-    tensors = hf_models.read(folder)[3]
+    tensors = hf_models.read(directory)[3]
     layer = {name.replace("layers.3.", "layers.4."): t + 1 for name, t in tensors.items() if "layers.3." in name}
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     for name, shape in {
@@ -462,30 +462,32 @@ def test_mtp_layers_are_carried_under_their_own_names(written):
     rules, tensors = with_mtp_layer(written("deepseek_v3")[0])
     kept = check_names(rules, tensors)
     check_shapes(kept, {name: tensor.shape for name, tensor in tensors.items()})
-    carried = [rule for rule in kept if rule.carried]
+    carried = [rule for rule in kept if rule.is_passthrough]
     assert {rule.hf_names for rule in carried} == {(name,) for name in tensors if ".layers.4." in name}
     for rule in carried:
         (name,) = rule.hf_names
-        assert rule.megatron.key == CARRIED + name and rule.megatron.index == ()
+        assert rule.megatron.key == PASSTHROUGH + name and rule.megatron.index == ()
         assert rule.to_megatron(tensors[name]).equal(tensors[name])
     assert sum(rule.float32 for rule in carried) == 1
 
 
-def test_a_folder_may_lack_all_of_an_mtp_layer_but_not_a_part(written):
+def test_a_directory_may_lack_all_of_an_mtp_layer_but_not_a_part(written):
     rules, tensors = with_mtp_layer(written("deepseek_v3")[0])
     without = {name for name in tensors if ".layers.4." not in name}
-    assert not any(rule.carried for rule in check_names(rules, without))
+    assert not any(rule.is_passthrough for rule in check_names(rules, without))
     with pytest.raises(ConfigError, match=r"model\.layers\.4\.eh_proj\.weight is missing"):
         check_names(rules, tensors.keys() - {"model.layers.4.eh_proj.weight"})
     keys = {rule.megatron.key for rule in rules}
     assert without_absent_layers(rules, keys) == rules
-    assert without_absent_layers(rules, {k for k in keys if not k.startswith(CARRIED)}) == check_names(rules, without)
+    assert without_absent_layers(rules, {k for k in keys if not k.startswith(PASSTHROUGH)}) == check_names(
+        rules, without
+    )
 
 
 def test_carried_layers_are_in_no_model(ranks, written):
     config = config_of(written("deepseek_v3")[0])
     model = family_of(config).model_config(config)
-    assert model.num_carried_mtp_layers == 1
+    assert model.num_passthrough_mtp_layers == 1
     (names,) = ranks.run(parameter_names, dataclasses.replace(model, make_vocab_size_divisible_by=8), world_size=1)
     assert "embedding.word_embeddings.weight" in names and not any("mtp" in name for name in names)
 
@@ -732,7 +734,7 @@ def test_a_published_model_has_as_many_parameters_as_its_authors_say(name):
     config, num_parameters = PUBLISHED[name]
     family = family_of(config)
     rules = family.rules(family.model_config(config))
-    assert sum(torch.Size(rule.shape).numel() for rule in rules if not rule.carried) == num_parameters
+    assert sum(torch.Size(rule.shape).numel() for rule in rules if not rule.is_passthrough) == num_parameters
 
 
 def test_what_transformer_keys_mean_where_absent_is_what_megatron_says():

@@ -176,7 +176,7 @@ def test_the_tensors_of_a_hugging_face_folder_add_up_to_the_same_model(recipe):
     model = load([f"model={recipe}"]).model
     total = 0
     for rule in family_of(HF_CONFIGS[recipe]).rules(model):
-        if not rule.carried and not rule.hf_names[0].endswith("e_score_correction_bias"):
+        if not rule.is_passthrough and not rule.hf_names[0].endswith("e_score_correction_bias"):
             total += sum(functools.reduce(lambda a, b: a * b, shape) for shape in rule.hf_shapes)
     assert total == plan_of(recipe).parameters
 

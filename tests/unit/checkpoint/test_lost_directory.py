@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A run that loses its run folder while it saves, for instance while it is suspended, publishes nothing there."""
+"""A run that loses its run directory while it saves, for instance while it is suspended, publishes nothing there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_selfdistill.errors import CheckpointError
 LOST = "no longer belongs to this run"
 
 
-def lose_the_folder_in_mid_save(run_dir: Path, async_save: bool) -> None:
+def lose_the_directory_in_mid_save(run_dir: Path, async_save: bool) -> None:
     from megatron_selfdistill.checkpoint.run import sharded_io
     from megatron_selfdistill.checkpoint.run.run_lock import RunLock
 
@@ -28,7 +28,7 @@ def lose_the_folder_in_mid_save(run_dir: Path, async_save: bool) -> None:
     run.save(1)
     run.checkpointer.finish()
 
-    def another_run_takes_the_folder() -> None:
+    def another_run_takes_the_directory() -> None:
         shutil.rmtree(run_dir / "lock")
         other = RunLock(run_dir, beat_s=1000)
         other.acquire()
@@ -36,19 +36,19 @@ def lose_the_folder_in_mid_save(run_dir: Path, async_save: bool) -> None:
     write_now = sharded_io.write_now
 
     def while_suspended(*arguments: Any) -> None:
-        another_run_takes_the_folder()
+        another_run_takes_the_directory()
         write_now(*arguments)
 
     with mock.patch.object(sharded_io, "write_now", while_suspended), pytest.raises(CheckpointError, match=LOST):
         run.save(2)
-        another_run_takes_the_folder()  # here only where the save goes on in the background
+        another_run_takes_the_directory()  # here only where the save goes on in the background
         run.checkpointer.finish()
     run.checkpointer.finish()  # as at the end of a run: nothing is published after all
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_run_that_loses_its_folder_in_mid_save_publishes_and_removes_nothing(ranks, tmp_path, async_save):
-    ranks.run(lose_the_folder_in_mid_save, tmp_path, async_save, world_size=1)
+def test_a_run_that_loses_its_directory_in_mid_save_publishes_and_removes_nothing(ranks, tmp_path, async_save):
+    ranks.run(lose_the_directory_in_mid_save, tmp_path, async_save, world_size=1)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert [name for name in names if not name.startswith(".writing_")] == [
         "iter_0000001",
@@ -57,7 +57,7 @@ def test_a_run_that_loses_its_folder_in_mid_save_publishes_and_removes_nothing(r
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "1"
 
 
-def lose_the_folder_before_the_teacher(run_dir: Path) -> None:
+def lose_the_directory_before_the_teacher(run_dir: Path) -> None:
     def lost() -> None:
         raise CheckpointError(LOST)
 
@@ -68,5 +68,5 @@ def lose_the_folder_before_the_teacher(run_dir: Path) -> None:
     assert not (run_dir / "teacher").exists()
 
 
-def test_a_run_that_has_lost_its_folder_publishes_no_teacher(ranks, tmp_path):
-    ranks.run(lose_the_folder_before_the_teacher, tmp_path, world_size=1)
+def test_a_run_that_has_lost_its_directory_publishes_no_teacher(ranks, tmp_path):
+    ranks.run(lose_the_directory_before_the_teacher, tmp_path, world_size=1)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The folder of checkpoints: what counts as complete, and that a crash at any moment leaves one that
+"""The directory of checkpoints: what counts as complete, and that a crash at any moment leaves one that
 loads."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def complete(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoints(tmp_path, complete) -> Path:
-    """A folder with the checkpoints 1 and 2, 2 being the latest."""
+    """A directory with the checkpoints 1 and 2, 2 being the latest."""
     for step in (1, 2):
         shutil.copytree(complete, tmp_path / directory.iteration_name(step))
     (tmp_path / directory.TRACKER).write_text("2")

@@ -16,7 +16,7 @@ from checkpointed_run import Setup
 
 from megatron_selfdistill.checkpoint.formats import torch_dist
 from megatron_selfdistill.checkpoint.formats.full_weights import NOT_WEIGHTS, open_weights
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistSource
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
@@ -64,7 +64,7 @@ def with_more(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> Path:
     """The weights of ``path`` by other names, as another program writes them, a whole tensor in each piece."""
-    source = TorchDistSource(path)
+    source = TorchDistReader(path)
     tensors: dict[str, torch.Tensor] = {}
     for key in source.shapes:
         if not key.startswith(NOT_WEIGHTS):
@@ -108,7 +108,7 @@ def test_names_of_other_layers_are_converted(saved, tmp_path, rename):
     weights = open_weights(rewritten(saved[1], tmp_path, rename))
     model = architecture_from_args(weights.args)
     rules = family_of_model(model).rules(model)
-    weights.fitting(rules)
+    weights.check_shapes(rules)
     whole = open_weights(saved[1])
     assert all(torch.equal(weights.read(rule), whole.read(rule)) for rule in rules)
 
