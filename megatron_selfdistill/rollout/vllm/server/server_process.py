@@ -110,7 +110,8 @@ def start_servers(
     for number in range(count):
         log, held = folder / f"{number}.log", _free_port()
         port = held.getsockname()[1]
-        command = [python or sys.executable, "-m", f"{_PACKAGE}.rollout.vllm.server.serve", f"--port={port}", *arguments]
+        command = [python or sys.executable, "-m", f"{_PACKAGE}.rollout.vllm.server.serve", f"--port={port}"]
+        command += arguments
         with log.open("ab") as output:
             try:
                 process = subprocess.Popen(
