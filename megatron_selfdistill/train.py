@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Train a Megatron model on its own responses, towards what it would have said had it known the solution.
+"""Train a Megatron model on its own responses, towards what the same model says when it is shown the solution.
 
 selfdistill train data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
 torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
@@ -33,11 +33,27 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
 
+def loop(trainer: Trainer) -> None:
+    """Run the algorithm: the loop holds every value of a step, from the responses to the metrics."""
+    if trainer.step == 0 and trainer.config.evaluation.at_start:
+        trainer.evaluate()
+    while trainer.step < trainer.config.num_steps and not trainer.stop.agreed():
+        batch = trainer.next_batch()  # on-policy: responses of the current weights
+        packed = trainer.pack(batch)  # the same responses conditioned on two prompts
+        output = trainer.forward_backward(batch, packed)  # teacher and student in one pipeline schedule
+        metrics = trainer.update(batch, output)
+        trainer.finish_step(batch, packed, metrics)
+    if trainer.step < trainer.config.num_steps:
+        trainer.leave()  # a signal, or the end of its time
+
+
 @stop.listening()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 for a run that is complete or that stopped when asked (stop.py),
-    2 for bad input, 3 where a guard stopped the run, 4 where responses could not be had, 130 for Ctrl-C outside of a
-    run or pressed twice.  A run that hangs exits with 5 (watchdog.py)."""
+    """Run the command line and return the exit status.
+
+    0: the run is complete, or it stopped when asked (stop.py); 2: bad input; 3: a guard stopped the run; 4: an engine
+    returned no responses; 130: Ctrl-C outside of a run, or pressed twice.  A run that hangs exits with 5 (watchdog.py).
+    """
     ranks = RollCall()
     try:
         return _command(command_line.parse(argv), ranks)
@@ -72,22 +88,24 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
         return train(config, given, ranks)
 
 
-def _report(sentence: str, status: int, ranks: RollCall) -> None:
-    """Print why this rank ends, unless another rank prints the same sentence."""
-    if ranks.failed(sentence, status):
-        print(f"[rank {ranks.rank}] {sentence}", file=sys.stderr, flush=True)
-        ranks.tell_torchrun(sentence)
+def _report(message: str, status: int, ranks: RollCall) -> None:
+    """Print why this rank ends, unless another rank prints the same message."""
+    if ranks.failed(message, status):
+        print(f"[rank {ranks.rank}] {message}", file=sys.stderr, flush=True)
+        ranks.tell_torchrun(message)
     else:
         ranks.tell_torchrun("the same as on the rank that has printed its error")
 
 
 def train(config: Config, given: Collection[str] | None = None, ranks: RollCall | None = None) -> int:
-    """The whole run: check, build, loop.  Returns 0, also where the run was asked to stop, or, with a checkpoint to go
-    on from, `EXIT_UNHEALTHY` where a guard stopped it and `EXIT_NO_ROLLOUT` where an engine failed.
+    """Check the configuration, build the trainer, run the loop, and return the exit status.
 
-    ``given``: the keys that somebody set, which must not contradict the checkpoint that the run starts from; null: all
-    that are not at their defaults.  ``ranks``: through which the ranks meet; on an error the caller tells them.
-    Raises `ConfigError` for bad input: what can be seen without other ranks is seen before they are met.
+    0: the run is complete, or it stopped when asked; `EXIT_UNHEALTHY`: a guard stopped the run; `EXIT_NO_ROLLOUT`: an
+    engine failed.  In all three cases there is a checkpoint from which the run continues.
+    ``given``: the keys that the user has set, which must not contradict the checkpoint that the run starts from; null
+    means all keys that are not at their defaults.  ``ranks``: where the ranks of the launch meet; the caller reports an
+    error there.
+    Raises: `ConfigError` for bad input; what one rank can see alone is checked before the ranks meet.
     """
     check_files(config)
     ranks, lock = ranks or RollCall(), RunLock(Path(config.run_dir))
@@ -107,7 +125,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
 def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
     silence_known_warnings()
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
-    from megatron_selfdistill.checkpoint.run.resumption import refuse_another_run
+    from megatron_selfdistill.checkpoint.run.resumption import finished_run, refuse_another_run
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
     from megatron_selfdistill.run_data import RunData
 
@@ -116,7 +134,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     require_same_tokenizer(config)
     config.check_world(ranks.world_size)
     patience_s = config.parallel.distributed_timeout_minutes * 60
-    finished = _finished(config, as_given) if ranks.rank == 0 else None
+    finished = finished_run(config, as_given) if ranks.rank == 0 else None
     if checkpoint := ranks.answer("folder", str(finished or ""), patience_s):
         return _already_complete(config, Path(checkpoint), ranks)
     run_data = RunData.load(config)
@@ -158,25 +176,6 @@ def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None
         ranks.shutdown()
 
 
-def _finished(config: Config, as_given: Config) -> Path | None:
-    """Return the last checkpoint of a run that is complete, and was last started with the configuration ``as_given``;
-    ``config``: the same with the architecture of that checkpoint.  None for any other run."""
-    from megatron_selfdistill.checkpoint import directory
-    from megatron_selfdistill.checkpoint.run.run_directory import CONFIGURATION_FILE
-
-    run_dir = Path(config.run_dir)
-    written = run_dir / CONFIGURATION_FILE
-    if config.dry_run or not config.checkpoint.resume or not written.is_file():
-        return None
-    # Its first launch wrote it before there was a checkpoint with an architecture, the others after that.
-    if written.read_text(encoding="utf-8") not in map(configuration.to_yaml, (as_given, config)):
-        return None  # the run itself judges what differs
-    latest = directory.latest(run_dir / "checkpoints")
-    if latest is None or directory.iteration_of(latest) < config.num_steps:
-        return None
-    return None if directory.incomplete(latest) or directory.unverifiable(latest) else latest
-
-
 def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
     if ranks.rank == 0:
         lines = next_steps.complete(Path(config.run_dir), config.num_steps, checkpoint)
@@ -185,8 +184,11 @@ def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
 
 
 def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]) -> int:
-    """``dry_run=true`` without a launch: print what the run will need on ``cluster.num_gpus`` GPUs, and how to launch
-    it.  Raises `ConfigError` for what cannot run, and after the tables for what does not fit."""
+    """Print what the run will need on ``cluster.num_gpus`` GPUs, and how to launch it.
+
+    This is ``dry_run=true`` without a launch.
+    Raises: `ConfigError` for a configuration that cannot run, and after the tables for one that does not fit.
+    """
     plan_checks.check_plan(config)
     if config.data.path and config.data.tokenizer:  # else the plan reads neither
         prechecks.require_data(config)
@@ -201,20 +203,6 @@ def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]
     if misfit is not None:
         raise ConfigError(misfit)
     return 0
-
-
-def loop(trainer: Trainer) -> None:
-    """The algorithm: every value of a step, from the responses to the weights that they change."""
-    if trainer.step == 0 and trainer.config.evaluation.at_start:
-        trainer.evaluate()
-    while trainer.step < trainer.config.num_steps and not trainer.stop.agreed():
-        batch = trainer.next_batch()  # on-policy: responses of the current weights
-        packed = trainer.pack(batch)  # the same responses conditioned on two prompts
-        output = trainer.forward_backward(batch, packed)  # teacher and student in one pipeline schedule
-        metrics = trainer.update(batch, output)
-        trainer.finish_step(batch, packed, metrics)
-    if trainer.step < trainer.config.num_steps:
-        trainer.leave()  # a signal, or the end of its time
 
 
 if __name__ == "__main__":

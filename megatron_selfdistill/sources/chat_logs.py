@@ -71,14 +71,14 @@ class ChatLogs(CommittedState):
 
 @dataclass(frozen=True)
 class StepTurns:
-    """This replica's turns of a step."""
+    """The logged turns of one step on this replica."""
 
     problems: list[Problem]
     turns: list[Turn]
     """The turn of each of ``problems``."""
     metrics: Mapping[str, float]
-    """Counts over the global batch, equal on all ranks: turns/left_out_long and turns/left_out_bad, drawn for this step
-    and replaced; where ``data.on_long_context`` shortens, turns/shortened, whose solution is not complete."""
+    """Counts over the global batch, equal on all ranks: turns/left_out_long and turns/left_out_bad, which came up in
+    this step and were replaced; where ``data.on_long_context`` shortens, turns/shortened, whose solution is cut."""
 
 
 class LoggedTurns:

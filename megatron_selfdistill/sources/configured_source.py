@@ -14,10 +14,10 @@ from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Sampler
 from megatron_selfdistill.rollout.factory import make_sampler
-from megatron_selfdistill.rollout.on_demand import OnDemandSampler
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
 from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
+from megatron_selfdistill.sources.on_demand_sampler import OnDemandSampler
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.own_solutions import Finder, OwnSolutionPrompts, OwnSolutions
 from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge, Prompts

@@ -29,10 +29,11 @@ class Solution:
     """A verified response of the model, as the table of a run keeps it."""
 
     text: str
+    """The response without special tokens and without its stop token."""
     length: int
-    """Tokens, as it was sampled."""
+    """Tokens of the response as it was sampled."""
     step: int
-    """Optimizer steps behind the weights that sampled it."""
+    """Optimizer steps done when the response was sampled."""
 
 
 def prompts_with(
@@ -53,9 +54,9 @@ def prompts_with(
 
 @dataclass(frozen=True)
 class OwnSolutions:
-    """The solutions of a run: which ones its problems have, and when they are searched for again.
+    """The solutions that a run has found for its problems, and when the next search is due.
 
-    It is a value, the same on every rank of the world: `refreshed` returns another one.
+    The table is a value, the same on every rank of the world: `refreshed` returns another one.
     """
 
     search: Search

@@ -17,10 +17,10 @@ SampleKey = tuple[int, str, int]
 
 
 class Recording:
-    """A JSONL file of responses, one object per response: step, problem_id, sample_index and `Response`'s fields."""
+    """A JSONL file with one object per response: step, problem_id, sample_index and the fields of `Response`."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read the whole file.  Raises ValueError naming file and line of a record that is not a response."""
+        """Read the whole file.  Raises: ValueError with file and line for a record that is not a response."""
         self.path = Path(path)
         self._responses: dict[SampleKey, Response] = {}
         with self.path.open() as lines:

@@ -25,22 +25,22 @@ Generate = Callable[[list[Request]], list[Response]]
 """Samples one response per request of this replica; a collective of the world."""
 
 Score = Callable[[Sequence[tuple[Problem, Response]]], Sequence[float]]
-"""Says how learnable each of this replica's responses is (score.py), more being better; a collective of the world."""
+"""Returns how learnable each response of this replica is (pipeline/score.py); a collective of the world."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """How solutions are looked for."""
+    """How a search for solutions samples, and which solutions it keeps."""
 
     num_samples: int
     """Responses per problem."""
     keep: int
-    """Solutions per problem, at most."""
+    """The largest number of solutions per problem."""
     pick: str
-    """Which of the right ones are kept: shortest (in tokens), most_likely (mean log-prob per token under the student),
-    random (by problem and step), learnable (by `Score`)."""
+    """Which of the right responses are kept: shortest (in tokens), most_likely (mean log-prob per token under the
+    student), random (by problem and step), learnable (by `Score`)."""
     seed: int
-    """Of the run."""
+    """The seed of the run."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,30 @@ class Candidate:
     """One response that may become a solution."""
 
     sample: int
-    """Its index among the problem's samples."""
+    """The index of the response among the samples of its problem."""
     response: Response
     text: str
-    """As the verifier saw it, and as the teacher would be shown it."""
+    """The response as text, as the verifier reads it and as the teacher's prompt would show it."""
     correct: bool
+    """The verdict of the verifier; a truncated response is wrong."""
     score: float | None = None
-    """Of right ones, where they are picked by it."""
+    """How learnable a right response is; None where solutions are not picked by that."""
 
     @property
     def mean_log_prob(self) -> float:
-        """Per token, nats, under the model at temperature 1."""
+        """The mean log-prob per token, in nats, under the model at temperature 1."""
         return sum(self.response.log_probs) / len(self.response.log_probs)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of one problem."""
+    """The candidates of one problem, and the solutions among them."""
 
     problem: Problem
     candidates: list[Candidate]
-    """In the order of the samples."""
+    """All candidates, in the order of the samples."""
     kept: list[Candidate]
-    """The solutions, best first; no two with the same content (`content_of`)."""
+    """The solutions, best first; no two of them have the same content (`content_of`)."""
 
 
 def solve(
@@ -85,11 +86,11 @@ def solve(
     score: Score | None = None,
     fits: Callable[[Problem, str], bool] = lambda problem, text: True,
 ) -> list[Attempt]:
-    """Samples ``search.num_samples`` responses to each problem's own prompt, and keeps the best of the right ones.
+    """Sample ``search.num_samples`` responses to the own prompt of each problem, and keep the best right responses.
 
-    ``problems``: different ones, the same on all ranks; each replica takes every dp_size-th, and gets what became of
-    those, the same on each of its ranks.  The random stream of sample i is ``stream_seed(seed, step, "solution/" +
-    problem.id, i)``: no rollout and no evaluation has it, and no layout or order changes it.
+    ``problems``: without repetitions, the same on all ranks.  Each replica takes every dp_size-th problem and returns
+    the attempts at these problems, the same on each of its ranks.  The seed of sample i is ``stream_seed(seed, step,
+    "solution/" + problem.id, i)``: no rollout and no evaluation has this seed, and no layout or order changes it.
     ``score``: needed for pick=learnable.  ``fits(problem, text)``: whether a step could show that text.
 
     Collectives: one call of ``generate``, one of `judge` and, for pick=learnable, one of ``score``.
@@ -135,7 +136,7 @@ def solve(
 def _pick(
     problem: Problem, candidates: Sequence[Candidate], search: Search, step: int, fits: Callable[[Problem, str], bool]
 ) -> list[Candidate]:
-    """Return the right ones that say something, best first, each content once; of equals the earlier sample."""
+    """Return the right candidates with a content, best first, each content once; of equals the earlier sample."""
 
     def order(candidate: Candidate) -> tuple[bool, float, int]:
         if search.pick == "random":
@@ -155,17 +156,16 @@ def _pick(
 
 
 def content_of(text: str) -> str:
-    """Return what equal responses share: ``text`` without white space, invisible characters, letter case and
-    punctuation at its end, in Unicode's compatibility form.
+    """Return what equal responses have in common: the letters of ``text`` in Unicode's compatibility form.
 
-    Two texts of one content are the same response: a teacher that is shown one of them and reads the other would only
-    recite its hint.
+    White space, invisible characters, letter case and punctuation at the end are removed.  Two texts of one content are
+    the same response: a teacher that is shown one of them and scores the other would only recite its hint.
     """
     # NFKC again after casefold, which can leave characters that are not in that form.
     folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).casefold())
     return folded.rstrip(_FINAL) or folded
 
 
-# White space, and what formats text without being seen: soft hyphen, zero-width characters, marks of direction.
+# White space, and characters that format text unseen: soft hyphen, zero-width characters, marks of direction.
 _INVISIBLE = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]+")
 _FINAL = ".,;:!?。"

@@ -23,7 +23,7 @@ from megatron_selfdistill.pipeline.schedule import StepOutput
 
 @dataclass(frozen=True)
 class Turns:
-    """This replica's turns of a step, in the order of ``PackedBatch.response_tokens``."""
+    """The logged turns of one step on this replica, in the order of ``PackedBatch.response_tokens``."""
 
     lengths: list[int]
     """Tokens of each reply."""
@@ -38,7 +38,7 @@ class Turns:
 
     @property
     def ids(self) -> torch.Tensor:
-        """[sum of lengths] int64: the turn of each response token, counted from 0."""
+        """The turn of each response token, counted from 0: [sum of lengths] int64 on the host."""
         return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths, dtype=torch.int64))
 
 
@@ -58,9 +58,9 @@ def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: RankGri
     ``weighted``: whether the loss had `turn_weights`.  The keys:
 
         turns/count
-        turns/log_prob_mean, turns/log_prob_min   of the turns' mean log-prob per token under the student, nats
-        turns/accepted_share, turns/accepted_token_share   of the turns, of their tokens
-        turns/unlikely_share, turns/unlikely_token_share   those whose weight in the loss is below 1 (``weighted``)
+        turns/log_prob_mean, turns/log_prob_min   mean and minimum of each turn's mean log-prob per token, nats, student
+        turns/accepted_share, turns/accepted_token_share   accepted turns per turn, their tokens per token
+        turns/unlikely_share, turns/unlikely_token_share   the same of turns whose weight is below 1 (``weighted``)
 
     Collectives: of the per-turn sums one over CP and TP, then those of `over_all_ranks`.
     """

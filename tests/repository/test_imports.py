@@ -40,7 +40,7 @@ ORDER = {
         "formats.megatron_args formats.megatron_flags formats.hf_files formats.torch_dist "
         "formats.safetensors_directory run.saved_run directory formats.legacy formats.stored_model "
         "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion vocabulary "
-        "run.sharded_io run.external run.frozen_teacher run.checkpointer run.resumption run.run_directory"
+        "run.sharded_io run.external run.frozen_teacher run.checkpointer run.run_directory run.resumption"
     ),
     "run_data": "",
     "prechecks": "",
@@ -53,14 +53,14 @@ ORDER = {
         "vllm.server.server_process vllm.transfer_group vllm.transfer_buckets vllm.transfer vllm.transfer_choice "
         "vllm.weight_update vllm.server_sampler vllm.plugin.access vllm.plugin.pair_scheduler "
         "vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers vllm.plugin.weight_backend "
-        "vllm.plugin.worker vllm.server.serve factory on_demand"
+        "vllm.plugin.worker vllm.server.serve factory"
     ),
     "pipeline": "device_batch teacher_states schedule batch score",
     "metrics": "guards samples pace phases step sample_views token_numbers step_samples log",
     "evaluation": "bootstrap evaluation_directory verify inference held_out evaluations comparison tables",
     "sources": (
-        "problem_prompts source synced_sampler recording solution_search own_solutions guidance on_policy replay "
-        "solutions_as_responses turns chat_logs configured_source"
+        "problem_prompts source on_demand_sampler synced_sampler recording solution_search own_solutions guidance "
+        "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
     "report": "curves next_steps",
     "plan": "bubble plan_checks stages launch memory engines host_memory dry_run plan_tables",

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, fields_set, reconcile
+from megatron_selfdistill.checkpoint.run.run_directory import CONFIGURATION_FILE
 from megatron_selfdistill.checkpoint.run.saved_run import SavedRun, read_saved_run
-from megatron_selfdistill.config import Config, ConfigError, ModelConfig, hidden
+from megatron_selfdistill.config import Config, ConfigError, ModelConfig, hidden, to_yaml
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, Difference, differences, refusal, stored_values
 from megatron_selfdistill.distributed.collectives import from_all_ranks
 from megatron_selfdistill.errors import CheckpointError
@@ -102,6 +103,24 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
     same_problems = not any(difference.key in (_PROBLEMS, "seed") for difference in found)
     free, bound = ([str(one) for one in found if (one.rule == FREE) == is_free] for is_free in (True, False))
     return Resumption(saved, tuple(free), (*bound, *_consequences(saved, bool(bound), same_problems)), same_problems)
+
+
+def finished_run(config: Config, as_given: Config) -> Path | None:
+    """Return the last checkpoint of a run that is complete and whose last launch had this configuration; else None.
+
+    ``as_given``: the configuration that the user gave; ``config``: the same with the architecture of the checkpoint.
+    """
+    run_dir = Path(config.run_dir)
+    written = run_dir / CONFIGURATION_FILE
+    if config.dry_run or not config.checkpoint.resume or not written.is_file():
+        return None
+    # Its first launch wrote it before there was a checkpoint with an architecture, the others after that.
+    if written.read_text(encoding="utf-8") not in map(to_yaml, (as_given, config)):
+        return None  # `resumption` judges what differs
+    latest = directory.latest(run_dir / "checkpoints")
+    if latest is None or directory.iteration_of(latest) < config.num_steps:
+        return None
+    return None if directory.incomplete(latest) or directory.unverifiable(latest) else latest
 
 
 def _consequences(saved: SavedRun, forced: bool, same_problems: bool) -> Iterator[str]:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A sampler that is built when something is to be sampled: a run on logs may never need one."""
+"""A sampler that is built when the first response is wanted: a run on logs may never sample anything."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 
 
 class OnDemandSampler:
-    """`Sampler` around the one that ``build`` returns, which is called by the first `update_weights` or `generate`.
+    """A `Sampler` around another one, which the first `update_weights` or `generate` builds.
 
-    Every rank of the world makes the same calls, so ``build`` may be a collective.  Until then nothing is imported,
-    allocated or started, and `sleep`, `metrics` and `close` do nothing.
+    Every rank of the world makes the same calls, so ``build`` may be a collective.  Until it is called, nothing is
+    imported, allocated or started, and `sleep`, `metrics` and `close` do nothing.
     """
 
     def __init__(self, build: Callable[[], Sampler]) -> None:
@@ -20,24 +20,24 @@ class OnDemandSampler:
         self._sampler: Sampler | None = None
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """As the sampler's."""
+        """Return one response per request.  Collective."""
         return self._built().generate(requests, params)
 
     def update_weights(self, version: int) -> None:
-        """As the sampler's."""
+        """Send the weights of this moment to the inner sampler.  Collective."""
         self._built().update_weights(version)
 
     def sleep(self) -> None:
-        """As the sampler's."""
+        """Give back what only sampling needs, where the inner sampler has been built."""
         if self._sampler is not None:
             self._sampler.sleep()
 
     def metrics(self) -> dict[str, float]:
-        """As the sampler's."""
+        """Return what the inner sampler counted since the last call; nothing before it is built."""
         return self._sampler.metrics() if self._sampler is not None else {}
 
     def close(self) -> None:
-        """As the sampler's."""
+        """End what the inner sampler started, where it has been built."""
         if self._sampler is not None:
             self._sampler.close()
 
