@@ -18,10 +18,11 @@ from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.inference import decided_output_layer, new_chunks
+from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.backend import in_use
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.loss.target import Target, solve_batch_k
+from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.fp8 import token_multiple

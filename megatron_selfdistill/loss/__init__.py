@@ -7,7 +7,9 @@ vocabulary shards, to be used, and ``fused_linear`` the same from hidden states.
 
 from __future__ import annotations
 
+from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.divergence import Divergence, divergence, divergence_gradient
+from megatron_selfdistill.loss.sharded.beta_grid import beta_grid
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     TargetSolution,
@@ -16,20 +18,14 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     distillation_loss,
     solve_target,
 )
-from megatron_selfdistill.loss.target import (
-    Status,
-    Target,
-    TargetRows,
-    beta_grid,
-    mixed_target,
-    solve_batch_k,
-)
+from megatron_selfdistill.loss.status import Status
+from megatron_selfdistill.loss.target import Target, TargetDistribution, mixed_target
 
 __all__ = [
     "Divergence",
     "Status",
     "Target",
-    "TargetRows",
+    "TargetDistribution",
     "TargetSolution",
     "TokenStats",
     "VocabShard",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_selfdistill.config import hidden
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.pieces import pieces
-from megatron_selfdistill.loss.target import Status
+from megatron_selfdistill.loss.status import Status
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.prompts import Tokenizer
@@ -37,7 +37,7 @@ class SampleToken:
     k: float | None
     """What divides the mixed logits; None without a teacher."""
     status: str | None
-    """How k came about (`loss.target.Status`); None without a teacher."""
+    """How k came about (`loss.status.Status`); None without a teacher."""
 
     @property
     def log_ratio(self) -> float:

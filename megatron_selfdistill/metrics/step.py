@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_selfdistill.data.packing import Microbatch, PackedBatch
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
-from megatron_selfdistill.loss.target import Status
+from megatron_selfdistill.loss.status import Status
 from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # a run's metrics are read where there is no Megatron
@@ -116,7 +116,7 @@ def step_metrics(
 def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[float], list[float]]:
     """(mean H(p), betas, mean H(softmax(beta m)) at each of them) over the global batch, equal on all ranks.
 
-    It is what `loss.target.solve_batch_k` takes for the rule "batch".  Tokens with NaN are left out.
+    It is what `loss.batch_k.solve_batch_k` takes for the rule "batch".  Tokens with NaN are left out.
     Collectives as `step_metrics`.
     Raises: ValueError where the loss had no target, or no token had finite entropies.
     """

@@ -22,7 +22,8 @@ ORDER = {
     "compat": "cpu known_warnings repairs",
     "distributed": "collectives roll_call watchdog ranks stop",
     "loss": (
-        "target divergence weighting sharded.beta_grid sharded.solver sharded.row_sums sharded.row_statistics "
+        "status target batch_k divergence weighting "
+        "sharded.beta_grid sharded.solver sharded.row_sums sharded.row_statistics "
         "sharded.sharded_rows triton.block_loads triton.kernel_math triton.first_pass_kernel triton.entropy_kernels "
         "triton.pass_kernels triton.merge_kernels triton.kernels triton.row_kernels triton.solve_kernels "
         "sharded.backend sharded.vocab_parallel sharded.fused_linear"

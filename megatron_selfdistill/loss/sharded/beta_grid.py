@@ -3,13 +3,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.loss.target import Target, beta_grid
+from megatron_selfdistill.loss.target import RANGE, Target
+
+
+def beta_grid(target: Target) -> tuple[float, ...]:
+    """Return the betas, rising, at which the first pass takes the entropy of the mix; the ends are `Target.beta_range`.
+
+    The values are 1 / (1 + w) times powers of 2, so that equal logits find their root on the grid, from
+    1 / (RANGE (1 + w)) to RANGE / (1 + w); with a bound inside that range they start at 1 / k_max.  These are 9 values
+    without a bound and 5 with k_max = 1 + w.  Under fixed and teacher_alone the grid is the one given beta.
+    """
+    if target.rule in ("fixed", "teacher_alone"):
+        assert target.given_beta is not None
+        return (target.given_beta,)
+    octaves = round(math.log2(RANGE))
+    # A power of 2 times one number, so that each value is exactly twice the one before.
+    grid = [2.0**j * (1 / target.geometric_k) for j in range(-octaves, octaves + 1)]
+    if not target.lowest_is_bound:
+        return tuple(grid)
+    lowest, _ = target.beta_range
+    return (lowest, *(beta for beta in grid if beta > lowest * (1 + 1e-9)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
 from megatron_selfdistill.loss.sharded.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants
 from megatron_selfdistill.loss.sharded.solver import Cumulants, Solution, solve_on_grid
-from megatron_selfdistill.loss.target import Status, mixed_logits, status_given, token_status
+from megatron_selfdistill.loss.status import Status, status_given, token_status
+from megatron_selfdistill.loss.target import mixed_logits
 
 
 @dataclass(frozen=True)

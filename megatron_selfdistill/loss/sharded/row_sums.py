@@ -27,7 +27,8 @@ from megatron_selfdistill.loss.divergence import (
     reverse_kl_terms,
 )
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.target import Status, mixed_logits
+from megatron_selfdistill.loss.status import Status
+from megatron_selfdistill.loss.target import mixed_logits
 
 CHUNK_BYTES = {"cpu": 1 << 20, "other": 32 << 20}
 """Size of one temporary of a chunk of rows: what stays in a core's cache, or what fills an accelerator."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.loss.target import MIN_ENTROPY
+from megatron_selfdistill.loss.status import MIN_ENTROPY
 
 LEAST_ENTROPY = 1e-30
 LEAST_DEFICIT = 1e-12

@@ -12,14 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_selfdistill.loss import target
 from megatron_selfdistill.loss.sharded import solver
+from megatron_selfdistill.loss.status import MIN_ENTROPY
 from megatron_selfdistill.loss.triton.kernel_math import as_float32, at_least, at_most, is_finite, log_one_plus_64
 
 _LEAST_ENTROPY = tl.constexpr(solver.LEAST_ENTROPY)
 _LEAST_DEFICIT = tl.constexpr(solver.LEAST_DEFICIT)
 _LONGEST_STEP = tl.constexpr(solver.LONGEST_STEP)
-_AGREEMENT, _MIN_ENTROPY = tl.constexpr(solver.AGREEMENT), tl.constexpr(target.MIN_ENTROPY)
+_AGREEMENT, _MIN_ENTROPY = tl.constexpr(solver.AGREEMENT), tl.constexpr(MIN_ENTROPY)
 _SNAP, _SNAP_LIMIT = tl.constexpr(solver.SNAP), tl.constexpr(solver.SNAP_LIMIT)
 _EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from megatron_selfdistill.choices import DIVERGENCES
 from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.target import Status
+from megatron_selfdistill.loss.status import Status
 from megatron_selfdistill.loss.triton.block_loads import fetched, load, numbers_of, with_end
 from megatron_selfdistill.loss.triton.first_pass_kernel import BOTH, STUDENT_ONLY
 from megatron_selfdistill.loss.triton.kernel_math import (

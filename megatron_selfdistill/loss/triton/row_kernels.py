@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_selfdistill.loss import target
 from megatron_selfdistill.loss.divergence import FLOOR
+from megatron_selfdistill.loss.status import MATCH_TOLERANCE, MIN_ENTROPY, Status
 from megatron_selfdistill.loss.triton.entropy_kernels import entropy_of, nothing_yet, on_grid, refined, with_point
 from megatron_selfdistill.loss.triton.kernel_math import as_float32, at_least, exp_minus_one_64, is_finite
 from megatron_selfdistill.loss.triton.merge_kernels import (
@@ -29,11 +29,11 @@ from megatron_selfdistill.loss.triton.merge_kernels import (
 NUM_STATE = tl.constexpr(26)
 """Numbers of a row that ``finish_kernel`` takes over, float64: 6 constants, 2 points of 5, and 10 that stay."""
 _FLOOR = tl.constexpr(FLOOR)
-_UNCONVERGED = tl.constexpr(int(target.Status.UNCONVERGED))
-_MIN_ENTROPY, _MATCH_TOLERANCE = tl.constexpr(target.MIN_ENTROPY), tl.constexpr(target.MATCH_TOLERANCE)
-_MATCHED, _CAPPED = tl.constexpr(int(target.Status.MATCHED)), tl.constexpr(int(target.Status.CAPPED))
-_OUT_OF_RANGE = tl.constexpr(int(target.Status.OUT_OF_RANGE))
-_UNDETERMINED, _GIVEN = tl.constexpr(int(target.Status.UNDETERMINED)), tl.constexpr(int(target.Status.GIVEN))
+_UNCONVERGED = tl.constexpr(int(Status.UNCONVERGED))
+_MIN_ENTROPY, _MATCH_TOLERANCE = tl.constexpr(MIN_ENTROPY), tl.constexpr(MATCH_TOLERANCE)
+_MATCHED, _CAPPED = tl.constexpr(int(Status.MATCHED)), tl.constexpr(int(Status.CAPPED))
+_OUT_OF_RANGE = tl.constexpr(int(Status.OUT_OF_RANGE))
+_UNDETERMINED, _GIVEN = tl.constexpr(int(Status.UNDETERMINED)), tl.constexpr(int(Status.GIVEN))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
@@ -222,7 +222,7 @@ def _status(
     GIVEN: tl.constexpr,
     LOWEST_IS_BOUND: tl.constexpr,
 ):
-    """`target.token_status`, or GIVEN."""
+    """`token_status`, or GIVEN."""
     status = tl.zeros_like(beta).to(tl.int32) + (_GIVEN if GIVEN else _MATCHED)
     if not GIVEN:
         low, high = tl.load(betas).to(tl.float64), tl.load(betas + NUM_GRID - 1).to(tl.float64)

@@ -23,7 +23,7 @@ from rich.console import Console
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.target import solve_batch_k
+from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.metrics import (
     COLUMNS,
     MetricsLog,
