@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
-from megatron_selfdistill.loss.sharded.sharded_rows import all_gather
+from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule
 

@@ -110,7 +110,7 @@ class FusedLoss:
             vocab=vocab,
             chunk_tokens=self.fusion.chunk_tokens,
             mode=self.fusion.mode,
-            gathered_rows=positions.gathered,
+            gather_indices=positions.gathered,
             weight_gradient=MainGrad.of(weight, student.output_layer),
             backend=self.backend,
         )

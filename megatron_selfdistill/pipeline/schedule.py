@@ -280,7 +280,7 @@ class _Step:
         if not self.stats:
             return torch.empty(0, dtype=torch.int64, device=self.grid.device), None, None
         weights = torch.cat(self.weights) if self.weights else None
-        return torch.cat(self.ids), TokenStats.joined(self.stats), weights
+        return torch.cat(self.ids), TokenStats.concatenate(self.stats), weights
 
 
 class _Bridge(torch.autograd.Function):

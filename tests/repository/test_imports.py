@@ -23,9 +23,10 @@ ORDER = {
     "distributed": "collectives roll_call watchdog ranks stop",
     "loss": (
         "status target batch_k divergence weighting "
-        "sharded.beta_grid sharded.solver sharded.row_sums sharded.row_statistics "
-        "sharded.sharded_rows triton.block_loads triton.kernel_math triton.first_pass_kernel triton.entropy_kernels "
-        "triton.pass_kernels triton.merge_kernels triton.kernels triton.row_kernels triton.solve_kernels "
+        "sharded.beta_grid sharded.solver sharded.shard_sums sharded.token_statistics "
+        "sharded.gathered_hidden triton.block_loads triton.kernel_math triton.first_pass_kernel triton.solver_kernels "
+        "triton.pass_kernels triton.merge_kernels triton.pass_launches triton.statistics_kernels "
+        "triton.solver_launches "
         "sharded.backend sharded.vocab_parallel sharded.fused_linear"
     ),
     "data": (

@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 PACKAGE = "/megatron_selfdistill/"
 ELSEWHERE = "/megatron/core/"
 EXEMPT = (
-    "/megatron_selfdistill/loss/row_sums.py",  # the loss in PyTorch; Triton kernels choose these rows on the device
+    "/megatron_selfdistill/loss/sharded/shard_sums.py",  # the loss in PyTorch; Triton's choose rows on the GPU
     "/megatron/core/tensor_parallel/random.py",  # compares states of the host's random numbers
 )
 
 # Stands between Megatron and torch's factories, on a CPU only.
-BETWEEN = ("/megatron_selfdistill/cpu.py",)
+BETWEEN = ("/megatron_selfdistill/compat/cpu.py",)
 
 READ_BY_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
 FACTORIES = ("tensor", "as_tensor")

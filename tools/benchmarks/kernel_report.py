@@ -81,20 +81,20 @@ def cases() -> Iterator[Case]:
     from megatron_selfdistill.choices import DIVERGENCES
     from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
     from megatron_selfdistill.loss.target import Target
-    from megatron_selfdistill.loss.triton import first_pass_kernel, kernels, pass_kernels
+    from megatron_selfdistill.loss.triton import first_pass_kernel, pass_kernels, pass_launches
 
-    reading = {**kernels.COMPILED, "num_warps": 1}
+    reading = {**pass_launches.COMPILED, "num_warps": 1}
     targets = Target(), Target(k_max=None), Target("teacher_alone")
     for dtype, vec in (("bf16", 8), ("fp32", 4)):
         logits = dict.fromkeys(("student", "teacher", "out"), f"*{dtype}")
-        summing = {"MIX": first_pass_kernel.BOTH, "LANES": kernels.LANES, "VEC": vec, "PACKED": True}
+        summing = {"MIX": first_pass_kernel.BOTH, "LANES": pass_launches.LANES, "VEC": vec, "PACKED": True}
         first = first_pass_kernel.first_pass_kernel
         tokens = {"tokens": "*i64", "argmaxes": "*i32", "first_column": "i32"}
         for target in targets:
             grid = BetaGrid.of(target, torch.float32)
             doubled = sum(1 << j for j in grid.doubled)
             constants = {**summing, "J": len(grid.betas), "DOUBLED": doubled, "HAS_TOKENS": True}
-            options = kernels.first_pass_options(grid, vec)
+            options = pass_launches.first_pass_options(grid, vec)
             constants |= {name: options.pop(name) for name in ("LANES", "VEC")}
             yield Case(f"first pass, {len(grid.betas)} betas, {dtype}", first, logits | tokens, constants, options)
         for some_rows, forward in itertools.product((False, True), repeat=2):
@@ -104,34 +104,40 @@ def cases() -> Iterator[Case]:
             yield Case(name, pass_kernels.second_pass_kernel, types, constants, reading)
         yield Case(f"JSD pass, {dtype}", pass_kernels.jsd_pass_kernel, logits, summing, reading)
         for i, kind in enumerate(DIVERGENCES):
-            constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": kernels.GRADIENT_BLOCK}
+            constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": pass_launches.GRADIENT_BLOCK}
             name = f"gradient, {kind}, {dtype}"
             yield Case(
-                name, pass_kernels.gradient_kernel, logits, constants, reading | {"num_warps": kernels.GRADIENT_WARPS}
+                name,
+                pass_kernels.gradient_kernel,
+                logits,
+                constants,
+                reading | {"num_warps": pass_launches.GRADIENT_WARPS},
             )
     yield from solving_cases()
 
 
 def solving_cases() -> Iterator[Case]:
     """The kernels between and after the passes, of whole rows and of rows in as many parts as all ranks have."""
-    from megatron_selfdistill.loss.sharded.row_sums import SECOND_PASS, SECOND_PASS_FORWARD
-    from megatron_selfdistill.loss.triton import first_pass_kernel, row_kernels, solve_kernels
+    from megatron_selfdistill.loss.sharded.shard_sums import SECOND_PASS, SECOND_PASS_FORWARD
+    from megatron_selfdistill.loss.triton import first_pass_kernel, solver_launches, statistics_kernels
 
     double = dict.fromkeys(("state", "shifts", "exact"), "*fp64")
     double |= {"tokens": "*i64", "statuses": "*i64", "agreements": "*u8"}
     for parts in (1, 8, 64, 128):
-        options = solve_kernels.launch_options(parts)
+        options = solver_launches.launch_options(parts)
         sizes = {name: options.pop(name) for name in ("ROWS", "PARTS")}
         sizes |= {"MIX": first_pass_kernel.BOTH, "GIVEN": False}
         for num_betas, favoured in ((5, 0), (9, 4)):
             constants = {"J": num_betas, "NUM_GRID": num_betas, "FAVOURED": favoured}
             name = f"solve, {num_betas} betas, {parts} parts"
-            yield Case(name, row_kernels.solve_kernel, double, sizes | constants, options)
+            yield Case(name, statistics_kernels.solve_kernel, double, sizes | constants, options)
         for columns, some_rows in itertools.product((SECOND_PASS, SECOND_PASS_FORWARD), (False, True)):
             constants = {"NUM_GRID": 5, "LOWEST_IS_BOUND": True, "HAS_TOKENS": True, "NUM_COLUMNS": len(columns)}
             constants |= {"SOME_ROWS": some_rows}
             kind = f"{', forward KL' if columns is SECOND_PASS_FORWARD else ''}{', third pass' if some_rows else ''}"
-            yield Case(f"finish{kind}, {parts} parts", row_kernels.finish_kernel, double, sizes | constants, options)
+            yield Case(
+                f"finish{kind}, {parts} parts", statistics_kernels.finish_kernel, double, sizes | constants, options
+            )
 
 
 def measure(case: Case, arch: int) -> Report:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 PACKAGE = "megatron_selfdistill"
 PAGES = {
-    "loss": ("Loss", "loss.target loss.divergence loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting"),
+    "loss": (
+        "Loss",
+        "loss.target loss.divergence loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting",
+    ),
     "pipeline": ("A step through the pipeline", "pipeline.schedule teacher pipeline.batch"),
     "trainer": ("Trainer and sources of responses", "trainer learner sources.source sources.configured_source"),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),

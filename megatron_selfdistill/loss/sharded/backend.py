@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.choices import LOSS_BACKENDS
-from megatron_selfdistill.loss.sharded import row_statistics, row_sums
-from megatron_selfdistill.loss.sharded.row_statistics import RowResults
-from megatron_selfdistill.loss.sharded.row_sums import RowConstants
+from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
+from megatron_selfdistill.loss.sharded.shard_sums import TokenConstants
+from megatron_selfdistill.loss.sharded.token_statistics import TokenResults
 
 OLDEST_TRITON = (3, 3)
 """Before, kernels could not hand tuples around."""
@@ -25,19 +25,19 @@ OLDEST_TRITON = (3, 3)
 
 @dataclass(frozen=True)
 class Backend:
-    """The passes over the logits (contracts: ``row_sums``) and the solving between them (``row_statistics``).
+    """The passes over the logits (contracts: ``shard_sums``) and the solving between them (``token_statistics``).
 
     num_parts: of [T, columns per rank], into how many parts each row is cut: the same on all ranks.
-    solve_rows returns what finish_rows takes and, for another pass, returns anew; its ``constants`` go to second_pass.
+    solve_tokens returns the state that finish_tokens takes and returns anew; its ``constants`` go to second_pass.
     """
 
     name: str
     num_parts: Callable[[int, int], int]
     first_pass: Callable[..., tuple[Tensor, Tensor]]
-    solve_rows: Callable[..., Any]
+    solve_tokens: Callable[..., Any]
     second_pass: Callable[..., Tensor]
-    finish_rows: Callable[..., tuple[RowResults, Any]]
-    jsd_pass: Callable[[row_sums.Shard, RowConstants, float], Tensor]
+    finish_tokens: Callable[..., tuple[TokenResults, Any]]
+    jsd_pass: Callable[[shard_sums.Shard, TokenConstants, float], Tensor]
     write_gradient: Callable[..., None]
 
 
@@ -95,17 +95,17 @@ def _triton_version() -> str:
 @cache
 def _triton() -> Backend:
     # Imported where it is used: it takes a second, and torch for CPUs comes without it.
-    from megatron_selfdistill.loss.triton import kernels, solve_kernels
+    from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
     return Backend(
         name="triton",
-        num_parts=kernels.num_parts,
-        first_pass=kernels.first_pass,
-        solve_rows=solve_kernels.solve_rows,
-        second_pass=kernels.second_pass,
-        finish_rows=solve_kernels.finish_rows,
-        jsd_pass=kernels.jsd_pass,
-        write_gradient=kernels.write_gradient,
+        num_parts=pass_launches.num_parts,
+        first_pass=pass_launches.first_pass,
+        solve_tokens=solver_launches.solve_tokens,
+        second_pass=pass_launches.second_pass,
+        finish_tokens=solver_launches.finish_tokens,
+        jsd_pass=pass_launches.jsd_pass,
+        write_gradient=pass_launches.write_gradient,
     )
 
 
@@ -116,10 +116,10 @@ def _whole_rows(num_rows: int, num_columns: int) -> int:
 _TORCH = Backend(
     name="torch",
     num_parts=_whole_rows,
-    first_pass=row_sums.first_pass,
-    solve_rows=row_statistics.solve_rows,
-    second_pass=row_sums.second_pass,
-    finish_rows=row_statistics.finish_rows,
-    jsd_pass=row_sums.jsd_pass,
-    write_gradient=row_sums.write_gradient,
+    first_pass=shard_sums.first_pass,
+    solve_tokens=token_statistics.solve_tokens,
+    second_pass=shard_sums.second_pass,
+    finish_tokens=token_statistics.finish_tokens,
+    jsd_pass=shard_sums.jsd_pass,
+    write_gradient=shard_sums.write_gradient,
 )

@@ -79,7 +79,7 @@ class BetaGrid:
 
     @property
     def num_sums(self) -> int:
-        """Columns after those of ``row_sums.FIRST_PASS``: four moments of each beta, then the two token logits."""
+        """Columns after those of ``shard_sums.FIRST_PASS``: four moments of each beta, then the two token logits."""
         return 4 * len(self.betas) + 2
 
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -26,9 +26,9 @@ from torch.autograd.function import once_differentiable
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.backend import Backend, chosen
-from megatron_selfdistill.loss.sharded.row_sums import RowConstants, Shard
-from megatron_selfdistill.loss.sharded.sharded_rows import RowPlacement, gather_width
-from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, _forward, _shard
+from megatron_selfdistill.loss.sharded.gathered_hidden import HiddenPlacement, gather_width
+from megatron_selfdistill.loss.sharded.shard_sums import Shard, TokenConstants
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, make_shard, run_forward
 from megatron_selfdistill.loss.target import Target
 
 
@@ -54,7 +54,7 @@ def fused_distillation_loss(
     vocab: VocabShard,
     chunk_tokens: int = 4096,
     mode: str = "keep_gradient",
-    gathered_rows: Tensor | None = None,
+    gather_indices: Tensor | None = None,
     weight_gradient: WeightGradient | None = None,
     backend: str | None = None,
 ) -> TokenStats:
@@ -62,23 +62,23 @@ def fused_distillation_loss(
 
     Shapes: weights [V / tp, h], this rank's rows; teacher_weight None: it is the student's.  Hidden states and weights
     have one dtype, that of the logits.  response_tokens [R] int64, global ids.
-    student_hidden: [R, h], equal on all ranks of ``vocab.group``.  With gathered_rows [R] int64 it is [n, h], this
-    rank's own rows, n equal on all ranks, and token i belongs to row gathered_rows[i] of all ranks' rows in rank order;
-    the indices are distinct.  Then only the rank's own rows are kept, and gathered once more in backward.
+    student_hidden: [R, h], equal on all ranks of ``vocab.group``.  With gather_indices [R] int64 it is [n, h], this
+    rank's own rows, n equal on all ranks, and token i belongs to row gather_indices[i] of the rows of all ranks in rank
+    order; the indices are distinct.  Then only the rank's own rows are kept, and gathered once more in backward.
     teacher_hidden: [R, h], equal on all ranks; or [R, h / tp], cut by width in rank order.
     chunk_tokens, mode: see above; what is returned does not depend on them, but for rounding.
-    Gradient: to student_hidden (summed over the ranks; with gathered_rows that of the rank's own rows, 0 where no token
-    is) and to student_weight.  The incoming gradient may differ between tokens.  weight_gradient: takes the weight's,
+    Gradient: to student_hidden (summed over the ranks; with gather_indices that of the rank's own rows, 0 where there
+    is no token) and to student_weight.  The incoming gradient may differ between tokens.  weight_gradient: takes it,
     within backward only; without it autograd gets it in the weight's dtype, summed over chunks in float32, which takes
     a float32 copy of the weight's shape in low_memory.
     Statistics, ranks, backend, -inf and NaN: as `distillation_loss`.
     Collectives: per chunk those of `distillation_loss` (three, JSD four, one less for a given beta), and one all-gather
     of the teacher's rows where they are cut.
-    With gathered_rows one all-gather in forward and another in backward.  In backward one all-reduce of dgrad, or one
-    reduce-scatter for gathered_rows, while the last wgrad GEMM runs; low_memory gathers the teacher's rows again.
+    With gather_indices one all-gather in forward and another in backward.  In backward one all-reduce of dgrad, or one
+    reduce-scatter for gather_indices, while the last wgrad GEMM runs; low_memory gathers the teacher's rows again.
     Raises: ValueError if shapes or dtypes do not fit.
     """
-    placement = RowPlacement(vocab.group, gathered_rows)
+    placement = HiddenPlacement(vocab.group, gather_indices)
     layer = _Layer(
         target,
         divergence,
@@ -93,14 +93,14 @@ def fused_distillation_loss(
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
-        rows = placement.start_gathering(student_hidden)()
+        rows = placement.start_gather(student_hidden)()
         logits = _Logits(layer, rows, teacher_hidden, student_weight, teacher_weight, keep)
-        stats, constants, centre = _forward_chunks(layer, logits, response_tokens)
+        stats, constants, kl_value = _forward_chunks(layer, logits, response_tokens)
     if not trained:
         return stats
     kept: tuple[Any, ...] = (logits.kept, None, None, None, None)
     if not keep:
-        kept = (None, teacher_hidden, teacher_weight, constants, centre)
+        kept = (None, teacher_hidden, teacher_weight, constants, kl_value)
     return replace(stats, loss=_Backward.apply(student_hidden, student_weight, stats.loss, layer, *kept))
 
 
@@ -114,7 +114,7 @@ class _Layer:
     backend: Backend
     chunk_tokens: int
     num_tokens: int
-    placement: RowPlacement
+    placement: HiddenPlacement
     weight_gradient: WeightGradient | None
 
     def chunks(self) -> Iterator[slice]:
@@ -123,14 +123,14 @@ class _Layer:
             yield slice(start, min(start + self.chunk_tokens, self.num_tokens))
 
     def shard(self, student_logits: Tensor, teacher_logits: Tensor) -> Shard:
-        return _shard(student_logits, teacher_logits, self.target, self.vocab)
+        return make_shard(student_logits, teacher_logits, self.target, self.vocab)
 
     def write_gradient(
-        self, shard: Shard, constants: RowConstants, centre: Tensor, grad_loss: Tensor, out: Tensor
+        self, shard: Shard, constants: TokenConstants, kl_value: Tensor, grad_loss: Tensor, out: Tensor
     ) -> None:
         """Into ``out`` [n, V / tp], which may be the student's logits; 0 at padding columns."""
         valid = out[:, : self.vocab.num_valid]
-        self.backend.write_gradient(shard, constants, centre, self.divergence, grad_loss, valid)
+        self.backend.write_gradient(shard, constants, kl_value, self.divergence, grad_loss, valid)
         out[:, self.vocab.num_valid :] = 0
 
 
@@ -179,21 +179,25 @@ class _Logits:
         return gather_width(part, self.layer.vocab.group)
 
 
-def _forward_chunks(layer: _Layer, logits: _Logits, response_tokens: Tensor) -> tuple[TokenStats, RowConstants, Tensor]:
+def _forward_chunks(
+    layer: _Layer, logits: _Logits, response_tokens: Tensor
+) -> tuple[TokenStats, TokenConstants, Tensor]:
     """The statistics of all tokens, and what their gradient takes besides logits; the gradient, where one is kept."""
-    stats, constants, centres = [], [], []
+    stats, constants, kl_values = [], [], []
     for tokens in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
         shard = layer.shard(student_logits, teacher_logits)
-        forward = _forward(shard, response_tokens[tokens], layer.target, layer.divergence, layer.vocab, layer.backend)
+        forward = run_forward(
+            shard, response_tokens[tokens], layer.target, layer.divergence, layer.vocab, layer.backend
+        )
         if logits.kept is not None:
-            unit = torch.ones_like(forward.centre)
-            layer.write_gradient(shard, forward.constants, forward.centre, unit, logits.kept[tokens])
+            unit = torch.ones_like(forward.kl_value)
+            layer.write_gradient(shard, forward.constants, forward.kl_value, unit, logits.kept[tokens])
         stats.append(forward.stats)
         constants.append(forward.constants.tensors())
-        centres.append(forward.centre)
-    joined = RowConstants(*(torch.cat(parts) for parts in zip(*constants, strict=True)))
-    return TokenStats.joined(stats), joined, torch.cat(centres)
+        kl_values.append(forward.kl_value)
+    joined = TokenConstants(*(torch.cat(parts) for parts in zip(*constants, strict=True)))
+    return TokenStats.concatenate(stats), joined, torch.cat(kl_values)
 
 
 class _Backward(torch.autograd.Function):
@@ -209,12 +213,12 @@ class _Backward(torch.autograd.Function):
         gradient: Tensor | None,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
-        constants: RowConstants | None,
-        centre: Tensor | None,
+        constants: TokenConstants | None,
+        kl_value: Tensor | None,
     ) -> Tensor:
         per_token = constants.tensors() if constants is not None else ()
         ctx.save_for_backward(
-            student_hidden, student_weight, gradient, teacher_hidden, teacher_weight, centre, *per_token
+            student_hidden, student_weight, gradient, teacher_hidden, teacher_weight, kl_value, *per_token
         )
         ctx.layer = layer
         return loss.clone()
@@ -222,21 +226,24 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        layer, (hidden, weight, kept, teacher_hidden, teacher_weight, centre, *constants) = ctx.layer, ctx.saved_tensors
+        layer, (hidden, weight, kept, teacher_hidden, teacher_weight, kl_value, *constants) = (
+            ctx.layer,
+            ctx.saved_tensors,
+        )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if kept is not None:
-            gathering = layer.placement.start_gathering(hidden) if needs_weight else None
+            gathering = layer.placement.start_gather(hidden) if needs_weight else None
             grads = _Gradients(layer, gathering, hidden, weight, needs_hidden)
             grads.add(slice(0, layer.num_tokens), kept, scale=grad_loss[:, None], last=True)
             return grads.of_hidden(), grads.of_weight(), *(None,) * 7
-        rows = layer.placement.start_gathering(hidden)()
+        rows = layer.placement.start_gather(hidden)()
         grads = _Gradients(layer, (lambda: rows) if needs_weight else None, hidden, weight, needs_hidden)
         logits = _Logits(layer, rows, teacher_hidden, weight, teacher_weight, keep=False)
         for tokens in layer.chunks():
             student_logits, teacher_logits = logits.of(tokens)
             shard = layer.shard(student_logits, teacher_logits)
-            chunk = RowConstants(*(values[tokens] for values in constants))
-            layer.write_gradient(shard, chunk, centre[tokens], grad_loss[tokens].to(shard.dtype), student_logits)
+            chunk = TokenConstants(*(values[tokens] for values in constants))
+            layer.write_gradient(shard, chunk, kl_value[tokens], grad_loss[tokens].to(shard.dtype), student_logits)
             grads.add(tokens, student_logits, scale=None, last=tokens.stop == layer.num_tokens)
         return grads.of_hidden(), grads.of_weight(), *(None,) * 7
 
@@ -268,7 +275,7 @@ class _Gradients:
             if scale is not None:
                 self.dgrad[tokens].mul_(scale)
             if last:
-                self.reduced, self.dgrad = self.layer.placement.start_reducing(self.dgrad, self.hidden), None
+                self.reduced, self.dgrad = self.layer.placement.start_reduce(self.dgrad, self.hidden), None
         if self.rows is not None and len(gradient):
             rows = self.rows()[tokens]
             if scale is not None:
@@ -304,7 +311,7 @@ def _check(
     response_tokens: Tensor,
 ) -> None:
     name, size, width = "fused_distillation_loss", layer.vocab.size, student_weight.shape[-1]
-    rows, gathered_rows = layer.num_tokens, layer.placement.gathered_rows
+    rows, gather_indices = layer.num_tokens, layer.placement.gather_indices
     if mode not in FUSED_MODES or layer.chunk_tokens < 1:
         raise ValueError(
             f"{name}: mode must be one of {', '.join(FUSED_MODES)} and chunk_tokens at least 1; "
@@ -315,14 +322,14 @@ def _check(
             raise ValueError(
                 f"{name}: weights must be [{size}, {width}], this VocabShard's; got {tuple(weight.shape)}."
             )
-    held, cut = student_hidden.shape[0] if gathered_rows is not None else rows, width // layer.placement.size
+    held, cut = student_hidden.shape[0] if gather_indices is not None else rows, width // layer.placement.size
     shapes = tuple(student_hidden.shape), tuple(teacher_hidden.shape)
     if shapes[0] != (held, width) or shapes[1] not in ((rows, width), (rows, cut)):
         raise ValueError(
             f"{name}: student_hidden must be [{held}, {width}] and teacher_hidden [{rows}, {width}] or "
             f"[{rows}, {cut}]; got {shapes[0]} and {shapes[1]}."
         )
-    for what, index in (("response_tokens", response_tokens), ("gathered_rows", gathered_rows)):
+    for what, index in (("response_tokens", response_tokens), ("gather_indices", gather_indices)):
         if index is not None and (tuple(index.shape) != (rows,) or index.dtype != torch.int64):
             raise ValueError(
                 f"{name}: {what} must be int64 of shape ({rows},), one per token; "

@@ -38,7 +38,7 @@ SNAP = 4.0
 So equal logits give beta (1 + w) = 1 exactly."""
 SNAP_LIMIT = 5e-6
 """Nats; the largest mismatch that counts as rounding."""
-AGREEMENT = 2e-6
+ESTIMATE_TOLERANCE = 2e-6
 """Nats, between two estimates of H at the root.  What float32 then takes from beta is 6e-8 of dH/du, below 5e-6."""
 LONGEST_STEP = 1 / 32
 """Of log beta, from the beta of a pass to the beta in use: where the series of log S0, H and E_q[log p] are trusted.
@@ -95,7 +95,7 @@ class Cumulants:
 
 
 @dataclass(frozen=True)
-class Solution:
+class BetaSolution:
     """What is known about the beta of every token, [T] float64.
 
     beta: the root of the polynomial, or an end of the grid, or a grid point that matches to rounding, or given.
@@ -115,12 +115,12 @@ class Solution:
     converged: Tensor
 
     @classmethod
-    def given(cls, point: Cumulants) -> Solution:
+    def given(cls, point: Cumulants) -> BetaSolution:
         """Return the solution for a beta that is not solved for."""
         nowhere = torch.zeros_like(point.beta, dtype=torch.bool)
         return cls(point.beta, point.log_sum, point.entropy, point, point, nowhere, ~nowhere)
 
-    def where(self, condition: Tensor, others: Solution) -> Solution:
+    def where(self, condition: Tensor, others: BetaSolution) -> BetaSolution:
         """Return the betas of this solution where ``condition`` holds, elsewhere those of ``others``."""
         return replace(
             self,
@@ -130,13 +130,15 @@ class Solution:
             converged=torch.where(condition, self.converged, others.converged),
         )
 
-    def refined(self, here: Cumulants, student_entropy: Tensor, max_entropy: Tensor, dtype: torch.dtype) -> Solution:
+    def refined(
+        self, here: Cumulants, student_entropy: Tensor, max_entropy: Tensor, dtype: torch.dtype
+    ) -> BetaSolution:
         """Return the solution after a pass over the logits at ``beta``, where the cumulants are ``here``.
 
         The bracket shrinks to the side of ``beta`` on which the root lies, and the root of the polynomial through both
         ends of that is the new beta, a number of ``dtype``.  Two estimates of H there, the polynomial and the series
-        around ``here``, share no error: a token has converged when they agree to AGREEMENT at a distance of at most
-        LONGEST_STEP.  Tokens that are not inside keep their beta.
+        around ``here``, share no error: a token has converged when they agree to ESTIMATE_TOLERANCE at a
+        distance of at most LONGEST_STEP.  Tokens that are not inside keep their beta.
         """
         wanted = student_entropy.clamp(min=MIN_ENTROPY)
         soft = here.entropy > wanted
@@ -145,15 +147,15 @@ class Solution:
         # NaN: an entropy that does not move to float64 precision.
         root = torch.where(self.inside & ~torch.isnan(root), root, here.beta)
         is_near = (root / here.beta).log().abs() <= LONGEST_STEP
-        agrees = (here.extrapolated(root)[1] - wanted).abs() <= AGREEMENT
+        agrees = (here.extrapolated(root)[1] - wanted).abs() <= ESTIMATE_TOLERANCE
         beta = root.to(dtype).double()
         log_sum, entropy = here.extrapolated(beta)
-        return Solution(beta, log_sum, entropy, left, right, self.inside, ~self.inside | (is_near & agrees))
+        return BetaSolution(beta, log_sum, entropy, left, right, self.inside, ~self.inside | (is_near & agrees))
 
 
 def solve_on_grid(
     grid: Cumulants, student_entropy: Tensor, max_entropy: Tensor, *, favoured: int, dtype: torch.dtype
-) -> Solution:
+) -> BetaSolution:
     """Invert the entropies on the grid, per token.
 
     grid: [T, J], at J >= 2 rising betas.
@@ -178,7 +180,7 @@ def solve_on_grid(
     point = grid.at(torch.where(has_match, nearest, torch.where(soft[:, 0], num_betas - 1, 0)))
     broken = ~torch.isfinite(student_entropy + entropies[:, 0])
     inside = has_root & ~has_match & ~broken
-    return Solution(
+    return BetaSolution(
         beta=torch.where(inside, root, point.beta).masked_fill(broken, torch.nan),
         log_sum=torch.where(inside, _log_sum_between(left, right, root), point.log_sum).masked_fill(broken, torch.nan),
         entropy=torch.where(inside, wanted, point.entropy),

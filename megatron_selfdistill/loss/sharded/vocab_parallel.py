@@ -30,9 +30,9 @@ from torch import Tensor
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.backend import Backend, chosen
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.row_statistics import RowResults
-from megatron_selfdistill.loss.sharded.row_sums import RowConstants, Shard
-from megatron_selfdistill.loss.sharded.sharded_rows import all_gather
+from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
+from megatron_selfdistill.loss.sharded.shard_sums import Shard, TokenConstants
+from megatron_selfdistill.loss.sharded.token_statistics import TokenResults
 from megatron_selfdistill.loss.target import Target
 
 
@@ -107,7 +107,7 @@ class TokenStats:
     """[T, J] H(softmax(grid_betas[j] m))."""
 
     @classmethod
-    def joined(cls, parts: Sequence[TokenStats]) -> TokenStats:
+    def concatenate(cls, parts: Sequence[TokenStats]) -> TokenStats:
         """Of all tokens, from those of at least one part after the other under one target."""
         rows = [f.name for f in fields(cls) if f.name != "grid_betas"]
         values = {name: torch.cat([getattr(part, name) for part in parts]) for name in rows}
@@ -143,11 +143,11 @@ def distillation_loss(
     root is not reached to that is UNCONVERGED.
     Cost: three all-gathers (JSD four; one less where the rule gives beta), none in backward, none for T = 0.
     Reads and writes of rows of logits: both are read by the first pass, by the second, by JSD's own, and by backward,
-    which writes one: 7, for JSD 9.  Rows that two passes do not match are read once more by the third pass, 2; in
-    PyTorch on an accelerator all rows are, see ``row_sums.second_pass``.
+    which writes one: 7, for JSD 9.  MergedSums that two passes do not match are read once more by the third pass, 2; in
+    PyTorch on an accelerator all rows are, see ``shard_sums.second_pass``.
     Temporaries: the gathered sums of the first pass, tp_size x parts x (12 + ``BetaGrid.num_sums``) float32 per token,
     merged in float64, with 5 betas 136 bytes per rank and part; in PyTorch, where rows have one part, also a few chunks
-    of rows, see ``row_sums.CHUNK_BYTES``.  In Triton few rows are cut into many parts, ``kernels.num_parts``: 500
+    of rows, see ``shard_sums.CHUNK_BYTES``.  In Triton few rows are cut into many parts, see `num_parts`: 500
     tokens of 152064 columns over 8 ranks into 9, which is 9.8 KB per token beside 38 KB of bf16 logits; from 4096
     tokens on into 1.  The number of parts, and with it the last bits of the sums, depends on the number of tokens of
     the call: one cut of a batch into microbatches gives the same bits every time, two cuts agree to rounding.
@@ -158,14 +158,14 @@ def distillation_loss(
     _check_tokens(student_logits, response_tokens)
     chosen_backend = chosen(backend, student_logits, teacher_logits)
     with torch.no_grad():
-        shard = _shard(student_logits, teacher_logits, target, vocab)
-        forward = _forward(shard, response_tokens, target, divergence, vocab, chosen_backend)
+        shard = make_shard(student_logits, teacher_logits, target, vocab)
+        forward = run_forward(shard, response_tokens, target, divergence, vocab, chosen_backend)
     loss = _HandWrittenBackward.apply(
         student_logits,
         teacher_logits,
         forward.stats.loss,
         forward.constants,
-        forward.centre,
+        forward.kl_value,
         divergence,
         shard,
         inplace_backward,
@@ -214,19 +214,19 @@ def solve_target(
     """
     _check_logits("solve_target", student_logits, teacher_logits, vocab)
     with torch.no_grad():
-        shard = _shard(student_logits, teacher_logits, target, vocab)
+        shard = make_shard(student_logits, teacher_logits, target, vocab)
         chosen_backend = chosen(backend, student_logits, teacher_logits)
-        _, rows = _solved(shard, None, BetaGrid.of(target, shard.dtype), vocab, chosen_backend, forward_kl=False)
+        _, rows = solve_shard(shard, None, BetaGrid.of(target, shard.dtype), vocab, chosen_backend, forward_kl=False)
         return TargetSolution(rows.beta, rows.log_normaliser)
 
 
-def _shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:
+def make_shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     valid = slice(0, vocab.num_valid)
     return Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
 
 
-def _solved(
+def solve_shard(
     shard: Shard,
     response_tokens: Tensor | None,
     grid: BetaGrid,
@@ -234,45 +234,45 @@ def _solved(
     backend: Backend,
     *,
     forward_kl: bool,
-) -> tuple[Shard, RowResults]:
+) -> tuple[Shard, TokenResults]:
     """Return the shard as the passes cut it, and the results of every row: three gathers, two with a given beta."""
     shard = replace(shard, num_parts=backend.num_parts(shard.student.shape[0], vocab.size))
     sums, mix_argmax = backend.first_pass(shard, grid, response_tokens, vocab.start)
-    solving = backend.solve_rows(_gather(sums, vocab.group), grid)
+    solver_state = backend.solve_tokens(_gather(sums, vocab.group), grid)
     status: Tensor | None = None
     for _ in range(1 if grid.given else 2):
-        sums = backend.second_pass(shard, solving.constants, mix_argmax, forward_kl=forward_kl, status=status)
+        sums = backend.second_pass(shard, solver_state.constants, mix_argmax, forward_kl=forward_kl, status=status)
         gathered = _gather(sums, vocab.group)
-        rows, solving = backend.finish_rows(solving, gathered, grid, response_tokens, vocab.vocab_size)
+        rows, solver_state = backend.finish_tokens(solver_state, gathered, grid, response_tokens, vocab.vocab_size)
         status = rows.status
     return shard, rows
 
 
 @dataclass(frozen=True)
-class _Forward:
-    """stats: all of TokenStats; constants and centre: what backward needs, [T] each."""
+class ForwardResult:
+    """stats: all of TokenStats; constants and kl_value: what backward needs, [T] each."""
 
     stats: TokenStats
-    constants: RowConstants
-    centre: Tensor
+    constants: TokenConstants
+    kl_value: Tensor
 
 
-def _forward(
+def run_forward(
     shard: Shard,
     response_tokens: Tensor,
     target: Target,
     divergence: Divergence,
     vocab: VocabShard,
     backend: Backend,
-) -> _Forward:
+) -> ForwardResult:
     grid, forward_kl = BetaGrid.of(target, shard.dtype), divergence.kind == "forward_kl"
-    shard, rows = _solved(shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl)
-    loss = centre = rows.reverse_kl
+    shard, rows = solve_shard(shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl)
+    loss = kl_value = rows.reverse_kl
     if forward_kl:
         loss = rows.forward_kl
     elif divergence.kind == "jsd":
         parts = _gather(backend.jsd_pass(shard, rows.constants, divergence.jsd_lambda), vocab.group)
-        loss, centre = parts.double().sum(0).to(shard.dtype).unbind(1)
+        loss, kl_value = parts.double().sum(0).to(shard.dtype).unbind(1)
         loss = loss.clamp(min=0)
     stats = TokenStats(
         loss=loss,
@@ -289,7 +289,7 @@ def _forward(
         grid_betas=grid.on(loss.device)[: grid.num_grid],
         grid_entropies=rows.grid_entropies,
     )
-    return _Forward(stats, rows.constants, centre)
+    return ForwardResult(stats, rows.constants, kl_value)
 
 
 def _gather(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -313,29 +313,29 @@ class _HandWrittenBackward(torch.autograd.Function):
         student_logits: Tensor,
         teacher_logits: Tensor,
         loss: Tensor,
-        constants: RowConstants,
-        centre: Tensor,
+        constants: TokenConstants,
+        kl_value: Tensor,
         divergence: Divergence,
         shard: Shard,
         inplace: bool,
         backend: Backend,
     ) -> Tensor:
-        ctx.save_for_backward(student_logits, teacher_logits, centre, *constants.tensors())
+        ctx.save_for_backward(student_logits, teacher_logits, kl_value, *constants.tensors())
         ctx.divergence, ctx.inplace, ctx.backend = divergence, inplace, backend
         ctx.num_valid, ctx.mix_weights, ctx.dtype = shard.student.shape[1], shard.mix_weights, shard.dtype
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        student_logits, teacher_logits, centre, *constants = ctx.saved_tensors
+        student_logits, teacher_logits, kl_value, *constants = ctx.saved_tensors
         # detach shares the version counter: autograd refuses a second backward through overwritten logits
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
         valid = slice(0, ctx.num_valid)
         shard = Shard(student_logits.detach()[:, valid], teacher_logits[:, valid], ctx.mix_weights, ctx.dtype)
         ctx.backend.write_gradient(
             shard,
-            RowConstants(*constants),
-            centre,
+            TokenConstants(*constants),
+            kl_value,
             ctx.divergence,
             grad_loss.to(ctx.dtype),
             gradient[:, valid],

@@ -59,7 +59,7 @@ def first_pass_kernel(
     VEC: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Writes one row of ``row_sums.first_pass``.  DOUBLED: bit j is set where j is in ``BetaGrid.doubled``."""
+    """Writes one row of ``shard_sums.first_pass``.  DOUBLED: bit j is set where j is in ``BetaGrid.doubled``."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     student += row * student_stride
     teacher += row * teacher_stride

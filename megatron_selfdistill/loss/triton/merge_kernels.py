@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How the solving kernels merge the parts of rows: formulas of ``row_statistics``, float64, [rows, parts] at a time.
+"""How the solving kernels merge the parts of rows: formulas of ``token_statistics``, float64, [rows, parts] at a time.
 
 A part without columns, and one beyond the last, has maximum -inf and sums 0, which add nothing.
 """
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.triton.entropy_kernels import cumulants
 from megatron_selfdistill.loss.triton.first_pass_kernel import BOTH, STUDENT_ONLY
 from megatron_selfdistill.loss.triton.kernel_math import as_float32, at_least, highest_of, log_one_plus_64
+from megatron_selfdistill.loss.triton.solver_kernels import cumulants
 
 _FLOOR = tl.constexpr(FLOOR)
 _BOTH, _STUDENT_ONLY = tl.constexpr(BOTH), tl.constexpr(STUDENT_ONLY)
@@ -29,7 +29,7 @@ def rows_and_parts(num_rows, num_parts, ROWS: tl.constexpr, PARTS: tl.constexpr)
 
 @triton.jit
 def merged_rows(at, there, mix_weight, MIX: tl.constexpr):
-    """`Rows.merge` but for the moments.  Student and teacher: maximum, log_sum, entropy, argmax."""
+    """`MergedSums.merge` but for the moments.  Student and teacher: maximum, log_sum, entropy, argmax."""
     weight = tl.full([], mix_weight, tl.float64)
     student_max, student_log_sum, student_entropy, student_argmax, local_student = merged_softmax(at, there)
     teacher_max, teacher_log_sum, teacher_entropy, teacher_argmax, local_teacher = merged_softmax(at + 4, there)
@@ -65,7 +65,7 @@ def merged_softmax(at, there):
 
 @triton.jit
 def merged_moments(at, there, shift, beta):
-    """`row_statistics._merge_moments`."""
+    """`token_statistics._merge_moments`."""
     s0 = 1 + column(at, there, 0.0)
     s1, s2, s3 = column(at + 1, there, 0.0), column(at + 2, there, 0.0), column(at + 3, there, 0.0)
     weight = tl.exp(beta * shift)

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
-"""The Triton kernels of the second pass, of the pass of the JSD and of the gradient; ``kernels`` launches them.
+"""The Triton kernels of the second pass, of the pass of the JSD and of the gradient; ``pass_launches`` launches them.
 
-The formulas are those of ``divergence``, on what `RowConstants` makes of two logits.
+The formulas are those of ``divergence``, on what `TokenConstants` makes of two logits.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def second_pass_kernel(
     VEC: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Write one row of ``row_sums.second_pass``; under SOME_ROWS zeros for a row that is not UNCONVERGED."""
+    """Write one row of ``shard_sums.second_pass``; under SOME_ROWS zeros for a row that is not UNCONVERGED."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
     student += row * student_stride
@@ -169,13 +169,13 @@ def gradient_kernel(
     student_log_sum,
     beta,
     log_sum,
-    centres,
+    kl_values,
     grad_losses,
     out,
     student_stride,
     teacher_stride,
     out_stride,
-    centre_stride,
+    kl_stride,
     grad_loss_stride,
     num_columns,
     mix_weight,
@@ -187,19 +187,19 @@ def gradient_kernel(
     # A program reads a block and then writes it: ``out`` may be the student's logits.
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
-    centre, grad_loss = tl.load(centres + row * centre_stride), tl.load(grad_losses + row * grad_loss_stride)
+    kl_value, grad_loss = tl.load(kl_values + row * kl_stride), tl.load(grad_losses + row * grad_loss_stride)
     offsets = tl.arange(0, BLOCK)
     s = load(student + row * student_stride, offsets, start, num_columns, BLOCK).to(tl.float32)
     t = load(teacher + row * teacher_stride, offsets, start, num_columns, BLOCK).to(tl.float32)
     y, x = _shifted(s, t, constants, mix_weight, MIX)
     p, q, d = _ratio(y, x, constants)
     if KIND == _REVERSE:
-        gradient = -p * (d + centre)
+        gradient = -p * (d + kl_value)
     elif KIND == _FORWARD:
         gradient = -_q_minus_p(p, q, d)
     else:
         over_p = _log_mixture_over_larger(d, jsd_lambda) + tl.maximum(d, 0.0)
-        gradient = (jsd_lambda - 1) * p * (over_p + centre)
+        gradient = (jsd_lambda - 1) * p * (over_p + kl_value)
     gradient = (gradient * grad_loss).to(out.dtype.element_ty)
     out += row * out_stride + start
     if start + BLOCK <= num_columns:

@@ -37,13 +37,13 @@ from megatron_selfdistill.loss import (
     mixed_target,
     solve_target,
 )
-from megatron_selfdistill.loss.sharded import row_statistics, row_sums
+from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.row_statistics import Rows
-from megatron_selfdistill.loss.sharded.row_sums import Shard
-from megatron_selfdistill.loss.sharded.solver import Solution
-from megatron_selfdistill.loss.triton import kernels, solve_kernels
+from megatron_selfdistill.loss.sharded.shard_sums import Shard
+from megatron_selfdistill.loss.sharded.solver import BetaSolution
+from megatron_selfdistill.loss.sharded.token_statistics import MergedSums
+from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -66,9 +66,9 @@ def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> in
     """Whole rows, unless the test asks for parts: a handful of rows would be cut into as many as there are blocks."""
     number = getattr(request, "param", 1)
     if INTERPRETED:
-        monkeypatch.setattr(kernels, "LANES", 64)  # it pays per block, not per number
-    monkeypatch.setattr(kernels, "PART_COLUMNS", 1 if number > 1 else 1 << 30)
-    monkeypatch.setattr(kernels, "MOST_PARTS", number)
+        monkeypatch.setattr(pass_launches, "LANES", 64)  # it pays per block, not per number
+    monkeypatch.setattr(pass_launches, "PART_COLUMNS", 1 if number > 1 else 1 << 30)
+    monkeypatch.setattr(pass_launches, "MOST_PARTS", number)
     return number
 
 
@@ -208,25 +208,25 @@ def test_words_read_16_bytes_at_a_time_give_the_bits_of_columns_read_one_by_one(
     found = []
     for packed, rows in ((True, aligned), (False, shifted)):
         shard = Shard(*rows, Target().mix_weights, torch.float32, 2)
-        assert kernels.is_packed(shard) == packed
-        sums, argmax = kernels.first_pass(shard, BetaGrid.of(Target(), torch.float32), tokens, 0)
-        solving = solve_kernels.solve_rows(sums, BetaGrid.of(Target(), torch.float32))
-        second = kernels.second_pass(shard, solving.constants, argmax, forward_kl=True)
-        found.append((sums, argmax, second, kernels.jsd_pass(shard, solving.constants, 0.3)))
+        assert pass_launches.is_packed(shard) == packed
+        sums, argmax = pass_launches.first_pass(shard, BetaGrid.of(Target(), torch.float32), tokens, 0)
+        solver_state = solver_launches.solve_tokens(sums, BetaGrid.of(Target(), torch.float32))
+        second = pass_launches.second_pass(shard, solver_state.constants, argmax, forward_kl=True)
+        found.append((sums, argmax, second, pass_launches.jsd_pass(shard, solver_state.constants, 0.3)))
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
 
 
 def assert_first_pass(shard: Shard, tokens: Tensor, target: Target, start: int = 50) -> None:
     grid = BetaGrid.of(target, torch.float32)
-    ours, argmax = kernels.first_pass(shard, grid, tokens + start, start)
+    ours, argmax = pass_launches.first_pass(shard, grid, tokens + start, start)
     wide = Shard(shard.student.double(), shard.teacher.double(), shard.mix_weights, torch.float64)
-    exact, _ = row_sums.first_pass(wide, replace(grid, dtype=torch.float64), tokens + start, start)
+    exact, _ = shard_sums.first_pass(wide, replace(grid, dtype=torch.float64), tokens + start, start)
     assert ours.shape == (shard.num_parts, *exact.shape[1:]) and argmax.shape == ours.shape[:2]
     if shard.student.shape[1] == 0:
         assert torch.equal(ours[0], exact[0].float())
         return
-    ours, exact = Rows.merge(ours.double(), grid), Rows.merge(exact, grid)
+    ours, exact = MergedSums.merge(ours.double(), grid), MergedSums.merge(exact, grid)
     for side in ("student", "teacher"):
         a, b = getattr(ours, side), getattr(exact, side)
         assert torch.equal(a.maximum, b.maximum) and torch.equal(a.argmax, b.argmax)
@@ -269,8 +269,8 @@ def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_
 def test_rows_cut_into_parts_equal_whole_rows(kind: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, tokens = logits(7, 600, seed=4)
     cut = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
-    assert kernels.num_parts(7, 600) == parts
-    monkeypatch.setattr(kernels, "MOST_PARTS", 1)
+    assert pass_launches.num_parts(7, 600) == parts
+    monkeypatch.setattr(pass_launches, "MOST_PARTS", 1)
     whole = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
     assert_same(cut[0], whole[0])
     torch.testing.assert_close(cut[1], whole[1], rtol=1e-5, atol=1e-6)
@@ -278,9 +278,9 @@ def test_rows_cut_into_parts_equal_whole_rows(kind: str, parts: int, monkeypatch
 
 def test_few_rows_are_cut_into_parts_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert kernels.num_parts(16384, 19008) == kernels.num_parts(4096, 19008) == 1
-    assert kernels.num_parts(2048, 19008) == 2 and kernels.num_parts(64, 19008) == 9
-    assert kernels.num_parts(1, 152064) == 64 and kernels.num_parts(1, 100) == 1
+    assert pass_launches.num_parts(16384, 19008) == pass_launches.num_parts(4096, 19008) == 1
+    assert pass_launches.num_parts(2048, 19008) == 2 and pass_launches.num_parts(64, 19008) == 9
+    assert pass_launches.num_parts(1, 152064) == 64 and pass_launches.num_parts(1, 100) == 1
 
 
 @cases(
@@ -357,11 +357,11 @@ def test_the_third_pass_leaves_every_other_row_as_it_was() -> None:
     student, teacher, tokens = (values.to(DEVICE) for values in plateaus.needing_the_third_pass())
     grid = BetaGrid.of(Target(), torch.float32)
     shard = Shard(student, teacher, grid.mix_weights, torch.float32)
-    sums, argmax = kernels.first_pass(shard, grid, tokens, 0)
-    solving, status, found = solve_kernels.solve_rows(sums, grid), None, []
+    sums, argmax = pass_launches.first_pass(shard, grid, tokens, 0)
+    solver_state, status, found = solver_launches.solve_tokens(sums, grid), None, []
     for _ in range(2):
-        sums = kernels.second_pass(shard, solving.constants, argmax, forward_kl=False, status=status)
-        rows, solving = solve_kernels.finish_rows(solving, sums, grid, tokens, 320)
+        sums = pass_launches.second_pass(shard, solver_state.constants, argmax, forward_kl=False, status=status)
+        rows, solver_state = solver_launches.finish_tokens(solver_state, sums, grid, tokens, 320)
         status = rows.status
         found.append((sums.clone(), status.tolist(), rows.beta.clone(), rows.reverse_kl.clone()))
     (_, second, *before), (sums, third, *after) = found
@@ -435,7 +435,7 @@ def test_narrow_logits_give_the_statistics_of_the_same_values_in_float32(dtype: 
     torch.testing.assert_close(gradient.float(), expected, rtol=digits, atol=1e-6)
 
 
-def bracket_of(solution: Solution) -> Tensor:
+def bracket_of(solution: BetaSolution) -> Tensor:
     """Both ends of the bracket, [10, T], in the order of the kernels' state."""
     return torch.stack([*solution.left.tensors(), *solution.right.tensors()])
 
@@ -456,20 +456,20 @@ def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: 
     shards = [
         Shard(student[:, i : i + 200], teacher[:, i : i + 200], grid.mix_weights, torch.float32) for i in (0, 200, 400)
     ]
-    passes = [row_sums.first_pass(shard, grid, tokens, 200 * i) for i, shard in enumerate(shards)]
+    passes = [shard_sums.first_pass(shard, grid, tokens, 200 * i) for i, shard in enumerate(shards)]
     gathered = torch.cat([sums for sums, _ in passes])
     results, brackets = [], []
-    for module in (solve_kernels, row_statistics):
-        solving, status = module.solve_rows(gathered, grid), None
+    for module in (solver_launches, token_statistics):
+        solver_state, status = module.solve_tokens(gathered, grid), None
         for _ in range(1 if grid.given else 2):
             parts = [
-                row_sums.second_pass(shard, solving.constants, argmax, forward_kl=forward_kl, status=status)
+                shard_sums.second_pass(shard, solver_state.constants, argmax, forward_kl=forward_kl, status=status)
                 for shard, (_, argmax) in zip(shards, passes, strict=True)
             ]
-            rows, solving = module.finish_rows(solving, torch.cat(parts), grid, tokens, 600)
+            rows, solver_state = module.finish_tokens(solver_state, torch.cat(parts), grid, tokens, 600)
             needed, status = status, rows.status.clone()
             if needed is None:
-                ends = solving.state[6:16] if module is solve_kernels else bracket_of(solving.solution)
+                ends = solver_state.state[6:16] if module is solver_launches else bracket_of(solver_state.solution)
                 brackets.append(ends[:, status == Status.UNCONVERGED].clone())
         results.append(rows)
         assert grid.given or weight != 0.75 or needed[9] == Status.UNCONVERGED
@@ -687,12 +687,12 @@ def test_rows_beyond_2_to_the_31_logits_are_those_that_are_read_and_written() ->
         ours.copy_(theirs)
     for student, teacher, out in (far, near):
         shard = Shard(student, teacher, grid.mix_weights, torch.float32)
-        sums, argmax = kernels.first_pass(shard, grid, tokens, 0)
-        solving = solve_kernels.solve_rows(sums, grid)
-        second = kernels.second_pass(shard, solving.constants, argmax, forward_kl=False)
-        jsd = kernels.jsd_pass(shard, solving.constants, 0.3)
+        sums, argmax = pass_launches.first_pass(shard, grid, tokens, 0)
+        solver_state = solver_launches.solve_tokens(sums, grid)
+        second = pass_launches.second_pass(shard, solver_state.constants, argmax, forward_kl=False)
+        jsd = pass_launches.jsd_pass(shard, solver_state.constants, 0.3)
         weights = torch.ones(3, device=DEVICE)
-        kernels.write_gradient(shard, solving.constants, jsd[0, :, 1], DIVERGENCES["jsd"], weights, out)
+        pass_launches.write_gradient(shard, solver_state.constants, jsd[0, :, 1], DIVERGENCES["jsd"], weights, out)
         results.append((sums, argmax, second, jsd, out))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
@@ -710,7 +710,7 @@ def test_kernels_are_launched_on_the_gpu_where_the_logits_lie(monkeypatch: pytes
         yield
         entered.pop()
 
-    for module in (kernels, solve_kernels):
+    for module in (pass_launches, solver_launches):
         monkeypatch.setattr(module, "launching_on", launching_on)
     launches = counted_launches(monkeypatch, check)
     for kind, rule in LAUNCHES:
@@ -741,7 +741,7 @@ def test_as_shipped_a_loss_takes_5_to_8_launches_and_no_memory_but_a_few_numbers
     for num_rows, num_columns, num_parts in ((2, 4208, 2),) if INTERPRETED else ((512, 19008, 8), (8, 152064, 64)):
         student, teacher, tokens = (values[:num_rows] for values in logits(max(8, num_rows), num_columns))
         student, teacher = student.bfloat16(), teacher.bfloat16()
-        assert kernels.num_parts(num_rows, num_columns) == num_parts
+        assert pass_launches.num_parts(num_rows, num_columns) == num_parts
         loss, expected = reference(student, teacher, TARGETS[rule], DIVERGENCES[kind])
         launches = counted_launches(monkeypatch)
         (stats, gradient), peak = with_peak_bytes(student, teacher, tokens, DIVERGENCES[kind], TARGETS[rule])
@@ -783,8 +783,8 @@ def run_in_place(
 
 
 KERNELS: dict[str, ModuleType] = {
-    **dict.fromkeys(("first_pass_kernel", "second_pass_kernel", "jsd_pass_kernel", "gradient_kernel"), kernels),
-    **dict.fromkeys(("solve_kernel", "finish_kernel"), solve_kernels),
+    **dict.fromkeys(("first_pass_kernel", "second_pass_kernel", "jsd_pass_kernel", "gradient_kernel"), pass_launches),
+    **dict.fromkeys(("solve_kernel", "finish_kernel"), solver_launches),
 }
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded import row_sums
+from megatron_selfdistill.loss.sharded import shard_sums
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 
 WIDTH, VOCAB_SIZE, PADDED_VOCAB_SIZE = 12, 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
@@ -304,7 +304,7 @@ def memory_of(mode: str | None, num_tokens: int, chunk: int, columns: int) -> tu
 
 @every_mode
 def test_without_a_gradient_there_are_two_chunks_of_logits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(row_sums.CHUNK_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(shard_sums.CHUNK_BYTES, "cpu", 1 << 16)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         stats = fused_distillation_loss(
@@ -334,7 +334,7 @@ def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
 
 
 def test_memory_is_one_tensor_of_logits_and_a_chunk_or_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(row_sums.CHUNK_BYTES, "cpu", 1 << 16)  # temporaries of the passes: a row or two each
+    monkeypatch.setitem(shard_sums.CHUNK_BYTES, "cpu", 1 << 16)  # temporaries of the passes: a row or two each
     num_tokens, chunk, columns = 512, 48, 8192
     rest = 40  # rows: what has no column, both gradients of width 8, temporaries
     sizes = {mode: memory_of(mode, num_tokens, chunk, columns) for mode in (None, *FUSED_MODES)}
@@ -407,7 +407,7 @@ def split_over_ranks(num_tokens: int, dtype: torch.dtype) -> list[tuple[TokenSta
             longest = int(counts.max())
             own = torch.full((longest, WIDTH), torch.nan, dtype=dtype)
             own[: counts[rank]] = example.student[owner == rank]
-            options = {"hidden": own, "gathered_rows": owner * longest + places}
+            options = {"hidden": own, "gather_indices": owner * longest + places}
             options["teacher_hidden"] = example.teacher[:, cut]
         with pytest.MonkeyPatch.context() as patch:
             calls = dict.fromkeys((GATHER, "all_reduce", REDUCE_SCATTER), 0)
@@ -500,7 +500,7 @@ def test_what_backward_has_used_up_cannot_be_used_again(mode: str) -> None:
         ({"mode": "fast"}, "mode must be one of keep_gradient, low_memory"),
         ({"chunk_tokens": 0}, "chunk_tokens at least 1"),
         ({"vocab": VocabShard(0, 256, VOCAB_SIZE)}, r"weights must be \[256, 12\]"),
-        ({"gathered_rows": torch.zeros(4, dtype=torch.int64)}, r"gathered_rows must be int64 of shape \(13,\)"),
+        ({"gather_indices": torch.zeros(4, dtype=torch.int64)}, r"gather_indices must be int64 of shape \(13,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str) -> None:

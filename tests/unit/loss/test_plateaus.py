@@ -14,9 +14,9 @@ from ranks import RankPool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded import row_statistics, row_sums, solver
+from megatron_selfdistill.loss.sharded import shard_sums, solver, token_statistics
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.row_sums import Shard
+from megatron_selfdistill.loss.sharded.shard_sums import Shard
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -77,12 +77,12 @@ def third_pass_by_hand(rows: Inputs, target: Target) -> tuple[Tensor, Tensor]:
     student, teacher, tokens = rows
     grid = BetaGrid.of(target, torch.float32)
     shard = Shard(student, teacher, grid.mix_weights, torch.float32)
-    sums, argmax = row_sums.first_pass(shard, grid, tokens, 0)
-    solving = row_statistics.solve_rows(sums, grid)
+    sums, argmax = shard_sums.first_pass(shard, grid, tokens, 0)
+    solver_state = token_statistics.solve_tokens(sums, grid)
     status, found = None, []
     for _ in range(2):
-        sums = row_sums.second_pass(shard, solving.constants, argmax, forward_kl=False, status=status)
-        results, solving = row_statistics.finish_rows(solving, sums, grid, tokens, student.shape[1])
+        sums = shard_sums.second_pass(shard, solver_state.constants, argmax, forward_kl=False, status=status)
+        results, solver_state = token_statistics.finish_tokens(solver_state, sums, grid, tokens, student.shape[1])
         status = results.status
         found.append(status)
     return found[0], found[1]

@@ -342,7 +342,7 @@ def test_shapes_that_do_not_fit_are_refused_with_a_sentence() -> None:
 def test_rows_in_chunks_equal_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [run_loss(*logits(), Target(), kind) for kind in DIVERGENCES.values()]
     monkeypatch.setattr(
-        "megatron_selfdistill.loss.sharded.row_sums.CHUNK_BYTES", {"cpu": 3 * 370 * 4, "other": 3 * 370 * 4}
+        "megatron_selfdistill.loss.sharded.shard_sums.CHUNK_BYTES", {"cpu": 3 * 370 * 4, "other": 3 * 370 * 4}
     )
     for (stats, gradient), kind in zip(whole, DIVERGENCES.values(), strict=True):
         chunked, chunked_gradient = run_loss(*logits(), Target(), kind)

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants
-from megatron_selfdistill.loss.sharded.solver import Cumulants, Solution, solve_on_grid
+from megatron_selfdistill.loss.sharded.shard_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, TokenConstants
+from megatron_selfdistill.loss.sharded.solver import BetaSolution, Cumulants, solve_on_grid
 from megatron_selfdistill.loss.status import Status, status_given, token_status
 from megatron_selfdistill.loss.target import mixed_logits
 
 
 @dataclass(frozen=True)
-class RowResults:
+class TokenResults:
     """What `TokenStats` reports of every row, [T] each, and the constants for the passes at the final beta.
 
     In the dtype of the sums but for beta and log_normaliser (of `TargetSolution`), which are float64.
     """
 
-    constants: RowConstants
+    constants: TokenConstants
     beta: Tensor
     log_normaliser: Tensor
     reverse_kl: Tensor
@@ -43,45 +43,45 @@ class RowResults:
 
 
 @dataclass(frozen=True)
-class Solving:
+class SolverState:
     """Every row between two passes; ``constants`` is what the next one takes.
 
     final, unconverged: after the second pass, the values at ``solution.beta`` and [T] the rows that need a third.
     """
 
-    rows: Rows
-    solution: Solution
-    constants: RowConstants
-    final: Final | None = None
+    rows: MergedSums
+    solution: BetaSolution
+    constants: TokenConstants
+    final: ValuesAtBeta | None = None
     unconverged: Tensor | None = None
 
 
-def solve_rows(gathered: Tensor, grid: BetaGrid) -> Solving:
+def solve_tokens(gathered: Tensor, grid: BetaGrid) -> SolverState:
     """Merge the parts of ``first_pass``, [parts, T, ...] in rank order, and find the beta of every row on the grid."""
-    rows = Rows.merge(gathered.double(), grid)
+    rows = MergedSums.merge(gathered.double(), grid)
     if grid.given:
-        solution = Solution.given(rows.mix.at(torch.full_like(rows.student.argmax, len(grid.betas) - 1).long()))
+        solution = BetaSolution.given(rows.mix.at(torch.full_like(rows.student.argmax, len(grid.betas) - 1).long()))
     else:
         solution = solve_on_grid(
             rows.mix, rows.student.entropy, rows.max_entropy, favoured=grid.favoured, dtype=grid.dtype
         )
-    return Solving(rows, solution, rows.constants(solution.beta, solution.log_sum, grid.dtype))
+    return SolverState(rows, solution, rows.constants(solution.beta, solution.log_sum, grid.dtype))
 
 
-def finish_rows(
-    solving: Solving, gathered: Tensor, grid: BetaGrid, response_tokens: Tensor | None, vocab_size: int
-) -> tuple[RowResults, Solving]:
+def finish_tokens(
+    solver_state: SolverState, gathered: Tensor, grid: BetaGrid, response_tokens: Tensor | None, vocab_size: int
+) -> tuple[TokenResults, SolverState]:
     """Merge the parts of ``second_pass``, [parts, T, ...], move beta to the root, and report every row.
 
     After the third pass, which is ``second_pass`` at the constants that this returns, it is called once more: rows that
     are UNCONVERGED take another step, the others stay.
     Without ``response_tokens`` the three log-probs are NaN.
     """
-    rows, dtype = solving.rows, grid.dtype
-    solution, final = _moved(solving, gathered.double(), dtype)
-    if solving.final is not None and solving.unconverged is not None:
-        solution = solution.where(solving.unconverged, solving.solution)
-        final = final.where(solving.unconverged, solving.final)
+    rows, dtype = solver_state.rows, grid.dtype
+    solution, final = _moved(solver_state, gathered.double(), dtype)
+    if solver_state.final is not None and solver_state.unconverged is not None:
+        solution = solution.where(solver_state.unconverged, solver_state.solution)
+        final = final.where(solver_state.unconverged, solver_state.final)
     if response_tokens is None:
         response_tokens = torch.full_like(solution.beta, -1, dtype=torch.int64)
     log_probs = rows.log_probs(response_tokens, solution.beta, solution.log_sum, vocab_size)
@@ -94,7 +94,7 @@ def finish_rows(
         )
     highest = mixed_logits(rows.student.maximum, rows.teacher.maximum, *grid.mix_weights) + rows.mix_max
     constants = rows.constants(solution.beta, solution.log_sum, dtype)
-    results = RowResults(
+    results = TokenResults(
         constants=constants,
         beta=solution.beta,
         log_normaliser=solution.beta * highest + solution.log_sum,
@@ -110,7 +110,7 @@ def finish_rows(
         top1_agreement=rows.top1_agreement,
         grid_entropies=rows.mix.entropy[:, : grid.num_grid].to(dtype),
     )
-    return results, Solving(rows, solution, constants, final, status == Status.UNCONVERGED)
+    return results, SolverState(rows, solution, constants, final, status == Status.UNCONVERGED)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class Rows:
+class MergedSums:
     """What the first pass says about every row, over the whole vocabulary, in float64.
 
     mix: [T, J] of x at every beta of the grid.
@@ -161,7 +161,7 @@ class Rows:
     mix_weights: tuple[float, float]
 
     @classmethod
-    def merge(cls, gathered: Tensor, grid: BetaGrid) -> Rows:
+    def merge(cls, gathered: Tensor, grid: BetaGrid) -> MergedSums:
         """From [parts, T, FIRST_PASS + grid.num_sums]."""
         column = dict(zip(FIRST_PASS, gathered.unbind(2), strict=False))
         sides = [
@@ -197,11 +197,11 @@ class Rows:
     def top1_agreement(self) -> Tensor:
         return (self.student.argmax == self.teacher.argmax) & torch.isfinite(self.student.argmax)
 
-    def constants(self, beta: Tensor, log_sum: Tensor, dtype: torch.dtype) -> RowConstants:
+    def constants(self, beta: Tensor, log_sum: Tensor, dtype: torch.dtype) -> TokenConstants:
         """For the passes over the logits at this beta."""
         student = self.student
         values = (student.maximum, self.teacher.maximum, self.mix_max, student.log_sum, beta, log_sum)
-        return RowConstants(*(value.to(dtype) for value in values))
+        return TokenConstants(*(value.to(dtype) for value in values))
 
     def log_probs(
         self, tokens: Tensor, beta: Tensor, log_sum: Tensor, vocab_size: int
@@ -229,22 +229,22 @@ def _merge_moments(moments: tuple[Tensor, ...], shift: Tensor, beta: Tensor) -> 
 
 
 @dataclass(frozen=True)
-class Final:
+class ValuesAtBeta:
     """What belongs to the beta in use, [T] float64 each."""
 
     entropy: Tensor
     reverse_kl: Tensor
     forward_kl: Tensor
 
-    def where(self, condition: Tensor, others: Final) -> Final:
+    def where(self, condition: Tensor, others: ValuesAtBeta) -> ValuesAtBeta:
         """Return these where ``condition`` holds, elsewhere ``others``."""
         pairs = zip(vars(self).values(), vars(others).values(), strict=True)
-        return Final(*(torch.where(condition, ours, theirs) for ours, theirs in pairs))
+        return ValuesAtBeta(*(torch.where(condition, ours, theirs) for ours, theirs in pairs))
 
 
-def _moved(solving: Solving, gathered: Tensor, dtype: torch.dtype) -> tuple[Solution, Final]:
+def _moved(solver_state: SolverState, gathered: Tensor, dtype: torch.dtype) -> tuple[BetaSolution, ValuesAtBeta]:
     """The next beta and what belongs to it, from [parts, T, SECOND_PASS or its longer form] at the present one."""
-    rows, beta, assumed = solving.rows, solving.solution.beta, solving.constants.log_sum.double()
+    rows, beta, assumed = solver_state.rows, solver_state.solution.beta, solver_state.constants.log_sum.double()
     names = SECOND_PASS if gathered.shape[2] == len(SECOND_PASS) else SECOND_PASS_FORWARD
     part = dict(zip(names, gathered.sum(0).unbind(1), strict=True))
     shift, scale = rows.shift, assumed.exp()
@@ -255,7 +255,7 @@ def _moved(solving: Solving, gathered: Tensor, dtype: torch.dtype) -> tuple[Solu
     )
     # Each part's largest column stands in ``tops``, and the largest of all is 1.
     here = Cumulants.from_sums(beta, tail - 1, *sums)
-    solution = solving.solution.refined(here, rows.student.entropy, rows.max_entropy, dtype)
+    solution = solver_state.solution.refined(here, rows.student.entropy, rows.max_entropy, dtype)
     step, rise = solution.beta - beta, solution.log_sum - here.log_sum
     log_ratio = here.log_sum - assumed  # log of the sum of q as this pass normalised it
 
@@ -269,7 +269,7 @@ def _moved(solving: Solving, gathered: Tensor, dtype: torch.dtype) -> tuple[Solu
         mean_y = _taylor_of_mean_y(here, [part[f"y{k}"] * (-log_ratio).exp() for k in range(4)], step)
         forward_kl += here.entropy - solution.entropy - mean_y
     only_student, only_target = rows.one_sided
-    final = Final(
+    final = ValuesAtBeta(
         entropy=solution.entropy.clamp(min=0),
         reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
         forward_kl=_infinite_where(only_target, forward_kl.clamp(min=0)),

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
-"""The Triton kernels between and after the passes, a program for all parts of a few rows: see ``solve_kernels``.
+"""The Triton kernels between and after the passes, a program for all parts of a few rows: see ``solver_launches``.
 
 First pass -> solve_kernel -> second pass -> finish_kernel -> third pass -> finish_kernel, the last two for rows that
 are UNCONVERGED.
@@ -14,7 +14,6 @@ import triton.language as tl
 
 from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.status import MATCH_TOLERANCE, MIN_ENTROPY, Status
-from megatron_selfdistill.loss.triton.entropy_kernels import entropy_of, nothing_yet, on_grid, refined, with_point
 from megatron_selfdistill.loss.triton.kernel_math import as_float32, at_least, exp_minus_one_64, is_finite
 from megatron_selfdistill.loss.triton.merge_kernels import (
     column,
@@ -25,6 +24,7 @@ from megatron_selfdistill.loss.triton.merge_kernels import (
     rows_and_parts,
     token_logits,
 )
+from megatron_selfdistill.loss.triton.solver_kernels import entropy_of, nothing_yet, on_grid, refined, with_point
 
 NUM_STATE = tl.constexpr(26)
 """Numbers of a row that ``finish_kernel`` takes over, float64: 6 constants, 2 points of 5, and 10 that stay."""
@@ -55,7 +55,7 @@ def solve_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """``gathered``: [parts, T, 14 + 4 J], the columns of `row_sums.first_pass`."""
+    """``gathered``: [parts, T, 14 + 4 J], the columns of `shard_sums.first_pass`."""
     rows, inside, place, there = rows_and_parts(num_rows, num_parts, ROWS, PARTS)
     at = gathered + place * (14 + 4 * J)
     student, teacher, mix_max, shift, only_student, only_mix, max_entropy = merged_rows(at, there, mix_weight, MIX)
@@ -110,7 +110,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """``gathered``: [parts, T, NUM_COLUMNS], the columns of `row_sums.second_pass`.
+    """``gathered``: [parts, T, NUM_COLUMNS], the columns of `shard_sums.second_pass`.
 
     Writes all results of a row and, into ``state``, its next bracket.  SOME_ROWS: only of rows that are UNCONVERGED.
     """
@@ -160,7 +160,7 @@ def finish_kernel(
 
 @triton.jit
 def _log_probs(token_logits, student, teacher, mix_max, beta, log_sum, weight, MIX: tl.constexpr):
-    """`Rows.log_probs`; student and teacher begin with maximum and log_sum."""
+    """`MergedSums.log_probs`; student and teacher begin with maximum and log_sum."""
     y, z = token_logits[0] - student[0], token_logits[1] - teacher[0]
     x = mixed(y, z, weight, MIX) - mix_max
     return y - student[1], z - teacher[1], beta * x - log_sum
@@ -202,7 +202,7 @@ def _infinite_where(one_sided, kl):
 
 @triton.jit
 def _taylor_of_mean_y(here, part, log_ratio, step):
-    """`row_statistics._taylor_of_mean_y`."""
+    """`token_statistics._taylor_of_mean_y`."""
     scale, mean, mean2 = tl.exp(-log_ratio), here[2], here[2] * here[2]
     y0, y1, y2, y3 = part[7] * scale, part[8] * scale, part[9] * scale, part[10] * scale
     first = y1 - mean * y0

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The passes over one vocabulary shard as Triton kernels: the contracts of ``row_sums``, one read per row and pass.
+"""The passes over one vocabulary shard as Triton kernels: the contracts of ``shard_sums``, one read per row and pass.
 
 The first pass, the second and that of the JSD run one program of one warp per row and part of a row, each lane
 with sums of its own; the gradient is elementwise.  No atomics and no autotuning: the same input gives the same bits.
@@ -16,7 +16,13 @@ from torch import Tensor
 from megatron_selfdistill.choices import DIVERGENCES
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.row_sums import FIRST_PASS, SECOND_PASS, SECOND_PASS_FORWARD, RowConstants, Shard
+from megatron_selfdistill.loss.sharded.shard_sums import (
+    FIRST_PASS,
+    SECOND_PASS,
+    SECOND_PASS_FORWARD,
+    Shard,
+    TokenConstants,
+)
 from megatron_selfdistill.loss.triton.first_pass_kernel import BOTH, STUDENT_ONLY, TEACHER_ONLY, first_pass_kernel
 from megatron_selfdistill.loss.triton.pass_kernels import gradient_kernel, jsd_pass_kernel, second_pass_kernel
 
@@ -47,7 +53,7 @@ def num_parts(num_rows: int, num_columns: int) -> int:
 
 
 def first_pass(shard: Shard, grid: BetaGrid, response_tokens: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-    """`row_sums.first_pass`; the argmax is int32."""
+    """`shard_sums.first_pass`; the argmax is int32."""
     num_rows, parts = shard.student.shape[0], shard.num_parts
     sums = _new(shard, len(FIRST_PASS) + grid.num_sums)
     argmaxes = torch.empty(parts, num_rows, dtype=torch.int32, device=shard.student.device)
@@ -76,13 +82,13 @@ def first_pass(shard: Shard, grid: BetaGrid, response_tokens: Tensor | None, sta
 
 def second_pass(
     shard: Shard,
-    constants: RowConstants,
+    constants: TokenConstants,
     mix_argmax: Tensor,
     *,
     forward_kl: bool,
     status: Tensor | None = None,
 ) -> Tensor:
-    """Launch `row_sums.second_pass`; with ``status``, the programs of rows that have converged read nothing."""
+    """Launch `shard_sums.second_pass`; with ``status``, the programs of rows that have converged read nothing."""
     sums = _new(shard, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS))
     if sums.shape[1]:
         with launching_on(shard.student):
@@ -103,8 +109,8 @@ def second_pass(
     return sums
 
 
-def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor:
-    """`row_sums.jsd_pass`."""
+def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tensor:
+    """`shard_sums.jsd_pass`."""
     sums = _new(shard, 2)
     if sums.shape[1]:
         with launching_on(shard.student):
@@ -123,9 +129,9 @@ def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor
 
 
 def write_gradient(
-    shard: Shard, constants: RowConstants, centre: Tensor, divergence: Divergence, grad_loss: Tensor, out: Tensor
+    shard: Shard, constants: TokenConstants, kl_value: Tensor, divergence: Divergence, grad_loss: Tensor, out: Tensor
 ) -> None:
-    """`row_sums.write_gradient`."""
+    """`shard_sums.write_gradient`."""
     num_rows, num_columns = shard.student.shape
     if num_rows and num_columns:
         with launching_on(shard.student):
@@ -133,13 +139,13 @@ def write_gradient(
                 shard.student,
                 shard.teacher,
                 *constants.tensors(),
-                centre,
+                kl_value,
                 grad_loss,
                 out,
                 _row_stride(shard.student),
                 _row_stride(shard.teacher),
                 _row_stride(out),
-                centre.stride(0),
+                kl_value.stride(0),
                 grad_loss.stride(0),
                 num_columns,
                 as_sum(shard.mix_weights[0]),

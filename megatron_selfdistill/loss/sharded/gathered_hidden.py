@@ -12,24 +12,24 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class RowPlacement:
+class HiddenPlacement:
     """Where the rows of the student's tokens lie.
 
     group: the tensor-parallel group; None for one rank.
-    gathered_rows: None where each rank holds all rows.  Else [R] int64, distinct: each rank holds [n, h] of its own, n
-    equal on all ranks, and token i belongs to row gathered_rows[i] of all ranks' rows in rank order.
+    gather_indices: None where each rank holds all rows.  Else [R] int64, distinct: each rank holds [n, h] of its own, n
+    equal on all ranks, and token i belongs to row gather_indices[i] of all ranks' rows in rank order.
     """
 
     group: dist.ProcessGroup | None
-    gathered_rows: Tensor | None
+    gather_indices: Tensor | None
 
     @property
     def size(self) -> int:
         return group_size(self.group)
 
-    def start_gathering(self, held: Tensor) -> Callable[[], Tensor]:
+    def start_gather(self, held: Tensor) -> Callable[[], Tensor]:
         """[R, h] of all tokens from what the rank holds, while other work goes on; call what is returned to wait."""
-        order = self.gathered_rows
+        order = self.gather_indices
         if order is None:
             return lambda: held
         if self.size == 1 or len(held) == 0:
@@ -43,17 +43,17 @@ class RowPlacement:
 
         return wait
 
-    def start_reducing(self, gradient: Tensor, held: Tensor) -> Callable[[], Tensor]:
+    def start_reduce(self, gradient: Tensor, held: Tensor) -> Callable[[], Tensor]:
         """The sum over ranks of gradients [R, h] of all tokens' rows, while other work goes on; call what is returned
         to wait for it.  It has the shape of ``held``: rows that belong to no token get 0."""
         out = gradient
-        if self.gathered_rows is not None:
+        if self.gather_indices is not None:
             everyones = gradient.new_zeros(self.size * held.shape[0], held.shape[1])
-            gradient = everyones.index_copy_(0, self.gathered_rows, gradient)
+            gradient = everyones.index_copy_(0, self.gather_indices, gradient)
             out = gradient if self.size == 1 else gradient.new_empty(held.shape)
         if self.size == 1 or len(held) == 0:
             return lambda: out
-        if self.gathered_rows is not None:
+        if self.gather_indices is not None:
             handle = reduce_scatter(out, gradient, self.group)
         else:
             handle = dist.all_reduce(out, group=self.group, async_op=True)

@@ -71,7 +71,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class RowConstants:
+class TokenConstants:
     """What turns a row of logits into log p and log q; [T] each, in the dtype of the statistics.
 
     log p = s - student_max - student_log_sum;  log q = beta x - log_sum with x = w (t - teacher_max) + (s -
@@ -89,9 +89,9 @@ class RowConstants:
         """In the order of the fields."""
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
-    def rows(self, rows: Chunk) -> RowConstants:
+    def rows(self, rows: Chunk) -> TokenConstants:
         """Return those of a chunk, as columns."""
-        return RowConstants(*(t[rows, None] for t in self.tensors()))
+        return TokenConstants(*(t[rows, None] for t in self.tensors()))
 
 
 FIRST_PASS = (
@@ -184,7 +184,7 @@ SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2", "y3")
 
 def second_pass(
     shard: Shard,
-    constants: RowConstants,
+    constants: TokenConstants,
     mix_argmax: Tensor,
     *,
     forward_kl: bool,
@@ -217,7 +217,7 @@ def second_pass(
     return shard.over_rows(work, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS), needed)
 
 
-def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor:
+def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tensor:
     """Return [num_parts, T, 2]: this shard's parts of the JSD and of KL(p || M)."""
 
     def work(rows: Chunk) -> Tensor:
@@ -230,15 +230,15 @@ def jsd_pass(shard: Shard, constants: RowConstants, jsd_lambda: float) -> Tensor
 
 def write_gradient(
     shard: Shard,
-    constants: RowConstants,
-    centre: Tensor,
+    constants: TokenConstants,
+    kl_value: Tensor,
     divergence: Divergence,
     grad_loss: Tensor,
     out: Tensor,
 ) -> None:
     """The gradient with respect to the student's logits, times grad_loss [T], into ``out`` [T, num_valid].
 
-    centre: KL(p || q) for reverse KL, KL(p || M) for JSD, unused for forward KL.  ``out`` may be the
+    kl_value: KL(p || q) for reverse KL, KL(p || M) for JSD, unused for forward KL.  ``out`` may be the
     student's logits themselves.
     """
     if shard.student.shape[1] == 0:
@@ -246,15 +246,15 @@ def write_gradient(
     for rows in shard.chunks():
         p, q, d = _probabilities(shard, constants.rows(rows), rows)
         if divergence.kind == "reverse_kl":
-            gradient = reverse_kl_gradient(p, d, centre[rows])
+            gradient = reverse_kl_gradient(p, d, kl_value[rows])
         elif divergence.kind == "forward_kl":
             gradient = q_minus_p(p, q, d).neg_()
         else:
-            gradient = jsd_gradient(p, d, divergence.jsd_lambda, centre[rows])
+            gradient = jsd_gradient(p, d, divergence.jsd_lambda, kl_value[rows])
         out[rows] = gradient.mul_(grad_loss[rows, None])
 
 
-def _shifted(shard: Shard, chunk: RowConstants, rows: Chunk) -> tuple[Tensor, Tensor]:
+def _shifted(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor]:
     """y and x of a chunk, relative to the maxima of the whole vocabulary."""
     y = shard.student[rows].to(shard.dtype) - chunk.student_max
     z = shard.teacher[rows].to(shard.dtype) - chunk.teacher_max
@@ -262,7 +262,7 @@ def _shifted(shard: Shard, chunk: RowConstants, rows: Chunk) -> tuple[Tensor, Te
     return y.clamp_(min=FLOOR), x
 
 
-def _probabilities(shard: Shard, chunk: RowConstants, rows: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+def _probabilities(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor, Tensor]:
     """p, q and log q - log p of a chunk."""
     y, x = _shifted(shard, chunk, rows)
     log_p, log_q = y.sub_(chunk.student_log_sum), x.mul_(chunk.beta).sub_(chunk.log_sum)

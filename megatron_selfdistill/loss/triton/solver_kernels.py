@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
-"""The formulas of ``entropy_match`` for the Triton kernels: float64, one row per element, names as there.
+"""The formulas of ``solver`` for the Triton kernels: float64, one row per element, names as there.
 
-A point is what `entropy_match.Cumulants` is: (beta, log_sum, mean, variance, third).
+A point is what `solver.Cumulants` is: (beta, log_sum, mean, variance, third).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_selfdistill.loss.triton.kernel_math import as_float32, at_least, a
 _LEAST_ENTROPY = tl.constexpr(solver.LEAST_ENTROPY)
 _LEAST_DEFICIT = tl.constexpr(solver.LEAST_DEFICIT)
 _LONGEST_STEP = tl.constexpr(solver.LONGEST_STEP)
-_AGREEMENT, _MIN_ENTROPY = tl.constexpr(solver.AGREEMENT), tl.constexpr(MIN_ENTROPY)
+_ESTIMATE_TOLERANCE, _MIN_ENTROPY = tl.constexpr(solver.ESTIMATE_TOLERANCE), tl.constexpr(MIN_ENTROPY)
 _SNAP, _SNAP_LIMIT = tl.constexpr(solver.SNAP), tl.constexpr(solver.SNAP_LIMIT)
 _EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
@@ -64,7 +64,7 @@ def nothing_yet(like):
 @triton.jit
 def with_point(solved, point, student_entropy, distance, is_first):
     """The first point of the grid, the last one so far, both ends of the first cell in which H falls below H(p), the
-    point that matches to rounding (`entropy_match.SNAP`), and how far that is from the favoured one.
+    point that matches to rounding (`solver.SNAP`), and how far that is from the favoured one.
 
     One at a time: all the points of a grid would not fit into registers.
     """
@@ -85,7 +85,7 @@ def with_point(solved, point, student_entropy, distance, is_first):
 
 @triton.jit
 def on_grid(solved, student_entropy, max_entropy, GIVEN: tl.constexpr):
-    """`entropy_match.solve_on_grid`: beta, log_sum, left, right, inside."""
+    """`solver.solve_on_grid`: beta, log_sum, left, right, inside."""
     first, last, left, right, match, nearest = solved
     if GIVEN:
         beta, log_sum, inside = last[0], last[1], last[0] != last[0]
@@ -104,7 +104,7 @@ def on_grid(solved, student_entropy, max_entropy, GIVEN: tl.constexpr):
 
 @triton.jit
 def refined(here, left, right, inside, student_entropy, max_entropy):
-    """`Solution.refined`: beta, log_sum, entropy, left, right, converged."""
+    """`BetaSolution.refined`: beta, log_sum, entropy, left, right, converged."""
     wanted = at_least(student_entropy, _MIN_ENTROPY)
     soft = entropy_of(here) > wanted
     left, right = where(soft, here, left), where(soft, right, here)
@@ -112,7 +112,7 @@ def refined(here, left, right, inside, student_entropy, max_entropy):
     # NaN: an entropy that does not move to float64 precision.
     root = tl.where(inside & (root == root), root, here[0])
     is_near = tl.abs(tl.log(root / here[0])) <= _LONGEST_STEP
-    agrees = tl.abs(extrapolated(here, root)[1] - wanted) <= _AGREEMENT
+    agrees = tl.abs(extrapolated(here, root)[1] - wanted) <= _ESTIMATE_TOLERANCE
     beta = as_float32(root)
     log_sum, entropy = extrapolated(here, beta)
     return beta, log_sum, entropy, left, right, ~inside | (is_near & agrees)
@@ -129,7 +129,7 @@ def where(condition, a, b):
 
 @triton.jit
 def root_between(left, right, wanted, max_entropy):
-    """`entropy_match._root_between`."""
+    """`solver._root_between`."""
     floor, width = _floor(left, right), tl.log(right[0] / left[0])
     f0, d0, c0 = _mismatch(left, floor, wanted, max_entropy)
     f1, d1, c1 = _mismatch(right, floor, wanted, max_entropy)
@@ -149,7 +149,7 @@ def root_between(left, right, wanted, max_entropy):
 
 @triton.jit
 def _floor(left, right):
-    """`entropy_match._floor`."""
+    """`solver._floor`."""
     fall, bend = right[0] * right[3], -(right[3] + right[0] * right[4])
     least = fall / (right[0] - left[0])
     steepest = at_least(tl.where(bend > least, bend, least), _LEAST_ENTROPY)
@@ -158,7 +158,7 @@ def _floor(left, right):
 
 @triton.jit
 def _mismatch(point, floor, wanted, max_entropy):
-    """`entropy_match._mismatch`: G(H) - G(wanted), and its first two derivatives."""
+    """`solver._mismatch`: G(H) - G(wanted), and its first two derivatives."""
     beta, _, _, variance, third = point
     entropy = entropy_of(point)
     excess, deficit = at_least(entropy - floor, _LEAST_ENTROPY), at_least(max_entropy - entropy, _LEAST_DEFICIT)
@@ -171,7 +171,7 @@ def _mismatch(point, floor, wanted, max_entropy):
 
 @triton.jit
 def log_sum_between(left, right, beta):
-    """`entropy_match._log_sum_between`."""
+    """`solver._log_sum_between`."""
     step = right[0] - left[0]
     square = step * step
     curve = _quintic(left[1], left[2] * step, left[3] * square, right[1], right[2] * step, right[3] * square)

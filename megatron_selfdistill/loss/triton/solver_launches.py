@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What happens between the passes as two Triton kernels: the formulas of ``row_statistics`` and ``entropy_match``.
+"""What happens between the passes as two Triton kernels: the formulas of ``token_statistics`` and ``solver``.
 
 In PyTorch these are hundreds of operations on [T, J] numbers, whose launches take a GPU longer than its passes over the
 logits.  All arithmetic is float64, a program has all parts of a few rows, and every rank has the same parts: the same
@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.row_statistics import RowResults
-from megatron_selfdistill.loss.sharded.row_sums import RowConstants
-from megatron_selfdistill.loss.triton.kernels import ALL_REGISTERS, COMPILED, as_sum, launching_on, mix_of
-from megatron_selfdistill.loss.triton.row_kernels import NUM_STATE, finish_kernel, solve_kernel
+from megatron_selfdistill.loss.sharded.shard_sums import TokenConstants
+from megatron_selfdistill.loss.sharded.token_statistics import TokenResults
+from megatron_selfdistill.loss.triton.pass_launches import ALL_REGISTERS, COMPILED, as_sum, launching_on, mix_of
+from megatron_selfdistill.loss.triton.statistics_kernels import NUM_STATE, finish_kernel, solve_kernel
 
 NUMBERS = 32
 """Parts times rows of a program: one number per thread of a warp while parts are merged."""
@@ -33,11 +33,11 @@ RESULTS = (
     "reverse_kl forward_kl student_entropy teacher_entropy target_entropy "
     "student_log_prob teacher_log_prob target_log_prob"
 ).split()
-"""Of `RowResults`, float32, in the order in which ``finish_kernel`` writes them."""
+"""Of `TokenResults`, float32, in the order in which ``finish_kernel`` writes them."""
 
 
 @dataclass(frozen=True)
-class Solving:
+class KernelState:
     """Every row between two passes; ``constants`` is what the next one takes.
 
     state: [NUM_STATE, T] and shift: [parts, T], float64; grid_entropies: [T, num_grid].
@@ -46,13 +46,13 @@ class Solving:
 
     state: Tensor
     shift: Tensor
-    constants: RowConstants
+    constants: TokenConstants
     grid_entropies: Tensor
     outputs: _Outputs | None = None
 
 
-def solve_rows(gathered: Tensor, grid: BetaGrid) -> Solving:
-    """`row_statistics.solve_rows`."""
+def solve_tokens(gathered: Tensor, grid: BetaGrid) -> KernelState:
+    """`token_statistics.solve_tokens`."""
     num_parts, num_rows, _ = gathered.shape
     state, shift = (gathered.new_empty(n, num_rows, dtype=torch.float64) for n in (NUM_STATE.value, num_parts))
     constants, entropies = gathered.new_empty(6, num_rows), gathered.new_empty(num_rows, grid.num_grid)
@@ -76,21 +76,21 @@ def solve_rows(gathered: Tensor, grid: BetaGrid) -> Solving:
                 GIVEN=grid.given,
                 **sizes,
             )
-    return Solving(state, shift, RowConstants(*constants.unbind(0)), entropies)
+    return KernelState(state, shift, TokenConstants(*constants.unbind(0)), entropies)
 
 
-def finish_rows(
-    solving: Solving, gathered: Tensor, grid: BetaGrid, response_tokens: Tensor | None, vocab_size: int
-) -> tuple[RowResults, Solving]:
-    """Do what `row_statistics.finish_rows` does; the results of the second call overwrite those of the first."""
+def finish_tokens(
+    kernel_state: KernelState, gathered: Tensor, grid: BetaGrid, response_tokens: Tensor | None, vocab_size: int
+) -> tuple[TokenResults, KernelState]:
+    """Do what `token_statistics.finish_tokens` does; the results of the second call overwrite those of the first."""
     num_parts, num_rows, num_columns = gathered.shape
-    outputs = solving.outputs or _Outputs.new(gathered, solving.grid_entropies)
+    outputs = kernel_state.outputs or _Outputs.new(gathered, kernel_state.grid_entropies)
     if num_rows:
         programs, sizes = _programs(num_rows, num_parts)
         with launching_on(gathered):
             finish_kernel[programs](
-                solving.state,
-                solving.shift,
+                kernel_state.state,
+                kernel_state.shift,
                 gathered,
                 outputs.status if response_tokens is None else response_tokens.contiguous(),
                 grid.on(gathered.device),
@@ -104,12 +104,12 @@ def finish_rows(
                 GIVEN=grid.given,
                 LOWEST_IS_BOUND=grid.lowest_is_bound,
                 HAS_TOKENS=response_tokens is not None,
-                SOME_ROWS=solving.outputs is not None,
+                SOME_ROWS=kernel_state.outputs is not None,
                 NUM_COLUMNS=num_columns,
                 **sizes,
             )
     results = outputs.results()
-    return results, replace(solving, constants=results.constants, outputs=outputs)
+    return results, replace(kernel_state, constants=results.constants, outputs=outputs)
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class _Outputs:
     def pointers(self) -> tuple[Tensor, ...]:
         return self.numbers, self.constants, self.exact, self.status, self.agreement.view(torch.uint8)
 
-    def results(self) -> RowResults:
-        return RowResults(
-            constants=RowConstants(*self.constants.unbind(0)),
+    def results(self) -> TokenResults:
+        return TokenResults(
+            constants=TokenConstants(*self.constants.unbind(0)),
             beta=self.exact[0],
             log_normaliser=self.exact[1],
             status=self.status,
