@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.describe import FORMATS, HF_ASSETS, hf_assets_of, num_tokens
-from megatron_selfdistill.checkpoint.formats import manifest, torch_dist
+from megatron_selfdistill.checkpoint.formats import manifest, torch_dist_writer
 from megatron_selfdistill.checkpoint.formats.finite import is_finite
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, hf_assets, read_config, without_lost_code
@@ -35,7 +35,7 @@ from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
 )
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.formats.tensor_names import names
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece
+from megatron_selfdistill.checkpoint.formats.torch_dist_writer import Piece
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION
 from megatron_selfdistill.checkpoint.run.state import CONTENT
 from megatron_selfdistill.config import ModelConfig
@@ -100,7 +100,7 @@ def hf_to_megatron(
     with _new_directory(out, num_bytes + _hf_assets_bytes(hf)) as temporary:
         progress.start(num_bytes)
         release = temporary / "release"
-        torch_dist.write(release, pieces, common, empty_objects=_extra_states(rules), progress=progress.advance)
+        torch_dist_writer.write(release, pieces, common, empty_objects=_extra_states(rules), progress=progress.advance)
         carried = release / HF_ASSETS
         carried.mkdir()
         shutil.copyfile(hf / "config.json", carried / "config.json")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill.checkpoint.directory import iteration_name
-from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
 from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.metrics import read_metrics

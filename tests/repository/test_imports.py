@@ -38,8 +38,9 @@ ORDER = {
         "hf.decoder hf.family hf.rope hf.dense hf.deepseek hf.experts hf.mapping export forward output_layer"
     ),
     "checkpoint": (
-        "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.unpickler "
-        "formats.megatron_args formats.megatron_flags formats.hf_files formats.torch_dist "
+        "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.pickle_globals "
+        "formats.unpickler formats.megatron_args formats.megatron_flags formats.hf_files "
+        "formats.torch_dist_writer formats.torch_dist_reader "
         "formats.safetensors_directory run.saved_run directory formats.legacy formats.stored_model "
         "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion vocabulary "
         "run.sharded_io run.external run.frozen_teacher run.checkpointer run.run_directory run.resumption"

@@ -25,7 +25,7 @@ from megatron_selfdistill.checkpoint.directory import find
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
-from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
 from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.model.hf.mapping import PASSTHROUGH, Rule

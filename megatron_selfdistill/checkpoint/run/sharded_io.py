@@ -33,7 +33,7 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import Temporary
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, NOT_WEIGHTS
-from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, load_pickled, loads_pickled
 from megatron_selfdistill.checkpoint.run.state import CONTENT
 from megatron_selfdistill.distributed.collectives import describe, from_all_ranks, on_each_rank, on_rank_0

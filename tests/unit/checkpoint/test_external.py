@@ -14,9 +14,10 @@ import pytest
 import torch
 from checkpointed_run import Setup
 
-from megatron_selfdistill.checkpoint.formats import torch_dist
+from megatron_selfdistill.checkpoint.formats import torch_dist_writer
 from megatron_selfdistill.checkpoint.formats.full_weights import NOT_WEIGHTS, open_weights
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
+from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
+from megatron_selfdistill.checkpoint.formats.torch_dist_writer import Piece
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
@@ -73,7 +74,7 @@ def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[
         Piece(key, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()
     ]
     target = out / "iter_0000001"
-    torch_dist.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
+    torch_dist_writer.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
     for part in target.glob("manifest*"):
         part.unlink()
     return target

@@ -96,7 +96,7 @@ class Harmful:
 def test_a_pickle_that_would_run_code_is_refused_by_name(directory):
     (directory / "model.safetensors").unlink()
     torch.save({EMBEDDING: Harmful(directory.parent / "made")}, directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is not read: .*posix.mkdir"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin was refused: .*posix.mkdir"):
         hf_to_megatron(directory, directory.parent / "out")
     assert not (directory.parent / "made").exists()
 

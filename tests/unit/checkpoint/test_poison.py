@@ -166,7 +166,7 @@ def test_a_poisoned_legacy_checkpoint_is_refused_and_nothing_runs(ranks, tmp_pat
     file.parent.mkdir(parents=True)
     torch.save({"model": {}, "args": Payload(mark)}, file)
     (message,) = ranks.run(start_from, tmp_path / "iter_0000001", world_size=1)
-    assert "model_optim_rng.pt is not read: its pickle asks for posix.system" in message
+    assert "model_optim_rng.pt was refused: its pickle asks for posix.system" in message
     assert not mark.exists()
 
 
@@ -221,7 +221,7 @@ def test_statistics_of_transformer_engine_are_pickled_again_and_poisoned_ones_re
     torch.save(Payload(mark), poisoned)
     for value in (as_tensor(Payload(mark)), poisoned):
         for name in ("a._extra_state", "mlp.experts.linear_fc1._extra_state3"):  # grouped experts have one each
-            with pytest.raises(CheckpointError, match=f"{name} is not read: its pickle asks for posix.system"):
+            with pytest.raises(CheckpointError, match=f"{name} was refused: its pickle asks for posix.system"):
                 _rewrite_extra_states({"teacher0": {name: value}})
     assert not mark.exists()
 
@@ -237,7 +237,7 @@ def read_statistics(directory: Path, mark: Path) -> None:
     statistics = torch.frombuffer(bytearray(pickle.dumps(Payload(mark))), dtype=torch.uint8)
     target = directory / "iter_0000001"
     sharded_io.write_now(*sharded_io.begin_write(contents(statistics), target), target)
-    with pytest.raises(CheckpointError, match=r"x._extra_state is not read: its pickle asks for posix.system"):
+    with pytest.raises(CheckpointError, match=r"x._extra_state was refused: its pickle asks for posix.system"):
         sharded_io.read(contents(None), target)
 
 

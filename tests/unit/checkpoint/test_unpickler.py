@@ -26,7 +26,8 @@ from megatron_selfdistill.compat import cpu  # noqa: F401  isort: skip  (must co
 from megatron.core.enums import ModelType
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_selfdistill.checkpoint.formats.unpickler import ALLOWED, load_metadata, load_pickled, loads_pickled
+from megatron_selfdistill.checkpoint.formats.pickle_globals import ALLOWED
+from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, load_pickled, loads_pickled
 from megatron_selfdistill.errors import CheckpointError
 
 
@@ -87,14 +88,14 @@ def test_a_refused_global_is_named_and_not_called(tmp_path, function, arguments,
     arguments = tuple(a.format(mark=mark) if isinstance(a, str) else "os" for a in arguments)
     state = {"args": Calls(function, *arguments)}
     torch.save(state, tmp_path / "state.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=rf"state.pt is not read: its pickle .*({named})"):
+    with pytest.raises(CheckpointError, match=rf"state.pt was refused: its pickle .*({named})"):
         load_pickled(tmp_path / "state.pt")
     assert not mark.exists()
 
 
 def test_a_malicious_metadata_is_refused(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Calls(os.system, f"touch {tmp_path}/executed")))
-    with pytest.raises(CheckpointError, match=r"has a .metadata that is not read: .*posix.system"):
+    with pytest.raises(CheckpointError, match=r"has a .metadata that was refused: .*posix.system"):
         load_metadata(tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -197,7 +198,7 @@ ATTACKS = {
     ),
     "a storage at an address": (
         b"\x80\x04" + STORAGE + plain((8,)) + plain({"allocator": 4096}) + b"\x92",
-        "with arguments by name",
+        "with keyword arguments",
     ),
     "a storage": (STORAGE + plain((8,)) + b"R", "calls torch.storage.UntypedStorage itself"),
     "an array over memory": (named("numpy", "ndarray") + plain(((1,),)) + b"\x81", "calls numpy.ndarray itself"),
@@ -237,7 +238,7 @@ def attributes_of_what_is_allowed() -> dict[str, dict[str, Any]]:
 def test_a_pickle_changes_nothing_but_what_it_has_made(name):
     attack, message = ATTACKS[name]
     before = attributes_of_what_is_allowed()
-    with pytest.raises(CheckpointError, match=f"rng_state is not read: its pickle .*{message}"):
+    with pytest.raises(CheckpointError, match=f"rng_state was refused: its pickle .*{message}"):
         loads_pickled(b"\x80\x02" + attack + b".", "rng_state")
     assert attributes_of_what_is_allowed() == before
 
@@ -250,10 +251,10 @@ def test_files_of_torch_save_and_metadata_are_read_by_the_same_rules(tmp_path, n
         for entry in good.namelist():
             data = b"\x80\x02" + attack + b"." if entry.endswith("data.pkl") else good.read(entry)
             bad.writestr(entry, data)
-    with pytest.raises(CheckpointError, match=f"state.pt is not read: its pickle .*{message}"):
+    with pytest.raises(CheckpointError, match=f"state.pt was refused: its pickle .*{message}"):
         load_pickled(tmp_path / "state.pt")
     (tmp_path / ".metadata").write_bytes(b"\x80\x02" + attack + b".")
-    with pytest.raises(CheckpointError, match=f"has a .metadata that is not read: its pickle .*{message}"):
+    with pytest.raises(CheckpointError, match=f"has a .metadata that was refused: its pickle .*{message}"):
         load_metadata(tmp_path)
 
 
@@ -264,14 +265,14 @@ class _Module(torch.nn.Module):
 
 def test_programs_and_archives_are_not_read_as_checkpoints(tmp_path):
     torch.jit.script(_Module()).save(str(tmp_path / "program.pt"))
-    with pytest.raises(CheckpointError, match=r"program.pt is not read: it is a TorchScript program"):
+    with pytest.raises(CheckpointError, match=r"program.pt was refused: it is a TorchScript program"):
         load_pickled(tmp_path / "program.pt")
     with tarfile.open(tmp_path / "old.pt", "w") as archive:
         archive.add(tmp_path / "program.pt", "storages")
-    with pytest.raises(CheckpointError, match=r"old.pt is not read: it is a tar archive"):
+    with pytest.raises(CheckpointError, match=r"old.pt was refused: it is a tar archive"):
         load_pickled(tmp_path / "old.pt")
     (tmp_path / "both.pt").write_bytes((tmp_path / "old.pt").read_bytes() + (tmp_path / "program.pt").read_bytes())
-    with pytest.raises(CheckpointError, match=r"both.pt is not read: it is a tar archive"):
+    with pytest.raises(CheckpointError, match=r"both.pt was refused: it is a tar archive"):
         load_pickled(tmp_path / "both.pt")
 
 
