@@ -19,14 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-import arms
-import subtraction
-import tables
-from arms import Arm, Measurement, Outcome, console
-from pretraining import write_records
 from rich.table import Table
 
-IMITATION = Arm("Fine-tuning on the hint text", ("objective=sft", "data.fields.solution=as_response"))
+from _lib import subtraction, tables, variants
+from _lib.pretraining import write_records
+from _lib.variants import Measurement, Outcome, Variant, console
+
+IMITATION = Variant("Fine-tuning on the hint text", ("objective=sft", "data.fields.solution=as_response"))
 
 NUMBERS = ("greedy", "sampled", "pass_at_8", "hinted", "entropy", "shows_work", "length")
 
@@ -43,18 +42,18 @@ What to try next
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arms.example_parser(__doc__)
+    parser = variants.example_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", help="run each of these; report the mean and the worst")
     parser.add_argument("--literal", action="store_true", help="also run recipe=literal, which collapses")
-    parser.add_argument("--only", action="store_true", help="self-distillation without the arms to compare with")
+    parser.add_argument("--only", action="store_true", help="self-distillation without the variants to compare with")
     options = parser.parse_args(argv)
-    arms.prepare_process()
+    variants.prepare_process()
     began = time.perf_counter()
-    chosen = [arms.SELF_DISTILLATION]
+    chosen = [variants.SELF_DISTILLATION]
     if not options.only:
-        chosen += [arms.TEACHER_ALONE, IMITATION]
+        chosen += [variants.TEACHER_ALONE, IMITATION]
     if options.literal:
-        chosen.append(arms.LITERAL)
+        chosen.append(variants.LITERAL)
     seeds = options.seeds or [options.seed]
     results = {seed: one_seed(seed, chosen, options.folder, options.steps) for seed in seeds}
     if len(results) > 1:
@@ -65,19 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one_seed(
-    seed: int, chosen: Sequence[Arm], root: Path, num_steps: int | None = None
+    seed: int, chosen: Sequence[Variant], root: Path, num_steps: int | None = None
 ) -> tuple[Measurement, list[Outcome]]:
-    """Pretrain or find the base, run every arm, show what came out."""
-    base = arms.prepared_base(subtraction, seed, root)
+    """Pretrain or find the base, run every variant, show what came out."""
+    base = variants.prepared_base(subtraction, seed, root)
     folder = root / "quickstart" / f"seed{seed}"
     problems = write_records(folder / "train.jsonl", subtraction.training_problems(seed))
-    before = arms.measure(base)
+    before = variants.measure(base)
     console.print(
         f"{len(before.transcripts)} held-out problems without hints: greedy {before.greedy:.3f}, sampled "
         f"{before.sampled:.3f}; with the answer as a hint: {before.hinted:.3f}"
     )
     steps = () if num_steps is None else (f"num_steps={num_steps}",)
-    runs = [Arm(arm.title, (*arm.overrides, *steps)).on(problems) for arm in chosen]
+    runs = [variant.on(problems, *steps) for variant in chosen]
     _, outcomes = tables.compare(f"Column subtraction, seed {seed}", base, runs, folder, before=before)
     tables.show_transcripts(before, outcomes[0].measurement)
     console.print(judgement(outcomes), soft_wrap=True)
@@ -87,10 +86,10 @@ def one_seed(
 
 def judgement(outcomes: Sequence[Outcome]) -> str:
     """What the table says, and what it does not."""
-    by_title = {outcome.arm.title: outcome.measurement for outcome in outcomes}
-    if arms.TEACHER_ALONE.title not in by_title:
+    by_title = {outcome.variant.title: outcome.measurement for outcome in outcomes}
+    if variants.TEACHER_ALONE.title not in by_title:
         return ""
-    ours, alone = by_title[arms.SELF_DISTILLATION.title], by_title[arms.TEACHER_ALONE.title]
+    ours, alone = by_title[variants.SELF_DISTILLATION.title], by_title[variants.TEACHER_ALONE.title]
     difference = ours.sampled - alone.sampled
     if difference > 0.02:
         verdict = f"The mix is better than the teacher alone here, by {difference:.3f} (sampled)."
@@ -109,7 +108,7 @@ def judgement(outcomes: Sequence[Outcome]) -> str:
 
 
 def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Table:
-    """Mean and worst of each arm."""
+    """Mean and worst of each variant."""
     table = tables.new_table(f"{len(results)} seeds: mean (worst)", ("greedy", "sampled", "pass@8", "seconds"))
     rows: dict[str, list[Measurement]] = {"before": [before for before, _ in results.values()]}
     seconds: dict[str, list[float]] = {}
@@ -126,10 +125,10 @@ def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Tabl
 
 def write_numbers(path: Path, before: Measurement, outcomes: Sequence[Outcome]) -> None:
     """The table as JSON."""
-    rows = {"before": before, **{outcome.arm.title: outcome.measurement for outcome in outcomes}}
+    rows = {"before": before, **{outcome.variant.title: outcome.measurement for outcome in outcomes}}
     numbers = {label: {name: getattr(m, name) for name in NUMBERS} for label, m in rows.items()}
     for outcome in outcomes:
-        numbers[outcome.arm.title] |= {"seconds": outcome.seconds, "status": outcome.status}
+        numbers[outcome.variant.title] |= {"seconds": outcome.seconds, "status": outcome.status}
     path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ The task of the quickstart, its base and its recipe; only the hints of the train
 KL learns almost as well from hints of which most are wrong: a wrong digit is adopted only where the student itself
 already writes it, and there the teacher alone does as well as the mix.  Under forward KL wrong digits are adopted: the
 samples get worse than before training, with 30 % wrong hints less so for the mix than for the teacher alone, with 60 %
-for both.  The entropy guard, which stops such runs, is off here, so that every arm runs to its end.
+for both.  The entropy guard, which stops such runs, is off here, so that every variant runs to its end.
 
     python examples/02_wrong_hints.py
 """
@@ -16,29 +16,27 @@ import random
 import sys
 from collections.abc import Sequence
 
-import arms
-import subtraction
-import tables
-from arms import Arm, Outcome, console
-from pretraining import write_records
+from _lib import subtraction, tables, variants
+from _lib.pretraining import write_records
+from _lib.variants import Outcome, console
 
 WITHOUT_GUARD = "guards.max_entropy_ratio=null"
-ARMS = (arms.SELF_DISTILLATION, arms.TEACHER_ALONE, arms.FORWARD_KL, arms.TEACHER_ALONE_FORWARD_KL)
+VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.FORWARD_KL, variants.TEACHER_ALONE_FORWARD_KL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arms.example_parser(__doc__)
+    parser = variants.example_parser(__doc__)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.6], help="of wrong hints (default: .3 .6)")
     options = parser.parse_args(argv)
-    arms.prepare_process()
-    base = arms.prepared_base(subtraction, options.seed, options.folder)
-    before = arms.measure(base)
+    variants.prepare_process()
+    base = variants.prepared_base(subtraction, options.seed, options.folder)
+    before = variants.measure(base)
     results = {}
     for share in options.shares:
         folder = options.folder / "wrong_hints" / f"seed{options.seed}" / f"{100 * share:.0f}_percent"
         problems = write_records(folder / "train.jsonl", problems_with_wrong_hints(options.seed, share))
         steps = () if options.steps is None else (f"num_steps={options.steps}",)
-        runs = [Arm(arm.title, (*arm.overrides, WITHOUT_GUARD, *steps)).on(problems) for arm in ARMS]
+        runs = [variant.on(problems, WITHOUT_GUARD, *steps) for variant in VARIANTS]
         title = f"{100 * share:.0f} % of the hints have one wrong digit"
         _, results[share] = tables.compare(title, base, runs, folder, before=before)
     for share, outcomes in results.items():
@@ -62,7 +60,7 @@ def judgement(share: float, outcomes: Sequence[Outcome]) -> str:
     ours, alone, ours_forward, alone_forward = (outcome.measurement.sampled for outcome in outcomes)
     return (
         f"{100 * share:.0f} % wrong, sampled accuracy of the mix and of the teacher alone: {ours:.3f} and {alone:.3f} "
-        f"under reverse KL (the simpler arm does {'as well' if alone > ours - 0.02 else 'worse'}), "
+        f"under reverse KL (the simpler variant does {'as well' if alone > ours - 0.02 else 'worse'}), "
         f"{ours_forward:.3f} and {alone_forward:.3f} under forward KL."
     )
 

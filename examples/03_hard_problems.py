@@ -15,28 +15,32 @@ import random
 import sys
 from collections.abc import Sequence
 
-import arms
-import subtraction
-import tables
-from arms import Arm, console
-from pretraining import write_records
+from _lib import subtraction, tables, variants
+from _lib.pretraining import write_records
+from _lib.variants import console
 
-ARMS = (arms.SELF_DISTILLATION, arms.STRICT, arms.TEACHER_ALONE, arms.FORWARD_KL, arms.REJECTION)
+VARIANTS = (
+    variants.SELF_DISTILLATION,
+    variants.STRICT,
+    variants.TEACHER_ALONE,
+    variants.FORWARD_KL,
+    variants.REJECTION,
+)
 NUM_HELD_OUT = 200
 NUM_STEPS = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = arms.example_parser(__doc__).parse_args(argv)
-    arms.prepare_process()
+    options = variants.example_parser(__doc__).parse_args(argv)
+    variants.prepare_process()
     folder = options.folder / "hard_problems" / f"seed{options.seed}"
-    base = arms.prepared_base(subtraction, options.seed, options.folder)
+    base = variants.prepared_base(subtraction, options.seed, options.folder)
     problems = write_records(folder / "train.jsonl", [subtraction.record(*pair) for pair in training_pairs()])
     held_out = write_records(folder / "held_out.jsonl", [subtraction.record(*pair) for pair in held_out_pairs()])
     base = dataclasses.replace(base, held_out=held_out)
     steps = options.steps or NUM_STEPS
     settings = (f"num_steps={steps}", "evaluation.num_samples=4")
-    runs = [Arm(arm.title, (*arm.overrides, *settings)).on(problems) for arm in ARMS]
+    runs = [variant.on(problems, *settings) for variant in VARIANTS]
     before, outcomes = tables.compare("Two borrows from a zero", base, runs, folder)
     tables.show_transcripts(before, outcomes[0].measurement)
     moments = sorted({step for step in (25, 50, 75) if step < steps} | {0, steps})

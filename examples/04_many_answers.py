@@ -17,31 +17,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import additions
-import arms
-import tables
-from arms import Arm, console
-from pretraining import write_records
-
+from _lib import additions, tables, variants
+from _lib.pretraining import write_records
+from _lib.variants import Variant, console
 from megatron_selfdistill.report.curves import ENTROPY, SAMPLED
 
-IMITATION = Arm("Fine-tuning on solutions", ("objective=sft",))
-ARMS = (arms.SELF_DISTILLATION, arms.STRICT, arms.TEACHER_ALONE, IMITATION, arms.REJECTION)
-WEAK_ARMS = (arms.SELF_DISTILLATION, arms.TEACHER_ALONE, arms.FORWARD_KL, arms.REJECTION)
+IMITATION = Variant("Fine-tuning on solutions", ("objective=sft",))
+VARIANTS = (variants.SELF_DISTILLATION, variants.STRICT, variants.TEACHER_ALONE, IMITATION, variants.REJECTION)
+WEAK_VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.FORWARD_KL, variants.REJECTION)
 NUM_SAMPLES = 32
 COLUMNS = ("greedy", "sampled", "different", "pass@8", "hinted", "entropy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arms.example_parser(__doc__)
+    parser = variants.example_parser(__doc__)
     parser.add_argument("--no-weak", action="store_true", help="without the second part, from a weak base")
     options = parser.parse_args(argv)
-    arms.prepare_process()
+    variants.prepare_process()
     folder = options.folder / "many_answers" / f"seed{options.seed}"
     problems = write_records(folder / "train.jsonl", additions.training_problems(options.seed))
-    one_base("A base that can use hints", ARMS, additions.PRETRAINING_STEPS, problems, folder / "strong", options)
+    one_base("A base that can use hints", VARIANTS, additions.PRETRAINING_STEPS, problems, folder / "strong", options)
     if not options.no_weak:
-        one_base("A weak base", WEAK_ARMS, additions.WEAK_PRETRAINING_STEPS, problems, folder / "weak", options)
+        one_base("A weak base", WEAK_VARIANTS, additions.WEAK_PRETRAINING_STEPS, problems, folder / "weak", options)
         console.print(
             "Behind a hint the weak base is hardly better than without one: there is nothing to distil, whatever the "
             "target, while a verifier still helps.\nLook at `hinted` before training: the method needs a base that can "
@@ -51,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def one_base(title: str, chosen: Sequence[Arm], num_steps: int, problems: Path, folder: Path, options) -> None:  # type: ignore[no-untyped-def]
-    """Pretrain for ``num_steps`` or find the base, run the arms, show what came out."""
-    base = arms.prepared_base(additions, options.seed, options.folder, num_steps)
+def one_base(title: str, chosen: Sequence[Variant], num_steps: int, problems: Path, folder: Path, options) -> None:  # type: ignore[no-untyped-def]
+    """Pretrain for ``num_steps`` or find the base, run the variants, show what came out."""
+    base = variants.prepared_base(additions, options.seed, options.folder, num_steps)
     steps = () if options.steps is None else (f"num_steps={options.steps}",)
     settings = ("evaluation.num_samples=16", *steps)
-    runs = [Arm(arm.title, (*arm.overrides, *settings)).on(problems) for arm in chosen]
+    runs = [variant.on(problems, *settings) for variant in chosen]
     tables.compare(title, base, runs, folder, columns=COLUMNS, panels=(SAMPLED, ENTROPY), num_samples=NUM_SAMPLES)
 
 

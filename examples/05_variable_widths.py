@@ -13,31 +13,28 @@ import sys
 from collections.abc import Sequence
 from statistics import mean
 
-import arms
-import ragged_subtraction
-import tables
-from arms import Arm, console
-from pretraining import write_records
-
+from _lib import ragged_subtraction, tables, variants
+from _lib.pretraining import write_records
+from _lib.variants import console
 from megatron_selfdistill.metrics import read_metrics
 
-ARMS = (arms.SELF_DISTILLATION, arms.TEACHER_ALONE, arms.REJECTION)
+VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.REJECTION)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arms.example_parser(__doc__)
-    parser.add_argument("--only", action="store_true", help="self-distillation without the arms to compare with")
+    parser = variants.example_parser(__doc__)
+    parser.add_argument("--only", action="store_true", help="self-distillation without the variants to compare with")
     options = parser.parse_args(argv)
-    arms.prepare_process()
+    variants.prepare_process()
     folder = options.folder / "variable_widths" / f"seed{options.seed}"
-    base = arms.prepared_base(ragged_subtraction, options.seed, options.folder)
+    base = variants.prepared_base(ragged_subtraction, options.seed, options.folder)
     records = ragged_subtraction.training_problems(options.seed)
     problems = write_records(folder / "train.jsonl", records)
     for name in ("problem", "solution"):
         lengths = [len(record[name]) for record in records]
         console.print(f"{name}s of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.1f} on average")
     steps = () if options.steps is None else (f"num_steps={options.steps}",)
-    runs = [Arm(arm.title, (*arm.overrides, *steps)).on(problems) for arm in (ARMS[:1] if options.only else ARMS)]
+    runs = [variant.on(problems, *steps) for variant in (VARIANTS[:1] if options.only else VARIANTS)]
     before, outcomes = tables.compare("Subtraction of two to four digits", base, runs, folder)
     tables.show_transcripts(before, outcomes[0].measurement, count=6)
     logged = [line for line in read_metrics(outcomes[0].run_dir) if "padding/teacher" in line]

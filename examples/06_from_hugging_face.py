@@ -23,11 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import arms
-import subtraction
-from arms import console
-from pretraining import CONFIG_NAME, write_records, write_tokenizer
-
+from _lib import subtraction, variants
+from _lib.pretraining import CONFIG_NAME, write_records, write_tokenizer
+from _lib.variants import console
 from megatron_selfdistill import config as configuration
 
 if TYPE_CHECKING:  # torch, transformers and Megatron are imported by what needs them: --help answers at once
@@ -58,14 +56,14 @@ class Task:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arms.example_parser(__doc__)
+    parser = variants.example_parser(__doc__)
     parser.add_argument("--hf", type=Path, help="a Hugging Face folder to start from, instead of a model made here")
     parser.add_argument("--data", type=Path, help="with --hf: JSONL with problem and solution")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --hf: settings of selfdistill")
     options = parser.parse_args(argv)
     if (options.hf is None) != (options.data is None) or (options.overrides and options.hf is None):
         parser.error("--hf and --data go together, and settings go with them")
-    arms.prepare_process()
+    variants.prepare_process()
     root = options.folder / "from_hugging_face" / (options.hf.name if options.hf else f"seed{options.seed}")
     if options.hf is None:
         task = subtraction_task(options.seed, options.folder)
@@ -99,7 +97,7 @@ def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, flo
         f"checkpoint.load={megatron}",
         f"run_dir={run_dir}",
     )
-    announce("self-distillation", arms.command(overrides, task.config_name))
+    announce("self-distillation", variants.command(overrides, task.config_name))
     texts, live = train(overrides, task.config_name)
     announce(
         "Megatron to Hugging Face",

@@ -3,8 +3,9 @@
 
 The problems are those of 03_hard_problems.py.  Written by the student alone, every rollout is wrong at first; drawn
 from the mix of what the same weights say with and without the hint, most are right from the first step on.  Each pair
-of arms differs in the rollouts only; both are judged on held-out problems, without hints and without guidance.  Guided
-rollouts are off-policy for the student; only the last arm corrects for that, by truncated importance weights.
+of variants differs in the rollouts only; both are judged on held-out problems, without hints and without guidance.
+Guided rollouts are off-policy for the student; only the last variant corrects for that, by truncated importance
+weights.
 
     python examples/07_guided_rollouts.py
     python examples/07_guided_rollouts.py --engine vllm        both kinds of rollouts from vLLM (where it is installed)
@@ -20,19 +21,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import arms
-import llama_subtraction
-import subtraction
-import tables
-from arms import Arm, Outcome, console
-from pretraining import Base, write_records
 from rich.table import Table
+
+from _lib import llama_subtraction, subtraction, tables, variants
+from _lib.pretraining import Base, write_records
+from _lib.variants import Outcome, Variant, console
 
 hard = importlib.import_module("03_hard_problems")
 
 GUIDED = "rollout.guidance=mixed"
-ARMS = (arms.SELF_DISTILLATION, arms.STRICT, arms.FORWARD_KL)
-CORRECTED = Arm("Self-distillation, guided, corrected", (GUIDED, "loss.rollout_correction=truncated"))
+VARIANTS = (variants.SELF_DISTILLATION, variants.STRICT, variants.FORWARD_KL)
+CORRECTED = Variant("Self-distillation, guided, corrected", (GUIDED, "loss.rollout_correction=truncated"))
 ENGINES = {
     "megatron": (),
     "vllm": ("rollout.engine=vllm", "rollout.kv_cache_gb=0.25"),
@@ -41,20 +40,20 @@ NUM_STEPS = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arms.example_parser(__doc__)
+    parser = variants.example_parser(__doc__)
     parser.add_argument(
         "--engine", choices=sorted(ENGINES), default="megatron", help="what samples (default: megatron)"
     )
     options = parser.parse_args(argv)
-    arms.prepare_process()
+    variants.prepare_process()
     folder = options.folder / "guided_rollouts" / options.engine / f"seed{options.seed}"
-    base = arms.prepared_base(llama_subtraction, options.seed, options.folder)
+    base = variants.prepared_base(llama_subtraction, options.seed, options.folder)
     problems = write_records(folder / "train.jsonl", [subtraction.record(*pair) for pair in hard.training_pairs()])
     held_out = write_records(folder / "held_out.jsonl", [subtraction.record(*pair) for pair in hard.held_out_pairs()])
     base = dataclasses.replace(base, held_out=held_out)
     steps = options.steps or NUM_STEPS
     settings = (f"num_steps={steps}", "evaluation.num_samples=4", *ENGINES[options.engine])
-    runs = [arm.on(problems) for arm in with_and_without_guidance(settings, folder)]
+    runs = [variant.on(problems) for variant in with_and_without_guidance(settings, folder)]
     _, outcomes = tables.compare(f"Two borrows from a zero, rollouts by {options.engine}", base, runs, folder)
     moments = sorted({step for step in (25, 50, 75) if step < steps} | {0, steps})
     console.print(tables.accuracy_by_step("Greedy accuracy on held-out problems by step", outcomes, moments))
@@ -62,20 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def with_and_without_guidance(settings: Sequence[str], folder: Path) -> list[Arm]:
-    """Each arm, then the same with guided rollouts; every one writes its rollouts down."""
-    pairs = [(arm, Arm(f"{arm.title}, guided", (*arm.overrides, GUIDED))) for arm in ARMS]
+def with_and_without_guidance(settings: Sequence[str], folder: Path) -> list[Variant]:
+    """Each variant, then the same with guided rollouts; every one writes its rollouts down."""
+    pairs = [(variant, Variant(f"{variant.title}, guided", (*variant.overrides, GUIDED))) for variant in VARIANTS]
     found = []
-    for arm in [*itertools.chain(*pairs), CORRECTED]:
-        recorded = recording(folder, arm)
+    for variant in [*itertools.chain(*pairs), CORRECTED]:
+        recorded = recording(folder, variant)
         recorded.unlink(missing_ok=True)
-        found.append(Arm(arm.title, (*arm.overrides, *settings, f"rollout.record={recorded}")))
+        found.append(Variant(variant.title, (*variant.overrides, *settings, f"rollout.record={recorded}")))
     return found
 
 
-def recording(folder: Path, arm: Arm) -> Path:
-    """Where the arm's rollouts are written down."""
-    return folder / f"{arm.title.lower().replace(', ', '-').replace(' ', '-')}.jsonl"
+def recording(folder: Path, variant: Variant) -> Path:
+    """Where the variant's rollouts are written down."""
+    return folder / f"{variant.title.lower().replace(', ', '-').replace(' ', '-')}.jsonl"
 
 
 def right_rollouts(outcomes: Sequence[Outcome], base: Base) -> Table:
@@ -84,7 +83,7 @@ def right_rollouts(outcomes: Sequence[Outcome], base: Base) -> Table:
     table = tables.new_table("Training rollouts that are right", [f"step {step}" for step in moments])
     answers = {record["id"]: record["answer"] for record in records(outcomes[0].run_dir.parent / "train.jsonl")}
     for outcome in outcomes:
-        written = records(recording(outcome.run_dir.parent, outcome.arm))
+        written = records(recording(outcome.run_dir.parent, outcome.variant))
         shares = []
         for moment in moments:
             verdicts = [is_right(r, answers[r["problem_id"]], base) for r in written if r["step"] == moment]

@@ -7,8 +7,8 @@ with thanks, and after the last wrong one the user gives the answer and marks it
 next to the accepted answers, and moves towards what it says there.
 
 The logs stay what the base said, while the student moves away from it: after some steps it learns at places where it
-would never be, and forgets.  The second arm therefore leaves out turns that the student of the moment finds unlikely.
-The third samples the same turns anew from the present weights: on-policy self-distillation, to compare with.
+would never be, and forgets.  The second variant therefore skips turns that the current student finds unlikely.  The
+third samples the same turns anew from the present weights: on-policy self-distillation, to compare with.
 
     python examples/08_chat_logs.py
     python examples/08_chat_logs.py --seeds 5 6 7        with the figure over three seeds
@@ -23,13 +23,11 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-import arms
-import subtraction_chats
-import tables
-from arms import Arm, Measurement, Outcome, console
-from pretraining import CONFIG_NAME, Base, write_records
 from rich.table import Table
 
+from _lib import subtraction_chats, tables, variants
+from _lib.pretraining import CONFIG_NAME, Base, write_records
+from _lib.variants import Measurement, Outcome, Variant, console
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.metrics.log import METRICS_FILE
@@ -42,27 +40,27 @@ if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help 
 NUM_SESSIONS = 2000
 NUM_ATTEMPTS = 3
 NUM_STEPS = 100
-LOGGED = Arm("Chat logs", ("recipe=chat_logs",))
-LIKELY = Arm("Chat logs, likely turns", ("recipe=chat_logs", "conversations.min_log_prob=-0.2"))
-ON_POLICY = Arm("Sampled anew", ("recipe=chat_logs", "conversations.responses=sampled"))
-ARMS = (LOGGED, LIKELY, ON_POLICY)
+LOGGED = Variant("Chat logs", ("recipe=chat_logs",))
+LIKELY = Variant("Chat logs, likely turns", ("recipe=chat_logs", "conversations.min_log_prob=-0.2"))
+ON_POLICY = Variant("Sampled anew", ("recipe=chat_logs", "conversations.responses=sampled"))
+VARIANTS = (LOGGED, LIKELY, ON_POLICY)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arms.example_parser(__doc__)
+    parser = variants.example_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", help="run each of these, and draw them in one figure")
     options = parser.parse_args(argv)
-    arms.prepare_process()
+    variants.prepare_process()
     seeds = options.seeds or [options.seed]
     steps = options.steps or NUM_STEPS
     results = {seed: one_seed(seed, options.folder, steps) for seed in seeds}
     console.print(over_seeds(results))
     folder = options.folder / "chat_logs"
     runs = {
-        arm.title: mean_run(
+        variant.title: mean_run(
             [outcomes[number].run_dir for _, outcomes in results.values()], folder / "mean" / str(number)
         )
-        for number, arm in enumerate(ARMS)
+        for number, variant in enumerate(VARIANTS)
     }
     title = f"Self-distillation from chat logs; mean over seeds {', '.join(map(str, seeds))}"
     figure = plot_curves(runs, folder / "chat_logs.png", (GREEDY, SAMPLED), title)
@@ -77,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outcome]]:
     """Pretrain or find the base, let it write its logs, train on them."""
-    base = arms.prepared_base(subtraction_chats, seed, root)
+    base = variants.prepared_base(subtraction_chats, seed, root)
     folder = root / "chat_logs" / f"seed{seed}"
     logs = write_records(folder / "conversations.jsonl", conversations(base, seed))
     template = folder / "chat_template.jinja"
@@ -88,7 +86,7 @@ def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outco
         "evaluation.num_samples=4",
         "metrics.console_every=50",
     )
-    runs = [Arm(arm.title, (*arm.overrides, *settings)).on(logs) for arm in ARMS]
+    runs = [variant.on(logs, *settings) for variant in VARIANTS]
     return tables.compare(f"Chat logs, seed {seed}", base, runs, folder, panels=(GREEDY, SAMPLED))
 
 
@@ -168,7 +166,7 @@ def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Tabl
     table = tables.new_table("Held-out accuracy, greedy / sampled at T = 1", columns)
     before = [measurement for measurement, _ in results.values()]
     table.add_row("before", *(cell(m) for m in before), f"{mean(m.greedy for m in before):.3f}", "")
-    for number in range(len(ARMS)):
+    for number in range(len(VARIANTS)):
         outcomes = [of_seed[number] for _, of_seed in results.values()]
         after = [outcome.measurement for outcome in outcomes]
         seconds = f"{mean(map(seconds_per_step, outcomes)):.4f}"

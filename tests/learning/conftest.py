@@ -43,7 +43,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="session")
 def base(root):
     """The quickstart's base of seed 5, pretrained in full."""
-    import pretraining
-    import subtraction
+    from _lib import pretraining, subtraction
 
     return pretraining.make_base(subtraction, 5, root / "bases")

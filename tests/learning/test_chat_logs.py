@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import random
 
-import subtraction_chats
-
+from _lib import subtraction_chats
 from megatron_selfdistill.data.chat.acceptance import closing_turn
 from megatron_selfdistill.metrics import read_metrics
 

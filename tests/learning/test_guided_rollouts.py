@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import arms
-import subtraction
+from _lib import subtraction, variants
 
 
 def test_guided_rollouts_are_right_where_the_student_never_is(load_example, base, root, monkeypatch):
     example = load_example("07_guided_rollouts")
     monkeypatch.setattr(example, "llama_subtraction", subtraction)  # the base of the other examples
-    monkeypatch.setattr(example, "ARMS", (arms.SELF_DISTILLATION,))
+    monkeypatch.setattr(example, "VARIANTS", (variants.SELF_DISTILLATION,))
     monkeypatch.setattr(example.hard, "NUM_HELD_OUT", 40)
     assert example.main(["--steps", "2", "--folder", str(root)]) == 0
     folder = root / "guided_rollouts" / "megatron" / "seed5"

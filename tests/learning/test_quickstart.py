@@ -10,15 +10,10 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import additions
-import arms
-import pretraining
 import pytest
-import ragged_subtraction
-import subtraction
-import tables
 from rich.console import Console
 
+from _lib import additions, pretraining, ragged_subtraction, subtraction, tables, variants
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.metrics.guards import Guards
@@ -34,11 +29,11 @@ def problems(root):
 
 @pytest.fixture(scope="module")
 def distilled(base, problems, root):
-    return arms.run_arm(arms.SELF_DISTILLATION.on(problems), base, root / "arms")
+    return variants.run_variant(variants.SELF_DISTILLATION.on(problems), base, root / "variants")
 
 
 def test_the_base_has_the_pupils_bugs_and_can_use_a_hint(base):
-    before = arms.measure(base)
+    before = variants.measure(base)
     assert 0.2 < before.greedy < 0.5
     assert 0.15 < before.sampled < 0.45
     assert before.hinted > 0.95
@@ -70,13 +65,13 @@ def test_no_guard_would_stop_the_healthy_run_at_half_its_margin(distilled):
 
 
 def test_fine_tuning_on_the_hints_text_learns_nothing(base, problems, root, load_example):
-    outcome = arms.run_arm(load_example("01_quickstart").IMITATION.on(problems), base, root / "arms")
+    outcome = variants.run_variant(load_example("01_quickstart").IMITATION.on(problems), base, root / "variants")
     assert outcome.measurement.greedy <= 0.10
     assert outcome.measurement.shows_work <= 0.10
 
 
 def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, problems, root, capsys):
-    outcome = arms.run_arm(arms.LITERAL.on(problems), base, root / "arms")
+    outcome = variants.run_variant(variants.LITERAL.on(problems), base, root / "variants")
     assert outcome.status == 3
     assert outcome.stopped
     assert "entropy explosion" in capsys.readouterr().out
@@ -94,10 +89,10 @@ def test_a_base_is_found_again_and_another_setting_makes_another(base, root):
 
 
 def test_the_printed_command_is_the_run(base, problems, root):
-    """It exists, it composes to the configuration that the arm ran with, and it starts."""
-    arm = arms.TEACHER_ALONE.on(problems)
-    overrides = (*base.overrides, *arm.overrides, f"run_dir={root / 'by_hand'}", "dry_run=true")
-    line = arms.command(overrides)
+    """It exists, it composes to the configuration that the variant ran with, and it starts."""
+    variant = variants.TEACHER_ALONE.on(problems)
+    overrides = (*base.overrides, *variant.overrides, f"run_dir={root / 'by_hand'}", "dry_run=true")
+    line = variants.command(overrides)
     words = shlex.split(line)
     in_line = words[words.index("quickstart") + 1 :]
     assert configuration.load(in_line, "quickstart") == configuration.load(list(overrides), "quickstart")
@@ -148,9 +143,9 @@ def test_every_example_says_what_it_shows_and_how_it_is_run(load_example, name, 
 
 
 def test_several_seeds_are_shown_as_mean_and_worst(load_example, base):
-    measured = [arms.Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, ()) for greedy in (0.9, 0.98)]
+    measured = [variants.Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, ()) for greedy in (0.9, 0.98)]
     outcomes = [
-        [arms.Outcome(arms.SELF_DISTILLATION, base.folder, 0, seconds, m)]
+        [variants.Outcome(variants.SELF_DISTILLATION, base.folder, 0, seconds, m)]
         for seconds, m in zip((10.0, 20.0), measured, strict=True)
     ]
     table = load_example("01_quickstart").over_seeds({5: (measured[0], outcomes[0]), 6: (measured[0], outcomes[1])})

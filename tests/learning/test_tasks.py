@@ -7,11 +7,9 @@ import json
 import random
 from types import SimpleNamespace
 
-import additions
-import pretraining
 import pytest
-import ragged_subtraction
-import subtraction
+
+from _lib import additions, pretraining, ragged_subtraction, subtraction
 
 TASKS = [subtraction, ragged_subtraction, additions]
 

@@ -21,8 +21,8 @@ SECRET = "314-159:2653"  # of characters that the tokenizer knows
 @pytest.fixture(scope="module")
 def data(data) -> Path:
     """Besides, 40 conversations of two assistant turns, and three bad ones."""
-    import subtraction
-    from pretraining import write_records
+    from _lib import subtraction
+    from _lib.pretraining import write_records
 
     (data / "template.jinja").write_text(TEMPLATE)
     records: list[dict[str, Any]] = []
@@ -177,7 +177,7 @@ NUM_GOOD, NUM_LONG, NUM_BROKEN = 40, 20, 10
 def mixed(data) -> str:
     """The override for a log of one-turn conversations: good ones, too long ones, and ones that end their turn in its
     middle."""
-    from pretraining import write_records
+    from _lib.pretraining import write_records
 
     replies = [f"{number:03d}" * (1 + number % 3) for number in range(NUM_GOOD)] + ["1" * 300] * NUM_LONG
     replies += ["1$1"] * NUM_BROKEN
@@ -222,7 +222,7 @@ def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, data
 
 
 def test_shortened_solutions_are_counted(ranks, data, tmp_path):
-    from pretraining import write_records
+    from _lib.pretraining import write_records
 
     said = [{"role": "user", "content": "1-0="}, {"role": "assistant", "content": "0"}]
     hint = {"role": "user", "content": "1" * 200, "accepted": True}

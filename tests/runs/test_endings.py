@@ -13,9 +13,9 @@ import pytest
 import tiny_run
 from tiny_run import overrides, saved_step, train
 
-from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.commands import convert
 from megatron_selfdistill.metrics import MetricsLog
+from megatron_selfdistill.report import next_steps
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -30,8 +30,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 def write_data(folder: Path, num_problems: int = 40) -> None:
     """A tokenizer and problems with answers as hints."""
-    import subtraction
-    from pretraining import write_records, write_tokenizer
+    from _lib import subtraction
+    from _lib.pretraining import write_records, write_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder / "tokenizer", subtraction.ALPHABET)

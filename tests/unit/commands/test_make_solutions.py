@@ -63,8 +63,8 @@ def dying_append(dies_in_group: int) -> Callable[[Any, list[dict]], None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Problems without solutions, a tokenizer, and a random model as a Hugging Face folder and as a checkpoint."""
-    import subtraction
-    from pretraining import write_tokenizer
+    from _lib import subtraction
+    from _lib.pretraining import write_tokenizer
 
     folder = tmp_path_factory.mktemp("make_solutions")
     tiny_run.write_data(folder, NUM_PROBLEMS)

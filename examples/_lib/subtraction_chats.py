@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 
-from subtraction import *  # noqa: F403
-from subtraction import ALPHABET, answer, draw, problem_text, record, verify, work
-from subtraction import corpus_row as homework_row
+from _lib.subtraction import *  # noqa: F403
+from _lib.subtraction import ALPHABET, answer, draw, problem_text, record, verify, work
+from _lib.subtraction import corpus_row as homework_row
 
 __all__ = ["ALPHABET", "record", "verify"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 NAME = "additions"
 ALPHABET = "0123456789;:|H$_"  # '$' ends a text, '_' pads
-OVERRIDES = ("rollout.max_new_tokens=8", "evaluation.verifier=additions.verify")
+OVERRIDES = ("rollout.max_new_tokens=8", "evaluation.verifier=_lib.additions.verify")
 PRETRAINING = ("optimizer.lr=3e-3", "optimizer.min_lr=1.5e-4")
 PRETRAINING_STEPS = 5000
 WEAK_PRETRAINING_STEPS = 1500
@@ -52,7 +52,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
 
 
 def verify(response: str, problem: Any) -> bool:
-    """The two numbers add up (``evaluation.verifier=additions.verify``)."""
+    """The two numbers add up (``evaluation.verifier=_lib.additions.verify``)."""
     return is_right(response, int(problem.answer))
 
 

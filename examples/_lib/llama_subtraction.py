@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from subtraction import *  # noqa: F403
-from subtraction import hard_problems, record, verify
+from _lib.subtraction import *  # noqa: F403
+from _lib.subtraction import hard_problems, record, verify
 
 __all__ = ["hard_problems", "record", "verify"]
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from subtraction import Pair, Record, split_of
+from _lib.subtraction import Pair, Record, split_of
 
 NAME = "ragged_subtraction"
 ALPHABET = "0123456789-=b.,;:|Huthk$_"
-OVERRIDES = ("rollout.max_new_tokens=44", "evaluation.verifier=ragged_subtraction.verify")
+OVERRIDES = ("rollout.max_new_tokens=44", "evaluation.verifier=_lib.ragged_subtraction.verify")
 PRETRAINING: tuple[str, ...] = ()  # what differs from pretraining.py
 PRETRAINING_STEPS = 1200
 PLACES = "uthk"
@@ -50,7 +50,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
 
 
 def verify(response: str, problem: Any) -> bool:
-    """The answer after the one ';' is right (``evaluation.verifier=ragged_subtraction.verify``)."""
+    """The answer after the one ';' is right (``evaluation.verifier=_lib.ragged_subtraction.verify``)."""
     return response.count(";") == 1 and response.partition(";")[2] == problem.answer
 
 

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the examples share: an arm is a run of the trainer from one base model, measured in the end.
+"""What the examples share: a variant is a run of the trainer from one base model, measured in the end.
 
-Nothing here trains or samples by itself: an arm is a list of overrides for ``selfdistill --config-name quickstart``,
-and `command` says how to repeat it by hand.
+Nothing here trains or samples by itself: a variant is a list of overrides for
+``selfdistill --config-name quickstart``, and `command` says how to repeat it by hand.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from pretraining import CONFIG_NAME, Base, make_base
 from rich.console import Console
 
+from _lib.pretraining import CONFIG_NAME, Base, make_base
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 from megatron_selfdistill.train import EXIT_UNHEALTHY, train
@@ -34,25 +34,25 @@ console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One way to train."""
 
     title: str
     overrides: tuple[str, ...] = ()
 
-    def on(self, problems: Path) -> Arm:
-        """The same on a file of problems."""
-        return dataclasses.replace(self, overrides=(f"data.path={problems}", *self.overrides))
+    def on(self, problems: Path, *settings: str) -> Variant:
+        """Return this variant with a file of problems and further overrides, which come last."""
+        return dataclasses.replace(self, overrides=(f"data.path={problems}", *self.overrides, *settings))
 
 
-SELF_DISTILLATION = Arm("Self-distillation")
+SELF_DISTILLATION = Variant("Self-distillation")
 """The default recipe: the match capped at k = 1 + w, reverse KL, a frozen teacher."""
-STRICT = Arm("Strict match", ("target=strict",))
-TEACHER_ALONE = Arm("Teacher alone", ("recipe=teacher_alone",))
-FORWARD_KL = Arm("Forward KL", ("loss.divergence=forward_kl",))
-TEACHER_ALONE_FORWARD_KL = Arm("Teacher alone, forward KL", ("recipe=teacher_alone", "loss.divergence=forward_kl"))
-LITERAL = Arm("Literal recipe", ("recipe=literal",))
-REJECTION = Arm("RFT with a verifier", ("objective=rft",))
+STRICT = Variant("Strict match", ("target=strict",))
+TEACHER_ALONE = Variant("Teacher alone", ("recipe=teacher_alone",))
+FORWARD_KL = Variant("Forward KL", ("loss.divergence=forward_kl",))
+TEACHER_ALONE_FORWARD_KL = Variant("Teacher alone, forward KL", ("recipe=teacher_alone", "loss.divergence=forward_kl"))
+LITERAL = Variant("Literal recipe", ("recipe=literal",))
+REJECTION = Variant("RFT with a verifier", ("objective=rft",))
 """Rejection fine-tuning: next-token training on the own responses that the verifier accepts."""
 
 
@@ -80,9 +80,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An arm that has run."""
+    """A variant that has run."""
 
-    arm: Arm
+    variant: Variant
     run_dir: Path
     status: int
     """The exit status: 0, or 3 where a guard stopped the run."""
@@ -96,18 +96,18 @@ class Outcome:
         return self.status == EXIT_UNHEALTHY
 
 
-def run_arm(arm: Arm, base: Base, folder: Path, *, num_samples: int = 8) -> Outcome:
+def run_variant(variant: Variant, base: Base, folder: Path, *, num_samples: int = 8) -> Outcome:
     """Train from ``base`` in ``folder/<title>``, which is made anew, and measure what came out."""
-    run_dir = folder / "".join(c if c.isalnum() or c == "-" else "_" for c in arm.title.lower())
+    run_dir = folder / "".join(c if c.isalnum() or c == "-" else "_" for c in variant.title.lower())
     shutil.rmtree(run_dir, ignore_errors=True)
-    overrides = (*base.overrides, *arm.overrides)
-    console.rule(f"[bold]{arm.title}", align="left")
+    overrides = (*base.overrides, *variant.overrides)
+    console.rule(f"[bold]{variant.title}", align="left")
     by_hand = command((*overrides, f"run_dir={run_dir}-by-hand"))
     console.print(by_hand, style="dim", markup=False, soft_wrap=True)
     began = time.perf_counter()
     status = train(configuration.load([*overrides, f"run_dir={run_dir}"], CONFIG_NAME))
     seconds = time.perf_counter() - began
-    return Outcome(arm, run_dir, status, seconds, measure(base, run_dir, num_samples=num_samples))
+    return Outcome(variant, run_dir, status, seconds, measure(base, run_dir, num_samples=num_samples))
 
 
 def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) -> Measurement:
@@ -178,7 +178,7 @@ def command(overrides: Sequence[str], config_name: str = CONFIG_NAME) -> str:
     else:
         program = f"{_relative(Path(sys.executable))} -m megatron_selfdistill.train"
     # The folder is where the verifiers are; one thread, as here, gives the same numbers to the last digit.
-    settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parent))} OMP_NUM_THREADS=1"
+    settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parents[1]))} OMP_NUM_THREADS=1"
     return f"{settings} {program} --config-name {config_name} {shlex.join(overrides)}"
 
 
@@ -204,7 +204,7 @@ def example_parser(doc: str | None) -> argparse.ArgumentParser:
     """Options that all examples have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=5, help="of the base, the data and the samples (default: 5)")
-    parser.add_argument("--steps", type=int, default=None, help="of each arm, instead of the example's own")
+    parser.add_argument("--steps", type=int, default=None, help="of each variant, instead of the example's own")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where everything goes (default: runs)")
     return parser
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from arms import Arm, Measurement, Outcome, console, measure, run_arm
-from pretraining import Base
 from rich.markup import escape
 from rich.table import Table
 
+from _lib.pretraining import Base
+from _lib.variants import Measurement, Outcome, Variant, console, measure, run_variant
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.report.curves import ENTROPY, GREEDY, SAMPLED, Panel, plot_curves
 
@@ -41,7 +41,7 @@ ALL_BUT_DIFFERENT = tuple(name for name in COLUMNS if name != "different")
 def compare(
     title: str,
     base: Base,
-    arms: Sequence[Arm],
+    variants: Sequence[Variant],
     folder: Path,
     *,
     columns: Sequence[str] = ALL_BUT_DIFFERENT,
@@ -49,19 +49,19 @@ def compare(
     num_samples: int = 8,
     before: Measurement | None = None,
 ) -> tuple[Measurement, list[Outcome]]:
-    """Run the arms in ``folder``; show one table and write ``folder/curves.png``.  Returns the base's measurement
+    """Run the variants in ``folder``; show one table and write ``folder/curves.png``.  Returns the base's measurement
     (``before``, if it is known) and the outcomes."""
     before = before or measure(base, num_samples=num_samples)
-    outcomes = [run_arm(arm, base, folder, num_samples=num_samples) for arm in arms]
+    outcomes = [run_variant(variant, base, folder, num_samples=num_samples) for variant in variants]
     console.print()
     console.print(comparison(title, before, outcomes, columns))
-    runs = {outcome.arm.title: outcome.run_dir for outcome in outcomes}
+    runs = {outcome.variant.title: outcome.run_dir for outcome in outcomes}
     console.print(f"curves: {plot_curves(runs, folder / 'curves.png', panels, title)}\n", soft_wrap=True)
     return before, outcomes
 
 
 def comparison(title: str, before: Measurement, outcomes: Sequence[Outcome], columns: Sequence[str]) -> Table:
-    """A row for the base and one for each arm."""
+    """A row for the base and one for each variant."""
     names = (*columns, "seconds")
     table = new_table(title, names, caption="; ".join(f"{name}: {MEANING[name]}" for name in names))
     table.add_row("before", *(COLUMNS[name](before) for name in columns), "")
@@ -91,7 +91,7 @@ def new_table(title: str, columns: Sequence[str], caption: str | None = None) ->
 
 
 def label(outcome: Outcome) -> str:
-    return outcome.arm.title + (" (stopped)" if outcome.stopped else "")
+    return outcome.variant.title + (" (stopped)" if outcome.stopped else "")
 
 
 def show_transcripts(before: Measurement, after: Measurement, count: int = 4) -> None:

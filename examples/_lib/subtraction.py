@@ -54,7 +54,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
 
 
 def verify(response: str, problem: Any) -> bool:
-    """The answer after the one ';' is right (``evaluation.verifier=subtraction.verify``)."""
+    """The answer after the one ';' is right (``evaluation.verifier=_lib.subtraction.verify``)."""
     return response.count(";") == 1 and response.partition(";")[2] == problem.answer
 
 
