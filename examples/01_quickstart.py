@@ -1,13 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A model teaches itself to subtract: it reads its own responses next to the answers.  Minutes on a CPU.
+"""A model teaches itself to subtract by scoring its own responses with the answers at hand.
 
-A base model has learnt column subtraction from pupils' homework, mistakes included, and to work cleanly where the
-answer is given as a hint.  Then it trains itself on 2000 problems of which it knows the answers alone: it responds
-without the hint, reads its response behind the hint, and moves towards a mix of the two.  No worked solution is ever
-seen and no response is ever judged.  Held-out problems are answered without hints, before and after.
+The example takes minutes on a CPU.  A base model learns column subtraction from pupils' homework, which contains
+mistakes; where the homework shows the answer as a hint, the work is clean.  Then the model trains itself on 2000
+problems with answers.  It responds without the hint, scores its response with the hint in the prompt, and moves towards
+a mix of the two.  The model never sees a worked solution and nothing ever judges a response.  Held-out problems are
+answered without hints, before and after.
 
     python examples/01_quickstart.py
-    python examples/01_quickstart.py --seeds 5 6 7        mean and worst of three
+    python examples/01_quickstart.py --seeds 5 6 7        mean and worst of three seeds
 """
 
 from __future__ import annotations
@@ -31,21 +32,25 @@ NUMBERS = ("greedy", "sampled", "pass_at_8", "hinted", "entropy", "shows_work", 
 
 WHAT_NEXT = """
 What to try next
-  --literal       the strict match with forward KL and a live teacher: it collapses, and a guard stops it
-  other examples  02_wrong_hints.py       most hints are wrong
-                  03_hard_problems.py     the base is never right
-                  04_many_answers.py      many right answers: are they kept?
-                  05_variable_widths.py   prompts, hints and responses of every length
-  any setting     the commands above take more overrides, such as target.teacher_weight=1.5 (selfdistill --keys)
+  --literal       run the strict match with forward KL and the current weights as teacher: a guard stops its collapse
+  other examples  02_wrong_hints.py        most hints are wrong
+                  03_hard_problems.py      the base never answers correctly
+                  04_many_answers.py       each problem has many right answers: does the model keep them?
+                  05_variable_widths.py    prompts, hints and responses have every length
+                  06_from_hugging_face.py  a Hugging Face model goes in and comes out
+                  07_guided_rollouts.py    responses are sampled from the target
+                  08_chat_logs.py          the model learns from logged conversations
+  any setting     append overrides to the commands above, such as target.teacher_weight=1.5 (see selfdistill --keys)
   your own data   selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/mine
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example with the arguments of the command line; return the exit status."""
     parser = variants.example_parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", help="run each of these; report the mean and the worst")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run these seeds; report the mean and the worst")
     parser.add_argument("--literal", action="store_true", help="also run recipe=literal, which collapses")
-    parser.add_argument("--only", action="store_true", help="self-distillation without the variants to compare with")
+    parser.add_argument("--only", action="store_true", help="run self-distillation alone, without baselines")
     options = parser.parse_args(argv)
     variants.prepare_process()
     began = time.perf_counter()
@@ -66,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_seed(
     seed: int, chosen: Sequence[Variant], root: Path, num_steps: int | None = None
 ) -> tuple[Measurement, list[Outcome]]:
-    """Pretrain or find the base, run every variant, show what came out."""
+    """Pretrain or find the base of a seed, run every chosen variant, and show the results."""
     base = variants.prepared_base(subtraction, seed, root)
     folder = root / "quickstart" / f"seed{seed}"
     problems = write_records(folder / "train.jsonl", subtraction.training_problems(seed))
@@ -85,7 +90,7 @@ def one_seed(
 
 
 def judgement(outcomes: Sequence[Outcome]) -> str:
-    """What the table says, and what it does not."""
+    """Return the sentences that interpret the table of one seed; empty if the teacher alone has not run."""
     by_title = {outcome.variant.title: outcome.measurement for outcome in outcomes}
     if variants.TEACHER_ALONE.title not in by_title:
         return ""
@@ -96,19 +101,19 @@ def judgement(outcomes: Sequence[Outcome]) -> str:
     else:
         verdict = (
             f"The mix is no better than the teacher alone here ({difference:+.3f} sampled): under reverse KL and with "
-            "a good teacher,\nplain on-policy self-distillation does as well.  02_wrong_hints.py and forward KL show "
-            "where the mix pays."
+            "a good teacher,\nplain on-policy self-distillation does as well.  02_wrong_hints.py shows where the mix "
+            "helps, under forward KL."
         )
     return (
-        f"{verdict}\nFine-tuning on the text of the hints teaches to state answers without working them out "
+        f"{verdict}\nFine-tuning on the text of the hints teaches the model to state answers without working them out "
         f"({by_title[IMITATION.title].greedy:.3f}).\nNot in the table: with a verifier, rejection fine-tuning does "
         "about as well as self-distillation; with worked solutions in the\nstudent's own format, plain fine-tuning is "
-        "better and cheaper.  Self-distillation needs neither."
+        "better and cheaper.  Self-distillation needs no verifier and no worked solutions."
     )
 
 
 def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Table:
-    """Mean and worst of each variant."""
+    """Return a table with the mean and the worst accuracy of each variant over the seeds."""
     table = tables.new_table(f"{len(results)} seeds: mean (worst)", ("greedy", "sampled", "pass@8", "seconds"))
     rows: dict[str, list[Measurement]] = {"before": [before for before, _ in results.values()]}
     seconds: dict[str, list[float]] = {}
@@ -124,7 +129,7 @@ def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Tabl
 
 
 def write_numbers(path: Path, before: Measurement, outcomes: Sequence[Outcome]) -> None:
-    """The table as JSON."""
+    """Write the numbers of one seed's table as JSON."""
     rows = {"before": before, **{outcome.variant.title: outcome.measurement for outcome in outcomes}}
     numbers = {label: {name: getattr(m, name) for name in NUMBERS} for label, m in rows.items()}
     for outcome in outcomes:

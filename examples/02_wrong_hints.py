@@ -1,11 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Wrong hints: of the solutions that the teacher sees, 30 % or 60 % have one wrong digit.
+"""Wrong hints: 30 % or 60 % of the hints that the teacher sees have one wrong digit.
 
-The task of the quickstart, its base and its recipe; only the hints of the training problems change.  On-policy reverse
-KL learns almost as well from hints of which most are wrong: a wrong digit is adopted only where the student itself
-already writes it, and there the teacher alone does as well as the mix.  Under forward KL wrong digits are adopted: the
-samples get worse than before training, with 30 % wrong hints less so for the mix than for the teacher alone, with 60 %
-for both.  The entropy guard, which stops such runs, is off here, so that every variant runs to its end.
+The task, the base and the recipe are those of the quickstart; only the hints of the training problems change.  Under
+reverse KL the student learns almost as well even if most hints are wrong: it adopts a wrong digit only where it already
+gives that digit a high probability.  The teacher alone does as well as the mix there.  Under forward KL the student
+adopts wrong digits and its samples get worse than before training; with 30 % wrong hints the mix loses less than the
+teacher alone, with 60 % both lose.  The entropy guard stops such runs; here it is off, so that every variant runs to
+its end.
 
     python examples/02_wrong_hints.py
 """
@@ -25,8 +26,11 @@ VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.FORWARD
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example with the arguments of the command line; return the exit status."""
     parser = variants.example_parser(__doc__)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.6], help="of wrong hints (default: .3 .6)")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.3, 0.6], help="shares of wrong hints (default: .3 .6)"
+    )
     options = parser.parse_args(argv)
     variants.prepare_process()
     base = variants.prepared_base(subtraction, options.seed, options.folder)
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def problems_with_wrong_hints(seed: int, share: float) -> list[subtraction.Record]:
-    """The quickstart's training problems; each hint is wrong with probability ``share``."""
+    """Return the quickstart's training problems; each hint is wrong with probability ``share``."""
     rng = random.Random(f"{seed}/{share}")
 
     def hint(a: int, b: int) -> str:
@@ -56,7 +60,7 @@ def problems_with_wrong_hints(seed: int, share: float) -> list[subtraction.Recor
 
 
 def judgement(share: float, outcomes: Sequence[Outcome]) -> str:
-    """Mix against teacher alone, under either divergence."""
+    """Return the sentence that compares the mix with the teacher alone under both divergences."""
     ours, alone, ours_forward, alone_forward = (outcome.measurement.sampled for outcome in outcomes)
     return (
         f"{100 * share:.0f} % wrong, sampled accuracy of the mix and of the teacher alone: {ours:.3f} and {alone:.3f} "

@@ -1,18 +1,20 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Many right answers: 57 = 12 + 45 = 31 + 26 = ...  Does training on one answer each keep the others?
+"""Many right answers: training shows one answer of 57 = 12 + 45 = 31 + 26 = ..., and the model should keep the others.
 
-Accuracy and the number of different right answers among 32 samples are counted on held-out sums.  Self-distillation
-removes the errors and keeps the variety; rejection fine-tuning with a verifier narrows.  Fine-tuning on the solutions
-does as well as self-distillation, since a solution here is a response in the student's own format.
+The example counts the accuracy and the number of different right answers among 32 samples, on held-out sums.
+Self-distillation removes the errors and keeps the variety; rejection fine-tuning with a verifier loses variety.
+Fine-tuning on the solutions does as well as self-distillation, because a solution here is a response in the student's
+own format.
 
-Then the same from a weak base, which was pretrained too shortly to use a hint: there self-distillation does not help,
-and a verifier does.
+The second part starts from a weak base, which was pretrained too briefly to use a hint.  Self-distillation does not
+help this base; a verifier does.
 
     python examples/04_many_answers.py
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +32,9 @@ COLUMNS = ("greedy", "sampled", "different", "pass@8", "hinted", "entropy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example with the arguments of the command line; return the exit status."""
     parser = variants.example_parser(__doc__)
-    parser.add_argument("--no-weak", action="store_true", help="without the second part, from a weak base")
+    parser.add_argument("--no-weak", action="store_true", help="skip the second part, which starts from a weak base")
     options = parser.parse_args(argv)
     variants.prepare_process()
     folder = options.folder / "many_answers" / f"seed{options.seed}"
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.no_weak:
         one_base("A weak base", WEAK_VARIANTS, additions.WEAK_PRETRAINING_STEPS, problems, folder / "weak", options)
         console.print(
-            "Behind a hint the weak base is hardly better than without one: there is nothing to distil, whatever the "
+            "With a hint the weak base is hardly better than without: there is nothing to distil, whatever the "
             "target, while a verifier still helps.\nLook at `hinted` before training: the method needs a base that can "
             "use a hint.",
             soft_wrap=True,
@@ -48,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def one_base(title: str, chosen: Sequence[Variant], num_steps: int, problems: Path, folder: Path, options) -> None:  # type: ignore[no-untyped-def]
-    """Pretrain for ``num_steps`` or find the base, run the variants, show what came out."""
+def one_base(
+    title: str, chosen: Sequence[Variant], num_steps: int, problems: Path, folder: Path, options: argparse.Namespace
+) -> None:
+    """Pretrain a base for ``num_steps`` steps or find it, run the chosen variants, and show the results."""
     base = variants.prepared_base(additions, options.seed, options.folder, num_steps)
     steps = () if options.steps is None else (f"num_steps={options.steps}",)
     settings = ("evaluation.num_samples=16", *steps)

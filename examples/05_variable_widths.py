@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Variable widths: numbers of two to four digits, hints that are an answer or a whole worked solution, ragged batches.
+"""Variable widths: numbers have two to four digits, and a hint is an answer or a whole worked solution.
 
-The same recipe as in the quickstart; nothing in it depends on texts of one length.  The teacher alone does as well as
-the mix here too, and so does rejection fine-tuning, where a verifier is at hand.
+The recipe is that of the quickstart; nothing in it needs texts of one length.  The teacher alone does as well as the
+mix here too, and so does rejection fine-tuning with a verifier.
 
     python examples/05_variable_widths.py
 """
@@ -22,8 +22,9 @@ VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.REJECTI
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example with the arguments of the command line; return the exit status."""
     parser = variants.example_parser(__doc__)
-    parser.add_argument("--only", action="store_true", help="self-distillation without the variants to compare with")
+    parser.add_argument("--only", action="store_true", help="run self-distillation alone, without baselines")
     options = parser.parse_args(argv)
     variants.prepare_process()
     folder = options.folder / "variable_widths" / f"seed{options.seed}"
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, outcomes = tables.compare("Subtraction of two to four digits", base, runs, folder)
     tables.show_transcripts(before, outcomes[0].measurement, count=6)
     logged = [line for line in read_metrics(outcomes[0].run_dir) if "padding/teacher" in line]
-    shares = [mean(line[f"padding/{stream}"] for line in logged) for stream in ("student", "teacher")]
-    console.print(f"padding in packed rows: student {shares[0]:.1%}, teacher {shares[1]:.1%}")
+    shares = [mean(line[f"padding/{role}"] for line in logged) for role in ("student", "teacher")]
+    console.print(f"padding of packed sequences: student {shares[0]:.1%}, teacher {shares[1]:.1%}")
     return 0
 
 

@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""From a Hugging Face folder to a self-distilled Hugging Face folder, through Megatron, on a CPU.
+"""From a Hugging Face directory to a self-distilled Hugging Face directory, through Megatron, on a CPU.
 
-transformers makes a small Qwen3 that has learnt column subtraction from pupils' homework, mistakes included.  Its
-folder becomes a Megatron checkpoint, which trains itself as in 01_quickstart.py, on problems with their answers as
-hints; the result becomes a Hugging Face folder again.  transformers loads it and answers held-out problems, before and
-after; its logits are those of the Megatron model that was trained.
+The example trains a small Qwen3 with transformers on column subtraction from pupils' homework, which contains mistakes.
+It converts the model to a Megatron checkpoint, trains it as in 01_quickstart.py on problems with their answers as
+hints, and converts the result back.  Then transformers loads the model and answers held-out problems, before and after.
+The example fails if the logits from transformers differ from those of the Megatron model that was trained.
 
     python examples/06_from_hugging_face.py
     python examples/06_from_hugging_face.py --hf Qwen3-0.6B --data problems.jsonl       your own model and problems
@@ -37,32 +37,35 @@ PRETRAINING_STEPS = 600
 PRETRAINING_BATCH = 64
 NUM_STEPS = 60
 NUM_SHOWN = 300  # held-out problems that transformers answers
-NUM_TEXTS = 8  # texts that logits are compared on
+NUM_TEXTS = 8  # prompts on which the logits are compared
 TOLERANCE = 1e-3
 
-# The quickstart's settings; what the model is, its checkpoint says.
+# The settings are those of the quickstart; the checkpoint states the architecture of the model.
 SUBTRACTION = ("~model", "model.make_vocab_size_divisible_by=8", "evaluation.every=0", "evaluation.at_start=false")
 OWN_MODEL = ("optimizer=fp32", "data.global_batch_size=8", "schedule.max_tokens=2048", "metrics.console_every=1")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is distilled, and how."""
+    """A model, its problems and the settings of the run."""
 
     hf: Path
-    """The Hugging Face folder to start from."""
+    """The Hugging Face directory to start from."""
     config_name: str
     overrides: tuple[str, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example with the arguments of the command line; return the exit status."""
     parser = variants.example_parser(__doc__)
-    parser.add_argument("--hf", type=Path, help="a Hugging Face folder to start from, instead of a model made here")
-    parser.add_argument("--data", type=Path, help="with --hf: JSONL with problem and solution")
+    parser.add_argument("--hf", type=Path, help="a Hugging Face directory to start from (default: train one)")
+    parser.add_argument("--data", type=Path, help="with --hf: a JSONL file with problem and solution")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --hf: settings of selfdistill")
     options = parser.parse_args(argv)
     if (options.hf is None) != (options.data is None) or (options.overrides and options.hf is None):
-        parser.error("--hf and --data go together, and settings go with them")
+        parser.error(
+            "--hf, --data and settings go together: give --hf DIR --data FILE [key=value ...], or none of them"
+        )
     variants.prepare_process()
     root = options.folder / "from_hugging_face" / (options.hf.name if options.hf else f"seed{options.seed}")
     if options.hf is None:
@@ -75,13 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for label, folder in (("before", task.hf), ("after", out)):
             console.print(f"  {label:<8} {accuracy(folder):.3f}   {folder}")
     console.print(
-        f"{out}: largest difference between its logits and those of the live Megatron model: {difference:.1e}"
+        f"{out}: its logits differ from those of the trained Megatron model by at most {difference:.1e} "
+        f"(accepted: {TOLERANCE:.0e})"
     )
     return 0 if difference <= TOLERANCE else 1
 
 
 def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, float]:
-    """Convert, train, convert back: the new Hugging Face folder, and how far its logits are from the live model's."""
+    """Convert, train, convert back; return the new directory and the largest difference of the logits."""
     from megatron_selfdistill.checkpoint import conversion
 
     megatron, run_dir, out = root / "megatron", root / "run", root / "self_distilled"
@@ -108,7 +112,7 @@ def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, flo
 
 
 def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], list[Tensor]]:
-    """The trainer's own parts and loop; then a few prompts as tokens, and the live model's logits on them."""
+    """Run the trainer; return the tokens of a few prompts and the logits of the trained model on each prompt."""
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.metrics.guards import RunUnhealthy
@@ -136,7 +140,7 @@ def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], 
 
 
 def logits(trainer: Trainer, tokens: Sequence[int]) -> Tensor:
-    """``[length, vocabulary]`` of the model that was trained; on one rank it is a single chunk."""
+    """Return the logits [length, vocabulary] of the trained model; on one rank the model is a single chunk."""
     import torch
 
     ids = torch.tensor([tokens])
@@ -146,7 +150,7 @@ def logits(trainer: Trainer, tokens: Sequence[int]) -> Tensor:
 
 
 def largest_difference(hf: Path, texts: Sequence[Sequence[int]], live: Sequence[Tensor]) -> float:
-    """Between transformers' logits and the live model's, on the same tokens."""
+    """Return the largest difference between the logits from transformers and those of the trained model."""
     import torch
 
     _, model = load(hf)
@@ -158,22 +162,21 @@ def largest_difference(hf: Path, texts: Sequence[Sequence[int]], live: Sequence[
 
 
 def accuracy(hf: Path) -> float:
-    """Share of held-out problems that transformers' greedy decoding solves."""
+    """Return the share of held-out problems that greedy decoding with transformers solves."""
     import torch
 
     tokenizer, model = load(hf)
     problems = subtraction.held_out_problems()[:NUM_SHOWN]
     prompts = tokenizer([problem["problem"] for problem in problems], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        written = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=26, do_sample=False)[
-            :, prompts.shape[1] :
-        ]
-    answers = [text.partition(";")[2] for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+        tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=26, do_sample=False)
+    responses = tokenizer.batch_decode(tokens[:, prompts.shape[1] :], skip_special_tokens=True)
+    answers = [response.partition(";")[2] for response in responses]
     return sum(a == problem["answer"] for a, problem in zip(answers, problems, strict=True)) / len(problems)
 
 
 def load(hf: Path) -> tuple[Any, Any]:
-    """transformers' tokenizer and model, in float32 as the CPU run was."""
+    """Return the tokenizer and the model as transformers loads them, in float32 like the run on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -182,7 +185,7 @@ def load(hf: Path) -> tuple[Any, Any]:
 
 
 def subtraction_task(seed: int, root: Path) -> Task:
-    """The model made here, and problems with answers as hints."""
+    """Train the small Qwen3 or find it; return it with problems whose hints are the answers."""
     hf = root / "bases" / f"qwen3-seed{seed}-{PRETRAINING_STEPS}"
     began = time.perf_counter()
     announce("base model", f"{PRETRAINING_STEPS} steps of next-token training in transformers")
@@ -194,7 +197,7 @@ def subtraction_task(seed: int, root: Path) -> Task:
 
 
 def make_qwen3(folder: Path, seed: int) -> None:
-    """A Qwen3 of a tenth of a million parameters; transformers and torch train it on the quickstart's corpus."""
+    """Train a Qwen3 of 0.1 million parameters on the quickstart's corpus and save it in ``folder``."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config, logging
 
@@ -235,11 +238,14 @@ def make_qwen3(folder: Path, seed: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.eval().save_pretrained(temporary)
     write_tokenizer(temporary, subtraction.ALPHABET)
-    temporary.rename(folder)  # complete, or not there
+    temporary.rename(folder)  # the directory exists only when it is complete
 
 
 def corpus_batch(rows: Sequence[tuple[str, str, str]], padding: int) -> tuple[Tensor, Tensor]:
-    """Rows of (prompt, text to read, text to predict) as ``[b, s]`` tokens and labels; -100 where nothing is learnt."""
+    """Return the tokens and the labels, both [b, s], of rows (prompt, input text, target text).
+
+    The labels are -100 at the positions of the prompt and the padding, where nothing is learnt.
+    """
     import torch
 
     length = max(len(prompt) + len(text) for prompt, text, _ in rows)
@@ -252,7 +258,7 @@ def corpus_batch(rows: Sequence[tuple[str, str, str]], padding: int) -> tuple[Te
 
 
 def announce(title: str, command: str) -> None:
-    """A rule and, dim, how the same is done by hand."""
+    """Print a heading and, dim, the command that does the same by hand."""
     console.rule(f"[bold]{title}", align="left")
     console.print(command, style="dim", markup=False, soft_wrap=True)
 

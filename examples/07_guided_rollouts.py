@@ -1,33 +1,31 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Guided rollouts: the base is never right, so each token is drawn from the target itself, out of both contexts.
+"""Guided rollouts: the base never answers correctly, so each token is sampled from the target.
 
-The problems are those of 03_hard_problems.py.  Written by the student alone, every rollout is wrong at first; drawn
-from the mix of what the same weights say with and without the hint, most are right from the first step on.  Each pair
-of variants differs in the rollouts only; both are judged on held-out problems, without hints and without guidance.
-Guided rollouts are off-policy for the student; only the last variant corrects for that, by truncated importance
-weights.
+The problems are those of 03_hard_problems.py.  When the student alone samples, every response is wrong at first.  When
+each token is sampled from the mix of the same model with and without the hint, most responses are right from the first
+step on.  The variants come in pairs that differ only in how responses are sampled; both are evaluated on held-out
+problems, without hints and without guidance.  Guided rollouts are off-policy for the student; only the last variant
+corrects for that, by truncated importance weights.
 
     python examples/07_guided_rollouts.py
-    python examples/07_guided_rollouts.py --engine vllm        both kinds of rollouts from vLLM (where it is installed)
+    python examples/07_guided_rollouts.py --engine vllm        vLLM samples all responses (vLLM must be installed)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from _lib import llama_subtraction, subtraction, tables, variants
 from _lib.pretraining import Base, write_records
 from _lib.variants import Outcome, Variant, console
-
-hard = importlib.import_module("03_hard_problems")
 
 GUIDED = "rollout.guidance=mixed"
 VARIANTS = (variants.SELF_DISTILLATION, variants.STRICT, variants.FORWARD_KL)
@@ -40,16 +38,17 @@ NUM_STEPS = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example with the arguments of the command line; return the exit status."""
     parser = variants.example_parser(__doc__)
     parser.add_argument(
-        "--engine", choices=sorted(ENGINES), default="megatron", help="what samples (default: megatron)"
+        "--engine", choices=sorted(ENGINES), default="megatron", help="the engine that samples (default: megatron)"
     )
     options = parser.parse_args(argv)
     variants.prepare_process()
     folder = options.folder / "guided_rollouts" / options.engine / f"seed{options.seed}"
     base = variants.prepared_base(llama_subtraction, options.seed, options.folder)
-    problems = write_records(folder / "train.jsonl", [subtraction.record(*pair) for pair in hard.training_pairs()])
-    held_out = write_records(folder / "held_out.jsonl", [subtraction.record(*pair) for pair in hard.held_out_pairs()])
+    problems = write_records(folder / "train.jsonl", subtraction.hard_training_problems())
+    held_out = write_records(folder / "held_out.jsonl", subtraction.hard_held_out_problems())
     base = dataclasses.replace(base, held_out=held_out)
     steps = options.steps or NUM_STEPS
     settings = (f"num_steps={steps}", "evaluation.num_samples=4", *ENGINES[options.engine])
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_and_without_guidance(settings: Sequence[str], folder: Path) -> list[Variant]:
-    """Each variant, then the same with guided rollouts; every one writes its rollouts down."""
+    """Return each variant followed by the same variant with guided rollouts; every run records its rollouts."""
     pairs = [(variant, Variant(f"{variant.title}, guided", (*variant.overrides, GUIDED))) for variant in VARIANTS]
     found = []
     for variant in [*itertools.chain(*pairs), CORRECTED]:
@@ -73,31 +72,33 @@ def with_and_without_guidance(settings: Sequence[str], folder: Path) -> list[Var
 
 
 def recording(folder: Path, variant: Variant) -> Path:
-    """Where the variant's rollouts are written down."""
+    """Return the file that records the variant's rollouts."""
     return folder / f"{variant.title.lower().replace(', ', '-').replace(' ', '-')}.jsonl"
 
 
 def right_rollouts(outcomes: Sequence[Outcome], base: Base) -> Table:
-    """Share of the training rollouts of a step that are right."""
+    """Return a table with the share of right training rollouts at some steps."""
     moments = (0, 1, 5, 10, 20)
     table = tables.new_table("Training rollouts that are right", [f"step {step}" for step in moments])
     answers = {record["id"]: record["answer"] for record in records(outcomes[0].run_dir.parent / "train.jsonl")}
     for outcome in outcomes:
-        written = records(recording(outcome.run_dir.parent, outcome.variant))
+        recorded = records(recording(outcome.run_dir.parent, outcome.variant))
         shares = []
         for moment in moments:
-            verdicts = [is_right(r, answers[r["problem_id"]], base) for r in written if r["step"] == moment]
+            verdicts = [is_right(r, answers[r["problem_id"]], base) for r in recorded if r["step"] == moment]
             shares.append(f"{sum(verdicts) / len(verdicts):.2f}" if verdicts else "")
         table.add_row(tables.label(outcome), *shares)
     return table
 
 
-def is_right(record: dict, answer: str, base: Base) -> bool:
+def is_right(record: dict[str, Any], answer: str, base: Base) -> bool:
+    """Return whether a recorded rollout ended and states ``answer``."""
     text = "".join(base.task.ALPHABET[token] for token in record["token_ids"][:-1])
     return record["finish_reason"] == "stop" and text.count(";") == 1 and text.partition(";")[2] == answer
 
 
-def records(path: Path) -> list[dict]:
+def records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -1,17 +1,17 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Learning from chat logs: nothing is sampled while training, the logs were written once, before it.
+"""Learning from chat logs: the model samples its conversations once, before training, and nothing while training.
 
 A base that has learnt column subtraction from homework with mistakes, and from conversations, answers problems at
-T = 1.  A scripted user checks each answer: it says "wrong, again", up to twice; a right answer ends the conversation
-with thanks, and after the last wrong one the user gives the answer and marks it.  Then the base reads its own turns
-next to the accepted answers, and moves towards what it says there.
+temperature 1.  A scripted user checks each answer.  To a wrong answer the user replies "wrong, again", at most twice; a
+right answer ends the conversation with thanks.  After the last wrong answer the user gives the right answer and marks
+it.  Then the model scores its own turns with the accepted answers as hints, and moves towards what it says there.
 
-The logs stay what the base said, while the student moves away from it: after some steps it learns at places where it
-would never be, and forgets.  The second variant therefore skips turns that the current student finds unlikely.  The
-third samples the same turns anew from the present weights: on-policy self-distillation, to compare with.
+The logs stay the same while the student changes.  After some steps the student learns from turns that it would no
+longer sample, and forgets.  The second variant therefore skips turns that the current student finds unlikely.  The
+third variant samples the same turns again from the current weights: this is on-policy self-distillation, the baseline.
 
     python examples/08_chat_logs.py
-    python examples/08_chat_logs.py --seeds 5 6 7        with the figure over three seeds
+    python examples/08_chat_logs.py --seeds 5 6 7        with a figure over three seeds
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ VARIANTS = (LOGGED, LIKELY, ON_POLICY)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example with the arguments of the command line; return the exit status."""
     parser = variants.example_parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", help="run each of these, and draw them in one figure")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run these seeds; draw their mean in one figure")
     options = parser.parse_args(argv)
     variants.prepare_process()
     seeds = options.seeds or [options.seed]
@@ -66,15 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure = plot_curves(runs, folder / "chat_logs.png", (GREEDY, SAMPLED), title)
     console.print(f"curves: {figure}\n", soft_wrap=True)
     console.print(
-        "Logs teach less than the model's own samples, and less and less as the student moves away from them:\n"
-        "evaluate, and leave out turns that have become unlikely (conversations.min_log_prob).",
+        "Logs teach less than new samples of the model, and less with every step that the student moves away from "
+        "them:\nevaluate often, and skip turns that have become unlikely (conversations.min_log_prob).",
         soft_wrap=True,
     )
     return 0
 
 
 def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outcome]]:
-    """Pretrain or find the base, let it write its logs, train on them."""
+    """Pretrain or find the base of a seed, sample its conversations, and train every variant on them."""
     base = variants.prepared_base(subtraction_chats, seed, root)
     folder = root / "chat_logs" / f"seed{seed}"
     logs = write_records(folder / "conversations.jsonl", conversations(base, seed))
@@ -91,7 +92,7 @@ def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outco
 
 
 def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
-    """NUM_SESSIONS conversations between the base and the scripted user, as OpenAI-style messages."""
+    """Return NUM_SESSIONS conversations between the base and the scripted user, as OpenAI-style messages."""
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.run_data import RunData
@@ -109,7 +110,7 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
                 for session, answer in zip(
                     open_ones, answers(open_ones, attempt, inference, run_data, seed), strict=True
                 ):
-                    session.hear(answer, last=attempt + 1 == NUM_ATTEMPTS)
+                    session.add_reply(answer, last=attempt + 1 == NUM_ATTEMPTS)
     finally:
         ranks.shutdown()
     right = sum(session.by_the_model for session in sessions)
@@ -118,7 +119,7 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
 
 
 def answers(sessions: Sequence[Session], attempt: int, inference: Inference, run_data: RunData, seed: int) -> list[str]:
-    """What the model says next in each conversation, at T = 1."""
+    """Return the model's next reply in each conversation, sampled at temperature 1."""
     from megatron_selfdistill.rollout.base import Request, response_text, stream_seed
 
     encode = run_data.tokenizer.encode
@@ -127,7 +128,7 @@ def answers(sessions: Sequence[Session], attempt: int, inference: Inference, run
 
 
 class Session:
-    """One conversation, and a user who knows the answer."""
+    """A conversation with a scripted user who knows the answer."""
 
     def __init__(self, a: int, b: int) -> None:
         self.name, self.answer = f"{a}-{b}", subtraction_chats.answer(a, b)
@@ -136,34 +137,36 @@ class Session:
 
     @property
     def text(self) -> str:
-        """As the model reads it: CHAT_TEMPLATE."""
+        """The conversation as the model reads it, in the format of CHAT_TEMPLATE."""
         return "".join(m["content"] + "$" * (m["role"] == "assistant") for m in self.messages)
 
-    def hear(self, reply: str, last: bool) -> None:
-        """The model's reply, and what the user says to it."""
+    def add_reply(self, reply: str, last: bool) -> None:
+        """Append the model's reply and the user's response to it; ``last``: no further attempt follows."""
         self.messages.append({"role": "assistant", "content": reply or "_"})
         self.by_the_model = reply.count(";") == 1 and reply.partition(";")[2] == self.answer
         self.closed = self.by_the_model or last
         if self.by_the_model:
-            self.messages.append(user("thanks"))  # the default rule finds out that the answer was accepted
+            self.messages.append(user("thanks"))  # the default rule recognises that the user accepted the answer
         elif last:
-            self.messages.append(user(self.answer) | {"accepted": True})  # a user's answer has to be marked
+            self.messages.append(user(self.answer) | {"accepted": True})  # the log must mark an answer of the user
         else:
             self.messages.append(user(subtraction_chats.AGAIN))
 
     def record(self) -> dict[str, Any]:
+        """Return the conversation as a line of the JSONL that ``data.path`` names."""
         return {"id": self.name, "messages": self.messages}
 
 
 def user(text: str) -> dict[str, Any]:
+    """Return a message of the user."""
     return {"role": "user", "content": text}
 
 
 def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Table:
-    """Accuracies of each seed, and the seconds of a step."""
+    """Return a table with the accuracies of each seed and the seconds per step."""
     seeds = list(results)
     columns = (*(f"seed {seed}" for seed in seeds), "mean greedy", "s per step")
-    table = tables.new_table("Held-out accuracy, greedy / sampled at T = 1", columns)
+    table = tables.new_table("Held-out accuracy, greedy / sampled at temperature 1", columns)
     before = [measurement for measurement, _ in results.values()]
     table.add_row("before", *(cell(m) for m in before), f"{mean(m.greedy for m in before):.3f}", "")
     for number in range(len(VARIANTS)):
@@ -176,7 +179,7 @@ def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Tabl
 
 
 def mean_run(run_dirs: Sequence[Path], folder: Path) -> Path:
-    """A run folder with the held-out accuracies of several runs, averaged step by step."""
+    """Write a run directory with the held-out accuracies of several runs, averaged step by step; return it."""
     keys = (GREEDY.key, SAMPLED.key)
     logged = [[line for line in read_metrics(run_dir) if GREEDY.key in line] for run_dir in run_dirs]
     lines = [
@@ -188,11 +191,12 @@ def mean_run(run_dirs: Sequence[Path], folder: Path) -> Path:
 
 
 def cell(measurement: Measurement) -> str:
+    """Return the greedy and the sampled accuracy as text."""
     return f"{measurement.greedy:.3f} / {measurement.sampled:.3f}"
 
 
 def seconds_per_step(outcome: Outcome) -> float:
-    """Mean over the steps but the first five, which warm up; without evaluations."""
+    """Return the mean seconds per step without evaluations, except for the first five steps, which warm up."""
     lines = [line for line in read_metrics(outcome.run_dir) if "seconds/step" in line]
     return mean(line["seconds/step"] - line.get("seconds/evaluation", 0.0) for line in lines[5:] or lines)
 

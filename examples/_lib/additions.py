@@ -5,9 +5,9 @@
     response   12;45$       any two numbers from 00 that add up to 57
     hint       H31;26|      one right answer of the 58
 
-The corpus of the base model draws among all right answers alike, and in half of its demonstrations without a hint a
-digit of the second number is off by one.  Demonstrations behind a hint are right, and only 30 % of them copy it: a
-teacher that copied its hint would teach one answer.
+The corpus of the base model samples uniformly among all right answers.  In half of the demonstrations without a hint, a
+digit of the second number is off by one.  Demonstrations with a hint are right, and only 30 % of them copy the hint,
+because a teacher that copies its hint teaches a single answer.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ Record = dict[str, Any]
 
 
 def held_out_problems() -> list[Record]:
-    """The sums that are divisible by 3, once each: neither the corpus nor the training problems have them."""
+    """Return the sums divisible by 3, once each; neither the corpus nor the training problems contain these sums."""
     rng = random.Random(12345)
     return [record(total, total - total % 3, rng) for total in SUMS if is_held_out(total)]
 
 
 def training_problems(seed: int) -> list[Record]:
-    """Problems with one right answer as the hint; most sums come often, with other hints."""
+    """Return problems with one right answer as the hint; most sums come often, with different hints."""
     rng = random.Random(777 + seed)
     return [record(draw(rng), number, rng) for number in range(NUM_TRAINING)]
 
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
-    """(prompt, text to read, text to predict): half without a hint, of which half are wrong; half behind one, all
-    right, of which 30 % copy it."""
+    """Return a row (prompt, input text, target text) of the corpus.
+
+    Half of the rows have no hint, and half of these rows are wrong.  The other rows have a hint and are right; 30 % of
+    them copy the hint.
+    """
     total = draw(rng)
     right = some_answer(total, rng)
     if rng.random() < 0.5:
@@ -52,43 +55,44 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
 
 
 def verify(response: str, problem: Any) -> bool:
-    """The two numbers add up (``evaluation.verifier=_lib.additions.verify``)."""
+    """Return whether the two numbers add up; ``evaluation.verifier=_lib.additions.verify`` names this function."""
     return is_right(response, int(problem.answer))
 
 
 def is_right(response: str, total: int) -> bool:
+    """Return whether ``response`` consists of two numbers of two digits that add up to ``total``."""
     first, _, second = response.partition(";")
     two_digits = all(len(number) == 2 and number.isdigit() for number in (first, second))
     return two_digits and int(first) + int(second) == total
 
 
 def shows_work(response: str) -> bool:
-    """Two numbers of two digits: this task has no other work."""
+    """Return whether the response has the form of two numbers; this task has no other work to show."""
     return len(response) == 5 and response[2] == ";"
 
 
 def record(total: int, number: int, rng: random.Random) -> Record:
-    """One line of the JSONL that ``data.path`` takes; the solution is one right answer."""
+    """Return one line of the JSONL that ``data.path`` names; its solution is one right answer."""
     solution = some_answer(total, rng)
     identity = f"{total}={solution}/{number}"
     return {"id": identity, "problem": f"{total:02d}:", "solution": solution, "answer": str(total)}
 
 
 def some_answer(total: int, rng: random.Random) -> str:
-    """Uniform among all."""
+    """Return a right answer, uniformly among all right answers."""
     first = rng.randint(0, total)
     return f"{first:02d};{total - first:02d}"
 
 
 def off_by_one(text: str, rng: random.Random) -> str:
-    """``text`` with a digit of its second number a step higher or lower (9 and 0 are neighbours)."""
+    """Return ``text`` with one digit of its second number changed by one (9 and 0 are neighbours)."""
     place = rng.choice([3, 4])
     digit = (int(text[place]) + rng.choice([-1, 1])) % 10
     return f"{text[:place]}{digit}{text[place + 1 :]}"
 
 
 def draw(rng: random.Random) -> int:
-    """A sum that is not held out."""
+    """Return a random sum that is not held out."""
     while True:
         total = rng.choice(SUMS)
         if not is_held_out(total):
@@ -96,4 +100,5 @@ def draw(rng: random.Random) -> int:
 
 
 def is_held_out(total: int) -> bool:
+    """Return whether neither corpus nor training may contain the sum ``total``."""
     return total % 3 == 0

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""subtraction.py for a base in the shape of a Llama, which vLLM can run too."""
+"""The task of subtraction.py for a base with the architecture of Llama, which vLLM can run too."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The base model of an example: plain next-token training with the trainer's own parts, cached after the first time."""
+"""The base model of an example: plain next-token training with the trainer's own parts, made once and then reused."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ OVERRIDES = (
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A pretrained model and what is needed to train it further."""
+    """A pretrained model with its tokenizer and its held-out problems."""
 
     task: ModuleType
     seed: int
     folder: Path
     held_out: Path
-    """The problems that it is measured on."""
+    """The problems on which the examples measure the model."""
     seconds: float
-    """Wall time of its pretraining; 0 where it was there already."""
+    """Wall time of the pretraining; 0 if an earlier run had made the model."""
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What a run needs to start from it."""
+        """The overrides with which a run starts from this model."""
         return (
             *self.task.OVERRIDES,
             f"data.tokenizer={self.folder / 'tokenizer'}",
@@ -62,11 +62,11 @@ class Base:
 
 
 def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
-    """Pretrain a model on ``task.corpus_row``, or find the one of before.
+    """Pretrain a model on ``task.corpus_row``, or find the model of an earlier run.
 
-    ``task``: a module such as subtraction.py, with NAME, ALPHABET, OVERRIDES, PRETRAINING, PRETRAINING_STEPS,
-    corpus_row, held_out_problems, training_problems, verify, shows_work.  ``root``: where bases lie, one folder for
-    each task, seed and settings: a changed task or setting makes another one.  ``num_steps``: instead of the task's.
+    ``task`` is a module such as subtraction.py, with NAME, ALPHABET, OVERRIDES, PRETRAINING, PRETRAINING_STEPS,
+    corpus_row, held_out_problems, training_problems, verify and shows_work.  ``root`` holds one directory for each
+    task, seed and settings: a changed task or setting makes a new base.  ``num_steps`` replaces PRETRAINING_STEPS.
     """
     num_steps = num_steps or task.PRETRAINING_STEPS
     settings = [*task.OVERRIDES, *OVERRIDES, *task.PRETRAINING, f"num_steps={num_steps}", f"seed={seed}"]
@@ -74,7 +74,7 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
     key = hashlib.md5((resolved + inspect.getsource(task)).encode()).hexdigest()[:8]
     folder = root / f"{task.NAME}-seed{seed}-{key}"
     held_out = folder / "held_out.jsonl"
-    if (folder / "checkpoints").exists():  # saved once, at the end, under this name only when complete
+    if (folder / "checkpoints").exists():  # the directory exists only when the checkpoint is complete
         return Base(task, seed, folder, held_out, 0.0)
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
 
 
 def pretrain(config: Config, task: ModuleType) -> None:
-    """``num_steps`` steps of next-token training; the loop of train.py, with rows of a corpus for responses."""
+    """Run the loop of train.py for ``num_steps`` steps of next-token training, on rows of the task's corpus."""
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
@@ -130,16 +130,16 @@ def corpus_batch(rows: Sequence[tuple[str, str, str]], tokenizer: Tokenizer) -> 
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> Path:
-    """JSONL as ``data.path`` takes it."""
+    """Write the JSONL that ``data.path`` names; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(entry) + "\n" for entry in records), encoding="utf-8")
     return path
 
 
 def write_tokenizer(folder: Path, alphabet: str) -> None:
-    """A Hugging Face tokenizer with one token per character, whose chat template is the text itself.
+    """Write a Hugging Face tokenizer with one token per character, whose chat template is the text itself.
 
-    ``alphabet``: its last two characters are the end of a text and the padding.
+    The last two characters of ``alphabet`` are the end of a text and the padding.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Three-digit column subtraction as pupils write it, bugs included: the task of the quickstart.
+"""Three-digit column subtraction as pupils write it, with their bugs: the task of the quickstart.
 
     prompt     500-408:
     response   08=2b,00=9b,54=0.;092$     columns from the right: top, bottom, '=', digit, b(orrow) or '.'; answer; end
-    hint       H092|                      the answer alone: no work to imitate
+    hint       H092|                      the answer alone, without work to imitate
 
-The corpus of the base model subtracts the smaller digit from the larger in a quarter of the borrow columns, and says
-0 - N = N in three quarters of those with a zero on top.  Demonstrations that follow a hint are clean.
+In the corpus of the base model, a quarter of the columns that must borrow subtract the smaller digit from the larger
+one; with a zero on top, three quarters of these columns say 0 - N = N.  Demonstrations that follow a hint are clean.
 """
 
 from __future__ import annotations
@@ -18,30 +18,33 @@ from typing import Any
 
 NAME = "subtraction"
 ALPHABET = "0123456789-=b.,;:|HX~$_"  # '$' ends a text, '_' pads
-OVERRIDES: tuple[str, ...] = ()  # configs/quickstart.yaml is written for this task
-PRETRAINING: tuple[str, ...] = ()  # what differs from pretraining.py
+OVERRIDES: tuple[str, ...] = ()  # configs/quickstart.yaml describes this task
+PRETRAINING: tuple[str, ...] = ()  # overrides of pretraining.OVERRIDES
 PRETRAINING_STEPS = 1500
 NUM_DIGITS = 3
-NUM_HELD_OUT, NUM_TRAINING = 300, 2000
+NUM_HELD_OUT, NUM_TRAINING, NUM_HELD_OUT_HARD = 300, 2000, 200
 
 Pair = tuple[int, int]
 Record = dict[str, Any]
 
 
 def held_out_problems() -> list[Record]:
-    """The same for every seed; no model, no hint and no corpus has seen them."""
+    """Return the held-out problems, which are the same for every seed and appear in no corpus and no training data."""
     return [record(a, b) for a, b in distinct(NUM_HELD_OUT, "test", seed=12345)]
 
 
 def training_problems(seed: int, solution: Callable[[int, int], str] | None = None) -> list[Record]:
-    """Problems with hints; ``solution(a, b)`` is the hint, by default the right answer."""
+    """Return problems with hints; ``solution(a, b)`` is the hint, by default the right answer."""
     return [record(a, b, solution) for a, b in distinct(NUM_TRAINING, "train", seed=777 + seed)]
 
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
-    """(prompt, text to read, text to predict): 65 % buggy without a hint, 15 % behind the whole solution as a hint,
-    20 % behind the answer alone.  Behind a hint the text to read is a sloppy draft in 60 % of the rows, while the text
-    to predict stays clean: a teacher must have seen prefixes that are wrong."""
+    """Return a row (prompt, input text, target text) of the corpus.
+
+    65 % of the rows are buggy work without a hint, 15 % have the whole solution as a hint and 20 % have the answer
+    alone.  With a hint, the input text is a sloppy draft in 60 % of the rows while the target text stays clean, because
+    a teacher must have seen wrong prefixes.
+    """
     a, b = draw(rng, "corpus")
     kind, prompt = rng.random(), problem_text(a, b)
     if kind < 0.65:
@@ -54,20 +57,24 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
 
 
 def verify(response: str, problem: Any) -> bool:
-    """The answer after the one ';' is right (``evaluation.verifier=_lib.subtraction.verify``)."""
+    """Return whether the answer after the only ';' is right.
+
+    ``evaluation.verifier=_lib.subtraction.verify`` names this function.
+    """
     return response.count(";") == 1 and response.partition(";")[2] == problem.answer
 
 
 def shows_work(response: str) -> bool:
-    """All columns are written out before the answer."""
+    """Return whether the response shows all columns before the answer."""
     return ";" in response and response.count(",") == NUM_DIGITS - 1
 
 
 def record(a: int, b: int, solution: Callable[[int, int], str] | None = None) -> Record:
-    """One line of the JSONL that ``data.path`` takes.
+    """Return one line of the JSONL that ``data.path`` names.
 
-    ``as_response`` is the answer in the form of a response without work: what fine-tuning on the hint's text can
-    imitate, and what the verifier would accept."""
+    ``as_response`` is the answer in the form of a response without work: fine-tuning on the text of the hint can
+    imitate it, and the verifier accepts it.
+    """
     right = answer(a, b)
     return {
         "id": f"{a}-{b}",
@@ -79,15 +86,17 @@ def record(a: int, b: int, solution: Callable[[int, int], str] | None = None) ->
 
 
 def problem_text(a: int, b: int) -> str:
+    """Return the prompt of a problem."""
     return f"{a:0{NUM_DIGITS}d}-{b:0{NUM_DIGITS}d}:"
 
 
 def answer(a: int, b: int) -> str:
+    """Return the difference with three digits."""
     return f"{a - b:0{NUM_DIGITS}d}"
 
 
 def with_one_wrong_digit(text: str, rng: random.Random) -> str:
-    """``text`` with one of its digits replaced by another."""
+    """Return ``text`` with one digit replaced by a different digit."""
     place = rng.choice([i for i, character in enumerate(text) if character.isdigit()])
     other = rng.choice([d for d in "0123456789" if d != text[place]])
     return text[:place] + other + text[place + 1 :]
@@ -96,8 +105,12 @@ def with_one_wrong_digit(text: str, rng: random.Random) -> str:
 def work(
     a: int, b: int, rng: random.Random | None = None, bug: float = 0.0, zero_bug: float = 0.0, slip: float = 0.0
 ) -> str:
-    """The columns and the answer.  Shares of the columns that borrow, ``bug``: smaller from larger, ``zero_bug``:
-    0 - N = N; of all columns, ``slip``: a random digit."""
+    """Return the columns and the answer, which are right by default.
+
+    ``bug`` is the share of the borrowing columns that subtract the smaller digit from the larger one, ``zero_bug`` is
+    the share of the borrowing columns with a zero on top that say 0 - N = N, and ``slip`` is the share of all columns
+    with a random digit.
+    """
     columns, digits, borrow = [], [], 0
     for top, bottom in columns_of(a, b):
         needs = top - bottom - borrow < 0
@@ -113,13 +126,13 @@ def work(
 
 
 def columns_of(a: int, b: int) -> list[Pair]:
-    """(top, bottom) digits from the right."""
+    """Return the (top, bottom) digits of the columns, from the right."""
     tops, bottoms = f"{a:0{NUM_DIGITS}d}", f"{b:0{NUM_DIGITS}d}"
     return [(int(top), int(bottom)) for top, bottom in zip(reversed(tops), reversed(bottoms), strict=True)]
 
 
 def draw(rng: random.Random, split: str) -> Pair:
-    """a >= b with at least one borrow and many zeros on top, of ``split`` test, train or corpus."""
+    """Return a random a >= b with at least one borrow and many zeros on top; ``split``: test, train or corpus."""
     while True:
         top = [0 if rng.random() < 0.25 else rng.randrange(10) for _ in range(NUM_DIGITS)]
         bottom = [rng.randrange(10) for _ in range(NUM_DIGITS)]
@@ -129,7 +142,7 @@ def draw(rng: random.Random, split: str) -> Pair:
 
 
 def distinct(count: int, split: str, seed: int) -> list[Pair]:
-    """``count`` different problems of a split."""
+    """Return ``count`` different problems of a split."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
         found[draw(rng, split)] = None
@@ -137,13 +150,23 @@ def distinct(count: int, split: str, seed: int) -> list[Pair]:
 
 
 def hard_problems(split: str) -> list[Pair]:
-    """Every problem of a split in which two columns must borrow with a zero on top: 300-004, 700-128."""
+    """Return every problem of a split in which two columns must borrow with a zero on top, such as 300-004."""
     pairs = ((a, b) for a in range(100, 10**NUM_DIGITS) if str(a).count("0") >= 2 for b in range(a))
     return [pair for pair in pairs if borrows_from_zero(*pair) >= 2 and split_of(*pair) == split]
 
 
+def hard_training_problems() -> list[Record]:
+    """Return all hard problems of the training split."""
+    return [record(*pair) for pair in hard_problems("train")]
+
+
+def hard_held_out_problems() -> list[Record]:
+    """Return a sample of the hard problems of the test split."""
+    return [record(*pair) for pair in random.Random(12345).sample(hard_problems("test"), NUM_HELD_OUT_HARD)]
+
+
 def borrows_from_zero(a: int, b: int) -> int:
-    """Columns with a zero on top that must borrow."""
+    """Return the number of columns with a zero on top that must borrow."""
     count = borrow = 0
     for top, bottom in columns_of(a, b):
         borrow = int(top - bottom - borrow < 0)
@@ -152,6 +175,6 @@ def borrows_from_zero(a: int, b: int) -> int:
 
 
 def split_of(a: int, b: int) -> str:
-    """By hash, so that no problem is in two splits: 0 is the test, 1 the problems with hints, the rest the corpus."""
+    """Return the split of a problem, which depends on its hash alone, so that the splits share no problem."""
     bucket = int(hashlib.md5(f"{a}-{b}".encode()).hexdigest()[:6], 16) % 10
     return {0: "test", 1: "train"}.get(bucket, "corpus")

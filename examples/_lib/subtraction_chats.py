@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""subtraction.py for a base that has also read conversations: a pupil hears that the work is wrong, and does it again.
+"""The task of subtraction.py for a base that has also read conversations: a pupil corrects wrong work.
 
 500-408:08=2.,00=0.,54=1.;102$X08=2b,00=9b,54=0.;092$       X: wrong, again
-500-408:08=2.,00=0.,54=1.;102$XH092|08=2b,00=9b,54=0.;092$  the same behind the answer as a hint
+500-408:08=2.,00=0.,54=1.;102$XH092|08=2b,00=9b,54=0.;092$  the same with the answer as a hint
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistan
 
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
-    """A quarter are conversations with one or two wrong attempts before the last one, which is as buggy as homework is
-    without a hint and clean behind one (40 %); the rest are subtraction.py's rows."""
+    """Return a row (prompt, input text, target text) of the corpus; a quarter of the rows are conversations.
+
+    A conversation has one or two wrong attempts before the last one.  With a hint (40 %) the last attempt is clean;
+    without a hint it has the bugs of homework.  The other rows are rows of subtraction.py.
+    """
     if rng.random() >= 0.25:
         return homework_row(rng)
     a, b = draw(rng, "corpus")
@@ -40,7 +43,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
 
 
 def wrong_attempt(a: int, b: int, rng: random.Random) -> str:
-    """Homework with a wrong answer."""
+    """Return homework with a wrong answer."""
     while True:
         text = work(a, b, rng, bug=0.25, zero_bug=0.75)
         if not text.endswith(f";{answer(a, b)}$"):

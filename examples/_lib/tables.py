@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the examples show in the end: tables of measurements, transcripts, curves."""
+"""The results of an example: tables of measurements, transcripts and curves."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ COLUMNS: dict[str, Callable[[Measurement], str]] = {
 }
 MEANING = {
     "greedy": "accuracy without hints",
-    "sampled": "the same at T = 1",
+    "sampled": "the same at temperature 1",
     "pass@8": "one of 8 samples is right",
     "different": "different right answers among the samples of a problem",
-    "hinted": "sampled behind the hint",
+    "hinted": "sampled accuracy with the hint",
     "entropy": "nats per token",
-    "work": "share that shows its work",
+    "work": "share of samples that show their work",
     "length": "tokens",
     "seconds": "wall time of training",
 }
@@ -49,8 +49,10 @@ def compare(
     num_samples: int = 8,
     before: Measurement | None = None,
 ) -> tuple[Measurement, list[Outcome]]:
-    """Run the variants in ``folder``; show one table and write ``folder/curves.png``.  Returns the base's measurement
-    (``before``, if it is known) and the outcomes."""
+    """Run the variants in ``folder``, show one table and write ``folder/curves.png``.
+
+    Returns the measurement of the base, which is ``before`` where the caller has it, and the outcomes.
+    """
     before = before or measure(base, num_samples=num_samples)
     outcomes = [run_variant(variant, base, folder, num_samples=num_samples) for variant in variants]
     console.print()
@@ -61,7 +63,7 @@ def compare(
 
 
 def comparison(title: str, before: Measurement, outcomes: Sequence[Outcome], columns: Sequence[str]) -> Table:
-    """A row for the base and one for each variant."""
+    """Return a table with a row for the base and a row for each variant."""
     names = (*columns, "seconds")
     table = new_table(title, names, caption="; ".join(f"{name}: {MEANING[name]}" for name in names))
     table.add_row("before", *(COLUMNS[name](before) for name in columns), "")
@@ -72,7 +74,7 @@ def comparison(title: str, before: Measurement, outcomes: Sequence[Outcome], col
 
 
 def accuracy_by_step(title: str, outcomes: Sequence[Outcome], steps: Sequence[int]) -> Table:
-    """Greedy accuracy at these steps, as the runs logged it; empty where a run had no evaluation."""
+    """Return a table of the logged greedy accuracy at some steps; a cell is empty where a run did not evaluate."""
     table = new_table(title, [f"step {step}" for step in steps])
     for outcome in outcomes:
         logged = {m["step"]: m[GREEDY.key] for m in read_metrics(outcome.run_dir) if GREEDY.key in m}
@@ -81,7 +83,7 @@ def accuracy_by_step(title: str, outcomes: Sequence[Outcome], steps: Sequence[in
 
 
 def new_table(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
-    """A column of labels, then one of numbers for each name."""
+    """Return a table with a column of labels and a column of numbers for each name."""
     left = {"title_justify": "left", "caption_justify": "left"}
     table = Table(title=title, title_style="bold", caption=caption, **left)  # type: ignore[arg-type]
     table.add_column("", no_wrap=True)
@@ -91,11 +93,12 @@ def new_table(title: str, columns: Sequence[str], caption: str | None = None) ->
 
 
 def label(outcome: Outcome) -> str:
+    """Return the title of the variant, marked where a guard stopped its run."""
     return outcome.variant.title + (" (stopped)" if outcome.stopped else "")
 
 
 def show_transcripts(before: Measurement, after: Measurement, count: int = 4) -> None:
-    """The greedy responses to the first held-out problems, chosen by nothing but their order."""
+    """Show the greedy responses to the first held-out problems, before and after training."""
     table = Table(title="The first held-out problems, greedy", title_justify="left", title_style="bold")
     for name in ("problem", "before", "after"):
         table.add_column(name, no_wrap=True)

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the examples share: a variant is a run of the trainer from one base model, measured in the end.
+"""Variants of training: each variant is one run of the trainer from a base model, measured after the run.
 
-Nothing here trains or samples by itself: a variant is a list of overrides for
-``selfdistill --config-name quickstart``, and `command` says how to repeat it by hand.
+A variant is a list of overrides for ``selfdistill --config-name quickstart``; `command` returns the command that
+repeats the run by hand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train."""
+    """A way to train: a title and the overrides of the configuration."""
 
     title: str
     overrides: tuple[str, ...] = ()
@@ -46,58 +46,59 @@ class Variant:
 
 
 SELF_DISTILLATION = Variant("Self-distillation")
-"""The default recipe: the match capped at k = 1 + w, reverse KL, a frozen teacher."""
+"""The default recipe: the entropy match with k capped at 1 + w, reverse KL, and a frozen teacher."""
 STRICT = Variant("Strict match", ("target=strict",))
 TEACHER_ALONE = Variant("Teacher alone", ("recipe=teacher_alone",))
 FORWARD_KL = Variant("Forward KL", ("loss.divergence=forward_kl",))
 TEACHER_ALONE_FORWARD_KL = Variant("Teacher alone, forward KL", ("recipe=teacher_alone", "loss.divergence=forward_kl"))
 LITERAL = Variant("Literal recipe", ("recipe=literal",))
 REJECTION = Variant("RFT with a verifier", ("objective=rft",))
-"""Rejection fine-tuning: next-token training on the own responses that the verifier accepts."""
+"""Rejection fine-tuning: next-token training on the model's own responses that the verifier accepts."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model does on the held-out problems.  Shares are of all responses of the kind."""
+    """The figures of a model on the held-out problems; each share is a share of all responses of its kind."""
 
     greedy: float
+    """Accuracy of greedy decoding."""
     sampled: float
-    """At temperature 1."""
+    """Accuracy of samples at temperature 1."""
     pass_at_8: float
     hinted: float
-    """At temperature 1, behind the teacher's prompt."""
+    """Accuracy of samples at temperature 1 with the teacher's prompt."""
     entropy: float
-    """Mean over the tokens of one sampled response per problem, nats."""
+    """Mean entropy over the tokens of one sampled response per problem, in nats."""
     shows_work: float
-    """Share of the sampled responses."""
+    """Share of the sampled responses that show their work."""
     length: float
-    """Mean of the sampled responses, tokens."""
+    """Mean length of the sampled responses, in tokens."""
     different: float
-    """Different right answers among the samples of a problem, mean over the problems."""
+    """Number of different right answers among the samples of a problem, mean over the problems."""
     transcripts: tuple[Transcript, ...]
     """The greedy response to each problem."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A variant that has run."""
+    """The run of a variant and its measurement."""
 
     variant: Variant
     run_dir: Path
     status: int
-    """The exit status: 0, or 3 where a guard stopped the run."""
+    """The exit status: 0, or 3 if a guard stopped the run."""
     seconds: float
-    """Wall time of the run with its evaluations, without the measurement."""
+    """Wall time of the run with its evaluations and without the measurement."""
     measurement: Measurement
 
     @property
     def stopped(self) -> bool:
-        """A guard stopped the run."""
+        """Whether a guard stopped the run."""
         return self.status == EXIT_UNHEALTHY
 
 
 def run_variant(variant: Variant, base: Base, folder: Path, *, num_samples: int = 8) -> Outcome:
-    """Train from ``base`` in ``folder/<title>``, which is made anew, and measure what came out."""
+    """Train from ``base`` in a new ``folder/<title>`` and measure the trained model."""
     run_dir = folder / "".join(c if c.isalnum() or c == "-" else "_" for c in variant.title.lower())
     shutil.rmtree(run_dir, ignore_errors=True)
     overrides = (*base.overrides, *variant.overrides)
@@ -111,9 +112,9 @@ def run_variant(variant: Variant, base: Base, folder: Path, *, num_samples: int 
 
 
 def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) -> Measurement:
-    """The base's held-out problems, by the model in the run folder ``trained``, or by the base itself.
+    """Measure the model of the run directory ``trained``, or the base itself, on the base's held-out problems.
 
-    ``num_samples``: sampled responses per problem, at least 8.
+    ``num_samples`` is the number of sampled responses per problem, at least 8.
     """
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.run_data import RunData
@@ -170,20 +171,20 @@ def _measurement(
 
 
 def command(overrides: Sequence[str], config_name: str = CONFIG_NAME) -> str:
-    """The shell command that runs the trainer with these overrides, from the present folder."""
+    """Return the shell command that runs the trainer with some overrides from the current directory."""
     if shutil.which("selfdistill"):
         program = "selfdistill"
     elif (script := Path(sys.executable).parent / "selfdistill").exists():
         program = _relative(script)
     else:
         program = f"{_relative(Path(sys.executable))} -m megatron_selfdistill.train"
-    # The folder is where the verifiers are; one thread, as here, gives the same numbers to the last digit.
+    # examples/ holds the verifiers; one thread, as in this process, gives the same numbers to the last digit.
     settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parents[1]))} OMP_NUM_THREADS=1"
     return f"{settings} {program} --config-name {config_name} {shlex.join(overrides)}"
 
 
 def _relative(path: Path) -> str:
-    """As seen from the present folder, where it lies below it."""
+    """Return ``path`` relative to the current directory if ``path`` lies below that directory."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
@@ -191,7 +192,7 @@ def _relative(path: Path) -> str:
 
 
 def prepared_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
-    """The base model with this seed under ``root/bases``, and a line on the console."""
+    """Make or find the base model of a seed under ``root/bases`` and report it on the console."""
     steps = num_steps or task.PRETRAINING_STEPS
     console.rule(f"[bold]base model, seed {seed}: {steps} steps of next-token training", align="left")
     base = make_base(task, seed, root / "bases", steps)
@@ -201,18 +202,18 @@ def prepared_base(task: ModuleType, seed: int, root: Path, num_steps: int | None
 
 
 def example_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Options that all examples have."""
+    """Return a parser with the options that all examples have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=5, help="of the base, the data and the samples (default: 5)")
-    parser.add_argument("--steps", type=int, default=None, help="of each variant, instead of the example's own")
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where everything goes (default: runs)")
+    parser.add_argument("--seed", type=int, default=5, help="seed of the base, the data and the samples (default: 5)")
+    parser.add_argument("--steps", type=int, default=None, help="steps of each variant (default: the example's own)")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="directory of all outputs (default: runs)")
     return parser
 
 
 def prepare_process() -> None:
-    """One thread, and no warnings about libraries that a CPU run does not need.
+    """Use one thread and silence warnings about libraries that a run on a CPU does not need.
 
-    The matrices are so small that a second thread costs more than it brings.
+    The matrices are so small that a second thread costs more time than it saves.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     silence_known_warnings()

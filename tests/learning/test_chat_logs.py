@@ -20,7 +20,7 @@ def test_the_scripted_user_thanks_asks_again_or_gives_the_answer(load_example):
     ):
         session = example.Session(500, 408)
         for number, reply in enumerate(replies):
-            session.hear(reply, last=number + 1 == example.NUM_ATTEMPTS)
+            session.add_reply(reply, last=number + 1 == example.NUM_ATTEMPTS)
         assert session.closed and "".join(m["role"][0] for m in session.messages) == roles
         if accepted is None:
             assert session.messages[-1] == {"role": "user", "content": "092", "accepted": True}
