@@ -19,9 +19,10 @@ sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 
 def main(group: str, backend: str, rank: int, world_size: int, folder: Path, names: list[str]) -> None:
-    import rank_worker
     import torch
     import torch.distributed as dist
+
+    from tests.gpu.leaving import leave
 
     on_gpu = torch.cuda.is_available()
     os.environ |= {
@@ -54,7 +55,7 @@ def main(group: str, backend: str, rank: int, world_size: int, folder: Path, nam
         path = folder / file_name(name, rank)
         torch.save((outcome.loss, outcome.grads, outcome.params), path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
-        rank_worker._leave(synchronize=True)
+        leave(synchronize=True)
 
 
 def file_name(name: str, rank: int) -> str:

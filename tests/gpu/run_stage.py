@@ -18,13 +18,13 @@ from pathlib import Path
 # Packed float32 rows: see gpu/layout_rank.py.
 sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
-import rank_worker  # noqa: E402
 import tiny_run  # noqa: E402
 import torch  # noqa: E402
 
 from megatron_selfdistill.selftest.launch_environment import set_environment  # noqa: E402
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest  # noqa: E402
 from megatron_selfdistill.selftest.resume import deterministic  # noqa: E402
+from tests.gpu.leaving import leave  # noqa: E402
 from tests.gpu.results import held  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
     """Run a whole training run in this process; raises where it does not end with 0."""
     with deterministic():
         status = tiny_run.start(arguments)
-    rank_worker._leave(synchronize=False)
+    leave(synchronize=False)
     if ON_GPU:
         torch.cuda.empty_cache()
     if status:
@@ -136,7 +136,7 @@ def guided_sampling() -> Outcome:
             apart = max(apart, float((student.log_softmax(-1).gather(1, ids)[:, 0] - said).abs().max()))
             count += len(response.token_ids)
     finally:
-        rank_worker._leave(synchronize=False)
+        leave(synchronize=False)
     return Outcome(
         (
             Figure("tokens below the best mixed logit", behind, 1e-3),

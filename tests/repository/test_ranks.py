@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, RankPool
+from ranks import RankError
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ def fail_on(rank: int) -> None:
 def sleep_on(rank: int, seconds: float) -> None:
     if dist.get_rank() == rank:
         time.sleep(seconds)
+
+
+def note_and_sleep(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
 
 
 def fail_on_rank_0_while_others_sleep() -> None:
@@ -106,14 +112,6 @@ def state_found() -> tuple[bool, bool, bool, bool, torch.dtype, bool, float]:
     )
 
 
-@pytest.fixture(scope="module")
-def own_pool():
-    """Ranks that these tests may kill without slowing the others down."""
-    pool = RankPool()
-    yield pool
-    pool.close()
-
-
 def test_collectives_work_at_every_world_size(ranks):
     for world_size in (4, 1, 2, 3):
         expected = sum(10 + rank for rank in range(world_size))
@@ -131,10 +129,10 @@ def test_arguments_and_results_may_be_classes_of_the_test_file(ranks):
     assert all(torch.equal(result.tensor, torch.full((2,), 2.0)) for result in results)
 
 
-def test_the_processes_are_the_same_from_call_to_call(ranks):
-    first = ranks.run(process_id, world_size=2)
-    assert ranks.run(process_id, world_size=2) == first
-    assert ranks.run(process_id, world_size=4)[:2] == first
+def test_every_call_has_processes_of_its_own_that_have_ended_with_it(ranks):
+    first, second = ranks.run(process_id, world_size=2), ranks.run(process_id, world_size=2)
+    assert len({*first, *second}) == 4
+    assert not any(Path(f"/proc/{pid}").exists() for pid in (*first, *second))
 
 
 def test_a_call_finds_nothing_of_what_the_last_one_left(ranks):
@@ -148,37 +146,34 @@ def test_a_function_can_make_its_own_group_from_the_environment(ranks):
     assert ranks.run(make_own_group, world_size=2, init_process_group=False) == [1, 1]
 
 
-def test_a_failure_names_the_rank_and_shows_its_values(own_pool):
+def test_a_failure_names_the_rank_and_shows_its_values(ranks):
     with pytest.raises(RankError, match=r"(?s)on rank 1 of 3.*the sum is wrong\nassert 6 == 7"):
-        own_pool.run(fail_on, 1, world_size=3)
-    assert own_pool.run(sum_of_ranks, 0, world_size=3) == [3, 3, 3]
+        ranks.run(fail_on, 1, world_size=3)
+    assert ranks.run(sum_of_ranks, 0, world_size=3) == [3, 3, 3]
 
 
-def test_ranks_that_do_not_notice_a_failure_are_killed(own_pool, monkeypatch):
+def test_ranks_that_do_not_notice_a_failure_are_killed(ranks, monkeypatch):
     monkeypatch.setattr("ranks._GRACE_SECONDS", 0.2)
-    before = own_pool.run(process_id, world_size=3)
     with pytest.raises(RankError, match=r"(?s)rank 0 of 2.*nobody will hear.*rank 1: still waiting, killed"):
-        own_pool.run(fail_on_rank_0_while_others_sleep, world_size=2)
-    after = own_pool.run(process_id, world_size=3)
-    assert not {before[0], before[1]} & set(after)
-    assert after[2] == before[2]
+        ranks.run(fail_on_rank_0_while_others_sleep, world_size=2)
+    assert ranks.run(sum_of_ranks, 0, world_size=2) == [1, 1]
 
 
-def test_a_hang_is_reported_with_the_stack_of_the_rank_that_hangs(own_pool):
+def test_a_hang_is_reported_with_the_stack_of_the_rank_that_hangs(ranks):
     with pytest.raises(RankError, match=r"(?s)within 0.5 s on rank\(s\) \[1\] of 2.*in sleep_on"):
-        own_pool.run(sleep_on, 1, 60.0, world_size=2, timeout=0.5)
-    assert own_pool.run(sum_of_ranks, 0, world_size=2) == [1, 1]
+        ranks.run(sleep_on, 1, 60.0, world_size=2, timeout=0.5)
+    assert ranks.run(sum_of_ranks, 0, world_size=2) == [1, 1]
 
 
-def test_a_killed_rank_is_reported_with_its_last_output_and_replaced(own_pool):
+def test_a_killed_rank_is_reported_with_its_last_output(ranks):
     with pytest.raises(RankError, match=r"(?s)failed on rank 1 of 2.*exit code -9.*last words"):
-        own_pool.run(die_on, 1, world_size=2)
-    assert own_pool.run(sum_of_ranks, 0, world_size=2) == [1, 1]
+        ranks.run(die_on, 1, world_size=2)
+    assert ranks.run(sum_of_ranks, 0, world_size=2) == [1, 1]
 
 
-def test_a_skip_inside_a_rank_skips_the_test(own_pool):
+def test_a_skip_inside_a_rank_skips_the_test(ranks):
     with pytest.raises(pytest.skip.Exception, match="not on this machine"):
-        own_pool.run(skip_everywhere, world_size=1)
+        ranks.run(skip_everywhere, world_size=1)
 
 
 def test_functions_inside_functions_are_refused_with_a_sentence(ranks):
@@ -186,6 +181,28 @@ def test_functions_inside_functions_are_refused_with_a_sentence(ranks):
         ranks.run(lambda: None, world_size=1)
     with pytest.raises(ValueError, match="expected a world_size from 1 to 8, got 9"):
         ranks.run(process_id, world_size=9)
+
+
+def test_a_call_that_is_interrupted_ends_with_its_ranks(ranks, tmp_path):
+    """Ctrl-C in a test must leave neither processes behind nor an answer for the next call."""
+
+    def interrupt(*unused):
+        raise KeyboardInterrupt
+
+    def interrupt_once_both_sleep():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        threading.Thread(target=interrupt_once_both_sleep, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            ranks.run(note_and_sleep, tmp_path, world_size=2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not any(Path(f"/proc/{file.name}").exists() for file in tmp_path.iterdir())
+    assert ranks.run(sum_of_ranks, 0, world_size=2) == [1, 1]
 
 
 def test_ranks_end_when_the_session_is_killed(tmp_path):

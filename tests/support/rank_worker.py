@@ -1,9 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What runs inside one rank of `ranks.RankPool`: import once, then run task after task, each from a clean
-state.
+"""What runs behind `ranks.RankPool`: a server that imports everything once, and the ranks that it forks for each call.
 
-The server process of the pool imports this file before it forks the ranks; the flag in `ENVIRONMENT` tells it
-to load torch and megatron-core then.  pytest's own process imports it too, and loads neither.
+Every call runs in processes of its own, which end with the call.  No call finds the process groups, threads, patches or
+random states of another call.  pytest's own process imports this file too, and loads neither torch nor megatron-core.
 """
 
 from __future__ import annotations
@@ -24,17 +23,29 @@ import time
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
-READY = "ready"
-_FLAG = "MEGATRON_SELFDISTILL_TEST_RANK"
+DONE = "done"  # the last message of a rank that has left its process group
+
+_LOG_TAIL_CHARS = 6000
+_PRELOADED = (
+    "torch.distributed",
+    "megatron_selfdistill.compat.cpu",
+    "megatron.core.models.gpt",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.dist_checkpointing",
+    "megatron_selfdistill.train",
+    "transformers",
+)
 
 ENVIRONMENT = {
-    _FLAG: "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -56,8 +67,10 @@ class Task:
     qualname: str
     arguments: bytes  # pickled (args, kwargs), whose classes the module may define
     world_size: int
-    group_timeout: float
-    store: str | None  # file for the group's rendezvous; None: the function makes its own group
+    timeout: float  # seconds that the call may take
+    grace: float  # seconds that the other ranks may take to notice the failure of a rank
+    init_process_group: bool  # False: the function makes its own group
+    folder: str  # holds the group's rendezvous file and one log per rank
     master_port: int
     sys_path: list[str]
     cwd: str
@@ -65,7 +78,7 @@ class Task:
 
 @dataclass
 class Outcome:
-    """What became of a task on one rank: a pickled result, or the traceback."""
+    """The result of a task on one rank: a pickled value, or the traceback."""
 
     time: float  # time.monotonic(), comparable between the processes of a machine
     result: bytes = b""
@@ -78,49 +91,155 @@ class Outcome:
         return self.error is not None
 
 
-def serve(rank: int, requests: Any, alive: Any, log: str) -> None:
-    """Run the tasks that arrive on ``requests`` until it closes; end at once when the parent has died."""
-    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log_fd, 1)
-    os.dup2(log_fd, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    faulthandler.enable(all_threads=True)
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's to handle; it closes the requests
-    threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
+@dataclass(frozen=True)
+class Reply:
+    """The outcomes of a call by rank, and the stacks of the ranks that hang."""
+
+    outcomes: dict[int, Outcome]
+    stacks: dict[int, str]
+
+
+@dataclass
+class _Rank:
+    process: Any
+    messages: connection.Connection
+    log: Path
+
+
+def serve(requests_fd: int) -> None:
+    """Answer each `Task` that arrives on the connection with a `Reply`, until the connection closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's to handle; pytest closes the requests
+    requests: connection.Connection = connection.Connection(requests_fd)
+    alive = os.pipe()  # never written to: its end closes when this process dies, however it dies
+    import_error = _import_once()
     while True:
         try:
             task = pickle.loads(requests.recv_bytes())
         except (EOFError, ConnectionError):
             os._exit(0)
-        with _restored_process_state(task, rank):
-            outcome = _run(task, rank)
-            if outcome.failed:
-                outcome.log = Path(log).read_text(errors="replace")[-4000:]
-            requests.send_bytes(pickle.dumps(outcome))
-            _leave(synchronize=not outcome.failed)
-        requests.send_bytes(pickle.dumps(READY))
+        if import_error is None:
+            sys.path[:] = task.sys_path
+            with contextlib.suppress(BaseException):  # the ranks fail in the same place, and say why
+                _load(task)
+            gc.freeze()  # modules live as long as the process: no rank needs to look at them again
+        ranks = {rank: _fork(task, rank, alive, import_error) for rank in range(task.world_size)}
+        reply = _collect(task, ranks, requests)
+        requests.send_bytes(pickle.dumps(reply))
 
 
-def _run(task: Task, rank: int) -> Outcome:
+def _fork(task: Task, rank: int, alive: tuple[int, int], import_error: str | None) -> _Rank:
+    """Start one rank; its messages end when it does."""
+    log = Path(task.folder) / f"rank_{rank}.log"
+    log.write_text("")
+    messages, answers = connection.Pipe(duplex=False)
+    arguments = (task, rank, alive, answers, log, import_error)
+    process = get_context("fork").Process(target=_rank, args=arguments, name=f"rank {rank}")
+    process.start()
+    answers.close()
+    return _Rank(process, messages, log)
+
+
+def _collect(task: Task, ranks: dict[int, _Rank], requests: connection.Connection) -> Reply:
+    """Wait until each rank has sent its outcome and has ended; after a failure end them all."""
+    outcomes: dict[int, Outcome] = {}
+    pending = {ranks[rank].messages: rank for rank in ranks}
+    deadline = time.monotonic() + task.timeout
+    failed = False
+    while pending and (left := deadline - time.monotonic()) > 0:
+        for ready in connection.wait([*pending, requests], left):
+            if ready is requests:  # pytest has died or was interrupted: it never sends a task before the reply
+                _end(ranks, 0.0)
+                os._exit(0)
+            rank = pending[ready]
+            try:
+                message = pickle.loads(ready.recv_bytes())
+            except (EOFError, ConnectionError):
+                outcomes.setdefault(rank, _death(ranks[rank]))
+                message = DONE
+            if message == DONE:
+                del pending[ready]
+            else:
+                outcomes[rank] = message
+            if not failed and rank in outcomes and outcomes[rank].failed:
+                failed = True
+                deadline = min(deadline, time.monotonic() + task.grace)
+    stacks = _stacks(ranks, [rank for rank in pending.values() if rank not in outcomes])
+    _end(ranks, 0.0 if pending else 5.0)
+    return Reply(outcomes, stacks)
+
+
+def _stacks(ranks: dict[int, _Rank], hanging: list[int]) -> dict[int, str]:
+    for rank in hanging:
+        os.kill(ranks[rank].process.pid, signal.SIGUSR2)  # faulthandler writes the stacks of all threads to the log
+    if hanging:
+        time.sleep(0.5)
+    return {rank: _log_tail(ranks[rank].log) for rank in hanging}
+
+
+def _death(rank: _Rank) -> Outcome:
+    rank.process.join(2.0)
+    text = f"the process ended with exit code {rank.process.exitcode} (negative: that signal)\n{_log_tail(rank.log)}"
+    # Time 0: the other ranks see their connection break before this process sees the end, which explains their errors.
+    return Outcome(0.0, error=text, error_name="died")
+
+
+def _log_tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-_LOG_TAIL_CHARS:]
+
+
+def _end(ranks: dict[int, _Rank], patience: float) -> None:
+    """Wait for the ranks to end, each ``patience`` seconds, and kill them then."""
+    for rank in ranks.values():
+        rank.process.join(patience)
+        if rank.process.is_alive():
+            rank.process.kill()
+            rank.process.join()
+        rank.messages.close()
+
+
+def _rank(
+    task: Task, rank: int, alive: tuple[int, int], answers: connection.Connection, log: Path, import_error: str | None
+) -> None:
+    """Run the task in this forked process, send its `Outcome` and `DONE`, and end the process."""
+    os.close(alive[1])
+    log_fd = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.enable(all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    threading.Thread(target=_exit_with_parent, args=(alive[0],), daemon=True).start()
+    outcome = _run(task, rank, import_error)
+    if outcome.failed:
+        outcome.log = _log_tail(log)
+    answers.send_bytes(pickle.dumps(outcome))
+    if not outcome.failed:  # a failed rank does not wait: its end frees the others
+        _wait_for_the_others()
+    answers.send_bytes(pickle.dumps(DONE))
+    os._exit(0)
+
+
+def _run(task: Task, rank: int, import_error: str | None) -> Outcome:
     import torch
     import torch.distributed as dist
 
     try:
-        if IMPORT_ERROR is not None:
-            raise ImportError(f"the ranks could not import what they need:\n{IMPORT_ERROR}")
+        if import_error is not None:
+            raise ImportError(f"the ranks could not import what they need:\n{import_error}")
+        _set_process_state(task, rank)
         random.seed(1234)
         torch.manual_seed(1234)
         torch.set_num_threads(1)
         fn = _load(task)
         args, kwargs = pickle.loads(task.arguments)
-        if task.store is not None:
+        if task.init_process_group:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(task.store, task.world_size),
+                store=dist.FileStore(f"{task.folder}/store", task.world_size),
                 rank=rank,
                 world_size=task.world_size,
-                timeout=timedelta(seconds=task.group_timeout),
+                # Longer than the call's: the server shall find a rank that is stuck in a collective, with its stack.
+                timeout=timedelta(seconds=2 * task.timeout + 60),
             )
         result = pickle.dumps(fn(*args, **kwargs))
         return Outcome(time.monotonic(), result=result)
@@ -130,55 +249,17 @@ def _run(task: Task, rank: int) -> Outcome:
         return Outcome(time.monotonic(), error=text, error_name=name)
 
 
-def _leave(synchronize: bool) -> None:
-    """Destroy the group and Megatron's state.  A failed rank does not wait: its leaving frees the others."""
-    import torch
+def _wait_for_the_others() -> None:
+    """Keep the sockets open while another rank still reads.  A failed peer breaks this barrier; this rank is fine."""
     import torch.distributed as dist
 
     if dist.is_initialized():
-        if synchronize:
-            # A rank that is done must not close its sockets while another still reads.  A failed peer breaks
-            # this barrier, which is no failure of this rank.
-            with contextlib.suppress(RuntimeError):
-                dist.barrier()
-        _clear_megatron_state()
-        dist.destroy_process_group()
-    else:
-        _clear_megatron_state()
-    torch.set_default_dtype(torch.float32)
-    torch.set_grad_enabled(True)
-    torch.use_deterministic_algorithms(False)
-    gc.collect()
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
 
 
-def _clear_megatron_state() -> None:
-    """Back to how the import left it: groups, microbatch calculator, random streams, auxiliary scales."""
-    modules = sys.modules
-    if "megatron.core.parallel_state" not in modules:
-        return
-    modules["megatron.core.parallel_state"].destroy_model_parallel()
-    for name, destroy in (
-        ("megatron.core.num_microbatches_calculator", "destroy_num_microbatches_calculator"),
-        ("megatron.core.rerun_state_machine", "destroy_rerun_state_machine"),
-    ):
-        if name in modules:
-            getattr(modules[name], destroy)()
-    if random_module := modules.get("megatron.core.tensor_parallel.random"):
-        random_module._CUDA_RNG_STATE_TRACKER = None
-        random_module._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-    for name, scaler in (
-        ("megatron.core.transformer.moe.moe_utils", "MoEAuxLossAutoScaler"),
-        ("megatron.core.transformer.multi_token_prediction", "MTPLossAutoScaler"),
-    ):
-        if name in modules and hasattr(modules[name], scaler):
-            getattr(modules[name], scaler).main_loss_backward_scale = None
-
-
-@contextlib.contextmanager
-def _restored_process_state(task: Task, rank: int) -> Iterator[None]:
-    """torchrun's environment, pytest's sys.path and working directory for one task; its own afterwards."""
-    environ, path, cwd = dict(os.environ), list(sys.path), os.getcwd()
-    sys.path[:] = task.sys_path
+def _set_process_state(task: Task, rank: int) -> None:
+    """Set torchrun's environment and pytest's working directory."""
     os.chdir(task.cwd)
     os.environ |= {
         "RANK": str(rank),
@@ -188,14 +269,6 @@ def _restored_process_state(task: Task, rank: int) -> Iterator[None]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(task.master_port),
     }
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= environ
-        sys.path[:] = path
-        with contextlib.suppress(OSError):  # a task may have removed the folder it was called in
-            os.chdir(cwd)
 
 
 def _load(task: Task) -> Callable[..., Any]:
@@ -234,32 +307,23 @@ def _load_test_file(task: Task) -> types.ModuleType:
     return module
 
 
-def _exit_with_parent(alive: Any) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        alive.recv_bytes()
+def _exit_with_parent(alive: int) -> None:
+    with contextlib.suppress(OSError):
+        os.read(alive, 1)
     os._exit(1)
 
 
 def _import_once() -> str | None:
-    """Load what every rank needs, in the order it must have; returns the traceback if that fails."""
+    """Load what the ranks need, in the order it must have; return the traceback if that fails."""
     # Megatron warns about each optional accelerator that is absent; it says nothing about a test.
     warnings.simplefilter("ignore")
     try:
-        import torch.distributed
-
-        if importlib.util.find_spec("megatron_selfdistill.compat.cpu") is not None:
-            importlib.import_module("megatron_selfdistill.compat.cpu")
-        if importlib.util.find_spec("megatron.core") is not None:
-            for name in ("models.gpt", "distributed", "optimizer", "pipeline_parallel", "dist_checkpointing"):
-                importlib.import_module(f"megatron.core.{name}")
-        torch.set_num_threads(1)
+        for name in _PRELOADED:
+            importlib.import_module(name)
+        sys.modules["torch"].set_num_threads(1)
         gc.collect()
-        gc.freeze()  # the imports live as long as the rank: no collection needs to look at them again
         return None
     except Exception:
         return traceback.format_exc()
     finally:
         warnings.resetwarnings()
-
-
-IMPORT_ERROR: str | None = _import_once() if os.environ.get(_FLAG) else None
