@@ -3,7 +3,8 @@
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   DOCS_VENV=DIR where that of the documentation lies (default .venv-docs)
 #   PYTHON=EXE    which Python it is made with (default: the first suitable one found)
-#   TESTS=...     which tests make test runs (default tests)
+#   TESTS=...     which tests make test and make test-all run (default tests)
+#   WORKERS=N     how many processes run them (default 2)
 #   PYTHON_GPU=EXE  the Python of test-gpu and bench-gpu, which then make no virtual environment
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
 
@@ -13,6 +14,7 @@ DOCS_VENV ?= .venv-docs
 PYTHON ?=
 ARGS ?=
 TESTS ?= tests
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PYTHON_GPU ?=
 GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
@@ -23,7 +25,7 @@ SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh e
 PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm quickstart test test-vllm test-slurm test-gpu check format bench bench-gpu docs docs-serve clean
+.PHONY: help venv venv-vllm quickstart test test-all test-vllm test-slurm test-gpu check format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,9 +40,15 @@ quickstart: venv ## watch a model teach itself, on this machine's CPU
 	@$(BIN)/python examples/01_quickstart.py $(ARGS)
 
 # One thread a process: the distributed tests run several processes on few cores.  Nothing is fetched from the hub.
-test: venv ## run the tests (ARGS="-m slow" for the slow ones)
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
-		$(BIN)/python -m pytest -q $(TESTS) $(ARGS)
+# A file's tests run in one worker, so that they share what the file makes once.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: venv ## run the tests, in minutes (ARGS="-k jsd" for a part)
+	@$(PYTEST) $(TESTS) $(ARGS)
+
+test-all: venv ## run all tests, those that are marked full, too (ARGS="-m full" for these only)
+	@$(PYTEST) -m "" $(TESTS) $(ARGS)
 
 # The sampler in vLLM's own process, then the trainer without vLLM against real servers.
 test-vllm: venv venv-vllm ## run the tests that need the real vLLM, on a CPU

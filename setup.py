@@ -65,6 +65,8 @@ EXTRAS = {
         # On CUDA torch brings its own.  Here for the kernels' tests, which need no GPU.
         'triton>=3.4,<4; platform_system == "Linux" and platform_machine == "x86_64"',
         "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
+        "filelock>=3",
         "hypothesis>=6.100",
         "ruff>=0.17,<0.18",  # its formatting changes between minor versions
         "mypy>=2.4,<3",

@@ -16,6 +16,7 @@ VISIBLE = hidden_gpus.hide()  # before torch is imported: a process that has loo
 import pytest  # noqa: E402
 from ranks import RankPool  # noqa: E402
 
+pytest_plugins = ["cpu_seconds"]
 pytest.register_assert_rewrite("tiny_run")  # before it is imported: its assertions are those of tests
 
 TESTS = Path(__file__).resolve().parent
@@ -56,6 +57,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(TESTS / folder) for folder in NEEDS):
+            item.add_marker(pytest.mark.external)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not hidden_gpus.number(VISIBLE):
         for item in gpu_items:

@@ -125,7 +125,7 @@ def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeyp
         assert (root / "many_answers" / "seed5" / part / "curves.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["01_quickstart", "02_wrong_hints", "03_hard_problems"])
 def test_the_other_examples_run_to_their_end(base, root, load_example, name, capsys):
     assert load_example(name).main(["--folder", str(root), "--steps", "2"]) == 0

@@ -189,7 +189,7 @@ def test_a_rank_that_hangs_before_its_first_sign_is_named_with_its_host(data, tm
     assert ": rank 0 on " in (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
 
 
-@pytest.mark.slow  # torchrun waits for half a minute for a process that is stopped
+@pytest.mark.full  # torchrun waits for half a minute for a process that is stopped
 def test_a_rank_that_is_stopped_is_named(data, tmp_path):
     ended = hung(data, tmp_path / "run", "is stopped", 1)
     verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()

@@ -185,7 +185,7 @@ def test_a_pass_works_on_a_block_while_the_next_one_is_under_way(compiled: list[
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.full
 def test_all_of_it_holds_for_every_kernel_and_architecture(all_compiled: list[dict]) -> None:
     for entry in all_compiled:
         assert_nothing_spills_or_waits(entry)

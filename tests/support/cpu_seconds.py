@@ -1,0 +1,97 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A plugin of pytest: the CPU seconds of every test file, and an error where ``make test`` spends too many on one.
+
+Counted are the seconds of this process and of all its descendants, also of those that have ended, so that neither
+waiting nor a busy machine counts.  With pytest-xdist each worker counts its own files, and the main process joins them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import psutil
+import pytest
+
+LIMIT_S = 20.0
+_THIS_PROCESS = psutil.Process()
+_SECONDS: pytest.StashKey[Counter[str]] = pytest.StashKey()
+_BEFORE: pytest.StashKey[float] = pytest.StashKey()
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and its descendants until now; those of ended ones, once waited for."""
+    total = 0.0
+    for process in (_THIS_PROCESS, *_THIS_PROCESS.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.Error:  # it has just ended
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def too_slow(seconds: Mapping[str, float], limit: float) -> list[str]:
+    """Return one message for each file that took longer than the limit."""
+    return [
+        f"{file} took {spent:.1f} CPU seconds, expected at most {limit:g} in make test: make its tests cheaper, or "
+        "mark some of them full; on a slow machine raise the limit with --file-seconds"
+        for file, spent in sorted(seconds.items())
+        if spent > limit
+    ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--file-seconds",
+        type=float,
+        default=LIMIT_S,
+        help="CPU seconds that a file may take without its tests that are marked full (default: %(default)s)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SECONDS] = Counter()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_BEFORE] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        stash, now = item.config.stash, cpu_seconds()
+        stash[_SECONDS][item.nodeid.split("::")[0]] += now - stash[_BEFORE]
+        stash[_BEFORE] = now
+    return result
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_SECONDS].update(getattr(node, "workeroutput", {}).get("cpu_seconds", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["cpu_seconds"] = dict(config.stash[_SECONDS])
+    elif _messages(config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    slowest = [f"{file} {spent:.1f}" for file, spent in config.stash[_SECONDS].most_common(10)]
+    if slowest:
+        total = sum(config.stash[_SECONDS].values())
+        terminalreporter.write_line(f"CPU seconds: {total:.1f}, of which {', '.join(slowest)}")
+    for message in _messages(config):
+        terminalreporter.write_line(f"ERROR: {message}", red=True)
+
+
+def _messages(config: pytest.Config) -> list[str]:
+    if config.option.markexpr != "not full":  # another selection than that of make test
+        return []
+    return too_slow(config.stash[_SECONDS], config.getoption("--file-seconds"))

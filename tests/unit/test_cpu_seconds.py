@@ -1,0 +1,48 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A file of `make test` that computes too long fails the session, on each of xdist's workers; waiting is free."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+BURN = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass\n"
+FILES = {
+    "test_waiting.py": "import time\ndef test_waiting(): time.sleep(0.7)\n",
+    "test_computing.py": "import subprocess, sys\n"
+    f"def test_a_child_computes(): subprocess.run([sys.executable, '-c', {BURN!r}])\n",
+    "test_full.py": f"import pytest\n@pytest.mark.full\ndef test_full(): exec({BURN!r})\n",
+}
+
+
+def session(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    full: minutes\naddopts = -m 'not full'\n")
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "cpu_seconds", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "loadfile"]], ids=["alone", "xdist"])
+def test_a_file_whose_child_processes_compute_too_long_fails_the_session(tmp_path, workers):
+    done = session(tmp_path, "--file-seconds", "0.5", *workers)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    messages = [line for line in done.stdout.splitlines() if "CPU seconds, expected at most 0.5" in line]
+    assert len(messages) == 1 and messages[0].startswith("ERROR: test_computing.py took "), done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--file-seconds", "60"], ["--file-seconds", "0.5", "-m", ""]])
+def test_a_session_within_the_limit_or_of_all_tests_passes(tmp_path, arguments):
+    done = session(tmp_path, *arguments)
+    assert done.returncode == 0 and "expected at most" not in done.stdout, done.stdout + done.stderr
+    assert re.search(r"^CPU seconds: .*test_computing.py (0\.[6-9]|[1-9])", done.stdout, re.MULTILINE), done.stdout
