@@ -120,10 +120,10 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
 
 def answers(sessions: Sequence[Session], attempt: int, inference: Inference, run_data: RunData, seed: int) -> list[str]:
     """Return the model's next reply in each conversation, sampled at temperature 1."""
-    from megatron_selfdistill.rollout.base import Request, response_text, stream_seed
+    from megatron_selfdistill.rollout.base import Request, response_text, sample_seed
 
     encode = run_data.tokenizer.encode
-    requests = [Request(encode(s.text), stream_seed(seed, 0, s.name, attempt)) for s in sessions]
+    requests = [Request(encode(s.text), sample_seed(seed, 0, s.name, attempt)) for s in sessions]
     return [response_text(r, run_data.tokenizer) for r in inference.sampler.generate(requests, inference.sampling)]
 
 

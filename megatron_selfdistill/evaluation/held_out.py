@@ -18,7 +18,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
 from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judged_by_all, mentions_answer, voted_answer
 from megatron_selfdistill.prechecks import require_answers_per_problem
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, stream_seed
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, sample_seed
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -183,7 +183,7 @@ def evaluate(
     ``num_samples``; without samples there is none.  ``majority_ks``: the same of majority@k; null reads
     no final answers.  ``hinted``: the teacher's prompts, with the solution.
     ``num_transcripts``: problems whose responses are kept as text; None keeps all.
-    The random stream of sample i is ``stream_seed(seed, step, "eval/" + problem.id, i)``, so results do not
+    The random stream of sample i is ``sample_seed(seed, step, "eval/" + problem.id, i)``, so results do not
     depend on the parallel sizes.  A response that reached the limit is wrong: it has no final answer.
 
     Returns: the same on every rank.
@@ -203,7 +203,7 @@ def evaluate(
 
     def requests(samples: int) -> list[Request]:
         return [
-            Request(prompts[p], stream_seed(seed, step, f"eval/{problems[p].id}", i))
+            Request(prompts[p], sample_seed(seed, step, f"eval/{problems[p].id}", i))
             for p in mine
             for i in range(samples)
         ]

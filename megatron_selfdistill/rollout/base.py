@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """What a sampler is: requests in, responses out, and how one token is drawn from one row of logits.
 
-A response travels as token ids.  Its random stream is named by (run seed, step, problem id, sample index) and
+A response travels as token ids.  Its seed depends on (run seed, step, problem id, sample index) and
 nothing else, so that no batch, order, split or layout changes what is written.
 """
 
@@ -90,8 +90,8 @@ class Request:
 
     prompt: list[int]
     """Token ids, at least one."""
-    stream: int
-    """64-bit name of this sample's random stream, from `stream_seed`; token i uses its i-th uniform."""
+    seed: int
+    """Seed of 64 bits of this response, from `sample_seed`; token i uses the i-th uniform of `sample_uniforms`."""
     teacher_prompt: list[int] | None = None
     """With it the response is *guided*: every token is drawn from the mix of what the same weights say behind both
     prompts."""
@@ -145,19 +145,19 @@ def require_room(shortest: int, longest: int, max_new_tokens: int, max_length: i
         )
 
 
-def stream_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:
-    """The 64-bit name of one sample's random stream: BLAKE2b of the four, equal in every process."""
+def sample_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:
+    """Return the 64-bit seed of one sample: BLAKE2b of the four arguments, equal in every process."""
     # The id comes last: it may hold any character, also the separator.
     name = f"{run_seed}\0{step}\0{sample_index}\0{problem_id}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
-def stream_uniforms(stream: int, count: int) -> np.ndarray:
-    """The first ``count`` uniforms of a stream, float64 in [0, 1): Philox under the key ``stream``.
+def sample_uniforms(seed: int, count: int) -> np.ndarray:
+    """Return the first ``count`` uniforms of a sample, float64 in [0, 1): Philox under the key ``seed``.
 
-    Equals ``Generator(Philox(key=stream)).random(count)``, from the raw words, whose values numpy guarantees.
+    Equals ``Generator(Philox(key=seed)).random(count)``, from the raw words, whose values numpy guarantees.
     """
-    words = np.random.Philox(key=stream).random_raw(count)
+    words = np.random.Philox(key=seed).random_raw(count)
     return (words >> np.uint64(11)) * 2.0**-53
 
 

@@ -83,7 +83,7 @@ def _prompts(trainer: Trainer) -> list[PromptPair]:
 
 def _sampled(trainer: Trainer, prompts: Sequence[PromptPair], version: int) -> list[Response]:
     trainer.sampler.update_weights(version)
-    requests = [Request(pair.student_prompt, stream=i) for i, pair in enumerate(prompts)]
+    requests = [Request(pair.student_prompt, seed=i) for i, pair in enumerate(prompts)]
     return trainer.sampler.generate(requests, trainer.sampling)
 
 

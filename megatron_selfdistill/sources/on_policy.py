@@ -16,7 +16,7 @@ from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.schedule import StepOutput
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, stream_seed
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
 from megatron_selfdistill.sources.recording import SampleKey, record
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
@@ -112,7 +112,7 @@ class OnPolicy(CommittedState):
         ]
         requests = []
         for key in keys:
-            pair, name = pairs[key[1]], stream_seed(self._options.seed, *key)
+            pair, name = pairs[key[1]], sample_seed(self._options.seed, *key)
             requests.append(Request(pair.student_prompt, name, pair.teacher_prompt if key[1] in guided else None))
         return _Asked(problems, pairs, guided, keys, requests)
 

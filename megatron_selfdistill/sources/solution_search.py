@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judge
-from megatron_selfdistill.rollout.base import Request, Response, response_text, stream_seed
+from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -89,7 +89,7 @@ def solve(
     """Sample ``search.num_samples`` responses to the own prompt of each problem, and keep the best right responses.
 
     ``problems``: without repetitions, the same on all ranks.  Each replica takes every dp_size-th problem and returns
-    the attempts at these problems, the same on each of its ranks.  The seed of sample i is ``stream_seed(seed, step,
+    the attempts at these problems, the same on each of its ranks.  The seed of sample i is ``sample_seed(seed, step,
     "solution/" + problem.id, i)``: no rollout and no evaluation has this seed, and no layout or order changes it.
     ``score``: needed for pick=learnable.  ``fits(problem, text)``: whether a step could show that text.
 
@@ -102,7 +102,7 @@ def solve(
     keys = [(problem, i) for problem in mine for i in range(search.num_samples)]
     prompts = {problem.id: builder.student_prompt(problem) for problem in mine}
     requests = [
-        Request(prompts[problem.id], stream_seed(search.seed, step, f"solution/{problem.id}", i)) for problem, i in keys
+        Request(prompts[problem.id], sample_seed(search.seed, step, f"solution/{problem.id}", i)) for problem, i in keys
     ]
     responses = generate(requests)
     texts = [response_text(response, builder.tokenizer) for response in responses]
@@ -140,7 +140,7 @@ def _pick(
 
     def order(candidate: Candidate) -> tuple[bool, float, int]:
         if search.pick == "random":
-            value: float = stream_seed(search.seed, step, f"pick/{problem.id}", candidate.sample)
+            value: float = sample_seed(search.seed, step, f"pick/{problem.id}", candidate.sample)
         elif search.pick == "shortest":
             value = len(candidate.response.token_ids)
         else:

@@ -107,7 +107,7 @@ def guided_sampling() -> Outcome:
     import models
     import torch.distributed as dist
 
-    from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
+    from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -120,7 +120,7 @@ def guided_sampling() -> Outcome:
         requests = []
         for number, (student, teacher) in enumerate(((2, 31), (9, 12), (5, 1), (12, 12), (7, 40))):
             prompts = [torch.randint(models.VOCAB_SIZE, (n,), generator=generator).tolist() for n in (student, teacher)]
-            requests.append(Request(prompts[0], stream_seed(0, 0, str(number), 0), teacher_prompt=prompts[1]))
+            requests.append(Request(prompts[0], sample_seed(0, 0, str(number), 0), teacher_prompt=prompts[1]))
         sampler.update_weights(0)
         behind, apart, count = 0.0, 0.0, 0
         for request, response in zip(

@@ -13,7 +13,7 @@ import torch
 
 from megatron_selfdistill.model.export import export
 from megatron_selfdistill.model.hf.mapping import family_of_model
-from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
+from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
 # vLLM's attention on a CPU knows heads of 32 channels, not smaller ones.  Tied: the output layer, which vLLM packs on a
 # CPU, comes under the name of the embedding.
@@ -46,7 +46,7 @@ def requests(count: int, longest: int = 150) -> list[Request]:
     generator = torch.Generator().manual_seed(5)
     lengths = [longest if i % 3 == 2 else 4 + i for i in range(count // 2)]
     prompts = [torch.randint(models.VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(prompts[i // 2], stream_seed(3, 0, f"problem {i // 2}", i % 2)) for i in range(count)]
+    return [Request(prompts[i // 2], sample_seed(3, 0, f"problem {i // 2}", i % 2)) for i in range(count)]
 
 
 def greedy_by_transformers(prompts: list[list[int]], count: int, seed: int) -> list[tuple[list[int], list[float]]]:

@@ -85,7 +85,7 @@ def main() -> None:
 
 def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: int) -> dict[str, list[float]]:
     """Seconds of each call, by sampler and kind."""
-    from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
+    from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
     params = SamplingParams(max_new_tokens=arguments.new_tokens)  # no stop token: all write as much
     found: dict[str, list[float]] = {}
@@ -96,8 +96,8 @@ def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: i
             for number in range(arguments.batch):
                 prompt = [rng.randrange(arguments.vocab) for _ in range(arguments.prompt)]
                 hint = [rng.randrange(arguments.vocab) for _ in range(arguments.prompt)]
-                stream = stream_seed(repeat, dp_rank, "benchmark", number)
-                requests.append(Request(prompt, stream, prompt + hint if guided else None))
+                seed = sample_seed(repeat, dp_rank, "benchmark", number)
+                requests.append(Request(prompt, seed, prompt + hint if guided else None))
             for name, sampler in samplers.items():
                 seconds = seconds_of(lambda s=sampler, r=requests: s.generate(r, params))  # type: ignore[misc]
                 if repeat:  # the first call warms up

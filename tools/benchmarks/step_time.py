@@ -159,10 +159,10 @@ class _Bench:
     def rollout(self) -> list[Any]:
         """A response to every problem, each of the same length, by the weights of the last `sync`: there is no stop
         token."""
-        from megatron_selfdistill.rollout.base import Request, SamplingParams, stream_seed
+        from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
         requests = [
-            Request(prompt, stream_seed(0, self.step, str(number), 0))
+            Request(prompt, sample_seed(0, self.step, str(number), 0))
             for number, (prompt, _) in enumerate(self.problems)
         ]
         responses = self.sampler.generate(requests, SamplingParams(max_new_tokens=self.arguments.response))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_uniforms
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_uniforms
 
 
 @dataclass
@@ -83,7 +83,7 @@ def _start(
         end = len(prompt)
         tokens[row, :end] = prompt
         if params.temperature > 0:
-            uniforms[row, end : end + params.max_new_tokens] = stream_uniforms(request.stream, params.max_new_tokens)
+            uniforms[row, end : end + params.max_new_tokens] = sample_uniforms(request.seed, params.max_new_tokens)
     lengths = torch.tensor(prompt_lengths, device=device)
     return Written(
         tokens=torch.from_numpy(tokens).to(device),

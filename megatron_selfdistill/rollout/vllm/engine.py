@@ -72,7 +72,7 @@ def engine_request(request: Request, params: SamplingParams) -> EngineRequest:
         "temperature": params.temperature,
         "top_k": params.top_k,
         "top_p": params.top_p,
-        "seed": request.stream % 2**63,  # vLLM's seeds are signed
+        "seed": request.seed % 2**63,  # vLLM's seeds are signed
         "stop_token_ids": list(params.stop_token_ids),
         "ignore_eos": True,  # only what the run calls a stop token ends a response
         "logprobs": 0,

@@ -250,7 +250,7 @@ def _packed_requests(requests: Sequence[Request]) -> np.ndarray:
             (
                 len(request.prompt),
                 _NONE if teacher is None else len(teacher),
-                np.uint64(request.stream).astype(np.int64),
+                np.uint64(request.seed).astype(np.int64),
             )
             for request, teacher in zip(requests, teachers, strict=True)
         ],
@@ -271,7 +271,7 @@ def _unpacked_requests(packed: np.ndarray) -> list[Request]:
     return [
         Request(
             prompt=texts[i].tolist(),
-            stream=int(head[i, 2].astype(np.uint64)),
+            seed=int(head[i, 2].astype(np.uint64)),
             teacher_prompt=None if teacher_lengths[i] == _NONE else texts[count + i].tolist(),
         )
         for i in range(count)

@@ -4,7 +4,7 @@
 The engine holds `GuidedProcessor` (plugin/guided_processor.py), which draws one token for both halves of a pair
 wherever they are equally long, and makes a half stop where its partner is away.  Here a pair that was parted is cut to
 what both halves have in common and sent again behind it, until it has ended by itself.  Token i comes from the i-th
-uniform of the request's stream however often that happens, so the response is the one that an undisturbed pair would
+uniform of the request's seed however often that happens, so the response is the one that an undisturbed pair would
 have written.
 """
 
@@ -66,8 +66,8 @@ class PairHalf:
     """Name shared by both halves and nothing else that the engine ever sees."""
     role: str
     """student or teacher."""
-    stream: int
-    """Of the request, see `base.stream_seed`."""
+    seed: int
+    """Of the request, see `base.sample_seed`."""
     start: int
     """Tokens of the response that already stand in the prompt."""
     max_tokens: int
@@ -261,7 +261,7 @@ def _half_request(pair: _Pair, name: str, role: str, stop: int, params: Sampling
     start = len(pair.token_ids)
     max_tokens = params.max_new_tokens - start
     half = PairHalf(
-        name, role, pair.request.stream, start, max_tokens, stop, params.target, greedy=params.temperature == 0
+        name, role, pair.request.seed, start, max_tokens, stop, params.target, greedy=params.temperature == 0
     )
     sampling = {
         **_PLAIN,

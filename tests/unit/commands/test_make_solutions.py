@@ -23,7 +23,7 @@ from megatron_selfdistill.commands import solutions
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import load_problems
 from megatron_selfdistill.pipeline import schedule
-from megatron_selfdistill.rollout.base import stream_seed
+from megatron_selfdistill.rollout.base import sample_seed
 from megatron_selfdistill.run_data import RunData
 
 NUM_PROBLEMS, NUM_SAMPLES = 10, 8
@@ -234,7 +234,7 @@ def test_its_samples_are_no_rollouts_and_depend_on_the_seed(ranks, folder, summa
         [line["lengths"] for line in lines_of(folder / f"{name}.attempts.jsonl")[1:]] for name in ("own", "seed")
     ]
     assert lengths[0] != lengths[1]
-    assert stream_seed(0, 0, "p0", 0) != stream_seed(0, 0, "solution/p0", 0)
+    assert sample_seed(0, 0, "p0", 0) != sample_seed(0, 0, "solution/p0", 0)
 
 
 def refusal(ranks, arguments: list[str]) -> str:

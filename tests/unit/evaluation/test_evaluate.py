@@ -41,7 +41,7 @@ class FakeSampler:
     def answer(self, request: Request, params: SamplingParams) -> Response:
         prompt = "".join(map(chr, request.prompt))
         a, b = prompt.split(":")[0].split("|")[0].split("+")
-        draw = random.Random(request.stream).random() if params.temperature else int(a) % 3 / 3
+        draw = random.Random(request.seed).random() if params.temperature else int(a) % 3 / 3
         total = int(a) + int(b) + (draw > 0.6 and "|" not in prompt)
         text = f"{total:04d}" if 0.2 < draw < 0.4 else f"{total}$"
         ids = [ord(character) for character in text[: params.max_new_tokens]]
@@ -457,7 +457,7 @@ class Talkative(FakeSampler):
 
     def answer(self, request: Request, params: SamplingParams) -> Response:
         a, b = "".join(map(chr, request.prompt)).split(":")[0].split("+")
-        late = request.stream % 5 == 0 and params.temperature > 0
+        late = request.seed % 5 == 0 and params.temperature > 0
         text = f"{'well, ' * 40}it is {int(a) + int(b)}." + ("" if late else "$")
         return Response([ord(c) for c in text], [0.0] * len(text), [0.0] * len(text), "length" if late else "stop")
 

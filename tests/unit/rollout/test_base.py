@@ -9,7 +9,7 @@ import torch
 from responses import chi_square_p_value
 
 from megatron_selfdistill.rollout import base
-from megatron_selfdistill.rollout.base import SamplingParams, select_tokens, stream_seed, stream_uniforms
+from megatron_selfdistill.rollout.base import SamplingParams, sample_seed, sample_uniforms, select_tokens
 
 NUM_DRAWS = 20_000
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, -3.0, 1.2, 0.0, -0.4, 1.9, -7.0], dtype=torch.float32)
@@ -36,7 +36,7 @@ def expected_probs(temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
 
 
 def draw(sampling: SamplingParams) -> torch.Tensor:
-    uniforms = torch.from_numpy(stream_uniforms(17, NUM_DRAWS))
+    uniforms = torch.from_numpy(sample_uniforms(17, NUM_DRAWS))
     return select_tokens(LOGITS.expand(NUM_DRAWS, -1), uniforms, sampling)[0]
 
 
@@ -105,16 +105,16 @@ def test_groups_of_rows_change_nothing(monkeypatch):
 
 def test_a_stream_is_named_by_all_four_and_stays_what_it_is():
     names = [(0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1), (0, 11, "a", 0)]
-    assert len({stream_seed(*name) for name in names}) == len(names)
+    assert len({sample_seed(*name) for name in names}) == len(names)
     # Recorded once: a run that is resumed by another version must go on with the same streams.
-    assert stream_seed(7, 3, "problem-12", 1) == 10685169939071405998
+    assert sample_seed(7, 3, "problem-12", 1) == 10685169939071405998
     recorded = [0.6255847786179023, 0.13910364796510188]
-    np.testing.assert_array_equal(stream_uniforms(10685169939071405998, 2), recorded)
+    np.testing.assert_array_equal(sample_uniforms(10685169939071405998, 2), recorded)
 
 
 def test_the_first_uniforms_do_not_depend_on_how_many_are_wanted():
-    np.testing.assert_array_equal(stream_uniforms(5, 100)[:7], stream_uniforms(5, 7))
-    np.testing.assert_array_equal(stream_uniforms(5, 7), np.random.Generator(np.random.Philox(key=5)).random(7))
+    np.testing.assert_array_equal(sample_uniforms(5, 100)[:7], sample_uniforms(5, 7))
+    np.testing.assert_array_equal(sample_uniforms(5, 7), np.random.Generator(np.random.Philox(key=5)).random(7))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def response_to(request: Request) -> Response:
     length = len(request.prompt) - 2
     teacher = request.teacher_prompt
     return Response(
-        token_ids=[request.stream % 1000] * length,
+        token_ids=[request.seed % 1000] * length,
         log_probs=[-math.pi] * length,
         sampled_log_probs=[math.nan] * length,
         finish_reason="stop" if length % 2 else "length",

@@ -21,7 +21,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed, stream_uniforms
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed, sample_uniforms
 from megatron_selfdistill.rollout.megatron import megatron_sampler, survivors
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
@@ -41,7 +41,7 @@ def make_pairs(count: int = len(PROMPT_LENGTHS), vocab_size: int = VOCAB_SIZE) -
 
     lengths = [PROMPT_LENGTHS[i % len(PROMPT_LENGTHS)] for i in range(count)]
     return [
-        Request(prompt(student), stream_seed(0, 0, f"problem {i}", 0), teacher_prompt=prompt(teacher))
+        Request(prompt(student), sample_seed(0, 0, f"problem {i}", 0), teacher_prompt=prompt(teacher))
         for i, (student, teacher) in enumerate(lengths)
     ]
 
@@ -127,7 +127,7 @@ def write_without_cache(kind: str, count: int, sampled: bool) -> list[list[int]]
     texts = []
     for request in make_pairs():
         text: list[int] = []
-        for uniform in stream_uniforms(request.stream, count):
+        for uniform in sample_uniforms(request.seed, count):
             student, teacher = (
                 rows[-1] for rows in both_logits(lambda ids: logits_of(model, ids), request, [*text, 0])
             )
@@ -261,7 +261,7 @@ def draw_with_targets() -> list[tuple[Target, float, float]]:
             error = torch.tensor(response.sampled_log_probs) - log_q.gather(1, ids)[:, 0]
             worst[0] = max(worst[0], error.abs().max().item())
             cdf = log_q.exp().cumsum(-1)
-            uniforms = torch.from_numpy(stream_uniforms(request.stream, NEW_TOKENS))
+            uniforms = torch.from_numpy(sample_uniforms(request.seed, NEW_TOKENS))
             above, below = cdf.gather(1, ids)[:, 0], (cdf - log_q.exp()).gather(1, ids)[:, 0]
             worst[1] = max(worst[1], (uniforms - above).max().item(), (below - uniforms).max().item())
         found.append((target, worst[0], worst[1]))
@@ -280,7 +280,7 @@ def draw_first_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first token of ``count`` guided samples of one pair of prompts, and both logits without a cache."""
     [model], grid = build(model_config(), parallel())
     pair = make_pairs()[0]
-    requests = [dataclasses.replace(pair, stream=stream_seed(1, 0, "x", i)) for i in range(count)]
+    requests = [dataclasses.replace(pair, seed=sample_seed(1, 0, "x", i)) for i in range(count)]
     responses = sampler_of([model], grid, kv_cache_gb=0.02).generate(requests, SamplingParams(1))
     model.eval()
     student, teacher = both_logits(lambda ids: logits_of(model, ids), pair, [0])

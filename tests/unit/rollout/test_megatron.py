@@ -16,7 +16,7 @@ from responses import chi_square_p_value, cut_at, own, stops_of
 
 from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed, stream_uniforms
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed, sample_uniforms
 from megatron_selfdistill.rollout.megatron import megatron_sampler, survivors
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler, split_batches
 
@@ -32,7 +32,7 @@ def make_requests(count: int = len(PROMPT_LENGTHS)) -> list[Request]:
     generator = torch.Generator().manual_seed(3)
     lengths = [PROMPT_LENGTHS[i % len(PROMPT_LENGTHS)] for i in range(count)]
     prompts = [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(prompt, stream_seed(0, 0, f"problem {i}", 0)) for i, prompt in enumerate(prompts)]
+    return [Request(prompt, sample_seed(0, 0, f"problem {i}", 0)) for i, prompt in enumerate(prompts)]
 
 
 def sampler_of(chunks, grid, kv_cache_gb=None) -> MegatronSampler:
@@ -221,7 +221,7 @@ def draw_by_hand() -> tuple[list[Response], list[list[int]]]:
     texts = []
     for request in requests:
         tokens = list(request.prompt)
-        for uniform in stream_uniforms(request.stream, NEW_TOKENS):
+        for uniform in sample_uniforms(request.seed, NEW_TOKENS):
             cdf = log_softmax_behind(model, tokens).exp().cumsum(0)
             tokens.append(int((cdf <= uniform).sum()))
         texts.append(tokens[len(request.prompt) :])
@@ -237,7 +237,7 @@ def first_tokens(sampling: SamplingParams, count: int) -> tuple[torch.Tensor, to
     """The first token of ``count`` samples of one prompt, and log softmax without a cache."""
     [model], grid = build(model_config(), parallel())
     prompt = make_requests()[0].prompt
-    requests = [Request(prompt, stream_seed(1, 0, "x", i)) for i in range(count)]
+    requests = [Request(prompt, sample_seed(1, 0, "x", i)) for i in range(count)]
     responses = sampler_of([model], grid).generate(requests, sampling)
     model.eval()
     return torch.tensor([response.token_ids[0] for response in responses]), log_softmax_behind(model, prompt)

@@ -20,17 +20,17 @@ PARAMS = SamplingParams(max_new_tokens=30, stop_token_ids=(1, 3))
 GARBAGE = 99
 
 
-def true_token(stream: int, position: int) -> int:
+def true_token(seed: int, position: int) -> int:
     """What the mix would give; 1 and 3 end a response."""
-    return int(np.random.default_rng([stream, position]).integers(0, 30))
+    return int(np.random.default_rng([seed, position]).integers(0, 30))
 
 
-def true_log_probs(stream: int, position: int) -> list[float]:
-    return [-stream - position / 32, -stream - position / 64, -stream - position / 128]
+def true_log_probs(seed: int, position: int) -> list[float]:
+    return [-seed - position / 32, -seed - position / 64, -seed - position / 128]
 
 
 def make_requests(count: int) -> list[Request]:
-    return [Request([40 + i, 41], stream=i, teacher_prompt=[50 + i, 51, 52, 53]) for i in range(count)]
+    return [Request([40 + i, 41], seed=i, teacher_prompt=[50 + i, 51, 52, 53]) for i in range(count)]
 
 
 class PartingEngine:
@@ -63,21 +63,21 @@ class PartingEngine:
         assert (student.role, teacher.role) == ("student", "teacher")
         assert replace(student, role="teacher") == teacher and student.pair not in self.names
         self.names.append(student.pair)
-        written = [true_token(student.stream, position) for position in range(student.start)]
-        assert pair[0]["token_ids"] == [40 + student.stream, 41, *written]
-        assert pair[1]["token_ids"] == [50 + student.stream, 51, 52, 53, *written]
+        written = [true_token(student.seed, position) for position in range(student.start)]
+        assert pair[0]["token_ids"] == [40 + student.seed, 41, *written]
+        assert pair[1]["token_ids"] == [50 + student.seed, 51, 52, 53, *written]
         assert pair[0]["sampling"]["max_tokens"] == student.max_tokens == 30 - student.start
         stops = pair[0]["sampling"]["stop_token_ids"]
         assert student.stop in stops
 
         tokens: list[int] = []
         while len(tokens) < student.max_tokens and not set(tokens) & set(stops):
-            tokens.append(true_token(student.stream, student.start + len(tokens)))
+            tokens.append(true_token(student.seed, student.start + len(tokens)))
         self.logs[student.pair], outputs = self.part(tokens, student)
         return [EngineOutput(output, [0.0] * len(output), "stop", self.version) for output in outputs]
 
     def part(self, tokens: list[int], half: PairHalf) -> tuple[PairLog, list[list[int]]]:
-        log = np.array([true_log_probs(half.stream, half.start + i) for i in range(len(tokens))], dtype=np.float32)
+        log = np.array([true_log_probs(half.seed, half.start + i) for i in range(len(tokens))], dtype=np.float32)
         crowded = self.num_pairs > self.seats
         if not crowded and (self.num_pairs == 1 or self.rng.random() >= self.faults):
             return PairLog([-1, -1], log), [tokens, tokens]
@@ -103,12 +103,12 @@ class PartingEngine:
 
 
 def assert_undisturbed(responses: Sequence[Response], params: SamplingParams = PARAMS) -> None:
-    for stream, response in enumerate(responses):
+    for seed, response in enumerate(responses):
         tokens: list[int] = []
         while len(tokens) < 30 and not set(tokens) & set(params.stop_token_ids):
-            tokens.append(true_token(stream, len(tokens)))
+            tokens.append(true_token(seed, len(tokens)))
         assert response.token_ids == tokens
-        student, teacher, mixed = zip(*(true_log_probs(stream, i) for i in range(len(tokens))), strict=True)
+        student, teacher, mixed = zip(*(true_log_probs(seed, i) for i in range(len(tokens))), strict=True)
         assert response.log_probs == list(student)
         assert response.teacher_log_probs == list(teacher)
         assert response.sampled_log_probs == list(mixed)
@@ -144,7 +144,7 @@ def test_a_pair_for_which_there_is_never_room_is_an_error_and_no_endless_loop() 
 
 def test_prompts_are_read_ahead_once_each_where_they_do_not_fit_into_one_pass() -> None:
     requests = [request for request in make_requests(3) for _ in range(4)]
-    requests = [replace(request, stream=request.prompt[0] - 40) for request in requests]
+    requests = [replace(request, seed=request.prompt[0] - 40) for request in requests]
     counts = PairCounts()
     engine = PartingEngine(max_num_batched_tokens=71)
     generate_guided(engine, requests, PARAMS, counts)

@@ -15,7 +15,7 @@ from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import Problem, ProblemSet, ProblemStream, load_problems
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
-from megatron_selfdistill.rollout.base import Request, Response, response_text, stream_seed
+from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.own_solutions import OwnSolutions, prompts_with
 from megatron_selfdistill.sources.solution_search import Attempt, Search, content_of, solve
@@ -26,7 +26,7 @@ BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{soluti
 def answered(request: Request) -> Response:
     """Behind ``a+b:``, as the stream says: the sum after some steps, a wrong one, or one without an end."""
     a, b = "".join(map(chr, request.prompt)).rstrip(":").split("+")
-    rng = random.Random(request.stream)
+    rng = random.Random(request.seed)
     text = "so\n" * rng.randrange(4) + str(int(a) + int(b) + (rng.random() < 0.3))
     cut = rng.random() < 0.2
     return written(text + ("" if cut else "$"), [-rng.random() for _ in range(len(text) + (not cut))])
@@ -124,10 +124,10 @@ def test_solutions_have_random_streams_of_their_own():
     asked: list[Request] = []
     for step in (0, 1):
         attempts_at(sums(), generate=lambda rs: (asked.extend(rs), [answered(r) for r in rs])[1], step=step)
-    streams = {request.stream for request in asked}
+    streams = {request.seed for request in asked}
     assert len(streams) == len(asked) == 2 * 9 * 12
     others = {
-        stream_seed(5, step, prefix + problem.id, i)
+        sample_seed(5, step, prefix + problem.id, i)
         for step in (0, 1)
         for prefix in ("", "eval/")
         for problem in sums()

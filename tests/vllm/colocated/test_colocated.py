@@ -23,7 +23,7 @@ from responses import own, tokens
 
 from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
 
 TIMEOUT = 600.0  # the first call on a rank imports vLLM
@@ -45,7 +45,7 @@ def requests(count: int = 8) -> list[Request]:
         torch.randint(models.VOCAB_SIZE, (270 if i % 2 else 5 + i,), generator=generator).tolist()
         for i in range(count // 2)
     ]
-    return [Request(prompts[i // 2], stream_seed(3, 0, f"p{i // 2}", i % 2)) for i in range(count)]
+    return [Request(prompts[i // 2], sample_seed(3, 0, f"p{i // 2}", i % 2)) for i in range(count)]
 
 
 @contextmanager

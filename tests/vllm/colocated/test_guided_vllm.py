@@ -2,7 +2,7 @@
 """Guided decoding on the real vLLM against transformers in float64: every token, whatever the engine does in between.
 
 The reference reads each response behind both prompts, mixes the two rows by its own bisection and inverts the CDF at
-the uniform of the request's stream.  That every token follows from the ones before it makes the whole response right.
+the uniform of the request's seed.  That every token follows from the ones before it makes the whole response right.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.logits_processor import BatchUpdate
 
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, stream_seed, stream_uniforms
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed, sample_uniforms
 from megatron_selfdistill.rollout.vllm import pairs
 from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, PairHalf, generate_guided
@@ -154,12 +154,12 @@ def engine(folder: Path) -> Iterator[Callable[[str], LLMEngine]]:
 
 
 def make_requests(count: int = 16, seed: int = 0) -> list[Request]:
-    """Prompts of 3 to 19 tokens, teachers' of 20 to 89; streams also beyond 2^63."""
+    """Prompts of 3 to 19 tokens, teachers' of 20 to 89; seeds also beyond 2^63."""
     rng = np.random.default_rng(seed)
     return [
         Request(
             prompt=rng.integers(2, VOCAB_SIZE, rng.integers(3, 20)).tolist(),
-            stream=stream_seed(seed, 0, "problem", index),
+            seed=sample_seed(seed, 0, "problem", index),
             teacher_prompt=rng.integers(2, VOCAB_SIZE, rng.integers(20, 90)).tolist(),
         )
         for index in range(count)
@@ -203,7 +203,7 @@ def assert_each_token_is_the_references(
             expected = (0.75 * teacher + student).argmax(-1)
             mixed_log_probs = torch.zeros(len(tokens), dtype=torch.float64)
         else:
-            uniforms = torch.from_numpy(stream_uniforms(request.stream, len(tokens)))
+            uniforms = torch.from_numpy(sample_uniforms(request.seed, len(tokens)))
             expected = torch.searchsorted(log_q.exp().cumsum(-1), uniforms[:, None], right=True)[:, 0]
             mixed_log_probs = log_q.gather(-1, tokens[:, None])[:, 0]
         wrong += [(number, position) for position in (tokens != expected).nonzero().flatten().tolist()]
@@ -290,7 +290,7 @@ def test_one_batch_holds_pairs_of_several_targets_and_plain_requests(engine: Cal
         for index, request in enumerate(requests):
             names.append(f"{number}-{index}")
             for role, prompt in zip(pairs.ROLES, (request.prompt, request.teacher_prompt), strict=True):
-                half = PairHalf(names[-1], role, request.stream, 0, 40, 1, target, greedy=False)
+                half = PairHalf(names[-1], role, request.seed, 0, 40, 1, target, greedy=False)
                 sampling = {**plain.sampling, "stop_token_ids": [1], "extra_args": half.extra_args()}
                 halves.append(EngineRequest(list(prompt or []), sampling))
     outputs = used.generate(halves)
@@ -366,7 +366,7 @@ def test_first_tokens_fit_the_weight_they_were_drawn_with_and_not_a_slightly_sma
     told = ((right - wrong) ** 2 / wrong.clamp_min(1e-3)).sum(-1)
     i, j = divmod(int(told.argmax()), 100)
     requests = [
-        Request(prompts[i].tolist(), stream_seed(0, 1, "chi", n), prompts[100 + j].tolist()) for n in range(NUM_DRAWS)
+        Request(prompts[i].tolist(), sample_seed(0, 1, "chi", n), prompts[100 + j].tolist()) for n in range(NUM_DRAWS)
     ]
     params = SamplingParams(max_new_tokens=1, stop_token_ids=(1,))
     counts = PairCounts()
@@ -515,10 +515,10 @@ def test_the_store_forgets_what_nobody_pops_but_nothing_that_is_live() -> None:
 def test_the_store_keeps_each_pairs_uniforms_and_log_while_it_grows() -> None:
     store = PairStore(torch.device("cpu"))
     for index in range(40):
-        half = replace(make_half(f"{index}", max_tokens=index + 1), stream=index)
+        half = replace(make_half(f"{index}", max_tokens=index + 1), seed=index)
         slot = store.admit(half, live=())
         assert store.admit(replace(half, role="teacher"), live=()) == slot
-        np.testing.assert_array_equal(store.uniforms[slot, : index + 1], stream_uniforms(index, index + 3)[2:])
+        np.testing.assert_array_equal(store.uniforms[slot, : index + 1], sample_uniforms(index, index + 3)[2:])
         store.write(np.array([slot]), np.array([0]), torch.full((1, 3), float(index)))
     logs = store.pop([f"{index}" for index in range(40)])
     assert [log.log_probs.tolist() for log in logs if log] == [[[float(index)] * 3] for index in range(40)]

@@ -121,7 +121,7 @@ def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
 
     chunks, grid = models.build(MODEL, models.parallel())
     plain = requests(8, longest=40)
-    mixed = [Request(r.prompt, r.stream, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
+    mixed = [Request(r.prompt, r.seed, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
     in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
     with sampler(chunks, grid, servers, guided=True) as built:
         built.update_weights(3)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.rollout.base import stream_uniforms
+from megatron_selfdistill.rollout.base import sample_uniforms
 from megatron_selfdistill.rollout.vllm.pairs import PairHalf, PairLog
 
 _BYTES_PER_TOKEN = 12  # of the log, on the device
@@ -54,7 +54,7 @@ class PairStore:
             self._make_room(live)
         slot = self._slots[half.pair] = self._free.pop()
         if not half.greedy:
-            uniforms = stream_uniforms(half.stream, half.start + half.max_tokens)
+            uniforms = sample_uniforms(half.seed, half.start + half.max_tokens)
             self.uniforms[slot, : half.max_tokens] = uniforms[half.start :]
         self.forced[slot] = -1
         self.drawn[slot] = 0
