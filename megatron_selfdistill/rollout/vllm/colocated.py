@@ -25,7 +25,13 @@ from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.megatron.kv_cache import free_bytes
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
-from megatron_selfdistill.rollout.vllm.exchange import agreement, check_requests, hand_back, pool, staleness
+from megatron_selfdistill.rollout.vllm.exchange import (
+    agreement,
+    check_requests,
+    gather_requests,
+    return_responses,
+    staleness,
+)
 from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
@@ -132,16 +138,16 @@ class ColocatedSampler:
         asked for, or writes with other weights than the last `update_weights` sent.
         """
         version = self._last_version()
-        pooled = pool(requests, self._grid)
-        check_requests(pooled.requests, params, self._max_length, guided=self._guided, who="the vLLM engines")
+        gathered = gather_requests(requests, self._grid)
+        check_requests(gathered.requests, params, self._max_length, guided=self._guided, who="the vLLM engines")
         if self._asleep:  # the weights were given up
             self.update_weights(version)
-        indices = self._share(len(pooled.requests))
+        indices = self._share(len(gathered.requests))
         with agreement(self._grid.device):
-            responses = self._written([pooled.requests[i] for i in indices], params)
+            responses = self._generate_share([gathered.requests[i] for i in indices], params)
         # All ranks of an engine have them; one of them hands them out.
-        written = dict(zip(indices, responses, strict=True)) if self._engine_rank == 0 else {}
-        return hand_back(written, pooled)
+        generated = dict(zip(indices, responses, strict=True)) if self._engine_rank == 0 else {}
+        return return_responses(generated, gathered)
 
     def sleep(self) -> None:
         """Leave the device to the trainer; nothing where memory cannot be given back (on a CPU)."""
@@ -175,7 +181,7 @@ class ColocatedSampler:
         first, behind = (count * n // self._num_engines for n in (self._engine_number, self._engine_number + 1))
         return range(first, behind)
 
-    def _written(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+    def _generate_share(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
         plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
         outputs = self._engine.generate([engine_request(requests[i], params) for i in plain])

@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Requests of all replicas to the engines, their responses back: what a sampler beside the training weights needs.
+"""Requests of all replicas go to the engines and responses come back, for samplers that have weights of their own.
 
-    pooled = pool(requests, grid)  # everybody's requests, on every rank
+    gathered = gather_requests(requests, grid)  # the requests of all replicas, on every rank
     with agreement(grid.device):
-        written = {index: response, ...}  # this rank's share; an error here is raised on all ranks
-    responses = hand_back(written, pooled)  # those of this rank's replica, in order
+        generated = {index: response, ...}  # this rank's share; an error here is raised on all ranks
+    responses = return_responses(generated, gathered)  # the responses to this replica's requests, in order
 
 Every function is a collective over the world.
 """
@@ -12,131 +12,95 @@ Every function is a collective over the world.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from megatron_selfdistill.checkpoint.formats.unpickler import loads_pickled
 from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.base import FINISH_REASONS, Request, Response, SamplingParams, require_room
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
 
-_NONE = -1
-_HEADER_WORDS = 1
-"""int64 in front of all packed responses of one sender: their number."""
-_RESPONSE_WORDS = 5
-"""int64 of one packed response beside its tokens and their numbers."""
 _HEARTBEAT_SECONDS = 10.0
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The requests of all replicas."""
+class GatheredRequests:
+    """The requests of all data-parallel replicas, as every rank holds them."""
 
     requests: list[Request]
-    """One replica's after the other's."""
-    first: int
-    """Index of this replica's first request."""
-    count: int
-    """Requests of this replica."""
+    """All requests, in the order of the replicas."""
+    own: range
+    """Indices of the requests of this rank's replica."""
+    by_rank: list[range]
+    """Indices of the requests of each rank's replica, by global rank."""
     device: torch.device
-    """Where collectives take their tensors."""
+    """Device of the tensors that collectives exchange."""
 
 
-def pool(requests: Sequence[Request], grid: RankGrid) -> Pool:
-    """Everybody's requests on every rank, in the order of the replicas.
+def gather_requests(requests: Sequence[Request], grid: RankGrid) -> GatheredRequests:
+    """Return the requests of all replicas, in the order of the replicas, on every rank.
 
     ``requests`` are those of this data-parallel replica, the same on each of its ranks.
-    Collectives: two all-gathers over ``grid.dp_group``; prompts travel as packed integers, padded to the longest share.
+    Collectives: one all-gather of objects over the world.
     """
-    packed = torch.from_numpy(_packed_requests(requests)).to(grid.device)
-    shares = _all_gather_uneven(packed, grid.dp_group)
-    pooled = [_unpacked_requests(share) for share in shares]
-    first = sum(len(share) for share in pooled[: grid.dp_rank])
-    return Pool([request for share in pooled for request in share], first, len(requests), grid.device)
+    shares: list[tuple[int, list[Request]]] = [(0, [])] * grid.world_size
+    dist.all_gather_object(shares, (grid.dp_rank, list(requests) if grid.is_first_of_replica else []))
+    by_replica: list[list[Request]] = [[] for _ in range(grid.dp_size)]
+    for dp_rank, share in shares:
+        by_replica[dp_rank] += share
+    ranges = [range(first, end) for first, end in pairwise(accumulate(map(len, by_replica), initial=0))]
+    everything = [request for share in by_replica for request in share]
+    return GatheredRequests(everything, ranges[grid.dp_rank], [ranges[dp_rank] for dp_rank, _ in shares], grid.device)
 
 
-def hand_back(written: Mapping[int, Response], pooled: Pool) -> list[Response]:
-    """The responses to this replica's requests, in order.
+def return_responses(generated: Mapping[int, Response], gathered: GatheredRequests) -> list[Response]:
+    """Return the responses to the requests of this rank's replica, in order.
 
-    ``written``: what this rank has, by index into ``pooled.requests``; each index on exactly one rank, on the others
-    it is absent.  Raises `EngineError` on all ranks alike where a response is missing or there twice.
-    Collectives over the world: a sum of a table of sizes, and one all-to-all in which each rank receives the responses
-    to its own replica's requests and no others.
+    ``generated`` holds the responses that this rank has, by index into ``gathered.requests``; exactly one rank has the
+    response to each request.
+    Collectives over the world: two all-to-alls, in which each rank receives the responses to the requests of its own
+    replica and no others, and the collectives of `agree`.
+    Raises: `EngineError` on all ranks alike if a request has no response or more than one.
     """
-    sizes = {index: _words_of(response) for index, response in written.items()}
-    table = _Table.summed(sizes, pooled)
-    if (table.copies != 1).any():
-        index = int((table.copies != 1).argmax())
-        raise EngineError(
-            f"expected one response to each of {len(table.copies)} requests, got {table.copies.sum()}: request {index} "
-            f"has {table.copies[index]}"
-        )
-    shares: dict[range, np.ndarray] = {}  # the ranks of a replica get the same
-    for wanted in table.wanted_by_rank:
-        if wanted not in shares:
-            shares[wanted] = _packed_responses({index: written[index] for index in wanted if index in written})
-    sent = [shares[wanted] for wanted in table.wanted_by_rank]
-    own = range(pooled.first, pooled.first + pooled.count)
-    received_words = [_HEADER_WORDS + int(words) for words in table.words_by_writer(own)]
-    received = torch.empty(sum(received_words), dtype=torch.int64, device=pooled.device)
-    dist.all_to_all_single(
-        received,
-        torch.from_numpy(np.concatenate(sent)).to(pooled.device),
-        received_words,
-        [len(share) for share in sent],
-    )
-    responses: dict[int, Response] = {}
-    for share in np.split(received.cpu().numpy(), np.cumsum(received_words)[:-1]):
-        responses |= _unpacked_responses(share)
-    return [responses[index] for index in own]
+    shares = {
+        indices: pickle.dumps([(index, vars(generated[index])) for index in indices if index in generated])
+        for indices in set(gathered.by_rank)
+    }
+    received = _all_to_all([shares[indices] for indices in gathered.by_rank], gathered.device)
+    found = [pair for share in received for pair in loads_pickled(share, "a share of responses")]
+    counts = Counter(index for index, _ in found)
+    wrong = [f"request {index} has {counts[index]}" for index in gathered.own if counts[index] != 1]
+    agree(EngineError(f"expected one response to each request, but {wrong[0]}") if wrong else None, gathered.device)
+    responses = {index: Response(**fields) for index, fields in found}
+    return [responses[index] for index in gathered.own]
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Who wrote what, and who wants what, as every rank knows it."""
+def _all_to_all(outgoing: Sequence[bytes], device: torch.device) -> list[bytes]:
+    """Send ``outgoing[r]``, which is not empty, to each rank r; return what each rank sends to this one, by rank.
 
-    copies: np.ndarray
-    """[requests] int64: ranks that have a response to each."""
-    words: np.ndarray
-    """[requests] int64: what the response takes in a packed share."""
-    writer: np.ndarray
-    """[requests] int64: the rank that has it, where one rank has."""
-    wanted_by_rank: list[range]
-    """Indices of the requests of each rank's replica."""
-
-    @classmethod
-    def summed(cls, sizes: Mapping[int, int], pooled: Pool) -> _Table:
-        """``sizes``: of the responses that this rank has, in words.  Collectives: one sum over the world."""
-        world_size, rank, count = dist.get_world_size(), dist.get_rank(), len(pooled.requests)
-        table = np.zeros((count, 3), dtype=np.int64)
-        for index, words in sizes.items():
-            table[index] = 1, words, rank
-        wanted = np.zeros((world_size, 2), dtype=np.int64)
-        wanted[rank] = pooled.first, pooled.first + pooled.count
-        everything = torch.from_numpy(np.concatenate([table.ravel(), wanted.ravel()])).to(pooled.device)
-        dist.all_reduce(everything)
-        total = everything.cpu().numpy()
-        copies, packed_words, writer = total[: 3 * count].reshape(count, 3).T
-        bounds = total[3 * count :].reshape(-1, 2).tolist()
-        return cls(copies, packed_words, writer, [range(first, behind) for first, behind in bounds])
-
-    def words_by_writer(self, wanted: range) -> np.ndarray:
-        """Return [world_size] int64: the words of each rank's responses to the requests ``wanted``."""
-        part = slice(wanted.start, wanted.stop)
-        words = np.zeros(len(self.wanted_by_rank), dtype=np.int64)
-        np.add.at(words, self.writer[part], self.words[part])
-        return words
+    Collectives: two all-to-alls over the world, of sizes and of bytes.
+    """
+    sizes = torch.tensor([len(data) for data in outgoing], device=device)
+    received_sizes = torch.empty_like(sizes)
+    dist.all_to_all_single(received_sizes, sizes)
+    output_sizes = received_sizes.tolist()
+    received = torch.empty(sum(output_sizes), dtype=torch.uint8, device=device)
+    sent = torch.frombuffer(bytearray().join(outgoing), dtype=torch.uint8).to(device)
+    dist.all_to_all_single(received, sent, output_sizes, [len(data) for data in outgoing])
+    return [part.numpy().tobytes() for part in received.cpu().split(output_sizes)]
 
 
 @contextlib.contextmanager
@@ -238,115 +202,3 @@ def staleness(version: int | None, expected: int, max_staleness: int, who: str) 
             f"(rollout.max_staleness={max_staleness})"
         )
     return expected - version
-
-
-# A request: prompt length, teacher prompt length or -1, stream; then all prompts, then all teacher prompts.
-
-
-def _packed_requests(requests: Sequence[Request]) -> np.ndarray:
-    teachers = [request.teacher_prompt for request in requests]
-    head = np.array(
-        [
-            (
-                len(request.prompt),
-                _NONE if teacher is None else len(teacher),
-                np.uint64(request.seed).astype(np.int64),
-            )
-            for request, teacher in zip(requests, teachers, strict=True)
-        ],
-        dtype=np.int64,
-    )
-    prompts = [np.asarray(request.prompt, dtype=np.int64) for request in requests]
-    prompts += [np.asarray(teacher, dtype=np.int64) for teacher in teachers if teacher is not None]
-    return np.concatenate([np.array([len(requests)], dtype=np.int64), head.ravel(), *prompts])
-
-
-def _unpacked_requests(packed: np.ndarray) -> list[Request]:
-    count = int(packed[0])
-    head = packed[1 : 1 + 3 * count].reshape(count, 3)
-    lengths, teacher_lengths = head[:, 0], head[:, 1]
-    ends = np.concatenate([lengths, teacher_lengths.clip(0)]).cumsum() + 1 + 3 * count
-    texts = np.split(packed, ends)
-    texts[0] = texts[0][1 + 3 * count :]
-    return [
-        Request(
-            prompt=texts[i].tolist(),
-            seed=int(head[i, 2].astype(np.uint64)),
-            teacher_prompt=None if teacher_lengths[i] == _NONE else texts[count + i].tolist(),
-        )
-        for i in range(count)
-    ]
-
-
-# A response: index, length, finish reason, guided, weight version or -1; then all tokens; then, as the bits of float64,
-# all log-probs, all sampled log-probs, and the teacher's of those that are guided.
-
-
-def _words_of(response: Response) -> int:
-    """Return how many int64 a response takes in `_packed_responses`, beside the header of all."""
-    return _RESPONSE_WORDS + len(response.token_ids) * (4 if response.guided else 3)
-
-
-def _packed_responses(written: Mapping[int, Response]) -> np.ndarray:
-    responses = written.values()
-    head = [
-        (
-            index,
-            len(response.token_ids),
-            FINISH_REASONS.index(response.finish_reason),
-            response.guided,
-            _NONE if response.weight_version is None else response.weight_version,
-        )
-        for index, response in written.items()
-    ]
-    tokens = [np.asarray(response.token_ids, dtype=np.int64) for response in responses]
-    columns = [response.log_probs for response in responses]
-    columns += [response.sampled_log_probs for response in responses]
-    columns += [response.teacher_log_probs for response in responses if response.teacher_log_probs is not None]
-    floats = [np.asarray(column, dtype=np.float64).view(np.int64) for column in columns]
-    return np.concatenate(
-        [np.array([len(head)], dtype=np.int64), np.array(head, dtype=np.int64).ravel(), *tokens, *floats]
-    )
-
-
-def _unpacked_responses(packed: np.ndarray) -> dict[int, Response]:
-    """The responses of `_packed_responses`, by index."""
-    count = int(packed[0])
-    head = packed[1 : 1 + 5 * count].reshape(count, 5)
-    lengths, guided = head[:, 1], head[:, 3]
-    sizes = np.concatenate([lengths, lengths, lengths, lengths * guided])
-    starts = (sizes.cumsum() - sizes + 1 + 5 * count).reshape(4, count)
-
-    def floats(column: int, i: int) -> list[float]:
-        start = starts[column, i]
-        return packed[start : start + lengths[i]].view(np.float64).tolist()
-
-    responses = {}
-    for i, index in enumerate(head[:, 0].tolist()):
-        start, version = starts[0, i], int(head[i, 4])
-        responses[index] = Response(
-            token_ids=packed[start : start + lengths[i]].tolist(),
-            log_probs=floats(1, i),
-            sampled_log_probs=floats(2, i),
-            finish_reason=FINISH_REASONS[head[i, 2]],
-            teacher_log_probs=floats(3, i) if guided[i] else None,
-            weight_version=None if version == _NONE else version,
-        )
-    return responses
-
-
-def _all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> list[np.ndarray]:
-    """Return every rank's ``tensor [n]``, of any n, on the host."""
-    sizes = _sizes(tensor, group)
-    padded = tensor.new_zeros(max(sizes))
-    padded[: tensor.numel()] = tensor
-    buffers = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(buffers, padded, group=group)
-    return [row[:size] for row, size in zip(torch.stack(buffers).cpu().numpy(), sizes, strict=True)]
-
-
-def _sizes(tensor: Tensor, group: dist.ProcessGroup) -> list[int]:
-    size = tensor.new_tensor([tensor.numel()])
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    return torch.cat(sizes).tolist()

@@ -31,7 +31,14 @@ from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import Task, deal
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
-from megatron_selfdistill.rollout.vllm.exchange import agreement, check_requests, hand_back, on_rank_0, pool, staleness
+from megatron_selfdistill.rollout.vllm.exchange import (
+    agreement,
+    check_requests,
+    gather_requests,
+    on_rank_0,
+    return_responses,
+    staleness,
+)
 from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
@@ -48,7 +55,7 @@ _PROBE_SECONDS = 10.0
 class ServerSampler:
     """Samples on servers that run already, or that rank 0 starts and ends.
 
-    Requests of all replicas are gathered, dealt over the servers and handed back, so neither the trainer's layout nor
+    Requests of all replicas are gathered, dealt over the servers and returned, so neither the trainer's layout nor
     the number of servers changes what a request is answered.
     """
 
@@ -157,10 +164,10 @@ class ServerSampler:
         """
         if self._version is None:
             raise EngineError("the vLLM servers have no weights yet: call update_weights before generate")
-        pooled = pool(requests, self._grid)
-        check_requests(pooled.requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
-        written = on_rank_0(lambda: self._written(pooled.requests, params), self._grid.device)
-        return hand_back(written or {}, pooled)
+        gathered = gather_requests(requests, self._grid)
+        check_requests(gathered.requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
+        generated = on_rank_0(lambda: self._generate_on_servers(gathered.requests, params), self._grid.device)
+        return return_responses(generated or {}, gathered)
 
     def sleep(self) -> None:
         """Nothing: servers have memory of their own."""
@@ -244,7 +251,7 @@ class ServerSampler:
         dist.broadcast(left, src=0)
         return bool(left.item())
 
-    def _written(self, requests: Sequence[Request], params: SamplingParams) -> dict[int, Response]:
+    def _generate_on_servers(self, requests: Sequence[Request], params: SamplingParams) -> dict[int, Response]:
         if not requests:
             return {}
         servers = self._usable()
@@ -262,15 +269,15 @@ class ServerSampler:
         self._count("requests_retried", dealt.retried)
         if guided:
             self._count("guided_repairs", sum(each.repairs for each in counts))
-        written = {
+        generated = {
             i: response
             for group, responses in zip(groups, dealt.results, strict=True)
             for i, response in zip(group, responses, strict=True)
         }
         if self._max_staleness:
-            oldest = min(response.weight_version for response in written.values())  # type: ignore[type-var]
+            oldest = min(response.weight_version for response in generated.values())  # type: ignore[type-var]
             self._metrics["rollout/staleness_max"] = self._expected() - oldest  # type: ignore[operator]
-        return written
+        return generated
 
     def _task(
         self, requests: Sequence[Request], params: SamplingParams, counts: list[PairCounts]
