@@ -45,7 +45,7 @@ class ColocatedSampler:
     """Samples with vLLM engines that live beside the trainer's model, on its devices.
 
     The trainer's layout does not matter to the engines: each rank sees every full tensor of `Exporter.stream`, of which
-    its engine keeps its part; requests of all replicas are dealt over all engines, and responses go back to the ranks
+    its engine keeps its part; requests of all replicas are spread over all engines, and responses go back to the ranks
     that asked.  What a request is answered depends on its prompt, its stream and the weights, not on the others.
 
     On GPUs the engines sleep between `sleep` and the next call that needs them: weights and KV cache leave the device.

@@ -1,13 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Tasks dealt over servers that may die: each is done exactly once, by whichever server has time and lives."""
+"""Distribute tasks over servers that may fail: each task is done exactly once, by a server that works."""
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from megatron_selfdistill.distributed.watchdog import beat
@@ -17,128 +18,79 @@ from megatron_selfdistill.rollout.vllm.client import MAX_IN_FLIGHT, RequestRefus
 T = TypeVar("T")
 Task = Callable[[VllmServer], T]
 
-_SHOWN = 4
+_MAX_SHOWN = 4
 
 
-@dataclass
-class Dealt(Generic[T]):
-    """What became of the tasks."""
+@dataclass(frozen=True)
+class DispatchResult(Generic[T]):
+    """The results of all tasks, and the servers that failed on the way."""
 
     results: list[T]
-    """Of each task, in order."""
-    retried: int = 0
-    """Tasks that a server failed at and another one did."""
-    failures: dict[VllmServer, EngineError] = field(default_factory=dict)
-    """Servers that failed, each with its first error."""
+    """The result of each task, in the order of the tasks."""
+    num_retried: int
+    """Number of tasks at which a server failed before another server did them."""
+    failures: dict[VllmServer, EngineError]
+    """The first error of each server that failed."""
 
 
-def deal(tasks: Sequence[Task[T]], servers: Sequence[VllmServer]) -> Dealt[T]:
-    """Do every task on one of ``servers``.
+def dispatch(tasks: Sequence[Task[T]], servers: Sequence[VllmServer]) -> DispatchResult[T]:
+    """Do every task on one of ``servers`` and return the results.
 
-    Each server starts with neighbouring tasks, since the samples of one problem share their prompt's KV cache, and one
-    that has finished takes over from the one with the most left.  A task that raises `EngineError` is its server's
-    fault: the server gets no further task, and others do what it had not done.
+    Each server starts with neighbouring tasks, since the samples of one problem share the KV cache of their prompt.  A
+    server that has finished its tasks takes tasks from the server that has most left.  An `EngineError` of a task is
+    the failure of its server: the server gets no further task, and the other servers do its tasks.
 
-    Raises: `EngineError` naming the servers and why, when none is left; `RequestRefused`, and whatever else a task
-    raises, at once.
+    Raises: `EngineError` that names the servers and their errors when no server is left; `RequestRefused`, and any
+    other error of a task, at once.
     """
-    return _Table(tasks, servers).deal() if tasks else Dealt([])
-
-
-class _Table(Generic[T]):
-    """What the threads share: several per server, each with one task at a time."""
-
-    def __init__(self, tasks: Sequence[Task[T]], servers: Sequence[VllmServer]) -> None:
-        self._tasks = tasks
-        self._changed = threading.Condition()
-        count = len(tasks)
-        cuts = [count * i // len(servers) for i in range(len(servers) + 1)]
-        self._queues = {
-            server: deque(range(first, behind)) for server, (first, behind) in zip(servers, pairwise(cuts), strict=True)
-        }
-        self._in_flight = min(MAX_IN_FLIGHT, -(-count // len(servers)))
-        self._results: dict[int, T] = {}
-        self._failures: dict[VllmServer, EngineError] = {}
-        self._retried: set[int] = set()
-        self._busy = 0
-        self._fatal: BaseException | None = None
-
-    def deal(self) -> Dealt[T]:
-        threads = [
-            threading.Thread(target=self._work, args=(server,), name=server.address, daemon=True)
-            for _ in range(self._in_flight)
-            for server in self._queues  # in turn, or the first would have begun with the last's share
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            with self._changed:
-                self._changed.wait_for(self._is_over)
-        finally:
-            with self._changed:
-                over = len(self._results) == len(self._tasks)
-                self._fatal = self._fatal or (None if over else EngineError("given up"))
-                self._changed.notify_all()
-            if not over:
-                for server in self._queues:
-                    server.interrupt()
-        if not over:
-            raise self._error()
-        return Dealt([self._results[i] for i in range(len(self._tasks))], len(self._retried), self._failures)
-
-    def _is_over(self) -> bool:
-        done = len(self._results) == len(self._tasks)
-        nobody = len(self._failures) == len(self._queues) and self._busy == 0
-        return done or nobody or self._fatal is not None
-
-    def _error(self) -> BaseException:
-        if self._failures and len(self._failures) == len(self._queues):
-            causes = [str(error) for error in self._failures.values()]
-            more = f"; and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
-            left = len(self._tasks) - len(self._results)
-            return EngineError(
-                f"no vLLM server is left for {left} of {len(self._tasks)} requests: {'; '.join(causes[:_SHOWN])}{more}"
-            )
-        assert self._fatal is not None
-        return self._fatal
-
-    def _work(self, server: VllmServer) -> None:
-        while (index := self._take(server)) is not None:
+    if not tasks:
+        return DispatchResult([], 0, {})
+    cuts = [len(tasks) * i // len(servers) for i in range(len(servers) + 1)]
+    waiting = {server: deque(range(first, end)) for server, (first, end) in zip(servers, pairwise(cuts), strict=True)}
+    num_threads = min(MAX_IN_FLIGHT, -(-len(tasks) // len(servers)))  # per server
+    idle = deque([*servers] * num_threads)  # servers in turn, so that each of them begins with its own tasks
+    running: dict[Future[T], tuple[VllmServer, int]] = {}
+    finished: SimpleQueue[Future[T]] = SimpleQueue()
+    results: dict[int, T] = {}
+    retried: set[int] = set()
+    failures: dict[VllmServer, EngineError] = {}
+    threads = ThreadPoolExecutor(num_threads * len(servers), thread_name_prefix="task")
+    try:
+        while len(results) < len(tasks):
+            while idle and any(waiting.values()):
+                server = idle.popleft()
+                if server not in failures:
+                    index = waiting[server].popleft() if waiting[server] else max(waiting.values(), key=len).pop()
+                    future = threads.submit(tasks[index], server)
+                    running[future] = server, index
+                    future.add_done_callback(finished.put)
+            if not running:
+                raise _no_server_left(len(tasks) - len(results), len(tasks), failures)
+            future = finished.get()
+            server, index = running.pop(future)
             try:
-                result = self._tasks[index](server)
-            except RequestRefused as error:
-                self._put_back(server, index, fatal=error)
+                results[index] = future.result()
+            except RequestRefused:
+                raise
             except EngineError as error:
-                self._put_back(server, index, error)
-            except BaseException as error:
-                self._put_back(server, index, fatal=error)
+                failures.setdefault(server, error)
+                waiting[server].append(index)
+                retried.add(index)
             else:
                 beat()
-                with self._changed:
-                    self._busy -= 1
-                    self._results[index] = result
-                    self._changed.notify_all()
+                idle.append(server)
+    except BaseException:
+        for server in servers:
+            server.interrupt()
+        raise
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+    return DispatchResult([results[i] for i in range(len(tasks))], len(retried), failures)
 
-    def _take(self, server: VllmServer) -> int | None:
-        """A task for ``server``, as soon as there is one; None when it shall have no more."""
-        with self._changed:
-            while not self._is_over() and server not in self._failures:
-                own = self._queues[server]
-                longest = max(self._queues.values(), key=len)
-                if own or longest:
-                    self._busy += 1
-                    return own.popleft() if own else longest.pop()
-                self._changed.wait()  # one that is in flight elsewhere may come back
-            return None
 
-    def _put_back(
-        self, server: VllmServer, index: int, error: EngineError | None = None, fatal: BaseException | None = None
-    ) -> None:
-        with self._changed:
-            self._busy -= 1
-            if error is not None:
-                self._failures.setdefault(server, error)
-                self._queues[server].append(index)
-                self._retried.add(index)
-            self._fatal = self._fatal or fatal
-            self._changed.notify_all()
+def _no_server_left(num_left: int, num_tasks: int, failures: dict[VllmServer, EngineError]) -> EngineError:
+    causes = [str(error) for error in failures.values()]
+    more = f"; and {len(causes) - _MAX_SHOWN} more" if len(causes) > _MAX_SHOWN else ""
+    return EngineError(
+        f"no vLLM server is left for {num_left} of {num_tasks} requests: {'; '.join(causes[:_MAX_SHOWN])}{more}"
+    )

@@ -29,7 +29,7 @@ from megatron_selfdistill.model.export import Exporter
 from megatron_selfdistill.model.hf.rules import Rule
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.dispatch import Task, deal
+from megatron_selfdistill.rollout.vllm.dispatch import Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.exchange import (
     agreement,
@@ -55,7 +55,7 @@ _PROBE_SECONDS = 10.0
 class ServerSampler:
     """Samples on servers that run already, or that rank 0 starts and ends.
 
-    Requests of all replicas are gathered, dealt over the servers and returned, so neither the trainer's layout nor
+    Requests of all replicas are gathered, dispatched to the servers and returned, so neither the trainer's layout nor
     the number of servers changes what a request is answered.
     """
 
@@ -185,6 +185,8 @@ class ServerSampler:
     def close(self) -> None:
         """End the servers that were started here; may be called twice."""
         atexit.unregister(self.close)
+        for server in self._servers:
+            server.interrupt()  # a thread that still waits for a response would delay the end of the process
         if self._transfer is not None:
             self._transfer.close()
         for one in self._started:
@@ -263,15 +265,15 @@ class ServerSampler:
         groups += [guided[first:behind] for first, behind in pairwise(cuts) if first < behind]
         counts: list[PairCounts] = []
         tasks = [self._task([requests[i] for i in group], params, counts) for group in groups]
-        dealt = deal(tasks, servers)
-        for server, error in dealt.failures.items():
+        dispatched = dispatch(tasks, servers)
+        for server, error in dispatched.failures.items():
             self._lose(server, error)
-        self._count("requests_retried", dealt.retried)
+        self._count("requests_retried", dispatched.num_retried)
         if guided:
             self._count("guided_repairs", sum(each.repairs for each in counts))
         generated = {
             i: response
-            for group, responses in zip(groups, dealt.results, strict=True)
+            for group, responses in zip(groups, dispatched.results, strict=True)
             for i, response in zip(group, responses, strict=True)
         }
         if self._max_staleness:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
-from megatron_selfdistill.rollout.vllm.dispatch import deal
+from megatron_selfdistill.rollout.vllm.dispatch import dispatch
 
 
 def servers_of(count: int) -> list[VllmServer]:
@@ -42,9 +42,9 @@ def counting(count: int, before: Callable[[int, VllmServer], None]) -> tuple[lis
 
 def test_every_task_is_done_once_and_results_keep_the_order():
     tasks, done, where = counting(53, lambda i, server: time.sleep(0.001 * (i % 5)))
-    dealt = deal(tasks, servers_of(3))
-    assert dealt.results == list(range(53))
-    assert set(done.values()) == {1} and not dealt.retried and not dealt.failures
+    dispatched = dispatch(tasks, servers_of(3))
+    assert dispatched.results == list(range(53))
+    assert set(done.values()) == {1} and not dispatched.num_retried and not dispatched.failures
     assert len(set(where.values())) == 3
 
 
@@ -59,11 +59,11 @@ def test_what_a_dead_server_had_is_done_by_the_others_once():
             raise EngineError(f"{server.address}: gone")
 
     tasks, done, where = counting(60, before)
-    dealt = deal(tasks, servers)
-    assert dealt.results == list(range(60))
+    dispatched = dispatch(tasks, servers)
+    assert dispatched.results == list(range(60))
     assert set(done.values()) == {1}
-    assert list(dealt.failures) == [servers[1]] and str(dealt.failures[servers[1]]).endswith("gone")
-    assert dealt.retried > 0
+    assert list(dispatched.failures) == [servers[1]] and str(dispatched.failures[servers[1]]).endswith("gone")
+    assert dispatched.num_retried > 0
     assert asked[servers[1].address] <= 20  # its own share; nothing new once it has failed
     assert servers[1].address not in where.values()
 
@@ -74,7 +74,7 @@ def test_when_all_servers_are_dead_the_error_names_each_and_why():
 
     tasks, _, _ = counting(9, before)
     with pytest.raises(EngineError, match=r"left for 9 of 9 requests: .*server0:1: out of order.*server1:1: out of"):
-        deal(tasks, servers_of(2))
+        dispatch(tasks, servers_of(2))
 
 
 def test_a_refused_request_is_not_tried_elsewhere():
@@ -88,7 +88,7 @@ def test_a_refused_request_is_not_tried_elsewhere():
 
     tasks, _, _ = counting(12, before)
     with pytest.raises(RequestRefused, match="too long"):
-        deal(tasks, servers_of(2))
+        dispatch(tasks, servers_of(2))
     assert len(refused) == 1
 
 
@@ -99,7 +99,7 @@ def test_an_error_of_ours_is_raised_and_no_server_is_blamed():
 
     tasks, _, _ = counting(8, before)
     with pytest.raises(KeyError, match="ours"):
-        deal(tasks, servers_of(2))
+        dispatch(tasks, servers_of(2))
 
 
 def test_a_fast_server_takes_over_from_a_slow_one(monkeypatch):
@@ -116,9 +116,9 @@ def test_a_fast_server_takes_over_from_a_slow_one(monkeypatch):
             assert all_begun.wait(60)
 
     tasks, _, where = counting(24, before)
-    deal(tasks, servers)
+    dispatch(tasks, servers)
     assert Counter(where.values())[servers[1].address] >= 22
 
 
-def test_nothing_is_dealt_of_nothing():
-    assert deal([], servers_of(2)).results == []
+def test_no_tasks_give_no_results():
+    assert dispatch([], servers_of(2)).results == []
