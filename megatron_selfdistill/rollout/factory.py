@@ -26,48 +26,19 @@ def make_sampler(config: Config, run_data: RunData, chunks: Sequence[torch.nn.Mo
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
         return MegatronSampler(chunks, grid, run_data.vocab_size, run_data.max_length, rollout.kv_cache_gb)
-    from megatron_selfdistill.rollout.vllm.hf_directory import engine_folder
+    from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
 
-    folder, rules = engine_folder(config, run_data.vocab_size, Path(config.run_dir), grid)
+    directory, rules = engine_directory(config, run_data.vocab_size, Path(config.run_dir), grid)
     if rollout.placement == "server":
         from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
         return ServerSampler(
-            chunks,
-            grid,
-            folder,
-            rules,
-            max_length=run_data.max_length,
-            run_dir=Path(config.run_dir),
-            servers=rollout.servers,
-            num_servers=rollout.num_servers,
-            server_python=rollout.server_python,
-            server_env=rollout.server_env,
-            engine_tp=rollout.engine_tp,
-            kv_cache_gb=rollout.kv_cache_gb,
-            engine_args=rollout.engine_args,
-            guided=rollout.guidance != "none",
-            transfer=rollout.transfer,
-            transfer_dir=rollout.transfer_dir,
-            bucket_bytes=int(rollout.bucket_mb * 2**20),
-            timeout_s=rollout.timeout_s,
-            max_staleness=rollout.max_staleness,
+            chunks, grid, directory, rules, rollout, max_length=run_data.max_length, run_dir=Path(config.run_dir)
         )
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     return ColocatedSampler(
-        chunks,
-        grid,
-        folder,
-        rules,
-        vocab_size=run_data.vocab_size,
-        max_length=run_data.max_length,
-        engine_tp=rollout.engine_tp,
-        kv_cache_gb=rollout.kv_cache_gb,
-        bucket_bytes=int(rollout.bucket_mb * 2**20),
-        engine_args=rollout.engine_args,
-        guided=rollout.guidance != "none",
-        max_staleness=rollout.max_staleness,
+        chunks, grid, directory, rules, rollout, vocab_size=run_data.vocab_size, max_length=run_data.max_length
     )
 
 

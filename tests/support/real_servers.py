@@ -12,6 +12,7 @@ from typing import Any
 
 from trained import FAMILY, MAX_LENGTH, MODEL, Reach
 
+from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 
@@ -25,7 +26,9 @@ def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[
         grid,
         servers.hf_config,
         FAMILY.rules(MODEL),
-        **{"max_length": MAX_LENGTH, "run_dir": servers.hf_config, "servers": servers.addresses, **options},
+        RolloutConfig(engine="vllm", placement="server", servers=servers.addresses, **options),
+        max_length=MAX_LENGTH,
+        run_dir=servers.hf_config,
     )
     try:
         yield built

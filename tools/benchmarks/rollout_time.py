@@ -33,7 +33,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     silence_known_warnings()
     torch.set_num_threads(1)
-    from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+    from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, ScheduleConfig
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.model.architecture import transformer_config
     from megatron_selfdistill.model.build import build_chunks
@@ -63,10 +63,9 @@ def main() -> None:
             grid,
             Path(folder),
             family.rules(model),
+            RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp, guidance="mixed"),
             vocab_size=arguments.vocab,
             max_length=max_length,
-            engine_tp=arguments.engine_tp,
-            guided=True,
         )
     samplers = {"megatron": MegatronSampler(chunks, grid, arguments.vocab, max_length), "vllm": engine}
     for sampler in samplers.values():

@@ -70,6 +70,7 @@ def _measure(
     arguments: argparse.Namespace, chunks: Any, grid: Any, rules: Any, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
     """By transfer the seconds of each sync and of the copy before it, and the bytes of one sync."""
+    from megatron_selfdistill.config import RolloutConfig
     from megatron_selfdistill.rollout.vllm.client import VllmServer
     from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
     from megatron_selfdistill.rollout.vllm.server.server_process import start_servers, wait_until_healthy
@@ -77,18 +78,20 @@ def _measure(
 
     os.environ[TOKEN_VARIABLE] = token = secrets.token_urlsafe(16)
     processes = start_servers(
-        arguments.servers,
-        folder=folder / "servers",
+        RolloutConfig(
+            engine="vllm",
+            placement="server",
+            num_servers=arguments.servers,
+            server_python=arguments.server_python,
+            kv_cache_gb=0.2,
+            engine_args={"max_num_seqs": 8},
+            transfer="ipc" if "ipc" in arguments.transfers else None,
+        ),
+        directory=folder / "servers",
         hf_config=folder,
-        python=arguments.server_python,
         token=token,
-        tensor_parallel_size=1,
         dtype=dtype,
         max_model_len=256,
-        kv_cache_gb=0.2,
-        guided=False,
-        engine_args={"max_num_seqs": 8},
-        shares_gpus="ipc" in arguments.transfers,
     )
     found: dict[str, Any] = {"syncs": {}, "copies": {}, "bytes": 0}
     try:
@@ -100,11 +103,15 @@ def _measure(
                 grid,
                 folder,
                 rules,
+                RolloutConfig(
+                    engine="vllm",
+                    placement="server",
+                    servers=addresses,
+                    transfer=transfer,
+                    bucket_mb=arguments.bucket_mb,
+                ),
                 max_length=256,
                 run_dir=folder,
-                servers=addresses,
-                transfer=transfer,
-                bucket_bytes=arguments.bucket_mb * 2**20,
             )
             copy = _copy_of(chunks)
             syncs, copies = [], []

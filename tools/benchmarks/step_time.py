@@ -240,6 +240,7 @@ def _sampler(
         return MegatronSampler(chunks, grid, arguments.vocab, max_length)
     import tempfile
 
+    from megatron_selfdistill.config import RolloutConfig
     from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
@@ -251,9 +252,9 @@ def _sampler(
             grid,
             Path(folder),
             family.rules(model),
+            RolloutConfig(engine="vllm", engine_tp=arguments.tp),
             vocab_size=arguments.vocab,
             max_length=max_length,
-            engine_tp=arguments.tp,
         )
 
 

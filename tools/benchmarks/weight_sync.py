@@ -68,6 +68,7 @@ def main() -> None:
 
 def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, Any]:
     """Return the seconds of each sync and of the copy before it, the bytes of a sync, and the parts of its time."""
+    from megatron_selfdistill.config import RolloutConfig
     from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
@@ -84,15 +85,17 @@ def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         config = family.hf_config(model, "bfloat16")
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        options = {"vocab_size": arguments.vocab, "max_length": 256, "engine_tp": arguments.engine_tp}
+        rollout = RolloutConfig(
+            engine="vllm", engine_tp=arguments.engine_tp, kv_cache_gb=0.1, bucket_mb=arguments.bucket_mb
+        )
         sampler = ColocatedSampler(
             chunks,
             grid,
             Path(folder),
             family.rules(model),
-            **options,
-            kv_cache_gb=0.1,
-            bucket_bytes=int(arguments.bucket_mb * 2**20),
+            rollout,
+            vocab_size=arguments.vocab,
+            max_length=256,
         )
     sampler.update_weights(0)
     num_bytes = int(sampler.metrics()["rollout/sync_bytes"])

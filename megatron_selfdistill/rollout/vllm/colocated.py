@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.config import ConfigError, RolloutConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.model.build import unwrapped
@@ -58,29 +58,26 @@ class ColocatedSampler:
         grid: RankGrid,
         hf_config: Path,
         rules: Sequence[Rule],
+        rollout: RolloutConfig,
         *,
         vocab_size: int,
         max_length: int,
-        engine_tp: int = 1,
-        kv_cache_gb: float | None = None,
-        bucket_bytes: int = 2**30,
-        engine_args: Mapping[str, Any] | None = None,
-        guided: bool = False,
-        max_staleness: int = 0,
     ) -> None:
-        """``chunks``: of this rank, as built or as wrapped for training; the engines compute in their type.
-        ``hf_config``: the folder with the config.json of the model, and ``rules`` its tensors (hf_folder.py).
-        ``vocab_size``: valid columns.  ``max_length``: longest prompt plus response, in tokens.  ``kv_cache_gb``: GiB
-        of KV cache on this rank; None is a third of what is free now.  ``bucket_bytes``: of full tensors at a time,
-        while weights are sent.  ``engine_args``: arguments of ``vllm.LLM`` that override all others.  ``guided``:
-        whether requests may have a teacher's prompt.  ``max_staleness``: steps by which an engine's weights may lag.
+        """Build the engines of all ranks; their weights are random until `update_weights`.
 
-        On a GPU the engine's share of the memory (vLLM's ``gpu_memory_utilization``) is what the trainer leaves free,
-        unless ``engine_args`` sets it.
+        ``chunks``: the model's chunks on this rank, as built or as wrapped for training; the engines compute in their
+        dtype.  ``hf_config``: the directory of the model's config.json, and ``rules`` the model's tensors
+        (hf_directory.py).  ``vocab_size``: number of valid columns.  ``max_length``: longest prompt plus response, in
+        tokens.
 
-        Raises, on all ranks alike: `ConfigError` for a world that cannot be cut into engines, for weights and a KV
-        cache that do not fit beside the trainer, and for what vLLM refuses; `EngineError` where it fails otherwise.
+        On a GPU the engine's share of the memory (vLLM's ``gpu_memory_utilization``) is the memory that the trainer
+        leaves free, unless ``rollout.engine_args`` sets the share.
+
+        Raises, on all ranks alike: `ConfigError` for a world size that is no multiple of ``rollout.engine_tp``, for
+        weights and a KV cache that do not fit beside the trainer, and for a model or arguments that vLLM refuses;
+        `EngineError` where vLLM fails otherwise.
         """
+        engine_tp = rollout.engine_tp
         if grid.world_size % engine_tp:
             raise ConfigError(
                 f"rollout.engine_tp={engine_tp} ranks form one engine, but the world size {grid.world_size} is no "
@@ -89,11 +86,11 @@ class ColocatedSampler:
         found = read_config(hf_config).get("vocab_size")
         if found != vocab_size:
             raise ConfigError(f"{hf_config}/config.json has vocab_size={found}, but the model has {vocab_size} tokens")
-        self._grid, self._max_length, self._max_staleness = grid, max_length, max_staleness
+        self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
         self._engine_number, self._engine_rank = divmod(grid.rank, engine_tp)
         self._num_engines = grid.world_size // engine_tp
-        self._guided = guided
-        self._exporter = Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes)
+        self._guided = rollout.guidance != "none"
+        self._exporter = Exporter(chunks, grid, rules, bucket_bytes=int(rollout.bucket_mb * 2**20))
         self._version: int | None = None
         self._asleep = False
         self._metrics: dict[str, float] = {}
@@ -103,13 +100,15 @@ class ColocatedSampler:
         settings = {
             "dtype": config.params_dtype,
             "max_model_len": max_length,
-            "kv_cache_memory_bytes": _kv_cache_bytes(kv_cache_gb, config, max_length, grid),
+            "kv_cache_memory_bytes": _kv_cache_bytes(rollout.kv_cache_gb, config, max_length, grid),
         }
-        arguments = settings | dict(engine_args or {})
+        arguments = settings | rollout.engine_args
         if grid.device.type == "cuda":
             weight_bytes = num_weights(rules) * config.params_dtype.itemsize / engine_tp
             arguments = _beside_trainer(arguments, _least_memory(grid), weight_bytes)
-        self._engine = _engine_on_all_ranks(hf_config, grid, engine_tp=engine_tp, guided=guided, settings=arguments)
+        self._engine = _engine_on_all_ranks(
+            hf_config, grid, engine_tp=engine_tp, guided=self._guided, settings=arguments
+        )
 
     def update_weights(self, version: int) -> None:
         """Send the weights of the moment to every engine, as ``version``.

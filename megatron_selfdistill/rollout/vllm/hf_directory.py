@@ -25,7 +25,7 @@ from megatron_selfdistill.rollout.vllm.exchange import agreement
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
-def engine_folder(config: Config, vocab_size: int, run_dir: Path, grid: RankGrid) -> tuple[Path, list[Rule]]:
+def engine_directory(config: Config, vocab_size: int, run_dir: Path, grid: RankGrid) -> tuple[Path, list[Rule]]:
     """``run_dir/engine`` with a config.json of the model as it is trained, and the rules of its tensors.
 
     The config.json is the one of ``rollout.hf_config``, else the one that ``checkpoint.load`` or the run folder

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.config import ConfigError, RolloutConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.model.build import unwrapped
@@ -65,33 +65,24 @@ class ServerSampler:
         grid: RankGrid,
         hf_config: Path,
         rules: Sequence[Rule],
+        rollout: RolloutConfig,
         *,
         max_length: int,
         run_dir: Path,
-        servers: Sequence[str] = (),
-        num_servers: int = 0,
-        server_python: str | None = None,
-        server_env: Mapping[str, str] | None = None,
-        engine_tp: int = 1,
-        kv_cache_gb: float | None = None,
-        engine_args: Mapping[str, Any] | None = None,
-        guided: bool = False,
-        transfer: str | None = None,
-        transfer_dir: str = "/dev/shm",
-        bucket_bytes: int = 2**30,
-        timeout_s: float = 1200.0,
-        max_staleness: int = 0,
     ) -> None:
-        """``chunks``: of this rank, as built or as wrapped for training.  ``rules``: of the model's tensors.  The rest
-        as `RolloutConfig` says; ``hf_config``, ``server_python``, ``server_env``, ``engine_tp``, ``kv_cache_gb`` and
-        ``engine_args`` are of servers that are started here (their logs: ``run_dir/servers``), and the token of those
-        that run already is in the environment variable SELFDISTILL_SERVER_TOKEN.
+        """Start the servers of ``rollout``, or connect to the servers that it names; return when all are up.
 
-        Returns when all servers are up.  Raises, on all ranks alike: `EngineError` where one is not, `ConfigError`
-        where one was started for shorter responses, or has workers that ``transfer`` does not reach.
+        ``chunks``: the model's chunks on this rank, as built or as wrapped for training.  ``rules``: the model's
+        tensors.  ``hf_config``: the directory of the config.json that servers which start here load.  Their logs go to
+        ``run_dir/servers``.  The token of servers that run already is in the environment variable
+        SELFDISTILL_SERVER_TOKEN.  ``max_length``: longest prompt plus response, in tokens.
+
+        Raises, on all ranks alike: `EngineError` where a server is not up, `ConfigError` where a server was started for
+        shorter responses, or has workers that ``rollout.transfer`` does not reach.
         """
-        self._grid, self._max_length, self._guided = grid, max_length, guided
-        self._max_staleness = max_staleness
+        self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
+        self._guided = rollout.guidance != "none"
+        bucket_bytes = int(rollout.bucket_mb * 2**20)
         self._exporter = Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=[0])
         self._version: int | None = None
         self._metrics: dict[str, float] = {}
@@ -105,30 +96,24 @@ class ServerSampler:
             atexit.register(self.close)
 
         def start() -> None:
-            token = os.environ.get(TOKEN_VARIABLE, "") if servers else secrets.token_urlsafe(32)
+            token = os.environ.get(TOKEN_VARIABLE, "") if rollout.servers else secrets.token_urlsafe(32)
             self._started = start_servers(
-                num_servers,
-                folder=run_dir / "servers",
+                rollout,
+                directory=run_dir / "servers",
                 hf_config=hf_config,
-                python=server_python,
-                environment=server_env or {},
                 token=token,
-                tensor_parallel_size=engine_tp,
                 dtype=unwrapped(chunks[0]).config.params_dtype,
                 max_model_len=max_length,
-                kv_cache_gb=kv_cache_gb,
-                guided=guided,
-                engine_args=engine_args or {},
-                shares_gpus=transfer == "ipc",
                 num_weights=num_weights(rules),
             )
-            addresses = list(servers) or [one.address for one in self._started]
-            self._servers = [VllmServer(address, token, timeout_s) for address in addresses]
-            wait_until_healthy(self._started, self._servers[: len(self._started)], timeout_s)
+            addresses = rollout.servers or [server.address for server in self._started]
+            self._servers = [VllmServer(address, token, rollout.timeout_s) for address in addresses]
+            wait_until_healthy(self._started, self._servers[: len(self._started)], rollout.timeout_s)
             for server in self._servers:
                 _check(server, max_length)
-            chosen = choose_transfer(transfer, self._servers, folder=transfer_dir, on_gpu=grid.device.type == "cuda")
-            self._transfer = make_transfer(chosen, folder=transfer_dir, timeout_s=timeout_s)
+            on_gpu = grid.device.type == "cuda"
+            chosen = choose_transfer(rollout.transfer, self._servers, folder=rollout.transfer_dir, on_gpu=on_gpu)
+            self._transfer = make_transfer(chosen, folder=rollout.transfer_dir, timeout_s=rollout.timeout_s)
 
         try:
             on_rank_0(start, grid.device)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.config import ConfigError, RolloutConfig
 from megatron_selfdistill.model.hf.rules import MegatronSlice, rows
 from megatron_selfdistill.rollout.vllm import colocated, engine_memory
 from megatron_selfdistill.rollout.vllm.engine_memory import (
@@ -65,7 +65,13 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def build(**options: Any) -> dict[str, Any]:
         rules = [rows(MegatronSlice("weight"), {"weight": (2**13, 10**6)})]
         sampler = colocated.ColocatedSampler(
-            [torch.nn.Identity()], grid, tmp_path, rules, vocab_size=100, max_length=64, **options
+            [torch.nn.Identity()],
+            grid,
+            tmp_path,
+            rules,
+            RolloutConfig(engine="vllm", **options),
+            vocab_size=100,
+            max_length=64,
         )
         assert sampler is not None
         return recorded

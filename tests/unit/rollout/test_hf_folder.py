@@ -19,11 +19,11 @@ MODEL = models.model_config("tied")
 def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[str]] | str:
     """The config.json and Hugging Face's names of the tensors as this rank sees them, or what was refused."""
     from megatron_selfdistill.distributed.ranks import initialize
-    from megatron_selfdistill.rollout.vllm.hf_directory import engine_folder
+    from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
 
     grid = initialize(ParallelConfig(), seed=1)
     try:
-        folder, rules = engine_folder(config, vocab_size, run_dir, grid)
+        folder, rules = engine_directory(config, vocab_size, run_dir, grid)
     except ConfigError as error:
         return str(error)
     assert [path.name for path in folder.iterdir()] == ["config.json"]

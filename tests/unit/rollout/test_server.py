@@ -17,7 +17,7 @@ import pytest
 import torch
 from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.config import ConfigError, RolloutConfig
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, SamplingParams
 
@@ -58,16 +58,20 @@ def sampler(addresses: list[str], layout: dict[str, int], **options: Any) -> Ite
             grid,
             Path(folder),
             family_of_model(MODEL).rules(MODEL),
-            **{
-                "max_length": 64,
-                "run_dir": Path(folder),
-                "servers": addresses,
-                "transfer": "shared_memory",
-                "transfer_dir": folder,
-                "bucket_bytes": 20_000,
-                "timeout_s": 60.0,
-                **options,
-            },
+            RolloutConfig(
+                engine="vllm",
+                placement="server",
+                servers=addresses,
+                **{
+                    "transfer": "shared_memory",
+                    "transfer_dir": folder,
+                    "bucket_mb": 0.02,
+                    "timeout_s": 60.0,
+                    **options,
+                },
+            ),
+            max_length=64,
+            run_dir=Path(folder),
         )
         try:
             yield built, grid

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.config import ConfigError, RolloutConfig
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory
@@ -38,24 +38,28 @@ def started(
     environment: dict[str, str] | None = None,
 ) -> list[ServerProcess]:
     return start_servers(
-        count,
-        folder=folder / "servers",
+        RolloutConfig(
+            engine="vllm",
+            placement="server",
+            num_servers=count,
+            server_python=None if python is None else str(python),
+            server_env=environment or {},
+            engine_tp=2,
+            kv_cache_gb=0.5,
+            guidance="mixed",
+            engine_args={
+                "max_num_seqs": 8,
+                "enable_prefix_caching": False,
+                "middleware": ["a", "b"],
+                "compilation_config": {"level": 0},
+            },
+            transfer="ipc" if shares_gpus else None,
+        ),
+        directory=folder / "servers",
         hf_config=folder,
-        python=None if python is None else str(python),
-        environment=environment or {},
         token="secret",
-        tensor_parallel_size=2,
         dtype=torch.bfloat16,
         max_model_len=77,
-        kv_cache_gb=0.5,
-        guided=True,
-        engine_args={
-            "max_num_seqs": 8,
-            "enable_prefix_caching": False,
-            "middleware": ["a", "b"],
-            "compilation_config": {"level": 0},
-        },
-        shares_gpus=shares_gpus,
         num_weights=2**30,
     )
 

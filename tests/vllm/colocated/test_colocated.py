@@ -21,7 +21,7 @@ import pytest
 import torch
 from responses import own, tokens
 
-from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
@@ -49,7 +49,9 @@ def requests(count: int = 8) -> list[Request]:
 
 
 @contextmanager
-def sampler(model: ModelConfig, chunks: Any, grid: Any, **options: Any) -> Iterator[Any]:
+def sampler(
+    model: ModelConfig, chunks: Any, grid: Any, vocab_size: int = models.VOCAB_SIZE, **options: Any
+) -> Iterator[Any]:
     from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
@@ -61,7 +63,9 @@ def sampler(model: ModelConfig, chunks: Any, grid: Any, **options: Any) -> Itera
             grid,
             Path(folder),
             family.rules(model),
-            **{"vocab_size": models.VOCAB_SIZE, "max_length": MAX_LENGTH, "kv_cache_gb": 0.1, **options},
+            RolloutConfig(engine="vllm", **{"kv_cache_gb": 0.1, **options}),
+            vocab_size=vocab_size,
+            max_length=MAX_LENGTH,
         )
         try:
             yield built
@@ -172,7 +176,7 @@ def written_in_turn(
     chunks, grid = models.build(MODELS[kind], parallel)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     mixed = [requests(count)[i] for i in order]
-    with sampler(MODELS[kind], chunks, grid, engine_tp=engine_tp, bucket_bytes=50_000) as it:
+    with sampler(MODELS[kind], chunks, grid, engine_tp=engine_tp, bucket_mb=0.05) as it:
         torch.distributed.barrier()
         assert not list(Path("/dev/shm").glob(f"{it._engine.ident}-*")), "a kill would leave it there"
         it.update_weights(1)
@@ -272,7 +276,7 @@ def guided_in_process() -> list[Response]:
 
 def guided_beside_plain(engine_tp: int) -> tuple[list[Response], dict[str, float]]:
     chunks, grid = models.build(MODELS["gqa"], models.parallel(tp=2))
-    with sampler(MODELS["gqa"], chunks, grid, engine_tp=engine_tp, guided=True) as it:
+    with sampler(MODELS["gqa"], chunks, grid, engine_tp=engine_tp, guidance="mixed") as it:
         it.update_weights(7)
         return it.generate(mixed_requests(), DRAWN), it.metrics()
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from trained import MAX_LENGTH, Reach, write_config
 
+from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 
@@ -32,18 +33,20 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     hf_config = write_config(folder / "model")
     token = secrets.token_urlsafe(16)
     processes = start_servers(
-        2,
-        folder=folder,
+        RolloutConfig(
+            engine="vllm",
+            placement="server",
+            num_servers=2,
+            server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
+            kv_cache_gb=0.2,
+            guidance="mixed",
+            engine_args={"max_num_seqs": 32},
+        ),
+        directory=folder,
         hf_config=hf_config,
-        python=os.environ["SELFDISTILL_VLLM_PYTHON"],
         token=token,
-        tensor_parallel_size=1,
         dtype=torch.float32,
         max_model_len=MAX_LENGTH,
-        kv_cache_gb=0.2,
-        guided=True,
-        engine_args={"max_num_seqs": 32},
-        shares_gpus=False,
     )
     try:
         clients = [VllmServer(one.address, token) for one in processes]

@@ -11,6 +11,7 @@ from pathlib import Path
 import models
 from trained import FAMILY, GREEDY, MAX_LENGTH, MODEL, requests
 
+from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
 
@@ -21,13 +22,17 @@ def main(run_dir: Path, hf_config: Path) -> None:
         grid,
         hf_config,
         FAMILY.rules(MODEL),
+        RolloutConfig(
+            engine="vllm",
+            placement="server",
+            num_servers=1,
+            server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
+            kv_cache_gb=0.1,
+            engine_args={"max_num_seqs": 8, "enable_prefix_caching": False},
+            timeout_s=600.0,
+        ),
         max_length=MAX_LENGTH,
         run_dir=run_dir,
-        num_servers=1,
-        server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
-        kv_cache_gb=0.1,
-        engine_args={"max_num_seqs": 8, "enable_prefix_caching": False},
-        timeout_s=600,
     )
     sampler.update_weights(0)
     [response] = sampler.generate(requests(12)[:1], GREEDY)

@@ -113,7 +113,7 @@ def synced(reach: Reach, transfer: str) -> tuple[list[Response], list[Response],
     chunks, grid = models.build(MODEL, models.parallel(tp=2), seed=1)
     plain = requests(12)
     mixed = [Request(r.prompt, r.seed, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
-    with sampler(chunks, grid, reach, transfer=transfer, guided=True, bucket_bytes=60_000) as built:
+    with sampler(chunks, grid, reach, transfer=transfer, guidance="mixed", bucket_mb=0.06) as built:
         built.update_weights(1)
         in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
         in_process.update_weights(1)

@@ -34,7 +34,7 @@ def synced(
     """Greedy responses with the weights of seed 0, then of seed 1; what was measured; whether vLLM is here."""
     chunks, grid = models.build(MODEL, models.parallel(**layout))
     everything = requests(12)
-    with sampler(chunks, grid, servers, transfer=transfer, bucket_bytes=60_000) as built:
+    with sampler(chunks, grid, servers, transfer=transfer, bucket_mb=0.06) as built:
         written = []
         for seed in (0, 1):
             models.fill_from_names(chunks, seed)
@@ -123,7 +123,7 @@ def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
     plain = requests(8, longest=40)
     mixed = [Request(r.prompt, r.seed, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
     in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
-    with sampler(chunks, grid, servers, guided=True) as built:
+    with sampler(chunks, grid, servers, guidance="mixed") as built:
         built.update_weights(3)
         in_process.update_weights(3)
         return built.generate(mixed, GREEDY), in_process.generate(mixed, GREEDY)

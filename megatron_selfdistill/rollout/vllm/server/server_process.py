@@ -13,12 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import megatron_selfdistill
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.config import ConfigError, RolloutConfig
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE, as_arguments
@@ -63,52 +62,44 @@ class ServerProcess:
 
 
 def start_servers(
-    count: int,
+    rollout: RolloutConfig,
     *,
-    folder: Path,
+    directory: Path,
     hf_config: Path,
-    python: str | None,
     token: str,
-    tensor_parallel_size: int,
     dtype: torch.dtype,
     max_model_len: int,
-    kv_cache_gb: float | None,
-    guided: bool,
-    engine_args: Mapping[str, Any],
-    shares_gpus: bool,
     num_weights: int = 0,
-    environment: Mapping[str, str] | None = None,
 ) -> list[ServerProcess]:
-    """``count`` servers on free ports of this machine, which are not up yet.
+    """Start ``rollout.num_servers`` servers on free ports of this machine and return them; they are not up yet.
 
-    ``folder``: of their logs.  ``python``: of the environment that has vLLM; None is this one.
-    ``environment``: variables that override those of `server_environment`; empty ones are removed.  ``engine_args``:
-    further arguments of vLLM, by its own names.  ``shares_gpus``: they use the trainer's GPUs, and of their memory what
-    is free when they start; else the GPUs behind them.  ``num_weights``: elements of the model's tensors.
-    Raises `ConfigError` where there are too few GPUs or no such Python.
+    ``directory`` is for the servers' logs.  ``rollout.server_env`` overrides the variables of `server_environment`, and
+    an empty value removes a variable.  With ``rollout.transfer=ipc`` the servers use the trainer's GPUs, and of their
+    memory the part that is free when the servers start; else they use the GPUs behind the trainer's.
+    ``num_weights``: elements of the model's tensors.
+    Raises: `ConfigError` where there are too few GPUs or where the Python of ``rollout.server_python`` is missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    variables = {**server_environment(os.environ, environment_at_start()), **(environment or {})}
-    variables = _with_package({name: value for name, value in variables.items() if value}, folder, python, token)
+    directory.mkdir(parents=True, exist_ok=True)
+    python, engine_tp, shares_gpus = rollout.server_python, rollout.engine_tp, rollout.transfer == "ipc"
+    variables = {**server_environment(os.environ, environment_at_start()), **rollout.server_env}
+    variables = _with_package({name: value for name, value in variables.items() if value}, directory, python, token)
+    weights_gb = num_weights * dtype.itemsize / engine_tp / _GIB
     arguments = [
         f"--hf-config={hf_config.resolve()}",
-        f"--tensor-parallel-size={tensor_parallel_size}",
+        f"--tensor-parallel-size={engine_tp}",
         f"--dtype={str(dtype).removeprefix('torch.')}",
         f"--max-model-len={max_model_len}",
-        *([] if kv_cache_gb is None else [f"--kv-cache-gb={kv_cache_gb}"]),
-        *(
-            [f"--shared-gpu-weights-gb={num_weights * dtype.itemsize / tensor_parallel_size / _GIB}"]
-            if shares_gpus
-            else []
-        ),
-        *(["--guided"] if guided else []),
+        *([] if rollout.kv_cache_gb is None else [f"--kv-cache-gb={rollout.kv_cache_gb}"]),
+        *([f"--shared-gpu-weights-gb={weights_gb}"] if shares_gpus else []),
+        *(["--guided"] if rollout.guidance != "none" else []),
         "--",
-        *as_arguments(engine_args),
+        *as_arguments(rollout.engine_args),
     ]
-    gpus = _gpus_of_servers(count, tensor_parallel_size, shares_gpus)
+    count = rollout.num_servers
+    gpus = _gpus_of_servers(count, engine_tp, shares_gpus)
     started: list[ServerProcess] = []
     for number in range(count):
-        log, held = folder / f"{number}.log", _free_port()
+        log, held = directory / f"{number}.log", _free_port()
         port = held.getsockname()[1]
         command = [python or sys.executable, "-m", f"{_PACKAGE}.rollout.vllm.server.serve", f"--port={port}"]
         command += arguments
@@ -117,7 +108,7 @@ def start_servers(
                 process = subprocess.Popen(
                     command,
                     env=variables | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus[number]}),
-                    cwd=folder,
+                    cwd=directory,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
