@@ -1,12 +1,55 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The exceptions whose message is one sentence for the user: expected, got, what to do."""
+"""The exceptions whose message is one sentence for the user: what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
+from megatron_selfdistill.hidden_values import hidden
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key.
+
+    The message shows no value that the configuration has read from the environment (`hidden_values.hidden`).
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(hidden(message))
+
+
+class BadRecordError(ValueError):
+    """A record of a data set that cannot be used; the message names the field, and the reader adds file and line."""
+
+
+class BadConversationError(BadRecordError):
+    """A logged conversation that cannot be used; the message does not quote the conversation."""
+
+    def __init__(self, message: str, content: object = None) -> None:
+        super().__init__(message)
+        self.content = content
+        """The part of the conversation that the message is about, for users who may see it; None is no part."""
+
+
+class UnresolvedError(BadConversationError):
+    """A logged conversation in which no mark and no rule names an answer that the user accepted."""
+
+
+class MissingChatTemplateError(ValueError):
+    """A tokenizer without a chat template, in a run whose configuration gives none either."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The tokenizer {name} has no chat template: set data.chat_template, for a model without chat "
+            "roles to '{% for m in messages %}{{ m.content }}{% endfor %}'."
+        )
+
 
 class CheckpointError(Exception):
-    """A checkpoint that is missing, incomplete, corrupt or of another model; the message is one sentence."""
+    """A checkpoint that is missing, incomplete, corrupt or of another model."""
 
 
 class EngineError(Exception):
-    """A rollout engine that failed; the message is one sentence, and no response of the failed step is used."""
+    """A rollout engine that has failed; the run uses no response of the failed step."""
+
+
+class VerifierError(RuntimeError):
+    """A verifier that has raised an exception; the message names the problem and the exception."""

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from megatron_selfdistill.checkpoint.run.checkpointer import load_weights, load_weights_and_optimizer
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import decided_output_layer, new_chunks
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.divergence import Divergence

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.prompts import tokenizer_place
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.run_data import longest_context
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_selfdistill.config import Config, ConfigError, DataConfig
+from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.data.chat.acceptance import load_rule
 from megatron_selfdistill.data.chat.conversations import ConversationSet, load_conversations
 from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
@@ -30,6 +30,7 @@ from megatron_selfdistill.data.prompts import (
     Tokenizer,
     load_tokenizer,
 )
+from megatron_selfdistill.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.run.run_lock import RunLock
 from megatron_selfdistill.compat.known_warnings import silence_known_warnings
-from megatron_selfdistill.config import Config, ConfigError, check_files, command_line
+from megatron_selfdistill.config import Config, check_files, command_line
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
-from megatron_selfdistill.errors import CheckpointError, EngineError
+from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
+from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.plan import plan_checks
 from megatron_selfdistill.report import next_steps
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return elsewhere.status
     except (ConfigError, CheckpointError, EngineError) as error:
         status = EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
-        _report(configuration.hidden(str(error)), status, ranks)
+        _report(hidden(str(error)), status, ranks)
         return status
     except KeyboardInterrupt:
         return stop.EXIT_INTERRUPTED
@@ -179,7 +180,7 @@ def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None
 def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
     if ranks.rank == 0:
         lines = next_steps.complete(Path(config.run_dir), config.num_steps, checkpoint)
-        print(configuration.hidden("\n".join(lines)), flush=True)
+        print(hidden("\n".join(lines)), flush=True)
     return 0
 
 

@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written goes
     # What --help and a mistyped option need not wait for; torch is imported once the arguments make sense.
     from megatron_selfdistill.compat.known_warnings import silence_known_warnings
-    from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.errors import CheckpointError
+    from megatron_selfdistill.errors import CheckpointError, ConfigError
 
     silence_known_warnings()
     try:

@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparing = argv[:1] == ["compare"]
     arguments = _compare_parser().parse_args(argv[1:]) if comparing else _evaluate_arguments(argv)
     from megatron_selfdistill.compat.known_warnings import silence_known_warnings
-    from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.errors import CheckpointError
+    from megatron_selfdistill.errors import CheckpointError, ConfigError
 
     silence_known_warnings()
     try:
@@ -70,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(arguments: argparse.Namespace) -> None:
     """Raise `ConfigError` or `CheckpointError` for what can be seen without torch, which takes seconds to import."""
     from megatron_selfdistill import prechecks
-    from megatron_selfdistill.config import ConfigError
     from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
 
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
@@ -89,8 +88,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Every rank comes here; rank 0 writes and prints.  Returns the exit status."""
-    from megatron_selfdistill.errors import EngineError
-    from megatron_selfdistill.evaluation.verify import VerifierError
+    from megatron_selfdistill.errors import EngineError, VerifierError
 
     try:
         return _evaluate(arguments)
@@ -193,8 +191,8 @@ def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
 def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """The configuration of the command line, before the model is known, and the keys that it sets."""
     from megatron_selfdistill import config as configuration
-    from megatron_selfdistill.config import ConfigError
     from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.errors import ConfigError
 
     named = (arguments.overrides, arguments.config_name, arguments.config_dir)
     config, given = configuration.load(*named), configuration.given_keys(*named)
@@ -230,7 +228,7 @@ def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Co
 def _tokenizer_of(path: Path, model_format: str) -> str:
     """The tokenizer that lies in a Hugging Face folder, or that a checkpoint carries from one."""
     from megatron_selfdistill.checkpoint.describe import hf_assets_of
-    from megatron_selfdistill.config import ConfigError
+    from megatron_selfdistill.errors import ConfigError
 
     folder = path if model_format == "hugging_face" else hf_assets_of(path)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import train
-from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.hidden_values import hidden
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("dry_run=false contradicts `selfdistill plan`: leave it out")
         return train.plan(config, configuration.given_keys(*named), argv)
     except (ConfigError, CheckpointError) as error:
-        print(f"plan: {configuration.hidden(str(error))}", file=sys.stderr)
+        print(f"plan: {hidden(str(error))}", file=sys.stderr)
         return train.EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return 130

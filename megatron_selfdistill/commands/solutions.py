@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 with one sentence where something does not fit."""
     arguments = _parser().parse_intermixed_args(argv)
     from megatron_selfdistill.compat.known_warnings import silence_known_warnings
-    from megatron_selfdistill.config import ConfigError
-    from megatron_selfdistill.errors import CheckpointError
+    from megatron_selfdistill.errors import CheckpointError, ConfigError
 
     silence_known_warnings()
     try:
@@ -89,8 +88,8 @@ def make_solutions(arguments: argparse.Namespace) -> int:
 
 
 def _find(arguments: argparse.Namespace, config: Config, grid: RankGrid) -> None:
-    from megatron_selfdistill.config import ConfigError
     from megatron_selfdistill.distributed.collectives import on_rank_0
+    from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.run_data import RunData
@@ -143,7 +142,7 @@ def _attempts(
     grid: RankGrid,
 ) -> list[dict[str, Any]]:
     """What became of these problems of all replicas, in their order; the same on every rank."""
-    from megatron_selfdistill.config import ConfigError
+    from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.pipeline.batch import of_all_replicas
     from megatron_selfdistill.sources.solution_search import Search, solve
@@ -368,7 +367,7 @@ def _progress(total: int, done: int, grid: RankGrid) -> Iterator[Any]:
 def _configured(arguments: argparse.Namespace) -> Config:
     """The configuration, before the model is known."""
     from megatron_selfdistill import config as configuration
-    from megatron_selfdistill.config import ConfigError
+    from megatron_selfdistill.errors import ConfigError
 
     config = configuration.load(["data.solutions=own", *arguments.overrides], arguments.config_name)
     named = {name: getattr(arguments, name) for name in ("num_samples", "keep", "pick", "alpha")}

@@ -20,13 +20,11 @@ from megatron_selfdistill.config.compose import (
     unknown_key,
     writable,
 )
-from megatron_selfdistill.config.environment import hidden
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema import (
     CheckpointConfig,
     ClusterConfig,
     Config,
-    ConfigError,
     ConversationsConfig,
     DataConfig,
     EvaluationConfig,
@@ -38,10 +36,13 @@ from megatron_selfdistill.config.schema import (
     ParallelConfig,
     RolloutConfig,
     ScheduleConfig,
+    SolutionsConfig,
     StopConfig,
     TargetConfig,
     TeacherConfig,
 )
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.hidden_values import hidden
 
 __all__ = [
     "CheckpointConfig",
@@ -59,6 +60,7 @@ __all__ = [
     "ParallelConfig",
     "RolloutConfig",
     "ScheduleConfig",
+    "SolutionsConfig",
     "StopConfig",
     "TargetConfig",
     "TeacherConfig",

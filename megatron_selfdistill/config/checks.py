@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_selfdistill.config.schema import Config, ConfigError
+from megatron_selfdistill.config.schema import Config
+from megatron_selfdistill.errors import ConfigError
 
 
 def check_files(config: Config) -> None:

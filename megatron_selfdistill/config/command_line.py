@@ -15,7 +15,8 @@ from megatron_selfdistill import __version__
 from megatron_selfdistill.config import compose
 from megatron_selfdistill.config.console_line import COLUMNS
 from megatron_selfdistill.config.paths import config_dir
-from megatron_selfdistill.config.schema import Config, ConfigError
+from megatron_selfdistill.config.schema import Config
+from megatron_selfdistill.errors import ConfigError
 
 _DESCRIPTION = """\
 Train a Megatron model on its own responses, toward what it would have said had it known the solution.

@@ -27,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
 from megatron_selfdistill.config.paths import config_dir
-from megatron_selfdistill.config.schema import Config, ConfigError
+from megatron_selfdistill.config.schema import Config
+from megatron_selfdistill.errors import ConfigError
 
 
 def load(overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()) -> Config:

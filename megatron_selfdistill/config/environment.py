@@ -12,13 +12,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-SHORTEST_HIDDEN = 6
-"""Shorter values are not hidden in messages: they are numbers and names that occur everywhere."""
+from megatron_selfdistill.hidden_values import hide
 
 Place = tuple[Any, ...]
 """Where a value is in the configuration: ``("rollout", "engine_args", "hf_token")``, ``("rollout", "servers", 0)``."""
-
-_read: dict[str, str] = {}  # every variable that an interpolation has read in this process, with its value
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,9 @@ def environment_values(config: DictConfig | ListConfig, place: Place = ()) -> di
     """Return every value of ``config`` whose resolution reads an environment variable, also through other keys.
 
     ``config`` is not resolved yet.  A default, as in ``${oc.env:NAME,default}``, makes no difference.  Every variable
-    that is read is hidden from then on (`hidden`).  Raises the error of omegaconf for a value that cannot be resolved.
+    that is read is hidden from then on (`hidden_values.hidden`).
+
+    Raises: the error of omegaconf for a value that cannot be resolved.
     """
     found: dict[Place, FromEnvironment] = {}
     written: Any = OmegaConf.to_container(config, resolve=False)
@@ -69,20 +68,6 @@ def as_written(values: dict[str, Any], environment: Mapping[Place, FromEnvironme
     return values
 
 
-def hidden(text: str) -> str:
-    """Return ``text`` with the values of all variables that interpolations have read replaced by ``${oc.env:NAME}``.
-
-    Values of less than `SHORTEST_HIDDEN` characters stay, and so do paths that exist: a command that a message shows
-    can then be pasted.
-    """
-    for name, value in sorted(_read.items(), key=lambda item: (-len(item[1]), item[0])):
-        is_a_place = os.path.isabs(value) and os.path.exists(value)
-        if len(value) >= SHORTEST_HIDDEN and not is_a_place:
-            for spelling in dict.fromkeys((value, repr(value)[1:-1])):
-                text = text.replace(spelling, f"${{oc.env:{name}}}")
-    return text
-
-
 @contextlib.contextmanager
 def _noticing() -> Iterator[list[str]]:
     """Yield a list to which each variable that ``oc.env`` reads in the meantime is added, set or not."""
@@ -91,7 +76,7 @@ def _noticing() -> Iterator[list[str]]:
     def env(name: str, *default: Any) -> Any:
         names.append(name)
         if name in os.environ:
-            _read[name] = os.environ[name]
+            hide(name, os.environ[name])
         return oc.env(name, *default)
 
     OmegaConf.register_new_resolver("oc.env", env, replace=True)

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_selfdistill.config.schema import ConfigError
+from megatron_selfdistill.errors import ConfigError
 
 
 def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:

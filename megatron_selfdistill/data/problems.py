@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, from_json, is_text, records
+from megatron_selfdistill.data.records import NO_TEXT, from_json, is_text, records
+from megatron_selfdistill.errors import BadRecordError
 
 FIELDS = ("problem", "messages", "solution", "answer", "id")
 

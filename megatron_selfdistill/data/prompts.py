@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from megatron_selfdistill.data.data_files import is_hub_name
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.errors import MissingChatTemplateError
 
 DEFAULT_TEACHER_TEMPLATE = """\
 {problem}
@@ -356,16 +357,6 @@ class SentencePieceTokenizer(Tokenizer):
             **{**self._special_tokens, **kwargs},
         )
         return rendered[0]
-
-
-class MissingChatTemplateError(ValueError):
-    """Neither the tokenizer nor the config has a chat template."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"The tokenizer {name} has no chat template: set data.chat_template, for a model without chat "
-            "roles to '{% for m in messages %}{{ m.content }}{% endfor %}'."
-        )
 
 
 @dataclass(frozen=True)

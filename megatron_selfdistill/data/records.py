@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_selfdistill.data.data_files import data_files, format_of, is_hub_name, opened
+from megatron_selfdistill.errors import BadRecordError
 
 MAX_DEPTH = 100
 """Levels of objects and lists within one record; chat logs with tool calls have about ten."""
@@ -40,10 +41,6 @@ def records(
         kind = (format_of(file) or "").removesuffix(".gz")
         readers = {".csv": _csv_records, ".parquet": _parquet_records}
         yield from readers.get(kind, _json_records)(file)
-
-
-class BadRecordError(ValueError):
-    """What is wrong with one record: field, expected, got.  The reader of the file adds the record's place."""
 
 
 def from_json(text: str | bytes) -> object:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from megatron_selfdistill.compat import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_selfdistill.config import ConfigError, ParallelConfig
+from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.distributed.roll_call import world_size
+from megatron_selfdistill.errors import ConfigError
 
 
 @dataclass(frozen=True)

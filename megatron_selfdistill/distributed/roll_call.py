@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 
 CALLS = ("folder", "inputs")
 """The calls that every rank answers, in this order, before it joins the process group."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.bootstrap import NUM_RESAMPLES, bootstrap
 from megatron_selfdistill.evaluation.evaluations import Evaluation
 

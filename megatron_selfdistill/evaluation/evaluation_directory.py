@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 
 SUMMARY, PROBLEMS, RESPONSES = "summary.json", "problems.jsonl", "responses.jsonl"
 

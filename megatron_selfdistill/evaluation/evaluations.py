@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem, ProblemSet
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.bootstrap import bootstrap
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY, require_evaluation
 from megatron_selfdistill.evaluation.held_out import EvaluationResult, ProblemResult

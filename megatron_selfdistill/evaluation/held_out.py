@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judged_by_all, mentions_answer, voted_answer
 from megatron_selfdistill.prechecks import require_answers_per_problem
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, sample_seed

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_selfdistill.config import ConfigError, function_named
+from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.errors import ConfigError, VerifierError
 
 if TYPE_CHECKING:  # verifiers are also used where there is no Megatron
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -26,10 +27,6 @@ Verifier = Callable[[str, Problem], bool]
 """``verify(response_text, problem)``: whether the response, without its stop token, is right."""
 
 MATH_TIMEOUT_SECONDS = 5
-
-
-class VerifierError(RuntimeError):
-    """A verifier raised: one sentence that names the problem and what was raised."""
 
 
 def load_verifier(name: str) -> Verifier:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.config import hidden
 from megatron_selfdistill.config.console_line import COLUMNS as COLUMNS
 from megatron_selfdistill.config.console_line import LINE, Column
+from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics.pace import Pace
 from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html
 from megatron_selfdistill.metrics.samples import Sample

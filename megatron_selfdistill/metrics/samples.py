@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.config import hidden
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.pieces import pieces
+from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.loss.status import Status
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, function_named
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, function_named
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import (
     layer_spec,
     padded_vocab_size,

@@ -26,9 +26,9 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule

@@ -10,7 +10,7 @@ from __future__ import annotations
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 
 _ROWS = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128, "custom": 128}
 """Recipe -> the number of tokens of which a rank's share must be a multiple: both layouts of an operand, [tokens, h]

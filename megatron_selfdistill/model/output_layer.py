@@ -17,8 +17,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import layers
 
 from megatron_selfdistill.choices import FUSED_MODES
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.plan import bubble

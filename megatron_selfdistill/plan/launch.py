@@ -6,7 +6,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from megatron_selfdistill.config import Config, hidden
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.hidden_values import hidden
 
 NEEDED = {
     "checkpoint.load": "/path/to/megatron/checkpoint",

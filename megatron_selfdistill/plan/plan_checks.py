@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.prechecks import names_its_model, require_ranks
 from megatron_selfdistill.run_data import longest_context
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_selfdistill.config import hidden
+from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.plan.dry_run import Plan
 from megatron_selfdistill.plan.launch import launch_commands, num_nodes
 from megatron_selfdistill.plan.memory import Memory, engine_weight_gib

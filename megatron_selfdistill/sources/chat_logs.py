@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from megatron_selfdistill.config import Config, ConfigError, ConversationsConfig, hidden
+from megatron_selfdistill.config import Config, ConversationsConfig
 from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
 from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.distributed.collectives import from_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.pipeline.batch import largest, of_all_replicas
 from megatron_selfdistill.pipeline.schedule import StepOutput

@@ -16,9 +16,14 @@ PACKAGE = "megatron_selfdistill"
 
 # A room may import from those before it and a file from those before it in its room, never from those after them.
 ORDER = {
+    "hidden_values": "",
     "errors": "",
     "choices": "",
-    "config": "console_line paths environment schema checks compose functions bound_keys command_line",
+    "config": (
+        "console_line paths environment schema.field_checks schema.model_config schema.parallel_config "
+        "schema.data_config schema.rollout_config schema.target_config schema.loss_config schema.optimizer_config "
+        "schema.run_config schema.whole_config checks compose functions bound_keys command_line"
+    ),
     "compat": "cpu known_warnings repairs",
     "distributed": "collectives roll_call watchdog ranks stop",
     "loss": (
@@ -173,7 +178,7 @@ def test_imports_run_one_way(path):
         ("loss.target", "from megatron_selfdistill.model import build"),
         ("loss.target", "from megatron_selfdistill import train"),
         ("loss.target", "from .sharded.solver import solve"),
-        ("config.schema", "from megatron_selfdistill.config import Config"),
+        ("config.schema.field_checks", "from megatron_selfdistill.config import Config"),
         ("loss.target", "import megatron_selfdistill.train"),
         ("loss.target", "from ..model.build import build"),
         ("loss.__init__", "from ..train import main"),

@@ -236,7 +236,8 @@ def test_shortened_solutions_are_counted(ranks, data, tmp_path):
 def refused_before_the_first_step(arguments: list[str]) -> str:
     """What a run raises that met only a good turn before its ranks met each other."""
     from megatron_selfdistill import run_data, trainer
-    from megatron_selfdistill.config import ConfigError, load
+    from megatron_selfdistill.config import load
+    from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.distributed.ranks import initialize, shutdown
 
     config = load(arguments)
@@ -279,7 +280,8 @@ def test_a_dry_run_under_a_launcher_reads_and_lists_all_turns(ranks, data, mixed
 
 
 def test_a_log_of_which_nothing_can_be_shown_is_refused_before_any_process_group(data, tmp_path):
-    from megatron_selfdistill.config import ConfigError, load
+    from megatron_selfdistill.config import load
+    from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.run_data import RunData
 
     with pytest.raises(

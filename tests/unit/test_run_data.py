@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_selfdistill.config import Config, ConfigError, from_mapping
+from megatron_selfdistill.config import Config, from_mapping
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.run_data import RunData, longest_context
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import Config, ConfigError
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
 from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.errors import ConfigError
 
 INTRODUCTION = """\
 # Configuration

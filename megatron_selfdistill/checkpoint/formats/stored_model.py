@@ -19,8 +19,8 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import find
 from megatron_selfdistill.checkpoint.formats import legacy
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
-from megatron_selfdistill.config import Config, ConfigError, ModelConfig
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.config import Config, ModelConfig
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.model.hf.family import TRANSFORMER_DEFAULTS, differences
 
 

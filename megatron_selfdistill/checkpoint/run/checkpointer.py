@@ -29,11 +29,11 @@ from megatron_selfdistill.checkpoint.run.frozen_teacher import (
     save_frozen_teacher,
 )
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION, SavedRun, encode, read_saved_run
-from megatron_selfdistill.config import hidden
 from megatron_selfdistill.distributed.collectives import describe, on_each_rank, on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import moving_files
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.hidden_values import hidden
 
 __all__ = [
     "CheckpointError",

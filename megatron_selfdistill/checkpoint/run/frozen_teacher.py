@@ -16,9 +16,9 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.run import sharded_io
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION
-from megatron_selfdistill.config import hidden
 from megatron_selfdistill.distributed.collectives import from_all_ranks, on_each_rank, on_rank_0
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.hidden_values import hidden
 
 logger = logging.getLogger(__name__)
 

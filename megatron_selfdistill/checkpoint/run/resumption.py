@@ -14,10 +14,11 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, fields_set, reconcile
 from megatron_selfdistill.checkpoint.run.run_directory import CONFIGURATION_FILE
 from megatron_selfdistill.checkpoint.run.saved_run import SavedRun, read_saved_run
-from megatron_selfdistill.config import Config, ConfigError, ModelConfig, hidden, to_yaml
+from megatron_selfdistill.config import Config, ModelConfig, to_yaml
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, Difference, differences, refusal, stored_values
 from megatron_selfdistill.distributed.collectives import from_all_ranks
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.hidden_values import hidden
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer

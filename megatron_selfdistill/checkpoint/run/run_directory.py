@@ -12,6 +12,7 @@ from megatron_selfdistill.checkpoint.conversion import copy_hf_assets_to_run_dir
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import on_rank_0
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.hidden_values import hidden
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class RunDirectory:
     def restore(self) -> None:
         """Write again what a launch writes once, where somebody has removed the run directory in the meantime."""
         if not (self.path / CONFIGURATION_FILE).is_file():
-            logger.warning("%s is not there any more: it is written again", configuration.hidden(str(self.path)))
+            logger.warning("%s is not there any more: it is written again", hidden(str(self.path)))
             self.write()
 
     def _unused_name(self) -> Path:

@@ -33,8 +33,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 LOCK = "lock"
 """The lock's name in the run directory."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_selfdistill.data.chat.acceptance import Rule, answer_text
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import NO_TEXT, BadRecordError, from_json, is_text, records
+from megatron_selfdistill.data.records import NO_TEXT, from_json, is_text, records
+from megatron_selfdistill.errors import BadConversationError, BadRecordError, UnresolvedError
 
 FIELDS = ("messages", "accepted", "tools", "id")
 TURNS = ("all", "before_accepted")
@@ -59,18 +60,6 @@ class ConversationSet:
     """Of the good ones: no turn before the accepted one, and ``turns`` is before_accepted."""
     num_later_turns: int = 0
     """Assistant turns after the accepted answer, of which nothing is known."""
-
-
-class BadConversationError(BadRecordError):
-    """What is wrong with one conversation, without quoting it; ``content`` is what would be quoted."""
-
-    def __init__(self, sentence: str, content: object = None) -> None:
-        super().__init__(sentence)
-        self.content = content
-
-
-class UnresolvedError(BadConversationError):
-    """Nothing says with which answer the user was content."""
 
 
 def load_conversations(

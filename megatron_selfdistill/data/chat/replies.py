@@ -8,7 +8,8 @@ from dataclasses import astuple, dataclass
 
 from megatron_selfdistill.data.contexts import PromptPair, shortened_to_fit
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import MissingChatTemplateError, PromptBuilder
+from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.errors import MissingChatTemplateError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, QueryGroups, Rule, query_groups, rows
 
 Architecture = dict[str, Any]

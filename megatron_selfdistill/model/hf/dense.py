@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_selfdistill.config import ConfigError, ModelConfig
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_selfdistill.config import ConfigError, ModelConfig
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.decoder import ExpertNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, require_full_attention, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.config import ConfigError, ModelConfig
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.decoder import ExpertNames, decoder_rules
 from megatron_selfdistill.model.hf.rules import Rule
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_selfdistill.config import ConfigError, ModelConfig
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf import deepseek, dense, experts
 from megatron_selfdistill.model.hf.family import Family, architecture, differences, said
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks

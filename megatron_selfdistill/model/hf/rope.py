@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.family import HFConfig
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 
 PASSTHROUGH = "hf_passthrough."
 """Keys of ours in a Megatron checkpoint: tensors that Megatron neither builds nor trains, kept for the way back."""

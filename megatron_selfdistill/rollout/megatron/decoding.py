@@ -17,8 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.layers import CoreAttention
 
 

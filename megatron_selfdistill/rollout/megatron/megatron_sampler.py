@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room, select_tokens
 from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable, select_mixed_tokens

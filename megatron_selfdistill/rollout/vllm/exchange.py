@@ -24,8 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.formats.unpickler import loads_pickled
-from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.conversion import DTYPES
 from megatron_selfdistill.checkpoint.describe import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
-from megatron_selfdistill.config import Config, ConfigError, ModelConfig
+from megatron_selfdistill.config import Config, ModelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
 from megatron_selfdistill.model.hf.rules import Rule
 from megatron_selfdistill.rollout.vllm.exchange import agreement

@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.distributed.watchdog import beat
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import FINISH_REASONS
 from megatron_selfdistill.rollout.vllm.engine import (
     WORKER_EXTENSION,

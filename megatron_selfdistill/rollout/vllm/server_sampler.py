@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron_selfdistill.config import ConfigError, RolloutConfig
+from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.export import Exporter
 from megatron_selfdistill.model.hf.rules import Rule

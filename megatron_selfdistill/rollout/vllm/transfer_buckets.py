@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.rollout.vllm.protocol import pin
 
 _PREFIX, _SUFFIX = "selfdistill-", ".bucket"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.protocol import boot_id, nccl_version, own_gpu
 from megatron_selfdistill.rollout.vllm.transfer_buckets import bucket_file

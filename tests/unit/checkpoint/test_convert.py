@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from megatron_selfdistill.checkpoint import conversion
 from megatron_selfdistill.checkpoint.conversion import Progress, hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.checkpoint.formats import safetensors_directory
-from megatron_selfdistill.config import ConfigError, ParallelConfig
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.mapping import family_of
 

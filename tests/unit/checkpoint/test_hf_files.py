@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_selfdistill.checkpoint import conversion
 from megatron_selfdistill.checkpoint.conversion import Progress, hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
-from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 KIND = "llama2"
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"

@@ -20,8 +20,7 @@ from tiny_run import overrides, reproducible_metrics, saved_step, train
 
 from megatron_selfdistill.checkpoint.run import run_lock
 from megatron_selfdistill.checkpoint.run.run_lock import LOCK, RunLock
-from megatron_selfdistill.config import ConfigError
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BEAT_S, SILENCE_S = 0.05, 0.6

@@ -23,8 +23,8 @@ from megatron_selfdistill.checkpoint.formats.stored_model import (
     true_vocab_size,
     with_stored_architecture,
 )
-from megatron_selfdistill.config import CheckpointConfig, Config, ConfigError, ModelConfig
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.config import CheckpointConfig, Config, ModelConfig
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.model.hf.mapping import differences, family_of
 
 LLAMA = {

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-from megatron_selfdistill.config import Config, ConfigError, from_mapping
+from megatron_selfdistill.config import Config, from_mapping
+from megatron_selfdistill.errors import ConfigError
 
 LETTERS = "_$abcdefgh"
 

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.cli import COMMANDS
-from megatron_selfdistill.config import ConfigError, load
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.plan.plan_checks import check_plan
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -12,8 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import Config, ConfigError, check_files, from_mapping, keys, load, to_yaml
+from megatron_selfdistill.config import Config, check_files, from_mapping, keys, load, to_yaml
 from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SECTIONS = [cls for cls in vars(configuration).values() if dataclasses.is_dataclass(cls)]
@@ -475,7 +476,7 @@ def test_a_value_of_another_key_that_hydra_cannot_read_is_told_how_to_quote():
 
 def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
-    from megatron_selfdistill.config.schema import PATHS
+    from megatron_selfdistill.config.schema.field_checks import PATHS
 
     config = load([f"{key}=~/x" for key in PATHS])
     for key in PATHS:

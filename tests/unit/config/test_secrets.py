@@ -12,8 +12,9 @@ import tiny_run
 from omegaconf import OmegaConf
 
 from megatron_selfdistill import train
-from megatron_selfdistill.config import ConfigError, from_mapping, hidden, load, to_yaml, writable
-from megatron_selfdistill.config.environment import SHORTEST_HIDDEN
+from megatron_selfdistill.config import from_mapping, load, to_yaml, writable
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.hidden_values import SHORTEST_HIDDEN, hidden
 from megatron_selfdistill.plan.launch import launch_commands
 from megatron_selfdistill.sources.chat_logs import list_left_out
 from megatron_selfdistill.train import main

@@ -16,8 +16,9 @@ import pytest
 import transformers
 from transformers import dynamic_module_utils
 
-from megatron_selfdistill.config import ConfigError, from_mapping
+from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.prompts import load_tokenizer
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.run_data import RunData
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.distributed import roll_call
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
+from megatron_selfdistill.errors import ConfigError
 
 
 def run(ranks: Any, function: Any, *arguments: Any, world_size: int = 3) -> list[Any]:

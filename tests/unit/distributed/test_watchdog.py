@@ -17,9 +17,10 @@ import pytest
 import tiny_run
 from tiny_run import overrides, train
 
-from megatron_selfdistill.config import Config, ConfigError, load
+from megatron_selfdistill.config import Config, load
 from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.distributed.watchdog import Report, hanging
+from megatron_selfdistill.errors import ConfigError
 
 TESTS = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.bootstrap import bootstrap, resampled_means
 from megatron_selfdistill.evaluation.comparison import Difference, compare
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, SUMMARY, require_free

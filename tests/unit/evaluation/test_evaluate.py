@@ -17,9 +17,10 @@ from characters import ONE_RANK, STOP, Characters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_selfdistill.config import Config, ConfigError, EvaluationConfig
+from megatron_selfdistill.config import Config, EvaluationConfig
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation import verify as module
 from megatron_selfdistill.evaluation.held_out import EvaluationResult, Verdict, evaluate, majority_at_k, pass_at_k
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer

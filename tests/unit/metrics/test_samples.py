@@ -14,8 +14,9 @@ import tiny_run
 import torch
 from rich.console import Console
 
-from megatron_selfdistill.config import ConfigError, MetricsConfig
+from megatron_selfdistill.config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
 from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html

@@ -17,16 +17,10 @@ import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import (
-    ConfigError,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    load,
-)
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
 from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture
 from megatron_selfdistill.model.architecture import (
     layer_spec,

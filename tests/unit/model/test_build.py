@@ -18,7 +18,8 @@ from layouts import Case, join
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core
 
-from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.build import build_optimizer, megatron_in_use, wrap_for_training
 
 REPOSITORY = Path(__file__).resolve().parents[3]

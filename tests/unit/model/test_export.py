@@ -16,7 +16,8 @@ import torch.distributed as dist
 from bytes_alive import BytesAlive
 from torch import Tensor
 
-from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.errors import ConfigError
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 EVERYTHING = 2**30

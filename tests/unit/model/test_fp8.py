@@ -24,14 +24,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill import learner
-from megatron_selfdistill.config import (
-    ConfigError,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-)
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training

@@ -20,16 +20,10 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import (
-    ConfigError,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    load,
-)
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
 from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.fused_kernels import (

@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from megatron_selfdistill.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_selfdistill.config import ModelConfig, ParallelConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf import rules as rules_module
 from megatron_selfdistill.model.hf.family import TRANSFORMER_DEFAULTS
 from megatron_selfdistill.model.hf.mapping import (

@@ -10,7 +10,7 @@ import hf_models
 import pytest
 import transformers
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.family import HFConfig
 from megatron_selfdistill.model.hf.mapping import FAMILIES
 from megatron_selfdistill.model.hf.rope import read_rope

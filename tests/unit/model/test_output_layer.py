@@ -18,8 +18,9 @@ from models import parallel
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
 
-from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.config.compose import from_mapping
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model import architecture, build, output_layer
 from megatron_selfdistill.model.build import unwrapped

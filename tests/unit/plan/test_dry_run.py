@@ -11,7 +11,8 @@ import pytest
 import tiny_run
 
 from megatron_selfdistill.commands import plan
-from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.plan.dry_run import dry_run, microbatches
 from megatron_selfdistill.plan.launch import launch_commands
 from megatron_selfdistill.plan.plan_checks import longest_row

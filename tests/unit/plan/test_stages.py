@@ -8,7 +8,8 @@ import torch
 from models import build, model_config, parallel, planned
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_selfdistill.config import ConfigError, OptimizerConfig
+from megatron_selfdistill.config import OptimizerConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.build import unwrapped
 
 LAYOUTS = [

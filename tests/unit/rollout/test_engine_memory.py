@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.config import ConfigError, RolloutConfig
+from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.rules import MegatronSlice, rows
 from megatron_selfdistill.rollout.vllm import colocated, engine_memory
 from megatron_selfdistill.rollout.vllm.engine_memory import (

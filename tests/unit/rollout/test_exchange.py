@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from models import parallel
 
-from megatron_selfdistill.config import ConfigError
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm import exchange
 from megatron_selfdistill.rollout.vllm.exchange import (

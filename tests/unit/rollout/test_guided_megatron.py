@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.common.embeddings import rope_utils
 
-from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed, sample_uniforms

@@ -11,7 +11,8 @@ from typing import Any
 import models
 import pytest
 
-from megatron_selfdistill.config import CheckpointConfig, Config, ConfigError, ParallelConfig, RolloutConfig
+from megatron_selfdistill.config import CheckpointConfig, Config, ParallelConfig, RolloutConfig
+from megatron_selfdistill.errors import ConfigError
 
 MODEL = models.model_config("tied")
 

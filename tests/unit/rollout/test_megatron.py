@@ -14,7 +14,8 @@ import torch.distributed as dist
 from models import VOCAB_SIZE, build, model_config, parallel
 from responses import chi_square_p_value, cut_at, own, stops_of
 
-from megatron_selfdistill.config import ConfigError, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed, sample_uniforms
 from megatron_selfdistill.rollout.megatron import megatron_sampler, survivors

@@ -17,8 +17,8 @@ import pytest
 import torch
 from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
-from megatron_selfdistill.config import ConfigError, RolloutConfig
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Request, SamplingParams
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)

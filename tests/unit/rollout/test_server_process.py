@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_selfdistill.config import ConfigError, RolloutConfig
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory
 from megatron_selfdistill.rollout.vllm.server import serve, server_process

@@ -16,7 +16,7 @@ import torch
 from fake_vllm import FakeVllm, fake_servers
 from torch import Tensor
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.rollout.vllm import transfer as transfer_module
 from megatron_selfdistill.rollout.vllm import transfer_buckets
 from megatron_selfdistill.rollout.vllm.client import VllmServer

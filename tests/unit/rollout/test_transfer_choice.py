@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from fake_vllm import FakeVllm, fake_servers
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.rollout.vllm import transfer_choice
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.protocol import boot_id

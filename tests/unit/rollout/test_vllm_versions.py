@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_selfdistill.config import ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.rollout.vllm import in_process
 from megatron_selfdistill.rollout.vllm.server import serve
 from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided

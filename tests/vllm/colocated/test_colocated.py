@@ -21,8 +21,8 @@ import pytest
 import torch
 from responses import own, tokens
 
-from megatron_selfdistill.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import megatron_selfdistill
-from megatron_selfdistill.config import ConfigError, RolloutConfig
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE, as_arguments
 

@@ -1,0 +1,71 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The section optimizer: how weights are updated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Megatron's optimizer, learning-rate schedule and data-parallel reduction."""
+
+    optimizer: str = "adam"
+    """adam or sgd."""
+    precision: str = "bf16"
+    """bf16 (with float32 main parameters) or fp32."""
+    lr: float = 1e-6
+    """Learning rate after warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    lr_decay_steps: int | None = None
+    """Steps until min_lr; null is num_steps."""
+    lr_decay_style: str = "constant"
+    """constant, linear, cosine or inverse-square-root."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Epsilon of Adam."""
+    sgd_momentum: float = 0.0
+    """Momentum of SGD."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 is no clipping."""
+    use_distributed_optimizer: bool = True
+    """Cut optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients bucket by bucket while backward runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters bucket by bucket while forward runs (distributed optimizer only)."""
+
+    def __post_init__(self) -> None:
+        normalise("optimizer", self)
+        one_of("optimizer.optimizer", self.optimizer, ["adam", "sgd"])
+        one_of("optimizer.precision", self.precision, ["bf16", "fp32"])
+        styles = ["constant", "linear", "cosine", "inverse-square-root"]
+        one_of("optimizer.lr_decay_style", self.lr_decay_style, styles)
+        at_least(0, "optimizer", self, "lr min_lr lr_warmup_steps weight_decay adam_eps sgd_momentum clip_grad")
+        at_least(1, "optimizer", self, "lr_decay_steps")
+        require(
+            self.min_lr <= self.lr,
+            f"optimizer.min_lr ({self.min_lr}) must not be above optimizer.lr ({self.lr}), from which it decays",
+        )
+        for name in ("adam_beta1", "adam_beta2"):
+            beta = getattr(self, name)
+            require(0 <= beta < 1, f"optimizer.{name} must lie in [0, 1), got {beta}")
+        require(
+            self.optimizer != "sgd" or not self.use_distributed_optimizer,
+            "optimizer.optimizer=sgd needs optimizer.use_distributed_optimizer=false: Megatron's distributed optimizer "
+            "is Adam's",
+        )
+        require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "optimizer.overlap_param_gather=true needs use_distributed_optimizer and overlap_grad_reduce",
+        )

@@ -1,0 +1,242 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The whole configuration: all sections, and the rules that bind one section to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_selfdistill.config.environment import FromEnvironment, Place
+from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
+from megatron_selfdistill.config.schema.field_checks import normalise, one_of, require
+from megatron_selfdistill.config.schema.loss_config import LossConfig
+from megatron_selfdistill.config.schema.model_config import ModelConfig
+from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
+from megatron_selfdistill.config.schema.parallel_config import ClusterConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
+from megatron_selfdistill.config.schema.run_config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    GuardsConfig,
+    MetricsConfig,
+    StopConfig,
+)
+from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
+
+MAX_SEED = 2**32 - 1
+"""The largest seed, which numpy and torch accept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run is."""
+
+    run_dir: str = ""
+    """The run folder: checkpoints, teacher, metrics, resolved configuration.  A run needs it; there is no default."""
+    num_steps: int = 100
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of data order, sampling streams and initial weights."""
+    objective: str = "self_distillation"
+    """self_distillation; or a baseline on the same data: sft (next-token training on the solution text)
+    or rft (next-token training on own responses whose answer verifies)."""
+    dry_run: bool = False
+    """Check and stop.  Under a launch: after everything has been built, before the first step.  Without one, and with
+    cluster.num_gpus: every rank's part as shapes alone, memory and bubble, on any machine and without GPUs."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What the model is."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How it is cut."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """What it runs on."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Problems and prompts."""
+    conversations: ConversationsConfig = field(default_factory=ConversationsConfig)
+    """Chat logs."""
+    solutions: SolutionsConfig = field(default_factory=SolutionsConfig)
+    """Own solutions."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How responses are sampled."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What the student is trained towards."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How the distance to it is measured."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Which weights teach."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """How a step runs through the pipeline."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights are updated."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is read and written."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """Where numbers go."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out problems."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """When a run is unhealthy."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """When a run ends before its last step."""
+    from_environment: Mapping[Place, FromEnvironment] = field(
+        default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
+    )
+    """Not a key: the values above that were read from the environment, and how they were written."""
+
+    def __post_init__(self) -> None:
+        normalise("", self)
+        one_of("objective", self.objective, ["self_distillation", "sft", "rft"])
+        require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
+        require(0 <= self.seed <= MAX_SEED, f"seed must lie in 0 to {MAX_SEED}, got {self.seed}")
+        if self.data.kind == "conversations":
+            self._check_conversations()
+        if self.loss.rollout_correction != "none":
+            self._check_correction()
+        require(
+            self.objective == "self_distillation" or self.loss.fused in (None, "none"),
+            f"loss.fused={self.loss.fused} fuses the output layer with the distillation loss, but objective="
+            f"{self.objective} trains on next tokens: set loss.fused=none, or null",
+        )
+        hang, collective = self.stop.hang_timeout_minutes, self.parallel.distributed_timeout_minutes
+        require(
+            hang is None or hang < collective,
+            f"stop.hang_timeout_minutes ({hang}) must be below parallel.distributed_timeout_minutes ({collective}), "
+            "after which a rank that waits gives up and takes the others with it: raise the latter",
+        )
+        require(
+            self.data.solutions == "given" or self.objective != "sft",
+            "objective=sft trains on the text of given solutions: leave data.solutions=given",
+        )
+        require(
+            self.rollout.guidance == "none" or self.rollout.replay is None,
+            "rollout.guidance=mixed says how responses are sampled, rollout.replay takes them from a file: unset one",
+        )
+
+    @property
+    def logged(self) -> bool:
+        """The responses are those of a log: nobody samples."""
+        return self.data.kind == "conversations" and self.conversations.responses == "logged"
+
+    @property
+    def samples(self) -> bool:
+        """Something is sampled: responses, or beside those of a log, answers to held-out problems."""
+        evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
+        return not self.logged or bool(evaluates)
+
+    @property
+    def shows_contents(self) -> bool:
+        """Problems and responses may be shown as text: those of conversations only where the user says so."""
+        return self.data.kind != "conversations" or self.conversations.show_contents
+
+    def _check_conversations(self) -> None:
+        require(
+            self.objective == "self_distillation" and self.data.solutions == "given",
+            "data.kind=conversations needs objective=self_distillation and data.solutions=given, got "
+            f"{self.objective} and {self.data.solutions}",
+        )
+        sampled = self.rollout.guidance != "none" or self.rollout.replay or self.rollout.record
+        require(
+            not (self.logged and (sampled or self.loss.rollout_correction != "none")),
+            "conversations.responses=logged samples nothing: unset rollout.guidance, rollout.replay, rollout.record "
+            "and loss.rollout_correction, or set conversations.responses=sampled",
+        )
+        require(
+            self.logged or self.conversations.min_log_prob is None,
+            "conversations.min_log_prob is about logged turns: unset it, or set conversations.responses=logged",
+        )
+
+    @property
+    def hang_timeout_s(self) -> float | None:
+        """``stop.hang_timeout_minutes`` in seconds, its default worked out; None is never."""
+        minutes = self.stop.hang_timeout_minutes
+        minutes = self.parallel.distributed_timeout_minutes * 5 / 6 if minutes is None else minutes
+        return minutes * 60 or None
+
+    def _check_correction(self) -> None:
+        rollout, key = self.rollout, f"loss.rollout_correction={self.loss.rollout_correction}"
+        require(self.objective != "sft", f"{key} corrects samples, but with objective=sft nobody samples")
+        require(
+            rollout.temperature > 0,
+            f"{key} divides by the probability of a draw, which greedy decoding (rollout.temperature=0) does not have",
+        )
+        plain = rollout.temperature == 1 and rollout.top_k == 0 and rollout.top_p == 1
+        require(
+            rollout.engine != "vllm" or plain,
+            f"{key} needs the log-prob of what was sampled, and vLLM tells log-probs at temperature 1 only: set "
+            f"rollout.temperature=1, top_k=0 and top_p=1, got {rollout.temperature}, {rollout.top_k}, {rollout.top_p}",
+        )
+
+    def check_ranks(self, world_size: int) -> None:
+        """Raise `ConfigError` where ``world_size`` ranks cannot be cut into the parallel sizes, or the batch is smaller
+        than the number of replicas, whatever the model is."""
+        p = self.parallel
+        tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+        ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size or tp
+        model_size = tp * pp * cp
+        made_for = self.cluster.num_gpus
+        require(
+            made_for is None or made_for == world_size,
+            f"cluster.num_gpus is {made_for}, but the launch has {world_size} ranks: launch {made_for}, or set "
+            f"cluster.num_gpus={world_size} and see what dry_run=true says",
+        )
+        require(
+            world_size % model_size == 0,
+            f"the world size {world_size} must be a multiple of TP x PP x CP = {tp} x {pp} x {cp} = {model_size}",
+        )
+        require(
+            world_size % (etp * pp * ep) == 0,
+            f"the world size {world_size} must be a multiple of ETP x EP x PP = {etp} x {ep} x {pp} = {etp * ep * pp}",
+        )
+        dp = world_size // model_size
+        require(
+            self.data.global_batch_size >= dp,
+            f"data.global_batch_size ({self.data.global_batch_size}) must be at least the number of "
+            f"data-parallel ranks ({dp})",
+        )
+
+    def check_world(self, world_size: int) -> None:
+        """Raise `ConfigError` where the parallel sizes, the model and the batch cannot be cut for ``world_size``
+        ranks."""
+        self.check_ranks(world_size)
+        p, m = self.parallel, self.model
+        ep = p.expert_model_parallel_size
+        require(
+            ep == 1 or m.num_moe_experts is not None or m.provider is not None,
+            f"parallel.expert_model_parallel_size={ep} needs a mixture of experts (model.num_moe_experts)",
+        )
+        if m.provider is None:
+            self._check_model_divides(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, ep)
+
+    def _check_model_divides(self, tp: int, pp: int, ep: int) -> None:
+        p, m = self.parallel, self.model
+        ffn = m.ffn_hidden_size or 4 * m.hidden_size
+        for name, size in [
+            ("model.hidden_size", m.hidden_size),
+            ("model.num_attention_heads", m.num_attention_heads),
+            ("model.num_query_groups", m.num_query_groups or m.num_attention_heads),
+            ("model.ffn_hidden_size", ffn),
+        ]:
+            require(size % tp == 0, f"{name} ({size}) must be a multiple of tensor_model_parallel_size ({tp})")
+        chunks = pp * (p.virtual_pipeline_model_parallel_size or 1)
+        uneven = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
+        if not uneven & set(m.transformer) and "pipeline_model_parallel_layout" not in m.transformer:
+            require(
+                m.num_layers % chunks == 0,
+                f"model.num_layers ({m.num_layers}) must be a multiple of PP x VPP = {chunks}, "
+                "or give model.transformer.num_layers_in_first_pipeline_stage / ..._last_...",
+            )
+        if m.num_moe_experts is not None:
+            require(
+                m.num_moe_experts % ep == 0,
+                f"model.num_moe_experts ({m.num_moe_experts}) must be a multiple of EP ({ep})",
+            )
+            etp = p.expert_tensor_parallel_size or tp
+            expert_ffn = m.moe_ffn_hidden_size or ffn
+            require(
+                expert_ffn % etp == 0,
+                f"model.moe_ffn_hidden_size ({expert_ffn}) must be a multiple of the tensor parallelism "
+                f"inside an expert ({etp}): set parallel.expert_tensor_parallel_size",
+            )
+            require(
+                tp == 1 or p.sequence_parallel,
+                "a mixture of experts with tensor parallelism needs parallel.sequence_parallel=true",
+            )
