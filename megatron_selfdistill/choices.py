@@ -20,3 +20,78 @@ FUSED_MODES = ("keep_gradient", "low_memory")
 
 LOSS_FUSED = ("none", *FUSED_MODES)
 """Values of loss.fused; null chooses one of them by the memory that the logits take."""
+
+OBJECTIVES = ("self_distillation", "sft", "rft")
+"""Values of objective."""
+
+NORMALIZATIONS = ("RMSNorm", "LayerNorm")
+"""Values of model.normalization."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+"""Values of model.activation."""
+
+POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
+"""Values of model.position_embedding_type."""
+
+PAIR_ORDERS = ("teacher_first", "alternating")
+"""Values of schedule.pair_order; null chooses one of them by the number of stages."""
+
+RECOMPUTE_GRANULARITIES = ("selective", "full")
+"""Values of schedule.recompute_granularity; null recomputes nothing."""
+
+DATA_KINDS = ("problems", "conversations")
+"""Values of data.kind."""
+
+SOLUTION_SOURCES = ("given", "own")
+"""Values of data.solutions."""
+
+BAD_RECORD_POLICIES = ("error", "skip")
+"""Values of data.on_bad_record."""
+
+LONG_CONTEXT_POLICIES = ("error", "drop", "truncate_start", "truncate_end")
+"""Values of data.on_long_context."""
+
+CONVERSATION_TURNS = ("all", "before_accepted")
+"""Values of conversations.turns."""
+
+CONVERSATION_RESPONSES = ("logged", "sampled")
+"""Values of conversations.responses."""
+
+UNLIKELY_TURN_POLICIES = ("drop", "down_weight")
+"""Values of conversations.unlikely."""
+
+SOLUTION_RANKINGS = ("shortest", "most_likely", "random", "learnable")
+"""Values of solutions.pick."""
+
+ENGINES = ("megatron", "vllm")
+"""Values of rollout.engine."""
+
+PLACEMENTS = ("colocated", "server")
+"""Values of rollout.placement."""
+
+TRANSFERS = ("shared_memory", "gloo", "nccl", "ipc")
+"""Values of rollout.transfer; null chooses one of them by what the servers can reach."""
+
+GUIDANCES = ("none", "mixed")
+"""Values of rollout.guidance."""
+
+ROLLOUT_CORRECTIONS = ("none", "truncated")
+"""Values of loss.rollout_correction."""
+
+TEACHER_WEIGHTS = ("frozen", "ema", "current")
+"""Values of teacher.weights."""
+
+TEACHER_OFFLOADS = ("none", "cpu")
+"""Values of teacher.offload."""
+
+OPTIMIZERS = ("adam", "sgd")
+"""Values of optimizer.optimizer."""
+
+PRECISIONS = ("bf16", "fp32")
+"""Values of optimizer.precision."""
+
+LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+"""Values of optimizer.lr_decay_style, as Megatron spells them."""
+
+VERIFY_LEVELS = ("checksums", "sizes", "none")
+"""Values of checkpoint.verify."""

@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.choices import SOLUTION_RANKINGS
+
 if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need not wait for
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.problems import Problem
@@ -418,8 +420,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--hf", type=Path, metavar="DIR", help="a Hugging Face folder as the model, instead of checkpoint.load")
     option("--num-samples", type=_at_least_1, default=8, metavar="N", help="responses per problem (default: 8)")
     option("--keep", type=_at_least_1, default=1, metavar="K", help="solutions per problem, at most (default: 1)")
-    rules = ["shortest", "most_likely", "random", "learnable"]
-    option("--pick", choices=rules, default="shortest", help="which of the right ones are kept (default: shortest)")
+    option(
+        "--pick", choices=SOLUTION_RANKINGS, default="shortest", help="which right ones are kept (default: shortest)"
+    )
     option("--alpha", type=float, default=0.01, help="with --pick learnable: weight of the worst token (default: 0.01)")
     option("--num-problems", type=_at_least_1, metavar="N", help="only the first so many (default: all)")
     option("--group-size", type=_at_least_1, default=64, metavar="N", help="problems at a time (default: 64)")

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from megatron_selfdistill.choices import LONG_CONTEXT_POLICIES
 from megatron_selfdistill.data.hints import hint_cost
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
-
-POLICIES = ("error", "drop", "truncate_start", "truncate_end")
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,8 @@ def fit_teacher_prompt(
 
     Raises: ValueError also if the two prompts do not end in the same generation prompt.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"data.on_long_context: expected one of {', '.join(POLICIES)}, got {policy!r}.")
+    if policy not in LONG_CONTEXT_POLICIES:
+        raise ValueError(f"data.on_long_context: expected one of {', '.join(LONG_CONTEXT_POLICIES)}, got {policy!r}.")
     room = max_length - max_new_tokens
     if room < 1:
         raise ValueError(

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.choices import PAIR_ORDERS
+
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -45,8 +47,6 @@ TokenLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
 TokenWeights = Callable[[Tensor, Tensor], Tensor]
 """(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, constants
 (loss/weighting.py)."""
-
-PAIR_ORDERS = ("teacher_first", "alternating")
 
 
 @dataclass

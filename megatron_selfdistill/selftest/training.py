@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_selfdistill.choices import DIVERGENCES
+from megatron_selfdistill.choices import DIVERGENCES, PAIR_ORDERS
 from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import Config, ParallelConfig
 from megatron_selfdistill.data.packing import PackedBatch
@@ -107,7 +107,7 @@ def pair_orders(node: Node) -> Outcome:
     pp = 2 if node.world_size % 2 == 0 else 1
     pair, _ = new_pair(node, node.cut(tp=2 if node.world_size % 4 == 0 else 1, pp=pp))
     batch = pair.packed(same_prompt=False)
-    one, other = (pair.step(batch, Target(), Divergence(), order) for order in schedule.PAIR_ORDERS)
+    one, other = (pair.step(batch, Target(), Divergence(), order) for order in PAIR_ORDERS)
     differences = {}
     for name, gradient in one.gradients.items():
         norm, off = gradient.norm(), (gradient - other.gradients[name]).norm()

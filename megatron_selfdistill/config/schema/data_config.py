@@ -6,6 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_selfdistill.choices import (
+    BAD_RECORD_POLICIES,
+    CONVERSATION_RESPONSES,
+    CONVERSATION_TURNS,
+    DATA_KINDS,
+    LONG_CONTEXT_POLICIES,
+    SOLUTION_RANKINGS,
+    SOLUTION_SOURCES,
+    UNLIKELY_TURN_POLICIES,
+)
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -60,10 +70,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         normalise("data", self)
-        one_of("data.kind", self.kind, ["problems", "conversations"])
-        one_of("data.solutions", self.solutions, ["given", "own"])
-        one_of("data.on_bad_record", self.on_bad_record, ["error", "skip"])
-        one_of("data.on_long_context", self.on_long_context, ["error", "drop", "truncate_start", "truncate_end"])
+        one_of("data.kind", self.kind, DATA_KINDS)
+        one_of("data.solutions", self.solutions, SOLUTION_SOURCES)
+        one_of("data.on_bad_record", self.on_bad_record, BAD_RECORD_POLICIES)
+        one_of("data.on_long_context", self.on_long_context, LONG_CONTEXT_POLICIES)
         at_least(1, "data", self, "global_batch_size limit max_length")
         known = {"problem", "solution", "answer", "id", "messages"}
         if self.kind == "conversations":
@@ -95,9 +105,9 @@ class ConversationsConfig:
 
     def __post_init__(self) -> None:
         normalise("conversations", self)
-        one_of("conversations.turns", self.turns, ["all", "before_accepted"])
-        one_of("conversations.responses", self.responses, ["logged", "sampled"])
-        one_of("conversations.unlikely", self.unlikely, ["drop", "down_weight"])
+        one_of("conversations.turns", self.turns, CONVERSATION_TURNS)
+        one_of("conversations.responses", self.responses, CONVERSATION_RESPONSES)
+        one_of("conversations.unlikely", self.unlikely, UNLIKELY_TURN_POLICIES)
         require(
             self.min_log_prob is None or self.min_log_prob <= 0,
             f"conversations.min_log_prob is a log-prob in nats, at most 0, got {self.min_log_prob}",
@@ -124,4 +134,4 @@ class SolutionsConfig:
         normalise("solutions", self)
         at_least(1, "solutions", self, "refresh_every num_samples keep")
         at_least(0, "solutions", self, "alpha")
-        one_of("solutions.pick", self.pick, ["shortest", "most_likely", "random", "learnable"])
+        one_of("solutions.pick", self.pick, SOLUTION_RANKINGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_selfdistill.choices import DIVERGENCES, LOSS_BACKENDS, LOSS_FUSED, ROLLOUT_CORRECTIONS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -39,15 +40,15 @@ class LossConfig:
     def __post_init__(self) -> None:
         normalise("loss", self)
         if self.backend is not None:
-            one_of("loss.backend", self.backend, ["torch", "triton"])
+            one_of("loss.backend", self.backend, LOSS_BACKENDS)
         if self.fused is not None:
-            one_of("loss.fused", self.fused, ["none", "keep_gradient", "low_memory"])
+            one_of("loss.fused", self.fused, LOSS_FUSED)
         at_least(1, "loss", self, "fused_chunk_tokens")
         at_least(0, "loss", self, "max_logits_gb")
-        one_of("loss.rollout_correction", self.rollout_correction, ["none", "truncated"])
+        one_of("loss.rollout_correction", self.rollout_correction, ROLLOUT_CORRECTIONS)
         require(
             self.rollout_correction_cap > 0,
             f"loss.rollout_correction_cap must be positive, got {self.rollout_correction_cap}",
         )
-        one_of("loss.divergence", self.divergence, ["reverse_kl", "forward_kl", "jsd"])
+        one_of("loss.divergence", self.divergence, DIVERGENCES)
         require(0 < self.jsd_lambda < 1, f"loss.jsd_lambda must lie in (0, 1), got {self.jsd_lambda}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_selfdistill.choices import ACTIVATIONS, NORMALIZATIONS, POSITION_EMBEDDINGS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -89,13 +90,9 @@ class ModelConfig:
         at_least(1, "model", self, f"{sizes} num_attention_heads num_query_groups max_position_embeddings")
         at_least(1, "model", self, "num_moe_experts moe_router_topk moe_ffn_hidden_size")
         at_least(0, "model", self, "num_passthrough_mtp_layers")
-        one_of("model.normalization", self.normalization, ["RMSNorm", "LayerNorm"])
-        one_of("model.activation", self.activation, ["silu", "gelu", "gelu_tanh"])
-        one_of(
-            "model.position_embedding_type",
-            self.position_embedding_type,
-            ["rope", "learned_absolute", "none"],
-        )
+        one_of("model.normalization", self.normalization, NORMALIZATIONS)
+        one_of("model.activation", self.activation, ACTIVATIONS)
+        one_of("model.position_embedding_type", self.position_embedding_type, POSITION_EMBEDDINGS)
         if self.kv_channels is None:
             require(
                 self.hidden_size % self.num_attention_heads == 0,

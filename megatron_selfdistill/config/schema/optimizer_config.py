@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_selfdistill.choices import LR_DECAY_STYLES, OPTIMIZERS, PRECISIONS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -47,10 +48,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         normalise("optimizer", self)
-        one_of("optimizer.optimizer", self.optimizer, ["adam", "sgd"])
-        one_of("optimizer.precision", self.precision, ["bf16", "fp32"])
-        styles = ["constant", "linear", "cosine", "inverse-square-root"]
-        one_of("optimizer.lr_decay_style", self.lr_decay_style, styles)
+        one_of("optimizer.optimizer", self.optimizer, OPTIMIZERS)
+        one_of("optimizer.precision", self.precision, PRECISIONS)
+        one_of("optimizer.lr_decay_style", self.lr_decay_style, LR_DECAY_STYLES)
         at_least(0, "optimizer", self, "lr min_lr lr_warmup_steps weight_decay adam_eps sgd_momentum clip_grad")
         at_least(1, "optimizer", self, "lr_decay_steps")
         require(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_selfdistill.choices import PAIR_ORDERS, RECOMPUTE_GRANULARITIES
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -104,8 +105,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         normalise("schedule", self)
         if self.pair_order is not None:
-            one_of("schedule.pair_order", self.pair_order, ["teacher_first", "alternating"])
+            one_of("schedule.pair_order", self.pair_order, PAIR_ORDERS)
         at_least(1, "schedule", self, "max_tokens recompute_num_layers")
         at_least(0, "schedule", self, "teacher_store_gb")
         if self.recompute_granularity is not None:
-            one_of("schedule.recompute_granularity", self.recompute_granularity, ["selective", "full"])
+            one_of("schedule.recompute_granularity", self.recompute_granularity, RECOMPUTE_GRANULARITIES)

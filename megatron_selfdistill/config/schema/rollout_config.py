@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, TRANSFERS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -78,11 +79,11 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         normalise("rollout", self)
-        one_of("rollout.engine", self.engine, ["megatron", "vllm"])
-        one_of("rollout.placement", self.placement, ["colocated", "server"])
-        one_of("rollout.guidance", self.guidance, ["none", "mixed"])
+        one_of("rollout.engine", self.engine, ENGINES)
+        one_of("rollout.placement", self.placement, PLACEMENTS)
+        one_of("rollout.guidance", self.guidance, GUIDANCES)
         if self.transfer is not None:
-            one_of("rollout.transfer", self.transfer, ["shared_memory", "gloo", "nccl", "ipc"])
+            one_of("rollout.transfer", self.transfer, TRANSFERS)
         at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp")
         at_least(0, "rollout", self, "temperature top_k kv_cache_gb num_servers max_staleness")
         require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")

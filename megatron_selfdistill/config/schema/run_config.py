@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_selfdistill.choices import VERIFY_LEVELS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -35,7 +36,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         normalise("checkpoint", self)
-        one_of("checkpoint.verify", self.verify, ["checksums", "sizes", "none"])
+        one_of("checkpoint.verify", self.verify, VERIFY_LEVELS)
         require(
             self.resume in (True, False, "force"),
             f"checkpoint.resume must be one of true, false, force, got {self.resume!r}",

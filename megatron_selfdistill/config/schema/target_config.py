@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_selfdistill.choices import TARGET_RULES, TEACHER_OFFLOADS, TEACHER_WEIGHTS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -25,7 +26,7 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         normalise("target", self)
-        one_of("target.rule", self.rule, ["entropy_matched", "fixed", "batch", "teacher_alone"])
+        one_of("target.rule", self.rule, TARGET_RULES)
         at_least(0, "target", self, "teacher_weight")
         number = isinstance(self.k_max, int | float) and not isinstance(self.k_max, bool)
         require(
@@ -48,6 +49,6 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         normalise("teacher", self)
-        one_of("teacher.weights", self.weights, ["frozen", "ema", "current"])
-        one_of("teacher.offload", self.offload, ["none", "cpu"])
+        one_of("teacher.weights", self.weights, TEACHER_WEIGHTS)
+        one_of("teacher.offload", self.offload, TEACHER_OFFLOADS)
         require(0 <= self.ema_decay < 1, f"teacher.ema_decay must lie in [0, 1), got {self.ema_decay}")

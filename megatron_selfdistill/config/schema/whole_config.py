@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_selfdistill.choices import OBJECTIVES
 from megatron_selfdistill.config.environment import FromEnvironment, Place
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
 from megatron_selfdistill.config.schema.field_checks import normalise, one_of, require
@@ -84,7 +85,7 @@ class Config:
 
     def __post_init__(self) -> None:
         normalise("", self)
-        one_of("objective", self.objective, ["self_distillation", "sft", "rft"])
+        one_of("objective", self.objective, OBJECTIVES)
         require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
         require(0 <= self.seed <= MAX_SEED, f"seed must lie in 0 to {MAX_SEED}, got {self.seed}")
         if self.data.kind == "conversations":

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.choices import CONVERSATION_TURNS
 from megatron_selfdistill.data.chat.acceptance import Rule, answer_text
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
 from megatron_selfdistill.data.records import NO_TEXT, from_json, is_text, records
 from megatron_selfdistill.errors import BadConversationError, BadRecordError, UnresolvedError
 
 FIELDS = ("messages", "accepted", "tools", "id")
-TURNS = ("all", "before_accepted")
 
 _MAY_FOLLOW: dict[str, tuple[str, ...]] = {
     "system": ("system", "developer", "user"),
@@ -134,8 +134,8 @@ def load_conversations(
 def conversation_turns(conversation: Conversation, turns: str) -> list[Problem]:
     """A problem for each assistant message up to the accepted answer: what was said before it, the answer as the
     solution, and the message as the logged reply.  ``turns``: all or before_accepted."""
-    if turns not in TURNS:
-        raise ValueError(f"conversations.turns must be {' or '.join(TURNS)}, got {turns!r}")
+    if turns not in CONVERSATION_TURNS:
+        raise ValueError(f"conversations.turns must be {' or '.join(CONVERSATION_TURNS)}, got {turns!r}")
     messages, accepted = conversation.messages, conversation.accepted
     end = accepted + 1 if turns == "all" else accepted
     return [
