@@ -131,7 +131,7 @@ def load_problems(
     return ProblemSet(problems, len(skipped), skipped)
 
 
-class ProblemStream:
+class ProblemSampler:
     """Endless shuffled epochs of a data set, in global batches.
 
     Every rank holds the same stream and takes its share with ``shard``, so the order does not depend on the
@@ -164,7 +164,7 @@ class ProblemStream:
             self._position += 1
         return drawn
 
-    def fork(self) -> ProblemStream:
+    def fork(self) -> ProblemSampler:
         """Return a stream at the same position, which then moves by itself."""
         return copy.copy(self)  # `draw` replaces what it changes
 

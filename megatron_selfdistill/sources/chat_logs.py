@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_selfdistill.config import Config, ConversationsConfig
 from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.contexts import build_contexts
-from megatron_selfdistill.data.problems import Problem, ProblemStream, shard
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, shard
 from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.distributed.collectives import from_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -47,9 +47,9 @@ class ChatLogs(CommittedState):
 
         Raises: `ConfigError` on all ranks for an unusable turn that may not be left out, and where none is left.
         """
-        stream = self.state.stream.fork()
+        problem_sampler = self.state.problem_sampler.fork()
         with self._phases("read"):
-            read = self._turns.next_turns(stream)
+            read = self._turns.next_turns(problem_sampler)
         with self._phases("pack"):
             responses = [_logged_response(turn) for turn in read.turns]
             contexts = build_contexts([turn.prompts for turn in read.turns], responses)
@@ -61,7 +61,7 @@ class ChatLogs(CommittedState):
                 solutions=[problem.solution for problem in read.problems],
                 token_weights=turn_weights(self._conversations, turns, self._grid),
                 metrics=read.metrics,
-                next_state=SourceState(stream, self.state.prompts),
+                next_state=SourceState(problem_sampler, self.state.prompts),
             )
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
@@ -86,7 +86,7 @@ class StepTurns:
 class LoggedTurns:
     """Global batches of usable turns, each replica reading its own share.
 
-    The batch of a step is the next ``data.global_batch_size`` usable turns of the stream, whatever the number of
+    The batch of a step is the next ``data.global_batch_size`` usable turns of the problem sampler, whatever the number of
     replicas.  Unusable turns are remembered, so that no turn is read or listed twice: this memory, equal on all ranks,
     is all that a call of `next_turns` changes here, and it changes no batch.
     """
@@ -97,14 +97,14 @@ class LoggedTurns:
         self._file = Path(config.run_dir) / LEFT_OUT_FILE
         self._unusable: dict[str, Unusable] = {}
 
-    def next_turns(self, stream: ProblemStream) -> StepTurns:
-        """Return the next turns of ``stream``, which moves on; an unusable turn is replaced by the next one.
+    def next_turns(self, problem_sampler: ProblemSampler) -> StepTurns:
+        """Return the next turns of ``problem_sampler``, which moves on; an unusable turn is replaced by the next one.
 
         Every rank of the world calls it.  Collectives: one maximum over the data-parallel ranks, and where a turn was
         unusable an all_gather_object and another round.
         Raises: `ConfigError` on all ranks for an unusable turn that may not be left out, and where none is left.
         """
-        grid, batch = self._grid, stream.next_batch()
+        grid, batch = self._grid, problem_sampler.next_batch()
         places = list(range(len(batch)))
         mine: dict[str, Turn] = {}
         num_long = num_bad = 0
@@ -118,7 +118,7 @@ class LoggedTurns:
             num_bad += sum(not turn.too_long for turn in refused.values())
             places = sorted(refused)
             self._learn([(batch[place].id, refused[place]) for place in places])
-            for place, problem in zip(places, stream.draw(len(places)), strict=True):
+            for place, problem in zip(places, problem_sampler.draw(len(places)), strict=True):
                 batch[place] = problem
         problems = shard(batch, grid.dp_rank, grid.dp_size)
         turns = [mine[problem.id] for problem in problems]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.problems import ProblemStream
+from megatron_selfdistill.data.problems import ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
@@ -38,10 +38,10 @@ def configured_source(
     Raises: `ConfigError` where answers are needed and missing; ValueError for a recording that cannot be read.
     """
     judge = Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid)
-    stream = ProblemStream(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
+    problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
     finder = Finder(sampler, judge.verifier, score, phases, grid, config.data.global_batch_size)
-    state = SourceState(stream, _prompts(config, run_data, judge, finder))
+    state = SourceState(problem_sampler, _prompts(config, run_data, judge, finder))
     if config.objective == "sft":
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
     if config.logged:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_selfdistill.data.contexts import PromptPair
-from megatron_selfdistill.data.problems import Problem, ProblemStream
+from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.pipeline.batch import of_all_replicas
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
@@ -90,10 +90,10 @@ class GuidedPrompts:
     """Which problems are guided; None guides all problems that have a solution."""
 
     def prepare(
-        self, step: int, sampling: SamplingParams, stream: ProblemStream
+        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
     ) -> tuple[Prompts, Mapping[str, float]]:
         """Return the prompts of the step with the inner prompts prepared, and their metrics.  Collective."""
-        inner, metrics = self.inner.prepare(step, sampling, stream)
+        inner, metrics = self.inner.prepare(step, sampling, problem_sampler)
         return replace(self, inner=inner), metrics
 
     def pair(self, problem: Problem) -> PromptPair:

@@ -68,9 +68,9 @@ class OnPolicy(CommittedState):
         Raises: `EngineError` on all ranks where responses could not be sampled.
         """
         options = self._options
-        prompts, found = self.state.prompts.prepare(step, sampling, self.state.stream)
-        stream = self.state.stream.fork()
-        asked = self._asked(step, stream.next_batch(), prompts)
+        prompts, found = self.state.prompts.prepare(step, sampling, self.state.problem_sampler)
+        problem_sampler = self.state.problem_sampler.fork()
+        asked = self._asked(step, problem_sampler.next_batch(), prompts)
         responses = self._responses(step, asked.keys, asked.requests, sampling)
         answers = [
             Answer(problem, asked.pairs[problem.id], response)
@@ -91,7 +91,7 @@ class OnPolicy(CommittedState):
                 sampler_log_probs=self._on_device(response.log_probs for response in kept),
                 token_weights=self._corrections(kept) if options.corrects else None,
                 metrics={**found, **chosen},
-                next_state=SourceState(stream, prompts_after),
+                next_state=SourceState(problem_sampler, prompts_after),
             )
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:

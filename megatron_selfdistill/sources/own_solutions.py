@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
-from megatron_selfdistill.data.problems import Problem, ProblemStream
+from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.evaluation.verify import Verifier
 from megatron_selfdistill.metrics import Phases
@@ -165,7 +165,7 @@ class OwnSolutionPrompts:
     finder: Finder
 
     def prepare(
-        self, step: int, sampling: SamplingParams, stream: ProblemStream
+        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
     ) -> tuple[Prompts, Mapping[str, float]]:
         """Return the prompts after a search over the problems of the coming steps, where a search is due, and the
         metrics of `OwnSolutions.refreshed`.  Collective."""
@@ -176,7 +176,7 @@ class OwnSolutionPrompts:
         with finder.phases("solutions"):
             own, metrics = self.own.refreshed(
                 step,
-                stream.coming(self.own.refresh_every),
+                problem_sampler.coming(self.own.refresh_every),
                 finder.group_size,
                 grid=finder.grid,
                 generate=lambda requests: finder.sampler.generate(requests, sampling),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
-from megatron_selfdistill.data.problems import Problem, ProblemStream
+from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
 from megatron_selfdistill.evaluation.verify import Verifier, judge
 from megatron_selfdistill.rollout.base import Response, SamplingParams, response_text
@@ -31,10 +31,13 @@ class Prompts(Protocol):
     """How prompts are made.  It is a value: whatever a step finds out is in a new object, never in this one."""
 
     def prepare(
-        self, step: int, sampling: SamplingParams, stream: ProblemStream
+        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
     ) -> tuple[Prompts, Mapping[str, float]]:
-        """Return the prompts of the step that ``step`` optimizer steps precede, and metrics; ``stream``: the problems
-        that come next, which the caller's step begins with.  Collective."""
+        """Return the prompts of the step that ``step`` optimizer steps precede, and metrics.
+
+        ``problem_sampler`` draws the problems that come next; the caller's step begins with its first batch.
+        Collective.
+        """
         ...
 
     def pair(self, problem: Problem) -> PromptPair:
@@ -83,7 +86,7 @@ class GivenSolutions:
     """``data.on_long_context``, as `fit_teacher_prompt` takes it."""
 
     def prepare(
-        self, step: int, sampling: SamplingParams, stream: ProblemStream
+        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
     ) -> tuple[Prompts, Mapping[str, float]]:
         """Return these prompts and no metrics."""
         return self, {}

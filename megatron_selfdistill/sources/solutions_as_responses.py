@@ -26,8 +26,8 @@ class SolutionsAsResponses(CommittedState):
 
     def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
         """Return the batch of this replica's share of the next global batch of problems; nothing is sampled."""
-        prompts, stream = self.state.prompts, self.state.stream.fork()
-        problems = shard(stream.next_batch(), self._grid.dp_rank, self._grid.dp_size)
+        prompts, problem_sampler = self.state.prompts, self.state.problem_sampler.fork()
+        problems = shard(problem_sampler.next_batch(), self._grid.dp_rank, self._grid.dp_size)
         with self._phases("pack"):
             responses = [self._response(problem, sampling.max_new_tokens) for problem in problems]
             return StepBatch(
@@ -35,7 +35,7 @@ class SolutionsAsResponses(CommittedState):
                 responses=responses,
                 contexts=build_contexts([prompts.pair(problem) for problem in problems], responses),
                 solutions=[problem.solution for problem in problems],
-                next_state=SourceState(stream, prompts),
+                next_state=SourceState(problem_sampler, prompts),
             )
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:

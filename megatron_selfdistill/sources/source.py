@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.problems import Problem, ProblemStream
+from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.pipeline.schedule import StepOutput, TokenWeights
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.problem_prompts import Prompts
@@ -20,8 +20,8 @@ from megatron_selfdistill.sources.problem_prompts import Prompts
 class SourceState:
     """What a checkpoint keeps of a source: a value, which a finished step replaces as a whole."""
 
-    stream: ProblemStream
-    """The position in the data.  A source never moves this stream: it reads from a fork of it."""
+    problem_sampler: ProblemSampler
+    """The position in the data.  A source never moves this sampler: it draws from a fork."""
     prompts: Prompts
     """How the prompts are made, with the own solutions and the success rates that have been found so far."""
 
@@ -110,10 +110,10 @@ class CommittedState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the committed state as plain values for a checkpoint."""
-        return {"stream": self._state.stream.state_dict(), **self._state.prompts.state_dict()}
+        return {"problem_sampler": self._state.problem_sampler.state_dict(), **self._state.prompts.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the committed state by the one that `state_dict` returned."""
-        stream = self._state.stream.fork()
-        stream.load_state_dict(state["stream"])
-        self._state = SourceState(stream, self._state.prompts.restored(state))
+        problem_sampler = self._state.problem_sampler.fork()
+        problem_sampler.load_state_dict(state["problem_sampler"])
+        self._state = SourceState(problem_sampler, self._state.prompts.restored(state))

@@ -140,7 +140,7 @@ def test_force_starts_other_problems_from_their_beginning(ranks, data, run, tmp_
     status, said = started(ranks, data, run, *changes)
     assert status == 0 and "the data starts from its beginning" in said
     state = trainer_state(run / "checkpoints" / "iter_0000007")
-    assert state["stream"] | {"fingerprint": ""} == {"epoch": 0, "position": 8, "seed": 3, "fingerprint": ""}
+    assert state["problem_sampler"] | {"fingerprint": ""} == {"epoch": 0, "position": 8, "seed": 3, "fingerprint": ""}
 
 
 def trainer_state(path: Path) -> dict:

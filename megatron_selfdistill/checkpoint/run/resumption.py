@@ -172,12 +172,12 @@ def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] |
 
 def _changed_data(saved: SavedRun, config: Config, fingerprint: str) -> list[Difference]:
     """Return what the position in the data belongs to, where that is something else now."""
-    stream = saved.trainer_state.get("stream")
-    if stream is None:
+    sampler = saved.trainer_state.get("problem_sampler")
+    if sampler is None:
         return []
     found = []
-    if stream["fingerprint"] != fingerprint:
-        found.append(Difference(_PROBLEMS, stream["fingerprint"], fingerprint, BOUND))
-    if CONFIGURATION not in saved.trainer_state and stream["seed"] != config.seed:
-        found.append(Difference("seed", stream["seed"], config.seed, BOUND))
+    if sampler["fingerprint"] != fingerprint:
+        found.append(Difference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND))
+    if CONFIGURATION not in saved.trainer_state and sampler["seed"] != config.seed:
+        found.append(Difference("seed", sampler["seed"], config.seed, BOUND))
     return found

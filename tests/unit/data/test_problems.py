@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Reading data sets and their stream of batches."""
+"""Reading data sets and the batches of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_selfdistill.data.problems import Problem, ProblemSet, ProblemStream, load_problems, shard
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, load_problems, shard
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -195,8 +195,8 @@ def test_a_hub_set_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.Monkey
 
 
 def test_each_epoch_holds_every_problem_once_and_batches_may_straddle_epochs() -> None:
-    stream = ProblemStream(problem_set(10), batch_size=4, seed=0)
-    drawn = [problem.id for _ in range(15) for problem in stream.next_batch()]
+    sampler = ProblemSampler(problem_set(10), batch_size=4, seed=0)
+    drawn = [problem.id for _ in range(15) for problem in sampler.next_batch()]
     epochs = [drawn[start : start + 10] for start in range(0, 60, 10)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert Counter(drawn).most_common()[-1][1] == 6
@@ -205,8 +205,8 @@ def test_each_epoch_holds_every_problem_once_and_batches_may_straddle_epochs() -
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only() -> None:
     def first_epochs(seed: int, batch_size: int) -> list[str]:
-        stream = ProblemStream(problem_set(12), batch_size=batch_size, seed=seed)
-        return [problem.id for _ in range(48 // batch_size) for problem in stream.next_batch()]
+        sampler = ProblemSampler(problem_set(12), batch_size=batch_size, seed=seed)
+        return [problem.id for _ in range(48 // batch_size) for problem in sampler.next_batch()]
 
     assert first_epochs(3, 4) == first_epochs(3, 16) == first_epochs(3, 48)
     assert first_epochs(3, 4) != first_epochs(4, 4)
@@ -216,23 +216,23 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 7), st.integers(0, 12), st.integers(1, 6))
-def test_a_resumed_stream_goes_on_where_it_stopped(count: int, batch: int, steps: int, more: int) -> None:
-    stream = ProblemStream(problem_set(count), batch_size=batch, seed=1)
+def test_a_resumed_sampler_goes_on_where_it_stopped(count: int, batch: int, steps: int, more: int) -> None:
+    sampler = ProblemSampler(problem_set(count), batch_size=batch, seed=1)
     for _ in range(steps):
-        stream.next_batch()
-    state = json.loads(json.dumps(stream.state_dict()))
-    resumed = ProblemStream(problem_set(count), batch_size=batch, seed=1)
+        sampler.next_batch()
+    state = json.loads(json.dumps(sampler.state_dict()))
+    resumed = ProblemSampler(problem_set(count), batch_size=batch, seed=1)
     resumed.load_state_dict(state)
     for _ in range(more):
-        assert resumed.next_batch() == stream.next_batch()
+        assert resumed.next_batch() == sampler.next_batch()
 
 
 def test_a_position_in_another_data_set_or_seed_is_an_error() -> None:
-    state = ProblemStream(problem_set(5), batch_size=2, seed=1).state_dict()
+    state = ProblemSampler(problem_set(5), batch_size=2, seed=1).state_dict()
     with pytest.raises(ValueError, match="belongs to a data set with fingerprint"):
-        ProblemStream(problem_set(6), batch_size=2, seed=1).load_state_dict(state)
+        ProblemSampler(problem_set(6), batch_size=2, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="belongs to a data set with seed 1, but this run's has seed 2"):
-        ProblemStream(problem_set(5), batch_size=2, seed=2).load_state_dict(state)
+        ProblemSampler(problem_set(5), batch_size=2, seed=2).load_state_dict(state)
 
 
 @given(st.integers(0, 20), st.integers(1, 6))

@@ -12,7 +12,7 @@ import pytest
 from characters import ONE_RANK, Characters
 
 from megatron_selfdistill.config import from_mapping
-from megatron_selfdistill.data.problems import Problem, ProblemSet, ProblemStream, load_problems
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, load_problems
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
@@ -325,11 +325,11 @@ def test_a_solution_that_does_not_fit_is_left_out_or_cut(policy, fits):
 
 def test_the_coming_problems_are_those_of_the_next_batches_and_nothing_moves():
     problems = ProblemSet(sums(9))
-    stream = ProblemStream(problems, batch_size=4, seed=3)
-    stream.next_batch()
-    coming, before = stream.coming(3), stream.state_dict()
-    assert stream.state_dict() == before
-    batches = [problem.id for _ in range(3) for problem in stream.next_batch()]
+    problem_sampler = ProblemSampler(problems, batch_size=4, seed=3)
+    problem_sampler.next_batch()
+    coming, before = problem_sampler.coming(3), problem_sampler.state_dict()
+    assert problem_sampler.state_dict() == before
+    batches = [problem.id for _ in range(3) for problem in problem_sampler.next_batch()]
     assert [problem.id for problem in coming] == list(dict.fromkeys(batches))
     assert len(batches) > len(coming), "an epoch ended within"
 
