@@ -90,7 +90,7 @@ RULES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Difference:
+class KeyDifference:
     """One key of which a checkpoint and the present configuration have different values."""
 
     key: str
@@ -120,7 +120,7 @@ def stored_values(config: Config) -> dict[str, Any]:
     return values
 
 
-def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDifference]:
     """Return the keys of which two configurations, as `stored_values` gives them, have different values.
 
     A key that ``stored`` lacks had its default: the program that wrote it did not know the key yet.  A key that this
@@ -131,12 +131,12 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     found = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
-            found.append(Difference(key, before.get(key), after.get(key), _rule(key, judges)))
+            found.append(KeyDifference(key, before.get(key), after.get(key), _rule(key, judges)))
     then, today = (values.get(ENVIRONMENT, {}) for values in (stored, now))
     for key in sorted(then.keys() & today.keys()):
         if then[key] != today[key]:
             was, is_now = (f"a value from the environment with the digest {d[key]}" for d in (then, today))
-            found.append(Difference(key, was, is_now, _rule(key, judges)))
+            found.append(KeyDifference(key, was, is_now, _rule(key, judges)))
     return found
 
 
@@ -160,7 +160,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def refusal(found: Sequence[Difference], where: str) -> str | None:
+def refusal(found: Sequence[KeyDifference], where: str) -> str | None:
     """Return the message that refuses to resume the checkpoint ``where`` with these differences; None where they are
     all free.  The message names each key with both values, and force where that helps."""
     bound = [difference for difference in found if difference.rule != FREE]

@@ -15,7 +15,15 @@ from megatron_selfdistill.checkpoint.formats.stored_model import architecture_fr
 from megatron_selfdistill.checkpoint.run.run_directory import CONFIGURATION_FILE
 from megatron_selfdistill.checkpoint.run.saved_run import SavedRun, read_saved_run
 from megatron_selfdistill.config import Config, ModelConfig, to_yaml
-from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, Difference, differences, refusal, stored_values
+from megatron_selfdistill.config.bound_keys import (
+    BOUND,
+    FIXED,
+    FREE,
+    KeyDifference,
+    differences,
+    refusal,
+    stored_values,
+)
 from megatron_selfdistill.distributed.collectives import from_all_ranks
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.hidden_values import hidden
@@ -136,7 +144,7 @@ def _consequences(saved: SavedRun, forced: bool, same_problems: bool) -> Iterato
         yield "the data starts from its beginning; success rates and own solutions start empty"
 
 
-def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[Difference]:
+def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
     """Return the keys that have other values in the checkpoint."""
     stored = saved.trainer_state.get(CONFIGURATION)
     if stored is None:
@@ -170,14 +178,14 @@ def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] |
     return json.loads(json.dumps(asdict(resolved)))
 
 
-def _changed_data(saved: SavedRun, config: Config, fingerprint: str) -> list[Difference]:
+def _changed_data(saved: SavedRun, config: Config, fingerprint: str) -> list[KeyDifference]:
     """Return what the position in the data belongs to, where that is something else now."""
     sampler = saved.trainer_state.get("problem_sampler")
     if sampler is None:
         return []
     found = []
     if sampler["fingerprint"] != fingerprint:
-        found.append(Difference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND))
+        found.append(KeyDifference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND))
     if CONFIGURATION not in saved.trainer_state and sampler["seed"] != config.seed:
-        found.append(Difference("seed", sampler["seed"], config.seed, BOUND))
+        found.append(KeyDifference("seed", sampler["seed"], config.seed, BOUND))
     return found

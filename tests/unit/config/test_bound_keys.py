@@ -13,7 +13,7 @@ from megatron_selfdistill.config.bound_keys import (
     FREE,
     JUDGE,
     RULES,
-    Difference,
+    KeyDifference,
     differences,
     refusal,
     rule_of,
@@ -75,8 +75,8 @@ def test_items_of_free_form_keys_are_compared_one_by_one():
     one = values("rollout.engine_args.max_num_seqs=8", "model.transformer.attention_dropout=0.1")
     other = values("rollout.engine_args.max_num_seqs=16")
     assert differences(one, other) == [
-        Difference("model.transformer.attention_dropout", 0.1, None, BOUND),
-        Difference("rollout.engine_args.max_num_seqs", 8, 16, FREE),
+        KeyDifference("model.transformer.attention_dropout", 0.1, None, BOUND),
+        KeyDifference("rollout.engine_args.max_num_seqs", 8, 16, FREE),
     ]
 
 
@@ -86,7 +86,7 @@ def test_a_key_that_an_older_program_did_not_know_had_its_default_and_one_that_i
     older["loss"]["of_yesterday"] = 1
     assert differences(older, values()) == []
     (found,) = differences(older, values("loss.divergence=jsd"))
-    assert found == Difference("loss.divergence", "reverse_kl", "jsd", BOUND)
+    assert found == KeyDifference("loss.divergence", "reverse_kl", "jsd", BOUND)
 
 
 def test_another_value_of_the_same_environment_variable_is_noticed_and_neither_value_is_stored(monkeypatch):
@@ -116,5 +116,5 @@ def test_a_refusal_names_key_both_values_and_force_unless_force_cannot_help():
 
 
 def test_a_long_value_is_cut_in_a_message():
-    found = Difference("data.teacher_template", "x" * 500, "y" * 500, BOUND)
+    found = KeyDifference("data.teacher_template", "x" * 500, "y" * 500, BOUND)
     assert len(str(found)) < 220
