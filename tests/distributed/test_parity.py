@@ -12,6 +12,7 @@ import pytest
 import torch
 from layouts import Case, join, worst_difference
 from models import parallel
+from tiers import combinations
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 
@@ -39,6 +40,9 @@ LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
     "EP2xPP2": ("moe", parallel(ep=2, pp=2), 4),
     "EP2xTP2+SP": ("moe", parallel(ep=2, tp=2, etp=1, sp=True), 2),
 }
+
+
+ONE_PER_AXIS = ["TP2+SP", "PP2 tied", "PP2xVPP2", "CP2", "DP2", "EP2"]
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +91,16 @@ def compare(
     return worst
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@combinations(
+    name=list(LAYOUTS), divergence=["reverse_kl", "forward_kl", "jsd"], quick={"name": ONE_PER_AXIS}, strength=1
+)
 def test_gradients_equal_those_of_one_rank(outcomes, name, divergence, record_property):
     kind, cuts, world_size = LAYOUTS[name]
     worst = compare(outcomes, Case(kind=kind, parallel=cuts, divergence=divergence), world_size)
     record_property("worst relative difference", worst)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "PP2xVPP2 tied", "CP2", "EP2xTP2+SP"]}, strength=1)
 def test_three_sgd_steps_end_in_the_same_parameters(outcomes, name):
     """SGD without clipping: any wrong scale of any gradient shows, where Adam and clipping would hide it."""
     kind, cuts, world_size = LAYOUTS[name]
@@ -112,7 +117,7 @@ ADAM = OptimizerConfig(
 )
 
 
-@pytest.mark.parametrize("name", ["TP2xPP2+SP tied", "PP2xVPP2", "CP2xTP2+SP", "EP2xPP2"])
+@combinations(name=["TP2xPP2+SP tied", "PP2xVPP2", "CP2xTP2+SP", "EP2xPP2"], quick={"name": ["PP2xVPP2"]}, strength=1)
 def test_three_adam_steps_with_clipping_end_in_the_same_parameters(outcomes, name):
     kind, cuts, world_size = LAYOUTS[name]
     compare_parameters(outcomes, Case(kind=kind, parallel=cuts, steps=3, optimizer=ADAM), world_size)
@@ -129,8 +134,9 @@ OVERLAPS = {
 }
 
 
-@pytest.mark.parametrize("cuts", [parallel(), parallel(pp=2)], ids=["DP2", "DP2xPP2"])
-@pytest.mark.parametrize("overlap", OVERLAPS)
+@combinations(
+    overlap=list(OVERLAPS), cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)}, quick={"cuts": ["DP2"]}, strength=1
+)
 def test_data_parallel_optimizers_end_in_the_same_parameters(outcomes, overlap, cuts):
     optimizer = dataclasses.replace(ADAM, **OVERLAPS[overlap])
     case = Case(parallel=cuts, steps=3, optimizer=optimizer)
@@ -138,7 +144,9 @@ def test_data_parallel_optimizers_end_in_the_same_parameters(outcomes, overlap, 
     compare_parameters(outcomes, case, world_size, reference=Case(steps=3, optimizer=ADAM, extra_weightless=0))
 
 
-@pytest.mark.parametrize("name", ["TP2+SP", "PP2", "PP4", "PP2xVPP2", "EP2xPP2", "CP2xPP2"])
+@combinations(
+    name=["TP2+SP", "PP2", "PP4", "PP2xVPP2", "EP2xPP2", "CP2xPP2"], quick={"name": ["TP2+SP", "PP2xVPP2"]}, strength=1
+)
 def test_pair_orders_give_the_same_gradients_to_the_last_bit(outcomes, name):
     kind, cuts, world_size = LAYOUTS[name]
     one, two = (
@@ -164,29 +172,29 @@ def test_the_balancing_loss_of_real_tokens_has_the_same_gradient_however_a_row_i
     assert any("router" in key and not balanced[key].equal(unbalanced[key]) for key in balanced)
 
 
-@pytest.mark.parametrize("name", ["TP2+SP", "CP2", "EP2"])
+@combinations(name=["TP2+SP", "CP2", "EP2"], quick={"name": ["CP2"]}, strength=1)
 def test_gradients_do_not_depend_on_padding_to_a_quantum_of_lengths(outcomes, name):
     kind, cuts, world_size = LAYOUTS[name]
     reference = Case(kind=kind, max_tokens=300, extra_weightless=0)
     compare(outcomes, dataclasses.replace(reference, parallel=cuts, seq_quantum=128), world_size, reference=reference)
 
 
-@pytest.mark.parametrize(
-    "recompute",
-    [
-        ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-        ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]),
-        ScheduleConfig(recompute_granularity="selective", recompute_modules=["layernorm", "mlp"]),
-    ],
-    ids=["full", "core_attn", "layernorm and mlp"],
+@combinations(
+    name=["PP2xVPP2", "TP2xPP2+SP"],
+    recompute={
+        "full": ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        "core_attn": ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]),
+        "layernorm and mlp": ScheduleConfig(recompute_granularity="selective", recompute_modules=["layernorm", "mlp"]),
+    },
+    quick={"name": ["PP2xVPP2"]},
+    strength=1,
 )
-@pytest.mark.parametrize("name", ["PP2xVPP2", "TP2xPP2+SP"])
 def test_recomputing_activations_changes_no_gradient(outcomes, name, recompute):
     kind, cuts, world_size = LAYOUTS[name]
     compare(outcomes, Case(kind=kind, parallel=cuts, schedule=recompute), world_size)
 
 
-@pytest.mark.parametrize("name", ["TP2xPP2+SP", "PP2xVPP2 tied", "CP2", "EP2xPP2"])
+@combinations(name=["TP2xPP2+SP", "PP2xVPP2 tied", "CP2", "EP2xPP2"], quick={"name": ["PP2xVPP2 tied"]}, strength=1)
 def test_the_current_weights_teach_alike_in_every_layout(outcomes, name):
     kind, cuts, world_size = LAYOUTS[name]
     compare(outcomes, Case(kind=kind, parallel=cuts, teacher="current"), world_size)

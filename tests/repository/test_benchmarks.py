@@ -66,6 +66,7 @@ def test_the_loss_is_measured_at_every_size_with_its_error_and_a_plot(tmp_path):
     assert found["Megatron's fused cross entropy"][0]["collectives"] == 2
 
 
+@pytest.mark.full
 def test_the_fused_output_layer_is_measured_against_its_products(tmp_path):
     options = ["--tokens=768", "--vocab=8192", "--hidden=64", "--chunk=64", "--divergence=jsd"]
     found = {name: sizes[0] for name, sizes in measured(tmp_path, *options).items()}
@@ -82,6 +83,7 @@ def test_the_fused_output_layer_is_measured_against_its_products(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--vocab=2000"], ["--vocab=2000", "--hidden=32", "--chunk=16"]])
+@pytest.mark.full
 def test_errors_are_told_also_where_the_vocabulary_is_over_two_ranks(tmp_path, options):
     """The gradient of hidden states is right only where it is summed over the ranks."""
     found = measured(tmp_path, "--tokens=40", "--divergence=forward_kl", *options, launcher=TWO_RANKS)
@@ -176,6 +178,7 @@ def test_files_hold_the_sizes_before_one_that_ends_the_run(tmp_path):
     [([], "none"), ([], "keep_gradient"), (TWO_RANKS, "low_memory")],
     ids=["one rank", "keep_gradient", "TP2, low_memory"],
 )
+@pytest.mark.full
 def test_a_step_is_measured_by_parts(tmp_path, launcher, fused):
     sizes = "--layers=1 --hidden=64 --head-size=32 --vocab=256 --problems=3 --response=16 --tokens=256 --repeats=1"
     options = [f"--tp={2 if launcher else 1}", f"--json={tmp_path}/found", f"--fused={fused}", "--chunk=8"]

@@ -108,14 +108,14 @@ def start(ranks, data, tmp_path_factory) -> str:
 
 
 LAYOUTS = [
-    (2, ()),
-    (2, ("parallel.tensor_model_parallel_size=2",)),
-    (2, ("parallel.context_parallel_size=2",)),
-    (2, ("parallel.pipeline_model_parallel_size=2",)),
+    pytest.param(2, (), id="dp", marks=pytest.mark.full),
+    pytest.param(2, ("parallel.tensor_model_parallel_size=2",), id="tp", marks=pytest.mark.full),
+    pytest.param(2, ("parallel.context_parallel_size=2",), id="cp"),
+    pytest.param(2, ("parallel.pipeline_model_parallel_size=2",), id="pp", marks=pytest.mark.full),
 ]
 
 
-@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=["dp", "tp", "cp", "pp"])
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
 def test_unlikely_turns_are_the_same_in_every_layout(ranks, data, start, tmp_path, world_size, layout):
     lines = []
     weights = [start, "num_steps=2", "conversations.min_log_prob=-4", "conversations.unlikely=down_weight"]

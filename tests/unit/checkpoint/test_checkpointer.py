@@ -19,6 +19,7 @@ import pytest
 import torch
 from checkpointed_run import ADAM, Setup
 from ranks import RankError
+from tiers import combinations
 
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 
@@ -289,8 +290,7 @@ def save_before_the_first_step(setup: Setup, run_dir: Path) -> None:
     assert layouts.worst_difference(layouts.join([fresh.parameters()]), layouts.join([run.parameters()]))[0] == 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("optimizer", ["adam", "plain adam", "sgd", "sgd with momentum"])
+@combinations(optimizer=["adam", "plain adam", "sgd", "sgd with momentum"], precision=["fp32", "bf16"], strength=1)
 def test_a_save_before_the_first_step_changes_nothing_and_resumes(ranks, tmp_path, optimizer, precision):
     setup = dataclasses.replace(
         PLAIN,

@@ -416,12 +416,20 @@ def fail_with(error: Exception) -> Any:
     return fail
 
 
+@pytest.mark.full
 def test_a_target_that_cannot_be_written_is_one_sentence(hf_directory, tmp_path):
     done = run_tool("hf-to-megatron", "--hf", hf_directory("llama2"), "--out", "/proc/megatron")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("convert: ")
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, marks=pytest.mark.full),
+    ],
+)
 def test_after_an_interruption_a_second_run_starts_clean(hf_directory, tmp_path, kill):
     hf, out = hf_directory("llama2"), tmp_path / "megatron"
     process = subprocess.Popen(

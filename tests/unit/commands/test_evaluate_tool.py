@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import hf_models
 import pytest
 import tiny_run
+from tiers import combinations
 
 from megatron_selfdistill.checkpoint.describe import HF_ASSETS
 from megatron_selfdistill.commands import evaluate as tool
@@ -85,7 +86,7 @@ def test_the_files_say_what_was_measured(folder, alone):
     assert [path.name for path in alone.parent.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline", None])
+@combinations(layout=["tensor", "pipeline", None], quick={"layout": ["tensor"]}, strength=1)
 def test_two_ranks_write_the_same_files(folder, alone, ranks, layout, tmp_path):
     cut = [f"parallel.{layout}_model_parallel_size=2"] if layout else []
     options = ("--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15", *cut)
@@ -94,6 +95,7 @@ def test_two_ranks_write_the_same_files(folder, alone, ranks, layout, tmp_path):
         assert (tmp_path / "two" / name).read_bytes() == (alone / name).read_bytes(), name
 
 
+@pytest.mark.full
 def test_a_hugging_face_folder_gives_the_results_of_its_checkpoint_and_leaves_nothing_behind(folder, alone, tmp_path):
     options = ("--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15")
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(TOOL)]

@@ -160,7 +160,7 @@ def test_the_summary_counts_what_the_attempts_say(folder, summary):
     assert f"{without} problems without a solution" in summary
 
 
-@pytest.mark.parametrize("dies_in_group", [2, 3])
+@pytest.mark.parametrize("dies_in_group", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, folder, summary, dies_in_group):
     name = f"killed_{dies_in_group}.jsonl"
     arguments = arguments_of(folder, name, "--pick", "learnable")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import combinations
 
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.cli import COMMANDS
@@ -172,7 +173,30 @@ def test_a_server_refuses_before_it_imports_anything_heavy(folder, arguments, wo
     assert words in f"{status}{error}" and "Traceback" not in error  # sys.exit takes a sentence for its status
 
 
-@pytest.mark.parametrize("case", CASES)
+@combinations(
+    case=list(CASES),
+    quick={
+        "case": [
+            "train, a missing file",
+            "train, a missing checkpoint",
+            "train, heads",
+            "train, too long contexts",
+            "a plan, engines",
+            "convert, a folder in the way",
+            "convert back, a missing folder",
+            "inspect",
+            "evaluate, too few samples",
+            "compare",
+            "solutions, no model",
+            "plan, a layout",
+            "a word that is no command",
+            "key=value without a command",
+            "serve",
+            "doctor, an option",
+        ]
+    },
+    strength=1,
+)
 def test_a_refusal_imports_nothing_heavy_and_writes_nothing(folder, case):
     command, words = CASES[case]
     before = sorted(folder.rglob("*"))

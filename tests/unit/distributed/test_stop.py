@@ -60,7 +60,11 @@ def whole(ranks, data, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("at", "numbers", "who"),
-    [("next_batch", [signal.SIGUSR1], [1]), ("update", [signal.SIGTERM], [0]), ("pack", [*SIGNALS] * 3, [0, 1])],
+    [
+        pytest.param("next_batch", [signal.SIGUSR1], [1], marks=pytest.mark.full),
+        ("update", [signal.SIGTERM], [0]),
+        pytest.param("pack", [*SIGNALS] * 3, [0, 1], marks=pytest.mark.full),
+    ],
     ids=["USR1 to one rank while it generates", "TERM to one rank in an update", "many signals to both ranks"],
 )
 def test_a_run_that_is_stopped_and_started_again_equals_one_that_never_stopped(
@@ -95,6 +99,7 @@ def test_a_signal_in_the_last_step_leaves_a_complete_run_and_no_marker(ranks, da
     assert saved_step(tmp_path / "run") == 6 and not (tmp_path / "run" / MARKER).exists()
 
 
+@pytest.mark.full
 def test_an_engine_that_ends_with_the_job_makes_no_failed_run(ranks, data, whole, tmp_path):
     train(ranks, overrides(data, tmp_path / "run"), world_size=2, start=failing)
     assert saved_step(tmp_path / "run") == 2 and (tmp_path / "run" / MARKER).exists()

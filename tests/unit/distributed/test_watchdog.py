@@ -91,7 +91,13 @@ def hung(data: Path, folder: Path, how: str, rank: int, world_size: int = 2) -> 
     return subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("sleeps unseen", 1), ("holds the interpreter", 0)])
+@pytest.mark.parametrize(
+    ("how", "rank"),
+    [
+        ("sleeps", 1),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("sleeps unseen", 1), ("holds the interpreter", 0))),
+    ],
+)
 def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_the_run_ends(data, tmp_path, how, rank):
     started = time.monotonic()
     ended = hung(data, tmp_path / "run", how, rank)
@@ -116,6 +122,7 @@ def test_a_silent_rank_without_a_stack_is_named_and_its_file_says_why(tmp_path):
     assert "not answered" not in (tmp_path / "rank_2.txt").read_text()
 
 
+@pytest.mark.full
 def test_a_rank_that_hangs_while_the_run_is_built_is_named(data, tmp_path):
     hung(data, tmp_path / "run", "sleeps in the start", 1)
     verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
@@ -185,6 +192,7 @@ def test_a_run_that_is_refused_while_it_is_built_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_a_rank_that_hangs_before_its_first_sign_is_named_with_its_host(data, tmp_path):
     hung(data, tmp_path / "run", "holds the interpreter at once", 0)
     assert ": rank 0 on " in (tmp_path / "run" / "stacks" / "verdict.txt").read_text()

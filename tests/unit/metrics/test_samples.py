@@ -13,6 +13,7 @@ import pytest
 import tiny_run
 import torch
 from rich.console import Console
+from tiers import combinations
 
 from megatron_selfdistill.config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
@@ -258,7 +259,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@combinations(name=list(RUNS), quick={"name": ["TP2"]}, strength=1)
 def test_a_run_shows_the_tokens_and_numbers_of_an_unsharded_one(ranks, data, one, name):
     world_size, layout, problems = RUNS[name]
     options = [*layout, f"checkpoint.load={data}/start/checkpoints", f"rollout.replay={data}/one.jsonl"]

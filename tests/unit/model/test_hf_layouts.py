@@ -8,7 +8,7 @@ python tests/unit/model/test_hf_layouts.py        prints the largest difference 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
@@ -69,6 +70,22 @@ LAYOUTS = {
     "TP2xEP2, ETP1": (Layout(tensor=2, expert=2, expert_tensor=1), 2, EXPERTS),
 }
 CASES = [(layout, kind) for layout, (_, _, kinds) in LAYOUTS.items() for kind in kinds]
+PRECISIONS = ("fp32", "bf16")
+
+
+def in_layouts(*layouts: str, quick: Sequence[str], **axes: Sequence[str]) -> pytest.MarkDecorator:
+    """Every family in the layouts that it can be cut to: pairwise with the other axes, in full in make test-all."""
+    return combinations(
+        layout=layouts,
+        kind=KINDS,
+        **axes,
+        valid=lambda layout, kind, **others: kind in LAYOUTS[layout][2],
+        quick={"layout": quick},
+        strength=2 if axes else 1,
+    )
+
+
+in_every_layout = in_layouts(*LAYOUTS, quick=["TP2", "PP2xVPP2", "EP2"], precision=PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -82,29 +99,32 @@ class Loaded:
 
 
 def load(
-    directories: dict[str, Path], layout: Layout, precisions: Sequence[str], how: str = "by rules"
+    root: Path, layout: Layout, models_to_load: Sequence[tuple[str, str]], how: str = "by rules"
 ) -> dict[tuple[str, str], Loaded]:
-    """``how``: ``by rules``, ``swapped`` (two layers) or ``from checkpoint`` (as `hf_to_megatron` wrote it)."""
+    """Load the families of the directories below ``root``, each in a precision.
+
+    ``how``: ``by rules``, ``swapped`` (two layers) or ``from checkpoint`` (as `hf_to_megatron` wrote it).
+    """
     from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
 
     found = {}
-    for kind, directory in directories.items():
+    for kind, precision in models_to_load:
+        directory = root / kind
         _, model, rules, tensors = hf_models.read(directory)
         if how == "swapped":
             names = {"model.layers.1.": "model.layers.2.", "model.layers.2.": "model.layers.1."}
             tensors = {names.get(name[:15], name[:15]) + name[15:]: tensor for name, tensor in tensors.items()}
-        for precision in precisions:
-            with pytest.MonkeyPatch.context() as patch:
-                # Latent attention under TP is refused for its gradients; its forward is right, and converted alike.
-                patch.setattr(architecture, "refuse_known_faults", lambda config: None)
-                optimizer = OptimizerConfig(precision=precision)
-                chunks, grid = models.build(model, layout.parallel(kind), optimizer=optimizer)
-            if how == "from checkpoint":
-                load_weights(directory / "megatron", chunks, model.vocab_size)
-            else:
-                hf_models.fill(chunks, rules, tensors)
-            logits = logits_through_the_pipeline(chunks, grid, SEQUENCES)
-            found[kind, precision] = Loaded(logits, changed_by_export(chunks, grid, rules, tensors, precision))
+        with pytest.MonkeyPatch.context() as patch:
+            # Latent attention under TP is refused for its gradients; its forward is right, and converted alike.
+            patch.setattr(architecture, "refuse_known_faults", lambda config: None)
+            optimizer = OptimizerConfig(precision=precision)
+            chunks, grid = models.build(model, layout.parallel(kind), optimizer=optimizer)
+        if how == "from checkpoint":
+            load_weights(directory / "megatron", chunks, model.vocab_size)
+        else:
+            hf_models.fill(chunks, rules, tensors)
+        logits = logits_through_the_pipeline(chunks, grid, SEQUENCES)
+        found[kind, precision] = Loaded(logits, changed_by_export(chunks, grid, rules, tensors, precision))
     return found
 
 
@@ -159,10 +179,14 @@ def logits_through_the_pipeline(
 
 
 class Comparison:
-    """Every kind's directory and transformers' logits, and those of each layout, all made when first asked for."""
+    """Every kind's directory and transformers' logits, and those of each layout, all made when first asked for.
 
-    def __init__(self, root: Path, ranks: Any) -> None:
-        self.root, self.ranks = root, ranks
+    ``chosen`` are the cases (layout, kind, precision, how) that will be asked for.  A layout's ranks load all of its
+    cases at once.
+    """
+
+    def __init__(self, root: Path, ranks: Any, chosen: Collection[tuple[str, str, str, str]]) -> None:
+        self.root, self.ranks, self.chosen = root, ranks, chosen
 
     @functools.cached_property
     def expected(self) -> dict[str, dict[str, Tensor]]:
@@ -181,13 +205,16 @@ class Comparison:
         """On the last rank, once the others agree."""
         assert self.expected
         cut, world_size, kinds = LAYOUTS[layout]
-        directories = {kind: self.root / kind for kind in (SWAPPABLE if how == "swapped" else kinds)}
+        if how == "swapped":
+            wanted = [(kind, "fp32") for kind in SWAPPABLE]
+        else:
+            pairs = [(kind, precision) for kind in kinds for precision in PRECISIONS]
+            wanted = [pair for pair in pairs if (layout, *pair, how) in self.chosen]
         if how == "from checkpoint":
-            for directory in directories.values():
-                if not (directory / "megatron").exists():
-                    hf_to_megatron(directory, directory / "megatron")
-        precisions = ("fp32", "bf16") if how == "by rules" else ("fp32",)
-        per_rank = self.ranks.run(load, directories, cut, precisions, how, world_size=world_size, timeout=300)
+            for kind, _ in wanted:
+                if not (self.root / kind / "megatron").exists():
+                    hf_to_megatron(self.root / kind, self.root / kind / "megatron")
+        per_rank = self.ranks.run(load, self.root, cut, wanted, how, world_size=world_size, timeout=300)
         last = per_rank[-1]
         for key, rank in ((key, rank) for rank in per_rank for key in last):
             assert rank[key].logits is None or torch.equal(rank[key].logits, last[key].logits), key
@@ -217,37 +244,49 @@ def _rounded(kind: str, model: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def comparison(ranks, tmp_path_factory) -> Comparison:
-    return Comparison(tmp_path_factory.mktemp("hf"), ranks)
+def comparison(request, ranks, tmp_path_factory) -> Comparison:
+    """Made for the cases of this session: in make test few of them are left."""
+    calls = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    chosen = {
+        (
+            call["layout"],
+            call["kind"],
+            call.get("precision", "fp32"),
+            "by rules" if "precision" in call else "from checkpoint",
+        )
+        for call in calls
+        if "kind" in call
+    }
+    return Comparison(tmp_path_factory.mktemp("hf"), ranks, chosen)
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
-def test_logits_are_those_of_transformers(comparison, layout, kind):
+@in_every_layout
+def test_logits_are_those_of_transformers(comparison, layout, kind, precision):
+    """In float32; in bf16 they are as near to exact ones as those of transformers."""
     assert comparison.expected[kind]["fp32"].std() > 1
-    assert comparison.difference(layout, kind) <= TOLERANCE
+    if precision == "fp32":
+        assert comparison.difference(layout, kind) <= TOLERANCE
+    else:
+        mine, theirs = comparison.bf16_errors(layout, kind)
+        assert 0 < mine <= 1.3 * theirs
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
-def test_in_bf16_logits_are_as_near_to_exact_ones_as_those_of_transformers(comparison, layout, kind):
-    mine, theirs = comparison.bf16_errors(layout, kind)
-    assert 0 < mine <= 1.3 * theirs
+@in_every_layout
+def test_the_live_model_is_exported_as_it_came(comparison, layout, kind, precision):
+    assert comparison.loaded(layout)[kind, precision].changed == []
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
-def test_the_live_model_is_exported_as_it_came(comparison, layout, kind):
-    for precision in ("fp32", "bf16"):
-        assert comparison.loaded(layout)[kind, precision].changed == []
-
-
-@pytest.mark.parametrize(
-    ("layout", "kind"), [case for case in CASES if case[0] in ("TP2xPP2", "EP2xPP2", "TP2xEP2, ETP1")]
-)
+@in_layouts("TP2xPP2", "EP2xPP2", "TP2xEP2, ETP1", quick=["TP2xPP2", "TP2xEP2, ETP1"])
 def test_the_written_checkpoint_loads_in_any_layout_and_leaves_it_as_it_came(comparison, layout, kind):
     assert comparison.difference(layout, kind, "from checkpoint") <= TOLERANCE
     assert comparison.loaded(layout, "from checkpoint")[kind, "fp32"].changed == []
 
 
-@pytest.mark.parametrize("layout", ["PP2", "PP2xVPP2"])
+@combinations(layout=["PP2", "PP2xVPP2"], quick={"layout": ["PP2xVPP2"]}, strength=1)
 def test_layers_that_are_swapped_across_stages_are_seen(comparison, layout):
     loaded = comparison.loaded(layout, "swapped")
     for kind in SWAPPABLE:
@@ -261,7 +300,8 @@ def main() -> None:
 
     pool = RankPool()
     with tempfile.TemporaryDirectory() as directory:
-        comparison = Comparison(Path(directory), pool)
+        chosen = {(*case, precision, "by rules") for case in CASES for precision in PRECISIONS}
+        comparison = Comparison(Path(directory), pool, chosen)
         print("| family |", " | ".join(LAYOUTS), "|")
         for kind in KINDS:
             cells = []

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from layouts import Case, Outcome, join, worst_difference
 from models import parallel
+from tiers import combinations
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
@@ -129,8 +129,9 @@ def assert_alike(got, expected, tolerance: float = 1e-5) -> None:
         assert worst <= tolerance, f"{where} differs by {worst:.1e}"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", LAYOUTS)
+@combinations(
+    name=list(LAYOUTS), mode=MODES, quick={"name": ["tied", "TP2+SP", "PP2xVPP2 tied", "DP2", "EP2xTP2+SP"]}, strength=1
+)
 def test_gradients_equal_the_materialised_ones_of_one_rank(ranks, name, mode):
     kind, cuts, world_size = LAYOUTS[name]
     case = Case(kind=kind, parallel=cuts, divergence="jsd")
@@ -138,8 +139,9 @@ def test_gradients_equal_the_materialised_ones_of_one_rank(ranks, name, mode):
     assert_alike(on_ranks(ranks, dataclasses.replace(case, fusion=FUSIONS[mode]), world_size), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["tied", "TP2xPP2+SP tied", "PP2xVPP2 tied"])
+@combinations(
+    name=["tied", "TP2xPP2+SP tied", "PP2xVPP2 tied"], mode=MODES, quick={"name": ["tied", "PP2xVPP2 tied"]}, strength=1
+)
 def test_current_weights_teach_alike(ranks, name, mode):
     kind, cuts, world_size = LAYOUTS[name]
     case = Case(kind=kind, parallel=cuts, teacher="current")
@@ -147,8 +149,12 @@ def test_current_weights_teach_alike(ranks, name, mode):
     assert_alike(on_ranks(ranks, dataclasses.replace(case, fusion=FUSIONS[mode]), world_size), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["one rank", "tied", "TP2+SP", "TP2xPP2+SP tied"])
+@combinations(
+    name=["one rank", "tied", "TP2+SP", "TP2xPP2+SP tied"],
+    mode=MODES,
+    quick={"name": ["one rank", "TP2+SP"]},
+    strength=1,
+)
 def test_apexs_kernel_accumulates_every_microbatch_into_main_grad(ranks, name, mode):
     kind, cuts, world_size = LAYOUTS[name]
     case = Case(kind=kind, parallel=cuts)
@@ -166,8 +172,12 @@ def widths_of_calls(kind: str, cuts: ParallelConfig, fusion: Fusion | None) -> s
     return {width for _, width in StandInForApex.shapes}
 
 
-@pytest.mark.parametrize("mode", ["materialised", *MODES])
-@pytest.mark.parametrize("name", ["one rank", "tied", "TP2+SP", "PP2 tied", "EP2xTP2+SP"])
+@combinations(
+    name=["one rank", "tied", "TP2+SP", "PP2 tied", "EP2xTP2+SP"],
+    mode=["materialised", *MODES],
+    quick={"name": ["one rank", "TP2+SP", "PP2 tied"]},
+    strength=1,
+)
 def test_without_apex_the_output_layer_stays_unfused_beside_layers_that_accumulate_by_themselves(ranks, name, mode):
     kind, cuts, world_size = LAYOUTS[name]
     case = Case(kind=kind, parallel=cuts, fusion=FUSIONS.get(mode))
@@ -219,9 +229,7 @@ OVERLAPPED = OptimizerConfig(
 )
 
 
-@pytest.mark.parametrize("apex", [False, True], ids=["", "apex"])
-@pytest.mark.parametrize("kind", ["gqa", "tied"])
-@pytest.mark.parametrize("mode", MODES)
+@combinations(mode=MODES, kind=["gqa", "tied"], apex={"": False, "apex": True}, strength=1)
 def test_overlapped_reduction_and_gather_in_small_buckets_end_in_the_same_parameters(ranks, mode, kind, apex):
     patches = Patches(apex=apex, bucket_size=2000)  # several: the output layer's alone is 64 x 32
     case = Case(kind=kind, steps=3, optimizer=OVERLAPPED, max_tokens=40)
@@ -411,7 +419,7 @@ def _gathered(own: torch.Tensor, grid: Any) -> list[torch.Tensor]:
     return parts
 
 
-@pytest.mark.parametrize(("num_tokens", "seed"), itertools.product([0, 1, 7, 30, 64], [0, 1]))
+@combinations(num_tokens=[0, 1, 7, 30, 64], seed=[0, 1], quick={"num_tokens": ["0", "7", "64"]}, strength=1)
 def test_under_sequence_parallelism_each_rank_sends_its_own_rows_of_tokens(ranks, num_tokens, seed):
     found = ranks.run(own_rows_of, num_tokens, seed, world_size=4)
     (sent,) = {sent for sent, _ in found}

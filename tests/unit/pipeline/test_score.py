@@ -135,7 +135,10 @@ def bytes_while_scoring(cuts: dict, fusion: Fusion | None) -> tuple[int, float, 
     return alive.peak, OutputLayer(mode, CHUNK, 2, row_bytes, tokens).largest, tokens * row_bytes
 
 
-@pytest.mark.parametrize(("world_size", "cuts"), [(1, {}), (2, {"tp": 2}), (2, {"tp": 2, "sp": True})])
+@pytest.mark.parametrize(
+    ("world_size", "cuts"),
+    [(1, {}), *(pytest.param(2, cuts, marks=pytest.mark.full) for cuts in ({"tp": 2}, {"tp": 2, "sp": True}))],
+)
 def test_logits_take_what_the_run_says_and_all_of_them_never_exist_where_the_layer_is_fused(ranks, world_size, cuts):
     """Both modes are the same here: there is no gradient to keep."""
     by_fusion = [

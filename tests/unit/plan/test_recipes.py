@@ -8,6 +8,7 @@ import re
 import shlex
 
 import pytest
+from tiers import combinations
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.config.paths import config_dir
@@ -195,7 +196,7 @@ def test_the_arithmetic_in_a_recipes_comments_is_the_plans(recipe):
     assert [float(percent) for percent in said] == ([round(100 * bubble, 1)] if bubble else [])
 
 
-@pytest.mark.parametrize("recipe", REAL_SIZES)
+@combinations(recipe=list(REAL_SIZES), quick={"recipe": ["qwen3_8b", "deepseek_v3"]}, strength=1)
 def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, capsys):
     assert main([f"recipe={recipe}", "dry_run=true", "run_dir=my runs/first"]) == 0
     out = capsys.readouterr().out

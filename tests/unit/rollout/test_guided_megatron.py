@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import VOCAB_SIZE, build, model_config, parallel
 from responses import chi_square_p_value, cut_at, own, stops_of
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -199,7 +200,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2", "PP2xVPP2", "DP2", "MoE EP2"]}, strength=1)
 def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, without_cache, layout):
     kind, config, world_size = LAYOUTS[layout]
     texts, sampled = without_cache(kind), without_cache(kind, sampled=True)
@@ -227,7 +228,7 @@ def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...
         return write_in_layout(kind, config, stops)
 
 
-@pytest.mark.parametrize("layout", ["TP1", "MoE EP2"])
+@combinations(layout=["TP1", "MoE EP2"], quick={"layout": ["TP1"]}, strength=1)
 def test_pairs_whose_end_is_known_one_pass_late_are_written_the_same(ranks, without_cache, layout):
     kind, config, world_size = LAYOUTS[layout]
     texts = without_cache(kind)
@@ -291,6 +292,7 @@ def draw_first_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
 NUM_DRAWS = 30_000
 
 
+@pytest.mark.full
 def test_thirty_thousand_samples_of_a_model_tell_the_weight_of_the_teacher(ranks):
     [(tokens, student, teacher)] = ranks.run(draw_first_tokens, NUM_DRAWS, world_size=1)
 

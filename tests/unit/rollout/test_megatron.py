@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from models import VOCAB_SIZE, build, model_config, parallel
 from responses import chi_square_p_value, cut_at, own, stops_of
+from tiers import combinations
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
@@ -120,7 +121,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2", "PP2xVPP2", "CP2", "MoE EP2"]}, strength=1)
 def test_greedy_text_equals_a_forward_without_cache_on_one_rank(ranks, without_cache, layout):
     kind, config, world_size = LAYOUTS[layout]
     expected = without_cache(kind)
@@ -148,7 +149,7 @@ def test_the_texts_that_layouts_are_compared_on_are_not_repetitive(without_cache
         assert sum(a != b for a, b in pairs) > 0.5 * len(pairs), kind
 
 
-@pytest.mark.parametrize("layout", ["MoE EP2", "MoE TP1, ETP2 over DP", "MoE TP2xEP2+SP"])
+@combinations(layout=["MoE EP2", "MoE TP1, ETP2 over DP", "MoE TP2xEP2+SP"], quick={"layout": ["MoE EP2"]}, strength=1)
 def test_a_replica_without_requests_keeps_step_until_the_others_are_done(ranks, without_cache, layout):
     kind, config, world_size = LAYOUTS[layout]
     expected = without_cache(kind)
@@ -166,7 +167,7 @@ def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...
         return write_in_layout(kind, config, stops)
 
 
-@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2+SP", "MoE EP2xCP2"])
+@combinations(layout=["TP1", "TP2xPP2+SP", "MoE EP2xCP2"], quick={"layout": ["TP1"]}, strength=1)
 def test_a_batch_whose_end_is_known_one_pass_late_writes_the_same(ranks, without_cache, layout):
     kind, config, world_size = LAYOUTS[layout]
     stops = stops_of([tokens for tokens, _ in without_cache(kind)])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiers import combinations
 
 from megatron_selfdistill.commands import doctor
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest, lines, over_ranks
@@ -151,7 +152,7 @@ CAUGHT = dict(
 FAULTS = {fault.__name__: fault for fault in (*CAUGHT.values(), an_engine_that_is_the_local_layers, a_rank_that_raises)}
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@combinations(check=CHECKS, quick={"check": ["save and resume"]}, strength=1)
 def test_a_fault_fails_the_check_that_is_made_for_it_and_no_other(ranks, check):
     [(status, table)] = ranks.run(self_tested, CAUGHT[check].__name__, world_size=1, init_process_group=False)
     assert verdicts(table) == SOUND | {check: "FAILURE"}, table
@@ -159,6 +160,7 @@ def test_a_fault_fails_the_check_that_is_made_for_it_and_no_other(ranks, check):
     assert table.rstrip().splitlines()[-1].endswith(f" s: {check}")
 
 
+@pytest.mark.full
 def test_two_kinds_of_layers_that_are_one_function_pass(ranks):
     """The comparison itself, which without a GPU has nothing to compare: carried over by name, in bf16."""
     fault, only = an_engine_that_is_the_local_layers.__name__, CHECKS[2:3]
@@ -166,6 +168,7 @@ def test_two_kinds_of_layers_that_are_one_function_pass(ranks):
     assert status == 0 and "1 of 1 checks" in table and "TP 2" in table, table
 
 
+@pytest.mark.full
 def test_what_one_rank_raises_fails_that_check_on_all_ranks_and_the_next_ones_go_on(ranks):
     fault, only = a_rank_that_raises.__name__, [CHECKS[0], CHECKS[3], CHECKS[1]]
     outcomes = ranks.run(self_tested, fault, 1, only, world_size=2, init_process_group=False)
@@ -178,6 +181,7 @@ def test_what_one_rank_raises_fails_that_check_on_all_ranks_and_the_next_ones_go
     assert "self-test" not in outcomes[1][1], "only rank 0 speaks"
 
 
+@pytest.mark.full
 def test_two_ranks_of_torchrun_pass():
     """The command that a user types."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -293,8 +297,12 @@ run.selftest("megatron", limit_s=LIMIT)
 @pytest.mark.parametrize(
     ("hanging", "limit_s", "slow", "first"),
     [
-        (2, 20.0, False, "did not return from this check within [0-7] s"),  # half of what is left
-        (5, 20.0, False, "did not return from this check within ([0-9]|1[0-5]) s"),  # all that is left
+        pytest.param(  # half of what is left
+            2, 20.0, False, "did not return from this check within [0-7] s", marks=pytest.mark.full
+        ),
+        pytest.param(  # all that is left
+            5, 20.0, False, "did not return from this check within ([0-9]|1[0-5]) s", marks=pytest.mark.full
+        ),
         (5, 2.0, True, "not reached: rank 0 did not come to it within the self-test's 2 s"),
     ],
 )
@@ -376,11 +384,13 @@ def warmed(what: str) -> list[subprocess.CompletedProcess]:
             process.kill()
 
 
+@pytest.mark.full
 def test_a_slow_warm_up_takes_nothing_of_the_first_checks_share():
     for done in warmed("slow"):
         assert (done.returncode, done.stdout) == (0, "warm-up \nTrue True\n"), done.stdout
 
 
+@pytest.mark.full
 def test_a_warm_up_that_raises_is_said_and_the_checks_follow():
     for done in warmed("raises"):
         assert (done.returncode, done.stdout) == (0, "warm-up rank 1: OSError: no compiler\nTrue True\n"), done.stdout
