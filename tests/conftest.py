@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,12 @@ VISIBLE = hidden_gpus.hide()  # before torch is imported: a process that has loo
 
 import pytest  # noqa: E402
 from ranks import RankPool  # noqa: E402
+from shared import SharedFolders  # noqa: E402
 
-pytest_plugins = ["cpu_seconds"]
 pytest.register_assert_rewrite("tiny_run")  # before it is imported: its assertions are those of tests
 
 TESTS = Path(__file__).resolve().parent
+pytest_plugins = ["cpu_seconds", "shared"]
 
 
 # Left out where what they need is not there: `make test-vllm` brings it.
@@ -46,14 +48,26 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 problems with answers as hints, and a tokenizer: see tiny_run.py."""
+@pytest.fixture(scope="session")
+def data(shared: SharedFolders) -> Path:
+    """40 problems with answers as hints, and a tokenizer: see tiny_run.py.  All tests read it; none writes into it."""
     import tiny_run
 
-    folder = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(folder)
-    return folder
+    return shared.get("data", tiny_run.write_data)
+
+
+@pytest.fixture(scope="module")
+def own_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of ``data``, into which the tests of a file write."""
+    return Path(shutil.copytree(data, tmp_path_factory.mktemp("own") / "data"))
+
+
+@pytest.fixture(scope="session")
+def finished(ranks: RankPool, data: Path, shared: SharedFolders) -> Path:
+    """A run of 6 steps with checkpoints of steps 3 and 6, which no test changes."""
+    import tiny_run
+
+    return shared.get("finished_run", lambda folder: tiny_run.train(ranks, tiny_run.overrides(data, folder)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

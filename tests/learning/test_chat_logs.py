@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import random
 
+import pytest
+
 from _lib import subtraction_chats
 from megatron_selfdistill.data.chat.acceptance import closing_turn
 from megatron_selfdistill.metrics import read_metrics
@@ -40,6 +42,7 @@ def test_a_quarter_of_the_corpus_are_conversations_whose_attempts_are_wrong():
         assert attempts and all(not attempt.endswith(f";{a - b:03d}") for attempt in attempts)
 
 
+@pytest.mark.full
 def test_a_base_learns_from_its_own_logs_without_sampling(load_example, root, monkeypatch):
     example = load_example("08_chat_logs")
     monkeypatch.setattr(example, "NUM_SESSIONS", 60)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from _lib import subtraction, variants
 
 
+@pytest.mark.full
 def test_guided_rollouts_are_right_where_the_student_never_is(load_example, base, root, monkeypatch):
     example = load_example("07_guided_rollouts")
     monkeypatch.setattr(example, "llama_subtraction", subtraction)  # the base of the other examples

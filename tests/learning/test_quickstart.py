@@ -32,6 +32,7 @@ def distilled(base, problems, root):
     return variants.run_variant(variants.SELF_DISTILLATION.on(problems), base, root / "variants")
 
 
+@pytest.mark.full
 def test_the_base_has_the_pupils_bugs_and_can_use_a_hint(base):
     before = variants.measure(base)
     assert 0.2 < before.greedy < 0.5
@@ -40,6 +41,7 @@ def test_the_base_has_the_pupils_bugs_and_can_use_a_hint(base):
     assert before.shows_work > 0.95
 
 
+@pytest.mark.full
 def test_self_distillation_from_answers_alone_learns_to_subtract(distilled):
     after = distilled.measurement
     assert distilled.status == 0
@@ -50,6 +52,7 @@ def test_self_distillation_from_answers_alone_learns_to_subtract(distilled):
     assert after.hinted > 0.9
 
 
+@pytest.mark.full
 def test_no_guard_would_stop_the_healthy_run_at_half_its_margin(distilled):
     """The default limits leave room: the same run passes limits that are twice as tight."""
     config = configuration.load()
@@ -64,12 +67,14 @@ def test_no_guard_would_stop_the_healthy_run_at_half_its_margin(distilled):
         guards.check(line["step"], line)
 
 
+@pytest.mark.full
 def test_fine_tuning_on_the_hints_text_learns_nothing(base, problems, root, load_example):
     outcome = variants.run_variant(load_example("01_quickstart").IMITATION.on(problems), base, root / "variants")
     assert outcome.measurement.greedy <= 0.10
     assert outcome.measurement.shows_work <= 0.10
 
 
+@pytest.mark.full
 def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, problems, root, capsys):
     outcome = variants.run_variant(variants.LITERAL.on(problems), base, root / "variants")
     assert outcome.status == 3
@@ -80,6 +85,7 @@ def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, 
     assert (outcome.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(last)
 
 
+@pytest.mark.full
 def test_a_base_is_found_again_and_another_setting_makes_another(base, root):
     again = pretraining.make_base(subtraction, 5, root / "bases")
     assert again == dataclasses.replace(base, seconds=0.0)
@@ -88,6 +94,7 @@ def test_a_base_is_found_again_and_another_setting_makes_another(base, root):
     assert short.seconds > 0
 
 
+@pytest.mark.full
 def test_the_printed_command_is_the_run(base, problems, root):
     """It exists, it composes to the configuration that the variant ran with, and it starts."""
     variant = variants.TEACHER_ALONE.on(problems)
@@ -104,6 +111,7 @@ def test_the_printed_command_is_the_run(base, problems, root):
     assert "2000 problems" in done.stdout
 
 
+@pytest.mark.full
 def test_variable_widths_are_learnt(root, load_example, monkeypatch):
     monkeypatch.setattr(ragged_subtraction, "PRETRAINING_STEPS", 800)
     load_example("05_variable_widths").main(["--folder", str(root), "--steps", "30", "--only"])
@@ -114,6 +122,7 @@ def test_variable_widths_are_learnt(root, load_example, monkeypatch):
     assert (run_dir.parent / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeypatch, capsys):
     monkeypatch.setattr(additions, "PRETRAINING_STEPS", 30)
     monkeypatch.setattr(additions, "WEAK_PRETRAINING_STEPS", 10)
@@ -142,6 +151,7 @@ def test_every_example_says_what_it_shows_and_how_it_is_run(load_example, name, 
     assert f"python examples/{name}.py" in shown
 
 
+@pytest.mark.full
 def test_several_seeds_are_shown_as_mean_and_worst(load_example, base):
     measured = [variants.Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, ()) for greedy in (0.9, 0.98)]
     outcomes = [

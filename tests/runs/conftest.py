@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A finished run that several files start again, each from a copy."""
+"""A copy of the finished run, which a test may change."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import overrides, train
-
-
-@pytest.fixture(scope="module")
-def finished(ranks, data, tmp_path_factory) -> Path:
-    """A run of 6 steps with checkpoints of steps 3 and 6."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    train(ranks, overrides(data, run))
-    return run
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ SECRET = "314-159:2653"  # of characters that the tokenizer knows
 
 
 @pytest.fixture(scope="module")
-def data(data) -> Path:
+def data(own_data) -> Path:
     """Besides, 40 conversations of two assistant turns, and three bad ones."""
     from _lib import subtraction
     from _lib.pretraining import write_records
 
+    data = own_data
     (data / "template.jinja").write_text(TEMPLATE)
     records: list[dict[str, Any]] = []
     for number, (a, b) in enumerate(subtraction.distinct(40, "train", seed=1)):
@@ -138,6 +139,7 @@ def test_dropping_all_turns_leaves_no_gradient_and_dropping_none_changes_nothing
     assert found["all"]["gradient_norm"] == 0 and found["all"]["loss/mean"] == found["off"]["loss/mean"] > 0
 
 
+@pytest.mark.full
 def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, tmp_path):
     arguments = chats(data, tmp_path / "run", "metrics.console=true", "num_steps=1", "data.global_batch_size=81")
     finished = tiny_run.in_new_process(arguments)
@@ -209,6 +211,7 @@ def test_unusable_turns_are_replaced_and_listed_once_and_a_resumed_run_goes_on_b
     assert lines_listed(tmp_path / "halves") == lines_listed(tmp_path / "whole"), "nothing is listed twice"
 
 
+@pytest.mark.full
 def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, data, start, mixed, tmp_path):
     found = {}
     for world_size in (1, 2, 3):

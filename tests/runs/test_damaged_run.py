@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 from damage import flip_bit
+from tiers import combinations
 from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen, train
 
 
@@ -104,7 +105,7 @@ def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
         return start_and_listen(arguments)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@combinations(world_size=[1, 2], quick={"world_size": ["2"]}, strength=1)
 def test_a_run_folder_that_is_deleted_during_a_background_save_is_written_again(ranks, data, tmp_path, world_size):
     run = tmp_path / "run"
     arguments = overrides(data, run, "checkpoint.async_save=true", "checkpoint.save_every=1")
@@ -114,7 +115,7 @@ def test_a_run_folder_that_is_deleted_during_a_background_save_is_written_again(
     assert saved_step(run) == 7
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@combinations(world_size=[1, 2], quick={"world_size": ["2"]}, strength=1)
 def test_a_run_folder_that_is_deleted_is_written_again_and_resumes(ranks, data, finished, tmp_path, world_size):
     run = tmp_path / "run"
     arguments = overrides(data, run)

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import tiny_run
 import torch
+from tiers import combinations
 from tiny_run import overrides, reproducible_metrics
 
 from megatron_selfdistill import learner
@@ -30,19 +29,12 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fused")
-    tiny_run.write_data(folder)
-    return folder
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_has_the_same_metrics_fused_and_materialised(ranks, folder, layout):
+@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2+SP, current teacher"]}, strength=1)
+def test_a_run_has_the_same_metrics_fused_and_materialised(ranks, own_data, layout):
     runs = []
     for name, options in {"none": ["loss.fused=none"], **FUSED}.items():
-        run_dir = folder / f"{layout.split(',')[0]}_{name}"
-        arguments = overrides(folder, run_dir, *LAYOUTS[layout], *options, "checkpoint.save_every=0")
+        run_dir = own_data / f"{layout.split(',')[0]}_{name}"
+        arguments = overrides(own_data, run_dir, *LAYOUTS[layout], *options, "checkpoint.save_every=0")
         statuses = ranks.run(tiny_run.start, arguments, world_size=2, init_process_group=False)
         assert statuses == [0, 0]
         runs.append(reproducible_metrics(run_dir))
@@ -66,14 +58,14 @@ def start_counting(arguments: list[str]) -> tuple[int, int, int]:
         return tiny_run.start(arguments), len(projected), sum(scored)
 
 
-@pytest.mark.parametrize("weights", ["current", "ema"])
-def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutions(ranks, folder, tmp_path, weights):
+@combinations(weights=["current", "ema"], quick={"weights": ["ema"]}, strength=1)
+def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutions(ranks, own_data, tmp_path, weights):
     own = ["data.solutions=own", "solutions.pick=learnable", "solutions.num_samples=6", "num_steps=2"]
     own += ["evaluation.verifier=tiny_run.starts_with_an_even_token", f"teacher.weights={weights}"]
     own += ["checkpoint.save_every=0", "parallel.tensor_model_parallel_size=2"]
     found = {}
     for mode, options in {"none": ["loss.fused=none"], "low_memory": FUSED["low_memory"]}.items():
-        arguments = overrides(folder, tmp_path / mode, *own, *options)
+        arguments = overrides(own_data, tmp_path / mode, *own, *options)
         found[mode] = ranks.run(start_counting, arguments, world_size=2, init_process_group=False)
     for (status, projected, scored), (fused_status, fused_projected, fused_scored) in zip(*found.values(), strict=True):
         assert status == fused_status == 0
@@ -81,16 +73,17 @@ def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutio
         assert fused_projected == 0
 
 
-def test_the_run_says_how_its_output_layer_works(folder):
-    told = overrides(folder, folder / "told", "dry_run=true", "metrics.console=true")
+@pytest.mark.full
+def test_the_run_says_how_its_output_layer_works(own_data):
+    told = overrides(own_data, own_data / "told", "dry_run=true", "metrics.console=true")
     done = tiny_run.in_new_process([*told, "loss.max_logits_gb=0", "loss.fused_chunk_tokens=20"])
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.split())
     assert "output layer: fused with the loss in chunks of 20 tokens, low_memory, at most 0.00 GiB" in words
 
 
-def test_a_baseline_cannot_be_asked_to_fuse(folder):
-    told = overrides(folder, folder / "refused", "objective=rft", *FUSED["low_memory"])
+def test_a_baseline_cannot_be_asked_to_fuse(own_data):
+    told = overrides(own_data, own_data / "refused", "objective=rft", *FUSED["low_memory"])
     done = tiny_run.in_new_process(told)
     assert done.returncode == 2
     assert "loss.fused=low_memory fuses the output layer with the distillation loss, but objective=" in done.stderr

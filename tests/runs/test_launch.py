@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from tiny_run import overrides, saved_step
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -53,12 +54,14 @@ def test_an_error_of_the_configuration_is_said_once(data, tmp_path):
     assert_said_once(failed(overrides(data, tmp_path / "run", "traget=1")), 0, "unknown configuration key 'traget'")
 
 
+@pytest.mark.full
 def test_an_error_of_a_checkpoint_is_said_once(data, tmp_path):
     (tmp_path / "bad" / "iter_0000001").mkdir(parents=True)
     said = failed(overrides(data, tmp_path / "run", f"checkpoint.load={tmp_path}/bad/iter_0000001"))
     assert_said_once(said, 0, "bad/iter_0000001")
 
 
+@pytest.mark.full
 def test_an_error_that_only_rank_1_has_is_said_by_it_and_releases_rank_0(data, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -85,6 +88,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.full
 def test_ctrl_c_saves_and_stops_a_run_under_torchrun(data, tmp_path):
     run = tmp_path / "run"
     process = torchrun(overrides(data, run, "num_steps=1000000", "checkpoint.save_every=0"))
@@ -98,6 +102,7 @@ def test_ctrl_c_saves_and_stops_a_run_under_torchrun(data, tmp_path):
     assert not (run / "lock").exists()
 
 
+@pytest.mark.full
 def test_a_second_ctrl_c_ends_a_run_at_once_also_while_its_ranks_wait_in_foreign_code(data, tmp_path):
     """Rank 0 waits in a collective, in C++, for rank 1, which sleeps."""
     run = tmp_path / "run"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from tiers import combinations
 from tiny_run import overrides, recorded, reproducible_metrics, train
 
 STEPS = 20
@@ -23,8 +24,9 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def folder(ranks, data) -> Path:
+def folder(ranks, own_data) -> Path:
     """Data, a checkpoint to start from, and 20 steps of one rank with their responses."""
+    data = own_data
     train(ranks, overrides(data, data / "start", "num_steps=1", "optimizer.lr=0"))
     train(ranks, run_of(data, "one", f"rollout.record={data}/one.jsonl"))
     return data
@@ -35,12 +37,13 @@ def run_of(folder: Path, name: str, *options: str) -> list[str]:
     return overrides(folder, folder / name, start, f"num_steps={STEPS}", "checkpoint.save_every=0", *options)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@combinations(name=list(LAYOUTS), quick={"name": ["PP2xVPP2"]}, strength=1)
 def test_twenty_steps_on_recorded_responses_have_the_same_losses(ranks, folder, name):
     train(ranks, run_of(folder, name, *LAYOUTS[name], f"rollout.replay={folder}/one.jsonl"), 2)
     assert_same_losses(folder / "one", folder / name)
 
 
+@pytest.mark.full
 def test_torchrun_gives_the_same_losses(folder):
     """The command that a lab types, with two processes that torchrun starts."""
     arguments = run_of(folder, "torchrun", *LAYOUTS["PP2"], f"rollout.replay={folder}/one.jsonl")
@@ -51,7 +54,7 @@ def test_torchrun_gives_the_same_losses(folder):
     assert_same_losses(folder / "one", folder / "torchrun")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
 def test_the_first_steps_sampled_responses_are_equal(ranks, folder, name):
     recording = folder / f"sampled_{name}.jsonl"
     train(ranks, run_of(folder, f"sampled_{name}", *LAYOUTS[name], "num_steps=1", f"rollout.record={recording}"), 2)

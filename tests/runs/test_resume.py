@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from tiers import combinations
 from tiny_run import (
     assert_equal_runs,
     go_back_to_step_3,
@@ -45,7 +46,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@combinations(name=list(LAYOUTS), quick={"name": ["PP2xVPP2, saved in the background"]}, strength=1)
 def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name):
     world_size, options = LAYOUTS[name]
     train(ranks, overrides(data, tmp_path / "whole", *options), world_size)
@@ -55,14 +56,13 @@ def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name
     assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")
 
 
-@pytest.mark.parametrize("place", ["step", "save"])
-def test_a_run_killed_in_the_middle_of(place, ranks, data, tmp_path):
-    train(ranks, overrides(data, tmp_path / "whole"))
+@combinations(place=["step", "save"], quick={"place": ["save"]}, strength=1)
+def test_a_run_killed_in_the_middle_of(place, ranks, data, finished, tmp_path):
     killed = in_new_process(overrides(data, tmp_path / "killed"), kill_at=place)
     assert killed.returncode == -9, killed.stderr
     assert saved_step(tmp_path / "killed") == 3
     train(ranks, overrides(data, tmp_path / "killed"))
-    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "killed")
+    assert_equal_runs(ranks, finished, tmp_path / "killed")
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*")), "nothing of the killed save may stay behind"
 
 
@@ -74,7 +74,7 @@ OTHER_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+@combinations(name=list(OTHER_LAYOUTS), quick={"name": ["DP2"]}, strength=1)
 def test_resuming_in_another_layout_goes_on_with_the_same_problems_responses_and_loss(ranks, data, tmp_path, name):
     """Data position, streams and teacher exactly; the first loss to 1e-5."""
     options = ["teacher.weights=ema", "checkpoint.keep_last=null"]

@@ -29,6 +29,7 @@ def start_with_an_engine_that_dies_in_the_fifth_step(arguments: list[str]) -> in
     return tiny_run.start_with(arguments, MegatronSampler, "generate", generate_or_die)
 
 
+@pytest.mark.full
 def test_a_run_whose_engine_died_goes_on_as_if_it_had_not(ranks, data, tmp_path):
     train(ranks, overrides(data, tmp_path / "whole"), world_size=2)
     start, broken = start_with_an_engine_that_dies_in_the_fifth_step, overrides(data, tmp_path / "broken")

@@ -43,6 +43,7 @@ def test_a_bad_record_names_file_and_line(data, tmp_path, capfd):
     assert "bad.jsonl:2" in capfd.readouterr().err
 
 
+@pytest.mark.full
 def test_the_log_says_what_computes_the_loss(data, tmp_path):
     options = ["num_steps=1", "metrics.console=true"]
     process = tiny_run.in_new_process(overrides(data, tmp_path / "run", *options))
@@ -55,6 +56,7 @@ def test_the_log_says_what_computes_the_loss(data, tmp_path):
     assert line["loss/mean"] > 0 and math.isfinite(line["gradient_norm"])
 
 
+@pytest.mark.full
 def test_kernels_that_cannot_run_are_refused_with_status_2(data, tmp_path):
     process = tiny_run.in_new_process(overrides(data, tmp_path / "run", "loss.backend=triton"))
     assert process.returncode == 2 and "loss.backend=triton cannot be used: " in process.stderr

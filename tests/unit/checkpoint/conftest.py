@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,16 +13,13 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def hf_directory(tmp_path_factory) -> Callable[[str], Path]:
-    """kind -> a directory with a random model of `hf_models.CONFIGS`, made once."""
+def hf_directory(shared) -> Callable[[str], Path]:
+    """kind -> a directory with a random model of `hf_models.CONFIGS`, made once per test run."""
 
-    @functools.cache
-    def make(kind: str) -> Path:
-        directory = tmp_path_factory.mktemp("hf") / kind
-        hf_models.write(kind, directory)
-        return directory
+    def directory(kind: str) -> Path:
+        return shared.get(f"hf_{kind}", lambda directory: hf_models.write(kind, directory))
 
-    return make
+    return directory
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+FULL = [pytest.mark.full] if INTERPRETED else []
+"""The marks of cases that make test leaves out, since the interpreter takes half a second for a loss."""
 TARGETS = {
     "capped": Target(),
     "strict": Target(k_max=None),
@@ -72,9 +74,22 @@ def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> in
     return number
 
 
-def cases(names: str, thinned: list, *values: Iterable) -> pytest.MarkDecorator:
-    """All combinations on a GPU; in the interpreter, which takes half a second for a loss, those of ``thinned``."""
-    combinations = thinned if INTERPRETED else list(itertools.product(*values) if len(values) > 1 else values[0])
+def full(test: Callable[..., None]) -> Callable[..., None]:
+    """Leave a whole test to make test-all, in the interpreter; test_kernels.py finds it by this decorator's name."""
+    return pytest.mark.full(test) if INTERPRETED else test
+
+
+def after(number: int, some: Iterable) -> list:
+    """Return the cases, of which those after the first ``number`` run in make test-all only, in the interpreter."""
+    listed = [case if isinstance(case, tuple) else (case,) for case in some]
+    return [*listed[:number], *(pytest.param(*case, marks=FULL) for case in listed[number:])]
+
+
+def cases(names: str, thinned: list, *values: Iterable, quick: int) -> pytest.MarkDecorator:
+    """All combinations on a GPU; in the interpreter those of ``thinned``, of which the first ``quick`` in make test."""
+    combinations = (
+        after(quick, thinned) if INTERPRETED else list(itertools.product(*values) if len(values) > 1 else values[0])
+    )
     return pytest.mark.parametrize(names, combinations, indirect=sorted({"parts"} & set(names.split(", "))))
 
 
@@ -147,6 +162,7 @@ def assert_same(ours: TokenStats, theirs: TokenStats, tolerance: float = 5e-6) -
     [*zip(TARGETS, itertools.cycle(DIVERGENCES), strict=False), ("capped", "forward"), ("strict", "jsd")],
     TARGETS,
     DIVERGENCES,
+    quick=3,
 )
 def test_loss_and_gradient_equal_float64_and_every_statistic_pytorchs(rule: str, kind: str) -> None:
     student, teacher, tokens = logits(8, 333)
@@ -166,6 +182,7 @@ SHAPES = [  # columns, columns that are no padding, dtypes
     (300, 255, torch.float32, torch.float32),
     (1, 1, torch.float32, torch.float32),
     (130, 129, torch.float32, torch.float32),
+    (528, 500, torch.bfloat16, torch.float32),
     (700, 0, torch.float32, torch.float32),
     (700, 512, torch.bfloat16, torch.bfloat16),
     (1111, 1100, torch.bfloat16, torch.bfloat16),
@@ -174,11 +191,10 @@ SHAPES = [  # columns, columns that are no padding, dtypes
     (520, 500, torch.float32, torch.bfloat16),
     (1104, 1100, torch.bfloat16, torch.bfloat16),
     (1040, 1030, torch.float16, torch.bfloat16),
-    (528, 500, torch.bfloat16, torch.float32),
 ]
 
 
-@pytest.mark.parametrize(("size", "num_valid", "student_dtype", "teacher_dtype"), SHAPES)
+@pytest.mark.parametrize(("size", "num_valid", "student_dtype", "teacher_dtype"), after(6, SHAPES))
 def test_the_first_pass_of_any_shape_equals_float64(
     size: int, num_valid: int, student_dtype: torch.dtype, teacher_dtype: torch.dtype
 ) -> None:
@@ -192,6 +208,7 @@ def test_the_first_pass_of_any_shape_equals_float64(
     [("strict", 1), ("strict", 8), ("fixed", 3), ("teacher alone", 3), ("no teacher", 3)],
     ["strict", "fixed", "teacher alone", "no teacher"],
     [1, 3, 8],
+    quick=1,
 )
 def test_the_first_pass_in_parts_equals_float64(rule: str, num_parts: int) -> None:
     student, teacher, tokens = logits(8, 900, seed=2)
@@ -199,6 +216,7 @@ def test_the_first_pass_in_parts_equals_float64(rule: str, num_parts: int) -> No
     assert_first_pass(shard, tokens, TARGETS[rule])
 
 
+@full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_words_read_16_bytes_at_a_time_give_the_bits_of_columns_read_one_by_one(dtype: torch.dtype) -> None:
     student, teacher, tokens = logits(7, 1300, seed=10)
@@ -247,6 +265,7 @@ def assert_first_pass(shard: Shard, tokens: Tensor, target: Target, start: int =
     [("as drawn", 130), ("rising", 0), ("rising", 299), ("falling", 299)],
     ["as drawn", "rising", "falling"],
     [0, 130, 299],
+    quick=2,
 )
 def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_lies(order: str, top: int) -> None:
     student = torch.randn(6, 300, generator=torch.Generator().manual_seed(3))
@@ -265,7 +284,7 @@ def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_
     torch.testing.assert_close(beta, torch.ones_like(beta), rtol=0, atol=1e-6)
 
 
-@cases("kind, parts", [("forward", 5), ("jsd", 2)], DIVERGENCES, [2, 5])
+@cases("kind, parts", [("jsd", 2), ("forward", 5)], DIVERGENCES, [2, 5], quick=1)
 def test_rows_cut_into_parts_equal_whole_rows(kind: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, tokens = logits(7, 600, seed=4)
     cut = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
@@ -294,6 +313,7 @@ def test_few_rows_are_cut_into_parts_and_many_are_not(monkeypatch: pytest.Monkey
     ["capped", "teacher alone", "no teacher"],
     DIVERGENCES,
     [1, 2, 5],
+    quick=2,
 )
 def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: int) -> None:
     student, teacher, tokens = logits(13, 512, seed=5)
@@ -341,6 +361,7 @@ def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: in
     plateaus.TARGETS,
     DIVERGENCES,
     [1, 2, 3],
+    quick=2,
 )
 def test_every_row_is_matched_where_the_entropy_has_a_plateau(name: str, rule: str, kind: str, parts: int) -> None:
     rows = plateaus.needing_the_third_pass() if name == "third pass" else plateaus.draw(name, num_columns=320)
@@ -380,7 +401,7 @@ def test_equal_maxima_count_by_their_lowest_column_within_and_across_blocks() ->
     assert stats.top1_agreement.tolist() == [True, False, True, False]
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("kind", after(1, DIVERGENCES))
 def test_a_tiny_divergence_keeps_its_digits(kind: str) -> None:
     generator = torch.Generator().manual_seed(8)
     student = 2 * torch.randn(5, 300, generator=generator)
@@ -393,7 +414,8 @@ def test_a_tiny_divergence_keeps_its_digits(kind: str) -> None:
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=2e-7)
 
 
-@cases("kind", ["jsd"], DIVERGENCES)
+@full
+@cases("kind", ["jsd"], DIVERGENCES, quick=1)
 def test_strided_rows_and_backward_in_place_give_the_same_bits(kind: str) -> None:
     student, teacher, tokens = logits(8, 333)
     target, divergence = Target(), DIVERGENCES[kind]
@@ -422,6 +444,7 @@ def test_strided_rows_and_backward_in_place_give_the_same_bits(kind: str) -> Non
     [(torch.bfloat16, "reverse"), (torch.float16, "forward")],
     [torch.bfloat16, torch.float16],
     DIVERGENCES,
+    quick=1,
 )
 def test_narrow_logits_give_the_statistics_of_the_same_values_in_float32(dtype: torch.dtype, kind: str) -> None:
     student, teacher, tokens = logits(8, 600)
@@ -440,7 +463,7 @@ def bracket_of(solution: BetaSolution) -> Tensor:
     return torch.stack([*solution.left.tensors(), *solution.right.tensors()])
 
 
-@cases("rule, forward_kl", [("capped", False), *((rule, True) for rule in TARGETS)], TARGETS, [False, True])
+@cases("rule, forward_kl", [("capped", False), *((rule, True) for rule in TARGETS)], TARGETS, [False, True], quick=3)
 def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: bool) -> None:
     """From the same sums, of 3 shards."""
     student, teacher, tokens = logits(40, 600, seed=7)
@@ -556,6 +579,7 @@ def padded_logits() -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, tokens % 370
 
 
+@full
 @pytest.mark.skipif(not INTERPRETED and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_tensor_parallel_ranks_equal_one_and_have_the_same_bits(tmp_path) -> None:
     arguments = str(tmp_path / "store"), str(tmp_path)
@@ -587,7 +611,7 @@ def test_of_equal_maxima_also_in_several_parts_the_lowest_column_counts(parts: i
     assert stats.top1_agreement.tolist() == [True, False]
 
 
-@pytest.mark.parametrize("mode", FUSED_MODES)
+@pytest.mark.parametrize("mode", after(1, FUSED_MODES))
 def test_the_fused_output_layer_runs_on_the_kernels(mode: str) -> None:
     generator = torch.Generator().manual_seed(3)
     states = [torch.randn(7, 8, generator=generator).to(DEVICE) for _ in range(2)]
@@ -732,6 +756,7 @@ def test_logits_on_another_gpu_than_the_current_one_have_a_loss() -> None:
     assert leaf.grad is not None and torch.equal(stats.loss.cpu(), here.loss.cpu())
 
 
+@full
 @pytest.mark.parametrize(("kind", "rule"), LAUNCHES)
 def test_as_shipped_a_loss_takes_5_to_8_launches_and_no_memory_but_a_few_numbers_per_token(
     kind: str, rule: str, monkeypatch: pytest.MonkeyPatch

@@ -26,11 +26,13 @@ from megatron_selfdistill.loss.sharded.backend import in_use
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
-CLAIMS = [
-    node.name
+FUNCTIONS = [
+    node
     for node in ast.parse((HERE / "kernel_claims.py").read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 ]
+CLAIMS = [node.name for node in FUNCTIONS]
+QUICK_CLAIMS = [node.name for node in FUNCTIONS if "full" not in map(ast.unparse, node.decorator_list)]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton")
@@ -38,7 +40,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package trit
 Outcomes = dict[str, list[tuple[str, str]]]
 
 
-def outcomes(folder: Path, *, interpreted: bool, seconds: float = 3600) -> Outcomes:
+def outcomes(folder: Path, *, interpreted: bool, marks: str = "", seconds: float = 3600) -> Outcomes:
     """For every test of kernel_claims.py, (passed, failed or skipped, with what message) of each of its cases.
 
     Raises: subprocess.TimeoutExpired after so many seconds, far more than they take: some wait for other processes.
@@ -46,7 +48,16 @@ def outcomes(folder: Path, *, interpreted: bool, seconds: float = 3600) -> Outco
     report = folder / "claims.xml"
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1" if interpreted else "0"}
-    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "kernel_claims.py"), f"--junitxml={report}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        str(HERE / "kernel_claims.py"),
+        "-m",
+        marks,
+        f"--junitxml={report}",
+    ]
     process = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
     assert report.exists(), process.stdout + process.stderr
     found: Outcomes = defaultdict(list)
@@ -68,6 +79,11 @@ def report(found: Outcomes, claim: str) -> None:
 
 @pytest.fixture(scope="module")
 def in_the_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return outcomes(tmp_path_factory.mktemp("interpreted"), interpreted=True, marks="not full")
+
+
+@pytest.fixture(scope="module")
+def all_in_the_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return outcomes(tmp_path_factory.mktemp("interpreted"), interpreted=True)
 
 
@@ -77,9 +93,16 @@ def on_the_gpu(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 
 @needs_triton
-@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("claim", QUICK_CLAIMS)
 def test_in_the_interpreter(claim: str, in_the_interpreter: Outcomes) -> None:
     report(in_the_interpreter, claim)
+
+
+@pytest.mark.full
+@needs_triton
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_with_all_its_cases_in_the_interpreter(claim: str, all_in_the_interpreter: Outcomes) -> None:
+    report(all_in_the_interpreter, claim)
 
 
 @pytest.mark.gpu
@@ -167,18 +190,21 @@ def test_the_distance_of_a_load_is_that_of_the_shortest_path_round_its_loop_to_i
 
 
 @needs_triton
+@pytest.mark.full
 def test_no_kernel_spills_registers_or_waits_at_a_barrier(compiled: list[dict]) -> None:
     for entry in compiled:
         assert_nothing_spills_or_waits(entry)
 
 
 @needs_triton
+@pytest.mark.full
 def test_logits_are_read_and_written_16_bytes_at_a_time(compiled: list[dict]) -> None:
     for entry in compiled:
         assert_wide_accesses(entry)
 
 
 @needs_triton
+@pytest.mark.full
 def test_a_pass_works_on_a_block_while_the_next_one_is_under_way(compiled: list[dict]) -> None:
     for entry in compiled:
         assert_reading_ahead(entry)

@@ -239,17 +239,17 @@ def test_impossible_numbers_of_samples_are_refused(wrong):
         MetricsConfig(**wrong)
 
 
-def run_of(data: Any, name: str, *options: str) -> list[str]:
-    return tiny_run.overrides(data, data / name, "num_steps=1", "checkpoint.save_every=0", *options)
+def run_of(own_data: Any, name: str, *options: str) -> list[str]:
+    return tiny_run.overrides(own_data, own_data / name, "num_steps=1", "checkpoint.save_every=0", *options)
 
 
 @pytest.fixture(scope="module")
-def one(ranks, data) -> dict[str, Any]:
+def one(ranks, own_data) -> dict[str, Any]:
     """The samples of a run of one rank, by problem."""
-    tiny_run.train(ranks, run_of(data, "start", "optimizer.lr=0", "metrics.show_samples=0"))
-    options = [f"checkpoint.load={data}/start/checkpoints", f"rollout.record={data}/one.jsonl"]
-    tiny_run.train(ranks, run_of(data, "one", *options, "metrics.show_samples=4"))
-    return {record["problem_id"]: record for record in read_samples(data / "one")}
+    tiny_run.train(ranks, run_of(own_data, "start", "optimizer.lr=0", "metrics.show_samples=0"))
+    options = [f"checkpoint.load={own_data}/start/checkpoints", f"rollout.record={own_data}/one.jsonl"]
+    tiny_run.train(ranks, run_of(own_data, "one", *options, "metrics.show_samples=4"))
+    return {record["problem_id"]: record for record in read_samples(own_data / "one")}
 
 
 RUNS = {
@@ -260,11 +260,11 @@ RUNS = {
 
 
 @combinations(name=list(RUNS), quick={"name": ["TP2"]}, strength=1)
-def test_a_run_shows_the_tokens_and_numbers_of_an_unsharded_one(ranks, data, one, name):
+def test_a_run_shows_the_tokens_and_numbers_of_an_unsharded_one(ranks, own_data, one, name):
     world_size, layout, problems = RUNS[name]
-    options = [*layout, f"checkpoint.load={data}/start/checkpoints", f"rollout.replay={data}/one.jsonl"]
-    tiny_run.train(ranks, run_of(data, name, *options), world_size)
-    found = read_samples(data / name)
+    options = [*layout, f"checkpoint.load={own_data}/start/checkpoints", f"rollout.replay={own_data}/one.jsonl"]
+    tiny_run.train(ranks, run_of(own_data, name, *options), world_size)
+    found = read_samples(own_data / name)
     assert [record["problem_id"] for record in found] == [list(one)[index] for index in problems]
     for record in found:
         expected = one[record["problem_id"]]
@@ -278,9 +278,9 @@ def test_a_run_shows_the_tokens_and_numbers_of_an_unsharded_one(ranks, data, one
                 assert values == pytest.approx(expected["tokens"][key], abs=1e-4), key
 
 
-def test_a_sample_is_what_was_recorded_behind_what_the_data_has(data, one):
-    recorded = tiny_run.recorded(data / "one.jsonl", step=0)
-    problems = {p["id"]: p for p in map(json.loads, (data / "problems.jsonl").read_text().splitlines())}
+def test_a_sample_is_what_was_recorded_behind_what_the_data_has(own_data, one):
+    recorded = tiny_run.recorded(own_data / "one.jsonl", step=0)
+    problems = {p["id"]: p for p in map(json.loads, (own_data / "problems.jsonl").read_text().splitlines())}
     assert len(one) == 4
     for problem_id, record in one.items():
         assert record["tokens"]["id"] == recorded[problem_id, 0]
@@ -300,7 +300,7 @@ def start_where_nothing_can_be_gathered(arguments: list[str]) -> int:
     return tiny_run.start_with(arguments, step_samples, "token_numbers", refuse)
 
 
-def test_a_run_without_samples_gathers_and_writes_nothing(ranks, data, tmp_path):
-    arguments = tiny_run.overrides(data, tmp_path / "run", "num_steps=1", "metrics.show_samples=0")
+def test_a_run_without_samples_gathers_and_writes_nothing(ranks, own_data, tmp_path):
+    arguments = tiny_run.overrides(own_data, tmp_path / "run", "num_steps=1", "metrics.show_samples=0")
     tiny_run.train(ranks, arguments, start=start_where_nothing_can_be_gathered)
     assert (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "samples.jsonl").exists()
