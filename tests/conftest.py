@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hidden_gpus
 
@@ -16,7 +17,9 @@ VISIBLE = hidden_gpus.hide()  # before torch is imported: a process that has loo
 
 import pytest  # noqa: E402
 from ranks import RankPool  # noqa: E402
-from shared import SharedFolders  # noqa: E402
+
+if TYPE_CHECKING:
+    from shared import SharedFolders
 
 pytest.register_assert_rewrite("tiny_run")  # before it is imported: its assertions are those of tests
 

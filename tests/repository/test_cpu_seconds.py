@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpu_seconds
 import pytest
 
-TESTS = Path(__file__).resolve().parents[1]
+SUPPORT = Path(cpu_seconds.__file__).resolve().parent
 BURN = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass\n"
 FILES = {
     "test_waiting.py": "import time\ndef test_waiting(): time.sleep(0.7)\n",
@@ -26,7 +27,7 @@ def session(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     for name, text in FILES.items():
         (folder / name).write_text(text)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "cpu_seconds", *arguments]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
         environment.pop(name, None)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
