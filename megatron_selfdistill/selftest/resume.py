@@ -133,7 +133,7 @@ def _tensors(run_dir: Path, step: int, other_dir: Path, other_step: int) -> dict
         for path, number in ((run_dir, step), (other_dir, other_step))
     )
     if one.shapes != other.shapes:
-        raise RuntimeError(f"{one.directory} and {other.directory} hold other tensors, or of other shapes, expected the same")
+        raise RuntimeError(f"{one.directory} and {other.directory} hold other tensors or shapes, expected the same")
     found = {}
     for key, shape in one.shapes.items():
         a, b = (source.read(key).double() for source in (one, other))

@@ -86,9 +86,9 @@ class StepTurns:
 class LoggedTurns:
     """Global batches of usable turns, each replica reading its own share.
 
-    The batch of a step is the next ``data.global_batch_size`` usable turns of the problem sampler, whatever the number of
-    replicas.  Unusable turns are remembered, so that no turn is read or listed twice: this memory, equal on all ranks,
-    is all that a call of `next_turns` changes here, and it changes no batch.
+    The batch of a step is the next ``data.global_batch_size`` usable turns of the problem sampler, whatever the number
+    of replicas.  Unusable turns are remembered, so that no turn is read or listed twice: this memory, equal on all
+    ranks, is all that a call of `next_turns` changes here, and it changes no batch.
     """
 
     def __init__(self, config: Config, run_data: RunData, grid: RankGrid) -> None:
