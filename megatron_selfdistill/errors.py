@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_selfdistill.hidden_values import hidden
+
+_NUM_SHOWN = 4
 
 
 class ConfigError(ValueError):
@@ -53,3 +57,11 @@ class EngineError(Exception):
 
 class VerifierError(RuntimeError):
     """A verifier that has raised an exception; the message names the problem and the exception."""
+
+
+def first_few(texts: Sequence[str], separator: str = "; ") -> str:
+    """Return the first four of ``texts`` and the number of the others, for a message: ``a; b; c; d; and 2 more``."""
+    shown = list(texts[:_NUM_SHOWN])
+    if len(texts) > _NUM_SHOWN:
+        shown.append(f"and {len(texts) - _NUM_SHOWN} more")
+    return separator.join(shown)

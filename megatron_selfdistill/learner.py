@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.checkpoint.run.checkpointer import load_weights, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.run.external import load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
-from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+from megatron_selfdistill.checkpoint.run.external import load_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import from_all_ranks, on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid

@@ -28,14 +28,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule
 
 _ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
 _MOST_PADDING = 1.25  # an all-gather of unequal shares moves so many times their bytes, at most
-_SHOWN = 4
 
 
 def export(
@@ -282,8 +281,7 @@ def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
         else:
             tensors.append(_Tensor(rule, number, expert, dtype, parts))
     if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ConfigError(f"the rules do not fit the live model: {'; '.join(faults[:_SHOWN])}{more}")
+        raise ConfigError(f"the rules do not fit the live model: {first_few(faults)}")
     return _taking_turns(tensors)
 
 

@@ -184,27 +184,6 @@ def test_the_checkpoint_holds_the_configuration_and_nothing_but_plain_values(fin
     assert state["step"] == 6 and state["configuration"]["rollout"]["max_new_tokens"] == 14
 
 
-def test_a_checkpoint_without_a_configuration_is_compared_by_its_data(ranks, data, run):
-    import pickle
-
-    import torch
-
-    from megatron_selfdistill.checkpoint.formats import manifest
-
-    for path in (run / "checkpoints").glob("iter_*"):
-        common = torch.load(path / "common.pt", weights_only=False)
-        state = json.loads(common["selfdistill"]["trainer_state"])
-        del state["configuration"]
-        common["selfdistill"]["trainer_state"] = pickle.dumps(state)  # as earlier versions wrote it
-        torch.save(common, path / "common.pt")
-        manifest.write(path)
-    status, said = started(ranks, data, run, "seed=5")
-    assert status == 2 and "seed: 0 in the checkpoint, now 5" in said and "Traceback" not in said
-    status, said = started(ranks, data, run, "loss.divergence=forward_kl")
-    assert status == 0 and "holds no configuration, as those of earlier versions: only its data was compared" in said
-    assert saved_step(run) == 7
-
-
 def test_a_run_needs_a_folder_and_a_look_at_the_configuration_does_not(data, capfd):
     arguments = [argument for argument in overrides(data, Path("unused")) if not argument.startswith("run_dir=")]
     assert main(arguments) == 2

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer, megatron_args
+from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
+from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training

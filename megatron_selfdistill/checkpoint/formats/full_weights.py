@@ -27,7 +27,7 @@ from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
 from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpoint
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.model.hf.mapping import PASSTHROUGH, Rule
 
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
@@ -37,7 +37,6 @@ NOT_BUILT = ("mtp.", PASSTHROUGH)
 """Multi-token prediction: part of some checkpoints, and of no model that is trained or sampled here."""
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-_SHOWN = 4
 
 
 class Weights(Protocol):
@@ -140,7 +139,7 @@ class _TorchDist:
                 faults.append(f"{key} is unexpected")
             elif (count := math.prod(shape[: used[key][0]])) != len(used[key]):
                 faults.append(f"{key} holds {count} tensors, expected {len(used[key])}")
-        _raise_first(self.path, faults)
+        raise_misfit(self.path, faults)
 
     def dtype(self, rule: Rule) -> torch.dtype:
         return self._source.dtype(_known(self, rule)[0])
@@ -192,7 +191,7 @@ class _Legacy:
             used.add(place)
             faults += _shape_faults(rule, self._source.full_shape(place, rule.shape))
         faults += [f"{shown(key, index)} is unexpected" for key, index in sorted(self._source.tensors - used)]
-        _raise_first(self.path, faults)
+        raise_misfit(self.path, faults)
 
     def dtype(self, rule: Rule) -> torch.dtype:
         return self._source.dtype(_known(self, rule))
@@ -231,7 +230,7 @@ def _shown(rule: Rule) -> str:
     return shown(rule.megatron.key, rule.megatron.index)
 
 
-def _raise_first(path: Path, faults: list[str]) -> None:
+def raise_misfit(path: Path, faults: Sequence[str]) -> None:
+    """Raise CheckpointError with the first of ``faults``, the differences to the model, if there are any."""
     if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise CheckpointError(f"{path} does not fit this model: {'; '.join(faults[:_SHOWN])}{more}")
+        raise CheckpointError(f"{path} does not fit this model: {first_few(faults)}")

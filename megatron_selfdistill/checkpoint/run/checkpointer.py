@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Megatron's torch_dist checkpoints: save a run, in the background when asked, and resume it in any layout."""
+"""Save a run in Megatron's torch_dist format, at once or in the background, and resume it in any layout."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import Temporary
-from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.run import frozen_teacher, sharded_io, state
-from megatron_selfdistill.checkpoint.run.external import load_weights, load_weights_and_optimizer
 from megatron_selfdistill.checkpoint.run.frozen_teacher import (
     TeacherState,
-    is_there,
+    has_frozen_teacher,
     load_frozen_teacher,
     save_frozen_teacher,
 )
@@ -35,23 +33,13 @@ from megatron_selfdistill.distributed.watchdog import moving_files
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.hidden_values import hidden
 
-__all__ = [
-    "CheckpointError",
-    "Checkpointer",
-    "load_frozen_teacher",
-    "load_weights",
-    "load_weights_and_optimizer",
-    "megatron_args",
-    "save_frozen_teacher",
-]
-
 logger = logging.getLogger(__name__)
 
 Chunks = Sequence[torch.nn.Module]
 
 
 class Checkpointer:
-    """The checkpoints of one run, in ``run_dir/checkpoints``, in Megatron-LM's own layout.
+    """The checkpoints of one run, in ``run_dir/checkpoints``, with Megatron-LM's names of directories and files.
 
     All methods are collective: every rank calls them, in the same order.  They raise `CheckpointError` on all ranks.
     """
@@ -66,10 +54,12 @@ class Checkpointer:
         verify: str = "checksums",
         prove_ownership: Callable[[], None] | None = None,
     ) -> None:
-        """``verify``: what of a checkpoint's manifest is compared before it is loaded: checksums, sizes or none.
-        ``prove_ownership``: called on rank 0 before a checkpoint or a teacher gets its name and before older
-        checkpoints are removed; it raises `CheckpointError` where another run has taken the run directory over
-        (`RunLock.renew`).  Null where nothing locks the directory.
+        """Open the checkpoints of ``run_dir``; ``verify`` is ``checksums``, ``sizes`` or ``none``.
+
+        ``verify``: the part of the manifest that is compared before a checkpoint is loaded.  ``prove_ownership``: a
+        function that rank 0 calls before it publishes a checkpoint or a teacher and before it removes older
+        checkpoints; it raises `CheckpointError` where another run has taken the run directory over (`RunLock.renew`).
+        Null where nothing locks the directory.
         """
         if not filesystem_async.HAVE_PSUTIL:
             raise CheckpointError(
@@ -80,21 +70,22 @@ class Checkpointer:
         self.keep_last, self.async_save, self.verify = keep_last, async_save, verify
         self.prove_ownership: Callable[[], None] = prove_ownership or (lambda: None)
         self._teacher_id: str | None = None
-        # Forked writers: a persistent one would share memory with the weights that go on changing.
+        # Forked writers: a persistent writer would share memory with weights that change during the save.
         self._queue = AsyncCallsQueue(persistent=False)
         self._pending: Temporary | None = None
-        self._lost: str | None = None  # why the last background save left nothing
+        self._lost: str | None = None  # why the last background save left no checkpoint
         self._validated = False
 
     def latest(self) -> Path | None:
-        """Return the first of `directory.candidates` that is whole, equal on all ranks; None where there are none.
+        """Return the first of `directory.candidates` without a fault, on all ranks; None where there is no checkpoint.
 
-        A checkpoint that is passed over is said in one warning, with the steps that are lost.
-        Raises: CheckpointError where there are checkpoints and none is whole; nothing is changed then.
+        One warning names the skipped checkpoints and the number of lost steps.
+
+        Raises: CheckpointError where all checkpoints have faults; the method then changes nothing.
         """
         faults: dict[Path, str] = {}
         for path in on_rank_0(lambda: directory.candidates(self.directory)):
-            fault = sharded_io.damage(path, self.verify)
+            fault = sharded_io.integrity_fault(path, self.verify)
             if fault is None:
                 self._warn(faults, path)
                 return path
@@ -130,17 +121,18 @@ class Checkpointer:
         trainer_state: dict[str, Any],
         args: argparse.Namespace,
     ) -> Path:
-        """Write ``iter_<step>``, make it the latest, then prune to ``keep_last``.  With ``async_save`` return as soon
-        as the tensors may change again, and do the rest in `poll` or `finish`.
+        """Write ``iter_<step>``, make it the latest checkpoint, then delete all but the last ``keep_last``.
 
-        ``trainer_state``: plain values (`saved_run.encode`); rank 0's are kept.  ``args``: `megatron_args`.  An ``ema``
-        teacher is written along; a ``frozen`` one is written once, beside the checkpoints, and referred to.
+        With ``async_save`` the method returns as soon as the tensors may change again; `poll` or `finish` completes the
+        save.  ``trainer_state``: plain values (`saved_run.encode`), stored from rank 0.  ``args``: the result of
+        `megatron_args`.  The checkpoint holds an ``ema`` teacher; a ``frozen`` teacher is saved once, beside the
+        checkpoints, and the checkpoint refers to it.
         """
         self._finalize(blocking=True)
-        self._lost = None  # what is saved now takes its place
+        self._lost = None  # this save replaces the lost one
         target = self.directory / directory.iteration_name(step)
         if teacher is not None and teacher.weights == "frozen":
-            self._keep_teacher(teacher)
+            self._save_frozen_teacher(teacher)
         with state.gathered_parameters(chunks):
             model = state.model_state(chunks, state.CONTENT)
             contents = {
@@ -160,7 +152,7 @@ class Checkpointer:
         return target
 
     def read(self, path: Path) -> SavedRun:
-        """Return what the checkpoint at ``path`` says of its run, on every rank; `load` then restores it."""
+        """Return the state of the run in the checkpoint at ``path``, on every rank; `load` then restores the run."""
         found = on_rank_0(lambda: directory.resolve(path))
         return on_each_rank(lambda: read_saved_run(found))
 
@@ -174,8 +166,11 @@ class Checkpointer:
         scheduler: OptimizerParamScheduler,
         teacher: TeacherState | None,
     ) -> None:
-        """Put everything back as `save` found it, in the same or another layout; ``saved`` holds the trainer's state.
-        Random states come back only in the layout that wrote them."""
+        """Restore weights, optimizer, schedule and teacher of `save`, in the same layout or another one.
+
+        ``saved`` holds the state of the trainer, which the caller restores.  Random states are restored in the layout
+        that saved them only.
+        """
         found, common, own = saved.path, saved.common, saved.own
         self._require_same_kind(saved, optimizer, teacher)
         content = common.get("content_metadata") or state.CONTENT
@@ -187,36 +182,36 @@ class Checkpointer:
             if teacher is not None and teacher.weights == "ema":
                 wanted |= teacher.sharded_state_dict()
             if same_layout:
-                wanted |= state.wanted_random_state(self.grid, on_rank_0(lambda: sharded_io.stored_keys(found)))
+                wanted |= state.wanted_random_state(self.grid)
             sharded_io.check_shapes(wanted, found)
             loaded = sharded_io.read(wanted, found)
             state.load_model_state(chunks, loaded)
             state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"])
-        scheduler.num_steps = 0  # its load_state_dict counts on from where it is
+        scheduler.num_steps = 0  # load_state_dict adds the stored number of steps
         scheduler.load_state_dict(common["opt_param_scheduler"])
         if teacher is not None and teacher.weights == "ema":
             teacher.load_state_dict(loaded)
         if teacher is not None and teacher.weights == "frozen":
-            run_dir = found.parents[1]  # the teacher is in the same run directory, whatever a file may say
+            run_dir = found.parents[1]  # the teacher is always in the same run directory
             self._teacher_id = load_frozen_teacher(run_dir, teacher, own["teacher_id"], self.verify)
-        if same_layout:  # last: nothing may draw a number after it
+        if same_layout:  # last, because no code may draw a random number afterwards
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
             layout = own["layout"]
             logger.warning("%s comes from the layout %s: random states start afresh", hidden(str(found)), layout)
 
     def poll(self) -> None:
-        """Complete a background save whose writers are done on all ranks; else return at once.
+        """Complete a background save if the writers of all ranks are done; else return at once.
 
-        Collectives: one small all-reduce while a save is under way, none otherwise.
+        Collectives: one small all-reduce while a save is in progress, none otherwise.
         """
         self._finalize(blocking=False)
 
     @moving_files()
     def finish(self) -> None:
-        """Wait for the background save, if there is one, and complete it.
+        """Wait for a background save, and complete it.
 
-        Raises: CheckpointError where it failed, or where its directory was removed and nothing has been saved since.
+        Raises: CheckpointError where the save failed, or where its directory was removed and no save followed.
         """
         self._finalize(blocking=True)
         if self._lost is not None:
@@ -250,7 +245,7 @@ class Checkpointer:
         if calls and not calls[0].async_caller.is_current_async_call_done(blocking):
             return  # on all ranks
         place = self._pending.path
-        if calls and not on_rank_0(place.is_dir):  # somebody has removed it, perhaps with the whole run directory
+        if calls and not on_rank_0(place.is_dir):  # removed, perhaps with the whole run directory
             calls.popleft()
             sharded_io.forget_results()
             self._pending.release()
@@ -283,9 +278,9 @@ class Checkpointer:
             "teacher_id": self._teacher_id if frozen else None,
         }
 
-    def _keep_teacher(self, teacher: TeacherState) -> None:
-        """Write the frozen teacher at the first save, and again where somebody has removed it since."""
-        lost = self._teacher_id is not None and not on_rank_0(lambda: is_there(self.run_dir))
+    def _save_frozen_teacher(self, teacher: TeacherState) -> None:
+        """Save the frozen teacher at the first save, and again if its directory was removed since."""
+        lost = self._teacher_id is not None and not on_rank_0(lambda: has_frozen_teacher(self.run_dir))
         if lost and self.grid.is_reporter:
             place = hidden(str(self.run_dir / frozen_teacher.NAME))
             logger.warning("%s is not there any more: it is written again", place)
@@ -299,17 +294,17 @@ class Checkpointer:
             )
 
     def _require_same_kind(self, saved: SavedRun, optimizer: MegatronOptimizer, teacher: TeacherState | None) -> None:
-        """Raise CheckpointError where the stored state has another form than this run needs."""
+        """Raise CheckpointError unless the stored teacher and optimizer are of the kinds that this run has."""
         own, path = saved.own, saved.path
         weights = teacher.weights if teacher is not None else None
         if own["teacher"] != weights:
             raise CheckpointError(
-                f"{path} was written with teacher.weights={own['teacher']}, this run has {weights}: set it back, or "
+                f"{path} was saved with teacher.weights={own['teacher']}, this run has {weights}: set it back, or "
                 "start in a new run directory"
             )
         distributed = state.uses_distributed_optimizer(optimizer)
         if own["distributed_optimizer"] != distributed:
             raise CheckpointError(
-                f"{path} was written with optimizer.use_distributed_optimizer={own['distributed_optimizer']}, this run "
+                f"{path} was saved with optimizer.use_distributed_optimizer={own['distributed_optimizer']}, this run "
                 f"has {distributed}, which names its state differently: set it back"
             )

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Starting from weights that anyone wrote with Megatron: torch_dist or legacy, TE or local layers, in any layout."""
+"""Load weights from checkpoints of any Megatron program: torch_dist or legacy, TE or local layers, in any layout."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import find
 from megatron_selfdistill.checkpoint.formats.finite import non_finite
-from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT
+from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, raise_misfit
 from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.checkpoint.run import sharded_io, state
 from megatron_selfdistill.distributed.collectives import from_all_ranks, on_each_rank, on_rank_0
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, first_few
 
 Chunks = Sequence[torch.nn.Module]
 
@@ -63,24 +63,26 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
 def load_weights_and_optimizer(
     path: Path, chunks: Chunks, optimizer: MegatronOptimizer, vocab_size: int | None = None, verify: str = "checksums"
 ) -> int:
-    """`load_weights`, and the optimizer's moments and main parameters with them; returns the iteration.  Collective.
+    """Load weights as `load_weights` does, with the optimizer's moments and main parameters; return the iteration.
 
-    torch_dist only, in any layout if it was saved as ``fully_reshardable`` (or with ``--ckpt-fully-parallel-save``, or
-    without the distributed optimizer), and with the same kind of optimizer.  Hyperparameters and the learning-rate
-    schedule are those of this run.  Call it instead of `load_weights`, after the optimizer was built.
-    Raises: CheckpointError before anything is loaded, as `load_weights` does; also where there is no optimizer state,
-    or that of another kind.
+    Collective.  The checkpoint must be a torch_dist checkpoint of the same kind of optimizer.  The layout may differ if
+    the checkpoint was saved as ``fully_reshardable``, with ``--ckpt-fully-parallel-save``, or without the distributed
+    optimizer.  The hyperparameters and the learning-rate schedule of this run stay.  Call this function instead of
+    `load_weights`, after the optimizer was built.
+
+    Raises: CheckpointError before anything is loaded, as `load_weights` does, and for a checkpoint without optimizer
+    state or with the state of another kind of optimizer.
     """
     found, is_legacy = on_rank_0(lambda: find(path))
     if is_legacy:
         raise CheckpointError(
-            f"{found} is in the legacy format, whose optimizer state fits one layout: load its weights"
+            f"{found} is in the legacy format, whose optimizer state fits one layout only: load its weights"
         )
     sharded_io.verify_integrity(found, verify)
     common = on_each_rank(lambda: load_pickled(found / "common.pt"))
     if "optimizer" not in common:
         raise CheckpointError(f"{found} holds no optimizer state: load its weights alone")
-    content = common.get("content_metadata") or _content_of_old(common)
+    content = common.get("content_metadata") or _content_before_core_0_13(common)
     with state.gathered_parameters(chunks):
         model = _wanted(chunks, on_rank_0(lambda: set(sharded_io.stored_shapes(found))), content)
         optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
@@ -95,9 +97,9 @@ def load_weights_and_optimizer(
 
 
 def _require_finite(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
-    """Raise CheckpointError on all ranks, naming the first tensors, if some weight is NaN or infinite.  Collective.
+    """Raise CheckpointError on all ranks, naming the first tensors, if a weight is NaN or infinite; collective.
 
-    Padding rows of the vocabulary are not looked at: other programs leave them uninitialised.
+    The function ignores padding rows of the vocabulary, which other programs leave uninitialised.
     """
 
     def named() -> Iterator[tuple[str, torch.Tensor]]:
@@ -110,21 +112,23 @@ def _require_finite(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
 
     faults = dict.fromkeys(name for names in from_all_ranks(non_finite(named())) for name in names)
     if faults:
-        first, more = list(faults)[:4], f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise CheckpointError(
-            f"{path} has NaN or infinite elements in {', '.join(first)}{more}: its writer diverged or was interrupted; "
-            "take an earlier checkpoint"
+            f"{path} has NaN or infinite elements in {first_few(list(faults), ', ')}: its training diverged or its "
+            "save was interrupted; take an earlier checkpoint"
         )
 
 
-def _content_of_old(common: dict[str, Any]) -> dict[str, Any]:
-    """How Megatron-LM cut state before it said so (core 0.13): by whether writers shared the work."""
+def _content_before_core_0_13(common: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``content_metadata`` of a checkpoint that stores none, as before Megatron Core 0.13.
+
+    The sharding type then depends on the stored argument ``ckpt_fully_parallel_save``.
+    """
     shared = getattr(common.get("args"), "ckpt_fully_parallel_save", False)
     return {"distrib_optim_sharding_type": "fully_sharded_model_space" if shared else "dp_zero_gather_scatter"}
 
 
 def _optimizer_steps(common: dict[str, Any]) -> int:
-    """Updates that Adam's bias correction counted: as stored with the state, else one per iteration."""
+    """Return the number of updates for Adam's bias correction: the stored number, else one per iteration."""
     counts: list[int] = []
 
     def visit(value: Any) -> None:
@@ -141,7 +145,7 @@ def _optimizer_steps(common: dict[str, Any]) -> int:
 
 
 def _wanted(chunks: Chunks, stored: set[str], content: dict[str, Any] = state.CONTENT) -> dict[str, Any]:
-    """The model's sharded state dict by the names that the checkpoint has for its tensors."""
+    """Return the model's sharded state dict with the keys under which the checkpoint stores its tensors."""
     content = dict(content)
     if has_numbered_layers(stored):
         content["non_homogeneous_layers"] = True
@@ -149,7 +153,7 @@ def _wanted(chunks: Chunks, stored: set[str], content: dict[str, Any] = state.CO
     for model in wanted.values():
         for name, value in model.items():
             if isinstance(value, ShardedObject):
-                # Transformer Engine's FP8 statistics: those of this model stay, the checkpoint's are pickles.
+                # Keep this model's FP8 statistics of Transformer Engine: the checkpoint's are pickles.
                 model[name] = LocalNonpersistentObject(value.data)
     for value in nested_values(wanted):
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key not in stored:
@@ -183,7 +187,7 @@ def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
     everyone = from_all_ranks((list(faults), used))
     unexpected = source.tensors.difference(*(places for _, places in everyone))
     extra = [f"{shown(key, index)} is unexpected" for key, index in sorted(unexpected) if not key.startswith(NOT_BUILT)]
-    sharded_io.raise_first(path, [*dict.fromkeys(fault for some, _ in everyone for fault in some), *extra])
+    raise_misfit(path, [*dict.fromkeys(fault for some, _ in everyone for fault in some), *extra])
 
     def fill() -> None:
         for shard in shards:
@@ -197,16 +201,16 @@ def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
 
 
 def _full(shard: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Key, index over layers and experts, and shape of the whole tensor that this is a shard of."""
+    """Return the key, the index over layers and experts, and the shape of the full tensor of ``shard``."""
     stacked = shard.prepend_axis_num
     return shard.key, tuple(shard.global_offset[:stacked]), tuple(shard.global_shape[stacked:])
 
 
 def _copy(full: torch.Tensor, shard: ShardedTensor) -> None:
-    """Fill a shard, in place, with its part of the full tensor; rows beyond the end are padding, and zero."""
+    """Copy the shard's part of the full tensor into the shard; set rows beyond the end, which are padding, to zero."""
     part, target = full, shard.data
     if target is None:
-        raise CheckpointError(f"{shard.key} has no memory to be loaded into")
+        raise CheckpointError(f"{shard.key} has no memory for the loaded weights: report this error")
     offsets = shard.global_offset[shard.prepend_axis_num :]
     for dim, (offset, length) in enumerate(zip(offsets, shard.local_shape, strict=True)):
         start = min(offset, part.shape[dim])

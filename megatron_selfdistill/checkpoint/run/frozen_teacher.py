@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The frozen teacher is as large as the model and never changes: it is written once, beside the checkpoints."""
+"""Save and load the frozen teacher, which never changes and is therefore stored once, beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.checkpoint.run import sharded_io
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION
 from megatron_selfdistill.distributed.collectives import from_all_ranks, on_each_rank, on_rank_0
@@ -23,21 +24,26 @@ from megatron_selfdistill.hidden_values import hidden
 logger = logging.getLogger(__name__)
 
 NAME = "teacher"
-_MARK = "teacher_id"
+"""The name of the teacher's directory in the run directory."""
+_TEACHER_ID = "teacher_id"
 
 
 class TeacherState(Protocol):
-    """What is asked of a teacher: ``weights`` is frozen, ema or current."""
+    """The parts of a `Teacher` that a checkpoint needs; ``weights`` is frozen, ema or current."""
 
     weights: str
 
-    def sharded_state_dict(self) -> dict[str, Any]: ...
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return the teacher's tensors for a checkpoint."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy loaded tensors of `sharded_state_dict` into the teacher."""
+        ...
 
 
-def is_there(run_dir: Path) -> bool:
-    """Return whether ``run_dir/teacher`` has all its files, by their sizes.  For one rank."""
+def has_frozen_teacher(run_dir: Path) -> bool:
+    """Return whether ``run_dir/teacher`` has all its files, compared by size; called on one rank."""
     target = Path(run_dir) / NAME
     entries = manifest.read(target)
     return entries is not None and manifest.wrong_size(target, entries) is None
@@ -46,45 +52,45 @@ def is_there(run_dir: Path) -> bool:
 def save_frozen_teacher(
     run_dir: Path,
     teacher: TeacherState,
-    mark: str | None = None,
+    teacher_id: str | None = None,
     *,
     replicas: dist.ProcessGroup | None = None,
     prove_ownership: Callable[[], None] = lambda: None,
 ) -> str:
-    """Write ``run_dir/teacher``, atomically, unless exactly these weights lie there; returns their mark, by which
-    checkpoints know them again.  Collective.
+    """Save ``teacher`` as ``run_dir/teacher``, atomically, and return the id by which checkpoints refer to it.
 
-    ``mark``: that of the same teacher, which checkpoints refer to; null makes a new one.  Other weights there come from
-    an earlier start in the same run directory, and are replaced.  ``replicas`` and
-    ``prove_ownership``: as in `transfer.begin_write`.
+    Collective.  The function writes nothing if exactly these weights are there already; it replaces the weights of an
+    earlier start in the same run directory.  ``teacher_id``: the id of the same teacher in older checkpoints; null
+    makes a new id.  ``replicas`` and ``prove_ownership``: see `sharded_io.begin_write`.
     """
     target = Path(run_dir) / NAME
-    if on_rank_0(lambda: is_there(run_dir) and directory.incomplete(target) is None):
+    if on_rank_0(lambda: has_frozen_teacher(run_dir) and directory.incomplete(target) is None):
         if _holds_same_weights(target, teacher):
-            return _mark_of(target)
+            return _stored_id(target)
         if dist.get_rank() == 0:
             place = hidden(str(target))
             logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", place)
-    mark = mark or on_rank_0(lambda: uuid.uuid4().hex)
-    contents = {SECTION: {"kind": "teacher"}, _MARK: mark, **teacher.sharded_state_dict()}
+    teacher_id = teacher_id or on_rank_0(lambda: uuid.uuid4().hex)
+    contents = {SECTION: {"kind": "teacher"}, _TEACHER_ID: teacher_id, **teacher.sharded_state_dict()}
     request = sharded_io.begin_write(contents, target, replicas=replicas, prove_ownership=prove_ownership)
     sharded_io.write_now(*request, target)
-    return mark
+    return teacher_id
 
 
 def load_frozen_teacher(
-    run_dir: Path, teacher: TeacherState, mark: str | None = None, verify: str = "checksums"
+    run_dir: Path, teacher: TeacherState, teacher_id: str | None = None, verify: str = "checksums"
 ) -> str:
-    """The inverse of `save_frozen_teacher`, in any layout; returns the mark.  Collective.
+    """Load ``run_dir/teacher`` into ``teacher``, in any layout, and return its id; collective.
 
-    ``verify``: what of its manifest is compared: checksums, sizes or none.
-    Raises: CheckpointError where there is none that is whole, or not the one with this ``mark``.
+    ``verify``: the part of the manifest to compare: ``checksums``, ``sizes`` or ``none``.
+
+    Raises: CheckpointError where the stored teacher is missing, damaged, or has another id than ``teacher_id``.
     """
     target = Path(run_dir) / NAME
     path = on_rank_0(lambda: directory.resolve(target))
     sharded_io.verify_integrity(path, verify)
-    found = _mark_of(path)
-    if mark not in (None, found):
+    found = _stored_id(path)
+    if teacher_id not in (None, found):
         raise CheckpointError(
             f"{path} is not the teacher that this checkpoint was trained with: a later start in the same run "
             "directory replaced it"
@@ -95,18 +101,18 @@ def load_frozen_teacher(
     return found
 
 
-def _mark_of(path: Path) -> str:
-    """Return the mark of the teacher at ``path``, which every rank reads."""
-    return on_each_rank(lambda: sharded_io.read_common(path)[_MARK])
+def _stored_id(path: Path) -> str:
+    """Return the id of the stored teacher at ``path``; every rank reads the id for itself."""
+    return on_each_rank(lambda: load_pickled(path / "common.pt")[_TEACHER_ID])
 
 
 def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:
-    """Whether every tensor of ``teacher`` is on disk, bit for bit; reads all of it once."""
+    """Return whether the stored tensors equal the tensors of ``teacher`` bit for bit; read each tensor once."""
     wanted = {str(i): tensor for i, tensor in enumerate(sharded_io.tensors(teacher.sharded_state_dict()))}
     own = {name: tensor.data for name, tensor in wanted.items()}
     try:
         sharded_io.check_shapes(wanted, path)
-    except CheckpointError:  # on all ranks: another model
+    except CheckpointError:  # raised on all ranks: another model is stored
         return False
     for tensor in wanted.values():
         tensor.data = torch.empty_like(tensor.data)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whether a run may continue from the checkpoint in its directory: what is asked now against what was asked then."""
+"""Decide whether a run may continue from its checkpoint, by the configuration and the problems of the checkpoint."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ _FORCE = "force"
 
 @dataclass(frozen=True)
 class Resumption:
-    """A checkpoint that the run continues from."""
+    """The checkpoint from which the run continues, and the differences to the run that saved it."""
 
     saved: SavedRun
     changes: tuple[str, ...]
     """One line for every key that has changed and may."""
     warnings: tuple[str, ...]
-    """One line for every key that has changed by force, and what follows from it."""
+    """One line for every key that has changed by force, and one for every consequence."""
     same_problems: bool
-    """Whether the position in the data still means the same problems."""
+    """Whether the stored position in the data still refers to the same problems."""
 
 
 def refuse_another_run(config: Config, given: Collection[str] | None = None) -> None:
     """Raise `ConfigError` where ``run_dir`` holds a run that may not continue with this configuration.
 
-    ``given``: the keys that somebody set (`config.given_keys`); null takes those that are not at their defaults.  It
-    looks at the newest checkpoint that can be read, before anything expensive starts and without other ranks.  The
-    checkpoint that the run then takes is compared by `resumption`.
+    ``given``: the keys that the user has set (`config.given_keys`); null takes the keys that differ from their
+    defaults.  The function compares the newest readable checkpoint, before anything expensive starts and without other
+    ranks.  `resumption` compares the checkpoint that the run then loads.
     """
     if config.checkpoint.resume is not True:
         return
@@ -66,7 +66,7 @@ def refuse_another_run(config: Config, given: Collection[str] | None = None) -> 
         try:
             saved = read_saved_run(path)
         except CheckpointError:
-            continue  # the run will say what is wrong with it
+            continue  # the run reports the fault when it verifies all files
         message = refusal(_changed(saved, config, given), str(path))
         if message is not None:
             raise ConfigError(message)
@@ -76,9 +76,12 @@ def refuse_another_run(config: Config, given: Collection[str] | None = None) -> 
 def latest_resumption(
     config: Config, fingerprint: str, checkpointer: Checkpointer, grid: RankGrid
 ) -> Resumption | None:
-    """Return what the run in ``run_dir`` continues from, with its warnings logged; None for a new run.  Collective.
+    """Return the checkpoint from which the run in ``run_dir`` continues, and log its warnings; None for a new run.
+
+    Collective.
 
     ``fingerprint``: the digest of the problems that this rank has read.
+
     Raises: `ConfigError` on all ranks where the run may not continue, `CheckpointError` where no checkpoint is usable.
     """
     latest = checkpointer.latest()
@@ -97,13 +100,13 @@ def latest_resumption(
 
 
 def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
-    """Return how the run continues from ``saved``.  Collective.
+    """Return the `Resumption` of the run from ``saved``; collective.
 
-    ``fingerprint``: of the problems that this rank has read.
-    Raises: `ConfigError` on all ranks where a key that the run is bound to has changed, or the problems, unless
-    checkpoint.resume=force.
+    ``fingerprint``: the digest of the problems that this rank has read.
+
+    Raises: `ConfigError` on all ranks where a bound key or the problems have changed, unless checkpoint.resume=force.
     """
-    found = [*_changed(saved, config), *_changed_data(saved, config, fingerprint)]
+    found = [*_changed(saved, config), *_changed_data(saved, fingerprint)]
     forced = config.checkpoint.resume == _FORCE and not any(difference.rule == FIXED for difference in found)
     message = None if forced else refusal(found, str(saved.path))
     message = next((one for one in from_all_ranks(message) if one is not None), None)
@@ -115,17 +118,18 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
 
 
 def finished_run(config: Config, as_given: Config) -> Path | None:
-    """Return the last checkpoint of a run that is complete and whose last launch had this configuration; else None.
+    """Return the last checkpoint of a complete run whose last launch had this configuration; None for other runs.
 
-    ``as_given``: the configuration that the user gave; ``config``: the same with the architecture of the checkpoint.
+    ``as_given``: the configuration that the user gave.  ``config``: ``as_given`` with the architecture of the
+    checkpoint.
     """
     run_dir = Path(config.run_dir)
-    written = run_dir / CONFIGURATION_FILE
-    if config.dry_run or not config.checkpoint.resume or not written.is_file():
+    file = run_dir / CONFIGURATION_FILE
+    if config.dry_run or not config.checkpoint.resume or not file.is_file():
         return None
-    # Its first launch wrote it before there was a checkpoint with an architecture, the others after that.
-    if written.read_text(encoding="utf-8") not in map(to_yaml, (as_given, config)):
-        return None  # `resumption` judges what differs
+    # The first launch wrote the file without the architecture of a checkpoint, the later launches with it.
+    if file.read_text(encoding="utf-8") not in map(to_yaml, (as_given, config)):
+        return None  # `resumption` judges the differences
     latest = directory.latest(run_dir / "checkpoints")
     if latest is None or directory.iteration_of(latest) < config.num_steps:
         return None
@@ -133,8 +137,6 @@ def finished_run(config: Config, as_given: Config) -> Path | None:
 
 
 def _consequences(saved: SavedRun, forced: bool, same_problems: bool) -> Iterator[str]:
-    if CONFIGURATION not in saved.trainer_state:
-        yield f"{saved.path} holds no configuration, as those of earlier versions: only its data was compared"
     if forced:
         yield (
             f"checkpoint.resume=force: weights, optimizer and teacher are those of {saved.path}; everything else is "
@@ -145,15 +147,18 @@ def _consequences(saved: SavedRun, forced: bool, same_problems: bool) -> Iterato
 
 
 def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
-    """Return the keys that have other values in the checkpoint."""
+    """Return the keys whose values in the configuration and in the checkpoint differ."""
     stored = saved.trainer_state.get(CONFIGURATION)
     if stored is None:
-        return []
+        raise CheckpointError(
+            f"{saved.path} holds no configuration of its run, expected one: start from its weights with "
+            f"checkpoint.load={saved.path} in another run_dir"
+        )
     now = stored_values(config)
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
-        whole = architecture_from_args(args)
-        # Of a value that is written as it was then, the present meaning: it may come from the environment.
+        architecture = architecture_from_args(args)
+        # A value with the same text as in the checkpoint has its present meaning: the environment may supply it.
         before = {
             field.name: getattr(config.model, field.name) if now["model"][field.name] == value else value
             for field in fields(ModelConfig)
@@ -163,29 +168,24 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
             None if given is None else {key.removeprefix("model.") for key in given if key.startswith("model.")}
         )
         try:
-            stored = stored | {"model": _completed(ModelConfig(**before), whole)}
-            now = now | {"model": _completed(config.model, whole, given_fields)}
+            stored = stored | {"model": _completed(ModelConfig(**before), architecture)}
+            now = now | {"model": _completed(config.model, architecture, given_fields)}
         except ConfigError as error:
             raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
-        except TypeError:  # an interpolation that was written in another way then: texts are compared
+        except TypeError:  # an interpolation with another text in the checkpoint: `differences` compares the texts
             pass
     return differences(stored, now)
 
 
 def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
-    """Return a model without open ends, as plain values: what is null in it follows from the stored architecture."""
+    """Return ``model`` as plain values, with its null fields filled from the stored architecture."""
     resolved = reconcile(model, fields_set(model) if given is None else given, stored)
     return json.loads(json.dumps(asdict(resolved)))
 
 
-def _changed_data(saved: SavedRun, config: Config, fingerprint: str) -> list[KeyDifference]:
-    """Return what the position in the data belongs to, where that is something else now."""
+def _changed_data(saved: SavedRun, fingerprint: str) -> list[KeyDifference]:
+    """Return a difference if the problems are not the problems of the stored position in the data."""
     sampler = saved.trainer_state.get("problem_sampler")
-    if sampler is None:
+    if sampler is None or sampler["fingerprint"] == fingerprint:
         return []
-    found = []
-    if sampler["fingerprint"] != fingerprint:
-        found.append(KeyDifference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND))
-    if CONFIGURATION not in saved.trainer_state and sampler["seed"] != config.seed:
-        found.append(KeyDifference("seed", sampler["seed"], config.seed, BOUND))
-    return found
+    return [KeyDifference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND)]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The files of a run directory that a launch writes once: the configuration, and what conversions need."""
+"""The files of a run directory that a launch writes once: the configuration, and the files that conversions need."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ CONFIGURATION_FILE = "config.yaml"
 
 
 class RunDirectory:
-    """The run directory: the files that the reporter writes once per launch, and the proof that it is still this run's.
+    """The run directory: the files that the reporter writes once per launch, and the proof of its ownership.
 
-    ``is_owned`` is its only state: False once another run has taken the directory over.
+    ``is_owned`` is the only state of the object; it becomes False once another run has taken the directory over.
     """
 
     def __init__(self, config: Config, step: int, prove_ownership: Callable[[], None] | None = None) -> None:
-        """``step``: the steps that are done at the start of this launch; ``prove_ownership``: called on rank 0, raises
-        `CheckpointError` where another run has taken the directory over (`RunLock.renew`)."""
+        """Remember the configuration and the number of steps that are done at the start of this launch, ``step``.
+
+        ``prove_ownership``: a function for rank 0, which raises `CheckpointError` where another run has taken the
+        directory over (`RunLock.renew`).
+        """
         self.path, self._config, self._step = Path(config.run_dir), config, step
         self._prove_ownership = prove_ownership
         self.is_owned = True
@@ -44,7 +47,7 @@ class RunDirectory:
     def write(self) -> None:
         """Write config.yaml and the Hugging Face files of ``checkpoint.load``.
 
-        A config.yaml with other contents is of an earlier launch, up to the present step: it is kept under the name
+        A config.yaml with other contents belongs to an earlier launch; this method renames it to
         ``config.until_step_<step>.yaml``.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -56,13 +59,13 @@ class RunDirectory:
             copy_hf_assets_to_run_dir(Path(self._config.checkpoint.load), self.path)
 
     def restore(self) -> None:
-        """Write again what a launch writes once, where somebody has removed the run directory in the meantime."""
+        """Write the files of `write` again if the run directory was removed since the launch."""
         if not (self.path / CONFIGURATION_FILE).is_file():
             logger.warning("%s is not there any more: it is written again", hidden(str(self.path)))
             self.write()
 
     def _unused_name(self) -> Path:
         number, name = 1, f"config.until_step_{self._step}"
-        while (kept := self.path / f"{name}{f'.{number}' if number > 1 else ''}.yaml").exists():
+        while (unused := self.path / f"{name}{f'.{number}' if number > 1 else ''}.yaml").exists():
             number += 1
-        return kept
+        return unused

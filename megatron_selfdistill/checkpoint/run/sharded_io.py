@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Between sharded state dicts and one torch_dist directory: write under a temporary name, check that it fits, read."""
+"""Write sharded state dicts into a torch_dist directory, verify the directory, and read it back; all collective."""
 
 from __future__ import annotations
 
@@ -32,17 +32,15 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import Temporary
 from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, NOT_WEIGHTS
+from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, NOT_WEIGHTS, raise_misfit
 from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
-from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, load_pickled, loads_pickled
+from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, loads_pickled
 from megatron_selfdistill.checkpoint.run.state import CONTENT
 from megatron_selfdistill.distributed.collectives import describe, from_all_ranks, on_each_rank, on_rank_0
 from megatron_selfdistill.errors import CheckpointError
 
-_SHOWN = 4
-
 WRITE_ERRORS = (Exception, CheckpointException)
-"""What a failing write raises: torch's own exception is no ``Exception``."""
+"""The exceptions of a failed write; torch's `CheckpointException` is not an ``Exception``."""
 
 
 def begin_write(
@@ -54,19 +52,21 @@ def begin_write(
     prove_ownership: Callable[[], None] = lambda: None,
     published: Callable[[], None] = lambda: None,
 ) -> tuple[AsyncRequest, Temporary]:
-    """Megatron's request that writes ``contents``, and the locked temporary directory that it fills.
+    """Return Megatron's request to write ``contents``, and the locked temporary directory of the request; collective.
 
-    Execute the request at once or in the background; its end calls ``prove_ownership``, renames the directory to
-    ``target`` and then runs ``published``, all on rank 0.  Afterwards, also after a failure, `Temporary.release` it.
-    ``prove_ownership`` raises `CheckpointError` where another run has taken the run directory over, for instance while
-    this one was suspended in the middle of the save: then nothing gets the name ``target``.
-    ``replicas``: ranks that hold equal tensors and share the writing.  ``validate``: check that the ranks' shards
-    cover each tensor once.  Collective; raises `CheckpointError` on all ranks.
+    The caller executes the request at once or in the background.  At its end rank 0 calls ``prove_ownership``, renames
+    the directory to ``target`` and calls ``published``.  The caller then calls `Temporary.release`, also after a
+    failure. ``prove_ownership`` raises `CheckpointError` where another run has taken the run directory over, for
+    instance while this run was suspended in the middle of the save; then rank 0 does not rename the directory.
+    ``replicas``: the group of ranks that hold equal tensors and share the writing.  ``validate``: check that the shards
+    of all ranks cover each tensor once.
+
+    Raises: `CheckpointError` on all ranks.
     """
     needed = sum(from_all_ranks(_num_bytes(contents)))
-    # Before the lock: the process that hands over the writers' results outlives the save and must not share it.
+    # Before the lock: the process of the results queue outlives the save and must not inherit the lock.
     on_each_rank(filesystem_async._get_write_results_queue)
-    temporary = _begin_directory(target, needed)
+    temporary = _begin_on_all_ranks(target, needed)
     strategy = get_default_save_sharded_strategy()
     if replicas is not None and replicas.size() > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, replicas)
@@ -88,14 +88,14 @@ def begin_write(
         directory.publish(temporary, target)
         published()
 
-    if request.async_fn is not None:  # None on a rank without anything to write
-        request = request._replace(async_fn=functools.partial(_write_and_sum_up, request.async_fn, temporary.path))
+    if request.async_fn is not None:  # None on a rank that has nothing to write
+        request = request._replace(async_fn=functools.partial(_write_with_checksums, request.async_fn, temporary.path))
     request.add_finalize_fn(lambda: on_rank_0(publish))
     return request, temporary
 
 
 def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None:
-    """Execute what `begin_write` prepared, and release its lock."""
+    """Execute the request of `begin_write` now, and release the lock of its directory."""
     try:
         request.execute_sync()
     except WRITE_ERRORS as error:
@@ -105,52 +105,45 @@ def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None
 
 
 def forget_results() -> None:
-    """Drop what this rank's writers have reported of a save that nobody completes: the next save would read it."""
+    """Drop the results that this rank's writers reported for an abandoned save; the next save would read them."""
     results = filesystem_async._get_write_results_queue()
     while not results.empty():
         results.get()
 
 
 def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the tensors and sharded objects of ``wanted``, read mostly in place.  Collective.
+    """Return ``wanted`` with the tensors and sharded objects of the checkpoint, mostly read in place; collective.
 
-    Every pickle on the way (``.metadata``, sharded objects, Transformer Engine's states) is read by the restricted
-    unpickler; common.pt is not read at all.  Raises: `CheckpointError` on all ranks for what cannot be read.
+    The restricted unpickler reads every pickle (``.metadata``, sharded objects, Transformer Engine's states).  The
+    function does not read common.pt.
+
+    Raises: `CheckpointError` on all ranks where the checkpoint cannot be read.
     """
     try:
         with _restricted_readers():
             loaded = dist_checkpointing.load(
                 wanted, str(path), common_strategy=_NothingInCommon(), validate_access_integrity=False
             )
-    except CheckpointException as error:  # one failure for each rank that has one, the same on all ranks
+    except CheckpointException as error:  # the failures by rank, equal on all ranks
         first = error.failures[min(error.failures)][0]
         raise CheckpointError(f"{path} could not be read: {describe(first)}") from None
     on_each_rank(lambda: _rewrite_extra_states(loaded))
     return loaded
 
 
-def read_common(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds besides tensors, read by the restricted unpickler."""
-    return load_pickled(path / "common.pt")
-
-
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of every tensor in a torch_dist checkpoint; no pickle but a restricted one is read."""
+    """Return the shape of every tensor in a torch_dist checkpoint, by its key, from the restricted unpickler."""
     return TorchDistReader(path).shapes
-
-
-def stored_keys(path: Path) -> set[str]:
-    """Return the keys of all tensors and objects in a torch_dist checkpoint, as its ``.metadata`` spells them."""
-    return set(load_metadata(path).state_dict_metadata)
 
 
 def check_shapes(
     wanted: dict[str, Any], path: Path, *, only_weights: bool = False, vocab_size: int | None = None
 ) -> None:
-    """Raise one sentence on all ranks unless the checkpoint has each tensor that some rank wants, in its shape.
+    """Raise `CheckpointError` on all ranks unless the checkpoint has each wanted tensor of each rank, in its shape.
 
-    ``only_weights``: it must have no further weights either.  Of tensors whose rows are padded (embedding, output
-    layer) the number of rows may differ, but be no smaller than ``vocab_size``.  Reads no tensor data.
+    Collective.  ``only_weights``: the checkpoint must not have further weights.  For tensors with padded rows
+    (embedding, output layer) the number of rows may differ, but must be at least ``vocab_size``.  The function reads no
+    tensor data.
     """
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}
     for theirs in from_all_ranks({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
@@ -167,28 +160,21 @@ def check_shapes(
                 faults.append(f"{key} has {found[0]} rows, expected at least {vocab_size}")
         elif found != shape:
             faults.append(f"{key} has shape {list(found)}, expected {list(shape)}")
-    raise_first(path, faults)
-
-
-def raise_first(path: Path, faults: Sequence[str]) -> None:
-    """Raise `CheckpointError` with the first of ``faults``, which are equal on all ranks, if there are any."""
-    if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise CheckpointError(f"{path} does not fit this model: {'; '.join(faults[:_SHOWN])}{more}")
+    raise_misfit(path, faults)
 
 
 def tensors(contents: dict[str, Any]) -> Sequence[ShardedTensor]:
-    """The sharded tensors as they lie in a checkpoint, those of Megatron's factories included."""
+    """Return the sharded tensors as a checkpoint stores them, including the tensors of Megatron's factories."""
     plain, _, _ = load_preprocess(contents)
     return [value for value in nested_values(plain) if isinstance(value, ShardedTensor)]
 
 
-def damage(path: Path, verify: str) -> str | None:
-    """Why the checkpoint at ``path`` is not whole ("has a damaged __0_0.distcp: ..."), or None; equal on all ranks.
+def integrity_fault(path: Path, verify: str) -> str | None:
+    """Return the fault of the checkpoint at ``path`` ("has a damaged __0_0.distcp: ..."), or None, on all ranks.
 
-    ``verify``: ``none`` looks only at what Megatron itself stores; ``sizes`` compares the lengths of all files with the
-    manifest, which a checkpoint of this program must have; ``checksums`` also reads them, each on one rank, which warms
-    the cache for the load that follows.  Collective.
+    Collective.  ``verify``: ``none`` checks only the files that Megatron itself stores.  ``sizes`` also compares the
+    sizes of all files with the manifest, which a checkpoint of this program must have.  ``checksums`` also compares the
+    checksums; each rank reads a share of the files, which warms the file cache for the load that follows.
     """
     reason = on_rank_0(
         lambda: directory.incomplete(path) or (directory.unverifiable(path) if verify != "none" else None)
@@ -198,7 +184,7 @@ def damage(path: Path, verify: str) -> str | None:
 
     def check() -> str | None:
         entries = manifest.read(path)
-        if entries is None:  # another program's
+        if entries is None:  # another program saved the checkpoint
             return None
         return manifest.wrong_contents(path, entries, dist.get_rank(), dist.get_world_size())
 
@@ -206,15 +192,15 @@ def damage(path: Path, verify: str) -> str | None:
 
 
 def verify_integrity(path: Path, verify: str) -> None:
-    """Raise `CheckpointError` on all ranks where `damage` finds some; it offers the newest complete one nearby."""
-    fault = damage(path, verify)
+    """Raise `CheckpointError` on all ranks for an `integrity_fault`; offer the newest complete checkpoint nearby."""
+    fault = integrity_fault(path, verify)
     if fault is not None:
         raise CheckpointError(f"{path} {fault}{on_rank_0(lambda: directory.instead_of(path))}")
 
 
 @contextlib.contextmanager
 def _restricted_readers() -> Iterator[None]:
-    """Let PyTorch's reader of torch_dist directories, which Megatron uses, unpickle by the restricted unpickler.
+    """Make PyTorch's reader of torch_dist directories, which Megatron uses, unpickle with the restricted unpickler.
 
     PyTorch itself calls ``pickle.load`` for ``.metadata`` and ``torch.load(weights_only=False)`` for objects.
     """
@@ -245,9 +231,10 @@ _EXTRA_STATE = re.compile(r"_extra_state\d*$")
 
 
 def _rewrite_extra_states(loaded: Any) -> None:
-    """Replace each ``_extra_state`` that is a pickle by the same one, pickled here; grouped experts number theirs.
+    """Replace each pickled ``_extra_state`` by a new pickle of its contents; grouped experts number their states.
 
-    Transformer Engine's layers unpickle their FP8 statistics without any restriction: what they get must be ours.
+    Transformer Engine's layers unpickle their FP8 statistics without any restriction, so they must receive a pickle of
+    this process.
     """
     items = loaded.items() if isinstance(loaded, dict) else enumerate(loaded) if isinstance(loaded, list) else ()
     for key, value in list(items):
@@ -264,23 +251,24 @@ def _rewrite_extra_states(loaded: Any) -> None:
 
 
 class _NothingInCommon(TorchCommonLoadStrategy):
-    """Leaves common.pt unread: it holds a lab's pickled arguments, whose classes need not exist here."""
+    """A strategy that skips common.pt, whose pickled arguments may need classes that do not exist here."""
 
     def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+        """Return an empty state dict."""
         return {}
 
 
-def _write_and_sum_up(
+def _write_with_checksums(
     write: Callable[..., None], path: Path, rank: int, buckets: Any, *more: Any, **options: Any
 ) -> None:
-    """Megatron's writer of this rank, then the checksums of its files, in the background too and on its own machine."""
+    """Run Megatron's writer of this rank, then compute the checksums of its files on the same machine."""
     write(rank, buckets, *more, **options)
-    with contextlib.suppress(OSError):  # one rank must not miss the barrier; rank 0 sums up what no rank did
+    with contextlib.suppress(OSError):  # no rank may miss the barrier; rank 0 computes missing checksums
         manifest.write_part(path, str(rank), [Path(file) for file, _, _ in buckets])
 
 
-def _begin_directory(target: Path, num_bytes: int) -> Temporary:
-    """`directory.begin` on rank 0, and every rank's hold on the lock."""
+def _begin_on_all_ranks(target: Path, num_bytes: int) -> Temporary:
+    """Call `directory.begin` on rank 0, and let every rank hold the lock of the temporary directory."""
     begun: list[Temporary] = []
 
     def begin() -> Path:
@@ -292,6 +280,6 @@ def _begin_directory(target: Path, num_bytes: int) -> Temporary:
 
 
 def _num_bytes(contents: dict[str, Any]) -> int:
-    """Of the tensors whose first holder this rank is."""
+    """Return the size in bytes of the tensors whose main replica this rank holds."""
     data = [value.data for value in nested_values(contents) if is_main_replica(getattr(value, "replica_id", 1))]
     return sum(tensor.numel() * tensor.element_size() for tensor in data if torch.is_tensor(tensor))

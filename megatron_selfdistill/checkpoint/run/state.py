@@ -1,11 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a checkpoint holds of a live run, in Megatron-LM's keys: weights, optimizer, random states; and the way back."""
+"""Save and load the state of a live run under Megatron-LM's keys: weights, optimizer and random states."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,23 +25,23 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import unwrapped
 
 CONTENT = {
-    # Whole optimizer tensors under the parameters' names: the only format that loads in every other layout.
+    # Whole optimizer tensors under the names of the parameters: the only format that loads in every other layout.
     "distrib_optim_sharding_type": "fully_reshardable",
-    # Without it a mixture of experts' names would depend on how many optimizers a rank happens to have.
+    # Without it the names of a mixture of experts would depend on the number of optimizers of a rank.
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
-"""Megatron's ``content_metadata``: how state is cut into named tensors."""
+"""Megatron's ``content_metadata``: the way in which Megatron cuts the state into named tensors."""
 
 
 def model_state(chunks: Sequence[torch.nn.Module], content: dict[str, Any]) -> dict[str, Any]:
-    """``{"model": ...}``, or ``model0``, ``model1`` ... with virtual stages: the chunks' sharded state dicts."""
+    """Return the sharded state dicts of the chunks by Megatron's keys: ``model``, or ``model0`` ... with VPP."""
     states = [unwrapped(chunk).sharded_state_dict(metadata=dict(content)) for chunk in chunks]
     return dict(zip(_chunk_keys(chunks), states, strict=True))
 
 
 def load_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    """The inverse of `model_state`, from loaded tensors."""
+    """Copy ``loaded``, the tensors of `model_state` from a checkpoint, into the chunks."""
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         unwrapped(chunk).load_state_dict(loaded[key])
 
@@ -52,7 +52,7 @@ def optimizer_state(
     """Return the optimizer's sharded state dict; ``model`` is the result of `model_state`.
 
     Collectives: with the distributed optimizer and not ``is_loading``, exchanges of float32 state between the
-    data-parallel ranks; each keeps about its share of 12 bytes per parameter of the model shard in host memory
+    data-parallel ranks.  Each rank keeps about its share of 12 bytes per parameter of the model shard in host memory
     (`optimizer_shards`).
     """
     _create_state(optimizer)
@@ -61,16 +61,16 @@ def optimizer_state(
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict[str, Any], num_steps: int) -> None:
-    """The inverse of `optimizer_state`: ``wanted`` is what it returned, ``loaded`` its tensors, ``num_steps`` what
-    `optimizer_steps` counted.
+    """Copy the loaded state of `optimizer_state` into the optimizer.
 
-    Hyperparameters stay those of this run's configuration, and the number of Megatron's chained optimizers that of this
-    layout (experts have one of their own under expert parallelism only).
+    ``wanted``: the result of `optimizer_state`.  ``loaded``: the loaded tensors.  ``num_steps``: the stored result of
+    `optimizer_steps`.  The hyperparameters of this run's configuration stay, and so does the number of Megatron's
+    chained optimizers in this layout (experts have their own optimizer under expert parallelism only).
     """
     complete = merge(_unsharded(wanted), loaded)
     for single, single_state in _with_states(optimizer, complete):
         if not isinstance(single, DistributedOptimizer):
-            # Megatron leaves out a step of 0 and the state of SGD without momentum, and then looks for them.
+            # Megatron omits a step of 0 and the state of SGD without momentum, but its loader expects them.
             inner = single_state.get("optimizer", single_state).setdefault("state", {})
             if _is_torch_adam(single) and any(isinstance(key, int) for key in inner):
                 inner["common_step"] = torch.tensor(float(num_steps))
@@ -79,7 +79,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict
     for single in _single_optimizers(optimizer):
         for state in single.optimizer.state.values():
             if "exp_avg" in state and _is_torch_adam(single):
-                # A tensor for each parameter: torch increments a shared one once per parameter.
+                # One tensor per parameter: torch would increment a shared tensor once per parameter.
                 state["step"] = torch.tensor(float(num_steps))
         for group in single.optimizer.param_groups:
             if "step" in group:  # Transformer Engine's and apex's FusedAdam count here
@@ -87,7 +87,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict
 
 
 def optimizer_steps(optimizer: MegatronOptimizer) -> int:
-    """Updates so far, as Adam's bias correction counts them; 0 for SGD, which does not."""
+    """Return the number of updates so far, as Adam's bias correction counts them; 0 for SGD."""
     inner = [single.optimizer for single in _single_optimizers(optimizer)]
     counts = [state["step"] for one in inner for state in one.state.values() if "step" in state]
     counts += [group["step"] for one in inner for group in one.param_groups if "step" in group]
@@ -95,14 +95,17 @@ def optimizer_steps(optimizer: MegatronOptimizer) -> int:
 
 
 def uses_distributed_optimizer(optimizer: MegatronOptimizer) -> bool:
-    """Whether optimizer state is cut over data-parallel ranks, which decides its names in a checkpoint."""
+    """Return whether data-parallel ranks share the optimizer state, which decides the names in a checkpoint."""
     return any(isinstance(single, DistributedOptimizer) for single in _single_optimizers(optimizer))
 
 
 @contextlib.contextmanager
 def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
-    """With ``overlap_param_gather`` a rank's copy of what others updated is one step old until the next forward:
-    gather it now, and keep the forward hooks off for the while.  Without, nothing."""
+    """Gather the parameters of all ranks, and disable the forward hooks while the context is open.
+
+    With ``overlap_param_gather`` a rank's copy of the parameters of other ranks is one step old until the next forward
+    pass.  Without ``overlap_param_gather`` the context does nothing.
+    """
     hooked = [chunk for chunk in chunks if getattr(chunk, "remove_forward_pre_hook_handles", None)]
     for chunk in hooked:
         chunk.disable_forward_pre_hook(param_sync=True)
@@ -114,18 +117,22 @@ def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
 
 
 RNG_STATE = "rng_state"
-"""Megatron-LM's key of random states: one object per (pipeline, tensor) rank, and with expert parallelism also per
-data x context rank."""
+"""Megatron-LM's key of random states: one object per (pipeline, tensor) rank.
+
+With expert parallelism there is one object per (pipeline, tensor, data x context) rank.
+"""
 OWN_RNG_STATE = "selfdistill_rng_state"
-"""The key of the random states of all ranks, which resuming bit for bit needs: one per (pipeline, tensor, data x
-context) rank."""
+"""The key of the random states of all ranks, which a bit-for-bit resume needs.
+
+There is one object per (pipeline, tensor, data x context) rank.
+"""
 
 
 def random_states(grid: RankGrid) -> dict[str, ShardedObject]:
     """Return the random states of this rank (Python, NumPy, torch on CPU and GPU, Megatron's tracker) for a checkpoint.
 
-    `OWN_RNG_STATE` holds the states of every rank; `RNG_STATE` holds Megatron-LM's selection of them in its cut and
-    format, so that ``pretrain_gpt.py`` can continue the run.  Source: ``get_rng_state`` in Megatron-LM's
+    `OWN_RNG_STATE` holds the states of every rank.  `RNG_STATE` holds the states that Megatron-LM stores, in
+    Megatron-LM's format, so that ``pretrain_gpt.py`` can continue the run.  Source: ``get_rng_state`` in Megatron-LM's
     ``megatron/training/checkpointing.py``, core_v0.16.1.
     """
     own = _random_state(OWN_RNG_STATE, grid)
@@ -136,14 +143,9 @@ def random_states(grid: RankGrid) -> dict[str, ShardedObject]:
     return {OWN_RNG_STATE: own, RNG_STATE: theirs}
 
 
-def wanted_random_state(grid: RankGrid, stored: Collection[str]) -> dict[str, ShardedObject]:
-    """Return what `load_random_state` reads from a checkpoint with the keys ``stored``.
-
-    Checkpoints of earlier versions have the states of every rank under `RNG_STATE`.
-    """
-    own = any(key.startswith(f"{OWN_RNG_STATE}/") for key in stored)
-    key = OWN_RNG_STATE if own else RNG_STATE
-    return {OWN_RNG_STATE: _random_state(key, grid)}
+def wanted_random_state(grid: RankGrid) -> dict[str, ShardedObject]:
+    """Return the sharded object that a load fills for `load_random_state`."""
+    return {OWN_RNG_STATE: _random_state(OWN_RNG_STATE, grid)}
 
 
 def load_random_state(loaded: dict[str, Any]) -> None:
@@ -171,7 +173,7 @@ def _random_state(key: str, grid: RankGrid) -> ShardedObject:
 
 
 def layout(grid: RankGrid) -> dict[str, int]:
-    """The sizes that decide which rank does what; random states are meaningless under others."""
+    """Return the sizes of the parallel layout; random states are valid in the same layout only."""
     return {
         "tensor_model_parallel_size": grid.tp_size,
         "pipeline_model_parallel_size": grid.pp_size,
@@ -192,7 +194,7 @@ def _single_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _with_states(optimizer: MegatronOptimizer, states: Any) -> list[tuple[MegatronOptimizer, dict[str, Any]]]:
-    """Each of Megatron's chained optimizers with its part of ``states``, as `ChainedOptimizer` cuts it."""
+    """Return each of Megatron's chained optimizers with its part of ``states``, as `ChainedOptimizer` cuts it."""
     chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if len(chained) == 1:
         return [(chained[0], states)]
@@ -204,19 +206,19 @@ def _is_torch_adam(single: MegatronOptimizer) -> bool:
 
 
 def _create_state(optimizer: MegatronOptimizer) -> None:
-    """Make the tensors of optimizers that have not stepped yet, as they are before the first step.
+    """Create the state tensors of optimizers that have not made a step, with their values before the first step.
 
-    Megatron describes state that exists: without it a save before the first step, and each load, would fail.
+    Megatron describes existing state only: without it each load and a save before the first step would fail.
     """
     for single in _single_optimizers(optimizer):
-        if single.init_state_fn is None:  # SGD: Megatron calls it all the same
+        if single.init_state_fn is None:  # SGD has none, but Megatron calls it
             single.init_state_fn = lambda *_: None
         if not single.optimizer.state:
             _step_without_effect(single.optimizer)
 
 
 def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
-    """One step with zero gradients, no learning rate and no decay; then the count of steps is 0 again."""
+    """Make one step with zero gradients, without learning rate and decay; then set the count of steps to 0."""
     kept = [(group, {key: group[key] for key in ("lr", "weight_decay")}) for group in optimizer.param_groups]
     grads: list[tuple[Tensor, Tensor | None]] = []
     for group, _ in kept:
@@ -242,7 +244,7 @@ def _like(count: Any, value: int) -> Any:
 
 
 def _unsharded(sharded_state_dict: Any) -> Any:
-    """A copy of what is no tensor of a checkpoint."""
+    """Return a copy of the entries that are not tensors of a checkpoint."""
     copied, _ = extract_matching_values(sharded_state_dict, lambda _: True)
     _, persistent = extract_nonpersistent(copied)
     return extract_sharded_base(persistent)[1]

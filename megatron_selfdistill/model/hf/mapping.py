@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.model.hf import deepseek, dense, experts
 from megatron_selfdistill.model.hf.family import Family, architecture, differences, said
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks
@@ -54,7 +54,6 @@ FAMILIES: dict[str, Family] = {
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
 """In a tied model the first, where a directory has it at all, must equal the second, and is not converted."""
 
-_SHOWN = 4
 _SCALES = "_scale_inv"
 
 
@@ -141,5 +140,4 @@ def _layer_of(rule: Rule) -> str:
 
 def _raise_first(faults: list[str]) -> None:
     if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ConfigError(f"the tensors do not fit this model: {'; '.join(faults[:_SHOWN])}{more}")
+        raise ConfigError(f"the tensors do not fit this model: {first_few(faults)}")

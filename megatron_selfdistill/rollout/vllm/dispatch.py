@@ -12,13 +12,11 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from megatron_selfdistill.distributed.watchdog import beat
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.errors import EngineError, first_few
 from megatron_selfdistill.rollout.vllm.client import MAX_IN_FLIGHT, RequestRefused, VllmServer
 
 T = TypeVar("T")
 Task = Callable[[VllmServer], T]
-
-_MAX_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,4 @@ def dispatch(tasks: Sequence[Task[T]], servers: Sequence[VllmServer]) -> Dispatc
 
 def _no_server_left(num_left: int, num_tasks: int, failures: dict[VllmServer, EngineError]) -> EngineError:
     causes = [str(error) for error in failures.values()]
-    more = f"; and {len(causes) - _MAX_SHOWN} more" if len(causes) > _MAX_SHOWN else ""
-    return EngineError(
-        f"no vLLM server is left for {num_left} of {num_tasks} requests: {'; '.join(causes[:_MAX_SHOWN])}{more}"
-    )
+    return EngineError(f"no vLLM server is left for {num_left} of {num_tasks} requests: {first_few(causes)}")

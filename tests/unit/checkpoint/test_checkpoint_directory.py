@@ -13,7 +13,7 @@ import pytest
 from checkpointed_run import Setup
 
 from megatron_selfdistill.checkpoint import directory
-from megatron_selfdistill.checkpoint.directory import CheckpointError
+from megatron_selfdistill.errors import CheckpointError
 
 
 def save_one(run_dir: Path) -> None:

@@ -38,7 +38,7 @@ def checkpoint_names(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def raises(sentence: str) -> Iterator[None]:
-    from megatron_selfdistill.checkpoint.directory import CheckpointError
+    from megatron_selfdistill.errors import CheckpointError
 
     with pytest.raises(CheckpointError, match=sentence):
         yield
@@ -153,26 +153,6 @@ def test_random_states_are_stored_as_megatron_lm_reads_them_and_for_every_rank(r
         assert sorted(name for name in stored if name.startswith(key)) == [f"{key}/shard_{shard}" for shard in shards]
 
 
-def resume_from_older_cut(run_dir: Path) -> None:
-    from megatron_selfdistill.checkpoint.run import state
-
-    run = checkpointed_run.start(PLAIN, run_dir, steps=1)
-    both = state.random_states
-    state.random_states = lambda grid: {"rng_state": state._random_state("rng_state", grid)}  # type: ignore[assignment]
-    try:
-        run.save(1)
-    finally:
-        state.random_states = both
-    expected = checkpointed_run.draw()
-    resumed = checkpointed_run.start(PLAIN, run_dir, steps=2)
-    resumed.load_latest()
-    assert checkpointed_run.draw() == expected
-
-
-def test_checkpoints_that_have_all_ranks_random_states_under_megatrons_key_resume_bit_for_bit(ranks, tmp_path):
-    ranks.run(resume_from_older_cut, tmp_path, world_size=2)
-
-
 # Teachers
 
 
@@ -240,7 +220,7 @@ def test_a_frozen_teacher_without_its_manifest_is_refused_unless_asked_for(ranks
 
 
 def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_frozen_teacher, save_frozen_teacher
+    from megatron_selfdistill.checkpoint.run.frozen_teacher import load_frozen_teacher, save_frozen_teacher
 
     run = checkpointed_run.start(dataclasses.replace(setup, seed=0 if save else 8), run_dir)
     if save:
@@ -306,7 +286,7 @@ def test_a_save_before_the_first_step_changes_nothing_and_resumes(ranks, tmp_pat
 
 
 def overlapped_weights_on_disk(run_dir: Path) -> tuple[dict, dict]:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     overlapped = dataclasses.replace(ADAM, overlap_grad_reduce=True, overlap_param_gather=True)
     run = checkpointed_run.start(dataclasses.replace(PLAIN, optimizer=overlapped), run_dir, steps=1)

@@ -190,7 +190,7 @@ WORLD = {"tp2": 2, "pp2": 2, "tp2_pp2": 4, "pp2_vpp2": 2, "ep2": 2}
 
 def load_and_compare(hf: Path, megatron: Path, parallel: ParallelConfig) -> None:
     """What `load_weights` reads from the converted checkpoint is what the rules put into a live model, bit for bit."""
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     _, model, rules, tensors = hf_models.read(hf)
     expected, _ = models.build(model, parallel)

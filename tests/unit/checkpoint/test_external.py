@@ -81,7 +81,7 @@ def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[
 
 
 def load(model: ModelConfig, parallel: ParallelConfig, path: Path) -> dict:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     chunks, _ = models.build(model, parallel, seed=9)
     load_weights(path, chunks, models.VOCAB_SIZE)
@@ -121,7 +121,7 @@ PLAIN_ADAM = dataclasses.replace(checkpointed_run.ADAM, use_distributed_optimize
 
 def go_on_as_another_run(setup: Setup, run_dir: Path, out: Path) -> dict:
     """Other weights, other moments; those of the checkpoint on top of them; then steps 3 and 4."""
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights_and_optimizer
+    from megatron_selfdistill.checkpoint.run.external import load_weights_and_optimizer
 
     run = checkpointed_run.start(dataclasses.replace(setup, seed=5), out, steps=1)
     assert load_weights_and_optimizer(run_dir / "checkpoints", run.chunks, run.optimizer) == 2
@@ -145,7 +145,7 @@ def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, optimi
 
 
 def refuse_optimizer(setup: Setup, path: Path, out: Path, sentence: str) -> None:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights_and_optimizer
+    from megatron_selfdistill.checkpoint.run.external import load_weights_and_optimizer
 
     run = checkpointed_run.start(setup, out)
     with pytest.raises(CheckpointError, match=sentence):

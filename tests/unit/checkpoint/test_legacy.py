@@ -53,7 +53,7 @@ def world(parallel: ParallelConfig) -> int:
 
 
 def load(model: ModelConfig, parallel: ParallelConfig, path: Path) -> dict:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     chunks, _ = models.build(model, parallel, seed=9)
     assert load_weights(path, chunks, models.VOCAB_SIZE) == 4
@@ -115,7 +115,7 @@ def saved(ranks, tmp_path_factory) -> Path:
 
 
 def refuse(model: ModelConfig, path: Path, sentence: str) -> None:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     chunks, _ = models.build(model, ONE, seed=9)
     before = [p.detach().clone() for p in chunks[0].parameters()]

@@ -142,7 +142,7 @@ def resumed_step(run_dir: Path) -> int:
 
 
 def start_from(path: Path) -> str:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
     with pytest.raises(CheckpointError) as caught:
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_lost_its_manifest_is_passed_over_unless_asked_for(ran
 
 
 def start_from_another_programs(path: Path) -> None:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     common = torch.load(path / "common.pt", weights_only=False)
     del common["selfdistill"]

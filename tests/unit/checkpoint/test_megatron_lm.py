@@ -245,7 +245,7 @@ def test_megatron_lms_training_script_continues_a_run_and_this_project_continues
 
 
 def load_theirs(setup: Setup, path: Path) -> int:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights_and_optimizer
+    from megatron_selfdistill.checkpoint.run.external import load_weights_and_optimizer
 
     run = checkpointed_run.start(setup, path.parent / "ours", steps=1)
     return load_weights_and_optimizer(path, run.chunks, run.optimizer, models.VOCAB_SIZE)

@@ -141,7 +141,7 @@ def test_a_poisoned_teacher_is_refused_and_nothing_runs(ranks, run_dir, mark, po
 
 
 def start_from(path: Path) -> str:
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
     with pytest.raises(CheckpointError) as caught:

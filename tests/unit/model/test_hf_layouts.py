@@ -105,7 +105,7 @@ def load(
 
     ``how``: ``by rules``, ``swapped`` (two layers) or ``from checkpoint`` (as `hf_to_megatron` wrote it).
     """
-    from megatron_selfdistill.checkpoint.run.checkpointer import load_weights
+    from megatron_selfdistill.checkpoint.run.external import load_weights
 
     found = {}
     for kind, precision in models_to_load:
