@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The directory that checkpoints lie in: which one is the latest, and how a new one appears in it all at once.
+"""The directory of checkpoints: find the latest checkpoint, and publish a new one atomically.
 
-    begin -> ``.writing_iter_0000004_1f3a...`` is filled by all ranks -> publish -> ``iter_0000004``
+    begin -> all ranks fill ``.writing_iter_0000004_1f3a...`` -> publish -> ``iter_0000004``
 
-A directory under its final name is complete.  What a killed save leaves behind keeps its temporary name and goes at the
-next `begin`, unless a live process holds its lock.  Nothing here communicates; one rank calls it for all.
+A directory under its final name is complete.  A killed save leaves a directory under its temporary name; the next
+`begin` removes that directory unless a live process holds its lock.  No function communicates; one rank calls the
+functions for all ranks.
 """
 
 from __future__ import annotations
@@ -24,48 +25,51 @@ from megatron_selfdistill.checkpoint.formats.manifest import sync
 from megatron_selfdistill.errors import CheckpointError
 
 LEGACY_FILE = "model_optim_rng.pt"
-"""A rank's file in the legacy format."""
+"""The name of a rank's file in the legacy format."""
 TRACKER = "latest_checkpointed_iteration.txt"
+"""The name of Megatron's tracker file, which names the latest checkpoint."""
 _TEMPORARY = ".writing_"
 _REPLACED = ".old"
 _ITERATION = re.compile(r"iter_(\d+)(?:\.old)?")
 
 
 def iteration_name(step: int) -> str:
-    """Megatron-LM's name of a checkpoint's directory."""
+    """Return Megatron-LM's name for the directory of the checkpoint of ``step``."""
     return f"iter_{step:07d}"
 
 
 def iteration_of(path: Path) -> int:
-    """The iteration in a checkpoint's name; 0 for ``release`` and for any other name, as Megatron-LM counts it."""
+    """Return the iteration in the name of a checkpoint; 0 for ``release`` and for any other name, as in Megatron-LM."""
     match = _ITERATION.fullmatch(path.name)
     return int(match[1]) if match else 0
 
 
 def latest(directory: Path) -> Path | None:
-    """Return the first complete one of `candidates`; None where there is none."""
+    """Return the first complete checkpoint of `candidates`; None where there is no complete checkpoint."""
     return next((path for path in candidates(directory) if incomplete(path) is None), None)
 
 
 def candidates(directory: Path) -> list[Path]:
-    """What the tracker file names, then every checkpoint in ``directory``, the newest first; complete or not.
+    """Return the checkpoints in ``directory``, complete or not: the tracked checkpoint, then the others, newest first.
 
-    The tracker comes first because Megatron's users set it back by hand in order to return to an older checkpoint.
+    The tracked checkpoint comes first because users of Megatron edit the tracker file to return to an older checkpoint.
     """
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if _ITERATION.fullmatch(path.name)]
-    # A replaced directory counts after the one that replaces it, should the process have died between two renames.
+    # After a kill between two renames, the replaced directory comes after its replacement.
     found.sort(key=lambda path: (iteration_of(path), path.suffix != _REPLACED), reverse=True)
     named = tracked(directory)
     return found if named is None else [named, *(path for path in found if path != named)]
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint at ``path``: itself (after a crash, the one that it was about to replace), or what Megatron's
-    tracker file in it names.
+    """Return the checkpoint at ``path``: the directory itself, or the checkpoint that Megatron's tracker file names.
 
-    Raises: CheckpointError where there is no complete torch_dist checkpoint; it names the newest complete one nearby.
+    After a crash in the middle of a replacement, the function returns the replaced checkpoint.
+
+    Raises: CheckpointError where there is no complete torch_dist checkpoint; the message names the newest complete
+    checkpoint nearby.
     """
     path = Path(path)
     chosen = tracked(path) or path
@@ -83,14 +87,17 @@ def resolve(path: Path) -> Path:
 
 
 def instead_of(damaged: Path) -> str:
-    """The end of a sentence that offers the newest complete checkpoint beside ``damaged``; empty if there is none."""
-    whole = (other for other in candidates(damaged.parent) if other != damaged and incomplete(other) is None)
-    newest = next(whole, None)
+    """Return the end of a message, which offers the newest complete checkpoint beside ``damaged``, or an empty text."""
+    complete = (other for other in candidates(damaged.parent) if other != damaged and incomplete(other) is None)
+    newest = next(complete, None)
     return "" if newest is None else f"; the newest complete one is {newest}"
 
 
 def find(path: Path) -> tuple[Path, bool]:
-    """The checkpoint's own directory, and whether it is a legacy one.  Raises: CheckpointError where there is none."""
+    """Return the directory of the checkpoint at ``path``, and whether the checkpoint has the legacy format.
+
+    Raises: CheckpointError where there is no checkpoint.
+    """
     path = Path(path)
     refuse_hugging_face(path)
     chosen = tracked(path) or path
@@ -100,23 +107,23 @@ def find(path: Path) -> tuple[Path, bool]:
 def of_iteration(path: Path, iteration: int | None) -> Path:
     """Return the directory of ``iteration`` in ``path``, or ``path`` itself for None.
 
-    Raises: CheckpointError where there is no such iteration; it names those that are there.
+    Raises: CheckpointError with the available iterations where ``iteration`` is not available.
     """
     if iteration is None:
         return path
     if not (chosen := path / iteration_name(iteration)).is_dir():
-        there = ", ".join(sorted(str(iteration_of(p)) for p in path.glob("iter_*"))) or "none"
-        raise CheckpointError(f"{path} has no iteration {iteration}; it has {there}")
+        available = ", ".join(sorted(str(iteration_of(p)) for p in path.glob("iter_*"))) or "none"
+        raise CheckpointError(f"{path} has no iteration {iteration}; it has {available}")
     return chosen
 
 
 def is_legacy(directory: Path) -> bool:
-    """Return whether ``directory`` is an ``iter_`` or ``release`` directory in the ``torch`` format."""
+    """Return whether ``directory`` is an ``iter_`` or ``release`` directory in the legacy ``torch`` format."""
     return any(directory.glob(f"mp_rank_*/{LEGACY_FILE}"))
 
 
 def refuse_hugging_face(path: Path) -> None:
-    """Raise CheckpointError, with the command that converts it, where ``path`` is a Hugging Face directory."""
+    """Raise CheckpointError, with the command for a conversion, where ``path`` is a Hugging Face directory."""
     chosen = tracked(path) or path
     if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
         raise CheckpointError(
@@ -126,8 +133,10 @@ def refuse_hugging_face(path: Path) -> None:
 
 
 def lacks(path: Path) -> str | None:
-    """Return what a torch_dist checkpoint at ``path`` obviously lacks ("has no metadata.json"), or None; reads no
-    contents."""
+    """Return the missing part of a torch_dist checkpoint at ``path`` ("has no metadata.json"), or None.
+
+    The function reads no contents of files.
+    """
     if not path.is_dir():
         return "does not exist" if not path.exists() else "is not a directory"
     if not (path / "metadata.json").is_file():
@@ -140,10 +149,11 @@ def lacks(path: Path) -> str | None:
 
 
 def incomplete(path: Path) -> str | None:
-    """Why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is one.
+    """Return why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is complete.
 
-    Every file must be as long as its manifest says, or, where another program wrote it without one, at least as long as
-    Megatron's ``.metadata`` says; contents are not read.
+    Every file must have the size of its entry in the manifest.  In a checkpoint of another program, which has no
+    manifest, every file must have at least the size that Megatron's ``.metadata`` implies.  The function reads no
+    contents of files.
     """
     if (fault := lacks(path)) is not None:
         return fault
@@ -168,9 +178,9 @@ def incomplete(path: Path) -> str | None:
 
 
 def unverifiable(path: Path) -> str | None:
-    """Return why the complete checkpoint at ``path`` cannot be verified, where this program wrote it; else None.
+    """Return why a complete checkpoint of this program cannot be verified; None where it can.
 
-    Other programs write no manifest.
+    The answer for checkpoints of other programs, which write no manifest, is None.
     """
     from megatron_selfdistill.checkpoint.run.saved_run import (
         is_selfdistill_checkpoint,
@@ -179,14 +189,14 @@ def unverifiable(path: Path) -> str | None:
     if manifest.read(path) is not None or not is_selfdistill_checkpoint(path):
         return None
     return (
-        f"has no {manifest.NAME}, with which this program wrote it, so that nobody can tell whether it is damaged: "
-        "restore that file, or set checkpoint.verify=none to load it all the same"
+        f"has no {manifest.NAME}, which this program saved with it, so that damage cannot be found: "
+        "restore that file, or set checkpoint.verify=none to load the checkpoint without it"
     )
 
 
 @dataclass
 class Temporary:
-    """A checkpoint that is being written.  Every rank (and each writer forked from it) shares its lock."""
+    """A checkpoint that is being written; every rank, and each writer that a rank forks, shares its lock."""
 
     path: Path
 
@@ -194,20 +204,23 @@ class Temporary:
         self._lock: int | None = None
 
     def hold(self) -> Temporary:
-        """Share the lock: no other process removes the directory before this one and its forks have let go or died."""
+        """Share the lock, and return this object.
+
+        No other process removes the directory until this process and its forks have released the lock or ended.
+        """
         self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT)
-        with contextlib.suppress(OSError):  # a file system without locks: then `_remove_leftovers` removes nothing
+        with contextlib.suppress(OSError):  # without locks in the file system, `_remove_leftovers` removes nothing
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         return self
 
     def release(self) -> None:
-        """Let go of the lock; may be called twice."""
+        """Release the lock; a second call does nothing."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def is_abandoned(self) -> bool:
-        """Whether nobody alive holds the lock."""
+        """Return whether no live process holds the lock."""
         if not self._lock_path.exists():
             return True
         descriptor = os.open(self._lock_path, os.O_RDWR)
@@ -220,7 +233,7 @@ class Temporary:
         return True
 
     def remove(self) -> None:
-        """Delete the directory, then its lock: a directory without a lock is nobody's."""
+        """Delete the directory, then its lock: a directory without a lock is abandoned."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock_path.unlink(missing_ok=True)
 
@@ -230,7 +243,7 @@ class Temporary:
 
 
 def begin(directory: Path, name: str, num_bytes: int) -> Temporary:
-    """An empty temporary directory for ``name``, locked by this process.  What killed writers left is removed first.
+    """Create an empty temporary directory for ``name``, locked by this process; first remove the leftovers of kills.
 
     Raises: CheckpointError if the disk has less than ``num_bytes`` free.
     """
@@ -254,7 +267,7 @@ def publish(temporary: Temporary, target: Path) -> None:
     """
     manifest.write(temporary.path)
     for file in temporary.path.iterdir():
-        if file.suffix != ".distcp":  # Megatron has synced those, each on the machine that wrote it
+        if file.suffix != ".distcp":  # Megatron's writers have synced the .distcp files
             sync(file)
     sync(temporary.path)
     replaced = target.with_name(target.name + _REPLACED)
@@ -263,26 +276,26 @@ def publish(temporary: Temporary, target: Path) -> None:
         target.rename(replaced)
     temporary.path.rename(target)
     sync(target.parent)
-    temporary.remove()  # its lock
+    temporary.remove()  # removes the lock
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def publish_new(temporary: Temporary, target: Path) -> None:
-    """Give a directory whose files are synced a name that must be free: nothing is ever replaced.
+    """Rename a directory whose files are synced to ``target``, which must not exist.
 
-    Raises: CheckpointError where something has taken the name.
+    Raises: CheckpointError where ``target`` exists; the function replaces nothing.
     """
     require_free(target)
     sync(temporary.path)
     temporary.path.rename(target)
     sync(target.parent)
-    temporary.remove()  # its lock
+    temporary.remove()  # removes the lock
 
 
 def require_free(target: Path) -> None:
-    """Raise CheckpointError if ``target`` is there, unless it is an empty directory."""
+    """Raise CheckpointError if ``target`` exists and is not an empty directory."""
     if target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None):
-        raise CheckpointError(f"{target} is there already and is not overwritten: choose another name, or remove it")
+        raise CheckpointError(f"{target} exists and is not overwritten: choose another name, or remove it")
 
 
 def set_latest(target: Path) -> None:
@@ -302,7 +315,7 @@ def prune(target: Path, keep_last: int | None) -> None:
     older = [path for path in target.parent.iterdir() if _ITERATION.fullmatch(path.name)]
     older = sorted((path for path in older if iteration_of(path) <= iteration_of(target)), key=iteration_of)
     for path in older[:-keep_last]:
-        # Out of sight first, so that a kill in between leaves no half checkpoint under a checkpoint's name.
+        # Rename first, so that a kill leaves no half checkpoint under the name of a checkpoint.
         doomed = Temporary(path.with_name(f"{_TEMPORARY}{path.name}_{uuid.uuid4().hex[:8]}"))
         path.rename(doomed.path)
         doomed.remove()
@@ -324,7 +337,7 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def tracked(directory: Path) -> Path | None:
-    """Return the directory that the tracker file names, whether or not it is there; None where it names none."""
+    """Return the directory that the tracker file names, existing or not; None where it names no directory."""
     text = _tracker_text(directory)
     if text == "release":
         return directory / "release"
@@ -332,7 +345,7 @@ def tracked(directory: Path) -> Path | None:
 
 
 def tracker_fault(directory: Path) -> str | None:
-    """Return what is wrong with the tracker file in ``directory``; None where nothing is, or where there is none."""
+    """Return the fault of the tracker file in ``directory``; None where the file is valid or missing."""
     text = _tracker_text(directory)
     if text is None or text == "release" or _is_iteration(text):
         return None

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whether a run's tokenizer is the one that its model was trained with: the same token behind every id."""
+"""Check that the tokenizer of a run is the tokenizer of its checkpoint: the same token for every id."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekke
 
 
 def require_same_tokenizer(config: Config) -> None:
-    """Compare ``data.tokenizer`` with the tokenizer that the checkpoint carries, from which the run resumes or starts.
+    """Compare ``data.tokenizer`` with the tokenizer in the checkpoint from which the run resumes or starts.
 
-    Nothing is compared where the checkpoint carries none, and with ``data.allow_other_tokenizer``.  A tokenizer that
-    was saved again, in other files, is the same one: only ids and tokens count, those of added tokens included.
-    Each rank reads for itself; there need not be a process group yet.
-    Raises: ConfigError that names both tokenizers and their first difference, or the one that cannot be loaded.
+    The function compares nothing where the checkpoint has no tokenizer, and with ``data.allow_other_tokenizer``.  It
+    compares ids and tokens, including added tokens, so a tokenizer that was saved again in other files is equal.
+    Each rank reads for itself; a process group is not needed.
+
+    Raises: ConfigError that names both tokenizers and their first difference, or the tokenizer that cannot be loaded.
     """
     data = config.data
-    carried = _carried(config)
-    if data.allow_other_tokenizer or data.tokenizer is None or carried is None:
+    stored = _stored_tokenizer(config)
+    if data.allow_other_tokenizer or data.tokenizer is None or stored is None:
         return
-    if Path(data.tokenizer).resolve() == carried.resolve():
+    if Path(data.tokenizer).resolve() == stored.resolve():
         return
     try:
         ours, theirs = (
-            load_tokenizer(path, trust_remote_code=data.trust_remote_code) for path in (data.tokenizer, carried)
+            load_tokenizer(path, trust_remote_code=data.trust_remote_code) for path in (data.tokenizer, stored)
         )
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     difference = first_difference(ours, theirs)
     if difference is not None:
         raise ConfigError(
-            f"data.tokenizer={data.tokenizer} is not the tokenizer that the checkpoint carries in {carried}: "
-            f"{difference}; set data.tokenizer={carried}, or data.allow_other_tokenizer=true if this is meant"
+            f"data.tokenizer={data.tokenizer} is not the checkpoint's tokenizer in {stored}: "
+            f"{difference}; set data.tokenizer={stored}, or data.allow_other_tokenizer=true if you mean this"
         )
 
 
 def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
-    """Return the lowest id behind which two tokenizers have different tokens, in words; None where they agree.
+    """Return the lowest id with different tokens in two tokenizers, as a text; None where the tokenizers agree.
 
-    A SentencePiece file has no added tokens: next to a tokenizer of another kind only its own ids are compared.
+    A SentencePiece file has no added tokens: against a tokenizer of another kind only the ids of the file count.
     """
     left, right = ours.tokens(), theirs.tokens()
     ids = {*left, *right}
@@ -63,7 +64,7 @@ def _shown(tokens: Mapping[int, str], index: int) -> str:
     return repr(tokens[index]) if index in tokens else "absent"
 
 
-def _carried(config: Config) -> Path | None:
+def _stored_tokenizer(config: Config) -> Path | None:
     """Return the directory with the tokenizer of the checkpoint that the run reads; None where there is none."""
     resumes = config.run_dir and config.checkpoint.resume
     newest = directory.latest(Path(config.run_dir) / "checkpoints") if resumes else None

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Weights that are no numbers: found where they are read, by the name of their tensor."""
+"""Find NaN and infinite elements of weights when they are read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 def is_finite(tensor: Tensor) -> Tensor:
     """Return whether all elements are finite, as a boolean scalar on the tensor's device; True for integers.
 
-    One pass over the tensor without a temporary: NaN propagates through the minimum and the maximum, infinities are one
-    of them.
+    The function makes one pass without a temporary tensor: NaN propagates through the minimum and the maximum, and an
+    infinity is the minimum or the maximum.
     """
     if not tensor.numel() or not tensor.is_floating_point():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
@@ -22,7 +22,7 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 
 def non_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of the tensors that hold a NaN or an infinity; waits for the device once."""
+    """Return the names of the tensors that hold a NaN or an infinity; wait for the device once."""
     names, flags = [], []
     for name, tensor in named:
         names.append(name)

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The files of a Hugging Face directory: config.json, the files of weights, and the other files of the model.
 
-A directory may come from anywhere.  No name in an index file and no symbolic link leads out of it, except into the
-``blobs`` directory of the hub's own cache.
+The directory may come from any source.  The functions refuse names in an index file and symbolic links that lead out of
+the directory, except links into the ``blobs`` directory of the hub's cache.
 """
 
 from __future__ import annotations
@@ -21,27 +21,30 @@ CONFIG = "config.json"
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".distcp", ".npz"}
 _ABOUT_OTHER_WEIGHTS = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
-"""Descriptions of quantised weights; the weights that are written are not quantised."""
+"""The descriptions of quantised weights, which are not copied: converted weights are not quantised."""
 _MAX_ASSET_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files that hold the weights of a directory."""
+    """The files that hold the weights of a Hugging Face directory."""
 
     is_safetensors: bool
-    """Whether they are safetensors; else they are PyTorch's pickles (``pytorch_model.bin``)."""
+    """Whether the files are safetensors; else they are PyTorch's pickles (``pytorch_model.bin``)."""
     tensors: dict[Path, set[str] | None]
-    """File -> names of the tensors that the index assigns to it; None where there is no index."""
+    """The names of the tensors that the index assigns to each file; None where there is no index."""
     index: str | None = None
-    """Name of the index file."""
+    """The name of the index file; None where there is no index."""
 
 
 def weight_files(directory: Path) -> WeightFiles:
-    """Return the files with the weights, in the order in which transformers looks for them: ``model.safetensors``, its
-    index, ``pytorch_model.bin``, its index; then any other safetensors but Mistral's ``consolidated`` copies.
+    """Return the files of weights in ``directory``, searched in the order of transformers.
 
-    Raises: CheckpointError where there are none, where one is missing, and where a name leads out of the directory.
+    The order is ``model.safetensors``, its index, ``pytorch_model.bin``, its index, then any other safetensors files
+    except Mistral's ``consolidated`` copies.
+
+    Raises: CheckpointError where there are no weights, where a file is missing, and where a name leads out of the
+    directory.
     """
     for single in _SINGLE_FILES:
         is_safetensors = single.endswith(".safetensors")
@@ -104,13 +107,16 @@ def _is_inside(directory: Path, file: Path) -> bool:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return ``config.json`` of a Hugging Face directory.  Raises: CheckpointError where there is none that parses."""
+    """Return the ``config.json`` of a Hugging Face directory.
+
+    Raises: CheckpointError where the file is missing or is not a JSON object.
+    """
     directory = Path(directory)
     file = directory / CONFIG
     try:
         config = json.loads(contained(directory, CONFIG).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} is no Hugging Face directory: it has no config.json") from None
+        raise CheckpointError(f"{directory} is not a Hugging Face directory: it has no config.json") from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -121,7 +127,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def copy_hf_assets(source: Path, target: Path, say: Callable[[str], None] = lambda _: None) -> list[str]:
     """Copy all files that are neither weights nor config.json, with their subdirectories; return their names.
 
-    Tokenizers, chat templates, generation defaults, licences and the Python files of remote code are among them.
+    The files are tokenizers, chat templates, generation defaults, licences and the Python files of remote code.
     The function skips hidden files, links that lead out of the directory, and files of more than 256 MiB; ``say``
     receives one message for each skipped link and each skipped large file.
     """
@@ -131,7 +137,7 @@ def copy_hf_assets(source: Path, target: Path, say: Callable[[str], None] = lamb
         if not _is_inside(source, file):
             say(f"{name} is not copied: it is a symbolic link to {file.resolve()}, outside of {source}")
         elif file.stat().st_size > _MAX_ASSET_BYTES:
-            say(f"{name} is not copied: its {file.stat().st_size:,} bytes are more than a tokenizer or code has")
+            say(f"{name} is not copied: its {file.stat().st_size:,} bytes are more than a tokenizer or code needs")
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / name)
@@ -141,7 +147,7 @@ def copy_hf_assets(source: Path, target: Path, say: Callable[[str], None] = lamb
 
 
 def hf_assets(source: Path) -> Iterator[Path]:
-    """Yield the files that `copy_hf_assets` considers, sorted; directories that are links are not entered."""
+    """Yield the files that `copy_hf_assets` considers, sorted; skip directories that are symbolic links."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
@@ -158,21 +164,24 @@ def _is_about_weights(file: Path) -> bool:
 
 
 def without_lost_code(config: dict[str, Any], directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return ``config`` without those entries of ``auto_map`` whose Python file is not in ``directory``.
+    """Return ``config`` without the entries of ``auto_map`` whose Python file is not in ``directory``.
 
-    transformers would look for that file and fail, although it has a class of its own for this architecture.
+    transformers would look for the file and fail, although transformers has its own class for the architecture.
     """
     found = config.get("auto_map")
     if not isinstance(found, dict):
         return config
     kept = {name: reference for name, reference in found.items() if _has_code(reference, directory)}
     if lost := sorted(found.keys() - kept.keys()):
-        say(f"config.json: the entries {', '.join(lost)} of auto_map are dropped, whose Python files are not there")
+        say(f"config.json: the entries {', '.join(lost)} of auto_map are dropped, as their Python files are missing")
     rest = {name: value for name, value in config.items() if name != "auto_map"}
     return {**rest, "auto_map": kept} if kept else rest
 
 
 def _has_code(reference: Any, directory: Path) -> bool:
-    """Return whether ``modeling_x.Model``, or each of a list, has its file; ``org/name--x.Model`` is on the hub."""
+    """Return whether the file of ``modeling_x.Model``, or of each entry of a list, is available.
+
+    A reference ``org/name--x.Model`` is available on the hub.
+    """
     references = [r for r in (reference if isinstance(reference, list) else [reference]) if isinstance(r, str)]
     return all("--" in r or (directory / f"{r.rpartition('.')[0].replace('.', '/')}.py").is_file() for r in references)

@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""``manifest.json``: size and checksum of every file directly in a checkpoint, written last and checked before a load.
+"""The ``manifest.json`` of a checkpoint: the size and checksum of each of its files, checked before a load.
 
     {"version": 1, "algorithm": "xxh3_128", "files": {"common.pt": {"size": 1234, "checksum": "9f..."}, ...}}
 
-Megatron-LM ignores the file.  Checkpoints of other writers have none, and then only what Megatron itself stores can be
-checked (`directory.incomplete`).  Nothing here communicates: many ranks sum up or check different files at once.
+The manifest is written last.  Megatron-LM ignores the file.  Checkpoints of other programs have no manifest, and only
+the sizes that Megatron itself stores can be checked (`directory.incomplete`).  No function communicates: ranks compute
+or check the checksums of different files at the same time.
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ import xxhash
 from megatron_selfdistill.errors import CheckpointError
 
 NAME = "manifest.json"
+"""The name of the manifest in a checkpoint."""
 _PART = "manifest.part."
-_ALGORITHM = "xxh3_128"  # 10 GB/s and more per core: the disk decides how long a check takes
+_ALGORITHM = "xxh3_128"  # at least 10 GB/s per core, so that the disk is the limit
 _BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file was when its checkpoint was complete."""
+    """The size and checksum of a file at the time of its save."""
 
     size: int
-    """Bytes."""
+    """The size in bytes."""
     checksum: str
-    """Hexadecimal, of `_ALGORITHM`; it finds damage, not an adversary."""
+    """The checksum in hexadecimal digits, which finds damage but not an attack."""
 
 
 def checksum(file: Path) -> Entry:
-    """Return size and checksum of a file as it is now; reads all of it through one buffer of 1 MiB."""
+    """Return the present size and checksum of ``file``; read it through one buffer of 1 MiB."""
     total, size = xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(_BLOCK))  # one for all blocks: a new one would cost more than its checksum
+    buffer = memoryview(bytearray(_BLOCK))  # a new buffer per block would cost more than the checksum
     with Path(file).open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             total.update(buffer[:count])
@@ -47,10 +49,11 @@ def checksum(file: Path) -> Entry:
 
 
 def write_part(directory: Path, owner: str, files: Iterable[Path], known: Mapping[str, Entry] | None = None) -> None:
-    """Sum up ``files`` for a later `write`: each writer does so for its own, on its own machine and still from memory.
+    """Compute the entries of ``files`` for a later `write`, and store them in a part of the manifest.
 
-    ``known``: entries that were summed up while they were written.  A file that is missing is left out: whoever failed
-    to write it says so.
+    Each writer does so for its own files, on its own machine, while the files are in the file cache.  ``known``:
+    entries that the writer computed while it wrote the files.  The function skips missing files, whose writer reports
+    the error.
     """
     entries = {str(file.relative_to(directory)): asdict(checksum(file)) for file in files if file.is_file()}
     entries |= {name: asdict(entry) for name, entry in (known or {}).items()}
@@ -81,7 +84,7 @@ def write(directory: Path) -> None:
 
 
 def read(directory: Path) -> dict[str, Entry] | None:
-    """File name -> what it must be; None where there is no manifest, since others write none.
+    """Return the entry of each file by its name; None where there is no manifest.
 
     Raises: CheckpointError where the manifest itself is damaged.
     """
@@ -102,8 +105,10 @@ def read(directory: Path) -> dict[str, Entry] | None:
 
 
 def wrong_size(directory: Path, entries: Mapping[str, Entry]) -> str | None:
-    """What is wrong with the first file that is missing or of another length ("has 12 bytes of common.pt, expected
-    34"), or None.  Reads no contents."""
+    """Return the fault of the first file that is missing or of another size, or None; read no contents.
+
+    Example: "has 12 bytes of common.pt, expected 34".
+    """
     for name, entry in entries.items():
         file = directory / name
         if not file.is_file():
@@ -114,9 +119,9 @@ def wrong_size(directory: Path, entries: Mapping[str, Entry]) -> str | None:
 
 
 def wrong_contents(directory: Path, entries: Mapping[str, Entry], part: int = 0, num_parts: int = 1) -> str | None:
-    """What is wrong with the first file whose contents have another checksum, or None; reads all of them.
+    """Return the fault of the first file with another checksum, or None; read all files.
 
-    With ``num_parts``, only the ``part``-th share of the files, by size: ranks check one checkpoint together.
+    With ``num_parts`` > 1 the function reads only the ``part``-th share of the files, so that ranks share the work.
     """
     largest_first = sorted(entries, key=lambda name: (-entries[name].size, name))
     for name in largest_first[part::num_parts]:
@@ -126,7 +131,7 @@ def wrong_contents(directory: Path, entries: Mapping[str, Entry], part: int = 0,
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Two threads for a conversion: one makes the next tensor while the other writes the present one."""
+"""Overlap the two halves of a conversion: a thread makes the next tensor while the caller writes the present one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ R = TypeVar("R")
 
 
 def read_ahead(items: Sequence[T], make: Callable[[T], R], num_bytes: Callable[[T], int]) -> Iterator[R]:
-    """Yield ``make(item)`` of each item in order; all are made in one thread of their own, one after the other.
+    """Yield ``make(item)`` of each item in order; another thread makes the results one after the other.
 
-    The next result is made while the caller uses the present one, but only where ``num_bytes`` of the present one and
-    twice that of the next (its inputs and itself) stay within twice the largest: elsewhere the caller must have dropped
-    the present result when it asks for the next.  What ``make`` raises is raised here.
+    The thread makes the next result while the caller uses the present result, if memory allows: ``num_bytes`` of the
+    present result, plus twice that of the next result (its inputs and itself), is at most twice the largest
+    ``num_bytes``.  Else the thread starts when the caller, which must have dropped the present result, asks for the
+    next result.  The function raises the exceptions of ``make``.
     """
     room = 2 * max(map(num_bytes, items), default=0)
     ahead: Future[R] | None = None

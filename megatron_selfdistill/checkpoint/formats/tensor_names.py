@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One tensor, many names: how different layer specs and versions of Megatron call the same weight on disk."""
+"""The names that different layer specs and versions of Megatron give to the same weight on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 Place = tuple[str, tuple[int, ...]]
-"""A key, and the leading indices (layer, expert) of the tensor that is stored under it."""
+"""A key, and the leading indices (layer, expert) of a tensor that is stored under the key."""
 
 # Transformer Engine fuses a norm into the linear layer after it, the local spec does not.
 _SAME_TENSOR = (
@@ -21,7 +21,7 @@ _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 def names(key: str) -> Iterator[str]:
-    """``key``, then what other layer specs call the same tensor."""
+    """Yield ``key``, then the keys of the same tensor in other layer specs."""
     yield key
     for pair in _SAME_TENSOR:
         for ours, theirs in (pair, pair[::-1]):
@@ -30,7 +30,7 @@ def names(key: str) -> Iterator[str]:
 
 
 def places(key: str, index: tuple[int, ...]) -> Iterator[Place]:
-    """Where the tensor may lie: under each of its `names`, with the layer's number in the index or in the name."""
+    """Yield the possible places of a tensor: each of its `names`, with the layer number in the index or in the name."""
     for name in names(key):
         yield name, index
         match = _NUMBERED.fullmatch(name)
@@ -41,10 +41,10 @@ def places(key: str, index: tuple[int, ...]) -> Iterator[Place]:
 
 
 def shown(key: str, index: tuple[int, ...]) -> str:
-    """For a message: ``decoder.layers.mlp.linear_fc2.weight[3]``."""
+    """Return the name of a tensor for a message: ``decoder.layers.mlp.linear_fc2.weight[3]``."""
     return key + (str(list(index)) if index else "")
 
 
 def has_numbered_layers(keys: Iterator[str] | set[str] | dict[str, object]) -> bool:
-    """Whether the layers of a torch_dist checkpoint have keys of their own instead of being stacked."""
+    """Return whether each layer of a torch_dist checkpoint has its own keys, instead of one key for all layers."""
     return any(_NUMBERED.fullmatch(key) for key in keys)

@@ -348,7 +348,7 @@ def test_nothing_is_overwritten(hf_directory, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     (tmp_path / "out.old").mkdir()
-    with pytest.raises(CheckpointError, match="is there already and is not overwritten"):
+    with pytest.raises(CheckpointError, match="exists and is not overwritten"):
         hf_to_megatron(hf_directory("llama2"), tmp_path / "out")
     (tmp_path / "out" / "mine").unlink()
     hf_to_megatron(hf_directory("llama2"), tmp_path / "out")  # an empty directory is no loss

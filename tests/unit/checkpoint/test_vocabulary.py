@@ -75,10 +75,10 @@ OTHERS = {
 def test_another_tokenizer_is_refused_with_both_names_unless_it_is_allowed(checkpoint, tmp_path, other):
     letters, added, difference = OTHERS[other]
     save_tokenizer(tmp_path, letters, added)
-    carried = checkpoint / "release" / "huggingface"
+    stored = checkpoint / "release" / "huggingface"
     sentence = (
-        f"data.tokenizer={tmp_path} is not the tokenizer that the checkpoint carries in {carried}: {difference}; "
-        f"set data.tokenizer={carried}, or data.allow_other_tokenizer=true if this is meant"
+        f"data.tokenizer={tmp_path} is not the checkpoint's tokenizer in {stored}: {difference}; "
+        f"set data.tokenizer={stored}, or data.allow_other_tokenizer=true if you mean this"
     )
     with pytest.raises(ConfigError) as error:
         require_same_tokenizer(config_of(checkpoint, tmp_path))
@@ -116,7 +116,7 @@ def test_a_run_ends_with_the_sentence_before_it_reads_problems(checkpoint, tmp_p
     arguments = {"data.path": tmp_path / "bad.jsonl", "data.tokenizer": tmp_path / "other"}
     arguments |= {"checkpoint.load": checkpoint, "run_dir": tmp_path / "run"}
     assert main([f"{key}={value}" for key, value in arguments.items()]) == 2
-    assert "is not the tokenizer that the checkpoint carries" in capsys.readouterr().err
+    assert "is not the checkpoint's tokenizer" in capsys.readouterr().err
 
 
 TOKENIZATION = """
@@ -166,7 +166,7 @@ def test_sentencepiece_files_are_compared_by_their_pieces(tmp_path):
     copied = Path(shutil.copy(tmp_path / "hf" / "tokenizer.model", tmp_path / "mine.model"))
     require_same_tokenizer(config_of(tmp_path / "megatron", copied))
     other = train_sentencepiece(tmp_path / "other.model", "vier und fuenf und sechs")
-    with pytest.raises(ConfigError, match="is not the tokenizer that the checkpoint carries"):
+    with pytest.raises(ConfigError, match="is not the checkpoint's tokenizer"):
         require_same_tokenizer(config_of(tmp_path / "megatron", other))
 
 
@@ -180,5 +180,5 @@ def test_a_sentencepiece_file_is_the_tokenizer_that_transformers_made_of_it(tmp_
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     require_same_tokenizer(config_of(tmp_path / "megatron", file))
     other = train_sentencepiece(tmp_path / "other.model", "vier und fuenf und sechs")
-    with pytest.raises(ConfigError, match="is not the tokenizer that the checkpoint carries"):
+    with pytest.raises(ConfigError, match="is not the checkpoint's tokenizer"):
         require_same_tokenizer(config_of(tmp_path / "megatron", other))

@@ -74,7 +74,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "convert, no weights": ([CONVERT, "hf-to-megatron", "--hf", "no_weights", *OUT], "no_weights has no weights"),
     "convert, a folder in the way": (
         [CONVERT, "hf-to-megatron", "--hf", "hf", "--out", "full"],
-        "full is there already and is not overwritten",
+        "full exists and is not overwritten",
     ),
     "convert back, a missing folder": ([CONVERT, "megatron-to-hf", "--megatron", "nope", *OUT], NO_CHECKPOINT),
     "convert back, an iteration": (
@@ -83,7 +83,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "convert back, a folder in the way": (
         [CONVERT, "megatron-to-hf", "--megatron", "empty", "--out", "full"],
-        "full is there already",
+        "full exists and is not",
     ),
     "inspect": ([CONVERT, "inspect", "nope"], NO_CHECKPOINT),
     "evaluate, a key": ([EVALUATE, *EVALUATED, "rollot.top_p=1"], "did you mean"),
