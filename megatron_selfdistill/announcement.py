@@ -13,7 +13,7 @@ from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use, unwrapped
 from megatron_selfdistill.model.fused_kernels import kernels_in_use
 from megatron_selfdistill.report import next_steps
-from megatron_selfdistill.sources.chat_logs import LEFT_OUT_FILE, list_left_out
+from megatron_selfdistill.sources.chat_logs import SKIPPED_FILE, list_skipped
 from megatron_selfdistill.trainer import Trainer
 
 
@@ -29,10 +29,10 @@ def announce(trainer: Trainer) -> None:
     if dry_run and (folder / LOCK).exists():
         return  # the list belongs to the run that is using the folder
     if trainer.resumed_from is None:
-        (folder / LEFT_OUT_FILE).unlink(missing_ok=True)
-    if data.left_out:
-        list_left_out(folder / LEFT_OUT_FILE, data.left_out)
-        trainer.log.message(f"what was left out, by file and line: {folder / LEFT_OUT_FILE}; {data.left_out[0]}")
+        (folder / SKIPPED_FILE).unlink(missing_ok=True)
+    if data.skipped:
+        list_skipped(folder / SKIPPED_FILE, data.skipped)
+        trainer.log.message(f"what was skipped, by file and line: {folder / SKIPPED_FILE}; {data.skipped[0]}")
 
 
 def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
@@ -84,9 +84,9 @@ def _problems(trainer: Trainer) -> str:
     data = trainer.run_data
     number = f"{len(data.problems)} {'turns' if data.about_conversations else 'problems'}"
     if trainer.config.logged:
-        file = trainer.folder.path / LEFT_OUT_FILE
-        return f"{number} (what cannot be used is left out when it comes up, and listed in {file})"
+        file = trainer.folder.path / SKIPPED_FILE
+        return f"{number} (what cannot be used is skipped when it comes up, and listed in {file})"
     return (
-        f"{number} ({data.counts.truncated} with a shortened solution; left out: {data.counts.dropped} too long, "
+        f"{number} ({data.counts.truncated} with a shortened solution; skipped: {data.counts.dropped} too long, "
         f"{data.problems.num_skipped} bad)"
     )

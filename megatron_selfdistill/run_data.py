@@ -53,8 +53,8 @@ class RunData:
     """What the teacher's prompts cost in tokens, for people; None where there is no teacher."""
     about_conversations: tuple[str, ...] = ()
     """What became of a log of conversations, in numbers, for people."""
-    left_out: tuple[str, ...] = ()
-    """One sentence, with file and line, for every conversation that is left out, and for turns that were read."""
+    skipped: tuple[str, ...] = ()
+    """One sentence, with file and line, for every conversation that is skipped, and for turns that were read."""
 
     @classmethod
     def load(cls, config: Config) -> RunData:
@@ -147,13 +147,13 @@ class RunData:
             limit=data.limit,
             show_contents=wanted.show_contents,
         )
-        left_out = [*log.turns.skipped]
+        skipped = [*log.turns.skipped]
         if config.logged:
             problems, counts = log.turns, ContextCounts()
             reader = _reader(data, builder, stop_token_ids, max_length)
             about_prompts: str | None
             read, unusable, about_prompts = _look_at(problems.problems, reader, config.seed)
-            left_out += unusable
+            skipped += unusable
             about: tuple[str, ...] = (read,)
         else:
             problems, counts, about_prompts = _those_that_fit(log.turns, builder, max_length, config)
@@ -169,7 +169,7 @@ class RunData:
             stop_token_ids=stop_token_ids,
             about_prompts=about_prompts,
             about_conversations=(_about(log), *about),
-            left_out=tuple(left_out),
+            skipped=tuple(skipped),
         )
 
 
@@ -183,7 +183,7 @@ def _about(log: ConversationSet) -> str:
     return (
         f"{log.num_conversations} conversations, the accepted answer of {log.num_marked} marked in the log and of "
         f"{log.num_conversations - log.num_marked} found by the rule; {log.num_resolved_at_once} without a turn to "
-        f"train on; {log.num_later_turns} turns after the accepted answer left out; left out as unresolved: "
+        f"train on; {log.num_later_turns} turns after the accepted answer skipped; skipped as unresolved: "
         f"{log.num_unresolved}, as bad: {log.turns.num_skipped - log.num_unresolved}"
     )
 
@@ -201,7 +201,7 @@ def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tupl
     """Read some logged turns as the steps will read them: a template that cannot show them is found before the start.
 
     Returns what became of them, in numbers, a sentence for each unusable one, and what their prompts cost.  Raises:
-    ValueError in one sentence for one that may not be left out, where none can be used, and for a teacher's prompt that
+    ValueError in one sentence for one that may not be skipped, where none can be used, and for a teacher's prompt that
     does not show the accepted answer.
     """
     numbers = sorted(random.Random(f"{seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))

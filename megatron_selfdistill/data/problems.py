@@ -55,12 +55,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """All problems of a data set, in its order, and what was left out."""
+    """All problems of a data set, in its order, and what was skipped."""
 
     problems: list[Problem]
     num_skipped: int = 0
     skipped: list[str] = field(default_factory=list)
-    """One sentence per record left out: place, field, expected, got."""
+    """One sentence per record skipped: place, field, expected, got."""
 
     def __len__(self) -> int:
         return len(self.problems)

@@ -28,7 +28,7 @@ from megatron_selfdistill.run_data import RunData, turn_reader
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 from megatron_selfdistill.sources.turns import Turns, turn_metrics, turn_weights
 
-LEFT_OUT_FILE = "left_out.txt"
+SKIPPED_FILE = "skipped.txt"
 _CHUNK = 64  # turns that are tokenized at a time
 _REPORT_EVERY_S = 30.0
 
@@ -45,7 +45,7 @@ class ChatLogs(CommittedState):
     def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
         """Return the batch of this replica's share of the next usable turns; nothing is sampled.
 
-        Raises: `ConfigError` on all ranks for an unusable turn that may not be left out, and where none is left.
+        Raises: `ConfigError` on all ranks for an unusable turn that may not be skipped, and where none is left.
         """
         problem_sampler = self.state.problem_sampler.fork()
         with self._phases("read"):
@@ -79,8 +79,8 @@ class StepTurns:
     turns: list[Turn]
     """The turn of each of ``problems``."""
     metrics: Mapping[str, float]
-    """Counts over the global batch, equal on all ranks: turns/left_out_long and turns/left_out_bad, which came up in
-    this step and were replaced; where ``data.on_long_context`` shortens, turns/shortened, whose solution is cut."""
+    """Counts over the global batch, equal on all ranks: turns/skipped_long and turns/skipped_bad, drawn for this step
+    and replaced; where ``data.on_long_context`` shortens, turns/shortened, whose solution is not complete."""
 
 
 class LoggedTurns:
@@ -94,7 +94,7 @@ class LoggedTurns:
     def __init__(self, config: Config, run_data: RunData, grid: RankGrid) -> None:
         self._num_problems, self._grid = len(run_data.problems), grid
         self._reader = turn_reader(config, run_data)
-        self._file = Path(config.run_dir) / LEFT_OUT_FILE
+        self._file = Path(config.run_dir) / SKIPPED_FILE
         self._unusable: dict[str, Unusable] = {}
 
     def next_turns(self, problem_sampler: ProblemSampler) -> StepTurns:
@@ -102,7 +102,7 @@ class LoggedTurns:
 
         Every rank of the world calls it.  Collectives: one maximum over the data-parallel ranks, and where a turn was
         unusable an all_gather_object and another round.
-        Raises: `ConfigError` on all ranks for an unusable turn that may not be left out, and where none is left.
+        Raises: `ConfigError` on all ranks for an unusable turn that may not be skipped, and where none is left.
         """
         grid, batch = self._grid, problem_sampler.next_batch()
         places = list(range(len(batch)))
@@ -122,7 +122,7 @@ class LoggedTurns:
                 batch[place] = problem
         problems = shard(batch, grid.dp_rank, grid.dp_size)
         turns = [mine[problem.id] for problem in problems]
-        metrics = {"turns/left_out_long": float(num_long), "turns/left_out_bad": float(num_bad)}
+        metrics = {"turns/skipped_long": float(num_long), "turns/skipped_bad": float(num_bad)}
         if self._reader.on_long_context.startswith("truncate"):
             shortened = sum(turn.prompts.solution_truncated for turn in turns)
             metrics["turns/shortened"] = float(sum(of_all_replicas([shortened], grid)))
@@ -146,7 +146,7 @@ class LoggedTurns:
         new = [(name, turn) for name, turn in refused if name not in self._unusable]
         self._unusable |= dict(new)
         if self._grid.is_reporter and new:
-            list_left_out(self._file, [turn.sentence for _, turn in new])
+            list_skipped(self._file, [turn.sentence for _, turn in new])
         for _, turn in new:
             _checked(self._reader, turn)
         if len(self._unusable) == self._num_problems:
@@ -156,7 +156,7 @@ class LoggedTurns:
 
 def wants_all_turns_read(config: Config, run_data: RunData) -> bool:
     """Return whether all turns are read before the first step: a dry run reports all of them, and an unusable turn that
-    may not be left out must be found in time."""
+    may not be skipped must be found in time."""
     return config.dry_run or turn_reader(config, run_data).has_errors
 
 
@@ -164,7 +164,7 @@ def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData
     """Return ``run_data`` with counts of all turns and a sentence for every unusable turn; the turns themselves stay.
 
     Each rank of the world reads its share; rank 0 reports every half minute how far it is.
-    Raises: `ConfigError` on all ranks for the first unusable turn that may not be left out.
+    Raises: `ConfigError` on all ranks for the first unusable turn that may not be skipped.
     """
     reader, problems = turn_reader(config, run_data), run_data.problems.problems
     counts, unusable = TurnCounts(), []
@@ -184,7 +184,7 @@ def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData
     total = sum((counts for counts, _ in parts), TurnCounts())
     sentences = dict.fromkeys([*run_data.problems.skipped, *(turn.sentence for _, turn in everywhere)])
     about = f"all {len(problems)} turns were read: {total}"
-    return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), left_out=tuple(sentences))
+    return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), skipped=tuple(sentences))
 
 
 def _read_by_chunks(
@@ -196,7 +196,7 @@ def _read_by_chunks(
         watchdog.beat()
 
 
-def list_left_out(file: Path, sentences: Iterable[str]) -> None:
+def list_skipped(file: Path, sentences: Iterable[str]) -> None:
     """Append the sentences that ``file`` does not have yet, a line each."""
     file.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the run folder
     have = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()

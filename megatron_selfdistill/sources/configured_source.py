@@ -77,7 +77,7 @@ def configured_sampler(
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
     """Return the data of a run that starts, after the reading that its source needs before a model is built.
 
-    Every rank of the world calls it.  Raises: `ConfigError` on all ranks for a turn that may not be left out.
+    Every rank of the world calls it.  Raises: `ConfigError` on all ranks for a turn that may not be skipped.
     """
     if config.logged and wants_all_turns_read(config, run_data):
         return read_all_turns(config, run_data, grid)

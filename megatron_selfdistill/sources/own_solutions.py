@@ -202,7 +202,7 @@ class OwnSolutionPrompts:
 
     def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers to problems that have a solution which is not the response itself, with prompts that show
-        this solution, and solutions/left_out_share.
+        this solution, and solutions/skipped_share.
 
         Collectives: one sum over the data-parallel ranks.
         """
@@ -215,7 +215,7 @@ class OwnSolutionPrompts:
                 kept.append(Answer(replace(answer.problem, solution=solution.text), pair, answer.response))
         counts = torch.tensor([len(answers) - len(kept), len(answers)], device=self.finder.grid.device)
         dist.all_reduce(counts, group=self.finder.grid.dp_group)
-        return kept, {"solutions/left_out_share": int(counts[0]) / max(int(counts[1]), 1)}
+        return kept, {"solutions/skipped_share": int(counts[0]) / max(int(counts[1]), 1)}
 
     def record(self, answers: Sequence[Answer], guided: Collection[str]) -> Prompts:
         """Return these prompts: only a search changes them."""

@@ -145,21 +145,21 @@ def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, t
     finished = tiny_run.in_new_process(arguments)
     assert finished.returncode == 0, finished.stderr
     said = finished.stdout + finished.stderr
-    left_out = (tmp_path / "run" / "left_out.txt").read_text()
-    written = [said, left_out, *((tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "config.yaml"))]
+    skipped = (tmp_path / "run" / "skipped.txt").read_text()
+    written = [said, skipped, *((tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "config.yaml"))]
     assert not any(SECRET in text or "thanks" in text for text in written)
     assert not (tmp_path / "run" / "samples.jsonl").exists()
     assert said.count("metrics.show_samples: no samples, since conversations.show_contents=false") == 1
     assert "41 conversations, the accepted answer of 0 marked in the log and of 41 found by the rule" in said
-    assert "left out as unresolved: 1, as bad: 1" in said
-    assert [line.partition(": ")[0].rpartition("chats.jsonl:")[2] for line in left_out.splitlines()] == [
+    assert "skipped as unresolved: 1, as bad: 1" in said
+    assert [line.partition(": ")[0].rpartition("chats.jsonl:")[2] for line in skipped.splitlines()] == [
         "41",
         "42",
         "43, message 1",
     ]
-    assert f"listed in {tmp_path}/run/left_out.txt" in said and "turns were read: 6" in said
+    assert f"listed in {tmp_path}/run/skipped.txt" in said and "turns were read: 6" in said
     [line] = reproducible_metrics(tmp_path / "run")
-    assert line["turns/left_out_long"] >= 1 and line["turns/left_out_bad"] == 0
+    assert line["turns/skipped_long"] >= 1 and line["turns/skipped_bad"] == 0
     failed = tiny_run.in_new_process([*arguments, "data.on_bad_record=error", f"run_dir={tmp_path}/other"])
     assert failed.returncode == 2 and "chats.jsonl:41: unresolved" in failed.stderr
     assert SECRET not in failed.stdout + failed.stderr
@@ -190,7 +190,7 @@ def mixed(data) -> str:
 
 
 def lines_listed(run_dir: Path) -> list[int]:
-    text = (run_dir / "left_out.txt").read_text()
+    text = (run_dir / "skipped.txt").read_text()
     return [int(line.partition(", message 1: ")[0].rpartition(":")[2]) for line in text.splitlines()]
 
 
@@ -201,8 +201,8 @@ def test_unusable_turns_are_replaced_and_listed_once_and_a_resumed_run_goes_on_b
     train(ranks, chats(data, tmp_path / "whole", mixed, "data.global_batch_size=12"))
     lines = reproducible_metrics(tmp_path / "whole")
     assert [line["turns/count"] for line in lines] == [12] * 6
-    assert sum(line["turns/left_out_long"] for line in lines) > NUM_LONG
-    assert sum(line["turns/left_out_bad"] for line in lines) > NUM_BROKEN
+    assert sum(line["turns/skipped_long"] for line in lines) > NUM_LONG
+    assert sum(line["turns/skipped_bad"] for line in lines) > NUM_BROKEN
     assert sorted(lines_listed(tmp_path / "whole")) == list(range(NUM_GOOD + 1, NUM_GOOD + NUM_LONG + NUM_BROKEN + 1))
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     go_back_to_step_3(tmp_path / "halves")
@@ -233,7 +233,7 @@ def test_shortened_solutions_are_counted(ranks, data, tmp_path):
     more = [f"data.path={data}/hints.jsonl", "data.on_long_context=truncate_end", "num_steps=1"]
     train(ranks, chats(data, tmp_path / "run", *more), 2)
     [line] = reproducible_metrics(tmp_path / "run")
-    assert (line["turns/shortened"], line["turns/count"], line["turns/left_out_long"]) == (8, 8, 0)
+    assert (line["turns/shortened"], line["turns/count"], line["turns/skipped_long"]) == (8, 8, 0)
 
 
 def refused_before_the_first_step(arguments: list[str]) -> str:
@@ -267,7 +267,7 @@ def refused_before_the_first_step(arguments: list[str]) -> str:
         ("data.on_bad_record=error", NUM_GOOD + NUM_LONG + 1, "data.on_bad_record=skip"),
     ],
 )
-def test_a_turn_that_may_not_be_left_out_ends_the_run_on_all_ranks_before_a_model_is_built(
+def test_a_turn_that_may_not_be_skipped_ends_the_run_on_all_ranks_before_a_model_is_built(
     ranks, data, mixed, tmp_path, policy, line, words
 ):
     arguments = chats(data, tmp_path / "run", mixed, policy)

@@ -45,7 +45,7 @@ def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(ranks, data, 
     train(ranks, overrides(data, tmp_path / "whole", *OWN, *options), world_size)
     lines = reproducible_metrics(tmp_path / "whole")
     assert [line["step"] for line in lines if "solutions/pass_rate" in line] == [1, 3, 5]
-    shares = [line["solutions/left_out_share"] for line in lines]
+    shares = [line["solutions/skipped_share"] for line in lines]
     assert max(shares) > 0 and max(shares) < 1
     assert all(0 < line["solutions/pass_rate"] < 1 for line in lines[::2])
     samples = read_samples(tmp_path / "whole")

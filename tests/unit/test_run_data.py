@@ -195,7 +195,7 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     run_data = RunData.load(config_of(folder, *options, *fields, evaluated, f"data.chat_template={template}"))
     assert [(p.solution, p.reply.message["content"]) for p in run_data.problems.problems] == [("00", "1"), ("00", "00")]
     assert [p.messages[0]["content"] for p in run_data.evaluation] == ["1-1="]
-    assert [line.rpartition("chats.jsonl:")[2][:2] for line in run_data.left_out] == ["2:", "3:"]
+    assert [line.rpartition("chats.jsonl:")[2][:2] for line in run_data.skipped] == ["2:", "3:"]
     assert (
         "1 conversations" in run_data.about_conversations[0]
         and "as unresolved: 1, as bad: 1" in (run_data.about_conversations[0])

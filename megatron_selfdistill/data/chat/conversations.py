@@ -46,7 +46,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ConversationSet:
-    """The turns of all conversations of a data set, in its order, and what was left out."""
+    """The turns of all conversations of a data set, in its order, and what was skipped."""
 
     turns: ProblemSet
     """One problem per assistant turn up to the accepted answer; ``skipped`` is about conversations."""
@@ -55,7 +55,7 @@ class ConversationSet:
     num_marked: int = 0
     """Of those: accepted by a mark in the log, not by the rule."""
     num_unresolved: int = 0
-    """Of those left out: nobody was content."""
+    """Of those skipped: nobody was content."""
     num_resolved_at_once: int = 0
     """Of the good ones: no turn before the accepted one, and ``turns`` is before_accepted."""
     num_later_turns: int = 0
@@ -84,7 +84,7 @@ def load_conversations(
     may also be their JSON as text, and ``accepted`` its digits, as the cells of a CSV file hold them.
 
     ``turns``: all, the accepted assistant message with its own text as the hint included; or before_accepted.  Turns
-    after the accepted answer are left out: nothing is known about them.  The hint is the accepted message's text
+    after the accepted answer are skipped: nothing is known about them.  The hint is the accepted message's text
     without its reasoning (`answer_text`).
     ``path_or_name``, ``split``, ``subset``, ``on_bad_record``, ``limit`` (conversations) as for `load_problems`;
     ``fields``: our names among `FIELDS` -> column names.  ``show_contents``: sentences may quote the log; otherwise

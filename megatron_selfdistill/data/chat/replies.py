@@ -67,7 +67,7 @@ class TurnReader:
         ]
 
     def check(self, turn: Turn | Unusable) -> None:
-        """Raises: ValueError in one sentence for an unusable turn that may not be left out."""
+        """Raises: ValueError in one sentence for an unusable turn that may not be skipped."""
         if not isinstance(turn, Unusable):
             return
         if turn.too_long and self.on_long_context == "error":
@@ -77,7 +77,7 @@ class TurnReader:
 
     @property
     def has_errors(self) -> bool:
-        """Some unusable turns may not be left out."""
+        """Some unusable turns may not be skipped."""
         return "error" in (self.on_long_context, self.on_bad_record)
 
     def _rendered(self, problem: Problem) -> tuple[str, ...] | Unusable:

@@ -16,7 +16,7 @@ from megatron_selfdistill.config import from_mapping, load, to_yaml, writable
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import SHORTEST_HIDDEN, hidden
 from megatron_selfdistill.plan.launch import launch_commands
-from megatron_selfdistill.sources.chat_logs import list_left_out
+from megatron_selfdistill.sources.chat_logs import list_skipped
 from megatron_selfdistill.train import main
 
 SECRET = "s3cr3t-0f-the-lab"
@@ -141,8 +141,8 @@ def test_the_commands_of_a_plan_hold_the_interpolation_as_it_was_typed():
 def test_the_list_of_what_was_skipped_hides_the_value(tmp_path):
     load(["data.path='${oc.env:LAB_SECRET}'"])
     for _ in range(2):
-        list_left_out(tmp_path / "left_out.txt", [f"/data/{SECRET}/a.jsonl:3: too long"])
-    assert (tmp_path / "left_out.txt").read_text() == "/data/${oc.env:LAB_SECRET}/a.jsonl:3: too long\n"
+        list_skipped(tmp_path / "skipped.txt", [f"/data/{SECRET}/a.jsonl:3: too long"])
+    assert (tmp_path / "skipped.txt").read_text() == "/data/${oc.env:LAB_SECRET}/a.jsonl:3: too long\n"
 
 
 def test_short_values_stay_in_messages_and_escaped_ones_are_found(monkeypatch):

@@ -50,7 +50,7 @@ def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_as_its_soluti
     assert (found.num_conversations, found.num_marked) == (1, 0)
 
 
-def test_the_accepted_turn_is_left_out_on_request(tmp_path):
+def test_the_accepted_turn_is_skipped_on_request(tmp_path):
     at_once = chat(("u", "3+4?"), ("a", "7"), ("u", "Thanks!"))
     found = log(tmp_path, CORRECTED, at_once, turns="before_accepted")
     assert [p.reply.message["content"] for p in found.turns.problems] == ["8"]

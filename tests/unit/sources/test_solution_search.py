@@ -317,7 +317,7 @@ def test_metrics_say_what_was_found_and_what_there_is():
 
 
 @pytest.mark.parametrize(("policy", "fits"), [("error", False), ("drop", False), ("truncate_end", True)])
-def test_a_solution_that_does_not_fit_is_left_out_or_cut(policy, fits):
+def test_a_solution_that_does_not_fit_is_skipped_or_cut(policy, fits):
     sizes = {"max_length": 12, "max_new_tokens": 4, "policy": policy}
     assert len(prompts_with(BUILDER, sums(1)[0], "8", **sizes).teacher_prompt) == len("0+8|8:")
     assert (prompts_with(BUILDER, sums(1)[0], "so it is 8", **sizes) is not None) is fits
