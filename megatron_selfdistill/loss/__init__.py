@@ -1,8 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The loss of self-distillation: the mixed target, the divergences, and both over a tensor-parallel group.
 
-``target`` and ``divergence`` are the definition on full rows, to be read; ``vocab_parallel`` is the same on
-vocabulary shards, to be used, and ``fused_linear`` the same from hidden states.  Everything here imports torch only.
+`target` and `divergence` are the definition on full rows of logits, to be read.
+`sharded.vocab_parallel` computes the same on vocabulary shards, and `sharded.fused_linear` the same from hidden states:
+both are to be used.
+README.md in this directory has the formula, the passes and the table of PyTorch files and their Triton twins.
+The loss imports torch, triton and the package's lists of choices only.
 """
 
 from __future__ import annotations

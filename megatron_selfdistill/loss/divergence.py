@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The divergences between student p and target q: reverse KL, forward KL, generalised Jensen-Shannon.
+"""The divergences between student p and target q: reverse KL, forward KL and the generalised Jensen-Shannon divergence.
 
-On full rows here; the sharded loss is built from the same elementwise terms, which lose no digits where p and
-q are close.
+This file works on full rows.  The sharded loss sums the same elementwise terms, which lose no digits where p and q are
+close.
+In the names, d = log q - log p, and M = lam q + (1 - lam) p is the mixture of the Jensen-Shannon divergence (JSD).
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from torch import Tensor
 from megatron_selfdistill.choices import DIVERGENCES
 
 FLOOR = -1e12
-"""Stands for a log-probability or shifted logit of -inf: its exp is 0, and its cube finite in float32."""
+"""The number that stands for a log-probability or shifted logit of -inf: its exp is 0, and its cube is finite in
+float32."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """What pulls p towards the constant q.
+    """The divergence that pulls the student p towards the constant target q.
 
-    kind: "reverse_kl" = KL(p || q) = KL(student || target); "forward_kl" = KL(q || p) = KL(target ||
-        student); "jsd" =
-        lam KL(q || M) + (1 - lam) KL(p || M) with M = lam q + (1 - lam) p.
+    kind: "reverse_kl" is KL(p || q) = KL(student || target); "forward_kl" is KL(q || p) = KL(target || student); "jsd"
+    is lam KL(q || M) + (1 - lam) KL(p || M) with M = lam q + (1 - lam) p.
     jsd_lambda: lam, strictly between 0 and 1.
     """
 
@@ -37,17 +38,17 @@ class Divergence:
         if not 0 < self.jsd_lambda < 1:
             raise ValueError(
                 f"Divergence.jsd_lambda must lie strictly between 0 and 1; got {self.jsd_lambda}. "
-                "For the ends use reverse_kl or forward_kl: there the JSD is 0 for every p."
+                "Use reverse_kl or forward_kl instead of 0 or 1, at which the JSD is 0 for every p."
             )
 
 
 def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """D(p, q) in nats of every row: [..., V], [..., V] -> [...].
+    """Return D(p, q) in nats of every row: [..., V], [..., V] -> [...].
 
-    Equals for reverse KL ``(p * (log_p - log_q)).sum(-1)``, for forward KL ``(q * (log_q - log_p)).sum(-1)``,
-    for JSD ``lam * KL(q, M) + (1 - lam) * KL(p, M)``.  Both log-probabilities normalised, any float dtype,
-    -inf where a column does not exist. Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0
-    and q is not.
+    The result equals ``(p * (log_p - log_q)).sum(-1)`` for reverse KL, ``(q * (log_q - log_p)).sum(-1)`` for forward
+    KL, and ``lam * KL(q, M) + (1 - lam) * KL(p, M)`` for the JSD.
+    log_p, log_q: normalised, any float dtype, -inf where a column does not exist.
+    Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0 and q is not.
     """
     p, q, d = probabilities_and_ratio(log_p, log_q)
     if divergence.kind == "jsd":
@@ -60,14 +61,14 @@ def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
 
 
 def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """dD / ds for the student logits s of p = softmax(s), with q constant: [..., V].
+    """Return dD / ds for the student's logits s of p = softmax(s), with q constant: [..., V].
 
         reverse KL   p ((log p - log q) - KL(p || q))
         forward KL   p - q
         JSD          (1 - lam) p (log(p / M) - KL(p || M))
 
-    Each sums to 0 over the vocabulary.  A row whose reverse KL is infinite has no gradient: it comes out as
-    inf and NaN.
+    The gradient of a row sums to 0 over the vocabulary.  A row whose reverse KL is infinite has a gradient of inf and
+    NaN.
     """
     p, q, d = probabilities_and_ratio(log_p, log_q)
     if divergence.kind == "forward_kl":
@@ -79,49 +80,55 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
 
 
 def probabilities_and_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p, q and d = log q - log p, finite also where a log-probability is -inf; NaN stays NaN."""
+    """Return p, q and d = log q - log p, finite also where a log-probability is -inf; NaN stays NaN."""
     log_p, log_q = log_p.clamp(min=FLOOR), log_q.clamp(min=FLOOR)
     return log_p.exp(), log_q.exp(), log_q - log_p
 
 
 def q_minus_p(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """q - p, exact to the last digits also where they are close."""
+    """Return q - p, exact to the last digits also where q and p are close."""
     return torch.copysign(torch.expm1(-d.abs()).mul_(torch.maximum(p, q)), d)
 
 
 def reverse_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """p (e^d - 1 - d) >= 0; sums to KL(p || q).  An error in the normaliser of q counts squared only."""
+    """Return p (e^d - 1 - d) >= 0, whose sum is KL(p || q).
+
+    An error in the normaliser of q enters the sum squared only.
+    """
     return q_minus_p(p, q, d).sub_(p * d)
 
 
 def forward_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """p (e^d (d - 1) + 1) >= 0; sums to KL(q || p).  An error in the normaliser of q counts squared only."""
+    """Return p (e^d (d - 1) + 1) >= 0, whose sum is KL(q || p).
+
+    An error in the normaliser of q enters the sum squared only.
+    """
     return (q * d).sub_(q_minus_p(p, q, d))
 
 
 def log_mixture_over_p(d: Tensor, jsd_lambda: float) -> Tensor:
-    """log(M / p) = log(lam e^d + 1 - lam), for any d."""
+    """Return log(M / p) = log(lam e^d + 1 - lam), for any d."""
     return _log_mixture_over_larger(d, jsd_lambda).add_(d.clamp(min=0))
 
 
 def jsd_terms(p: Tensor, q: Tensor, d: Tensor, jsd_lambda: float) -> Tensor:
-    """lam q log(q / M) + (1 - lam) p log(p / M) >= 0; sums to the JSD."""
+    """Return lam q log(q / M) + (1 - lam) p log(p / M) >= 0, whose sum is the JSD."""
     over_larger = _log_mixture_over_larger(d, jsd_lambda)
     from_q = (d.clamp(max=0) - over_larger).mul_(q).mul_(jsd_lambda)
     return from_q.sub_((d.clamp(min=0) + over_larger).mul_(p).mul_(1 - jsd_lambda))
 
 
 def _log_mixture_over_larger(d: Tensor, jsd_lambda: float) -> Tensor:
-    """log(M / max(p, q)): finite and exact also where one of them is as good as 0."""
+    """Return log(M / max(p, q)), finite and exact also where one of p and q is nearly 0."""
     weight_of_smaller = (d > 0).to(d.dtype).mul_(1 - 2 * jsd_lambda).add_(jsd_lambda)
     return torch.expm1(-d.abs()).mul_(weight_of_smaller).log1p_()
 
 
 def reverse_kl_gradient(p: Tensor, d: Tensor, reverse_kl: Tensor) -> Tensor:
-    """p (-d - KL(p || q))."""
+    """Return the gradient p (-d - KL(p || q)), given KL(p || q) of each row."""
     return (d + reverse_kl[..., None]).mul_(p).neg_()
 
 
 def jsd_gradient(p: Tensor, d: Tensor, jsd_lambda: float, kl_p_mixture: Tensor) -> Tensor:
-    """(1 - lam) p (log(p / M) - KL(p || M))."""
+    """Return the gradient (1 - lam) p (log(p / M) - KL(p || M)), given KL(p || M) of each row."""
     return (log_mixture_over_p(d, jsd_lambda) + kl_p_mixture[..., None]).mul_(p).mul_(jsd_lambda - 1)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Weights of response tokens in the loss, from what is known about them."""
+"""The weights of response tokens in the loss; they are constants, through which no gradient flows."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TruncatedImportance:
-    """``min(p / mu, cap)`` per token: p the student's probability of the token at temperature 1, mu that under the
-    distribution which it was drawn from.
+    """Truncated importance weights ``min(p / mu, cap)``, one per token.
 
+    p is the student's probability of the token at temperature 1, and mu its probability under the distribution that
+    sampled it.
     mu differs from p where another engine sampled with other kernels, where a temperature or a cut changed the
-    distribution, and where the response was guided.  The weight is a constant: no gradient flows through it.
+    distribution, and where the response was guided.
     Source: truncated importance sampling, Ionides 2008 (doi 10.1198/106186008X320456); per token, as in Espeholt et al.
     2018 (arXiv 1802.01561), equation 1.
     """
 
     sampled_log_probs: Tensor
-    """[R_total] nats: log mu of every response token of this replica, in the order of
-    ``PackedBatch.response_tokens``; on the device of the logits, so that no microbatch waits for a copy of it."""
+    """[R_total] nats: log mu of every response token of this replica, in the order of ``PackedBatch.response_tokens``;
+    on the device of the logits, so that no microbatch waits for a copy."""
     cap: float = 2.0
+    """The largest weight."""
 
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Tensor:
-        """Weights [R] of the rows that predict ``response_ids`` [R], whose log p is ``student_log_prob`` [R]."""
+        """Return the weight [R] of every response token.
+
+        student_log_prob: [R] nats, log p of the tokens; response_ids: [R], their indices among the replica's response
+        tokens.
+        """
         sampled = self.sampled_log_probs[response_ids].to(student_log_prob)
         with torch.no_grad():
             return (student_log_prob - sampled).exp().clamp(max=self.cap)
@@ -35,29 +41,35 @@ class TruncatedImportance:
 
 @dataclass(frozen=True)
 class LikelyTurns:
-    """One weight for all tokens of a logged turn: 1 where the student could have written it, else what ``weight`` says.
+    """Weights that are equal within a logged turn: 1 where the student could have written the turn, else smaller.
 
-    With m the mean log p per token of a turn under the student at temperature 1, in the forward pass of the step itself
-    (no pass of its own, and always the present weights): 1 where m >= ``min_log_prob``, else ``weight(m -
-    min_log_prob)``.  Other tokens' weights and the number of tokens that divides the loss stay as they are, so a turn
-    that is left out makes the step smaller, not the others larger.  The weight is a constant: no gradient flows through
-    it.
+    m is the mean log p per token of a turn under the student at temperature 1, from the forward pass of the step
+    itself: it needs no further pass and uses the current weights.
+    The weight is 1 where m >= ``min_log_prob``, else ``weight(m - min_log_prob)``.
+    The weights of other tokens and the number of tokens that divides the loss do not change: a skipped turn makes the
+    step smaller and the other turns no larger.
     """
 
     turn_ids: Tensor
     """[R_total] int64: the turn of every response token of this replica, counted from 0, in the order of
-    ``PackedBatch.response_tokens``; on the device of the logits.  A turn's tokens lie in one microbatch."""
+    ``PackedBatch.response_tokens``; on the device of the logits.  All tokens of a turn lie in one microbatch."""
     num_turns: int
+    """The number of turns in ``turn_ids``."""
     min_log_prob: float
-    """Nats per token."""
+    """The smallest mean log p of a turn with weight 1, in nats per token."""
     weight: Callable[[Tensor], Tensor]
-    """`dropped` or `down_weighted`: of m - min_log_prob < 0."""
+    """The weight as a function of m - min_log_prob < 0: `dropped` or `down_weighted`."""
     over_ranks: Callable[[Tensor], Tensor]
-    """The sum over the ranks that hold tokens of the same turns, with the same bits on all of them, so that none of
-    them decides otherwise."""
+    """The sum over the ranks that hold tokens of the same turns, with the same bits on all of these ranks, so that all
+    of them decide alike."""
 
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Tensor:
-        """Weights [R] of the rows that predict ``response_ids`` [R], whose log p is ``student_log_prob`` [R]."""
+        """Return the weight [R] of every response token.
+
+        student_log_prob: [R] nats, log p of the tokens; response_ids: [R], their indices among the replica's response
+        tokens.
+        Collectives: `over_ranks`, once.
+        """
         with torch.no_grad():
             turns = self.turn_ids[response_ids]
             sums = torch.zeros(2, self.num_turns, dtype=torch.float64, device=student_log_prob.device)
@@ -70,10 +82,10 @@ class LikelyTurns:
 
 
 def dropped(excess: Tensor) -> Tensor:
-    """0."""
+    """Return a weight of 0 for every turn."""
     return torch.zeros_like(excess)
 
 
 def down_weighted(excess: Tensor) -> Tensor:
-    """exp(excess): the geometric mean of the tokens' probabilities, over that of the threshold."""
+    """Return exp(excess): the geometric mean of the tokens' probabilities, divided by the threshold's."""
     return excess.exp()

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which code reads the logits and solves the rows: PyTorch, the definition, or Triton kernels, for speed."""
+"""The choice between PyTorch, which defines the sharded loss, and the Triton kernels, which are faster."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from megatron_selfdistill.loss.sharded.shard_sums import TokenConstants
 from megatron_selfdistill.loss.sharded.token_statistics import TokenResults
 
 OLDEST_TRITON = (3, 3)
-"""Before, kernels could not hand tuples around."""
+"""The first version of triton whose kernels can pass tuples to functions."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The passes over the logits (contracts: ``shard_sums``) and the solving between them (``token_statistics``).
+    """The passes over the logits, and the solving between them.
 
-    num_parts: of [T, columns per rank], into how many parts each row is cut: the same on all ranks.
-    solve_tokens returns the state that finish_tokens takes and returns anew; its ``constants`` go to second_pass.
+    `shard_sums` and `token_statistics` have the contracts.
+    num_parts: takes (T, columns per rank) and returns into how many parts each row is cut, the same number on all
+    ranks.
+    solve_tokens: returns a state, whose ``constants`` are for second_pass.
+    finish_tokens: takes this state and returns the results with a new state, whose ``constants`` are for another
+    second_pass.
     """
 
     name: str
@@ -42,9 +46,9 @@ class Backend:
 
 
 def chosen(name: str | None, student_logits: Tensor, teacher_logits: Tensor) -> Backend:
-    """The backend for these logits.
+    """Return the backend for these logits.
 
-    name: "torch" or "triton"; None is triton where `reason` finds nothing against it, else torch.
+    name: "torch" or "triton"; None is triton where nothing prevents it, see `in_use`, else torch.
     Raises: ValueError for another name, and for "triton" where it cannot run.
     """
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
@@ -52,41 +56,45 @@ def chosen(name: str | None, student_logits: Tensor, teacher_logits: Tensor) -> 
 
 
 def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(name, why): what `chosen` takes for logits of this dtype on this device, and a few words for the log."""
+    """Return (name, why): the backend that `chosen` takes for logits of this dtype on this device, and the reason.
+
+    Raises: ValueError as `chosen`.
+    """
     if name is not None and name not in LOSS_BACKENDS:
         raise ValueError(f"loss.backend must be null, {' or '.join(LOSS_BACKENDS)}; got {name!r}.")
     if name == "torch":
         return "torch", "as configured"
     against = _against_triton(device, dtype)
     if name == "triton" and against:
-        raise ValueError(f"loss.backend=triton cannot be used: {against}. Use torch, or null to let it be chosen.")
+        raise ValueError(f"loss.backend=triton cannot be used: {against}. Set loss.backend to torch or null.")
     if against:
         return "torch", against
     return "triton", "as configured" if name == "triton" else f"logits on {device.type}"
 
 
 def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not _triton_is_there():
+    """Return the reason why the Triton kernels cannot run on such logits; None if they can."""
+    if not _has_triton():
         return "the package triton is not installed"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"its kernels take bfloat16, float16 and float32, the logits are {str(dtype).removeprefix('torch.')}"
+        return f"its kernels take bfloat16, float16 and float32, and the logits are {str(dtype).removeprefix('torch.')}"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the logits lie on {device.type}, not on cuda"
     version = _triton_version()
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
-        return f"triton {version} is too old, {'.'.join(map(str, OLDEST_TRITON))} or later is needed"
+        return f"triton {version} is installed, and {'.'.join(map(str, OLDEST_TRITON))} or later is needed"
     return None
 
 
 @cache
-def _triton_is_there() -> bool:
-    """Looked for once: every call of the loss asks, a guided rollout's at every token."""
+def _has_triton() -> bool:
+    """Look once for triton: every call of the loss asks, in guided rollouts at every token."""
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
 def _triton_version() -> str:
-    # Asked of the package itself, where it would be used: it is installed under several names.
+    # The module knows its version; the distribution has several names.
     import triton
 
     return triton.__version__
@@ -94,7 +102,7 @@ def _triton_version() -> str:
 
 @cache
 def _triton() -> Backend:
-    # Imported where it is used: it takes a second, and torch for CPUs comes without it.
+    # Imported here because the import takes a second, and because torch for CPUs comes without triton.
     from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
     return Backend(
@@ -109,13 +117,13 @@ def _triton() -> Backend:
     )
 
 
-def _whole_rows(num_rows: int, num_columns: int) -> int:
+def _one_part(num_rows: int, num_columns: int) -> int:
     return 1
 
 
 _TORCH = Backend(
     name="torch",
-    num_parts=_whole_rows,
+    num_parts=_one_part,
     first_pass=shard_sums.first_pass,
     solve_tokens=token_statistics.solve_tokens,
     second_pass=shard_sums.second_pass,

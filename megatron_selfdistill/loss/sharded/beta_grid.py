@@ -34,16 +34,16 @@ def beta_grid(target: Target) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class BetaGrid:
-    """What is asked of every row; equal on all ranks.
+    """The quantities that the first pass computes for every token; equal on all ranks.
 
     betas: J values at which moments are taken, each one a number of ``dtype``.
-    num_grid: the first of them are ``beta_grid(target)``; under "batch" the given beta follows.
-    favoured: index of the beta nearest to 1 / (1 + w), where equal logits have their root.
-    doubled: indices of the betas that are twice the one before: their exponentials may be squares of its own.
-    given: whether the rule gives beta, betas[-1], and solves nothing.
-    lowest_is_bound: as in ``Target``.
+    num_grid: the number of leading betas that are ``beta_grid(target)``; under "batch" the given beta follows.
+    favoured: index of the beta nearest to 1 / (1 + w), at which equal logits have their root.
+    doubled: indices of the betas that are twice the beta before, whose exponentials may be computed as squares.
+    given: whether the rule gives beta, which is betas[-1], and solves nothing.
+    lowest_is_bound: see `Target.lowest_is_bound`.
     mix_weights: (weight of t, weight of s) in m.
-    dtype: of the sums, float32 or float64.
+    dtype: the dtype of the sums, float32 or float64.
     """
 
     betas: tuple[float, ...]
@@ -60,7 +60,7 @@ class BetaGrid:
     def of(cls, target: Target, dtype: torch.dtype) -> BetaGrid:
         """Return the grid of a target; powers of 2 between its betas stay exact in ``dtype``.
 
-        The result is kept: a run has one target and asks for its grid at every call of the loss.
+        The result is cached: a run has one target and asks for its grid at every call of the loss.
         """
         grid = beta_grid(target)
         asked = grid if target.rule != "batch" else (*grid, target.given_beta)
@@ -79,19 +79,23 @@ class BetaGrid:
 
     @property
     def num_sums(self) -> int:
-        """Columns after those of ``shard_sums.FIRST_PASS``: four moments of each beta, then the two token logits."""
+        """The number of sums of the first pass besides FIRST_PASS: four moments of each beta and two token logits."""
         return 4 * len(self.betas) + 2
 
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """Return ``betas`` as a tensor [J] in ``dtype`` or, without one, in that of the sums; do not write to it."""
+        """Return ``betas`` as a tensor [J] in ``dtype``, by default in the dtype of the sums.
+
+        The tensor is cached: the caller must not write to it.
+        """
         return _on(self.betas, dtype or self.dtype, device)
 
 
 @lru_cache(maxsize=64)
 def _on(betas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept: a copy from the host makes a GPU wait, and betas are the same for thousands of calls.
+    """Return the betas on a device, from a cache.
 
-    The first of these may be made under inference mode, whose tensors autograd would refuse in the others.
+    A copy from the host makes a GPU wait, and thousands of calls use the same betas.  The first call may run under
+    inference mode, whose tensors autograd would refuse in later calls, so the tensor is made outside of that mode.
     """
     with torch.inference_mode(False):
         return torch.tensor(betas, dtype=dtype, device=device)

@@ -525,7 +525,7 @@ def test_what_the_kernels_cannot_read_is_refused_with_a_sentence() -> None:
     student, teacher, tokens = logits(8, 64)
     with pytest.raises(ValueError, match=r"whose columns lie side by side; got strides \(1, 8\)"):
         run(student.t().contiguous().t(), teacher, tokens, Target(), Divergence())
-    with pytest.raises(ValueError, match="take bfloat16, float16 and float32, the logits are float64"):
+    with pytest.raises(ValueError, match="take bfloat16, float16 and float32, and the logits are float64"):
         run(student.double(), teacher, tokens, Target(), Divergence())
 
 

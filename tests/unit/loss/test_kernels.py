@@ -229,28 +229,28 @@ def test_without_a_choice_a_gpu_takes_triton_and_what_triton_cannot_do_takes_tor
         assert in_use("triton", CUDA, torch.float32) == ("triton", "as configured")
         assert in_use(None, CPU, torch.float32) == ("torch", "the logits lie on cpu, not on cuda")
         assert in_use(None, CUDA, torch.float64)[0] == "torch"
-    monkeypatch.setattr(backend, "_triton_is_there", backend._triton_is_there.__wrapped__)  # not as it was found before
+    monkeypatch.setattr(backend, "_has_triton", backend._has_triton.__wrapped__)  # without its cached answer
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert in_use(None, CUDA, torch.bfloat16) == ("torch", "the package triton is not installed")
 
 
 @needs_triton
 def test_a_triton_that_is_too_old_is_not_chosen_and_refused_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    too_old = "triton 3.2.0 is too old, 3.3 or later is needed"
+    too_old = "triton 3.2.0 is installed, and 3.3 or later is needed"
     monkeypatch.setattr(backend, "_triton_version", lambda: "3.2.0")
     assert in_use(None, CUDA, torch.bfloat16) == ("torch", too_old)
-    with pytest.raises(ValueError, match=rf"loss\.backend=triton cannot be used: {too_old}\. Use torch"):
+    with pytest.raises(ValueError, match=rf"loss\.backend=triton cannot be used: {too_old}\. Set loss\.backend to torch"):
         in_use("triton", CUDA, torch.bfloat16)
     for version in ("3.3.1", "3.10.0+git8b3c7d2", "4.0"):
         monkeypatch.setattr(backend, "_triton_version", lambda version=version: version)
         assert in_use(None, CUDA, torch.bfloat16) == ("triton", "logits on cuda")
 
 
-def test_a_backend_that_cannot_run_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_run_is_refused_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     logits, tokens = torch.randn(2, 8), torch.zeros(2, dtype=torch.int64)
     arguments = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, 8, 8)}
-    with pytest.raises(ValueError, match=r"loss\.backend=triton cannot be used: .*Use torch, or null"):
+    with pytest.raises(ValueError, match=r"loss\.backend=triton cannot be used: .*Set loss\.backend to torch or null"):
         distillation_loss(logits, logits, tokens, **arguments, backend="triton")
     with pytest.raises(ValueError, match=r"loss\.backend must be null, torch or triton; got 'cuda'"):
         distillation_loss(logits, logits, tokens, **arguments, backend="cuda")
