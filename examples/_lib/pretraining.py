@@ -114,8 +114,10 @@ def pretrain(config: Config, task: ModuleType) -> None:
 
 
 def corpus_batch(rows: Sequence[tuple[str, str, str]], tokenizer: Tokenizer) -> tuple[StepBatch, Tensor]:
-    """Return rows of (prompt, text to read, text to predict) as a batch, and the tokens to predict; both texts of a row
-    are equally long."""
+    """Return rows (prompt, input text, target text) as a batch, and the tokens of the target texts.
+
+    Input text and target text of a row have the same number of tokens.
+    """
     import torch
 
     from megatron_selfdistill.data.contexts import ContextPair

@@ -58,4 +58,4 @@ def test_options_that_need_each_other(example, arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         example.main(arguments)
     assert stopped.value.code == 2
-    assert "--hf and --data go together" in capsys.readouterr().err
+    assert "--hf, --data and settings go together" in capsys.readouterr().err
