@@ -240,13 +240,13 @@ def _tokenizer_of(path: Path, model_format: str) -> str:
 @contextmanager
 def _temporary_folder(parent: Path, grid: RankGrid) -> Iterator[Path]:
     """A folder that all ranks see, removed afterwards."""
-    from megatron_selfdistill.distributed.collectives import on_rank_0
+    from megatron_selfdistill.distributed.collectives import run_on_rank_0
 
     def make() -> str:
         parent.mkdir(parents=True, exist_ok=True)
         return tempfile.mkdtemp(dir=parent, prefix=".evaluate-")
 
-    folder = Path(on_rank_0(make))
+    folder = Path(run_on_rank_0(make))
     try:
         yield folder
     finally:

@@ -90,7 +90,7 @@ def make_solutions(arguments: argparse.Namespace) -> int:
 
 
 def _find(arguments: argparse.Namespace, config: Config, grid: RankGrid) -> None:
-    from megatron_selfdistill.distributed.collectives import on_rank_0
+    from megatron_selfdistill.distributed.collectives import run_on_rank_0
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
@@ -107,7 +107,7 @@ def _find(arguments: argparse.Namespace, config: Config, grid: RankGrid) -> None
         raise ConfigError(str(error)) from error
     header = provenance(config, run_data, arguments)
     journal = Journal(arguments.out, header, arguments.group_size)
-    done, refusal = on_rank_0(lambda: journal.begin(len(problems)))
+    done, refusal = run_on_rank_0(lambda: journal.begin(len(problems)))
     if refusal:
         raise ConfigError(refusal)
     if done < len(problems):
@@ -116,9 +116,9 @@ def _find(arguments: argparse.Namespace, config: Config, grid: RankGrid) -> None
             for start in range(done, len(problems), arguments.group_size):
                 group = problems[start : start + arguments.group_size]
                 lines = _attempts(group, config, run_data, inference, score, grid)
-                on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
+                run_on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
                 advance(len(lines))
-    on_rank_0(lambda: journal.finish({problem.id for problem in problems}))
+    run_on_rank_0(lambda: journal.finish({problem.id for problem in problems}))
     if grid.is_reporter:
         summarize(journal.lines(), arguments.out, config.solutions.num_samples)
 
@@ -144,9 +144,9 @@ def _attempts(
     grid: RankGrid,
 ) -> list[dict[str, Any]]:
     """What became of these problems of all replicas, in their order; the same on every rank."""
+    from megatron_selfdistill.distributed.collectives import gather_items
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.verify import load_verifier
-    from megatron_selfdistill.pipeline.batch import of_all_replicas
     from megatron_selfdistill.sources.solution_search import Search, solve
 
     wanted = config.solutions
@@ -164,7 +164,7 @@ def _attempts(
     except RuntimeError as error:  # the verifier or an engine: what was done before is kept
         raise ConfigError(f"{error}; when that is mended, the same command goes on from here") from error
     mine = [_line(attempt, run_data) for attempt in attempts]
-    by_id = {line["problem_id"]: line for line in of_all_replicas(mine, grid)}
+    by_id = {line["problem_id"]: line for line in gather_items(mine, grid.dp_group)}
     return [by_id[problem.id] for problem in group]
 
 

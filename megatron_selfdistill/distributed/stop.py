@@ -178,15 +178,12 @@ class Stop:
 
     def agreed(self) -> bool:
         """Once per step boundary.  Collectives: one all-reduce of an integer over the world."""
-        import torch
-        import torch.distributed as dist
+        from megatron_selfdistill.distributed.collectives import max_over_ranks
 
         own = max(_received, default=0)
         if self._is_late():
             own = _TIME_IS_UP
-        asked = torch.tensor([own], dtype=torch.int32, device=self._grid.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        code = int(asked.item())
+        (code,) = max_over_ranks([own])
         if code:
             self.reason = "its time is nearly over" if code == _TIME_IS_UP else signal.Signals(code).name
         return bool(code)

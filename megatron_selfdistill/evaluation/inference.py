@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
 from megatron_selfdistill.checkpoint.run.external import load_weights
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.distributed.collectives import from_all_ranks, on_rank_0
+from megatron_selfdistill.distributed.collectives import gather_objects, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model.architecture import transformer_config
@@ -68,7 +68,7 @@ def converted(hf: Path, out: Path) -> Iterator[Path]:
         hf_to_megatron(hf, out)
 
     try:
-        on_rank_0(convert)
+        run_on_rank_0(convert)
         yield out
     finally:
         if dist.get_rank() == 0:
@@ -89,5 +89,5 @@ def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> O
     Collectives: one exchange over the world of what the last stages have against fusing.  Raises: `ConfigError`.
     """
     last = unwrapped(chunks[-1])
-    reasons = from_all_ranks(unfusable(last) if last.post_process else None)
+    reasons = gather_objects(unfusable(last) if last.post_process else None)
     return choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))

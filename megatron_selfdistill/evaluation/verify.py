@@ -10,10 +10,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch.distributed as dist
-
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.errors import ConfigError, VerifierError
 
 if TYPE_CHECKING:  # verifiers are also used where there is no Megatron
@@ -66,11 +65,8 @@ def judged_by_all(
         except Exception as error:  # raised below, on every rank: alone, it would leave the others waiting
             failure = f"{problem.location}: the verifier failed with {type(error).__name__}: {error}"
             break
-    gathered: list[Any] = [(verdicts, failure)]
-    if grid.world_size > 1:
-        gathered = [None] * grid.world_size
-        dist.all_gather_object(gathered, (verdicts, failure))
-    failures = [sentence for _, sentence in gathered if sentence is not None]
+    gathered = gather_objects((verdicts, failure))
+    failures = [message for _, message in gathered if message is not None]
     if failures:
         raise VerifierError(failures[0])
     return {key: verdict for part, _ in gathered for key, verdict in part.items()}

@@ -16,7 +16,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, first_few
@@ -148,9 +148,9 @@ class Exporter:
             where, start = _place(shard)
             shape = tuple(shard.global_shape[shard.prepend_axis_num :])
             entries[_is_expert(where)].append(_Entry(where, start, tuple(shard.local_shape), shape, shard.data.dtype))
-        members = {expert: _all_gather_object(entries[expert], group) for expert, group in self._groups.items()}
+        members = {expert: gather_objects(entries[expert], group) for expert, group in self._groups.items()}
         ranks = {expert: dist.get_process_group_ranks(group) for expert, group in self._groups.items()}
-        return _all_gather_object(_Stage(members, ranks), self._grid.pp_group)
+        return gather_objects(_Stage(members, ranks), self._grid.pp_group)
 
 
 _Place = tuple[MegatronSlice, tuple[int, ...]]
@@ -374,9 +374,3 @@ def _is_expert(where: MegatronSlice) -> bool:
 
 def _name(where: MegatronSlice) -> str:
     return f"{where.key}{list(where.index)}" if where.index else where.key
-
-
-def _all_gather_object(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    values = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch, length_quantum, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.pipeline.schedule import microbatch_multiple
 
@@ -39,20 +40,14 @@ def pack_everywhere(
     sizes: dict[str, Any] = {"max_tokens": max_tokens, "cp_size": grid.cp_size, "tp_size": grid.tp_size}
     sizes |= {"seq_multiple": seq_multiple, "paired": paired}
     quantum = length_quantum(max_tokens) if grid.device.type == "cuda" else None
-    (seq_length,) = largest(grid, required_seq_length(contexts, **sizes, seq_quantum=quantum))
+    (seq_length,) = max_over_ranks([required_seq_length(contexts, **sizes, seq_quantum=quantum)], grid.dp_group)
     batch = pack(contexts, **sizes, seq_length=seq_length)
-    num_student, num_teacher = largest(grid, max(len(batch.student), 1), max(len(batch.teacher), 1))
+    counts = max(len(batch.student), 1), max(len(batch.teacher), 1)
+    num_student, num_teacher = max_over_ranks(counts, grid.dp_group)
     while (num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):
         num_student += 1
         num_teacher += paired
     return pad_to_count(batch, num_student, num_teacher)
-
-
-def largest(grid: RankGrid, *values: int) -> list[int]:
-    """Each value's maximum over the replicas.  One all-reduce over the data-parallel ranks."""
-    tensor = torch.tensor(values, device=grid.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=grid.dp_group)
-    return tensor.tolist()
 
 
 def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:
@@ -66,15 +61,3 @@ def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:
     if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
         dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
     return values
-
-
-def of_all_replicas(mine: list[Any], grid: RankGrid) -> list[Any]:
-    """Return the lists of all replicas, one after the other, on every rank.
-
-    Collectives: one all_gather_object over the data-parallel ranks.
-    """
-    if grid.dp_size == 1:
-        return mine
-    everyone: list[list[Any]] = [[] for _ in range(grid.dp_size)]
-    dist.all_gather_object(everyone, mine, group=grid.dp_group)
-    return [item for part in everyone for item in part]

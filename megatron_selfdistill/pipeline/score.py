@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -39,7 +40,7 @@ from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.pipeline import schedule
-from megatron_selfdistill.pipeline.batch import largest, over_last_stage, pack_everywhere
+from megatron_selfdistill.pipeline.batch import over_last_stage, pack_everywhere
 from megatron_selfdistill.rollout.base import Response
 
 
@@ -91,7 +92,7 @@ def score_texts(
     empty = [pair.problem_id for pair in pairs if not pair.response]
     if empty:
         raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got none.")
-    if not largest(grid, len(pairs))[0]:
+    if not max_over_ranks([len(pairs)], grid.dp_group)[0]:
         return []
     # Alternating, so that the bank holds one row of the teacher's states, however many texts there are.
     order = "alternating"

@@ -29,7 +29,6 @@ LIMIT_S = 150.0
 GRACE_S = 20.0
 """After one rank has raised, for the others to notice."""
 _POLL_S, _WATCH_S = 0.02, 0.25
-_SHOWN = 4
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader,
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, shard
 from megatron_selfdistill.distributed import watchdog
-from megatron_selfdistill.distributed.collectives import from_all_ranks
+from megatron_selfdistill.distributed.collectives import gather_items, gather_objects, max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics import Phases, step_metrics
-from megatron_selfdistill.pipeline.batch import largest, of_all_replicas
 from megatron_selfdistill.pipeline.schedule import StepOutput
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader
@@ -125,7 +124,7 @@ class LoggedTurns:
         metrics = {"turns/skipped_long": float(num_long), "turns/skipped_bad": float(num_bad)}
         if self._reader.on_long_context.startswith("truncate"):
             shortened = sum(turn.prompts.solution_truncated for turn in turns)
-            metrics["turns/shortened"] = float(sum(of_all_replicas([shortened], grid)))
+            metrics["turns/shortened"] = float(sum(gather_objects(shortened, grid.dp_group)))
         return StepTurns(problems, turns, metrics)
 
     def _read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
@@ -138,9 +137,9 @@ class LoggedTurns:
     def _refused_anywhere(self, places: Sequence[int], found: Sequence[Turn | Unusable]) -> dict[int, Unusable]:
         """Return the unusable turns of all replicas, by place, the same on all ranks."""
         mine = [(place, t) for place, t in zip(places, found, strict=True) if isinstance(t, Unusable)]
-        if not largest(self._grid, len(mine))[0]:
+        if not max_over_ranks([len(mine)], self._grid.dp_group)[0]:
             return {}
-        return dict(of_all_replicas(mine, self._grid))
+        return dict(gather_items(mine, self._grid.dp_group))
 
     def _learn(self, refused: Sequence[tuple[str, Unusable]]) -> None:
         new = [(name, turn) for name, turn in refused if name not in self._unusable]
@@ -177,7 +176,7 @@ def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData
         if grid.rank == 0 and time.monotonic() - reported_at > _REPORT_EVERY_S:
             reported_at = time.monotonic()
             print(f"reading logged turns: {numbers[-1] + 1} of {len(problems)}", file=sys.stderr, flush=True)
-    parts = from_all_ranks((counts, unusable))
+    parts = gather_objects((counts, unusable))
     everywhere = sorted((item for _, part in parts for item in part), key=lambda item: item[0])
     for _, turn in everywhere:
         _checked(reader, turn)

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
-from megatron_selfdistill.pipeline.batch import of_all_replicas
+from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
 
@@ -126,7 +126,7 @@ class GuidedPrompts:
             (answers[i].problem.id, answers[i].problem.id in guided, sum(right[i : i + n]) / n)
             for i in range(0, len(answers), n)
         ]
-        return replace(self, success=self.success.recorded(of_all_replicas(mine, self.judge.grid)))
+        return replace(self, success=self.success.recorded(gather_items(mine, self.judge.grid.dp_group)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the success rates, and the state of the inner prompts, as plain values."""

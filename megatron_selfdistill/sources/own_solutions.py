@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.evaluation.verify import Verifier
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.pipeline.batch import of_all_replicas
 from megatron_selfdistill.rollout.base import Sampler, SamplingParams, response_text
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts
 from megatron_selfdistill.sources.solution_search import Score, Search, content_of, solve
@@ -98,7 +98,7 @@ class OwnSolutions:
                 )
                 for attempt in attempts
             ]
-            for problem_id, right, solutions in of_all_replicas(found, grid):
+            for problem_id, right, solutions in gather_items(found, grid.dp_group):
                 num_sampled += self.search.num_samples
                 num_right += right
                 num_solved += right > 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.rollout.base import Response
 
 SampleKey = tuple[int, str, int]
@@ -62,9 +63,7 @@ def record(
         {"step": step, "problem_id": problem_id, "sample_index": sample, **asdict(response)}
         for (step, problem_id, sample), response in zip(keys, responses, strict=True)
     ]
-    everyone: list[list[dict]] = [[] for _ in range(dp_group.size())]
-    dist.all_gather_object(everyone, mine, group=dp_group)
+    entries = gather_items(mine, dp_group)
     if writes:
         with Path(path).open("a") as lines:
-            for records in everyone:
-                lines.writelines(json.dumps(entry) + "\n" for entry in records)
+            lines.writelines(json.dumps(entry) + "\n" for entry in entries)

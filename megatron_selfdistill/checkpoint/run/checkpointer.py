@@ -27,7 +27,7 @@ from megatron_selfdistill.checkpoint.run.frozen_teacher import (
     save_frozen_teacher,
 )
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION, SavedRun, encode, read_saved_run
-from megatron_selfdistill.distributed.collectives import describe, on_each_rank, on_rank_0
+from megatron_selfdistill.distributed.collectives import error_message, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import moving_files
 from megatron_selfdistill.errors import CheckpointError
@@ -84,7 +84,7 @@ class Checkpointer:
         Raises: CheckpointError where all checkpoints have faults; the method then changes nothing.
         """
         faults: dict[Path, str] = {}
-        for path in on_rank_0(lambda: directory.candidates(self.directory)):
+        for path in run_on_rank_0(lambda: directory.candidates(self.directory)):
             fault = sharded_io.integrity_fault(path, self.verify)
             if fault is None:
                 self._warn(faults, path)
@@ -153,8 +153,8 @@ class Checkpointer:
 
     def read(self, path: Path) -> SavedRun:
         """Return the state of the run in the checkpoint at ``path``, on every rank; `load` then restores the run."""
-        found = on_rank_0(lambda: directory.resolve(path))
-        return on_each_rank(lambda: read_saved_run(found))
+        found = run_on_rank_0(lambda: directory.resolve(path))
+        return run_on_each_rank(lambda: read_saved_run(found))
 
     @moving_files()
     def load(
@@ -236,7 +236,7 @@ class Checkpointer:
             sharded_io.write_now(request, temporary, target)
             return
         self._pending = temporary
-        on_each_rank(lambda: self._queue.schedule_async_request(request))
+        run_on_each_rank(lambda: self._queue.schedule_async_request(request))
 
     def _finalize(self, blocking: bool) -> None:
         if self._pending is None:
@@ -245,7 +245,7 @@ class Checkpointer:
         if calls and not calls[0].async_caller.is_current_async_call_done(blocking):
             return  # on all ranks
         place = self._pending.path
-        if calls and not on_rank_0(place.is_dir):  # removed, perhaps with the whole run directory
+        if calls and not run_on_rank_0(place.is_dir):  # removed, perhaps with the whole run directory
             calls.popleft()
             sharded_io.forget_results()
             self._pending.release()
@@ -259,7 +259,7 @@ class Checkpointer:
             done = bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
         except sharded_io.WRITE_ERRORS as error:
             done = True
-            raise CheckpointError(f"could not write a checkpoint in the background: {describe(error)}") from error
+            raise CheckpointError(f"could not write a checkpoint in the background: {error_message(error)}") from error
         finally:
             if done:
                 self._pending.release()
@@ -280,7 +280,7 @@ class Checkpointer:
 
     def _save_frozen_teacher(self, teacher: TeacherState) -> None:
         """Save the frozen teacher at the first save, and again if its directory was removed since."""
-        lost = self._teacher_id is not None and not on_rank_0(lambda: has_frozen_teacher(self.run_dir))
+        lost = self._teacher_id is not None and not run_on_rank_0(lambda: has_frozen_teacher(self.run_dir))
         if lost and self.grid.is_reporter:
             place = hidden(str(self.run_dir / frozen_teacher.NAME))
             logger.warning("%s is not there any more: it is written again", place)

@@ -27,7 +27,7 @@ from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.checkpoint.run import sharded_io, state
-from megatron_selfdistill.distributed.collectives import from_all_ranks, on_each_rank, on_rank_0
+from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError, first_few
 
 Chunks = Sequence[torch.nn.Module]
@@ -46,13 +46,13 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
     Raises: CheckpointError before anything is loaded; the message names a torn file, or the first tensors that are
     missing, unexpected or of another shape.
     """
-    found, is_legacy = on_rank_0(lambda: find(path))
+    found, is_legacy = run_on_rank_0(lambda: find(path))
     if is_legacy:
         _load_legacy(found, chunks, vocab_size)
         _require_finite(found, chunks, vocab_size)
         return directory.iteration_of(found)
     sharded_io.verify_integrity(found, verify)
-    wanted = _wanted(chunks, on_rank_0(lambda: set(sharded_io.stored_shapes(found))))
+    wanted = _wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found))))
     sharded_io.check_shapes(wanted, found, only_weights=True, vocab_size=vocab_size)
     with state.gathered_parameters(chunks):
         state.load_model_state(chunks, sharded_io.read(wanted, found))
@@ -73,18 +73,18 @@ def load_weights_and_optimizer(
     Raises: CheckpointError before anything is loaded, as `load_weights` does, and for a checkpoint without optimizer
     state or with the state of another kind of optimizer.
     """
-    found, is_legacy = on_rank_0(lambda: find(path))
+    found, is_legacy = run_on_rank_0(lambda: find(path))
     if is_legacy:
         raise CheckpointError(
             f"{found} is in the legacy format, whose optimizer state fits one layout only: load its weights"
         )
     sharded_io.verify_integrity(found, verify)
-    common = on_each_rank(lambda: load_pickled(found / "common.pt"))
+    common = run_on_each_rank(lambda: load_pickled(found / "common.pt"))
     if "optimizer" not in common:
         raise CheckpointError(f"{found} holds no optimizer state: load its weights alone")
     content = common.get("content_metadata") or _content_before_core_0_13(common)
     with state.gathered_parameters(chunks):
-        model = _wanted(chunks, on_rank_0(lambda: set(sharded_io.stored_shapes(found))), content)
+        model = _wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found))), content)
         optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
         wanted = {**model, "optimizer": optimizer_state}
         sharded_io.check_shapes(wanted, found, vocab_size=vocab_size)
@@ -110,7 +110,7 @@ def _require_finite(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
                 data = data[: max(vocab_size - shard.global_offset[shard.prepend_axis_num], 0)]
             yield shown(key, index), data
 
-    faults = dict.fromkeys(name for names in from_all_ranks(non_finite(named())) for name in names)
+    faults = dict.fromkeys(name for names in gather_objects(non_finite(named())) for name in names)
     if faults:
         raise CheckpointError(
             f"{path} has NaN or infinite elements in {first_few(list(faults), ', ')}: its training diverged or its "
@@ -163,7 +163,7 @@ def _wanted(chunks: Chunks, stored: set[str], content: dict[str, Any] = state.CO
 
 @torch.no_grad()
 def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
-    source = on_each_rank(lambda: LegacyReader(path))
+    source = run_on_each_rank(lambda: LegacyReader(path))
     shards = sharded_io.tensors(state.model_state(chunks, state.CONTENT))
     faults: dict[str, None] = {}
     used: set[Place] = set()
@@ -183,8 +183,8 @@ def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
             elif found != expected:
                 faults[f"{shown(key, index)} has shape {list(found)}, expected {list(expected)}"] = None
 
-    on_each_rank(compare)
-    everyone = from_all_ranks((list(faults), used))
+    run_on_each_rank(compare)
+    everyone = gather_objects((list(faults), used))
     unexpected = source.tensors.difference(*(places for _, places in everyone))
     extra = [f"{shown(key, index)} is unexpected" for key, index in sorted(unexpected) if not key.startswith(NOT_BUILT)]
     raise_misfit(path, [*dict.fromkeys(fault for some, _ in everyone for fault in some), *extra])
@@ -197,7 +197,7 @@ def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
             _copy(source.read(place, expected), shard)
 
     with state.gathered_parameters(chunks):
-        on_each_rank(fill)
+        run_on_each_rank(fill)
 
 
 def _full(shard: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:

@@ -17,7 +17,7 @@ from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.checkpoint.run import sharded_io
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION
-from megatron_selfdistill.distributed.collectives import from_all_ranks, on_each_rank, on_rank_0
+from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.hidden_values import hidden
 
@@ -64,13 +64,13 @@ def save_frozen_teacher(
     makes a new id.  ``replicas`` and ``prove_ownership``: see `sharded_io.begin_write`.
     """
     target = Path(run_dir) / NAME
-    if on_rank_0(lambda: has_frozen_teacher(run_dir) and directory.incomplete(target) is None):
+    if run_on_rank_0(lambda: has_frozen_teacher(run_dir) and directory.incomplete(target) is None):
         if _holds_same_weights(target, teacher):
             return _stored_id(target)
         if dist.get_rank() == 0:
             place = hidden(str(target))
             logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", place)
-    teacher_id = teacher_id or on_rank_0(lambda: uuid.uuid4().hex)
+    teacher_id = teacher_id or run_on_rank_0(lambda: uuid.uuid4().hex)
     contents = {SECTION: {"kind": "teacher"}, _TEACHER_ID: teacher_id, **teacher.sharded_state_dict()}
     request = sharded_io.begin_write(contents, target, replicas=replicas, prove_ownership=prove_ownership)
     sharded_io.write_now(*request, target)
@@ -87,7 +87,7 @@ def load_frozen_teacher(
     Raises: CheckpointError where the stored teacher is missing, damaged, or has another id than ``teacher_id``.
     """
     target = Path(run_dir) / NAME
-    path = on_rank_0(lambda: directory.resolve(target))
+    path = run_on_rank_0(lambda: directory.resolve(target))
     sharded_io.verify_integrity(path, verify)
     found = _stored_id(path)
     if teacher_id not in (None, found):
@@ -103,7 +103,7 @@ def load_frozen_teacher(
 
 def _stored_id(path: Path) -> str:
     """Return the id of the stored teacher at ``path``; every rank reads the id for itself."""
-    return on_each_rank(lambda: load_pickled(path / "common.pt")[_TEACHER_ID])
+    return run_on_each_rank(lambda: load_pickled(path / "common.pt")[_TEACHER_ID])
 
 
 def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:
@@ -117,4 +117,4 @@ def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:
     for tensor in wanted.values():
         tensor.data = torch.empty_like(tensor.data)
     loaded = sharded_io.read(wanted, path)
-    return all(from_all_ranks(all(torch.equal(loaded[name], own[name]) for name in own)))
+    return all(gather_objects(all(torch.equal(loaded[name], own[name]) for name in own)))

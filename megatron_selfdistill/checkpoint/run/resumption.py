@@ -24,7 +24,7 @@ from megatron_selfdistill.config.bound_keys import (
     refusal,
     stored_values,
 )
-from megatron_selfdistill.distributed.collectives import from_all_ranks
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.hidden_values import hidden
 
@@ -109,9 +109,9 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
     found = [*_changed(saved, config), *_changed_data(saved, fingerprint)]
     forced = config.checkpoint.resume == _FORCE and not any(difference.rule == FIXED for difference in found)
     message = None if forced else refusal(found, str(saved.path))
-    message = next((one for one in from_all_ranks(message) if one is not None), None)
-    if message is not None:
-        raise ConfigError(message)
+    with raise_on_all_ranks():
+        if message is not None:
+            raise ConfigError(message)
     same_problems = not any(difference.key in (_PROBLEMS, "seed") for difference in found)
     free, bound = ([str(one) for one in found if (one.rule == FREE) == is_free] for is_free in (True, False))
     return Resumption(saved, tuple(free), (*bound, *_consequences(saved, bool(bound), same_problems)), same_problems)

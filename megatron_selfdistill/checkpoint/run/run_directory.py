@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.checkpoint.conversion import copy_hf_assets_to_run_dir
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.distributed.collectives import on_rank_0
+from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.hidden_values import hidden
 
@@ -39,7 +39,7 @@ class RunDirectory:
         """Raise `CheckpointError` on all ranks where another run has taken the run directory over.  Collective."""
         if self._prove_ownership is not None:
             try:
-                on_rank_0(self._prove_ownership)
+                run_on_rank_0(self._prove_ownership)
             except CheckpointError:
                 self.is_owned = False
                 raise

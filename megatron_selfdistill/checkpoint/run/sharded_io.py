@@ -36,7 +36,7 @@ from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, NOT_
 from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, loads_pickled
 from megatron_selfdistill.checkpoint.run.state import CONTENT
-from megatron_selfdistill.distributed.collectives import describe, from_all_ranks, on_each_rank, on_rank_0
+from megatron_selfdistill.distributed.collectives import error_message, gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
 
 WRITE_ERRORS = (Exception, CheckpointException)
@@ -63,9 +63,9 @@ def begin_write(
 
     Raises: `CheckpointError` on all ranks.
     """
-    needed = sum(from_all_ranks(_num_bytes(contents)))
+    needed = sum(gather_objects(_num_bytes(contents)))
     # Before the lock: the process of the results queue outlives the save and must not inherit the lock.
-    on_each_rank(filesystem_async._get_write_results_queue)
+    run_on_each_rank(filesystem_async._get_write_results_queue)
     temporary = _begin_on_all_ranks(target, needed)
     strategy = get_default_save_sharded_strategy()
     if replicas is not None and replicas.size() > 1:
@@ -81,7 +81,7 @@ def begin_write(
         )
     except WRITE_ERRORS as error:
         temporary.release()
-        raise CheckpointError(f"could not write {target}: {describe(error)}") from error
+        raise CheckpointError(f"could not write {target}: {error_message(error)}") from error
 
     def publish() -> None:
         prove_ownership()
@@ -90,7 +90,7 @@ def begin_write(
 
     if request.async_fn is not None:  # None on a rank that has nothing to write
         request = request._replace(async_fn=functools.partial(_write_with_checksums, request.async_fn, temporary.path))
-    request.add_finalize_fn(lambda: on_rank_0(publish))
+    request.add_finalize_fn(lambda: run_on_rank_0(publish))
     return request, temporary
 
 
@@ -99,7 +99,7 @@ def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None
     try:
         request.execute_sync()
     except WRITE_ERRORS as error:
-        raise CheckpointError(f"could not write {target}: {describe(error)}") from error
+        raise CheckpointError(f"could not write {target}: {error_message(error)}") from error
     finally:
         temporary.release()
 
@@ -126,8 +126,8 @@ def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
             )
     except CheckpointException as error:  # the failures by rank, equal on all ranks
         first = error.failures[min(error.failures)][0]
-        raise CheckpointError(f"{path} could not be read: {describe(first)}") from None
-    on_each_rank(lambda: _rewrite_extra_states(loaded))
+        raise CheckpointError(f"{path} could not be read: {error_message(first)}") from None
+    run_on_each_rank(lambda: _rewrite_extra_states(loaded))
     return loaded
 
 
@@ -146,9 +146,9 @@ def check_shapes(
     tensor data.
     """
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}
-    for theirs in from_all_ranks({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
+    for theirs in gather_objects({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
         expected |= theirs
-    stored = on_rank_0(lambda: stored_shapes(path))
+    stored = run_on_rank_0(lambda: stored_shapes(path))
     faults = [f"{key} is missing" for key in sorted(expected.keys() - stored.keys())]
     if only_weights:
         extra = (key for key in stored.keys() - expected.keys() if not key.startswith(NOT_WEIGHTS + NOT_BUILT))
@@ -176,7 +176,7 @@ def integrity_fault(path: Path, verify: str) -> str | None:
     sizes of all files with the manifest, which a checkpoint of this program must have.  ``checksums`` also compares the
     checksums; each rank reads a share of the files, which warms the file cache for the load that follows.
     """
-    reason = on_rank_0(
+    reason = run_on_rank_0(
         lambda: directory.incomplete(path) or (directory.unverifiable(path) if verify != "none" else None)
     )
     if reason is not None or verify != "checksums":
@@ -188,14 +188,14 @@ def integrity_fault(path: Path, verify: str) -> str | None:
             return None
         return manifest.wrong_contents(path, entries, dist.get_rank(), dist.get_world_size())
 
-    return next((fault for fault in from_all_ranks(on_each_rank(check)) if fault is not None), None)
+    return next((fault for fault in gather_objects(run_on_each_rank(check)) if fault is not None), None)
 
 
 def verify_integrity(path: Path, verify: str) -> None:
     """Raise `CheckpointError` on all ranks for an `integrity_fault`; offer the newest complete checkpoint nearby."""
     fault = integrity_fault(path, verify)
     if fault is not None:
-        raise CheckpointError(f"{path} {fault}{on_rank_0(lambda: directory.instead_of(path))}")
+        raise CheckpointError(f"{path} {fault}{run_on_rank_0(lambda: directory.instead_of(path))}")
 
 
 @contextlib.contextmanager
@@ -275,8 +275,8 @@ def _begin_on_all_ranks(target: Path, num_bytes: int) -> Temporary:
         begun.append(directory.begin(target.parent, target.name, num_bytes))
         return begun[0].path
 
-    path = on_rank_0(begin)
-    return on_each_rank(lambda: begun[0] if begun else Temporary(path).hold())
+    path = run_on_rank_0(begin)
+    return run_on_each_rank(lambda: begun[0] if begun else Temporary(path).hold())
 
 
 def _num_bytes(contents: dict[str, Any]) -> int:

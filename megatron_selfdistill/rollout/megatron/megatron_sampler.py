@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError
@@ -127,8 +128,7 @@ class MegatronSampler:
             while self._lock_step and self._anyone_is_busy():
                 self._run_model(StaticInferenceContext(1, 1), self._new_tensor([[0]]))
         if self._grid.cp_size > 1:
-            shares: list[dict[int, Response]] = [{} for _ in range(self._grid.cp_size)]
-            dist.all_gather_object(shares, responses, group=self._grid.cp_group)
+            shares = gather_objects(responses, self._grid.cp_group)
             responses = {index: response for share in shares for index, response in share.items()}
         return [replace(responses[i], weight_version=self._version) for i in range(len(requests))]
 
@@ -139,16 +139,14 @@ class MegatronSampler:
         prompts = [p for r in requests for p in (r.prompt, r.teacher_prompt) if p is not None]
         lengths = [len(prompt) for prompt in prompts]
         taken = [(longest_prompt(r) + params.max_new_tokens) * (1 if r.teacher_prompt is None else 2) for r in requests]
-        room, any_guided = allowed // self._bytes_per_token, len(prompts) > len(requests)
+        room, num_guided = allowed // self._bytes_per_token, len(prompts) - len(requests)
         maskless = not takes_masks(self._models)
-        mine = [-room, max(lengths, default=0), -min(lengths, default=1), max(taken, default=0), any_guided, maskless]
-        agreed = self._new_tensor(mine)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        room, longest, shortest, needed, any_guided, maskless = agreed.tolist()
+        mine = [-room, max(lengths, default=0), -min(lengths, default=1), max(taken, default=0), num_guided, maskless]
+        room, longest, shortest, needed, num_guided, num_maskless = max_over_ranks(mine)
         capacity, shortest = -room, -shortest
-        if any_guided:
+        if num_guided:
             refuse_unguidable(params)
-        if any_guided and maskless:
+        if num_guided and num_maskless:
             raise ConfigError(
                 "guided responses cannot be sampled in process with Transformer Engine's flash or fused attention, "
                 "which take no arbitrary mask; set model.transformer.attention_backend=auto"
@@ -244,7 +242,7 @@ class MegatronSampler:
     ) -> Tensor | None:
         beat()
         if self._lock_step:
-            dist.all_reduce(self._new_tensor(1), op=dist.ReduceOp.MAX)  # meets `_anyone_is_busy` of those that are done
+            max_over_ranks([1])  # meets `_anyone_is_busy` of those that are done
         return self._run_model(context, tokens, position_ids, attention_mask)
 
     def _run_model(
@@ -315,9 +313,7 @@ class MegatronSampler:
             dist.broadcast(tensor, src=grid.last_stage_rank, group=grid.pp_group)
 
     def _anyone_is_busy(self) -> bool:
-        busy = self._new_tensor(0)
-        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
-        return bool(busy.item())
+        return max_over_ranks([0]) == [1]
 
     def _stage_rank(self, step: int) -> int:
         """Global rank of the stage ``step`` behind or ahead, in a ring: interleaved chunks go round."""

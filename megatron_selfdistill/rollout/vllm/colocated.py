@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.distributed.collectives import broadcast_object, min_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
@@ -26,7 +27,6 @@ from megatron_selfdistill.rollout.megatron.kv_cache import free_bytes
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
 from megatron_selfdistill.rollout.vllm.exchange import (
-    agreement,
     check_requests,
     gather_requests,
     return_responses,
@@ -116,7 +116,7 @@ class ColocatedSampler:
         Collectives: those of `Exporter.stream`.  Raises `EngineError` on all ranks alike.
         """
         started = time.perf_counter()
-        with agreement(self._grid.device):
+        with raise_on_all_ranks(EngineError):
             if self._asleep:
                 self._engine.wake("weights")
             self._engine.load(self._tensors(), version)
@@ -142,7 +142,7 @@ class ColocatedSampler:
         if self._asleep:  # the weights were given up
             self.update_weights(version)
         indices = self._share(len(gathered.requests))
-        with agreement(self._grid.device):
+        with raise_on_all_ranks(EngineError):
             responses = self._generate_share([gathered.requests[i] for i in indices], params)
         # All ranks of an engine have them; one of them hands them out.
         generated = dict(zip(indices, responses, strict=True)) if self._engine_rank == 0 else {}
@@ -214,12 +214,11 @@ class ColocatedSampler:
 
 
 def _engine_on_all_ranks(hf_config: Path, grid: RankGrid, **options: Any) -> InProcessEngine:
-    ident = [secrets.token_hex(8)]
-    dist.broadcast_object_list(ident, src=0)
+    ident = broadcast_object(secrets.token_hex(8))
     built: list[InProcessEngine] = []
     try:
-        with agreement(grid.device):
-            built.append(InProcessEngine(hf_config, grid.device, ident[0], **options))
+        with raise_on_all_ranks(EngineError):
+            built.append(InProcessEngine(hf_config, grid.device, ident, **options))
     except Exception:
         for engine in built:  # it was another rank's that failed
             engine.close()
@@ -241,9 +240,7 @@ def _beside_trainer(arguments: Mapping[str, Any], memory: DeviceMemory, weight_b
 def _least_memory(grid: RankGrid) -> DeviceMemory:
     """Return the least free and the largest total memory of all ranks' GPUs; one all-reduce over the world."""
     own = device_memory()
-    least = torch.tensor([own.free, -own.total], dtype=torch.int64, device=grid.device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    free, negative_total = least.tolist()
+    free, negative_total = min_over_ranks([own.free, -own.total])
     return DeviceMemory(free, -negative_total)
 
 
@@ -258,6 +255,4 @@ def _kv_cache_bytes(gib: float | None, config: Any, max_length: int, grid: RankG
             2 * config.num_layers * config.num_attention_heads * config.kv_channels * config.params_dtype.itemsize
         )
         room = min(room, _CPU_BATCH * (max_length + _CPU_BLOCK) * per_token)
-    least = torch.tensor([room], dtype=torch.int64, device=grid.device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least.item())
+    return min_over_ranks([room])[0]

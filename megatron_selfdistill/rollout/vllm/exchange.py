@@ -2,7 +2,7 @@
 """Requests of all replicas go to the engines and responses come back, for samplers that have weights of their own.
 
     gathered = gather_requests(requests, grid)  # the requests of all replicas, on every rank
-    with agreement(grid.device):
+    with raise_on_all_ranks(EngineError):
         generated = {index: response, ...}  # this rank's share; an error here is raised on all ranks
     responses = return_responses(generated, gathered)  # the responses to this replica's requests, in order
 
@@ -11,28 +11,23 @@ Every function is a collective over the world.
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.formats.unpickler import loads_pickled
-from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.distributed.collectives import gather_objects, raise_on_all_ranks
+from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
-
-_HEARTBEAT_SECONDS = 10.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,7 @@ def gather_requests(requests: Sequence[Request], grid: RankGrid) -> GatheredRequ
     ``requests`` are those of this data-parallel replica, the same on each of its ranks.
     Collectives: one all-gather of objects over the world.
     """
-    shares: list[tuple[int, list[Request]]] = [(0, [])] * grid.world_size
-    dist.all_gather_object(shares, (grid.dp_rank, list(requests) if grid.is_first_of_replica else []))
+    shares = gather_objects((grid.dp_rank, list(requests) if grid.is_first_of_replica else []))
     by_replica: list[list[Request]] = [[] for _ in range(grid.dp_size)]
     for dp_rank, share in shares:
         by_replica[dp_rank] += share
@@ -71,7 +65,7 @@ def return_responses(generated: Mapping[int, Response], gathered: GatheredReques
     ``generated`` holds the responses that this rank has, by index into ``gathered.requests``; exactly one rank has the
     response to each request.
     Collectives over the world: two all-to-alls, in which each rank receives the responses to the requests of its own
-    replica and no others, and the collectives of `agree`.
+    replica and no others, and the collectives of `raise_on_all_ranks`.
     Raises: `EngineError` on all ranks alike if a request has no response or more than one.
     """
     shares = {
@@ -82,7 +76,9 @@ def return_responses(generated: Mapping[int, Response], gathered: GatheredReques
     found = [pair for share in received for pair in loads_pickled(share, "a share of responses")]
     counts = Counter(index for index, _ in found)
     wrong = [f"request {index} has {counts[index]}" for index in gathered.own if counts[index] != 1]
-    agree(EngineError(f"expected one response to each request, but {wrong[0]}") if wrong else None, gathered.device)
+    with raise_on_all_ranks(EngineError):
+        if wrong:
+            raise EngineError(f"expected one response to each request, but {wrong[0]}")
     responses = {index: Response(**fields) for index, fields in found}
     return [responses[index] for index in gathered.own]
 
@@ -100,79 +96,6 @@ def _all_to_all(outgoing: Sequence[bytes], device: torch.device) -> list[bytes]:
     sent = torch.frombuffer(bytearray().join(outgoing), dtype=torch.uint8).to(device)
     dist.all_to_all_single(received, sent, output_sizes, [len(data) for data in outgoing])
     return [part.numpy().tobytes() for part in received.cpu().split(output_sizes)]
-
-
-@contextlib.contextmanager
-def agreement(device: torch.device) -> Iterator[None]:
-    """What is raised inside on some ranks is raised on all of them, when all have left: the first rank's error, by its
-    sentence, as the `EngineError`, `ConfigError` or `ValueError` that it was (others become an `EngineError`).
-
-    Nothing inside may be a collective, unless its failure is one on all ranks.
-    Collectives: one all-reduce over the world; where there was an error, also a gather of sentences.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    agree(error, device)
-
-
-def agree(error: Exception | None, device: torch.device) -> None:
-    """`agreement` for an error in hand; None where this rank has none."""
-    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if not failed.item():
-        return
-    sentences: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, None if error is None else _sentence(error))
-    kind, sentence = next(found for found in sentences if found is not None)
-    raise {kind.__name__: kind for kind in (EngineError, ConfigError, ValueError)}[kind](sentence) from error
-
-
-def on_rank_0(do: Callable[[], T], device: torch.device) -> T | None:
-    """What ``do()`` returns, on rank 0, and None on the others, which do not call it.  What it raises there is raised
-    on all ranks, as by `agreement`.  ``do`` runs in a thread and uses no collective.
-
-    Collectives: a broadcast over the world every few seconds, since ``do`` may take longer than a collective may wait;
-    then those of `agreement`.
-    """
-    outcome: list[T] = []
-    error: list[Exception] = []
-    ended = threading.Event()
-
-    def work() -> None:
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            outcome.append(do())
-        except Exception as raised:
-            error.append(raised)
-        except BaseException as raised:  # the others must not wait for ever for a thread that has left
-            error.append(EngineError(f"{type(raised).__name__}: {raised}"))
-        finally:
-            ended.set()
-
-    is_rank_0 = dist.get_rank() == 0
-    if is_rank_0:
-        threading.Thread(target=work, name="rank 0 alone", daemon=True).start()
-    going_on = torch.ones(1, dtype=torch.int32, device=device)
-    while going_on.item():
-        if is_rank_0:
-            going_on.fill_(not ended.wait(_HEARTBEAT_SECONDS))
-        dist.broadcast(going_on, src=0)
-    agree(error[0] if error else None, device)
-    return outcome[0] if outcome else None
-
-
-def _sentence(error: Exception) -> tuple[str, str]:
-    """The name of the class that it is raised as everywhere, and what it says."""
-    for kind in (EngineError, ConfigError):
-        if isinstance(error, kind):
-            return kind.__name__, str(error)
-    if type(error) is ValueError:  # not its subclasses: UnicodeDecodeError and its like are no sentences
-        return "ValueError", str(error)
-    return "EngineError", f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
 
 
 def check_requests(

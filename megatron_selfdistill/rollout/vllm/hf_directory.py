@@ -16,11 +16,11 @@ from megatron_selfdistill.checkpoint.conversion import DTYPES
 from megatron_selfdistill.checkpoint.describe import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import Config, ModelConfig
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
 from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
 from megatron_selfdistill.model.hf.rules import Rule
-from megatron_selfdistill.rollout.vllm.exchange import agreement
 
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -37,7 +37,7 @@ def engine_directory(config: Config, vocab_size: int, run_dir: Path, grid: RankG
     ``model.provider`` leaves unknown which it is; `EngineError` where it cannot be written.
     """
     target = Path(run_dir) / "engine"
-    with agreement(grid.device):
+    with raise_on_all_ranks(EngineError):
         hf_config, rules = _described(config, vocab_size, run_dir)
         if grid.rank == 0:
             target.mkdir(parents=True, exist_ok=True)

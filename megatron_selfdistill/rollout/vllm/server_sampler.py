@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.distributed.collectives import broadcast_object, run_long_on_rank_0, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
@@ -32,10 +32,8 @@ from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.exchange import (
-    agreement,
     check_requests,
     gather_requests,
-    on_rank_0,
     return_responses,
     staleness,
 )
@@ -116,7 +114,7 @@ class ServerSampler:
             self._transfer = make_transfer(chosen, folder=rollout.transfer_dir, timeout_s=rollout.timeout_s)
 
         try:
-            on_rank_0(start, grid.device)
+            run_long_on_rank_0(start, EngineError)
         except Exception:
             self.close()
             raise
@@ -129,12 +127,10 @@ class ServerSampler:
         """
         started = time.perf_counter()
         todo: list[list[VllmServer]] = []  # each to be sent to at once
-        on_rank_0(lambda: todo.append(self._reachable()), self._grid.device)
-        while self._any_left(todo):
+        run_long_on_rank_0(lambda: todo.append(self._reachable()), EngineError)
+        while broadcast_object(bool(todo)):
             self._send(todo, version)
-        with agreement(self._grid.device):
-            if self._grid.rank == 0 and version not in self._versions.values():
-                raise EngineError(f"no vLLM server took the weights: {_causes(self._failed.values())}")
+        run_on_rank_0(lambda: self._check_sent(version), EngineError)
         self._version = version
         self._count("sync_seconds", time.perf_counter() - started)
 
@@ -151,7 +147,7 @@ class ServerSampler:
             raise EngineError("the vLLM servers have no weights yet: call update_weights before generate")
         gathered = gather_requests(requests, self._grid)
         check_requests(gathered.requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
-        generated = on_rank_0(lambda: self._generate_on_servers(gathered.requests, params), self._grid.device)
+        generated = run_long_on_rank_0(lambda: self._generate_on_servers(gathered.requests, params), EngineError)
         return return_responses(generated or {}, gathered)
 
     def sleep(self) -> None:
@@ -162,10 +158,9 @@ class ServerSampler:
         rollout/requests_retried, rollout/guided_repairs where guided, and rollout/staleness_max where
         ``max_staleness`` allows any."""
         self._metrics["rollout/servers_alive"] = len(self._servers) - len(self._failed)
-        told = [self._metrics]
-        dist.broadcast_object_list(told, src=0)
+        metrics = broadcast_object(self._metrics)
         self._metrics = {}
-        return told[0]
+        return metrics
 
     def close(self) -> None:
         """End the servers that were started here; may be called twice."""
@@ -201,11 +196,10 @@ class ServerSampler:
     def _send(self, todo: list[list[VllmServer]], version: int) -> None:
         """One update, to the first servers of ``todo`` on rank 0, which are taken out, and put back where they need
         another."""
-        device = self._grid.device
-        update = on_rank_0(lambda: self._begin(todo.pop(0), version), device)
+        update = run_long_on_rank_0(lambda: self._begin(todo.pop(0), version), EngineError)
         for tensors in self._exporter.stream(copies=False):
-            on_rank_0(lambda tensors=tensors: update.send(tensors), device)  # type: ignore[misc,union-attr]
-        on_rank_0(lambda: todo.extend(self._finish(update, version)), device)  # type: ignore[arg-type]
+            run_long_on_rank_0(lambda tensors=tensors: update.send(tensors), EngineError)  # type: ignore[misc,union-attr]
+        run_long_on_rank_0(lambda: todo.extend(self._finish(update, version)), EngineError)  # type: ignore[arg-type]
 
     def _begin(self, servers: Sequence[VllmServer], version: int) -> WeightUpdate:
         assert self._transfer is not None
@@ -232,11 +226,10 @@ class ServerSampler:
             self._lose(server, error)
         return [[server] for server in again]
 
-    def _any_left(self, todo: Sequence[Any]) -> bool:
-        """On rank 0."""
-        left = torch.tensor([bool(todo)], dtype=torch.int32, device=self._grid.device)
-        dist.broadcast(left, src=0)
-        return bool(left.item())
+    def _check_sent(self, version: int) -> None:
+        """Raise `EngineError` if no server has the weights of ``version``."""
+        if version not in self._versions.values():
+            raise EngineError(f"no vLLM server took the weights: {_causes(self._failed.values())}")
 
     def _generate_on_servers(self, requests: Sequence[Request], params: SamplingParams) -> dict[int, Response]:
         if not requests:

@@ -239,7 +239,9 @@ def test_a_triton_that_is_too_old_is_not_chosen_and_refused_if_asked_for(monkeyp
     too_old = "triton 3.2.0 is installed, and 3.3 or later is needed"
     monkeypatch.setattr(backend, "_triton_version", lambda: "3.2.0")
     assert in_use(None, CUDA, torch.bfloat16) == ("torch", too_old)
-    with pytest.raises(ValueError, match=rf"loss\.backend=triton cannot be used: {too_old}\. Set loss\.backend to torch"):
+    with pytest.raises(
+        ValueError, match=rf"loss\.backend=triton cannot be used: {too_old}\. Set loss\.backend to torch"
+    ):
         in_use("triton", CUDA, torch.bfloat16)
     for version in ("3.3.1", "3.10.0+git8b3c7d2", "4.0"):
         monkeypatch.setattr(backend, "_triton_version", lambda version=version: version)

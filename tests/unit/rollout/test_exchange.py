@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import time
 from typing import Any
 
 import pytest
@@ -14,14 +13,11 @@ import torch.distributed as dist
 from models import parallel
 
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.vllm import exchange
 from megatron_selfdistill.rollout.vllm.exchange import (
-    agreement,
     check_requests,
     gather_requests,
-    on_rank_0,
     return_responses,
 )
 
@@ -114,70 +110,6 @@ def test_responses_travel_in_one_collective_to_those_who_asked_however_many_rank
     for called, received, wanted in ranks.run(collectives_of_an_exchange, [5, 2, 0, 3], world_size=4):
         assert called == ["all_to_all_single", "all_to_all_single", "all_reduce"]  # sizes, responses, errors
         assert received == pytest.approx(wanted, abs=100)  # a pickle stores equal strings of one process once
-
-
-def agreed(errors: list[Exception | None]) -> tuple[str, str] | None:
-    grid = initialize(parallel(), seed=1)
-    mine = errors[grid.rank]
-    try:
-        with agreement(grid.device):
-            if mine is not None:
-                raise mine
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
-
-
-@pytest.mark.parametrize(
-    ("errors", "wanted"),
-    [
-        ([None, None], None),
-        ([None, EngineError("gone")], ("EngineError", "gone")),
-        ([ConfigError("first"), ValueError("second")], ("ConfigError", "first")),
-        ([ValueError("no room"), None], ("ValueError", "no room")),
-        ([None, KeyError("x")], ("EngineError", "rank 1: KeyError: 'x'")),
-    ],
-)
-def test_what_one_rank_raises_all_ranks_raise(ranks, errors, wanted):
-    assert ranks.run(agreed, errors, world_size=2) == [wanted, wanted]
-
-
-def alone(seconds: float, fails: bool) -> tuple[Any, str, int]:
-    """What `on_rank_0` gives and raises, and how many broadcasts the ranks met in meanwhile."""
-    grid = initialize(parallel(), seed=1)
-    met: list[int] = []
-    original = dist.broadcast
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        met.append(1)
-        return original(*args, **kwargs)
-
-    def work() -> str:
-        assert grid.rank == 0
-        time.sleep(seconds)
-        if fails:
-            raise EngineError("it took too long")
-        return "done"
-
-    found, sentence = None, ""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_HEARTBEAT_SECONDS", 0.1)
-        patch.setattr(dist, "broadcast", counted)
-        try:
-            found = on_rank_0(work, grid.device)
-        except EngineError as error:
-            sentence = str(error)
-    return found, sentence, len(met)
-
-
-def test_what_rank_0_does_alone_may_take_longer_than_a_collective_may_wait(ranks):
-    first, second = ranks.run(alone, 0.55, False, world_size=2)
-    assert (first[0], second[0]) == ("done", None)
-    assert first[2] == second[2] >= 4
-
-
-def test_what_rank_0_fails_at_alone_all_ranks_raise(ranks):
-    assert [step[:2] for step in ranks.run(alone, 0.0, True, world_size=2)] == [(None, "it took too long")] * 2
 
 
 PARAMS = SamplingParams(max_new_tokens=10)
