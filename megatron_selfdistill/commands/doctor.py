@@ -76,8 +76,8 @@ def report(findings: Sequence[Finding]) -> int:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{finding.name:<{width}}  {finding.status:<7}  {finding.found}")
-        if finding.mend:
-            print(f"{'':<{width}}           -> {finding.mend}")
+        if finding.fix:
+            print(f"{'':<{width}}           -> {finding.fix}")
     failures = [finding.name for finding in findings if finding.status == FAILURE]
     print()
     if failures:
@@ -93,7 +93,7 @@ def brief(findings: Sequence[Finding]) -> int:
     host = platform.node()
     failures = [finding for finding in findings if finding.status == FAILURE]
     for finding in failures:
-        print(f"{host}: {FAILURE}: {finding.name}: {finding.found}{f' -> {finding.mend}' if finding.mend else ''}")
+        print(f"{host}: {FAILURE}: {finding.name}: {finding.found}{f' -> {finding.fix}' if finding.fix else ''}")
     if failures:
         return 1
     required, _ = requirements()

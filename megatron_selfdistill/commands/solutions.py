@@ -162,7 +162,7 @@ def _attempts(
             score=score,
         )
     except RuntimeError as error:  # the verifier or an engine: what was done before is kept
-        raise ConfigError(f"{error}; when that is mended, the same command goes on from here") from error
+        raise ConfigError(f"{error}; when that is fixed, the same command goes on from here") from error
     mine = [_line(attempt, run_data) for attempt in attempts]
     by_id = {line["problem_id"]: line for line in gather_items(mine, grid.dp_group)}
     return [by_id[problem.id] for problem in group]

@@ -4,8 +4,8 @@
     ranks = RollCall()
     word = ranks.answer("folder", "ready")      # waits for all ranks; all get rank 0's word
     ...
-    if ranks.failed(sentence, status):          # releases the others; true for one of the ranks with this sentence
-        print(sentence)
+    if ranks.failed(message, status):          # releases the others; true for one of the ranks with this message
+        print(message)
 
 The ranks speak through the launch's store (torchrun's own; without torchrun rank 0 keeps it).  In a world of one rank
 nothing is waited for, and torch is not imported.
@@ -84,10 +84,10 @@ class RollCall:
                 f"or raise parallel.distributed_timeout_minutes ({str(error).splitlines()[0]})"
             ) from error
 
-    def failed(self, sentence: str, status: int) -> bool:
-        """Tell the others that this rank ends because of ``sentence``; return whether this rank shall print it.
+    def failed(self, message: str, status: int) -> bool:
+        """Tell the others that this rank ends because of ``message``; return whether this rank shall print it.
 
-        Each sentence is printed once: by rank 0, or by one of the ranks that have it where rank 0 does not.  Ranks that
+        Each message is printed once: by rank 0, or by one of the ranks that have it where rank 0 does not.  Ranks that
         wait in `answer`, or come there later, raise `OtherRankFailed`.  Never raises: where the store cannot be
         reached, the answer is True.
         """
@@ -98,7 +98,7 @@ class RollCall:
             store.set("failed", str(status))
             for call in CALLS:
                 store.set(f"complete/{call}", "")
-            return self._speaks(store, hashlib.sha256(sentence.encode(errors="replace")).hexdigest())
+            return self._speaks(store, hashlib.sha256(message.encode(errors="replace")).hexdigest())
         except RuntimeError:
             return True
 
@@ -118,13 +118,13 @@ class RollCall:
             time.sleep(_LOOK_S)
         return True
 
-    def tell_torchrun(self, sentence: str) -> None:
-        """Put ``sentence`` where torchrun's report of failed ranks takes its "traceback" from."""
+    def tell_torchrun(self, message: str) -> None:
+        """Put ``message`` where torchrun's report of failed ranks takes its "traceback" from."""
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:
-            about = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+            about = {"py_callstack": message, "timestamp": str(int(time.time()))}
             with contextlib.suppress(OSError):
-                Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": about}}))
+                Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
 
     def leave(self) -> None:
         """End this rank's part after a failure: rank 0 waits until the other ranks have left, a few seconds at most."""

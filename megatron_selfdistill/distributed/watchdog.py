@@ -241,7 +241,7 @@ class _Watch:
         spoken = [self._heard[r][0] for r in ranks if r not in self._silent]
         if any(report is None or not report.stalled for report in spoken):
             return None
-        return self._sentence({r: self._heard[r][0] for r in ranks})
+        return self._message({r: self._heard[r][0] for r in ranks})
 
     def _publish(self, stalled: bool) -> None:
         self._tick += 1
@@ -259,7 +259,7 @@ class _Watch:
             if last is None or report.tick != last.tick:
                 self._heard[rank] = (report, self._clock)
 
-    def _sentence(self, reports: Mapping[int, Report | None]) -> str:
+    def _message(self, reports: Mapping[int, Report | None]) -> str:
         found = hanging(reports, self._silent)
         hosts = {rank: f" on {report.host}" for rank, report in reports.items() if report is not None}
         who = "; ".join(f"rank {rank}{hosts.get(rank, '')} {why}" for rank, why in found.items())
@@ -274,7 +274,7 @@ class _Watch:
         return f"{self._timeout_s / 60:.3g} minutes"
 
     def _end(self, verdict: str) -> None:
-        """Stacks, the sentence, and out: nothing else can be expected to work."""
+        """Stacks, the message, and out: nothing else can be expected to work."""
         try:
             faulthandler.cancel_dump_traceback_later()
             print(f"{time.strftime('%F %T')}: {verdict}", file=self._file, flush=True)

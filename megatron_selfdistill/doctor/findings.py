@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a node has and lacks for a run, finding by finding, each with its mend: what ``selfdistill doctor`` reports.
+"""What a node has and lacks for a run, finding by finding, each with its fix: what ``selfdistill doctor`` reports.
 
 Needs nothing but Python: what is missing is a finding.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.doctor.imports import IMPORT_LIMIT_S, Outcome, importing
+from megatron_selfdistill.doctor.imports import IMPORT_LIMIT_S, ImportResult, importing
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 10), (3, 13))
@@ -64,7 +64,7 @@ class Finding:
     name: str
     found: str
     status: str = OK
-    mend: str = ""
+    fix: str = ""
     """What to do, or what the finding means."""
     short: str = ""
     """What should be alike on all nodes, in a word or two; empty where that is not told of each."""
@@ -140,10 +140,8 @@ def enough_gpus(ranks: int | None) -> list[Finding]:
         return []
     found = f"{ranks} on {number} GPU{'s' * (number > 1)}"
     if ranks > number:
-        mend = (
-            f"ask for {ranks} GPUs (sbatch --gpus-per-node={ranks}), or start {number} ranks (GPUS_PER_NODE={number})"
-        )
-        return [Finding("ranks", found, FAILURE, mend)]
+        fix = f"ask for {ranks} GPUs (sbatch --gpus-per-node={ranks}), or start {number} ranks (GPUS_PER_NODE={number})"
+        return [Finding("ranks", found, FAILURE, fix)]
     if ranks < number:
         return [Finding("ranks", found, WARNING, f"{number - ranks} of the GPUs will have nothing to do")]
     return [Finding("ranks", found)]
@@ -168,8 +166,8 @@ def torch_and_gpus() -> list[Finding]:
         ]
     if not torch.cuda.is_available():
         status = FAILURE if has_driver else WARNING
-        mend = "is the driver too old for it?"
-        return [Finding("torch's CUDA", f"{build}, but no GPU can be used", status, mend), torchrun()]
+        fix = "is the driver too old for it?"
+        return [Finding("torch's CUDA", f"{build}, but no GPU can be used", status, fix), torchrun()]
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return [
         Finding("torch's CUDA", f"{build}, {torch.cuda.device_count()} GPUs", short=build),
@@ -190,8 +188,8 @@ def torchrun() -> Finding:
         return Finding("torchrun", f"{type(error).__name__}: {error}", FAILURE, "install torch with torch.distributed")
     if SIGNALS in parser.format_help():
         return Finding("torchrun", f"has {SIGNALS}")
-    mend = 'pip install "torch>=2.10"; older ones kill the ranks 30 s after a TERM that reaches them, saved or not'
-    return Finding("torchrun", f"has no {SIGNALS}", WARNING, mend)
+    fix = 'pip install "torch>=2.10"; older ones kill the ranks 30 s after a TERM that reaches them, saved or not'
+    return Finding("torchrun", f"has no {SIGNALS}", WARNING, fix)
 
 
 def _torch() -> Any:
@@ -254,50 +252,50 @@ def _split(requirement: str) -> tuple[str, str]:
 
 def distribution(name: str, wanted: str, *, required: bool) -> Finding:
     """Whether it is installed, in a version that setup.py allows, and has its module; it is not imported."""
-    mend = f'pip install "{name}{wanted}"'
+    fix = f'pip install "{name}{wanted}"'
     version = _recorded(name)
     if not version:
         if required:
-            return Finding(name, "not installed", FAILURE, mend)
+            return Finding(name, "not installed", FAILURE, fix)
         return Finding(name, "not installed", ABSENT, OPTIONAL[name], short=ABSENT)
     module = MODULES.get(name, name.replace("-", "_"))
     if not _there(module):
-        return Finding(name, f"{version}, but no module {module}", FAILURE, mend)
-    finding = _of_version(name, version, wanted, mend, required=required)
+        return Finding(name, f"{version}, but no module {module}", FAILURE, fix)
+    finding = _of_version(name, version, wanted, fix, required=required)
     return replace(finding, short=version if name in ("torch", "megatron-core", *OPTIONAL) else "")
 
 
-def imported_package(name: str, wanted: str, outcome: Outcome, *, required: bool) -> Finding:
+def imported_package(name: str, wanted: str, outcome: ImportResult, *, required: bool) -> Finding:
     """The same by what its import came to: what comes first on the path is what a run gets, whatever pip says."""
     recorded, requirement = _recorded(name), f"{name}{wanted}"
     if outcome.absent:
         found = distribution(name, wanted, required=required)
         if not recorded or found.status == FAILURE:
             return found
-        return Finding(name, f"{recorded}, but no module {MODULES.get(name, name)}", FAILURE, found.mend)
+        return Finding(name, f"{recorded}, but no module {MODULES.get(name, name)}", FAILURE, found.fix)
     version = outcome.version or recorded
     if outcome.error:
-        mend = BUILD_ANEW[name].format(requirement=requirement, wanted=wanted)
+        fix = BUILD_ANEW[name].format(requirement=requirement, wanted=wanted)
         if re.search(r"libcuda\.|libnvidia", outcome.error):
-            mend = "the driver's libraries are not here: ask a node with GPUs; in a container: --gpus all"
-        return Finding(name, f"{version} cannot be imported: {outcome.error}".strip(), FAILURE, mend)
+            fix = "the driver's libraries are not here: ask a node with GPUs; in a container: --gpus all"
+        return Finding(name, f"{version} cannot be imported: {outcome.error}".strip(), FAILURE, fix)
     if not version:
         return Finding(name, f"of no known version, from {outcome.place}", WARNING, f"expected {requirement}")
-    mend = f'pip install "{requirement}"'
+    fix = f'pip install "{requirement}"'
     if recorded and _numbers(recorded) != _numbers(version):
-        mend = f"pip has {recorded}, but {outcome.place} comes first: take it off PYTHONPATH and the working folder"
-    finding = _of_version(name, version, wanted, mend, required=required)
+        fix = f"pip has {recorded}, but {outcome.place} comes first: take it off PYTHONPATH and the working folder"
+    finding = _of_version(name, version, wanted, fix, required=required)
     return replace(finding, found=f"{finding.found}, from {outcome.place}", short=version)
 
 
-def _of_version(name: str, version: str, wanted: str, mend: str, *, required: bool) -> Finding:
+def _of_version(name: str, version: str, wanted: str, fix: str, *, required: bool) -> Finding:
     if not satisfies(version, _without_upper_bound(wanted) if name in OWN_BUILDS else wanted):
-        return Finding(name, f"{version}, expected {wanted}", FAILURE if required else WARNING, mend)
+        return Finding(name, f"{version}, expected {wanted}", FAILURE if required else WARNING, fix)
     newest = tested().get(name)
     if newest is None or not newer(version, newest):
         return Finding(name, version)
-    mend = f'it may work, which --selftest shows; tested: pip install "{name}=={newest}.*"'
-    return Finding(name, f"{version}, newer than tested ({newest})", WARNING, mend)
+    fix = f'it may work, which --selftest shows; tested: pip install "{name}=={newest}.*"'
+    return Finding(name, f"{version}, newer than tested ({newest})", WARNING, fix)
 
 
 def _recorded(name: str) -> str:
@@ -357,20 +355,20 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in leading.group().split(".")] if leading else [0]
 
 
-def apex(outcome: Outcome | None) -> Finding:
+def apex(outcome: ImportResult | None) -> Finding:
     """NVIDIA's apex has multi-tensor kernels; PyPI's package of that name is something else."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        mend = "fused Adam and weight gradients come from elsewhere, or torch"
-        return Finding("apex", "not installed", ABSENT, mend, short=ABSENT)
+        fix = "fused Adam and weight gradients come from elsewhere, or torch"
+        return Finding("apex", "not installed", ABSENT, fix, short=ABSENT)
     places = [Path(place) for place in spec.submodule_search_locations or []]
     if not any((place / "multi_tensor_apply").is_dir() for place in places):
         where = ", ".join(map(str, places)) or str(spec.origin)
-        mend = "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex"
-        return Finding("apex", f"an unrelated package of that name in {where}", FAILURE, mend)
+        fix = "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex"
+        return Finding("apex", f"an unrelated package of that name in {where}", FAILURE, fix)
     if importlib.util.find_spec("amp_C") is None:
-        mend = "build it with --cpp_ext --cuda_ext"
-        return Finding("apex", "NVIDIA's, built without its kernels", WARNING, mend, short="without kernels")
+        fix = "build it with --cpp_ext --cuda_ext"
+        return Finding("apex", "NVIDIA's, built without its kernels", WARNING, fix, short="without kernels")
     if outcome is not None and (outcome.error or outcome.absent):
         error = outcome.error or "no module apex"
         return Finding("apex", f"NVIDIA's cannot be imported: {error}", FAILURE, BUILD_ANEW["apex"])

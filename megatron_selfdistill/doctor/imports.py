@@ -29,7 +29,7 @@ _LONGEST = 400
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ImportResult:
     """What an import came to."""
 
     version: str = ""
@@ -80,7 +80,7 @@ os._exit(0)  # how a library takes its leave is not the question
 
 
 @contextlib.contextmanager
-def importing(names: Sequence[str], limit_s: float = IMPORT_LIMIT_S) -> Iterator[Callable[[], dict[str, Outcome]]]:
+def importing(names: Sequence[str], limit_s: float = IMPORT_LIMIT_S) -> Iterator[Callable[[], dict[str, ImportResult]]]:
     """The imports start at once; what is yielded waits for them, until ``limit_s`` after that start, and none goes on
     afterwards.  ``names``: of `_IMPORTS`."""
     deadline = time.monotonic() + limit_s
@@ -88,7 +88,7 @@ def importing(names: Sequence[str], limit_s: float = IMPORT_LIMIT_S) -> Iterator
         children = {name: _started(_IMPORTS[name], Path(folder) / name) for name in names}
         try:
             yield lambda: {
-                name: _outcome(_IMPORTS[name], child, Path(folder) / name, deadline, limit_s)
+                name: _result(_IMPORTS[name], child, Path(folder) / name, deadline, limit_s)
                 for name, child in children.items()
             }
         finally:
@@ -106,22 +106,22 @@ def _started(what: _Import, files: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
-def _outcome(what: _Import, child: subprocess.Popen, files: Path, deadline: float, limit_s: float) -> Outcome:
+def _result(what: _Import, child: subprocess.Popen, files: Path, deadline: float, limit_s: float) -> ImportResult:
     try:
         status = child.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return Outcome(error=f"its import did not return within {limit_s:.0f} s")
+        return ImportResult(error=f"its import did not return within {limit_s:.0f} s")
     said = Path(f"{files}.log").read_text(errors="replace").splitlines()
     try:
         found = json.loads(Path(f"{files}.json").read_text())
     except (OSError, ValueError):
-        return Outcome(error=_short(f"its import ended the process {_how(status)}: {' '.join(said[-1:])}"))
+        return ImportResult(error=_short(f"its import ended the process {_how(status)}: {' '.join(said[-1:])}"))
     if "error" not in found:
-        return Outcome(version=found["version"], place=found["place"])
+        return ImportResult(version=found["version"], place=found["place"])
     if found["not_found"] and what.modules[0] in (found["lacking"], *_inside(found["lacking"], what.modules[0])):
-        return Outcome(absent=True)
+        return ImportResult(absent=True)
     logged = [line for line in said if "Failed to import" in line]
-    return Outcome(error=_short("; ".join([found["error"], *logged[-1:]])))
+    return ImportResult(error=_short("; ".join([found["error"], *logged[-1:]])))
 
 
 def _inside(package: str, module: str) -> list[str]:

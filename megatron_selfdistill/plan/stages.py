@@ -62,8 +62,8 @@ def stages(
             try:
                 chunks = build_on_meta(model, config, grid, vocab_size)
             except (ValueError, AssertionError, RuntimeError) as error:
-                sentence = " ".join(str(error).split())
-                raise ConfigError(f"Megatron Core cannot build pipeline stage {pp_rank}: {sentence}") from error
+                message = " ".join(str(error).split())
+                raise ConfigError(f"Megatron Core cannot build pipeline stage {pp_rank}: {message}") from error
             found.append(_stage(chunks, cut, grid, vocab_size))
     return found
 

@@ -21,7 +21,7 @@ from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, unwrapped
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
-from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, Node, contexts
+from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, LaunchUnderTest, contexts
 
 BOUND = 3.0
 """Either kind of layer rounds to bf16 at other places; another function would be off by a hundred times as much."""
@@ -36,15 +36,15 @@ def why_not() -> str:
     return "" if repairs.have_transformer_engine() else "no Transformer Engine here; a run uses Megatron's local layers"
 
 
-def layers_against_local(node: Node) -> Outcome:
+def layers_against_local(launch: LaunchUnderTest) -> Outcome:
     """Logits and losses in bf16 by both kinds of layers, against the local ones in float32.
 
     Weights are carried over under their checkpoint names, which both kinds share."""
     if reason := why_not():
         return Outcome(not_done=reason)
-    cuts = node.cut(tp=node.largest_tp)
-    config = node.config(cuts, node.folder, "optimizer.precision=bf16")
-    grid = node.grid(cuts)
+    cuts = launch.cut(tp=launch.largest_tp)
+    config = launch.config(cuts, launch.folder, "optimizer.precision=bf16")
+    grid = launch.grid(cuts)
     local = _chunks(config, grid, transformer_engine=False)
     engine = _chunks(config, grid, transformer_engine=True)
     exact_config = replace(config, optimizer=replace(config.optimizer, precision="fp32"))

@@ -44,7 +44,7 @@ class Meeting:
     """The ranks of one launch, for the time of all checks.
 
     A rank that raises leaves its process groups at once, which frees the others that wait for it over gloo; its
-    sentence is the one that counts.  Over NCCL nobody is freed: ``grace_s`` later, where a check takes longer than its
+    message is the one that counts.  Over NCCL nobody is freed: ``grace_s`` later, where a check takes longer than its
     share, and when ``limit_s`` are over, rank 0 calls ``broken_off`` with what is known and every process exits with 1,
     from a thread.
     """
@@ -113,7 +113,7 @@ class Meeting:
 
     def hold(self, name: str, check: Callable[[], Outcome], leave: Callable[[], None], share: float = 1.0) -> Outcome:
         """``check()`` on all ranks, then ``leave()``, which ends the process groups; the worst of what they found,
-        equal on all ranks.  What ``check`` raises on any rank is an outcome: that rank's sentence.
+        equal on all ranks.  What ``check`` raises on any rank is an outcome: that rank's message.
 
         ``share``: of the time that is left, what this check may take of it; the rest is for those that follow."""
         self._num_checks += 1
@@ -124,8 +124,8 @@ class Meeting:
         try:
             report = _Report(check(), failed=0)
         except Exception as error:
-            sentence = f"rank {self.rank}: {type(error).__name__}: {' '.join(str(error).split())}"
-            report = _Report(Outcome(error=sentence), failed=self._next_failure())
+            message = f"rank {self.rank}: {type(error).__name__}: {' '.join(str(error).split())}"
+            report = _Report(Outcome(error=message), failed=self._next_failure())
         outcome = replace(report.outcome, name=name, seconds=time.perf_counter() - began)
         self._tell(replace(report, outcome=outcome))
         if not report.failed:  # a rank that is done must not close its connections while another still reads
@@ -148,7 +148,7 @@ class Meeting:
 
         ``work`` calls ``phase("what it begins")``; a rank that does not return within ``limit_s`` is reported with its
         phase, which tells a slow compiler from a collective that hangs.  The outcome, equal on all ranks, has no
-        figure: the seconds, and the sentence of the rank that raised, if one did.
+        figure: the seconds, and the message of the rank that raised, if one did.
         """
         left = self._deadline - time.monotonic()
         self._deadline = time.monotonic() + limit_s
@@ -165,7 +165,7 @@ class Meeting:
             self._deadline = time.monotonic() + left
 
     def _begin_phase(self, phase: str) -> None:
-        """Tell the others what this rank begins, for the sentence about ranks that never return."""
+        """Tell the others what this rank begins, for the message about ranks that never return."""
         self._phase = phase
         with self._lock:
             self._store.set(self._key(f"phase {self.rank}"), phase)
@@ -247,9 +247,9 @@ class Meeting:
                 return  # they have just come
             failed = sorted((r for r in map(self._report, told) if r.failed), key=lambda report: report.failed)
             who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {why}{self._phases_of(missing)}"
-            sentence = f"{failed[0].outcome.error}; then {who}" if failed else who
+            message = f"{failed[0].outcome.error}; then {who}" if failed else who
             seconds = time.monotonic() - self._began
-            self._end(Outcome(error=sentence, name=check, seconds=seconds))
+            self._end(Outcome(error=message, name=check, seconds=seconds))
         except BaseException:
             _exit()
 

@@ -30,11 +30,11 @@ from megatron_selfdistill.selftest.outcome import HEADER, Outcome, lines
 from megatron_selfdistill.selftest.resume import save_and_resume
 from megatron_selfdistill.selftest.sharded_loss import loss_against_float64
 from megatron_selfdistill.selftest.sync import weight_sync
-from megatron_selfdistill.selftest.tiny import Node, write_texts
+from megatron_selfdistill.selftest.tiny import LaunchUnderTest, write_texts
 from megatron_selfdistill.selftest.training import identity_law, pair_orders
 from megatron_selfdistill.selftest.warming import warm_up
 
-CHECKS: dict[str, Callable[[Node], Outcome]] = {
+CHECKS: dict[str, Callable[[LaunchUnderTest], Outcome]] = {
     "identity law": identity_law,
     "vocabulary-parallel loss against float64": loss_against_float64,
     "Transformer Engine's layers against local ones": layers_against_local,
@@ -48,7 +48,7 @@ have left."""
 
 
 def selftest(sampler: str | None = None, say: Callable[[str], None] = print, limit_s: float = LIMIT_S) -> list[Outcome]:
-    """What became of every check, equal on all ranks; rank 0 ``say``s each as it comes, and a sentence at the end.
+    """What became of every check, equal on all ranks; rank 0 ``say``s each as it comes, and a message at the end.
 
     ``sampler``: megatron or vllm; None is vllm where it is installed.  RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
     are as torchrun sets them; without them this is a world of one.  There must be no process group.
@@ -65,11 +65,11 @@ def selftest(sampler: str | None = None, say: Callable[[str], None] = print, lim
     with Meeting(rank, world_size, broken_off=table.end, limit_s=limit_s) as meeting:
         table.begin(world_size, sampler)
         with _folder(meeting) as folder:
-            node = Node(rank, world_size, folder, sampler, meeting.open_group, 2 * limit_s)
-            table.warmed(meeting.warm_up(partial(warm_up, node), leave=_leave, limit_s=limit_s))
+            launch = LaunchUnderTest(rank, world_size, folder, sampler, meeting.open_group, 2 * limit_s)
+            table.warmed(meeting.warm_up(partial(warm_up, launch), leave=_leave, limit_s=limit_s))
             for number, (name, check) in enumerate(CHECKS.items(), 1):
                 share = SHARE if number < len(CHECKS) else 1.0
-                table.add(meeting.hold(name, partial(check, node), leave=_leave, share=share))
+                table.add(meeting.hold(name, partial(check, launch), leave=_leave, share=share))
     table.conclude()
     return table.outcomes
 

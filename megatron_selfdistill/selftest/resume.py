@@ -19,7 +19,7 @@ from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
-from megatron_selfdistill.selftest.tiny import Node
+from megatron_selfdistill.selftest.tiny import LaunchUnderTest
 from megatron_selfdistill.train import train
 
 STEPS = 4
@@ -28,20 +28,20 @@ CLOCKS = ("seconds/", "tokens_per_second/", "memory/")
 _TE_SWITCH = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 
 
-def save_and_resume(node: Node) -> Outcome:
+def save_and_resume(launch: LaunchUnderTest) -> Outcome:
     """4 steps at once; 2 steps, a checkpoint, and from there 2 more: the same metrics, weights and optimizer state."""
-    cuts = node.cut(tp=2 if node.world_size % 4 == 0 else 1)
-    whole, halves = (node.new_run_dir(name) for name in ("whole", "halves"))
+    cuts = launch.cut(tp=2 if launch.world_size % 4 == 0 else 1)
+    whole, halves = (launch.new_run_dir(name) for name in ("whole", "halves"))
     with deterministic():
-        _train(node, cuts, whole, STEPS)
-        _train(node, cuts, halves, STEPS // 2)
-        _train(node, cuts, halves, STEPS)
-    figures = _compared(whole, halves) if node.rank == 0 else _nothing()
+        _train(launch, cuts, whole, STEPS)
+        _train(launch, cuts, halves, STEPS // 2)
+        _train(launch, cuts, halves, STEPS)
+    figures = _compared(whole, halves) if launch.rank == 0 else _nothing()
     return Outcome(tuple(figures))
 
 
-def _train(node: Node, cuts: ParallelConfig, run_dir: Path, num_steps: int) -> None:
-    config = node.config(
+def _train(launch: LaunchUnderTest, cuts: ParallelConfig, run_dir: Path, num_steps: int) -> None:
+    config = launch.config(
         cuts,
         run_dir,
         f"num_steps={num_steps}",
@@ -52,7 +52,7 @@ def _train(node: Node, cuts: ParallelConfig, run_dir: Path, num_steps: int) -> N
         "teacher.weights=ema",
         "teacher.ema_decay=0.9",
     )
-    node.new_group()
+    launch.new_group()
     status = train(config)
     if status:
         raise RuntimeError(f"a run of {num_steps} steps in {run_dir.name} ended with status {status}")

@@ -16,7 +16,7 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
-from megatron_selfdistill.selftest.tiny import Node
+from megatron_selfdistill.selftest.tiny import LaunchUnderTest
 
 VOCAB_SIZE, NUM_ROWS = 1009, 48  # a prime: the last shards are partly padding
 TARGETS = {
@@ -37,10 +37,10 @@ SMALLEST_SCALE = 1e-3
 """Below that a row's largest gradient is rounding, as where teacher and student are equal."""
 
 
-def loss_against_float64(node: Node) -> Outcome:
+def loss_against_float64(launch: LaunchUnderTest) -> Outcome:
     """Every divergence and target, float32 and bf16 logits, at the largest TP that the world allows."""
-    grid = node.grid(node.cut(tp=node.largest_tp))
-    vocab = VocabShard.from_group(node.padded_rows(VOCAB_SIZE, grid), VOCAB_SIZE, grid.tp_group)
+    grid = launch.grid(launch.cut(tp=launch.largest_tp))
+    vocab = VocabShard.from_group(launch.padded_rows(VOCAB_SIZE, grid), VOCAB_SIZE, grid.tp_group)
     figures: list[Figure] = []
     for dtype, gradient_bound in GRADIENT_BOUNDS.items():
         losses, gradients = {}, {}

@@ -19,7 +19,7 @@ from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
-from megatron_selfdistill.selftest.tiny import Node
+from megatron_selfdistill.selftest.tiny import LaunchUnderTest
 from megatron_selfdistill.sources.configured_source import given_solutions
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.trainer import Trainer
@@ -31,7 +31,7 @@ STALE = 4 * BOUND
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SyncDifferences:
     """Of all response tokens on this rank; None where it holds none."""
 
     below_best: float | None
@@ -40,20 +40,20 @@ class Comparison:
     """Largest difference of sampler's and trainer's log-probs, nats."""
 
 
-def weight_sync(node: Node) -> Outcome:
+def weight_sync(launch: LaunchUnderTest) -> Outcome:
     """Greedy tokens are the trainer's argmax, and their log-probs the trainer's, each time the weights were sent."""
-    even, many = node.world_size % 2 == 0, node.world_size % 4 == 0
-    cuts = node.cut(tp=2 if even else 1, pp=2 if many else 1)
-    config = node.config(
+    even, many = launch.world_size % 2 == 0, launch.world_size % 4 == 0
+    cuts = launch.cut(tp=2 if even else 1, pp=2 if many else 1)
+    config = launch.config(
         cuts,
-        node.new_run_dir("sync"),
-        f"rollout.engine={node.sampler}",
+        launch.new_run_dir("sync"),
+        f"rollout.engine={launch.sampler}",
         "rollout.temperature=0",
         "optimizer.lr=0.02",  # Adam moves each weight by that much
-        *(["+rollout.engine_args.enforce_eager=true"] if node.sampler == "vllm" else []),  # compiling takes minutes
+        *(["+rollout.engine_args.enforce_eager=true"] if launch.sampler == "vllm" else []),  # compiling takes minutes
     )
     run_data = RunData.load(config)
-    trainer = Trainer(config, run_data, node.grid(cuts))
+    trainer = Trainer(config, run_data, launch.grid(cuts))
     try:
         prompts = _prompts(trainer)
         first = _sampled(trainer, prompts, version=0)
@@ -87,7 +87,7 @@ def _sampled(trainer: Trainer, prompts: Sequence[PromptPair], version: int) -> l
     return trainer.sampler.generate(requests, trainer.sampling)
 
 
-def _compared(trainer: Trainer, prompts: Sequence[PromptPair], responses: Sequence[Response]) -> Comparison:
+def _compared(trainer: Trainer, prompts: Sequence[PromptPair], responses: Sequence[Response]) -> SyncDifferences:
     """Return how these responses compare with one forward pass of the trainer's present weights."""
     trainer.sampler.sleep()
     learner, grid = trainer.learner, trainer.grid
@@ -102,10 +102,10 @@ def _compared(trainer: Trainer, prompts: Sequence[PromptPair], responses: Sequen
 
     output = schedule.run(learner.chunks, None, packed, greedy, grid, learner.vocab, forward_only=True)
     if output.stats is None or not len(output.response_ids):
-        return Comparison(None, None)
+        return SyncDifferences(None, None)
     stated = torch.tensor([x for response in responses for x in response.log_probs], dtype=torch.float64)
     own = output.stats.student_log_prob.double().cpu()
-    return Comparison(torch.cat(best).max().item(), (own - stated[output.response_ids.cpu()]).abs().max().item())
+    return SyncDifferences(torch.cat(best).max().item(), (own - stated[output.response_ids.cpu()]).abs().max().item())
 
 
 def _logit(student: Tensor, tokens: Tensor, vocab: VocabShard, grid: RankGrid) -> Tensor:

@@ -27,7 +27,7 @@ _LARGEST_TP = 8
 
 
 @dataclass(frozen=True)
-class Node:
+class LaunchUnderTest:
     """The launch, as the checks see it."""
 
     rank: int

@@ -21,7 +21,7 @@ from megatron_selfdistill.model.build import unwrapped, wrap_for_training
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
-from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, Node, contexts
+from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, LaunchUnderTest, contexts
 from megatron_selfdistill.teacher import Teacher
 
 GRADIENT_BOUND = 1e-3
@@ -76,9 +76,9 @@ class Pair:
         return Step(step_metrics(output, None, self.grid)["loss/mean"], gradients)
 
 
-def identity_law(node: Node) -> Outcome:
+def identity_law(launch: LaunchUnderTest) -> Outcome:
     """The same weights behind the same prompt, or a teacher of weight 0, give neither loss nor gradient."""
-    pair, config = new_pair(node, node.cut(tp=node.largest_tp))
+    pair, config = new_pair(launch, launch.cut(tp=launch.largest_tp))
     same, other = pair.packed(same_prompt=True), pair.packed(same_prompt=False)
     losses, ratios, real_losses = {}, {}, {}
     for kind in DIVERGENCES:
@@ -102,10 +102,10 @@ def identity_law(node: Node) -> Outcome:
     )
 
 
-def pair_orders(node: Node) -> Outcome:
+def pair_orders(launch: LaunchUnderTest) -> Outcome:
     """teacher_first and alternating leave the same gradients: to the last bit on a CPU."""
-    pp = 2 if node.world_size % 2 == 0 else 1
-    pair, _ = new_pair(node, node.cut(tp=2 if node.world_size % 4 == 0 else 1, pp=pp))
+    pp = 2 if launch.world_size % 2 == 0 else 1
+    pair, _ = new_pair(launch, launch.cut(tp=2 if launch.world_size % 4 == 0 else 1, pp=pp))
     batch = pair.packed(same_prompt=False)
     one, other = (pair.step(batch, Target(), Divergence(), order) for order in PAIR_ORDERS)
     differences = {}
@@ -122,8 +122,8 @@ def pair_orders(node: Node) -> Outcome:
     )
 
 
-def new_pair(node: Node, cuts: ParallelConfig) -> tuple[Pair, Config]:
+def new_pair(launch: LaunchUnderTest, cuts: ParallelConfig) -> tuple[Pair, Config]:
     """Open a process group and build a `Pair` of tiny models in this layout.  Collective."""
     # Each rank's main_grad is then the whole reduced gradient of what it holds, not a slice of it.
-    config = node.config(cuts, node.folder, "optimizer.use_distributed_optimizer=false")
-    return Pair(config, node.grid(cuts)), config
+    config = launch.config(cuts, launch.folder, "optimizer.use_distributed_optimizer=false")
+    return Pair(config, launch.grid(cuts)), config

@@ -13,7 +13,7 @@ from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.selftest.sharded_loss import DIVERGENCES, GRADIENT_BOUNDS, TARGETS, VOCAB_SIZE, errors
-from megatron_selfdistill.selftest.tiny import Node
+from megatron_selfdistill.selftest.tiny import LaunchUnderTest
 from megatron_selfdistill.selftest.training import new_pair
 
 COLLECTIVE = "the first collective (no compiler runs there: the ranks do not reach each other)"
@@ -21,14 +21,14 @@ FUNCTIONS = "the first training step (Inductor compiles Megatron's functions: 10
 KERNELS = "the first loss (Triton compiles its kernels: about a CPU second each, or their cache's disk is slow)"
 
 
-def warm_up(node: Node, phase: Callable[[str], None]) -> None:
+def warm_up(launch: LaunchUnderTest, phase: Callable[[str], None]) -> None:
     """Do once, on all ranks, what the checks do: a collective, a training step, and the loss of every kind.
 
-    ``phase`` is called with a sentence when each of the three begins.  Collective.
+    ``phase`` is called with a message when each of the three begins.  Collective.
     """
     phase(COLLECTIVE)
-    cuts = node.cut(tp=node.largest_tp)
-    pair, _ = new_pair(node, cuts)
+    cuts = launch.cut(tp=launch.largest_tp)
+    pair, _ = new_pair(launch, cuts)
     dist.all_reduce(torch.zeros(1, device=pair.grid.device))
     if not cpu.ON_CPU:
         torch.cuda.synchronize()
@@ -36,6 +36,6 @@ def warm_up(node: Node, phase: Callable[[str], None]) -> None:
     batch = pair.packed(same_prompt=False)
     pair.step(batch, Target(), DIVERGENCES["reverse KL"], "teacher_first")
     phase(KERNELS)
-    vocab = VocabShard.from_group(node.padded_rows(VOCAB_SIZE, pair.grid), VOCAB_SIZE, pair.grid.tp_group)
+    vocab = VocabShard.from_group(launch.padded_rows(VOCAB_SIZE, pair.grid), VOCAB_SIZE, pair.grid.tp_group)
     for dtype, target, divergence in product(GRADIENT_BOUNDS, TARGETS.values(), DIVERGENCES.values()):
         errors(dtype, target, divergence, vocab, pair.grid.device)

@@ -106,8 +106,8 @@ def _attempted(work: Callable[[], _Result], case: Case) -> tuple[_Result | None,
     try:
         result = work()
     except Exception as error:  # a compiler's as well as want of memory: a benchmark says what failed, and goes on
-        sentence = (str(error).strip().splitlines() or [""])[0]
-        failure = f"{type(error).__name__}: {sentence}"[:FAILURE_CHARACTERS]
+        message = (str(error).strip().splitlines() or [""])[0]
+        failure = f"{type(error).__name__}: {message}"[:FAILURE_CHARACTERS]
     if case.shard.group is not None:
         failed = torch.tensor(float(failure is not None), device=case.device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=case.shard.group)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Ranks without a process group hear when all are ready, and when one has failed; each sentence has one speaker."""
+"""Ranks without a process group hear when all are ready, and when one has failed; each message has one speaker."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_all_ranks_wait_for_the_last_one_and_get_rank_0s_word(ranks):
     assert words == ("from 0",) * 3 and min(seconds[:2]) > 0.3 > seconds[2]
 
 
-def fails(who: list[int], sentences: list[str]) -> Any:
+def fails(who: list[int], messages: list[str]) -> Any:
     """Ranks ``who`` fail; what each prints, or the status that it hears."""
     ranks = RollCall()
     try:
         if ranks.rank in who:
-            return ranks.failed(sentences[ranks.rank], 4)
+            return ranks.failed(messages[ranks.rank], 4)
         ranks.answer("folder")
         ranks.answer("inputs")
     except OtherRankFailed as other:
@@ -49,7 +49,7 @@ def fails(who: list[int], sentences: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("who", "sentences", "outcomes"),
+    ("who", "messages", "outcomes"),
     [
         ([0, 1, 2], ["a", "a", "a"], [True, False, False]),
         ([0, 1, 2], ["a", "b", "a"], [True, True, False]),
@@ -57,8 +57,8 @@ def fails(who: list[int], sentences: list[str]) -> Any:
         ([0], ["a", "", ""], [True, 4, 4]),
     ],
 )
-def test_a_failure_releases_the_others_and_each_sentence_has_one_speaker(ranks, who, sentences, outcomes):
-    assert run(ranks, fails, who, sentences) == outcomes
+def test_a_failure_releases_the_others_and_each_sentence_has_one_speaker(ranks, who, messages, outcomes):
+    assert run(ranks, fails, who, messages) == outcomes
 
 
 def test_of_several_ranks_with_a_sentence_that_rank_0_lacks_one_speaks(ranks):

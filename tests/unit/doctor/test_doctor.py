@@ -115,13 +115,13 @@ def test_a_version_that_is_newer_than_tested_is_a_warning(findings, monkeypatch,
     found = findings.distribution(name, wanted, required=True)
     assert found.status == status and words in found.found
     if status == "warning":
-        assert f'pip install "{name}=={findings.tested()[name]}.*"' in found.mend and "--selftest" in found.mend
+        assert f'pip install "{name}=={findings.tested()[name]}.*"' in found.fix and "--selftest" in found.fix
 
 
 def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failure(findings, capsys):
-    outcome = findings.Outcome(version="0.32.9", place="/mine")
+    outcome = findings.ImportResult(version="0.32.9", place="/mine")
     assert findings.imported_package("vllm", ">=0.32,<0.33", outcome, required=False).status == findings.OK
-    outcome = findings.Outcome(version="0.16.2", place="/mine")
+    outcome = findings.ImportResult(version="0.16.2", place="/mine")
     found = findings.imported_package("megatron-core", ">=0.16.1,<0.17", outcome, required=True)
     assert found.status == findings.WARNING and found.found == "0.16.2, newer than tested (0.16.1), from /mine"
     assert doctor.brief([found]) == 0
@@ -187,9 +187,9 @@ def test_without_the_drivers_tool_torch_says_whether_there_are_gpus(findings, mo
     monkeypatch.setattr(findings.shutil, "which", lambda name: None)
     [finding] = findings.gpus()
     if said:
-        assert (finding.status, finding.found.split(";")[0], finding.mend) == said
+        assert (finding.status, finding.found.split(";")[0], finding.fix) == said
     else:
-        assert finding.status == findings.ABSENT and "will use the CPU" in finding.mend
+        assert finding.status == findings.ABSENT and "will use the CPU" in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_each_rank_needs_a_gpu_where_there_are_any(findings, monkeypatch, ranks,
     found = findings.enough_gpus(ranks)
     assert [finding.status for finding in found] == statuses
     if statuses == ["FAILURE"]:
-        assert found[0].found == "9 on 8 GPUs" and "--gpus-per-node=9" in found[0].mend
+        assert found[0].found == "9 on 8 GPUs" and "--gpus-per-node=9" in found[0].fix
 
 
 @pytest.mark.parametrize(("option", "status"), [("--signals-to-handle", "ok"), ("--logs-specs", "warning")])
@@ -213,7 +213,7 @@ def test_torchrun_should_be_able_to_leave_signals_to_the_ranks(findings, monkeyp
 
     monkeypatch.setitem(sys.modules, "torch.distributed.run", SimpleNamespace(get_args_parser=parser))
     found = findings.torchrun()
-    assert found.status == status and ("torch>=2.10" in found.mend) is (status != "ok")
+    assert found.status == status and ("torch>=2.10" in found.fix) is (status != "ok")
 
 
 # -- imports ---------------------------------------------------------------------------------------------------------
@@ -297,11 +297,11 @@ def test_the_megatron_that_a_run_imports_counts_whatever_pip_says(
         return recorded
 
     monkeypatch.setattr(importlib.metadata, "version", known)
-    outcome = findings.Outcome(version=version, place="/mine")
+    outcome = findings.ImportResult(version=version, place="/mine")
     found = findings.imported_package("megatron-core", ">=0.16.1,<0.17", outcome, required=True)
     assert found.status == status and words in found.found
     if status == "FAILURE":
-        assert "pip has 0.16.1, but /mine comes first" in found.mend
+        assert "pip has 0.16.1, but /mine comes first" in found.fix
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_the_megatron_that_a_run_imports_counts_whatever_pip_says(
 )
 def test_a_transformer_engine_that_the_installed_megatron_core_does_not_declare_is_a_warning(findings, version, status):
     wanted = findings.requirements()[1]["transformer-engine"]
-    outcome = findings.Outcome(version=version, place="/here")
+    outcome = findings.ImportResult(version=version, place="/here")
     found = findings.imported_package("transformer-engine", wanted, outcome, required=False)
     assert found.status == status and version in found.found
 
@@ -334,9 +334,9 @@ def test_the_doctor_asks_the_installed_megatron_core_which_transformer_engine_it
 
 
 def test_libraries_of_the_driver_are_asked_of_a_node_that_has_it(findings):
-    outcome = findings.Outcome(error="OSError: libcuda.so.1: cannot open shared object file")
+    outcome = findings.ImportResult(error="OSError: libcuda.so.1: cannot open shared object file")
     found = findings.imported_package("transformer-engine", ">=2.9,<3", outcome, required=False)
-    assert found.status == findings.FAILURE and "ask a node with GPUs" in found.mend
+    assert found.status == findings.FAILURE and "ask a node with GPUs" in found.fix
 
 
 # -- for many nodes --------------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_of_a_launch_one_rank_per_node_imports_and_all_know_how_many_they_are(mo
 
     def examine(ranks: int, **options: object) -> list[object]:
         asked.append((ranks, options["imports"]))
-        return [doctor.Finding("torch", "not installed", doctor.FAILURE, "mend")]
+        return [doctor.Finding("torch", "not installed", doctor.FAILURE, "fix")]
 
     monkeypatch.setattr(doctor, "examine", examine)
     monkeypatch.setenv("LOCAL_RANK", local_rank)

@@ -253,8 +253,8 @@ def test_a_replica_without_problems_still_calls_the_sampler(ranks):
 
 
 def test_a_verifier_that_fails_on_one_rank_stops_all_of_them(ranks):
-    sentences = ranks.run(failing_run, world_size=2)
-    assert sentences == ["file:1: the verifier failed with KeyError: 'unit'"] * 2
+    messages = ranks.run(failing_run, world_size=2)
+    assert messages == ["file:1: the verifier failed with KeyError: 'unit'"] * 2
 
 
 def test_problems_that_cannot_be_judged_are_found_before_sampling():
@@ -427,13 +427,13 @@ def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
     (tmp_path / "lab_verifiers.py").write_text("def even(text, problem):\n    return int(text) % 2 == 0\n\nlimit = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_verifier("lab_verifiers.even")("4", problem_with(None))
-    for name, sentence in [
+    for name, message in [
         ("lab_verifiers.odd", "no attribute 'odd'"),
         ("lab_verifiers.limit", "which is a int"),
         ("no_such_lab.even", "PYTHONPATH"),
         ("exactmatch", "must be exact_match, math_verify or the dotted path"),
     ]:
-        with pytest.raises(ConfigError, match=sentence):
+        with pytest.raises(ConfigError, match=message):
             load_verifier(name)
 
 

@@ -24,7 +24,7 @@ HEALTHY = {"loss/mean": 0.1, "gradient_norm": 1.0, "entropy/student": 0.06, "res
 
 
 def stopped_at(guards: Guards, trace: list[dict[str, float]], start: int = 0) -> tuple[int, str] | None:
-    """(step, sentence) of the stop; None where the whole trace passes."""
+    """(step, message) of the stop; None where the whole trace passes."""
     for step, metrics in enumerate(trace, start):
         try:
             guards.check(step, HEALTHY | metrics)
@@ -44,8 +44,8 @@ def lengths(*values: float) -> list[dict[str, float]]:
 @pytest.mark.parametrize("key", ["loss/mean", "gradient_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_stops_at_once(key, value):
-    step, sentence = stopped_at(Guards(CONFIG), [{}, {key: value}])
-    assert step == 1 and sentence.startswith(f"step 1: expected a finite {key}, got {value}")
+    step, message = stopped_at(Guards(CONFIG), [{}, {key: value}])
+    assert step == 1 and message.startswith(f"step 1: expected a finite {key}, got {value}")
 
 
 def test_the_first_step_may_already_be_not_finite():
@@ -56,10 +56,10 @@ def test_the_first_step_may_already_be_not_finite():
 
 def test_entropy_collapse_stops_after_patience():
     trace = entropies(0.06, 0.05, 0.07, 0.0011, 0.0011, 0.0011)
-    step, sentence = stopped_at(Guards(CONFIG), trace)
+    step, message = stopped_at(Guards(CONFIG), trace)
     assert step == 4
-    assert "entropy collapse" in sentence and "min_entropy_ratio=null" in sentence
-    assert "0.0011" in sentence and "mean over the first 3 steps was 0.06" in sentence
+    assert "entropy collapse" in message and "min_entropy_ratio=null" in message
+    assert "0.0011" in message and "mean over the first 3 steps was 0.06" in message
 
 
 def test_entropy_just_above_its_limit_is_healthy():
@@ -67,8 +67,8 @@ def test_entropy_just_above_its_limit_is_healthy():
 
 
 def test_entropy_explosion_stops_after_patience():
-    step, sentence = stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.3, 0.4))
-    assert step == 4 and "entropy explosion" in sentence and "above 3 times" in sentence
+    step, message = stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.3, 0.4))
+    assert step == 4 and "entropy explosion" in message and "above 3 times" in message
 
 
 def test_a_tiny_entropy_may_rise_by_many_times():
@@ -76,8 +76,8 @@ def test_a_tiny_entropy_may_rise_by_many_times():
 
 
 def test_length_collapse_stops_after_patience():
-    step, sentence = stopped_at(Guards(CONFIG), lengths(22, 22, 22, 5, 5))
-    assert step == 4 and "length collapse" in sentence
+    step, message = stopped_at(Guards(CONFIG), lengths(22, 22, 22, 5, 5))
+    assert step == 4 and "length collapse" in message
 
 
 def test_a_violation_that_ends_before_patience_is_forgiven():
@@ -97,8 +97,8 @@ def test_nan_violates_once_there_is_a_reference(only):
     off = {name: None for name in ("min_entropy_ratio", "max_entropy_ratio") if name != only}
     config = dataclasses.replace(CONFIG, non_finite=False, **off)
     trace = entropies(math.nan, 0.06, 0.06, math.nan, 0.06, math.nan, 0.06, math.nan, math.nan)
-    step, sentence = stopped_at(Guards(config), trace)
-    assert step == 8 and "it is nan" in sentence
+    step, message = stopped_at(Guards(config), trace)
+    assert step == 8 and "it is nan" in message
 
 
 @pytest.mark.parametrize(

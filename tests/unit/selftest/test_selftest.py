@@ -247,13 +247,13 @@ with Meeting(rank, 2, broken_off, limit_s=limit_s, grace_s=1.0) as meeting:
 
 
 @pytest.mark.parametrize(
-    ("what", "limit_s", "share", "sentence"),
+    ("what", "limit_s", "share", "message"),
     [
         ("hangs", 4000.0, 0.001, r"deaf \| rank 1 did not return from this check within 4 s \(--minutes .*\)"),
         ("raises", 500.0, 0.5, r"deaf \| rank 1: OSError: no space left; then rank 0 did not return within 1 s"),
     ],
 )
-def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, share, sentence):
+def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, share, message):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -273,7 +273,7 @@ def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, 
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [1, 1]
-    assert re.fullmatch(f"True\n{sentence}\n", said[0]) and said[1] == "True\n", said
+    assert re.fullmatch(f"True\n{message}\n", said[0]) and said[1] == "True\n", said
 
 
 HASTY = """
@@ -399,8 +399,8 @@ def test_a_warm_up_that_raises_is_said_and_the_checks_follow():
 def test_a_rank_that_hangs_in_the_warm_up_is_named_with_what_it_was_at():
     first, second = warmed("hangs")
     assert first.returncode == second.returncode == 1
-    sentence = "rank 1 did not return from the warm-up within 5 s (--minutes gives them more); rank 1 is at compiling"
-    assert first.stdout == f"warm-up | {sentence}\n", first.stdout
+    message = "rank 1 did not return from the warm-up within 5 s (--minutes gives them more); rank 1 is at compiling"
+    assert first.stdout == f"warm-up | {message}\n", first.stdout
 
 
 def test_the_warm_up_says_what_it_begins_and_runs_the_loss_of_every_kind(ranks):
@@ -423,7 +423,7 @@ def warm_alone() -> tuple[list[str], int]:
     losses: list[Any] = []
     with tempfile.TemporaryDirectory() as folder, Meeting(0, 1, broken_off=print) as meeting:
         node_test.write_texts(Path(folder))
-        node = node_test.Node(0, 1, Path(folder), "megatron", meeting.open_group, 100.0)
+        node = node_test.LaunchUnderTest(0, 1, Path(folder), "megatron", meeting.open_group, 100.0)
         with pytest.MonkeyPatch.context() as patch:
             errors = warming.errors
             patch.setattr(warming, "errors", lambda *arguments: losses.append(errors(*arguments)))
@@ -480,7 +480,7 @@ def test_a_self_test_whose_ranks_never_meet_ends_as_well(tmp_path):
 
 
 def test_a_node_that_cannot_run_is_not_tested(monkeypatch, capsys):
-    failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "mend")
+    failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "fix")
     monkeypatch.setattr(doctor, "examine", lambda ranks, **options: [failure])
     monkeypatch.setitem(sys.modules, "megatron_selfdistill.selftest.node_test", None)  # its import would be an error
     assert doctor.main(["--selftest"]) == 1
