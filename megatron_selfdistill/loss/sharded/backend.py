@@ -97,7 +97,7 @@ def _triton_version() -> str:
     # The module knows its version; the distribution has several names.
     import triton
 
-    return triton.__version__
+    return str(triton.__version__)
 
 
 @cache

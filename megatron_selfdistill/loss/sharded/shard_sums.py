@@ -58,7 +58,7 @@ class Shard:
         step = max(1, limit // (max(1, num_columns) * self.dtype.itemsize))
         if needed is not None and on_cpu:
             rows = needed.nonzero().squeeze(1)
-            return rows.split(step) if len(rows) else ()
+            return torch.split(rows, step) if len(rows) else ()
         return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
     def over_rows(self, work: Callable[[Chunk], Tensor], num_outputs: int, needed: Tensor | None = None) -> Tensor:

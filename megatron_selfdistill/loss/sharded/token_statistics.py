@@ -179,7 +179,7 @@ class MergedSums:
         shift = (local_max - (reference + mix_max)).clamp(min=FLOOR)
 
         betas = grid.on(gathered.device, torch.float64)
-        moments = gathered[:, :, len(FIRST_PASS) : -2].unflatten(2, (len(betas), 4)).unbind(3)
+        moments = gathered[:, :, len(FIRST_PASS) : -2].reshape(*gathered.shape[:2], len(betas), 4).unbind(3)
         num_student, num_mix, num_both = (column[name].sum(0) for name in ("num_student", "num_mix", "num_both"))
         return cls(
             student=student,

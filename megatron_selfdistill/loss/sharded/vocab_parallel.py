@@ -1,20 +1,18 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The self-distillation loss with the vocabulary split over a tensor-parallel group.
+"""The self-distillation loss of logits whose vocabulary is split over a tensor-parallel group.
 
-Forward and backward are written by hand.
+Forward and backward are written by hand.  Each call makes three small all-gathers (four for JSD; one less where the
+rule gives beta), and backward makes none, whatever the number of tokens:
 
-Three small all-gathers per call (four for JSD; one less where the rule gives beta) and none in backward, whatever the
-number of tokens:
-
-    first pass over the logits -> gather -> solve beta, the same bits on every rank
+    first pass over the logits -> gather -> solve for beta, with the same bits on every rank
     second pass, at that beta  -> gather -> move beta to the root, divergences
-    third pass, over the rows whose root that has not reached -> gather -> the same for these
+    third pass, over the tokens whose root is not yet reached -> gather -> the same for these tokens
     (JSD: one more pass and gather)
-    backward: one pass, writes the gradient
+    backward: one pass, which writes the gradient
 
-The host waits for none of this, so the third gather is made whether a row needs it or not: 24 bytes per token (44 for
-forward KL), rank and part of a row.  A row that does not need the third pass costs it nothing else.  Sums are taken in
-float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
+The host waits for nothing here, so the third gather is made whether a token needs it or not: 24 bytes per token (44 for
+forward KL), rank and part of a row.  A token that does not need the third pass costs the pass nothing else.
+Sums are taken in float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
 """
 
 from __future__ import annotations
@@ -38,10 +36,12 @@ from megatron_selfdistill.loss.target import Target
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which columns of the vocabulary this rank holds.
+    """The columns of the vocabulary that this rank holds.
 
-    start: first global column; size: number of columns here, equal on all ranks of ``group``.
-    vocab_size: valid columns of the whole vocabulary; those after them are padding and take part in nothing.
+    start: the first global column.
+    size: the number of columns on this rank, equal on all ranks of ``group``.
+    vocab_size: the number of valid columns of the whole vocabulary; later columns are padding, and the loss ignores
+    them.
     group: the tensor-parallel group; None for one rank.
     """
 
@@ -59,12 +59,15 @@ class VocabShard:
 
     @property
     def num_valid(self) -> int:
-        """Columns of this shard that are not padding: 0 .. size."""
+        """The number of columns of this shard that are not padding: 0 .. size."""
         return min(self.size, max(0, self.vocab_size - self.start))
 
     @classmethod
     def from_group(cls, padded_vocab_size: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
-        """The shard of this rank of ``group``, as Megatron splits an output layer: equal, in rank order."""
+        """Return the shard of this rank of ``group``, as Megatron splits an output layer: equally, in rank order.
+
+        Raises: ValueError if the padded vocabulary cannot be split equally or is smaller than the vocabulary.
+        """
         tp_size, tp_rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         if padded_vocab_size % tp_size or vocab_size > padded_vocab_size:
             raise ValueError(
@@ -77,9 +80,9 @@ class VocabShard:
 
 @dataclass
 class TokenStats:
-    """Everything known about T response tokens, equal on all ranks of the group.
+    """The loss and the statistics of T response tokens, equal on all ranks of the group.
 
-    float32, or float64 for float64 logits.  Entropies, divergences and log-probs are in nats.
+    The dtype is float32, or float64 for float64 logits.  Entropies, divergences and log-probs are in nats.
     Only ``loss`` carries a gradient, to the student's logits.
     """
 
@@ -88,29 +91,33 @@ class TokenStats:
     reverse_kl: Tensor
     """[T] KL(p || q) = KL(student || target), whatever the divergence; +inf where q is 0 and p is not."""
     student_entropy: Tensor
+    """[T] H(p)."""
     teacher_entropy: Tensor
+    """[T] H(softmax(t))."""
     target_entropy: Tensor
-    """[T] each."""
+    """[T] H(q)."""
     beta: Tensor
     """[T] 1 / k; 1 under teacher_alone, where q = softmax(t)."""
     status: Tensor
     """[T] int64, values of ``Status``."""
     student_log_prob: Tensor
+    """[T] log p of the response token; NaN if the token is no valid column."""
     teacher_log_prob: Tensor
+    """[T] log softmax(t) of the response token; NaN if the token is no valid column."""
     target_log_prob: Tensor
-    """[T] each, of the response token; NaN if that is no valid column."""
+    """[T] log q of the response token; NaN if the token is no valid column."""
     top1_agreement: Tensor
-    """[T] bool: student and teacher have the same argmax; of equal maxima the lowest column counts."""
+    """[T] bool: whether student and teacher have the same argmax; of equal maxima the lowest column counts."""
     grid_betas: Tensor
-    """[J] the betas at which the mix's entropy was taken: ``beta_grid(target)``."""
+    """[J] the betas at which the entropy of the mix was taken: ``beta_grid(target)``."""
     grid_entropies: Tensor
     """[T, J] H(softmax(grid_betas[j] m))."""
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenStats]) -> TokenStats:
-        """Of all tokens, from those of at least one part after the other under one target."""
-        rows = [f.name for f in fields(cls) if f.name != "grid_betas"]
-        values = {name: torch.cat([getattr(part, name) for part in parts]) for name in rows}
+        """Return the statistics of the tokens of all parts in their order; the parts, at least one, have one target."""
+        per_token = [f.name for f in fields(cls) if f.name != "grid_betas"]
+        values = {name: torch.cat([getattr(part, name) for part in parts]) for name in per_token}
         return cls(**values, grid_betas=parts[0].grid_betas)
 
 
@@ -125,33 +132,23 @@ def distillation_loss(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> TokenStats:
-    """The divergence between student and mixed target of every response token, over ``vocab.group``.
+    """Return the divergence between student and mixed target of every response token, with its statistics.
 
-    Equals ``divergence(log_softmax(s), mixed_target(s, t, target).log_q, divergence)`` on the valid columns
-    of all ranks together.
-
+    The loss equals ``divergence(log_softmax(s), mixed_target(s, t, target).log_q, divergence)`` on the valid columns of
+    all ranks together.
     Shapes: both logits [T, vocab.size], any float dtype; response_tokens [T] int64, global ids.
-    Ranks: T and response_tokens are equal on all ranks of the group; so is the result.
+    Ranks: T and response_tokens are equal on all ranks of ``vocab.group``, and so is the result.
     Gradient: to ``student_logits`` only, in their dtype; the target is a constant; 0 at padding columns.
-    inplace_backward: backward writes the gradient over the student's logits; nobody may read them afterwards.
-    backend: "torch", "triton", or None for the one that fits, see ``backend.chosen``; equal on all ranks.
-    -inf: a column with -inf in the student and in the teacher does not exist.  Where only the teacher has it,
-    q = 0, and KL(p || q) is +inf with a gradient that is not finite: mask such columns in the student too, or
-    use another divergence.  Where only the student has it, p = q = 0; under teacher_alone KL(q || p) is +inf.
-    NaN: a row with NaN or +inf gives NaN in that row only.
-    Accuracy: |H(q) - H(p)| <= 1e-5 nats for every token that is MATCHED, whatever the shape of its rows; a token whose
-    root is not reached to that is UNCONVERGED.
-    Cost: three all-gathers (JSD four; one less where the rule gives beta), none in backward, none for T = 0.
-    Reads and writes of rows of logits: both are read by the first pass, by the second, by JSD's own, and by backward,
-    which writes one: 7, for JSD 9.  MergedSums that two passes do not match are read once more by the third pass, 2; in
-    PyTorch on an accelerator all rows are, see ``shard_sums.second_pass``.
-    Temporaries: the gathered sums of the first pass, tp_size x parts x (12 + ``BetaGrid.num_sums``) float32 per token,
-    merged in float64, with 5 betas 136 bytes per rank and part; in PyTorch, where rows have one part, also a few chunks
-    of rows, see ``shard_sums.CHUNK_BYTES``.  In Triton few rows are cut into many parts, see `num_parts`: 500
-    tokens of 152064 columns over 8 ranks into 9, which is 9.8 KB per token beside 38 KB of bf16 logits; from 4096
-    tokens on into 1.  The number of parts, and with it the last bits of the sums, depends on the number of tokens of
-    the call: one cut of a batch into microbatches gives the same bits every time, two cuts agree to rounding.
-    Kept for backward: both logits and seven numbers per token.
+    inplace_backward: backward writes the gradient over the student's logits, which nobody may read afterwards.
+    backend: "torch", "triton", or None for the default of `backend.chosen`; equal on all ranks.
+    -inf: a column with -inf in the student and in the teacher does not exist.  Where only the teacher has -inf, q = 0,
+    and KL(p || q) is +inf with a gradient that is not finite: mask such columns in the student too, or use another
+    divergence.  Where only the student has -inf, p = q = 0; under teacher_alone KL(q || p) is +inf.
+    NaN: a token with NaN or +inf in its logits gives NaN for this token only.
+    Accuracy: |H(q) - H(p)| <= 1e-5 nats for every token that is MATCHED, whatever the shape of its logits; a token
+    whose root is not reached to this accuracy is UNCONVERGED.
+    Collectives: three all-gathers (JSD four; one less where the rule gives beta), none in backward, none for T = 0.
+    Kept for backward: both logits and seven numbers per token.  README.md in `loss` has reads, writes and temporaries.
     Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
     _check_logits("distillation_loss", student_logits, teacher_logits, vocab)
@@ -160,7 +157,7 @@ def distillation_loss(
     with torch.no_grad():
         shard = make_shard(student_logits, teacher_logits, target, vocab)
         forward = run_forward(shard, response_tokens, target, divergence, vocab, chosen_backend)
-    loss = _HandWrittenBackward.apply(
+    loss = _HandWrittenBackward.apply(  # type: ignore[no-untyped-call]
         student_logits,
         teacher_logits,
         forward.stats.loss,
@@ -185,17 +182,20 @@ def _check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, v
 
 
 def _check_tokens(student_logits: Tensor, response_tokens: Tensor) -> None:
-    num_rows = student_logits.shape[0]
-    if tuple(response_tokens.shape) != (num_rows,) or response_tokens.dtype != torch.int64:
+    num_tokens = student_logits.shape[0]
+    if tuple(response_tokens.shape) != (num_tokens,) or response_tokens.dtype != torch.int64:
         raise ValueError(
-            f"distillation_loss: response_tokens must be int64 of shape ({num_rows},), one id per row; "
+            f"distillation_loss: response_tokens must be int64 of shape ({num_tokens},), one id per row of logits; "
             f"got {response_tokens.dtype} of shape {tuple(response_tokens.shape)}."
         )
 
 
 @dataclass(frozen=True)
 class TargetSolution:
-    """Of T rows, equal on all ranks of the group, float64: log q = beta m - log_normaliser, with m of ``Target``."""
+    """The target of T tokens in two numbers per token: log q = beta m - log_normaliser.
+
+    Both are float64 and equal on all ranks of the group.
+    """
 
     beta: Tensor
     """[T] 1 / k; 1 under teacher_alone."""
@@ -206,21 +206,23 @@ class TargetSolution:
 def solve_target(
     student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard, *, backend: str | None = None
 ) -> TargetSolution:
-    """The beta of every row and the normaliser that goes with it, as `distillation_loss` finds them, bit for bit.
+    """Return the beta of every token and its normaliser as `distillation_loss` finds them, bit for bit.
 
-    Shapes, ranks, backend, -inf and NaN as there; there is no response token, no divergence and no gradient.
-    Cost: three all-gathers over ``vocab.group``, two where the rule gives beta.
-    Raises: ValueError if shapes do not fit.
+    Shapes, ranks, backend, -inf and NaN: as `distillation_loss`; there is no response token, no divergence and no
+    gradient.
+    Collectives: three all-gathers over ``vocab.group``, two where the rule gives beta.
+    Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
     _check_logits("solve_target", student_logits, teacher_logits, vocab)
     with torch.no_grad():
         shard = make_shard(student_logits, teacher_logits, target, vocab)
         chosen_backend = chosen(backend, student_logits, teacher_logits)
-        _, rows = solve_shard(shard, None, BetaGrid.of(target, shard.dtype), vocab, chosen_backend, forward_kl=False)
-        return TargetSolution(rows.beta, rows.log_normaliser)
+        _, results = solve_shard(shard, None, BetaGrid.of(target, shard.dtype), vocab, chosen_backend, forward_kl=False)
+        return TargetSolution(results.beta, results.log_normaliser)
 
 
 def make_shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:
+    """Return the valid columns of both logits on this rank, and how the target mixes them."""
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     valid = slice(0, vocab.num_valid)
     return Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
@@ -235,7 +237,10 @@ def solve_shard(
     *,
     forward_kl: bool,
 ) -> tuple[Shard, TokenResults]:
-    """Return the shard as the passes cut it, and the results of every row: three gathers, two with a given beta."""
+    """Return the shard as the passes cut it, and the results of every token.
+
+    Collectives: three all-gathers over ``vocab.group``, two with a given beta.
+    """
     shard = replace(shard, num_parts=backend.num_parts(shard.student.shape[0], vocab.size))
     sums, mix_argmax = backend.first_pass(shard, grid, response_tokens, vocab.start)
     solver_state = backend.solve_tokens(_gather(sums, vocab.group), grid)
@@ -243,14 +248,18 @@ def solve_shard(
     for _ in range(1 if grid.given else 2):
         sums = backend.second_pass(shard, solver_state.constants, mix_argmax, forward_kl=forward_kl, status=status)
         gathered = _gather(sums, vocab.group)
-        rows, solver_state = backend.finish_tokens(solver_state, gathered, grid, response_tokens, vocab.vocab_size)
-        status = rows.status
-    return shard, rows
+        results, solver_state = backend.finish_tokens(solver_state, gathered, grid, response_tokens, vocab.vocab_size)
+        status = results.status
+    return shard, results
 
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """stats: all of TokenStats; constants and kl_value: what backward needs, [T] each."""
+    """The result of a forward pass.
+
+    stats: all of TokenStats; constants and kl_value, [T] each: the numbers per token that backward needs, see
+    `write_gradient`.
+    """
 
     stats: TokenStats
     constants: TokenConstants
@@ -265,37 +274,41 @@ def run_forward(
     vocab: VocabShard,
     backend: Backend,
 ) -> ForwardResult:
+    """Return the statistics of all tokens of a shard, and what backward needs besides the logits.
+
+    Collectives: as `distillation_loss`.
+    """
     grid, forward_kl = BetaGrid.of(target, shard.dtype), divergence.kind == "forward_kl"
-    shard, rows = solve_shard(shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl)
-    loss = kl_value = rows.reverse_kl
+    shard, results = solve_shard(shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl)
+    loss = kl_value = results.reverse_kl
     if forward_kl:
-        loss = rows.forward_kl
+        loss = results.forward_kl
     elif divergence.kind == "jsd":
-        parts = _gather(backend.jsd_pass(shard, rows.constants, divergence.jsd_lambda), vocab.group)
+        parts = _gather(backend.jsd_pass(shard, results.constants, divergence.jsd_lambda), vocab.group)
         loss, kl_value = parts.double().sum(0).to(shard.dtype).unbind(1)
         loss = loss.clamp(min=0)
     stats = TokenStats(
         loss=loss,
-        reverse_kl=rows.reverse_kl,
-        student_entropy=rows.student_entropy,
-        teacher_entropy=rows.teacher_entropy,
-        target_entropy=rows.target_entropy,
-        beta=rows.beta.to(shard.dtype),
-        status=rows.status,
-        student_log_prob=rows.student_log_prob,
-        teacher_log_prob=rows.teacher_log_prob,
-        target_log_prob=rows.target_log_prob,
-        top1_agreement=rows.top1_agreement,
+        reverse_kl=results.reverse_kl,
+        student_entropy=results.student_entropy,
+        teacher_entropy=results.teacher_entropy,
+        target_entropy=results.target_entropy,
+        beta=results.beta.to(shard.dtype),
+        status=results.status,
+        student_log_prob=results.student_log_prob,
+        teacher_log_prob=results.teacher_log_prob,
+        target_log_prob=results.target_log_prob,
+        top1_agreement=results.top1_agreement,
         grid_betas=grid.on(loss.device)[: grid.num_grid],
-        grid_entropies=rows.grid_entropies,
+        grid_entropies=results.grid_entropies,
     )
-    return ForwardResult(stats, rows.constants, kl_value)
+    return ForwardResult(stats, results.constants, kl_value)
 
 
 def _gather(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[n, T, columns] of every rank -> [tp_size * n, T, columns], in rank order.
+    """Gather [n, T, columns] of every rank into [tp_size * n, T, columns], in rank order.
 
-    Sums over ranks are taken locally from this: an all-reduce need not give every rank the same bits.
+    Each rank sums this result over the ranks by itself: an all-reduce need not give every rank the same bits.
     """
     if group is None or parts.shape[1] == 0 or dist.get_world_size(group) == 1:
         return parts
@@ -305,7 +318,7 @@ def _gather(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class _HandWrittenBackward(torch.autograd.Function):
-    """Hands the loss through and, in backward, writes its gradient with respect to the student's logits."""
+    """The autograd function that returns the loss and, in backward, writes the gradient of the student's logits."""
 
     @staticmethod
     def forward(
@@ -326,7 +339,7 @@ class _HandWrittenBackward(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student_logits, teacher_logits, kl_value, *constants = ctx.saved_tensors
         # detach shares the version counter: autograd refuses a second backward through overwritten logits
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
