@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The passes over one vocabulary shard: all that reads [T, columns] logits, chunk of rows by chunk of rows.
+"""The passes over one vocabulary shard in PyTorch: all code that reads logits [T, columns], chunk of tokens by chunk.
 
-Logits are widened to float32 (float64 stays) one chunk at a time.  Shifted logits are y = s - max s, z = t -
-max t and x = (w z + y) - max(w z + y): m up to a constant, with the small rounding errors of differences
-instead of those of m. The largest term of each sum of exponentials, exactly 1, is left out of the sum
-("tail") and added in float64 by the caller: an almost certain row keeps all digits of its entropy.
+A row is the logits of one token.  Logits are widened to float32 (float64 stays) one chunk at a time.
+The passes use shifted logits, which have the small rounding errors of differences: y = s - max s, z = t - max t, and x
+= (w z + y) - max(w z + y), which is m up to a constant.
+The largest term of a sum of exponentials is exactly 1.  It is left out of the sum, which is then called the tail, and
+the caller adds it in float64: so the entropy of an almost certain token keeps all digits.
 """
 
 from __future__ import annotations
@@ -31,17 +32,19 @@ from megatron_selfdistill.loss.status import Status
 from megatron_selfdistill.loss.target import mixed_logits
 
 CHUNK_BYTES = {"cpu": 1 << 20, "other": 32 << 20}
-"""Size of one temporary of a chunk of rows: what stays in a core's cache, or what fills an accelerator."""
+"""The size of one temporary of a chunk of rows: it fits into a core's cache, or it fills an accelerator."""
 Chunk = slice | Tensor
-"""A chunk of rows: neighbours, or [n] indices."""
+"""A chunk of rows: a slice, or indices [n]."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The valid columns of both logits on this rank, [T, num_valid], and how they are mixed and summed.
+    """The valid columns of both logits on this rank, [T, num_valid], and how the passes mix and sum them.
 
-    num_parts: into how many parts a pass cuts each row; their sums are merged as those of ranks are.  1 here: only the
-    Triton kernels cut, the more the fewer rows there are.
+    mix_weights: (weight of t, weight of s) in m.
+    dtype: the dtype of the sums, float32 or float64.
+    num_parts: the number of parts into which a pass cuts each row; the sums of parts are merged as the sums of ranks
+    are.  PyTorch has 1; the Triton kernels cut a row into more parts if there are fewer rows.
     """
 
     student: Tensor
@@ -51,7 +54,11 @@ class Shard:
     num_parts: int = 1
 
     def chunks(self, needed: Tensor | None = None) -> Iterable[Chunk]:
-        """Return slices of all rows; on a CPU, where it costs no waiting, indices of those that are ``needed`` [T]."""
+        """Return the chunks of rows that a pass works on.
+
+        needed: [T] bool, the rows that matter; None: all of them.  On a CPU, where it costs no waiting, only needed
+        rows are returned, as indices.
+        """
         num_rows, num_columns = self.student.shape
         on_cpu = self.student.device.type == "cpu"
         limit = CHUNK_BYTES["cpu" if on_cpu else "other"]
@@ -62,7 +69,7 @@ class Shard:
         return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
     def over_rows(self, work: Callable[[Chunk], Tensor], num_outputs: int, needed: Tensor | None = None) -> Tensor:
-        """Return [1, T, num_outputs]: ``work`` on every chunk, zeros on a shard of padding only."""
+        """Return [1, T, num_outputs]: the result of ``work`` on every chunk; zeros on a shard of padding only."""
         out = self.student.new_zeros(self.student.shape[0], num_outputs, dtype=self.dtype)
         if self.student.shape[1]:
             for rows in self.chunks(needed):
@@ -72,10 +79,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenConstants:
-    """What turns a row of logits into log p and log q; [T] each, in the dtype of the statistics.
+    """The numbers that turn the logits of a token into log p and log q; [T] each, in the dtype of the sums.
 
-    log p = s - student_max - student_log_sum;  log q = beta x - log_sum with x = w (t - teacher_max) + (s -
-    student_max) - mix_max.
+    log p = s - student_max - student_log_sum
+    log q = beta x - log_sum with x = w (t - teacher_max) + (s - student_max) - mix_max
     """
 
     student_max: Tensor
@@ -86,11 +93,11 @@ class TokenConstants:
     log_sum: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of the fields."""
+        """Return the six fields in their order."""
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def rows(self, rows: Chunk) -> TokenConstants:
-        """Return those of a chunk, as columns."""
+        """Return the constants of a chunk as columns [n, 1]."""
         return TokenConstants(*(t[rows, None] for t in self.tensors()))
 
 
@@ -99,18 +106,19 @@ FIRST_PASS = (
     "teacher_max teacher_tail teacher_first teacher_argmax "
     "mix_max num_student num_mix num_both"
 ).split()
-"""Columns of ``first_pass``, before the four moment sums of each beta.
+"""The columns of ``first_pass`` before the four moment sums of each beta.
 
-Indices and counts stay below 2^24: exact in float32."""
+Indices and counts stay below 2^24, so that float32 holds them exactly."""
 
 
 def first_pass(shard: Shard, grid: BetaGrid, response_tokens: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-    """Maxima, sums of exponentials and moment sums of this shard's columns, relative to its own maxima.
+    """Return maxima, sums of exponentials and moment sums of this shard's columns, relative to the shard's own maxima.
 
-    response_tokens: [T] int64, global ids; start: the global column of the shard's first one.
-    Returns: [num_parts, T, len(FIRST_PASS) + grid.num_sums]: FIRST_PASS, argmaxes as global columns; S0 - 1, S1, S2, S3
-    of x for each beta; the student's and the teacher's logit of the response token, 0 where another part holds it.  And
-    the local argmax of m, [num_parts, T].  On a part of padding only, maxima are -inf and sums 0.
+    response_tokens: [T] int64, global ids; None: there are none.  start: the global column of the shard's first column.
+    The result is [num_parts, T, len(FIRST_PASS) + grid.num_sums] with the columns FIRST_PASS, argmaxes as global
+    columns; then S0 - 1, S1, S2, S3 of x for each beta; then the student's and the teacher's logit of the response
+    token, 0 where another part holds it.  The second result is the local argmax of m, [num_parts, T].
+    On a part of padding only, maxima are -inf and sums are 0.
     """
     mix_argmax = torch.zeros(shard.student.shape[0], dtype=torch.int64, device=shard.student.device)
 
@@ -140,6 +148,7 @@ def first_pass(shard: Shard, grid: BetaGrid, response_tokens: Tensor | None, sta
 
 
 def _token_logits(shard: Shard, response_tokens: Tensor | None, start: int) -> Tensor:
+    """Return [T, 2]: the student's and the teacher's logit of the response token, 0 where another shard holds it."""
     num_rows, num_valid = shard.student.shape
     if num_valid == 0 or response_tokens is None:
         return shard.student.new_zeros(num_rows, 2, dtype=shard.dtype)
@@ -151,22 +160,23 @@ def _token_logits(shard: Shard, response_tokens: Tensor | None, start: int) -> T
 
 
 def _without_minus_inf(maximum: Tensor) -> Tensor:
-    """A row of -inf is shifted by 0; NaN and +inf stay, and spoil their row, as they should."""
+    """Replace -inf by 0, by which a row of -inf is shifted; NaN and +inf stay and turn their row into NaN."""
     return maximum.masked_fill(torch.isneginf(maximum), 0.0)
 
 
 def _count(shifted: Tensor) -> Tensor:
+    """Return the number of columns that exist, in each row."""
     return torch.gt(shifted, FLOOR, out=torch.empty_like(shifted)).sum(1)
 
 
 def _tail_and_first(shifted: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of e^y without the largest term, and sum of e^y y."""
+    """Return the sum of e^y without its largest term, and the sum of e^y y."""
     e = shifted.exp().scatter_(1, argmax[:, None], 0.0)
     return e.sum(1), e.mul_(shifted).sum(1)
 
 
 def _moments(x: Tensor, argmax: Tensor, grid: BetaGrid) -> list[Tensor]:
-    """S0 - 1 .. S3 for each beta."""
+    """Return S0 - 1, S1, S2, S3 of x for each beta."""
     sums, e, term = [], torch.empty_like(x), torch.empty_like(x)
     for j, beta in enumerate(grid.betas):
         if j in grid.doubled:
@@ -179,7 +189,7 @@ def _moments(x: Tensor, argmax: Tensor, grid: BetaGrid) -> list[Tensor]:
 
 SECOND_PASS = ("tail", "first", "second", "third", "reverse_kl", "student_mean")
 SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2", "y3")
-"""Columns of ``second_pass``; the longer list for forward KL."""
+"""The columns of ``second_pass``; the longer list is for forward KL."""
 
 
 def second_pass(
@@ -192,10 +202,10 @@ def second_pass(
 ) -> Tensor:
     """Return moments of x under q with the given normaliser, and the divergences: [num_parts, T, 6], for forward KL 11.
 
-    tail .. third: sums of q x^k without the part's largest column; student_mean: sum of p x;
-    reverse_kl, forward_kl: the non-negative terms of the divergence; y0 .. y3: sums of q y x^k.
-    status: [T]; with it this is the third pass, and only the rows that are UNCONVERGED matter.  On a CPU only these are
-    read; elsewhere all are, since choosing them would make the host wait for the device.
+    tail .. third: sums of q x^k without the part's largest column; student_mean: sum of p x.
+    reverse_kl, forward_kl: sums of the non-negative terms of the divergence; y0 .. y3: sums of q y x^k.
+    status: [T], given for the third pass, in which only tokens that are UNCONVERGED matter.  On a CPU only their rows
+    are read; elsewhere all rows are, because choosing rows would make the host wait for the device.
     """
     (argmax,) = mix_argmax
     needed = None if status is None else status == Status.UNCONVERGED
@@ -218,7 +228,7 @@ def second_pass(
 
 
 def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tensor:
-    """Return [num_parts, T, 2]: this shard's parts of the JSD and of KL(p || M)."""
+    """Return [num_parts, T, 2]: this shard's sums of the JSD and of KL(p || M)."""
 
     def work(rows: Chunk) -> Tensor:
         p, q, d = _probabilities(shard, constants.rows(rows), rows)
@@ -236,10 +246,10 @@ def write_gradient(
     grad_loss: Tensor,
     out: Tensor,
 ) -> None:
-    """The gradient with respect to the student's logits, times grad_loss [T], into ``out`` [T, num_valid].
+    """Write the gradient of the student's logits times grad_loss [T] into ``out`` [T, num_valid].
 
-    kl_value: KL(p || q) for reverse KL, KL(p || M) for JSD, unused for forward KL.  ``out`` may be the
-    student's logits themselves.
+    kl_value: [T] KL(p || q) for reverse KL, KL(p || M) for the JSD, unused for forward KL.
+    out: may be the student's logits themselves.
     """
     if shard.student.shape[1] == 0:
         return
@@ -255,7 +265,7 @@ def write_gradient(
 
 
 def _shifted(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor]:
-    """y and x of a chunk, relative to the maxima of the whole vocabulary."""
+    """Return y and x of a chunk, relative to the maxima of the whole vocabulary."""
     y = shard.student[rows].to(shard.dtype) - chunk.student_max
     z = shard.teacher[rows].to(shard.dtype) - chunk.teacher_max
     x = (mixed_logits(y, z, *shard.mix_weights) - chunk.mix_max).clamp_(min=FLOOR)
@@ -263,7 +273,7 @@ def _shifted(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, 
 
 
 def _probabilities(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    """p, q and log q - log p of a chunk."""
+    """Return p, q and log q - log p of a chunk."""
     y, x = _shifted(shard, chunk, rows)
     log_p, log_q = y.sub_(chunk.student_log_sum), x.mul_(chunk.beta).sub_(chunk.log_sum)
     return log_p.exp(), log_q.exp(), log_q.sub_(log_p)

@@ -1,20 +1,22 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The solver for beta = 1 / k: cumulants of the mix in, the beta with H(softmax(beta m)) = H(p) out.
+"""The solver for beta = 1 / k: from cumulants of the mix to the beta with H(softmax(beta m)) = H(p).
 
 With x = m - max m, S_k = sum e^(beta x) x^k, u = log beta, and mu, Var, k3 the cumulants of x under softmax(beta x):
 
     H = log S0 - beta mu,    dH/du = -beta^2 Var,    d2H/du2 = -(2 beta^2 Var + beta^3 k3)
 
-The root lies between two betas at which these are known: first two neighbours of the grid, then one of them and the
-beta at which the last pass was taken.  It is sought on
+The root lies in a bracket, between two betas at which these numbers are known: first two neighbours of the grid, then
+one of the two and the beta of the last pass.  The solver looks for the root of
 
     G(u) = log(H - floor) - log(Hmax - H),    Hmax = log(number of valid columns)
 
-which is nearly a straight line where a bulk of columns melts (H -> Hmax), where all mass runs to one column (floor = 0,
-H -> 0), and where H settles on a plateau because two or three best columns are nearly tied over a small tail.  There
-H - floor decays exponentially in beta.  Its rate is H'' / |H'| (derivatives with respect to beta) at the right end, or
-1 / (distance of the ends) where that is larger, and ``floor`` is what H tends to at this rate, H - |H'| / rate, but at
-least 0.  A quintic Hermite polynomial through G, G' and G'' at both ends is inverted.
+which is nearly a straight line in three cases: where a bulk of columns melts (H -> Hmax), where all mass runs to one
+column (floor = 0, H -> 0), and where H settles on a plateau because two or three best columns are nearly tied over a
+small tail.
+On a plateau, H - floor decays exponentially in beta.  The rate is H'' / |H'| (derivatives with respect to beta) at the
+right end, or 1 / (distance of the ends) where this is larger.  ``floor`` is the limit of H at this rate, H - |H'| /
+rate, but at least 0.
+A quintic Hermite polynomial through G, G' and G'' at both ends is inverted.
 
 All arithmetic is elementwise in float64, without communication: ranks with the same sums get the same bits.
 """
@@ -31,25 +33,32 @@ from megatron_selfdistill.loss.status import MIN_ENTROPY
 
 LEAST_ENTROPY = 1e-30
 LEAST_DEFICIT = 1e-12
-"""Floors of H and Hmax - H inside logarithms, far below what float32 sums can tell from 0."""
+"""The smallest H and the smallest Hmax - H inside logarithms, far below what float32 sums can distinguish from 0."""
 SNAP = 4.0
-"""A grid point whose entropy equals H(p) to this many rounding errors is the root.
+"""The number of rounding errors up to which the entropy of a grid point counts as equal to H(p); this grid point is
+then the root.
 
-So equal logits give beta (1 + w) = 1 exactly."""
+Therefore equal logits give beta (1 + w) = 1 exactly."""
 SNAP_LIMIT = 5e-6
-"""Nats; the largest mismatch that counts as rounding."""
+"""The largest mismatch, in nats, that counts as rounding."""
 ESTIMATE_TOLERANCE = 2e-6
-"""Nats, between two estimates of H at the root.  What float32 then takes from beta is 6e-8 of dH/du, below 5e-6."""
-LONGEST_STEP = 1 / 32
-"""Of log beta, from the beta of a pass to the beta in use: where the series of log S0, H and E_q[log p] are trusted.
+"""The largest difference, in nats, between two estimates of H at the root of a token that has converged.
 
-Forks alone take longer steps, up to 0.1, of which the last one loses 1e-5; 0.007 is the longest on other classes of
+float32 then rounds beta by 6e-8 of dH/du, which is below 5e-6."""
+LONGEST_STEP = 1 / 32
+"""The largest step of log beta, from the beta of a pass to the beta in use, for which the series of log S0, H and
+E_q[log p] are trusted.
+
+Only forks take longer steps, up to 0.1, of which the last one loses 1e-5; 0.007 is the longest on the other classes of
 ``tools/benchmarks/solver_accuracy.py``."""
 
 
 @dataclass(frozen=True)
 class Cumulants:
-    """Of x under softmax(beta x), in any shape: beta, log-normaliser, mean, variance, third cumulant."""
+    """The cumulants of x under softmax(beta x), in any shape.
+
+    log_sum: log S0; mean, variance, third: the first three cumulants.
+    """
 
     beta: Tensor
     log_sum: Tensor
@@ -61,7 +70,7 @@ class Cumulants:
     def from_sums(cls, beta: Tensor, tail: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Cumulants:
         """Return the cumulants for S0 - 1, S1, S2, S3.
 
-        Without its largest term, 1, S0 keeps the digits of a very sure row.
+        S0 comes without its largest term, which is 1, so that an almost certain token keeps its digits.
         """
         total = 1 + tail
         mean, square, cube = first / total, second / total, third / total
@@ -78,11 +87,11 @@ class Cumulants:
         return self.beta, self.log_sum, self.mean, self.variance, self.third
 
     def at(self, index: Tensor) -> Cumulants:
-        """Return those of one grid point per row: [T, J] and index [T] -> [T]."""
+        """Return the cumulants at one grid point per token: [T, J] and index [T] -> [T]."""
         return Cumulants(*(pick(values, index) for values in self.tensors()))
 
     def where(self, condition: Tensor, others: Cumulants) -> Cumulants:
-        """Return these where ``condition`` holds, elsewhere ``others``."""
+        """Return these cumulants where ``condition`` holds, elsewhere the cumulants ``others``."""
         pairs = zip(self.tensors(), others.tensors(), strict=True)
         return Cumulants(*(torch.where(condition, ours, theirs) for ours, theirs in pairs))
 
@@ -96,13 +105,13 @@ class Cumulants:
 
 @dataclass(frozen=True)
 class BetaSolution:
-    """What is known about the beta of every token, [T] float64.
+    """The present knowledge about the beta of every token, [T] float64.
 
-    beta: the root of the polynomial, or an end of the grid, or a grid point that matches to rounding, or given.
+    beta: the root of the polynomial, an end of the grid, a grid point that matches to rounding, or the given beta.
     log_sum: log S0 there: exact at grid points, to 1e-4 inside a cell of the grid, to 1e-7 after a pass near it.
     entropy: H there, as exact as log_sum.
     left, right: both ends of the bracket that holds the root.
-    inside: bool; the tokens whose beta is sought within their bracket.
+    inside: bool; the tokens whose root lies inside their bracket.
     converged: bool; |H - H(p)| at ``beta`` is known to be at most MATCH_TOLERANCE; True where not inside.
     """
 
@@ -116,12 +125,12 @@ class BetaSolution:
 
     @classmethod
     def given(cls, point: Cumulants) -> BetaSolution:
-        """Return the solution for a beta that is not solved for."""
-        nowhere = torch.zeros_like(point.beta, dtype=torch.bool)
-        return cls(point.beta, point.log_sum, point.entropy, point, point, nowhere, ~nowhere)
+        """Return the solution for a beta that the rule gives."""
+        inside = torch.zeros_like(point.beta, dtype=torch.bool)
+        return cls(point.beta, point.log_sum, point.entropy, point, point, inside, ~inside)
 
     def where(self, condition: Tensor, others: BetaSolution) -> BetaSolution:
-        """Return the betas of this solution where ``condition`` holds, elsewhere those of ``others``."""
+        """Return the betas of this solution where ``condition`` holds, elsewhere the betas of ``others``."""
         return replace(
             self,
             beta=torch.where(condition, self.beta, others.beta),
@@ -133,18 +142,19 @@ class BetaSolution:
     def refined(
         self, here: Cumulants, student_entropy: Tensor, max_entropy: Tensor, dtype: torch.dtype
     ) -> BetaSolution:
-        """Return the solution after a pass over the logits at ``beta``, where the cumulants are ``here``.
+        """Return the solution after a pass over the logits at ``beta``, at which the cumulants are ``here``.
 
-        The bracket shrinks to the side of ``beta`` on which the root lies, and the root of the polynomial through both
-        ends of that is the new beta, a number of ``dtype``.  Two estimates of H there, the polynomial and the series
-        around ``here``, share no error: a token has converged when they agree to ESTIMATE_TOLERANCE at a
-        distance of at most LONGEST_STEP.  Tokens that are not inside keep their beta.
+        The bracket shrinks to the side of ``beta`` on which the root lies.  The new beta is the root of the polynomial
+        through both ends of the bracket, rounded to ``dtype``.
+        Two estimates of H at the root, by the polynomial and by the series around ``here``, share no error: a token has
+        converged when both agree to ESTIMATE_TOLERANCE at a distance of at most LONGEST_STEP.
+        Tokens that are not inside keep their beta.
         """
         wanted = student_entropy.clamp(min=MIN_ENTROPY)
         soft = here.entropy > wanted
         left, right = here.where(soft, self.left), self.right.where(soft, here)
         root = _root_between(left, right, wanted, max_entropy)
-        # NaN: an entropy that does not move to float64 precision.
+        # The root is NaN where the entropy does not change to float64 precision.
         root = torch.where(self.inside & ~torch.isnan(root), root, here.beta)
         is_near = (root / here.beta).log().abs() <= LONGEST_STEP
         agrees = (here.extrapolated(root)[1] - wanted).abs() <= ESTIMATE_TOLERANCE
@@ -156,13 +166,13 @@ class BetaSolution:
 def solve_on_grid(
     grid: Cumulants, student_entropy: Tensor, max_entropy: Tensor, *, favoured: int, dtype: torch.dtype
 ) -> BetaSolution:
-    """Invert the entropies on the grid, per token.
+    """Return the beta of every token, by inverting the entropies on the grid.
 
     grid: [T, J], at J >= 2 rising betas.
     student_entropy, max_entropy: [T] float64.
-    favoured: of several grid points that match to rounding the one nearest to this index is taken.
-    dtype: that of the sums behind the cumulants; sets what counts as a rounding error, and beta is rounded to it.
-    H(p) is raised to MIN_ENTROPY first.  A root outside the grid gives the nearer end; NaN in gives NaN out.
+    favoured: where several grid points match to rounding, the point nearest to this index is the root.
+    dtype: the dtype of the sums behind the cumulants; it sets the size of a rounding error, and beta is rounded to it.
+    H(p) is raised to MIN_ENTROPY first.  A root outside the grid gives the nearer end; NaN gives NaN.
     """
     num_betas, entropies = grid.beta.shape[1], grid.entropy
     wanted = student_entropy.clamp(min=MIN_ENTROPY)
@@ -171,7 +181,7 @@ def solve_on_grid(
     left, right = grid.at(cell), grid.at(cell + 1)
     root = _root_between(left, right, wanted, max_entropy).to(dtype).double()
 
-    # A grid point that matches to rounding is the root; without a root in the grid, its end is.
+    # A grid point that matches to rounding is the root; where the grid holds no root, beta is the nearer end.
     noise = SNAP * torch.finfo(dtype).eps * (entropies + grid.beta**2 * grid.variance)
     matches = (entropies - wanted[:, None]).abs() <= noise.clamp(max=SNAP_LIMIT)
     distance = (torch.arange(num_betas, device=wanted.device) - favoured).abs()
@@ -192,6 +202,7 @@ def solve_on_grid(
 
 
 def _root_between(left: Cumulants, right: Cumulants, wanted: Tensor, max_entropy: Tensor) -> Tensor:
+    """Return the beta at which the quintic polynomial through both ends reaches the wanted entropy."""
     floor = _floor(left, right)
     width = (right.beta / left.beta).log()
     ends = []
@@ -207,13 +218,16 @@ def _root_between(left: Cumulants, right: Cumulants, wanted: Tensor, max_entropy
         soft = value > 0
         low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
         at_low, at_high = torch.where(soft, value, at_low), torch.where(soft, at_high, value)
-    # the bracket is 2^-12 wide, where the polynomial is a straight line to 1e-8
+    # The bracket is 2^-12 wide: on it the polynomial is a straight line to 1e-8.
     fraction = (at_low / (at_low - at_high)).nan_to_num(0.5).clamp(0, 1)
     return left.beta * ((low + (high - low) * fraction) * width).exp()
 
 
 def _floor(left: Cumulants, right: Cumulants) -> Tensor:
-    """What H tends to beyond ``right`` if it goes on decaying as it does there, at least by e between the ends."""
+    """Return the limit of H beyond ``right`` if H goes on decaying as it does at ``right``.
+
+    The decay is at least by a factor of e between the two ends.
+    """
     fall = right.beta * right.variance
     bend = -(right.variance + right.beta * right.third)
     steepest = torch.maximum(bend, fall / (right.beta - left.beta)).clamp(min=LEAST_ENTROPY)
@@ -221,7 +235,7 @@ def _floor(left: Cumulants, right: Cumulants) -> Tensor:
 
 
 def _mismatch(point: Cumulants, floor: Tensor, wanted: Tensor, max_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G(H) - G(wanted), and its first two derivatives with respect to log beta."""
+    """Return G(H) - G(wanted), and its first two derivatives with respect to log beta."""
     excess = (point.entropy - floor).clamp(min=LEAST_ENTROPY)
     deficit = (max_entropy - point.entropy).clamp(min=LEAST_DEFICIT)
     v = point.beta**2 * point.variance
@@ -233,14 +247,14 @@ def _mismatch(point: Cumulants, floor: Tensor, wanted: Tensor, max_entropy: Tens
 
 
 def _log_sum_between(left: Cumulants, right: Cumulants, beta: Tensor) -> Tensor:
-    """log S0 by the quintic through both ends; its derivatives are the cumulants."""
+    """Return log S0 by the quintic polynomial through both ends; its derivatives are the cumulants."""
     step = right.beta - left.beta
     ends = [(point.log_sum, point.mean * step, point.variance * step**2) for point in (left, right)]
     return _value(_quintic(*ends[0], *ends[1]), (beta - left.beta) / step)
 
 
 def _quintic(f0: Tensor, d0: Tensor, c0: Tensor, f1: Tensor, d1: Tensor, c1: Tensor) -> tuple[Tensor, ...]:
-    """Coefficients on [0, 1] of the polynomial with these values, slopes and curvatures at its ends."""
+    """Return the coefficients, on [0, 1], of the polynomial with these values, slopes and curvatures at its ends."""
     rest, rest_slope, rest_curvature = f1 - f0 - d0 - c0 / 2, d1 - d0 - c0, c1 - c0
     return (
         f0,
@@ -253,6 +267,7 @@ def _quintic(f0: Tensor, d0: Tensor, c0: Tensor, f1: Tensor, d1: Tensor, c1: Ten
 
 
 def _value(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Return the value of the polynomial at x."""
     value = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
         value = torch.addcmul(coefficient, value, x)
@@ -260,5 +275,5 @@ def _value(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
-    """Return one of J values per row: [T, J] and index [T] -> [T]."""
+    """Return one of J values per token: [T, J] and index [T] -> [T]."""
     return values.gather(1, index[:, None]).squeeze(1)

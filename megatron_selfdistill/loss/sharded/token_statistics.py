@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""From the sums of all vocabulary shards to the statistics of whole rows: float64 on [T, J] numbers.
+"""From the sums of all vocabulary shards to the statistics of tokens: float64 on [T, J] numbers.
 
-Every rank computes this from the same gathered sums, so every rank gets the same bits.
+Every rank computes the statistics from the same gathered sums, so every rank gets the same bits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from megatron_selfdistill.loss.target import mixed_logits
 
 @dataclass(frozen=True)
 class TokenResults:
-    """What `TokenStats` reports of every row, [T] each, and the constants for the passes at the final beta.
+    """The numbers that `TokenStats` reports of every token, [T] each, and the constants for passes at the final beta.
 
-    In the dtype of the sums but for beta and log_normaliser (of `TargetSolution`), which are float64.
+    All are in the dtype of the sums, except for beta and log_normaliser (see `TargetSolution`), which are float64.
     """
 
     constants: TokenConstants
@@ -44,12 +44,15 @@ class TokenResults:
 
 @dataclass(frozen=True)
 class SolverState:
-    """Every row between two passes; ``constants`` is what the next one takes.
+    """Every token between two passes.
 
-    final, unconverged: after the second pass, the values at ``solution.beta`` and [T] the rows that need a third.
+    sums: the merged sums of the first pass.
+    constants: the input of the next pass.
+    final: after the second pass, the values at ``solution.beta``.
+    unconverged: after the second pass, [T] bool, the tokens that need a third pass.
     """
 
-    rows: MergedSums
+    sums: MergedSums
     solution: BetaSolution
     constants: TokenConstants
     final: ValuesAtBeta | None = None
@@ -57,65 +60,69 @@ class SolverState:
 
 
 def solve_tokens(gathered: Tensor, grid: BetaGrid) -> SolverState:
-    """Merge the parts of ``first_pass``, [parts, T, ...] in rank order, and find the beta of every row on the grid."""
-    rows = MergedSums.merge(gathered.double(), grid)
+    """Merge the parts of ``first_pass``, and find the beta of every token on the grid.
+
+    gathered: [parts, T, ...] in rank order.
+    """
+    sums = MergedSums.merge(gathered.double(), grid)
     if grid.given:
-        solution = BetaSolution.given(rows.mix.at(torch.full_like(rows.student.argmax, len(grid.betas) - 1).long()))
+        solution = BetaSolution.given(sums.mix.at(torch.full_like(sums.student.argmax, len(grid.betas) - 1).long()))
     else:
         solution = solve_on_grid(
-            rows.mix, rows.student.entropy, rows.max_entropy, favoured=grid.favoured, dtype=grid.dtype
+            sums.mix, sums.student.entropy, sums.max_entropy, favoured=grid.favoured, dtype=grid.dtype
         )
-    return SolverState(rows, solution, rows.constants(solution.beta, solution.log_sum, grid.dtype))
+    return SolverState(sums, solution, sums.constants(solution.beta, solution.log_sum, grid.dtype))
 
 
 def finish_tokens(
     solver_state: SolverState, gathered: Tensor, grid: BetaGrid, response_tokens: Tensor | None, vocab_size: int
 ) -> tuple[TokenResults, SolverState]:
-    """Merge the parts of ``second_pass``, [parts, T, ...], move beta to the root, and report every row.
+    """Merge the parts of ``second_pass``, move beta to the root, and report every token.
 
-    After the third pass, which is ``second_pass`` at the constants that this returns, it is called once more: rows that
-    are UNCONVERGED take another step, the others stay.
-    Without ``response_tokens`` the three log-probs are NaN.
+    gathered: [parts, T, ...] in rank order.
+    The third pass is ``second_pass`` at the constants of the returned state.  After it this function is called once
+    more: tokens that are UNCONVERGED take another step, and the others stay.
+    response_tokens: [T] global ids; None: the three log-probs are NaN.
     """
-    rows, dtype = solver_state.rows, grid.dtype
+    sums, dtype = solver_state.sums, grid.dtype
     solution, final = _moved(solver_state, gathered.double(), dtype)
     if solver_state.final is not None and solver_state.unconverged is not None:
         solution = solution.where(solver_state.unconverged, solver_state.solution)
         final = final.where(solver_state.unconverged, solver_state.final)
     if response_tokens is None:
         response_tokens = torch.full_like(solution.beta, -1, dtype=torch.int64)
-    log_probs = rows.log_probs(response_tokens, solution.beta, solution.log_sum, vocab_size)
+    log_probs = sums.log_probs(response_tokens, solution.beta, solution.log_sum, vocab_size)
     student_log_prob, teacher_log_prob, target_log_prob = (value.to(dtype) for value in log_probs)
     status = status_given(solution.beta)
     if not grid.given:
         ends = grid.betas[0], grid.betas[grid.num_grid - 1]
         status = token_status(
-            rows.student.entropy, final.entropy, solution.beta, *ends, grid.lowest_is_bound, ~solution.converged
+            sums.student.entropy, final.entropy, solution.beta, *ends, grid.lowest_is_bound, ~solution.converged
         )
-    highest = mixed_logits(rows.student.maximum, rows.teacher.maximum, *grid.mix_weights) + rows.mix_max
-    constants = rows.constants(solution.beta, solution.log_sum, dtype)
+    highest = mixed_logits(sums.student.maximum, sums.teacher.maximum, *grid.mix_weights) + sums.mix_max
+    constants = sums.constants(solution.beta, solution.log_sum, dtype)
     results = TokenResults(
         constants=constants,
         beta=solution.beta,
         log_normaliser=solution.beta * highest + solution.log_sum,
         reverse_kl=final.reverse_kl.to(dtype),
         forward_kl=final.forward_kl.to(dtype),
-        student_entropy=rows.student.entropy.to(dtype),
-        teacher_entropy=rows.teacher.entropy.to(dtype),
+        student_entropy=sums.student.entropy.to(dtype),
+        teacher_entropy=sums.teacher.entropy.to(dtype),
         target_entropy=final.entropy.to(dtype),
         status=status,
         student_log_prob=student_log_prob,
         teacher_log_prob=teacher_log_prob,
         target_log_prob=target_log_prob,
-        top1_agreement=rows.top1_agreement,
-        grid_entropies=rows.mix.entropy[:, : grid.num_grid].to(dtype),
+        top1_agreement=sums.top1_agreement,
+        grid_entropies=sums.mix.entropy[:, : grid.num_grid].to(dtype),
     )
-    return results, SolverState(rows, solution, constants, final, status == Status.UNCONVERGED)
+    return results, SolverState(sums, solution, constants, final, status == Status.UNCONVERGED)
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """Student or teacher over the whole vocabulary, [T] float64 each.
+    """A softmax of the student's or the teacher's logits over the whole vocabulary, [T] float64 each.
 
     log_sum: log of the normaliser relative to the maximum; argmax: the lowest column at the maximum.
     """
@@ -127,7 +134,7 @@ class Softmax:
 
     @classmethod
     def merge(cls, maximum: Tensor, tail: Tensor, first: Tensor, argmax: Tensor) -> Softmax:
-        """From the parts' maxima, sums and argmaxes, [parts, T] each."""
+        """Merge the maxima, sums and argmaxes of the parts, [parts, T] each."""
         top = maximum.amax(0)
         shift = (maximum - top).clamp(min=FLOOR)
         weight, total = shift.exp(), 1 + tail
@@ -140,14 +147,16 @@ class Softmax:
 
 @dataclass(frozen=True)
 class MergedSums:
-    """What the first pass says about every row, over the whole vocabulary, in float64.
+    """The sums of the first pass over the whole vocabulary, in float64.
 
-    mix: [T, J] of x at every beta of the grid.
-    mix_max: [T] max of w z + y, with y and z relative to the maxima of s and t; x is relative to it.
+    student, teacher: the softmax of each.
+    mix: [T, J] the cumulants of x at every beta of the grid.
+    mix_max: [T] max of w z + y, with y and z relative to the maxima of s and t; x is relative to mix_max.
     shift: [parts, T] the maximum of x in each part.
     max_entropy: [T] log of the number of columns with m > -inf.
-    one_sided: [T] bool: whether some column exists for p only; for q only.
-    token_logits: [T] the student's and the teacher's logit of the response token.
+    one_sided: [T] bool each: whether some column exists for p only, and for q only.
+    token_logits: [T] each: the student's and the teacher's logit of the response token.
+    mix_weights: (weight of t, weight of s) in m.
     """
 
     student: Softmax
@@ -162,7 +171,7 @@ class MergedSums:
 
     @classmethod
     def merge(cls, gathered: Tensor, grid: BetaGrid) -> MergedSums:
-        """From [parts, T, FIRST_PASS + grid.num_sums]."""
+        """Merge the parts [parts, T, len(FIRST_PASS) + grid.num_sums] of the first pass."""
         column = dict(zip(FIRST_PASS, gathered.unbind(2), strict=False))
         sides = [
             Softmax.merge(*(column[f"{side}_{name}"] for name in ("max", "tail", "first", "argmax")))
@@ -174,7 +183,7 @@ class MergedSums:
         ]
         local_max = mixed_logits(local[0], local[1], *grid.mix_weights) + column["mix_max"]
         reference = mixed_logits(student.maximum, teacher.maximum, *grid.mix_weights)
-        # Rounded to what the passes over the logits can subtract, and taken as the reference from here on.
+        # Rounded to the dtype in which the passes subtract it; everything below refers to the rounded number.
         mix_max = (local_max.amax(0) - reference).to(grid.dtype).double()
         shift = (local_max - (reference + mix_max)).clamp(min=FLOOR)
 
@@ -195,10 +204,11 @@ class MergedSums:
 
     @property
     def top1_agreement(self) -> Tensor:
+        """[T] bool: whether student and teacher have the same argmax."""
         return (self.student.argmax == self.teacher.argmax) & torch.isfinite(self.student.argmax)
 
     def constants(self, beta: Tensor, log_sum: Tensor, dtype: torch.dtype) -> TokenConstants:
-        """For the passes over the logits at this beta."""
+        """Return the constants for passes over the logits at this beta, in ``dtype``."""
         student = self.student
         values = (student.maximum, self.teacher.maximum, self.mix_max, student.log_sum, beta, log_sum)
         return TokenConstants(*(value.to(dtype) for value in values))
@@ -206,7 +216,10 @@ class MergedSums:
     def log_probs(
         self, tokens: Tensor, beta: Tensor, log_sum: Tensor, vocab_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the response token, under student, teacher and target."""
+        """Return the log-prob of the response token under student, teacher and target, [T] each.
+
+        tokens: [T] global ids; a token outside of 0 .. vocab_size - 1 gives NaN.
+        """
         y, z = self.token_logits[0] - self.student.maximum, self.token_logits[1] - self.teacher.maximum
         x = mixed_logits(y, z, *self.mix_weights) - self.mix_max
         log_probs = (y - self.student.log_sum, z - self.teacher.log_sum, beta * x - log_sum)
@@ -216,7 +229,7 @@ class MergedSums:
 
 
 def _merge_moments(moments: tuple[Tensor, ...], shift: Tensor, beta: Tensor) -> Cumulants:
-    """The cumulants of x, from the parts' S0 - 1, S1, S2, S3 relative to their own maxima."""
+    """Return the cumulants of x, from the parts' S0 - 1, S1, S2, S3 relative to their own maxima."""
     tail, s1, s2, s3 = moments
     s0, weight = 1 + tail, (beta * shift).exp()
     return Cumulants.from_sums(
@@ -230,36 +243,39 @@ def _merge_moments(moments: tuple[Tensor, ...], shift: Tensor, beta: Tensor) -> 
 
 @dataclass(frozen=True)
 class ValuesAtBeta:
-    """What belongs to the beta in use, [T] float64 each."""
+    """The entropy of the target and the divergences at the beta in use, [T] float64 each."""
 
     entropy: Tensor
     reverse_kl: Tensor
     forward_kl: Tensor
 
     def where(self, condition: Tensor, others: ValuesAtBeta) -> ValuesAtBeta:
-        """Return these where ``condition`` holds, elsewhere ``others``."""
+        """Return these values where ``condition`` holds, elsewhere the values ``others``."""
         pairs = zip(vars(self).values(), vars(others).values(), strict=True)
         return ValuesAtBeta(*(torch.where(condition, ours, theirs) for ours, theirs in pairs))
 
 
 def _moved(solver_state: SolverState, gathered: Tensor, dtype: torch.dtype) -> tuple[BetaSolution, ValuesAtBeta]:
-    """The next beta and what belongs to it, from [parts, T, SECOND_PASS or its longer form] at the present one."""
-    rows, beta, assumed = solver_state.rows, solver_state.solution.beta, solver_state.constants.log_sum.double()
+    """Return the next beta, and the entropy and divergences at it.
+
+    gathered: [parts, T, SECOND_PASS or SECOND_PASS_FORWARD], summed at the beta of ``solver_state``.
+    """
+    sums, beta, assumed = solver_state.sums, solver_state.solution.beta, solver_state.constants.log_sum.double()
     names = SECOND_PASS if gathered.shape[2] == len(SECOND_PASS) else SECOND_PASS_FORWARD
     part = dict(zip(names, gathered.sum(0).unbind(1), strict=True))
-    shift, scale = rows.shift, assumed.exp()
+    shift, scale = sums.shift, assumed.exp()
     tops = (beta * shift).exp()
-    tail, *sums = (
+    tail, *moments = (
         scale * part[name] + (tops * shift**power).sum(0)
         for power, name in enumerate(("tail", "first", "second", "third"))
     )
-    # Each part's largest column stands in ``tops``, and the largest of all is 1.
-    here = Cumulants.from_sums(beta, tail - 1, *sums)
-    solution = solver_state.solution.refined(here, rows.student.entropy, rows.max_entropy, dtype)
+    # ``tops`` has the largest column of each part; the largest of all parts is 1.
+    here = Cumulants.from_sums(beta, tail - 1, *moments)
+    solution = solver_state.solution.refined(here, sums.student.entropy, sums.max_entropy, dtype)
     step, rise = solution.beta - beta, solution.log_sum - here.log_sum
-    log_ratio = here.log_sum - assumed  # log of the sum of q as this pass normalised it
+    log_ratio = here.log_sum - assumed  # log of the sum of q with the normaliser of this pass
 
-    # Each divergence is taken at ``beta``, then moved: KL(p || q) = log S0 - beta E_p[x] + const,
+    # Each divergence is computed at ``beta`` and then moved: KL(p || q) = log S0 - beta E_p[x] + const,
     # KL(q || p) = -H(q) - E_q[y] + const.
     reverse_kl = part["reverse_kl"] - log_ratio.expm1() + log_ratio
     reverse_kl += rise - step * part["student_mean"]
@@ -268,7 +284,7 @@ def _moved(solver_state: SolverState, gathered: Tensor, dtype: torch.dtype) -> t
         forward_kl = (part["forward_kl"] + log_ratio.expm1()) * (-log_ratio).exp() - log_ratio
         mean_y = _taylor_of_mean_y(here, [part[f"y{k}"] * (-log_ratio).exp() for k in range(4)], step)
         forward_kl += here.entropy - solution.entropy - mean_y
-    only_student, only_target = rows.one_sided
+    only_student, only_target = sums.one_sided
     final = ValuesAtBeta(
         entropy=solution.entropy.clamp(min=0),
         reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
@@ -278,12 +294,18 @@ def _moved(solver_state: SolverState, gathered: Tensor, dtype: torch.dtype) -> t
 
 
 def _infinite_where(one_sided: Tensor, kl: Tensor) -> Tensor:
-    """NaN stays: a row with NaN has no countable columns."""
+    """Return ``kl``, with +inf for one-sided tokens.
+
+    NaN stays NaN: the columns of a row with NaN cannot be counted.
+    """
     return kl.masked_fill(one_sided & ~torch.isnan(kl), torch.inf)
 
 
 def _taylor_of_mean_y(here: Cumulants, moments: list[Tensor], step: Tensor) -> Tensor:
-    """E_q[y] at beta + step minus E_q[y] at beta, from E_q[y x^k], k = 0 .. 3: its derivatives are joint cumulants."""
+    """Return E_q[y] at beta + step minus E_q[y] at beta, by a Taylor series whose derivatives are joint cumulants.
+
+    moments: E_q[y x^k] for k = 0 .. 3.
+    """
     y0, y1, y2, y3 = moments
     mean = here.mean
     first = y1 - mean * y0
