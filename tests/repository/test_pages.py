@@ -20,6 +20,7 @@ from megatron_selfdistill.loss.target import Target, mixed_target
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
+PACKAGE = REPOSITORY / "megatron_selfdistill"
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(DOCS.rglob("*.md")),
@@ -70,6 +71,35 @@ def test_a_link_to_no_page_and_one_to_no_heading_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# One two\n[a](#one-two) [b](#three) [c](none.md) [d](page.md#one-two) ![e](f.svg) `[g](h.md)`\n")
     assert broken_links(page) == ["#three", "none.md", "f.svg"]
+
+
+def missing_files(text: str) -> list[str]:
+    """Return the Python files, with a directory, that a page names in code style and that do not exist."""
+    named = sorted(set(re.findall(r"`((?:[\w.]+/)+\w+\.py)`", text)))
+    return [name for name in named if not any((root / name).exists() for root in (REPOSITORY, PACKAGE))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_every_python_file_that_a_page_names_exists(page):
+    assert missing_files(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_file_that_moved_is_found():
+    assert missing_files("`loss/target.py`, `tests/support/ranks.py`, `loss/no_target.py`") == ["loss/no_target.py"]
+
+
+def test_the_design_names_directories_that_exist():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    directories = set(re.findall(r"`((?:[\w.]+/)+)`", text))
+    assert len(directories) > 30
+    assert {name for name in directories if not any((root / name).is_dir() for root in (REPOSITORY, PACKAGE))} == set()
+
+
+def test_both_pages_name_the_same_four_files_for_the_method():
+    texts = [page.read_text(encoding="utf-8") for page in (REPOSITORY / "CONTRIBUTING.md", DOCS / "design.md")]
+    sections = [text.partition("## The method in four files")[2].partition("\n## ")[0] for text in texts]
+    named = [re.findall(r"`(?:megatron_selfdistill/)?([\w/]+\.py)`", section) for section in sections]
+    assert named[0] == named[1] and len(named[0]) == 4 and all((PACKAGE / name).is_file() for name in named[0])
 
 
 def test_readme_is_short_and_narrow():
