@@ -1,17 +1,17 @@
 # Every target makes the virtual environment by itself the first time and reuses it afterwards (tools/venv.sh).
-#   VENV=DIR      where it lies (default .venv)
+#   VENV=DIR      where it lies (default .venv; with PYTHON=3.12 .venv-3.12)
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   DOCS_VENV=DIR where that of the documentation lies (default .venv-docs)
-#   PYTHON=EXE    which Python it is made with (default: the first suitable one found)
+#   PYTHON=EXE    which Python it is made with, or its version, as 3.12 (default: the first suitable one found)
 #   TESTS=...     which tests make test and make test-all run (default tests)
 #   WORKERS=N     how many processes run them (default 2)
 #   PYTHON_GPU=EXE  the Python of test-gpu and bench-gpu, which then make no virtual environment
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
 
-VENV ?= .venv
+PYTHON ?=
+VENV ?= .venv$(patsubst %,-%,$(filter 3.%,$(PYTHON)))
 VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
-PYTHON ?=
 ARGS ?=
 TESTS ?= tests
 WORKERS ?= 2

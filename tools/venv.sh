@@ -8,7 +8,7 @@
 # With "docs" the one that builds the documentation's site (tools/docs_site/requirements.txt): no torch.
 #
 # torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
-# Environment: PYTHON (which interpreter), TORCH_VERSION (default: the tested one).
+# Environment: PYTHON (which interpreter, or its version: 3.12), TORCH_VERSION (default: the tested one).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -87,6 +87,9 @@ suitable() { "$1" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[
 # Sets FOUND to the first Python 3.10 (vLLM: 3.11) to 3.13 that can make virtual environments: PATH first, then pyenv's.
 find_python() {
     local candidate without_venv="" seen=""
+    if [[ "${PYTHON:-}" =~ ^3\.[0-9]+$ ]]; then
+        PYTHON=$(bash tools/find_python.sh "$PYTHON") || fail "found no Python $PYTHON on PATH nor among those of pyenv and uv; install it"
+    fi
     if [ -n "${PYTHON:-}" ]; then
         suitable "$PYTHON" || fail "expected Python 3.$OLDEST to 3.13, got PYTHON=$PYTHON ($("$PYTHON" --version 2>&1 || true))"
         set -- "$PYTHON"

@@ -9,8 +9,7 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import hf_models
@@ -88,8 +87,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uses(programs, folder) -> Iterator[Mapping[str, Future[Done]]]:
-    """One small use of every command, two of them at a time."""
+def use(programs, folder) -> Callable[[str], Done]:
+    """A function that runs one small use of the command of that name."""
     data, model = "problems.jsonl", ["--hf", "hf"]
     commands = {
         "train": tiny_run.overrides(Path(), Path("run"), "num_steps=1", "model.num_layers=2"),
@@ -101,11 +100,7 @@ def uses(programs, folder) -> Iterator[Mapping[str, Future[Done]]]:
         "serve": ["--help"] if HAS_VLLM else ["--hf-config", "hf"],
     }
     assert commands.keys() == COMMANDS.keys()
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(run, programs / "selfdistill", name, *arguments, cwd=folder)
-            for name, arguments in commands.items()
-        }
+    return lambda name: run(programs / "selfdistill", name, *commands[name], cwd=folder)
 
 
 def test_the_program_is_that_of_the_wheel(programs, tmp_path):
@@ -119,48 +114,51 @@ def test_help_shows_an_example(programs, tmp_path, name):
     assert done.returncode == 0 and f"  selfdistill {name} " in done.stdout.replace("doctor\n", "doctor \n"), done
 
 
-def test_train_trains(uses, folder):
-    done = uses["train"].result()
+@pytest.mark.full
+def test_train_trains(use, folder):
+    done = use("train")
     assert done.returncode == 0, done.stderr
     assert (folder / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file()
 
 
-def test_plan_finds_its_recipe_and_shows_how_to_launch_it(uses):
-    done = uses["plan"].result()
+def test_plan_finds_its_recipe_and_shows_how_to_launch_it(use):
+    done = use("plan")
     assert done.returncode == 0, done.stderr
     assert "torchrun --standalone" in done.stdout and " recipe=qwen3_8b data.global_batch_size=64 " in done.stdout
 
 
-def test_convert_converts_and_inspects(uses, programs, folder):
-    done = uses["convert"].result()
+def test_convert_converts_and_inspects(use, programs, folder):
+    done = use("convert")
     assert done.returncode == 0, done.stderr
     assert "load it with checkpoint.load=megatron" in done.stdout
     inspected = run(programs / "selfdistill", "convert", "inspect", "megatron", cwd=folder)
     assert inspected.returncode == 0 and "Qwen3ForCausalLM" in inspected.stdout, inspected.stderr
 
 
-def test_evaluate_evaluates(uses, folder):
-    done = uses["evaluate"].result()
+@pytest.mark.full
+def test_evaluate_evaluates(use, folder):
+    done = use("evaluate")
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "results" / "summary.json").read_text())["data"]["num_problems"] == 4
 
 
-def test_solutions_samples_for_every_problem(uses, folder):
-    done = uses["solutions"].result()
+@pytest.mark.full
+def test_solutions_samples_for_every_problem(use, folder):
+    done = use("solutions")
     assert done.returncode == 0, done.stderr
     assert len((folder / "own.attempts.jsonl").read_text().splitlines()) == 1 + 4
     assert (folder / "own.jsonl").is_file()
 
 
-def test_doctor_knows_the_versions_that_are_needed(uses):
-    done = uses["doctor"].result()
+def test_doctor_knows_the_versions_that_are_needed(use):
+    done = use("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert ": ok; python 3." in done.stdout and "megatron-core " in done.stdout
 
 
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed here: the server would start")
-def test_serve_says_that_it_needs_vllm(uses):
-    done = uses["serve"].result()
+def test_serve_says_that_it_needs_vllm(use):
+    done = use("serve")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "this server needs vLLM" in done.stderr and "megatron_selfdistill[vllm]" in done.stderr
 
