@@ -89,7 +89,7 @@ FILES = [f"{room}.{file}" if file else room for room, files in ORDER.items() for
 LOSS_MAY_IMPORT = {"torch", "triton"}
 # One file may use apex's kernel for weight gradients, where it is installed.
 FUSED_LINEAR_MAY_IMPORT = LOSS_MAY_IMPORT | {"fused_weight_gradient_mlp_cuda"}
-DATA_MAY_IMPORT = {"torch", "datasets", "transformers", "tokenizers", "sentencepiece"}
+DATA_MAY_IMPORT = {"torch", "datasets", "transformers", "tokenizers", "sentencepiece", "yaml"}
 
 LICENCE = "# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0."
 

@@ -1,41 +1,71 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which reply of a logged conversation the user was content with, where nobody marked it."""
+"""Rules that find the reply of a logged conversation that the user accepted, where the log has no mark.
+
+The words that the rules look for are in acceptance_words.yaml, in English, German, French, Spanish, Italian,
+Portuguese, Russian, Chinese, Japanese and Korean.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_selfdistill.config import function_named
 
 Messages = Sequence[Mapping[str, Any]]
 Rule = Callable[[Messages], int | None]
-"""``rule(messages) -> index of the accepted message, or None where the conversation is unresolved``."""
+"""``rule(messages) -> index of the accepted message``; None means that the conversation is unresolved."""
+
+_BY_LANGUAGE = yaml.safe_load(Path(__file__).with_name("acceptance_words.yaml").read_text(encoding="utf-8"))
+
+
+def _words_of(name: str) -> frozenset[str]:
+    return frozenset(word for words in _BY_LANGUAGE[name].values() for word in words.split())
+
+
+def _signs_of(name: str) -> tuple[str, ...]:
+    return tuple(sign for signs in _BY_LANGUAGE[name].values() for sign in signs)
+
+
+FAULT, FAULT_BEGINNINGS, FAULT_SIGNS = (
+    _words_of("fault"),
+    tuple(_words_of("fault_beginnings")),
+    _signs_of("fault_signs"),
+)
+DISSENT = _words_of("dissent")
+THANKS, THANKS_SIGNS = _words_of("thanks"), _signs_of("thanks_signs")
+PRAISE = _words_of("praise")
+REPLY, REPLY_SIGNS = _words_of("reply"), _signs_of("reply_signs")
+FILLERS = _words_of("fillers")
 
 
 def load_rule(name: str) -> Rule:
-    """closing_turn, marked, or a function of the user's by its dotted path, ``package.module.function``.
+    """Return the rule closing_turn or marked, or the user's function with the dotted path ``name``.
 
-    Raises: ConfigError in one sentence if there is no such function.
+    Raises: `ConfigError` if there is no such function.
     """
     return function_named("conversations.accepted_rule", name, BUILT_IN)
 
 
 def closing_turn(messages: Messages) -> int | None:
-    """The last assistant message before the closing user turn, if that is neither a correction nor a repeat.
+    """Return the index of the assistant message before the closing user message, or None where it is in doubt.
 
-    The closing turn is the last user message, if nobody answered it or if it `is_thanks`; with an answer, any other one
-    is a question more, whose fate is unknown.  None where there is no closing turn; where the message before it has no
-    `answer_text`; where it `is_correction`, or `is_repeat` of any user message before it; and where it speaks
-    `of_the_reply` without thanks, since a sentence such as "that deletes the list" may be a complaint in words that
-    nobody listed.
+    The closing user message is the last user message, if no answer follows it or if it `is_thanks`.  After any other
+    answered message the user has not judged the answer, and there is no closing message.
 
-    So a user who says thanks, and one who goes on to something else, was content; one who leaves without a word was not
-    heard, and the conversation is unresolved.  What it cannot see: irony, a complaint in unlisted words about something
-    named ("the list is gone"), an answer that pleased and was wrong.  Where in doubt it gives None: that loses a
-    conversation, while a wrong reply taken for the right one teaches it.
+    The rule returns None where there is no closing message; where the message before it has no `answer_text`; where it
+    `is_correction`, or `is_repeat` of an earlier user message; and where it `points_at_the_reply` without thanks, since
+    a message such as "that deletes the list" may be a complaint in words that no list has.
+
+    So a user who says thanks, or goes on to something else, has accepted the answer.  The judgement of a user who
+    leaves without a word is unknown.  The rule cannot see irony, a complaint in unlisted words about something that the
+    message names ("the list is gone"), and an answer that pleased and was wrong.  A conversation in doubt is lost; a
+    wrong reply that counted as accepted would be taught.
     """
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if len(users) < 2:
@@ -46,26 +76,29 @@ def closing_turn(messages: Messages) -> int | None:
         return None
     if is_correction(text) or any(is_repeat(text, messages[i]["content"]) for i in users[:-1]):
         return None
-    answered = closing < len(messages) - 1
-    if not is_thanks(text) and (answered or of_the_reply(text)):
+    is_answered = closing < len(messages) - 1
+    if not is_thanks(text) and (is_answered or points_at_the_reply(text)):
         return None
     return closing - 1
 
 
+def marked(messages: Messages) -> int | None:
+    """Return None for every conversation: with this rule only the log's marks count."""
+    return None
+
+
 def answer_text(message: Mapping[str, Any]) -> str:
-    """What a message says, without its reasoning; "" for one that ends within it, or calls tools only."""
+    """Return the text of a message without its reasoning; "" if it ends within the reasoning or only calls tools."""
     text = str(message.get("content", "")).rpartition("</think>")[2].strip()
     return "" if text.startswith("<think>") else text
 
 
-def marked(messages: Messages) -> int | None:
-    """None: only a mark counts."""
-    return None
-
-
 def is_thanks(text: str) -> bool:
-    """A word of `THANKS` among its first 6, a text of at most 4 words with one of `PRAISE`, or a sign of `THANKS_SIGNS`
-    anywhere.  (Longer texts may begin with praise and end in a complaint.)"""
+    """Return whether a user's message says thanks.
+
+    It does with a word of `THANKS` among its first 6 words, with a word of `PRAISE` in at most 4 words, and with a sign
+    of `THANKS_SIGNS` anywhere.  (A longer message may begin with praise and end in a complaint.)
+    """
     words = _words(text)
     return bool(
         THANKS & set(words[:6])
@@ -75,31 +108,33 @@ def is_thanks(text: str) -> bool:
 
 
 def is_correction(text: str) -> bool:
-    """Anywhere in the text a word of `FAULT`, one that begins like one of `FAULT_STEMS`, or a sign of `FAULT_SIGNS`; or
-    a word of `DISSENT` among its first 6.  Thanks change nothing about that.
+    """Return whether a user's message corrects the reply; thanks in the same message change nothing.
 
-    Words are runs of letters and digits after NFKC and case folding.
+    It does with a word of `FAULT`, a word that begins like one of `FAULT_BEGINNINGS` or a sign of `FAULT_SIGNS`
+    anywhere, and with a word of `DISSENT` among its first 6 words.  Words are runs of letters and digits, after NFKC
+    and case folding.
     """
     words, folded = _words(text), _folded(text)
     return bool(
         FAULT & set(words)
-        or any(word.startswith(FAULT_STEMS) for word in words)
+        or any(word.startswith(FAULT_BEGINNINGS) for word in words)
         or any(sign in folded for sign in FAULT_SIGNS)
         or DISSENT & set(words[:6])
     )
 
 
-def of_the_reply(text: str) -> bool:
-    """Whether its first word, after those of `FILLERS`, points at the reply or its author ("it", "that", "you")."""
+def points_at_the_reply(text: str) -> bool:
+    """Return whether the first word, after words of `FILLERS`, points at the reply or its author ("it", "you")."""
     words = [word for word in _words(text)[:6] if word not in FILLERS]
     return bool(words and words[0] in REPLY) or _folded(text).lstrip().startswith(REPLY_SIGNS)
 
 
 def is_repeat(text: str, earlier: str) -> bool:
-    """The two name the same numbers, and are alike: the sets A and B of their character trigrams (letters and digits
-    only) have 2 |A & B| >= 0.6 (|A| + |B|), or A holds 0.8 of B, the earlier text's.
+    """Return whether a message names the same numbers as an earlier message and has a similar text.
 
-    Texts with fewer than 3 letters and digits are alike where they are equal.
+    Let A and B be the sets of trigrams (of letters and digits only) of ``text`` and of ``earlier``.  The texts are
+    similar if 2 |A & B| >= 0.6 (|A| + |B|), or |A & B| >= 0.8 |B|.  Texts with fewer than 3 letters and digits are
+    similar if they are equal.
     """
     one, other = _words(text), _words(earlier)
     if {word for word in one if word.isdigit()} != {word for word in other if word.isdigit()}:
@@ -112,86 +147,6 @@ def is_repeat(text: str, earlier: str) -> bool:
 
 
 BUILT_IN: dict[str, Rule] = {"closing_turn": closing_turn, "marked": marked}
-
-# The words of the rule: English, German, French, Spanish, Italian, Portuguese, Russian.  Too many rather than too few:
-# a question that holds one of them loses its conversation, a complaint that holds none teaches what it complains of.
-FAULT = frozenset(
-    "bug bugs buggy bad badly broke broken hang hangs hung missing missed misses nonsense rubbish garbage crap "
-    "useless unusable worse worst poor poorly stuck freeze freezes frozen problem problems issue issues unclear "
-    "invalid lost gone slow slower shorter longer simpler clearer "
-    "kaputt nutzlos quatsch unsinn mist schlecht schlechter kürzer kuerzer länger laenger einfacher genauer "
-    "faux fausse mal mauvais mauvaise nul nulle pire bogue plante cassé cassée "
-    "malo mala peor roto rota falta faltan falla fallas fallan fallo falló "
-    "male peggio rotto rotta manca mancano "
-    "pior errado errada ruim falha faltou faltam quebrou quebrado "
-    "плохо хуже короче проще бред "
-    "nope wtf".split()
-)
-FAULT_STEMS = (
-    *"wrong incorrect mistake error crash fail fault flaw forgot forget useless terribl awful horribl confus ignor "
-    "hallucinat exception traceback segfault corrupt inaccura misunderst".split(),
-    *"falsch fehl vergess vergass unbrauchbar abgestürzt abstürz stürzt absturz scheiter gescheiter".split(),
-    *"erreur échou echou échec oubli manqu bloqu inutil inexact incompr".split(),
-    *"equivoc olvid inútil".split(),
-    *"sbagli errat blocc errore dimentic fallisc fallit".split(),
-    *"erro falhou esquec inútil incorret".split(),
-    *"неправ неверн ошиб сломал слома забыл бесполез вылета упал падает".split(),
-)
-DISSENT = frozenset(
-    "no not nope nah don doesn didn isn wasn won aren couldn cannot cant dont doesnt didnt isnt can but still again "
-    "retry redo fix actually instead really sure why hmm huh wait too more less rewrite rephrase change correct better "
-    "unfortunately sadly alas sorry never nothing "
-    "nein nicht nichts kein keine doch aber immer nochmal noch wieder warum wirklich sicher stimmt leider besser statt "
-    "zu lieber mehr weniger "
-    "non pas mais encore toujours pourquoi vraiment plus moins trop rien jamais malheureusement plutôt "
-    "pero todavia todavía sigue otra vez nuevo más mas menos demasiado nada nunca mejor "
-    "ma ancora perché perche più piu meno troppo niente mai meglio purtroppo "
-    "não nao ainda novamente mais demais nada infelizmente melhor "
-    "не нет но опять снова почему лучше слишком".split()
-)
-THANKS = frozenset(
-    "thanks thank thx ty tysm cheers perfect perfectly exactly excellent awesome solved helpful helps helped "
-    "danke dank dankeschön perfekt merci parfait parfaitement gracias perfecto perfecta grazie perfetto perfetta "
-    "obrigado obrigada perfeito perfeita спасибо благодарю".split()
-)
-PRAISE = frozenset(
-    "great nice good works worked ok okay super klasse passt toll gut génial bien bravo genial bueno vale bene ottimo "
-    "ótimo bom отлично супер хорошо".split()
-)
-REPLY = frozenset(
-    "it its this that these those there here you your u your "
-    "das dies diese dieser dieses es da du sie ihr dein deine deiner ihre "
-    "ça ca cela ceci c ce cette ces tu vous il elle ton ta votre "
-    "eso esto esa este ese tú usted "
-    "questo questa quello quella ciò lei "
-    "isso isto você voce vc "
-    "это этот эта оно ты вы так".split()
-)
-FILLERS = frozenset(
-    "and now well so oh ok okay then also great good nice und jetzt also dann so et alors maintenant donc y ahora "
-    "entonces e ora allora então entao agora и теперь".split()
-)
-# Turns of phrase; and scripts without spaces between words: Chinese, Japanese, Korean.
-FAULT_SIGNS = (
-    "good grief",
-    "good god",
-    "good lord",
-    "nice try",
-    "for nothing",
-    "por qué",
-    "работает не",
-    "не работ",
-    "не хват",
-    *"不对 不對 错 錯 不是 不行 不能 不好 不正 不工作 重新 再试 再試 崩溃 崩潰 失败 失敗 没用".split(),
-    *"沒用 忘 坏 壞 问题 問題 缺 有bug 短一 更短 太长 太長".split(),
-    *"違う 違い 間違 もう一度 エラー バグ 失敗 クラッシュ 落ちま 動かな 動きませ 忘れ 足りな 壊れ".split(),
-    *"だめ ダメ おかし もっと 短く".split(),
-    *"틀렸 아니 다시 오류 에러 버그 실패 안돼 않 잘못 빠졌 빠뜨 잊 쓸모없 고장".split(),
-    "안 돼",
-    "더 짧",
-)
-THANKS_SIGNS = ("谢谢", "謝謝", "太好了", "ありがと", "감사", "고마")
-REPLY_SIGNS = ("这", "這", "它", "これ", "それ", "이거", "이건", "그건", "그거")
 
 
 def _words(text: str) -> list[str]:
