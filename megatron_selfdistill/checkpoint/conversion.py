@@ -39,7 +39,7 @@ from megatron_selfdistill.checkpoint.formats.torch_dist_writer import Piece
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION
 from megatron_selfdistill.checkpoint.run.state import CONTENT
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.model.architecture import padded_vocab_size
 from megatron_selfdistill.model.hf.mapping import (
     TIED,
@@ -59,11 +59,14 @@ _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 
 @dataclass(frozen=True)
 class Progress:
-    """Whom to tell: ``start`` the bytes that will be written, ``advance`` those that were, ``say`` what is decided."""
+    """The functions that receive the progress of a conversion."""
 
     start: Callable[[int], None] = lambda _: None
+    """Receives the total number of bytes, once."""
     advance: Callable[[int], None] = lambda _: None
-    say: Callable[[str], None] = lambda _: None
+    """Receives the number of bytes of each written tensor."""
+    report: Callable[[str], None] = lambda _: None
+    """Receives a message for each decision of the conversion."""
 
 
 def hf_to_megatron(
@@ -74,19 +77,20 @@ def hf_to_megatron(
     allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the model in the Hugging Face directory ``hf`` as ``out/release``, a torch_dist checkpoint; returns that.
+    """Write the model in the Hugging Face directory ``hf`` as a torch_dist checkpoint; return ``out/release``.
 
-    ``dtype``: of all weights but those that Megatron keeps in float32; null keeps each as it is (FP8: bf16; tensors
-    that become one take the widest type among them, which ``progress`` reports).  ``allow_non_finite``: report weights
-    that are NaN or infinite instead of refusing them.
-    Memory: the tensors of one rule, and its result where they must be rearranged.
-    Raises: CheckpointError or ConfigError, one sentence, before anything is written; for weights that are not finite,
-    and OSError, while it is.  Nothing is left behind.
+    ``dtype``: the type of all weights, except the weights that Megatron keeps in float32.  Null keeps the type of each
+    weight; FP8 becomes bf16, and tensors that are joined take the widest of their types, which ``progress`` reports.
+    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
+    Memory: the tensors of one rule, and the result of the rule where it rearranges the tensors.
+
+    Raises: CheckpointError or ConfigError before the function writes anything; CheckpointError for weights that are not
+    finite, and OSError, while the function writes.  After an error the function removes its output.
     """
     hf, out, progress = Path(hf), Path(out), progress or Progress()
     directory.require_free(out)
     model, rules, tensors = _read_hf(hf)
-    finite = _Finite(str(hf), allow_non_finite, progress)
+    finite = _FiniteCheck(str(hf), allow_non_finite, progress)
     pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
     common = {
         "args": converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces)),
@@ -97,17 +101,17 @@ def hf_to_megatron(
         SECTION: {"kind": "conversion"},
     }
     num_bytes = sum(piece.num_bytes for piece in pieces)
-    with _new_directory(out, num_bytes + _hf_assets_bytes(hf)) as temporary:
+    with _created_directory(out, num_bytes + _hf_assets_bytes(hf)) as temporary:
         progress.start(num_bytes)
         release = temporary / "release"
         torch_dist_writer.write(release, pieces, common, empty_objects=_extra_states(rules), progress=progress.advance)
-        carried = release / HF_ASSETS
-        carried.mkdir()
-        shutil.copyfile(hf / "config.json", carried / "config.json")
-        copy_hf_assets(hf, carried, progress.say)
+        assets = release / HF_ASSETS
+        assets.mkdir()
+        shutil.copyfile(hf / "config.json", assets / "config.json")
+        copy_hf_assets(hf, assets, progress.report)
         manifest.write(release)
         (temporary / directory.TRACKER).write_text("release")
-        for path in (carried / "config.json", carried, release, temporary / directory.TRACKER):
+        for path in (assets / "config.json", assets, release, temporary / directory.TRACKER):
             manifest.sync(path)
     return out / "release"
 
@@ -126,20 +130,22 @@ def megatron_to_hf(
 ) -> Path:
     """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face directory ``out``.
 
-    ``hf_config``: a directory with the original config.json and tokenizer files; null takes those that the checkpoint
-    carries, else a config.json is made from the stored arguments.  ``dtype``: of all floating-point weights; null
-    keeps each.  ``vocab_size``: the true vocabulary where the checkpoint does not tell (`true_vocab_size`).
-    ``allow_non_finite``: report weights that are NaN or infinite instead of refusing them.
-    Memory: one full tensor of Megatron's, and its parts where they must be rearranged.
-    Raises: CheckpointError or ConfigError, one sentence, before anything is written; OSError while it is.
+    ``hf_config``: a directory with the original config.json and tokenizer files.  Null takes the files in the
+    checkpoint; without such files the function makes a config.json from the stored arguments.  ``dtype``: the type of
+    all floating-point weights; null keeps the type of each weight.  ``vocab_size``: the size of the true vocabulary,
+    where it does not follow from the checkpoint (`true_vocab_size`).
+    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
+    Memory: one full tensor of Megatron, and its parts where the rule rearranges the tensor.
+
+    Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
     """
     out, progress = Path(out), progress or Progress()
     directory.require_free(out)
     weights = open_weights(megatron, iteration)
-    verify_checksums(weights, progress.say)
-    beside = Path(hf_config) if hf_config is not None else hf_assets_of(weights.path)
-    original = read_config(beside) if beside is not None and (hf_config or (beside / "config.json").is_file()) else None
-    model, family = _described(weights, original, beside, vocab_size, progress)
+    verify_checksums(weights, progress.report)
+    assets = Path(hf_config) if hf_config is not None else hf_assets_of(weights.path)
+    original = read_config(assets) if assets is not None and (hf_config or (assets / "config.json").is_file()) else None
+    model, family = _model_and_family(weights, original, assets, vocab_size, progress)
     rules = family.rules(model)
     weights.check_shapes(rules)
     kept = {rule: dtype if dtype and not rule.float32 else weights.dtype(rule) for rule in rules}
@@ -149,8 +155,8 @@ def megatron_to_hf(
         (name, kept[rule], shape) for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
-    finite = _Finite(str(weights.path), allow_non_finite, progress)
-    with _new_directory(out, num_bytes + (_hf_assets_bytes(beside) if beside is not None else 0)) as temporary:
+    finite = _FiniteCheck(str(weights.path), allow_non_finite, progress)
+    with _created_directory(out, num_bytes + (_hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
         writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
 
@@ -161,50 +167,52 @@ def megatron_to_hf(
         def rule_bytes(rule: Rule) -> int:
             return math.prod(rule.shape) * kept[rule].itemsize
 
-        made = read_ahead(rules, parts_of, rule_bytes)
+        tensors_of_rules = read_ahead(rules, parts_of, rule_bytes)
         for rule in rules:
-            parts = next(made)
+            parts = next(tensors_of_rules)
             for name in rule.hf_names:
                 writer.write(name, parts[0])
                 progress.advance(parts.pop(0).numel() * kept[rule].itemsize)
         writer.close()
-        if beside is not None:
-            copy_hf_assets(beside, temporary, progress.say)
-        config = without_lost_code(config, temporary, progress.say)
+        if assets is not None:
+            copy_hf_assets(assets, temporary, progress.report)
+        config = without_lost_code(config, temporary, progress.report)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")
     return out
 
 
 def copy_hf_assets_to_run_dir(checkpoint: Path, run_dir: Path) -> None:
-    """Copy the Hugging Face files that ``checkpoint`` carries into a run directory, from where its checkpoints can be
-    converted back; nothing where it carries none."""
-    beside = hf_assets_of(directory.tracked(checkpoint) or checkpoint)
+    """Copy the Hugging Face files of ``checkpoint`` into ``run_dir``, so that its checkpoints can be converted back.
+
+    The function does nothing for a checkpoint without such files.
+    """
+    assets = hf_assets_of(directory.tracked(checkpoint) or checkpoint)
     target = run_dir / HF_ASSETS
-    if beside is not None and beside.absolute() != target.absolute():
+    if assets is not None and assets.absolute() != target.absolute():
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(beside / "config.json", target / "config.json")
-        copy_hf_assets(beside, target)
+        shutil.copyfile(assets / "config.json", target / "config.json")
+        copy_hf_assets(assets, target)
 
 
-class _Finite:
-    """Looks at every tensor on its way; ``source`` is where they come from, for messages."""
+class _FiniteCheck:
+    """The check of each converted tensor for NaN and infinities; ``source`` names the checkpoint in messages."""
 
     def __init__(self, source: str, allow: bool, progress: Progress) -> None:
         self._source, self._allow, self._progress = source, allow, progress
 
     def checked(self, name: str, tensor: Tensor) -> Tensor:
-        """Return ``tensor``.  Raises: CheckpointError where it is not finite, unless that is allowed."""
+        """Return ``tensor``; raise CheckpointError where ``tensor`` is not finite, unless that is allowed."""
         if not is_finite(tensor):
-            what = f"{name} of {self._source} has NaN or infinite elements (as {tensor.dtype})"
+            message = f"{name} of {self._source} has NaN or infinite elements (as {tensor.dtype})"
             if not self._allow:
-                raise CheckpointError(f"{what}: take an earlier checkpoint, or convert it with --allow-non-finite")
-            self._progress.say(what)
+                raise CheckpointError(f"{message}: take an earlier checkpoint, or convert it with --allow-non-finite")
+            self._progress.report(message)
         return tensor
 
 
 def _main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
-    """Return the type in which most bytes of a model are."""
+    """Return the type that has most of the bytes of a model."""
     total: dict[torch.dtype, int] = {}
     for dtype, num_bytes in sizes:
         total[dtype] = total.get(dtype, 0) + num_bytes
@@ -216,41 +224,43 @@ def _hf_assets_bytes(source: Path) -> int:
 
 
 def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
-    """The model in a Hugging Face directory, the rules of its tensors, and these; all checked against each other."""
+    """Return the model of a Hugging Face directory, the rules of its tensors, and the tensors, after all checks."""
     config = read_config(hf)
     family = family_of(config)
     model = family.model_config(config)
     tensors = open_weights_directory(hf)
     rules = check_names(family.rules(model), tensors.tensors)
     check_shapes(rules, {name: tensor.shape for name, tensor in tensors.tensors.items()})
-    carried = {rule.hf_names[0].split(".")[2] for rule in rules if rule.is_passthrough}
-    model = replace(model, num_passthrough_mtp_layers=len(carried))
+    passthrough_layers = {rule.hf_names[0].split(".")[2] for rule in rules if rule.is_passthrough}
+    model = replace(model, num_passthrough_mtp_layers=len(passthrough_layers))
     tied = model.share_embeddings_and_output_weights and TIED[0] in tensors.tensors
     if tied and not torch.equal(tensors.read(TIED[0]), tensors.read(TIED[1])):
-        raise CheckpointError(f"{hf} ties its embeddings (tie_word_embeddings), but {TIED[0]} is not {TIED[1]}")
+        raise CheckpointError(f"{hf} ties its embeddings (tie_word_embeddings), but {TIED[0]} differs from {TIED[1]}")
     return model, rules, tensors
 
 
 class _HFReader:
-    """Full tensors of a Hugging Face directory, dequantised, in the type in which they will be stored."""
+    """A reader of full, dequantised tensors of a Hugging Face directory, in the types of the checkpoint."""
 
     def __init__(
-        self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: _Finite
+        self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: _FiniteCheck
     ) -> None:
         self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
 
     def dtype(self, rule: Rule, name: str) -> torch.dtype:
+        """Return the type in which the checkpoint stores the tensor ``name`` of ``rule``."""
         found = self.tensors.tensors[name].dtype
         if self._dtype is not None:
             return torch.float32 if rule.float32 else self._dtype
         return torch.bfloat16 if found in _FLOAT8 else found
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return the tensor ``name`` in the type ``dtype``."""
         tensor = self.tensors.read(name)
         if tensor.dtype in _FLOAT8:
             scales = f"{name}_scale_inv"
             if scales not in self.tensors.tensors or self._block is None:
-                raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or its block size is missing")
+                raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or quantization_config is missing")
             tensor = dequantise_blocks(tensor, self.tensors.read(scales), self._block)
         return self._finite.checked(name, tensor.to(dtype))
 
@@ -261,8 +271,10 @@ def _block(hf: Path) -> tuple[int, int] | None:
 
 
 def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: Progress) -> list[Piece]:
-    """How each rectangle of the checkpoint is made; nothing is read yet.  ``progress`` gets a sentence where tensors
-    of several types become one."""
+    """Return the pieces of the checkpoint, without reading tensors.
+
+    ``progress`` receives a message where tensors of several types are stored under one key.
+    """
     depth: dict[str, tuple[int, ...]] = {}
     kept: dict[str, torch.dtype] = {}
     for rule in rules:
@@ -277,8 +289,7 @@ def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: 
         wide = str(kept[next(rule.megatron.key for rule in rules if widened[0] in rule.hf_names)]).removeprefix(
             "torch."
         )
-        more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
-        progress.say(f"{widened[0]}{more} become {wide}, like the tensors that they are stored with")
+        progress.report(f"{first_few(widened, ', ')} become {wide}, like the other tensors of their keys")
     pieces: list[Piece] = []
     for rule in rules:
         pieces += _pieces_of(rule, depth[rule.megatron.key], kept[rule.megatron.key], model, reader)
@@ -286,9 +297,9 @@ def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: 
 
 
 def _extra_states(rules: list[Rule]) -> list[str]:
-    """Where Megatron looks for a layer's FP8 statistics, in every layer spec: linear layers, norms, attention.
+    """Return the keys under which Megatron looks for FP8 statistics of linear layers, norms and attention.
 
-    Its loader stops where one is missing, and takes None for none.
+    The keys serve every layer spec.  Megatron's loader fails for a missing key, and accepts None as the statistics.
     """
     states: dict[tuple[str, tuple[int, ...]], None] = {}
     for rule in rules:
@@ -296,7 +307,7 @@ def _extra_states(rules: list[Rule]) -> list[str]:
         if rule.is_passthrough or module.endswith(("word_embeddings", "output_layer", "router")):
             continue
         states[module, rule.megatron.index] = None
-        if name == "layer_norm_weight":  # as the local spec calls the norm that is a part of this layer
+        if name == "layer_norm_weight":  # the norm is a module of its own in the local spec
             states |= {(other.rpartition(".")[0], rule.megatron.index): None for other in names(rule.megatron.key)}
         if module.endswith("self_attention.linear_proj"):
             states[module.replace("linear_proj", "core_attention"), rule.megatron.index] = None
@@ -323,7 +334,7 @@ def _pieces_of(
         sizes = leading + shape
         return Piece(key, stacked + padded, (*index, row, *tail), sizes, dtype, lambda: make().reshape(sizes))
 
-    if isinstance(rule.arrangement, Rows):  # one below the other: each is a rectangle of its own, and held alone
+    if isinstance(rule.arrangement, Rows):  # each tensor is a rectangle of its own, which is read alone
         row = 0
         for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
             yield piece(row, shape, functools.partial(reader.read, name, dtype))
@@ -335,51 +346,51 @@ def _pieces_of(
         yield piece(rule.shape[0], rest, lambda: torch.zeros(rest, dtype=dtype))
 
 
-def _described(
+def _model_and_family(
     weights: Weights,
     original: Mapping[str, Any] | None,
-    beside: Path | None,
+    assets: Path | None,
     vocab_size: int | None,
     progress: Progress,
 ) -> tuple[ModelConfig, Family]:
-    """The model in a Megatron checkpoint, and as what family it leaves."""
+    """Return the model of a Megatron checkpoint, and its Hugging Face family."""
     if weights.args is None and original is None:
         raise CheckpointError(
-            f"{weights.path} stores no arguments: name a directory with its config.json in --hf-config"
+            f"{weights.path} stores no arguments: set --hf-config to a directory with its config.json"
         )
     if weights.args is not None:
         model = architecture_from_args(weights.args)
     else:
         model = family_of(original or {}).model_config(original or {})
     if vocab_size is None:
-        # A config.json may know of rows that no token has.
-        known = max((original or {}).get("vocab_size") or 0, num_tokens(beside) or 0)
+        # A config.json may count rows that belong to no token.
+        known = max((original or {}).get("vocab_size") or 0, num_tokens(assets) or 0)
         vocab_size = true_vocab_size(weights.args, known or None, weights.num_rows)
     elif vocab_size > weights.num_rows:
         raise CheckpointError(f"--vocab-size {vocab_size} exceeds the {weights.num_rows} rows on disk")
-    progress.say(f"vocabulary: {vocab_size} of {weights.num_rows} rows on disk")
+    progress.report(f"vocabulary: {vocab_size} of {weights.num_rows} rows on disk")
     model = replace(model, vocab_size=vocab_size)
-    carried = weights.num_passthrough_layers
-    if model.num_passthrough_mtp_layers != carried:
-        progress.say(
-            f"{model.num_passthrough_mtp_layers} multi-token-prediction layers stayed behind when it was trained"
+    num_layers = weights.num_passthrough_layers
+    if model.num_passthrough_mtp_layers != num_layers:
+        progress.report(
+            f"{model.num_passthrough_mtp_layers} multi-token-prediction layers of the original are not in it"
         )
-        model = replace(model, num_passthrough_mtp_layers=carried)
+        model = replace(model, num_passthrough_mtp_layers=num_layers)
     family = family_of(original) if original is not None else family_of_model(model)
-    progress.say(f"{family.architecture}; {FORMATS[weights.format]}; iteration {weights.iteration}")
+    progress.report(f"{family.architecture}; {FORMATS[weights.format]}; iteration {weights.iteration}")
     return model, family
 
 
 def _config(
     family: Family, model: ModelConfig, dtype: str, original: Mapping[str, Any] | None, weights: Weights
 ) -> dict[str, Any]:
-    """The config.json: the original one, if it describes this model."""
+    """Return the config.json of the converted model: the original, if the original describes this model."""
     if original is None or family.model_config(original).num_passthrough_mtp_layers == model.num_passthrough_mtp_layers:
         return family.hf_config(model, dtype, original)
     counts = {name: model.num_passthrough_mtp_layers for name in _MTP_LAYERS if name in original} or {_MTP_LAYERS[0]: 0}
     config = family.hf_config(model, dtype, {**original, **counts})
     if getattr(weights.args, "num_passthrough_mtp_layers", None) == model.num_passthrough_mtp_layers:
-        # The directory that was converted had no such layers either, whatever its config.json said.
+        # The original directory had no such layers either, although its config.json counted them.
         config = {name: original.get(name, value) for name, value in config.items() if name in original}
         config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
     return config
@@ -389,8 +400,8 @@ _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 @contextmanager
-def _new_directory(target: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary directory beside ``target`` that gets its name if all goes well, and goes if not."""
+def _created_directory(target: Path, num_bytes: int) -> Iterator[Path]:
+    """Yield a temporary directory, and rename it to ``target`` at the end; remove it after an error."""
     target = target.absolute()
     temporary = directory.begin(target.parent, target.name, num_bytes + 2**20)
     try:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a checkpoint is, in a few lines for people: Megatron's, torch_dist or legacy, and Hugging Face's."""
+"""Describe a checkpoint in a few lines for people: Megatron (torch_dist or legacy) or Hugging Face."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
 
 HF_ASSETS = "huggingface"
-"""The directory in a Megatron checkpoint with the config.json, tokenizer and generation files that it came with."""
+"""The subdirectory of a Megatron checkpoint with the config.json, tokenizer and generation files of its source."""
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
+"""The description of each checkpoint format of Megatron."""
 
 
 def describe(path: Path) -> dict[str, str]:
-    """What a checkpoint is, for people: family, sizes, parallel layout, iteration, parameters, types, vocabulary."""
+    """Return the properties of a checkpoint by name: family, sizes, layout, iteration, parameters, vocabulary."""
     path = Path(path)
     if (path / "config.json").is_file() and directory.tracked(path) is None:
         return _describe_hf(path)
@@ -41,10 +42,10 @@ def describe(path: Path) -> dict[str, str]:
     lines["parameters"] = f"{_parameters(sizes)}, padding included"
     if weights.args is None:
         return lines | {"arguments": "none are stored: the architecture is not known"}
-    args, beside = weights.args, hf_assets_of(weights.path)
+    args, assets = weights.args, hf_assets_of(weights.path)
     model = architecture_from_args(args)
     try:
-        vocab_size = true_vocab_size(args, num_tokens(beside), weights.num_rows)
+        vocab_size = true_vocab_size(args, num_tokens(assets), weights.num_rows)
         lines["vocabulary"] = f"{vocab_size} true rows, {weights.num_rows} with padding"
     except CheckpointError as error:
         vocab_size = weights.num_rows
@@ -58,14 +59,13 @@ def describe(path: Path) -> dict[str, str]:
         lines["manifest"] = (
             "lost (this program wrote one)" if is_selfdistill_checkpoint(weights.path) else "none (another program's)"
         )
-    return lines | _describe_model(model) | _usage(weights, model, beside)
+    return lines | _describe_model(model) | _usage(weights, model, assets)
 
 
 def megatron_lm_usage(path: Path) -> dict[str, str]:
-    """Return how ``pretrain_gpt.py`` of Megatron-LM loads the checkpoint at ``path``: a line of flags to paste, and
-    what no flag expresses.
+    """Return the flags with which Megatron-LM's ``pretrain_gpt.py`` loads a checkpoint, and the limits of the flags.
 
-    Raises: CheckpointError where there is no checkpoint, or none that stores its arguments.
+    Raises: CheckpointError where there is no checkpoint, or where the checkpoint stores no arguments.
     """
     weights = open_weights(path)
     if weights.args is None:
@@ -73,18 +73,18 @@ def megatron_lm_usage(path: Path) -> dict[str, str]:
     return _usage(weights, architecture_from_args(weights.args), hf_assets_of(weights.path))
 
 
-def _usage(weights: Weights, model: ModelConfig, beside: Path | None) -> dict[str, str]:
+def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[str, str]:
     sizes = weights.sizes()
     flags = megatron_flags(model, dtype=max(sizes, key=lambda dtype: sizes[dtype]), padded_vocab_size=weights.num_rows)
     parts = ["--load", str(weights.path.parent), "--ckpt-format", weights.format]
     if directory.tracked(weights.path.parent) != weights.path:
         parts += ["--ckpt-step", str(weights.iteration)]
-    if beside is not None and (beside / "tokenizer_config.json").is_file():
-        parts += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(beside)]
-    elif beside is not None and (beside / "tokenizer.model").is_file():
-        parts += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(beside / "tokenizer.model")]
+    if assets is not None and (assets / "tokenizer_config.json").is_file():
+        parts += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(assets)]
+    elif assets is not None and (assets / "tokenizer.model").is_file():
+        parts += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(assets / "tokenizer.model")]
     if getattr(weights.args, "add_position_embedding", True) is False and model.position_embedding_type == "rope":
-        parts.append("--no-position-embedding")  # pretrain_gpt.py compares it with what is stored
+        parts.append("--no-position-embedding")  # pretrain_gpt.py compares the flag with the stored argument
     lines = {f"flags of Megatron-LM {MEGATRON_LM}": f"{shlex.join(parts)} {flags.line}"}
     if flags.not_expressible:
         lines[f"not possible in Megatron-LM {MEGATRON_LM}"] = "; ".join(flags.not_expressible)
@@ -92,26 +92,26 @@ def _usage(weights: Weights, model: ModelConfig, beside: Path | None) -> dict[st
 
 
 def hf_assets_of(path: Path) -> Path | None:
-    """The Hugging Face files of a checkpoint: in it, beside it, or in the run directory that it belongs to."""
+    """Return the directory of a checkpoint's Hugging Face files: in it, beside it, or in its run directory."""
     for parent in (path, path.parent, path.parent.parent):
         if (parent / HF_ASSETS / "config.json").is_file():
             return parent / HF_ASSETS
     return None
 
 
-def num_tokens(beside: Path | None) -> int | None:
-    """Tokens of the tokenizer that lies beside the weights; None where there is none."""
-    if beside is None or not any((beside / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+def num_tokens(assets: Path | None) -> int | None:
+    """Return the number of tokens of the tokenizer in ``assets``; None where there is no tokenizer."""
+    if assets is None or not any((assets / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
-    if (beside / "tokenizer.json").is_file():
-        content = json.loads((beside / "tokenizer.json").read_text())
+    if (assets / "tokenizer.json").is_file():
+        content = json.loads((assets / "tokenizer.json").read_text())
         vocabulary = content.get("model", {}).get("vocab") or {}
         ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = [token["id"] for token in content.get("added_tokens", [])]
         return max([*ids, *added], default=-1) + 1 or None
     from sentencepiece import SentencePieceProcessor
 
-    return SentencePieceProcessor(model_file=str(beside / "tokenizer.model")).vocab_size()
+    return SentencePieceProcessor(model_file=str(assets / "tokenizer.model")).vocab_size()
 
 
 _LAYOUT = {
@@ -152,7 +152,7 @@ def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[st
             f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}, {model.moe_router_topk} per token"
         )
     if model.num_passthrough_mtp_layers:
-        lines["multi-token prediction"] = f"{model.num_passthrough_mtp_layers} layers, carried along"
+        lines["multi-token prediction"] = f"{model.num_passthrough_mtp_layers} layers, kept for conversions"
     if model.transformer:
         lines["further"] = ", ".join(f"{name}={value}" for name, value in model.transformer.items())
     return lines

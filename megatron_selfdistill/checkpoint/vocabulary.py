@@ -71,5 +71,5 @@ def _stored_tokenizer(config: Config) -> Path | None:
     path = newest or config.checkpoint.load
     if path is None:
         return None
-    beside = hf_assets_of(directory.tracked(Path(path)) or Path(path))
-    return beside if beside is not None and any(any(beside.glob(pattern)) for pattern in _FILES) else None
+    assets = hf_assets_of(directory.tracked(Path(path)) or Path(path))
+    return assets if assets is not None and any(any(assets.glob(pattern)) for pattern in _FILES) else None

@@ -147,7 +147,7 @@ def _progress() -> Iterator[Progress]:
         yield Progress(
             start=lambda num_bytes: bar.update(task, total=num_bytes),
             advance=lambda num_bytes: bar.advance(task, num_bytes),
-            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+            report=lambda line: console.print(line, highlight=False, soft_wrap=True),
         )
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The weights of any Megatron checkpoint, torch_dist or legacy, as full tensors by the rules of a mapping.
+"""Read the weights of any Megatron checkpoint, torch_dist or legacy, as full tensors by the rules of a mapping.
 
     weights = open_weights(Path("runs/first/checkpoints"))
     weights.args, weights.iteration, weights.num_rows
@@ -31,77 +31,83 @@ from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.model.hf.mapping import PASSTHROUGH, Rule
 
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
-"""Beside the model in a checkpoint, and no part of it."""
+"""The prefixes of keys in a checkpoint that do not belong to the model."""
 
 NOT_BUILT = ("mtp.", PASSTHROUGH)
-"""Multi-token prediction: part of some checkpoints, and of no model that is trained or sampled here."""
+"""The prefixes of multi-token-prediction layers, which some checkpoints have and no model of this program has."""
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class Weights(Protocol):
-    """A Megatron checkpoint that was found whole."""
+    """The weights of a complete Megatron checkpoint."""
 
     path: Path
     format: str
-    """torch_dist or torch (legacy)."""
+    """The format: ``torch_dist``, or ``torch`` for legacy."""
     args: argparse.Namespace | None
-    """What its writer stored; None where it stored nothing."""
+    """The stored arguments; None where the checkpoint stores no arguments."""
     iteration: int
+    """The iteration of the checkpoint; 0 for ``release``."""
 
     @property
     def num_rows(self) -> int:
-        """Rows of the embedding on disk, padding included."""
+        """The number of rows of the stored embedding, including padding."""
         ...
 
     @property
     def num_passthrough_layers(self) -> int:
-        """Multi-token-prediction layers that it carries for others."""
+        """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
         ...
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
-        """Raise CheckpointError, naming the first ones, unless the tensors on disk are exactly those of ``rules``."""
+        """Raise CheckpointError with the first differences unless the stored tensors are those of ``rules``."""
         ...
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        """Of the tensor on disk."""
+        """Return the type of the stored tensor of ``rule``."""
         ...
 
     def read(self, rule: Rule) -> Tensor:
-        """The tensor of ``rule``, without padding."""
+        """Return the tensor of ``rule``, without padding."""
         ...
 
     def sizes(self) -> dict[torch.dtype, int]:
-        """Number of elements of the model's tensors, by their type; padding included."""
+        """Return the number of elements of the model's tensors by type, including padding."""
         ...
 
 
-def verify_checksums(weights: Weights, say: Callable[[str], None] = lambda _: None) -> None:
-    """Raise CheckpointError, naming the file, unless all contents are what the manifest says; reads every file once.
+def verify_checksums(weights: Weights, report: Callable[[str], None] = lambda _: None) -> None:
+    """Raise CheckpointError with the first damaged file unless all files have the checksums of the manifest.
 
-    Checkpoints of other programs have no manifest, and one of this program may have lost it: ``say`` receives that, and
-    the contents are taken as they are.
+    The function reads every file once.  Without a manifest it checks nothing, and ``report`` receives a message:
+    checkpoints of other programs have no manifest, and a checkpoint of this program may have lost it.
     """
     entries = manifest.read(weights.path)
     if entries is None:
-        lost = ", although this program wrote one" if is_selfdistill_checkpoint(weights.path) else ""
-        say(f"{weights.path} has no {manifest.NAME}{lost}: its contents cannot be checked")
+        lost = ", although this program saved one" if is_selfdistill_checkpoint(weights.path) else ""
+        report(f"{weights.path} has no {manifest.NAME}{lost}: its contents cannot be checked")
     elif (fault := manifest.wrong_contents(weights.path, entries)) is not None:
         raise CheckpointError(f"{weights.path} {fault}{directory.instead_of(weights.path)}")
 
 
 def open_weights(path: Path, iteration: int | None = None) -> Weights:
-    """The checkpoint at ``path``: an ``iter_`` or ``release`` directory, or the directory with Megatron's tracker file.
+    """Return the weights of the checkpoint at ``path``.
 
-    ``iteration``: another one than the tracker names.
-    Raises: CheckpointError where it is not whole, naming what is wrong and the newest whole one beside it.
+    ``path``: an ``iter_`` or ``release`` directory, or the directory with Megatron's tracker file.  ``iteration``: the
+    iteration to open instead of the tracked iteration.
+
+    Raises: CheckpointError for a missing or damaged checkpoint; the message names the newest complete checkpoint
+    nearby.
     """
     path = Path(path)
     found, legacy = find(directory.of_iteration(path, iteration))
-    return _Legacy(found) if legacy else _TorchDist(found)
+    return _LegacyWeights(found) if legacy else _TorchDistWeights(found)
 
 
-class _TorchDist:
+class _TorchDistWeights:
+    """The `Weights` of a torch_dist checkpoint."""
+
     format = "torch_dist"
 
     def __init__(self, path: Path) -> None:
@@ -113,15 +119,18 @@ class _TorchDist:
 
     @property
     def num_rows(self) -> int:
+        """The number of rows of the stored embedding, including padding."""
         if _EMBEDDING not in self._source.shapes:
             raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
         return self._source.shapes[_EMBEDDING][0]
 
     @property
     def num_passthrough_layers(self) -> int:
+        """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
         return _num_passthrough_layers(self._source.shapes)
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
+        """Raise CheckpointError with the first differences unless the stored tensors are those of ``rules``."""
         faults, used = [], dict[str, list[int]]()
         for rule in rules:
             place = self._place(rule)
@@ -142,13 +151,16 @@ class _TorchDist:
         raise_misfit(self.path, faults)
 
     def dtype(self, rule: Rule) -> torch.dtype:
+        """Return the type of the stored tensor of ``rule``."""
         return self._source.dtype(_known(self, rule)[0])
 
     def read(self, rule: Rule) -> Tensor:
+        """Return the tensor of ``rule``, without padding."""
         key, index = _known(self, rule)
         return self._source.read(key, index, rule.shape[0] if rule.vocabulary else None)
 
     def sizes(self) -> dict[torch.dtype, int]:
+        """Return the number of elements of the model's tensors by type, including padding."""
         sizes: dict[torch.dtype, int] = {}
         for key, shape in self._source.shapes.items():
             if not key.startswith(NOT_WEIGHTS):
@@ -161,7 +173,9 @@ class _TorchDist:
         return next(found, None)
 
 
-class _Legacy:
+class _LegacyWeights:
+    """The `Weights` of a legacy checkpoint."""
+
     format = "torch"
 
     def __init__(self, path: Path) -> None:
@@ -172,6 +186,7 @@ class _Legacy:
 
     @property
     def num_rows(self) -> int:
+        """The number of rows of the stored embedding, including padding."""
         place = self._source.place(_EMBEDDING, ())
         if place is None:
             raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
@@ -179,9 +194,11 @@ class _Legacy:
 
     @property
     def num_passthrough_layers(self) -> int:
+        """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
         return 0
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
+        """Raise CheckpointError with the first differences unless the stored tensors are those of ``rules``."""
         faults, used = [], set()
         for rule in rules:
             place = self._place(rule)
@@ -194,20 +211,23 @@ class _Legacy:
         raise_misfit(self.path, faults)
 
     def dtype(self, rule: Rule) -> torch.dtype:
+        """Return the type of the stored tensor of ``rule``."""
         return self._source.dtype(_known(self, rule))
 
     def read(self, rule: Rule) -> Tensor:
+        """Return the tensor of ``rule``, without padding."""
         tensor = self._source.read(_known(self, rule), rule.shape)
         return tensor[: rule.shape[0]] if rule.vocabulary else tensor
 
     def sizes(self) -> dict[torch.dtype, int]:
+        """Return the number of elements of the model's tensors by type, including padding."""
         return self._source.sizes()
 
     def _place(self, rule: Rule) -> Place | None:
         return self._source.place(rule.megatron.key, rule.megatron.index)
 
 
-def _known(weights: _TorchDist | _Legacy, rule: Rule) -> Place:
+def _known(weights: _TorchDistWeights | _LegacyWeights, rule: Rule) -> Place:
     place = weights._place(rule)
     if place is None:
         raise CheckpointError(f"{weights.path} does not fit this model: {_shown(rule)} is missing")
@@ -222,7 +242,7 @@ def _shape_faults(rule: Rule, found: tuple[int, ...]) -> list[str]:
 
 
 def _num_passthrough_layers(keys: Sequence[str] | dict[str, tuple[int, ...]]) -> int:
-    """From ``hf_passthrough.model.layers.61.eh_proj.weight`` and the like."""
+    """Return the number of layers in keys such as ``hf_passthrough.model.layers.61.eh_proj.weight``."""
     return len({key.removeprefix(PASSTHROUGH).split(".")[2] for key in keys if key.startswith(PASSTHROUGH)})
 
 

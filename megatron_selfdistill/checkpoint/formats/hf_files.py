@@ -124,20 +124,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def copy_hf_assets(source: Path, target: Path, say: Callable[[str], None] = lambda _: None) -> list[str]:
+def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = lambda _: None) -> list[str]:
     """Copy all files that are neither weights nor config.json, with their subdirectories; return their names.
 
     The files are tokenizers, chat templates, generation defaults, licences and the Python files of remote code.
-    The function skips hidden files, links that lead out of the directory, and files of more than 256 MiB; ``say``
+    The function skips hidden files, links that lead out of the directory, and files of more than 256 MiB; ``report``
     receives one message for each skipped link and each skipped large file.
     """
     copied = []
     for file in hf_assets(source):
         name = str(file.relative_to(source))
         if not _is_inside(source, file):
-            say(f"{name} is not copied: it is a symbolic link to {file.resolve()}, outside of {source}")
+            report(f"{name} is not copied: it is a symbolic link to {file.resolve()}, outside of {source}")
         elif file.stat().st_size > _MAX_ASSET_BYTES:
-            say(f"{name} is not copied: its {file.stat().st_size:,} bytes are more than a tokenizer or code needs")
+            report(f"{name} is not copied: its {file.stat().st_size:,} bytes are more than a tokenizer or code needs")
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / name)
@@ -163,7 +163,7 @@ def _is_about_weights(file: Path) -> bool:
     return name == CONFIG or file.suffix in _WEIGHTS or name.endswith(".index.json") or name in _ABOUT_OTHER_WEIGHTS
 
 
-def without_lost_code(config: dict[str, Any], directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def without_lost_code(config: dict[str, Any], directory: Path, report: Callable[[str], None]) -> dict[str, Any]:
     """Return ``config`` without the entries of ``auto_map`` whose Python file is not in ``directory``.
 
     transformers would look for the file and fail, although transformers has its own class for the architecture.
@@ -173,7 +173,7 @@ def without_lost_code(config: dict[str, Any], directory: Path, say: Callable[[st
         return config
     kept = {name: reference for name, reference in found.items() if _has_code(reference, directory)}
     if lost := sorted(found.keys() - kept.keys()):
-        say(f"config.json: the entries {', '.join(lost)} of auto_map are dropped, as their Python files are missing")
+        report(f"config.json: the entries {', '.join(lost)} of auto_map are dropped, as their Python files are missing")
     rest = {name: value for name, value in config.items() if name != "auto_map"}
     return {**rest, "auto_map": kept} if kept else rest
 

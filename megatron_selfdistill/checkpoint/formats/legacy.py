@@ -1,11 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Megatron-LM's ``torch`` format, one pickle per model-parallel rank, read as full tensors under torch_dist's names.
+"""Read Megatron-LM's ``torch`` format, one pickle per model-parallel rank, as full tensors under torch_dist's names.
 
     iter_0000100/mp_rank_00_001[_003]/model_optim_rng.pt        tensor, pipeline [and expert] rank
 
-Tensors stay on disk until they are asked for.  Layers are numbered per stage and chunk there; Transformer Engine's
-norms have the names of the linear layer after them, the local spec's have their own; shards of ``linear_fc1`` hold a
-part of gate above a part of up.
+Tensors stay on disk until the caller reads them.  The format numbers layers per stage and chunk.  A norm of Transformer
+Engine has the name of the linear layer after it, a norm of the local spec has its own name.  A shard of a gated
+``linear_fc1`` holds a part of the gate projection above a part of the up projection.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError
 
 FILE = LEGACY_FILE
+"""The name of a rank's file."""
 
 
 @dataclass(frozen=True)
 class _Rank:
+    """The coordinates of a model-parallel rank."""
+
     tensor: int
     pipeline: int
     expert: int
@@ -37,7 +40,7 @@ class _Rank:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A tensor of one rank's file."""
+    """A tensor in the file of one rank."""
 
     rank: _Rank
     chunk: str
@@ -45,9 +48,9 @@ class _Shard:
 
 
 class LegacyReader:
-    """The weights in a legacy directory, tensor by tensor, under the keys and stacked indices of torch_dist.
+    """The weights of a legacy checkpoint, under the keys and stacked indices of torch_dist.
 
-    Raises: CheckpointError for a file that is missing, damaged or asks for a refused global.
+    Raises: CheckpointError for a file that is missing or damaged, or that asks for a refused global.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -69,23 +72,24 @@ class LegacyReader:
 
     @property
     def common(self) -> dict[str, Any]:
-        """As `TorchDistReader.common`: what a checkpoint holds besides tensors, as far as it is read here."""
+        """The arguments and the iteration of the checkpoint, as in `TorchDistReader.common`."""
         return {"args": self.args, "iteration": self.iteration}
 
     @property
     def tensors(self) -> set[Place]:
-        """Key and index of every tensor of the model."""
+        """The key and index of every tensor of the model."""
         return set(self._shards)
 
     def place(self, key: str, index: tuple[int, ...]) -> Place | None:
-        """Under which of its names a tensor lies here; None where it does not."""
+        """Return the place of a tensor in this checkpoint, under any of its names; None where the tensor is missing."""
         return next((place for place in places(key, index) if place in self._shards), None)
 
     def dtype(self, place: Place) -> torch.dtype:
+        """Return the type of the tensor at ``place``."""
         return self._load(self._shards[place][0]).dtype
 
     def full_shape(self, place: Place, expected: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that the shards make up together; ``expected`` only tells along which axis they are cut."""
+        """Return the shape of the full tensor; ``expected`` shows the axis along which the shards are cut."""
         shards = self._tensor_parallel(place)
         shapes = [tuple(self._load(shard).shape) for shard in shards]
         axis = _cut_axis(place[0], shapes, expected)
@@ -95,7 +99,7 @@ class LegacyReader:
         return tuple(full)
 
     def read(self, place: Place, expected: tuple[int, ...]) -> Tensor:
-        """The full tensor, in the shape of `full_shape`."""
+        """Return the full tensor, in the shape of `full_shape`."""
         parts = [self._load(shard) for shard in self._tensor_parallel(place)]
         axis = _cut_axis(place[0], [tuple(part.shape) for part in parts], expected)
         if axis is None:
@@ -106,18 +110,18 @@ class LegacyReader:
         return torch.cat(parts, dim=axis)
 
     def sizes(self) -> dict[torch.dtype, int]:
-        """Number of elements of the model's tensors, by their type; padding included."""
+        """Return the number of elements of the model's tensors by type, including padding."""
         sizes: dict[torch.dtype, int] = {}
         for place in self._shards:
             parts = [self._load(shard) for shard in self._tensor_parallel(place)]
-            # Without an expectation: norms, routers and the like are whole on every rank.
-            whole = len(parts) == 1 or not _IS_CUT.search(place[0])
-            count = parts[0].numel() if whole else sum(part.numel() for part in parts)
+            # There is no expected shape here.  Norms, routers and the like are replicated on every rank.
+            is_replicated = len(parts) == 1 or not _IS_CUT.search(place[0])
+            count = parts[0].numel() if is_replicated else sum(part.numel() for part in parts)
             sizes[parts[0].dtype] = sizes.get(parts[0].dtype, 0) + count
         return sizes
 
     def _tensor_parallel(self, place: Place) -> list[_Shard]:
-        """One shard per tensor-parallel rank, in order; replicas are left out."""
+        """Return one shard per tensor-parallel rank, in order, without replicas."""
         by_rank: dict[int, _Shard] = {}
         size = self._etp_size if ".experts." in place[0] else self._tp_size
         for shard in self._shards[place]:
@@ -136,14 +140,14 @@ class LegacyReader:
                     place = _place(name, offsets[rank.pipeline, chunk], first_expert)
                     if place is not None:
                         found[place].append(_Shard(rank, chunk, name))
-            self._states.pop(rank)  # one rank's table of contents at a time
+            self._states.pop(rank)  # keep the table of contents of one rank at a time
         if getattr(self.args, "untie_embeddings_and_output_weights", None) is False:
             # The last stage of a pipeline holds a copy of the tied embedding.
             found.pop(("output_layer.weight", ()), None)
         return dict(found)
 
     def _layer_offsets(self) -> dict[tuple[int, str], int]:
-        """The global number of each chunk's first layer: chunk by chunk over all stages, whatever the cut."""
+        """Return the global number of the first layer of each (stage, chunk): chunk by chunk over all stages."""
         counts: dict[tuple[int, int, str], int] = {}
         one_per_stage = {rank.pipeline: rank for rank in self._ranks}
         for stage, rank in one_per_stage.items():
@@ -163,12 +167,12 @@ class LegacyReader:
         return self._state(shard.rank)[shard.chunk][shard.name]
 
     def _state(self, rank: _Rank) -> dict[str, dict[str, Tensor]]:
-        """Chunk -> name -> tensor, mapped from the file."""
+        """Return the tensors of a rank by chunk and name, mapped from its file."""
         if rank not in self._states:
             loaded = load_pickled(self._ranks[rank], mmap=True)
             chunks = {key: value for key, value in loaded.items() if re.fullmatch(r"model\d*", key)}
             if not chunks:
-                raise CheckpointError(f"{self._ranks[rank]} has no model in it")
+                raise CheckpointError(f"{self._ranks[rank]} has no model in it, expected a key model or model0")
             self._states[rank] = {
                 chunk: {name.removeprefix("module."): t for name, t in state.items() if torch.is_tensor(t)}
                 for chunk, state in chunks.items()
@@ -176,12 +180,12 @@ class LegacyReader:
         return self._states[rank]
 
     def _require_all(self, sizes: dict[str, int]) -> None:
-        """Each tensor and pipeline rank has a file, and each expert rank."""
+        """Raise CheckpointError unless each tensor, pipeline and expert rank has a file."""
         for axis in _AXES:
             missing = set(range(sizes[axis])) - {getattr(rank, axis) for rank in self._ranks}
             if missing:
                 raise CheckpointError(
-                    f"{self.directory} has no file of {axis} rank {min(missing)}, but was written by {sizes[axis]}"
+                    f"{self.directory} has no file of {axis} rank {min(missing)}, but {sizes[axis]} ranks saved it"
                 )
         pairs = {(rank.tensor, rank.pipeline) for rank in self._ranks}
         if len(pairs) != sizes["tensor"] * sizes["pipeline"]:
@@ -204,17 +208,17 @@ _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)
 
 
 def _cut_axis(key: str, shapes: list[tuple[int, ...]], expected: tuple[int, ...]) -> int | None:
-    """The axis along which shards are cut; None where each is the whole tensor."""
+    """Return the axis along which shards are cut; None where each shard is the full tensor."""
     if len(shapes) == 1:
         return None
     if key.startswith(_VOCABULARY):
-        return 0  # the rows, of which padding may be expected or not
+        return 0  # the rows, with or without padding
     differing = [axis for axis, size in enumerate(expected) if axis < len(shapes[0]) and shapes[0][axis] != size]
     return differing[0] if len(differing) == 1 and len(shapes[0]) == len(expected) else None
 
 
 def _place(name: str, first_layer: int, first_expert: int) -> Place | None:
-    """torch_dist's key and index of a rank's tensor; None for what is no weight."""
+    """Return torch_dist's key and index for the tensor ``name`` of a rank; None for an entry that is not a weight."""
     if name.endswith("_extra_state") or "._extra_state" in name or name.endswith("rotary_pos_emb.inv_freq"):
         return None
     match = _LAYER.match(name)
@@ -231,7 +235,9 @@ def _place(name: str, first_layer: int, first_expert: int) -> Place | None:
 def _arguments(state: Any, directory: Path) -> argparse.Namespace:
     args = state.get("args") if isinstance(state, dict) else None
     if args is None:
-        raise CheckpointError(f"{directory} holds no arguments of Megatron-LM, from which its layout would be known")
+        raise CheckpointError(
+            f"{directory} stores no arguments, which its layout needs: save it again with Megatron-LM"
+        )
     if float(state.get("checkpoint_version", 3.0)) < 3.0:
         raise CheckpointError(
             f"{directory} has checkpoint_version {state['checkpoint_version']}, expected 3.0: save it with a newer "
@@ -240,7 +246,7 @@ def _arguments(state: Any, directory: Path) -> argparse.Namespace:
     first: dict[str, Any] = next((state[key] for key in state if re.fullmatch(r"model\d*", key)), {})
     if "language_model" in first or any(name.startswith("language_model.") for name in first):
         raise CheckpointError(
-            f"{directory} was written by Megatron-LM's legacy models, expected Megatron Core's: convert it with "
+            f"{directory} was saved by Megatron-LM's legacy models, expected Megatron Core's: convert it with "
             "Megatron-LM's tools/checkpoint/convert.py"
         )
     return args
@@ -251,7 +257,10 @@ def _num_experts(args: argparse.Namespace) -> int:
 
 
 def _rank_of(name: str, sizes: dict[str, int]) -> _Rank:
-    """From ``mp_rank_00_001_003``: which of the later numbers there are depends on the sizes, in Megatron-LM."""
+    """Return the rank of a directory such as ``mp_rank_00_001_003``.
+
+    Megatron-LM writes the second and third number only for pipeline and expert sizes above 1.
+    """
     numbers = [int(number) for number in name.removeprefix("mp_rank_").split("_")]
     expected = 1 + (sizes["pipeline"] > 1) + (sizes["expert"] > 1)
     if len(numbers) != expected:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The ``args`` of a checkpoint, as Megatron-LM's ``--use-checkpoint-args`` reads them."""
+"""Make the ``args`` of a checkpoint, which Megatron-LM's ``--use-checkpoint-args`` reads."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
 def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namespace:
-    """Megatron-LM's names for what the model is.
+    """Return the arguments of Megatron-LM that describe the model of ``chunk``.
 
-    The live model answers wherever it can, so that a model of ``model.provider`` is described too; ``model`` adds what
-    a ``GPTModel`` forgets (the factor of the RoPE scaling, the true vocabulary and its divisor).  Holds the plain
-    fields of its ``TransformerConfig``, then the fields that Megatron-LM spells differently.
+    Values come from the live model where possible, so that a model of ``model.provider`` is described too; ``model``
+    supplies the values that a ``GPTModel`` does not keep (the factor of the RoPE scaling, the true vocabulary and its
+    divisor).  The result holds the plain fields of the ``TransformerConfig``, and the fields that Megatron-LM spells
+    differently.
+
     Source: ``load_args_from_checkpoint`` in Megatron-LM's ``megatron/training/checkpointing.py``, core_v0.16.
     """
     gpt = unwrapped(chunk)
@@ -45,7 +47,7 @@ def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namesp
 
 
 def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace:
-    """Return `megatron_args` of a model that is only described; ``dtype`` is that of its weights."""
+    """Return the arguments of Megatron-LM that describe ``model``; ``dtype`` is the type of its weights."""
     precision = "fp32" if dtype == torch.float32 else "bf16"
     config = transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
     assert model.vocab_size is not None
@@ -86,7 +88,7 @@ def _args(
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
         "untie_embeddings_and_output_weights": not share_embeddings_and_output_weights,
         "position_embedding_type": position_embedding_type,
-        # The default of Megatron-LM, whose core models do not read it: pretrain_gpt.py compares it with its flags.
+        # Megatron-LM's default.  Core models do not read it, but pretrain_gpt.py compares it with its flags.
         "add_position_embedding": True,
         "use_rotary_position_embeddings": position_embedding_type == "rope",
         "rotary_base": rotary_base,
@@ -96,13 +98,13 @@ def _args(
         "group_query_attention": config.num_query_groups != config.num_attention_heads,
         "swiglu": config.gated_linear_unit and config.activation_func is F.silu,
         "squared_relu": False,
-        "activation": activation_name(config),  # ours: Megatron-LM has flags for some pairs of activation and gate only
+        "activation": activation_name(config),  # ours: Megatron-LM has flags for some pairs of activation and gate
         "norm_epsilon": config.layernorm_epsilon,
         "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
         "num_experts": config.num_moe_experts,
         "num_passthrough_mtp_layers": model.num_passthrough_mtp_layers,  # ours
-        # Whatever layers ran: the keys on disk are those of Transformer Engine's layer spec.  Megatron-LM's local spec
-        # names the norm in front of a mixture of experts differently.
+        # The keys on disk are the keys of Transformer Engine's layer spec for every kind of layers.  Megatron-LM's
+        # local spec has another name for the norm before a mixture of experts.
         "transformer_impl": "transformer_engine",
         "ckpt_format": "torch_dist",
         "use_dist_ckpt": True,
@@ -114,7 +116,7 @@ def _args(
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether ``torch.load`` reads it with ``weights_only``, as Megatron-LM does: no functions, no enumerations."""
+    """Return whether ``torch.load`` reads ``value`` with ``weights_only``, as Megatron-LM does."""
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return isinstance(value, _PLAIN) and not isinstance(value, enum.Enum)

@@ -29,12 +29,12 @@ MEGATRON_LM = "core_v0.16.1"
 
 @dataclass(frozen=True)
 class MegatronFlags:
-    """The flags of one model, and what no flag expresses."""
+    """The flags of one model, and the properties that no flag expresses."""
 
     flags: tuple[tuple[str, ...], ...]
-    """Each flag with its values: ``("--num-layers", "36")`` or ``("--swiglu",)``."""
+    """The flags, each with its values: ``("--num-layers", "36")`` or ``("--swiglu",)``."""
     not_expressible: tuple[str, ...]
-    """One sentence for each property of the model that Megatron-LM cannot be given; empty where its numbers agree."""
+    """A message for each property of the model that no flag sets; empty where Megatron-LM computes the same numbers."""
 
     @property
     def arguments(self) -> list[str]:
@@ -50,11 +50,11 @@ class MegatronFlags:
 def megatron_flags(
     model: ModelConfig, *, dtype: torch.dtype | None = None, padded_vocab_size: int | None = None
 ) -> MegatronFlags:
-    """Return the flags that describe ``model``, and sentences about what they cannot express.
+    """Return the flags that describe ``model``, and messages about the properties that no flag expresses.
 
-    ``dtype``: of the weights; null and float32 add no flag.  ``padded_vocab_size``: rows of the embedding on disk; null
-    pads ``model.vocab_size``.  Paths, the tokenizer, batch sizes and the parallel layout are the user's choice and are
-    not included.
+    ``dtype``: the type of the weights; null and float32 add no flag.  ``padded_vocab_size``: the number of rows of the
+    stored embedding; null pads ``model.vocab_size``.  The flags do not include paths, the tokenizer, batch sizes and
+    the parallel layout, which the user chooses.
     """
     arch = architecture(model)
     flags = [*_sizes(model, arch), *_vocabulary(model, padded_vocab_size), *_attention(arch), *_mlp(arch)]
@@ -125,7 +125,7 @@ def _mlp(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if arch["gated_linear_unit"] and arch["activation"] == "silu":
         yield ("--swiglu",)
     if arch["activation"] == "gelu" and arch["add_bias_linear"]:
-        yield ("--no-bias-gelu-fusion",)  # whose kernel is the tanh approximation
+        yield ("--no-bias-gelu-fusion",)  # the fused kernel is the tanh approximation
 
 
 def _moe(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -155,7 +155,7 @@ def _moe(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yield the flags of rarer properties, where a model has them."""
+    """Yield the flags of rare properties that the model has."""
     for name, flag in _SWITCHES.items():
         if arch[name]:
             yield (flag,)
@@ -200,7 +200,7 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
             yield f"{name}={arch[name]} of YaRN: it has no flag, and Megatron Core computes with {default}"
     for name in _WITHOUT_FLAG:
         if arch[name] != TRANSFORMER_DEFAULTS[name]:
-            yield f"{name}={arch[name]}: this project knows no flag for it"
+            yield f"{name}={arch[name]}: there is no flag for it"
 
 
 def _list(values: Sequence[int]) -> str:

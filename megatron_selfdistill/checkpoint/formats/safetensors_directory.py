@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The weights of Hugging Face directories: tensors read one at a time, and written one at a time into bounded shards.
+"""Read and write the weights of Hugging Face directories one tensor at a time, in shards of bounded size.
 
-The libraries' own writers want a whole shard in memory.  The format is eight bytes of header length, a JSON header with
-each tensor's place, and the tensors; all places are known before the first tensor is.
+The writers of the libraries need a whole shard in memory.  A file has eight bytes of header length, a JSON header with
+the place of each tensor, and the tensors; the writer knows all places before it has the first tensor.
+
 Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -48,7 +49,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies, and what it is."""
+    """The file, type and shape of a stored tensor."""
 
     file: Path
     dtype: torch.dtype
@@ -56,31 +57,36 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightsDirectory(Protocol):
-    """The tensors of a Hugging Face directory, by name."""
+    """The weights of a Hugging Face directory."""
 
     directory: Path
     tensors: dict[str, Stored]
+    """The stored tensors by name."""
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, mapped from its file where the format allows it."""
+        """Return the tensor ``name``, mapped from its file where the format allows it."""
         ...
 
 
 def open_weights_directory(directory: Path) -> WeightsDirectory:
-    """Return the tensors of a Hugging Face directory, from safetensors or from PyTorch's pickles.
+    """Return the weights of a Hugging Face directory, from safetensors or from PyTorch's pickles.
 
-    Raises: CheckpointError for what is missing, damaged, or leads out of the directory.
+    Raises: CheckpointError for files that are missing or damaged, or that lead out of the directory.
     """
     files = weight_files(Path(directory))
     return SafetensorsDirectory(directory, files) if files.is_safetensors else PickledDirectory(directory, files)
 
 
 class SafetensorsDirectory:
-    """The tensors of a Hugging Face directory, by name.  Raises CheckpointError for what is missing or damaged."""
+    """The weights of a Hugging Face directory in safetensors.
+
+    Raises: CheckpointError for files that are missing or damaged.
+    """
 
     def __init__(self, directory: Path, files: WeightFiles) -> None:
         self.directory = Path(directory)
@@ -93,21 +99,22 @@ class SafetensorsDirectory:
                         part = opened.get_slice(name)
                         dtype = part.get_dtype()
                         if dtype not in _DTYPES:
-                            raise CheckpointError(f"{name} in {file} is of type {dtype}, which is not known")
+                            raise CheckpointError(
+                                f"{name} in {file} is of type {dtype}, an unknown type: convert the weights"
+                            )
                         self.tensors[name] = Stored(file, _DTYPES[dtype], tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is damaged or cut off ({error})") from error
             _require_held(file, names, held, files.index)
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor, mapped from the file: its pages are read when they are touched and go when it is
-        dropped."""
+        """Return the tensor ``name``, mapped from its file: the system reads a page when the caller touches it."""
         with safe_open(self.tensors[name].file, framework="pt") as opened:
             return opened.get_tensor(name)
 
 
 class PickledDirectory:
-    """The tensors of ``pytorch_model.bin`` or its shards, read by the restricted unpickler: nothing in them runs."""
+    """The weights in ``pytorch_model.bin`` or its shards, from the restricted unpickler, which runs no code."""
 
     def __init__(self, directory: Path, files: WeightFiles) -> None:
         self.directory = Path(directory)
@@ -120,16 +127,16 @@ class PickledDirectory:
             _require_held(file, names, set(held), files.index)
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor, mapped from the file; files of PyTorch before 1.6 are read whole."""
+        """Return the tensor ``name``, mapped from its file; read files of PyTorch before 1.6 completely."""
         return self._load(self.tensors[name].file)[name]
 
     def _load(self, file: Path) -> dict[str, Tensor]:
-        """Return what one file holds; the file that was read last stays open."""
+        """Return the tensors of one file; keep the last file open."""
         if self._opened is None or self._opened[0] != file:
             self._opened = None
             content = load_pickled(file, mmap=zipfile.is_zipfile(file))
             if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
-                raise CheckpointError(f"{file} holds no table of tensors, which pytorch_model.bin is")
+                raise CheckpointError(f"{file} holds no dict of tensors, expected the format of pytorch_model.bin")
             self._opened = (file, {str(name): tensor.detach() for name, tensor in content.items()})
         return self._opened[1]
 
@@ -137,14 +144,15 @@ class PickledDirectory:
 def _require_held(file: Path, names: set[str] | None, held: set[str], index: str | None) -> None:
     lost = sorted((names or held) - held)
     if lost:
-        raise CheckpointError(f"{file} lacks {lost[0]}, which {index} says it holds")
+        raise CheckpointError(f"{file} lacks {lost[0]}, which {index} places there")
 
 
 class SafetensorsWriter:
-    """Shards of at most ``max_shard_bytes``, filled in any order.
+    """A writer of safetensors shards of at most ``max_shard_bytes``, which accepts tensors in any order.
 
-    ``tensors``: (name, dtype, shape) of all that will be written; they go into shards in this order.
-    Raises: CheckpointError if one tensor alone is larger than a shard may be, before anything is written.
+    ``tensors``: the (name, dtype, shape) of all tensors, in the order of the shards.
+
+    Raises: CheckpointError, before it writes anything, if one tensor alone is larger than a shard.
     """
 
     def __init__(
@@ -162,26 +170,35 @@ class SafetensorsWriter:
             self._write_index(shards)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in its place.  Raises: CheckpointError if it is not what was announced, or is written twice."""
+        """Write ``tensor`` to its place.
+
+        Raises: CheckpointError if its type or shape is not the announced one; KeyError if ``name`` was written before.
+        """
         number, offset, dtype, shape = self._places[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{name} was to be {list(shape)} of {dtype}, got {list(tensor.shape)} of {tensor.dtype}"
+                f"{name} has the shape {list(tensor.shape)} and type {tensor.dtype}, expected {list(shape)} and "
+                f"{dtype}: report this error"
             )
         self._left.remove(name)
         if tensor.numel():
             data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             done = 0
-            while done < len(data):  # the system may take less than it is given
+            while done < len(data):  # one system call may write less than the whole view
                 done += os.pwrite(self._files[number], data[done:], offset + done)
 
     def close(self) -> None:
-        """Wait until all is on the disk.  Raises: CheckpointError if a tensor was never written."""
+        """Wait until all data is on the disk.
+
+        Raises: CheckpointError if a tensor was not written.
+        """
         for descriptor in self._files:
             os.fsync(descriptor)
             os.close(descriptor)
         if self._left:
-            raise CheckpointError(f"{len(self._left)} tensors were never written, first {min(self._left)}")
+            raise CheckpointError(
+                f"{len(self._left)} tensors were not written, first {min(self._left)}: report this error"
+            )
 
     def _open(self, file: Path, shard: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -211,22 +228,22 @@ class SafetensorsWriter:
 
 
 def shard_name(number: int, count: int) -> str:
-    """The name of shard ``number`` of ``count``, from 1, as transformers spells it."""
+    """Return the file name of shard ``number`` of ``count``, counted from 1, as transformers spells it."""
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _cut(
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int
 ) -> list[list[tuple[str, torch.dtype, tuple[int, ...]]]]:
-    """In order, into shards of at most ``max_shard_bytes``, headers included."""
+    """Return ``tensors`` in order, in shards of at most ``max_shard_bytes``, including headers."""
     shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     filled = 0
     for name, dtype, shape in tensors:
-        # The name twice over, the type, the shape and the places: what the header will need at most.
+        # The tensor and an upper bound of its header entry: name, type, shape and place.
         size = math.prod(shape) * dtype.itemsize + len(name) + 128
         if size + 64 > max_shard_bytes:
             raise CheckpointError(
-                f"{name} alone needs {size + 64:,} bytes, but a shard may have {max_shard_bytes:,}: raise "
+                f"{name} alone needs {size + 64:,} bytes, but --max-shard-size is {max_shard_bytes:,}: raise "
                 "--max-shard-size"
             )
         if shards[-1] and filled + size + 64 > max_shard_bytes:

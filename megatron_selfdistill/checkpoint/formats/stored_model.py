@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What model a checkpoint holds, from the arguments that its writer stored: nobody has to type an architecture again.
+"""Read the architecture of a checkpoint's model from the stored arguments, so that no user has to type it again.
 
-Megatron-LM's own ``--use-checkpoint-args`` forgets the epsilon of the norms, QK-norm, the sizes of multi-latent
-attention and the scaling of RoPE; they are read here like the rest.
+Megatron-LM's own ``--use-checkpoint-args`` omits the epsilon of the norms, QK-norm, the sizes of multi-latent
+attention and the scaling of RoPE; this module reads all of them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from megatron_selfdistill.model.hf.family import TRANSFORMER_DEFAULTS, differenc
 
 
 def with_stored_architecture(config: Config, given: Collection[str] | None = None) -> Config:
-    """``config`` with the architecture of the checkpoint that it resumes from, or else starts from.
+    """Return ``config`` with the architecture of the checkpoint from which the run resumes, or else starts.
 
-    ``given``: the keys that somebody set (`config.given_keys`); null takes every ``model.*`` that is not its default.
-    Each rank reads for itself; there need not be a process group yet.
-    Raises: ConfigError that shows both where ``model.*`` contradicts the checkpoint; CheckpointError where there is
-    none that is whole.
+    ``given``: the keys that the user has set (`config.given_keys`); null takes every ``model.*`` that differs from its
+    default.  Each rank reads for itself; a process group is not needed.
+
+    Raises: ConfigError with both values where ``model.*`` contradicts the checkpoint; CheckpointError where the
+    checkpoint is missing or damaged.
     """
     if config.model.provider is not None:
         return config
@@ -49,7 +50,7 @@ def with_stored_architecture(config: Config, given: Collection[str] | None = Non
 
 
 def stored_args(path: Path) -> argparse.Namespace | None:
-    """What the writer of the checkpoint at ``path`` stored of its arguments; None where it stored none."""
+    """Return the arguments that the checkpoint at ``path`` stores; None where it stores no arguments."""
     found, is_legacy = find(path)
     if is_legacy:
         return load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True).get("args")
@@ -57,9 +58,9 @@ def stored_args(path: Path) -> argparse.Namespace | None:
 
 
 def _args_of_newest(checkpoints: Path) -> argparse.Namespace | None:
-    """Return the arguments of the first of `directory.candidates` that can be read; None where there is none.
+    """Return the arguments of the first readable checkpoint of `directory.candidates`; None where there is none.
 
-    What is wrong with the others is for the run to say, which reads all of their files.
+    The run reports the faults of the other checkpoints when it reads all of their files.
     """
     for path in directory.candidates(checkpoints):
         if directory.incomplete(path) is None:
@@ -69,9 +70,9 @@ def _args_of_newest(checkpoints: Path) -> argparse.Namespace | None:
 
 
 def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
-    """The model that stored arguments describe; ``vocab_size`` is null where they do not tell (`stored_vocab_size`).
+    """Return the model that stored arguments describe; its ``vocab_size`` comes from `stored_vocab_size`, or is null.
 
-    Raises: CheckpointError for arguments that lack a size, or that say what this project cannot build.
+    Raises: CheckpointError for arguments that lack a size, or that describe a model that this program cannot build.
     """
     stored = vars(args)
     _require_known(stored)
@@ -83,7 +84,7 @@ def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
     if epsilon is not None:
         values["layernorm_epsilon"] = epsilon
     if not stored.get("group_query_attention", True):
-        values["num_query_groups"] = values["num_attention_heads"]  # Megatron-LM stores a 1 that it does not use
+        values["num_query_groups"] = values["num_attention_heads"]  # Megatron-LM stores an unused 1
     values |= _activation(stored)
     if "untie_embeddings_and_output_weights" in stored:
         values["share_embeddings_and_output_weights"] = not stored["untie_embeddings_and_output_weights"]
@@ -100,10 +101,10 @@ def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
 
 
 def stored_vocab_size(args: argparse.Namespace) -> int | None:
-    """The true vocabulary as far as the arguments tell: its rows before padding; None where they do not.
+    """Return the size of the vocabulary before padding from the stored arguments; None where they lack it.
 
-    Megatron's ``NullTokenizer`` adds an end-of-document token to ``vocab_size``: cutting to the stored number would
-    lose its row.
+    Megatron's ``NullTokenizer`` adds an end-of-document token to the stored ``vocab_size``; the result includes the row
+    of that token.
     """
     size = getattr(args, "vocab_size", None)
     if size is None:
@@ -113,12 +114,13 @@ def stored_vocab_size(args: argparse.Namespace) -> int | None:
 
 
 def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None, num_rows: int) -> int:
-    """Rows of embedding and output layer that are no padding.
+    """Return the number of rows of embedding and output layer without padding.
 
-    The stored arguments are asked first, then the tokenizer that lies beside the weights, then the rows on disk.  A
-    model may have more rows than its tokenizer has tokens, but neither fewer than those nor more than are on disk.
-    Raises: CheckpointError that shows all three where they contradict each other, or where rows are left that may be
-    padding or not.
+    The number comes from the stored arguments, else from the tokenizer of the checkpoint, else from the rows on disk.
+    A model may have more rows than its tokenizer has tokens, but neither fewer rows nor more rows than are on disk.
+
+    Raises: CheckpointError with all three numbers where they contradict each other, or where the function cannot decide
+    whether rows are padding.
     """
     stored = stored_vocab_size(args) if args is not None else None
     padded = getattr(args, "padded_vocab_size", None) if args is not None else None
@@ -138,10 +140,11 @@ def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None,
 
 
 def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConfig) -> ModelConfig:
-    """The stored model, with what a configuration adds to it that is no part of an architecture (losses, padding).
+    """Return the stored model with the configured fields that do not belong to an architecture (losses, padding).
 
-    ``given``: the fields of ``configured`` that somebody set.
-    Raises: ConfigError that shows both values of every field that somebody set to something else than is stored.
+    ``given``: the fields of ``configured`` that the user has set.
+
+    Raises: ConfigError with both values of every field that the user has set to another value than the stored one.
     """
     overlaid = {name: getattr(configured, name) for name in given if name != "transformer"}
     if stored.vocab_size is None:
@@ -149,23 +152,23 @@ def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConf
     transformer = {**stored.transformer, **configured.transformer}
     wanted = dataclasses.replace(stored, **overlaid, transformer=transformer)
     faults = [
-        f"model.{'transformer.' * (name in configured.transformer)}{name} is {ours!r}, but the checkpoint was written "
+        f"model.{'transformer.' * (name in configured.transformer)}{name} is {ours!r}, but the checkpoint was saved "
         f"with {theirs!r}"
         for name, (ours, theirs) in differences(wanted, stored).items()
         if not _may_differ(name, stored)
     ]
     if faults:
-        raise ConfigError(f"{'; '.join(faults)}: leave model.* out, or choose another checkpoint")
+        raise ConfigError(f"{'; '.join(faults)}: do not set these keys, or choose another checkpoint")
     return wanted
 
 
 def fields_set(model: ModelConfig) -> set[str]:
-    """Those that differ from their defaults: the best guess where nobody recorded what was set."""
+    """Return the fields that differ from their defaults, for configurations without a record of the set keys."""
     default = ModelConfig()
     return {f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(default, f.name)}
 
 
-# Our name -> Megatron-LM's.
+# The field of `ModelConfig` -> Megatron-LM's argument.
 _SAME = {
     "num_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -193,7 +196,7 @@ _SAME = {
     "num_passthrough_mtp_layers": "num_passthrough_mtp_layers",
 }
 
-# A field of TransformerConfig -> the flag that Megatron-LM stores for it.
+# A field of TransformerConfig -> Megatron-LM's argument.
 _RENAMED = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
 
 _NOT_BUILT = {
@@ -219,7 +222,7 @@ def _activation(stored: dict[str, Any]) -> dict[str, Any]:
         return {"activation": stored["activation"], "gated_linear_unit": bool(stored.get("gated_linear_unit"))}
     if stored.get("swiglu"):
         return {"activation": "silu", "gated_linear_unit": True}
-    # Megatron-LM's fused gelu, its default where linear layers have biases, is the tanh approximation.
+    # Megatron-LM's fused gelu is the tanh approximation; it is the default where linear layers have biases.
     fused = stored.get("bias_gelu_fusion") and stored.get("add_bias_linear", True)
     return {
         "activation": "gelu_tanh" if fused else "gelu",
@@ -228,7 +231,7 @@ def _activation(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
-    """The keys of ``model.transformer`` that change logits and that the arguments set to something else than usual."""
+    """Return the keys of ``model.transformer`` that change logits and differ from Megatron's defaults."""
     found: dict[str, Any] = {}
     latent = bool(stored.get("multi_latent_attention"))
     for name, default in TRANSFORMER_DEFAULTS.items():
@@ -248,7 +251,7 @@ def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
         if stored.get("moe_router_dtype"):
             found["moe_router_dtype"] = stored["moe_router_dtype"]
         if stored.get("moe_router_enable_expert_bias"):
-            # Self-distillation does not balance experts; a run of ours that did goes on.
+            # Self-distillation does not balance experts, except in runs of this program that did so before.
             ours = "num_passthrough_mtp_layers" in stored
             found["moe_router_bias_update_rate"] = stored["moe_router_bias_update_rate"] if ours else 0.0
     if found.get("window_size") is not None:
@@ -263,7 +266,10 @@ _LATENT_ONLY = (
 
 
 def _may_differ(name: str, stored: ModelConfig) -> bool:
-    """RoPE has no table of positions, so a run may allow fewer or more."""
+    """Return whether a run may set the field ``name`` to another value than the stored one.
+
+    RoPE has no table of positions, so a run may allow fewer or more positions.
+    """
     return name == "max_position_embeddings" and stored.position_embedding_type != "learned_absolute"
 
 

@@ -60,7 +60,7 @@ def test_there_and_back_is_the_identity(hf_directory, tmp_path, kind):
     hf = hf_directory(kind)
     said: list[str] = []
     hf_to_megatron(hf, tmp_path / "megatron")
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", progress=Progress(say=said.append))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", progress=Progress(report=said.append))
     assert_same_tensors(hf, tmp_path / "back")
     assert config_of(hf) == config_of(tmp_path / "back")
     assert (hf / "generation_config.json").read_text() == (tmp_path / "back" / "generation_config.json").read_text()

@@ -46,8 +46,8 @@ def there_and_back(directory: Path, **options: Any) -> tuple[Path, list[str]]:
     """Convert ``directory`` to Megatron and back; returns the new directory and what was reported on the way."""
     said: list[str] = []
     out = directory.parent
-    hf_to_megatron(directory, out / "megatron", progress=Progress(say=said.append), **options)
-    return megatron_to_hf(out / "megatron", out / "back", progress=Progress(say=said.append), **options), said
+    hf_to_megatron(directory, out / "megatron", progress=Progress(report=said.append), **options)
+    return megatron_to_hf(out / "megatron", out / "back", progress=Progress(report=said.append), **options), said
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -256,7 +256,7 @@ def test_types_that_differ_within_one_tensor_of_megatrons_are_widened_and_report
     save(directory, tensors)
     back, said = there_and_back(directory)
     assert torch.equal(tensors_of(back)[narrow], tensors[narrow].float())
-    assert f"{narrow} become float32, like the tensors that they are stored with" in said
+    assert f"{narrow} become float32, like the other tensors of their keys" in said
 
 
 def test_half_precision_is_recorded_as_such(directory):

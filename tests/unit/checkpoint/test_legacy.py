@@ -160,5 +160,5 @@ def test_legacy_models_and_old_versions_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has checkpoint_version 2.0, expected 3.0"):
         open_weights(tmp_path)
     torch.save({"args": args, "checkpoint_version": 3.0, "model": {"language_model": {}}}, file)
-    with pytest.raises(CheckpointError, match="written by Megatron-LM's legacy models"):
+    with pytest.raises(CheckpointError, match="saved by Megatron-LM's legacy models"):
         open_weights(tmp_path)

@@ -219,7 +219,7 @@ def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
     said: list[str] = []
     verify_checksums(open_weights(newest(run_dir)), said.append)
     assert said == [
-        f"{newest(run_dir)} has no manifest.json, although this program wrote one: its contents cannot be checked"
+        f"{newest(run_dir)} has no manifest.json, although this program saved one: its contents cannot be checked"
     ]
     assert describe(newest(run_dir))["manifest"] == "lost (this program wrote one)"
 

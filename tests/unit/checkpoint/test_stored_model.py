@@ -200,14 +200,14 @@ def test_what_is_said_again_or_is_no_architecture_is_kept(checkpoint):
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("model.layernorm_epsilon=1e-5", "layernorm_epsilon is 1e-05, but the checkpoint was written with 1e-06"),
-        ("model.rotary_base=500000", "rotary_base is 500000, but the checkpoint was written with 10000"),
-        ("model.num_layers=4", "num_layers is 4, but the checkpoint was written with 2"),
-        ("model.vocab_size=100", "vocab_size is 100, but the checkpoint was written with 61"),
-        ("model=tiny", "normalization is 'LayerNorm', but the checkpoint was written with 'RMSNorm'"),
+        ("model.layernorm_epsilon=1e-5", "layernorm_epsilon is 1e-05, but the checkpoint was saved with 1e-06"),
+        ("model.rotary_base=500000", "rotary_base is 500000, but the checkpoint was saved with 10000"),
+        ("model.num_layers=4", "num_layers is 4, but the checkpoint was saved with 2"),
+        ("model.vocab_size=100", "vocab_size is 100, but the checkpoint was saved with 61"),
+        ("model=tiny", "normalization is 'LayerNorm', but the checkpoint was saved with 'RMSNorm'"),
         (
             "+model.transformer.moe_router_pre_softmax=true",
-            "transformer.moe_router_pre_softmax is True, but the checkpoint was written with False",
+            "transformer.moe_router_pre_softmax is True, but the checkpoint was saved with False",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_run_that_resumes_compares_with_what_its_own_directory_carries(checkpo
     shutil.move(tmp_path / "run" / "checkpoints" / "iter_0000003" / "huggingface", tmp_path / "run" / "huggingface")
     save_tokenizer(tmp_path / "other", "_$xyz")
     data = {"data": {"tokenizer": str(tmp_path / "other")}, "run_dir": str(tmp_path / "run")}
-    with pytest.raises(ConfigError, match=f"carries in {tmp_path / 'run' / 'huggingface'}"):
+    with pytest.raises(ConfigError, match=f"checkpoint's tokenizer in {tmp_path / 'run' / 'huggingface'}"):
         require_same_tokenizer(from_mapping(data))
 
 
