@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Everything that a step's forward and backward read beside weights and activations, on the device before they start.
+"""The tensors that a step's forward and backward read beside weights and activations, on the device before they start.
 
 All microbatches are known by then, so their tensors travel in one copy, and the schedule never waits for the device.
 """
@@ -20,14 +20,14 @@ from megatron_selfdistill.model.output_layer import ResponsePositions
 
 @dataclass(frozen=True)
 class StudentMicrobatch:
-    """One microbatch of the student; R response tokens have their hidden state on this context-parallel rank."""
+    """One microbatch of the student; this context-parallel rank holds the hidden states of R of its response tokens."""
 
     inputs: ModelInputs
     positions: ResponsePositions
     response_ids: Tensor
-    """[R] int64: which of ``PackedBatch.response_tokens`` each of them is."""
+    """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64."""
     response_tokens: Tensor
-    """[R] int64."""
+    """Token ids of the R response tokens, [R] int64."""
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,25 @@ class RoutedStates:
 
     student_index: int
     chosen: Tensor | None
-    """[n] int64: which of the states that this rank receives; None for all of them, in their order."""
+    """Indices among the states that this rank receives, [n] int64; None for all states, in their order."""
     place: Tensor | None
-    """[n] int64: where they lie among the R of the student microbatch; None for all of those, in their order."""
+    """Indices among the R states of the student microbatch, [n] int64; None for all states, in their order."""
 
 
 @dataclass(frozen=True)
 class TeacherMicrobatch:
-    """One microbatch of the teacher, and which student microbatches need its hidden states."""
+    """One microbatch of the teacher, and the student microbatches that need its hidden states."""
 
     inputs: ModelInputs
     positions: ResponsePositions
     send_order: Tensor | None
-    """[R] int64: the order in which this rank's states are sent to the context-parallel ranks; None where there is one
-    such rank."""
+    """Order in which this rank sends its states to the context-parallel ranks, [R] int64; None with one such rank."""
     send_counts: list[int]
+    """Number of states that this rank sends to each context-parallel rank."""
     receive_counts: list[int]
-    """States that this rank sends to and receives from each context-parallel rank."""
+    """Number of states that this rank receives from each context-parallel rank."""
     routes: list[RoutedStates]
+    """The student microbatches that need the received states, and which states each needs."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DeviceBatch:
     def of(cls, batch: PackedBatch, grid: RankGrid, *, with_teacher: bool, local_attention: bool) -> DeviceBatch:
         """Copy ``batch`` to this rank's device in one asynchronous copy.
 
-        ``local_attention``: of `model.forward.uses_local_attention`.  Collectives: none.
+        ``local_attention``: the result of `model.forward.uses_local_attention`.  Collectives: none.
         """
         held = [_held_by(microbatch, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
         teacher = _teacher_microbatches(batch, grid, local_attention) if with_teacher else []
@@ -138,7 +139,7 @@ def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) 
 
 
 def _held_by(microbatch: Microbatch, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
-    """Return (position in that rank's share, response id) of each response token whose hidden state the rank holds."""
+    """Return the position in the rank's share and the response id of each response token whose state the rank holds."""
     if cp_size == 1:
         return microbatch.response_rows, microbatch.response_ids
     held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)

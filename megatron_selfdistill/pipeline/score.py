@@ -4,19 +4,20 @@
 For a text y of n tokens that answers the problem x, and a teacher's prompt x' that shows the reference as well:
 
     l_t = log p_student(y_t | x, y_<t)            d_t = log p_teacher(y_t | x', y_<t) - l_t
-    r_SS = mean_t l_t + alpha min_t l_t           the student could have written it, every token of it
-    r_KL = mean_t d_t + alpha max_t d_t           no token of it needs the reference to be foreseen
+    r_SS = mean_t l_t + alpha min_t l_t           high if the student could generate every token itself
+    r_KL = mean_t d_t + alpha max_t d_t           low if the student foresees every token without the reference
     learnability = r_SS - w r_KL
 
 Source: Cetin, Zhao, Tang 2025 (arXiv 2506.08388, SakanaAI/RLT `teacher_rewards.py`), whose reward is r_SS - 3 r_KL with
-alpha = 0.01.  There a trained teacher writes an explanation; r_SS reads the given *solution* behind question and
-explanation, r_KL reads the *explanation*.  Here the candidate is both, since a model's own solution holds its reasoning
-and its answer: it is read behind the problem alone (r_SS), and behind both prompts (r_KL).  The reference that the
-teacher is shown is the data's solution or, where there is none, its answer: never the candidate, which it would only
-copy.  Log-probs are at temperature 1 (RLT: 0.7), and nothing is clipped; nor is there RLT's term for missing tags.
+alpha = 0.01.  There a trained teacher generates an explanation; r_SS scores the given *solution* conditioned on
+question and explanation, r_KL scores the *explanation*.  Here the candidate is both, since a model's own solution holds
+its reasoning and its answer: the student scores it conditioned on the problem alone (r_SS), and both models score it
+conditioned on their prompts (r_KL).  The reference that the teacher is shown is the data's solution or, where there is
+none, its answer.  It is never the candidate, which the teacher would only copy.  Log-probs are at temperature 1 (RLT:
+0.7), nothing is clipped, and RLT's term for missing tags does not exist here.
 
-Log-probs are statistics that the distillation loss takes anyway, so scoring reads logits as training does: those of a
-microbatch, or, where the output layer is fused with the loss, those of a chunk of tokens.
+The distillation loss takes these log-probs as statistics anyway, so scoring computes logits as training does: the
+logits of a microbatch or, where the output layer is fused with the loss, the logits of a chunk of tokens.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ from megatron_selfdistill.rollout.base import Response
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one text, over its tokens; nats per token."""
+    """Statistics of the log-probs of one text over its tokens, in nats per token."""
 
     mean_log_prob: float
-    """mean l_t"""
+    """Mean over t of l_t."""
     min_log_prob: float
-    """min l_t"""
+    """Minimum over t of l_t."""
     mean_log_ratio: float
-    """mean d_t"""
+    """Mean over t of d_t."""
     max_log_ratio: float
-    """max d_t"""
+    """Maximum over t of d_t."""
 
     def learnability(self, alpha: float, ratio_weight: float = 1.0) -> float:
-        """``(mean l + alpha min l) - ratio_weight (mean d + alpha max d)``: more is easier to learn from."""
+        """Return ``(mean l + alpha min l) - ratio_weight (mean d + alpha max d)``: more is easier to learn from."""
         solution = self.mean_log_prob + alpha * self.min_log_prob
         return solution - ratio_weight * (self.mean_log_ratio + alpha * self.max_log_ratio)
 
@@ -74,27 +75,30 @@ def score_texts(
     fusion: Fusion | None,
     backend: str | None,
 ) -> list[Scores]:
-    """`Scores` of each pair's response, its stop token included; nothing is trained and no activation is kept.
+    """Return the `Scores` of each pair's response, its stop token included; no activation is kept.
 
-    ``pairs``: this replica's, the same on each of its ranks; replicas may have different numbers, also none.
-    ``student``, ``teacher``: this rank's chunks with the same cuts, and the same ones where one model is both.
-    ``max_tokens``: token budget of a packed row.
-    ``fusion``, ``backend``: as for `schedule.self_distillation`, and equal on all ranks.  With ``fusion``, of either
-    mode, ``[2 chunk_tokens, V / tp]`` logits exist at a time, without those of both models for all response tokens of a
-    row; besides, temporaries of the loss's passes.
+    ``pairs``: the pairs of this replica, the same on each of its ranks; replicas may have different numbers of pairs,
+    also none.  ``student``, ``teacher``: this rank's chunks with the same cuts, and the same chunks where one model is
+    both. ``max_tokens``: token budget of a packed sequence.  ``fusion``, ``backend``: as for
+    `schedule.self_distillation`, and equal on all ranks.  With ``fusion``, of either mode, ``[2 chunk_tokens, V / tp]``
+    logits exist at a time, besides the temporaries of the loss's passes; the logits of both models for all response
+    tokens never exist at once.
 
     Returns: one per pair, with the same bits on every rank of the replica.  Another layout packs and sums in another
-    order, which moves float32 log-probs by their rounding.
-    Collectives: every rank of the world calls it; `pack_everywhere`'s, `schedule.run`'s, and of the log-probs
-    ``[2, tokens]`` in float64 one sum over CP and one broadcast each over TP and PP.
-    Raises: ValueError for a response without tokens, a context that is longer than a row, or a backend that cannot run.
+    order, which changes float32 log-probs by their rounding.
+
+    Collectives: every rank of the world calls it; the collectives of `pack_everywhere` and `schedule.run`, and of the
+    log-probs ``[2, tokens]`` in float64 one sum over CP and one broadcast each over TP and PP.
+
+    Raises: ValueError for a response without tokens, a context that is longer than a packed sequence, or a backend that
+    cannot run.
     """
     empty = [pair.problem_id for pair in pairs if not pair.response]
     if empty:
-        raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got none.")
+        raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got an empty text.")
     if not max_over_ranks([len(pairs)], grid.dp_group)[0]:
         return []
-    # Alternating, so that the bank holds one row of the teacher's states, however many texts there are.
+    # Alternating, so that the teacher's states of one packed sequence are kept at a time, whatever the number of texts.
     order = "alternating"
     batch = pack_everywhere(
         pairs,
@@ -132,7 +136,10 @@ def learnabilities(
     policy: str,
     alpha: float,
 ) -> list[float]:
-    """`Scores.learnability` of each response to its problem, behind `candidate_contexts`; else as `score_texts`."""
+    """Return the `Scores.learnability` of each response to its problem, in the contexts of `candidate_contexts`.
+
+    All other arguments are as for `score_texts` and `candidate_contexts`.
+    """
     pairs = candidate_contexts(builder, candidates, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy)
     scores = score_texts(
         pairs,
@@ -155,11 +162,12 @@ def candidate_contexts(
     max_new_tokens: int,
     policy: str,
 ) -> list[ContextPair]:
-    """Each candidate behind its problem, and behind the teacher's prompt with the problem's reference.
+    """Return each candidate conditioned on its problem, and on the teacher's prompt with the problem's reference.
 
-    The reference is the given solution, or the answer where that is empty.  ``max_length`` .. ``policy``: as
+    The reference is the given solution, or the answer where the solution is empty.  ``max_length`` .. ``policy``: as
     `fit_teacher_prompt` takes them, and as the problems were chosen.
-    Raises: ValueError, in one sentence, for a problem with neither, or one whose prompts leave no room.
+
+    Raises: ValueError for a problem with neither solution nor answer, or one whose prompts leave no room.
     """
     prompts = []
     for problem, _ in candidates:
@@ -169,31 +177,33 @@ def candidate_contexts(
         if pair is None:
             raise ValueError(
                 f"{problem.location}: expected prompts of at most {max_length - max_new_tokens} tokens, to which a "
-                "candidate can be appended, got longer ones; leave the problem out."
+                "candidate can be appended, got longer prompts; remove the problem."
             )
         prompts.append(pair)
     return build_contexts(prompts, [response for _, response in candidates])
 
 
 def with_reference(problem: Problem) -> Problem:
-    """``problem`` with what the scoring teacher is shown as its solution.  Raises: ValueError where there is none."""
+    """Return ``problem`` with the text that the scoring teacher is shown as its solution.
+
+    Raises: ValueError where the problem has neither solution nor answer.
+    """
     reference = problem.solution or problem.answer
     if not reference:
         raise ValueError(
             f"{problem.location}: expected a solution or an answer, from which the teacher can foresee a text, got "
-            "neither; choose solutions.pick=shortest, most_likely or random."
+            "neither of them; choose solutions.pick=shortest, most_likely or random."
         )
     return replace(problem, solution=reference)
 
 
 def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> schedule.TokenLoss | FusedLoss:
-    """The loss whose statistics hold both log-probs at the least price: its target is the teacher, so that no beta is
-    solved."""
+    """Return the loss whose statistics hold both log-probs at the least price: its target needs no beta."""
     return schedule.self_distillation(Target("teacher_alone"), Divergence(), backend, fusion=fusion)
 
 
 def _to_whole_replica(both: Tensor, grid: RankGrid) -> None:
-    """From the last stage, whose context-parallel ranks hold some columns each and zeros elsewhere, to every rank."""
+    """Sum ``both`` over the last stage's context-parallel ranks, and send the sum to every rank of the replica."""
     if grid.is_last_stage:
         over_last_stage(both, grid)
     if grid.pp_size > 1:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The teacher's hidden states, from where a teacher microbatch leaves them to where the student needs them."""
+"""The teacher's hidden states, on their way from a teacher microbatch to the student microbatches that need them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from megatron_selfdistill.pipeline.device_batch import DeviceBatch, RoutedStates
 class TeacherHiddenStates:
     """The teacher's final hidden states at response positions: ``[R_j, h / tp]`` for each student microbatch j.
 
-    The states of a student microbatch are those of the response tokens that this context-parallel rank's student holds,
-    in its order; each tensor-parallel rank keeps a slice of the width, so that any choice of states is the same choice
-    on all of them.  States beyond ``store_bytes`` rest in pinned host memory; neither way waits for the device.
+    The states of a student microbatch belong to the response tokens that this context-parallel rank's student holds, in
+    the student's order; each tensor-parallel rank keeps a slice of the width, so that any choice of states is the same
+    choice on all tensor-parallel ranks.  States beyond ``store_bytes`` rest in pinned host memory; neither direction
+    waits for the device.
+
     Collectives, per teacher microbatch under context parallelism: one all-to-all that sends each state to the rank
     whose student holds the same response token.  No autograd.
     """
@@ -49,12 +51,12 @@ class TeacherHiddenStates:
         return gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group).unsqueeze(1)
 
     def take_slice(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Return this rank's slice of their width, ``[R, h / tp]``, on the device, and forget it."""
+        """Return this rank's slice of the width of those states, ``[R, h / tp]``, on the device, and forget it."""
         shelf, size = self.shelves[index], self.batch.num_states[index]
         self.shelves[index] = _Shelf()
         self.bytes_on_device -= shelf.bytes_on_device
         if shelf.num_states != size:
-            raise RuntimeError(f"student microbatch {index} came before the teacher had read its responses")
+            raise RuntimeError(f"student microbatch {index} came before the teacher's microbatches with its responses")
         parts = [(part.to(self.grid.device, non_blocking=True), place) for part, place in shelf.parts]
         if len(parts) == 1 and parts[0][1] is None:
             return parts[0][0]
@@ -90,9 +92,9 @@ class TeacherHiddenStates:
 
 @dataclass
 class _Shelf:
-    """What the bank holds for one student microbatch."""
+    """The states that are kept for one student microbatch."""
 
     parts: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-    """(states [n, h / tp], their places [n] among the R of the microbatch, or None for all in order)."""
+    """Pairs of states [n, h / tp] and their places [n] among the R of the microbatch; None for all in order."""
     num_states: int = 0
     bytes_on_device: int = 0

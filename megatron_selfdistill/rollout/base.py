@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a sampler is: requests in, responses out, and how one token is drawn from one row of logits.
+"""A sampler turns requests into responses: its protocol, and how one token is sampled from one token's logits.
 
-A response travels as token ids.  Its seed depends on (run seed, step, problem id, sample index) and
-nothing else, so that no batch, order, split or layout changes what is written.
+A response travels as token ids.  Its seed depends on (run seed, step, problem id, sample index) and on nothing else, so
+that no batch, order, split or layout changes the response.
 """
 
 from __future__ import annotations
@@ -25,57 +25,64 @@ if TYPE_CHECKING:
 _MAX_ELEMENTS = 2**24
 
 FINISH_REASONS = ("stop", "length")
-"""How a response ends: with a stop token, or at its greatest length."""
+"""The ways in which a response ends: with a stop token, or at its greatest length."""
 
 
 class Sampler(Protocol):
-    """Writes responses with the current weights of the student.
+    """A way to sample responses with the current weights of the student.
 
     Every rank of the world makes the same calls in the same order; each call is a collective.
     """
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """One response per request, in the same order.  ``requests`` are those of this data-parallel replica, the same
-        on each of its ranks.  Raises, on all ranks alike, where a response is missing or came from other weights than
-        the last `update_weights`: never a partial batch."""
+        """Return one response per request, in the same order.
+
+        ``requests`` are the requests of this data-parallel replica, the same on each of its ranks.
+
+        Raises, on all ranks alike, where a response is missing or comes from other weights than the last
+        `update_weights` gave: a sampler never returns a part of a batch.
+        """
         ...
 
     def update_weights(self, version: int) -> None:
-        """From here on responses come from the student's weights of this moment, which are those after ``version``
-        optimizer steps.  Called before the first `generate` and after each step."""
+        """Sample from now on with the student's present weights, which are its weights after ``version`` steps.
+
+        The trainer calls this before the first `generate` and after each optimizer step.
+        """
         ...
 
     def sleep(self) -> None:
-        """Give back what only sampling needs (KV cache, a copy of the weights) until it is needed again."""
+        """Free the memory that only sampling needs (KV cache, a copy of the weights) until the next call needs it."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What happened since the last call, under flat keys ``rollout/..``; equal on all ranks."""
+        """Return numbers about the time since the last call, under flat keys ``rollout/..``; equal on all ranks."""
         ...
 
     def close(self) -> None:
-        """End what was started; may be called twice."""
+        """End the engines and processes that this sampler has started; may be called twice."""
         ...
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a response is written: softmax(logits / temperature), cut to top_k, then to top_p, renormalised."""
+    """The distribution of a token: softmax(logits / temperature), cut to top_k, then to top_p, renormalised."""
 
     max_new_tokens: int
-    """Longest response in tokens, the stop token included."""
+    """Greatest length of a response in tokens, the stop token included."""
     temperature: float = 1.0
-    """0 is greedy: the most likely token, the lowest id among equals."""
+    """Divisor of the logits; 0 is greedy: the most likely token, and the lowest id among equally likely tokens."""
     top_k: int = 0
-    """Draw among the k most likely tokens; 0 is all."""
+    """Number of most likely tokens to sample from; 0 is all tokens."""
     top_p: float = 1.0
-    """Draw among the fewest most likely tokens that hold this much probability."""
+    """Probability that the smallest set of most likely tokens must hold to be sampled from."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a response; the one that did is its last token."""
+    """Ids of the tokens that end a response; the stop token stays as the last token of the response."""
     target: Target = field(default_factory=Target)
-    """What guided requests are drawn from: the mixed target of both prompts' logits (rollout/guided.py)."""
+    """Target from which guided responses are sampled: a mix of the logits under both prompts (rollout/guided.py)."""
     loss_backend: str | None = None
-    """What solves for that target in this process, ``loss.backend``; an engine's own process chooses by itself."""
+    """Implementation that solves for the target in this process (``loss.backend``); vLLM's processes choose their own.
+    """
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
@@ -86,55 +93,66 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One response that is wanted."""
+    """One response to sample."""
 
     prompt: list[int]
-    """Token ids, at least one."""
+    """Token ids of the student's prompt, at least one."""
     seed: int
     """Seed of 64 bits of this response, from `sample_seed`; token i uses the i-th uniform of `sample_uniforms`."""
     teacher_prompt: list[int] | None = None
-    """With it the response is *guided*: every token is drawn from the mix of what the same weights say behind both
-    prompts."""
+    """Token ids of the teacher's prompt; None for a plain response.
+
+    With a teacher's prompt the response is *guided*: every token is sampled from the mix of the distributions that the
+    same weights have under both prompts.
+    """
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response as it was written."""
+    """One response, with the log-probabilities of its tokens."""
 
     token_ids: list[int]
-    """At most ``max_new_tokens`` ids; a stop token stays, as the last one."""
+    """Token ids, at most ``max_new_tokens``; a stop token stays as the last id."""
     log_probs: list[float]
-    """Per token, nats: log softmax of the model's logits at temperature 1 over the valid vocabulary."""
+    """Log softmax of the model's logits at temperature 1 over the valid vocabulary, per token, in nats."""
     sampled_log_probs: list[float]
-    """Per token, nats: the log-probability under the distribution it was drawn from; 0 where greedy; NaN where the
-    sampler does not know it."""
+    """Log-probability of each token under the distribution from which it was sampled, in nats.
+
+    0 for a greedy response; NaN where the sampler does not know the log-probability.
+    """
     finish_reason: str
-    """stop (the last token is a stop token) or length."""
+    """One of `FINISH_REASONS`: stop (the last token is a stop token) or length."""
     teacher_log_probs: list[float] | None = None
-    """Of a guided response, per token, nats: log softmax of the logits behind the teacher's prompt."""
+    """Log softmax of the logits under the teacher's prompt, per token, in nats; None for a plain response."""
     weight_version: int | None = None
-    """Optimizer steps behind the weights that wrote it, as the sampler that wrote it knows them."""
+    """Number of optimizer steps of the weights that generated the response, as far as the sampler knows it."""
 
     @property
     def guided(self) -> bool:
-        """It was drawn from a mix, so it is off-policy for the student."""
+        """Whether the response was sampled from a mix, so that it is off-policy for the student."""
         return self.teacher_log_probs is not None
 
     @property
     def truncated(self) -> bool:
-        """It reached ``max_new_tokens`` without a stop token."""
+        """Whether the response reached ``max_new_tokens`` without a stop token."""
         return self.finish_reason == "length"
 
 
 def response_text(response: Response, tokenizer: Tokenizer) -> str:
-    """What the model said, without special tokens and the stop token, which may be an ordinary one."""
+    """Return the text of ``response`` without special tokens.
+
+    A stop token is cut off too, since it may be an ordinary token.
+    """
     ended = response.finish_reason == "stop"
     return tokenizer.decode(response.token_ids[:-1] if ended else response.token_ids, skip_special_tokens=True)
 
 
 def require_room(shortest: int, longest: int, max_new_tokens: int, max_length: int) -> None:
-    """Raise ValueError where the shortest of some prompts is empty, or the longest leaves no room for
-    ``max_new_tokens`` within ``max_length`` (in tokens; 0 where there is no prompt)."""
+    """Raise ValueError if a prompt is empty or leaves no room for ``max_new_tokens`` within ``max_length``.
+
+    ``shortest`` and ``longest`` are the lengths of the shortest and the longest prompt in tokens; ``longest`` is 0
+    where there is no prompt.
+    """
     if shortest < 1:
         raise ValueError("a request has an empty prompt; a prompt needs at least one token")
     if longest and longest + max_new_tokens > max_length:
@@ -155,29 +173,30 @@ def sample_seed(run_seed: int, step: int, problem_id: str, sample_index: int) ->
 def sample_uniforms(seed: int, count: int) -> np.ndarray:
     """Return the first ``count`` uniforms of a sample, float64 in [0, 1): Philox under the key ``seed``.
 
-    Equals ``Generator(Philox(key=seed)).random(count)``, from the raw words, whose values numpy guarantees.
+    They equal ``Generator(Philox(key=seed)).random(count)``, but come from the raw words, whose values numpy
+    guarantees.
     """
     words = np.random.Philox(key=seed).random_raw(count)
     return (words >> np.uint64(11)) * 2.0**-53
 
 
 def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token per row by inverting the CDF, in float64.
+    """Sample one token per row of logits by inverting the cumulative distribution, in float64.
 
-    token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to ``top_k``,
-    then to ``top_p``, renormalised.  Sums run over token ids, not over ranks, so a rounding error in the
-    logits moves a draw only where the uniform lies within that error of a boundary.  Temperature 0 is the
-    argmax, the lowest id among equals.
+    token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to ``top_k``, then to
+    ``top_p``, renormalised.  Sums run over token ids, not over ranks, so that a rounding error in the logits changes a
+    sample only where the uniform lies within that error of a boundary.  Temperature 0 is the argmax, the lowest id
+    among equals.
 
-    Shapes: logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1),
-    unused when greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both
-    ``[b]`` float64, in nats.  A NaN row gives some valid token with log-probability NaN.
+    Shapes: logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused when
+    greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both ``[b]`` float64, in nats.
+    A row with NaN gives a valid token with log-probability NaN.
     """
     rows = max(1, _MAX_ELEMENTS // logits.size(-1))
     if logits.size(0) > rows:
         groups = zip(logits.split(rows), uniforms.split(rows), strict=True)
-        drawn = [select_tokens(some_logits, some_uniforms, params) for some_logits, some_uniforms in groups]
-        tokens, log_probs, sampled_log_probs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        sampled = [select_tokens(some_logits, some_uniforms, params) for some_logits, some_uniforms in groups]
+        tokens, log_probs, sampled_log_probs = (torch.cat(parts) for parts in zip(*sampled, strict=True))
         return tokens, log_probs, sampled_log_probs
     scores = logits.double()
     if params.temperature == 0:
@@ -189,10 +208,10 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
 
 
 def invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """min {v : sum_{i <= v} q_i > uniform} per row, and its log q, with q = probs / probs.sum(-1).
+    """Return min {v : sum_{i <= v} q_i > uniform} per row, and its log q, with q = probs / probs.sum(-1).
 
     Shapes: probs ``[b, V]`` float64, not negative; uniforms ``[b]`` in [0, 1); returns ``[b]`` int64 and ``[b]``
-    float64.  A NaN row gives the last token with log-probability NaN.
+    float64.  A row with NaN gives the last token with log-probability NaN.
     """
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
@@ -203,12 +222,12 @@ def invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_log_probs(scores: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(scores) of one token per row: ``[b, V]`` and ``[b]`` to ``[b]``, nats."""
+    """Return log softmax(scores) of one token per row: from ``[b, V]`` and ``[b]`` to ``[b]``, in nats."""
     return scores.gather(-1, tokens[:, None]).squeeze(-1) - scores.logsumexp(-1)
 
 
 def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
-    """``probs``, 0 where top_k and top_p exclude, not renormalised; of equals the lowest ids stay."""
+    """Return ``probs`` with 0 where top_k and top_p exclude a token, not renormalised; of equals low ids stay."""
     top_k = min(params.top_k, probs.size(-1))
     if top_k in (0, probs.size(-1)) and params.top_p == 1:
         return probs
@@ -221,6 +240,6 @@ def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
     return torch.zeros_like(probs).scatter_(-1, ids, ranked)
 
 
-def _require(condition: bool, sentence: str) -> None:
+def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(sentence)
+        raise ValueError(message)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sampler that a configuration names, and how it samples."""
+"""Build the sampler that a configuration names, and its sampling parameters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from megatron_selfdistill.run_data import RunData
 
 
 def make_sampler(config: Config, run_data: RunData, chunks: Sequence[torch.nn.Module], grid: RankGrid) -> Sampler:
-    """The sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
+    """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
-    One that keeps a copy of the weights has none yet: `Sampler.update_weights` comes first.
-    Collectives: every rank of the world calls it.  Raises: `ConfigError` in one sentence.
+    A sampler that keeps a copy of the weights has none yet: `Sampler.update_weights` comes first.
+
+    Collectives: every rank of the world calls it. Raises: `ConfigError`.
     """
     rollout = config.rollout
     if rollout.engine == "megatron":
@@ -43,7 +44,7 @@ def make_sampler(config: Config, run_data: RunData, chunks: Sequence[torch.nn.Mo
 
 
 def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
-    """How ``config.rollout`` samples; guided requests are drawn from `configured_target`."""
+    """Return the sampling parameters of ``config.rollout``; guided requests are sampled from `configured_target`."""
     rollout = config.rollout
     return SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
@@ -57,5 +58,8 @@ def sampling_params(config: Config, run_data: RunData, batch_k: float | None = N
 
 
 def configured_target(target: TargetConfig, batch_k: float | None = None) -> Target:
-    """The `Target` of a configuration; ``batch_k``: what the rule "batch" has solved for this step, null before."""
+    """Return the `Target` of a configuration.
+
+    ``batch_k`` is the k that the rule "batch" has solved for this step; None before the first solution.
+    """
     return Target(target.rule, target.teacher_weight, target.k_max, batch_k if target.rule == "batch" else target.k)

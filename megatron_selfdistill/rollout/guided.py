@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How one guided token is drawn: from the mixed target of what the same weights say behind two prompts.
+"""How one guided token is sampled: from the mixed target of the same weights under two prompts.
 
     q = softmax(beta (w l_T + l_S)),  beta as in the loss
 
-l_S are the logits behind the student's prompt and l_T those behind the teacher's, both with the same response so
-far.  Needs torch only, so it also runs inside other engines' processes.
+l_S are the logits under the student's prompt and l_T the logits under the teacher's prompt, both with the same response
+so far.  The module needs torch only, so that it also runs inside other engines' processes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _MAX_ELEMENTS = {"cpu": 2**20, "other": 2**24}
 
 @dataclass(frozen=True)
 class MixedTokens:
-    """One token for each of b pairs; log-probabilities ``[b]`` float64, in nats."""
+    """One token for each of b pairs of contexts; log-probabilities are ``[b]`` float64, in nats."""
 
     token_ids: Tensor
-    """``[b]`` int64."""
+    """Sampled token ids ``[b]`` int64."""
     student_log_probs: Tensor
-    """log softmax(l_S) of the token."""
+    """Log softmax(l_S) of each token."""
     teacher_log_probs: Tensor
-    """log softmax(l_T) of the token."""
+    """Log softmax(l_T) of each token."""
     mixed_log_probs: Tensor
-    """log q of the token; 0 where greedy."""
+    """Log q of each token; 0 where greedy."""
 
 
 def select_mixed_tokens(
@@ -45,14 +45,16 @@ def select_mixed_tokens(
     greedy: bool,
     backend: str | None = None,
 ) -> MixedTokens:
-    """Draw one token per pair of rows from the mixed target, by inverting its CDF in float64.
+    """Sample one token per pair of rows from the mixed target, by inverting its cumulative distribution in float64.
 
     token = min {v : sum_{i <= v} q_i > uniform}, with log q = log_softmax(beta m), m = w l_T + l_S and the beta that
     `loss.solve_target` finds, whatever rule ``target`` names; greedy: the argmax of m, the lowest id among equals.
-    Equal logits in both rows give q = softmax(l_S), so what `base.select_tokens` draws.
+    Equal logits in both rows give q = softmax(l_S), from which `base.select_tokens` samples.
 
     Shapes: both logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused
-    when greedy.  A row with NaN gives some valid token with log-probability NaN.  ``backend``: that of `solve_target`.
+    when greedy.  A row with NaN gives a valid token with log-probability NaN.  ``backend`` is the backend of
+    `solve_target`.
+
     Raises: ValueError if shapes do not fit.
     """
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
@@ -68,22 +70,22 @@ def select_mixed_tokens(
     limit = _MAX_ELEMENTS["cpu" if student_logits.device.type == "cpu" else "other"]
     rows = max(1, limit // max(1, student_logits.size(1)))
     groups = zip(student_logits.split(rows), teacher_logits.split(rows), uniforms.split(rows), strict=True)
-    drawn = [_select(student, teacher, some, target, greedy, backend) for student, teacher, some in groups]
-    token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*drawn, strict=True))
+    sampled = [_select(student, teacher, some, target, greedy, backend) for student, teacher, some in groups]
+    token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*sampled, strict=True))
     return MixedTokens(token_ids, student_log_probs, teacher_log_probs, mixed_log_probs)
 
 
 def refuse_unguidable(params: SamplingParams) -> None:
-    """Raise ValueError where ``params`` would change the distribution that guided tokens are drawn from."""
+    """Raise ValueError if ``params`` would change the distribution from which guided tokens are sampled."""
     if params.temperature not in (0, 1) or params.top_k != 0 or params.top_p != 1:
         raise ValueError(
-            "guided responses are drawn from the mixed target itself: they need temperature 1 (or 0, greedy), top_k 0 "
-            f"and top_p 1; got temperature {params.temperature}, top_k {params.top_k} and top_p {params.top_p}"
+            "guided responses are sampled from the mixed target itself: they need temperature 1 (or 0, greedy), "
+            f"top_k 0 and top_p 1; got temperature {params.temperature}, top_k {params.top_k} and top_p {params.top_p}"
         )
 
 
 def longest_prompt(request: Request) -> int:
-    """Tokens of the longer of a request's prompts: what must leave room for the response."""
+    """Return the number of tokens of the longer prompt of a request, which must leave room for the response."""
     return max(len(request.prompt), len(request.teacher_prompt or ()))
 
 
@@ -99,7 +101,7 @@ def _select(
         vocab_size = mix.size(-1)
         vocab = VocabShard(0, vocab_size, vocab_size)
         solution = solve_target(student_logits, teacher_logits, target, vocab, backend=backend)
-        # The normaliser has the accuracy of float32 sums; what is left of it `invert_cdf` divides out.
+        # The normaliser has the accuracy of float32 sums; `invert_cdf` divides by what remains of it.
         log_q = torch.addcmul(-solution.log_normaliser[:, None], mix, solution.beta[:, None])
         tokens, mixed_log_probs = invert_cdf(log_q.exp_(), uniforms)
     return tokens, token_log_probs(student, tokens), token_log_probs(teacher, tokens), mixed_log_probs

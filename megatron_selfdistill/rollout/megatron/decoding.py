@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A training model that decodes for a while: what it must not be, what changes, and how it is restored."""
+"""Let a training model decode for a while: which models can, what changes meanwhile, and how it is restored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_selfdistill.model.layers import CoreAttention
 
 @dataclass(frozen=True)
 class Override:
-    """``owner.name`` is ``value`` while decoding."""
+    """The value that ``owner.name`` has while the model decodes."""
 
     owner: Any
     name: str
@@ -32,14 +32,15 @@ class Override:
 
 
 def decoding_overrides(models: Sequence[GPTModel], grid: RankGrid) -> list[Override]:
-    """What differs between a training step and decoding, found once per model.
+    """Return the attributes in which decoding differs from a training step; found once per model.
 
-    * Sequence parallelism is off: one token per sequence cannot be cut, so activations are whole on each
-      tensor-parallel rank.  Megatron caches the switch in its linear layers and embeddings, Transformer
-      Engine in its own.
-    * Context parallelism is off: each context-parallel rank decodes sequences of its own, so every group
-      that cuts a sequence (rotary embedding, attention) becomes a group of one.
-    * Multi-latent attention leaves its fused rotary embedding, which refuses a KV cache.
+    * Sequence parallelism is off: one token per sequence cannot be cut, so each tensor-parallel rank holds full
+    activations.  Megatron caches the switch in its linear layers and embeddings, Transformer Engine in its own.
+
+    * Context parallelism is off: each context-parallel rank decodes sequences of its own, so every group that cuts a
+    sequence (rotary embedding, attention) becomes a group of one rank.
+
+    * Multi-latent attention does without its fused rotary embedding, which refuses a KV cache.
 
     Collectives: none (a group of one needs no other rank).
     """
@@ -66,12 +67,11 @@ def decoding_overrides(models: Sequence[GPTModel], grid: RankGrid) -> list[Overr
 def decoding(
     chunks: Sequence[torch.nn.Module], models: Sequence[GPTModel], overrides: Sequence[Override]
 ) -> Iterator[None]:
-    """The models in evaluation mode, without autograd, with ``overrides``; all of it undone on leaving, also
-    by an error.
+    """Keep the models in evaluation mode, without autograd and with ``overrides``; restore them in any case.
 
-    ``chunks`` are the ``models`` as wrapped for training.  Under ``overlap_param_gather`` the parameters are
-    gathered first (a collective over the data-parallel ranks) and the hooks that would gather them during the
-    forward are off: a rank with nothing to decode runs no forward, and the others would wait for it.
+    ``chunks`` are the ``models`` as wrapped for training.  Under ``overlap_param_gather`` the parameters are gathered
+    first (a collective over the data-parallel ranks), and the hooks that would gather them during the forward pass are
+    off: a rank with nothing to decode runs no forward pass, and the other ranks would wait for it.
     """
     modules = [module for model in models for module in model.modules()]
     training = [(module, module.training) for module in modules]
@@ -87,7 +87,7 @@ def decoding(
         for override in overrides:
             setattr(override.owner, override.name, override.value)
         _clear_caches(rotary)
-        # Not inference_mode: its tensors may not enter autograd, and Megatron caches some of them.
+        # Tensors of inference_mode may not enter autograd, and Megatron caches some of them.
         with torch.no_grad():
             yield
     finally:
@@ -103,14 +103,16 @@ def decoding(
 
 
 def takes_masks(models: Sequence[GPTModel]) -> bool:
-    """Whether attention can hide the columns that a shorter sequence has not reached: Transformer Engine's flash and
-    fused attention take no arbitrary mask."""
+    """Return whether attention can hide the columns that a shorter sequence has not reached.
+
+    Transformer Engine's flash and fused attention cannot: they take no arbitrary mask.
+    """
     ours = all(isinstance(layer.core_attention, CoreAttention) for layer in _attention_layers(models))
     return ours or models[0].config.attention_backend not in (AttnBackend.flash, AttnBackend.fused)
 
 
 def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
-    """Raise `ConfigError` where Megatron's static KV cache would be wrong, or not the trained model."""
+    """Raise `ConfigError` if Megatron's static KV cache would be wrong for the model, or decode another model."""
     config = models[0].config
     rotary = {model.position_embedding_type for model in models}
     attention = list(_attention_layers(models))
@@ -134,11 +136,11 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
         ),
         (
             bool(config.fp8 or config.fp4),
-            "fp8 and fp4 layers need token counts that are multiples of 16, decoding has any: train in bf16",
+            "fp8 and fp4 layers need token counts that are multiples of 16, decoding has any number: train in bf16",
         ),
         (
             config.tp_comm_overlap,
-            "tp_comm_overlap reserves buffers for sequence-parallel shapes, decoding has others: "
+            "tp_comm_overlap reserves buffers for sequence-parallel shapes, decoding has other shapes: "
             "set model.transformer.tp_comm_overlap=false",
         ),
         (
@@ -175,7 +177,7 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
         ),
         (
             moe and config.moe_expert_capacity_factor is not None,
-            "moe_expert_capacity_factor drops tokens by what else is in the batch: leave it null",
+            "moe_expert_capacity_factor drops tokens depending on the rest of the batch: set it to null",
         ),
         (
             moe and config.moe_token_dispatcher_type == "allgather" and grid.ep_size > 1,
@@ -183,9 +185,9 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
             "set moe_token_dispatcher_type=alltoall",
         ),
     ]
-    for found, sentence in refusals:
+    for found, message in refusals:
         if found:
-            raise ConfigError(f"this model cannot be sampled in process: {sentence}")
+            raise ConfigError(f"this model cannot be sampled in process: {message}")
 
 
 def _clear_caches(functions: set[Any]) -> None:

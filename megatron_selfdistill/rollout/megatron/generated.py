@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Responses while they are written: the tokens of a batch, where each ends, its uniforms and its log-probs."""
+"""Responses while they are generated: the tokens of a batch, where each sequence ends, its uniforms and log-probs."""
 
 from __future__ import annotations
 
@@ -14,36 +14,40 @@ from megatron_selfdistill.rollout.base import Request, Response, SamplingParams,
 
 
 @dataclass
-class Written:
-    """Sequences that are written together; column i of each is its i-th token, its own prompt (if kept here)
-    included."""
+class GeneratedBatch:
+    """Sequences that are generated together; column i holds token i of each sequence.
+
+    A sequence begins with its own prompt, if the prompt is kept here.
+    """
 
     tokens: Tensor
-    """``[b, length]`` int64: the prompts, then what has been written."""
+    """Token ids ``[b, length]`` int64: the prompts, then the generated tokens."""
     prompt_lengths: Tensor
-    """``[b]`` int64."""
+    """Number of prompt tokens of each sequence, ``[b]`` int64."""
     ends: Tensor
-    """``[b]`` int64: the column behind the last token, as far as is known."""
+    """Column behind the last token of each sequence, as far as it is known, ``[b]`` int64."""
     uniforms: Tensor
-    """``[b, length]`` float64: the uniform that draws each response token."""
+    """Uniform from which each response token is sampled, ``[b, length]`` float64."""
     log_probs: Tensor
-    """``[2, b, length]`` float64: of the model, and of the distribution drawn from; ``[3, b, length]`` where guided:
-    of the student, of the mix, of the teacher."""
+    """Log-probabilities ``[2, b, length]`` float64: under the model, and under the distribution sampled from.
+
+    Guided sequences have ``[3, b, length]``: under the student, the mix and the teacher.
+    """
     stop_token_ids: Tensor
-    """``[n]`` int64."""
+    """Ids of the tokens that end a response, ``[n]`` int64."""
 
     @staticmethod
-    def behind_prompts(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> Written:
-        """Each response follows its prompt in the same row."""
+    def after_prompts(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> GeneratedBatch:
+        """Return an empty batch in which each response follows its prompt in the same row."""
         return _start(requests, [request.prompt for request in requests], 2, params, device)
 
     @staticmethod
-    def guided(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> Written:
-        """The responses by themselves: each belongs behind two prompts."""
+    def guided(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> GeneratedBatch:
+        """Return an empty batch of responses without prompts: each response has two prompts, which the cache holds."""
         return _start(requests, [[] for _ in requests], 3, params, device)
 
-    def write(self, live: Tensor, position: int, tokens: Tensor) -> None:
-        """Put ``tokens`` into column ``position`` of the rows ``live`` whose prompt has ended."""
+    def append(self, live: Tensor, position: int, tokens: Tensor) -> None:
+        """Put ``tokens`` into column ``position`` of those rows ``live`` whose prompt has ended."""
         ends = self.ends[live]
         own = self.prompt_lengths[live] <= position
         self.tokens[live, position] = torch.where(own, tokens, self.tokens[live, position])
@@ -52,6 +56,7 @@ class Written:
             self.ends[live] = torch.where(stopped, position + 1, ends)
 
     def responses(self) -> list[Response]:
+        """Return the finished responses, in the order of the rows."""
         stops = set(self.stop_token_ids.tolist())
         spans = zip(self.prompt_lengths.tolist(), self.ends.tolist(), strict=True)
         responses = []
@@ -74,7 +79,7 @@ def _start(
     num_log_probs: int,
     params: SamplingParams,
     device: torch.device,
-) -> Written:
+) -> GeneratedBatch:
     prompt_lengths = [len(prompt) for prompt in prompts]
     length = max(prompt_lengths) + params.max_new_tokens
     tokens = np.zeros((len(requests), length), dtype=np.int64)
@@ -85,7 +90,7 @@ def _start(
         if params.temperature > 0:
             uniforms[row, end : end + params.max_new_tokens] = sample_uniforms(request.seed, params.max_new_tokens)
     lengths = torch.tensor(prompt_lengths, device=device)
-    return Written(
+    return GeneratedBatch(
         tokens=torch.from_numpy(tokens).to(device),
         prompt_lengths=lengths,
         ends=lengths + params.max_new_tokens,
@@ -97,17 +102,18 @@ def _start(
 
 @dataclass(frozen=True)
 class PromptPairs:
-    """Both prompts of n guided requests, as 2n sequences: the students' in rows 0 .. n - 1, then the teachers'."""
+    """Both prompts of n guided requests, as 2n sequences: first the n students', then the n teachers'."""
 
     tokens: Tensor
-    """``[2n, longest]`` int64, each from column 0 on."""
+    """Token ids ``[2n, longest]`` int64, each prompt from column 0 on."""
     lengths: Tensor
-    """``[2n]`` int64."""
+    """Number of tokens of each prompt, ``[2n]`` int64."""
     longest_by_role: tuple[int, int]
-    """Tokens of the longest prompt of a student, and of a teacher."""
+    """Number of tokens of the longest student's prompt and of the longest teacher's prompt."""
 
     @staticmethod
     def of(requests: Sequence[Request], device: torch.device) -> PromptPairs:
+        """Return both prompts of each request on ``device``."""
         prompts = [request.prompt for request in requests]
         prompts += [request.teacher_prompt for request in requests if request.teacher_prompt is not None]
         lengths = [len(prompt) for prompt in prompts]
@@ -122,5 +128,5 @@ class PromptPairs:
 
     @property
     def last_tokens(self) -> Tensor:
-        """``[2n]`` int64."""
+        """Last token of each prompt, ``[2n]`` int64."""
         return self.tokens.gather(1, self.lengths[:, None] - 1).squeeze(1)

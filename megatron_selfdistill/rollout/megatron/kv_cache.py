@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Megatron's static KV cache: what it takes, which sequences stay in it, and one whose rows are of unequal length.
+"""Megatron's static KV cache: its size, the sequences that stay in it, and a cache with rows of unequal length.
 
 Keys and values lie in ``context.key_value_memory_dict[layer_number]``, ``[columns, b, heads, channels]`` each.
 """
@@ -27,14 +27,14 @@ from megatron.core.transformer.multi_latent_attention import MultiLatentAttentio
 
 
 def cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
-    """What ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
+    """Return the bytes that ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
     layers = list(_attention_layers(models))
     values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
     return max(1, values * dtype.itemsize)  # a stage may have no layer
 
 
 def free_bytes() -> int:
-    """Free memory that this rank may count on: its device's, or its share of the machine's."""
+    """Return the free memory of this rank in bytes: of its GPU, or its share of the machine's main memory."""
     if torch.cuda.is_available():
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + cached
@@ -42,7 +42,7 @@ def free_bytes() -> int:
 
 
 def keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
-    """Drop all other sequences from the cache."""
+    """Drop all sequences but ``rows`` from the cache."""
     cache = context.key_value_memory_dict
     for layer_number, (keys, values) in cache.items():
         cache[layer_number] = keys[:, rows], values[:, rows]
@@ -50,62 +50,67 @@ def keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
 
 
 class RaggedCache(StaticInferenceContext):
-    """A KV cache in which every row is at a column of its own.
+    """A KV cache in which each row has a column of its own.
 
-    Prompts of unequal length are read as Megatron reads equal ones, from column 0 on with padding behind; after
-    `start_decoding` each row goes on where its prompt ended (``with ragged_decoding(models, cache)``).  So a token's
-    column is its position, whatever else is in the batch, and no embedding of positions sees the padding.
+    Prompts of unequal length are read as Megatron reads prompts of equal length: from column 0 on, with padding behind.
+    After `start_decoding` each row goes on where its prompt ended (``with ragged_decoding(models, cache)``).  So a
+    token's column is its position, whatever else is in the batch, and no embedding of positions sees the padding.
     """
 
     columns: Tensor
-    """``[b]`` int64: where the next pass, of one token per row, puts its keys and values."""
+    """Column in which the next pass, of one token per row, puts the keys and values of each row, ``[b]`` int64."""
 
     def start_decoding(self, lengths: Tensor, num_columns: int) -> None:
-        """From here on a pass reads one token per row; the first re-reads the last of each prompt, whose logits no pass
-        over padded prompts gives.  ``lengths [b]``: tokens of each prompt, of which ``num_columns`` is the most."""
+        """Read one token per row in each pass from now on.
+
+        The first pass reads the last token of each prompt again, since a pass over padded prompts gives no logits for
+        it. ``lengths [b]`` are the tokens of each prompt; ``num_columns`` is the greatest of them.
+        """
         self.columns = lengths - 1
         self.num_columns = num_columns
         self.enable_decode_mode()
         unread = (torch.arange(self.max_sequence_length, device=lengths.device)[:, None] >= lengths)[:, :, None, None]
         for memories in self.key_value_memory_dict.values():
             for memory in memories:
-                memory.masked_fill_(unread, 0)  # hidden, but 0 * NaN of fresh memory would show
+                memory.masked_fill_(unread, 0)  # 0 * NaN is NaN
 
     def advance(self) -> None:
-        """Each row has got one more token."""
+        """Move each row on by one token."""
         self.columns = self.columns + 1
         self.num_columns += 1
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all other sequences."""
+        """Drop all sequences but ``rows``."""
         keep_rows(self, rows)
         self.columns = self.columns[rows]
 
     @property
     def hidden(self) -> Tensor:
-        """``[b, 1, 1, num_columns]`` bool: the columns behind the row's own, as Megatron masks attention."""
+        """Mask ``[b, 1, 1, num_columns]`` bool of the columns behind each row's own; True is hidden from attention."""
         columns = torch.arange(self.num_columns, device=self.columns.device)
         return (columns > self.columns[:, None])[:, None, None]
 
     def write(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep ``[1, b, heads, channels]`` at the rows' columns; returns all that the layer's attention reads,
-        ``[num_columns, b, heads, channels]``."""
+        """Store ``key`` and ``value`` at the rows' columns and return all keys and values of the layer so far.
+
+        ``key`` and ``value`` are ``[1, b, heads, channels]``, the results ``[num_columns, b, heads, channels]``.
+        """
         rows = torch.arange(self.columns.numel(), device=self.columns.device)
         keys, values = self.key_value_memory_dict[layer_number]
         keys[self.columns, rows], values[self.columns, rows] = key[0], value[0]
         return keys[: self.num_columns], values[: self.num_columns]
 
     def rows_of(self, table: Tensor) -> Tensor:
-        """``[positions, 1, 1, channels]`` at the rows' columns: ``[1, b, 1, channels]``."""
+        """Return the entries of ``table [positions, 1, 1, channels]`` at the rows' columns, ``[1, b, 1, channels]``."""
         return table[self.columns].transpose(0, 1)
 
 
 @contextlib.contextmanager
 def ragged_decoding(models: Sequence[torch.nn.Module], cache: RaggedCache) -> Iterator[None]:
-    """Attention decodes with ``cache``: Megatron's own has one offset for all rows, and no mask behind a cache.
+    """Let attention decode with ``cache``; Megatron's own cache has one offset for all rows and takes no mask.
 
-    Replaced until the end are the step of each attention layer that writes and reads the cache and, in multi-latent
-    attention, the table of rotary embeddings, which it applies before that step.
+    Two functions are replaced until the end: the step of each attention layer that writes and reads the cache and, in
+    multi-latent attention, the table of rotary embeddings, which is applied before that step.
     """
     replaced = {
         id(m): (m, "_adjust_key_value_for_inference", _ragged_step(m, cache)) for m in _attention_layers(models)
@@ -124,7 +129,7 @@ def ragged_decoding(models: Sequence[torch.nn.Module], cache: RaggedCache) -> It
 
 
 def _ragged_step(layer: Attention, cache: RaggedCache) -> Callable[..., tuple[Any, ...]]:
-    """``Attention._adjust_key_value_for_inference``, each row at its own column."""
+    """Return ``Attention._adjust_key_value_for_inference`` with each row at its own column."""
 
     def adjust(
         inference_context: RaggedCache, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_unused: Any
@@ -152,7 +157,7 @@ def _rotated(layer: Attention, query: Tensor, angles: Tensor) -> Tensor:
 
 
 def _ragged_table(rotary: torch.nn.Module, cache: RaggedCache) -> Callable[..., Any]:
-    """The forward of a rotary embedding, of the rows' positions only; YaRN's also returns a factor."""
+    """Return the forward of a rotary embedding at the rows' positions only; YaRN's also returns a factor."""
     whole_table = rotary.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

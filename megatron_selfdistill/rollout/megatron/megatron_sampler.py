@@ -21,7 +21,7 @@ from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room, select_tokens
 from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable, select_mixed_tokens
 from megatron_selfdistill.rollout.megatron.decoding import decoding, decoding_overrides, refuse_undecodable, takes_masks
-from megatron_selfdistill.rollout.megatron.generated import PromptPairs, Written
+from megatron_selfdistill.rollout.megatron.generated import GeneratedBatch, PromptPairs
 from megatron_selfdistill.rollout.megatron.kv_cache import (
     RaggedCache,
     cache_bytes_per_token,
@@ -37,17 +37,16 @@ _PREFILL_TOKENS = 2**15
 
 
 class MegatronSampler:
-    """Samples from the ``GPTModel`` chunks of this rank; there is no copy of the weights.
+    """A sampler that decodes with the ``GPTModel`` chunks of this rank; there is no copy of the weights.
 
-    Each data-parallel replica samples its own requests.  Tensor-parallel ranks share every forward, pipeline
-    stages pass hidden states on (and round again under VPP), sequence parallelism is off, and each
-    context-parallel rank decodes its share of the requests whole.  Where expert all-to-alls join ranks that
-    hold different requests, all ranks run the same number of forward passes: those that are done feed one
-    token that nobody reads.
+    Each data-parallel replica samples its own requests.  Tensor-parallel ranks share every forward pass, pipeline
+    stages pass hidden states on (and round again under VPP), sequence parallelism is off, and each context-parallel
+    rank decodes full sequences for its share of the requests.  Where expert all-to-alls join ranks that hold different
+    requests, all ranks run the same number of forward passes: a rank that has finished feeds one token whose output is
+    unused.
 
-    Prompts of different length: a batch reads its shortest prompt in one pass, then one token per pass, where
-    a longer prompt's own tokens take the place of sampled ones.  So positions are exact and there is no
-    padding.
+    Prompts of different length: a batch reads its shortest prompt in one pass, then one token per pass, where the
+    tokens of a longer prompt take the place of sampled tokens.  So positions are exact and there is no padding.
     """
 
     def __init__(
@@ -58,10 +57,12 @@ class MegatronSampler:
         max_length: int,
         kv_cache_gb: float | None = None,
     ) -> None:
-        """``chunks``: as built or as wrapped for training.  ``vocab_size``: valid columns; the padded ones
-        behind them are cut off before anything looks at the logits.  ``max_length``: longest prompt plus
-        response, in tokens.  ``kv_cache_gb``: GiB of KV cache on this rank; None is a third of what is free
-        at each `generate`, a number makes the splits, and so the last bits of the log-probs, repeatable.
+        """Prepare the ``chunks`` for decoding, as built or as wrapped for training.
+
+        ``vocab_size``: number of valid columns; the padded columns behind them are cut off before the logits are used.
+        ``max_length``: longest prompt plus response, in tokens.  ``kv_cache_gb``: GiB of KV cache on this rank.  None
+        is a third of the memory that is free at each `generate`; a number makes the splits, and so the last bits of the
+        log-probs, repeatable.
 
         Raises `ConfigError` for a model that cannot be decoded.
         """
@@ -78,37 +79,37 @@ class MegatronSampler:
         self._hidden_size = config.hidden_size
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
         self._bytes_per_token = cache_bytes_per_token(self._models, config.params_dtype)
-        # Expert groups reach beyond the ranks that share this one's requests, along DP, CP or both.  They
-        # need not cover a replica, yet its pipeline ties them together; the world covers every case.
+        # Expert groups reach beyond the ranks that share this rank's requests, along DP, CP or both.  An expert group
+        # need not cover a replica, yet the replica's pipeline ties its groups together; the world covers every case.
         self._lock_step = config.num_moe_experts is not None and (
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size not in (None, config.tensor_model_parallel_size)
         )
 
     def update_weights(self, version: int) -> None:
-        """Nothing to send: the weights that are sampled from are the trainer's own."""
+        """Note the version; the sampler uses the trainer's own weights, so nothing has to be sent."""
         self._version = version
 
     def sleep(self) -> None:
-        """Nothing to give back: the KV cache lives for one `generate`."""
+        """Do nothing: the KV cache lives for one `generate`."""
 
     def metrics(self) -> dict[str, float]:
-        """None."""
+        """Return an empty dictionary: this sampler has no metrics."""
         return {}
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: this sampler starts no process."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """One response per request, in order, on every rank of the replica.
+        """Return one response per request, in order, on every rank of the replica.
 
-        ``requests`` are those of this data-parallel replica, the same list on each of its TP x CP x PP ranks;
-        may be empty.  A collective over the world: every rank calls it the same number of times.
+        ``requests`` are the requests of this data-parallel replica, the same list on each of its TP x CP x PP ranks;
+        the list may be empty.  The call is a collective over the world: every rank makes it the same number of times.
 
-        Raises, on all ranks alike: ValueError for an empty prompt, for one that leaves no room for
-        ``max_new_tokens`` within ``max_length``, where one request alone does not fit into the KV cache, and where
-        guided requests come with a temperature, top_k or top_p of their own; ConfigError where they come to a model
-        whose attention takes no mask.
+        Raises, on all ranks alike: ValueError for an empty prompt, for a prompt that leaves no room for
+        ``max_new_tokens`` within ``max_length``, for a request that does not fit into the KV cache alone, and for
+        guided requests with a temperature, top_k or top_p of their own; ConfigError for guided requests where the
+        model's attention takes no mask.
         """
         capacity = self._agree_on_capacity(requests, params)
         own = list(range(self._grid.cp_rank, len(requests), self._grid.cp_size))
@@ -123,8 +124,8 @@ class MegatronSampler:
                 lengths = [longest_prompt(requests[i]) for i in share]
                 for batch in split_batches(lengths, params.max_new_tokens, room):
                     indices = [share[i] for i in batch]
-                    written = sample([requests[i] for i in indices], params)
-                    responses.update(zip(indices, written, strict=True))
+                    generated = sample([requests[i] for i in indices], params)
+                    responses.update(zip(indices, generated, strict=True))
             while self._lock_step and self._anyone_is_busy():
                 self._run_model(StaticInferenceContext(1, 1), self._new_tensor([[0]]))
         if self._grid.cp_size > 1:
@@ -133,7 +134,7 @@ class MegatronSampler:
         return [replace(responses[i], weight_version=self._version) for i in range(len(requests))]
 
     def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
-        """Tokens that the KV cache may hold, the least over all ranks: all must split alike."""
+        """Return how many tokens the KV cache may hold: the least over all ranks, since all must split alike."""
         gib = self._kv_cache_gb
         allowed = free_bytes() // 3 if gib is None else int(gib * _GIB)
         prompts = [p for r in requests for p in (r.prompt, r.teacher_prompt) if p is not None]
@@ -154,22 +155,22 @@ class MegatronSampler:
         require_room(shortest, longest, params.max_new_tokens, self._max_length)
         if needed > capacity:
             raise ValueError(
-                f"one request holds {needed} tokens (a guided one in two sequences), so it needs "
+                f"one request holds {needed} tokens (a guided request in two sequences), so it needs "
                 f"{needed * self._bytes_per_token / _GIB:.3g} GiB of KV cache, but there is room for "
                 f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )
         return capacity
 
     def _sample_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        batch = Written.behind_prompts(requests, params, self._grid.device)
+        """Return the responses to plain requests that decode together; each pass gives one token of every row."""
+        batch = GeneratedBatch.after_prompts(requests, params, self._grid.device)
         length, position = batch.tokens.size(1), min(len(request.prompt) for request in requests)
         live = torch.arange(len(requests), device=self._grid.device)  # rows of the batch that are in the cache
         survivors = Survivors(len(requests), self._grid.device)
-        context = StaticInferenceContext(len(requests), length - 1)  # nobody reads the last token
+        context = StaticInferenceContext(len(requests), length - 1)  # the last token is not fed to the model
         logits = self._prefill(context, batch.tokens[:, :position])
         while True:
-            tokens = self._draw(batch, live, position, logits, params)
-            batch.write(live, position, tokens)
+            batch.append(live, position, self._sample(batch, live, position, logits, params))
             position += 1
             num_unfinished, kept = survivors.after_pass(batch.ends[live] > position)
             if num_unfinished == 0 or position == length:
@@ -184,11 +185,11 @@ class MegatronSampler:
         return batch.responses()
 
     def _sample_pairs(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """`_sample_batch` of guided requests; pass i gives token i of every pair."""
-        batch = Written.guided(requests, params, self._grid.device)
+        """Return the responses to guided requests that decode together; pass i gives token i of every pair."""
+        batch = GeneratedBatch.guided(requests, params, self._grid.device)
         prompts = PromptPairs.of(requests, self._grid.device)
         live, longest = torch.arange(len(requests), device=self._grid.device), prompts.tokens.size(1)
-        cache = RaggedCache(2 * len(requests), longest + params.max_new_tokens - 1)  # nobody reads the last token
+        cache = RaggedCache(2 * len(requests), longest + params.max_new_tokens - 1)  # not the last token
         self._prefill_pairs(cache, prompts)
         cache.start_decoding(prompts.lengths, longest)
         survivors = Survivors(len(requests), self._grid.device)
@@ -196,8 +197,7 @@ class MegatronSampler:
         with ragged_decoding(self._models, cache):
             for step in range(params.max_new_tokens):
                 logits = self._next_logits(cache, tokens[:, None], cache.columns[:, None], cache.hidden)
-                drawn = self._draw_mixed(batch, live, step, logits, params)
-                batch.write(live, step, drawn)
+                batch.append(live, step, self._sample_mixed(batch, live, step, logits, params))
                 cache.advance()
                 num_unfinished, kept = survivors.after_pass(batch.ends[live] > step + 1)
                 if num_unfinished == 0:
@@ -211,7 +211,7 @@ class MegatronSampler:
         return batch.responses()
 
     def _prefill_pairs(self, cache: RaggedCache, prompts: PromptPairs) -> None:
-        """Fill the cache with every prompt, some rows at a time; those of the students first, usually much shorter."""
+        """Fill the cache with every prompt, some rows at a time; the students' prompts come first."""
         num_pairs = prompts.lengths.numel() // 2
         for role, longest in enumerate(prompts.longest_by_role):
             tokens = prompts.tokens[role * num_pairs : (role + 1) * num_pairs, :longest]
@@ -222,7 +222,7 @@ class MegatronSampler:
         cache.batch_size_offset = 0
 
     def _prefill(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
-        """Fill the cache with ``tokens [b, s]``, some rows at a time; returns the logits ``[b, V]``."""
+        """Fill the cache with ``tokens [b, s]``, some rows at a time; return the logits ``[b, V]``."""
         num_rows = max(1, _PREFILL_TOKENS // tokens.size(1))
         parts = []
         for rows in tokens.split(num_rows):
@@ -252,8 +252,11 @@ class MegatronSampler:
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor | None:
-        """A forward of ``tokens [b, s]`` behind the cache; logits ``[b, V]`` on the last stage, else None.
-        ``position_ids [b, s]``: by default the columns of the cache.  ``attention_mask``: True is hidden."""
+        """Run a forward pass of ``tokens [b, s]`` after the cached tokens; return the last logits ``[b, V]``.
+
+        Stages before the last return None.  ``position_ids [b, s]``: by default the columns of the cache.
+        ``attention_mask``: True is hidden.
+        """
         start = context.sequence_len_offset
         if position_ids is None:
             position_ids = torch.arange(start, start + tokens.size(1), device=tokens.device).expand_as(tokens)
@@ -271,11 +274,14 @@ class MegatronSampler:
                 output = None
         return None if output is None else output[:, -1, : self._vocab_size]
 
-    def _draw(
-        self, batch: Written, live: Tensor, position: int, logits: Tensor | None, params: SamplingParams
+    def _sample(
+        self, batch: GeneratedBatch, live: Tensor, position: int, logits: Tensor | None, params: SamplingParams
     ) -> Tensor:
-        """The tokens ``[b]`` that the model wants at ``position``: drawn on one rank, since a GPU's sums may
-        differ in the last bit between two ranks, and one different token would part them for good."""
+        """Return the tokens ``[b]`` that the model gives at ``position``.
+
+        One rank samples them: a GPU's sums may differ in the last bit between two ranks, and one different token would
+        make all later tokens differ.
+        """
         tokens = torch.empty_like(live)
         if logits is not None and self._grid.tp_rank == 0:
             tokens, *log_probs = select_tokens(logits, batch.uniforms[live, position], params)
@@ -283,14 +289,14 @@ class MegatronSampler:
         self._broadcast(tokens)
         return tokens
 
-    def _draw_mixed(
-        self, batch: Written, live: Tensor, step: int, logits: Tensor | None, params: SamplingParams
+    def _sample_mixed(
+        self, batch: GeneratedBatch, live: Tensor, step: int, logits: Tensor | None, params: SamplingParams
     ) -> Tensor:
-        """`_draw` for pairs: token ``step`` of each, from the logits behind both of its prompts."""
+        """Return token ``step`` of each pair, sampled as `_sample` does from the logits under both of its prompts."""
         tokens = torch.empty_like(live)
         if logits is not None and self._grid.tp_rank == 0:
             student_logits, teacher_logits = logits.chunk(2)
-            drawn = select_mixed_tokens(
+            sampled = select_mixed_tokens(
                 student_logits,
                 teacher_logits,
                 batch.uniforms[live, step],
@@ -298,14 +304,14 @@ class MegatronSampler:
                 greedy=params.temperature == 0,
                 backend=params.loss_backend,
             )
-            tokens = drawn.token_ids
-            log_probs = [drawn.student_log_probs, drawn.mixed_log_probs, drawn.teacher_log_probs]
+            tokens = sampled.token_ids
+            log_probs = [sampled.student_log_probs, sampled.mixed_log_probs, sampled.teacher_log_probs]
             batch.log_probs[:, live, step] = torch.stack(log_probs)
         self._broadcast(tokens)
         return tokens
 
     def _broadcast(self, tensor: Tensor) -> None:
-        """From the first tensor-parallel rank of the last stage to all ranks that share its requests."""
+        """Send ``tensor`` from tensor-parallel rank 0 of the last stage to all ranks that share its requests."""
         grid = self._grid
         if grid.tp_size > 1 and grid.is_last_stage:
             dist.broadcast(tensor, src=dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
@@ -316,7 +322,7 @@ class MegatronSampler:
         return max_over_ranks([0]) == [1]
 
     def _stage_rank(self, step: int) -> int:
-        """Global rank of the stage ``step`` behind or ahead, in a ring: interleaved chunks go round."""
+        """Return the global rank of the stage ``step`` stages ahead, in a ring: interleaved chunks go round."""
         return dist.get_global_rank(self._grid.pp_group, (self._grid.pp_rank + step) % self._grid.pp_size)
 
     def _new_tensor(self, values: object) -> Tensor:
@@ -324,11 +330,10 @@ class MegatronSampler:
 
 
 def split_batches(lengths: Sequence[int], max_new_tokens: int, capacity: int) -> list[list[int]]:
-    """Indices of ``lengths``, shortest first, in batches whose KV cache holds at most ``capacity`` tokens.
+    """Return the indices of ``lengths``, shortest first, in batches whose KV cache holds at most ``capacity`` tokens.
 
-    Within a batch prompts differ by at most ``max_new_tokens``: beyond that, two batches take fewer passes
-    than one that steps through the difference token by token.  A sequence that exceeds ``capacity`` alone
-    gets its own batch.
+    Within a batch prompts differ by at most ``max_new_tokens``: beyond that, two batches take fewer passes than one
+    that steps through the difference token by token.  A sequence that exceeds ``capacity`` alone gets its own batch.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):

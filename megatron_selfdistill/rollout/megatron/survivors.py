@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which sequences of a batch still go on, known to the host without waiting for the pass under way."""
+"""Count the sequences of a batch that still go on, without waiting on the host for the pass under way."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def lag_of(device: torch.device) -> int:
-    """Return how many passes late the host learns how many sequences go on."""
+    """Return by how many passes the host's count of unfinished sequences is late."""
     return 1 if device.type == "cuda" else 0
 
 
 class Survivors:
-    """Counts the unfinished sequences of a batch that is decoded token by token.
+    """The number of unfinished sequences of a batch that is decoded token by token.
 
-    On a GPU the count comes one pass late: the host queues a pass while the device computes the one before, at the
-    price of one pass more at the end of a batch.  All ranks that decode the same batch come to the same counts.
+    On a GPU the number comes one pass late: the host queues a pass while the device computes the pass before, at the
+    price of one additional pass at the end of a batch.  All ranks that decode the same batch get the same numbers.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
@@ -27,10 +27,11 @@ class Survivors:
         self._pending: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
 
     def after_pass(self, unfinished: Tensor) -> tuple[int, Tensor | None]:
-        """Return (how many sequences are known to go on, the rows ``[n]`` that the caller shall keep).
+        """Return how many sequences are known to go on, and the rows ``[n]`` that the caller shall keep.
 
-        ``unfinished [rows]`` bool: after this pass.  The rows are None while more than half of them go on: the
-        survivors of a long tail should not pay for the rest.  The next call has the kept rows only.
+        ``unfinished [rows]`` bool: the sequences that go on after this pass.  The rows are None while more than half of
+        the sequences go on: the survivors of a long tail should not pay for the rest.  The next call has the kept rows
+        only.
         """
         count = unfinished.sum()
         if unfinished.device.type == "cuda":
