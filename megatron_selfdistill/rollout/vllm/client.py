@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One vLLM server over HTTP, as an `Engine`: what the trainer asks of it, with nothing but the standard library."""
+"""One vLLM server over HTTP, as an `Engine`, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from megatron_selfdistill.rollout.base import FINISH_REASONS
 from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest, oldest_version
 
 MAX_IN_FLIGHT = 512
-"""Requests that one server is given at once; the others wait here."""
+"""Number of requests that one server works on at once; further requests wait here."""
 
 _POLL_SECONDS = 1.0
-# How long a server is waited for that has let one request wait for `timeout_s`, until it answers again.
+# Timeout of requests to a server that has let one request wait for `timeout_s`, until it answers again.
 _SILENT_TIMEOUT_SECONDS = 10.0
-_LOOKS = 4  # per `timeout_s`, at the tokens of a server that answers nothing
+_LOOKS = 4  # how often per `timeout_s` the token count of a silent server is asked for
 _TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)", re.MULTILINE)
 _SHOWN_CHARS = 500
 
 
 class RequestRefused(EngineError):
-    """The server answered that it will not: another server would say the same."""
+    """The server refuses the request; another server would refuse it too."""
 
 
 class VllmServer:
-    """The server at ``address`` (``http://host:port``), which wants ``token``, if it wants one.
+    """The server at ``address`` (``http://host:port``); ``token`` is sent with every request unless it is empty.
 
     Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
-    connection, an answer that is none, an error of the server's, and ``timeout_s`` without any answer to any request
-    while one is waited for; and, while that is a response, without any token.
+    connection, an answer of another form, an error of the server, and silence.  A server is silent when it gives no
+    answer to any request for ``timeout_s`` while an answer is due and, where the answer is a response, generates no
+    token either.
     """
 
     def __init__(self, address: str, token: str = "", timeout_s: float = 1200.0) -> None:
@@ -61,39 +62,40 @@ class VllmServer:
 
     @property
     def host(self) -> str:
-        """Name or number, without the port."""
+        """Name or number of the server's host, without the port."""
         return self._url.hostname or ""
 
     @property
     def port(self) -> int:
+        """Port of the server, by default that of the scheme."""
         return self._url.port or (443 if self._url.scheme == "https" else 80)
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-        """One output per request, in order; up to `MAX_IN_FLIGHT` of them are at the server at once, and neighbours
-        together.  Raises `EngineError`, with nothing returned, if one fails."""
+        """Return one output per request, in order.
+
+        Up to `MAX_IN_FLIGHT` requests are at the server at once, neighbours together.  Raises `EngineError`, with
+        nothing returned, if one fails.
+        """
         if not requests:
             return []
         with ThreadPoolExecutor(min(len(requests), MAX_IN_FLIGHT), thread_name_prefix="request") as threads:
-            waiting = [threads.submit(self.complete, request) for request in requests]
             try:
-                return [answer.result() for answer in waiting]
+                return list(threads.map(self.complete, requests))
             except BaseException:
-                for answer in waiting:
-                    answer.cancel()
                 self.interrupt()
                 raise
 
     def complete(self, request: EngineRequest) -> EngineOutput:
-        """The continuation of one request."""
+        """Return the output of one request."""
         body = {"token_ids": request.token_ids, "sampling_params": dict(request.sampling), "stream": False}
-        return self._output(self._ask("POST", "/inference/v1/generate", body, writes=True), request)
+        return self._output(self._ask("POST", "/inference/v1/generate", body, generates=True), request)
 
     def call(self, method: str, *args: Any) -> Any:
-        """What the method of that name of the worker extension returns on the server's first worker."""
+        """Call the worker extension's method of that name, and return the result of the server's first worker."""
         return self.call_all(method, *args)[0]
 
     def call_all(self, method: str, *args: Any) -> list[Any]:
-        """What it returns on each of the server's workers, in the order of their ranks."""
+        """Call the worker extension's method of that name; return the result of each worker, by rank."""
         answer = self._ask("POST", "/collective_rpc", {"method": method, "args": list(args)})
         results = answer.get("results") if isinstance(answer, dict) else None
         if not isinstance(results, list) or not results:
@@ -101,7 +103,7 @@ class VllmServer:
         return results
 
     def interrupt(self) -> None:
-        """Every request that is waiting for an answer in another thread raises `EngineError`; the server drops it."""
+        """Let every request that waits in another thread raise `EngineError`; the server drops the request."""
         self._interrupted.set()
         self._interrupted = threading.Event()
 
@@ -110,11 +112,11 @@ class VllmServer:
         self._ask("GET", "/health", timeout_s=timeout_s)
 
     def weight_version(self, timeout_s: float | None = None) -> str:
-        """What the last `finish_weight_update` or `set_weight_version` said; another word before."""
+        """Return the version that `finish_weight_update` or `set_weight_version` set last; any word before."""
         return str(self._field("/weight_info", "weight_version", timeout_s))
 
     def world_size(self) -> int:
-        """Workers of this server."""
+        """Return the number of this server's workers."""
         return int(self._field("/get_world_size", "world_size"))
 
     def workers(self) -> list[dict[str, Any]]:
@@ -128,12 +130,12 @@ class VllmServer:
         return self.call_all("place")
 
     def max_model_len(self) -> int | None:
-        """Longest prompt plus response, in tokens, where the server tells it."""
+        """Return the greatest length of prompt plus response in tokens; None if the server does not report it."""
         models = self._field("/v1/models", "data")
         return models[0].get("max_model_len") if models else None
 
     def num_tokens(self, timeout_s: float | None = None) -> float | None:
-        """Tokens that it has read and written since its start; None where it keeps no count."""
+        """Return the tokens that the server has read and generated since its start; None where it keeps no count."""
         status, text = self._exchange("GET", "/metrics", None, timeout_s)
         counts = _TOKENS.findall(text) if status == 200 else []
         return sum(map(float, counts)) if counts else None
@@ -141,33 +143,35 @@ class VllmServer:
     # One weight update, in the order of these calls.
 
     def pause(self) -> None:
-        """No request is being worked on from here to `resume`: those that still are, of a trainer that is gone, end."""
+        """Stop all work until `resume`; requests that still run, of a trainer that has ended, are aborted."""
         self._ask("POST", "/pause?mode=abort", {})
 
     def init_weight_transfer(self, transfer: str, arguments: Mapping[str, Any]) -> None:
-        """How weights will come (rollout/vllm/plugin/receivers.py); once, and again where it changes."""
+        """Set the way in which weights will come (rollout/vllm/plugin/receivers.py); again where the way changes."""
         info = {"transfer": transfer, "arguments": dict(arguments)}
         self._ask("POST", "/init_weight_transfer_engine", {"init_info": info})
 
     def set_weight_version(self, version: str) -> None:
-        """What is said of responses from here on."""
+        """Set the version that the server reports with responses from now on."""
         self._ask("POST", "/update_weight_version", {"new_version": version})
 
     def start_weight_update(self) -> None:
+        """Begin an update: the following buckets replace all weights."""
         self._ask("POST", "/start_weight_update", {})
 
     def update_weights(self, **update_info: Any) -> None:
-        """One bucket; returns when it is loaded."""
+        """Load one bucket of weights; return when it is loaded."""
         self._ask("POST", "/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, version: str) -> None:
-        """All weights are there; forgets what was computed with the old ones."""
+        """End an update in which all weights have come, and clear what was cached with the old weights."""
         self._ask("POST", "/finish_weight_update", {"weight_version": version})
         answer = self._ask("POST", "/reset_prefix_cache", {})
         if not (isinstance(answer, dict) and answer.get("success")):
-            raise self._error("could not reset its prefix cache: blocks are still held")
+            raise self._error("cannot reset its prefix cache: blocks are still in use")
 
     def resume(self) -> None:
+        """Let the server work on requests again."""
         self._ask("POST", "/resume", {})
 
     def _field(self, path: str, name: str, timeout_s: float | None = None) -> Any:
@@ -177,10 +181,10 @@ class VllmServer:
         return answer[name]
 
     def _ask(
-        self, method: str, path: str, body: Any = None, timeout_s: float | None = None, writes: bool = False
+        self, method: str, path: str, body: Any = None, timeout_s: float | None = None, generates: bool = False
     ) -> Any:
-        """The parsed answer, None where it is empty."""
-        status, text = self._exchange(method, path, body, timeout_s, writes)
+        """Return the parsed answer, or None where the answer is empty."""
+        status, text = self._exchange(method, path, body, timeout_s, generates)
         self._last_sign = time.monotonic()
         if status != 200:
             kind = RequestRefused if 400 <= status < 500 else EngineError
@@ -191,9 +195,11 @@ class VllmServer:
             raise self._error(f"{method} {path}: expected JSON, got {_shown(text)}") from error
 
     def _exchange(
-        self, method: str, path: str, body: Any, timeout_s: float | None = None, writes: bool = False
+        self, method: str, path: str, body: Any, timeout_s: float | None = None, generates: bool = False
     ) -> tuple[int, str]:
-        """Status and text of an answer; ``writes``: to a request that the server writes tokens for."""
+        """Return the status and the text of an answer.
+
+        ``generates``: whether the server generates tokens for the request."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         if self._silent:
             timeout_s = min(timeout_s, _SILENT_TIMEOUT_SECONDS)
@@ -202,7 +208,7 @@ class VllmServer:
         try:
             payload = None if body is None else json.dumps(body)
             connection.request(method, self._url.path + path, payload, self._headers)
-            self._wait(connection, timeout_s, interrupted, writes)
+            self._wait(connection, timeout_s, interrupted, generates)
             answer = connection.getresponse()
             status, text = answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -218,27 +224,32 @@ class VllmServer:
         return kind(self.host, self.port, timeout=timeout_s)
 
     def _wait(
-        self, connection: http.client.HTTPConnection, timeout_s: float, interrupted: threading.Event, writes: bool
+        self, connection: http.client.HTTPConnection, timeout_s: float, interrupted: threading.Event, generates: bool
     ) -> None:
-        """Until the answer begins.  A response takes as long as it takes, so the clock starts again with each answer
-        that another thread gets and, where the server ``writes``, with each token that it is seen to have written."""
+        """Return when the answer begins.
+
+        A response takes as long as it takes, so the timeout starts again with each answer that another thread gets and,
+        where the server ``generates`` tokens for the request, with each token that it is seen to have generated.
+        """
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
         asked = time.monotonic()
         while True:
             left = max(asked, self._last_sign) + timeout_s - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"no {'token' if writes else 'answer'} within {timeout_s:g} s")
+                raise TimeoutError(f"no {'token' if generates else 'answer'} within {timeout_s:g} s")
             if interrupted.is_set():
-                raise ConnectionAbortedError("given up, since another request failed")
+                raise ConnectionAbortedError("given up, since another request failed or the sampler was closed")
             if poll.poll(1000 * min(left, _POLL_SECONDS, timeout_s / _LOOKS)):
                 return
-            if writes:
+            if generates:
                 self._look(asked, left)
 
     def _look(self, asked: float, timeout_s: float) -> None:
-        """Take note of it where the server has got on since the last look.  One of the threads that wait looks for all,
-        and only where nothing was heard for a while."""
+        """Note a sign of life if the server's count of tokens has grown since the last look.
+
+        One of the waiting threads looks for all of them, and only if the server was silent for a while.
+        """
         if not self._looking.acquire(blocking=False):
             return
         try:
@@ -251,12 +262,12 @@ class VllmServer:
                 self._num_tokens, self._last_sign = num_tokens, self._looked
                 beat()
         except EngineError:
-            self._looked = time.monotonic()  # no sign: whoever waits will say so in time
+            self._looked = time.monotonic()  # no sign of life: the thread that waits times out
         finally:
             self._looking.release()
 
     def _output(self, answer: Any, request: EngineRequest) -> EngineOutput:
-        """What a response says, if it says everything; `EngineError` if not."""
+        """Return the output that an answer holds; raise `EngineError` if a part of it is missing or wrong."""
         try:
             [choice] = answer["choices"]
             token_ids = [int(token) for token in choice["token_ids"]]
@@ -278,17 +289,17 @@ class VllmServer:
             )
         if finish_reason == "length" and len(token_ids) < longest:
             raise self._error(
-                f"a response ended for its length after {len(token_ids)} of {longest} tokens: the server's "
+                f"a response ended with reason length after {len(token_ids)} of {longest} tokens: the server's "
                 "--max-model-len is too small"
             )
         return EngineOutput(token_ids, log_probs, finish_reason, oldest_version(versions))
 
-    def _error(self, sentence: str) -> EngineError:
-        return EngineError(f"{self.address}: {sentence}")
+    def _error(self, message: str) -> EngineError:
+        return EngineError(f"{self.address}: {message}")
 
 
 def _reason(text: str) -> str:
-    """What an answer with an error says, without the JSON around it."""
+    """Return the message in an answer that reports an error, without the JSON around it."""
     try:
         return _shown(str(json.loads(text)["error"]["message"]))
     except (ValueError, KeyError, TypeError):

@@ -1,7 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The protocol of weight transfer: how a bucket of weights is laid out, and how a receiver knows that it is complete.
 
-The trainer (transfer.py) and a vLLM server (plugin/receivers.py, server/serve.py) share it.  It needs torch only.
+The trainer (transfer.py) and a vLLM server (plugin/receivers.py, server/serve.py) share this module, which needs torch
+only.
 """
 
 from __future__ import annotations
@@ -24,27 +25,29 @@ _ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies in a bucket: tensors one behind the other, each at the next multiple of 16 bytes."""
+    """The contents of a bucket: tensors one after the other, each at the next multiple of 16 bytes."""
 
     names: list[str]
+    """Hugging Face names of the tensors."""
     dtypes: list[str]
-    """``bfloat16`` for ``torch.bfloat16``."""
+    """Names of the dtypes: ``bfloat16`` for ``torch.bfloat16``."""
     shapes: list[list[int]]
+    """Shapes of the tensors."""
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of each tensor."""
+        """Bytes of each tensor, without padding."""
         sizes = zip(self.shapes, self.dtypes, strict=True)
         return [math.prod(shape) * _dtype(name).itemsize for shape, name in sizes]
 
     @property
     def num_bytes(self) -> int:
-        """Of the bucket, padding included."""
+        """Bytes of the bucket, padding included."""
         return sum(map(_aligned, self.sizes))
 
 
 def layout_of(tensors: Sequence[tuple[str, Tensor]]) -> Layout:
-    """The layout of a bucket with these (Hugging Face name, full tensor)."""
+    """Return the layout of a bucket with these (Hugging Face name, full tensor)."""
     return Layout(
         names=[name for name, _ in tensors],
         dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
@@ -57,7 +60,8 @@ def pack(tensors: Sequence[tuple[str, Tensor]], layout: Layout, into: Tensor | N
     """Return the bucket ``[num_bytes]`` uint8 with these tensors, each copied once.
 
     ``into`` is memory of at least that many bytes, whose beginning becomes the bucket; None takes new memory on the
-    tensors' device.  From a GPU to main memory the bytes go in one copy, and this returns when they are there.
+    tensors' device.  From a GPU to main memory the bytes go in one copy, and the function returns when the copy is
+    done.
     """
     device = tensors[0][1].device
     if into is None or into.device != device:
@@ -70,7 +74,7 @@ def pack(tensors: Sequence[tuple[str, Tensor]], layout: Layout, into: Tensor | N
 
 
 def unpack(packed: Tensor, layout: Layout) -> list[tuple[str, Tensor]]:
-    """The tensors of a bucket, as views of it."""
+    """Return the (name, tensor) of a bucket, as views of the bucket."""
     tensors = []
     start = 0
     for name, dtype, shape, size in zip(layout.names, layout.dtypes, layout.shapes, layout.sizes, strict=True):
@@ -80,10 +84,10 @@ def unpack(packed: Tensor, layout: Layout) -> list[tuple[str, Tensor]]:
 
 
 def pin(memory: Tensor) -> Callable[[], None]:
-    """Register main memory with the GPU's driver, so that it is copied to and from a GPU without a detour; return a
-    function that undoes this, to be called before the memory goes.
+    """Register main memory with the GPU's driver for direct copies, and return a function that undoes the registration.
 
-    Nothing happens in a process without a GPU.  Where the driver refuses, the log says so, and copies take the detour.
+    Call that function before the memory is freed.  Nothing happens in a process without a GPU.  Where the driver
+    refuses, the log says so, and copies go through a staging buffer.
     """
     if not torch.cuda.is_available():
         return lambda: None
@@ -97,12 +101,12 @@ def pin(memory: Tensor) -> Callable[[], None]:
 
 
 def digest(names: Iterable[str]) -> str:
-    """Of a set of names, whatever their order; a name that comes twice counts twice."""
+    """Return a hash of a collection of names, in any order; a name that comes twice counts twice."""
     return hashlib.blake2b("\0".join(sorted(names)).encode(), digest_size=16).hexdigest()
 
 
 def boot_id() -> str:
-    """Of the kernel that runs here: the same in all containers of a host, another on every other host."""
+    """Return the id of the running kernel: the same in all containers of a host, different on every other host."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What vLLM changes in a process that it takes for its own, set back after every call of an engine in the trainer."""
+"""Restore what vLLM changes in the trainer's process, which vLLM takes for its own, after every call of an engine."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _vllms_stream: tuple[Any, Callable[[Any], None]] | None = None
 
 @contextlib.contextmanager
 def trainer_state_kept(environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Let vLLM work, with ``environment`` set, and leave the process as it was.
+    """Let vLLM work, with ``environment`` set, and restore the state of the process afterwards.
 
-    What is kept: the random generators (Python's, numpy's, torch's, CUDA's), the environment, the number of threads,
+    The state is: the random generators (Python's, numpy's, torch's, CUDA's), the environment, the number of threads,
     the precision of matrix products, the filters of warnings, functions of torch, and the current CUDA stream.  Inside,
-    the current stream is the one on which vLLM was at the end of the previous call; each of the two streams waits for
-    the other where they change.
+    the current stream is the stream on which vLLM was at the end of the previous call; each of the two streams waits
+    for the other where they change.
     """
     environ = dict(os.environ)
     _set_environment({**environ, **(environment or {})})
@@ -66,7 +66,7 @@ def trainer_state_kept(environment: Mapping[str, str] | None = None) -> Iterator
 
 
 def _enter_vllms_stream(trainers_stream: Any) -> None:
-    """Go back to vLLM's stream, which vLLM remembers and takes for the current one, behind the trainer's work."""
+    """Go back to vLLM's stream, which vLLM takes for the current one, and let it wait for the trainer's work."""
     if _vllms_stream is None:
         return
     stream, set_stream = _vllms_stream
@@ -77,7 +77,7 @@ def _enter_vllms_stream(trainers_stream: Any) -> None:
 
 
 def _note_vllms_stream(trainers_stream: Any) -> None:
-    """Remember where vLLM is, and let the trainer's stream wait for what vLLM has started there."""
+    """Remember vLLM's stream, and let the trainer's stream wait for the work that vLLM has started there."""
     global _vllms_stream
     stream = torch.cuda.current_stream()
     _vllms_stream = stream, torch.cuda.set_stream

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Ways for weights to go from the trainer's rank 0 to vLLM servers: one class each.  weight_update.py uses them."""
+"""Ways in which weights go from the trainer's rank 0 to vLLM servers, one class each; weight_update.py uses them."""
 
 from __future__ import annotations
 
@@ -36,47 +36,57 @@ Failures = dict[VllmServer, Exception]
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors on their way, in memory of the transfer's."""
+    """Tensors on their way, in memory of the transfer."""
 
     layout: Layout
+    """Names, dtypes and shapes of the tensors."""
     packed: Tensor
-    """``[num_bytes]`` uint8; its bytes are `Layout`'s."""
+    """Bytes ``[num_bytes]`` uint8 of all tensors, as `Layout` places them."""
     where: dict[str, Any] = field(default_factory=dict)
-    """Where servers find them, as JSON; the receiver's business."""
+    """Where servers find the bytes, as JSON for the receiver."""
 
 
 class Transfer(Protocol):
-    """One way in which weights reach servers.  Rank 0 of the trainer alone has one."""
+    """One way in which weights reach servers; rank 0 of the trainer alone has one."""
 
     isolated: bool
-    """A server that fails leaves the update of the others whole."""
+    """Whether a server that fails leaves the update of the other servers complete."""
 
     def join(self, servers: Sequence[VllmServer]) -> Failures:
-        """Make ``servers``, and no others, ready to receive; again is cheap.  Returns those that could not."""
+        """Make ``servers``, and no others, ready to receive; return the servers that failed.
+
+        A repetition with the same servers is cheap."""
         ...
 
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
-        """Return a bucket of (Hugging Face name, full tensor); the tensors may be written to again when this returns.
-        The bucket before it may still be on its way, the one before that not."""
+        """Return a bucket of (Hugging Face name, full tensor); the tensors may be overwritten when this returns.
+
+        The previous bucket may still be on its way, the bucket before that may not.
+        """
         ...
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
-        """Let ``servers``, as joined, load a bucket, and return those that did not."""
+        """Let ``servers``, as joined, load a bucket, and return the servers that failed."""
         ...
 
     def release(self) -> None:
-        """Give back what only an update needs: it is over, and no server reads anything any more."""
+        """Free the memory that only an update needs; the update is over, and no server reads from it any more."""
         ...
 
     def forget(self, server: VllmServer) -> None:
-        """The server has lost what `join` told it: it was started anew."""
+        """Note that the server was started anew and so has lost what `join` told it."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Leave all servers and free all memory."""
+        ...
 
 
 def make_transfer(name: str, *, folder: str, timeout_s: float) -> Transfer:
-    """The transfer that ``rollout.transfer`` names; ``folder`` is of shared_memory, ``timeout_s`` of the others."""
+    """Return the transfer that ``rollout.transfer`` names.
+
+    ``folder`` is used by shared_memory, ``timeout_s`` by gloo and nccl.
+    """
     if name == "shared_memory":
         return SharedMemoryTransfer(folder)
     if name == "ipc":
@@ -85,7 +95,7 @@ def make_transfer(name: str, *, folder: str, timeout_s: float) -> Transfer:
 
 
 class _OfferedTransfer:
-    """Each bucket is offered in one place, where every server reads it before it answers."""
+    """A transfer that offers each bucket in one place, where every server reads it before it answers."""
 
     isolated = True
     _name: str
@@ -94,14 +104,17 @@ class _OfferedTransfer:
         self._joined: set[VllmServer] = set()
 
     def join(self, servers: Sequence[VllmServer]) -> Failures:
+        """Invite the servers that have not joined yet; return the servers that failed."""
         failures = on_each([server for server in servers if server not in self._joined], self._invite)
         self._joined = set(servers) - set(failures)
         return failures
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        """Let each server read the bucket; return the servers that failed."""
         return on_each(servers, lambda server: server.update_weights(**vars(bucket.layout), where=bucket.where))
 
     def forget(self, server: VllmServer) -> None:
+        """Invite the server again at the next `join`."""
         self._joined.discard(server)
 
     def _invite(self, server: VllmServer) -> None:
@@ -109,11 +122,11 @@ class _OfferedTransfer:
 
 
 class SharedMemoryTransfer(_OfferedTransfer):
-    """Through files in ``folder``: in memory (/dev/shm), or on a file system that the servers share.
+    """A transfer through files in ``folder``: in memory (/dev/shm), or on a file system that the servers share.
 
-    Where all workers are on this host, two files last as long as this object, and both sides have them mapped.  A
-    network file system keeps no two mappings alike, so workers of other hosts read a file per bucket, which is removed
-    when all have read it.  What a killed trainer left is removed by the next.
+    Where all workers are on this host, two files last as long as this object, and trainer and servers have them mapped.
+    A network file system does not keep two mappings equal, so workers of other hosts read a file per bucket, which is
+    removed when all workers have read it.  Files that a killed trainer left are removed by the next trainer.
     """
 
     _name = "shared_memory"
@@ -126,6 +139,7 @@ class SharedMemoryTransfer(_OfferedTransfer):
         remove_abandoned(self._folder)
 
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        """Return a bucket in one of the two mapped files, or in main memory if a worker is on another host."""
         layout = layout_of(tensors)
         if self._elsewhere & self._joined:
             return Bucket(layout, pack(tensors, layout).cpu())
@@ -133,15 +147,17 @@ class SharedMemoryTransfer(_OfferedTransfer):
         return Bucket(layout, pack(tensors, layout, file.memory), {"path": str(file.path), "mapped": True})
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        """Let each server read the mapped file, or a file that lasts for this call; return the servers that failed."""
         if bucket.where:
             return super().send(bucket, servers)
         with bucket_file(self._folder, bucket.packed) as path:
             return super().send(Bucket(bucket.layout, bucket.packed, {"path": str(path)}), servers)
 
     def release(self) -> None:
-        """Nothing: the next update writes to the same pages."""
+        """Do nothing: the next update writes to the same pages."""
 
     def close(self) -> None:
+        """Remove the two mapped files."""
         self._files.close()
 
     def _invite(self, server: VllmServer) -> None:
@@ -151,8 +167,10 @@ class SharedMemoryTransfer(_OfferedTransfer):
 
 
 class IpcTransfer(_OfferedTransfer):
-    """Through this rank's GPU memory, which the workers of servers on the same host open by a CUDA IPC handle.  Two
-    buffers last for an update."""
+    """A transfer through this rank's GPU memory, which workers on the same host open by a CUDA IPC handle.
+
+    Two buffers last for an update.
+    """
 
     _name = "ipc"
 
@@ -161,24 +179,31 @@ class IpcTransfer(_OfferedTransfer):
         self._buffers = TwoBuffers(SharedGpuMemory)
 
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        """Return a bucket in one of the two buffers."""
         layout = layout_of(tensors)
         buffer = self._buffers.next(layout.num_bytes)
         return Bucket(layout, pack(tensors, layout, buffer.memory), buffer.handle)
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        """Let each server copy the bucket; return the servers that failed."""
         torch.cuda.synchronize(bucket.packed.device)
         return super().send(bucket, servers)
 
     def release(self) -> None:
+        """Free the two buffers."""
         self._buffers.close()
 
     def close(self) -> None:
+        """Free the two buffers."""
         self._buffers.close()
 
 
 class BroadcastTransfer:
-    """One broadcast per bucket in a process group of this process (rank 0) and all workers of all servers, beside the
-    trainer's own groups.  ``backend``: gloo (through main memory) or nccl (each worker on a GPU of its own)."""
+    """One broadcast per bucket, in a process group of this process (rank 0) and all workers of all servers.
+
+    The group exists beside the trainer's own groups.  ``backend`` is gloo (through main memory) or nccl (each worker on
+    a GPU of its own).
+    """
 
     isolated = False
 
@@ -192,6 +217,7 @@ class BroadcastTransfer:
         self._buffers = TwoBuffers(PrivateMemory)
 
     def join(self, servers: Sequence[VllmServer]) -> Failures:
+        """Form a new group with ``servers`` unless they form the group already; return the servers that failed."""
         if self._group is not None and self._joined == list(servers):
             return {}
         self.close()
@@ -244,11 +270,13 @@ class BroadcastTransfer:
         return failures
 
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        """Return a bucket in main memory (gloo) or in new memory of the tensors' device (nccl)."""
         layout = layout_of(tensors)
         into = self._buffers.next(layout.num_bytes).memory if self._backend == "gloo" else None
         return Bucket(layout, pack(tensors, layout, into))
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
+        """Broadcast the bucket to all workers; after a failure the group is closed."""
         failed = threading.Event()
 
         def offer() -> None:
@@ -267,18 +295,20 @@ class BroadcastTransfer:
                 raise
 
         failures = on_each_while(offer, servers, load)
-        if failures:  # whoever failed may have left it
+        if failures:  # a server that failed may have left the group
             self.close()
         return failures
 
     def release(self) -> None:
-        """Nothing: the next update writes to the same pages."""
+        """Do nothing: the next update writes to the same pages."""
 
     def forget(self, server: VllmServer) -> None:
+        """Close the group if the server is a member."""
         if server in self._joined:
             self.close()
 
     def close(self) -> None:
+        """Leave the group."""
         if self._group is not None:
             close_group(self._group, self._broken)
         self._group = self._store = None
@@ -287,7 +317,7 @@ class BroadcastTransfer:
 
 
 def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], None]) -> Failures:
-    """Call ``do`` on all servers at once; returns what it raised, by server."""
+    """Call ``do`` on all servers at once; return what it raised, by server."""
     return on_each_while(None, servers, do)
 
 
@@ -296,8 +326,8 @@ def on_each_while(
 ) -> Failures:
     """Call ``do`` on all servers at once and ``own`` meanwhile in this thread; return what ``do`` raised, by server.
 
-    Where only ``own`` fails, that is every server's failure: it does not say whose fault it was.  A server that has not
-    answered some seconds after ``own`` failed is waited for no longer, and fails.
+    A failure of ``own`` alone counts as a failure of every server: it does not show which of them caused it.  A server
+    that has not answered some seconds after ``own`` failed is interrupted, and fails.
     """
     if not servers:
         return {}

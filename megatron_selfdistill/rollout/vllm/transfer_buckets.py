@@ -27,10 +27,10 @@ class Buffer(Protocol):
     """A piece of memory for one bucket at a time."""
 
     memory: Tensor
-    """``[num_bytes]`` uint8."""
+    """Bytes ``[num_bytes]`` uint8."""
 
     def close(self) -> None:
-        """Give the memory back; nobody reads it any more."""
+        """Free the memory, which no server reads any more."""
         ...
 
 
@@ -38,8 +38,11 @@ BufferT = TypeVar("BufferT", bound=Buffer)
 
 
 class TwoBuffers(Generic[BufferT]):
-    """Two buffers that take turns, so that one can be filled while servers read the other; ``make`` makes one of a
-    size in bytes.  They last until `close`, so that their pages are there already when the next update comes."""
+    """Two buffers that take turns, so that one can be filled while servers read the other.
+
+    ``make`` makes a buffer of a size in bytes.  The buffers last until `close`, so that their pages exist already when
+    the next update comes.
+    """
 
     def __init__(self, make: Callable[[int], BufferT]) -> None:
         self._make = make
@@ -47,7 +50,7 @@ class TwoBuffers(Generic[BufferT]):
         self._turn = 0
 
     def next(self, num_bytes: int) -> BufferT:
-        """Return the buffer whose turn it is, of at least ``num_bytes``, which nobody may be reading any more."""
+        """Return the buffer whose turn it is, of at least ``num_bytes``, which no server may be reading any more."""
         self._turn = 1 - self._turn
         buffer = self._buffers[self._turn]
         if buffer is None or buffer.memory.numel() < num_bytes:
@@ -58,7 +61,7 @@ class TwoBuffers(Generic[BufferT]):
         return buffer
 
     def close(self) -> None:
-        """Give both back; `next` makes new ones."""
+        """Free both buffers; `next` makes new ones."""
         for buffer in self._buffers:
             if buffer is not None:
                 buffer.close()
@@ -66,20 +69,21 @@ class TwoBuffers(Generic[BufferT]):
 
 
 class PrivateMemory:
-    """Main memory of this process alone."""
+    """A buffer in main memory that no other process sees."""
 
     def __init__(self, num_bytes: int) -> None:
         self.memory = torch.empty(num_bytes, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Nothing: the memory goes with this object."""
+        """Do nothing: the memory is freed with this object."""
 
 
 class MappedFile:
     """A file in ``folder`` that this process and servers on this host have mapped: ``memory`` is its bytes.
 
-    Only the owner may read it.  It is removed by `close`, or by the next trainer where this one was killed.  Raises
-    `ConfigError` where ``folder`` has no room for it.
+    Only the owner may read the file.  `close` removes it, or the next trainer does where this one was killed.
+
+    Raises `ConfigError` where ``folder`` has no room for the file.
     """
 
     def __init__(self, folder: Path, num_bytes: int) -> None:
@@ -91,13 +95,14 @@ class MappedFile:
         except OSError as error:
             self.close()
             raise ConfigError(
-                f"rollout.transfer_dir={folder} has no room for a bucket of {num_bytes / 2**20:.0f} MiB ({error}), of "
-                "which there are two: make it larger, name another folder, or lower rollout.bucket_mb"
+                f"rollout.transfer_dir={folder} has no room for a bucket of {num_bytes / 2**20:.0f} MiB ({error}), and "
+                "there are two: make it larger, name another folder, or lower rollout.bucket_mb"
             ) from error
         self.memory = torch.from_file(str(self.path), shared=True, size=num_bytes, dtype=torch.uint8)
         self._unpin = pin(self.memory)
 
     def close(self) -> None:
+        """Remove the file; its pages are freed when no process has it mapped any more."""
         self._unpin()
         self._unpin = lambda: None
         self.path.unlink(missing_ok=True)
@@ -107,8 +112,8 @@ class MappedFile:
 class SharedGpuMemory:
     """Memory of this process's GPU that processes on the same host open by ``handle``, a dictionary of JSON values.
 
-    torch keeps memory that it has handed out until a counter says that one other process has opened and closed it:
-    without any that does, for ever.  `close` takes that one count away, since servers answer when they have read.
+    torch keeps memory that it has shared until a counter says that one other process has opened and closed it: if no
+    process does, for ever.  `close` decrements that counter, since servers answer when they have read.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -127,6 +132,7 @@ class SharedGpuMemory:
         }
 
     def close(self) -> None:
+        """Free the memory, which servers have read."""
         device = self.memory.device
         torch.UntypedStorage._release_ipc_counter(self._counter, self._counter_offset, device=device)
         del self.memory
@@ -140,8 +146,10 @@ def _gpu_memory(num_bytes: int) -> Tensor:
 
 @contextlib.contextmanager
 def without_expandable_segments() -> Iterator[None]:
-    """Let torch allocate GPU memory by cudaMalloc inside, whatever its settings: memory of expandable segments needs
-    other handles, which torch 2.11 to 2.13 do not open reliably.  Other settings stay as they are."""
+    """Let torch allocate GPU memory by cudaMalloc inside, whatever its settings; other settings stay as they are.
+
+    Memory of expandable segments needs other handles, which torch 2.11 to 2.13 do not open reliably.
+    """
     settings = _allocator_settings()
     if not _EXPANDABLE.search(settings):
         yield
@@ -154,7 +162,7 @@ def without_expandable_segments() -> Iterator[None]:
 
 
 def _allocator_settings() -> str:
-    """Return all settings of torch's allocator in its own form; torch forgets those that a new string leaves out."""
+    """Return all settings of torch's allocator in its own form, since torch resets those that a new string lacks."""
     if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
         return torch._C._accelerator_getAllocatorSettings()
     return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
@@ -169,29 +177,34 @@ def _set_allocator_settings(settings: str) -> None:
 
 @contextlib.contextmanager
 def bucket_file(folder: Path, packed: Tensor) -> Iterator[Path]:
-    """Yield the path of a file with the bytes of ``packed``, which other hosts can read, too; it is removed after."""
+    """Yield the path of a file with the bytes of ``packed`` that other hosts can read; remove it afterwards."""
     bucket, path = _locked_file(folder)
     with bucket:
         try:
             bucket.write(packed.numpy().data)
             bucket.flush()
-            os.fsync(bucket.fileno())  # a network file system shows them to other hosts no earlier
+            os.fsync(bucket.fileno())  # only then does a network file system show the bytes to other hosts
             yield path
         finally:
             path.unlink(missing_ok=True)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove buckets in ``folder`` whose writer is gone: nobody holds their lock."""
+    """Remove buckets in ``folder`` whose writer has ended, so that no process holds their lock."""
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
-        with contextlib.suppress(OSError), open(path, "rb") as bucket:  # another user's, removed meanwhile, or locked
+        with (
+            contextlib.suppress(OSError),
+            open(path, "rb") as bucket,
+        ):  # it may be another user's, removed meanwhile, or locked
             fcntl.flock(bucket, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 
 def _locked_file(folder: Path) -> tuple[Any, Path]:
-    """Return a new file, open and locked by this process, and its path.  The file gets the name that `remove_abandoned`
-    looks for only when it is locked."""
+    """Return a new file, open and locked by this process, and its path.
+
+    The file gets the name that `remove_abandoned` looks for only when it is locked.
+    """
     name = _PREFIX + secrets.token_hex(8)
     path = folder / (name + _SUFFIX)
     file = open(folder / name, "x+b", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115

@@ -1,6 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The way of transfer that reaches all workers of all servers: the workers of one server may be on several hosts, and
-servers may run in another environment than the trainer, with another NCCL."""
+"""Choose the transfer that reaches all workers of all servers.
+
+The workers of one server may be on several hosts, and servers may run in another environment than the trainer, with
+another NCCL.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,10 @@ def choose_transfer(name: str | None, servers: Sequence[VllmServer], *, folder: 
     where every worker sees the GPU of this process, then shared_memory where every worker can read files in ``folder``,
     then gloo, and logs both versions.  A trainer on a CPU takes shared_memory or gloo by the same rule.
 
-    Rank 0 calls this before it forms any process group; each server is asked at most twice.  Raises `ConfigError` where
-    a named transfer does not reach every worker or ``folder`` cannot be written to, `EngineError` where a server does
-    not answer.
+    Rank 0 calls this before it forms any process group; each server is asked at most twice.
+
+    Raises: `ConfigError` where a named transfer does not reach every worker or ``folder`` cannot be written to,
+    `EngineError` where a server does not answer.
     """
     if name in ("nccl", "ipc"):
         _refuse(name, _why_not_nccl(servers, on_gpu) if name == "nccl" else _why_not_ipc(servers, on_gpu))
@@ -58,7 +62,7 @@ def choose_transfer(name: str | None, servers: Sequence[VllmServer], *, folder: 
 
 @dataclass(frozen=True)
 class _Worker:
-    """One worker of one server, and what it tells of itself."""
+    """One worker of one server, and its description of itself."""
 
     server: VllmServer
     rank: int
@@ -78,8 +82,10 @@ def _refuse(name: str, why: str | None) -> None:
 
 
 def _why_not_nccl(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
-    """Return why NCCL cannot join this process and all workers in one group, as a sentence, or None where it can.  NCCL
-    refuses a group whose members have different versions, down to the last number, or share a GPU."""
+    """Return why NCCL cannot join this process and all workers in one group, or None where it can.
+
+    NCCL refuses a group whose members have different versions, down to the last number, or share a GPU.
+    """
     own = nccl_version() if on_gpu else None
     if own is None:
         return "the trainer runs on a CPU, and NCCL needs GPUs: set rollout.transfer=gloo or shared_memory, or null"
@@ -89,7 +95,7 @@ def _why_not_nccl(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
         if theirs != own:
             return (
                 f"the trainer on {socket.gethostname()} has NCCL {own} and {worker} has "
-                f"{f'NCCL {theirs}' if theirs else 'none'}, but NCCL needs the same version everywhere: install one "
+                f"{f'NCCL {theirs}' if theirs else 'no NCCL'}, but NCCL needs the same version everywhere: install one "
                 "version in both environments, or set rollout.transfer=null, which takes another way"
             )
         if gpu is not None and gpu in members:
@@ -102,7 +108,7 @@ def _why_not_nccl(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
 
 
 def _why_not_ipc(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
-    """Return why a worker cannot open memory of this process's GPU, as a sentence, or None where all can."""
+    """Return why a worker cannot open memory of this process's GPU, or None where all workers can."""
     if not on_gpu:
         return "the trainer runs on a CPU, and ipc hands over memory of a GPU: set rollout.transfer=null"
     gpu = own_gpu()
@@ -119,7 +125,7 @@ def _why_not_ipc(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
 
 
 def _first_blind(servers: Sequence[VllmServer], folder: str) -> str | None:
-    """Return the first worker that cannot read a file as buckets are, with their owner, mode and folder, or None."""
+    """Return the first worker that cannot read a file with the owner, mode and folder of a bucket, or None."""
     try:
         with bucket_file(Path(folder), torch.zeros(1, dtype=torch.uint8)) as probe:
             for server in servers:

@@ -1,8 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The process group in which weights are broadcast from the trainer to the workers of vLLM servers, beside all groups
-that either side has.  A member that dies, or never comes, costs the others a bounded time and nothing else.
+"""The process group in which weights are broadcast from the trainer to the workers of vLLM servers.
 
-The members meet at a `TCPStore` of rank 0 before anything is formed, since neither gloo nor NCCL gives up on a member
+It exists beside all groups that either side has.  A member that dies, or never comes, costs the others a bounded time
+and nothing else.
+
+The members meet at a `TCPStore` of rank 0 before they form the group, since neither gloo nor NCCL gives up on a member
 that does not come: ``ncclCommInitRank`` waits for it for ever, in the thread that calls it.  They form the group in a
 thread of their own, which is left behind where forming does not end.  NCCL's non-blocking mode would need no thread,
 but torch keeps it off by default since 2.7.1 because it hung with NCCL 2.26.
@@ -26,14 +28,14 @@ from torch import Tensor
 from megatron_selfdistill.rollout.vllm.server.server_names import BACKEND, own_address
 
 FORMING_SECONDS = 120.0
-"""A group that has not formed within this time never will; less than any sensible stop.hang_timeout_minutes."""
+"""Seconds in which a group must form; less than any sensible stop.hang_timeout_minutes."""
 
 _LOOK_SECONDS = 0.02
 _SHORTEST_SLEEP_SECONDS, _LONGEST_SLEEP_SECONDS = 0.0001, 0.002
 _GO, _STOP = "go", "stop"
 
-# Read when a ProcessGroupNCCL is made.  By default its watchdog ends the whole process where a peer is lost: here that
-# peer is a server, and the trainer goes on with the others.
+# Read when a ProcessGroupNCCL is made.  By default its watchdog ends the whole process where a peer is lost.  Here the
+# peer is a server, and the trainer goes on with the other servers.
 _NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000"}
 
 GiveUp = Callable[[], bool]
@@ -49,12 +51,14 @@ def open_group(
     timeout_s: float,
     given_up: GiveUp = lambda: False,
 ) -> dist.ProcessGroup:
-    """Return a process group of ``world_size`` members, which all call this; it is not the default group of any.
+    """Return a process group of ``world_size`` members, which all call this; it is no member's default group.
 
-    ``backend`` is gloo or nccl.  ``host`` and ``port`` are those of the `TCPStore` that rank 0 keeps open.  ``device``
-    is this member's GPU (nccl).  ``timeout_s`` bounds later broadcasts, and forming where it is less than
-    `FORMING_SECONDS`.  Raises RuntimeError where a member does not come or the group does not form in that time, where
-    rank 0 gives up or is gone, and, within a fraction of a second, where ``given_up()`` is true.
+    ``backend`` is gloo or nccl.  ``host`` and ``port`` belong to the `TCPStore` that rank 0 keeps open.  ``device`` is
+    this member's GPU (nccl).  ``timeout_s`` bounds later broadcasts, and forming where it is less than
+    `FORMING_SECONDS`.
+
+    Raises: RuntimeError where a member does not come or the group does not form in that time, where rank 0 gives up or
+    has ended, and, within a fraction of a second, where ``given_up()`` is true.
     """
     limit = min(timeout_s, FORMING_SECONDS)
     deadline = time.monotonic() + limit
@@ -64,7 +68,7 @@ def open_group(
         if given_up():
             return "another member has failed"
         if rank != 0 and control.check([_STOP]):
-            return "the trainer has given it up"
+            return "the trainer has given up"
         return f"{limit:g} s are over" if time.monotonic() > deadline else None
 
     def make() -> dist.ProcessGroup:
@@ -84,8 +88,8 @@ def open_group(
 def broadcast(group: dist.ProcessGroup, tensor: Tensor, timeout_s: float, given_up: GiveUp = lambda: False) -> None:
     """Copy ``tensor`` of rank 0 to all ranks of ``group``, into tensors of the same size.
 
-    Raises RuntimeError when a peer is lost, after ``timeout_s``, and as soon as ``given_up()``; the group is then
-    useless.
+    Raises: RuntimeError when a peer is lost, after ``timeout_s``, and as soon as ``given_up()`` is true; the group is
+    useless afterwards.
     """
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
@@ -95,7 +99,7 @@ def broadcast(group: dist.ProcessGroup, tensor: Tensor, timeout_s: float, given_
     # NCCL's wait() returns at once and a peer that is gone shows nowhere else, so completion is asked for.
     while not work.is_completed():
         if given_up():
-            raise RuntimeError("the transfer has failed at another place")
+            raise RuntimeError("the transfer has failed at another member")
         if time.monotonic() > deadline:
             raise RuntimeError(f"a broadcast of {tensor.numel()} bytes did not finish within {timeout_s:g} s")
         time.sleep(sleep)
@@ -104,11 +108,14 @@ def broadcast(group: dist.ProcessGroup, tensor: Tensor, timeout_s: float, given_
 
 
 def close_group(group: dist.ProcessGroup, broken: bool) -> None:
-    """Leave ``group``; the caller drops its reference.  ``broken``: a broadcast raised, and may be going on still."""
+    """Leave ``group``; the caller drops its reference.
+
+    ``broken``: a broadcast has raised, and may still be going on.
+    """
     if group.name() == "nccl":
         group.abort()
     elif broken:
-        # gloo cannot break off, and the destructor would wait for the peer that is gone: there shall be none.
+        # gloo cannot abort, and the destructor would wait for the lost peer: this reference prevents its call.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
@@ -120,7 +127,7 @@ def _store(host: str, port: int, timeout_s: float) -> dist.Store:
 
 
 def _meet(control: dist.Store, rank: int, world_size: int, why_stop: Callable[[], str | None]) -> None:
-    """Return when all members are there.  Rank 0 waits for each of the others and lets them go together."""
+    """Return when all members have come; rank 0 waits for each of the others and lets them go together."""
     if rank == 0:
         others = {f"here-{other}": other for other in range(1, world_size)}
         while not control.check(list(others)):
@@ -161,7 +168,7 @@ def _formed(make: Callable[[], dist.ProcessGroup], why_stop: Callable[[], str | 
 
 
 def _gloo(store: dist.Store, rank: int, world_size: int, address: str, timeout_s: float) -> dist.ProcessGroup:
-    """``address`` is the one of this host by which the other members reach it."""
+    """Return a gloo group; the other members reach this host by ``address``."""
     gloo: Any = dist.ProcessGroupGloo  # type: ignore[attr-defined]
     options = gloo._Options()
     options._timeout = datetime.timedelta(seconds=timeout_s)
@@ -170,10 +177,10 @@ def _gloo(store: dist.Store, rank: int, world_size: int, address: str, timeout_s
 
 
 def _nccl(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
-    """A group whose communicator exists already: torch would make it within the first broadcast, and block there."""
+    """Return a group whose communicator exists already: torch would make it in the first broadcast, and block there."""
     nccl: Any = dist.ProcessGroupNCCL  # type: ignore[attr-defined]
     options = nccl.Options()
-    # `broadcast` gives up first, and aborts; torch's own watchdog shall never be the first.
+    # `broadcast` gives up and aborts before torch's own watchdog does.
     options._timeout = datetime.timedelta(seconds=2 * timeout_s + 60)
     torch.cuda.set_device(device)
     with _environment(_NCCL_ENVIRONMENT):

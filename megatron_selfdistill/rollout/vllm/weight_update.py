@@ -1,13 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The weights of one moment, from the trainer's rank 0 to several vLLM servers at once, by any transfer.
+"""Send the weights of one moment from the trainer's rank 0 to several vLLM servers at once, by any transfer.
 
     update = WeightUpdate(transfer, servers, version)  # on rank 0
     for tensors in exporter.stream(copies=False):      # on every rank
         update.send(tensors)
     update.finish()
-    update.failures                                    # servers that have no whole update, and why
+    update.failures                                    # servers without a complete update, and why
 
-A server answers nothing between the first call and the last, and what it says of a broken update is no version at all.
+A server answers no request between the first call and the last, and the version that it reports after an incomplete
+update is not a number.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from megatron_selfdistill.rollout.vllm.protocol import digest
 from megatron_selfdistill.rollout.vllm.transfer import Failures, Transfer, on_each
 
 LOADING = "loading"
-"""What a server says of its weights while they arrive; no number, so no response with it is ever used."""
+"""Version that a server reports while weights arrive; it is no number, so no response with it is ever used."""
 
 
 class WeightUpdate:
     """The weights of one moment on their way to several servers at once.
 
-    ``servers`` are those that still take part, ``failures`` the others.  Where the transfer is not ``isolated``, one
-    that fails ends the update of all: `broken` tells so, and the others need a new update.
+    ``servers`` still take part, ``failures`` are the servers that do not.  Where the transfer is not ``isolated``, one
+    failure ends the update of all servers: `broken` is then true, and the other servers need a new update.
     """
 
     def __init__(self, transfer: Transfer, servers: Sequence[VllmServer], version: int) -> None:
@@ -52,19 +53,19 @@ class WeightUpdate:
 
     @property
     def isolated(self) -> bool:
-        """Of the transfer: who failed did so alone, and need not be asked again."""
+        """Whether a server that fails leaves the update of the other servers complete."""
         return self._transfer.isolated
 
     @property
     def broken(self) -> bool:
-        """Nobody gets a whole update."""
+        """Whether no server will get a complete update."""
         return not self.servers or bool(self.failures and not self._transfer.isolated)
 
     def send(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
         """Send one bucket, which may be empty.
 
-        Returns when its tensors may be written to again: servers have loaded the bucket before it, and may still be
-        loading this one, so that the next one is gathered and packed meanwhile.
+        Returns when its tensors may be overwritten: servers have loaded the bucket before it, and may still be loading
+        this bucket, so that the next bucket is gathered and packed meanwhile.
         """
         if self.broken or not tensors:
             return
@@ -77,7 +78,7 @@ class WeightUpdate:
         self._on_its_way = self._thread.submit(self._transfer.send, bucket, list(self.servers))
 
     def finish(self) -> None:
-        """Let servers that got every tensor answer with the new weights from here on."""
+        """Let servers that got every tensor answer with the new weights from now on."""
         try:
             self._settle()
             self._end()
@@ -101,7 +102,7 @@ class WeightUpdate:
             server.finish_weight_update(str(self._version))
             server.resume()
 
-        # What fails here has no part in the transfer any more, so it is one server's own affair.
+        # The transfer itself is over, so a failure here concerns one server only.
         failures = on_each(self.servers, end)
         self.servers = [server for server in self.servers if server not in failures]
         self.failures.update(failures)
@@ -115,7 +116,7 @@ class WeightUpdate:
 
 
 def _begin(server: VllmServer) -> None:
-    """Stop work, undo what an earlier trainer may have left, and disown the weights."""
+    """Stop a server's work, undo an unfinished update of an earlier trainer, and mark the weights as incomplete."""
     server.pause()
     server.set_weight_version(LOADING)
     server.call("abandon_weight_update")

@@ -68,7 +68,7 @@ def test_with_another_nccl_in_one_worker_it_is_the_best_other_way_and_the_log_ha
     theirs = workers[-1]["nccl"]
     assert f"by rollout.transfer={chosen}, not nccl: the trainer on " in record.message
     assert f"has NCCL {NCCL} and worker {len(workers) - 1} of {fakes[1].address}" in record.message
-    assert f"has {f'NCCL {theirs}' if theirs else 'none'}, but" in record.message
+    assert f"has {f'NCCL {theirs}' if theirs else 'no NCCL'}, but" in record.message
 
 
 def test_nccl_that_was_asked_for_is_refused_with_both_versions_before_anything_is_formed(fakes, tmp_path):

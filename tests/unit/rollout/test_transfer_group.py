@@ -65,7 +65,7 @@ def test_a_member_that_dies_while_the_group_forms_costs_the_others_moments(store
         survivor = opened(threads, store, 2, 3, LONG)
         assert dying.wait(LONG) == 7
         assert "did not form: another member has failed" in sentence(trainer)
-        assert "did not form: the trainer has given it up" in sentence(survivor)
+        assert "did not form: the trainer has given up" in sentence(survivor)
     again = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     openings = [opened(threads, again, rank, 2, LONG) for rank in range(2)]
     groups = [opening.result(SOON) for opening in openings]
