@@ -1,12 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Does a version of vLLM have every name that this project uses?
+"""Report whether versions of vLLM have every name that this project uses.
 
     python tools/vllm_names.py                   # of the vLLM that is installed here
     python tools/vllm_names.py DIR [DIR ...]     # of unpacked wheels or source trees: DIR holds the folder vllm
 
-vLLM has no stable interface for what this project does with it, and a new version cannot be run everywhere (there is no
-build for a CPU).  So this reads vLLM's files without importing them, and prints a table with a column per version.  It
-exits with 1 where a name is missing.  A name that is there may still mean something else: read the changes, too.
+vLLM has no stable interface for what this project does with it, and not every machine can run a new version (there is
+no build for a CPU).  This script therefore reads vLLM's files without importing them, and prints a table with a column
+per version.  Its exit status is 1 if a name is missing.  A name that exists may have changed its meaning: read vLLM's
+changes, too.
 """
 
 from __future__ import annotations
@@ -180,8 +181,11 @@ def _defines(node: ast.AST, parts: Sequence[str]) -> bool:
 
 
 def _definitions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """(name, statement) of each function, class, assignment and import in a module or a class; also what methods set on
-    self, and a module's names in strings, which it imports when they are asked for."""
+    """Yield (name, statement) of each function, class, assignment and import in a module or a class.
+
+    The names include the attributes that methods set on ``self``, and the names in a module's strings, which the module
+    imports on demand.
+    """
     for child in _statements(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield child.name, child
@@ -199,7 +203,7 @@ def _definitions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements of a module or a class, also those under an if, a try or a with."""
+    """Yield the statements of a module or a class, including the statements under an if, a try or a with."""
     for child in ast.iter_child_nodes(node):
         yield child
         if isinstance(child, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
@@ -225,6 +229,7 @@ def installed() -> Path | None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Print the table; return 0 if every version has every name, 1 if a name is missing, 2 without a vLLM."""
     roots = [Path(argument) for argument in arguments] or [root for root in [installed()] if root is not None]
     if not roots or any(not (root / "vllm").is_dir() for root in roots):
         print(f"expected folders that hold the folder vllm, got {', '.join(arguments) or 'none, and no vLLM here'}")

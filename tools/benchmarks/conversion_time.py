@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How long a conversion takes and how much memory it needs, beside plainly copying the same files.
+"""Measure the seconds and the memory of conversions, as ratios to copying the same files.
 
     tools/benchmarks/conversion_time.py --gigabytes 6 --folder /tmp/convert
 
-Makes a random Llama of that size, converts it there and back in processes of their own, and compares every tensor of
-the result with the original.
+The script makes a random Llama of that size, converts it to Megatron and back in separate processes, and compares every
+tensor of the result with the original.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table: step, seconds, CPU seconds, their ratios to copying, peak memory; return 1 if a tensor came back
-    changed."""
+    """Print a table of steps with seconds, CPU seconds, their ratios to copying and peak memory.
+
+    Returns 1 if a tensor has changed on the way to Megatron and back, else 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model, in bf16")
     parser.add_argument("--folder", type=Path, required=True, help="new folder; three times the model's size, removed")
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, gigabytes: float, repeat: int) -> int:
-    """Run every step ``repeat`` times in turn and print the medians; ratios are beyond what the imports alone take."""
+    """Run every step ``repeat`` times in turn and print the medians; ratios exclude the time of the imports."""
     # In a process of its own: a child's peak counts from the size of the parent that it was forked from.
     make = [sys.executable, __file__, "--only-make", "--gigabytes", str(gigabytes), "--folder", str(folder / "hf")]
     largest, total = json.loads(subprocess.run(make, check=True, capture_output=True).stdout)
@@ -92,7 +94,7 @@ def run(command: list[str]) -> tuple[float, float, int]:
 
 
 def make_model(folder: Path, gigabytes: float) -> tuple[int, int]:
-    """A random Llama; returns the bytes of its largest tensor, and of all."""
+    """Write a random Llama into ``folder``; return the bytes of its largest tensor and of all tensors."""
     import torch
 
     from megatron_selfdistill.checkpoint.formats.safetensors_directory import SafetensorsWriter
@@ -139,7 +141,7 @@ def make_model(folder: Path, gigabytes: float) -> tuple[int, int]:
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """The names of tensors that are not bitwise the same in both folders."""
+    """Return the names of the tensors that are not bitwise equal in both folders."""
     import torch
 
     from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory

@@ -48,10 +48,12 @@ class Measurement:
 
     @property
     def shown_command(self) -> str:
+        """The command as the page shows it."""
         return " ".join(["python", self.script, *self.arguments])
 
     @property
     def command(self) -> list[str]:
+        """The command that is run, with this Python."""
         return [sys.executable, self.script, *self.arguments]
 
 

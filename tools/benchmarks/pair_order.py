@@ -1,11 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Step time and peak memory of ``teacher_first`` against ``alternating``, side by side in one run.
+"""Measure step time and peak memory of the pair orders ``teacher_first`` and ``alternating`` in one run.
 
     python tools/benchmarks/pair_order.py --pp 4 --num-microbatches 16
 
-One process per pipeline stage on this machine (gloo on CPU, NCCL with as many GPUs).  Steps of both orders take turns,
-so that whatever else the machine does hits both; the medians' ratio is what counts.  Where cores are fewer than stages,
-compute hides the bubbles: ``--stage-ms F B`` lets every stage wait instead, for F ms forward and B ms backward more.
+The script starts one process per pipeline stage on this machine (gloo on CPU, NCCL with as many GPUs).  Steps of both
+orders take turns, so that other load on the machine affects both; compare the ratio of the medians.  With fewer cores
+than stages, computation hides the bubbles: ``--stage-ms F B`` makes every stage wait F ms more in each forward pass and
+B ms more in each backward pass.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ORDERS = ("teacher_first", "alternating")
 
 
 def main() -> None:
+    """Run the stages and print the table."""
     arguments = _parser().parse_args()
     with multiprocessing.Manager() as manager:
         results = manager.dict()

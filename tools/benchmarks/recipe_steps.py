@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tiny_keys(folder: Path, options: argparse.Namespace) -> list[str]:
+    """Return the keys of the tests' tiny run."""
     keys = [f"num_steps={options.steps}", "checkpoint.save_every=1000", "cluster.num_gpus=1", *options.keys]
     return tiny_run.overrides(folder, folder / "run", *keys)
 

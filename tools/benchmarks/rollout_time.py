@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Tokens per second of both samplers, plain and guided, and seconds and bytes of a weight sync, side by side.
+"""Measure tokens per second of both samplers, plain and guided, and seconds and bytes of a weight sync.
 
     python tools/benchmarks/rollout_time.py                                  in an environment with vLLM
     torchrun --nproc-per-node 2 tools/benchmarks/rollout_time.py --tp 2 --engine-tp 2
 
-The same random Llama, the same prompts and the same number of new tokens for all; calls of the samplers take turns, so
-that whatever else the machine does hits all of them, and medians are compared.  Guided responses count once, though two
-contexts are read for each.
+All samplers have the same random Llama, the same prompts and the same number of new tokens.  Calls of the samplers take
+turns, so that other load on the machine affects all of them, and the medians are compared.  A guided response counts
+once, although the model reads two contexts for it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 
 
 def main() -> None:
+    """Run both samplers in turn and print the table."""
     arguments = _parser().parse_args()
     silence_known_warnings()
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Seconds of a weight sync to a vLLM server, as a ratio to a copy of the same bytes in one process.
+"""Measure a weight sync to a vLLM server, as a ratio to a copy of the same bytes in one process.
 
     python tools/benchmarks/server_sync.py --server-python .venv-vllm/bin/python --transfers shared_memory gloo
 
-The trainer is this process, with a random Llama; the server is a real one, which this script starts and ends.  A copy
-of all weights into memory that has been written before comes before each sync, so that both meet the same load of the
-machine; medians are compared.
+The trainer is this process, with a random Llama; the server is a real one, which this script starts and ends.  Before
+each sync the script copies all weights into memory that has been written before, so that both meet the same load of the
+machine; the medians are compared.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ START_SECONDS = 900.0
 
 
 def main() -> None:
+    """Start a server, send weights to it by every transfer, and print the table."""
     arguments = _parser().parse_args()
     silence_known_warnings()
     torch.set_num_threads(1)
@@ -130,7 +131,7 @@ def _measure(
 
 
 def _copy_of(chunks: Any) -> Callable[[], None]:
-    """A function that copies all parameters of the model into memory of their size, written before."""
+    """Return a function that copies all parameters of the model into memory of their size, written before."""
     sources = [parameter.detach() for chunk in chunks for parameter in chunk.parameters()]
     targets = [source.clone() for source in sources]
 

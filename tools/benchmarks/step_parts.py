@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The parts of a training step that step_time.py times, and the clock that tells them apart."""
+"""The parts of a training step that step_time.py times, and the clock that separates them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ PARTS = (
 
 @contextlib.contextmanager
 def timed_parts(clock: Clock) -> Iterator[None]:
-    """Inside, ``clock`` times the parts of forward and backward, fused or not; what is in none of them is left to the
-    clock around it."""
+    """Let ``clock`` time the parts of forward and backward in this context, fused or not.
+
+    The clock around this context gets the time that is in none of the parts.
+    """
     from megatron_selfdistill.loss.sharded import fused_linear, vocab_parallel
     from megatron_selfdistill.model.output_layer import FusedLoss
     from megatron_selfdistill.pipeline import schedule
@@ -55,8 +57,11 @@ def timed_parts(clock: Clock) -> Iterator[None]:
 
 @dataclass
 class Clock:
-    """Seconds by name, those of a name timed within another one not counted to the outer one; waits for the device
-    around each.  Off, it does nothing and waits for nothing."""
+    """Seconds by name; the seconds of an inner name do not count for the outer name.
+
+    The clock waits for the device before and after each measurement.  A clock that is off measures nothing and does not
+    wait.
+    """
 
     on: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
@@ -64,6 +69,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Add the seconds of this context to ``name``."""
         if not self.on:
             yield
             return
@@ -82,7 +88,7 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def timing(self, name: str | Callable[[], str], work: Callable[..., Any]) -> Callable[..., Any]:
-        """``work``, timed; a function says the name at each call."""
+        """Return ``work`` with its time measured under ``name``, which may be a function that returns the name."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             with self(name if isinstance(name, str) else name()):
@@ -97,6 +103,6 @@ def now() -> float:
 
 
 def wait() -> None:
-    """For the device."""
+    """Wait for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

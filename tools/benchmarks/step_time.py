@@ -1,18 +1,18 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The price of self-distillation: a training step by parts, against next-token training on the same tokens.
+r"""Measure the price of self-distillation: a training step, against next-token training on the same tokens.
 
     python tools/benchmarks/step_time.py --layers 4 --hidden 256
-    torchrun --nproc-per-node 8 tools/benchmarks/step_time.py --tp 8 --layers 32 --hidden 4096 --vocab 128256 \\
+    torchrun --nproc-per-node 8 tools/benchmarks/step_time.py --tp 8 --layers 32 --hidden 4096 --vocab 128256 \
         --fused keep_gradient
 
-A random dense model; prompts, hints and responses of fixed lengths, the responses written by its own sampler.  Whole
-steps of self-distillation and of next-token training (the same student contexts packed for themselves, no teacher, no
-rollout) take turns with the two things that self-distillation cannot avoid: the student's step (next-token training on
-the very microbatches of self-distillation) and the teacher's forward (hidden states of its microbatches, and logits at
-their response positions).  Every ratio is the median over the rounds of the ratio within one round, so that whatever
-else the machine does hits both sides.  On a CPU the processor's time is compared, which other work stretches less.
-Steps in between are timed part by part, waiting for the device at each boundary, and give the shares.  No pipeline:
-parts of stages overlap.
+The model is random and dense; prompts, hints and responses have fixed lengths, and the model's own sampler generates the
+responses.  Steps of self-distillation and of next-token training (the same student contexts packed for themselves, no
+teacher, no rollout) take turns with the two things that self-distillation cannot avoid: the student's step (next-token
+training on the microbatches of self-distillation) and the teacher's forward (hidden states of its microbatches, and
+logits at their response positions).  Every ratio is the median, over the rounds, of the ratio within one round, so that
+other load on the machine affects both sides.  On a CPU the script compares the processor's time, which depends less on
+other work.  Additional steps are timed part by part, with a wait for the device at each boundary, and give the shares.
+The script uses no pipeline, because the parts of stages overlap.
 
     output layer    the logits of teacher and student; with --fused low_memory those that backward makes again, too
     loss            its passes over the logits, the one that writes their gradient included
@@ -50,6 +50,7 @@ LABELS = {
 
 
 def main() -> None:
+    """Run the contenders in turn and print the tables."""
     arguments = _parser().parse_args()
     silence_known_warnings()
     if not torch.cuda.is_available():
@@ -157,8 +158,10 @@ class _Bench:
         self.sampler.update_weights(self.step)
 
     def rollout(self) -> list[Any]:
-        """A response to every problem, each of the same length, by the weights of the last `sync`: there is no stop
-        token."""
+        """Sample a response to every problem with the weights of the last `sync`.
+
+        All responses have the same length, because there is no stop token.
+        """
         from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
         requests = [
@@ -170,8 +173,11 @@ class _Bench:
         return responses
 
     def packed(self, responses: list[Any], paired: bool = True) -> Any:
-        """Both contexts of every response; the hint stands before the problem.  Not ``paired``: the student's rows hold
-        as many contexts as fit, not as many as fit with their hints."""
+        """Return both contexts of every response; the hint stands before the problem.
+
+        Without ``paired``, the student's packed sequences hold as many contexts as fit, not as many as fit with their
+        hints.
+        """
         from megatron_selfdistill.data.contexts import ContextPair
         from megatron_selfdistill.data.packing import pack
 
@@ -182,7 +188,7 @@ class _Bench:
         return pack(contexts, max_tokens=self.arguments.tokens, cp_size=1, tp_size=self.arguments.tp, paired=paired)
 
     def train(self, batch: Any, distil: bool = True, clock: Clock | None = None) -> None:
-        """Forward, backward and the optimizer's step."""
+        """Run forward, backward and the optimizer's step."""
         from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
         from megatron_selfdistill.pipeline import schedule
 

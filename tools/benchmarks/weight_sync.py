@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Seconds of a weight sync to vLLM, as a ratio to a copy of the same bytes in one process.
+"""Measure a weight sync to vLLM, as a ratio to a copy of the same bytes in one process.
 
     python tools/benchmarks/weight_sync.py --placement colocated                in an environment with vLLM
     torchrun --nproc-per-node 2 tools/benchmarks/weight_sync.py --placement colocated --tp 2 --engine-tp 2
@@ -41,6 +41,7 @@ from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 
 
 def main() -> None:
+    """Measure the placement that ``--placement`` names and print the table."""
     place = argparse.ArgumentParser(add_help=False)
     place.add_argument("--placement")
     known, others = place.parse_known_args()
