@@ -19,7 +19,8 @@ from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.stop import Stop
-from megatron_selfdistill.evaluation.held_out import EvaluationResult, evaluate
+from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
+from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.learner import Learner, loss_backend
 from megatron_selfdistill.metrics import MetricsLog, Phases, rollout_metrics
@@ -202,15 +203,17 @@ class Trainer:
                 data.tokenizer,
                 data.evaluation,
                 load_verifier(wanted.verifier),
-                params=self.sampling,
-                num_samples=wanted.num_samples,
-                ks=wanted.pass_at_k,
-                seed=self.config.seed,
-                step=self.step,
-                grid=self.grid,
-                max_length=data.max_length,
-                hinted=hinted,
-                num_transcripts=num_transcripts,
+                EvaluationOptions(
+                    params=self.sampling,
+                    num_samples=wanted.num_samples,
+                    pass_at_k=wanted.pass_at_k,
+                    seed=self.config.seed,
+                    step=self.step,
+                    max_length=data.max_length,
+                    hinted=hinted,
+                    num_transcripts=num_transcripts,
+                ),
+                self.grid,
             )
         if result.overlooked is not None:
             for line in result.overlooked.lines(wanted.verifier, data.builder.show_contents):

@@ -24,7 +24,7 @@ from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.bootstrap import bootstrap
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY, require_evaluation
-from megatron_selfdistill.evaluation.held_out import EvaluationResult, ProblemResult
+from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult
 
 
 @dataclass(frozen=True)

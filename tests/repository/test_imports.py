@@ -65,7 +65,10 @@ ORDER = {
     ),
     "pipeline": "device_batch teacher_states schedule batch score",
     "metrics": "guards samples pace phases step sample_views token_numbers step_samples log",
-    "evaluation": "bootstrap evaluation_directory verify inference held_out evaluations comparison tables",
+    "evaluation": (
+        "bootstrap evaluation_directory estimators evaluation_result verify inference held_out evaluations comparison "
+        "tables"
+    ),
     "sources": (
         "problem_prompts source on_demand_sampler synced_sampler recording solution_search own_solutions guidance "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
@@ -80,7 +83,7 @@ ORDER = {
         "launch_environment outcome tiny meeting layer_kinds resume sharded_loss sync training warming node_test"
     ),
     "doctor": "imports findings",
-    "commands": "convert doctor evaluate plan solutions",
+    "commands": "convert doctor evaluate_options evaluate plan solution_journal solution_job solutions",
     "cli": "",
     "__main__": "",
 }

@@ -14,7 +14,11 @@ PAGES = {
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": ("Data", "data.problems data.prompts data.contexts data.chat.conversations data.chat.acceptance"),
     "config": ("Configuration", "config.compose config.bound_keys"),
-    "evaluation": ("Evaluation", "evaluation.held_out evaluation.verify evaluation.comparison evaluation.bootstrap"),
+    "evaluation": (
+        "Evaluation",
+        "evaluation.held_out evaluation.evaluation_result evaluation.estimators evaluation.verify "
+        "evaluation.comparison evaluation.bootstrap",
+    ),
     "checkpoints": ("Checkpoints and Hugging Face", "checkpoint.conversion checkpoint.describe model.export"),
     "metrics": ("Metrics and guards", "metrics.log metrics.step metrics.guards"),
 }

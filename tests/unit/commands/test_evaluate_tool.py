@@ -18,6 +18,8 @@ from tiers import combinations
 
 from megatron_selfdistill.checkpoint.describe import HF_ASSETS
 from megatron_selfdistill.commands import evaluate as tool
+from megatron_selfdistill.commands.evaluate_options import evaluation_arguments
+from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 from megatron_selfdistill.evaluation.evaluations import PROBLEMS, RESPONSES, SUMMARY
 
 TOOL = tiny_run.REPOSITORY / "tools" / "evaluate.py"
@@ -170,7 +172,7 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(folde
     from megatron_selfdistill.evaluation import evaluations, held_out, inference, tables
 
     problem = Problem("p", (), "", "163", "held.jsonl:7")
-    overlooked = held_out.Overlooked(60, 43, [(problem, "so the answer is 163.")])
+    overlooked = Overlooked(60, 43, [(problem, "so the answer is 163.")])
     result = SimpleNamespace(overlooked=overlooked, problems=[])
     monkeypatch.setattr(held_out, "evaluate", lambda *_, **__: result)
     monkeypatch.setattr(
@@ -178,7 +180,7 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(folde
     )
     monkeypatch.setattr(evaluations, "write_evaluation", lambda *_: {})
     monkeypatch.setattr(tables, "show_summary", lambda *_: print("the table"))
-    given = tool._evaluate_arguments(arguments(folder, tmp_path / "x", "evaluation.verifier=exact_match"))
+    given = evaluation_arguments(arguments(folder, tmp_path / "x", "evaluation.verifier=exact_match"))
     config = tool._configured(given, tool._model(given))
     inputs = SimpleNamespace(builder=None, tokenizer=None, evaluation=[problem], stop_token_ids=(), max_length=9)
     tool._evaluate_with(config, inputs, SimpleNamespace(is_reporter=True), given, {})

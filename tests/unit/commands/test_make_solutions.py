@@ -19,7 +19,7 @@ import tiny_run
 from ranks import RankError
 
 from megatron_selfdistill.checkpoint import conversion
-from megatron_selfdistill.commands import solutions
+from megatron_selfdistill.commands import solution_journal, solutions
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import load_problems
 from megatron_selfdistill.pipeline import schedule
@@ -39,14 +39,14 @@ def run_tool(arguments: list[str], dies_in_group: int | None = None) -> tuple[in
     shown, said = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
         if dies_in_group is not None:
-            patch.setattr(solutions.Journal, "append", dying_append(dies_in_group))
+            patch.setattr(solution_journal.Journal, "append", dying_append(dies_in_group))
         status = solutions.main(arguments)
     return status, shown.getvalue() if status == 0 else said.getvalue()
 
 
 def dying_append(dies_in_group: int) -> Callable[[Any, list[dict]], None]:
     """Return a `Journal.append` that is killed while it writes that group down."""
-    append, calls = solutions.Journal.append, []
+    append, calls = solution_journal.Journal.append, []
 
     def append_or_die(self: Any, lines: list[dict]) -> None:
         calls.append(lines)
@@ -174,15 +174,15 @@ def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, fo
 
 
 def test_a_group_that_was_cut_is_done_again_as_a_whole(tmp_path):
-    journal = solutions.Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=4)
+    journal = solution_journal.Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=4)
     lines = [{"problem_id": f"p{i}"} for i in range(10)]
-    assert journal.begin(10) == journal.begin(10) == (0, None)
+    assert journal.begin(10) == journal.begin(10) == 0
     journal.append(lines[:6])
     with journal.path.open("a") as file:
         file.write('{"problem_id": "p')
-    assert journal.begin(10) == (4, None) and list(journal.lines()) == lines[:4]
+    assert journal.begin(10) == 4 and list(journal.lines()) == lines[:4]
     journal.append(lines[4:])
-    assert journal.begin(10) == (10, None) and list(journal.lines()) == lines
+    assert journal.begin(10) == 10 and list(journal.lines()) == lines
 
 
 def test_what_is_done_is_not_done_again(ranks, folder, summary):
@@ -254,9 +254,9 @@ def test_a_file_of_other_settings_is_not_continued(ranks, folder, summary):
         assert words in refusal(ranks, arguments_of(folder, "own.jsonl", *more))
     assert (folder / "own.attempts.jsonl").read_bytes() == before
     (folder / "foreign.jsonl").write_text("{}\n")
-    assert "and no foreign.attempts.jsonl beside it" in refusal(ranks, arguments_of(folder, "foreign.jsonl"))
+    assert "exists without foreign.attempts.jsonl beside it" in refusal(ranks, arguments_of(folder, "foreign.jsonl"))
     (folder / "broken.attempts.jsonl").write_text("[1]\n")
-    assert "is not what this command writes" in refusal(ranks, arguments_of(folder, "broken.jsonl"))
+    assert "is not a journal of this command" in refusal(ranks, arguments_of(folder, "broken.jsonl"))
 
 
 @pytest.mark.parametrize(

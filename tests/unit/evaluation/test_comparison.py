@@ -15,8 +15,8 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.bootstrap import bootstrap, resampled_means
 from megatron_selfdistill.evaluation.comparison import Difference, compare
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, SUMMARY, require_free
+from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult, Verdict
 from megatron_selfdistill.evaluation.evaluations import data_fingerprint, read_evaluation, write_evaluation
-from megatron_selfdistill.evaluation.held_out import EvaluationResult, ProblemResult, Verdict
 from megatron_selfdistill.evaluation.tables import show_comparison, show_summary
 
 RNG_SEED = 7

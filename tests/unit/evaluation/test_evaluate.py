@@ -22,7 +22,9 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation import verify as module
-from megatron_selfdistill.evaluation.held_out import EvaluationResult, Verdict, evaluate, majority_at_k, pass_at_k
+from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
+from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, Verdict
+from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
@@ -64,7 +66,7 @@ def builder() -> PromptBuilder:
 
 
 def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **options: Any) -> EvaluationResult:
-    options = {"params": PARAMS, "num_samples": 6, "ks": [1, 4], "seed": 3, "step": 20} | options
+    defaults = {"params": PARAMS, "num_samples": 6, "pass_at_k": [1, 4], "seed": 3, "step": 20, "max_length": 100}
     verifier = options.pop("verifier", exact_match)
     return evaluate(
         sampler or FakeSampler(),
@@ -72,9 +74,8 @@ def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **op
         Characters(),
         problems,
         verifier,
-        grid=grid,
-        max_length=options.pop("max_length", 100),
-        **options,
+        EvaluationOptions(**defaults | options),
+        grid,
     )
 
 
@@ -90,7 +91,7 @@ def run_in_layout(sizes: dict[str, int], count: int) -> tuple[EvaluationResult, 
         verified.append(problem.id)
         return exact_match(text, problem)
 
-    result = run(sums(count), grid, sampler, verifier=verifier, majority_ks=[3])
+    result = run(sums(count), grid, sampler, verifier=verifier, majority_at_k=[3])
     return result, [number for number, _ in sampler.calls], verified
 
 
@@ -136,7 +137,7 @@ def test_accuracies_lengths_and_shares_are_counted_from_the_transcripts():
 
 
 def test_each_problem_has_its_verdicts_and_answers():
-    result = run(sums(), num_transcripts=None, majority_ks=[1, 6])
+    result = run(sums(), num_transcripts=None, majority_at_k=[1, 6])
     said = {(t.problem_id, t.sample): t for t in result.transcripts}
     for number, problem in enumerate(result.problems):
         assert problem.id == f"p{number}" and len(problem.samples) == 6
@@ -158,7 +159,7 @@ def test_each_problem_has_its_verdicts_and_answers():
 def test_an_evaluation_without_majorities_reads_no_votes(monkeypatch):
     from megatron_selfdistill.evaluation import held_out as module
 
-    with_votes = run(sums(), majority_ks=[])
+    with_votes = run(sums(), majority_at_k=[])
     assert any(verdict.answer is not None for problem in with_votes.problems for verdict in problem.samples)
     monkeypatch.setattr(module, "voted_answer", None)  # a run that evaluates while it trains asks for none
     without = run(sums())
@@ -167,7 +168,7 @@ def test_an_evaluation_without_majorities_reads_no_votes(monkeypatch):
 
 
 def test_transcripts_are_what_was_read_and_written():
-    result = run(sums(3), num_transcripts=2, num_samples=1, ks=[1])
+    result = run(sums(3), num_transcripts=2, num_samples=1, pass_at_k=[1])
     assert [(t.problem_id, t.sample) for t in result.transcripts] == [
         ("p0", None),
         ("p0", 0),
@@ -202,7 +203,7 @@ def test_greedy_is_greedy_and_samples_are_drawn_as_asked():
 
 def test_without_samples_only_greedy_is_reported():
     sampler = FakeSampler()
-    result = run(sums(), sampler=sampler, num_samples=0, ks=[1])
+    result = run(sums(), sampler=sampler, num_samples=0, pass_at_k=[1])
     assert len(sampler.calls) == 1 and result.sampled_accuracy is None and result.pass_at_k == {}
     assert result.metrics().keys() == {
         f"evaluation/greedy_{name}" for name in ("accuracy", "mean_length", "truncated_share")
@@ -238,7 +239,7 @@ def test_hinted_evaluation_shows_the_solution():
     ],
 )
 def test_every_layout_gives_every_rank_the_same_result_and_verifies_once(ranks, world_size, sizes):
-    alone = run(sums(), majority_ks=[3])
+    alone = run(sums(), majority_at_k=[3])
     found = ranks.run(run_in_layout, sizes, 7, world_size=world_size)
     assert [result for result, _, _ in found] == [alone] * world_size
     truncated = alone.greedy_truncated_share * 7 + alone.sampled_truncated_share * 42
@@ -249,7 +250,7 @@ def test_every_layout_gives_every_rank_the_same_result_and_verifies_once(ranks, 
 def test_a_replica_without_problems_still_calls_the_sampler(ranks):
     found = ranks.run(run_in_layout, {}, 1, world_size=2)
     assert [calls for _, calls, _ in found] == [[1, 6], [0, 0]]
-    assert found[0][0] == found[1][0] == run(sums(1), majority_ks=[3])
+    assert found[0][0] == found[1][0] == run(sums(1), majority_at_k=[3])
 
 
 def test_a_verifier_that_fails_on_one_rank_stops_all_of_them(ranks):
@@ -266,9 +267,9 @@ def test_problems_that_cannot_be_judged_are_found_before_sampling():
     with pytest.raises(ValueError, match="at least one problem"):
         run([], sampler=sampler)
     with pytest.raises(ValueError, match=r"pass@k from 1 to the 6 samples, got \[8\]"):
-        run(sums(), sampler=sampler, ks=[8])
+        run(sums(), sampler=sampler, pass_at_k=[8])
     with pytest.raises(ValueError, match=r"majority@k from 1 to the 6 samples, got \[0\]"):
-        run(sums(), sampler=sampler, majority_ks=[0])
+        run(sums(), sampler=sampler, majority_at_k=[0])
     assert sampler.calls == []
 
 

@@ -1,0 +1,142 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The journal of `selfdistill solutions`: what became of each problem, so that the command goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The file ``NAME.attempts.jsonl`` beside ``NAME.jsonl``; only rank 0 reads and writes it.
+
+    The first line is the provenance of all solutions.  Each further line is one problem, in the order of the problems.
+    """
+
+    out: Path
+    """The file of solutions, which appears when all problems are done."""
+    header: dict[str, Any]
+    """Everything that the solutions depend on, except the layout."""
+    group_size: int
+    """Number of problems that are solved, and saved, at a time."""
+
+    @property
+    def path(self) -> Path:
+        """The path of the journal."""
+        return self.out.with_name(f"{self.out.stem}.attempts.jsonl")
+
+    def begin(self, num_problems: int) -> int:
+        """Create the journal, or remove an unfinished group from it, and return the number of problems that are done.
+
+        Raises: `ConfigError` if the journal, or ``out`` without a journal, belongs to another job.
+        """
+        if not self.path.exists():
+            if self.out.exists():
+                raise ConfigError(
+                    f"{self.out} exists without {self.path.name} beside it: choose another --out or remove it"
+                )
+            self.path.write_text(json.dumps(self.header) + "\n", encoding="utf-8")
+            return 0
+        text = self.path.read_text(encoding="utf-8")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed process may have left a part of a line
+        try:
+            header, *attempts = (json.loads(line) for line in lines)
+            is_journal = "model" in header and all("problem_id" in attempt for attempt in attempts)
+        except (ValueError, TypeError):
+            is_journal = False
+        if not is_journal:
+            raise ConfigError(f"{self.path} is not a journal of this command: choose another --out or remove it")
+        self._check_header(header)
+        done = len(attempts)
+        if done < num_problems:  # a group is solved as a whole, so that its batches and their rounding are the same
+            done -= done % self.group_size
+        whole = "".join(line + "\n" for line in lines[: done + 1])
+        with self.path.open("r+", encoding="utf-8") as file:
+            file.truncate(len(whole.encode()))
+        return done
+
+    def _check_header(self, header: dict[str, Any]) -> None:
+        expected = json.loads(json.dumps(self.header))
+        for name in {**expected, **header}:
+            if header.get(name) != expected.get(name):
+                raise ConfigError(
+                    f"{self.path} was begun with {name} = {header.get(name)!r}, and now it is {expected.get(name)!r}: "
+                    "choose another --out or remove it"
+                )
+
+    def append(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Append ``lines`` and wait until they are on the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the line of each problem."""
+        with self.path.open(encoding="utf-8") as file:
+            next(file)
+            yield from map(json.loads, file)
+
+    def finish(self, ids: set[str]) -> None:
+        """Write ``out`` in one move, in the format that ``data.path`` reads: one solution per line, with a unique id.
+
+        The best solution to a problem has the problem's id.  ``ids`` are the ids of all problems.
+        """
+        taken = set(ids)
+        temporary = file_beside(self.out, ".partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            for attempt in self.lines():
+                for rank, solution in enumerate(attempt.pop("solutions")):
+                    name = attempt["problem_id"] if rank == 0 else f"{attempt['problem_id']}#{rank + 1}"
+                    while rank > 0 and name in taken:
+                        name += "'"
+                    taken.add(name)
+                    record = {"id": name, **attempt, **solution, "provenance": self.header}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        temporary.replace(self.out)
+
+
+def summarize(attempts: Iterator[dict[str, Any]], out: Path, num_samples: int) -> None:
+    """Print how many problems have how many correct samples, and the number of solutions in ``out``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    counts: Counter[int] = Counter()
+    num_solutions = num_without = num_truncated = 0
+    for attempt in attempts:
+        counts[attempt["num_correct"]] += 1
+        num_solutions += len(attempt["solutions"])
+        num_without += not attempt["solutions"]
+        num_truncated += sum(attempt["truncated"])
+    num_problems = counts.total()
+    table = Table(title=f"right samples of {num_samples}", title_justify="left")
+    table.add_column("right", justify="right")
+    table.add_column("problems", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    most = max(counts.values())
+    for right in range(num_samples + 1):
+        number = counts[right]
+        table.add_row(str(right), str(number), f"{number / num_problems:.1%}", "#" * round(30 * number / most))
+    console = Console()
+    console.print(table)
+    rate = sum(right * number for right, number in counts.items()) / (num_problems * num_samples)
+    for line in (
+        f"{num_problems} problems, pass rate {rate:.1%}, {num_truncated / (num_problems * num_samples):.1%} cut off",
+        f"{num_without} problems without a solution",
+        f"{num_solutions} solutions in {out}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def file_beside(out: Path, ending: str) -> Path:
+    """Return the path of a hidden file in the directory of ``out``, named after ``out``."""
+    return out.with_name(f".{out.name}{ending}")

@@ -1,0 +1,85 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Estimates of pass@k and majority@k from n samples per problem, without a model and without torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Return the unbiased estimate of the chance that one of k samples is correct, ``1 - C(n - c, k) / C(n, k)``.
+
+    n is ``num_samples`` and c is ``num_correct``.
+    Source: Chen et al. 2021 (arXiv 2107.03374), equation 1.  Raises: ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
+        raise ValueError(
+            f"pass_at_k: expected 0 <= num_correct <= num_samples and 1 <= k <= num_samples, got "
+            f"{num_correct} of {num_samples} and k = {k}; draw at least k samples."
+        )
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
+    """Return the unbiased estimate of the chance that the most frequent answer among k samples is correct.
+
+    The estimate is the mean over all subsets of k of the n samples.  The value of a subset is the share of correct
+    samples among the samples that gave the subset's most frequent answer.  If several answers are the most frequent,
+    the value is the mean over these answers; if no sample of the subset has an answer, the value is 0.
+
+    ``answers``: the answer of each sample; a sample with None does not vote.  ``correct``: the verdict on each sample;
+    a verifier may judge two responses with the same answer differently.
+
+    The estimate equals the sum, over answers a and numbers of votes t, of (share of a's samples that are correct) times
+    E[1 / (1 + ties); a has t votes and no answer has more].  In a random subset of k of n samples, the votes of the
+    answers are independent binomials with p = k / n under the condition that they sum to k.  The expectation is
+    therefore a product of polynomials, one for each answer that can reach t votes.
+    Raises: ValueError unless 1 <= k <= n.
+    """
+    n = len(answers)
+    if not 1 <= k <= n or len(correct) != n:
+        raise ValueError(
+            f"majority_at_k: expected 1 <= k <= num_samples and a verdict per sample, got k = {k}, {n} answers and "
+            f"{len(correct)} verdicts; draw at least k samples."
+        )
+    votes = Counter(answer for answer in answers if answer is not None)
+    num_correct = Counter(answer for answer, is_correct in zip(answers, correct, strict=True) if is_correct)
+    p, num_silent = k / n, n - votes.total()
+    total = 0.0
+    for answer, count in votes.items():
+        others = [number for other, number in votes.items() if other != answer]
+        for t in range(1, min(count, k) + 1) if num_correct[answer] else ():
+            total += num_correct[answer] / count * _binomial(count, p)[t] * _wins(others, num_silent, t, k - t, p)
+    return float(total / _binomial(n, p)[k])
+
+
+def _wins(others: Sequence[int], num_silent: int, t: int, rest: int, p: float) -> float:
+    """Return E[1 / (1 + ties); no other answer has more than ``t`` votes, ``rest`` samples gave another or none]."""
+    # The answers that cannot reach t need no distinction: together they are one binomial.
+    below = _binomial(num_silent + sum(count for count in others if count < t), p)[: rest + 1]
+    table = np.zeros((rest + 1, 1))  # [samples so far, ties so far]
+    table[: len(below), 0] = below
+    for count in (count for count in others if count >= t):
+        chances = _binomial(count, p)
+        wider = np.zeros((rest + 1, table.shape[1] + 1))
+        for x in range(min(t, rest + 1)):
+            wider[x:, :-1] += chances[x] * table[: rest + 1 - x]
+        if t <= rest:
+            wider[t:, 1:] += chances[t] * table[: rest + 1 - t]
+        table = wider
+    return float((table[rest] / np.arange(1, table.shape[1] + 1)).sum())
+
+
+@lru_cache(maxsize=4096)
+def _binomial(count: int, p: float) -> NDArray[np.float64]:
+    """Return the probabilities [count + 1] of 0 .. count successes, by convolution, since factorials overflow."""
+    chances = np.ones(1)
+    for _ in range(count):
+        chances = np.convolve(chances, [1 - p, p])
+    return chances
