@@ -280,7 +280,7 @@ class Trainer:
         return self.learner.learnabilities(candidates)
 
     def _show_samples(self, batch: StepBatch, output: schedule.StepOutput) -> None:
-        solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.contexts)
+        solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)
         count, tokenizer = self.config.metrics.show_samples, self.run_data.tokenizer
         samples = step_samples(output, batch.contexts, solutions, count, tokenizer, self.grid)
         if samples is not None:

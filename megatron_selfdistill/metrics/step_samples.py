@@ -27,10 +27,10 @@ def step_samples(
     """Return a function that makes samples of the first ``count`` problems of the first replica; None on the other
     replicas, and where there is nothing to show.
 
-    ``solutions``: for each of ``contexts``, what the teacher reads.
+    ``solutions``: for each of ``contexts``, what the teacher reads; without solutions there is nothing to show.
     Collectives: those of `token_numbers`, on the ranks of the first replica.
     """
-    shown = chosen(contexts, count) if grid.dp_rank == 0 else []
+    shown = chosen(contexts, count) if grid.dp_rank == 0 and solutions else []
     if not shown:
         return None
     numbers = token_numbers(output, [span for _, span in shown], grid)

@@ -43,7 +43,8 @@ class StepBatch:
     contexts: Sequence[ContextPair] = ()
     """Both contexts of each response that is trained on."""
     solutions: Sequence[str] = ()
-    """For each of ``contexts``, the solution that the teacher reads, in full even where the prompt shows a part."""
+    """For each of ``contexts``, the solution that the teacher reads, in full even where the prompt shows a part of it.
+    A batch that is made by hand may leave them out: its responses are then not shown as samples."""
     sampler_log_probs: Tensor | None = None
     """[R_total] float64 nats, on the device: the log-probs that the sampler states; None where nothing was sampled."""
     token_weights: TokenWeights | None = None

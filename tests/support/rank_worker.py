@@ -294,7 +294,8 @@ def _load_test_file(task: Task) -> types.ModuleType:
     parents = task.module.split(".")[:-1]
     for depth in range(1, len(parents) + 1):
         name = ".".join(parents[:depth])
-        sys.modules.setdefault(name, types.ModuleType(name)).__dict__.setdefault("__path__", [])
+        directory = Path(task.file).parents[len(parents) - depth]  # where a test file finds its neighbours
+        sys.modules.setdefault(name, types.ModuleType(name)).__dict__.setdefault("__path__", [str(directory)])
     source = Path(task.file).read_bytes()
     tree = ast.parse(source, task.file)
     rewrite_asserts(tree, source, task.file)

@@ -361,6 +361,8 @@ def test_the_configs_are_found_from_any_folder(tmp_path):
         (["rollout.guidance=mixed", "rollout.temperature=0.7"], "draws from the target itself"),
         (["rollout.guidance=mixed", "rollout.top_p=0.9"], "draws from the target itself"),
         (["loss.rollout_correction=truncated", "objective=sft"], "nobody samples"),
+        (["objective=solutions"], "objective must be one of self_distillation, sft, rft, got 'solutions'"),
+        (["objective=verified_rollouts"], "objective must be one of self_distillation, sft, rft, got 'verified_rol"),
         (["loss.rollout_correction=truncated", "rollout.temperature=0"], "rollout.temperature=0"),
         (
             ["loss.rollout_correction=truncated", "rollout.engine=vllm", "rollout.temperature=0.7"],
