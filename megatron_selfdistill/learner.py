@@ -132,7 +132,7 @@ class Learner:
             return self._schedule(packed, teacher, self._distillation_loss(self._target()), forward_only=True)
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
-        """Return the mean loss of the first ``contexts`` with the student as its own teacher behind the same prompt.
+        """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
 
         It is 0 where sharding, packing and exchange work in this layout.  Collective.
 

@@ -91,7 +91,7 @@ class Trainer:
             console_every=config.metrics.console_every,
             enabled=grid.is_reporter,
         )
-        if not config.dry_run:  # which writes nothing: another run may be using the folder
+        if not config.dry_run:  # a dry run writes nothing: another run may be using the directory
             self.log.resume(self.step)
         if config.metrics.show_samples and not config.shows_contents:
             self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")

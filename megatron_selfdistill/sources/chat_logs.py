@@ -78,8 +78,8 @@ class StepTurns:
     turns: list[Turn]
     """The turn of each of ``problems``."""
     metrics: Mapping[str, float]
-    """Counts over the global batch, equal on all ranks: turns/skipped_long and turns/skipped_bad, drawn for this step
-    and replaced; where ``data.on_long_context`` shortens, turns/shortened, whose solution is not complete."""
+    """Counts over the global batch, equal on all ranks: turns/skipped_long and turns/skipped_bad count the
+    turns that were replaced in this step; turns/shortened, where ``data.on_long_context`` shortens, the cut solutions."""
 
 
 class LoggedTurns:
@@ -197,7 +197,7 @@ def _read_by_chunks(
 
 def list_skipped(file: Path, sentences: Iterable[str]) -> None:
     """Append the sentences that ``file`` does not have yet, a line each."""
-    file.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the run folder
+    file.parent.mkdir(parents=True, exist_ok=True)  # the user may have removed the run directory
     have = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
     new = [sentence for sentence in dict.fromkeys(map(hidden, sentences)) if sentence not in have]
     with file.open("a", encoding="utf-8") as lines:
@@ -212,6 +212,6 @@ def _checked(reader: TurnReader, turn: Unusable) -> None:
 
 
 def _logged_response(turn: Turn) -> Response:
-    """Return the reply of a log, with log-probs that nobody knows."""
+    """Return the reply of a log as a response with unknown log-probs."""
     unknown = [math.nan] * len(turn.reply)
     return Response(turn.reply, unknown, unknown, "stop")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Guidance as a decorator of prompts: whose responses are sampled from the mix of student and teacher.
+"""Guidance as a decorator of prompts: which problems get responses sampled from the mix of student and teacher.
 
 Under ``rollout.guide_below`` guidance goes to the problems that the student alone has rarely solved of late.
 """
@@ -115,8 +115,8 @@ class GuidedPrompts:
     def record(self, answers: Sequence[Answer], guided: Collection[str]) -> Prompts:
         """Return the prompts with the success rates after this step.
 
-        The ``answers`` of one visit follow each other.  Collectives: those of `Judge.right`, and one all_gather_object
-        over the data-parallel ranks; none where all problems are guided.
+        The ``answers`` of one visit follow each other.  Collectives: `Judge.right` and one all_gather_object over
+        the data-parallel ranks; none where all problems are guided.
         """
         if self.success is None:
             return self

@@ -136,7 +136,7 @@ class OnPolicy(CommittedState):
         return TruncatedImportance(sampled, self._options.weight_cap)
 
     def _on_device(self, log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
-        """Return ``log_probs``, one sequence per response, as [R_total] float64 on the device; nothing waits for it."""
+        """Return ``log_probs``, one sequence per response, as [R_total] float64 on the device, without a wait."""
         joined = torch.tensor([value for values in log_probs for value in values], dtype=torch.float64)
         return to_device_in_one_copy(joined, self._options.grid.device)
 

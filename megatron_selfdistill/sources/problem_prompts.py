@@ -28,7 +28,7 @@ class Answer:
 
 
 class Prompts(Protocol):
-    """How prompts are made.  It is a value: whatever a step finds out is in a new object, never in this one."""
+    """How prompts are made.  Prompts are a value: what a step finds out is in a new object, never in the old one."""
 
     def prepare(
         self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler

@@ -18,7 +18,7 @@ from megatron_selfdistill.sources.problem_prompts import Prompts
 
 @dataclass(frozen=True)
 class SourceState:
-    """What a checkpoint keeps of a source: a value, which a finished step replaces as a whole."""
+    """The part of a source that a checkpoint keeps.  A finished step replaces it by another one and changes nothing."""
 
     problem_sampler: ProblemSampler
     """The position in the data.  A source never moves this sampler: it draws from a fork."""
@@ -28,11 +28,11 @@ class SourceState:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Responses that are trained on together, and what the loss has to know about their tokens.
+    """Responses that are trained on together, with everything that the loss has to know about their tokens.
 
     Everything belongs to one data-parallel replica and is the same on each of its ranks.  The order of tokens is the
     one of ``contexts``, whose responses follow each other; `PackedBatch.response_tokens` has the same order.
-    A batch need not hold all responses of its step, and nobody asks whether it does: a step whose responses arrive in
+    A batch need not hold all responses of its step, and no stage assumes that it does: a step whose responses arrive in
     waves is a sequence of batches, of which the last one carries ``next_state``.
     """
 
@@ -50,7 +50,7 @@ class StepBatch:
     token_weights: TokenWeights | None = None
     """The weights of the tokens' losses; None where all weights are 1."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What was counted while the batch was made, over the global batch, under flat keys; equal on all ranks."""
+    """Counts from the making of the batch, over the global batch, under flat keys; equal on all ranks."""
     next_state: SourceState | None = None
     """The state of the source once this step is finished; None where the batch leaves the state as it is."""
 
@@ -94,7 +94,7 @@ class ResponseSource(Protocol):
 
 
 class CommittedState:
-    """The state of a source and the steps that replace it, for all sources whose state is a `SourceState`."""
+    """The base of all sources: a committed `SourceState`, which only `commit` and `load_state_dict` replace."""
 
     def __init__(self, state: SourceState) -> None:
         self._state = state

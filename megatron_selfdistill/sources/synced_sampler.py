@@ -10,9 +10,9 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 
 
 class SyncedSampler:
-    """A `Sampler` around another one, whose weights are only sent where it does not have them yet.
+    """A `Sampler` around another one, which sends each version of the weights only once.
 
-    ``version`` is its only state: the version of the weights that the inner sampler has, None before the first sync.
+    The only state is ``version``: the version of the weights that the inner sampler has, None before the first sync.
     """
 
     def __init__(self, inner: Sampler, phases: Phases) -> None:

@@ -62,7 +62,7 @@ def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: RankGri
         turns/accepted_share, turns/accepted_token_share   accepted turns per turn, their tokens per token
         turns/unlikely_share, turns/unlikely_token_share   the same of turns whose weight is below 1 (``weighted``)
 
-    Collectives: of the per-turn sums one over CP and TP, then those of `over_all_ranks`.
+    Collectives: one sum over CP and one broadcast over TP for the sums per turn, then `over_all_ranks`.
     """
     totals = torch.zeros(7, dtype=torch.float64, device=grid.device)
     minus_lowest = torch.full((1,), -math.inf, dtype=torch.float64, device=grid.device)
