@@ -1,14 +1,17 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
-"""How the kernels read logits: the passes one block ahead of their sums, in the words that wide loads bring.
+"""How the kernels read logits: one block ahead of their sums, in the words of wide loads.
 
-A pass takes the numbers out of a block's words, starts to read the next block, then works.  What makes this survive
-compilation (``tools/benchmarks/kernel_report.py`` shows how many instructions lie between a load and its first use):
+Twin: none; PyTorch reads and computes with its own operations.
+A pass takes the numbers out of a block's words, starts to read the next block, then works.  Three rules let this order
+survive compilation (``tools/benchmarks/kernel_report.py`` shows how many instructions lie between a load and its first
+use):
 
-- A block under way is words of 4 bytes.  As 16-bit numbers it is taken apart where the load stands, which waits there.
+- A block that is being read is held as words of 4 bytes.  Numbers of 16 bits would be unpacked at the load, which waits
+  there.
 - A load under a mask is one instruction.  In a branch, its result would be copied behind the branch, which waits too.
-- The last block of a part, unless whole, is read in a branch between the load of the next one and the work: ptxas moves
-  loads towards their use, but not across a branch.
+- The last block of a part, if it is incomplete, is read in a branch between the load of the next block and the work:
+  ptxas moves loads towards their use, but not across a branch.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ import triton.language as tl
 
 @triton.jit
 def fetched(row, lane, start, end, VEC: tl.constexpr, PACKED: tl.constexpr):
-    """A block of a row under way, VEC columns per lane; nothing unless all of it lies before ``end``.
+    """Start to read a block of a row, VEC columns per lane; read nothing unless the whole block lies before ``end``.
 
-    PACKED: rows begin on 16-byte boundaries.  Where they do not, numbers of 16 bits are read one by one.
+    PACKED: rows begin on 16-byte boundaries.  Otherwise numbers of 16 bits are read one by one.
     """
     if PACKED:
         words, columns = _words(row + start, lane, VEC)
@@ -34,13 +37,13 @@ def fetched(row, lane, start, end, VEC: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def numbers_of(block, row, lane, VEC: tl.constexpr, PACKED: tl.constexpr):
-    """What was `fetched` as float32 [lanes, VEC]."""
+    """Return the block that `fetched` read as float32 [lanes, VEC]."""
     return _unpacked(block, row, lane, VEC) if PACKED else block.to(tl.float32)
 
 
 @triton.jit
 def with_end(numbers, row, lane, start, end, VEC: tl.constexpr):
-    """The numbers of the block at ``start``; where it is not whole they are read here, -inf beyond ``end``."""
+    """Return the numbers of the block at ``start``; an incomplete block is read here, with -inf beyond ``end``."""
     if start + lane.shape[0] * VEC > end:
         columns = _columns(lane, VEC)
         numbers = tl.load(row + start + columns, mask=columns < end - start, other=float("-inf")).to(tl.float32)
@@ -49,7 +52,7 @@ def with_end(numbers, row, lane, start, end, VEC: tl.constexpr):
 
 @triton.jit
 def _words(start, lane, VEC: tl.constexpr):
-    """A pointer to words of 4 bytes, and which of them each lane has."""
+    """Return a pointer to words of 4 bytes, and the indices of the words of each lane."""
     if start.dtype.element_ty.is_fp32():
         words, columns = start, _columns(lane, VEC)
     else:
@@ -59,6 +62,7 @@ def _words(start, lane, VEC: tl.constexpr):
 
 @triton.jit
 def _unpacked(block, row, lane, VEC: tl.constexpr):
+    """Return the float32 numbers in a block of words."""
     if row.dtype.element_ty.is_fp32():
         numbers = block
     else:
@@ -73,12 +77,16 @@ def _unpacked(block, row, lane, VEC: tl.constexpr):
 
 @triton.jit
 def _columns(lane, VEC: tl.constexpr):
+    """Return the columns of each lane within a block, [lanes, VEC]."""
     return lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @triton.jit
 def load(row, offsets, start, end, BLOCK: tl.constexpr):
-    """A block of a row at once; -inf beyond ``end``.  No mask where it can: a mask would take wide loads apart."""
+    """Return a block of a row, read at once, with -inf beyond ``end``.
+
+    A whole block is read without a mask, which would split wide loads.
+    """
     if start + BLOCK <= end:
         block = tl.load(row + start + offsets)
     else:

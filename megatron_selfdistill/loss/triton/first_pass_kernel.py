@@ -1,17 +1,19 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
-"""The Triton kernel of the first pass: everything about both rows from one read of them.
+"""The Triton kernel of the first pass: all sums of student, teacher and mix from one read.
 
-One program of one warp per row and part of a row.  Each lane keeps sums of its own, relative to the running maxima,
-which are scalars: in the steady state nothing crosses lanes but one vote per block.  Where a block holds a new
-maximum or a column that does not exist, a branch moves the sums to the new maximum: S_k of x + d is a binomial of
-S_0 .. S_k of x, times e^(beta d).  A block is summed before it is added: added one by one, many small terms would
-vanish in a long sum.
+Twin: `sharded/shard_sums.py`.
+One program of one warp works on one part of one row.  Each lane keeps sums of its own, relative to the running maxima,
+which are scalars: in the steady state nothing crosses lanes but one vote per block.
+Where a block holds a new maximum or a column that does not exist, a branch moves the sums to the new maximum: S_k of x
++ d is a binomial of S_0 .. S_k of x, times e^(beta d).
+A block is summed before it is added to the sums: added one by one, many small terms would vanish in a long sum.
 
-The largest column so far, e^0 = 1, stays out of the sums ("tail") and is put back when another takes its place.
-The mix is x = w (t - teacher_max) + (s - mix_ref): differences first, so logits of any height lose no digits; that
-teacher_max and mix_ref move as the row is read is made up for in float64.
+The largest column so far, e^0 = 1, stays out of the sums (which are then tails) and is put back when another column
+takes its place.
+The mix is x = w (t - teacher_max) + (s - mix_ref).  Differences come first, so logits of any height lose no digits.
+teacher_max and mix_ref move while the row is read, and float64 arithmetic corrects for this.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from megatron_selfdistill.loss.triton.block_loads import fetched, numbers_of, wi
 from megatron_selfdistill.loss.triton.kernel_math import LOG2_E, columns_of, exponential, sum_of, sum_of_products
 
 BOTH, STUDENT_ONLY, TEACHER_ONLY = 0, 1, 2
-"""What the mix is made of: w t + s, s alone (w = 0), t alone (teacher_alone)."""
+"""The logits that the mix is made of: w t + s, s alone (w = 0), or t alone (teacher_alone)."""
 
 _BOTH = tl.constexpr(BOTH)
 _STUDENT_ONLY = tl.constexpr(STUDENT_ONLY)
 _TEACHER_ONLY = tl.constexpr(TEACHER_ONLY)
 _FLOOR = tl.constexpr(FLOOR)
-_FAR = tl.constexpr(-1e30)  # a logit of a column that does not exist; lies below _NOTHING
+_FAR = tl.constexpr(-1e30)  # the logit of a column that does not exist; it lies below _NOTHING
 _NOTHING = tl.constexpr(-5e29)  # the maximum before any column has been seen: every logit lies above it
 _UNUSUAL = tl.constexpr(-1e11)  # an x below this calls for the branch, which clamps
 _NO_COLUMN = tl.constexpr(2**31 - 1)
@@ -59,7 +61,10 @@ def first_pass_kernel(
     VEC: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Writes one row of ``shard_sums.first_pass``.  DOUBLED: bit j is set where j is in ``BetaGrid.doubled``."""
+    """Write one row of ``shard_sums.first_pass``.
+
+    DOUBLED: bit j is set where j is in ``BetaGrid.doubled``.
+    """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -143,6 +148,7 @@ def first_pass_kernel(
 
 @triton.jit
 def _mixed(s, y, z, mix_ref, mix_weight, MIX: tl.constexpr):
+    """Return x, the mix relative to its running reference."""
     if MIX == _BOTH:
         x = mix_weight * z + (s - mix_ref)
     elif MIX == _STUDENT_ONLY:
@@ -154,16 +160,20 @@ def _mixed(s, y, z, mix_ref, mix_weight, MIX: tl.constexpr):
 
 @triton.jit
 def _is_unusual(y, z, x, MIX: tl.constexpr):
-    """Whether the block holds a new maximum, or a column that does not exist: x of one is -inf, or y or z."""
+    """Return whether the block holds a new maximum, or a column that does not exist.
+
+    x of such a column is -inf, or y or z is.
+    """
     highest = tl.max(tl.maximum(tl.maximum(y, z), x), 1)
     lowest = tl.min(x, 1) if MIX == _BOTH else tl.min(tl.minimum(y, z), 1)
-    # NaN, which a maximum may or may not hand on, spoils the sums either way.
+    # A maximum may or may not return NaN; NaN reaches the sums in both cases.
     unusual = (highest > 0) | (highest != highest) | (lowest < _UNUSUAL)
     return tl.max(unusual.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def _add_missing(missing, s_there, t_there):
+    """Add the numbers of columns of a block that do not exist for the student, for the teacher, and for one of them."""
     return (
         missing[0] + _count(~s_there),
         missing[1] + _count(~t_there),
@@ -173,12 +183,13 @@ def _add_missing(missing, s_there, t_there):
 
 @triton.jit
 def _count(flags):
+    """Return the number of flags that are set in a block."""
     return tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
 
 
 @triton.jit
 def _missing_of(missing, i: tl.constexpr, MIX: tl.constexpr):
-    """Columns that do not exist for the student (i = 0), the mix (1), one of the two (2)."""
+    """Return the number of columns that do not exist for the student (i = 0), the mix (1), one of the two (2)."""
     if i == 0 or MIX == _STUDENT_ONLY:
         count = missing[0]
     elif i == 1 and MIX == _TEACHER_ONLY:
@@ -190,25 +201,32 @@ def _missing_of(missing, i: tl.constexpr, MIX: tl.constexpr):
 
 @triton.jit
 def _highest(values):
-    """The maximum of a block; NaN counts as a column that does not exist, it spoils the sums by itself."""
+    """Return the maximum of a block.
+
+    NaN counts as a column that does not exist; it turns the sums into NaN by itself.
+    """
     return tl.max(tl.max(tl.where(values == values, values, _FAR), 1), 0)
 
 
 @triton.jit
 def _column_of(values, value, columns):
+    """Return the lowest column that has this value."""
     return tl.min(tl.min(tl.where(values == value, columns, _NO_COLUMN), 1), 0)
 
 
 @triton.jit
 def _step(old, new):
-    """(old - new, whether a largest column is displaced); before the first column there is nothing to move."""
+    """Return (old - new, whether a largest column is displaced).
+
+    Before the first column there is nothing to move.
+    """
     displaced = (new > old) & (old > _NOTHING)
     return tl.where(displaced, old - new, 0.0), displaced
 
 
 @triton.jit
 def _raised(side, values, columns, lane):
-    """(maximum, argmax, tail, first) relative to the maximum of what was read and this block."""
+    """Return (maximum, argmax, tail, first) relative to the maximum of all columns that were read and of this block."""
     highest = _highest(values)
     higher = highest > side[0]
     maximum = tl.where(higher, highest, side[0])
@@ -221,10 +239,10 @@ def _raised(side, values, columns, lane):
 
 @triton.jit
 def _raised_mix(mix_side, s, z, there, columns, student_max, old_teacher_max, teacher_max, mix_weight):
-    """The mix's reference after a block, the step d that the sums move by, and whether its largest is displaced.
+    """Return the mix's reference after a block, the step d of the sums, and whether the largest column is displaced.
 
-    m = w t + s relative to height = w teacher_max + mix_ref.  A teacher_max that has moved moves mix_ref too, and what
-    float32 cannot hold of that is part of d.
+    m = w t + s is relative to height = w teacher_max + mix_ref.  A new teacher_max moves mix_ref too, and d includes
+    the part of this move that float32 cannot hold.
     """
     begun = mix_side[0] > _NOTHING
     weight = tl.full([], mix_weight, tl.float64)
@@ -243,7 +261,7 @@ def _raised_mix(mix_side, s, z, there, columns, student_max, old_teacher_max, te
 
 @triton.jit
 def _moved_moments(moments, betas, step, put_back, J: tl.constexpr):
-    """S0 - 1, S1, S2, S3 of x + step instead of x, with the displaced column put back into S0."""
+    """Return S0 - 1, S1, S2, S3 of x + step instead of x, with the displaced column put back into S0."""
     out = ()
     for j in tl.static_range(J):
         scale = exponential(tl.load(betas + j) * step)
@@ -259,12 +277,14 @@ def _moved_moments(moments, betas, step, put_back, J: tl.constexpr):
 
 @triton.jit
 def _with_block(side, shifted):
+    """Add a block to the tail and first sum of one side."""
     es, values = columns_of(exponential(shifted)), columns_of(shifted)
     return (side[0], side[1], side[2] + sum_of(es), side[3] + sum_of_products(es, values))
 
 
 @triton.jit
 def _with_moments(moments, x, betas, J: tl.constexpr, DOUBLED: tl.constexpr):
+    """Add a block to the moments of every beta."""
     square = x * x
     xs, squares, cubes = columns_of(x), columns_of(square), columns_of(square * x)
     e, out = x, ()
@@ -282,7 +302,10 @@ def _with_moments(moments, x, betas, J: tl.constexpr, DOUBLED: tl.constexpr):
 
 @triton.jit
 def _mix_max(student_side, teacher_side, mix_side, moments, MIX: tl.constexpr):
-    """max of w (t - teacher_max) + (s - student_max), each maximum that of this part; -inf without columns."""
+    """Return the maximum of w (t - teacher_max) + (s - student_max), with the maxima of this part.
+
+    It is -inf without columns, and NaN for a row with NaN.
+    """
     total = tl.sum(moments[0] + moments[1], 0)
     if MIX == _BOTH:
         height = (mix_side[0].to(tl.float64) - student_side[0].to(tl.float64)).to(tl.float32)
@@ -294,7 +317,7 @@ def _mix_max(student_side, teacher_side, mix_side, moments, MIX: tl.constexpr):
 
 @triton.jit
 def _store_side(out, side, first_column):
-    """Maximum, tail, first, argmax; a row with NaN has no maximum."""
+    """Write maximum, tail, first and argmax of one side; a row with NaN has no maximum."""
     tail, first = tl.sum(side[2], 0), tl.sum(side[3], 0)
     maximum = tl.where(side[0] > _NOTHING, side[0], float("-inf"))
     tl.store(out, tl.where(tail + first == tail + first, maximum, tail + first))

@@ -1,7 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Functions of one number that Triton's kernels share: what torch has by name and Triton has not.
+"""Functions of one number that the Triton kernels share: operations of torch that Triton lacks.
 
-Written by hand, not taken from libdevice: the interpreter, in which the kernels are tested without a GPU, has none.
+Twin: none; PyTorch reads and computes with its own operations.
+They are written here and not taken from libdevice, because the interpreter, in which the kernels are tested without a
+GPU, has no libdevice.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def exponential(a):
-    """e^a, float32.  tl.exp would spend three more instructions on results below 1e-38; here they are 0."""
+    """Return e^a, float32.
+
+    tl.exp would take three more instructions for results below 1e-38, which are 0 here.
+    """
     return tl.exp2(a * LOG2_E)
 
 
 @triton.jit
 def exp_minus_one(a):
-    """e^a - 1 for a <= 0, float32; near 0 by its series, whose next term is 1e-8 of it."""
+    """Return e^a - 1 for a <= 0, float32; near 0 by a series whose next term is 1e-8 of the result."""
     series = 1 / 5040 + a * (1 / 40320)
     series = 1 / 24 + a * (1 / 120 + a * (1 / 720 + a * series))
     series = a * (1 + a * (1 / 2 + a * (1 / 6 + a * series)))
@@ -29,7 +34,10 @@ def exp_minus_one(a):
 
 @triton.jit
 def log_one_plus(u):
-    """log(1 + u) for -1 < u <= 0, float32; near 0 as 2 artanh(u / (2 + u)), whose next term is 1e-8 of it."""
+    """Return log(1 + u) for -1 < u <= 0, float32.
+
+    Near 0 it is 2 artanh(u / (2 + u)), by a series whose next term is 1e-8 of the result.
+    """
     ratio = u / (2 + u)
     square = ratio * ratio
     series = 1 / 9 + square * (1 / 11 + square * (1 / 13))
@@ -39,7 +47,7 @@ def log_one_plus(u):
 
 @triton.jit
 def log_one_plus_64(u):
-    """log(1 + u) for u > -1, float64: the rounding of 1 + u cancels in the quotient (Kahan)."""
+    """Return log(1 + u) for u > -1, float64; the rounding of 1 + u cancels in the quotient (Kahan)."""
     total = 1 + u
     near = total == 1
     return tl.where(near, u, tl.log(total) * (u / tl.where(near, 1.0, total - 1)))
@@ -47,7 +55,7 @@ def log_one_plus_64(u):
 
 @triton.jit
 def exp_minus_one_64(u):
-    """e^u - 1, float64: the rounding of e^u cancels in the quotient (Kahan)."""
+    """Return e^u - 1, float64; the rounding of e^u cancels in the quotient (Kahan)."""
     power = tl.exp(u)
     near, gone = power == 1, power == 0
     logarithm = tl.log(tl.where(near | gone, 2.0, power))
@@ -56,38 +64,42 @@ def exp_minus_one_64(u):
 
 @triton.jit
 def at_least(value, least):
-    """torch's clamp(min=): NaN stays."""
+    """Return torch's ``clamp(min=least)``: NaN stays."""
     return tl.where(value < least, least, value)
 
 
 @triton.jit
 def at_most(value, most):
-    """torch's clamp(max=): NaN stays."""
+    """Return torch's ``clamp(max=most)``: NaN stays."""
     return tl.where(value > most, most, value)
 
 
 @triton.jit
 def is_finite(value):
+    """Return whether the value is neither infinite nor NaN."""
     return (value - value) == 0
 
 
 @triton.jit
 def as_float32(value):
-    """Rounded to what the passes over the logits can hold."""
+    """Round a float64 value to float32, which the passes over the logits can hold; return it as float64."""
     return value.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
 def highest_of(values):
-    """torch's amax over axis 1: NaN wins."""
-    spoilt = tl.max((values != values).to(tl.int32), 1) > 0
+    """Return torch's ``amax`` over axis 1: NaN if there is one."""
+    has_nan = tl.max((values != values).to(tl.int32), 1) > 0
     known = tl.where(values == values, values, float("-inf"))
-    return tl.where(spoilt, float("nan"), tl.max(known, 1))
+    return tl.where(has_nan, float("nan"), tl.max(known, 1))
 
 
 @triton.jit
 def columns_of(block):
-    """The 4 or 8 columns of a lane, [lanes, n] -> n times [lanes]: registers of one thread, no data moves."""
+    """Return the 4 or 8 columns of a lane: [lanes, n] -> n times [lanes].
+
+    They are registers of one thread, so no data moves.
+    """
     if block.shape[1] == 8:
         even, odd = tl.split(tl.reshape(block, [block.shape[0], 2, 2, 2]))
         columns = _four_of(even) + _four_of(odd)
@@ -98,6 +110,7 @@ def columns_of(block):
 
 @triton.jit
 def _four_of(block):
+    """Return the 4 columns of [lanes, 2, 2]."""
     even, odd = tl.split(block)
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -106,7 +119,10 @@ def _four_of(block):
 
 @triton.jit
 def sum_of(columns):
-    """Per lane.  tl.sum would add products that it has rounded; here each product and its addition are one fma."""
+    """Return the sum of the columns, per lane.
+
+    tl.sum would add products that it has rounded; here each product and its addition are one fma.
+    """
     total = columns[0]
     for i in tl.static_range(1, len(columns)):
         total += columns[i]
@@ -115,7 +131,7 @@ def sum_of(columns):
 
 @triton.jit
 def sum_of_products(columns, others):
-    """Per lane."""
+    """Return the sum of the products of two lists of columns, per lane."""
     total = columns[0] * others[0]
     for i in tl.static_range(1, len(columns)):
         total += columns[i] * others[i]

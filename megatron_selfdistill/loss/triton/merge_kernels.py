@@ -1,7 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How the solving kernels merge the parts of rows: formulas of ``token_statistics``, float64, [rows, parts] at a time.
+"""How the solving kernels merge the parts of rows, float64, [tokens, parts] at a time.
 
-A part without columns, and one beyond the last, has maximum -inf and sums 0, which add nothing.
+Twin: `sharded/token_statistics.py`.
+A part without columns, and a part beyond the last one, has maximum -inf and sums 0, which add nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _BOTH, _STUDENT_ONLY = tl.constexpr(BOTH), tl.constexpr(STUDENT_ONLY)
 
 @triton.jit
 def rows_and_parts(num_rows, num_parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """This program's rows, which of them exist, and the same of [ROWS, PARTS] as places in [parts, T]."""
+    """Return the tokens of this program, and which of them exist; and the places [ROWS, PARTS] of their parts.
+
+    The places are offsets into [parts, T]; the last result says which places exist.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     parts = tl.arange(0, PARTS)[None, :]
     inside = rows < num_rows
@@ -29,7 +33,10 @@ def rows_and_parts(num_rows, num_parts, ROWS: tl.constexpr, PARTS: tl.constexpr)
 
 @triton.jit
 def merged_rows(at, there, mix_weight, MIX: tl.constexpr):
-    """`MergedSums.merge` but for the moments.  Student and teacher: maximum, log_sum, entropy, argmax."""
+    """Compute `MergedSums.merge` except for the moments.
+
+    student, teacher: maximum, log_sum, entropy, argmax.
+    """
     weight = tl.full([], mix_weight, tl.float64)
     student_max, student_log_sum, student_entropy, student_argmax, local_student = merged_softmax(at, there)
     teacher_max, teacher_log_sum, teacher_entropy, teacher_argmax, local_teacher = merged_softmax(at + 4, there)
@@ -48,7 +55,10 @@ def merged_rows(at, there, mix_weight, MIX: tl.constexpr):
 
 @triton.jit
 def merged_softmax(at, there):
-    """`Softmax.merge`: maximum, log_sum, entropy, argmax; and the parts' maxima, 0 for a part without columns."""
+    """Compute `Softmax.merge`: maximum, log_sum, entropy, argmax.
+
+    The last result is the parts' maxima, 0 for a part without columns.
+    """
     maximum = column(at, there, float("-inf"))
     total = 1 + column(at + 1, there, 0.0)
     first, argmax = column(at + 2, there, 0.0), column(at + 3, there, float("inf"))
@@ -65,7 +75,7 @@ def merged_softmax(at, there):
 
 @triton.jit
 def merged_moments(at, there, shift, beta):
-    """`token_statistics._merge_moments`."""
+    """Compute `token_statistics._merge_moments`."""
     s0 = 1 + column(at, there, 0.0)
     s1, s2, s3 = column(at + 1, there, 0.0), column(at + 2, there, 0.0), column(at + 3, there, 0.0)
     weight = tl.exp(beta * shift)
@@ -80,7 +90,7 @@ def merged_moments(at, there, shift, beta):
 
 @triton.jit
 def merged_second(part, shift, beta, assumed):
-    """The cumulants of x at beta, from the sums of a pass and each part's largest column."""
+    """Return the cumulants of x at beta, from the sums of a pass and each part's largest column."""
     tops, scale = tl.exp(beta[:, None] * shift), tl.exp(assumed)
     return cumulants(
         beta,
@@ -93,11 +103,13 @@ def merged_second(part, shift, beta, assumed):
 
 @triton.jit
 def token_logits(at, there):
+    """Return the student's and the teacher's logit of the response token."""
     return tl.sum(column(at, there, 0.0), 1), tl.sum(column(at + 1, there, 0.0), 1)
 
 
 @triton.jit
 def mixed(student, teacher, weight, MIX: tl.constexpr):
+    """Compute `mixed_logits`."""
     if MIX == _BOTH:
         mixed = weight * teacher + student
     elif MIX == _STUDENT_ONLY:
@@ -109,4 +121,5 @@ def mixed(student, teacher, weight, MIX: tl.constexpr):
 
 @triton.jit
 def column(pointer, there, other):
+    """Return one number of each part as float64, ``other`` where there is none."""
     return tl.load(pointer, mask=there, other=other).to(tl.float64)

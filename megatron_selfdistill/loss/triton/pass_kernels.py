@@ -1,9 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
-"""The Triton kernels of the second pass, of the pass of the JSD and of the gradient; ``pass_launches`` launches them.
+"""The Triton kernels of the second pass, of the pass of the JSD and of the gradient.
 
-The formulas are those of ``divergence``, on what `TokenConstants` makes of two logits.
+Twin: `sharded/shard_sums.py`.
+pass_launches.py launches them.  The formulas are the formulas of `divergence`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def second_pass_kernel(
     VEC: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Write one row of ``shard_sums.second_pass``; under SOME_ROWS zeros for a row that is not UNCONVERGED."""
+    """Write one row of ``shard_sums.second_pass``.
+
+    SOME_ROWS: a token that is not UNCONVERGED gives zeros, and its logits are not read.
+    """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
     student += row * student_stride
@@ -132,6 +136,7 @@ def jsd_pass_kernel(
     VEC: tl.constexpr,
     PACKED: tl.constexpr,
 ):
+    """Write one row of ``shard_sums.jsd_pass``."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
     student += row * student_stride
@@ -150,7 +155,7 @@ def jsd_pass_kernel(
         y, x = _shifted(s, t, constants, mix_weight, MIX)
         p, q, d = _ratio(y, x, constants)
         over_larger = _log_mixture_over_larger(d, jsd_lambda)
-        # minimum and maximum may drop a NaN of d, which p or q still hold
+        # minimum and maximum may drop a NaN of d, but p or q still holds it
         over_p, over_q = over_larger + tl.maximum(d, 0.0), tl.minimum(d, 0.0) - over_larger
         jsd += sum_of(columns_of(jsd_lambda * (q * over_q) - (1 - jsd_lambda) * (p * over_p)))
         kl_p_mixture -= sum_of_products(columns_of(p), columns_of(over_p))
@@ -184,7 +189,10 @@ def gradient_kernel(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A program reads a block and then writes it: ``out`` may be the student's logits.
+    """Write one block of ``shard_sums.write_gradient``.
+
+    A program reads a block and then writes it, because ``out`` may be the student's logits.
+    """
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
     kl_value, grad_loss = tl.load(kl_values + row * kl_stride), tl.load(grad_losses + row * grad_loss_stride)
@@ -210,6 +218,7 @@ def gradient_kernel(
 
 @triton.jit
 def _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum):
+    """Return the `TokenConstants` of one token."""
     return (
         tl.load(student_max + row),
         tl.load(teacher_max + row),
@@ -222,7 +231,7 @@ def _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, lo
 
 @triton.jit
 def _shifted(s, t, constants, mix_weight, MIX: tl.constexpr):
-    """y and x, relative to the maxima of the whole vocabulary; -inf becomes FLOOR and NaN stays."""
+    """Return y and x, relative to the maxima of the whole vocabulary; -inf becomes FLOOR, and NaN stays."""
     y, z = s - constants[0], t - constants[1]
     if MIX == _BOTH:
         x = (mix_weight * z + y) - constants[2]
@@ -236,20 +245,20 @@ def _shifted(s, t, constants, mix_weight, MIX: tl.constexpr):
 
 @triton.jit
 def _ratio(y, x, constants):
-    """p, q and log q - log p."""
+    """Return p, q and log q - log p."""
     log_p, log_q = y - constants[3], x * constants[4] - constants[5]
     return exponential(log_p), exponential(log_q), log_q - log_p
 
 
 @triton.jit
 def _q_minus_p(p, q, d):
-    """q - p, exact to the last digits also where they are close."""
+    """Return q - p, exact to the last digits also where q and p are close."""
     smaller = exp_minus_one(-tl.abs(d)) * tl.maximum(p, q)
     return tl.where(d > 0, -smaller, smaller)
 
 
 @triton.jit
 def _log_mixture_over_larger(d, jsd_lambda):
-    """log(M / max(p, q)) with M = lam q + (1 - lam) p."""
+    """Return log(M / max(p, q)) with M = lam q + (1 - lam) p."""
     weight_of_smaller = tl.where(d > 0, 1 - jsd_lambda, jsd_lambda)
     return log_one_plus(exp_minus_one(-tl.abs(d)) * weight_of_smaller)

@@ -1,8 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The passes over one vocabulary shard as Triton kernels: the contracts of ``shard_sums``, one read per row and pass.
+"""The passes over one vocabulary shard as Triton kernels, one read per row and pass.
 
-The first pass, the second and that of the JSD run one program of one warp per row and part of a row, each lane
-with sums of its own; the gradient is elementwise.  No atomics and no autotuning: the same input gives the same bits.
+Twin: `sharded/shard_sums.py`.
+The functions here have the contracts of the twin and launch the kernels of first_pass_kernel.py and pass_kernels.py.
+The first pass, the second pass and the pass of the JSD run one program of one warp per row and part of a row, and each
+lane keeps sums of its own; the gradient is elementwise.  There are no atomics and no autotuning: the same input gives
+the same bits.
 """
 
 from __future__ import annotations
@@ -27,33 +30,40 @@ from megatron_selfdistill.loss.triton.first_pass_kernel import BOTH, STUDENT_ONL
 from megatron_selfdistill.loss.triton.pass_kernels import gradient_kernel, jsd_pass_kernel, second_pass_kernel
 
 LANES = 32
-"""Of a program that sums: one warp, so that nothing waits at a barrier.  A multiprocessor holds at most 32 such
-programs, fewer where the sums take more than 64 registers of a thread; each has two loads under way while it sums
-(``block_loads``)."""
+"""The threads of a program that sums: one warp, so that nothing waits at a barrier.
+
+A multiprocessor holds at most 32 such programs, fewer where the sums take more than 64 registers of a thread; each
+program has two loads under way while it sums (see block_loads.py)."""
 LOAD_BYTES = 16
-"""Per thread and load: the widest there is, 8 columns of bfloat16."""
+"""The bytes per thread and load: the widest load there is, 8 columns of bfloat16."""
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
-"""Two loads of 16 bytes per row and thread in flight in bfloat16."""
+"""The columns and warps of a program of the gradient: in bfloat16, two loads of 16 bytes per row and thread are under
+way."""
 PROGRAMS = 4096
-"""Rows are cut into parts until there are about this many programs: 32 on each of an H100's 132 multiprocessors.  One
-number for every GPU: parts are summed apart, so another number would be other bits."""
+"""The number of programs that a launch should have: rows are cut into parts until there are about so many.
+
+It is 32 on each of an H100's 132 multiprocessors.  It is one number for every GPU: parts are summed apart, so another
+number would give other bits."""
 PART_COLUMNS = 2048
-"""A part has at least so many columns; below, its start and its 27 and more sums cost more than its reading."""
+"""The smallest number of columns of a part; below it, the start of a part and its 27 and more sums cost more than its
+reading."""
 MOST_PARTS = 64
-# A choice that Triton wants made: a * b + c as one instruction, for speed; no result depends on it but by rounding.
+"""The largest number of parts of a row."""
+# a * b + c as one instruction, for speed; results depend on it by rounding only.
 COMPILED = {"num_stages": 1, "enable_fp_fusion": True}
 ALL_REGISTERS = {"maxnreg": 255}
-"""Left to itself, ptxas spills some numbers of a kernel with many to fit one more warp on a multiprocessor."""
+"""The option that lets a thread use all registers: by itself, ptxas spills numbers of large kernels to fit one more
+warp on a multiprocessor."""
 
 
 def num_parts(num_rows: int, num_columns: int) -> int:
-    """Into how many parts to cut rows of [num_rows, columns per rank]."""
-    wanted = triton.cdiv(PROGRAMS, max(1, num_rows))
+    """Return the number of parts into which rows of [num_rows, columns per rank] are cut."""
+    wanted: int = triton.cdiv(PROGRAMS, max(1, num_rows))
     return max(1, min(wanted, num_columns // PART_COLUMNS, MOST_PARTS))
 
 
 def first_pass(shard: Shard, grid: BetaGrid, response_tokens: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-    """`shard_sums.first_pass`; the argmax is int32."""
+    """Launch the kernel of `shard_sums.first_pass`; the argmax is int32."""
     num_rows, parts = shard.student.shape[0], shard.num_parts
     sums = _new(shard, len(FIRST_PASS) + grid.num_sums)
     argmaxes = torch.empty(parts, num_rows, dtype=torch.int32, device=shard.student.device)
@@ -88,7 +98,10 @@ def second_pass(
     forward_kl: bool,
     status: Tensor | None = None,
 ) -> Tensor:
-    """Launch `shard_sums.second_pass`; with ``status``, the programs of rows that have converged read nothing."""
+    """Launch the kernel of `shard_sums.second_pass`.
+
+    With ``status``, the programs of tokens that have converged read nothing.
+    """
     sums = _new(shard, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS))
     if sums.shape[1]:
         with launching_on(shard.student):
@@ -110,7 +123,7 @@ def second_pass(
 
 
 def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tensor:
-    """`shard_sums.jsd_pass`."""
+    """Launch the kernel of `shard_sums.jsd_pass`."""
     sums = _new(shard, 2)
     if sums.shape[1]:
         with launching_on(shard.student):
@@ -131,7 +144,7 @@ def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tens
 def write_gradient(
     shard: Shard, constants: TokenConstants, kl_value: Tensor, divergence: Divergence, grad_loss: Tensor, out: Tensor
 ) -> None:
-    """`shard_sums.write_gradient`."""
+    """Launch the kernel of `shard_sums.write_gradient`."""
     num_rows, num_columns = shard.student.shape
     if num_rows and num_columns:
         with launching_on(shard.student):
@@ -158,24 +171,25 @@ def write_gradient(
             )
 
 
-def launching_on(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current GPU, not on the one where the tensors lie."""
+def launching_on(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which Triton launches on the tensor's GPU, and not on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _new(shard: Shard, num_columns: int) -> Tensor:
+    """Return an empty tensor [num_parts, T, num_columns] for the sums of a pass."""
     shape = shard.num_parts, shard.student.shape[0], num_columns
     return torch.empty(shape, dtype=torch.float32, device=shard.student.device)
 
 
 def first_pass_options(grid: BetaGrid, columns_per_load: int) -> dict[str, int]:
-    """Of the first pass's kernel, whose sums take most of the registers where the grid is large."""
+    """Return the options of the first pass's kernel, whose sums take most registers where the grid is large."""
     options = {"LANES": LANES, "VEC": columns_per_load, "num_warps": 1, **COMPILED}
     return options | ALL_REGISTERS if len(grid.betas) > 5 else options
 
 
 def _extent(shard: Shard, columns_per_load: int) -> tuple[int, int, int, int, int]:
-    """Both row strides, the rows, the columns, and the blocks of a part."""
+    """Return both row strides, the number of rows, the number of columns, and the number of blocks of a part."""
     num_rows, num_columns = shard.student.shape
     blocks = triton.cdiv(num_columns, LANES * columns_per_load)
     strides = _row_stride(shard.student), _row_stride(shard.teacher)
@@ -183,23 +197,30 @@ def _extent(shard: Shard, columns_per_load: int) -> tuple[int, int, int, int, in
 
 
 def _columns_per_load(shard: Shard) -> int:
+    """Return the number of columns that a thread reads of each row at once."""
     return LOAD_BYTES // max(shard.student.itemsize, shard.teacher.itemsize)
 
 
 def _summing(shard: Shard) -> dict[str, int | bool]:
+    """Return the options of the other kernels that sum."""
     options = {"LANES": LANES, "VEC": _columns_per_load(shard), "PACKED": is_packed(shard)}
     return {**options, "num_warps": 1, **COMPILED}
 
 
 def is_packed(shard: Shard) -> bool:
-    """Whether rows may be read 16 bytes at a time, by what Triton knows of a pointer and a stride: multiples of 16.
+    """Return whether rows may be read 16 bytes at a time.
 
-    A stride of 16 columns is more than 16 bytes, but of half as many columns Triton would not know that they are.
+    Triton knows of a pointer or a stride only whether it is a multiple of 16.  A stride of 8 columns of bfloat16 is
+    also 16 bytes, but Triton would not know it.
     """
     return all(x.data_ptr() % LOAD_BYTES == 0 and x.stride(0) % 16 == 0 for x in (shard.student, shard.teacher))
 
 
 def _row_stride(logits: Tensor) -> int:
+    """Return the distance of two rows in memory, in columns.
+
+    Raises: ValueError if the columns of a row do not lie side by side.
+    """
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(
             "the Triton kernels of the loss need logits [T, columns] whose columns lie side by side; got strides "
@@ -209,12 +230,12 @@ def _row_stride(logits: Tensor) -> int:
 
 
 def as_sum(value: float) -> float:
-    """Rounded to float32, as a kernel's argument is; in the interpreter it would stay float64."""
+    """Round a value to float32, as Triton rounds a kernel's argument; the interpreter would keep it in float64."""
     return torch.tensor(value, dtype=torch.float32).item()
 
 
 def mix_of(mix_weights: tuple[float, float]) -> int:
-    """BOTH, STUDENT_ONLY or TEACHER_ONLY, of ``Target.mix_weights``."""
+    """Return BOTH, STUDENT_ONLY or TEACHER_ONLY for ``Target.mix_weights``."""
     teacher_weight, student_weight = mix_weights
     if student_weight == 0:
         return TEACHER_ONLY

@@ -1,9 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
-"""The formulas of ``solver`` for the Triton kernels: float64, one row per element, names as there.
+"""The formulas of the solver for the Triton kernels, with the solver's names.
 
-A point is what `solver.Cumulants` is: (beta, log_sum, mean, variance, third).
+Twin: `sharded/solver.py`.
+All arithmetic is float64, one token per element.  A point is a tuple of the fields of `solver.Cumulants`: (beta,
+log_sum, mean, variance, third).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
 @triton.jit
 def cumulants(beta, tail, first, second, third):
-    """`Cumulants.from_sums`."""
+    """Compute `Cumulants.from_sums`."""
     total = 1 + tail
     mean, square, cube = first / total, second / total, third / total
     return (
@@ -40,13 +42,13 @@ def cumulants(beta, tail, first, second, third):
 
 @triton.jit
 def entropy_of(point):
-    """`Cumulants.entropy`."""
+    """Compute `Cumulants.entropy`."""
     return point[1] - point[0] * point[2]
 
 
 @triton.jit
 def extrapolated(here, beta):
-    """`Cumulants.extrapolated`: log S0 and H."""
+    """Compute `Cumulants.extrapolated`: log S0 and H."""
     _, log_sum, mean, variance, third = here
     step = beta - here[0]
     log_sum = log_sum + step * (mean + step * (variance / 2 + step * third / 6))
@@ -55,7 +57,7 @@ def extrapolated(here, beta):
 
 @triton.jit
 def nothing_yet(like):
-    """What is known of the grid before its first point: see `with_point`."""
+    """Return the state of `with_point` before the first point of the grid."""
     zero = tl.zeros_like(like)
     point = (zero, zero, zero, zero, zero)
     return (zero, zero, zero), point, point, point, (zero, zero, zero), zero + 1e9
@@ -63,10 +65,11 @@ def nothing_yet(like):
 
 @triton.jit
 def with_point(solved, point, student_entropy, distance, is_first):
-    """The first point of the grid, the last one so far, both ends of the first cell in which H falls below H(p), the
-    point that matches to rounding (`solver.SNAP`), and how far that is from the favoured one.
+    """Return the state of the search on the grid after one more point of the grid.
 
-    One at a time: all the points of a grid would not fit into registers.
+    The state holds the first point, the last point so far, both ends of the first cell in which H falls below H(p), the
+    point that matches to rounding (`solver.SNAP`), and the distance of this point from the favoured point.
+    The points come one at a time: all points of a grid would not fit into registers.
     """
     first, last, left, right, match, nearest = solved
     wanted, entropy = at_least(student_entropy, _MIN_ENTROPY), entropy_of(point)
@@ -85,7 +88,7 @@ def with_point(solved, point, student_entropy, distance, is_first):
 
 @triton.jit
 def on_grid(solved, student_entropy, max_entropy, GIVEN: tl.constexpr):
-    """`solver.solve_on_grid`: beta, log_sum, left, right, inside."""
+    """Compute `solver.solve_on_grid`: beta, log_sum, left, right, inside."""
     first, last, left, right, match, nearest = solved
     if GIVEN:
         beta, log_sum, inside = last[0], last[1], last[0] != last[0]
@@ -94,22 +97,22 @@ def on_grid(solved, student_entropy, max_entropy, GIVEN: tl.constexpr):
         soft, hard, matches = entropy_of(first) > wanted, ~(entropy_of(last) > wanted), nearest < 1e9
         root = as_float32(root_between(left, right, wanted, max_entropy))
         point = where(matches, match, where(soft, last[:3], first))
-        sound = is_finite(student_entropy + entropy_of(first))
-        inside = soft & hard & ~matches & sound
-        beta = tl.where(sound, tl.where(inside, root, point[0]), float("nan"))
+        finite = is_finite(student_entropy + entropy_of(first))
+        inside = soft & hard & ~matches & finite
+        beta = tl.where(finite, tl.where(inside, root, point[0]), float("nan"))
         log_sum = tl.where(inside, log_sum_between(left, right, root), point[1])
-        log_sum = tl.where(sound, log_sum, float("nan"))
+        log_sum = tl.where(finite, log_sum, float("nan"))
     return beta, log_sum, left, right, inside
 
 
 @triton.jit
 def refined(here, left, right, inside, student_entropy, max_entropy):
-    """`BetaSolution.refined`: beta, log_sum, entropy, left, right, converged."""
+    """Compute `BetaSolution.refined`: beta, log_sum, entropy, left, right, converged."""
     wanted = at_least(student_entropy, _MIN_ENTROPY)
     soft = entropy_of(here) > wanted
     left, right = where(soft, here, left), where(soft, right, here)
     root = root_between(left, right, wanted, max_entropy)
-    # NaN: an entropy that does not move to float64 precision.
+    # The root is NaN where the entropy does not change to float64 precision.
     root = tl.where(inside & (root == root), root, here[0])
     is_near = tl.abs(tl.log(root / here[0])) <= _LONGEST_STEP
     agrees = tl.abs(extrapolated(here, root)[1] - wanted) <= _ESTIMATE_TOLERANCE
@@ -120,7 +123,7 @@ def refined(here, left, right, inside, student_entropy, max_entropy):
 
 @triton.jit
 def where(condition, a, b):
-    """Of each element of two tuples."""
+    """Return tl.where of each pair of elements of two tuples."""
     out = ()
     for i in tl.static_range(len(a)):
         out = out + (tl.where(condition, a[i], b[i]),)
@@ -129,7 +132,7 @@ def where(condition, a, b):
 
 @triton.jit
 def root_between(left, right, wanted, max_entropy):
-    """`solver._root_between`."""
+    """Compute `solver._root_between`."""
     floor, width = _floor(left, right), tl.log(right[0] / left[0])
     f0, d0, c0 = _mismatch(left, floor, wanted, max_entropy)
     f1, d1, c1 = _mismatch(right, floor, wanted, max_entropy)
@@ -149,7 +152,7 @@ def root_between(left, right, wanted, max_entropy):
 
 @triton.jit
 def _floor(left, right):
-    """`solver._floor`."""
+    """Compute `solver._floor`."""
     fall, bend = right[0] * right[3], -(right[3] + right[0] * right[4])
     least = fall / (right[0] - left[0])
     steepest = at_least(tl.where(bend > least, bend, least), _LEAST_ENTROPY)
@@ -158,7 +161,7 @@ def _floor(left, right):
 
 @triton.jit
 def _mismatch(point, floor, wanted, max_entropy):
-    """`solver._mismatch`: G(H) - G(wanted), and its first two derivatives."""
+    """Compute `solver._mismatch`: G(H) - G(wanted), and its first two derivatives."""
     beta, _, _, variance, third = point
     entropy = entropy_of(point)
     excess, deficit = at_least(entropy - floor, _LEAST_ENTROPY), at_least(max_entropy - entropy, _LEAST_DEFICIT)
@@ -171,7 +174,7 @@ def _mismatch(point, floor, wanted, max_entropy):
 
 @triton.jit
 def log_sum_between(left, right, beta):
-    """`solver._log_sum_between`."""
+    """Compute `solver._log_sum_between`."""
     step = right[0] - left[0]
     square = step * step
     curve = _quintic(left[1], left[2] * step, left[3] * square, right[1], right[2] * step, right[3] * square)
@@ -180,6 +183,7 @@ def log_sum_between(left, right, beta):
 
 @triton.jit
 def _quintic(f0, d0, c0, f1, d1, c1):
+    """Compute `solver._quintic`."""
     rest, rest_slope, rest_curvature = f1 - f0 - d0 - c0 / 2, d1 - d0 - c0, c1 - c0
     return (
         f0,
@@ -193,6 +197,7 @@ def _quintic(f0, d0, c0, f1, d1, c1):
 
 @triton.jit
 def _value(curve, x):
+    """Compute `solver._value`."""
     value = curve[5]
     for i in tl.static_range(5):
         value = curve[4 - i] + value * x

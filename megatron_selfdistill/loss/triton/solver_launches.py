@@ -1,9 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What happens between the passes as two Triton kernels: the formulas of ``token_statistics`` and ``solver``.
+"""The work between the passes as two Triton kernels.
 
-In PyTorch these are hundreds of operations on [T, J] numbers, whose launches take a GPU longer than its passes over the
-logits.  All arithmetic is float64, a program has all parts of a few rows, and every rank has the same parts: the same
-bits on every rank.
+Twin: `sharded/token_statistics.py`.
+The functions here have the contracts of the twin and launch the kernels of statistics_kernels.py.
+In PyTorch this work is hundreds of operations on [T, J] numbers, whose launches take a GPU longer than its passes over
+the logits.
+All arithmetic is float64, a program has all parts of a few tokens, and every rank has the same parts: so every rank
+gets the same bits.
 """
 
 from __future__ import annotations
@@ -21,27 +24,29 @@ from megatron_selfdistill.loss.triton.pass_launches import ALL_REGISTERS, COMPIL
 from megatron_selfdistill.loss.triton.statistics_kernels import NUM_STATE, finish_kernel, solve_kernel
 
 NUMBERS = 32
-"""Parts times rows of a program: one number per thread of a warp while parts are merged."""
+"""Parts times tokens of a program: one number per thread of a warp while parts are merged."""
 PARTS_PER_WARP = 64
-"""Of one row: two numbers per thread.  With four, some kernels spill registers."""
+"""Parts of one token per warp: two numbers per thread.  With four, some kernels spill registers."""
 MOST_WARPS = 8
-"""As many as there are registers for, with 255 of each thread."""
+"""The largest number of warps of a program, for which there are registers with 255 of each thread."""
 SOLVING = {**COMPILED, **ALL_REGISTERS}
+"""The options with which the kernels are compiled."""
 MOST_ROWS = 32
-"""Of a program: one per thread after the merging."""
+"""The largest number of tokens of a program: one per thread after the merging."""
 RESULTS = (
     "reverse_kl forward_kl student_entropy teacher_entropy target_entropy "
     "student_log_prob teacher_log_prob target_log_prob"
 ).split()
-"""Of `TokenResults`, float32, in the order in which ``finish_kernel`` writes them."""
+"""The float32 fields of `TokenResults` in the order in which ``finish_kernel`` writes them."""
 
 
 @dataclass(frozen=True)
 class KernelState:
-    """Every row between two passes; ``constants`` is what the next one takes.
+    """Every token between two passes.
 
     state: [NUM_STATE, T] and shift: [parts, T], float64; grid_entropies: [T, num_grid].
-    outputs: after the second pass, where the third one overwrites what it changes.
+    constants: the input of the next pass.
+    outputs: the outputs of the second pass, where the third pass overwrites what it changes; None before.
     """
 
     state: Tensor
@@ -52,7 +57,7 @@ class KernelState:
 
 
 def solve_tokens(gathered: Tensor, grid: BetaGrid) -> KernelState:
-    """`token_statistics.solve_tokens`."""
+    """Launch the kernel of `token_statistics.solve_tokens`."""
     num_parts, num_rows, _ = gathered.shape
     state, shift = (gathered.new_empty(n, num_rows, dtype=torch.float64) for n in (NUM_STATE.value, num_parts))
     constants, entropies = gathered.new_empty(6, num_rows), gathered.new_empty(num_rows, grid.num_grid)
@@ -82,7 +87,10 @@ def solve_tokens(gathered: Tensor, grid: BetaGrid) -> KernelState:
 def finish_tokens(
     kernel_state: KernelState, gathered: Tensor, grid: BetaGrid, response_tokens: Tensor | None, vocab_size: int
 ) -> tuple[TokenResults, KernelState]:
-    """Do what `token_statistics.finish_tokens` does; the results of the second call overwrite those of the first."""
+    """Launch the kernel of `token_statistics.finish_tokens`.
+
+    The results of the second call overwrite the results of the first call.
+    """
     num_parts, num_rows, num_columns = gathered.shape
     outputs = kernel_state.outputs or _Outputs.new(gathered, kernel_state.grid_entropies)
     if num_rows:
@@ -114,7 +122,11 @@ def finish_tokens(
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Of the last kernel: float32 [len(RESULTS), T] and [6, T]; float64 [2, T], beta and the log-normaliser."""
+    """The outputs of ``finish_kernel``.
+
+    numbers: float32 [len(RESULTS), T]; constants: float32 [6, T]; exact: float64 [2, T], beta and the log-normaliser.
+    status: int64 [T]; agreement: bool [T]; grid_entropies: float32 [T, num_grid].
+    """
 
     numbers: Tensor
     constants: Tensor
@@ -125,6 +137,7 @@ class _Outputs:
 
     @classmethod
     def new(cls, gathered: Tensor, grid_entropies: Tensor) -> _Outputs:
+        """Return empty outputs for the tokens of ``gathered``."""
         num_rows = gathered.shape[1]
         return cls(
             gathered.new_empty(len(RESULTS), num_rows),
@@ -136,9 +149,11 @@ class _Outputs:
         )
 
     def pointers(self) -> tuple[Tensor, ...]:
+        """Return the tensors that the kernel writes, in the order of its parameters."""
         return self.numbers, self.constants, self.exact, self.status, self.agreement.view(torch.uint8)
 
     def results(self) -> TokenResults:
+        """Return the outputs as `TokenResults`."""
         return TokenResults(
             constants=TokenConstants(*self.constants.unbind(0)),
             beta=self.exact[0],
@@ -151,12 +166,13 @@ class _Outputs:
 
 
 def _programs(num_rows: int, num_parts: int) -> tuple[tuple[int], dict[str, int | bool]]:
+    """Return the number of programs of a launch, and the options of the kernel."""
     options = launch_options(num_parts)
     return (triton.cdiv(num_rows, options["ROWS"]),), options
 
 
 def launch_options(num_parts: int) -> dict[str, int | bool]:
-    """ROWS and PARTS of a program, and how its kernel is compiled."""
+    """Return ROWS and PARTS of a program, and the options with which its kernel is compiled."""
     parts = triton.next_power_of_2(num_parts)
     rows = max(1, min(MOST_ROWS, NUMBERS // parts))
     num_warps = max(1, min(MOST_WARPS, parts // PARTS_PER_WARP))

@@ -1,10 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
 # ruff: noqa: RUF005
-"""The Triton kernels between and after the passes, a program for all parts of a few rows: see ``solver_launches``.
+"""The Triton kernels between and after the passes.
 
-First pass -> solve_kernel -> second pass -> finish_kernel -> third pass -> finish_kernel, the last two for rows that
-are UNCONVERGED.
+Twin: `sharded/token_statistics.py`.
+A program has all parts of a few tokens; solver_launches.py launches the kernels in this order:
+first pass -> solve_kernel -> second pass -> finish_kernel -> third pass -> finish_kernel, where the last two work on
+tokens that are UNCONVERGED.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from megatron_selfdistill.loss.triton.merge_kernels import (
 from megatron_selfdistill.loss.triton.solver_kernels import entropy_of, nothing_yet, on_grid, refined, with_point
 
 NUM_STATE = tl.constexpr(26)
-"""Numbers of a row that ``finish_kernel`` takes over, float64: 6 constants, 2 points of 5, and 10 that stay."""
+"""The numbers of a token that ``finish_kernel`` receives, float64: 6 constants, 2 points of 5 numbers, and 10 that
+stay."""
 _FLOOR = tl.constexpr(FLOOR)
 _UNCONVERGED = tl.constexpr(int(Status.UNCONVERGED))
 _MIN_ENTROPY, _MATCH_TOLERANCE = tl.constexpr(MIN_ENTROPY), tl.constexpr(MATCH_TOLERANCE)
@@ -55,7 +58,10 @@ def solve_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """``gathered``: [parts, T, 14 + 4 J], the columns of `shard_sums.first_pass`."""
+    """Compute `token_statistics.solve_tokens` of a few tokens.
+
+    gathered: [parts, T, 14 + 4 J], the columns of `shard_sums.first_pass`.
+    """
     rows, inside, place, there = rows_and_parts(num_rows, num_parts, ROWS, PARTS)
     at = gathered + place * (14 + 4 * J)
     student, teacher, mix_max, shift, only_student, only_mix, max_entropy = merged_rows(at, there, mix_weight, MIX)
@@ -81,6 +87,7 @@ def solve_kernel(
 
 @triton.jit
 def _agree(student, teacher):
+    """Return 1 where student and teacher have the same argmax, else 0."""
     return ((student[3] == teacher[3]) & is_finite(student[3])).to(tl.float64)
 
 
@@ -110,9 +117,10 @@ def finish_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """``gathered``: [parts, T, NUM_COLUMNS], the columns of `shard_sums.second_pass`.
+    """Compute `token_statistics.finish_tokens` of some tokens; write the next bracket into ``state``.
 
-    Writes all results of a row and, into ``state``, its next bracket.  SOME_ROWS: only of rows that are UNCONVERGED.
+    gathered: [parts, T, NUM_COLUMNS], the columns of `shard_sums.second_pass`.
+    SOME_ROWS: write only the tokens that are UNCONVERGED.
     """
     rows, inside, place, there = rows_and_parts(num_rows, num_parts, ROWS, PARTS)
     if SOME_ROWS:
@@ -160,7 +168,7 @@ def finish_kernel(
 
 @triton.jit
 def _log_probs(token_logits, student, teacher, mix_max, beta, log_sum, weight, MIX: tl.constexpr):
-    """`MergedSums.log_probs`; student and teacher begin with maximum and log_sum."""
+    """Compute `MergedSums.log_probs`; ``student`` and ``teacher`` begin with maximum and log_sum."""
     y, z = token_logits[0] - student[0], token_logits[1] - teacher[0]
     x = mixed(y, z, weight, MIX) - mix_max
     return y - student[1], z - teacher[1], beta * x - log_sum
@@ -168,6 +176,7 @@ def _log_probs(token_logits, student, teacher, mix_max, beta, log_sum, weight, M
 
 @triton.jit
 def _store_log_probs(results, log_probs, tokens, rows, inside, num_rows, vocab_size, HAS_TOKENS: tl.constexpr):
+    """Write the three log-probs of RESULTS; NaN without a valid response token."""
     if HAS_TOKENS:
         token = tl.load(tokens + rows, mask=inside, other=0)
         valid = (token >= 0) & (token < vocab_size)
@@ -180,13 +189,14 @@ def _store_log_probs(results, log_probs, tokens, rows, inside, num_rows, vocab_s
 
 @triton.jit
 def _store_numbers(results, values, rows, inside, num_rows):
-    """The first of RESULTS."""
+    """Write the first five of RESULTS."""
     for i in tl.static_range(5):
         tl.store(results + i * num_rows + rows, values[i].to(tl.float32), mask=inside)
 
 
 @triton.jit
 def _store_exact(exact, constants, student, teacher, mix_max, beta, log_sum, height, rows, inside, num_rows):
+    """Write the constants for the next pass in float32, and beta and the log-normaliser in float64."""
     values = (student[0], teacher[0], mix_max, student[1], beta, log_sum)
     for i in tl.static_range(6):
         tl.store(constants + i * num_rows + rows, values[i].to(tl.float32), mask=inside)
@@ -196,13 +206,14 @@ def _store_exact(exact, constants, student, teacher, mix_max, beta, log_sum, hei
 
 @triton.jit
 def _infinite_where(one_sided, kl):
+    """Compute `token_statistics._infinite_where` of a divergence that is raised to 0 at least."""
     kl = at_least(kl, 0.0)
     return tl.where((one_sided > 0) & (kl == kl), float("inf"), kl)
 
 
 @triton.jit
 def _taylor_of_mean_y(here, part, log_ratio, step):
-    """`token_statistics._taylor_of_mean_y`."""
+    """Compute `token_statistics._taylor_of_mean_y`."""
     scale, mean, mean2 = tl.exp(-log_ratio), here[2], here[2] * here[2]
     y0, y1, y2, y3 = part[7] * scale, part[8] * scale, part[9] * scale, part[10] * scale
     first = y1 - mean * y0
@@ -222,7 +233,7 @@ def _status(
     GIVEN: tl.constexpr,
     LOWEST_IS_BOUND: tl.constexpr,
 ):
-    """`token_status`, or GIVEN."""
+    """Compute `token_status`, or GIVEN where the rule gives beta."""
     status = tl.zeros_like(beta).to(tl.int32) + (_GIVEN if GIVEN else _MATCHED)
     if not GIVEN:
         low, high = tl.load(betas).to(tl.float64), tl.load(betas + NUM_GRID - 1).to(tl.float64)
