@@ -1,9 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""From a `ModelConfig` to Megatron's ``TransformerConfig`` and layer spec: Transformer Engine's where it
-imports, else the local spec with this project's RMSNorm and core attention.
+"""Make Megatron's ``TransformerConfig`` and layer spec from a `ModelConfig`.
 
-What Megatron Core computes wrongly in some combination is refused here, with a sentence, before a process
-group starts.
+The layer spec is Transformer Engine's where it can be imported, else the local spec with our RMSNorm and core
+attention. Before a process group starts, this module refuses combinations that Megatron Core computes wrongly.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
 from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
-# Process groups, optimizer and loss are built from these keys: an override here would contradict them.
+# Process groups, optimizer and loss are built from these keys, which an override would contradict.
 _SET_ELSEWHERE = {
     **{f.name: f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)},
     **dict.fromkeys(["bf16", "fp16", "params_dtype", "pipeline_dtype"], "optimizer.precision"),
@@ -40,13 +39,44 @@ _SET_ELSEWHERE = {
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig
 ) -> TransformerConfig:
-    """Megatron's configuration of the model; ``model.transformer`` has the last word.
+    """Return Megatron's configuration of the model; ``model.transformer`` overrides all other keys.
 
-    Raises `ConfigError` for a field of ``model.transformer`` that ``TransformerConfig`` does not have or that
-    belongs to another section, for what Megatron Core refuses, and for what `refuse_known_faults` lists.
+    Raises: `ConfigError` for a field of ``model.transformer`` that ``TransformerConfig`` lacks or that belongs to
+    another section, for values that Megatron Core refuses, and for the faults of `refuse_known_faults`.
     """
+    values = _configured_values(model, parallel, optimizer, schedule)
+    installed = Installed(cuda=not cpu.ON_CPU, transformer_engine=uses_transformer_engine())
+    values |= fused_kernels(values | model.transformer, model.activation, installed) | model.transformer
+    mla = bool(values.get("multi_latent_attention"))
+    cls = MLATransformerConfig if mla else TransformerConfig
+    if mla:  # latent attention computes its own rotary embedding
+        values = {"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent} | values
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in model.transformer:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field{hint}")
+        if name in _SET_ELSEWHERE:
+            raise ConfigError(f"model.transformer.{name} is not allowed: set {_SET_ELSEWHERE[name]}")
+    try:
+        config = cls(**values)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
+    refuse_untested_precision(
+        config, allow_fp8=model.allow_untested_fp8, transformer_engine=installed.transformer_engine
+    )
+    refuse_known_faults(config)
+    if model.position_embedding_type == "rope":
+        _check_rotary_width(config, model.rotary_percent)
+    return config
+
+
+def _configured_values(
+    model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig
+) -> dict[str, Any]:
+    """Return the fields of ``TransformerConfig`` from the configuration, without ``model.transformer``."""
     dtype = torch.bfloat16 if optimizer.precision == "bf16" else torch.float32
-    moe = model.num_moe_experts is not None
     values: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -61,7 +91,7 @@ def transformer_config(
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
         "init_method_std": model.init_method_std,
-        "hidden_dropout": 0.0,  # with dropout, p would differ from what the sampler drew from
+        "hidden_dropout": 0.0,  # dropout would make the student differ from the sampler
         "attention_dropout": 0.0,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -74,9 +104,9 @@ def transformer_config(
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
-        # With two stages the previous and the next one are the same peer, and batched messages would cross.
+        # With two stages the previous and the next stage are the same rank, and batched messages would cross.
         "batch_p2p_comm": parallel.pipeline_model_parallel_size != 2,
-        "deallocate_pipeline_outputs": not cpu.ON_CPU,  # gloo still reads a buffer that has been "freed"
+        "deallocate_pipeline_outputs": not cpu.ON_CPU,  # gloo may still read the buffer
         "moe_token_dispatcher_type": "alltoall",
         "recompute_granularity": schedule.recompute_granularity,
         "recompute_method": schedule.recompute_method,
@@ -84,7 +114,7 @@ def transformer_config(
     }
     if schedule.recompute_granularity == "selective":
         values["recompute_modules"] = list(schedule.recompute_modules)
-    if moe:
+    if model.num_moe_experts is not None:
         values |= {
             "num_moe_experts": model.num_moe_experts,
             "moe_router_topk": model.moe_router_topk,
@@ -95,40 +125,34 @@ def transformer_config(
             "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
             "moe_router_score_function": model.moe_router_score_function,
         }
-    installed = Installed(cuda=not cpu.ON_CPU, transformer_engine=uses_transformer_engine())
-    values |= fused_kernels(values | model.transformer, model.activation, installed) | model.transformer
-    mla = bool(values.get("multi_latent_attention"))
-    cls = MLATransformerConfig if mla else TransformerConfig
-    if mla:  # latent attention rotates by itself and does not ask GPTModel
-        values = {"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent} | values
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in model.transformer:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field{hint}")
-        if name in _SET_ELSEWHERE:
-            raise ConfigError(f"model.transformer.{name} cannot be set here: set {_SET_ELSEWHERE[name]}")
-    try:
-        config = cls(**values)
-    except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
-    refuse_untested_precision(
-        config, allow_fp8=model.allow_untested_fp8, transformer_engine=installed.transformer_engine
-    )
-    refuse_known_faults(config)
-    if model.position_embedding_type == "rope":
-        _check_rotary_width(config, model.rotary_percent)
-    return config
+    return values
+
+
+_Fault = tuple[bool, str]
+"""Whether a configuration has a fault, and the message about the fault."""
 
 
 def refuse_known_faults(config: TransformerConfig) -> None:
-    """Raise `ConfigError` where Megatron Core 0.16 would compute wrong numbers, hang or crash, and say what
-    to do.
+    """Raise `ConfigError` where Megatron Core 0.16 would compute wrong numbers, hang or crash.
+
+    The message says what to do.
     """
     local = not uses_transformer_engine()
-    vpp = config.virtual_pipeline_model_parallel_size
     faults = [
+        *_pipeline_faults(config),
+        *_loss_faults(config),
+        *_attention_faults(config, local),
+        *_kernel_faults(config, local),
+        *_expert_faults(config, local),
+    ]
+    for found, message in faults:
+        if found:
+            raise ConfigError(message)
+
+
+def _pipeline_faults(config: TransformerConfig) -> list[_Fault]:
+    vpp = config.virtual_pipeline_model_parallel_size
+    return [
         (
             vpp is not None and config.pipeline_model_parallel_size == 2 and config.batch_p2p_comm,
             "interleaved pipelining over 2 stages with batch_p2p_comm exchanges the wrong messages: "
@@ -139,11 +163,11 @@ def refuse_known_faults(config: TransformerConfig) -> None:
             "on gloo, overlap_p2p_comm sends buffers that deallocate_pipeline_outputs has already freed: "
             "set model.transformer.deallocate_pipeline_outputs=false",
         ),
-        (
-            local and config.multi_latent_attention and config.tensor_model_parallel_size > 1,
-            "multi-latent attention without Transformer Engine has wrong gradients under tensor parallelism: "
-            "install Transformer Engine or use tensor_model_parallel_size=1",
-        ),
+    ]
+
+
+def _loss_faults(config: TransformerConfig) -> list[_Fault]:
+    return [
         (
             config.calculate_per_token_loss,
             "calculate_per_token_loss multiplies router losses by tokens per response token; the loss is "
@@ -159,6 +183,21 @@ def refuse_known_faults(config: TransformerConfig) -> None:
             "multi-token-prediction layers are not trained: set model.transformer.mtp_num_layers=null",
         ),
         (
+            config.hidden_dropout > 0 or config.attention_dropout > 0,
+            "dropout makes the trained student differ from the student that sampled: leave "
+            "hidden_dropout and attention_dropout at 0",
+        ),
+    ]
+
+
+def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
+    return [
+        (
+            local and config.multi_latent_attention and config.tensor_model_parallel_size > 1,
+            "multi-latent attention without Transformer Engine has wrong gradients under tensor parallelism: "
+            "install Transformer Engine or use tensor_model_parallel_size=1",
+        ),
+        (
             local and bool(getattr(config, "window_size", None)),
             "sliding-window attention needs Transformer Engine's layer spec",
         ),
@@ -172,25 +211,35 @@ def refuse_known_faults(config: TransformerConfig) -> None:
             "set model.transformer.apply_rope_fusion=false",
         ),
         (
+            config.experimental_attention_variant is not None,
+            "experimental_attention_variant has no layers here, and a gated delta net's output norm has wrong "
+            "gradients under tensor parallelism without sequence parallelism: leave it null",
+        ),
+    ]
+
+
+def _kernel_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
+    return [
+        (
             config.bias_activation_fusion
             and config.activation_func_clamp_value is not None
             and config.activation_func in (F.gelu, F.silu),
-            "bias_activation_fusion: the fused kernel leaves out activation_func_clamp_value: "
+            "bias_activation_fusion: the fused kernel ignores activation_func_clamp_value: "
             "set model.transformer.bias_activation_fusion=false",
         ),
         (
             local and config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available,
             "gradient_accumulation_fusion needs apex's kernel fused_weight_gradient_mlp_cuda or Transformer Engine's "
-            "layers, and neither is here: leave model.transformer.gradient_accumulation_fusion out",
+            "layers, which this process lacks: do not set model.transformer.gradient_accumulation_fusion",
         ),
-        (
-            config.hidden_dropout > 0 or config.attention_dropout > 0,
-            "dropout makes the student that is trained differ from the one that sampled: leave "
-            "hidden_dropout and attention_dropout at 0",
-        ),
+    ]
+
+
+def _expert_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
+    return [
         (
             config.moe_expert_capacity_factor is not None,
-            "moe_expert_capacity_factor drops tokens by what else is in the microbatch, so a response's "
+            "moe_expert_capacity_factor drops tokens depending on the rest of the microbatch, so a response's "
             "gradient would depend on packing: leave it null",
         ),
         (
@@ -199,24 +248,16 @@ def refuse_known_faults(config: TransformerConfig) -> None:
             "and depends on the microbatches before it: use aux_loss",
         ),
         (
-            config.experimental_attention_variant is not None,
-            "experimental_attention_variant has no layers here, and a gated delta net's output norm has wrong "
-            "gradients under tensor parallelism without sequence parallelism: leave it null",
-        ),
-        (
             local and config.num_moe_experts is not None and config.add_bias_linear,
-            "experts with biases cannot be trained with Megatron's local layers, which add a bias in place to what "
-            "autograd still needs: set model.add_bias_linear=false, or install Transformer Engine",
+            "experts with biases cannot be trained with Megatron's local layers, which add a bias in place to a "
+            "tensor that autograd still needs: set model.add_bias_linear=false, or install Transformer Engine",
         ),
         (
             bool(config.moe_z_loss_coeff) and (config.sequence_parallel or config.context_parallel_size > 1),
             "moe_z_loss_coeff averages over each rank's own real tokens, so with sequence or context "
-            "parallelism it would depend on where padding lies: set model.moe_z_loss_coeff=null",
+            "parallelism it would depend on the place of the padding: set model.moe_z_loss_coeff=null",
         ),
     ]
-    for found, sentence in faults:
-        if found:
-            raise ConfigError(sentence)
 
 
 def _balancing_types(config: TransformerConfig) -> list[str]:
@@ -225,7 +266,7 @@ def _balancing_types(config: TransformerConfig) -> list[str]:
 
 
 def _check_rotary_width(config: TransformerConfig, rotary_percent: float) -> None:
-    """Rotary embeddings turn pairs of channels, as many as make up ``rotary_percent`` of a head, rounded up."""
+    """Raise `ConfigError` unless the rotated channels, ``rotary_percent`` of a head, are pairs."""
     if config.multi_latent_attention:
         name, channels = "model.transformer.qk_pos_emb_head_dim", config.qk_pos_emb_head_dim
         width = channels
@@ -234,22 +275,23 @@ def _check_rotary_width(config: TransformerConfig, rotary_percent: float) -> Non
         width = int(channels * rotary_percent)
     if width + width % 2 > channels:
         raise ConfigError(
-            f"rotary embeddings turn pairs of channels: expected an even {name} (by default model.hidden_size / "
+            f"rotary embeddings rotate pairs of channels: expected an even {name} (by default model.hidden_size / "
             f"model.num_attention_heads), got {channels}"
         )
 
 
 def uses_transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's: it imports and this is not a CPU run."""
+    """Return whether the layers are Transformer Engine's: it can be imported, and the run is not on a CPU."""
     return not cpu.ON_CPU and repairs.have_transformer_engine()
 
 
 def layer_spec(
     config: TransformerConfig, vp_stage: int | None = None, *, transformer_engine: bool | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk, with parameter names that Transformer Engine's checkpoints share.
+    """Return the layer spec of one model chunk, with the parameter names of Transformer Engine's checkpoints.
 
-    ``transformer_engine``: whose layers; null asks `uses_transformer_engine`."""
+    ``transformer_engine``: whether to use Transformer Engine's layers; null uses `uses_transformer_engine`.
+    """
     te = uses_transformer_engine() if transformer_engine is None else transformer_engine
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=te, normalization=config.normalization, vp_stage=vp_stage
@@ -263,7 +305,7 @@ def layer_spec(
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
-    """Rows of the output layer: ``vocab_size`` rounded up to a multiple of ``divisible_by * tp_size``."""
+    """Return the rows of the output layer: ``vocab_size`` rounded up to a multiple of ``divisible_by * tp_size``."""
     multiple = divisible_by * tp_size
     return math.ceil(vocab_size / multiple) * multiple
 
@@ -278,13 +320,13 @@ def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
             norm = getattr(attention.submodules, name, None)
             if norm is not None and norm is not IdentityOp:
                 setattr(attention.submodules, name, RMSNorm)
-    # Names of a checkpoint are those of Transformer Engine's spec, where a norm belongs to the linear layer after it.
+    # A checkpoint has the names of Transformer Engine's spec, where a norm belongs to the linear layer after it.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if config.multi_latent_attention:  # three linear layers read the input: its norm keeps its own name
+    if config.multi_latent_attention:  # three linear layers read the input, so its norm keeps its own name
         names = {
             "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
             "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
         }
-    if not hasattr(getattr(layer.mlp, "submodules", None), "experts"):  # a router and experts read theirs, too
+    if not hasattr(getattr(layer.mlp, "submodules", None), "experts"):  # a router also reads the norm
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer.sharded_state_dict_keys_map = names

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The model chunks of this rank, wrapped for data parallelism, with Megatron's optimizer and scheduler."""
+"""Build the model chunks of this rank, wrapped for data parallelism, with Megatron's optimizer and scheduler."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ TESTED_MEGATRON_VERSIONS = ("0.16.1",)
 
 
 def megatron_in_use() -> str:
-    """Version and place of the Megatron Core that this process imported: the first one on its path."""
+    """Return the version and the path of the Megatron Core that this process has imported, for the log."""
     version = megatron.core.__version__
-    note = "" if version in TESTED_MEGATRON_VERSIONS else f" (never tested here; tested: {TESTED_MEGATRON_VERSIONS[0]})"
+    note = "" if version in TESTED_MEGATRON_VERSIONS else f" (not tested; tested: {TESTED_MEGATRON_VERSIONS[0]})"
     return f"megatron.core {version} from {next(iter(megatron.core.__path__))}{note}"
 
 
@@ -58,11 +58,11 @@ def build_chunks(
     *,
     transformer_engine: bool | None = None,
 ) -> list[torch.nn.Module]:
-    """One ``GPTModel`` per virtual pipeline stage of this rank, on its device, in ``Float16Module`` for bf16.
+    """Return one ``GPTModel`` per virtual pipeline stage of this rank, on its device, in ``Float16Module`` for bf16.
 
-    ``config`` is None with ``model.provider``, which makes its own. Under pipelining the first chunk of the
-    first stage embeds and the last chunk of the last stage projects. ``transformer_engine``: whose layers; null
-    takes Transformer Engine's where a run would.
+    ``config`` is None with ``model.provider``, which makes its own configuration.  Under pipelining the first chunk of
+    the first stage has the embedding, and the last chunk of the last stage has the output layer.
+    ``transformer_engine``: whether to use Transformer Engine's layers; null uses `uses_transformer_engine`.
     """
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
     provider = _load_provider(model.provider, num_chunks) if model.provider else None
@@ -87,13 +87,13 @@ def build_chunks(
 
 
 def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: RankGrid, vocab_size: int) -> list[GPTModel]:
-    """The chunks of `build_chunks` as meta tensors: every parameter of this rank in shape and dtype, without storage.
+    """Return the chunks of `build_chunks` on the meta device: parameters with shapes and dtypes, without storage.
 
-    Always from Megatron's local layers, whose parameters are Transformer Engine's in number and size, so that the
-    outcome is the same on every machine.
+    The chunks always have Megatron's local layers, so that the result is the same on every machine.  The local layers
+    have parameters of the same number and size as Transformer Engine's layers.
     """
     config = _for_local_layers(config)
-    config.use_cpu_initialization = True  # the other way names the device of every parameter
+    config.use_cpu_initialization = True  # the other initialization names the device of every parameter
     config.gradient_accumulation_fusion = False
     meta = torch.device("meta")
     with meta, mock.patch.object(torch.cuda, "current_device", lambda: meta):
@@ -106,7 +106,7 @@ def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: RankGrid,
 
 
 def wrap_for_training(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
-    """Megatron's DDP around each chunk, and on their ``TransformerConfig`` the hooks that schedules call."""
+    """Return each chunk in Megatron's DDP, and set the hooks of schedules on their ``TransformerConfig``."""
     for chunk in chunks:
         _check_precision(chunk.config, optimizer)
     ddp_config = DistributedDataParallelConfig(
@@ -135,7 +135,7 @@ def wrap_for_training(chunks: Sequence[torch.nn.Module], optimizer: OptimizerCon
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, num_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Megatron's optimizer (float32 main parameters beside bf16 ones); its scheduler, counted in steps."""
+    """Return Megatron's optimizer, with float32 main parameters for bf16, and its scheduler, which counts steps."""
     bf16 = optimizer.precision == "bf16"
     config = MegatronOptimizerConfig(
         optimizer=optimizer.optimizer,
@@ -172,12 +172,12 @@ def build_optimizer(
 
 
 def unwrapped(chunk: torch.nn.Module) -> GPTModel:
-    """The ``GPTModel`` below DDP and ``Float16Module``."""
+    """Return the ``GPTModel`` inside DDP and ``Float16Module``."""
     return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
 
 
 def _each_chunk(grid: RankGrid, build: Callable[[bool, bool, int | None], Any]) -> list[Any]:
-    """``build(pre_process, post_process, vp_stage)`` for every virtual stage of this rank."""
+    """Return ``build(pre_process, post_process, vp_stage)`` for every virtual pipeline stage of this rank."""
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
     return [
         build(
@@ -218,16 +218,16 @@ def _gpt_model(
         vp_stage=vp_stage,
     )
     chunk = _without_apex(make) if te and not layers._grad_accum_fusion_available else make()
-    _refuse_logits_made_elsewhere(chunk)
+    _refuse_changed_logits(chunk)
     return chunk
 
 
 def _without_apex(make: Callable[[], GPTModel]) -> GPTModel:
     """Make a model whose Transformer Engine layers may accumulate weight gradients although apex's kernel is missing.
 
-    Transformer Engine brings a kernel of its own.  Megatron Core's own layers, of which there is the output layer, know
-    only apex's and refuse ``gradient_accumulation_fusion`` without it: they are made all the same and then switched to
-    an unfused gradient, which DDP's hook adds to ``main_grad``.
+    Transformer Engine has its own kernel.  Megatron Core's own layers, such as the output layer, know only apex's
+    kernel and refuse ``gradient_accumulation_fusion`` without apex.  This function makes them nevertheless and then
+    switches them to an unfused gradient, which DDP's hook adds to ``main_grad``.
     """
     with mock.patch.object(layers, "_grad_accum_fusion_available", True):
         chunk = make()
@@ -238,7 +238,7 @@ def _without_apex(make: Callable[[], GPTModel]) -> GPTModel:
 
 
 def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
-    """A copy without the kernels that Transformer Engine brings."""
+    """Return a copy of ``config`` without the kernels of Transformer Engine."""
     config = copy.copy(config)
     config.persist_layer_norm = config.apply_rope_fusion = config.moe_grouped_gemm = False
     config.gradient_accumulation_fusion = config.gradient_accumulation_fusion and layers._grad_accum_fusion_available
@@ -246,7 +246,7 @@ def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
 
 
 def _load_provider(dotted_path: str, num_chunks: int) -> Callable[[bool, bool, int | None], Any]:
-    """The function at ``package.module.function``, called as Megatron-LM calls its ``model_provider``."""
+    """Return the function at ``package.module.function``, with the arguments of Megatron-LM's ``model_provider``."""
     function = function_named("model.provider", dotted_path, {})
     parameters = inspect.signature(function).parameters.values()
     takes_vp_stage = any(p.name == "vp_stage" or p.kind is p.VAR_KEYWORD for p in parameters)
@@ -264,14 +264,14 @@ def _load_provider(dotted_path: str, num_chunks: int) -> Callable[[bool, bool, i
 
 
 def _check_precision(config: TransformerConfig, optimizer: OptimizerConfig) -> None:
-    """A provider's precision must be the optimizer's: main parameters are made for that one."""
+    """Raise `ConfigError` unless the model has the precision of the optimizer, which makes the main parameters."""
     built = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
     if built != optimizer.precision:
-        raise ConfigError(f"the model was built in {built}, but optimizer.precision is {optimizer.precision}")
+        raise ConfigError(f"the model was built in {built}, expected optimizer.precision={optimizer.precision}")
 
 
 def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
-    """A provider's own configuration must agree with ``parallel``, or groups and shards would not fit."""
+    """Raise `ConfigError` unless the configuration of a provider's model agrees with ``parallel``."""
     path = model.provider
     if not isinstance(chunk, GPTModel):
         raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
@@ -279,7 +279,7 @@ def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
         chunk.config, allow_fp8=model.allow_untested_fp8, transformer_engine=uses_transformer_engine()
     )
     refuse_known_faults(chunk.config)
-    _refuse_logits_made_elsewhere(chunk)
+    _refuse_changed_logits(chunk)
     if chunk.post_process and not chunk.parallel_output:
         raise ConfigError(f"model.provider={path!r} must build with parallel_output=True: the loss is vocab-parallel")
     for name, expected in [
@@ -295,12 +295,12 @@ def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
             raise ConfigError(f"model.provider={path!r} built with {name}={got}, but parallel.{name} is {expected}")
 
 
-def _refuse_logits_made_elsewhere(chunk: GPTModel) -> None:
-    """Logits are what the output layer returns; a multiplier or a soft cap behind it would be left out of the loss."""
+def _refuse_changed_logits(chunk: GPTModel) -> None:
+    """Raise `ConfigError` for a model that changes logits after its output layer, which the loss would ignore."""
     if type(chunk)._postprocess is not GPTModel._postprocess:
         raise ConfigError(
-            f"{type(chunk).__name__} has a _postprocess of its own, which is never called with logits here: put what "
-            "it does to them into its output_layer"
+            f"{type(chunk).__name__} has its own _postprocess, which training never calls with logits: change them "
+            "in its output_layer instead"
         )
-    if getattr(chunk.config, "use_mup", False):  # of versions after 0.16
-        raise ConfigError("use_mup multiplies the logits behind the output layer, which is left out here: unset it")
+    if getattr(chunk.config, "use_mup", False):  # in versions after 0.16
+        raise ConfigError("use_mup multiplies the logits after the output layer, which the loss ignores: unset it")

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""FP8 layers: refused until they have run on hardware, unless asked for, and how many tokens they take at a time.
+"""Refuse FP8 layers that the user has not allowed, and pad rows to the multiples that FP8 needs.
 
-Only layers of Transformer Engine compute in FP8.  The output layer is Megatron Core's own and stays in bf16, so logits
-and the loss are those of any other run.
+FP8 has never run on hardware with this program.  Only layers of Transformer Engine compute in FP8.  The output layer is
+Megatron Core's own and stays in bf16, so logits and loss are computed as in other runs.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_selfdistill.errors import ConfigError
 
 _ROWS = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128, "custom": 128}
-"""Recipe -> the number of tokens of which a rank's share must be a multiple: both layouts of an operand, [tokens, h]
-and its transpose, are cut into blocks of so many, and products need multiples of 16."""
+"""The number of tokens, by recipe, of which a rank's share must be a multiple.
+
+Both layouts of an operand, [tokens, h] and its transpose, are cut into blocks of this size, and matrix products need
+multiples of 16.
+"""
 
 
 def refuse_untested_precision(config: TransformerConfig, *, allow_fp8: bool, transformer_engine: bool) -> None:
-    """Raise `ConfigError` for layers in FP8 or FP4 that are not asked for twice, or that cannot be trained here.
+    """Raise `ConfigError` for layers in FP8 or FP4 that the user has not allowed, or that cannot be trained.
 
-    allow_fp8: ``model.allow_untested_fp8``.  transformer_engine: whether the layers are Transformer Engine's.
+    ``allow_fp8``: ``model.allow_untested_fp8``.  ``transformer_engine``: whether the layers are Transformer Engine's.
     """
     faults = [
         (
@@ -31,17 +34,17 @@ def refuse_untested_precision(config: TransformerConfig, *, allow_fp8: bool, tra
         (
             bool(config.fp8) and not allow_fp8,
             f"fp8={config.fp8} has never been tried on hardware with self-distillation: set "
-            "model.allow_untested_fp8=true to try it, or leave model.transformer.fp8 out",
+            "model.allow_untested_fp8=true to try it, or do not set model.transformer.fp8",
         ),
         (
             bool(config.fp8) and not transformer_engine,
-            f"fp8={config.fp8} needs a GPU and Transformer Engine's layers, and this run has Megatron's local ones: "
-            "leave model.transformer.fp8 out",
+            f"fp8={config.fp8} needs a GPU and Transformer Engine's layers, but this run has Megatron's local layers: "
+            "do not set model.transformer.fp8",
         ),
         (
             config.fp8_param,
-            "fp8_param keeps the parameters themselves in fp8, and teachers, checkpoints and samplers read them as "
-            "they are: set model.transformer.fp8_param=false, which leaves the products in fp8",
+            "fp8_param keeps the parameters in fp8, which teachers, checkpoints and samplers cannot read: set "
+            "model.transformer.fp8_param=false, which keeps the matrix products in fp8",
         ),
     ]
     for found, sentence in faults:
@@ -50,9 +53,9 @@ def refuse_untested_precision(config: TransformerConfig, *, allow_fp8: bool, tra
 
 
 def token_multiple(config: TransformerConfig) -> int | None:
-    """Return the number of tokens of which a packed row's length must be a multiple; None where any length will do.
+    """Return the number of tokens of which the length of a packed row must be a multiple; None without FP8.
 
-    With FP8 each rank's share of a row, over TP and CP, is a multiple of what the recipe takes.
+    With FP8 each rank's share of a row, over TP and CP, is a multiple of the block size of the recipe.
     """
     if not config.fp8:
         return None

@@ -1,13 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The state of Megatron's distributed optimizer for a checkpoint, each parameter on one data-parallel rank only.
+"""Save and load the state of Megatron's distributed optimizer with each parameter on one data-parallel rank only.
 
-The files are those of Megatron's ``fully_reshardable`` format: float32 parameters and both moments of Adam, in the
-shape of the parameter and under its name.  Megatron gathers them on every data-parallel rank (12 bytes of host memory
-per parameter of the model shard on each), or through gloo on the first one, which then writes alone.  Here every rank
-receives its share of whole parameters, about ``1 / DP`` of the shard, and at a load it reads the rows that it keeps.
+The files have Megatron's ``fully_reshardable`` format: float32 parameters and both moments of Adam, in the shape of the
+parameter and under its name.  Megatron gathers the state on every data-parallel rank (12 bytes of host memory per
+parameter of the model shard on each rank), or through gloo on the first rank, which then writes alone.  With this
+module every rank receives its share of whole parameters, about ``1 / DP`` of the shard, and at a load it reads the rows
+that it keeps.
 
-Megatron's own functions also misplace parameters where the end of a bucket is padded: they take positions in the
-padded buffer for positions in the gathered one.  These functions use positions in the padded buffer throughout.
+Megatron's own functions also misplace parameters where the end of a bucket is padded: they confuse positions in the
+padded buffer with positions in the gathered buffer.  The functions of this module use positions in the padded buffer.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 KEYS = ("param", "exp_avg", "exp_avg_sq")
 """Megatron's names of the float32 parameter and of Adam's two moments."""
 EXCHANGED_ELEMENTS = 2**26
-"""Float32 elements that the ranks of a group exchange at a time: at most 256 MiB to send and 256 MiB to receive on a
-device."""
+"""The number of float32 elements that the ranks of a group exchange at a time: 256 MiB to send, 256 MiB to receive."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class _Parameter:
     """One parameter of the distributed optimizer and the ranks that hold its state."""
 
     index: int
-    """Its number in Megatron's order."""
+    """The number of the parameter in Megatron's order."""
     param: torch.nn.Parameter
     parts: dict[int, range]
-    """Rank of the data-parallel group -> the elements of the flattened parameter whose state the rank holds."""
+    """The elements of the flattened parameter whose state each rank of the data-parallel group holds, by rank."""
 
     @property
-    def is_whole(self) -> bool:
-        """Whether one rank holds all of it."""
+    def has_one_holder(self) -> bool:
+        """Whether one rank holds the state of the whole parameter."""
         return len(self.parts) == 1
 
 
@@ -64,8 +64,7 @@ class _Segment:
 
 @contextlib.contextmanager
 def one_owner_per_parameter(optimizers: Sequence[Any]) -> Iterator[None]:
-    """Let the distributed optimizers among ``optimizers`` describe and load ``fully_reshardable`` state as this file
-    does, instead of by Megatron's own methods, while the context is open."""
+    """Make distributed optimizers use this module for ``fully_reshardable`` state while the context is open."""
     distributed = [single for single in optimizers if isinstance(single, DistributedOptimizer)]
     for single in distributed:
         single.sharded_param_state_fully_reshardable = functools.partial(parameter_state, single)
@@ -83,10 +82,11 @@ def parameter_state(
 ) -> dict[int, dict[str, Any]]:
     """Return ``{number of the parameter: {"param" | "exp_avg" | "exp_avg_sq": sharded tensors}}`` of this rank.
 
-    ``model``: the sharded state dict of the model, whose names, shapes and offsets the state takes over.  For a save,
-    the parameters that this rank writes, as float32 tensors in host memory; parameters whose model shard another
-    tensor-parallel rank writes are left out.  With ``is_loading``, the rows that this rank keeps, as empty tensors in
-    host memory.  ``metadata`` is Megatron's and not needed.
+    ``model``: the sharded state dict of the model, which gives the names, shapes and offsets of the state.  For a save
+    the result holds the parameters that this rank writes, as float32 tensors in host memory, without the parameters
+    whose model shard another tensor-parallel rank writes.  With ``is_loading`` the result holds the rows that this rank
+    keeps, as empty tensors in host memory.  Megatron passes ``metadata``, which is not used.
+
     Collectives: for a save, ``all_to_all_single`` of float32 in the data-parallel group, in rounds of at most
     `EXCHANGED_ELEMENTS`.
     """
@@ -99,11 +99,11 @@ def parameter_state(
             for one in parameters
             if rank in one.parts
         }
-    written = [one for one in parameters if _is_written_here(described[one.param])]
-    owned = _collect(optimizer, written)
+    saved = [one for one in parameters if _is_saved_by_group(described[one.param])]
+    owned = _collect(optimizer, saved)
     return {
         one.index: {key: _sharded(described[one.param], key, owned[one.index][key]) for key in KEYS}
-        for one in written
+        for one in saved
         if one.index in owned
     }
 
@@ -116,7 +116,7 @@ def load_parameter_state(optimizer: DistributedOptimizer, loaded: dict[int, dict
         if rank not in one.parts:
             continue
         part, width = one.parts[rank], _row_size(one.param)
-        first = part.start // width * width  # the element with which the rows begin
+        first = part.start // width * width  # the first element of the rows
         tensors = {}
         for key in KEYS:
             rows = torch.cat([piece.flatten() for _, piece in sorted(loaded[one.index][key].items())])
@@ -142,11 +142,13 @@ def _parameters(optimizer: DistributedOptimizer) -> list[_Parameter]:
 
 
 def _owners(parameters: Sequence[_Parameter]) -> dict[int, int]:
-    """Return which rank of the group writes each parameter: one that holds a part of it, so that the ranks write
-    about equally much."""
+    """Return the rank of the group that writes each parameter, by the number of the parameter.
+
+    The owner holds a part of the parameter, and the ranks write about the same number of elements.
+    """
     load: dict[int, int] = {}
     owners: dict[int, int] = {}
-    for one in sorted(parameters, key=lambda one: (not one.is_whole, -one.param.numel(), one.index)):
+    for one in sorted(parameters, key=lambda one: (not one.has_one_holder, -one.param.numel(), one.index)):
         owner = min(one.parts, key=lambda rank: (load.get(rank, 0), -len(one.parts[rank]), rank))
         owners[one.index] = owner
         load[owner] = load.get(owner, 0) + one.param.numel()
@@ -215,7 +217,7 @@ def _exchange(
     parts = []
     for segment in sent:
         outgoing[segment.owner] += len(segment.elements)
-        start = segment.parameter.parts[rank].start  # of what this rank holds of the parameter
+        start = segment.parameter.parts[rank].start  # the first element that this rank holds
         parts.append(mine[segment.parameter.index][segment.elements.start - start : segment.elements.stop - start])
     for segment in received:
         incoming[segment.source] += len(segment.elements)
@@ -233,14 +235,17 @@ def _described(model: dict[str, Any]) -> dict[Any, ShardedTensor | ShardedTensor
     return {one.data: one for one in nested_values(sharded)}
 
 
-def _is_written_here(described: ShardedTensor | ShardedTensorFactory) -> bool:
-    """Return whether some rank of this data-parallel group writes the parameter; copies on other tensor-parallel ranks
-    and on other pipeline stages are not written.  Megatron's replica ids end with the data-parallel rank."""
+def _is_saved_by_group(described: ShardedTensor | ShardedTensorFactory) -> bool:
+    """Return whether a rank of this data-parallel group writes the parameter.
+
+    Copies on other tensor-parallel ranks and pipeline stages are not written.  Megatron's replica ids end with the
+    data-parallel rank.
+    """
     return not any(described.replica_id[:-1])  # type: ignore[index]
 
 
 def _sharded(described: ShardedTensor | ShardedTensorFactory, key: str, flat: Tensor) -> Any:
-    """Return the state ``flat`` of a whole parameter as the only replica of what a checkpoint calls it."""
+    """Return the state ``flat`` of a whole parameter as a sharded tensor with one replica, under its checkpoint key."""
     data = flat.view(described.data.shape)  # type: ignore[union-attr]
     main = (*described.replica_id[:-1], 0)  # type: ignore[index]
     changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{described.key}", "data": data, "replica_id": main}
@@ -254,11 +259,11 @@ def _rows(described: ShardedTensor | ShardedTensorFactory, key: str, part: range
     shape = described.data.shape  # type: ignore[union-attr]
     width = _row_size(described.data)  # type: ignore[arg-type]
     first, last = part.start // width, -(-part.stop // width)
-    whole = _sharded(described, key, torch.empty(math.prod(shape), dtype=torch.float32, device="meta"))
-    pieces = [whole] if isinstance(whole, ShardedTensor) else whole.build()
+    full = _sharded(described, key, torch.empty(math.prod(shape), dtype=torch.float32, device="meta"))
+    pieces = [full] if isinstance(full, ShardedTensor) else full.build()
     found: dict[int, ShardedTensor] = {}
-    start = 0  # the row of the parameter with which the piece begins
-    for piece in pieces:  # one below the other: a gated MLP stores its two halves apart
+    start = 0  # the row of the parameter at which the piece begins
+    for piece in pieces:  # in the order of rows: a gated MLP stores its two halves apart
         low, high = max(first - start, 0), min(last - start, piece.local_shape[0])
         if low < high:
             found[len(found)] = _cut(piece, low, high)
@@ -276,14 +281,14 @@ def _cut(piece: ShardedTensor, low: int, high: int) -> ShardedTensor:
     offset[leading] += low
     return replace(
         piece,
-        data=torch.zeros(sizes, dtype=torch.float32),  # zero: padding rows of the vocabulary may not be stored
+        data=torch.zeros(sizes, dtype=torch.float32),  # zero, because padding rows of the vocabulary may not be stored
         local_shape=sizes,
         global_offset=tuple(offset),
-        axis_fragmentations=None,  # rows of one rank need not be of the same number as those of another
+        axis_fragmentations=None,  # ranks may have different numbers of rows
         prepend_axis_num=0,
     )
 
 
 def _row_size(param: Tensor) -> int:
-    """Return the elements of one row."""
+    """Return the number of elements in one row of ``param``."""
     return math.prod(param.shape[1:])

@@ -1,17 +1,17 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The lock of a run directory: one run at a time trains into it, on any file system with atomic renames (NFS included).
+"""Lock a run directory, so that one run at a time trains in it, on any file system with atomic renames (also NFS).
 
-    run_dir/lock/<id of the owner>.<heartbeats so far>       one file, which says who the owner is
+    run_dir/lock/<id of the owner>.<heartbeats so far>       one file, which describes the owner
 
-Every change is one atomic operation on the file server that names what it expects to find:
+Every change is one atomic operation on the file server, which names the state that it expects:
 
-    take       rename a prepared directory to ``lock``, which fails unless ``lock`` is missing or empty
-    heartbeat  rename ``<id>.<n>`` to ``<id>.<n+1>``, which fails where somebody has broken the lock
-    break      unlink ``<id>.<n>``, which fails where the owner has renewed it since the waiting process looked
-    release    unlink the own file
+    take       rename a prepared directory to ``lock``; fails unless ``lock`` is missing or empty
+    heartbeat  rename ``<id>.<n>`` to ``<id>.<n+1>``; fails after another process has broken the lock
+    break      unlink ``<id>.<n>``; fails if the owner has renewed the lock since the waiting process looked
+    release    unlink the file of this process
 
-So neither clocks that differ nor caches of the file system can give a directory to two runs: a waiting process compares
-what it sees with what it saw, and the server decides.
+Neither different clocks nor caches of the file system can give a directory to two runs: a waiting process compares two
+of its own observations, and the server decides.
 """
 
 from __future__ import annotations
@@ -43,32 +43,34 @@ SILENCE_S = 120.0
 """Seconds without a heartbeat after which an owner counts as dead."""
 
 _SQUEUE_SECONDS = 30.0
-_START_TOLERANCE_S = 5.0  # by which a process's start may seem to move when the clock is set
+_START_TOLERANCE_S = 5.0  # a change of the clock may move the start of a process by so much
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, as its file says."""
+    """The owner of a lock, as described in the file of the lock."""
 
     id: str
+    """A random id, unique to one `RunLock`."""
     host: str
     machine: str
-    """One boot of one machine, and the process namespace there: only within it does ``pid`` name a process."""
+    """The boot and the process namespace of the machine, within which ``pid`` identifies a process."""
     pid: int
     started: float
-    """When the process started, in seconds of the machine's clock."""
+    """The start of the process, in seconds of the machine's clock."""
     since: str
-    """When it took the lock, for people."""
+    """The local time at which the owner took the lock, for messages."""
     job: str | None = None
-    """Its Slurm job."""
+    """The id of the owner's Slurm job; None outside of Slurm."""
     restart: int = 0
-    """How often Slurm had requeued the job."""
+    """The number of times that Slurm had requeued the job."""
     cluster: str | None = None
+    """The name of the Slurm cluster."""
 
     @classmethod
     def this_process(cls, id: str) -> Owner:
-        """Describe the calling process, and its Slurm job where it has one."""
+        """Return the description of the calling process and of its Slurm job."""
         return cls(
             id=id,
             host=socket.gethostname(),
@@ -87,9 +89,9 @@ class Owner:
 
 
 class RunLock:
-    """The lock of one run directory, held by one process of a run: rank 0.
+    """The lock of one run directory, which rank 0 of a run holds.
 
-    A thread renews it every ``beat_s`` seconds from `acquire` to `release`.
+    A thread renews the lock every ``beat_s`` seconds from `acquire` to `release`.
     """
 
     def __init__(
@@ -100,12 +102,12 @@ class RunLock:
         silence_s: float = SILENCE_S,
         report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
-        """``report``: receives a line when `acquire` waits for an owner, and when it breaks the lock of one."""
+        """Prepare the lock; ``report`` receives a line when `acquire` waits for an owner or breaks a lock."""
         self.run_dir, self._directory = Path(run_dir), Path(run_dir) / LOCK
         self._beat_s, self._silence_s, self._report = beat_s, silence_s, report
         self._id, self._beats = uuid.uuid4().hex[:12], 0
         self._held = self._made_run_dir = False
-        self._place: tuple[int, int] | None = None  # tells the run directory from one that was made again
+        self._place: tuple[int, int] | None = None  # identifies the run directory, to notice that it was created again
         self._lost: str | None = None
         self._mutex, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._beat_until_closed, name="run lock", daemon=True)
@@ -113,9 +115,10 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock, and renew it from now on.
 
-        An owner whose process or Slurm job is over loses the lock at once, one that gives no sign of life for
-        ``silence_s`` seconds after that time, which this call waits for.
-        Raises: `ConfigError` in one sentence where the owner is alive, or the directory cannot be written.
+        An owner whose process or Slurm job has ended loses the lock at once.  Another owner loses the lock after
+        ``silence_s`` seconds without a heartbeat, for which this call waits.
+
+        Raises: `ConfigError` where the owner is alive, or where the directory is not writable.
         """
         try:
             self._made_run_dir = not self.run_dir.exists()
@@ -131,9 +134,9 @@ class RunLock:
         self._thread.start()
 
     def renew(self) -> None:
-        """Prove that this process still owns the directory: after this call returns, what it writes is safe.
+        """Prove that this process still owns the directory, so that it may write there.
 
-        Raises: `CheckpointError` where the lock is no longer this process's; OSError where that cannot be found out.
+        Raises: `CheckpointError` where this process has lost the lock; OSError where the file system cannot tell.
         """
         with self._mutex:
             if self._lost is None:
@@ -151,7 +154,7 @@ class RunLock:
         self._held = False
         self._closing.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=2 * self._beat_s)  # it may be waiting for a file server
+            self._thread.join(timeout=2 * self._beat_s)  # the thread may be waiting for a file server
         with contextlib.suppress(OSError):
             (self._directory / self._name(self._beats)).unlink()
             self._directory.rmdir()
@@ -161,7 +164,7 @@ class RunLock:
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[Path]:
-        """A directory that becomes the lock when it is renamed."""
+        """Yield a prepared directory, which becomes the lock when it is renamed."""
         prepared = self.run_dir / f".{LOCK}_{self._id}"
         prepared.mkdir(parents=True)
         try:
@@ -176,11 +179,11 @@ class RunLock:
         watched, waited, before = None, 0.0, time.monotonic()
         while not self._take(prepared):
             now = time.monotonic()
-            # Time in which this process could run: an owner that was suspended along with it is not silent.
+            # Count only the time in which this process ran: the owner may have been suspended together with it.
             waited, before = waited + min(now - before, 2 * poll_s), now
             name = self._present()
             if name is None:
-                continue  # it has just been released
+                continue  # the owner has just released the lock
             if watched is None or watched.partition(".")[0] != name.partition(".")[0]:
                 watched, waited, owner = name, 0.0, self._owner(name)
                 over = _job_is_over(owner)
@@ -193,7 +196,7 @@ class RunLock:
                 raise ConfigError(self._refusal(owner))
             over = over or _process_is_over(owner)
             if over is None and waited >= self._silence_s:
-                over = f"it has given no sign of life for {self._silence_s:g} s"
+                over = f"its owner has given no sign of life for {self._silence_s:g} s"
             if over is None:
                 time.sleep(poll_s)
             elif self._break(name):
@@ -206,16 +209,16 @@ class RunLock:
             prepared.rename(self._directory)
         except OSError as error:
             if (self._directory / self._name(0)).exists():
-                return True  # done, but the answer was lost and the request repeated (NFS)
+                return True  # the rename was done, but NFS lost the answer and repeated the request
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             with contextlib.suppress(OSError):
-                self._directory.rmdir()  # empty: for file systems that do not replace even that
+                self._directory.rmdir()  # the empty directory, which some file systems do not replace
             return False
         return True
 
     def _break(self, name: str) -> bool:
-        """Remove the file ``name`` of an owner, unless the owner has renewed it since."""
+        """Remove the file ``name`` of an owner; return False if the owner has renewed the lock since."""
         try:
             (self._directory / name).unlink()
         except OSError:
@@ -229,7 +232,7 @@ class RunLock:
             return None
 
     def _owner(self, name: str) -> Owner | None:
-        """Read who owns the lock; None where its file cannot be read, or is renamed in between."""
+        """Return the owner of the lock; None where its file cannot be read, or is renamed at the same time."""
         for _ in range(3):
             try:
                 return Owner(**json.loads((self._directory / name).read_text(encoding="utf-8")))
@@ -263,17 +266,17 @@ class RunLock:
         except OSError as error:
             if error.errno not in _LOST:
                 raise
-            if not new.exists():  # else done, but the answer was lost and the request repeated (NFS)
+            if not new.exists():  # else the rename was done, but NFS lost the answer and repeated the request
                 if not self._take_again():
                     self._lost = self._loss()
                 return
         self._beats += 1
 
     def _take_again(self) -> bool:
-        """Take the lock again where somebody has removed the whole run directory, so that nobody's work is in it."""
+        """Take the lock again if the whole run directory was removed, so that no other run has worked in it."""
         place = _place(self.run_dir)
         if place == self._place or (self.run_dir / "checkpoints").exists():
-            return False  # another run may have taken the lock, trained, and released it
+            return False  # another run may have taken the lock, trained and released the lock
         with self._prepared() as prepared:
             if not self._take(prepared):
                 return False
@@ -300,7 +303,7 @@ class RunLock:
 
 
 def _place(directory: Path) -> tuple[int, int] | None:
-    """Return what tells a directory from another one of the same name; None where there is none."""
+    """Return an identification of a directory, independent of its name; None where the directory is missing."""
     try:
         status = directory.stat()
     except FileNotFoundError:
@@ -309,14 +312,14 @@ def _place(directory: Path) -> tuple[int, int] | None:
 
 
 def _process_is_over(owner: Owner | None) -> str | None:
-    """Return why the owner's process cannot be alive; None where it may be."""
+    """Return why the owner's process cannot be alive; None where the process may be alive."""
     if owner is None or owner.machine != _machine() or _is_alive(owner.pid, owner.started):
         return None
     return f"its process {owner.pid} on this host has ended"
 
 
 def _job_is_over(owner: Owner | None) -> str | None:
-    """Return why the owner's Slurm job cannot be running; None where it may be, or where that cannot be told."""
+    """Return why the owner's Slurm job cannot be running; None where the job may be running."""
     if owner is None or owner.job is None or owner.cluster != os.environ.get("SLURM_CLUSTER_NAME"):
         return None
     if owner.job == os.environ.get("SLURM_JOB_ID"):
@@ -326,7 +329,7 @@ def _job_is_over(owner: Owner | None) -> str | None:
 
 
 def _machine() -> str:
-    """Name one boot of this machine and this process namespace; where the system has neither, the host."""
+    """Return the boot id and process namespace of this machine; else its host name and the time of its boot."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -346,12 +349,12 @@ def _is_alive(pid: int, started: float) -> bool:
 
 
 def _job_has_ended(job: str) -> bool:
-    """Ask Slurm; False where it cannot tell."""
+    """Return whether Slurm reports that the job has ended; False where Slurm gives no answer."""
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return False
     if asked.returncode != 0:
-        return "invalid job id" in asked.stderr.lower()  # so old that Slurm has forgotten it
+        return "invalid job id" in asked.stderr.lower()  # Slurm forgets old jobs
     return not asked.stdout.strip()

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The tensors of a decoder: Megatron's keys and transformers' names, one rule each.
+"""The rules of a decoder: one rule for each tensor, from Megatron's key to transformers' names.
 
-Megatron's names are Transformer Engine's, where the norm before a linear layer belongs to that layer; this project's
-local spec stores the same names.
+Megatron's keys are the keys of Transformer Engine's layer spec, in which the norm before a linear layer belongs to the
+linear layer.  Our local spec stores the same keys.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Quer
 
 Architecture = dict[str, Any]
 Place = Callable[..., MegatronSlice]
-"""From a tensor's name within its layer, and an expert's number, to where it lies."""
+"""A function from the name of a tensor in its layer, and the number of an expert, to the place of the tensor."""
 
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """What follows ``model.layers.3.`` in the names of a mixture of experts."""
+    """The parts of the names of a mixture of experts, such as ``model.layers.3.{block}.experts.0.{gate}``."""
 
     block: str = "mlp"
     gate: str = "gate_proj"
@@ -30,7 +30,7 @@ class ExpertNames:
 
 
 def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None = None) -> list[Rule]:
-    """Each tensor of the model once; ``arch`` is `family.architecture`'s."""
+    """Return one rule for each tensor of the model; ``arch`` is the result of `family.architecture`."""
     if arch["vocab_size"] is None:
         raise ConfigError("model.vocab_size is null: a conversion needs the number of vocabulary rows")
     num_layers, hidden = arch["num_layers"], arch["hidden_size"]
@@ -51,7 +51,7 @@ def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None =
 
 
 def layer_rules(arch: Architecture, names: ExpertNames, hf: str, place: Place, is_moe: bool) -> Iterator[Rule]:
-    """One transformer layer; ``hf`` is ``model.layers.3``."""
+    """Yield the rules of one transformer layer, named ``hf``, such as ``model.layers.3``."""
     attention = _latent_attention if arch["multi_latent_attention"] else _attention
     yield from attention(arch, hf, place)
     norm = {f"{hf}.post_attention_layernorm.weight": (arch["hidden_size"],)}
@@ -64,8 +64,11 @@ def layer_rules(arch: Architecture, names: ExpertNames, hf: str, place: Place, i
 
 
 def passthrough_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: bool) -> Iterator[Rule]:
-    """A multi-token-prediction layer: its own embedding, projection, norms and output around a transformer layer, each
-    tensor as it is, under `PASSTHROUGH` and its Hugging Face name."""
+    """Yield the rules of a multi-token-prediction layer, whose tensors keep their Hugging Face names.
+
+    The layer has an embedding, a projection, norms and an output layer around a transformer layer.  Each key is
+    `PASSTHROUGH` and the Hugging Face name.
+    """
     hidden, vocabulary = arch["hidden_size"], (arch["vocab_size"], arch["hidden_size"])
     shapes: dict[str, tuple[int, ...]] = {
         f"{hf}.embed_tokens.weight": vocabulary,
@@ -93,7 +96,7 @@ def _place(layer: int, stacked: bool) -> Place:
 
 
 def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
-    """Multi-head and grouped-query attention."""
+    """Yield the rules of multi-head or grouped-query attention."""
     hidden, channels = arch["hidden_size"], arch["kv_channels"]
     heads, groups = arch["num_attention_heads"], arch["num_query_groups"]
     sizes = {"q": heads * channels, "k": groups * channels, "v": groups * channels}
@@ -114,8 +117,11 @@ def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
 
 
 def _latent_attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
-    """DeepSeek's multi-latent attention.  Both sides lay out heads alike (rows without position, then rotary rows;
-    keys, then values) and rotate neighbouring channels, so every tensor is taken as it is."""
+    """Yield the rules of DeepSeek's multi-latent attention, which change no tensor.
+
+    Both programs order the rows of heads alike (rows without position, then rotary rows; keys, then values) and rotate
+    neighbouring channels.
+    """
     hidden, heads = arch["hidden_size"], arch["num_attention_heads"]
     q_rank, kv_rank = arch["q_lora_rank"], arch["kv_lora_rank"]
     rotary, value = arch["qk_pos_emb_head_dim"], arch["v_head_dim"]
@@ -144,7 +150,7 @@ def _latent_attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rul
 
 
 def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> Iterator[Rule]:
-    """The router, its expert bias, each expert, the shared experts (one wide MLP)."""
+    """Yield the rules of the router, its expert bias, each expert, and the shared experts, which are one wide MLP."""
     hidden, num_experts = arch["hidden_size"], arch["num_moe_experts"]
     yield rows(place("mlp.router.weight"), {f"{hf}.gate.weight": (num_experts, hidden)})
     if arch["moe_router_enable_expert_bias"]:
@@ -159,7 +165,7 @@ def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> I
 
 
 def _mlp(name: str, hidden: int, width: int, hf: str, names: ExpertNames, place: Place, *expert: int) -> Iterator[Rule]:
-    """A gated MLP: gate over up in ``linear_fc1``, down in ``linear_fc2``."""
+    """Yield the rules of a gated MLP: gate above up in ``linear_fc1``, and down in ``linear_fc2``."""
     gate_up = {f"{hf}.{names.gate}.weight": (width, hidden), f"{hf}.{names.up}.weight": (width, hidden)}
     yield rows(place(f"{name}.linear_fc1.weight", *expert), gate_up)
     yield rows(place(f"{name}.linear_fc2.weight", *expert), {f"{hf}.{names.down}.weight": (hidden, width)})

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""DeepSeek-V3: multi-latent attention, leading dense layers, shared experts, and a sigmoid router limited to groups."""
+"""The family DeepSeek-V3: latent attention, leading dense layers, shared experts, and a sigmoid router with groups."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ def _read(config: HFConfig) -> ModelConfig:
 
 
 def _require_expressible(config: HFConfig) -> None:
-    """Megatron Core has one epsilon, normalises the probabilities of more than one expert, and scores a group by its
-    best ``topk // group_topk`` experts, where transformers takes the best two."""
+    """Raise ConfigError for a config.json that Megatron Core cannot express.
+
+    Megatron Core has one epsilon, normalises the probabilities of more than one expert, and scores a group by its best
+    ``topk // group_topk`` experts, while transformers takes the best two.
+    """
     config.require("rms_norm_eps", (1e-6,), "latent attention has 1e-6, and Megatron one for all norms")
     config.require("attention_bias", (False, None), "biases are not known here")
     config.require("scoring_func", ("sigmoid", None), "DeepseekV3ForCausalLM always takes the sigmoid of the scores")

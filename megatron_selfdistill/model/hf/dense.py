@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Llama 2 and 3, Mistral, Qwen2 (and 2.5), Qwen3: one decoder, four spellings of its config.json."""
+"""The families Llama 2 and 3, Mistral, Qwen2 (and 2.5) and Qwen3: one decoder with four forms of config.json."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMON_DEFAULTS = {
 
 
 def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
-    """The decoder that all families share; ``fields`` add to it or replace it."""
+    """Return the model of the fields that all families share; ``fields`` add to them or replace them."""
     config.require("hidden_act", ("silu", "swish"), "only silu, which is also called swish, is known here")
     heads = config["num_attention_heads"]
     common: dict[str, Any] = {
@@ -51,7 +51,7 @@ def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
 
 
 def write_common(arch: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `read_common`, for grouped-query attention."""
+    """Return the shared fields of config.json for ``arch``: the inverse of `read_common`."""
     return {
         "vocab_size": arch["vocab_size"],
         "num_hidden_layers": arch["num_layers"],
@@ -68,7 +68,7 @@ def write_common(arch: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_full_attention(config: HFConfig, active: bool) -> None:
-    """Refuse a sliding window that some layer would apply within the model's longest sequence."""
+    """Raise ConfigError for a sliding window that a layer would apply within the longest sequence of the model."""
     window, longest = config["sliding_window"], config["max_position_embeddings"]
     if active and window is not None and window < longest:
         raise ConfigError(
@@ -78,7 +78,7 @@ def require_full_attention(config: HFConfig, active: bool) -> None:
 
 
 def _sliding_layers(config: HFConfig) -> bool:
-    """Whether a Qwen config.json lets some layer slide."""
+    """Return whether the config.json of a Qwen model has a layer with a sliding window."""
     if config["layer_types"] is not None:
         return "sliding_attention" in config["layer_types"]
     return config["use_sliding_window"] and config["max_window_layers"] < config["num_hidden_layers"]
@@ -87,8 +87,8 @@ def _sliding_layers(config: HFConfig) -> bool:
 def _reader(*, slides: Callable[[HFConfig], bool], bias: bool, **fields: Any) -> Callable[[HFConfig], ModelConfig]:
     """Return the reader of a dense family.
 
-    ``bias``: q, k and v have biases whatever config.json says (Qwen2, whose code reads neither ``attention_bias`` nor
-    ``mlp_bias``).
+    ``bias``: whether q, k and v always have biases, as in Qwen2, whose code reads neither ``attention_bias`` nor
+    ``mlp_bias``.
     """
 
     def read(config: HFConfig) -> ModelConfig:
@@ -105,7 +105,7 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
-    """transformers' Qwen2 derives the channels per head, and old versions of it do not look for them."""
+    """Return a config.json without ``head_dim`` where transformers' Qwen2 derives it; old versions do not read it."""
     config = _write(arch)
     if config["head_dim"] is not None and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]
@@ -113,7 +113,7 @@ def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_full_attention(arch: dict[str, Any]) -> dict[str, Any]:
-    """transformers' Mistral slides where config.json is silent."""
+    """Return a config.json with a null ``sliding_window``, for which transformers' Mistral has another default."""
     return _write(arch) | {"sliding_window": None}
 
 

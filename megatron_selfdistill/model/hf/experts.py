@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Mixtral and Qwen3-MoE: the common decoder with a softmax router over experts."""
+"""The families Mixtral and Qwen3-MoE: the common decoder with a softmax router over experts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A family of Hugging Face models: its config.json to a `ModelConfig` and back, and its rules."""
+"""Convert the config.json of a Hugging Face family to a `ModelConfig` and back, and give the rules of its tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_selfdistill.model.hf.rules import Rule
 
 
 class HFConfig:
-    """A config.json: what it says, else what transformers' class of this architecture assumes."""
+    """The values of a config.json, completed by the defaults of transformers' configuration class."""
 
     def __init__(self, architecture: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.architecture, self.values, self.defaults = architecture, values, defaults
@@ -28,7 +28,7 @@ class HFConfig:
         raise ConfigError(f"config.json of {self.architecture} has no {key}")
 
     def require(self, key: str, allowed: tuple[Any, ...], otherwise: str) -> None:
-        """Refuse any other value of a field that changes the model's numbers."""
+        """Raise ConfigError for a value of ``key`` that is not in ``allowed``; ``otherwise`` ends the message."""
         if self[key] not in allowed:
             raise ConfigError(f"config.json of {self.architecture} has {key}={self[key]!r}: {otherwise}")
 
@@ -38,22 +38,22 @@ class Family:
     """One architecture of transformers."""
 
     architecture: str
-    """As in ``architectures`` of config.json: ``LlamaForCausalLM``."""
+    """The name in ``architectures`` of config.json, such as ``LlamaForCausalLM``."""
     model_type: str
-    """As in ``model_type``: ``llama``."""
+    """The ``model_type`` of config.json, such as ``llama``."""
     read: Callable[[HFConfig], ModelConfig]
-    """Every field of config.json that changes logits; refuses what Megatron cannot do."""
+    """A function that reads every field that changes logits, and refuses values that Megatron cannot compute."""
     write: Callable[[dict[str, Any]], dict[str, Any]]
-    """From `architecture` of a model to the fields of config.json."""
+    """A function from the `architecture` of a model to the fields of config.json."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers' configuration class assumes where config.json is silent."""
+    """The defaults of transformers' configuration class."""
     expert_names: ExpertNames = field(default_factory=ExpertNames)
-    """How this family names the tensors of its mixture of experts."""
+    """The names of the tensors of a mixture of experts."""
 
     def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
-        """The model that a config.json describes.
+        """Return the model that a config.json describes.
 
-        Raises: ConfigError, one sentence, for a field that is missing or that Megatron Core would compute otherwise.
+        Raises: ConfigError for a missing field, or a value with which Megatron Core would compute other numbers.
         """
         _require_known_quantization(hf_config)
         return self.read(HFConfig(self.architecture, hf_config, self.defaults))
@@ -61,11 +61,12 @@ class Family:
     def hf_config(
         self, model: ModelConfig, dtype: str = "bfloat16", extra: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """A config.json for ``model``, that any version of transformers and vLLM reads.
+        """Return a config.json for ``model`` that any version of transformers and vLLM reads.
 
-        ``extra``: the original config.json, which is then returned with its ``torch_dtype`` set and without its
-        ``quantization_config`` (the written weights are not quantised); or a few further keys such as token ids.
-        Raises: ConfigError where the result would describe another model, showing both.
+        ``extra``: the original config.json, or further keys such as token ids.  The result is the original with
+        ``torch_dtype`` set and without ``quantization_config``, because converted weights are not quantised.
+
+        Raises: ConfigError with the differences where the result would describe another model.
         """
         config = dict(extra or {})
         if "num_hidden_layers" not in config:
@@ -74,18 +75,20 @@ class Family:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
         differing = differences(self.model_config(config), model)
         if differing:
-            raise ConfigError(f"a config.json of {self.architecture} cannot be this model's: {said(differing)}")
+            raise ConfigError(
+                f"a config.json of {self.architecture} cannot be this model's: {describe_differences(differing)}"
+            )
         return config
 
     def describe(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json nearest to ``model``, which may leave out what this family cannot say."""
+        """Return the config.json nearest to ``model``, without the properties that this family cannot express."""
         return {"architectures": [self.architecture], "model_type": self.model_type} | self.write(architecture(model))
 
     def rules(self, model: ModelConfig, stacked: bool | None = None) -> list[Rule]:
-        """Every tensor of the model, each exactly once: embedding, layers, norm, output, then carried layers.
+        """Return one rule for each tensor of the model: embedding, layers, norm, output layer, then passthrough layers.
 
-        ``stacked``: whether a torch_dist checkpoint holds all layers under one key; null is what Megatron writes for
-        this model (stacked, unless dense and MoE layers are mixed).
+        ``stacked``: whether a torch_dist checkpoint holds all layers under one key.  Null is Megatron's choice for this
+        model: stacked, unless the model has both dense and MoE layers.
         """
         return decoder_rules(architecture(model), self.expert_names, stacked)
 
@@ -138,14 +141,18 @@ _ANY = {
     "glu_linear_offset": 0.0,
 }
 TRANSFORMER_DEFAULTS = {**_ANY, **_MOE, **_MLA, **_YARN}
-"""The keys of ``model.transformer`` that change logits, with Megatron's defaults; others (kernels, parallelism,
-training) do not matter to a conversion."""
+"""The keys of ``model.transformer`` that change logits, with Megatron's defaults.
+
+A conversion ignores other keys, which choose kernels, parallelism and training.
+"""
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """All that decides a model's tensors and logits, by Megatron's names: fields of `ModelConfig`, then those keys of
-    ``model.transformer`` that matter.  Nulls are replaced by what they mean, and fields without effect by null, so two
-    configurations of one model are equal."""
+    """Return all values that decide a model's tensors and logits, by Megatron's names.
+
+    The values are fields of `ModelConfig` and the keys of `TRANSFORMER_DEFAULTS`.  Nulls are replaced by their meaning,
+    and fields without effect by null, so that two configurations of one model are equal.
+    """
     values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in _NO_PART_OF_A_MODEL}
     values |= {name: model.transformer.get(name, default) for name, default in TRANSFORMER_DEFAULTS.items()}
     # The dictionary may override a field.
@@ -174,18 +181,18 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def moe_layers(freq: int | list[int], num_layers: int) -> list[int]:
-    """Per layer, 1 for experts and 0 for a dense MLP: Megatron's ``moe_layer_freq`` written out."""
+    """Return 1 for each layer with experts and 0 for each dense layer, from Megatron's ``moe_layer_freq``."""
     return [int(i % freq == 0) for i in range(num_layers)] if isinstance(freq, int) else [int(f) for f in freq]
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Where two configurations describe different models: name -> (of ``a``, of ``b``); empty for the same model."""
+    """Return the values of ``a`` and ``b`` that differ, by name; empty for two configurations of one model."""
     left, right = architecture(a), architecture(b)
     return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
 
 
-def said(differing: Mapping[str, tuple[Any, Any]]) -> str:
-    """`differences` from a config.json to a model, in words."""
+def describe_differences(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the `differences` of a config.json to a model, for a message."""
     return "; ".join(f"{name} would be {a!r} but the model has {b!r}" for name, (a, b) in differing.items())
 
 

@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Hugging Face models and Megatron's: one table of tensors per family, read in both directions, in full tensors.
+"""Map Hugging Face models to Megatron models and back, with one table of full tensors per family.
 
     family = family_of(config)                    # config.json as a dict
     model = family.model_config(config)           # ModelConfig
     rules = check_names(family.rules(model), names_in_the_directory)
     rule.to_megatron(*hf_tensors), rule.to_hf(tensor)
 
-Nothing here reads a file, knows about ranks or computes: sharding is Megatron's, streaming the converter's.
+The functions read no files, know no ranks and compute nothing: Megatron shards tensors, and the converter streams them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.model.hf import deepseek, dense, experts
-from megatron_selfdistill.model.hf.family import Family, architecture, differences, said
+from megatron_selfdistill.model.hf.family import Family, architecture, describe_differences, differences
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks
 
 __all__ = [
@@ -49,18 +49,18 @@ FAMILIES: dict[str, Family] = {
         deepseek.DEEPSEEK_V3,
     )
 }
-"""By the name in ``architectures`` of a config.json."""
+"""The families by the name in ``architectures`` of a config.json."""
 
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
-"""In a tied model the first, where a directory has it at all, must equal the second, and is not converted."""
+"""The two names of tied weights.  A directory may lack the first weight, which must equal the second one."""
 
 _SCALES = "_scale_inv"
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
-    """The family of a config.json, by its ``architectures``, else by its ``model_type``.
+    """Return the family of a config.json by its ``architectures``, else by its ``model_type``.
 
-    Raises: ConfigError that lists the known ones.
+    Raises: ConfigError with the known architectures.
     """
     named = list(hf_config.get("architectures") or [])
     for name in named:
@@ -71,13 +71,13 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             if family.model_type == hf_config.get("model_type"):
                 return family
     got = ", ".join(named) or f"model_type {hf_config.get('model_type')!r}"
-    raise ConfigError(f"config.json says {got}, but only these architectures are known: {', '.join(FAMILIES)}")
+    raise ConfigError(f"config.json has {got}, expected one of the architectures {', '.join(FAMILIES)}")
 
 
 def family_of_model(model: ModelConfig) -> Family:
-    """The first family whose config.json can say all that ``model`` is.  Mistral's says no more than Llama's.
+    """Return the first family whose config.json can describe ``model`` completely.
 
-    Raises: ConfigError with the nearest family and what it cannot say.
+    Raises: ConfigError with the nearest family and the properties that it cannot describe.
     """
     unlike: list[tuple[int, str]] = []
     for family in FAMILIES.values():
@@ -87,16 +87,17 @@ def family_of_model(model: ModelConfig) -> Family:
             continue
         if not differing:
             return family
-        unlike.append((len(differing), f"{family.architecture}, {said(differing)}"))
+        unlike.append((len(differing), f"{family.architecture}, {describe_differences(differing)}"))
     nearest = f" (nearest: {min(unlike)[1]})" if unlike else ""
     raise ConfigError(f"no known Hugging Face architecture is this model{nearest}")
 
 
 def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
-    """The rules that apply to a directory with tensors ``hf_names``: all, less carried layers that it has none of.
+    """Return the rules for a directory with the tensors ``hf_names``, without absent passthrough layers.
 
-    Companions of FP8 weights (``..._scale_inv``), the inverse frequencies that old files hold, and `TIED` are expected.
-    Raises: ConfigError, one sentence naming the first missing and the first unexpected tensors.
+    The directory may also have the scales of FP8 weights (``..._scale_inv``), inverse frequencies and `TIED`.
+
+    Raises: ConfigError with the first missing and the first unexpected tensors.
     """
     found = set(hf_names)
     rules = without_absent_layers(rules, found)
@@ -112,7 +113,7 @@ def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
 
 
 def check_shapes(rules: Iterable[Rule], hf_shapes: Mapping[str, Iterable[int]]) -> None:
-    """Raise ConfigError, one sentence, unless every mapped tensor has its shape.  Reads no data."""
+    """Raise ConfigError with the first differences unless every tensor has the shape of its rule."""
     faults = []
     for rule in rules:
         for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
@@ -122,8 +123,11 @@ def check_shapes(rules: Iterable[Rule], hf_shapes: Mapping[str, Iterable[int]]) 
 
 
 def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[Rule]:
-    """``rules`` less the carried layers of which ``names`` (Hugging Face names, or a checkpoint's keys) has nothing:
-    transformers writes ``num_nextn_predict_layers`` to config.json, but not those layers."""
+    """Return ``rules`` without the passthrough layers that have no tensor in ``names``.
+
+    ``names``: Hugging Face names, or keys of a checkpoint.  transformers saves ``num_nextn_predict_layers`` in
+    config.json, but not those layers.
+    """
     rules, found = list(rules), set(names)
     present = {
         _layer_of(rule)
@@ -134,7 +138,7 @@ def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[R
 
 
 def _layer_of(rule: Rule) -> str:
-    """Of a carried tensor ``hf_passthrough.model.layers.61.eh_proj.weight``: 61."""
+    """Return the layer number of a passthrough tensor: 61 for ``hf_passthrough.model.layers.61.eh_proj.weight``."""
     return rule.hf_names[0].split(".")[2]
 
 

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Rotary positions of a config.json, in the older spelling (``rope_theta``, ``rope_scaling``) and in that of
-transformers 5 (``rope_parameters``)."""
+"""Read and write the rotary positions of a config.json.
+
+The older spelling has ``rope_theta`` and ``rope_scaling``; transformers 5 has ``rope_parameters``.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,27 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.family import HFConfig
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Constants in Megatron Core's code."""
+"""The constants in Megatron Core's code."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """``base``: of the rotary frequencies; ``kind``: default, llama3, yarn, ...; ``parameters``: what it takes."""
+    """The rotary positions of a config.json."""
 
     base: int
+    """The base of the rotary frequencies."""
     kind: str
+    """The type: default, llama3, yarn, ..."""
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def read_rope(config: HFConfig) -> Rope:
-    """Return the rotary positions as transformers 5 reads them: ``rope_scaling`` where it is set, else
-    ``rope_parameters``, each completed by ``rope_theta``.
+    """Return the rotary positions as transformers 5 reads them.
+
+    They come from ``rope_scaling`` where it is set, else from ``rope_parameters``, each completed by ``rope_theta``.
 
     Raises: ConfigError where both are set and differ (transformers then drops ``rope_parameters`` with its base, other
-    programs drop ``rope_scaling``), for a base that is not a whole number, and where only some of the channels rotate.
+    programs drop ``rope_scaling``), for a base that is not an integer, and where only some of the channels rotate.
     """
     scaling, parameters = config["rope_scaling"], config["rope_parameters"]
     if scaling and parameters and _read(config, scaling) != _read(config, parameters):
@@ -57,7 +62,7 @@ def _read(config: HFConfig, given: Mapping[str, Any]) -> Rope:
 
 
 def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
-    """The fields of `ModelConfig` for a family that knows no scaling but Llama 3's."""
+    """Return the fields of `ModelConfig` for a family with plain positions or the scaling of Llama 3."""
     fields: dict[str, Any] = {"rotary_base": rope.base}
     if rope.kind == "default":
         return fields
@@ -75,7 +80,7 @@ def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
 
 
 def write_llama3(arch: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `llama3_fields`."""
+    """Return the fields of config.json for ``arch``: the inverse of `llama3_fields`."""
     scaling = None
     if arch["rope_scaling"]:
         scaling = {"rope_type": "llama3", "factor": arch["rope_scaling_factor"], **_LLAMA3}
@@ -83,7 +88,7 @@ def write_llama3(arch: dict[str, Any]) -> dict[str, Any]:
 
 
 def yarn_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
-    """The keys of ``model.transformer`` for multi-latent attention: plain rotary positions, or YaRN.
+    """Return the keys of ``model.transformer`` for latent attention: plain rotary positions, or YaRN.
 
     transformers multiplies cos and sin by m(mscale) / m(mscale_all_dim) where both are set, else by m(1), with m(x) =
     0.1 x log(factor) + 1, and scores by m(mscale_all_dim)^2; Megatron always takes the ratio.
@@ -116,7 +121,7 @@ def yarn_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
 
 
 def write_yarn(arch: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `yarn_fields`."""
+    """Return the fields of config.json for ``arch``: the inverse of `yarn_fields`."""
     scaling = None
     if arch["rope_type"] == "yarn":
         names = "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim".split()
