@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How much memory tensors take, on any device, without a profiler."""
+"""The memory that tensors take, on any device and without a profiler."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class BytesAlive(TorchDispatchMode):
-    """Counts the bytes of tensors that Python holds, besides those of ``known``, after every operation."""
+class BytesAlive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The bytes of the tensors that Python holds, counted after every operation, without the tensors of ``known``.
+
+    ``peak`` is the largest count so far.
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.holders: dict[int, tuple[int, list[weakref.ref]]] = {}
+        self.holders: dict[int, tuple[int, list[weakref.ref[Tensor]]]] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

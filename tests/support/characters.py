@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Texts without a model: a tokenizer whose tokens are characters, and the grid of a run of one rank."""
+"""Texts without a model: a tokenizer whose tokens are characters, and the rank grid of a single rank."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ ONE_RANK = SimpleNamespace(
 
 
 class Characters(Tokenizer):
-    """One token per character; a chat is its contents and, for an answer, a colon."""
+    """A tokenizer with one token per character; a chat is its contents, and a colon opens an answer."""
 
     name, vocab_size, eos_id = "characters", 128, STOP
 
     def encode(self, text: str) -> list[int]:
+        """Return the code points of the characters."""
         return [ord(character) for character in text]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the characters; ``skip_special_tokens`` changes nothing."""
         return "".join(map(chr, ids))
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
+        """Return the contents of all messages, and a colon where an answer follows."""
         return "".join(message["content"] for message in messages) + ":" * add_generation_prompt

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Chat templates in small: ChatML with tools, one that strips reasoning from earlier turns, and ones that lose text."""
+"""Small chat templates: ChatML with tools, a template that drops earlier reasoning, and templates that lose text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHATML = (
     + "<|im_end|>\n{% endfor %}"
     + _GENERATION
 )
-"""Keeps everything of every turn."""
+"""ChatML, which shows everything of every turn."""
 
 STRIPPING = _HEAD + (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
@@ -28,13 +28,13 @@ STRIPPING = _HEAD + (
     "{% if m.role == 'assistant' and loop.index0 < ns.last %}{{ m.content.split('</think>')[-1].lstrip() }}"
     "{% else %}{{ m.content or '' }}{% endif %}" + _CALLS + "<|im_end|>\n{% endfor %}" + _GENERATION
 )
-"""Shows the reasoning of turns behind the last user message only, as Qwen3's does."""
+"""A template that shows reasoning only in turns after the last message of the user, like the template of Qwen3."""
 
 FORGETFUL = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     + _GENERATION
 )
-"""Drops all reasoning, also that of the last turn."""
+"""A template that drops all reasoning, also in the last turn."""
 
 OPENING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-"""The generation prompt opens the reasoning."""
+"""ChatML with a generation prompt that opens the reasoning."""

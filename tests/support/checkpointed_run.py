@@ -1,6 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A tiny training run that is saved and resumed in any layout; its gradients are functions of parameter and
-step."""
+"""A tiny training run that can be saved and resumed in any layout; its gradients depend on name and step only."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ ADAM = OptimizerConfig(precision="fp32", lr=1e-2, lr_decay_style="linear", weigh
 
 @dataclass(frozen=True)
 class Setup:
-    """A run's model, layout and optimizer."""
+    """The model, the layout and the optimizer of a run."""
 
     kind: str = "gqa"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -38,17 +37,18 @@ class Setup:
     model_changes: dict[str, Any] = field(default_factory=dict)
 
     def cut(self, **sizes: Any) -> Setup:
-        """The same in another layout."""
+        """Return this setup in another layout; ``sizes`` are the fields of `ParallelConfig`."""
         return dataclasses.replace(self, parallel=ParallelConfig(**sizes))
 
     @property
     def model(self) -> ModelConfig:
+        """The configuration of the model."""
         return models.model_config(self.kind, **self.model_changes)
 
 
 @dataclass
 class CheckpointedRun:
-    """One rank of a run."""
+    """One rank of a run, with all parts that a checkpoint stores."""
 
     setup: Setup
     grid: RankGrid
@@ -60,7 +60,7 @@ class CheckpointedRun:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What `Checkpointer.load` fills."""
+        """The parts that `Checkpointer.load` fills."""
         return {
             "chunks": self.chunks,
             "optimizer": self.optimizer,
@@ -70,10 +70,11 @@ class CheckpointedRun:
 
     @property
     def args(self) -> argparse.Namespace:
+        """The arguments that the checkpoint stores for Megatron-LM."""
         return megatron_args(self.chunks[0], self.setup.model)
 
     def step(self, index: int) -> None:
-        """Optimizer step ``index`` with the gradients of that step."""
+        """Take optimizer step ``index`` with the gradients of this step."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -89,36 +90,39 @@ class CheckpointedRun:
         self.teacher.update(self.optimizer)
 
     def save(self, step: int, **trainer_state: Any) -> Path:
+        """Save a checkpoint of ``step`` and return its directory."""
         return self.checkpointer.save(step, **self.parts, trainer_state=trainer_state, args=self.args)
 
     def load_latest(self) -> dict[str, Any]:
+        """Load the latest checkpoint and return its trainer state."""
         path = self.checkpointer.latest()
         assert path is not None
         return self.load(path)
 
     def load(self, path: Path) -> dict[str, Any]:
+        """Load the checkpoint ``path`` and return its trainer state."""
         saved = self.checkpointer.read(path)
         self.checkpointer.load(saved, **self.parts)
         return saved.trainer_state
 
     def parameters(self) -> dict[str, Any]:
-        """The float32 parameters that the optimizer updates, for `layouts.join`."""
+        """Return the float32 parameters that the optimizer updates, for `layouts.join`."""
         for chunk in self.chunks:
             if self.setup.optimizer.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
         return layouts.shards(self.chunks, lambda p: main_parameter(p, self.optimizer).clone())
 
     def weights(self) -> dict[str, Any]:
-        """The parameters that the model computes with."""
+        """Return the parameters with which the model computes, in float32."""
         return layouts.shards(self.chunks, lambda p: p.detach().float().clone())
 
     def teacher_weights(self) -> dict[str, Any]:
-        """The teacher's float32 master, or its copy where it has none."""
+        """Return the teacher's float32 master weights, or its weights where it has no master weights."""
         with self.teacher.masters_in_place():
             return layouts.shards(self.teacher.chunks, lambda p: p.detach().float().clone())
 
     def adam_steps(self) -> list[Tensor]:
-        """The ``step`` tensor of every parameter's Adam state."""
+        """Return the ``step`` tensor of every parameter's Adam state."""
         chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [state["step"] for single in chained for state in single.optimizer.state.values()]
 
@@ -126,12 +130,12 @@ class CheckpointedRun:
 def start(
     setup: Setup, run_dir: Path, *, keep_last: int | None = None, async_save: bool = False, steps: int = 0
 ) -> CheckpointedRun:
-    """A run that has taken ``steps`` steps from weights of ``setup.seed``."""
+    """Return a run that has taken ``steps`` steps from the weights of ``setup.seed``."""
     chunks, grid = models.build(setup.model, setup.parallel, optimizer=setup.optimizer, seed=setup.seed)
     config = unwrapped(chunks[0]).config
     student = wrap_for_training(chunks, setup.optimizer)
     optimizer, scheduler = build_optimizer(student, setup.optimizer, 10)
-    optimizer.reload_model_params()  # filled after the main parameters' precursors were built
+    optimizer.reload_model_params()  # the weights were filled after the main parameters were made
     teacher = Teacher(
         setup.teacher,
         student,
@@ -146,7 +150,7 @@ def start(
 
 
 def save_and_go_on(setup: Setup, run_dir: Path, async_save: bool = False) -> dict[str, Any]:
-    """Two steps, a checkpoint, two more steps: what a run that never stopped holds in the end."""
+    """Take two steps, save a checkpoint, take two more steps, and return the end of this run without a stop."""
     run = start(setup, run_dir, steps=2, async_save=async_save)
     draw()
     run.save(2, position=[3, 5])
@@ -159,7 +163,7 @@ def save_and_go_on(setup: Setup, run_dir: Path, async_save: bool = False) -> dic
 
 
 def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
-    """Other weights and other steps, the checkpoint on top of them, then steps 3 and 4."""
+    """Load the checkpoint into a run with other weights, take steps 3 and 4, and return the end of this run."""
     run = start(dataclasses.replace(setup, seed=5), run_dir, steps=1)
     state = run.load_latest()
     drawn = draw()
@@ -177,6 +181,7 @@ def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
 
 
 def ended(run: CheckpointedRun, drawn: list[float]) -> dict[str, Any]:
+    """Return everything that two equal runs have in common at their end."""
     return {
         "parameters": run.parameters(),
         "weights": run.weights(),
@@ -187,7 +192,7 @@ def ended(run: CheckpointedRun, drawn: list[float]) -> dict[str, Any]:
 
 
 def draw() -> list[float]:
-    """One number of each random stream."""
+    """Return one number of each random generator that a checkpoint stores."""
     import random
 
     from megatron.core.tensor_parallel import get_cuda_rng_tracker

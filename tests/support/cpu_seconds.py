@@ -7,7 +7,7 @@ waiting nor a busy machine counts.  With pytest-xdist each worker counts its own
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 
 LIMIT_S = 20.0
 _THIS_PROCESS = psutil.Process()
-_SECONDS: pytest.StashKey[Counter[str]] = pytest.StashKey()
+_SECONDS: pytest.StashKey[defaultdict[str, float]] = pytest.StashKey()
 _BEFORE: pytest.StashKey[float] = pytest.StashKey()
 
 
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_SECONDS] = Counter()
+    config.stash[_SECONDS] = defaultdict(float)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -71,21 +71,24 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    node.config.stash[_SECONDS].update(getattr(node, "workeroutput", {}).get("cpu_seconds", {}))
+    for file, seconds in getattr(node, "workeroutput", {}).get("cpu_seconds", {}).items():
+        node.config.stash[_SECONDS][file] += seconds
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     if hasattr(config, "workeroutput"):
-        config.workeroutput["cpu_seconds"] = dict(config.stash[_SECONDS])
+        seconds = config.stash[_SECONDS]
+        config.workeroutput["cpu_seconds"] = dict(seconds)
     elif _messages(config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    slowest = [f"{file} {spent:.1f}" for file, spent in config.stash[_SECONDS].most_common(10)]
+    seconds = config.stash[_SECONDS]
+    slowest = [f"{file} {seconds[file]:.1f}" for file in sorted(seconds, key=seconds.__getitem__, reverse=True)[:10]]
     if slowest:
-        total = sum(config.stash[_SECONDS].values())
+        total = sum(seconds.values())
         terminalreporter.write_line(f"CPU seconds: {total:.1f}, of which {', '.join(slowest)}")
     for message in _messages(config):
         terminalreporter.write_line(f"ERROR: {message}", red=True)
@@ -94,4 +97,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _messages(config: pytest.Config) -> list[str]:
     if config.option.markexpr != "not full":  # another selection than that of make test
         return []
-    return too_slow(config.stash[_SECONDS], config.getoption("--file-seconds"))
+    seconds = config.stash[_SECONDS]
+    return too_slow(seconds, config.getoption("--file-seconds"))

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A server that speaks as a vLLM server does, without vLLM: what it writes depends on its prompt alone, it keeps the
-weights that it was sent, and it fails as it is told."""
+"""A server with the protocol of a vLLM server, without vLLM.
+
+Its responses depend on the prompt alone, it keeps the weights that it receives, and a test sets its faults.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, digest, 
 
 
 def tokens_behind(prompt: list[int], count: int) -> list[int]:
-    """What every fake server writes."""
+    """Return the response of every fake server to a prompt: ``count`` tokens."""
     return [(sum(prompt) + i) % 50 for i in range(count)]
 
 
 def answer_to(body: dict[str, Any], version: str) -> dict[str, Any]:
-    """The answer of ``/inference/v1/generate``."""
+    """Return the answer of ``/inference/v1/generate`` to a request."""
     tokens = tokens_behind(body["token_ids"], body["sampling_params"]["max_tokens"])
     content = [{"token_id": token, "logprob": -0.5, "rank": 1, "top_logprobs": []} for token in tokens]
     spans = [{"version": version, "start": 0, "end": len(tokens)}]
@@ -47,7 +49,7 @@ _KINDS = ("prompt", "generation")
 
 
 class FakeVllm(ThreadingHTTPServer):
-    """``address`` is where it listens.  What it does wrong is set by attributes, here or through ``POST /fault``."""
+    """A server that listens at ``address``; its attributes set its faults, in Python or through ``POST /fault``."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -58,36 +60,38 @@ class FakeVllm(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.token = ""
         self.seconds = 0.0
-        """That a response takes."""
+        """Seconds that a response takes."""
         self.together = 0
-        """Responses wait until there are so many of them."""
+        """The number of requests for which each response waits."""
         self.die_at = 0
-        """The response at whose beginning the server is gone; 0 is never."""
+        """The number of the response at whose start the server dies; 0 is never."""
         self.hang_at = 0
-        """The response at which, and behind which, nothing comes any more."""
+        """The number of the first response that never comes; 0 is never."""
         self.gets_on = False
-        """Its count of tokens grows all the time."""
+        """Whether the server's count of tokens grows all the time."""
         self.counts = True
-        """It keeps such a count."""
+        """Whether the server counts tokens."""
         self.fail_at = ""
-        """A path that answers 500."""
+        """The path that answers with status 500."""
         self.hangs_at = ""
-        """A path that is never answered."""
+        """The path that never answers."""
         self.status = 200
-        """Of responses."""
+        """The HTTP status of responses."""
         self.says = ""
-        """Instead of a response: these characters."""
+        """The characters that replace every response, if not empty."""
         self.writes_version = ""
-        """What responses say of their weights, instead of the truth."""
+        """The version of the weights that responses state falsely, if not empty."""
         self.max_model_len = 10_000
-        self.workers = [{"host": "here", "boot_id": boot_id(), "address": "", "nccl": None, "gpus": []}]
-        """As `VllmServer.workers` tells; it has one in truth."""
+        self.workers: list[dict[str, Any]] = [
+            {"host": "here", "boot_id": boot_id(), "address": "", "nccl": None, "gpus": []}
+        ]
+        """The answer of `VllmServer.workers`; the server really has one worker."""
         self.blind: list[str] = []
-        """Hosts whose workers cannot read the trainer's files."""
+        """The hosts whose workers cannot read the trainer's files."""
         self.restart()
 
     def restart(self) -> None:
-        """As a server that was started anew."""
+        """Forget all weights and calls, like a server that has just started."""
         self.version = "default"
         self.weights: dict[str, torch.Tensor] = {}
         self.calls: list[str] = []
@@ -98,7 +102,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.dead = False
 
     def metrics(self) -> str:
-        """The answer of ``/metrics``, with what else stands there."""
+        """Return the answer of ``/metrics``, with lines that the trainer does not read."""
         count = time.monotonic_ns() if self.gets_on else 5
         lines = ["# TYPE vllm:prompt_tokens_total counter", 'vllm:num_requests_running{engine="0"} 2.0']
         if self.counts:
@@ -106,13 +110,15 @@ class FakeVllm(ThreadingHTTPServer):
         return "\n".join(lines)
 
     def take_part(self, info: dict[str, Any]) -> None:
+        """Make the receiver of the transfer that ``info`` describes."""
         if self.receiver is not None:
             self.receiver.close()
         self.transfer = info["transfer"]
         self.receiver = make_receiver(self.transfer, torch.device("cpu"), 0, info["arguments"])
 
     def update(self, info: dict[str, Any]) -> None:
-        assert self.receiver is not None, "nobody has said how weights come"
+        """Receive a bucket of weights, or compare all weights with the digest of a complete update."""
+        assert self.receiver is not None, "expected /init_weight_transfer_engine before weights"
         if "complete" in info:
             assert info["complete"] == digest(self.weights)
             return
@@ -126,9 +132,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        """Answer a GET request."""
         self._serve({})
 
     def do_POST(self) -> None:
+        """Answer a POST request."""
         self._serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def _serve(self, body: dict[str, Any]) -> None:
@@ -146,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             while path == fake.hangs_at:
                 time.sleep(0.01)
             if path == fake.fail_at:
-                self._reply(500, {"error": {"message": "it was told to fail"}})
+                self._reply(500, {"error": {"message": "a test made this path fail"}})
             elif path == "/inference/v1/generate":
                 self._generate(body)
             else:
@@ -210,12 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *arguments: Any) -> None:
-        pass
+        """Print nothing."""
 
 
 @contextmanager
 def fake_servers(count: int) -> Iterator[list[FakeVllm]]:
-    """So many of them, listening."""
+    """Yield ``count`` servers that listen."""
     servers = [FakeVllm() for _ in range(count)]
     threads = [threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True) for server in servers]
     for thread in threads:

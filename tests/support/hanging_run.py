@@ -1,6 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A tiny run under torchrun of which one rank hangs in its third step, or before any: ``hanging_run.py HOW RANK
-key=value ...``.  Unseen: no rank shows by its frames that it waits, as on a GPU."""
+"""A tiny run under torchrun in which one rank hangs in its third step, or before its first step.
+
+The command line is ``hanging_run.py HOW RANK key=value ...``.  With a way that ends in "unseen", the stack of a rank
+does not show that the rank waits, as on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
-WAYS = {
+WAYS: dict[str, Callable[[], object]] = {
     "sleeps": lambda: time.sleep(600),
     "sleeps unseen": lambda: time.sleep(600),
     "sleeps in the start": lambda: time.sleep(600),
@@ -22,15 +26,20 @@ WAYS = {
 
 
 def main(how: str, rank: str, arguments: list[str]) -> int:
+    """Train with ``arguments``, and let one rank hang in the way ``how``; return the exit status."""
     from megatron_selfdistill import train
     from megatron_selfdistill.distributed import watchdog
     from megatron_selfdistill.learner import Learner
     from megatron_selfdistill.trainer import Trainer
 
     at_once, in_the_start = how.endswith("at once"), how.endswith("in the start")
-    loop, pack, build = train.loop, Trainer.pack, Learner.__init__  # in the same phase as the others, who wait
+    loop, pack, build = (
+        train.loop,
+        Trainer.pack,
+        Learner.__init__,
+    )  # the rank hangs in the phase in which the other ranks wait
     if how.endswith("unseen"):
-        watchdog._WAITING = ("nowhere",)
+        watchdog._WAITING = ("nowhere",)  # type: ignore[assignment]
 
     def pack_or_hang(self: Any, *args: Any) -> Any:
         if self.step == 2 and not (at_once or in_the_start) and os.environ["RANK"] == rank:
@@ -47,9 +56,13 @@ def main(how: str, rank: str, arguments: list[str]) -> int:
             WAYS[how]()
         build(self, *args, **options)
 
-    Trainer.pack = pack_or_hang  # type: ignore[method-assign]
-    Learner.__init__ = hang_or_build  # type: ignore[method-assign]
-    train.loop = hang_or_loop
+    patched: list[tuple[Any, str, Any]] = [
+        (Trainer, "pack", pack_or_hang),
+        (Learner, "__init__", hang_or_build),
+        (train, "loop", hang_or_loop),
+    ]
+    for owner, name, replacement in patched:
+        setattr(owner, name, replacement)
     return train.main(arguments)
 
 

@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Tiny random transformers models of every family, as folders on disk, and this project's model filled from them.
+"""Tiny random transformers models of every family, saved on disk, and this project's model filled from their weights.
 
     write("qwen3", folder)                                   # config.json and model.safetensors, by save_pretrained
     family, model, rules, tensors = read(folder)
     chunks, grid = models.build(model, ParallelConfig()); fill(chunks, rules, tensors)
 
-Sizes are odd on purpose: fewer groups than heads, channels that are not hidden / heads, a vocabulary that is no
-multiple of anything, unequal widths; and weights are large enough that each of them shows in the logits.
+The sizes are unusual on purpose: fewer groups than heads, channels that differ from hidden / heads, a vocabulary of
+prime size, unequal widths.  The weights are large enough that every weight changes the logits.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""kind -> transformers' configuration class and its arguments."""
+"""kind -> (configuration class of transformers, its arguments)."""
 
 
 def hf_config(kind: str, **changes: Any) -> Any:
-    """transformers' configuration object."""
+    """Return the configuration object of transformers for a kind."""
     import transformers
 
     name, arguments = CONFIGS[kind]
@@ -141,7 +141,7 @@ def hf_config(kind: str, **changes: Any) -> Any:
 
 
 def write(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
-    """Save a random model of this kind with ``save_pretrained``; returns it (float32, in eval mode)."""
+    """Save a random model of this kind with ``save_pretrained``; return the model (float32, in eval mode)."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -171,7 +171,10 @@ def _randomise(model: torch.nn.Module) -> None:
 
 
 def read(folder: Path, **changes: Any) -> tuple[Family, ModelConfig, list[Rule], dict[str, Tensor]]:
-    """Family, configuration (with ``changes``, and little padding), rules and tensors of a Hugging Face folder."""
+    """Return family, configuration, rules and tensors of a Hugging Face directory.
+
+    ``changes`` replace fields of the configuration, whose vocabulary has little padding.
+    """
     config = json.loads((folder / "config.json").read_text())
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -185,9 +188,9 @@ def read(folder: Path, **changes: Any) -> tuple[Family, ModelConfig, list[Rule],
 
 @torch.no_grad()
 def fill(chunks: Sequence[torch.nn.Module], rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> set[str]:
-    """Set every parameter and buffer of a checkpoint from Hugging Face tensors; returns the keys that were set.
+    """Set every parameter and buffer of a checkpoint from Hugging Face tensors; return the keys that were set.
 
-    Rows of padding become 3: wherever they were read, it would show.
+    The padding of the vocabulary becomes 3, so that any use of the padding changes the results.
     """
     full = {
         (rule.megatron.key, rule.megatron.index): rule.to_megatron(*(tensors[name] for name in rule.hf_names))
@@ -205,7 +208,7 @@ def fill(chunks: Sequence[torch.nn.Module], rules: Sequence[Rule], tensors: Mapp
                 rows = shard.global_shape[shard.prepend_axis_num]
                 if value.shape[0] < rows:
                     value = torch.cat([value, value.new_full((rows - value.shape[0], *value.shape[1:]), 3.0)])
-                shard.data.copy_(shard_of(_stacked(value, index), shard))
+                shard.data.copy_(shard_of(_Stacked(value, index), shard))
                 filled.add(shard.key)
                 storages.add(shard.data.untyped_storage().data_ptr())
         missing = [n for n, p in model.named_parameters() if p.untyped_storage().data_ptr() not in storages]
@@ -213,22 +216,23 @@ def fill(chunks: Sequence[torch.nn.Module], rules: Sequence[Rule], tensors: Mapp
     return filled
 
 
-class _stacked:
-    """A slice that stands where `shard_of` looks for it in a stacked tensor, without the rest of the stack."""
+class _Stacked:
+    """One slice of a stacked tensor at its place, without the rest of the stack."""
 
     def __init__(self, value: Tensor, index: tuple[int, ...]) -> None:
         self.value, self.index = value, index
 
     def __getitem__(self, offset: int) -> Any:
         assert offset == self.index[0]
-        return _stacked(self.value, self.index[1:]) if len(self.index) > 1 else self.value
+        return _Stacked(self.value, self.index[1:]) if len(self.index) > 1 else self.value
 
     def narrow(self, *arguments: int) -> Tensor:
+        """Return a narrowed slice."""
         return self.value.narrow(*arguments)
 
 
 def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
-    """Sequences behind each other in one row, every position of which is asked for."""
+    """Return one packed sequence of several sequences, with a response position at every token."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     total = int(lengths.sum())
     return Microbatch(
@@ -244,7 +248,7 @@ def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
 
 @torch.no_grad()
 def megatron_logits(chunk: torch.nn.Module, grid: RankGrid, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """``[sum of lengths, vocabulary]`` float32 of a whole model on one rank, along the path that training takes."""
+    """Return the logits [sum of lengths, vocabulary] in float32 of a model on one rank, computed as in training."""
     inputs = forward.inputs_of(packed(sequences), grid)
     rows = forward.rows_at(forward.hidden_states(chunk, inputs, grid), torch.arange(inputs.tokens.numel()), grid)
     return forward.project(unwrapped(chunk), rows).float()[:, :VOCAB_SIZE]
@@ -252,9 +256,9 @@ def megatron_logits(chunk: torch.nn.Module, grid: RankGrid, sequences: Sequence[
 
 @torch.no_grad()
 def hf_logits(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """The same of a transformers model, each sequence by itself."""
+    """Return the logits [sum of lengths, vocabulary] in float32 of a transformers model, one sequence at a time."""
     return torch.cat([model(torch.tensor([sequence])).logits[0].float() for sequence in sequences])
 
 
 SEQUENCES = [torch.randint(VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (23, 40)]
-"""Texts to compare logits on: two, so that packing is part of it, and longer than YaRN's original length."""
+"""Two texts for the comparison of logits, to test packing; both are longer than the original length of YaRN."""

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Tests are CPU tests, also on a machine with GPUs, unless they are marked ``gpu``.
+"""The GPUs of the machine, hidden from all tests without the mark ``gpu``.
 
 conftest.py hides the GPUs of pytest's process and of all its children.  A test that is marked ``gpu`` works in child
 processes, which see the GPUs again.  A pytest process that is started with SELFDISTILL_TEST_GPU=1 sees them itself.
@@ -25,8 +25,10 @@ print(count.value)
 
 
 def hide() -> str | None:
-    """Hide the GPUs of this process and its children, unless SELFDISTILL_TEST_GPU=1; return what CUDA_VISIBLE_DEVICES
-    was, None where it was not set."""
+    """Hide the GPUs from this process and its children, unless SELFDISTILL_TEST_GPU=1.
+
+    Returns the former value of CUDA_VISIBLE_DEVICES; None if the variable was not set.
+    """
     before = os.environ.get(VARIABLE)
     if os.environ.get(SWITCH) != "1":
         os.environ[VARIABLE] = ""
@@ -35,7 +37,7 @@ def hide() -> str | None:
 
 @contextlib.contextmanager
 def shown(visible: str | None) -> Iterator[None]:
-    """Let processes that start meanwhile see the GPUs, with ``visible`` as their CUDA_VISIBLE_DEVICES (None: unset)."""
+    """Show the GPUs to processes that start inside, with ``visible`` as CUDA_VISIBLE_DEVICES (None: not set)."""
     before = {name: os.environ.get(name) for name in (VARIABLE, SWITCH)}
     _set({VARIABLE: visible, SWITCH: "1"})
     try:
@@ -46,8 +48,10 @@ def shown(visible: str | None) -> Iterator[None]:
 
 @cache
 def number(visible: str | None) -> int:
-    """Return how many GPUs a process with this CUDA_VISIBLE_DEVICES has; 0 where torch is a CPU build.  Another process
-    asks the driver, since a process that has asked cannot hide them any more."""
+    """Return the number of GPUs of a process with this CUDA_VISIBLE_DEVICES; 0 if torch is a CPU build.
+
+    Another process asks the driver, because a process that has asked the driver can no longer hide its GPUs.
+    """
     import torch
 
     if torch.version.cuda is None:

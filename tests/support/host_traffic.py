@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What would make the host wait for a GPU, recorded on a CPU where it is called.
+"""The operations that would make the host wait for a GPU, recorded on a CPU.
 
     with host_traffic() as found:
         ...
     assert found == []  # ["tolist at megatron_selfdistill/metrics/step.py:12", ...]
 
-Recorded are operators whose outcome or shape the host must know, and the methods of a tensor that bring it to another
-device or to Python.
+The recorded operations are operators whose value or shape the host must know, and the methods that move a tensor to
+another device or to Python.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ EXEMPT = (
     "/megatron/core/tensor_parallel/random.py",  # compares states of the host's random numbers
 )
 
-# Stands between Megatron and torch's factories, on a CPU only.
+# This file calls torch's factories for Megatron, on a CPU only.
 BETWEEN = ("/megatron_selfdistill/compat/cpu.py",)
 
 READ_BY_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
 FACTORIES = ("tensor", "as_tensor")
-"""With a device: a copy of pageable memory."""
+"""Functions that copy pageable memory if they get a device."""
 MOVES = ("to", "cpu", "cuda", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
 
 
-class _Operators(TorchDispatchMode):
-    """Records operators, as ``operator at file:line``."""
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The recorder of operators, in the form ``operator at file:line``."""
 
     def __init__(self, found: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,7 +55,7 @@ class _Operators(TorchDispatchMode):
 
 
 def record(what: str, found: list[str]) -> None:
-    """Append ``what`` and the place where this project or Megatron calls it."""
+    """Append ``what`` and the line of this project or of Megatron that calls it."""
     for frame in reversed(traceback.extract_stack()):
         if frame.filename.endswith(EXEMPT):
             return
@@ -68,7 +68,7 @@ def record(what: str, found: list[str]) -> None:
 
 @contextlib.contextmanager
 def host_traffic() -> Iterator[list[str]]:
-    """A list of what is recorded inside, in the order of the calls."""
+    """Yield the list of the operations that are recorded inside, in the order of the calls."""
     found: list[str] = []
 
     def moved(move: str, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ MAX_TOKENS = 56
 
 @dataclass(frozen=True)
 class Case:
-    """What is run; everything but ``parallel``, ``pair_order`` and the cuts must leave the gradient as it is."""
+    """A step to run; ``parallel``, ``pair_order`` and the cuts into microbatches must not change the gradient."""
 
     kind: str = "gqa"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -63,18 +63,20 @@ class Case:
 
 @dataclass
 class Outcome:
+    """The results of a case on one rank."""
+
     loss: float
     """Mean divergence over the response tokens of the global batch, nats."""
     grad_norm: float
     grads: dict[str, torch.Tensor]
-    """This rank's shards: see `join`."""
+    """The shards of this rank; `join` makes full tensors of all ranks' shards."""
     params: dict[str, torch.Tensor]
-    """After ``steps`` optimizer steps."""
+    """The shards of the parameters after ``steps`` optimizer steps."""
     num_microbatches: int
 
 
 def contexts() -> list[ContextPair]:
-    """Seven ragged contexts; the teacher's prompt is longer by another amount for each."""
+    """Return seven ragged contexts; the teacher's prompt is longer by a different amount in each."""
     rng = random.Random(7)
 
     def tokens(count: int) -> list[int]:
@@ -90,9 +92,9 @@ def contexts() -> list[ContextPair]:
 
 
 def packed(case: Case, grid: RankGrid) -> PackedBatch:
-    """This replica's share of `contexts`, with as many microbatches as the others, and one empty one more."""
+    """Return this replica's share of `contexts`, with as many microbatches as on other replicas and an empty one."""
     mine = contexts()[grid.dp_rank :: grid.dp_size]
-    arguments = {
+    arguments: dict[str, Any] = {
         "max_tokens": case.max_tokens,
         "cp_size": grid.cp_size,
         "tp_size": grid.tp_size,
@@ -107,7 +109,7 @@ def packed(case: Case, grid: RankGrid) -> PackedBatch:
 
 
 def run(case: Case) -> Outcome:
-    """One rank of ``case``: gradients of the first step, and parameters after ``case.steps`` steps."""
+    """Run ``case`` on this rank; return the gradients of the first step and the parameters after the last step."""
     model = models.model_config(case.kind, **case.model_changes)
     chunks, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
     config = unwrapped(chunks[0]).config
@@ -125,7 +127,7 @@ def run(case: Case) -> Outcome:
             batch = dataclasses.replace(batch, student=batch.teacher, teacher=batch.student)
         if case.mutation == "response position off by one":
             batch = dataclasses.replace(batch, student=[_off_by_one(mb) for mb in batch.student])
-        outcome = None
+        outcome: Outcome | None = None
         for _ in range(max(case.steps, 1)):
             for chunk in student:
                 chunk.zero_grad_buffer()
@@ -145,6 +147,7 @@ def run(case: Case) -> Outcome:
                 scheduler.step(1)
                 optimizer.step()
                 teacher.update(optimizer)
+    assert outcome is not None
     if case.steps:
         for chunk in student:
             chunk.start_param_sync(force_sync=True) if case.optimizer.overlap_param_gather else None
@@ -153,8 +156,9 @@ def run(case: Case) -> Outcome:
 
 
 def first_step(
-    student: list, optimizer: Any, output: schedule.StepOutput, batch: PackedBatch, grid: RankGrid
+    student: list[Any], optimizer: Any, output: schedule.StepOutput, batch: PackedBatch, grid: RankGrid
 ) -> Outcome:
+    """Return loss, gradients and norm of a step whose gradients are not yet used."""
     optimizer.prepare_grads()
     loss = torch.zeros(1, dtype=torch.float64, device=grid.device)
     if output.stats is not None:
@@ -170,13 +174,14 @@ def first_step(
     )
 
 
-def vocab_shard(student: list, grid: RankGrid) -> VocabShard:
+def vocab_shard(student: list[Any], grid: RankGrid) -> VocabShard:
+    """Return this rank's shard of the vocabulary."""
     rows = unwrapped(student[-1]).vocab_size
     return VocabShard.from_group(rows, models.VOCAB_SIZE, grid.tp_group)
 
 
-def shards(chunks: list, value: Any) -> dict[str, Any]:
-    """``value(parameter)`` of every parameter as (global shape, offset, shard) under its checkpoint name."""
+def shards(chunks: list[Any], value: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return ``value(parameter)`` of every parameter under its checkpoint name, with global shape and offset."""
     out: dict[str, Any] = {}
     for chunk in chunks:
         model = unwrapped(chunk)
@@ -197,8 +202,10 @@ def shards(chunks: list, value: Any) -> dict[str, Any]:
 
 
 def join(per_rank: list[dict[str, Any]], rows: int = models.VOCAB_SIZE) -> dict[str, torch.Tensor]:
-    """Full tensors from all ranks' shards.  Ranks that hold the same shard must agree to the last bit in what they
-    hold of it (finalised gradients and parameters do).  Vocabulary padding is cut off; its gradient must be zero."""
+    """Return full tensors from the shards of all ranks, without the padding of the vocabulary.
+
+    Ranks that hold the same shard must hold equal bits, which is true of finalised gradients and of parameters.
+    """
     full: dict[str, torch.Tensor] = {}
     for shard_by_name in per_rank:
         for key, shape, offset, prepended, data in shard_by_name.values():
@@ -219,7 +226,7 @@ def join(per_rank: list[dict[str, Any]], rows: int = models.VOCAB_SIZE) -> dict[
 
 
 def worst_difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """max over tensors of |got - expected|_2 / |expected|_2, and which tensor that is."""
+    """Return the largest |got - expected|_2 / |expected|_2 over all tensors, and the name of this tensor."""
     assert got.keys() == expected.keys()
     worst = (0.0, "")
     for key, reference in expected.items():
@@ -231,10 +238,10 @@ def worst_difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 @contextlib.contextmanager
 def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
-    """The named fault, for the while."""
+    """Apply the named fault inside the context; None applies nothing."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "backbone gradient x TP":
-            gather = forward.gather_from_sequence_parallel_region
+            gather = vars(forward)["gather_from_sequence_parallel_region"]
             patch.setattr(
                 forward,
                 "gather_from_sequence_parallel_region",

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Legacy checkpoints as Megatron-LM's ``--ckpt-format torch`` writes them: one pickle per model-parallel rank."""
+"""Legacy checkpoints in the format of Megatron-LM's ``--ckpt-format torch``: one pickle per model-parallel rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from megatron_selfdistill.model.build import unwrapped
 
 
 def save(folder: Path, model: ModelConfig, parallel: ParallelConfig, names: str, **changes: Any) -> None:
-    """Write this rank's file below ``folder``; ``names``: as the spec local or te has them; ``changes``: of args."""
+    """Write this rank's file below ``folder``.
+
+    ``names`` is local or te, the layer spec whose parameter names the file has; ``changes`` replace stored arguments.
+    """
     chunks, grid = models.build(model, parallel)
     args = megatron_args(chunks[0], model)
     for name in ("tensor", "pipeline", "expert"):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The keys that docs/metrics.md explains, and those that the sources can write."""
+"""The metric keys that docs/metrics.md explains, and the metric keys that the package can log."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ NO_KEYS = {"application/json"}
 
 @functools.cache
 def documented() -> tuple[str, ...]:
-    """The keys in the first column of the page's last table; N and K stand for numbers."""
+    """Return the keys in the first column of the page's last table; N and K stand for numbers."""
     table = PAGE.read_text().partition("## Every key of metrics.jsonl")[2]
     return tuple(re.findall(r"^\| `([a-z0-9_/]+[NK]?)` \| [^|]+ \| [^|]*\|$", table, re.MULTILINE))
 
 
 def undocumented(keys: Iterable[str]) -> set[str]:
-    """Those of ``keys`` that the page does not explain."""
+    """Return the keys that the page does not explain."""
     known = re.compile("|".join(key.replace("_N", r"_\d+").replace("_K", r"_\d+") for key in documented()))
     return {key for key in keys if not known.fullmatch(key.replace("evaluation_hinted/", "evaluation/"))}
 
 
 def in_sources() -> set[str]:
-    """Every key that the sources spell, or make of a name that they spell."""
+    """Return every key that stands in the sources, or that the sources make from a name in them."""
     from megatron_selfdistill.evaluation.held_out import EvaluationResult
     from megatron_selfdistill.loss import Status
     from megatron_selfdistill.metrics.step import _OVER
@@ -49,26 +49,26 @@ def in_sources() -> set[str]:
 
 
 def dynamic() -> set[str]:
-    """The f-strings of the sources that look like keys, with * for what they fill in."""
+    """Return the f-strings of the sources that look like keys, with * for each value."""
     found = set()
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                text = "".join(part.value if isinstance(part, ast.Constant) else "*" for part in node.values)
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in node.values)
                 if re.fullmatch(r"[a-z_*]+/[a-z0-9_*]+|[a-z_]+_at_\*", text):
                     found.add(text)
     return found
 
 
 def _spelt(tree: ast.AST) -> Iterator[str]:
-    """Keys that are whole in a file; and what timers, counters and item assignments are given."""
+    """Yield the complete keys of a file, and the keys of its timers, counters and item assignments."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and re.fullmatch(r"[a-z0-9_]+/[a-z0-9_]+", str(node.value)):
-            yield node.value
+            yield str(node.value)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             prefix = {"phases": "seconds", "_phases": "seconds", "_count": "rollout"}.get(_name(node.func))
             if prefix:
-                yield f"{prefix}/{node.args[0].value}"
+                yield f"{prefix}/{node.args[0].value!s}"
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "self.phases.metrics":
             yield from (f"tokens_per_second/{keyword.arg}" for keyword in node.keywords)
         elif isinstance(node, ast.For) and ast.unparse(node.iter).startswith("zip(('student', 'teacher')"):
@@ -76,7 +76,7 @@ def _spelt(tree: ast.AST) -> Iterator[str]:
         elif (
             isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant)
         ):
-            yield from [node.slice.value] if _name(node.value) == "metrics" else []
+            yield from [str(node.slice.value)] if _name(node.value) == "metrics" else []
 
 
 def _name(node: ast.expr) -> str:

@@ -1,12 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Tiny models with the same weights in every layout: what tests of sampling, schedules and checkpoints
-compare.
+"""Tiny models with the same weights in every layout, for tests of sampling, schedules and checkpoints.
 
     chunks, grid = build(model_config("moe"), ParallelConfig(expert_model_parallel_size=2))
 
-Each weight is a function of its global name and full shape (`full_weight`), so a rank fills what it holds and
-no checkpoint is read.  The weights are large enough that greedy text does not repeat itself and logits are
-far from ties.
+Each weight is a function of its global name and full shape (`full_weight`), so every rank fills its own shards and
+reads no checkpoint.  The weights are large enough that greedy text does not repeat itself and logits are far from ties.
 """
 
 from __future__ import annotations
@@ -50,15 +48,17 @@ _MODELS = {
 
 
 def model_config(kind: str = "gqa", **changes: Any) -> ModelConfig:
-    """``gqa`` (untied), ``tied`` (with biases in QKV) or ``moe`` (4 experts, 2 per token); ``changes``
-    replace fields."""
+    """Return a configuration: ``gqa`` (untied), ``tied`` (biases in QKV) or ``moe`` (4 experts, 2 per token).
+
+    ``changes`` replace fields.
+    """
     return dataclasses.replace(_MODELS[kind], **changes)
 
 
 def parallel(
     tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, ep: int = 1, etp: int | None = None, sp: bool = False
 ) -> ParallelConfig:
-    """The cuts of a test, by their short names."""
+    """Return a layout by the short names of its sizes."""
     return ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -78,8 +78,10 @@ def build(
     schedule: ScheduleConfig | None = None,
     seed: int = 0,
 ) -> tuple[list[torch.nn.Module], RankGrid]:
-    """This rank's chunks, filled from names with ``seed``, and the grid; initialises Megatron's groups if
-    need be."""
+    """Return this rank's chunks, filled from names with ``seed``, and the rank grid.
+
+    Initialises the process groups of Megatron if they do not exist.
+    """
     grid = current_grid(parallel) if _groups_exist() else initialize(parallel, seed=1234)
     optimizer = optimizer or OptimizerConfig(precision="fp32")
     config = transformer_config(model, parallel, optimizer, schedule or ScheduleConfig())
@@ -90,7 +92,7 @@ def build(
 
 
 def planned(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> list[Stage]:
-    """The stages of the same model as meta tensors, in a world that need not exist."""
+    """Return the stages of the same model as meta tensors, in a world of any size."""
     config = transformer_config(model, parallel, OptimizerConfig(), ScheduleConfig())
     assert model.vocab_size is not None
     return stages(model, config, parallel, model.vocab_size, world_size)
@@ -98,8 +100,10 @@ def planned(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> li
 
 @torch.no_grad()
 def fill_from_names(chunks: Sequence[torch.nn.Module], seed: int = 0) -> None:
-    """Set every parameter and buffer of a checkpoint to its slice of `full_weight`; ``seed`` makes another
-    model."""
+    """Set every parameter and buffer of a checkpoint to its slice of `full_weight`.
+
+    Another ``seed`` makes another model.
+    """
     filled: set[int] = set()
     for chunk in chunks:
         model = unwrapped(chunk)
@@ -113,9 +117,11 @@ def fill_from_names(chunks: Sequence[torch.nn.Module], seed: int = 0) -> None:
         assert not missing, f"no global name for {missing}"
 
 
-def shard_of(full: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
-    """The part of a full tensor that ``shard`` describes; leading axes (layer, expert) are stacked in the
-    full one."""
+def shard_of(full: Any, shard: ShardedTensor) -> Any:
+    """Return the part of a full tensor that ``shard`` describes.
+
+    Leading axes (layer, expert) are stacked in the full tensor.
+    """
     for offset in shard.global_offset[: shard.prepend_axis_num]:
         full = full[offset]
     for dim, (offset, length) in enumerate(
@@ -126,8 +132,11 @@ def shard_of(full: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
 
 
 def full_weight(key: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
-    """The whole tensor named ``key``.  More rows leave the first ones as they are, so that vocabularies
-    padded for different TP sizes agree."""
+    """Return the full tensor with the name ``key``.
+
+    A tensor with more rows begins with the rows of a tensor with fewer rows, so that vocabularies with the padding of
+    different TP sizes agree.
+    """
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     normal = np.random.Generator(np.random.Philox(int.from_bytes(digest, "little"))).standard_normal(tuple(shape))
     weight = torch.from_numpy(normal).float()
@@ -139,8 +148,8 @@ def full_weight(key: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
         return 0.3 * weight
     if key.startswith(("embedding.", "output_layer.")):
         return 0.35 * weight
-    # Attention must look at few tokens and layers must drown the residual stream, or the text repeats one
-    # token.
+    # Attention must look at few tokens and the layers must outweigh the residual stream; otherwise the text repeats
+    # one token.
     gains = {"linear_qkv": 2.0, "linear_proj": 4.0, "linear_fc2": 4.0, "router": 2.0}
     gain = next((gain for name, gain in gains.items() if name in key), 1.0)
     return gain / math.sqrt(shape[-1]) * weight
@@ -149,4 +158,4 @@ def full_weight(key: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
 def _groups_exist() -> bool:
     from megatron.core import parallel_state
 
-    return parallel_state.model_parallel_is_initialized()
+    return bool(parallel_state.model_parallel_is_initialized())

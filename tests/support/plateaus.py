@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Rows whose H(beta) has a plateau between two slopes, and their float64 reference: the definition, by bisection."""
+"""Logits whose H(beta) has a plateau between two slopes, and a reference in float64 by bisection."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def needing_the_third_pass(num_columns: int = 320) -> tuple[Tensor, Tensor, Tens
 
 
 def entropy(log_probs: Tensor) -> Tensor:
+    """Return the entropy in nats over the last axis."""
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
@@ -75,9 +76,9 @@ def at_beta(student: Tensor, teacher: Tensor, beta: Tensor, target: Target, kind
 def assert_solved(
     stats: TokenStats, gradient: Tensor, rows: tuple[Tensor, Tensor, Tensor], target: Target, kind: Divergence
 ) -> None:
-    """Every row that has a root is matched at it, and all that is reported belongs to the beta in use.
+    """Assert that every row with a root is matched there, and that all statistics belong to the beta in use.
 
-    gradient: of the sum of the losses, in float32.
+    ``gradient`` is the gradient of the sum of the losses, in float32.
     """
     student, teacher, tokens = rows
     expected = root(student, teacher, target)

@@ -7,7 +7,7 @@ import socket
 
 
 def neighbouring_ports() -> int:
-    """The first of two that are free."""
+    """Return a free port whose next port is free too."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))

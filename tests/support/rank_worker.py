@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What runs behind `ranks.RankPool`: a server that imports everything once, and the ranks that it forks for each call.
+"""The processes of `ranks.RankPool`: a server that imports everything once, and the ranks that it forks for each call.
 
 Every call runs in processes of its own, which end with the call.  No call finds the process groups, threads, patches or
 random states of another call.  pytest's own process imports this file too, and loads neither torch nor megatron-core.
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 DONE = "done"  # the last message of a rank that has left its process group
 
@@ -88,6 +88,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
+        """Whether the task raised an error on this rank."""
         return self.error is not None
 
 
@@ -146,7 +147,7 @@ def _collect(task: Task, ranks: dict[int, _Rank], requests: connection.Connectio
     deadline = time.monotonic() + task.timeout
     failed = False
     while pending and (left := deadline - time.monotonic()) > 0:
-        for ready in connection.wait([*pending, requests], left):
+        for ready in cast("list[connection.Connection]", connection.wait([*pending, requests], left)):
             if ready is requests:  # pytest has died or was interrupted: it never sends a task before the reply
                 _end(ranks, 0.0)
                 os._exit(0)
@@ -235,7 +236,7 @@ def _run(task: Task, rank: int, import_error: str | None) -> Outcome:
         if task.init_process_group:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(f"{task.folder}/store", task.world_size),
+                store=dist.FileStore(f"{task.folder}/store", task.world_size),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=task.world_size,
                 # Longer than the call's: the server shall find a rank that is stuck in a collective, with its stack.
@@ -272,15 +273,15 @@ def _set_process_state(task: Task, rank: int) -> None:
 
 
 def _load(task: Task) -> Callable[..., Any]:
-    """The task's function: from a module that is loaded, else from its file under pytest's name for it."""
+    """Return the function of the task, from a loaded module or from its file under pytest's name of the module."""
     module: Any = sys.modules.get(task.module)
     if module is None:
         in_tests = task.file is not None and Path(__file__).parents[1] in Path(task.file).resolve().parents
         module = _load_test_file(task) if in_tests else importlib.import_module(task.module)
-    found = module
+    function: Callable[..., Any] = module
     for part in task.qualname.split("."):
-        found = getattr(found, part)
-    return found
+        function = getattr(function, part)
+    return function
 
 
 def _load_test_file(task: Task) -> types.ModuleType:

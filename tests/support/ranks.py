@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Gloo ranks that start once per test session and run test functions: the fixture ``ranks``.
+"""Gloo ranks that run test functions, forked from a process that starts once per session: the fixture ``ranks``.
 
     def sum_of_ranks(start):                       # module level: the ranks import it by file and name
         value = torch.tensor(start + dist.get_rank())
@@ -86,7 +86,13 @@ class RankPool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _task(
-        self, fn: Callable, args: tuple, kwargs: dict, world_size: int, timeout: float, init_process_group: bool
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        world_size: int,
+        timeout: float,
+        init_process_group: bool,
     ) -> rank_worker.Task:
         if "<" in fn.__qualname__:
             raise ValueError(
@@ -118,11 +124,12 @@ class RankPool:
             self._requests = self._start_server()
         try:
             self._requests.send_bytes(pickle.dumps(task))
-            return pickle.loads(self._requests.recv_bytes())
+            reply: rank_worker.Reply = pickle.loads(self._requests.recv_bytes())
+            return reply
         except (EOFError, ConnectionError):
             self._end_server()
-            said = (self._folder / "server.log").read_text(errors="replace")
-            raise RankError(f"the process that forks the ranks has ended by itself:\n{said}") from None
+            log = (self._folder / "server.log").read_text(errors="replace")
+            raise RankError(f"the process that forks the ranks has ended by itself:\n{log}") from None
         except BaseException:  # an interruption: the call goes on there, and ends with the server
             self._end_server()
             raise
@@ -165,7 +172,7 @@ def _results(reply: rank_worker.Reply, name: str, world_size: int, timeout: floa
         rank = failures[0][1]
         first = outcomes[rank]
         if first.error_name == "Skipped":
-            pytest.skip(first.error)
+            pytest.skip(str(first.error))
         others = [f"rank {r}: {outcomes[r].error_name}" for _, r in failures[1:]]
         others += [f"rank {r}: still waiting, killed" for r in sorted(hung)]
         after = f"\nAfterwards: {'; '.join(others)}" if others else ""

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A trainer's sampler on real vLLM servers, and the processes that make one."""
+"""The trainer's sampler on real vLLM servers, and the processes of a server."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 @contextmanager
 def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[Any]:
+    """Yield a `ServerSampler` on the servers; ``options`` are fields of `RolloutConfig`."""
     from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
     os.environ[TOKEN_VARIABLE] = servers.token
@@ -37,18 +38,19 @@ def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[
 
 
 def command_lines(session: int) -> list[str]:
+    """Return the command lines of the processes of a session."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdecimal() and os.getsid(int(entry.name)) == session:
                 found.append((entry / "cmdline").read_text().replace("\0", " "))
         except (OSError, ProcessLookupError):
-            continue  # it has ended meanwhile
+            continue  # the process has ended meanwhile
     return [line for line in found if line]  # a zombie has none
 
 
 def assert_session_ends(session: int) -> None:
-    """All processes of a server are gone soon, without being stopped by us."""
+    """Assert that all processes of a server end within a minute by themselves."""
     deadline = time.monotonic() + 60
     # The resource tracker of Python's multiprocessing ends when the last process that it serves has ended.
     while left := command_lines(session):

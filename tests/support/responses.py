@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What tests of samplers ask of responses: whose they are, where they end, and whether they were drawn as told."""
+"""Checks of responses: their replica, their ends, and their distribution."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ T = TypeVar("T")
 
 
 def own(grid: Any, everything: list[T]) -> list[T]:
-    """What this rank's replica asks for, where the replicas take their requests in turns."""
+    """Return the requests of this rank's replica, if the replicas take the requests in turns."""
     return everything[grid.dp_rank :: grid.dp_size]
 
 
 def tokens(responses: Sequence[Response]) -> list[list[int]]:
+    """Return the token ids of the responses."""
     return [response.token_ids for response in responses]
 
 
 def cut_at(text: list[int], stops: Sequence[int]) -> tuple[list[int], str]:
-    """``text`` up to the first of ``stops``, which stays, and the reason that it ends there."""
+    """Return ``text`` up to and including the first stop token, and the reason for its end."""
     for i, token in enumerate(text):
         if token in stops:
             return text[: i + 1], "stop"
@@ -33,23 +34,26 @@ def cut_at(text: list[int], stops: Sequence[int]) -> tuple[list[int], str]:
 
 
 def stops_of(texts: Sequence[list[int]]) -> tuple[int, int]:
-    """Two tokens that end most of these texts, at different lengths, and two or three of them never."""
+    """Return two tokens that end most of the texts at different lengths, but not two or three of the texts."""
     for stops in combinations(sorted({token for text in texts for token in text}), 2):
         cut = [cut_at(text, stops) for text in texts]
         lengths, reasons = {len(text) for text, _ in cut}, [reason for _, reason in cut]
         if 2 <= reasons.count("length") <= 3 and len(lengths) >= 4:
             return stops
-    raise AssertionError("these texts end all alike; change the prompts")
+    raise AssertionError("expected texts that end at different lengths; change the prompts")
 
 
-def chi_square_p_value(drawn: Tensor, probs: Tensor) -> float:
-    """Of the counts of the tokens ``drawn`` under ``probs``; tokens of expectation below 5 share one bin."""
+def chi_square_p_value(sampled: Tensor, probs: Tensor) -> float:
+    """Return the p-value of the counts of the sampled tokens under ``probs``.
+
+    Tokens with an expected count below 5 share one bin.
+    """
     probs = probs.double()
-    counts = torch.bincount(drawn, minlength=len(probs)).double()
-    assert counts[probs == 0].sum() == 0, "a token without probability was drawn"
-    expected = probs * len(drawn)
+    counts = torch.bincount(sampled, minlength=len(probs)).double()
+    assert counts[probs == 0].sum() == 0, "a token with probability 0 was sampled"
+    expected = probs * len(sampled)
     large = expected >= 5
     bins = [(counts[large], expected[large]), (counts[~large].sum()[None], expected[~large].sum()[None])]
     statistic = sum(((c - e)[e > 0] ** 2 / e[e > 0]).sum() for c, e in bins)
     freedom = int(large.sum()) - 1 + int(expected[~large].sum() > 0)
-    return torch.special.gammaincc(torch.tensor(freedom / 2.0).double(), statistic / 2).item()
+    return float(torch.special.gammaincc(torch.tensor(freedom / 2.0).double(), statistic / 2))

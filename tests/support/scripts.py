@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The files of tools/ and examples/, which are no packages, as modules."""
+"""The scripts of tools/ and examples/ as modules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import ModuleType
 
 
 def load_script(file: Path) -> ModuleType:
-    """The module that ``file`` makes; a new one at each call, so that a test may change it."""
+    """Return the module of a script; each call returns a new module, so that a test may change it."""
     spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module they are in
+    sys.modules[spec.name] = module  # dataclasses look for their module there
     spec.loader.exec_module(module)
     return module

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A job of the project's own sbatch scripts, as submitted by a user, and what one can see of it."""
+"""A Slurm job that runs a script of examples/slurm, and the state that a user can see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny_run import REPOSITORY, overrides, saved_step
 
 SCRIPTS = sorted((REPOSITORY / "examples" / "slurm").glob("*.sbatch"))
 STEPS = 16
-# vLLM's attention on a CPU knows heads of 32 channels, not smaller ones.
+# On a CPU, vLLM's attention supports heads of 32 channels and no smaller heads.
 FOR_VLLM = ("model.hidden_size=64", "model.num_attention_heads=2", "model.num_query_groups=2")
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PATIENCE_S = 300.0
@@ -27,12 +27,14 @@ T = TypeVar("T")
 
 
 def sh(*command: str, **environment: str) -> str:
+    """Run a command that must succeed and return its output."""
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | environment, cwd=REPOSITORY)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.strip()
 
 
 def wait_until(what: Callable[[], T], seconds: float = PATIENCE_S) -> T:
+    """Call ``what`` until its value is true, and return this value."""
     deadline = time.monotonic() + seconds
     while not (value := what()):
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain"
@@ -41,7 +43,11 @@ def wait_until(what: Callable[[], T], seconds: float = PATIENCE_S) -> T:
 
 
 class Job:
-    """A submitted script; ``options`` are sbatch's, ``more`` the run's, ``environment`` the script's parameters."""
+    """A submitted script.
+
+    ``more`` are overrides of the run, ``options`` are options of sbatch, and ``environment`` sets the parameters of the
+    script.
+    """
 
     def __init__(
         self,
@@ -61,7 +67,7 @@ class Job:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
-            "GLOO_SOCKET_IFNAME": "lo",  # both nodes are this host, whose name need not be in DNS
+            "GLOO_SOCKET_IFNAME": "lo",  # both nodes are this host, whose name may be missing in DNS
             "RUN_DOCTOR": "0",
             **environment,
         }
@@ -78,45 +84,51 @@ class Job:
         self.id = sh("sbatch", "--parsable", f"--output={self.log}", *options, str(path), *arguments, **parameters)
 
     def field(self, name: str) -> str:
+        """Return a field of ``scontrol show job``."""
         return sh("scontrol", "show", "job", self.id).split(f"{name}=", 1)[1].split()[0]
 
     def restarts(self) -> int:
+        """Return how often Slurm has restarted the job."""
         return int(self.field("Restarts"))
 
     def text(self) -> str:
+        """Return the log of the job."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def steps_done(self) -> int:
-        """Lines of metrics.jsonl."""
+        """Return the number of lines of metrics.jsonl."""
         path = self.run_dir / "metrics.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def saved_step(self) -> int:
+        """Return the step of the latest checkpoint; 0 if there is none."""
         return saved_step(self.run_dir)
 
     def after_steps(self, count: int) -> Job:
+        """Wait until the run has done ``count`` steps, and return the running job."""
         wait_until(lambda: self.steps_done() >= count or self.field("JobState") in ENDS)
         assert self.field("JobState") == "RUNNING", self.text()
         return self
 
     def start_again_now(self) -> None:
-        """Slurm lets a requeued job wait for two minutes."""
+        """Start a requeued job at once, which otherwise waits for two minutes."""
         wait_until(lambda: self.field("JobState") == "PENDING" and self.restarts() > 0)
-        # Restarted within the second of its requeue a job ends with "credential revoked".
+        # A job that restarts within a second of its requeue ends with "credential revoked".
         sh("scontrol", "update", f"JobId={self.id}", "StartTime=now+3")
 
     def end(self) -> str:
+        """Wait for the end of the job and return its state."""
         wait_until(lambda: self.field("JobState") in ENDS)
         return self.field("JobState")
 
     def processes(self, node: str | None = None) -> dict[int, dict[str, str]]:
-        """pid -> environment of this job's processes, those of a node where one is named."""
+        """Return pid -> environment of the job's processes, on one node if ``node`` names it."""
         found = {}
         for entry in Path("/proc").iterdir():
             try:
                 lines = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             except OSError:
-                continue  # no process, or one that has ended
+                continue  # no process, or a process that has ended
             environment = dict(line.split("=", 1) for line in lines if "=" in line)
             here = node is None or environment.get("SLURMD_NODENAME") == node
             same_cluster = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
@@ -125,32 +137,33 @@ class Job:
         return found
 
     def nodes_running(self, module: str) -> set[str]:
-        """Where there are processes of this job with ``module`` on their command lines."""
+        """Return the nodes with processes of this job that have ``module`` on their command line."""
         found = set()
         for pid, environment in self.processes().items():
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the process has ended
                 if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
                     found.add(environment["SLURMD_NODENAME"])
         return found
 
     def tasks(self) -> list[int]:
-        """Those processes of its steps that Slurm has started itself."""
+        """Return the pids of the processes that Slurm started for the steps of the job."""
         own = self.processes()
         return [pid for pid, one in own.items() if "SLURM_STEP_NUM_NODES" in one and parent(pid) not in own]
 
     def ranks(self) -> dict[int, tuple[int, str]]:
-        """rank -> pid and node of the trainer's processes."""
+        """Return rank -> (pid, node) of the trainer's processes."""
         workers = {pid: one for pid, one in self.processes().items() if "LOCAL_RANK" in one}
-        own = {pid: one for pid, one in workers.items() if parent(pid) not in workers}  # not what they have forked
+        own = {pid: one for pid, one in workers.items() if parent(pid) not in workers}  # without their forks
         return {int(one["RANK"]): (pid, one["SLURMD_NODENAME"]) for pid, one in own.items()}
 
 
 def parent(pid: int) -> int:
+    """Return the pid of the parent of a process."""
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def config_of_the_tiny_model(folder: Path, data: Path) -> Path:
-    """``folder`` with the Hugging Face config.json of the model that the jobs train, as vLLM on a CPU can run it."""
+    """Write the config.json of the jobs' model, which vLLM can run on a CPU, into ``folder``; return ``folder``."""
     from megatron_selfdistill.config import load
     from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.run_data import RunData

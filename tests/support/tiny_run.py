@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whole training runs of a tiny model on column subtraction, in this process, on ranks or in a process of their own."""
+"""Whole training runs of a tiny model on column subtraction: in this process, on ranks, or in a new process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "examples"))
 
-# Not equal between runs: clocks, and memory.
+# These metrics differ between equal runs: times and memory.
 NOT_REPRODUCIBLE = ("seconds/", "tokens_per_second/", "memory/")
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def write_data(folder: Path, num_problems: int = 40) -> None:
-    """A tokenizer and problems with answers as hints."""
+    """Write a tokenizer and problems with answers as hints into ``folder``."""
     from _lib import subtraction
     from _lib.pretraining import write_records, write_tokenizer
 
@@ -40,7 +40,7 @@ def write_data(folder: Path, num_problems: int = 40) -> None:
 
 
 def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
-    """A run of 6 steps of 8 problems; ``more`` has the last word."""
+    """Return the overrides of a run of 6 steps of 8 problems; ``more`` comes last."""
     return [
         f"run_dir={run_dir}",
         f"data.path={data}/problems.jsonl",
@@ -67,7 +67,7 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
-    """``selfdistill`` with these arguments on this rank; ``kill_at`` names a place of `killed_at`."""
+    """Train on this rank with arguments of the command line; ``kill_at`` names a place of `killed_at`."""
     from megatron_selfdistill.train import main
 
     with pytest.MonkeyPatch.context() as patch:
@@ -77,14 +77,14 @@ def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
 
 
 def start_and_listen(arguments: Sequence[str]) -> tuple[int, str]:
-    """`start`, and what it writes to standard output and error, warnings included."""
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+    """Call `start`; return its status and its output on standard output and standard error, with warnings."""
+    with contextlib.redirect_stderr(io.StringIO()) as output, contextlib.redirect_stdout(output):
         status = start(arguments)
-    return status, said.getvalue()
+    return status, output.getvalue()
 
 
 def start_with(arguments: Sequence[str], owner: Any, name: str, replacement: Any) -> int:
-    """`start` while ``owner.name`` is ``replacement``."""
+    """Call `start` while ``owner.name`` is ``replacement``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, replacement)
         return start(arguments)
@@ -99,14 +99,16 @@ def train(
     expected: int = 0,
     **options: Any,
 ) -> None:
-    """Each rank calls ``start(arguments)`` and gets the exit status ``expected``; ``options`` are further arguments of
-    ``start``, or of `RankPool.run`."""
+    """Call ``start(arguments)`` on each rank and assert that its exit status is ``expected``.
+
+    ``options`` are further arguments of ``start`` or of `RankPool.run`.
+    """
     statuses = ranks.run(start, arguments, world_size=world_size, init_process_group=False, **options)
     assert statuses == [expected] * world_size
 
 
 def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
-    """This process kills itself: in the middle of its 5th step, or in the middle of writing its 2nd checkpoint."""
+    """Make this process kill itself during its 5th step (``step``) or while it saves its 2nd checkpoint."""
 
     def kill(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -118,7 +120,7 @@ def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
 
         def update_or_die(self: Any, batch: Any, output: Any) -> Any:
             if self.step == 4:
-                self.learner.teacher.update = kill  # the weights have moved, the step is not counted
+                self.learner.teacher.update = kill  # the weights have changed, and the step is not counted
             return update(self, batch, output)
 
         patch.setattr(Trainer, "update", update_or_die)
@@ -138,7 +140,7 @@ def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
 
 
 def in_new_process(arguments: Sequence[str], kill_at: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`start` in a Python of its own, as one that dies must be."""
+    """Call `start` in a new process, which may die."""
     code = f"import tiny_run, sys; sys.exit(tiny_run.start({list(arguments)!r}, {kill_at!r}))"
     paths = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY), str(REPOSITORY / "examples")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
@@ -146,7 +148,7 @@ def in_new_process(arguments: Sequence[str], kill_at: str | None = None) -> subp
 
 
 def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without clocks.  Whatever a run of the tests writes, docs/metrics.md explains."""
+    """Return metrics.jsonl without times and memory; assert that docs/metrics.md explains every key."""
     from metric_keys import undocumented
 
     from megatron_selfdistill.metrics import read_metrics
@@ -156,38 +158,45 @@ def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def recorded(path: Path, step: int) -> dict[tuple[str, int], list[int]]:
-    """What ``rollout.record`` has written of a step: (problem, sample) -> token ids."""
+    """Return the recorded rollouts of a step: (problem, sample) -> token ids."""
     records = map(json.loads, path.read_text().splitlines())
     return {(r["problem_id"], r["sample_index"]): r["token_ids"] for r in records if r["step"] == step}
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder -> its contents."""
+    """Return the contents of every file below a directory, by relative path."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def saved_step(run_dir: Path) -> int:
-    """That of the latest checkpoint, as the tracker file says; 0 where there is none."""
+    """Return the step of the latest checkpoint in the tracker file; 0 if there is none."""
     path = run_dir / "checkpoints" / TRACKER
     return int(path.read_text()) if path.exists() else 0
 
 
 def go_back_to_step_3(run_dir: Path) -> None:
-    """A run of 6 steps loses its last checkpoint.  Started again it takes steps 4 to 6 anew, at the learning rates of a
-    whole run, which ``num_steps=3`` would not have had."""
+    """Remove the last checkpoint of a run of 6 steps.
+
+    The resumed run repeats steps 4 to 6 with the learning rates of a run of 6 steps, which a run with ``num_steps=3``
+    would not have.
+    """
     shutil.rmtree(run_dir / "checkpoints" / "iter_0000006")
     (run_dir / "checkpoints" / TRACKER).write_text("3")
 
 
 def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:
-    """Every tensor of a checkpoint, in full: weights, optimizer state, and the teacher's average."""
+    """Return every full tensor of a checkpoint: weights, optimizer state, and the EMA weights of the teacher."""
     from megatron.core.dist_checkpointing import load_plain_tensors
 
-    return load_plain_tensors(str(run_dir / "checkpoints" / f"iter_{step:07d}"))
+    tensors: dict[str, Any] = load_plain_tensors(str(run_dir / "checkpoints" / f"iter_{step:07d}"))
+    return tensors
 
 
 def differences(one: Path, other: Path, step: int = 6) -> list[tuple[str, float]]:
-    """Which tensors of two runs' checkpoints differ, and by how much; needs an initialised process group."""
+    """Return the tensors that differ between two runs' checkpoints, each with its largest difference.
+
+    Needs an initialised process group.
+    """
     a, b = final_tensors(one, step), final_tensors(other, step)
     assert a.keys() == b.keys()
     return [
@@ -198,12 +207,12 @@ def differences(one: Path, other: Path, step: int = 6) -> list[tuple[str, float]
 
 
 def assert_equal_runs(ranks: RankPool, one: Path, other: Path, num_steps: int = 6) -> None:
-    """Bit for bit: the metrics of every step, weights, optimizer state, and the teacher's average."""
+    """Assert that two runs are equal bit for bit: metrics of every step, weights, optimizer state, EMA weights."""
     assert len(reproducible_metrics(one)) == num_steps
     assert reproducible_metrics(one) == reproducible_metrics(other)
     assert ranks.run(differences, one, other, num_steps, world_size=1) == [[]]
 
 
 def starts_with_an_even_token(text: str, problem: Any) -> bool:
-    """A verifier that an untrained model satisfies now and then."""
+    """Return whether the text begins with an even token: a verifier that an untrained model sometimes satisfies."""
     return text[:1] in set("02468-b,:H~")

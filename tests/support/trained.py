@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The trained model of tests with real vLLM servers: its config.json, requests, and what transformers says of it."""
+"""The trained model of tests with real vLLM servers: its config.json, its requests, and its text from transformers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_selfdistill.model.export import export
 from megatron_selfdistill.model.hf.mapping import family_of_model
 from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
-# vLLM's attention on a CPU knows heads of 32 channels, not smaller ones.  Tied: the output layer, which vLLM packs on a
-# CPU, comes under the name of the embedding.
+# On a CPU, vLLM's attention supports heads of 32 channels and no smaller heads.  The model is tied, so that the output
+# layer, which vLLM packs on a CPU, arrives under the name of the embedding.
 MODEL = models.model_config("tied", hidden_size=64, num_attention_heads=2, num_query_groups=2)
 FAMILY = family_of_model(MODEL)
 MAX_LENGTH = 256
@@ -26,7 +26,7 @@ DRAWN = SamplingParams(max_new_tokens=150)
 
 @dataclass(frozen=True)
 class Reach:
-    """Where servers are, and what lets one in."""
+    """The addresses of servers, and the token that they accept."""
 
     addresses: list[str]
     token: str
@@ -34,7 +34,7 @@ class Reach:
 
 
 def write_config(folder: Path) -> Path:
-    """``folder`` with the config.json of `MODEL`."""
+    """Write the config.json of `MODEL` into ``folder``; return ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     architecture = {"architectures": [FAMILY.architecture]}
     (folder / "config.json").write_text(json.dumps({**architecture, **FAMILY.hf_config(MODEL, "float32")}))
@@ -42,7 +42,7 @@ def write_config(folder: Path) -> Path:
 
 
 def requests(count: int, longest: int = 150) -> list[Request]:
-    """Two samples of each prompt; the longest ones fill a block of vLLM's prefix cache."""
+    """Return two requests for each prompt; the longest prompts fill a block of vLLM's prefix cache."""
     generator = torch.Generator().manual_seed(5)
     lengths = [longest if i % 3 == 2 else 4 + i for i in range(count // 2)]
     prompts = [torch.randint(models.VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
@@ -50,7 +50,7 @@ def requests(count: int, longest: int = 150) -> list[Request]:
 
 
 def greedy_by_transformers(prompts: list[list[int]], count: int, seed: int) -> list[tuple[list[int], list[float]]]:
-    """On one rank: tokens and their log-probs that transformers finds for `MODEL` with the weights of ``seed``."""
+    """Return, on one rank, greedy tokens and log-probs from transformers, for `MODEL` with the weights of ``seed``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     chunks, grid = models.build(MODEL, models.parallel(), seed=seed)
