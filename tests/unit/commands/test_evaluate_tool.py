@@ -193,7 +193,7 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(folde
 
 BAD_INPUT = {
     "an unknown key": (["rollout.temprature=1"], "did you mean 'rollout.temperature'"),
-    "a key that an option sets": (["evaluation.path=x.jsonl"], "say it with --data"),
+    "a key that an option sets": (["evaluation.path=x.jsonl"], "use --data"),
     "a missing file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "a missing checkpoint": (["--megatron", "nowhere"], "nowhere"),
     "another iteration": (["--iteration", "7"], "has no iteration 7"),
