@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from megatron_selfdistill.data.prompts import Tokenizer
 
 STOP = ord("$")
@@ -14,6 +16,8 @@ ONE_RANK = SimpleNamespace(
     world_size=1,
     dp_rank=0,
     dp_size=1,
+    dp_group=None,
+    device=torch.device("cpu"),
     **{f"{axis}_{what}": n for axis in ("tp", "cp", "pp") for what, n in (("rank", 0), ("size", 1))},
 )
 
