@@ -48,7 +48,7 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as runs use it: types of its arguments by name, values of its constants, options of the compiler."""
+    """A kernel as runs use it: the types of its arguments by name, the values of its constants, its options."""
 
     name: str
     kernel: Any
@@ -59,9 +59,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """registers per thread; spills, shared: bytes; wide_loads, wide_stores: instructions of 16 bytes, those of logits
-    (a row's last block, which a mask cuts, takes narrow ones); barriers: instructions; ahead: those between a load of
-    logits in a loop and the first that needs it, on the shortest path; None without a loop over logits."""
+    """The measurements of one compiled kernel.
+
+    registers: per thread; spills, shared: bytes.
+    wide_loads, wide_stores: instructions of 16 bytes, as for logits (a row's last block, which a mask cuts, takes
+    narrow ones); barriers: instructions.
+    ahead: the instructions between a load of logits in a loop and the first instruction that needs it, on the shortest
+    path; None without a loop over logits.
+    """
 
     name: str
     arch: int
@@ -75,7 +80,7 @@ class Report:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel: bfloat16 and float32 logits; the default grid of 5 betas, the strict one of 9, one given beta."""
+    """Yield every kernel, for bfloat16 and float32 logits, with the grids of 5, 9 and 1 betas."""
     import torch
 
     from megatron_selfdistill.choices import DIVERGENCES
@@ -117,7 +122,7 @@ def cases() -> Iterator[Case]:
 
 
 def solving_cases() -> Iterator[Case]:
-    """The kernels between and after the passes, of whole rows and of rows in as many parts as all ranks have."""
+    """Yield the kernels between and after the passes, for whole rows and for rows in as many parts as ranks have."""
     from megatron_selfdistill.loss.sharded.shard_sums import SECOND_PASS, SECOND_PASS_FORWARD
     from megatron_selfdistill.loss.triton import first_pass_kernel, solver_launches, statistics_kernels
 
@@ -141,7 +146,7 @@ def solving_cases() -> Iterator[Case]:
 
 
 def measure(case: Case, arch: int) -> Report:
-    """Compile for an NVIDIA GPU of this compute capability, times 10."""
+    """Return the report of a kernel compiled for an NVIDIA GPU; ``arch`` is its compute capability times 10."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -184,7 +189,7 @@ def _type(name: str, types: dict[str, str]) -> str:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of local memory and stack: what did not fit into them."""
+    """Return the registers per thread, and the bytes of local memory and stack, which hold what did not fit."""
     text = _cuobjdump("-res-usage", cubin)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
@@ -201,7 +206,7 @@ def _cuobjdump(what: str, cubin: bytes) -> str:
 
 
 def table(reports: list[Report]) -> str:
-    """Markdown, one row per kernel and architecture."""
+    """Return a Markdown table with one row per kernel and architecture."""
     lines = [
         "| kernel | sm | registers | spilled bytes | shared bytes | 16-byte loads | 16-byte stores | barriers "
         "| instructions ahead |",

@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How far a kernel reads ahead: the instructions between a load in a loop and the first that needs what it brings.
+"""How far a kernel reads ahead: the instructions between a load in a loop and its first use.
 
-A warp goes on past a load and stops at the first instruction that reads what it loads.  Comments in a kernel cannot
-promise how much work lies between: the compiler may move either of the two.  This reads it off the machine code.
+A warp continues after a load and stops at the first instruction that reads the result.  Comments in a kernel cannot
+promise how much work lies between the two, because the compiler may move both.  This file measures it in the machine
+code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ _NO_RESULT = ("ST", "RED", "BRA", "BREAK", "EXIT", "BSSY", "BSYNC", "WARPSYNC", 
 
 @dataclass(frozen=True)
 class Instruction:
-    """Of SASS, as cuobjdump prints it.  written, read: numbers of 32-bit registers; following: indices."""
+    """One instruction of SASS, as cuobjdump prints it.
+
+    written, read: numbers of 32-bit registers; following: indices of the instructions that may come next.
+    """
 
     text: str
     conditional: bool
@@ -28,8 +32,10 @@ class Instruction:
 
 
 def load_distance(sass: str) -> int | None:
-    """The least number of instructions that lie between a load of 8 or 16 bytes within a loop and the first one that
-    reads a register of its result, on any path; None without such a load."""
+    """Return the least number of instructions between a load within a loop and the first use of its result.
+
+    All paths count, and only loads of 8 or 16 bytes; the result is None without such a load.
+    """
     code = instructions(sass)
     loads = [i for i, instruction in enumerate(code) if _WIDE_LOAD.match(instruction.text)]
     distances = [_distance(code, i) for i in loads if _is_in_a_loop(code, i)]
@@ -54,7 +60,10 @@ def _instruction(i: int, predicate: str | None, name: str, rest: str, index: dic
 
 
 def _registers(name: str, rest: str) -> tuple[frozenset[int], frozenset[int]]:
-    """(written, read).  A wide result fills the registers that follow the one that is named."""
+    """Return the registers (written, read) of an instruction.
+
+    A wide result fills the registers that follow the named one.
+    """
     operands = rest.split(",")
     if name.startswith(_NO_RESULT):
         return frozenset(), _numbers(rest)
@@ -84,7 +93,7 @@ def _is_in_a_loop(code: list[Instruction], i: int) -> bool:
 
 
 def _distance(code: list[Instruction], i: int) -> int | None:
-    """Breadth first, with the registers that still hold what was loaded."""
+    """Return the distance to the first use of the loaded registers, searched breadth first."""
     waiting = deque((j, code[i].written, 0) for j in code[i].following)
     seen: set[tuple[int, frozenset[int]]] = set()
     while waiting:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Who is measured by loss_time.py, and on what: this project's loss, naive PyTorch, and the peers."""
+"""The contenders that loss_time.py measures, and their inputs: this project's loss, naive PyTorch, and the peers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_lo
 W = 0.75
 TARGET = Target(teacher_weight=W)
 Run = Callable[[], tuple[Tensor | None, Tensor | None]]
-"""Forward and backward: (loss per row, gradient of what came in), None where they are not this project's."""
+"""Forward and backward: returns (loss per row, gradient); each is None where it is not this project's."""
 
 
 @dataclass
 class Case:
-    """One size: inputs of this rank, equal for all contenders.  ``chunk``: tokens of a chunk, from hidden states."""
+    """One size: the inputs of this rank, equal for all contenders.
+
+    chunk: tokens of a chunk, from hidden states.
+    """
 
     tokens: int
     vocab: int
@@ -74,7 +77,7 @@ class Case:
 
     @property
     def u(self) -> int:
-        """Bytes."""
+        """The bytes of one read or write of the shard's logits in bf16."""
         return self.tokens * self.shard.size * 2
 
     @property
@@ -84,24 +87,30 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """``prepare(case) -> run`` is not timed; ``run() -> (loss per row or None, gradient or None)`` is."""
+    """One way to compute a loss.
+
+    ``prepare(case) -> run`` is not timed; ``run() -> (loss per row or None, gradient or None)`` is timed.
+    """
 
     name: str
     prepare: Callable[[Case], Run]
     same_loss: bool = True
-    """Whether the loss is this project's, so that an error can be told."""
+    """Whether the loss is this project's, so that its error can be reported."""
     passes: int | None = None
     """Reads and writes of every row of logits, by design."""
     floor: int | None = None
-    """Those that this loss takes at least; None for another loss, and where products bound the time."""
+    """The reads and writes that this loss takes at least; None for another loss, and where products bound the time."""
     seen: bool = True
-    """Whether PyTorch's operators do the work, so that it can be counted; they do not see into a kernel."""
+    """Whether PyTorch's operators do the work, so that their traffic can be counted; a kernel's traffic cannot."""
 
 
 def passes_of_loss(divergence: str) -> int:
-    """Return the reads and writes of rows: both are read by the first pass, by the second, and by JSD's own; then both
-    once more and the gradient is written over one of them.  The third pass reads no row that the second one settles, as
-    it does all rows here."""
+    """Return the reads and writes of rows that the loss takes.
+
+    The first pass, the second pass and the JSD's own pass read both rows; then both are read once more, and the
+    gradient is written over one of them.  The third pass reads no row that the second pass settles, and it settles all
+    rows here.
+    """
     return 2 + 2 + 2 * (divergence == "jsd") + 3
 
 
@@ -109,7 +118,10 @@ def passes_of_loss(divergence: str) -> int:
 
 
 def naive(case: Case) -> Run:
-    """Two log-softmaxes in float32, 30 halvings of the interval of k, KL by autograd; the whole vocabulary only."""
+    """Return naive PyTorch: two log-softmaxes in float32, 30 halvings of the interval of k, KL by autograd.
+
+    It runs on the whole vocabulary only.
+    """
     student = case.student.clone().requires_grad_()
 
     def run() -> tuple[Tensor, Tensor]:
@@ -141,7 +153,7 @@ def naive(case: Case) -> Run:
 
 
 def ours(**options: Any) -> Callable[[Case], Run]:
-    """`distillation_loss`, the gradient written over the student's logits."""
+    """Return `distillation_loss`, with the gradient written over the student's logits."""
 
     def prepare(case: Case) -> Run:
         student = case.student.clone()
@@ -167,7 +179,7 @@ def ours(**options: Any) -> Callable[[Case], Run]:
 
 
 def megatron_cross_entropy(fused: bool) -> Callable[[Case], Run]:
-    """Megatron's loss of next-token training: less work, the lower bar."""
+    """Return Megatron's loss of next-token training, which does less work: a lower bound."""
 
     def prepare(case: Case) -> Run:
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -194,7 +206,7 @@ def megatron_cross_entropy(fused: bool) -> Callable[[Case], Run]:
 
 
 def liger_jsd(case: Case) -> Run:
-    """liger-kernel's JSD of two given rows of log-probabilities: no mixed target, no shards."""
+    """Return liger-kernel's JSD of two given rows of log-probabilities, without a mixed target and without shards."""
     from liger_kernel.transformers import LigerJSD
 
     student, jsd = case.student.clone().requires_grad_(), LigerJSD()
@@ -212,8 +224,10 @@ def liger_jsd(case: Case) -> Run:
 
 
 def gemms(case: Case) -> Run:
-    """The four products alone: logits of teacher and student, gradients of hidden states, summed over the ranks during
-    the last product, and weight."""
+    """Return the four products alone: logits of teacher and student, gradients of hidden states and weight.
+
+    The gradients of hidden states are summed over the ranks during the last product.
+    """
     (student, teacher), weight, group = case.states, case.weight, case.shard.group
 
     def run() -> tuple[None, None]:
@@ -230,7 +244,7 @@ def gemms(case: Case) -> Run:
 
 
 def _from_hidden(case: Case, loss_of: Callable[[Tensor, Tensor], Tensor], per_row: bool) -> Run:
-    """Forward and backward of ``loss_of(hidden, weight)``, a loss per row or one loss of no interest here."""
+    """Return forward and backward of ``loss_of(hidden, weight)``, a loss per row or one loss that is not compared."""
     hidden, weight = case.states[0].clone().requires_grad_(), case.weight.clone().requires_grad_()
 
     def run() -> tuple[Tensor | None, Tensor]:
@@ -244,7 +258,7 @@ def _from_hidden(case: Case, loss_of: Callable[[Tensor, Tensor], Tensor], per_ro
 
 
 def materialised(case: Case) -> Run:
-    """Both logits in full, by Megatron's linear layer, then `distillation_loss`."""
+    """Return Megatron's linear layer, which makes both logits in full, and then `distillation_loss`."""
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
     def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:  # as `ColumnParallelLinear` calls it
@@ -268,7 +282,7 @@ def materialised(case: Case) -> Run:
 
 
 def fused(mode: str) -> Callable[[Case], Run]:
-    """`fused_distillation_loss`: no logits beyond a chunk of tokens, but for what ``mode`` keeps."""
+    """Return `fused_distillation_loss`, with no logits beyond a chunk of tokens and what ``mode`` keeps."""
 
     def prepare(case: Case) -> Run:
         options = {"target": TARGET, "divergence": case.divergence, "vocab": case.shard}
@@ -283,14 +297,17 @@ def fused(mode: str) -> Callable[[Case], Run]:
 
 
 def liger_distillation(case: Case) -> Run:
-    """liger-kernel's fused linear JSD, in chunks of tokens: no mixed target, no shards; written for torch.compile."""
+    """Return liger-kernel's fused linear JSD in chunks of tokens, without a mixed target and without shards.
+
+    It is written for torch.compile.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     return _liger(case, LigerFusedLinearJSDLoss(0.0, 1.0, compiled=case.device.type == "cuda"))
 
 
 def liger_fused_linear_jsd(case: Case) -> Run:
-    """liger-kernel's other fused linear JSD, with a Triton kernel."""
+    """Return liger-kernel's other fused linear JSD, which has a Triton kernel."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     return _liger(case, LigerFusedLinearJSD())
@@ -304,19 +321,19 @@ def _liger(case: Case, loss: Callable[..., Tensor]) -> Run:
 
 
 def contenders(arguments: argparse.Namespace, device: torch.device, tp_size: int) -> list[Contender]:
-    """Those that can run here; the others are named on standard error, with the reason."""
+    """Return the contenders that can run here; name the others on standard error, with the reason."""
     gpu, whole = device.type == "cuda", tp_size == 1
     liger = importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("triton") is not None
     from_what = _from_logits if arguments.hidden is None else _from_hidden_states
     found = from_what(arguments.divergence, gpu, whole, liger)
     for contender, needs, there in found:
         if not there:
-            print(f"left out: {contender.name}, which needs {needs}", file=sys.stderr)
+            print(f"skipped: {contender.name}, which needs {needs}", file=sys.stderr)
     return [contender for contender, _, there in found if there]
 
 
 def _from_logits(kind: str, gpu: bool, whole: bool, liger: bool) -> list[tuple[Contender, str, bool]]:
-    """(contender, what it needs, whether that is there)"""
+    """Return (contender, what it needs, whether this is available) for losses of logits."""
     passes = passes_of_loss(kind)
     found = [(Contender("naive PyTorch", naive, floor=passes), "the whole vocabulary on one rank", whole)]
     for backend, there in (("torch", True), ("triton", gpu)):
@@ -329,7 +346,7 @@ def _from_logits(kind: str, gpu: bool, whole: bool, liger: bool) -> list[tuple[C
 
 
 def _from_hidden_states(kind: str, gpu: bool, whole: bool, liger: bool) -> list[tuple[Contender, str, bool]]:
-    """(contender, what it needs, whether that is there)"""
+    """Return (contender, what it needs, whether this is available) for losses of hidden states."""
     seen = not gpu  # there the loss's own backend is triton, and liger-kernel's loss is compiled
     loss, products = passes_of_loss(kind), 4  # written twice, read twice
     passes = {"keep_gradient": products + loss, "low_memory": products + loss + 2}  # both are made once more

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What loss_time.py finds of one size: time, memory, traffic, collectives and accuracy of every contender."""
+"""The measurements of one size in loss_time.py: time, memory, traffic, collectives and accuracy of every contender."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Found:
-    """What one contender did in one case; with a ``failure`` there is nothing else."""
+    """The measurements of one contender in one case; with a ``failure`` there is nothing else."""
 
     name: str
     failure: str | None = None
@@ -38,12 +38,12 @@ class Found:
     cpu_seconds: float | None = None
     peak_u: float | None = None
     moved_u: float | None = None
-    """By PyTorch's operators, or by design where ``moved_by_design``; None where nobody knows."""
+    """The traffic, in u, by PyTorch's operators, or by design where ``moved_by_design``; None where it is unknown."""
     moved_by_design: bool = False
     passes_by_design: int | None = None
     passes_measured: float | None = None
     floor_u: float | None = None
-    """What this loss moves at least."""
+    """The traffic, in u, that this loss takes at least."""
     collectives: int | None = None
     loss_error: float | None = None
     gradient_error: float | None = None
@@ -51,21 +51,24 @@ class Found:
 
 @dataclass(frozen=True)
 class Report:
-    """One size."""
+    """The measurements of all contenders for one size."""
 
     tokens: int
     vocab: int
     u: int
-    """Bytes."""
+    """The bytes of one u."""
     floor_u: float
-    """Of this project's loss."""
+    """The traffic of this project's loss, in u."""
     copy_seconds: float
-    """Of one read and one write of 1u each."""
+    """The seconds of one read and one write of 1u each."""
     found: list[Found]
 
 
 def report_of(case: Case, entrants: list[Contender], repeats: int) -> Report:
-    """Of one size, the copy that is its yardstick included; equal on all ranks but for times and memory."""
+    """Return the report of one size, with the copy that is its yardstick.
+
+    It is equal on all ranks except for times and memory.
+    """
     floor = in_u(passes_of_loss(case.kind), case)
     return Report(
         case.tokens, case.vocab, case.u, floor, _copy_seconds(case, repeats), measure(case, entrants, repeats)
@@ -73,12 +76,12 @@ def report_of(case: Case, entrants: list[Contender], repeats: int) -> Report:
 
 
 def in_u(passes: float, case: Case) -> float:
-    """u, which are bytes in bf16, of so many reads and writes of all logits."""
+    """Return the u (bytes in bf16) of so many reads and writes of all logits."""
     return passes * case.dtype.itemsize / 2
 
 
 def measure(case: Case, entrants: list[Contender], repeats: int) -> list[Found]:
-    """Every contender; one that fails anywhere is reported with what failed, and the others go on."""
+    """Measure every contender; report a contender that fails anywhere with its failure, and go on with the others."""
     seconds: dict[str, list[tuple[float, float]]] = {one.name: [] for one in entrants}
     found: dict[str, Found] = {}
     for repeat in range(repeats + 1):
@@ -101,7 +104,7 @@ def measure(case: Case, entrants: list[Contender], repeats: int) -> list[Found]:
 
 
 def _attempted(work: Callable[[], _Result], case: Case) -> tuple[_Result | None, str | None]:
-    """(what ``work`` returns, None), or (None, what failed in a few words), on all ranks alike."""
+    """Return (the result of ``work``, None) or (None, the failure in a few words), the same on all ranks."""
     result, failure = None, None
     try:
         result = work()
@@ -152,7 +155,7 @@ def _timed(run: Run) -> tuple[float, float]:
 
 
 def wait() -> None:
-    """For the device."""
+    """Wait for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -164,7 +167,7 @@ def _copy_seconds(case: Case, repeats: int) -> float:
 
 
 def _peak_bytes(run: Run, case: Case) -> int:
-    """Most memory at one time beyond what was there before."""
+    """Return the most memory at one time, beyond the memory that was allocated before."""
     wait()
     if case.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -188,29 +191,29 @@ def _peak_bytes(run: Run, case: Case) -> int:
 
 
 def _operators(run: Run, case: Case) -> tuple[_Traffic, int]:
-    """What operators read and write, and the number of collectives."""
+    """Return the bytes that operators read and write, and the number of collectives."""
     with _Traffic(case) as traffic, _counted_collectives() as calls:
         run()
     return traffic, len(calls)
 
 
 class _Traffic(TorchDispatchMode):
-    """Adds up what operators read and write; one that gives a view of what it took moves nothing.
+    """A mode that adds up the bytes that operators read and write; an operator that returns a view moves nothing.
 
-    num_bytes: of everything.  row_elements: of tensors that hold rows of logits, or what is made of them, for all
-    tokens (from hidden states: of a chunk of tokens); PyTorch's loss has temporaries of a few rows, which stay in a
-    core's cache and are not counted.
+    num_bytes: of all tensors.  row_elements: of tensors that hold rows of logits, or derived rows, for all tokens (from
+    hidden states: of a chunk of tokens).  PyTorch's loss has temporaries of a few rows, which stay in a core's cache
+    and are not counted.
     """
 
     EMPTY = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
     MAKING = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"})
-    """They take a tensor for its shape, and write."""
+    """Operators that take a tensor for its shape, and only write."""
     FILLING = frozenset({"copy_", "fill_", "zero_"})
-    """What these write to they do not read."""
+    """Operators that do not read the tensor to which they write."""
     PICKING = frozenset({"gather", "index", "index_select"})
-    """They read as much as they write."""
+    """Operators that read as much as they write."""
     PUTTING = frozenset({"scatter_", "index_put_"})
-    """They touch as many elements as their third argument has."""
+    """Operators that touch as many elements as their third argument has."""
     PRODUCTS = frozenset({"mm", "addmm", "addmm_"})
 
     def __init__(self, case: Case) -> None:
@@ -230,7 +233,7 @@ class _Traffic(TorchDispatchMode):
         return result
 
     def _moved(self, func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[tuple[Tensor, bool]]:
-        """(tensor, whether it may hold rows of logits), once for a read and once for a write."""
+        """Return (tensor, whether it may hold rows of logits), once for a read and once for a write."""
         name = func.overloadpacket.__name__
         if name in self.PICKING:
             yield from ((tensor, False) for tensor in (result, result))
@@ -254,7 +257,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Of arguments, however nested."""
+    """Return the tensors in arguments, however nested."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -282,7 +285,7 @@ def _counted_collectives() -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Of the first rows, over the whole vocabulary, in float64: the loss, this rank's gradient, its largest value."""
+    """The float64 reference of the first rows over all columns: the loss, this rank's gradient, its largest value."""
 
     loss: Tensor
     gradient: Tensor
@@ -310,7 +313,7 @@ def _reference(case: Case) -> _Reference:
 
 
 def _all_columns(logits: Tensor, case: Case) -> Tensor:
-    """Of all ranks, in their order."""
+    """Return the columns of all ranks, in rank order."""
     group = case.shard.group
     if group is None:
         return logits
@@ -320,7 +323,10 @@ def _all_columns(logits: Tensor, case: Case) -> Tensor:
 
 
 def _errors(got: tuple[Tensor | None, Tensor | None], reference: _Reference, case: Case) -> tuple[float, float]:
-    """Of the loss in nats, and of the gradient to its largest value; of all ranks the largest."""
+    """Return the errors of the loss, in nats, and of the gradient, relative to its largest value.
+
+    Each is the largest of all ranks.
+    """
     loss, gradient = got
     assert loss is not None and gradient is not None
     rows = slice(0, CHECKED_ROWS)

@@ -5,25 +5,26 @@
     python tools/benchmarks/loss_time.py --vocab 152064 19008 --tokens 16384 4096 --hidden 8192 --plot loss.png
     torchrun --nproc-per-node 2 tools/benchmarks/loss_time.py ...        # the vocabulary over both ranks
 
-Forward and backward, from the logits of one rank's shard or, with ``--hidden``, from hidden states.  1u is one read or
-write of the shard's logits in bf16.  All contenders see the same inputs and take turns, so that whatever else the
-machine does hits all of them; medians are compared.  The yardstick is a copy of the logits, measured in the same run.
+Forward and backward run from the logits of one rank's shard or, with ``--hidden``, from hidden states.  1u is one read
+or write of the shard's logits in bf16.  All contenders see the same inputs and take turns, so that other work of the
+machine affects all of them; medians are compared.  The yardstick is a copy of the logits, measured in the same run.
 
-    to ...      time, on a CPU the processor's, to that of the first contender
-    floor       time that the reads and writes of the loss's passes would take at the copy's speed, to the time: 7 of
+    to ...      time divided by the time of the first contender; on a CPU the processor's time
+    floor       the time of the reads and writes of the loss's passes at the copy's speed, divided by the time: 7 of
                 them (two reads of both rows, one more with the write in place), 9 for JSD.  Each is 1u in bf16 and 2u
-                in fp32.  Rows that need the third pass take 2 more; none here does.  Not from hidden states, where the
-                products bound the time
+                in fp32.  Rows that need the third pass take 2 more; no row here does.  There is no floor from hidden
+                states, where the products bound the time
     passes      reads and writes of every row of logits: by design / as PyTorch's operators make them, on tensors that
-                hold all rows, or a chunk's from hidden states.  What a chunk in a core's cache is read again counts
-    u           bytes that PyTorch's operators read and write (views are free), in u: what eager code moves.  Chunked
-                code moves most of it within a core's cache.  Kernels are not seen: theirs is by design, in brackets
-    speed       those bytes in this time, to the speed of the copy; above 100 % where a cache holds it
+                hold all rows, or a chunk's from hidden states.  Repeated reads of a chunk in a core's cache count
+    u           bytes that PyTorch's operators read and write (views are free), in u: the traffic of eager code.
+                Chunked code moves most of it within a core's cache.  The traffic of kernels cannot be counted: it is
+                given by design, in brackets
+    speed       these bytes divided by the time, relative to the speed of the copy; above 100 % where a cache holds them
     peak        most memory beyond the inputs, in u; a gradient written over the student's logits costs none
-    error       of loss (nats) and gradient (to its largest value) against float64, on some rows
+    error       of loss (nats) and gradient (relative to its largest value) against float64, on some rows
 
-A contender that fails is listed with what failed.  Files are written anew after each size.
-The first size of --vocab goes with each of --tokens, and the other way round.
+A contender that fails is listed with its failure.  Files are written anew after each size.
+The first size of --vocab is measured with each size of --tokens, and the first size of --tokens with each of --vocab.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def write(reports: list[Report], arguments: argparse.Namespace, tp_size: int) -> None:
-    """The files that were asked for, with all sizes so far."""
+    """Write the requested files, with all sizes so far."""
     if arguments.out:
         where = {"arguments": vars(arguments), "where": _where(), "torch": torch.__version__, "tp_size": tp_size}
         Path(f"{arguments.out}.json").write_text(json.dumps(where | {"sizes": [asdict(r) for r in reports]}, indent=2))
@@ -80,7 +81,7 @@ def write(reports: list[Report], arguments: argparse.Namespace, tp_size: int) ->
 
 
 def table(report: Report, arguments: argparse.Namespace, tp_size: int) -> str:
-    """Markdown."""
+    """Return the Markdown table."""
     hidden = f", from hidden states of {arguments.hidden}" if arguments.hidden else ""
     copied = 2 * report.u / report.copy_seconds / 1e9
     first = report.found[0]
@@ -133,12 +134,12 @@ def _cells(one: Found, first: Found, report: Report) -> list[str]:
 
 
 def _spent(one: Found) -> float | None:
-    """Seconds that tell contenders apart: on a CPU, which others may want too, those of the processor."""
+    """Return the seconds that distinguish contenders: on a CPU, which other programs share, its own seconds."""
     return one.seconds if torch.cuda.is_available() else one.cpu_seconds
 
 
 def plot(reports: list[Report], arguments: argparse.Namespace) -> None:
-    """Time and peak memory, against the vocabulary and against the tokens."""
+    """Plot time and peak memory, against the vocabulary and against the tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,7 +178,7 @@ def plot(reports: list[Report], arguments: argparse.Namespace) -> None:
 
 
 def _start() -> tuple[torch.device, dist.ProcessGroup]:
-    """The process group of this launch, which is the tensor-parallel group; torchrun's, or a world of one."""
+    """Return the device and the process group of this launch: torchrun's group, or a group of one rank."""
     from megatron_selfdistill.config import ParallelConfig
     from megatron_selfdistill.distributed import ranks
 

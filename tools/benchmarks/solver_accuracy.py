@@ -39,10 +39,10 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of the rows of one class, [T] float64; the errors are against float64.
+    """The accuracy of the tokens of one class, [T] float64; the errors are against float64.
 
-    mismatch: |H(q) - H(p)| at the beta found, 0 where no match was asked for; normalisation: |sum of q - 1|;
-    reverse_kl: error of the reported KL(p || q).
+    mismatch: |H(q) - H(p)| at the beta found, 0 where no match was wanted; normalisation: |sum of q - 1|; reverse_kl:
+    the error of the reported KL(p || q).
     """
 
     beta: Tensor
@@ -53,7 +53,7 @@ class Accuracy:
 
 
 def measure(student: Tensor, teacher: Tensor, target: Target) -> Accuracy:
-    """Run the loss on [T, V] logits as they are and compare with float64."""
+    """Return the accuracy of the loss on [T, V] logits, compared with float64."""
     num_tokens, vocab_size = student.shape
     vocab = VocabShard(0, vocab_size, vocab_size)
     tokens = torch.zeros(num_tokens, dtype=torch.int64)
@@ -78,7 +78,7 @@ def measure(student: Tensor, teacher: Tensor, target: Target) -> Accuracy:
 
 
 def markdown_row(name: str, accuracy: Accuracy, target: Target) -> str:
-    """One row of the table: the range of beta (1 + w), the share of each status, the largest errors."""
+    """Return one row of the table: the range of beta (1 + w), the share of each status, the largest errors."""
     relative = accuracy.beta * target.geometric_k
     ordered = (Status.MATCHED, Status.CAPPED, Status.OUT_OF_RANGE, Status.UNDETERMINED, Status.UNCONVERGED)
     shares = " | ".join(f"{(accuracy.status == status).double().mean():.2f}" for status in ordered)
@@ -87,7 +87,7 @@ def markdown_row(name: str, accuracy: Accuracy, target: Target) -> str:
 
 
 def draw(name: str, num_tokens: int, vocab_size: int, seed: int = 0) -> Pair:
-    """Student's and teacher's logits [num_tokens, vocab_size] of one class of DISTRIBUTIONS."""
+    """Return the student's and the teacher's logits [num_tokens, vocab_size] of one class of DISTRIBUTIONS."""
     generator = torch.Generator().manual_seed(seed * 1000 + list(DISTRIBUTIONS).index(name))
     return DISTRIBUTIONS[name](num_tokens, vocab_size, generator)
 
@@ -101,7 +101,7 @@ def _normal(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Ten
 
 
 def _llm(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    """A broad bulk and a few tall columns, higher in some rows: entropies from 0.01 to several nats."""
+    """Return a broad bulk and a few tall columns, higher in some rows: entropies from 0.01 to several nats."""
     logits = 2.2 * _normal(num_tokens, vocab_size, generator)
     heads = torch.randint(vocab_size, (num_tokens, 12), generator=generator)
     height = 8 + 8 * torch.rand(num_tokens, 1, generator=generator)
@@ -160,14 +160,14 @@ def _disagree(num_tokens: int, vocab_size: int, generator: torch.Generator) -> P
 
 
 def _swap(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    """The teacher exchanges the student's two best columns."""
+    """Return a teacher that exchanges the student's two best columns."""
     student = _llm(num_tokens, vocab_size, generator)
     best = student.topk(2, dim=1)
     return student, student.scatter(1, best.indices, best.values.flip(1))
 
 
 def _ties(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    """Two columns tie at the top of the mix while the student is surer than log 2: no root."""
+    """Return two columns tied at the top of the mix, where the student is surer than log 2: there is no root."""
     student, teacher = _one_hot(14.0)(num_tokens, vocab_size, generator)
     best = student.argmax(1, keepdim=True)
     other = (best + 1) % vocab_size
@@ -199,7 +199,10 @@ def _sharper_teacher(num_tokens: int, vocab_size: int, generator: torch.Generato
 
 
 def _tied_tops(num_tied: int) -> Callable[[int, int, torch.Generator], Pair]:
-    """Equal best columns of both over a bulk of sigma 0, 0.5 and 2: H(beta) has a plateau at log(num_tied)."""
+    """Return equal best columns of both over a bulk of sigma 0, 0.5 and 2.
+
+    H(beta) has a plateau at log(num_tied).
+    """
 
     def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
         sigma = torch.tensor([0.0, 0.5, 2.0]).repeat(num_tokens)[:num_tokens, None]
@@ -219,7 +222,10 @@ def _smallest_plateau(num_tokens: int, vocab_size: int, generator: torch.Generat
 
 
 def _forks(less_sure: float) -> Callable[[int, int, torch.Generator], Pair]:
-    """Two continuations nearly equally likely over a small tail: apart by 0.05 to 0.8, the teacher by as much."""
+    """Return a class in which two continuations are nearly equally likely, over a small tail.
+
+    They are apart by 0.05 to 0.8, and the teacher is ``less_sure`` nats less sure of them.
+    """
 
     def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
         student = 2.2 * _normal(num_tokens, vocab_size, generator)
@@ -234,7 +240,7 @@ def _forks(less_sure: float) -> Callable[[int, int, torch.Generator], Pair]:
 
 
 def _levels(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    """Columns of 0 but for one to three blocks of equal columns at random heights."""
+    """Return columns of 0 except for one to three blocks of equal columns at random heights."""
     student, teacher = torch.zeros(num_tokens, vocab_size), torch.zeros(num_tokens, vocab_size)
     for row in range(num_tokens):
         start = 0

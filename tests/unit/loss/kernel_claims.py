@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What is claimed of the loss's Triton kernels: a pytest module that test_kernels.py runs in a process of its own.
+"""The claims about the loss's Triton kernels: a pytest module that test_kernels.py runs in a process of its own.
 
-With TRITON_INTERPRET=1, which must be set before triton is imported, on CPU tensors in Triton's interpreter; without,
-on the GPU, which conftest.py shows with SELFDISTILL_TEST_GPU=1 only.
+With TRITON_INTERPRET=1, which must be set before triton is imported, the kernels run on CPU tensors in Triton's
+interpreter; without it they run on the GPU, which conftest.py shows with SELFDISTILL_TEST_GPU=1 only.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 FULL = [pytest.mark.full] if INTERPRETED else []
-"""The marks of cases that make test leaves out, since the interpreter takes half a second for a loss."""
+"""The marks of cases that make test skips, because the interpreter takes half a second for a loss."""
 TARGETS = {
     "capped": Target(),
     "strict": Target(k_max=None),
@@ -65,7 +65,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 @pytest.fixture(autouse=True)
 def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    """Whole rows, unless the test asks for parts: a handful of rows would be cut into as many as there are blocks."""
+    """Read whole rows, unless the test asks for parts.
+
+    A handful of rows would otherwise be cut into as many parts as there are blocks.
+    """
     number = getattr(request, "param", 1)
     if INTERPRETED:
         monkeypatch.setattr(pass_launches, "LANES", 64)  # it pays per block, not per number
@@ -86,7 +89,7 @@ def after(number: int, some: Iterable) -> list:
 
 
 def cases(names: str, thinned: list, *values: Iterable, quick: int) -> pytest.MarkDecorator:
-    """All combinations on a GPU; in the interpreter those of ``thinned``, of which the first ``quick`` in make test."""
+    """Run all combinations on a GPU; in the interpreter run ``thinned``, in make test its first ``quick`` only."""
     combinations = (
         after(quick, thinned) if INTERPRETED else list(itertools.product(*values) if len(values) > 1 else values[0])
     )
@@ -94,7 +97,10 @@ def cases(names: str, thinned: list, *values: Iterable, quick: int) -> pytest.Ma
 
 
 def logits(num_rows: int, num_columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 on DEVICE: rows sharp, flat, agreeing, disagreeing, equal, rising, falling, tied; response tokens."""
+    """Return float32 logits of student and teacher on DEVICE, and response tokens.
+
+    The rows are sharp, flat, agreeing, disagreeing, equal, rising, falling and tied.
+    """
     generator = torch.Generator().manual_seed(seed)
     scale = torch.linspace(0.5, 6.0, num_rows)[:, None]
     student = scale * torch.randn(num_rows, num_columns, generator=generator)
@@ -131,7 +137,7 @@ def run(
 
 
 def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence) -> tuple[Tensor, Tensor]:
-    """Loss, and gradient under the weights of `run`, by the definition in float64."""
+    """Return the loss, and its gradient under the weights of `run`, by the definition in float64."""
     s = student.double().detach().requires_grad_()
     log_q = mixed_target(s.detach(), teacher.double(), target).log_q
     log_p, lam = s.log_softmax(-1), kind.jsd_lambda
@@ -149,7 +155,7 @@ def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence
 
 
 def assert_same(ours: TokenStats, theirs: TokenStats, tolerance: float = 5e-6) -> None:
-    """Every statistic alike, NaN and infinity at the same places."""
+    """Assert that every statistic is alike, with NaN and infinity at the same places."""
     for field in fields(TokenStats):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         assert a.dtype == b.dtype and a.shape == b.shape, field.name
@@ -461,13 +467,13 @@ def test_narrow_logits_give_the_statistics_of_the_same_values_in_float32(dtype: 
 
 
 def bracket_of(solution: BetaSolution) -> Tensor:
-    """Both ends of the bracket, [10, T], in the order of the kernels' state."""
+    """Return both ends of the bracket, [10, T], in the order of the kernels' state."""
     return torch.stack([*solution.left.tensors(), *solution.right.tensors()])
 
 
 @cases("rule, forward_kl", [("capped", False), *((rule, True) for rule in TARGETS)], TARGETS, [False, True], quick=2)
 def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: bool) -> None:
-    """From the same sums, of 3 shards."""
+    """Compare both on the same sums, of 3 shards."""
     student, teacher, tokens = logits(40, 600, seed=7)
     student[30], teacher[31] = torch.nan, -1e4
     student[32:], teacher[32:] = student[32:] * 0.02, teacher[32:] * 5
@@ -539,7 +545,10 @@ def test_no_rows_and_rows_of_one_column_have_no_loss() -> None:
 
 
 def wait_for(context: mp.ProcessContext, seconds: float = 900) -> None:
-    """Until every rank has ended; raises what one of them raised, and ends all of them after so many seconds."""
+    """Wait until every rank has ended, and raise what one of them raised.
+
+    After so many seconds all ranks are killed.
+    """
     deadline = time.monotonic() + seconds
     while not context.join(timeout=max(0.0, deadline - time.monotonic())):
         if time.monotonic() >= deadline:
@@ -549,7 +558,7 @@ def wait_for(context: mp.ProcessContext, seconds: float = 900) -> None:
 
 
 def rank_of_two(rank: int, store: str, folder: str) -> None:
-    """Rank ``rank``: the loss of its half of 370 columns padded to 512, so that each has another number of them."""
+    """Compute the loss of one rank's half of 370 columns padded to 512, so that the two ranks hold unequal numbers."""
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", rank)
     if not INTERPRETED:
         torch.cuda.set_device(device)  # NCCL's, of its own streams and buffers
@@ -659,7 +668,7 @@ LAUNCHES = {
 def test_every_logit_is_read_once_per_pass_and_written_once(
     kind: str, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for some: a part's largest columns and the response token's are read again."""
+    """Allow further reads of some logits: a part's largest columns and the response token's."""
     student, teacher, tokens = (values[:1] for values in logits(8, 2100))
     student, teacher = student.bfloat16(), teacher.bfloat16()
     loaded, stored = counted_accesses(monkeypatch, student), counted_accesses(monkeypatch, student, "store")
@@ -684,7 +693,7 @@ def test_only_a_row_that_two_passes_do_not_match_is_read_by_the_third(monkeypatc
 
 
 def counted_accesses(monkeypatch: pytest.MonkeyPatch, logits: Tensor, what: str = "load") -> Tensor:
-    """How often each 2 bytes of these logits will be loaded or stored by the interpreter."""
+    """Return how often each 2 bytes of these logits will be loaded or stored by the interpreter."""
     from triton.runtime.interpreter import interpreter_builder
 
     counts = torch.zeros(logits.numel(), dtype=torch.int64)
@@ -705,7 +714,7 @@ def counted_accesses(monkeypatch: pytest.MonkeyPatch, logits: Tensor, what: str 
 
 @full
 def test_rows_beyond_2_to_the_31_logits_are_those_that_are_read_and_written() -> None:
-    """Row 2 begins there.  On a CPU only the pages that are written to exist."""
+    """Row 2 begins beyond 2^31 logits.  On a CPU only the pages that are written exist."""
     stride, num_columns = 2**30 + 64, 300
     places = torch.empty(2 * stride + 3 * 320, dtype=torch.bfloat16, device=DEVICE)
     far = [places.as_strided((3, num_columns), (stride, 1), 320 * i) for i in range(3)]
@@ -767,7 +776,7 @@ def test_logits_on_another_gpu_than_the_current_one_have_a_loss() -> None:
 def test_as_shipped_a_loss_takes_5_to_8_launches_and_no_memory_but_a_few_numbers_per_token(
     kind: str, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``LANES``, ``PART_COLUMNS`` and ``MOST_PARTS`` as they are: on the GPU rows in 8 parts and in 64."""
+    """Run with ``LANES``, ``PART_COLUMNS`` and ``MOST_PARTS`` unchanged: on the GPU rows in 8 parts and in 64."""
     monkeypatch.undo()
     for num_rows, num_columns, num_parts in ((2, 4208, 2),) if INTERPRETED else ((512, 19008, 8), (8, 152064, 64)):
         student, teacher, tokens = (values[:num_rows] for values in logits(max(8, num_rows), num_columns))
@@ -786,7 +795,7 @@ def test_as_shipped_a_loss_takes_5_to_8_launches_and_no_memory_but_a_few_numbers
 
 
 def with_peak_bytes(*arguments: Any) -> tuple[tuple[TokenStats, Tensor], float]:
-    """What `run_in_place` returns, and how many bytes it took at once beyond those of its arguments."""
+    """Return the result of `run_in_place`, and the most bytes that it took at once beyond its arguments."""
     if INTERPRETED:
         with BytesAlive(arguments[:3]) as alive:
             return run_in_place(*arguments), alive.peak
@@ -800,7 +809,7 @@ def with_peak_bytes(*arguments: Any) -> tuple[tuple[TokenStats, Tensor], float]:
 def run_in_place(
     student: Tensor, teacher: Tensor, tokens: Tensor, kind: Divergence, target: Target | None = None
 ) -> tuple[TokenStats, Tensor]:
-    """As `run`, but the gradient is written over the logits."""
+    """Do what `run` does, with the gradient written over the logits."""
     leaf = student.requires_grad_()
     seen: list[Tensor] = []
     product = leaf.view_as(leaf)
@@ -820,24 +829,27 @@ KERNELS: dict[str, ModuleType] = {
 
 
 class Counted:
-    """A kernel that tells its launches."""
+    """A kernel that reports its launches."""
 
-    def __init__(self, kernel: Any, told: Callable[[], None]) -> None:
-        self.kernel, self.told = kernel, told
+    def __init__(self, kernel: Any, report: Callable[[], None]) -> None:
+        self.kernel, self.report = kernel, report
 
     def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., Any]:
-        self.told()
+        self.report()
         return self.kernel[programs]
 
 
 def counted_launches(monkeypatch: pytest.MonkeyPatch, check: Callable[[], Any] = lambda: None) -> list[str]:
-    """The kernels' names, in the order in which they will be launched; ``check`` is called before each."""
+    """Return a list that will hold the kernels' names in the order of their launches.
+
+    ``check`` is called before each launch.
+    """
     launches: list[str] = []
 
-    def told(name: str) -> None:
+    def report(name: str) -> None:
         check()
         launches.append(name)
 
     for name, module in KERNELS.items():
-        monkeypatch.setattr(module, name, Counted(getattr(module, name), partial(told, name)))
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), partial(report, name)))
     return launches

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The fused output layer equals float64 and the materialised path, in every chunking and split, and is as large and as
-dear as it says."""
+"""The fused output layer equals float64 and the materialised path in every chunking and split.
+
+Its memory, its GEMMs and its collectives are as its docstrings say.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ DIVERGENCES = {
 
 
 class Example:
-    """Hidden states, weights, tokens and the weights of their losses, the same on every rank."""
+    """Hidden states, weights, tokens and the weights of their losses, equal on every rank."""
 
     def __init__(self, tied: bool, dtype: torch.dtype = torch.float32, num_tokens: int = NUM_TOKENS) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -58,7 +60,7 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, dH and dW (valid rows) in float64, by autograd through the definition; beta by bisection."""
+    """Return losses, dH and dW (valid rows) in float64, by autograd through the definition, with beta by bisection."""
     hidden, weight = (x.double().requires_grad_() for x in (example.student, example.weight[:VOCAB_SIZE]))
     of_teacher = example.weight if example.teacher_weight is None else example.teacher_weight
     s, t = hidden @ weight.T, example.teacher.double() @ of_teacher[:VOCAB_SIZE].double().T
@@ -102,7 +104,7 @@ def fused(
     group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> tuple[TokenStats, Tensor | None, Tensor | None]:
-    """(statistics, dH, dW of this rank's rows)."""
+    """Return (statistics, dH, dW of this rank's rows)."""
     vocab, mine = shard_of(group)
     hidden, weight = options.pop("hidden", example.student).clone(), example.weight[mine].clone()
     stats = fused_distillation_loss(
@@ -165,7 +167,7 @@ def test_loss_dgrad_and_wgrad_equal_float64(rule: str, kind: str, mode: str, tie
 @every_mode
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 4, 7, 12, 13, 14, 100])
 def test_every_chunking_equals_the_materialised_path(chunk_tokens: int, mode: str, tied: bool) -> None:
-    """7: two chunks of which the first has room for the teacher behind it, and the second has none."""
+    """A chunk of 7 gives two chunks: there is room for the teacher behind the first, and none behind the second."""
     example = Example(tied)
     expected = materialised(example, Target(), Divergence())
     got = fused(example, Target(), Divergence(), mode, chunk_tokens)
@@ -253,7 +255,7 @@ def counting_flops() -> FlopCounterMode:
 
 
 def gemms(counter: FlopCounterMode) -> float:
-    """In units of one GEMM of all tokens, the width and the columns."""
+    """Return the work in units of one GEMM of all tokens, the width and the columns."""
     return counter.get_total_flops() / (2 * NUM_TOKENS * WIDTH * PADDED_VOCAB_SIZE)
 
 
@@ -282,7 +284,7 @@ def test_hidden_states_are_projected_where_they_lie(mode: str, monkeypatch: pyte
 
 
 def memory_of(mode: str | None, num_tokens: int, chunk: int, columns: int) -> tuple[float, float, float]:
-    """In rows of logits: what is left allocated after forward, the peak in forward, the peak in backward."""
+    """Return, in rows of logits, the memory left after forward, the peak in forward and the peak in backward."""
     hidden = torch.randn(num_tokens, 8, requires_grad=True)
     weight = torch.randn(columns, 8, requires_grad=True)
     teacher, tokens = torch.randn(num_tokens, 8), torch.zeros(num_tokens, dtype=torch.int64)
@@ -324,7 +326,7 @@ def test_without_a_gradient_there_are_two_chunks_of_logits(mode: str, monkeypatc
 
 
 def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
-    """Bytes (at the end, at most), relative to the start."""
+    """Return the bytes (at the end, at most), relative to the start."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     total = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -393,7 +395,7 @@ def counting(calls: dict[str, int], name: str) -> Callable[..., Any]:
 
 
 def split_over_ranks(num_tokens: int, dtype: torch.dtype) -> list[tuple[TokenStats, Tensor, Tensor, dict[str, int]]]:
-    """Each (tied, mode, form of hidden states) on this rank, and how often it called each collective."""
+    """Run each (tied, mode, form of hidden states) on this rank, and count how often it calls each collective."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     cut = slice(rank * WIDTH // size, (rank + 1) * WIDTH // size)
     owner = (torch.arange(num_tokens) * 7 // 3) % size if num_tokens > 1 else torch.full((num_tokens,), size - 1)

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The Triton kernels of the loss: right in the interpreter and on a GPU, well compiled for three architectures.
 
-The claims are the tests of kernel_claims.py.  A process of its own runs them, since how triton runs a kernel is settled
-when it is imported; each is reported here under its own name.
+The claims are the tests of kernel_claims.py.  They run in a process of their own, because triton decides at its import
+how it runs a kernel; each claim is reported here under its own name.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ Outcomes = dict[str, list[tuple[str, str]]]
 
 
 def outcomes(folder: Path, *, interpreted: bool, marks: str = "", seconds: float = 3600) -> Outcomes:
-    """For every test of kernel_claims.py, (passed, failed or skipped, with what message) of each of its cases.
+    """Return, for every test of kernel_claims.py, (passed, failed or skipped, message) of each of its cases.
 
-    Raises: subprocess.TimeoutExpired after so many seconds, far more than they take: some wait for other processes.
+    Raises: subprocess.TimeoutExpired after so many seconds, far more than the tests take: some wait for other
+    processes.
     """
     report = folder / "claims.xml"
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
@@ -114,7 +115,7 @@ def test_on_the_gpu(claim: str, on_the_gpu: Outcomes) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What tools/benchmarks/kernel_report.py says of one kernel after the other, each for the next architecture."""
+    """Return the reports of tools/benchmarks/kernel_report.py, each kernel for the next architecture."""
     kernels = ["*bf16", "*fp32", "* 1 parts", "finish, forward KL, 128 parts"]
     return measured(tmp_path_factory.mktemp("compiled"), "--third", "--kernel", *kernels)
 
@@ -140,14 +141,17 @@ def kernel_report(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def assert_nothing_spills_or_waits(entry: dict) -> None:
-    """Several warps, which the parts of 8 ranks may need between the passes, wait for each other."""
+    """Assert that no kernel spills, and that only programs of several warps wait for each other.
+
+    The parts of 8 ranks may need several warps between the passes.
+    """
     assert entry["spills"] == 0 < entry["registers"] <= 255, entry
     if not entry["name"].endswith("128 parts"):
         assert entry["shared"] == entry["barriers"] == 0, entry
 
 
 def assert_wide_accesses(entry: dict) -> None:
-    """Both rows: the first block and the next one in a pass; in the gradient all that a thread has of a block."""
+    """Assert wide loads of both rows: a pass reads the first block and the next one, the gradient a whole block."""
     gradient = "gradient" in entry["name"]
     wide = {"pass": 4, "gradient": 4 if "bf16" in entry["name"] else 8}
     expected = 0
@@ -158,7 +162,10 @@ def assert_wide_accesses(entry: dict) -> None:
 
 
 def assert_reading_ahead(entry: dict) -> None:
-    """The shortest loops have some 120 instructions; one that waits for what it asks for has 0 to 9 between."""
+    """Assert that many instructions lie between a load and its use.
+
+    The shortest loops have some 120 instructions; a loop that waits for its loads has 0 to 9 between.
+    """
     reads_logits = " pass" in entry["name"] and not entry["name"].startswith("finish")
     assert entry["ahead"] >= 100 if reads_logits else entry["ahead"] is None, entry
 

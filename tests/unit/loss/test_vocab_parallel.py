@@ -43,7 +43,10 @@ COLLECTIVES = [
 
 
 def logits(dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Valid columns of both and the response tokens; rows are sharp, flat, agreeing, disagreeing, equal."""
+    """Return the valid columns of both logits, and response tokens.
+
+    The rows are sharp, flat, agreeing, disagreeing and equal.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (num_rows, VOCAB_SIZE)
     scale = torch.linspace(0.3, 5.0, num_rows)[:, None]
@@ -61,7 +64,7 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 def oracle_beta(s: Tensor, t: Tensor, target: Target) -> Tensor:
-    """Bisection in float64 on log beta."""
+    """Return beta by bisection in float64 on log beta."""
     w = target.teacher_weight
     if target.rule != "entropy_matched":
         k = 1.0 if target.rule == "teacher_alone" else target.k
@@ -80,7 +83,7 @@ def oracle_beta(s: Tensor, t: Tensor, target: Target) -> Tensor:
 def oracle(
     student: Tensor, teacher: Tensor, target: Target, kind: Divergence, beta: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient, log q and beta in the dtype of ``student``, by autograd through the definition."""
+    """Return loss, gradient, log q and beta in the dtype of ``student``, by autograd through the definition."""
     s = student.clone().requires_grad_()
     t = teacher.to(s.dtype)
     beta = oracle_beta(s.detach().double(), t.double(), target) if beta is None else beta
@@ -110,7 +113,7 @@ def run_loss(
     group: dist.ProcessGroup | None = None,
     weights: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor]:
-    """The stats and the gradient of this rank's columns; padding columns are filled with garbage first."""
+    """Return the stats and the gradient of this rank's columns; padding columns are filled with garbage first."""
     garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 55.0]).repeat(PADDED_VOCAB_SIZE // 5 + 1)
     garbage = garbage[: PADDED_VOCAB_SIZE - student.shape[1]].expand(student.shape[0], -1).to(student.dtype)
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, student.shape[1], group)
@@ -212,7 +215,7 @@ def test_every_split_of_the_vocabulary_gives_the_same_and_the_same_bits_on_every
 
 
 def agreement_across_shards() -> list[bool]:
-    """Best columns with one index within their shards of 128 or 256, alike, and tied across shards."""
+    """Return the agreement for best columns with one index within their shards of 128 or 256, alike, and tied."""
     student, teacher, tokens = logits(num_rows=5)
     for row, (best_of_student, best_of_teacher) in enumerate(
         [([40], [168]), ([40], [296]), ([40, 300], [40, 200]), ([40, 300], [300]), ([300], [300])]

@@ -47,7 +47,7 @@ def test_a_turn_on_the_threshold_is_likely():
 
 
 def test_a_turn_that_is_spread_over_ranks_is_judged_as_a_whole():
-    """This rank holds the first token of the turn; the sums of all are what `over_ranks` gives."""
+    """This rank holds the first token of the turn; `over_ranks` returns the sums of all ranks."""
     everyone = torch.tensor([[-4.0], [2.0]], dtype=torch.float64)
     weights = LikelyTurns(TURNS[:2], 1, -1.5, dropped, over_ranks=lambda sums: everyone)
     assert weights(LOG_PROBS[:1], torch.tensor([0])).tolist() == [0], "-1 alone would be likely"
