@@ -199,7 +199,8 @@ class VllmServer:
     ) -> tuple[int, str]:
         """Return the status and the text of an answer.
 
-        ``generates``: whether the server generates tokens for the request."""
+        ``generates``: whether the server generates tokens for the request.
+        """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         if self._silent:
             timeout_s = min(timeout_s, _SILENT_TIMEOUT_SECONDS)

@@ -42,11 +42,11 @@ _CPU_BATCH, _CPU_BLOCK = 256, 128
 
 
 class ColocatedSampler:
-    """Samples with vLLM engines that live beside the trainer's model, on its devices.
+    """A sampler of vLLM engines that live beside the trainer's model, on its devices.
 
     The trainer's layout does not matter to the engines: each rank sees every full tensor of `Exporter.stream`, of which
     its engine keeps its part; requests of all replicas are spread over all engines, and responses go back to the ranks
-    that asked.  What a request is answered depends on its prompt, its stream and the weights, not on the others.
+    that asked.  The response to a request depends on its prompt, its seed and the weights, not on other requests.
 
     On GPUs the engines sleep between `sleep` and the next call that needs them: weights and KV cache leave the device.
     A process has one engine at a time; after `close` another can be built.
@@ -111,9 +111,9 @@ class ColocatedSampler:
         )
 
     def update_weights(self, version: int) -> None:
-        """Send the weights of the moment to every engine, as ``version``.
+        """Send the present weights to every engine, as ``version``.
 
-        Collectives: those of `Exporter.stream`.  Raises `EngineError` on all ranks alike.
+        Collectives: those of `Exporter.stream`.  Raises: `EngineError` on all ranks alike.
         """
         started = time.perf_counter()
         with raise_on_all_ranks(EngineError):
@@ -127,36 +127,39 @@ class ColocatedSampler:
         self._count("sync_seconds", self._reduced(time.perf_counter() - started, dist.ReduceOp.MAX))
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """One response per request, in order, on every rank of the replica.
+        """Return one response per request, in order, on every rank of the replica.
 
-        ``requests`` are those of this data-parallel replica, the same list on each of its ranks; may be empty.  A
-        collective over the world.  Requests with a teacher's prompt are guided (pairs.py); a call may mix both.
+        ``requests`` are the requests of this data-parallel replica, the same list on each of its ranks; the list may be
+        empty. The call is a collective over the world.  Requests with a teacher's prompt are guided (pairs.py); a call
+        may mix both kinds.
 
-        Raises, on all ranks alike: ValueError for an empty prompt and for one that leaves no room for
-        ``max_new_tokens`` within ``max_length``; `EngineError` where an engine fails, gives fewer responses than were
-        asked for, or writes with other weights than the last `update_weights` sent.
+        Raises, on all ranks alike: ValueError for an empty prompt and for a prompt that leaves no room for
+        ``max_new_tokens`` within ``max_length``; `EngineError` where an engine fails, returns fewer responses than
+        requests, or samples with other weights than the last `update_weights` sent.
         """
         version = self._last_version()
         gathered = gather_requests(requests, self._grid)
         check_requests(gathered.requests, params, self._max_length, guided=self._guided, who="the vLLM engines")
-        if self._asleep:  # the weights were given up
+        if self._asleep:  # the weights have left the device
             self.update_weights(version)
         indices = self._share(len(gathered.requests))
         with raise_on_all_ranks(EngineError):
             responses = self._generate_share([gathered.requests[i] for i in indices], params)
-        # All ranks of an engine have them; one of them hands them out.
+        # All ranks of an engine have the responses; the engine's first rank returns them.
         generated = dict(zip(indices, responses, strict=True)) if self._engine_rank == 0 else {}
         return return_responses(generated, gathered)
 
     def sleep(self) -> None:
-        """Leave the device to the trainer; nothing where memory cannot be given back (on a CPU)."""
+        """Leave the device to the trainer; do nothing where memory cannot be given back (on a CPU)."""
         if self._engine.can_sleep and not self._asleep:
             self._engine.sleep()
             self._asleep = True
 
     def metrics(self) -> dict[str, float]:
-        """rollout/sync_seconds (of the slowest rank) and rollout/sync_bytes of all updates since the last call;
-        rollout/guided_repairs where guided, rollout/staleness_max where ``max_staleness`` allows any."""
+        """Return rollout/sync_seconds (of the slowest rank) and rollout/sync_bytes of all updates since the last call.
+
+        Besides, rollout/guided_repairs where guided, and rollout/staleness_max where ``max_staleness`` is positive.
+        """
         metrics, self._metrics = self._metrics, {}
         if self._max_staleness:
             metrics["rollout/staleness_max"] = self._reduced(self._staleness, dist.ReduceOp.MAX)
@@ -176,9 +179,12 @@ class ColocatedSampler:
             yield from bucket
 
     def _share(self, count: int) -> range:
-        """Indices of this rank's engine: neighbours, since the samples of one problem share their prompt's KV cache."""
-        first, behind = (count * n // self._num_engines for n in (self._engine_number, self._engine_number + 1))
-        return range(first, behind)
+        """Return the indices of the requests of this rank's engine.
+
+        They are neighbours, since the samples of one problem share the KV cache of their prompt.
+        """
+        first, end = (count * n // self._num_engines for n in (self._engine_number, self._engine_number + 1))
+        return range(first, end)
 
     def _generate_share(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
@@ -207,7 +213,7 @@ class ColocatedSampler:
         self._metrics[key] = self._metrics.get(key, 0.0) + value
 
     def _reduced(self, value: float, how: Any) -> float:
-        """Over all ranks."""
+        """Return ``value`` reduced over all ranks."""
         reduced = torch.tensor([value], dtype=torch.float64, device=self._grid.device)
         dist.all_reduce(reduced, op=how)
         return float(reduced.item())
@@ -220,7 +226,7 @@ def _engine_on_all_ranks(hf_config: Path, grid: RankGrid, **options: Any) -> InP
         with raise_on_all_ranks(EngineError):
             built.append(InProcessEngine(hf_config, grid.device, ident, **options))
     except Exception:
-        for engine in built:  # it was another rank's that failed
+        for engine in built:  # the engine of another rank has failed
             engine.close()
         raise
     return built[0]
@@ -245,7 +251,7 @@ def _least_memory(grid: RankGrid) -> DeviceMemory:
 
 
 def _kv_cache_bytes(gib: float | None, config: Any, max_length: int, grid: RankGrid) -> int:
-    """Equal on all ranks, and the least of what each has: an engine's ranks must schedule alike."""
+    """Return the bytes of an engine's KV cache: the least over all ranks, which must schedule alike."""
     if gib is not None:
         return int(gib * _GIB)
     room = free_bytes() // 3

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How much of a GPU a vLLM engine may take that shares the GPU with a trainer.
+"""The part of a GPU's memory that a vLLM engine may take beside a trainer.
 
 vLLM refuses to start where less than ``gpu_memory_utilization`` (0.92 by default) of a GPU is free, even where
-``kv_cache_memory_bytes`` fixes the size of its KV cache.  A trainer leaves less, so an engine beside a trainer is given
-the share that is free.  vLLM checks that share once, when its worker starts; waking from sleep checks nothing.
+``kv_cache_memory_bytes`` fixes the size of its KV cache.  A trainer leaves less, so an engine beside a trainer gets the
+share that is free.  vLLM checks that share once, when its worker starts; waking from sleep checks nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 GIB = 2**30
 MARGIN_BYTES = 2 * GIB
-"""Bytes of the free memory that an engine's share leaves out.  The process groups of vLLM, which take NCCL's buffers,
-start after the memory was measured and before vLLM checks; activations and CUDA graphs come later."""
+"""Bytes of the free memory that an engine's share leaves out.
+
+The process groups of vLLM, which take NCCL's buffers, start after the memory was measured and before vLLM checks;
+activations and CUDA graphs come later.
+"""
 
 # A context on a GPU takes hundreds of MiB until its process ends, so a process that ends at once looks.
 _LOOK = "import json, sys, torch; print(json.dumps([torch.cuda.mem_get_info(i) for i in range(int(sys.argv[1]))]))"
@@ -35,16 +38,18 @@ class DeviceMemory:
 
     @property
     def share(self) -> float:
-        """vLLM's ``gpu_memory_utilization`` for an engine that may take what is free less `MARGIN_BYTES`; positive
-        where `why_no_room` finds room."""
+        """The value of ``gpu_memory_utilization`` with which vLLM takes the free memory less `MARGIN_BYTES`.
+
+        It is positive where `why_no_room` finds room.
+        """
         return (self.free - MARGIN_BYTES) / self.total
 
 
 def why_no_room(memory: DeviceMemory, weight_bytes: float, kv_cache_bytes: int | None) -> str | None:
-    """Return one sentence where an engine does not fit beside the trainer, None where it does.
+    """Return a message where an engine does not fit beside the trainer, None where it does.
 
-    ``weight_bytes`` and ``kv_cache_bytes`` are those of one GPU of the engine; without the latter vLLM sizes the KV
-    cache by what is left, and the weights alone are checked.
+    ``weight_bytes`` and ``kv_cache_bytes`` are per GPU of the engine.  Without ``kv_cache_bytes`` vLLM sizes the KV
+    cache by the remaining memory, and the weights alone are checked.
     """
     needed = weight_bytes + (kv_cache_bytes or 0) + MARGIN_BYTES
     if needed <= memory.free:

@@ -101,8 +101,11 @@ def _all_to_all(outgoing: Sequence[bytes], device: torch.device) -> list[bytes]:
 def check_requests(
     requests: Sequence[Request], params: SamplingParams, max_length: int, *, guided: bool, who: str
 ) -> None:
-    """Raise ValueError for an empty prompt, one that leaves no room for ``max_new_tokens`` within ``max_length``, and,
-    unless ``guided``, one of the teacher, for which ``who`` were not built."""
+    """Raise ValueError if a request cannot be answered by ``who``, the engines of a sampler.
+
+    Such a request has an empty prompt, a prompt that leaves no room for ``max_new_tokens`` within ``max_length`` or,
+    unless ``guided``, a teacher's prompt.
+    """
     prompts = [prompt for r in requests for prompt in (r.prompt, r.teacher_prompt) if prompt is not None]
     lengths = [len(prompt) for prompt in prompts]
     require_room(min(lengths, default=1), max(lengths, default=0), params.max_new_tokens, max_length)
@@ -114,13 +117,14 @@ def check_requests(
 
 
 def staleness(version: int | None, expected: int, max_staleness: int, who: str) -> int:
-    """Optimizer steps by which the weights that wrote a response are older than the ``expected`` ones.
+    """Return by how many optimizer steps the weights of a response are older than the ``expected`` weights.
 
-    Raises: `EngineError`, beginning with ``who``, where they are unknown, newer or older than ``max_staleness`` allows.
+    Raises: `EngineError`, beginning with ``who``, where the version is unknown, newer, or older than ``max_staleness``
+    allows.
     """
     if version is None or not 0 <= expected - version <= max_staleness:
         raise EngineError(
-            f"{who} wrote a response with weights of version {version}, expected {expected} "
+            f"{who} generated a response with weights of version {version}, expected {expected} "
             f"(rollout.max_staleness={max_staleness})"
         )
     return expected - version

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The folder with the config.json from which vLLM builds the trainer's model, and the names of its tensors."""
+"""The directory with the config.json from which vLLM builds the trainer's model, and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 def engine_directory(config: Config, vocab_size: int, run_dir: Path, grid: RankGrid) -> tuple[Path, list[Rule]]:
-    """``run_dir/engine`` with a config.json of the model as it is trained, and the rules of its tensors.
+    """Write ``run_dir/engine`` with a config.json of the trained model; return it and the rules of the tensors.
 
-    The config.json is the one of ``rollout.hf_config``, else the one that ``checkpoint.load`` or the run folder
-    carries, else one made from ``config.model``; with ``vocab_size``, the trainer's type, and without quantisation and
+    The config.json comes from ``rollout.hf_config``, else from the Hugging Face assets of ``checkpoint.load`` or of the
+    run directory, else from ``config.model``.  It has ``vocab_size``, the trainer's dtype, and neither quantisation nor
     multi-token-prediction layers, which are not trained.  Rank 0 writes it.
 
-    Collectives: one all-reduce over the world.
-    Raises, on all ranks alike: `ConfigError` where a config.json describes another model or no known one, and where
-    ``model.provider`` leaves unknown which it is; `EngineError` where it cannot be written.
+    Collectives: those of `raise_on_all_ranks`. Raises, on all ranks alike: `ConfigError` where a config.json describes
+    another model or an unknown one, and where ``model.provider`` leaves the model unknown; `EngineError` where the file
+    cannot be written.
     """
     target = Path(run_dir) / "engine"
     with raise_on_all_ranks(EngineError):
@@ -69,7 +69,7 @@ def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str
 
 
 def _source(config: Config, run_dir: Path) -> Path | None:
-    """Where a config.json lies; None where it has to be made."""
+    """Return where a config.json lies, or None where it has to be made."""
     if config.rollout.hf_config is not None:
         return Path(config.rollout.hf_config)
     if config.model.provider is not None:

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One vLLM engine inside the trainer's own processes, and what it must not do to them.
+"""One vLLM engine inside the trainer's own processes, and protection of these processes from it.
 
-vLLM believes that a process is its own: it seeds every random generator, replaces functions of torch, moves to a CUDA
+vLLM assumes that a process is its own: it seeds every random generator, replaces functions of torch, moves to a CUDA
 stream of its own, sets environment variables, and ends the default process group with the engine.
-`trainer_state.trainer_state_kept` undoes all but the last; the engine here ends by its own groups alone.
+`trainer_state.trainer_state_kept` undoes all but the last; the engine here ends its own groups only.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from megatron_selfdistill.rollout.vllm.trainer_state import trainer_state_kept
 from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
 
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-# Unless the user asked for more.
+# Defaults, unless the user has set these variables.
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
-# Where vLLM's ranks on a CPU exchange their sums.
+# Directory in which vLLM's ranks on a CPU exchange their sums.
 _SHARED_MEMORY = Path("/dev/shm")
-# What an engine says of its weights while they are being replaced, and after that if it breaks off.
+# Version that an engine reports while its weights are being replaced, and after an update that failed.
 _INCOMPLETE = "incomplete"
 
 _live: InProcessEngine | None = None
@@ -49,14 +49,14 @@ _live: InProcessEngine | None = None
 class InProcessEngine:
     """``engine_tp`` consecutive ranks of the trainer that hold the model once more, as vLLM holds it; one per process.
 
-    Each of its ranks calls every method, with equal arguments, and gets equal results: vLLM schedules on each of them
-    by itself.  Where one of them fails and the others do not, these wait for it as long as the process groups let them.
+    Each of its ranks calls every method, with equal arguments, and gets equal results: vLLM schedules on each rank by
+    itself.  Where one rank fails and the others do not, the others wait for it as long as the process groups let them.
     Weights are random until `load`.
     """
 
     def __init__(
         self,
-        folder: Path,
+        directory: Path,
         device: torch.device,
         ident: str,
         *,
@@ -64,18 +64,20 @@ class InProcessEngine:
         guided: bool,
         settings: Mapping[str, Any],
     ) -> None:
-        """``folder``: has the config.json.  ``ident``: a name that no other run on this machine has, equal on all
-        ranks.  ``settings``: arguments of ``vllm.LLM``, which override what is set here.
+        """Start the engine on the model of ``directory``'s config.json.
 
-        Collectives: process groups over the world; every rank of it builds its engine at the same time.
-        Raises: `ConfigError` where vLLM is not installed, where it refuses the model or the settings, and where this
-        process has an engine already; `EngineError` where it fails otherwise.
+        ``ident``: a name that no other run on this machine has, equal on all ranks.  ``settings``: arguments of
+        ``vllm.LLM``, which override the arguments that are set here.
+
+        Collectives: process groups over the world; every rank of it builds its engine at the same time. Raises:
+        `ConfigError` where vLLM is not installed, where it refuses the model or the settings, and where this process
+        has an engine already; `EngineError` where it fails otherwise.
         """
         global _live
         if _live is not None:
             raise ConfigError("this process has a vLLM engine already: close its sampler before the next one is built")
         self.rank, self.ident = dist.get_rank(), ident
-        # Where memory can be taken away and given back under the same addresses: CUDA's virtual memory.
+        # Only CUDA's virtual memory can be freed and allocated again under the same addresses.
         self.can_sleep = device.type == "cuda"
         arguments = {
             "skip_tokenizer_init": True,
@@ -96,19 +98,25 @@ class InProcessEngine:
         _refuse_other_ranks(arguments, settings)
         environment = {name: os.environ.get(name, value) for name, value in _QUIET.items()} | _ENVIRONMENT
         with trainer_state_kept(environment | (GUIDED_ENVIRONMENT if guided else {})):
-            self._llm = _started(folder, arguments | dict(settings), self.rank, device.index or 0, ident, guided=guided)
+            self._llm = _started(
+                directory, arguments | dict(settings), self.rank, device.index or 0, ident, guided=guided
+            )
         _live = self
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-        """One output per request, in order.  Raises `EngineError` if one is missing or was broken off."""
+        """Return one output per request, in order.
+
+        Raises `EngineError` if an output is missing or was aborted.
+        """
         if not requests:
             return []
         from vllm import SamplingParams
 
         llm = self._alive()
         if llm.get_weight_version() == _INCOMPLETE:
-            # Half of them would fill the KV cache with NaN, which outlives the next update: 0 * NaN in unused places.
-            raise EngineError(f"the vLLM engine of rank {self.rank} has a part of its weights: their update broke off")
+            # Incomplete weights would fill the KV cache with NaN, which remains after the next update: unused places of
+            # the cache are multiplied by 0, and 0 * NaN is NaN.
+            raise EngineError(f"the vLLM engine of rank {self.rank} has a part of its weights: their update has failed")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
         with trainer_state_kept(), _replaced(llm.llm_engine, "step", _with_beat(llm.llm_engine.step)):
@@ -116,7 +124,9 @@ class InProcessEngine:
                 outputs = llm.generate(prompts, params, use_tqdm=False)
             except Exception as error:
                 self._drop_unfinished()
-                raise EngineError(f"the vLLM engine of rank {self.rank} failed in mid-batch: {_said(error)}") from error
+                raise EngineError(
+                    f"the vLLM engine of rank {self.rank} failed in mid-batch: {_on_one_line(error)}"
+                ) from error
         if len(outputs) != len(requests):
             raise EngineError(
                 f"the vLLM engine of rank {self.rank} was asked for {len(requests)} responses and gave {len(outputs)}"
@@ -124,15 +134,15 @@ class InProcessEngine:
         return [self._output(output.outputs[0]) for output in outputs]
 
     def call(self, method: str, *args: Any) -> Any:
-        """See `rollout.engine.Engine.call`."""
+        """Call the worker extension's method of that name, as `Engine.call` describes."""
         with trainer_state_kept():
             return self._alive().collective_rpc(method, args=args)[0]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take these weights, by Hugging Face's names, cast to the engine's type, in place of the present ones.
+        """Replace the weights by ``tensors``, by Hugging Face names, cast to the engine's dtype.
 
-        What was cached of the old ones is forgotten.  Raises `EngineError`; then `generate` does so too, until another
-        `load`.
+        Everything that was cached with the old weights is dropped.  Raises `EngineError`; then `generate` raises it
+        too, until another `load`.
         """
         from megatron_selfdistill.rollout.vllm.packed import after_reload, before_reload
 
@@ -145,7 +155,9 @@ class InProcessEngine:
                 llm.apply_model(after_reload)
             except Exception as error:
                 _abandon_reload(llm)
-                raise EngineError(f"the vLLM engine of rank {self.rank} refused the weights: {_said(error)}") from error
+                raise EngineError(
+                    f"the vLLM engine of rank {self.rank} refused the weights: {_on_one_line(error)}"
+                ) from error
             if not llm.reset_prefix_cache():
                 raise EngineError(f"the vLLM engine of rank {self.rank} still uses its prefix cache of older weights")
             llm.update_weight_version(str(version))
@@ -156,7 +168,7 @@ class InProcessEngine:
             self._alive().sleep(level=2)
 
     def wake(self, what: str) -> None:
-        """Take memory again for ``what``: weights, then, when they are loaded, kv_cache."""
+        """Allocate memory again for ``what``: weights, then, when they are loaded, kv_cache."""
         with trainer_state_kept():
             self._alive().wake_up(tags=[what])
 
@@ -186,26 +198,28 @@ class InProcessEngine:
         return self._llm
 
     def _drop_unfinished(self) -> None:
-        """So that a batch that failed leaves nothing behind for the next one to find."""
+        """Abort the requests of a failed batch, so that the next batch does not meet them."""
         engine = self._alive().llm_engine
-        with contextlib.suppress(Exception):  # the failure itself is what is told
+        with contextlib.suppress(Exception):  # the failure itself is reported
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def _output(self, completion: Any) -> EngineOutput:
         if completion.finish_reason not in FINISH_REASONS:
             raise EngineError(
-                f"the vLLM engine of rank {self.rank} broke a response off (finish reason "
+                f"the vLLM engine of rank {self.rank} aborted a response (finish reason "
                 f"{completion.finish_reason!r}, expected {' or '.join(FINISH_REASONS)})"
             )
         tokens = list(completion.token_ids)
-        log_probs = [drawn[token].logprob for token, drawn in zip(tokens, completion.logprobs, strict=True)]
+        log_probs = [by_token[token].logprob for token, by_token in zip(tokens, completion.logprobs, strict=True)]
         oldest = oldest_version(span.version for span in completion.weight_versions or ())
         return EngineOutput(tokens, log_probs, completion.finish_reason, oldest)
 
 
-def _started(folder: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str, *, guided: bool) -> Any:
-    """A ``vllm.LLM`` on this trainer's ranks; what goes wrong, in one sentence."""
-    # That triton is not there, once for each of vLLM's operators.
+def _started(
+    directory: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str, *, guided: bool
+) -> Any:
+    """Return a ``vllm.LLM`` on this trainer's ranks; raise what goes wrong as one message."""
+    # Silence the message that triton is missing, which comes once for each of vLLM's operators.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     try:
         import vllm
@@ -221,21 +235,25 @@ def _started(folder: Path, arguments: dict[str, Any], rank: int, local_rank: int
         raise ConfigError(refusal)
 
     def distributed_args(self: Any) -> tuple[str, int, int]:
-        # vLLM's reads RANK and LOCAL_RANK, which a plain `python` start does not have.  The default group exists, so
-        # the address is not used but for a name of shared memory, and "env://" would give all runs on a machine one.
+        # vLLM's own function reads RANK and LOCAL_RANK, which a plain `python` start does not have.  The default group
+        # exists, so vLLM uses the address only as a name of shared memory, and with "env://" all runs on a machine
+        # would share one name.
         return f"env://:{ident}", rank, local_rank
 
     try:
         with _replaced(ExecutorWithExternalLauncher, "_distributed_args", distributed_args), _memory_not_bound():
-            llm = LLM(str(folder), **arguments)
+            llm = LLM(str(directory), **arguments)
     except Exception as error:
         _forget_groups()
         refused = isinstance(error, (ValueError, TypeError, NotImplementedError))
-        sentence = f"vLLM cannot run this model with rollout.kv_cache_gb and rollout.engine_args as set: {_said(error)}"
-        raise ConfigError(sentence) if refused else EngineError(sentence) from error
-    # It would end torch.distributed as a whole, when the engine is collected or at exit.
+        message = (
+            f"vLLM cannot run this model with rollout.kv_cache_gb and rollout.engine_args as set: {_on_one_line(error)}"
+        )
+        raise ConfigError(message) if refused else EngineError(message) from error
+    # The finalizer would end torch.distributed as a whole, when the engine is collected or at exit.
     llm.llm_engine.engine_core._finalizer.detach()
-    # Every rank has mapped it by now.  vLLM takes the names away for the engine of rank 0 only, and not after a kill.
+    # Every rank has mapped these files by now.  vLLM removes the names for the engine of rank 0 only, and not after a
+    # kill.
     for path in _SHARED_MEMORY.glob(f"{ident}-*"):
         path.unlink(missing_ok=True)
     return llm
@@ -252,7 +270,7 @@ def _refuse_other_ranks(arguments: Mapping[str, Any], settings: Mapping[str, Any
         if settings.get(name, ours[name]) != ours[name]:
             raise ConfigError(
                 f"rollout.engine_args.{name}={settings[name]!r}: a colocated engine runs on rollout.engine_tp of the "
-                "trainer's own ranks; leave it out, or set rollout.placement=server"
+                "trainer's own ranks; remove it, or set rollout.placement=server"
             )
 
 
@@ -275,7 +293,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _abandon_reload(llm: Any) -> None:
-    """So that layers which got a part of their weights do not count it in the next reload."""
+    """End an incomplete reload, so that layers which got a part of their weights do not count it in the next reload."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
@@ -285,7 +303,7 @@ def _abandon_reload(llm: Any) -> None:
 
 @contextlib.contextmanager
 def _memory_not_bound() -> Iterator[None]:
-    """On a CPU vLLM binds all memory that the process will ever ask for to one NUMA node, for good."""
+    """Keep vLLM from binding this process's memory to one NUMA node for good, as it does on a CPU."""
     import vllm._custom_ops  # noqa: F401  (loads the operators)
 
     if hasattr(torch.ops._C, "init_cpu_memory_env"):
@@ -296,7 +314,7 @@ def _memory_not_bound() -> Iterator[None]:
 
 
 def _forget_groups() -> None:
-    """vLLM's own process groups end; the trainer's go on.  Its own way (`destroy_distributed_environment`) ends all."""
+    """End vLLM's own process groups and no others, unlike vLLM's `destroy_distributed_environment`, which ends all."""
     import vllm.distributed
     from vllm import envs
 
@@ -311,7 +329,7 @@ def _forget_groups() -> None:
 
 @contextlib.contextmanager
 def _groups_may_be_gone() -> Iterator[None]:
-    """vLLM ends its process groups without an error also where the trainer has ended every group before."""
+    """Let vLLM end its process groups without an error, even where the trainer has ended every group before."""
     import vllm.distributed
 
     coordinator = vllm.distributed.parallel_state.GroupCoordinator
@@ -326,6 +344,6 @@ def _groups_may_be_gone() -> Iterator[None]:
         yield
 
 
-def _said(error: BaseException) -> str:
-    """Its message on one line."""
+def _on_one_line(error: BaseException) -> str:
+    """Return the error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What vLLM keeps packed on a CPU and does not pack again when weights are replaced in place.
+"""Pack again what vLLM keeps packed on a CPU and does not pack again when weights are replaced in place.
 
     before_reload(model)
     ...  # vLLM's reload_weights, or the steps of its layerwise reload
@@ -19,8 +19,11 @@ from megatron_selfdistill.rollout.vllm.reload_in_place import reload_in_place
 
 
 def before_reload(model: torch.nn.Module) -> None:
-    """Experts will be packed as at their first load: with a kernel at hand vLLM takes them for ready and reads plain
-    weights as packed ones.  On every device vLLM loads into the memory that the layers have (reload_in_place.py)."""
+    """Let experts be packed as at their first load, and let vLLM load into the memory that layers have.
+
+    An expert layer that has a kernel counts as ready, so that vLLM would read plain weights as packed ones.  On every
+    device vLLM loads into the memory that the layers have (reload_in_place.py).
+    """
     reload_in_place()
     if current_platform.is_cpu():
         for module in model.modules():
@@ -30,8 +33,11 @@ def before_reload(model: torch.nn.Module) -> None:
 
 
 def after_reload(model: torch.nn.Module) -> None:
-    """Pack the output layer of a model with tied embeddings: its weights arrive under the embedding's name, so that
-    vLLM takes the layer for not loaded and would project by the weights of the start for ever."""
+    """Pack the output layer of a model with tied embeddings.
+
+    Its weights arrive under the embedding's name, so that vLLM counts the layer as not loaded and would use the weights
+    of the start for ever.
+    """
     if current_platform.is_cpu():
         for module in model.modules():
             if isinstance(module, ParallelLMHead):

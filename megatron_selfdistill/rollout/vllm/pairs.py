@@ -1,11 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Guided responses from a vLLM engine: one is a pair of its ordinary requests, the halves, that share every token.
+"""Guided responses from a vLLM engine: each is a pair of ordinary requests, the halves, which share every token.
 
-The engine holds `GuidedProcessor` (plugin/guided_processor.py), which draws one token for both halves of a pair
-wherever they are equally long, and makes a half stop where its partner is away.  Here a pair that was parted is cut to
-what both halves have in common and sent again behind it, until it has ended by itself.  Token i comes from the i-th
-uniform of the request's seed however often that happens, so the response is the one that an undisturbed pair would
-have written.
+The engine holds `GuidedProcessor` (plugin/guided_processor.py), which samples one token for both halves of a pair
+wherever they are equally long, and stops a half whose partner is absent.  When a pair is separated, the driver here
+cuts it to the tokens that both halves share and sends it again, until the pair has ended by itself.  Token i comes from
+the i-th uniform of the request's seed however often that happens, so the response equals the response of a pair that
+was never separated.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ GUIDED_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 ROLES = ("student", "teacher")
 _EXTRA_ARG = "selfdistill_pair"
-# Rounds in which a pair that is sent alone gets no token.  The first may part it while its prompts are read in chunks;
-# after that they are cached, and only what others ask of the same engine can still come between.
+# Rounds in which a pair that is sent alone may get no token.  The first round may separate its halves while the prompts
+# are read in chunks; after that the prompts are cached, and only requests of other clients can still separate them.
 _LONE_ATTEMPTS = 10
 
 
@@ -49,43 +49,46 @@ class PairCounts:
     """What guided requests took, added up over calls."""
 
     pairs: int = 0
-    """Responses."""
+    """Number of responses."""
     rounds: int = 0
-    """Calls of the engine that wrote tokens."""
+    """Number of calls of the engine that generated tokens."""
     repairs: int = 0
-    """Times that a pair was parted and sent again."""
+    """Number of times that a pair was separated and sent again."""
     primed_tokens: int = 0
-    """Prompt tokens that were read ahead, so that halves start together."""
+    """Number of prompt tokens that were read ahead, so that halves start together."""
 
 
 @dataclass(frozen=True)
 class PairHalf:
-    """What the engine's processor is told about one half of a pair; travels in ``SamplingParams.extra_args``."""
+    """One half of a pair, as the engine's processor sees it; it travels in ``SamplingParams.extra_args``."""
 
     pair: str
-    """Name shared by both halves and nothing else that the engine ever sees."""
+    """Name that both halves share, and no other request that the engine ever sees."""
     role: str
     """student or teacher."""
     seed: int
-    """Of the request, see `base.sample_seed`."""
+    """Seed of the request, see `base.sample_seed`."""
     start: int
-    """Tokens of the response that already stand in the prompt."""
+    """Number of tokens of the response that are in the prompt already."""
     max_tokens: int
-    """Tokens that may still come."""
+    """Number of tokens that may still come."""
     stop: int
-    """The token that ends this half where its partner is away; one of its stop_token_ids."""
+    """Token that ends this half when its partner is absent; one of its stop_token_ids."""
     target: Target
-    """What tokens are drawn from."""
+    """Target from which tokens are sampled."""
     greedy: bool
-    """The most likely token instead of a draw."""
+    """Whether each token is the most likely token instead of a sample."""
 
     def extra_args(self) -> dict[str, Any]:
-        """As JSON values, for ``SamplingParams.extra_args``."""
+        """Return the fields as JSON values, for ``SamplingParams.extra_args``."""
         return {_EXTRA_ARG: asdict(self)}
 
     @staticmethod
     def of(extra_args: Mapping[str, Any] | None) -> PairHalf | None:
-        """The inverse of `extra_args`; None for a request that is no half.  Raises ValueError for anything else."""
+        """Return the half that `extra_args` has encoded; None for a request that is no half.
+
+        Raises ValueError for anything else.
+        """
         fields = (extra_args or {}).get(_EXTRA_ARG)
         if fields is None:
             return None
@@ -100,21 +103,20 @@ class PairHalf:
 
 @dataclass(frozen=True)
 class PairLog:
-    """What the engine's processor remembers of a pair whose halves have ended."""
+    """What the engine's processor has recorded of a pair whose halves have ended."""
 
     forced: list[int]
-    """Of student and teacher: the number of tokens before the stop that the processor made it write; -1 for a half
-    that ended by itself."""
+    """For student and teacher: the number of tokens before a forced stop; -1 for a half that ended by itself."""
     log_probs: np.ndarray
-    """``[n, 3]`` float32, of each token drawn: of the student, the teacher and the mix, nats."""
+    """Log-probs ``[n, 3]`` float32 of each sampled token under the student, the teacher and the mix, in nats."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values: numbers as text would be five times as long."""
+        """Return the log as JSON values; the numbers are base64, since decimal text would be five times as long."""
         return {"forced": self.forced, "log_probs": base64.b64encode(self.log_probs.astype("<f4").tobytes()).decode()}
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> PairLog:
-        """The inverse of `to_json`."""
+        """Return the log that `to_json` has encoded."""
         values = np.frombuffer(base64.b64decode(fields["log_probs"]), dtype="<f4")
         return PairLog(list(fields["forced"]), values.reshape(-1, 3))
 
@@ -122,7 +124,7 @@ class PairLog:
 def generate_guided(
     engine: Engine, requests: Sequence[Request], params: SamplingParams, counts: PairCounts | None = None
 ) -> list[Response]:
-    """One guided response per request, in order, drawn from ``params.target`` as `guided.select_mixed_tokens` does.
+    """Return one guided response per request, in order, sampled from ``params.target`` as `select_mixed_tokens` does.
 
     ``engine``: made with `GUIDED_ENGINE_ARGS` in `GUIDED_ENVIRONMENT`; every request has a ``teacher_prompt``.
     ``log_probs``, ``teacher_log_probs`` and ``sampled_log_probs`` are of student, teacher and mix (0 where greedy).
@@ -143,14 +145,14 @@ def generate_guided(
     todo, wave, attempts = pairs, len(pairs), 0
     while todo:
         batch, later = todo[:wave], todo[wave:]
-        written = _write(engine, batch, params, counts)
+        num_new = _run_round(engine, batch, params, counts)
         beat()
         unfinished = [pair for pair in batch if pair.finish_reason is None]
         todo = unfinished + later
-        if written:
+        if num_new:
             wave, attempts = 2 * wave, 0
             continue
-        # Nothing at all came of this round: fewer pairs leave each other more room.
+        # This round gave no token: fewer pairs leave each other more room.
         attempts = attempts + 1 if wave == 1 else 0
         if attempts == _LONE_ATTEMPTS:
             lengths = (len(unfinished[0].request.prompt), len(unfinished[0].request.teacher_prompt or ()))
@@ -165,7 +167,7 @@ def generate_guided(
 
 @dataclass
 class _Pair:
-    """A response that is being written."""
+    """A response that is being generated."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
@@ -176,7 +178,7 @@ class _Pair:
     def response(self, params: SamplingParams) -> Response:
         if len(self.weight_versions) != 1:
             raise EngineError(
-                "a guided response must come from one version of the weights, but the engine wrote parts of one with "
+                "a guided response must come from one version of the weights, but the engine generated one with "
                 f"versions {sorted(self.weight_versions, key=str)}; send weights only between calls"
             )
         student, teacher, mixed = np.concatenate(self.log_probs).T.astype(float).tolist()
@@ -204,11 +206,11 @@ def _check_lengths(requests: Sequence[Request], params: SamplingParams, max_mode
 
 
 def _prime(engine: Engine, requests: Sequence[Request], limits: Mapping[str, int]) -> int:
-    """Let the engine read, and so cache, the prompts; returns how many tokens.
+    """Let the engine read prompts, and so cache them; return the number of tokens.
 
-    Halves whose prompts end in different passes part at once.  Cached prompts take a block each, so that whole batches
-    start in one pass, and the samples of one problem share them.  As many as half the KV cache holds: more would push
-    out each other.
+    Halves whose prompts end in different passes are separated at once.  A cached prompt takes one block of a pass, so
+    that whole batches start in one pass, and the samples of one problem share their prompts.  The prompts take at most
+    half of the KV cache: more of them would displace each other.
     """
     prompts = [prompt for request in requests for prompt in (request.prompt, request.teacher_prompt or [])]
     if sum(map(len, prompts)) <= limits["max_num_batched_tokens"]:
@@ -228,8 +230,8 @@ def _prime(engine: Engine, requests: Sequence[Request], limits: Mapping[str, int
 _PLAIN = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False}
 
 
-def _write(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, counts: PairCounts) -> int:
-    """One round: both halves of each pair go on until they end or part; returns how many tokens came."""
+def _run_round(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, counts: PairCounts) -> int:
+    """Run one round, in which all halves go on until they end or separate; return the number of new tokens."""
     prefix = uuid.uuid4().hex
     names = [f"{prefix}-{index}" for index in range(len(batch))]
     stops = [_stop_token(pair.request, params) for pair in batch]
@@ -246,14 +248,14 @@ def _write(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, count
         raise
     logs = engine.call("pop_pair_logs", names)
     counts.rounds += 1
-    written = 0
+    num_new = 0
     for index, (pair, stop) in enumerate(zip(batch, stops, strict=True)):
         if logs[index] is None:
-            raise EngineError("the engine forgot what it drew for a guided pair; more were asked for than it can log")
+            raise EngineError("the engine has no log of a guided pair: it was sent more pairs than it can log")
         log = PairLog.from_json(logs[index])
-        written += _take(pair, outputs[2 * index], outputs[2 * index + 1], log, stop, params)
+        num_new += _take(pair, outputs[2 * index], outputs[2 * index + 1], log, stop, params)
         counts.repairs += max(log.forced) >= 0
-    return written
+    return num_new
 
 
 def _half_request(pair: _Pair, name: str, role: str, stop: int, params: SamplingParams) -> EngineRequest:
@@ -273,8 +275,11 @@ def _half_request(pair: _Pair, name: str, role: str, stop: int, params: Sampling
 
 
 def _stop_token(request: Request, params: SamplingParams) -> int:
-    """What a half writes to end.  Without stop tokens some token must serve, and the pair goes on behind it where it
-    was really drawn: the first of a prompt is seldom drawn."""
+    """Return the token with which a half ends.
+
+    Without stop tokens another token must serve, and the pair goes on where that token was really sampled: the first
+    token of a prompt is seldom sampled.
+    """
     assert request.teacher_prompt is not None
     return params.stop_token_ids[0] if params.stop_token_ids else request.teacher_prompt[0]
 
@@ -289,7 +294,7 @@ def _generate(engine: Engine, requests: Sequence[EngineRequest]) -> list[EngineO
 def _take(
     pair: _Pair, student: EngineOutput, teacher: EngineOutput, log: PairLog, stop: int, params: SamplingParams
 ) -> int:
-    """Append to ``pair`` the tokens that both halves took from one draw; returns how many."""
+    """Append to ``pair`` the tokens that both halves took from one sample; return their number."""
     lengths = [
         _num_own_tokens(role, half, forced)
         for role, half, forced in zip(ROLES, (student, teacher), log.forced, strict=True)
@@ -319,7 +324,7 @@ def _take(
 def _num_own_tokens(role: str, half: EngineOutput, forced: int) -> int:
     if forced >= 0 and len(half.token_ids) != forced + 1:
         raise EngineError(
-            f"the {role}'s half of a guided pair was stopped behind {forced} tokens but has {len(half.token_ids)}: "
+            f"the {role}'s half of a guided pair was stopped after {forced} tokens but has {len(half.token_ids)}: "
             "the engine changed its output"
         )
     return len(half.token_ids) if forced < 0 else forced

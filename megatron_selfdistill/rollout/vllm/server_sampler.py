@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Sampling on vLLM servers, in processes and environments of their own: the trainer needs no vLLM.
 
-Rank 0 alone talks to them.  A server that fails loses its requests to the others and gets none until weights have been
-sent to it again; responses count when they are whole and say that the weights were those they should be.
+Rank 0 alone talks to the servers.  When a server fails, other servers do its requests, and it gets none until weights
+have been sent to it again.  A response counts when it is complete and reports the expected version of the weights.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _PROBE_SECONDS = 10.0
 
 
 class ServerSampler:
-    """Samples on servers that run already, or that rank 0 starts and ends.
+    """A sampler of vLLM servers that run already, or that rank 0 starts and ends.
 
     Requests of all replicas are gathered, dispatched to the servers and returned, so neither the trainer's layout nor
-    the number of servers changes what a request is answered.
+    the number of servers changes the response to a request.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class ServerSampler:
         self._exporter = Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=[0])
         self._version: int | None = None
         self._metrics: dict[str, float] = {}
-        # Of rank 0 only, from here on.
+        # The following are used on rank 0 only.
         self._servers: list[VllmServer] = []
-        self._versions: dict[VllmServer, int] = {}  # of the weights that a server is known to have, whole
+        self._versions: dict[VllmServer, int] = {}  # of the complete weights that a server is known to have
         self._failed: dict[VllmServer, Exception] = {}
         self._transfer: Transfer | None = None
         self._started: list[ServerProcess] = []
@@ -120,13 +120,13 @@ class ServerSampler:
             raise
 
     def update_weights(self, version: int) -> None:
-        """Send the weights of the moment, as ``version``, to every server that is alive, also one that was not before.
+        """Send the present weights, as ``version``, to every server that answers, also to servers that failed before.
 
         Collectives: those of `Exporter.stream`, and again where a server was lost on the way and the others could not
-        go on without it.  Raises `EngineError`, on all ranks alike, when no server got all of them.
+        go on without it.  Raises: `EngineError`, on all ranks alike, when no server got all weights.
         """
         started = time.perf_counter()
-        todo: list[list[VllmServer]] = []  # each to be sent to at once
+        todo: list[list[VllmServer]] = []  # the servers of each update
         run_long_on_rank_0(lambda: todo.append(self._reachable()), EngineError)
         while broadcast_object(bool(todo)):
             self._send(todo, version)
@@ -135,12 +135,12 @@ class ServerSampler:
         self._count("sync_seconds", time.perf_counter() - started)
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """One response per request, in order, on every rank of the replica.
+        """Return one response per request, in order, on every rank of the replica.
 
-        ``requests`` are those of this data-parallel replica, the same list on each of its ranks; may be empty.  A
-        collective over the world.
+        ``requests`` are the requests of this data-parallel replica, the same list on each of its ranks; the list may be
+        empty. The call is a collective over the world.
 
-        Raises, on all ranks alike: ValueError for an empty prompt and for one that leaves no room for
+        Raises, on all ranks alike: ValueError for an empty prompt and for a prompt that leaves no room for
         ``max_new_tokens`` within ``max_length``; `EngineError` where no server is left for a request.
         """
         if self._version is None:
@@ -151,19 +151,21 @@ class ServerSampler:
         return return_responses(generated or {}, gathered)
 
     def sleep(self) -> None:
-        """Nothing: servers have memory of their own."""
+        """Do nothing: servers have memory of their own."""
 
     def metrics(self) -> dict[str, float]:
-        """rollout/sync_seconds and rollout/sync_bytes of all updates since the last call, rollout/servers_alive,
-        rollout/requests_retried, rollout/guided_repairs where guided, and rollout/staleness_max where
-        ``max_staleness`` allows any."""
+        """Return rollout/sync_seconds and rollout/sync_bytes of all updates since the last call, and others.
+
+        The others are rollout/servers_alive, rollout/requests_retried, rollout/guided_repairs where guided, and
+        rollout/staleness_max where ``max_staleness`` is positive.
+        """
         self._metrics["rollout/servers_alive"] = len(self._servers) - len(self._failed)
         metrics = broadcast_object(self._metrics)
         self._metrics = {}
         return metrics
 
     def close(self) -> None:
-        """End the servers that were started here; may be called twice."""
+        """End the servers that this sampler has started; may be called twice."""
         atexit.unregister(self.close)
         for server in self._servers:
             server.interrupt()  # a thread that still waits for a response would delay the end of the process
@@ -174,28 +176,30 @@ class ServerSampler:
         self._started = []
 
     def _reachable(self) -> list[VllmServer]:
-        """Servers that answer now; what those that were started anew had of us is forgotten."""
+        """Return the servers that answer now, and forget what servers that were started anew had received."""
         assert self._transfer is not None
-        told: dict[VllmServer, str] = {}
+        reported: dict[VllmServer, str] = {}
 
         def ask(server: VllmServer) -> None:
             server.health(_PROBE_SECONDS)
-            told[server] = server.weight_version(_PROBE_SECONDS)
+            reported[server] = server.weight_version(_PROBE_SECONDS)
 
         failures = on_each(self._servers, ask)
         for server, error in failures.items():
             self._lose(server, error)
-        for server, version in told.items():
+        for server, version in reported.items():
             if version != str(self._versions.get(server)):
                 self._transfer.forget(server)
                 self._versions.pop(server, None)
-        if not told:
+        if not reported:
             raise EngineError(f"no vLLM server can be reached: {_causes(failures.values())}")
-        return [server for server in self._servers if server in told]
+        return [server for server in self._servers if server in reported]
 
     def _send(self, todo: list[list[VllmServer]], version: int) -> None:
-        """One update, to the first servers of ``todo`` on rank 0, which are taken out, and put back where they need
-        another."""
+        """Send one update to the first servers of ``todo`` on rank 0.
+
+        The servers are removed from ``todo``, and added again where they need another update.
+        """
         update = run_long_on_rank_0(lambda: self._begin(todo.pop(0), version), EngineError)
         for tensors in self._exporter.stream(copies=False):
             run_long_on_rank_0(lambda tensors=tensors: update.send(tensors), EngineError)  # type: ignore[misc,union-attr]
@@ -208,7 +212,7 @@ class ServerSampler:
         return WeightUpdate(self._transfer, servers, version)
 
     def _finish(self, update: WeightUpdate, version: int) -> list[list[VllmServer]]:
-        """The end of an update: take note of who has the weights; returns those that need them again."""
+        """End an update, note which servers have the weights, and return the servers that need the weights again."""
         update.finish()
         self._count("sync_bytes", update.num_bytes)
         if not update.broken:
@@ -218,7 +222,8 @@ class ServerSampler:
         failures = update.failures
         again: list[VllmServer] = []
         if update.broken and not update.isolated and len(update.servers) + len(failures) > 1:
-            # One took the others with it, and all look alike.  Those that still answer get the weights one by one.
+            # One server's failure made all fail, and it is unknown which server's.  Servers that still answer get the
+            # weights one by one.
             candidates = [server for server in self._servers if server in failures or server in update.servers]
             failures = on_each(candidates, lambda server: server.health(_PROBE_SECONDS))
             again = [server for server in candidates if server not in failures]
@@ -237,7 +242,7 @@ class ServerSampler:
         servers = self._usable()
         plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
         guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
-        # Pairs are driven in step by whoever asks for them, so a server gets its share at once.
+        # The driver of pairs keeps them equally long, so a server gets all its pairs at once.
         cuts = [len(guided) * i // len(servers) for i in range(len(servers) + 1)]
         groups = [[i] for i in plain]
         groups += [guided[first:behind] for first, behind in pairwise(cuts) if first < behind]
@@ -262,7 +267,7 @@ class ServerSampler:
     def _task(
         self, requests: Sequence[Request], params: SamplingParams, counts: list[PairCounts]
     ) -> Task[list[Response]]:
-        """What one server is asked for: one plain response, or guided ones that go together."""
+        """Return the task of one server: one plain response, or guided responses that are sampled together."""
 
         def do(server: VllmServer) -> list[Response]:
             if requests[0].teacher_prompt is None:
@@ -278,7 +283,10 @@ class ServerSampler:
         return do
 
     def _usable(self) -> list[VllmServer]:
-        """Servers with weights that are new enough.  One that failed is asked again only where it may have them."""
+        """Return the servers with weights that are new enough.
+
+        A server that failed is asked again only where it may have them.
+        """
 
         def ask(server: VllmServer) -> None:
             if server.weight_version(_PROBE_SECONDS) != str(self._versions[server]):
@@ -316,7 +324,7 @@ class ServerSampler:
 
 
 def _check(server: VllmServer, max_length: int) -> None:
-    """Raise `ConfigError` where ``server`` cannot be used for this run, `EngineError` where it cannot be reached."""
+    """Raise `ConfigError` where ``server`` does not fit this run, `EngineError` where it cannot be reached."""
     server.health()
     longest = server.max_model_len()
     if longest is not None and longest < max_length:
@@ -326,8 +334,8 @@ def _check(server: VllmServer, max_length: int) -> None:
         )
     if server.num_tokens() is None:
         raise ConfigError(
-            f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, work "
-            "on long responses looks as if it hung; start it without"
+            f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, a "
+            "server that works on long responses looks as if it hung; start it without this option"
         )
 
 

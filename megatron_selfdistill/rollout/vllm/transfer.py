@@ -55,7 +55,8 @@ class Transfer(Protocol):
     def join(self, servers: Sequence[VllmServer]) -> Failures:
         """Make ``servers``, and no others, ready to receive; return the servers that failed.
 
-        A repetition with the same servers is cheap."""
+        A repetition with the same servers is cheap.
+        """
         ...
 
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What an engine needs of vLLM's version."""
+"""Check the version of vLLM."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ _GUIDED = ((0, 32),)
 
 
 def why_not_guided(version: str) -> str | None:
-    """Return one sentence where guided rollouts have not run on this ``version`` of vLLM (``vllm.__version__``), None
-    where they have.
+    """Return a message where guided rollouts have not run on this ``version`` of vLLM, None where they have.
 
-    They take part in vLLM's scheduler, its first model runner and its sampling, none of which is a public interface: a
-    change there could give wrong tokens without an error.
+    ``version`` is ``vllm.__version__``.  Guided rollouts take part in vLLM's scheduler, its first model runner and its
+    sampling, none of which is a public interface: a change there could give wrong tokens without an error.
     """
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and (int(found[1]), int(found[2])) in _GUIDED:

@@ -185,7 +185,7 @@ def test_parts_of_a_response_by_different_weights_are_an_error() -> None:
     [
         ([4, 5], [4, 5], [-1, -1], "after 2 of 30 tokens without a stop token"),
         ([4, 5, 1], [4, 6, 1], [-1, -1], "must share 3 tokens"),
-        ([4, 5, 8, 1], [4, 5, 8, 1], [3, 2], "the teacher's half .* stopped behind 2 tokens but has 4"),
+        ([4, 5, 8, 1], [4, 5, 8, 1], [3, 2], "the teacher's half .* stopped after 2 tokens but has 4"),
         ([4, 5, 8, 9, 1], [4, 5, 8, 9, 1], [-1, -1], "or 4 entries"),
     ],
     ids=["cut by the engine", "different tokens", "went on", "unlogged"],
@@ -210,7 +210,7 @@ def test_a_log_that_is_gone_and_an_output_that_is_missing_are_errors() -> None:
         def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
             return super().generate(requests)[:-1]
 
-    with pytest.raises(EngineError, match="forgot what it drew"):
+    with pytest.raises(EngineError, match="has no log of a guided pair"):
         generate_guided(Forgetful(), make_requests(3), PARAMS)
     short = Short()
     with pytest.raises(EngineError, match="returned 5 outputs for 6 requests"):

@@ -19,21 +19,27 @@ from ports import neighbouring_ports
 
 from megatron_selfdistill.rollout.vllm.server import serve, server_nodes
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
-from megatron_selfdistill.rollout.vllm.server.server_nodes import Node, meet, network_environment, why_not, why_not_gpus
+from megatron_selfdistill.rollout.vllm.server.server_nodes import (
+    ServerNode,
+    meet,
+    network_environment,
+    why_not,
+    why_not_gpus,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PATIENCE_S = 60.0
 # It leaves a child behind, as vLLM does, which must not keep anybody waiting.
 NODE = """
 import os, sys, time
-from megatron_selfdistill.rollout.vllm.server.server_nodes import Node, meet
+from megatron_selfdistill.rollout.vllm.server.server_nodes import ServerNode, meet
 
 def lost(why):
     print(why, flush=True)
     os._exit(7)
 
 rank, port = map(int, sys.argv[1:])
-meet(Node(3, rank, "127.0.0.1", port), "secret", lost, 60.0)
+meet(ServerNode(3, rank, "127.0.0.1", port), "secret", lost, 60.0)
 print("met", flush=True)
 if os.fork() == 0:
     os.close(1)
@@ -67,8 +73,8 @@ def test_a_node_that_cannot_be_is_refused_with_a_sentence(nnodes, node_rank, mas
         (2, 16, 8, None),
         (2, 2, None, None),
         (3, 16, 8, "a server of 16 GPUs cannot be cut into --nnodes 3 equal parts"),
-        (2, 8, 8, "has 4 on each, but this node shows 8: set CUDA_VISIBLE_DEVICES to 4 of them"),
-        (2, 16, 4, "has 8 on each, but this node shows 4"),
+        (2, 8, 8, "has 4 on each, but this node has 8: set CUDA_VISIBLE_DEVICES to 4 of them"),
+        (2, 16, 4, "has 8 on each, but this node has 4"),
     ],
 )
 def test_gpus_that_do_not_fit_the_nodes_are_refused_with_a_sentence(nnodes, num_gpus, visible, words):
@@ -101,13 +107,13 @@ def test_vllm_is_told_of_the_nodes_and_only_the_head_answers_requests():
 
 
 def test_a_node_is_told_its_address_on_the_way_to_the_head(monkeypatch):
-    assert network_environment(Node(2, 1, "127.0.0.1", 29501)) == {
+    assert network_environment(ServerNode(2, 1, "127.0.0.1", 29501)) == {
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
     # On some systems the head's own name leads to 127.0.1.1 there, which is nobody else's way to it.
     monkeypatch.setattr(server_nodes, "own_address", lambda host, port: "127.0.0.1")
-    assert network_environment(Node(2, 0, "node7", 29501)) == {}
+    assert network_environment(ServerNode(2, 0, "node7", 29501)) == {}
 
 
 @pytest.fixture
@@ -151,13 +157,13 @@ def said(one: subprocess.Popen[str]) -> str:
 def test_when_the_head_is_killed_every_node_ends(nodes):
     nodes[0].kill()
     assert [said(one) for one in nodes[1:]] == [
-        "the head of this server, 127.0.0.1, is gone, and this node ends with it\n"
+        "the head of this server, 127.0.0.1, has ended, and this node ends with it\n"
     ] * 2
 
 
 def test_when_a_node_is_killed_the_head_ends_and_with_it_the_others(nodes):
     nodes[2].kill()
-    assert said(nodes[0]) == "node rank 2 of this server is gone, and this node ends with it\n"
+    assert said(nodes[0]) == "node rank 2 of this server has ended, and this node ends with it\n"
     assert "the head of this server" in said(nodes[1])
 
 
@@ -174,9 +180,9 @@ def test_strangers_and_nodes_with_another_token_do_not_count(port):
             stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(99) == b""
     with pytest.raises(ConnectionError, match=f"expected the same {TOKEN_VARIABLE} and --nnodes 2 there"):
-        meet(Node(2, 1, "127.0.0.1", port), "guessed", print, PATIENCE_S)
+        meet(ServerNode(2, 1, "127.0.0.1", port), "guessed", print, PATIENCE_S)
     assert ended.empty()
-    meet(Node(2, 1, "127.0.0.1", port), "secret", print, PATIENCE_S)
+    meet(ServerNode(2, 1, "127.0.0.1", port), "secret", print, PATIENCE_S)
     assert ended.get(timeout=PATIENCE_S) is None
 
 
@@ -191,23 +197,25 @@ def connected(port: int) -> socket.socket:
 
 
 def test_nodes_that_do_not_come_are_named(port):
-    with pytest.raises(TimeoutError, match=rf"node ranks \[1, 2\] of this server have not come to port {port + 1}"):
-        meet(Node(3, 0, "127.0.0.1", port), "", print, 0.1)
+    with pytest.raises(
+        TimeoutError, match=rf"node ranks \[1, 2\] of this server have not connected to port {port + 1}"
+    ):
+        meet(ServerNode(3, 0, "127.0.0.1", port), "", print, 0.1)
     with pytest.raises(TimeoutError, match=f"cannot be reached at 127.0.0.1:{port + 1}"):
-        meet(Node(3, 1, "127.0.0.1", port), "", print, 0.1)
+        meet(ServerNode(3, 1, "127.0.0.1", port), "", print, 0.1)
 
 
 def test_a_node_that_ends_before_the_others_came_ends_the_server(port):
     raised = lead(3, port)
     with connected(port + 1) as other:
         other.sendall(server_nodes._hello(2, 3, "secret"))
-    assert "node rank 2 of this server ended before the others came" in str(raised.get(timeout=PATIENCE_S))
+    assert "node rank 2 of this server ended before the other nodes came" in str(raised.get(timeout=PATIENCE_S))
 
 
 def test_a_node_waits_for_all_the_others(port):
     lead(3, port)
     with pytest.raises(TimeoutError, match="still waits for other nodes"):
-        meet(Node(3, 1, "127.0.0.1", port), "secret", print, 1.0)
+        meet(ServerNode(3, 1, "127.0.0.1", port), "secret", print, 1.0)
 
 
 def lead(nnodes: int, port: int) -> queue.Queue[Exception | None]:
@@ -216,7 +224,7 @@ def lead(nnodes: int, port: int) -> queue.Queue[Exception | None]:
 
     def run() -> None:
         try:
-            meet(Node(nnodes, 0, "127.0.0.1", port), "secret", print, PATIENCE_S)
+            meet(ServerNode(nnodes, 0, "127.0.0.1", port), "secret", print, PATIENCE_S)
             ended.put(None)
         except OSError as error:
             ended.put(error)

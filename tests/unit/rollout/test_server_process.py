@@ -214,7 +214,7 @@ def test_servers_get_the_gpus_behind_the_trainers_or_share_them(monkeypatch, cou
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     if wanted is None:
-        with pytest.raises(ConfigError, match="need 4 besides the 2 of the trainer, but this machine shows 4"):
+        with pytest.raises(ConfigError, match="need 4 besides the 2 of the trainer, but this machine has 4"):
             server_process._gpus_of_servers(count, each, shares)
     else:
         assert server_process._gpus_of_servers(count, each, shares) == wanted

@@ -370,8 +370,8 @@ REFUSALS = [
     r"a request has a teacher's prompt, but the vLLM engines were built without guided .*guidance=mixed",
     "the vLLM engine of rank 1 failed in mid-batch: division by zero",
     "the vLLM engine of rank 1 was asked for 4 responses and gave 3",
-    r"the vLLM engine of rank 1 wrote a response with weights of version 3, expected 4 \(rollout.max_staleness=0\)",
-    "the vLLM engine of rank 0 has a part of its weights: their update broke off",
+    r"the vLLM engine of rank 1 generated a response with weights of version 3, expected 4 \(rollout.max_staleness=0\)",
+    "the vLLM engine of rank 0 has a part of its weights: their update has failed",
 ]
 
 

@@ -457,7 +457,7 @@ def make_vllm_config(**changes: Any) -> SimpleNamespace:
 )
 def test_an_engine_that_cannot_keep_halves_in_step_is_refused(change: dict[str, Any]) -> None:
     guided_processor.refuse_settings(make_vllm_config())
-    with pytest.raises(ValueError, match=r"guidance=mixed needs of the engine: [^;]+$"):
+    with pytest.raises(ValueError, match=r"guidance=mixed needs an engine with: [^;]+$"):
         guided_processor.GuidedProcessor(make_vllm_config(**change), torch.device("cpu"), False)
 
 
@@ -519,7 +519,7 @@ def test_the_store_keeps_each_pairs_uniforms_and_log_while_it_grows() -> None:
         slot = store.admit(half, live=())
         assert store.admit(replace(half, role="teacher"), live=()) == slot
         np.testing.assert_array_equal(store.uniforms[slot, : index + 1], sample_uniforms(index, index + 3)[2:])
-        store.write(np.array([slot]), np.array([0]), torch.full((1, 3), float(index)))
+        store.log(np.array([slot]), np.array([0]), torch.full((1, 3), float(index)))
     logs = store.pop([f"{index}" for index in range(40)])
     assert [log.log_probs.tolist() for log in logs if log] == [[[float(index)] * 3] for index in range(40)]
     assert len(store) == store.num_bytes == 0

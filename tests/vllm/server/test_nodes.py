@@ -146,7 +146,7 @@ def assert_all_end(server: Server) -> None:
 def test_with_a_worker_node_the_whole_server_ends(server):
     os.kill(server.commands[1].pid, signal.SIGKILL)
     assert_all_end(server)
-    assert "node rank 1 of this server is gone, and this node ends with it" in server.logs[0].read_text()
+    assert "node rank 1 of this server has ended, and this node ends with it" in server.logs[0].read_text()
 
 
 def test_with_its_head_the_whole_server_ends(tmp_path):

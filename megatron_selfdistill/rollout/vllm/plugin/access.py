@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Who may use a server: whoever knows its token, on every route but the health check.  vLLM's own ``--api-key`` leaves
-the routes open that load weights and call methods."""
+"""Access to a server: every route but the health check needs its token.
+
+vLLM's own ``--api-key`` leaves the routes open that load weights and call methods.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ Message = MutableMapping[str, Any]
 
 
 class TokenRequired:
-    """ASGI middleware (``--middleware``): 401 without ``Authorization: Bearer TOKEN``.
+    """ASGI middleware (``--middleware``) that answers 401 without ``Authorization: Bearer TOKEN``.
 
     The token is the environment variable SELFDISTILL_SERVER_TOKEN at construction; ValueError where it is empty.
     """
@@ -35,6 +37,7 @@ class TokenRequired:
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
+        """Pass a request with the token on to the server, and answer any other request with 401."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in _OPEN_PATHS):
             await self._app(scope, receive, send)
             return

@@ -1,20 +1,21 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Guided decoding inside vLLM: a logits processor that draws one token for the two requests of a pair.
+"""Guided decoding inside vLLM: a logits processor that samples one token for the two requests of a pair.
 
-In each step, for each pair (`rollout.pairs`) of which both halves are in the batch with equally many output tokens n,
-token n is drawn from the mix of both rows and left as the only choice in both.  Every other half, its partner absent
-or out of step, is left nothing but its stop token, and the number of tokens before it is remembered.
+In each step, for each pair (`rollout.vllm.pairs`) of which both halves are in the batch with equally many output tokens
+n, token n is sampled from the mix of both rows and left as the only choice in both.  Every other half, whose partner is
+absent or has another length, is left nothing but its stop token, and the number of tokens before it is recorded.
 
-Why no token survives that was not drawn from both true contexts.  vLLM samples rows whose prompt has been read only in
-part too, from logits that mean nothing, and throws their token away; the processor cannot tell.  But a half only gets
-longer by a token drawn together, or by the stop that ends it.  Say both halves end with at least n + 1 tokens of their
-own, forced stops left out.  Each took its token n from a draw made when both had length n.  Were these two draws, the
-half that took its token in the earlier one would have been longer than n in the later one: a contradiction.  So it was
-one draw, of which both kept the token, so both prompts had been read and both rows were true.  What one half has beyond
-the other, after a partial prefill, a preemption or an early end, the driver cuts off and asks for again, with the same
-uniforms.  A stop that was forced on a row which then threw it away took no effect: the next draw erases it.
+Why every token that remains was sampled from both true contexts.  vLLM also samples rows whose prompt has been read
+only in part, from meaningless logits, and discards their token; the processor cannot see this.  But a half only gets
+longer by a token that was sampled for both halves, or by the stop that ends it.  Assume that both halves end with at
+least n + 1 tokens of their own, forced stops not counted.  Each took its token n from a sample that was taken when both
+had length n.  If these were two samples, the half that took its token from the earlier one would have been longer than
+n at the later one: a contradiction.  So it was one sample, of which both halves kept the token, so both prompts had
+been read and both rows were true.  After a partial prefill, a preemption or an early end one half may have more tokens
+than the other: the driver cuts them off and asks for them again, with the same uniforms.  A stop that was forced on a
+row whose token vLLM discarded took no effect: the next sample erases its record.
 
-Needs: the first model runner (V1), no async scheduling (rows must hold all their tokens when the next is drawn), no
+Needs: the first model runner (V1), no async scheduling (rows must hold all their tokens when the next is sampled), no
 speculative decoding, one pipeline stage, one data-parallel rank, the prefix cache, `PairScheduler`.
 """
 
@@ -43,14 +44,15 @@ _SCHEDULER = GUIDED_ENGINE_ARGS["scheduler_cls"]
 
 
 class GuidedProcessor(LogitsProcessor):
-    """Named by its path in vLLM's argument ``logits_processors``; requests that are no halves are left alone.
+    """The logits processor of guided requests, named by its path in vLLM's argument ``logits_processors``.
 
-    With tensor parallelism every rank has the gathered logits and its own processor; all take the first rank's draws.
+    It does not change requests that are no halves.  With tensor parallelism every rank has the gathered logits and its
+    own processor; all take the samples of the first rank.
     """
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raises ValueError for a half that could end or go on by itself."""
+        """Raise ValueError for a half that could end or go on by itself."""
         half = PairHalf.of(sampling_params.extra_args)
         if half is None:
             return
@@ -64,7 +66,7 @@ class GuidedProcessor(LogitsProcessor):
             )
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        """Raises ValueError for an engine in which halves could not be kept in step."""
+        """Prepare for the requests of an engine; raise ValueError if its settings do not keep halves equally long."""
         refuse_settings(vllm_config)
         self._device = device
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
@@ -75,56 +77,64 @@ class GuidedProcessor(LogitsProcessor):
         self._popped = False
 
     def is_argmax_invariant(self) -> bool:
+        """Return False: the processor changes which token is the most likely."""
         return False
 
     def pop(self, names: Sequence[str]) -> list[PairLog | None]:
-        """What is known of pairs whose halves have ended; see `PairStore.pop`."""
-        self._popped = True  # a pair that was given up may still have rows, and its slot is another's from now on
+        """Return the log of each pair whose halves have ended; see `PairStore.pop`."""
+        self._popped = True  # a pair without a driver may still have rows, and its slot is another pair's from now on
         return self._store.pop(names)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Take over the rows that have joined, left or moved in the batch."""
         changed = process_dict_updates(self._rows, batch_update, _row)
         if changed or (self._popped and self._rows):
             self._pair_up()
         self._popped = False
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Leave each half one token to choose.  logits ``[b, V]`` float32, changed in place."""
+        """Leave each half one token to choose; logits ``[b, V]`` float32 are changed in place."""
         for pairs in self._pairs:
             lengths = pairs.halves.lengths()
             positions, teacher_positions = np.split(lengths, 2)
             in_step = positions == teacher_positions
             if in_step.all():
-                self._draw(logits, pairs, pairs.rows, pairs.slots, positions)
+                self._sample(logits, pairs, pairs.rows, pairs.slots, positions)
                 continue
             self._stop(logits, pairs.halves, lengths, np.tile(~in_step, 2))
             if in_step.any():
                 rows = pairs.rows[:, torch.from_numpy(in_step).to(self._device)]
-                self._draw(logits, pairs, rows, pairs.slots[in_step], positions[in_step])
+                self._sample(logits, pairs, rows, pairs.slots[in_step], positions[in_step])
         if self._alone.outputs:
             self._stop(logits, self._alone, self._alone.lengths(), np.ones(len(self._alone.outputs), dtype=bool))
         return logits
 
-    def _draw(self, logits: Tensor, pairs: _Pairs, rows: Tensor, slots: np.ndarray, positions: np.ndarray) -> None:
-        """One token for each pair of ``rows [2, b]``, the ``positions``-th of its two outputs."""
+    def _sample(self, logits: Tensor, pairs: _Pairs, rows: Tensor, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Sample one token for each pair of ``rows [2, b]``: token number ``positions`` of its two outputs."""
         uniforms = torch.from_numpy(self._store.uniforms[slots, positions]).to(self._device)
-        drawn = select_mixed_tokens(logits[rows[0]], logits[rows[1]], uniforms, pairs.target, greedy=pairs.greedy)
+        sampled = select_mixed_tokens(logits[rows[0]], logits[rows[1]], uniforms, pairs.target, greedy=pairs.greedy)
         values = torch.stack(
-            [drawn.token_ids.double(), drawn.student_log_probs, drawn.teacher_log_probs, drawn.mixed_log_probs]
+            [
+                sampled.token_ids.double(),
+                sampled.student_log_probs,
+                sampled.teacher_log_probs,
+                sampled.mixed_log_probs,
+            ]
         )
         if self._tp_size > 1:
-            # A GPU's sums may differ in the last bit between two ranks, and one different token would part them.
+            # A GPU's sums may differ in the last bit between two ranks, and all later tokens with them.
             values = get_tp_group().broadcast(values, src=0)
-        self._store.write(slots, positions, values[1:].T)
+        self._store.log(slots, positions, values[1:].T)
         _leave_only(logits, rows.flatten(), values[0].long().repeat(2))
 
     def _stop(self, logits: Tensor, halves: _Halves, lengths: np.ndarray, chosen: np.ndarray) -> None:
+        """Leave the ``chosen`` halves nothing but their stop tokens, and record their lengths."""
         rows_and_stops = torch.from_numpy(np.stack([halves.rows[chosen], halves.stops[chosen]])).to(self._device)
         _leave_only(logits, *rows_and_stops)
         self._store.forced[halves.slots[chosen], halves.roles[chosen]] = lengths[chosen]
 
     def _pair_up(self) -> None:
-        """Sort the rows of the present batch into pairs, by target, and those that are alone."""
+        """Sort the rows of the present batch into pairs, by target, and rows without a partner."""
         halves = {(row.half.pair, row.half.role): (index, row) for index, row in self._rows.items()}
         groups: dict[tuple[Target, bool], list[list[tuple[int, _Row]]]] = {}
         alone = []
@@ -143,7 +153,10 @@ class GuidedProcessor(LogitsProcessor):
 
 
 def guided_processor(processors: Iterable[LogitsProcessor]) -> GuidedProcessor:
-    """The one among a model runner's processors.  Raises RuntimeError where the engine was made without it."""
+    """Return the guided processor of a model runner.
+
+    Raises RuntimeError where the engine was made without it.
+    """
     for processor in processors:
         if isinstance(processor, GuidedProcessor):
             return processor
@@ -151,8 +164,10 @@ def guided_processor(processors: Iterable[LogitsProcessor]) -> GuidedProcessor:
 
 
 def refuse_settings(vllm_config: Any) -> None:
-    """Raise ValueError, in one sentence, for an engine in which halves could not be kept in step, and for a version of
-    vLLM on which guided rollouts have not run."""
+    """Raise ValueError for an engine or a version of vLLM on which guided rollouts would not work.
+
+    The engine must keep the halves of a pair equally long, and guided rollouts must have run on the version of vLLM.
+    """
     refusal = why_not_guided(vllm.__version__)
     if refusal is not None:
         raise ValueError(refusal)
@@ -173,7 +188,7 @@ def refuse_settings(vllm_config: Any) -> None:
     }
     needed = [setting for setting, is_wrong in wrong.items() if is_wrong]
     if needed:
-        raise ValueError(f"rollout.guidance=mixed needs of the engine: {'; '.join(needed)}")
+        raise ValueError(f"rollout.guidance=mixed needs an engine with: {'; '.join(needed)}")
 
 
 @dataclass(frozen=True)
@@ -181,15 +196,16 @@ class _Row:
     """A row of the batch that is one half of a pair."""
 
     half: PairHalf
+    """The half of a pair that this row generates."""
     outputs: list[int]
-    """vLLM's own list: always the tokens up to now."""
+    """Token ids up to now, in a list that vLLM owns and extends."""
     shared: PairHalf
-    """What the other half must say too: `half` but for its role and its stop."""
+    """The fields that both halves must have in common: `half` without its role and its stop."""
 
 
 @dataclass(frozen=True)
 class _Halves:
-    """What a step needs to know of halves; arrays ``[n]`` int64 in the host's memory."""
+    """The numbers of several halves that a step needs; arrays ``[n]`` int64 in the host's memory."""
 
     outputs: list[list[int]]
     rows: np.ndarray
@@ -211,16 +227,16 @@ class _Halves:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pairs of which both halves are in the batch and that share a target."""
+    """Pairs that share a target and of which both halves are in the batch."""
 
     target: Target
     greedy: bool
     halves: _Halves
-    """The students', then the teachers' in the same order."""
+    """The students' halves, then the teachers' in the same order."""
     slots: np.ndarray
-    """``[b]``, as of either half."""
+    """Slot of each pair in the `PairStore`, ``[b]``."""
     rows: Tensor
-    """``[2, b]`` on the device."""
+    """Rows of the batch with the students' and the teachers' halves, ``[2, b]`` on the device."""
 
     @staticmethod
     def of(

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What is kept for each guided pair while an engine writes it: its uniforms, and what was drawn."""
+"""The uniforms of each guided pair, and the log of its samples, while an engine generates it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _MAX_BYTES = 2**31
 
 
 class PairStore:
-    """A table with one row, a *slot*, per pair, from its first half's admission until it is popped.
+    """A table with one row, a *slot*, per pair, from the admission of its first half until it is popped.
 
-    It grows with the pairs that are open and goes back to nothing when none is.  Pairs that nobody pops (their driver
-    died) are forgotten, oldest first, before the log exceeds ``max_bytes``; those that the caller names as live never.
+    It grows with the number of open pairs and is freed when none is open.  Pairs that no driver pops (their driver
+    died) are dropped, oldest first, before the log exceeds ``max_bytes``; pairs that the caller names as live are never
+    dropped.
     """
 
     def __init__(self, device: torch.device, max_bytes: int = _MAX_BYTES) -> None:
@@ -28,24 +29,24 @@ class PairStore:
         self._slots: dict[str, int] = {}  # in order of admission
         self._free: list[int] = []
         self.uniforms = np.zeros((0, 0))
-        """``[slots, width]`` float64: column i draws the i-th token from here on."""
+        """Uniforms ``[slots, width]`` float64: token i from the start of the half is sampled from column i."""
         self.forced = np.zeros((0, 2), dtype=np.int64)
-        """``[slots, 2]``: of student and teacher, `PairLog.forced`."""
-        self.drawn = np.zeros(0, dtype=np.int64)
-        """``[slots]``: tokens with an entry in the log."""
+        """`PairLog.forced` of student and teacher, ``[slots, 2]``."""
+        self.num_logged = np.zeros(0, dtype=np.int64)
+        """Number of tokens with an entry in the log, ``[slots]``."""
         self.log_probs = torch.zeros((0, 0, 3), device=device)
-        """``[slots, width, 3]`` float32: of student, teacher and mix."""
+        """Log-probs ``[slots, width, 3]`` float32 under student, teacher and mix, in nats."""
 
     def __len__(self) -> int:
         return len(self._slots)
 
     @property
     def num_bytes(self) -> int:
-        """Of the log."""
+        """Bytes of the log on the device."""
         return self.log_probs.numel() * self.log_probs.element_size()
 
     def admit(self, half: PairHalf, live: Collection[str]) -> int:
-        """The slot of the half's pair, made where it has none yet; ``live``: pairs that must not be forgotten."""
+        """Return the slot of the half's pair, a new one for a new pair; ``live``: pairs that must not be dropped."""
         if half.pair in self._slots:
             return self._slots[half.pair]
         if half.max_tokens > self.uniforms.shape[1]:
@@ -57,20 +58,20 @@ class PairStore:
             uniforms = sample_uniforms(half.seed, half.start + half.max_tokens)
             self.uniforms[slot, : half.max_tokens] = uniforms[half.start :]
         self.forced[slot] = -1
-        self.drawn[slot] = 0
+        self.num_logged[slot] = 0
         return slot
 
     def pop(self, names: Sequence[str]) -> list[PairLog | None]:
-        """What is known of each pair, which is then forgotten; None for a pair that is not known."""
+        """Return the log of each pair and drop the pair; None for an unknown pair."""
         slots = [self._slots.pop(name, None) for name in names]
         known = [slot for slot in slots if slot is not None]
         if not known:
             return [None] * len(names)
-        longest = int(self.drawn[known].max(initial=0))
+        longest = int(self.num_logged[known].max(initial=0))
         table = self.log_probs[known, :longest].cpu().numpy()
         rows = iter(table)
         logs = [
-            None if slot is None else PairLog(self.forced[slot].tolist(), next(rows)[: self.drawn[slot]].copy())
+            None if slot is None else PairLog(self.forced[slot].tolist(), next(rows)[: self.num_logged[slot]].copy())
             for slot in slots
         ]
         self._free += known
@@ -80,7 +81,7 @@ class PairStore:
         return logs
 
     def _make_room(self, live: Collection[str]) -> None:
-        """At least one free slot: twice as many, or those of forgotten pairs."""
+        """Make at least one free slot: twice as many slots, or the slots of dropped pairs."""
         size, width = self.uniforms.shape
         larger = max(16, 2 * size)
         if larger * width * _BYTES_PER_TOKEN > self._max_bytes:
@@ -96,15 +97,17 @@ class PairStore:
         uniforms, log_probs = np.zeros((size, width)), self.log_probs.new_zeros((size, width, 3))
         uniforms[:old_size, :old_width] = self.uniforms[:old_size, :old_width]
         log_probs[:old_size, :old_width] = self.log_probs[:old_size, :old_width]
-        forced, drawn = np.full((size, 2), -1, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        forced[:old_size], drawn[:old_size] = self.forced[:old_size], self.drawn[:old_size]
+        forced, num_logged = np.full((size, 2), -1, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        forced[:old_size], num_logged[:old_size] = self.forced[:old_size], self.num_logged[:old_size]
         self._free += range(old_size, size)
-        self.uniforms, self.forced, self.drawn, self.log_probs = uniforms, forced, drawn, log_probs
+        self.uniforms, self.forced, self.num_logged, self.log_probs = uniforms, forced, num_logged, log_probs
 
-    def write(self, slots: np.ndarray, positions: np.ndarray, log_probs: Tensor) -> None:
-        """Log the draw of the token at ``positions [b]`` of ``slots [b]``: ``log_probs [b, 3]``.  Both halves were
-        there to be given it, so a stop that was forced before did not take effect."""
+    def log(self, slots: np.ndarray, positions: np.ndarray, log_probs: Tensor) -> None:
+        """Log the sample of the token at ``positions [b]`` of ``slots [b]``: ``log_probs [b, 3]``.
+
+        Both halves were present, so a stop that was forced before took no effect.
+        """
         index = torch.from_numpy(np.stack([slots, positions])).to(self.log_probs.device)
         self.log_probs[index[0], index[1]] = log_probs.to(self.log_probs.dtype)
-        self.drawn[slots] = positions + 1
+        self.num_logged[slots] = positions + 1
         self.forced[slots] = -1

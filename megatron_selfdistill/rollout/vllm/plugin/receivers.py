@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The receiving ends of transfer.py: one class per way in which a bucket of weights reaches a worker of a vLLM
-server.  This file imports no vLLM, so that every way can be tested without it."""
+"""The receiving ends of transfer.py: one class per way in which a bucket of weights reaches a worker.
+
+This module imports no vLLM, so that every way can be tested without it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class Receiver(Protocol):
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
         """Return the bucket ``[num_bytes]`` uint8 on the worker's device.
 
-        Its bytes last until the trainer is told that it is loaded: the same memory may hold a later bucket.
+        Its bytes last until the trainer learns that the bucket is loaded: the same memory may hold a later bucket.
         """
         ...
 
@@ -32,10 +34,10 @@ class Receiver(Protocol):
 
 
 class FileReceiver:
-    """From a file of the trainer's.
+    """A receiver that reads files of the trainer.
 
-    One that the trainer keeps is mapped once, and on a CPU its own memory is the bucket.  One that it removes
-    afterwards is read as a whole, since on a network file system pages of a removed file cannot be had later.
+    A file that the trainer keeps is mapped once, and on a CPU its own memory is the bucket.  A file that the trainer
+    removes afterwards is read as a whole, since on a network file system pages of a removed file cannot be read later.
     """
 
     def __init__(self, device: torch.device, worker: int) -> None:
@@ -44,10 +46,12 @@ class FileReceiver:
         self._unpin: dict[str, Callable[[], None]] = {}
 
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        """Return the first bytes of the file ``where["path"]``."""
         path = where["path"]
         return (self._map(path, num_bytes) if where.get("mapped") else _read(path, num_bytes)).to(self._device)
 
     def close(self) -> None:
+        """Unmap all files."""
         for path in list(self._mapped):
             self._drop(path)
 
@@ -79,7 +83,7 @@ def _read(path: str, num_bytes: int) -> Tensor:
 
 
 class BroadcastReceiver:
-    """From rank 0 of a process group that the trainer opened; the workers of all servers follow it."""
+    """A receiver in a process group of the trainer (rank 0) and the workers of all servers."""
 
     def __init__(
         self,
@@ -101,6 +105,7 @@ class BroadcastReceiver:
         self._group = open_group(backend, host, port, first_rank + worker, world_size, device, timeout_s)
 
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        """Return the next broadcast of rank 0."""
         packed = self._place(num_bytes)
         self._broken = True
         broadcast(self._group, packed, self._timeout_s)
@@ -115,23 +120,27 @@ class BroadcastReceiver:
         return self._memory[:num_bytes]
 
     def close(self) -> None:
+        """Leave the process group."""
         close_group(self._group, self._broken)
         del self._group
 
 
 class IpcReceiver:
-    """From memory of a GPU of this node, by its CUDA IPC handle.  That GPU must be visible here, and reachable from the
-    worker's own."""
+    """A receiver that copies from memory of a GPU of this node, by its CUDA IPC handle.
+
+    That GPU must be visible here, and reachable from the worker's own GPU.
+    """
 
     def __init__(self, device: torch.device, worker: int) -> None:
         self._device = device
 
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
+        """Return a copy of the memory of which ``where`` holds the handle."""
         uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
         if where["gpu"] not in uuids:
             raise ValueError(
                 f"the weights lie on GPU {where['gpu']}, which this server cannot see (it sees {', '.join(uuids)}); "
-                "start it with that one in CUDA_VISIBLE_DEVICES too, or choose rollout.transfer=nccl"
+                "start it with that GPU in CUDA_VISIBLE_DEVICES too, or choose rollout.transfer=nccl"
             )
         source = uuids.index(where["gpu"])
         storage = torch.UntypedStorage._new_shared_cuda(
@@ -150,6 +159,7 @@ class IpcReceiver:
         return packed
 
     def close(self) -> None:
+        """Do nothing: each bucket was copied."""
         pass
 
 
@@ -164,8 +174,8 @@ _RECEIVERS: dict[str, Any] = {
 def make_receiver(name: str, device: torch.device, worker: int, arguments: Mapping[str, Any]) -> Receiver:
     """Return the receiver of the transfer ``name``, which copies buckets to ``device``.
 
-    ``worker`` is the number of this worker within its server; ``arguments`` are those of the receiver's class, as the
-    trainer sends them.  Raises ValueError for another name.
+    ``worker`` is the number of this worker within its server; ``arguments`` are the arguments of the receiver's class,
+    as the trainer sends them.  Raises ValueError for another name.
     """
     if name not in _RECEIVERS:
         raise ValueError(f"expected a transfer among {', '.join(_RECEIVERS)}, got {name!r}")

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How weights of the trainer become a vLLM worker's: our weight-transfer backend.  Bytes come by receivers.py.
+"""The weight-transfer backend that loads the trainer's weights in a vLLM worker; receivers.py receives the bytes.
 
-The trainer (transfer.py) says at ``init_weight_transfer_engine`` which way it is, sends buckets that may split
-anywhere between two tensors, and then what it has sent: an update that lacks a tensor, or leaves a parameter of the
-model as it was, fails before the engine may answer with it.
+The trainer (transfer.py) names the transfer at ``init_weight_transfer_engine``, sends buckets that may split anywhere
+between two tensors, and then a digest of all names.  An update that lacks a tensor, or leaves a parameter of the model
+as it was, fails before the engine may answer with it.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ _SHOWN = 4
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """What the trainer says once."""
+    """The trainer's choice of transfer, sent once."""
 
     transfer: str
-    """shared_memory, gloo, nccl or ipc."""
+    """Name of the transfer: shared_memory, gloo, nccl or ipc."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of the receiver's class."""
+    """Arguments of the receiver's class."""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What the trainer says of each bucket, and at last, without names, of all of them."""
+    """The description of one bucket or, at the end and without names, of the whole update."""
 
     names: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)
     where: dict[str, Any] = field(default_factory=dict)
-    """Where the bytes are; the receiver's business."""
+    """Where the bytes are, for the receiver."""
     complete: str | None = None
-    """The `digest` of all names that were sent."""
+    """The `digest` of all names that were sent, at the end of an update; else None."""
 
 
 class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """One per worker.  Layers are rebuilt when their last tensor is there (vLLM's layerwise reload)."""
+    """The backend of one worker; a layer is rebuilt when its last tensor has come (vLLM's layerwise reload)."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -67,13 +67,15 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     _verified = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Make the receiver of the transfer that the trainer has chosen."""
         self.shutdown()
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._receiver = make_receiver(init_info.transfer, self.device, worker, init_info.arguments)
 
     def start_weight_update(self) -> None:
-        if self._reloading:  # an update broke off: its half-filled layers must not be counted on from there
+        """Begin an update of all weights."""
+        if self._reloading:  # an update has failed: its half-filled layers must not count in this one
             self._finalize()
         self._reloading, self._verified = True, False
         before_reload(self.model)
@@ -82,6 +84,7 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._unloaded = self._expected()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Receive and load one bucket, or check that the update is complete."""
         if self._receiver is None:
             raise RuntimeError("expected init_weight_transfer_engine before the first weights; the trainer sends it")
         if update_info.complete is not None:
@@ -96,34 +99,37 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._unloaded = set() if loaded is None else self._unloaded - loaded
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive and load one bucket, and return when the device has finished."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def finish_weight_update(self) -> None:
+        """End an update whose completeness was checked."""
         if not self._verified:
-            raise RuntimeError("expected to be told that all weights were sent before finish_weight_update")
+            raise RuntimeError("expected the digest of all weights before finish_weight_update; the trainer sends it")
         self._finalize()
         self._reloading = False
 
     def shutdown(self) -> None:
+        """Close the receiver."""
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
 
     def _expected(self) -> set[str]:
-        """The parameters that an update must reach."""
+        """Return the parameters that an update must reach."""
         if self.model_config.quantization is not None:
-            return set()  # quantised layers make some of theirs themselves
+            return set()  # quantised layers make some of their parameters themselves
         names = {name for name, _ in self.model.named_parameters()}
         if getattr(self.model_config.hf_text_config, "tie_word_embeddings", False):
-            # On a CPU the output layer has a copy of the embedding's weights, and takes them from there.
+            # On a CPU the output layer has a packed copy of the embedding's weights (packed.py).
             heads = [prefix for prefix, module in self.model.named_modules() if isinstance(module, ParallelLMHead)]
             names = {name for name in names if name.rpartition(".")[0] not in heads}
         return names
 
     def _own_what_waits(self, packed: Tensor) -> None:
-        """Copy the tensors of ``packed`` that incomplete layers hold: its memory is written to again from here on."""
+        """Copy the tensors of ``packed`` that incomplete layers hold, since its memory will be overwritten."""
         first, behind = packed.data_ptr(), packed.data_ptr() + packed.numel()
         for module in self.model.modules():
             for _, call in get_layerwise_info(module).loaded_weights:
@@ -151,6 +157,6 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def register() -> None:
-    """Make `SelfDistillEngine` known in this process; again is nothing."""
+    """Register `SelfDistillEngine` in this process; a repetition changes nothing."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, SelfDistillEngine)

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Methods that a vLLM worker has besides its own, called through ``collective_rpc``.  A worker imports this file before
-it loads its model, so it is also where our weight-transfer backend is registered."""
+"""Methods that a vLLM worker has besides its own, called through ``collective_rpc``.
+
+A worker imports this module before it loads its model, so the weight-transfer backend is registered here too.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ from megatron_selfdistill.rollout.vllm.server.server_names import SERVER_VARIABL
 
 
 def end_with_server() -> None:
-    """End this worker and its engine core once the API server (serve.py) is gone: where that was killed it cannot tell
-    them, and vLLM's engine core would keep its GPUs for ever."""
+    """End this worker and its engine core once the API server (serve.py) has ended.
+
+    A server that was killed cannot end them, and vLLM's engine core would keep its GPUs for ever.
+    """
     server, parent = int(os.environ.get(SERVER_VARIABLE, "0")), os.getppid()
     if not server:
         return
@@ -50,20 +54,20 @@ end_with_server()
 
 
 class WorkerExtension:
-    """Becomes a base class of vLLM's worker (``--worker-extension-cls``), so no name may be one of the worker's own.
+    """A base class that vLLM's worker gets (``--worker-extension-cls``), so no name may be one of the worker's own.
 
     Arguments are JSON values, and results are None, dicts or lists: they travel over HTTP, where vLLM makes a string of
     anything else.
     """
 
     def abandon_weight_update(self: Any) -> None:
-        """Forget an update that was started and not finished, so that the next one may start: its trainer is gone."""
+        """End an update that an earlier trainer has left unfinished, so that the next update may start."""
         self._weight_update_active = False
         if self.weight_transfer_engine is not None:
             self.weight_transfer_engine.reset_weight_update_target()
 
     def place(self: Any) -> dict[str, Any]:
-        """Return where this worker runs and what it could receive weights with, as `VllmServer.workers` describes."""
+        """Return where this worker runs and how it could receive weights, as `VllmServer.workers` describes."""
         return {
             "host": socket.gethostname(),
             "boot_id": boot_id(),
@@ -74,7 +78,7 @@ class WorkerExtension:
         }
 
     def can_read(self: Any, path: str) -> dict[str, Any]:
-        """Whether this worker can, and the host it runs on."""
+        """Return whether this worker can read the file ``path``, and the host on which it runs."""
         try:
             with open(path, "rb") as file:
                 file.read(1)
@@ -83,7 +87,7 @@ class WorkerExtension:
         return {"can_read": True, "host": socket.gethostname()}
 
     def guided_limits(self: Any) -> dict[str, int]:
-        """What the driver of guided requests (rollout/vllm/pairs.py) must know of this engine, in tokens."""
+        """Return the limits of this engine, in tokens, for the driver of guided requests (rollout/vllm/pairs.py)."""
         cache, scheduler = self.vllm_config.cache_config, self.vllm_config.scheduler_config
         return {
             "max_model_len": self.vllm_config.model_config.max_model_len,
@@ -92,6 +96,6 @@ class WorkerExtension:
         }
 
     def pop_pair_logs(self: Any, names: list[str]) -> list[dict[str, Any] | None]:
-        """What was drawn for guided pairs whose halves have ended, which is then forgotten; `PairLog` as JSON."""
+        """Return the `PairLog` of each guided pair whose halves have ended, as JSON, and drop the pairs."""
         logs = guided_processor(self.model_runner.input_batch.logitsprocs.all).pop(names)
         return [None if log is None else log.to_json() for log in logs]

@@ -1,19 +1,19 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A vLLM server for rollouts, in the environment that has vLLM:
+"""A vLLM server for rollouts, in the environment that has vLLM.
 
     selfdistill serve --hf-config FOLDER --max-model-len 4096 [--port 8000] [-- vLLM's own arguments]
 
 It is vLLM's OpenAI-compatible server with the routes that take weights and call methods.  Its weights are random until
-a trainer (rollout.placement=server, rollout.servers) sends some.  Whoever reaches those routes controls the server, so
-it listens on this machine only, unless the environment variable SELFDISTILL_SERVER_TOKEN holds a token: then every
-request but the health check needs it.
+a trainer (rollout.placement=server, rollout.servers) sends some.  A client that reaches those routes controls the
+server, so it listens on this machine only, unless the environment variable SELFDISTILL_SERVER_TOKEN holds a token: then
+every request but the health check needs the token.
 
 A model that fits on no single node is served by several, each started with the same command but its own --node-rank:
 
     ... --tensor-parallel-size 16 --nnodes 2 --node-rank 0|1 --master-addr ADDRESS-OF-RANK-0
 
-Rank 0 answers requests; they end together.  Among themselves they speak as PyTorch's processes do, without the token:
-on a network that others can use, that is not enough.
+Rank 0 answers requests; the nodes end together.  Among themselves they communicate as PyTorch's processes do, without
+the token: on a network that others can use, the token alone is no protection.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from megatron_selfdistill.rollout.vllm.server.server_names import (
     as_arguments,
 )
 from megatron_selfdistill.rollout.vllm.server.server_nodes import (
-    Node,
+    ServerNode,
     is_loopback,
     meet,
     network_environment,
@@ -53,8 +53,10 @@ _GRACE_SECONDS = 15.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, or until the process named by SELFDISTILL_SERVER_PARENT is gone, or another node
-    of the server."""
+    """Serve until SIGTERM or SIGINT, or until the parent process or another node of the server has ended.
+
+    The parent process is named by the environment variable SELFDISTILL_SERVER_PARENT.
+    """
     own, vllm_arguments = _split(sys.argv[1:] if argv is None else list(argv))
     options = parser().parse_args(own)
     token = os.environ.get(TOKEN_VARIABLE, "")
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = engine_arguments(options, on_cpu=current_platform.is_cpu(), shared=shared) + vllm_arguments
     parsed = make_arg_parser(FlexibleArgumentParser(prog="selfdistill serve")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
-    # Again, now that vLLM has read everything, its own files of arguments included.
+    # Check again, now that vLLM has read all arguments, its own files of arguments included.
     _refuse(why_not(parsed.host, token) if is_head else None)
     _refuse(_why_not_parsed(options, parsed, None if current_platform.is_cpu() else current_platform.device_count()))
     if options.nnodes > 1:
@@ -93,47 +95,53 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run_headless(parsed)
         return
     if token:
-        # The last one is the outermost.
+        # The last middleware is the outermost.
         parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.access.TokenRequired"]
     uvloop.run(run_server(parsed))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, less what goes to vLLM unread."""
+    """Return the parser of the command line, without the arguments that vLLM parses."""
     parser = argparse.ArgumentParser(
         prog="selfdistill serve",
         description="A vLLM server whose weights come from a trainer.",
         epilog="example:\n  selfdistill serve --hf-config Qwen3-8B --max-model-len 4096 -- --max-num-seqs 256\n\n"
-        "What follows `--` is handed to vLLM as it is.",
+        "Arguments after `--` go to vLLM unchanged.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--hf-config", required=True, help="folder with the config.json of the trained model")
-    parser.add_argument("--host", default="127.0.0.1", help=f"another than this machine's own needs {TOKEN_VARIABLE}")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help=f"address to listen on; any but this machine's own needs {TOKEN_VARIABLE}"
+    )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of this server, on all its nodes")
-    parser.add_argument("--dtype", default="auto", help="of weights and activations: bfloat16, float16, float32")
+    parser.add_argument("--dtype", default="auto", help="dtype of weights and activations: bfloat16, float16, float32")
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus response, in tokens")
-    parser.add_argument("--kv-cache-gb", type=float, help="memory of the KV cache; default: vLLM's, or a third on CPU")
+    parser.add_argument(
+        "--kv-cache-gb", type=float, help="GiB of KV cache; default: vLLM's, or a third of free memory on CPU"
+    )
     parser.add_argument(
         "--shared-gpu-weights-gb",
         type=float,
-        help="the GPUs hold a trainer too: take what it leaves free, of which weights need this many GiB on each GPU",
+        help="the GPUs hold a trainer too: take the free memory, of which weights need this many GiB on each GPU",
     )
     parser.add_argument("--nnodes", type=int, default=1, help="nodes of this server, each started with this command")
-    parser.add_argument("--node-rank", type=int, default=0, help="of this node; 0 is the one that answers requests")
-    parser.add_argument("--master-addr", help="address of node rank 0, by which the others reach it")
-    parser.add_argument("--master-port", type=int, default=29501, help="a free port there; the one behind it too")
+    parser.add_argument("--node-rank", type=int, default=0, help="rank of this node; rank 0 answers requests")
+    parser.add_argument("--master-addr", help="address by which the other nodes reach node rank 0")
+    parser.add_argument(
+        "--master-port", type=int, default=29501, help="a free port of node rank 0; the next port must be free too"
+    )
     parser.add_argument("--guided", action="store_true", help="prepare for rollout.guidance=mixed")
     return parser
 
 
 def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMemory | None = None) -> list[str]:
-    """What vLLM's server is started with, before the user's own arguments, which override it.
+    """Return the arguments of vLLM's server that come before the user's own arguments, which override them.
 
-    ``shared``: memory of GPUs that hold a trainer too; the engine then takes what is free there, and a third of that is
-    its KV cache unless ``--kv-cache-gb`` states another size.
+    ``shared``: memory of GPUs that hold a trainer too; the engine then takes the free part of it, and a third of that
+    part is its KV cache unless ``--kv-cache-gb`` states another size.
     """
-    # Here and below, so that a command line is refused before torch is imported.
+    # Imported here and below, so that a wrong command line is refused before torch is imported.
     from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, whole_prompts
     from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS
 
@@ -146,12 +154,12 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
         "--load-format=dummy",
         "--tokens-only",
         "--no-trust-remote-code",
-        # Sampling is what a request says; a generation_config.json beside config.json must not change it.
+        # The request alone sets how tokens are sampled; a generation_config.json beside config.json must not.
         "--generation-config=vllm",
         f"--weight-transfer-config={json.dumps({'backend': BACKEND})}",
         f"--worker-extension-cls={WORKER_EXTENSION}",
         "--disable-uvicorn-access-log",
-        # No web page that a browser on this machine shows has business here.
+        # No web page in a browser on this machine may send requests.
         "--allowed-origins=[]",
     ]
     if options.max_model_len is not None:
@@ -175,22 +183,22 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
 
 
 def _shared_kv_cache_bytes(options: argparse.Namespace, shared: DeviceMemory) -> int:
-    """The KV cache of an engine beside a trainer, which needs the rest for its activations, in bytes per GPU."""
+    """Return the bytes per GPU of the KV cache of an engine beside a trainer; activations need the rest."""
     return shared.free // 3 if options.kv_cache_gb is None else int(options.kv_cache_gb * _GIB)
 
 
 def why_not(host: str | None, token: str) -> str | None:
-    """A sentence where a server may not listen on ``host``; None is vLLM's every interface."""
+    """Return a message where a server may not listen on ``host``; None stands for every interface, as in vLLM."""
     if token or is_loopback(host or "0.0.0.0"):
         return None
     return (
-        f"--host {host or '0.0.0.0'} can be reached from other machines, and whoever reaches this server controls it: "
-        f"set the environment variable {TOKEN_VARIABLE} to a secret that the trainer gets too, or use --host 127.0.0.1"
+        f"--host {host or '0.0.0.0'} can be reached from other machines, and every client of this server controls it: "
+        f"set the environment variable {TOKEN_VARIABLE} to a secret that the trainer has too, or use --host 127.0.0.1"
     )
 
 
 def _why_no_vllm() -> str | None:
-    """A sentence where this environment has no vLLM."""
+    """Return a message where this environment has no vLLM."""
     if "vllm" in sys.modules or importlib.util.find_spec("vllm") is not None:
         return None
     return (
@@ -200,9 +208,9 @@ def _why_no_vllm() -> str | None:
 
 
 def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, visible: int | None) -> str | None:
-    """A sentence where what vLLM has read does not fit the nodes."""
+    """Return a message where the arguments that vLLM has parsed do not fit the nodes."""
     if (parsed.nnodes, parsed.node_rank) != (options.nnodes, options.node_rank):
-        return "--nnodes, --node-rank, --master-addr and --master-port come before `--`: this command watches the nodes"
+        return "--nnodes, --node-rank, --master-addr and --master-port must come before `--`"
     num_gpus = parsed.tensor_parallel_size * parsed.pipeline_parallel_size * parsed.data_parallel_size
     return why_not_gpus(options.nnodes, num_gpus, visible)
 
@@ -213,7 +221,7 @@ def _refuse(refusal: str | None) -> None:
 
 
 def _command_line_of_vllm() -> tuple[Callable[..., Any], Callable[..., Any], Callable[[], None]]:
-    """Return vLLM's make_arg_parser, validate_parsed_serve_args and cli_env_setup, which 0.33 moved."""
+    """Return vLLM's make_arg_parser, validate_parsed_serve_args and cli_env_setup, which vLLM 0.33 has moved."""
     if importlib.util.find_spec("vllm.entrypoints.common.cli_args") is not None:
         arguments = importlib.import_module("vllm.entrypoints.common.cli_args")
         startup = importlib.import_module("vllm.entrypoints.common.startup")
@@ -230,12 +238,12 @@ def _run_headless(parsed: argparse.Namespace) -> None:
     run_headless(parsed)
 
 
-def _node(options: argparse.Namespace) -> Node:
-    return Node(options.nnodes, options.node_rank, options.master_addr, options.master_port)
+def _node(options: argparse.Namespace) -> ServerNode:
+    return ServerNode(options.nnodes, options.node_rank, options.master_addr, options.master_port)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our arguments, and those behind ``--``."""
+    """Return our arguments, and the arguments behind ``--``."""
     if "--" not in argv:
         return argv, []
     cut = argv.index("--")
@@ -243,7 +251,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _set_environment(options: argparse.Namespace) -> None:
-    """What vLLM reads from the environment; before it is imported, and for its child processes."""
+    """Set the environment variables that vLLM reads, before it is imported and for its child processes."""
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes of weights and methods
     os.environ[SERVER_VARIABLE] = str(os.getpid())
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -261,7 +269,7 @@ def _set_environment(options: argparse.Namespace) -> None:
 
 
 def _watch_parent() -> None:
-    """End with the process that started this one, also where it was killed and could not say so."""
+    """End this process with the process that started it, also where the parent was killed."""
     parent = int(os.environ.get(PARENT_VARIABLE, "0"))
     if not parent:
         return
@@ -277,7 +285,7 @@ def _watch_parent() -> None:
 
 
 def _end(why: str) -> None:
-    """End this node; its workers end with it (plugin/worker.py), which may wait in a collective for ever."""
+    """End this node; its workers, which may wait in a collective for ever, end with it (plugin/worker.py)."""
     print(f"megatron_selfdistill.rollout.vllm.server.serve: {why}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_SECONDS)

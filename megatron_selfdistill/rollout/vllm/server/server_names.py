@@ -1,6 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Names by which the trainer and a vLLM server know each other: environment variables, our backend, arguments and
-addresses.  Imports no torch, so that a server refuses a wrong command line at once."""
+"""Names by which the trainer and a vLLM server know each other.
+
+They are environment variables, the backend, arguments and addresses.  The module imports no torch, so that a server
+refuses a wrong command line at once.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from typing import Any
 TOKEN_VARIABLE = "SELFDISTILL_SERVER_TOKEN"
 """Environment variable with the token that a server demands."""
 PARENT_VARIABLE = "SELFDISTILL_SERVER_PARENT"
-"""Environment variable with the process id without which a server ends."""
+"""Environment variable with the process id of a server's parent; the server ends with it."""
 SERVER_VARIABLE = "SELFDISTILL_SERVER_PROCESS"
 """Environment variable with the process id of the server, for its children."""
 BACKEND = "selfdistill"
-"""Our name among vLLM's weight-transfer backends."""
+"""Name of this package's backend among vLLM's weight-transfer backends."""
 
 
 def own_address(host: str, port: int) -> str:

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The nodes of one vLLM server that does not fit on one: they meet before the model is loaded, and end together.
 
-Left alone, vLLM's head does not notice that a worker node is gone: it says that it is healthy, and waits in its next
-collective for ever; nor does a worker node notice that its head is gone, and it keeps its GPUs.  So each worker node
-holds a connection to the head, over which nothing is said: its end is the end of the server.
+By itself vLLM's head does not notice that a worker node has ended: it reports that it is healthy, and waits in its next
+collective for ever.  Nor does a worker node notice that its head has ended, and it keeps its GPUs.  So each worker node
+holds a connection to the head, over which no data goes: its end is the end of the server.
 """
 
 from __future__ import annotations
@@ -22,55 +22,59 @@ from dataclasses import dataclass
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE, own_address
 
 MEET_SECONDS = 1800.0
-"""How long nodes wait for each other: one may still be fetching its container."""
+"""Seconds in which all nodes must meet: a node may still be fetching its container."""
 
 _WELCOME = b"welcome\n"
 _HELLO_SECONDS = 10.0
 _RETRY_SECONDS = 0.5
 _LONGEST_HELLO = 200
-# A node that loses its power or its cable says no goodbye: it is asked after 10 s of silence, four times in 20 s.
+# A node that loses its power or its cable does not close its connections: TCP asks it after 10 s of silence, then every
+# 5 s, and ends the connection after four questions without an answer.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
 @dataclass(frozen=True)
-class Node:
-    """One node of a server, as vLLM's options of the same names say."""
+class ServerNode:
+    """One node of a server, with vLLM's options of the same names."""
 
     nnodes: int
     node_rank: int
-    """0 is the head, which answers HTTP."""
+    """Rank of this node; 0 is the head, which answers HTTP."""
     master_addr: str
-    """Of the head, by which the others reach it."""
+    """Address by which the other nodes reach the head."""
     master_port: int
-    """vLLM's workers meet there; the nodes at `meeting_port`."""
+    """Port of the head at which vLLM's workers meet; the nodes meet at `meeting_port`."""
 
     @property
     def meeting_port(self) -> int:
+        """Port of the head at which the nodes meet."""
         return self.master_port + 1
 
 
 def why_not(nnodes: int, node_rank: int, master_addr: str | None, token: str) -> str | None:
-    """A sentence where there can be no such node."""
+    """Return a message where such a node cannot exist, else None."""
     if nnodes < 1 or not 0 <= node_rank < nnodes:
         return f"expected --node-rank from 0 to --nnodes - 1, got --node-rank {node_rank} of --nnodes {nnodes}"
     if nnodes == 1:
         return None
     if not master_addr:
         return (
-            f"--nnodes {nnodes} needs --master-addr, the address of node rank 0 by which the others reach it, the same "
-            "on all of them"
+            f"--nnodes {nnodes} needs --master-addr, the address by which the other nodes reach node rank 0, the same "
+            "on all nodes"
         )
     if not token and not is_loopback(master_addr):
         return (
             f"a server of --nnodes {nnodes} that meet at {master_addr} needs the environment variable "
-            f"{TOKEN_VARIABLE}, the same secret on all of them"
+            f"{TOKEN_VARIABLE}, the same secret on all nodes"
         )
     return None
 
 
 def why_not_gpus(nnodes: int, num_gpus: int, visible: int | None) -> str | None:
-    """A sentence where a server of ``num_gpus`` workers cannot be cut over its nodes; ``visible``: GPUs of this one,
-    None on a CPU."""
+    """Return a message where a server of ``num_gpus`` workers cannot be split over its nodes, else None.
+
+    ``visible``: the number of GPUs of this node, None on a CPU.
+    """
     each, left = divmod(num_gpus, nnodes)
     if left:
         return (
@@ -78,16 +82,16 @@ def why_not_gpus(nnodes: int, num_gpus: int, visible: int | None) -> str | None:
             f"--tensor-parallel-size a multiple of {nnodes}"
         )
     if nnodes > 1 and visible not in (None, each):
-        # vLLM tells by this number which of its workers share a node.
+        # vLLM concludes from this number which of its workers share a node.
         return (
-            f"a server of {num_gpus} GPUs over --nnodes {nnodes} has {each} on each, but this node shows {visible}: "
+            f"a server of {num_gpus} GPUs over --nnodes {nnodes} has {each} on each, but this node has {visible}: "
             f"set CUDA_VISIBLE_DEVICES to {each} of them"
         )
     return None
 
 
 def is_loopback(host: str) -> bool:
-    """``host`` is this machine whoever says so; any other name may mean anything."""
+    """Return whether ``host`` means this machine on every machine; any name but localhost may mean another machine."""
     if host == "localhost":
         return True
     try:
@@ -96,22 +100,26 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def network_environment(node: Node) -> dict[str, str]:
-    """What vLLM and gloo are told of this node's address: that on the way to the head.  Their own guesses (the way to
-    the internet, the host's name) can be an address that no other node reaches."""
+def network_environment(node: ServerNode) -> dict[str, str]:
+    """Return the environment variables that give vLLM and gloo this node's address on the way to the head.
+
+    Their own guesses (the way to the internet, the host's name) can be an address that no other node reaches.
+    """
     address = own_address(node.master_addr, node.master_port)
     if is_loopback(address) != is_loopback(node.master_addr):
-        return {}  # on the head its own name may stand for loopback: better vLLM's guess
+        return {}  # on the head its own name may stand for loopback, and vLLM's guess is better
     environment = {"VLLM_HOST_IP": address}
     interface = _interface(address)
     return environment | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
 
 
-def meet(node: Node, token: str, lost: Callable[[str], None], timeout_s: float = MEET_SECONDS) -> None:
-    """Return when all nodes of the server are there.  From then on ``lost`` is called, in a thread and with a sentence,
-    once on each node that outlives another: the head's end is that of all, and a worker node's is the head's.
+def meet(node: ServerNode, token: str, lost: Callable[[str], None], timeout_s: float = MEET_SECONDS) -> None:
+    """Return when all nodes of the server have come, and watch them from then on.
 
-    Raises TimeoutError where they have not met within ``timeout_s``, ConnectionError where a node ended meanwhile or
+    ``lost`` is called once, in a thread and with a message, on each node that outlives another: the head's end concerns
+    all nodes, and a worker node's end concerns the head.
+
+    Raises: TimeoutError where they have not met within ``timeout_s``, ConnectionError where a node ended meanwhile or
     has another token.
     """
     deadline = time.monotonic() + timeout_s
@@ -123,45 +131,47 @@ def meet(node: Node, token: str, lost: Callable[[str], None], timeout_s: float =
         _watch([_join(node, token, deadline)], [f"the head of this server, {node.master_addr},"], lost)
 
 
-def _gather(node: Node, token: str, deadline: float) -> dict[int, socket.socket]:
-    """On the head: a connection from every other node, by its rank.  What is no hello of one is turned away."""
+def _gather(node: ServerNode, token: str, deadline: float) -> dict[int, socket.socket]:
+    """Return, on the head, a connection from every other node, by its rank; other connections are closed."""
     peers: dict[int, socket.socket] = {}
     with _listener(node) as listener:
         while len(peers) < node.nnodes - 1:
             ready, _, _ = select.select([listener, *peers.values()], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 missing = [rank for rank in range(1, node.nnodes) if rank not in peers]
-                raise TimeoutError(f"node ranks {missing} of this server have not come to port {node.meeting_port}")
+                raise TimeoutError(
+                    f"node ranks {missing} of this server have not connected to port {node.meeting_port}"
+                )
             for rank, peer in peers.items():
-                if peer in ready:  # they have nothing to say
-                    raise ConnectionError(f"node rank {rank} of this server ended before the others came")
+                if peer in ready:  # a node sends nothing more, so its connection has ended
+                    raise ConnectionError(f"node rank {rank} of this server ended before the other nodes came")
             if listener in ready:
                 stranger, _ = listener.accept()
-                told = _rank_of(stranger, node, token)
-                if told is None or told in peers:
+                proved = _rank_of(stranger, node, token)
+                if proved is None or proved in peers:
                     stranger.close()
                 else:
-                    peers[told] = stranger
+                    peers[proved] = stranger
     for peer in peers.values():
         peer.sendall(_WELCOME)
     return peers
 
 
-def _rank_of(peer: socket.socket, node: Node, token: str) -> int | None:
-    """The node rank that ``peer`` proves to have."""
+def _rank_of(peer: socket.socket, node: ServerNode, token: str) -> int | None:
+    """Return the node rank that ``peer`` proves to have, or None."""
     peer.settimeout(_HELLO_SECONDS)
     try:
-        said = peer.makefile("rb").readline(_LONGEST_HELLO)
+        hello = peer.makefile("rb").readline(_LONGEST_HELLO)
     except OSError:
         return None
     for rank in range(1, node.nnodes):
-        if hmac.compare_digest(said, _hello(rank, node.nnodes, token)):
+        if hmac.compare_digest(hello, _hello(rank, node.nnodes, token)):
             return rank
     return None
 
 
-def _join(node: Node, token: str, deadline: float) -> socket.socket:
-    """On another node: the connection to the head, once all are there."""
+def _join(node: ServerNode, token: str, deadline: float) -> socket.socket:
+    """Return, on another node, the connection to the head, once all nodes have come."""
     where = f"{node.master_addr}:{node.meeting_port}"
     while True:
         try:
@@ -182,7 +192,7 @@ def _join(node: Node, token: str, deadline: float) -> socket.socket:
     if not answer:
         raise ConnectionError(
             f"the head of this server at {where} has ended or does not take this node: expected the same "
-            f"{TOKEN_VARIABLE} and --nnodes {node.nnodes} there, and nobody else with --node-rank {node.node_rank}"
+            f"{TOKEN_VARIABLE} and --nnodes {node.nnodes} there, and no other node with --node-rank {node.node_rank}"
         )
     return head
 
@@ -201,7 +211,7 @@ def _watch(peers: Sequence[socket.socket], names: Sequence[str], lost: Callable[
             ready, _, _ = select.select(peers, [], [])
             for peer, name in zip(peers, names, strict=True):
                 if peer in ready and _has_ended(peer):
-                    lost(f"{name} is gone, and this node ends with it")
+                    lost(f"{name} has ended, and this node ends with it")
                     return
 
     threading.Thread(target=watch, name="node watch", daemon=True).start()
@@ -215,16 +225,17 @@ def _has_ended(peer: socket.socket) -> bool:
 
 
 def _hello(rank: int, nnodes: int, token: str) -> bytes:
-    """What node ``rank`` says; only who knows the token can."""
+    """Return the message with which node ``rank`` proves that it knows the token."""
     name = f"selfdistill node {rank} of {nnodes}"
     return f"{name} {hmac.new(token.encode(), name.encode(), hashlib.sha256).hexdigest()}\n".encode()
 
 
-def _listener(node: Node) -> socket.socket:
+def _listener(node: ServerNode) -> socket.socket:
     if is_loopback(node.master_addr):
         family = socket.AF_INET6 if ":" in node.master_addr else socket.AF_INET
         return socket.create_server((node.master_addr, node.meeting_port), family=family, backlog=node.nnodes)
-    # Every interface, as torch's own store does: on the head its name may stand for an address that others do not see.
+    # Listen on every interface, as torch's own store does: on the head its name may stand for an address that the other
+    # nodes do not see.
     if socket.has_dualstack_ipv6():
         return socket.create_server(
             ("", node.meeting_port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=node.nnodes
@@ -233,7 +244,7 @@ def _listener(node: Node) -> socket.socket:
 
 
 def _interface(address: str) -> str | None:
-    """The network interface that has ``address``."""
+    """Return the network interface that has ``address``, or None."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():

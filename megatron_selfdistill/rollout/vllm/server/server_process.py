@@ -27,10 +27,10 @@ _PACKAGE = megatron_selfdistill.__name__
 _LOG_TAIL_LINES = 15
 _GRACE_SECONDS = 10.0
 _HEALTH_SECONDS = 5.0
-# Of the trainer's launch, and of its Python: another environment must not see them.
+# Variables of the trainer's launch and of its Python, which another environment must not see.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-# Prefixes of what tunes a process's use of GPUs and threads: the trainer sets some of these for itself.
+# Prefixes of variables that tune a process's use of GPUs and threads; the trainer sets some of them for itself.
 _TUNING = (
     *("NCCL_", "TORCH_NCCL_", "NVTE_", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
     "OMP_NUM_THREADS",
@@ -45,16 +45,17 @@ class ServerProcess:
     process: subprocess.Popen[bytes]
     address: str
     held_port: socket.socket
-    """Bound to it, so that nobody else gets it while vLLM is being imported."""
+    """Socket that is bound to the server's port, so that no other process gets the port while vLLM is being imported.
+    """
     log: Path
 
     def stop(self) -> None:
-        """End it and its children; may be called twice."""
+        """End the server and its children; may be called twice."""
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_GRACE_SECONDS)
-        # Its session lives on in the children of a server that was killed.
+        # The children of a server that was killed are still in its session.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -121,8 +122,10 @@ def start_servers(
 
 
 def wait_until_healthy(started: Sequence[ServerProcess], servers: Sequence[VllmServer], timeout_s: float) -> None:
-    """Return when all are up.  Raises `EngineError` with the end of its log where one ended, or is not up within
-    ``timeout_s``."""
+    """Return when all servers are up.
+
+    Raises: `EngineError` with the end of a server's log where the server ended, or is not up within ``timeout_s``.
+    """
     deadline = time.monotonic() + timeout_s
     for one, server in zip(started, servers, strict=True):
         while True:
@@ -148,11 +151,11 @@ def _tail(log: Path) -> str:
 def server_environment(now: Mapping[str, str], at_start: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that a server inherits from a trainer whose environment is ``now`` and was ``at_start``.
 
-    A server gets what the user exported.  Variables of the launcher (torchrun) are left out.  Variables that tune how
-    a process uses its GPUs and threads (`_TUNING`: NCCL's, the allocator's, CUDA_DEVICE_MAX_CONNECTIONS) have the value
-    that they had when the trainer's process started, and are left out where the trainer set them itself.  torchrun sets
-    OMP_NUM_THREADS=1 where the user set nothing, and the trainer cannot tell whose value it is: under torchrun the
-    value 1 is left out.  ``rollout.server_env`` overrides all variables.
+    A server gets the variables that the user exported.  Variables of the launcher (torchrun) are removed.  Variables
+    that tune how a process uses its GPUs and threads (`_TUNING`: NCCL's, the allocator's, CUDA_DEVICE_MAX_CONNECTIONS)
+    have the value that they had when the trainer's process started, and are removed where the trainer set them itself.
+    torchrun sets OMP_NUM_THREADS=1 where the user set nothing, and the trainer cannot distinguish the two: under
+    torchrun the value 1 is removed.  ``rollout.server_env`` overrides all variables.
     """
     launched = "LOCAL_WORLD_SIZE" in at_start
     variables = {name: value for name, value in now.items() if not name.startswith(_TUNING)}
@@ -169,7 +172,7 @@ def server_environment(now: Mapping[str, str], at_start: Mapping[str, str]) -> d
 def environment_at_start() -> dict[str, str]:
     """Return the environment with which this process was started, whatever it has set since; Linux keeps it.
 
-    Empty where the system does not tell: then a server gets no variable of `_TUNING`.
+    Empty where the system does not report it: then a server gets no variable of `_TUNING`.
     """
     try:
         entries = Path("/proc/self/environ").read_bytes().split(b"\0")
@@ -180,7 +183,7 @@ def environment_at_start() -> dict[str, str]:
 
 
 def _with_package(variables: Mapping[str, str], folder: Path, python: str | None, token: str) -> dict[str, str]:
-    """Return ``variables`` with what a server needs to import this package, to know its token and to end with us."""
+    """Return ``variables`` with those by which a server imports this package and knows its token and parent."""
     environment = {name: value for name, value in variables.items() if python is None or name not in _PYTHON}
     paths = [str(_folder_with_package(folder))]
     paths += [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
@@ -191,8 +194,11 @@ def _with_package(variables: Mapping[str, str], folder: Path, python: str | None
 
 
 def _folder_with_package(folder: Path) -> Path:
-    """A folder from which this package can be imported and nothing else: where it is installed, its neighbours are the
-    trainer's torch and all that a server has of its own."""
+    """Return a directory from which this package can be imported and nothing else.
+
+    Where the package is installed, its neighbours are the trainer's torch and other packages that a server has of its
+    own.
+    """
     alone = folder.resolve() / "package"
     alone.mkdir(exist_ok=True)
     link = alone / _PACKAGE
@@ -202,7 +208,7 @@ def _folder_with_package(folder: Path) -> Path:
 
 
 def _gpus_of_servers(count: int, each: int, shares_gpus: bool) -> list[str] | None:
-    """CUDA_VISIBLE_DEVICES of each server; None on a CPU."""
+    """Return CUDA_VISIBLE_DEVICES of each server; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -211,17 +217,21 @@ def _gpus_of_servers(count: int, each: int, shares_gpus: bool) -> list[str] | No
     if len(gpus) < first + count * each:
         raise ConfigError(
             f"rollout.num_servers={count} servers of {each} GPUs need {count * each} besides the {first} of the "
-            f"trainer, but this machine shows {len(gpus)}; start fewer, or servers elsewhere and set rollout.servers"
+            f"trainer, but this machine has {len(gpus)}; start fewer servers, or start them elsewhere and set "
+            "rollout.servers"
         )
     shares = [gpus[first + number * each : first + (number + 1) * each] for number in range(count)]
-    if shares_gpus:  # the weights lie on the first rank's GPU, so each server must see that one too
+    if shares_gpus:  # the weights lie on the first rank's GPU, so each server must see that GPU too
         shares = [share + [gpu for gpu in gpus if gpu not in share] for share in shares]
     return [",".join(share) for share in shares]
 
 
 def _free_port() -> socket.socket:
-    """A socket that is bound and never listens, beside which Linux lets another one with SO_REUSEADDR, such as vLLM's,
-    be bound and listen; connections on their way out get other ports."""
+    """Return a socket that is bound to a free port and never listens.
+
+    Linux lets another socket with SO_REUSEADDR, such as vLLM's, be bound to the same port and listen; outgoing
+    connections get other ports.
+    """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
