@@ -3,10 +3,29 @@
 
 from __future__ import annotations
 
-from _lib.subtraction import *  # noqa: F403
-from _lib.subtraction import hard_problems, record, verify
+from _lib.subtraction import (
+    ALPHABET,
+    PRETRAINING,
+    PRETRAINING_STEPS,
+    corpus_row,
+    held_out_problems,
+    shows_work,
+    training_problems,
+    verify,
+)
 
-__all__ = ["hard_problems", "record", "verify"]
+__all__ = [
+    "ALPHABET",
+    "NAME",
+    "OVERRIDES",
+    "PRETRAINING",
+    "PRETRAINING_STEPS",
+    "corpus_row",
+    "held_out_problems",
+    "shows_work",
+    "training_problems",
+    "verify",
+]
 
 NAME = "llama_subtraction"
 OVERRIDES: tuple[str, ...] = ("model=tiny_llama",)

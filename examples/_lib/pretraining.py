@@ -146,7 +146,7 @@ def write_tokenizer(folder: Path, alphabet: str) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    end, padding = alphabet[-2:]
+    end, padding = alphabet[-2], alphabet[-1]
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=padding))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

@@ -116,7 +116,8 @@ def draw(rng: random.Random, split: str) -> Pair:
 
 
 def _records(count: int, split: str, seed: int) -> list[Record]:
-    rng, pairs = random.Random(seed), {}
+    rng = random.Random(seed)
+    pairs: dict[Pair, None] = {}
     while len(pairs) < count:
         pairs[draw(rng, split)] = None
     return [

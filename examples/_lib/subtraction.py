@@ -143,7 +143,8 @@ def draw(rng: random.Random, split: str) -> Pair:
 
 def distinct(count: int, split: str, seed: int) -> list[Pair]:
     """Return ``count`` different problems of a split."""
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found: dict[Pair, None] = {}
     while len(found) < count:
         found[draw(rng, split)] = None
     return list(found)

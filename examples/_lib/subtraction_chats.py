@@ -9,11 +9,38 @@ from __future__ import annotations
 
 import random
 
-from _lib.subtraction import *  # noqa: F403
-from _lib.subtraction import ALPHABET, answer, draw, problem_text, record, verify, work
+from _lib.subtraction import (
+    ALPHABET,
+    PRETRAINING,
+    answer,
+    distinct,
+    draw,
+    held_out_problems,
+    problem_text,
+    shows_work,
+    training_problems,
+    verify,
+    work,
+)
 from _lib.subtraction import corpus_row as homework_row
 
-__all__ = ["ALPHABET", "record", "verify"]
+__all__ = [
+    "AGAIN",
+    "ALPHABET",
+    "CHAT_TEMPLATE",
+    "NAME",
+    "OVERRIDES",
+    "PRETRAINING",
+    "PRETRAINING_STEPS",
+    "answer",
+    "corpus_row",
+    "distinct",
+    "held_out_problems",
+    "problem_text",
+    "shows_work",
+    "training_problems",
+    "verify",
+]
 
 NAME = "subtraction_chats"
 OVERRIDES: tuple[str, ...] = ()
