@@ -61,13 +61,13 @@ def data(shared: SharedFolders) -> Path:
 
 @pytest.fixture(scope="module")
 def own_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of ``data``, into which the tests of a file write."""
+    """Return a copy of ``data``, into which the tests of a file may write."""
     return Path(shutil.copytree(data, tmp_path_factory.mktemp("own") / "data"))
 
 
 @pytest.fixture(scope="session")
 def finished(ranks: RankPool, data: Path, shared: SharedFolders) -> Path:
-    """A run of 6 steps with checkpoints of steps 3 and 6, which no test changes."""
+    """Return the directory of a run of 6 steps with checkpoints of steps 3 and 6; tests must not change it."""
     import tiny_run
 
     return shared.get("finished_run", lambda folder: tiny_run.train(ranks, tiny_run.overrides(data, folder)))

@@ -47,7 +47,7 @@ ONE_PER_AXIS = ["TP2+SP", "PP2 tied", "PP2xVPP2", "CP2", "DP2", "EP2"]
 
 @pytest.fixture(scope="module")
 def outcomes(ranks):
-    """Runs a case once per module and joins its ranks."""
+    """Return a function that runs a case once per module and joins the shards of its ranks."""
 
     @cache
     def joined(key: str) -> tuple[Any, dict, dict]:
@@ -226,8 +226,10 @@ def test_the_parity_test_catches(outcomes, mutation):
 
 
 def compare_parameters(outcomes, case: Case, world_size: int, reference: Case | None = None) -> None:
-    """Assert that every tensor has moved, and by the same amount as on one rank, to 1e-3 of that amount (a weight
-    near 1 moves by few of its last bits)."""
+    """Assert that every tensor has changed as much as on one rank.
+
+    The tolerance is 1e-3 of the change, because only the last bits of a weight near 1 change.
+    """
     reference = reference or dataclasses.replace(case, parallel=ParallelConfig(), extra_weightless=0)
     moved, expected = (
         {key: value - initial(key, value) for key, value in params.items()}

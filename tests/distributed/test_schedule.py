@@ -156,8 +156,10 @@ AUXILIARY = {
 def auxiliary_gradient(
     cuts: ParallelConfig, changes: dict, weightless: int, max_tokens: int, response: int, finalize: bool = True
 ) -> dict:
-    """The router's gradient where teacher and student agree, so that only the auxiliary losses are left; every
-    microbatch holds one sequence of 24 tokens, the last ``response`` of which are the response."""
+    """Return the gradient of the router if teacher and student agree, so that only auxiliary losses remain.
+
+    Every microbatch holds one sequence of 24 tokens, and its last ``response`` tokens are the response.
+    """
     chunks, grid = models.build(models.model_config("moe", **changes), cuts)
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
     for chunk in student:

@@ -20,7 +20,7 @@ from megatron_selfdistill.pipeline import device_batch, schedule
 
 
 def traffic_of(case: Case) -> list[str]:
-    """What one rank's call of the schedule records in ``case``, and how often the batch was copied."""
+    """Return the traffic that one rank's call of the schedule records, and the number of copies of the batch."""
     traffic: set[str] = set()
     copies = []
     get, copy = schedule.get_forward_backward_func, device_batch.to_device_in_one_copy
@@ -71,7 +71,7 @@ def test_forward_and_backward_of_all_microbatches_exchange_nothing_with_the_host
 
 
 def traffic_with(fault: str) -> list[str]:
-    """What is recorded where one thing is as it was before."""
+    """Return the traffic that is recorded with a fault that the code had before."""
     with pytest.MonkeyPatch.context() as patch:
         if fault == "Megatron's rotary embedding":
             megatrons = packed_sequences._megatrons_rotary_embedding

@@ -32,7 +32,7 @@ WIDE = {"num_attention_heads": 8, "num_query_groups": 8}
 """Enough heads for TP 8."""
 BIASED = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
 BF16_BOUND = 0.4
-"""Gradients in bf16 against float32, relative, of the worst tensor: 0.23 on a CPU, since the weights are large.
+"""The largest relative difference of a gradient in bf16 from float32: 0.23 on a CPU, because the weights are large.
 A gradient of twice or half its size is off by more."""
 BF16_LOSS_BOUND = 0.05
 PARAMETER_BOUND = 1e-3

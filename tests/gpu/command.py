@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Proves on a GPU what continuous integration cannot: stages with limits, a table, one exit status.
+"""The command of ``make test-gpu``: stages with time limits, a table of results, and one exit status.
 
     python -m tests.gpu                  one GPU, at most nine minutes
     python -m tests.gpu --gpus 8         also NCCL, hangs, vLLM and Transformer Engine on eight

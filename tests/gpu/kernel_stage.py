@@ -108,7 +108,7 @@ def sanitized() -> Outcome:
     nodes = cases(list(SANITIZED))
     first = [next(node for node in nodes if claim in node) for claim in SANITIZED]
     command = [tool, "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "99", *PYTEST, *first]
-    # The caching allocator hides what is read beyond a tensor but within its block.
+    # The caching allocator hides reads beyond a tensor if they stay within its block.
     plain = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status = subprocess.run(command, cwd=REPOSITORY, env=plain).returncode
     if status not in (0, 99):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One rank of gpu/layout_stage.py: runs cases one after the other and writes what it holds of each.
+"""One rank of gpu/layout_stage.py, which runs the cases in turn and saves its shards of the results.
 
     python -m tests.gpu.layout_rank GROUP BACKEND RANK WORLD_SIZE FOLDER NAME ...
 
@@ -14,7 +14,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-# The cases are float32, which Transformer Engine's attention does not know: the local layers are what is compared.
+# The cases are float32, which Transformer Engine's attention does not support, so the stage compares the local layers.
 sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 

@@ -24,7 +24,7 @@ from tests.gpu import cases
 from tests.gpu.layout_rank import file_name
 from tests.gpu.results import held
 
-# float32 sums in another order; other devices' exponentials differ in their last bits.
+# Another device sums float32 values in another order, and the last bits of its exponentials differ.
 BOUND = 1e-4 if os.environ.get("CUDA_VISIBLE_DEVICES") != "" else 1e-5
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -100,8 +100,10 @@ def start(
 
 
 def run_all(group: str, backend: str, size: int, folder: Path, names: list[str], deadline: float) -> dict[str, str]:
-    """Run every case of one world size; after a failure the ranks start anew with the cases behind it.  Return what
-    became of those that failed."""
+    """Run every case of one world size and return the reason for each case that failed.
+
+    After a failure, new ranks start with the cases that follow.
+    """
     failures: dict[str, str] = {}
     left = list(names)
     while left:

@@ -76,8 +76,10 @@ def _wait() -> None:
 
 
 def compiled() -> Outcome:
-    """Compare Megatron's compiled function of gated MLPs with its formula, with gradients; later processes find it
-    in Inductor's cache."""
+    """Compare Megatron's compiled function of gated MLPs with its formula, with gradients.
+
+    Later processes find the compiled function in Inductor's cache.
+    """
     from megatron_selfdistill.compat import cpu  # noqa: F401  isort: skip  (must come before megatron.core)
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 

@@ -192,8 +192,10 @@ def planned_memory(folder: Path) -> Outcome:
 
 
 def print_plan(arguments: list[str]) -> None:
-    """Print the GiB that the dry run expects while training, what is reserved aside; in a process of its own, since a
-    dry run imagines its process group."""
+    """Print the GiB that the plan expects while training, without the reserve.
+
+    The plan runs in a new process, because it replaces the process group.
+    """
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill.plan.dry_run import dry_run
 

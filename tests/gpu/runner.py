@@ -36,7 +36,7 @@ class Stage:
 
 
 def run_stages(stages: Sequence[Stage], say: Callable[[str], None] = print) -> list[Result]:
-    """Run every stage, whatever becomes of the others; return all results in the order of the stages.
+    """Run every stage, also after failures; return all results in the order of the stages.
 
     The stages together take at most the sum of their limits.
     """
@@ -69,7 +69,7 @@ def run_stage(stage: Stage, limit_s: float, say: Callable[[str], None] = print) 
 def run_process(
     stage: Stage, limit_s: float, say: Callable[[str], None], environment: dict[str, str] | None = None
 ) -> tuple[str, list[str]]:
-    """Run a stage's command in a session of its own and kill it at ``limit_s``; ``say`` its lines as they come.
+    """Run a stage's command in a new session and kill it after ``limit_s``; ``say`` prints its lines as they come.
 
     Returns: what went wrong, empty where it ended with status 0, and its lines of standard output and error.
     """

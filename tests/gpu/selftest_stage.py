@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Stage: the node's own self-test, ``tools/doctor.py --selftest``, with its checks as results.
+"""Stage: the self-test of the node, ``selfdistill doctor --selftest``, with its checks as results.
 
 python -m tests.gpu.selftest_stage [--ranks N] [--sampler megatron|vllm] --seconds S
 """

@@ -194,7 +194,7 @@ class StagedGroup(dist.ProcessGroup):
         (tensor,) = tensors
         host = _host(tensor)
         work = self._gloo.send([host], rank, tag)
-        # Gloo reads the buffer until the receiver has it, also where nobody waits for this work.
+        # Gloo reads the buffer until the receiver has the data, also if nothing waits for this work.
         self._sent = [(other, buffer) for other, buffer in self._sent if not other.is_completed()]
         self._sent.append((work, host))
         return self._work([work], None, host)
@@ -207,7 +207,7 @@ class StagedGroup(dist.ProcessGroup):
         hosts = [_host(tensor) for tensor in tensors]
         return self._work([self._gloo.recv_anysource(hosts, tag)], _back(tensors, hosts))
 
-    # What later versions of torch call the same collectives.
+    # Later versions of torch have other names for the same collectives.
     all_gather_single = _allgather_base
     all_gather_single_coalesced = allgather_into_tensor_coalesced
     reduce_scatter_single = _reduce_scatter_base

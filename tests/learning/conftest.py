@@ -22,7 +22,7 @@ def example(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def load_example():
-    """`example`."""
+    """Return `example`, which loads an example."""
     return example
 
 
@@ -36,13 +36,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    """The ``--folder`` of every example in this session."""
+    """Return the ``--folder`` of every example in this session."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="session")
 def base(root):
-    """The quickstart's base of seed 5, pretrained in full."""
+    """Return the fully pretrained base of the quickstart with seed 5."""
     from _lib import pretraining, subtraction
 
     return pretraining.make_base(subtraction, 5, root / "bases")

@@ -11,5 +11,5 @@ import pytest
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A copy of the finished run."""
+    """Return a copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "run"))

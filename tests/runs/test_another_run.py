@@ -17,7 +17,7 @@ MORE_STEPS = ["num_steps=7"]
 
 
 def started(ranks, data: Path, run: Path, *more: str) -> tuple[int, str]:
-    """The exit status and the output of one rank."""
+    """Start the run on one rank; return the exit status and the output."""
     arguments = overrides(data, run, *MORE_STEPS, "metrics.console=true", *more)
     (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
     return outcome
@@ -116,7 +116,7 @@ def test_force_continues_with_the_stored_state_and_says_what_it_overrides(ranks,
 
 
 def shortened(data: Path, folder: Path) -> Path:
-    """The problems without the last one."""
+    """Write the problems without the last problem; return the file."""
     lines = (data / "problems.jsonl").read_text().splitlines(keepends=True)
     path = folder / "problems.jsonl"
     path.write_text("".join(lines[:-1]))

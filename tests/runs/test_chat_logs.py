@@ -102,7 +102,7 @@ def test_turns_can_be_sampled_anew(ranks, data, tmp_path):
 
 @pytest.fixture(scope="module")
 def start(ranks, data, tmp_path_factory) -> str:
-    """The same weights for every layout."""
+    """Return the override that starts every layout from the same weights."""
     folder = tmp_path_factory.mktemp("start")
     train(ranks, chats(data, folder, "num_steps=1", "optimizer.lr=0"))
     return f"checkpoint.load={folder}/checkpoints"
@@ -177,8 +177,10 @@ NUM_GOOD, NUM_LONG, NUM_BROKEN = 40, 20, 10
 
 @pytest.fixture(scope="module")
 def mixed(data) -> str:
-    """The override for a log of one-turn conversations: good ones, too long ones, and ones that end their turn in its
-    middle."""
+    """Return the override that names a log of conversations with one turn each.
+
+    Some replies are good, some are too long, and some contain the token that ends a turn.
+    """
     from _lib.pretraining import write_records
 
     replies = [f"{number:03d}" * (1 + number % 3) for number in range(NUM_GOOD)] + ["1" * 300] * NUM_LONG
@@ -237,7 +239,7 @@ def test_shortened_solutions_are_counted(ranks, data, tmp_path):
 
 
 def refused_before_the_first_step(arguments: list[str]) -> str:
-    """What a run raises that met only a good turn before its ranks met each other."""
+    """Return the message of a run that saw only good turns before its ranks met."""
     from megatron_selfdistill import run_data, trainer
     from megatron_selfdistill.config import load
     from megatron_selfdistill.errors import ConfigError

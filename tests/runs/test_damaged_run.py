@@ -19,7 +19,7 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def started(ranks, arguments: list[str]) -> tuple[int, str]:
-    """The exit status and standard error of one rank."""
+    """Start the run on one rank; return the exit status and standard error."""
     (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
     return outcome
 
@@ -89,7 +89,7 @@ def test_a_tracker_file_that_is_no_text_is_said_in_one_line(ranks, data, run):
 
 
 def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
-    """A run whose folder somebody deletes in the middle of its 5th step."""
+    """Start a run and delete its directory during the 5th step; return the exit status and the output."""
     from megatron_selfdistill.trainer import Trainer
 
     update = Trainer.update

@@ -21,8 +21,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def told(arguments: list[str], path: Path, built: Path | None = None, press: bool = False) -> int:
-    """A run that writes its messages to ``path``, and a line to ``built`` when it builds its model; ``press``: asked to
-    stop in its second step."""
+    """Run and write the messages to ``path``, and a line to ``built`` when the model is built; return the exit status.
+
+    ``press`` asks the run to stop in its second step.
+    """
     import builtins
     import os
 
@@ -63,7 +65,7 @@ def told(arguments: list[str], path: Path, built: Path | None = None, press: boo
 
 @pytest.fixture(scope="module")
 def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
-    """The folder of a run of 2 steps on 2 ranks, and its messages."""
+    """Return the directory of a run of 2 steps on 2 ranks, and its messages."""
     folder = tmp_path_factory.mktemp("ended")
     arguments = overrides(data, folder / "run", "num_steps=2", "checkpoint.async_save=true")
     train(ranks, arguments, world_size=2, start=told, path=folder / "messages")

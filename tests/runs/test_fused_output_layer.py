@@ -48,7 +48,7 @@ def test_a_run_has_the_same_metrics_fused_and_materialised(ranks, own_data, layo
 
 
 def start_counting(arguments: list[str]) -> tuple[int, int, int]:
-    """(exit status, how often this rank projected a whole microbatch, responses that were scored on it)"""
+    """Return the exit status, the number of projections of a whole microbatch, and the number of scored responses."""
     projected: list[torch.Size] = []
     scored: list[int] = []
     project, learnabilities = schedule.project, learner.learnabilities

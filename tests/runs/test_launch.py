@@ -31,7 +31,7 @@ def torchrun(arguments: list[str], script: list[str] | None = None) -> subproces
 
 
 def failed(arguments: list[str], script: list[str] | None = None) -> str:
-    """What two ranks and torchrun have written to standard error."""
+    """Launch two ranks that fail; return the standard error of the ranks and of torchrun."""
     process = torchrun(arguments, script)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 1, said

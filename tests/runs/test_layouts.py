@@ -25,7 +25,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def folder(ranks, own_data) -> Path:
-    """Data, a checkpoint to start from, and 20 steps of one rank with their responses."""
+    """Return a directory with data, a checkpoint to start from, and 20 steps of one rank with their responses."""
     data = own_data
     train(ranks, overrides(data, data / "start", "num_steps=1", "optimizer.lr=0"))
     train(ranks, run_of(data, "one", f"rollout.record={data}/one.jsonl"))

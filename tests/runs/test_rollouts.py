@@ -40,8 +40,10 @@ def test_a_run_whose_engine_died_goes_on_as_if_it_had_not(ranks, data, tmp_path)
 
 
 def test_truncated_importance_weights_are_those_of_the_recorded_probabilities(ranks, data, tmp_path):
-    """One step on replayed responses whose log-probs say that every token was drawn with 1.25 times or a third of the
-    student's probability: the weights are 1 / 1.25, and the cap."""
+    """Replay responses with log-probs of 1.25 times or a third of the student's probability.
+
+    The weights of their tokens are 1 / 1.25 and the cap.
+    """
     options = ["num_steps=1", "loss.rollout_correction=truncated", "loss.rollout_correction_cap=1.5"]
     recorded, changed = tmp_path / "recorded.jsonl", tmp_path / "changed.jsonl"
     train(ranks, overrides(data, tmp_path / "plain", *options, f"rollout.record={recorded}"))

@@ -75,8 +75,11 @@ def start_recording(arguments: Sequence[str], path: Path) -> int:
 
 
 def test_a_step_reads_from_the_device_six_times_beside_sampling(ranks, data, tmp_path):
-    """Row lengths and counts of all replicas, the number of response tokens, the metrics, the gradient's norm, and the
-    metrics of the rollout; the optimizer of this machine, torch's, is left aside."""
+    """Count the reads of a step without sampling.
+
+    The step reads the lengths and counts of all replicas, the number of response tokens, the metrics, the norm of the
+    gradient, and the metrics of the rollout.  Reads of the optimizer, which is torch's on this machine, do not count.
+    """
     arguments = overrides(data, tmp_path / "run", "num_steps=3", "checkpoint.save_every=0")
     arguments += ["loss.rollout_correction=truncated"]
     found = tmp_path / "found.json"

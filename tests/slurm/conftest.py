@@ -18,7 +18,7 @@ import pytest
 NODES, GPUS_PER_NODE = ("n1", "n2", "n3"), 8
 _COMMANDS = ("slurmctld", "slurmd", "sbatch")
 
-# auth/none: no munge.  NoCtldInAddrAny: 127.0.0.1 instead of every interface.  sched_interval: jobs start within 2 s.
+# auth/none needs no munge.  NoCtldInAddrAny listens on 127.0.0.1 only.  sched_interval starts jobs within 2 s.
 # config_overrides: believe the CPUs below.  KillWait and SlurmdTimeout: 30 and 300 s by
 # default; a busy host needs some patience.
 _GLOBAL = """\
@@ -63,8 +63,8 @@ PartitionName=wide Nodes=ALL MaxTime=600 PriorityTier=1 PreemptMode=OFF
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """The cluster, up, with SLURM_CONF set."""
-    # Debian keeps daemons where an ordinary user's PATH does not look.
+    """Yield a running cluster; SLURM_CONF is set."""
+    # Debian keeps daemons in a directory that is not on the PATH of an ordinary user.
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
     missing = [command for command in _COMMANDS if shutil.which(command) is None]
     if missing:

@@ -20,7 +20,7 @@ def free_nodes(slurm):
 
 @pytest.fixture(scope="module")
 def uninterrupted(slurm, data, tmp_path_factory) -> Path:
-    """A run on two nodes that nobody disturbs."""
+    """Return the directory of a complete run on two nodes."""
     job = Job("many_nodes", data, tmp_path_factory.mktemp("uninterrupted") / "run")
     nodes = {rank: node for rank, (_, node) in job.after_steps(1).ranks().items()}
     assert nodes == {0: "n1", 1: "n2"}, "ranks follow the order of the nodes"
@@ -30,7 +30,7 @@ def uninterrupted(slurm, data, tmp_path_factory) -> Path:
 
 
 def assert_goes_on(ranks, job: Job, uninterrupted: Path) -> None:
-    """It has saved and been requeued; it starts again, and ends as if nothing had happened."""
+    """Assert that a saved and requeued job resumes and ends like a run without an interruption."""
     job.start_again_now()
     saved = job.saved_step()
     assert 0 < saved < STEPS
@@ -120,7 +120,7 @@ def preempt() -> None:
 
 
 def stuck(path: Path, program: str = "exec sleep 1000") -> str:
-    """A Python that leaves the file ``started`` beside it and does not end."""
+    """Write a program that creates the file ``started`` next to it and does not end; return its path."""
     path.write_text(f"#!/bin/bash\ntouch {path.parent}/started\n{program}\n")
     path.chmod(0o755)
     return str(path)
@@ -200,10 +200,10 @@ def test_a_run_that_knows_its_jobs_end_stops_before_and_requeues(slurm, data, tm
 def test_a_crash_fails_the_job_which_is_not_requeued(slurm, data, tmp_path):
     job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000").after_steps(1)
     (other, _), (one, _) = (job.ranks()[rank] for rank in (0, 1))
-    os.kill(other, signal.SIGSTOP)  # it will not end by itself
+    os.kill(other, signal.SIGSTOP)  # this process does not end by itself
     os.kill(one, signal.SIGKILL)
     assert job.end() == "FAILED" and job.restarts() == 0
-    wait_until(lambda: not job.processes(), 60)  # nothing burns the allocation
+    wait_until(lambda: not job.processes(), 60)  # no process keeps the allocation
 
 
 def test_a_cancelled_job_stays_cancelled(slurm, data, tmp_path):
