@@ -226,6 +226,7 @@ def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, data
                 assert line[key] == pytest.approx(one_line[key], rel=2e-4), key
 
 
+@pytest.mark.full
 def test_shortened_solutions_are_counted(ranks, data, tmp_path):
     from _lib.pretraining import write_records
 

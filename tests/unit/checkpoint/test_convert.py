@@ -178,11 +178,12 @@ LAYOUTS = {
     "ep2": ParallelConfig(expert_model_parallel_size=2),
 }
 CASES = [
-    *(("llama2", layout) for layout in ("tp2", "tp2_pp2", "pp2_vpp2")),
-    ("qwen2", "tp2_pp2"),
+    ("llama2", "pp2_vpp2"),
+    *(pytest.param("llama2", layout, marks=pytest.mark.full) for layout in ("tp2", "tp2_pp2")),
+    pytest.param("qwen2", "tp2_pp2", marks=pytest.mark.full),
     ("mixtral", "ep2"),
-    ("qwen3_moe_mixed", "pp2"),
-    ("deepseek_v3", "pp2"),
+    pytest.param("qwen3_moe_mixed", "pp2", marks=pytest.mark.full),
+    pytest.param("deepseek_v3", "pp2", marks=pytest.mark.full),
     ("deepseek_v3", "ep2"),
 ]
 WORLD = {"tp2": 2, "pp2": 2, "tp2_pp2": 4, "pp2_vpp2": 2, "ep2": 2}
@@ -254,8 +255,18 @@ def save_as_run(setup: Setup, run_dir: Path) -> None:
 @pytest.mark.parametrize(
     "kind, parallel, family",
     [
-        ("gqa", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, "LlamaForCausalLM"),
-        ("tied", {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, "Qwen2ForCausalLM"),
+        pytest.param(
+            "gqa",
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+            "LlamaForCausalLM",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            "tied",
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            "Qwen2ForCausalLM",
+            marks=pytest.mark.full,
+        ),
         ("moe", {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, "Qwen3MoeForCausalLM"),
     ],
 )
