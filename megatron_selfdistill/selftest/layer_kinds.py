@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Transformer Engine's layers against Megatron's local ones: the same weights must be the same function."""
+"""Transformer Engine's layers against Megatron's local layers: equal weights must give equal functions."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, LaunchUnderTest, contexts
 
 BOUND = 3.0
-"""Either kind of layer rounds to bf16 at other places; another function would be off by a hundred times as much."""
+"""The bound of the relative difference: the kinds round to bf16 at different places.  A different function differs a
+hundred times as much."""
 ROUNDING = 0.05
-"""What bf16 may change in the local layers' logits, relative: more than that is no yardstick."""
+"""The relative change that bf16 may make to the logits of the local layers; a larger change voids the comparison."""
 
 
 def why_not() -> str:
-    """Why Transformer Engine's layers cannot be tried here; empty where they can."""
+    """Return why Transformer Engine's layers cannot be tested here; empty where they can."""
     if cpu.ON_CPU:
         return "Transformer Engine's layers need a GPU; a run uses Megatron's local ones here"
     return "" if repairs.have_transformer_engine() else "no Transformer Engine here; a run uses Megatron's local layers"
 
 
 def layers_against_local(launch: LaunchUnderTest) -> Outcome:
-    """Logits and losses in bf16 by both kinds of layers, against the local ones in float32.
+    """Compare logits and losses in bf16 by both kinds of layers with the local layers in float32.
 
-    Weights are carried over under their checkpoint names, which both kinds share."""
+    Both kinds of layers get the same weights, by the names of the weights in checkpoints, which both kinds share.
+    """
     if reason := why_not():
         return Outcome(not_done=reason)
     cuts = launch.cut(tp=launch.largest_tp)
@@ -65,13 +67,13 @@ def layers_against_local(launch: LaunchUnderTest) -> Outcome:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a model says of all response tokens of this replica: its own columns, and the whole softmax's loss."""
+    """A model's outputs at all response tokens of this replica: this rank's columns of the logits, and the losses."""
 
     logits: Tensor
     losses: Tensor
 
     def against(self, expected: _Reading) -> tuple[float, float]:
-        """Root of the sum of squared differences, of logits and of losses."""
+        """Return the root of the sum of squared differences to ``expected``, for logits and for losses."""
         return tuple(
             float((own.double() - other.double()).norm())
             for own, other in ((self.logits, expected.logits), (self.losses, expected.losses))
@@ -100,9 +102,9 @@ def _chunks(config: Config, grid: RankGrid, *, transformer_engine: bool) -> list
 
 @torch.no_grad()
 def carry_over(source: Sequence[torch.nn.Module], target: Sequence[torch.nn.Module]) -> None:
-    """Give ``target``, which is cut alike, every weight of ``source`` by its name in checkpoints.
+    """Copy every weight of ``source`` to ``target``, which has the same layout, by its name in checkpoints.
 
-    Raises: RuntimeError naming what one of them lacks.
+    Raises: RuntimeError that names the weights that one of the models lacks.
     """
     theirs, own = _by_name(source), _by_name(target)
     lacking = sorted({f"{name[0]}" for name in theirs.keys() ^ own.keys()})
@@ -113,7 +115,7 @@ def carry_over(source: Sequence[torch.nn.Module], target: Sequence[torch.nn.Modu
 
 
 def _by_name(chunks: Sequence[torch.nn.Module]) -> dict[tuple[str, tuple[int, ...]], Tensor]:
-    """This rank's shards by (name, offset); they share the parameters' storage."""
+    """Return this rank's shards by (name, offset); the shards share the storage of the parameters."""
     found = {}
     for chunk in chunks:
         state = unwrapped(chunk).sharded_state_dict(prefix="")

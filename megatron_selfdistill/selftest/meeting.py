@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""All ranks through one check after the other, with one verdict, also where some of them raise, hang or never return.
+"""All ranks run one check after the other and share one verdict, even if some ranks raise, hang or never return.
 
     with Meeting(rank, world_size, broken_off=print_what_is_known) as meeting:
         outcome = meeting.hold("identity law", check, leave=parallel.shutdown)      # equal on all ranks
 
-What ranks tell each other here goes through a store, never through a collective, which would hang along.
+Ranks exchange their reports through a store and never through a collective, because a collective would hang as well.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ import torch.distributed as dist
 from megatron_selfdistill.selftest.outcome import Outcome, over_ranks
 
 LIMIT_S = 150.0
-"""Seconds for all checks together.  This clock stands still during the warm-up, which has as many of its own."""
+"""The seconds for all checks together; the clock stands still during the warm-up, which has an equal limit."""
 GRACE_S = 20.0
-"""After one rank has raised, for the others to notice."""
+"""The seconds that the other ranks have to notice that one rank has raised."""
 _POLL_S, _WATCH_S = 0.02, 0.25
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What one rank tells of a check."""
+    """The report of one rank about a check."""
 
     outcome: Outcome
     failed: int
-    """1 for the first rank that raised, and so on; 0 for those that did not."""
+    """The order of the ranks that raised, from 1; 0 for a rank that did not raise."""
 
 
 class Meeting:
-    """The ranks of one launch, for the time of all checks.
+    """The ranks of one launch, during all checks.
 
-    A rank that raises leaves its process groups at once, which frees the others that wait for it over gloo; its
-    message is the one that counts.  Over NCCL nobody is freed: ``grace_s`` later, where a check takes longer than its
-    share, and when ``limit_s`` are over, rank 0 calls ``broken_off`` with what is known and every process exits with 1,
-    from a thread.
+    A rank that raises leaves its process groups at once, which frees the ranks that wait for it over gloo; the message
+    of this rank is the verdict.  Over NCCL no rank is freed: rank 0 calls ``broken_off`` with the known state, and a
+    thread ends every process with status 1, when ``grace_s`` have passed, when a check takes longer than its share, or
+    when ``limit_s`` are over.
     """
 
     def __init__(
@@ -58,9 +58,12 @@ class Meeting:
         limit_s: float = LIMIT_S,
         grace_s: float = GRACE_S,
     ) -> None:
-        """``broken_off``: called on rank 0 only, with the check's name, or with none between checks.  ``limit_s``: of
-        all checks from now on, by rank 0's clock.  Ranks find each other at MASTER_ADDR and MASTER_PORT, where torchrun
-        keeps a store; elsewhere rank 0 does."""
+        """Connect this rank to the other ranks of the launch.
+
+        ``broken_off``: called on rank 0 only, with the name of the check, or with an empty name between checks.
+        ``limit_s``: the seconds of all checks from now on, by the clock of rank 0.  Ranks find each other at
+        MASTER_ADDR and MASTER_PORT, where torchrun keeps a store; without torchrun rank 0 opens the store.
+        """
         self.rank, self.world_size = rank, world_size
         self._broken_off, self._limit_s, self._grace_s = broken_off, limit_s, grace_s
         self._deadline = time.monotonic() + limit_s
@@ -91,7 +94,7 @@ class Meeting:
             self._wait(lambda: time.monotonic() > deadline or self._told(everybody))
 
     def open_group(self, backend: str, timeout: timedelta) -> None:
-        """A default process group over all ranks, under names that no group before it had.  A collective."""
+        """Open a default process group over all ranks, under names that no earlier group had.  Collective."""
         self._num_groups += 1
         dist.init_process_group(
             backend,
@@ -102,7 +105,7 @@ class Meeting:
         )
 
     def from_rank_0(self, name: str, value: Callable[[], str]) -> str:
-        """``value()`` of rank 0, on all ranks; the others wait for it."""
+        """Return ``value()`` of rank 0 on all ranks; the other ranks wait for it."""
         if self.rank == 0:
             said = value()  # which may take its time, and the watch needs the lock
             with self._lock:
@@ -112,10 +115,12 @@ class Meeting:
             return self._store.get(name).decode()
 
     def hold(self, name: str, check: Callable[[], Outcome], leave: Callable[[], None], share: float = 1.0) -> Outcome:
-        """``check()`` on all ranks, then ``leave()``, which ends the process groups; the worst of what they found,
-        equal on all ranks.  What ``check`` raises on any rank is an outcome: that rank's message.
+        """Run ``check()`` on all ranks, then ``leave()``, which ends the process groups; return the worst outcome.
 
-        ``share``: of the time that is left, what this check may take of it; the rest is for those that follow."""
+        The outcome is equal on all ranks.  An exception of ``check`` on any rank becomes an outcome with the message of
+        that rank.  ``share``: the part of the remaining time that this check may take; the rest is for the checks that
+        follow.
+        """
         self._num_checks += 1
         self._share_s = share * max(0.0, self._deadline - time.monotonic())
         self._began, self._failure_seen = time.monotonic(), None
@@ -146,9 +151,9 @@ class Meeting:
     ) -> Outcome:
         """Run ``work(phase)`` on all ranks while the clock of the checks stands still, then ``leave()``.
 
-        ``work`` calls ``phase("what it begins")``; a rank that does not return within ``limit_s`` is reported with its
-        phase, which tells a slow compiler from a collective that hangs.  The outcome, equal on all ranks, has no
-        figure: the seconds, and the message of the rank that raised, if one did.
+        ``work`` calls ``phase("the phase that begins")``.  The report of a rank that does not return within ``limit_s``
+        names the phase of this rank, which distinguishes a slow compiler from a collective that hangs.  The outcome is
+        equal on all ranks and has no figure: it holds the seconds, and the message of a rank that raised.
         """
         left = self._deadline - time.monotonic()
         self._deadline = time.monotonic() + limit_s
@@ -165,7 +170,7 @@ class Meeting:
             self._deadline = time.monotonic() + left
 
     def _begin_phase(self, phase: str) -> None:
-        """Tell the others what this rank begins, for the message about ranks that never return."""
+        """Publish the phase that this rank begins, for the message about ranks that never return."""
         self._phase = phase
         with self._lock:
             self._store.set(self._key(f"phase {self.rank}"), phase)
@@ -200,14 +205,14 @@ class Meeting:
             return pickle.loads(self._store.get(self._key(rank)))
 
     def _wait(self, until: Callable[[], bool]) -> None:
-        """The watch ends a process that would wait for ever."""
+        """Wait for a key of the store; the watch ends a process that would wait for ever."""
         while not until():
             time.sleep(_POLL_S)
 
     # -- the watch -----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """In a thread: the main one may be in a collective that never returns."""
+        """End this process when the time is over; runs in a thread, as the main thread may hang in a collective."""
         while not self._closing.wait(_WATCH_S):
             try:
                 if self._told(["broken off"]):
@@ -234,7 +239,7 @@ class Meeting:
         return None
 
     def _break_off(self, check: str | None, why: str) -> None:
-        """Say what is known, and out: nothing else can be expected to work."""
+        """Report the known state and end the process: nothing else can be expected to work."""
         try:
             if check is None:  # between checks nobody waits for another
                 return self._end(Outcome(error=f"rank 0 {why}"))
@@ -254,7 +259,7 @@ class Meeting:
             _exit()
 
     def _phases_of(self, missing: list[int]) -> str:
-        """What the missing ranks were at, where this is the warm-up; else nothing."""
+        """Return the phases of the missing ranks during the warm-up; empty during a check."""
         if not self._phase:
             return ""
         at: dict[str, list[str]] = {}
@@ -277,7 +282,7 @@ class Meeting:
 
 
 def _exit() -> None:
-    """Whatever the main thread does, which may be in the middle of printing; what was printed is not lost."""
+    """End the process, whatever the main thread does; printed lines are not lost."""
     flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
     flushing.start()
     flushing.join(1.0)
@@ -294,7 +299,7 @@ def _joined(reports: list[_Report]) -> Outcome:
 
 
 def _stores(rank: int, world_size: int, limit_s: float) -> tuple[Any, Any]:
-    """What groups are opened with, and a connection of this module's own: groups wait through theirs."""
+    """Return the store that groups are opened with, and a separate connection for this module."""
     if world_size == 1:
         store: Any = dist.HashStore()
         return store, dist.PrefixStore("selfdistill/selftest", store)

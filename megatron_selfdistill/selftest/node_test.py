@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The self-test of a node: every check by the ranks of this launch, a table, one exit status.
+"""The self-test of a node: the ranks of this launch run every check, print a table and return one exit status.
 
 torchrun --nproc-per-node 8 -m megatron_selfdistill doctor --selftest
 """
@@ -43,18 +43,17 @@ CHECKS: dict[str, Callable[[LaunchUnderTest], Outcome]] = {
     "weight sync to the sampler": weight_sync,
 }
 SHARE = 0.5
-"""Of the time that is left, what one check may take; the last one, which waits for an engine, gets all that the others
-have left."""
+"""The part of the remaining time that one check may take; the last check, which waits for an engine, gets all of it."""
 
 
 def selftest(sampler: str | None = None, say: Callable[[str], None] = print, limit_s: float = LIMIT_S) -> list[Outcome]:
-    """What became of every check, equal on all ranks; rank 0 ``say``s each as it comes, and a message at the end.
+    """Run every check and return the outcomes, equal on all ranks; rank 0 passes each outcome to ``say`` at once.
 
-    ``sampler``: megatron or vllm; None is vllm where it is installed.  RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
-    are as torchrun sets them; without them this is a world of one.  There must be no process group.
-    A warm-up of at most ``limit_s`` comes first: what NCCL and the compilers need the first time counts for no check.
-    Where ranks do not return from it or from a check, or the checks' ``limit_s`` are over, the process ends here with
-    status 1, the table complete: what was not reached is a line of it.
+    ``sampler``: megatron or vllm; None is vllm where vLLM is installed, else megatron.  torchrun sets RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT; without these variables the world is one rank.  No process group may exist.  A warm-up
+    of at most ``limit_s`` comes first, so that the first start of NCCL and of the compilers counts for no check.  If
+    ranks do not return from the warm-up or from a check, or if ``limit_s`` are over, the process ends here with status
+    1 and a complete table, in which the checks that were not reached have lines too.
     """
     set_environment()
     rank, world_size = int(os.environ.get("RANK", "0")), ranks.world_size()
@@ -75,17 +74,19 @@ def selftest(sampler: str | None = None, say: Callable[[str], None] = print, lim
 
 
 def passed(outcomes: list[Outcome]) -> bool:
+    """Return whether every check has passed."""
     return len(outcomes) == len(CHECKS) and all(outcome.passed for outcome in outcomes)
 
 
 class _Table:
-    """Says each outcome as it comes, so that also a process that is killed has said the ones before."""
+    """The table of outcomes, printed line by line, so that a process that is killed has printed the lines before."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.outcomes: list[Outcome] = []
         self._say, self._began = say, time.perf_counter()
 
     def begin(self, world_size: int, sampler: str) -> None:
+        """Print the header."""
         device = "cpu, over gloo" if cpu.ON_CPU else f"{torch.cuda.get_device_name()}, over NCCL"
         layers = "Transformer Engine's" if uses_transformer_engine() else "Megatron's local"
         self._say(f"self-test: {world_size} rank{'s' * (world_size > 1)}, {device}; {layers} layers; sampler {sampler}")
@@ -93,18 +94,19 @@ class _Table:
         self._say(HEADER)
 
     def warmed(self, outcome: Outcome) -> None:
-        """Say how long the warm-up took, and what broke it off; the checks that follow show what that means."""
+        """Print how long the warm-up took, and why it was broken off if it was."""
         self._say(f"{outcome.name:<58} {'':>9}    {'':>7} {outcome.seconds:>8.1f}")
         if outcome.error:
             self._say(f"    -> {outcome.error}")
 
     def add(self, outcome: Outcome) -> None:
+        """Print the lines of one outcome."""
         self.outcomes.append(outcome)
         for line in lines(outcome):
             self._say(line)
 
     def end(self, outcome: Outcome) -> None:
-        """Of a check from which not all ranks have returned, or nameless where the time is over: none can follow."""
+        """Print the outcome of a check from which some ranks have not returned; no name: the time is over."""
         why = "the check before was broken off" if outcome.name else outcome.error
         if outcome.name and outcome.name not in CHECKS:
             self.warmed(outcome)
@@ -116,6 +118,7 @@ class _Table:
         self.conclude()
 
     def conclude(self) -> None:
+        """Print the verdict on the node."""
         failures = [outcome.name for outcome in self.outcomes if not outcome.passed]
         left_out = [outcome.name for outcome in self.outcomes if outcome.passed and outcome.not_done]
         seconds = time.perf_counter() - self._began
@@ -128,7 +131,7 @@ class _Table:
 
 @contextlib.contextmanager
 def _folder(meeting: Meeting) -> Iterator[Path]:
-    """With texts, made by rank 0 and told to the others; it goes when all have left."""
+    """Yield a directory with texts that rank 0 makes for all ranks; it is removed when all ranks have left."""
     made: list[Path] = []
 
     def make() -> str:
@@ -144,7 +147,7 @@ def _folder(meeting: Meeting) -> Iterator[Path]:
 
 
 def _leave() -> None:
-    """End the process groups of a check, also of one that was broken off, and free what it held."""
+    """End the process groups of a check, even of a check that was broken off, and free their memory."""
     ranks.shutdown()
     gc.collect()
     if not cpu.ON_CPU:

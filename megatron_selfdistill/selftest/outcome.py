@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a check has found: figures with their bounds, over all ranks, as lines of a table."""
+"""The outcome of a check: figures with their bounds, over all ranks, as lines of a table."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that a check has measured, and what it must be."""
+    """One number that a check has measured, with the bound that it must keep."""
 
     name: str
     value: float | None
-    """None on a rank that has nothing to measure."""
+    """The measured number; None on a rank that has nothing to measure."""
     bound: float
     at_least: bool = False
-    """The bound is a lower one: without so large a difference the check could not have failed."""
+    """Whether the bound is a lower bound: without so large a difference the check could not have failed."""
     where: str = ""
-    """In which of its cases it is worst."""
+    """The case with the worst number."""
 
     @property
     def passed(self) -> bool:
-        """NaN and what no rank has measured do not pass."""
+        """Return whether the number keeps its bound; NaN and a number that no rank has measured do not."""
         if self.value is None:
             return False
         return self.value >= self.bound if self.at_least else self.value <= self.bound
@@ -31,38 +31,39 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one check."""
+    """The outcome of one check."""
 
     figures: tuple[Figure, ...] = ()
     not_done: str = ""
-    """Why it cannot be done here."""
+    """The reason why the check cannot run here; empty where it ran."""
     error: str = ""
-    """What it was broken off by, and on which rank."""
+    """The error that broke the check off, with its rank; empty for none."""
     name: str = ""
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
-        """A check that cannot be done here has not failed."""
+        """Whether the check has not failed; a check that cannot run here has not failed."""
         if self.error:
             return False
         return bool(self.not_done) or (bool(self.figures) and all(figure.passed for figure in self.figures))
 
     @property
     def verdict(self) -> str:
+        """The word of the table: ok, not done or FAILURE."""
         if not self.passed:
             return "FAILURE"
         return "not done" if self.not_done else "ok"
 
 
 def largest(name: str, values: dict[str, float], bound: float) -> Figure:
-    """The largest of the values, each named by its case; NaN counts as the largest."""
+    """Return the largest value with the name of its case; NaN counts as the largest."""
     where = max(values, key=lambda case: _badness(values[case], at_least=False))
     return Figure(name, values[where], bound, where=where)
 
 
 def over_ranks(outcomes: Sequence[Outcome]) -> Outcome:
-    """The ranks' outcomes of one check, none of which was broken off, as one: of each figure the worst."""
+    """Return the outcomes of all ranks for one check as one outcome, with the worst of each figure."""
     first = outcomes[0]
     if len({(o.not_done, tuple(f.name for f in o.figures)) for o in outcomes}) > 1:
         said = "; ".join(f"rank {r}: {o.not_done or len(o.figures)}" for r, o in enumerate(outcomes))
@@ -88,7 +89,7 @@ HEADER = f"{'check':<58} {'figure':>9}    {'bound':>7} {'seconds':>8}  verdict"
 
 
 def lines(outcome: Outcome) -> list[str]:
-    """The rows of the table: the check, then its figures or why there are none."""
+    """Return the lines of the table for a check: its figures, or why there are none."""
     rows = [f"{outcome.name:<58} {'':>9}    {'':>7} {outcome.seconds:>8.1f}  {outcome.verdict}"]
     if outcome.error:
         return [*rows, f"    -> {outcome.error}"]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A run that was saved and resumed against one that never stopped, to the last bit."""
+"""A run that was saved and resumed, against a run that never stopped, compared to the last bit."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from megatron_selfdistill.train import train
 
 STEPS = 4
 CLOCKS = ("seconds/", "tokens_per_second/", "memory/")
-"""Metrics that no two runs share."""
+"""The metrics that differ between any two runs."""
 _TE_SWITCH = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 
 
 def save_and_resume(launch: LaunchUnderTest) -> Outcome:
-    """4 steps at once; 2 steps, a checkpoint, and from there 2 more: the same metrics, weights and optimizer state."""
+    """Compare 4 steps at once with 2 steps, a checkpoint and 2 more steps: metrics, weights and optimizer state."""
     cuts = launch.cut(tp=2 if launch.world_size % 4 == 0 else 1)
     whole, halves = (launch.new_run_dir(name) for name in ("whole", "halves"))
     with deterministic():
@@ -60,7 +60,7 @@ def _train(launch: LaunchUnderTest, cuts: ParallelConfig, run_dir: Path, num_ste
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Use kernels that repeat their last bits, where GPUs have them; those of a CPU do."""
+    """Use kernels that repeat their last bits on GPUs; the kernels of a CPU always do."""
     if cpu.ON_CPU:
         yield
         return
@@ -88,7 +88,7 @@ def deterministic() -> Iterator[None]:
 
 
 def _compared(whole: Path, halves: Path) -> Iterable[Figure]:
-    """On one rank: it reads files."""
+    """Compare two runs on one rank, which reads their files."""
     one, other = (_metrics(run_dir) for run_dir in (whole, halves))
     if len(one) != STEPS or [line.keys() for line in one] != [line.keys() for line in other]:
         raise RuntimeError(f"expected the same metrics of {STEPS} steps twice, got {len(one)} and {len(other)} steps")
@@ -112,7 +112,7 @@ def _figures(metrics: Figure, tensors: Figure, moved: float | None) -> tuple[Fig
 
 
 def _nothing() -> tuple[Figure, ...]:
-    """On the ranks that do not compare."""
+    """Return the outcome of the ranks that do not compare."""
     none = Figure("", None, 0.0)
     return _figures(none, none, None)
 
@@ -122,12 +122,12 @@ def _metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def _difference(one: float, other: float) -> float:
-    """0 where they are the same number, or both are NaN."""
+    """Return the difference of two metrics; 0 where both are equal or both are NaN."""
     return 0.0 if one == other or (math.isnan(one) and math.isnan(other)) else abs(one - other)
 
 
 def _tensors(run_dir: Path, step: int, other_dir: Path, other_step: int) -> dict[str, float]:
-    """Of each tensor of two checkpoints, in full: the largest difference."""
+    """Return the largest difference of each tensor of two checkpoints, over the full tensors."""
     one, other = (
         TorchDistReader(path / "checkpoints" / iteration_name(number))
         for path, number in ((run_dir, step), (other_dir, other_step))

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The vocabulary-parallel loss and its gradient on this node's shards against float64 on full rows.
+"""The vocabulary-parallel loss and its gradient on the shards of this node, against float64 on full rows.
 
-The reference is written from the definition and shares no code with ``loss/``: beta by bisection, the gradient by
+The reference follows the definition and shares no code with ``loss/``: it finds beta by bisection and the gradient by
 autograd.
 """
 
@@ -30,15 +30,16 @@ DIVERGENCES = {
     "JSD": Divergence("jsd", 0.3),
 }
 LOSS_BOUND = 1e-5
-"""Nats, relative to 1 + the loss: rounding of float32 sums."""
+"""The bound of the error of a loss in nats, relative to 1 + the loss: the rounding of float32 sums."""
 GRADIENT_BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 8e-3}
-"""Relative to a row's largest: a gradient has its logits' dtype, and two roundings of bf16 are 2^-7."""
+"""The bound of the error of a gradient, relative to the largest gradient of its token: a gradient has the dtype of its
+logits, and two roundings of bf16 are 2^-7."""
 SMALLEST_SCALE = 1e-3
-"""Below that a row's largest gradient is rounding, as where teacher and student are equal."""
+"""The largest gradient of a token below which the gradient is rounding, as where teacher and student are equal."""
 
 
 def loss_against_float64(launch: LaunchUnderTest) -> Outcome:
-    """Every divergence and target, float32 and bf16 logits, at the largest TP that the world allows."""
+    """Compare every divergence and target in float32 and bf16, at the largest TP that the world allows."""
     grid = launch.grid(launch.cut(tp=launch.largest_tp))
     vocab = VocabShard.from_group(launch.padded_rows(VOCAB_SIZE, grid), VOCAB_SIZE, grid.tp_group)
     figures: list[Figure] = []
@@ -56,7 +57,7 @@ def loss_against_float64(launch: LaunchUnderTest) -> Outcome:
 def errors(
     dtype: torch.dtype, target: Target, divergence: Divergence, vocab: VocabShard, device: torch.device
 ) -> tuple[float, float]:
-    """Return the largest error of a row's loss, and of an element of this rank's columns of the gradient."""
+    """Return the largest error of a token's loss, and of an element of this rank's columns of the gradient."""
     student, teacher, tokens, weights = (x.to(device) for x in _rows(dtype))
     held = slice(vocab.start, vocab.start + vocab.num_valid)
     expected, expected_gradient = reference(student.double(), teacher.double(), target, divergence, weights)
@@ -83,7 +84,7 @@ def errors(
 def reference(
     student: Tensor, teacher: Tensor, target: Target, divergence: Divergence, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The loss of every row [T], and the gradient [T, V] of their weighted sum, from the definition, in float64."""
+    """Return each token's loss [T] and the gradient [T, V] of their weighted sum by the definition, in float64."""
     s = student.detach().clone().requires_grad_()
     with torch.no_grad():
         if target.rule == "teacher_alone":
@@ -105,7 +106,7 @@ def reference(
 
 
 def _beta(student: Tensor, mix: Tensor, target: Target) -> Tensor:
-    """1 / k per row: H(softmax(beta mix)) = H(softmax(student)), k <= k_max, by bisection on log beta."""
+    """Return 1 / k [T] with H(softmax(beta mix)) = H(softmax(student)) and k <= k_max, by bisection on log beta."""
 
     def entropy(logits: Tensor) -> Tensor:
         log_probs = logits.log_softmax(-1)
@@ -127,8 +128,10 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits of both on all valid columns, response tokens, weights; the same on every rank.  Rows are sharp, flat,
-    agreeing, disagreeing, equal."""
+    """Return the logits of student and teacher on all valid columns, the response tokens and the weights.
+
+    All ranks get the same values.  The distributions are sharp, flat, agreeing, disagreeing and equal.
+    """
     generator = torch.Generator().manual_seed(11)
     shape = (NUM_ROWS, VOCAB_SIZE)
     student = torch.linspace(0.3, 4.0, NUM_ROWS)[:, None] * torch.randn(shape, generator=generator)
@@ -141,6 +144,6 @@ def _rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _shard(full: Tensor, vocab: VocabShard) -> Tensor:
-    """This rank's columns; those that are padding hold what must not matter."""
+    """Return this rank's columns; padding columns hold values that must not matter."""
     columns = full[:, vocab.start : vocab.start + vocab.num_valid]
     return torch.nn.functional.pad(columns, (0, vocab.size - vocab.num_valid), value=30.0).contiguous()

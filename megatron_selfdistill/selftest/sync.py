@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sampler against the trainer: it writes what the trainer's own weights would, before and after a step."""
+"""The sampler against the trainer: it samples what the trainer's own weights would sample, before and after a step."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.trainer import Trainer
 
 BOUND = 1e-3 if cpu.ON_CPU else 0.25
-"""Nats of one token: rounding of float32, or of bf16 through all layers and of logits up to some nats."""
+"""The bound in nats per token: the rounding of float32, or of bf16 through all layers and in logits of some nats."""
 STALE = 4 * BOUND
-"""Nats by which weights of the step before must be off somewhere, or agreement says nothing."""
+"""The nats by which the weights of the previous step must differ at some token; else agreement proves nothing."""
 
 
 @dataclass(frozen=True)
 class SyncDifferences:
-    """Of all response tokens on this rank; None where it holds none."""
+    """The differences of sampler and trainer over the response tokens on this rank; None where it holds no token."""
 
     below_best: float | None
-    """Nats by which the trainer's log-prob of a token lies below that of its own best, the largest."""
+    """The largest distance in nats from the trainer's log-prob of a token to that of the trainer's best token."""
     apart: float | None
-    """Largest difference of sampler's and trainer's log-probs, nats."""
+    """The largest difference between the log-probs of sampler and trainer, in nats."""
 
 
 def weight_sync(launch: LaunchUnderTest) -> Outcome:
-    """Greedy tokens are the trainer's argmax, and their log-probs the trainer's, each time the weights were sent."""
+    """Compare the sampler's greedy tokens and log-probs with the trainer's, each time the weights were sent."""
     even, many = launch.world_size % 2 == 0, launch.world_size % 4 == 0
     cuts = launch.cut(tp=2 if even else 1, pp=2 if many else 1)
     config = launch.config(
@@ -122,7 +122,7 @@ def _lowest(student: Tensor) -> Tensor:
 
 
 def _larger(one: float | None, other: float | None) -> float | None:
-    """Of two comparisons on the same rank; NaN stays."""
+    """Return the larger of two differences on the same rank; NaN stays NaN."""
     if one is None or other is None:
         return one if other is None else other
     return one if one != one or one > other else other

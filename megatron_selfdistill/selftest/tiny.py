@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the checks work with: a launch's layouts, a tiny model, its texts and whole configurations."""
+"""The material of the checks: the layouts of a launch, a tiny model, its texts and whole configurations."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ END, PADDING = "$", "_"
 ALPHABET = "".join(c for c in string.digits + string.ascii_letters + "+=|:. " if c not in END + PADDING) + END + PADDING
 NUM_PROBLEMS, GLOBAL_BATCH_SIZE = 64, 16
 MAX_TOKENS = 64
-"""Of a packed row: several microbatches even for few contexts."""
+"""The tokens of a packed sequence: few enough for several microbatches."""
 _LARGEST_TP = 8
 
 
 @dataclass(frozen=True)
 class LaunchUnderTest:
-    """The launch, as the checks see it."""
+    """The launch that the checks test."""
 
     rank: int
     world_size: int
     folder: Path
-    """Seen by all ranks; for files."""
+    """The directory for files that all ranks see."""
     sampler: str
-    """megatron or vllm."""
+    """The sampler to test: megatron or vllm."""
     open_group: Callable[[str, timedelta], None]
     limit_s: float
-    """Of all checks together; then the meeting ends."""
+    """The seconds of all checks together, after which the meeting ends."""
 
     @property
     def precision(self) -> str:
-        """float32, but on GPUs bf16: the attention kernels for packed rows know nothing else."""
+        """The precision of the checks' models: fp32, but bf16 on GPUs, whose attention kernels need it."""
         return "fp32" if cpu.ON_CPU else "bf16"
 
     @property
     def largest_tp(self) -> int:
-        """The largest power of two, at most 8, that divides the world."""
+        """The largest power of two, at most 8, that divides the world size."""
         return max(tp for tp in (1, 2, 4, _LARGEST_TP) if self.world_size % tp == 0)
 
     def cut(self, tp: int = 1, pp: int = 1) -> ParallelConfig:
-        """TP (with SP) x PP, the rest DP."""
+        """Return the layout of TP (with SP) x PP; the rest of the ranks is DP."""
         return ParallelConfig(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
@@ -66,26 +66,26 @@ class LaunchUnderTest:
 
     @property
     def timeout(self) -> timedelta:
-        """Of a collective.  NCCL kills the process then, so on GPUs the meeting must be the first to give up."""
+        """The timeout of a collective; NCCL ends the process then, so on GPUs the meeting must give up first."""
         return timedelta(minutes=2) if cpu.ON_CPU else timedelta(seconds=self.limit_s + 120)
 
     def new_group(self) -> None:
-        """A fresh default process group, which `parallel.initialize` then uses."""
+        """Open a new default process group, which `ranks.initialize` then uses."""
         self.open_group("gloo" if cpu.ON_CPU else "nccl", self.timeout)
 
     def grid(self, cuts: ParallelConfig) -> RankGrid:
-        """A fresh process group and Megatron's groups."""
+        """Open a new process group and Megatron's groups; return the rank grid."""
         self.new_group()
         return ranks.initialize(cuts, seed=1)
 
     def new_run_dir(self, name: str) -> Path:
-        """Raises OSError where this rank does not see the folder."""
+        """Return a new directory for a run.  Raises: OSError where this rank does not see the directory."""
         if not self.folder.is_dir():
             raise OSError(f"{self.folder} of rank 0 is not there: set TMPDIR to a folder that all nodes see")
         return self.folder / name
 
     def config(self, cuts: ParallelConfig, run_dir: Path, *more: str) -> Config:
-        """A run of the tiny model on sums; ``more`` has the last word."""
+        """Return the configuration of a run of the tiny model on sums; ``more`` overrides its keys."""
         return configuration.load(
             [
                 f"run_dir={run_dir}",
@@ -126,7 +126,7 @@ class LaunchUnderTest:
 
 
 def write_texts(folder: Path) -> None:
-    """A tokenizer with one token per character, and sums with their results as hints."""
+    """Write a tokenizer with one token per character, and sums with their results as hints."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -143,7 +143,7 @@ def write_texts(folder: Path) -> None:
 
 
 def contexts(grid: RankGrid, *, same_prompt: bool) -> list[ContextPair]:
-    """This replica's share of ragged contexts of random tokens; ``same_prompt``: the teacher's is the student's."""
+    """Return this replica's share of contexts of random tokens, with equal prompts if ``same_prompt``."""
     rng = random.Random(7)
 
     def tokens(count: int) -> list[int]:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One step's loss and gradients, by the package's own schedule: the identity law, and both orders of pairs."""
+"""The loss and the gradients of one step, by the package's own schedule: the identity law, and both orders of pairs."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, LaunchUnder
 from megatron_selfdistill.teacher import Teacher
 
 GRADIENT_BOUND = 1e-3
-"""Of what should vanish, relative to a gradient that does not."""
+"""The bound of values that should vanish, relative to a gradient that does not."""
 ORDER_BOUND = 0.0 if cpu.ON_CPU else 1e-2
-"""GPUs' attention kernels add gradients in any sequence, then round them to bf16."""
+"""The bound on GPUs, whose attention kernels add gradients in any order and round them to bf16."""
 SMALLEST_LOSS = 1e-3
-"""Nats per token: what other prompts must give, or a loss of 0 says nothing."""
+"""The nats per token that different prompts must give; else a loss of 0 proves nothing."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward and backward."""
+    """The results of one forward and backward pass."""
 
     loss: float
-    """Nats per token, equal on all ranks."""
+    """The loss in nats per token, equal on all ranks."""
     gradients: dict[str, Tensor]
-    """Of this rank's parameters, float32, finalised."""
+    """The finalised gradients of this rank's parameters, float32."""
 
     def norm(self) -> float:
+        """Return the norm of this rank's gradients."""
         return float(sum(gradient.double().pow(2).sum() for gradient in self.gradients.values()) ** 0.5)
 
 
 class Pair:
-    """A student wrapped for training and its frozen teacher, which have the same weights."""
+    """A student wrapped for training and its frozen teacher, with the same weights."""
 
     def __init__(self, config: Config, grid: RankGrid) -> None:
         self.grid = grid
@@ -55,13 +56,14 @@ class Pair:
         self.vocab = VocabShard.from_group(unwrapped(self.chunks[-1]).vocab_size, len(ALPHABET), grid.tp_group)
 
     def packed(self, *, same_prompt: bool) -> PackedBatch:
-        """Both streams cut alike, as both orders take it."""
+        """Return the contexts as microbatches, cut alike for both orders of pairs."""
         pairs = contexts(self.grid, same_prompt=same_prompt)
         return pack_everywhere(
             pairs, max_tokens=MAX_TOKENS, pair_order="alternating", with_teacher=True, grid=self.grid
         )
 
     def step(self, batch: PackedBatch, target: Target, divergence: Divergence, pair_order: str) -> Step:
+        """Run forward and backward and return the results."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         token_loss = schedule.self_distillation(target, divergence)
@@ -77,7 +79,7 @@ class Pair:
 
 
 def identity_law(launch: LaunchUnderTest) -> Outcome:
-    """The same weights behind the same prompt, or a teacher of weight 0, give neither loss nor gradient."""
+    """Check that a teacher with the same prompt, or with weight 0, gives neither loss nor gradient."""
     pair, config = new_pair(launch, launch.cut(tp=launch.largest_tp))
     same, other = pair.packed(same_prompt=True), pair.packed(same_prompt=False)
     losses, ratios, real_losses = {}, {}, {}
@@ -103,7 +105,7 @@ def identity_law(launch: LaunchUnderTest) -> Outcome:
 
 
 def pair_orders(launch: LaunchUnderTest) -> Outcome:
-    """teacher_first and alternating leave the same gradients: to the last bit on a CPU."""
+    """Check that teacher_first and alternating give the same gradients, to the last bit on a CPU."""
     pp = 2 if launch.world_size % 2 == 0 else 1
     pair, _ = new_pair(launch, launch.cut(tp=2 if launch.world_size % 4 == 0 else 1, pp=pp))
     batch = pair.packed(same_prompt=False)

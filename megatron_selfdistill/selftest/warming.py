@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a node's first use costs, paid before the clock of the checks starts: NCCL's start, compilers, libraries."""
+"""The costs of a node's first use, paid before the clock of the checks starts: NCCL, compilers and libraries."""
 
 from __future__ import annotations
 
