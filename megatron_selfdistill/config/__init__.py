@@ -2,8 +2,7 @@
 """The whole configuration: frozen dataclasses are the schema; hydra's YAML and the command line override it.
 
 ``load(argv)`` composes ``configs/train.yaml`` with overrides and returns a ``Config``; an unknown key, a wrong type or
-an impossible value is one sentence (`ConfigError`), raised on every rank before anything expensive starts.  Past the
-builder functions code receives plain arguments, never a ``Config``.
+an impossible value raises `ConfigError` on every rank before anything expensive starts.
 """
 
 from __future__ import annotations

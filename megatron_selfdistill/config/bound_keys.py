@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which keys a run is bound to once it has a checkpoint, and how two configurations of one run differ."""
+"""The keys that a run may not change once it has a checkpoint, and the differences of two configurations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_selfdistill.config.schema import Config
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
 
 RULES: dict[str, str] = {
-    # BOUND: the key decides what is learned.  A run resumes with another value only by checkpoint.resume=force.
+    # BOUND: the key decides what is learned.  A run resumes with another value only with checkpoint.resume=force.
     **dict.fromkeys(
         (
             *("seed", "objective"),
@@ -32,11 +32,11 @@ RULES: dict[str, str] = {
         ),
         BOUND,
     ),
-    # FIXED: what is stored has another form for each value.  Not even force can change the key within a run.
+    # FIXED: the form of a checkpoint depends on the value.  Not even force can change the key within a run.
     **dict.fromkeys(("teacher.weights", "optimizer.optimizer", "optimizer.use_distributed_optimizer"), FIXED),
-    # JUDGE: bound where the run trains on verdicts, else free.
+    # JUDGE: bound if the run trains on verdicts, otherwise free.
     "evaluation.verifier": JUDGE,
-    # FREE: where, how fast and how long.  Of the data, the problems themselves are compared and not how they are named.
+    # FREE: where, how fast and how long a run trains.  A resumed run compares the problems, not the names of the files.
     **dict.fromkeys(
         (
             *("run_dir", "num_steps", "dry_run"),
@@ -66,10 +66,10 @@ RULES: dict[str, str] = {
             ),
             *("evaluation.num_samples", "evaluation.pass_at_k"),
             *("parallel", "cluster", "schedule", "metrics", "guards", "stop"),
-            # The padding of the vocabulary and the longest sequence are no part of the weights; a learned table of
-            # positions is, and must fit.
+            # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned
+            # table of positions, which must fit.
             *("model.make_vocab_size_divisible_by", "model.max_position_embeddings", "model.allow_untested_fp8"),
-            # Of TransformerConfig, how the layers are cut and which kernels compute them.
+            # The fields of TransformerConfig that divide the layers and choose the kernels.
             *(
                 f"model.transformer.{name}"
                 for name in (
@@ -86,12 +86,12 @@ RULES: dict[str, str] = {
         FREE,
     ),
 }
-"""Key, section or item of a free-form key -> its rule.  The longest name that leads to a key decides."""
+"""Key, section or item of a free-form key -> rule.  The longest name that leads to a key decides."""
 
 
 @dataclass(frozen=True)
 class KeyDifference:
-    """One key of which a checkpoint and the present configuration have different values."""
+    """One key that has different values in a checkpoint and in the present configuration."""
 
     key: str
     stored: Any
@@ -108,23 +108,23 @@ ENVIRONMENT = "environment"
 
 
 def stored_values(config: Config) -> dict[str, Any]:
-    """Return a configuration as a checkpoint keeps it: nested plain values, `config.writable`'s as JSON has them.
+    """Return the form of a configuration in a checkpoint: the nested values of `config.writable`, as JSON has them.
 
-    A value that was read from the environment is stored as its interpolation.  The entry ENVIRONMENT holds a digest of
-    such a value for each key that a run is bound to, so that another value is noticed.  Free keys, the place of tokens
-    and passwords, have no digest.
+    A value that was read from the environment is stored as its interpolation.  For each such key that is not free, the
+    entry ENVIRONMENT has a digest of the value, which shows a later change.  Free keys, the place of tokens and
+    passwords, have no digest.
     """
-    values = json.loads(json.dumps(writable(config)))
+    values: dict[str, Any] = json.loads(json.dumps(writable(config)))
     read = {".".join(map(str, place)): found.value for place, found in config.from_environment.items()}
     values[ENVIRONMENT] = {key: _digest(value) for key, value in read.items() if rule_of(key) != FREE}
     return values
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDifference]:
-    """Return the keys of which two configurations, as `stored_values` gives them, have different values.
+    """Return the keys with different values in two configurations, which have the form of `stored_values`.
 
-    A key that ``stored`` lacks had its default: the program that wrote it did not know the key yet.  A key that this
-    program does not know any more is not compared.
+    A key that ``stored`` lacks had its default: the program that stored it did not know the key yet.  A key that this
+    program no longer knows is not compared.
     """
     before, after = (dict(_items(values)) for values in (stored, now))
     judges = any(_trains_on_verdicts(values) for values in (before, after))
@@ -141,17 +141,20 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDi
 
 
 def rule_of(key: str) -> str:
-    """Return the rule of a key or of an item of a free-form key.  Raises KeyError for a key that nobody classified."""
+    """Return the rule of a key, or of an item of a free-form key.
+
+    Raises: KeyError for a key without a rule.
+    """
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         name = ".".join(parts[:length])
         if name in RULES:
             return RULES[name]
-    raise KeyError(f"{key} has no rule in {__name__}: say whether a run is bound to it")
+    raise KeyError(f"{key} has no rule in {__name__}: add it to RULES")
 
 
 def _rule(key: str, judges: bool) -> str:
-    """Return the rule of a key in a run that trains on verdicts, or does not."""
+    """Return the rule of a key in a run that trains on verdicts (``judges``) or does not."""
     rule = rule_of(key)
     return (BOUND if judges else FREE) if rule == JUDGE else rule
 
@@ -161,8 +164,11 @@ def _digest(value: Any) -> str:
 
 
 def refusal(found: Sequence[KeyDifference], where: str) -> str | None:
-    """Return the message that refuses to resume the checkpoint ``where`` with these differences; None where they are
-    all free.  The message names each key with both values, and force where that helps."""
+    """Return the message that refuses to resume the checkpoint ``where`` with the differences ``found``.
+
+    The message names each key with both values, and checkpoint.resume=force where that helps.  It is None if all keys
+    are free.
+    """
     bound = [difference for difference in found if difference.rule != FREE]
     if not bound:
         return None
@@ -200,7 +206,7 @@ def _plain(default: Any) -> Any:
 
 
 def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
-    """Whether verdicts decide what a run trains on, besides what an evaluation reports."""
+    """Return whether verdicts decide what a run trains on, and not only what an evaluation reports."""
     guides = values.get("rollout.guide_below") is not None
     return guides or values.get("objective") == "rft" or values.get("data.solutions") == "own"
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What of a configuration's files and folders can be checked at once, on every rank, before torch is imported."""
+"""Checks of the files and directories that a configuration names, on every rank and before torch is imported."""
 
 from __future__ import annotations
 
@@ -11,38 +11,43 @@ from megatron_selfdistill.errors import ConfigError
 
 
 def check_files(config: Config) -> None:
-    """Raise `ConfigError` where a run lacks its inputs or cannot use ``run_dir``; nothing is created or written."""
+    """Raise `ConfigError` if the data, tokenizer or recorded responses are missing, or ``run_dir`` cannot be written.
+
+    Nothing is created.
+    """
     for key, value in (("data.path", config.data.path), ("data.tokenizer", config.data.tokenizer)):
         if value is None:
             raise ConfigError(f"{key} is not set: give a file of problems and a tokenizer, or see `make quickstart`")
     _check_run_dir(config.run_dir)
     replay = config.rollout.replay
     if replay is not None and not os.path.isfile(replay):
-        raise ConfigError(f"rollout.replay={replay}: there is no such file; give one that rollout.record has written")
+        raise ConfigError(
+            f"rollout.replay={replay}: there is no such file; give a file that rollout.record has written"
+        )
 
 
 def _check_run_dir(run_dir: str | None) -> None:
     if not run_dir:
         raise ConfigError(
-            "run_dir is not set: name the folder for the checkpoints and metrics of this run, such as "
-            "run_dir=runs/first; a run that is there already is continued"
+            "run_dir is not set: name a directory for the checkpoints and metrics of this run, such as "
+            "run_dir=runs/first; an existing run is continued"
         )
     path = Path(run_dir).absolute()
     try:
-        nearest = next(folder for folder in (path, *path.parents) if _is_there(folder))
+        nearest = next(place for place in (path, *path.parents) if _exists(place))
         longest = os.pathconf(nearest if nearest.is_dir() else nearest.parent, "PC_NAME_MAX")
     except OSError as error:
-        raise ConfigError(f"run_dir={run_dir}: {error.strerror}; choose another folder") from error
+        raise ConfigError(f"run_dir={run_dir}: {error.strerror}; choose another directory") from error
     for part in path.relative_to(nearest).parts:
         if len(os.fsencode(part)) > longest:
             raise ConfigError(f"run_dir={run_dir}: the name {part[:20]}... has more than {longest} bytes; shorten it")
     if not nearest.is_dir():
-        raise ConfigError(f"run_dir={run_dir}: expected a folder, but {nearest} is a file; choose another name")
+        raise ConfigError(f"run_dir={run_dir}: expected a directory, but {nearest} is a file; choose another name")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"run_dir={run_dir}: {nearest} may not be written by this user; choose another folder")
+        raise ConfigError(f"run_dir={run_dir}: {nearest} may not be written by this user; choose another directory")
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The command line of ``selfdistill train``: its arguments, and the texts that it prints without starting a run."""
+"""The command line of ``selfdistill train``: its arguments, and the texts that it prints without a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_selfdistill.config.schema import Config
 from megatron_selfdistill.errors import ConfigError
 
 _DESCRIPTION = """\
-Train a Megatron model on its own responses, toward what it would have said had it known the solution.
+Train a Megatron model on its own responses, towards what it would say if it knew the solution.
 
   selfdistill train data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
   torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
@@ -30,9 +30,9 @@ _OTHERS = """\
 
 _EXIT_CODES = """\
 exit status:
-  0    the run is complete, or it saved and stopped because it was asked to (then RUN_DIR/stopped is there)
+  0    the run is complete, or it has saved and stopped on request (then RUN_DIR/stopped exists)
   1    an unforeseen error; the traceback is above
-  2    bad input, or the run folder belongs to another run: one sentence says what to do
+  2    bad input, or the run directory belongs to another run: the message says what to do
   3    a guard stopped the run, after a checkpoint
   4    no responses could be sampled; the run has saved, and can be started again
   5    the run made no progress; every rank's stack is in RUN_DIR/stacks
@@ -41,26 +41,29 @@ exit status:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the arguments: ``overrides``, ``config_name``, ``config_dir``, ``print``, ``argv`` as they were given, and
-    ``about``, a function that returns a text where one is asked for, else None."""
+    """Return the arguments of the command line ``argv``, by default that of this process.
+
+    They are ``overrides``, ``config_name``, ``config_dir``, ``print``, ``argv`` (unchanged) and ``about``: a function
+    that returns the text that --help, --version, --recipes or --keys asks for, or None.
+    """
     parser = _parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parser.parse_intermixed_args(argv)
-    folders = [Path(folder) for folder in arguments.config_dir]
+    directories = [Path(directory) for directory in arguments.config_dir]
     arguments.argv, arguments.about = argv, None
     if arguments.help:
-        arguments.about = lambda: f"{parser.format_help()}\n{_more_help(folders)}"
+        arguments.about = lambda: f"{parser.format_help()}\n{_more_help(directories)}"
     elif arguments.version:
         arguments.about = version
     elif arguments.recipes:
-        arguments.about = lambda: recipes(folders)
+        arguments.about = lambda: recipes(directories)
     elif arguments.keys is not None:
         arguments.about = lambda: keys(arguments.keys)
     return arguments
 
 
 def version() -> str:
-    """Return the versions of this package and of what it computes with, without importing them."""
+    """Return the versions of this package, torch, megatron-core and Python; torch is not imported."""
     return "\n".join(
         [
             f"megatron_selfdistill {__version__}",
@@ -71,9 +74,9 @@ def version() -> str:
 
 
 def keys(section: str = "") -> str:
-    """Return every key with its default and meaning, section by section; ``section``: of this section, or this key.
+    """Return every key with its default and meaning, by section; with ``section``, only that section, or that key.
 
-    Raises: `ConfigError` for a section that is not there, with the nearest one.
+    Raises: `ConfigError`, which names the nearest section, if there is no such section.
     """
     listed, lines = compose.keys(), []
     chosen = {key for key in listed if not section or key == section or key.startswith(f"{section}.")}
@@ -89,9 +92,9 @@ def keys(section: str = "") -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def recipes(folders: Sequence[Path] = ()) -> str:
-    """Return every recipe of the project and of ``folders`` with the first sentence of its comment."""
-    files = [file for folder in (config_dir(), *folders) for file in sorted((folder / "recipe").glob("*.yaml"))]
+def recipes(directories: Sequence[Path] = ()) -> str:
+    """Return every recipe of the project and of ``directories`` with the first sentence of its comment."""
+    files = [file for place in (config_dir(), *directories) for file in sorted((place / "recipe").glob("*.yaml"))]
     width = max(len(file.stem) for file in files)
     return "\n".join(f"recipe={file.stem:<{width}}  {_first_comment(file)}" for file in files)
 
@@ -116,13 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipes", action="store_true", help="list the recipes, and exit")
     parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
     parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
-    parser.add_argument("--config-dir", action="append", default=[], help="a folder with further configuration groups")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a directory with further configuration groups"
+    )
     return parser
 
 
-def _more_help(folders: Sequence[Path]) -> str:
+def _more_help(directories: Sequence[Path]) -> str:
     groups = "\n".join(f"  {_choices(name, names)}" for name, names in compose.groups().items() if name != "recipe")
-    listed = "\n".join(f"  {line}" for line in recipes(folders).splitlines())
+    listed = "\n".join(f"  {line}" for line in recipes(directories).splitlines())
     return "\n\n".join(
         [
             f"recipes:\n{listed}",
@@ -135,8 +140,8 @@ def _more_help(folders: Sequence[Path]) -> str:
 
 
 def _sections() -> Iterator[tuple[str, str]]:
-    """Yield each section's name and the first line of its documentation; first the keys without a section."""
-    yield "", "what belongs to no section"
+    """Yield name and title of each section; the keys that belong to no section have the name ""."""
+    yield "", "the keys of no section"
     for name, default in vars(Config()).items():
         if hasattr(type(default), "__dataclass_fields__"):
             yield name, (inspect.getdoc(type(default)) or "").splitlines()[0].rstrip(".")

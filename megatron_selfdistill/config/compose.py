@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""From YAML files and the command line to a `Config`: hydra composes, the schema judges, an error is one sentence."""
+"""The way from YAML files and the command line to a `Config`: hydra composes the values, the schema checks them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ from megatron_selfdistill.errors import ConfigError
 def load(overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()) -> Config:
     """Compose ``<config_name>.yaml`` and hydra ``overrides`` into a `Config`.
 
-    ``search_path``: further folders with a lab's own groups, searched after this project's
-    (hydra.searchpath). Raises `ConfigError` with the nearest right name for an unknown key.
+    ``search_path``: directories with further groups, which are searched after the project's (hydra.searchpath).
+
+    Raises: `ConfigError`, which names the nearest key where a key is unknown.
     """
     return from_mapping(_compose(_defaults(), overrides, config_name, search_path))
 
@@ -43,7 +44,7 @@ def load(overrides: Sequence[str] = (), config_name: str = "train", search_path:
 def given_keys(
     overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()
 ) -> frozenset[str]:
-    """The keys that the YAML files or ``overrides`` of the same call of `load` set, also to their defaults."""
+    """Return the keys that the YAML files or the overrides of the same call of `load` set, also to their defaults."""
     unset = _defaults()
     for name, (default, _) in keys().items():
         if not isinstance(default, dict):
@@ -59,32 +60,33 @@ def given_keys(
     return frozenset(given)
 
 
-_UNSET = "???"  # omegaconf's own mark: a value that nobody gave
+_UNSET = "???"  # omegaconf's mark of a missing value
 
 
 def _compose(
     defaults: DictConfig, overrides: Sequence[str], config_name: str, search_path: Sequence[str]
 ) -> DictConfig:
     overrides = [_literal(override) for override in overrides]
-    for folder in search_path:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"--config-dir {folder}: there is no such folder")
+    for directory in search_path:
+        if not Path(directory).is_dir():
+            raise ConfigError(f"--config-dir {directory}: there is no such directory")
     if search_path:
-        folders = ",".join(f"file://{Path(folder).resolve()}" for folder in search_path)
-        overrides.append(f"hydra.searchpath=[{folders}]")
+        directories = ",".join(f"file://{Path(directory).resolve()}" for directory in search_path)
+        overrides.append(f"hydra.searchpath=[{directories}]")
     ConfigStore.instance().store("defaults", defaults)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return compose(config_name, overrides=overrides)
+            composed: DictConfig = compose(config_name, overrides=overrides)
+            return composed
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ConfigError(_explain(overrides, error, search_path)) from error
 
 
 def _literal(override: str) -> str:
-    """Return ``key=value`` for hydra: where the key takes a text, what hydra would not read as a text is quoted."""
+    """Return ``key=value`` for hydra; a value that hydra would not read as a text is quoted if the key takes a text."""
     key, equals, value = override.partition("=")
-    if not equals or (key not in _texts() and not key.startswith("data.fields.")):
+    if not equals or (key not in _text_keys() and not key.startswith("data.fields.")):
         return override
     try:
         parsed = _parsed(override)
@@ -102,8 +104,8 @@ def _parsed(override: str) -> Override:
 
 
 @functools.cache
-def _texts() -> frozenset[str]:
-    """The keys whose values are texts, or null."""
+def _text_keys() -> frozenset[str]:
+    """Return the keys whose values are texts, or null."""
     return frozenset(name for name, kind in _types(Config) if kind in (str, str | None))
 
 
@@ -116,14 +118,18 @@ def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
-    """A `Config` from nested mappings; missing keys take their defaults."""
+    """Return the `Config` of nested mappings, in which missing keys have their defaults.
+
+    Raises: `ConfigError` for an unknown key, a wrong type and an impossible value.
+    """
     schema = OmegaConf.structured(Config)
     _make_writable(schema)
     try:
         merged = OmegaConf.merge(schema, values)
         environment = environment_values(merged)
         config: Any = OmegaConf.to_object(merged)
-        return dataclasses.replace(config, from_environment=environment)
+        resolved: Config = dataclasses.replace(config, from_environment=environment)
+        return resolved
     except ConfigError:
         raise
     except OmegaConfBaseException as error:
@@ -134,10 +140,10 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
 
 
 def writable(config: Config) -> dict[str, Any]:
-    """Return the configuration as nested plain values: the form for files, and for comparing one run with another.
+    """Return the configuration as nested plain values, for files and for the comparison of runs.
 
-    Everything is resolved but what was read from the environment: such a value is its interpolation, as it was written
-    (``${oc.env:NAME}``), since it may be a secret.  `from_mapping` of the result reads the environment again.
+    All values are resolved, except those that were read from the environment: they may be secrets, and the result has
+    their interpolations (``${oc.env:NAME}``).  `from_mapping` of the result reads the environment again.
     """
     values = dataclasses.asdict(config)
     del values["from_environment"]
@@ -145,12 +151,12 @@ def writable(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """Return `writable`'s values as YAML, as the run folder has them."""
+    """Return the values of `writable` as YAML, the form of config.yaml in the run directory."""
     return OmegaConf.to_yaml(OmegaConf.create(writable(config)))
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Every key -> (default, documentation), depth first."""
+    """Return every key -> (default, documentation), depth first; ``prefix`` stands before each key."""
     out: dict[str, tuple[Any, str]] = {}
     docs = field_docs(cls)
     for f in dataclasses.fields(cls):
@@ -166,7 +172,7 @@ def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass."""
+    """Return name -> doc comment of each field of a dataclass: the string under the field."""
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for node, after in pairwise(body):
@@ -176,7 +182,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _defaults() -> DictConfig:
-    """The schema's values as plain nodes, closed to unknown keys except below the free-form dictionaries."""
+    """Return the defaults as plain nodes, which accept unknown keys only below the free-form dictionaries."""
     node = OmegaConf.create(writable(Config()))
     OmegaConf.set_struct(node, True)
     for name, (default, _) in keys().items():
@@ -186,7 +192,7 @@ def _defaults() -> DictConfig:
 
 
 def _make_writable(node: Any) -> None:
-    """Frozen dataclasses become read-only nodes; the merge itself must still be able to write."""
+    """Let the merge write to the nodes of frozen dataclasses, which omegaconf makes read-only."""
     OmegaConf.set_readonly(node, False)
     for name in list(node):
         child = node._get_node(name)
@@ -195,22 +201,24 @@ def _make_writable(node: Any) -> None:
 
 
 def _explain(overrides: Sequence[str], error: Exception, search_path: Sequence[str]) -> str:
-    """Return a sentence for what hydra refused: the first override that does not parse, or names an unknown key or
-    option."""
+    """Return a message for hydra's error.
+
+    It names the first override that does not parse, or whose key or option is unknown; else it is hydra's own.
+    """
     options = groups()
     for override in overrides:
-        if (sentence := _unparsable(override)) is not None:
-            return sentence
+        if (message := _unparsable(override)) is not None:
+            return message
     for override in overrides:
         key, equals, value = override.partition("=")
-        if (sentence := _without_package(key.lstrip("+"), value, search_path)) is not None:
-            return sentence
+        if (message := _without_package(key.lstrip("+"), value, search_path)) is not None:
+            return message
         if not equals or key.startswith(("hydra", "+", "~")) or "@" in key:
             continue
         if key not in options:
-            sentence = unknown_key(key)
-            if sentence:
-                return sentence
+            message = unknown_key(key)
+            if message:
+                return message
         elif isinstance(error, MissingConfigException) and f"'{key}/{value}'" in str(error):
             near = difflib.get_close_matches(value, options[key], n=1, cutoff=0.0)[0]
             return f"{key}={value}: there is no such file; did you mean {key}={near}?"
@@ -221,9 +229,9 @@ def _explain(overrides: Sequence[str], error: Exception, search_path: Sequence[s
     if isinstance(error, yaml.YAMLError):
         return " ".join(str(error).split())
     first = str(error).splitlines()[0]
-    in_file = re.search(r"full_key: (\S+)", str(error))  # hydra tells only there what does not fit the schema
-    sentence = unknown_key(in_file[1]) if in_file else None
-    return f"{first.split(':')[0]}: {sentence}" if sentence else first
+    in_file = re.search(r"full_key: (\S+)", str(error))  # hydra names the key of a file only there
+    message = unknown_key(in_file[1]) if in_file else None
+    return f"{first.split(':')[0]}: {message}" if message else first
 
 
 def _unparsable(override: str) -> str | None:
@@ -239,26 +247,28 @@ def _unparsable(override: str) -> str | None:
 
 
 def _without_package(group: str, option: str, search_path: Sequence[str]) -> str | None:
-    """Return a sentence where the option's file is a lab's own, and sets the run's keys without saying so."""
+    """Return a message if the option's file is in ``search_path`` and lacks the line that lets it set all keys."""
     sections = {field.name for field in dataclasses.fields(Config)}
-    for folder in search_path:
-        file = Path(folder) / group / f"{option}.yaml"
+    for directory in search_path:
+        file = Path(directory) / group / f"{option}.yaml"
         if group not in sections and file.is_file() and "@package" not in file.read_text(encoding="utf-8"):
-            return f"{group}={option}: {file} must begin with the line `# @package _global_`: its keys are the run's"
+            return (
+                f"{group}={option}: {file} must begin with the line `# @package _global_`, which lets it set all keys"
+            )
     return None
 
 
 def groups() -> dict[str, list[str]]:
-    """Return the groups of options that the project ships, each with its options."""
+    """Return group -> options of the configs that the project ships."""
     return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-        for folder in sorted(config_dir().iterdir())
-        if folder.is_dir()
+        directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
+        for directory in sorted(config_dir().iterdir())
+        if directory.is_dir()
     }
 
 
 def unknown_key(key: str) -> str | None:
-    """A sentence with the nearest right name, or None where the key is right."""
+    """Return a message that names the nearest key, or None if the key exists."""
     key = key.split("[")[0]  # an element of a list
     known = keys()
     free_form = [name for name, (default, _) in known.items() if isinstance(default, dict)]
@@ -271,7 +281,7 @@ def unknown_key(key: str) -> str | None:
 
 
 def _nearest(key: str, names: Sequence[str]) -> str:
-    """The name whose last part is the key's, in another section; else the one that is spelt most alike."""
+    """Return the name with the same last part in another section, or else the name with the most similar spelling."""
     last = key.rpartition(".")[2]
     same_last = [name for name in names if name.rpartition(".")[2] == last]
     return difflib.get_close_matches(key, same_last or names, n=1, cutoff=0.0)[0]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Values that ``${oc.env:NAME}`` reads from the environment: a run uses them, but never writes or prints them."""
+"""The values that ``${oc.env:NAME}`` reads from the environment: a run uses them, but never writes or prints them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from omegaconf.resolvers import oc
 from megatron_selfdistill.hidden_values import hide
 
 Place = tuple[Any, ...]
-"""Where a value is in the configuration: ``("rollout", "engine_args", "hf_token")``, ``("rollout", "servers", 0)``."""
+"""The place of a value in the configuration, such as ``("rollout", "engine_args", "hf_token")``."""
 
 
 @dataclass(frozen=True)
 class FromEnvironment:
     """One value of the configuration whose interpolation reads environment variables."""
 
-    written: str
-    """The interpolation as it was written, such as ``Bearer ${oc.env:TOKEN}``."""
+    interpolation: str
+    """The interpolation in the configuration, such as ``Bearer ${oc.env:TOKEN}``."""
     value: Any = field(repr=False)
-    """What the interpolation resolved to."""
+    """The value to which the interpolation was resolved."""
 
 
 def environment_values(config: DictConfig | ListConfig, place: Place = ()) -> dict[Place, FromEnvironment]:
@@ -55,7 +55,7 @@ def environment_values(config: DictConfig | ListConfig, place: Place = ()) -> di
 def as_written(values: dict[str, Any], environment: Mapping[Place, FromEnvironment]) -> dict[str, Any]:
     """Return the nested ``values``, changed in place, with each value of ``environment`` replaced by its interpolation.
 
-    A value that somebody has replaced since the interpolation was resolved stays as it is.
+    A value that was replaced after the interpolation had been resolved stays as it is.
     """
     for place, found in environment.items():
         *parents, last = place
@@ -64,7 +64,7 @@ def as_written(values: dict[str, Any], environment: Mapping[Place, FromEnvironme
             for part in parents:
                 node = node[part]
             if node[last] == found.value:
-                node[last] = found.written
+                node[last] = found.interpolation
     return values
 
 

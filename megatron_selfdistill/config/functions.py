@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Functions of the user's that a key names by their dotted path."""
+"""The functions of users that keys name by a dotted path."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from megatron_selfdistill.errors import ConfigError
 
 
 def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """One of ``built_in``, or the function at ``package.module.function``; its module is imported.
+    """Return the function ``name`` of ``built_in``, or import the function with the dotted path ``name``.
 
-    Raises: `ConfigError` in one sentence, beginning with ``key``, if there is no such function.
+    ``key`` is the key of the configuration with the value ``name``, for messages.
+
+    Raises: `ConfigError` if there is no such function.
     """
     if name in built_in:
         return built_in[name]
@@ -23,10 +25,10 @@ def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any
     if not module_name:
         raise ConfigError(expected)
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
         raise ConfigError(
-            f"{expected}; {module_name} cannot be imported: {error}; put its folder on PYTHONPATH"
+            f"{expected}; {module_name} cannot be imported: {error}; put its directory on PYTHONPATH"
         ) from error
     except AttributeError as error:
         raise ConfigError(f"{expected}; {error}") from error

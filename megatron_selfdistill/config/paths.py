@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Where the files that are not code lie: in a wheel, an editable install or a checkout, from any folder."""
+"""The places of shipped files that are not code, in a wheel, an editable install or a checkout."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def config_dir() -> Path:
-    """The folder with the hydra configs that the project ships, as an absolute path.
+    """Return the directory with the hydra configs that the project ships, as an absolute path.
 
-    Equals ``<package>/configs`` in a wheel (``setup.py`` copies them there) and ``<repository>/configs`` in a
-    checkout or an editable install.  A lab's own configs are added with hydra's search path, not here.
+    The directory is ``<package>/configs`` in a wheel (``setup.py`` copies the files) and ``<repository>/configs`` in a
+    checkout or an editable install.  The configs of a lab are found by hydra's search path, not here.
 
-    Raises: FileNotFoundError if neither folder holds ``train.yaml``, naming both.
+    Raises: FileNotFoundError, which names both directories, if neither has a ``train.yaml``.
     """
     candidates = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
     for candidate in candidates:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sections data, conversations and solutions: the problems, and the hints of the teacher."""
+"""The sections ``data``, ``conversations`` and ``solutions`` of the schema: problems, and hints for the teacher."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Problems, tokenizer and prompts."""
+    """The problems, the tokenizer and the prompts."""
 
     kind: str = "problems"
-    """problems (with solutions) or conversations (logs of chats; see the section ``conversations``)."""
+    """What the records are: problems (with solutions), or conversations (chat logs; see the section conversations)."""
     path: str | None = None
-    """Problems and solutions, or conversations: a file (.jsonl, .json, .csv, each also .gz, or .parquet), a folder of
-    such files, a glob, or the name of a hub data set."""
+    """Where the records are: a file (.jsonl, .json, .csv, each also .gz, or .parquet), a directory of such files, a
+    glob, or the name of a data set on the Hugging Face hub."""
     split: str = "train"
     """Split of a hub data set."""
     subset: str | None = None
-    """Subset (configuration) of a hub data set; null is its default one."""
+    """Subset (configuration) of a hub data set; null is the default subset."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Our field name -> the column's name, for problem, solution, answer, id, messages; of conversations: messages,
-    accepted, tools, id."""
+    """Name of a field -> name of the column that holds it.  Problems have the fields problem, solution, answer, id and
+    messages; conversations have messages, accepted, tools and id."""
     on_bad_record: str = "error"
-    """error: the first bad record ends the run; skip: count it and go on."""
+    """What happens at a bad record: error (the run ends) or skip (the record is counted and skipped)."""
     limit: int | None = None
-    """Use only the first so many records."""
+    """Number of records that are used, from the first one on; null is all."""
     tokenizer: str | None = None
-    """A Hugging Face folder or a SentencePiece .model file."""
+    """The tokenizer: a Hugging Face directory or a SentencePiece .model file."""
     trust_remote_code: bool = False
-    """Run the Python code in the tokenizer's folder that its auto_map names.  The code can do whatever you can do: read
-    it first."""
+    """Whether to run the Python code in the tokenizer's directory that its auto_map names.  The code can do whatever
+    you can do: read it first."""
     allow_other_tokenizer: bool = False
-    """Take a tokenizer whose tokens differ from those of the tokenizer that the checkpoint carries."""
+    """Whether the tokens of the tokenizer may differ from the tokens of the tokenizer in the checkpoint."""
     chat_template: str | None = None
-    """Jinja chat template (or the path of one); null takes the tokenizer's own."""
+    """Chat template in Jinja, or the path of its file; null takes the template of the tokenizer."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further variables for the chat template, such as enable_thinking."""
+    """Further variables of the chat template, such as enable_thinking."""
     system_prompt: str | None = None
-    """Put before the conversation in both contexts."""
+    """System prompt of both contexts; null is none."""
     student_template: str = "{problem}"
-    """What the student is shown."""
+    """The student's user message, with the slot {problem}."""
     teacher_template: str | None = None
-    """What the teacher is shown, with the slots {problem} and {solution}; null takes the wording in
-    prompts.py."""
+    """The teacher's user message, with the slots {problem} and {solution}; null takes the wording in
+    data/prompts.py."""
     global_batch_size: int = 32
-    """Problems (of conversations: turns) per step, over all data-parallel ranks."""
+    """Number of problems (of turns, where the records are conversations) per step, over all data-parallel ranks."""
     max_length: int | None = None
-    """Longest context in tokens; null is model.max_position_embeddings."""
+    """Length of the longest context, in tokens; null is model.max_position_embeddings."""
     on_long_context: str = "error"
-    """What to do where the teacher's context cannot fit: error, drop, truncate_start or truncate_end of the
-    solution."""
+    """What happens where the teacher's context is too long: error, drop (the problem is skipped), or truncate_start or
+    truncate_end (that end of the solution is cut off)."""
     solutions: str = "given"
-    """Which solutions the teacher is shown: given (the data's) or own (the model's own responses whose answer verifies;
-    see the section ``solutions``)."""
+    """The solutions that the teacher sees: given (those of the data) or own (responses of the model whose answer is
+    right; see the section solutions)."""
 
     def __post_init__(self) -> None:
         normalise("data", self)
@@ -87,21 +87,21 @@ class ConversationsConfig:
     """Which turns of logged conversations are trained on, and how (data.kind=conversations)."""
 
     accepted_rule: str = "closing_turn"
-    """Which answer the user was content with, where the log has no mark: closing_turn (the last assistant message
-    before the last user turn, if that says thanks or goes on, and is neither a correction nor a repeat), marked (only
-    marks count), or the dotted path of ``rule(messages) -> index or None``."""
+    """Rule that finds the answer that the user accepted, where the log has no mark: closing_turn (the last assistant
+    message before the last user message, if the user then says thanks or goes on, and neither corrects nor repeats
+    anything), marked (only marks count), or the dotted path of a function ``rule(messages) -> index or None``."""
     turns: str = "all"
-    """all (also the accepted turn, with its own text as the hint) or before_accepted."""
+    """Turns that are trained on: all (the accepted turn too, with its own text as the hint) or before_accepted."""
     responses: str = "logged"
-    """logged (the tokens of the log: nothing is sampled, no sampler is built) or sampled (a fresh rollout of each
-    turn)."""
+    """The responses: logged (the tokens of the log; nothing is sampled, and no sampler is built) or sampled (a new
+    rollout for each turn)."""
     min_log_prob: float | None = None
-    """Logged turns whose mean log-prob per token under the student lies below this, in nats, are unlikely; null: none
-    is."""
+    """Bound below which the mean log-prob per token under the student makes a logged turn unlikely, in nats; null: no
+    turn is unlikely."""
     unlikely: str = "drop"
-    """What becomes of unlikely turns: drop (weight 0 in the loss) or down_weight (exp(mean - min_log_prob))."""
+    """Weight of unlikely turns in the loss: drop (weight 0) or down_weight (exp(mean log-prob - min_log_prob))."""
     show_contents: bool = False
-    """Messages about bad records may quote the log, and metrics.show_samples shows turns of it."""
+    """Whether messages about bad records may quote the log, and metrics.show_samples may show its turns."""
 
     def __post_init__(self) -> None:
         normalise("conversations", self)
@@ -116,19 +116,19 @@ class ConversationsConfig:
 
 @dataclass(frozen=True)
 class SolutionsConfig:
-    """The model's own verified responses as solutions (data.solutions=own)."""
+    """Responses of the model whose answer is right, used as solutions (data.solutions=own)."""
 
     refresh_every: int = 50
-    """Steps after which the coming steps' problems are solved anew, by the weights of that moment."""
+    """Number of steps after which the present weights solve the problems of the coming steps anew."""
     num_samples: int = 8
-    """Responses per problem, drawn as rollout.* says, among which solutions are looked for."""
+    """Number of responses per problem, sampled as rollout.* says, among which solutions are looked for."""
     keep: int = 2
-    """Verified responses kept per problem; a step shows the teacher the best one that is not the response itself."""
+    """Number of right responses kept per problem; the teacher sees the best one that is not the response itself."""
     pick: str = "shortest"
-    """Which of the verified ones are kept: shortest, most_likely (mean log-prob under the student), random, or
+    """Rule that ranks the right responses: shortest, most_likely (mean log-prob under the student), random, or
     learnable (the score of pipeline/score.py)."""
     alpha: float = 0.01
-    """With pick=learnable: weight of the least likely token, and of the largest teacher-student log-ratio."""
+    """With pick=learnable: weight of the least likely token and of the largest log-ratio of teacher and student."""
 
     def __post_init__(self) -> None:
         normalise("solutions", self)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The section loss: the distance to the target, and how it is computed."""
+"""The section ``loss`` of the schema: the divergence from the target, and how it is computed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ class LossConfig:
     """The divergence between the target q and the student p, in nats per response token."""
 
     divergence: str = "reverse_kl"
-    """reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
+    """The divergence: reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
     jsd_lambda: float = 0.5
-    """The mixture weight of q in the generalised Jensen-Shannon divergence."""
+    """With divergence=jsd: weight of q in the mixture."""
     backend: str | None = None
-    """torch, or triton (kernels for NVIDIA GPUs).  null: triton where the logits are on a GPU and triton is installed,
-    else torch; the log says which and why."""
+    """What computes the loss: torch, or triton (kernels for NVIDIA GPUs).  Null takes triton where the logits are on a
+    GPU and triton is installed, otherwise torch; the log names the choice and the reason."""
     rollout_correction: str = "none"
-    """none, or truncated: each token's loss is weighted by min(p / mu, rollout_correction_cap), p the student's
-    probability of the token and mu that of the distribution it was drawn from (another engine's, or the guided mix)."""
+    """Importance weight of each token's loss: none, or truncated: min(p / mu, rollout_correction_cap), where p is the
+    student's probability of the token and mu its probability under the distribution that sampled it (another engine, or
+    the guided mix)."""
     rollout_correction_cap: float = 2.0
-    """Largest importance weight."""
+    """With rollout_correction=truncated: the largest importance weight."""
     fused: str | None = None
-    """The output layer: none (all logits of a microbatch exist at once, student's and teacher's), or fused with the
-    loss in chunks of tokens: keep_gradient (the gradient of the student's logits is kept until backward) or low_memory
-    (backward makes the logits again: half as many GEMMs more).  Null: none if that stays within max_logits_gb, else
-    keep_gradient if that does, else low_memory.  Where it is fused, own solutions are scored in such chunks, too.
-    Self-distillation only; baselines are never fused."""
+    """How the output layer is computed: none (all logits of a microbatch, of student and teacher, exist at once), or
+    together with the loss in chunks of tokens: keep_gradient (the gradient of the student's logits is kept until
+    backward) or low_memory (backward computes the logits again, with half as many GEMMs more).  Null takes the first of
+    none, keep_gradient and low_memory that stays within max_logits_gb, or low_memory.  Own solutions are scored in the
+    same chunks.  Only self-distillation can be fused; the baselines cannot."""
     fused_chunk_tokens: int = 4096
-    """Response tokens of a chunk."""
+    """Number of response tokens in a chunk of the fused output layer."""
     max_logits_gb: float | None = None
-    """With fused=null: what the logits of the largest microbatch may take on a rank, in GiB; null: 1/20 of
+    """With fused=null: memory that the logits of the largest microbatch may take on a rank, in GiB; null is 1/20 of
     cluster.gpu_memory_gb."""
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The section model: the architecture."""
+"""The section ``model`` of the schema: the architecture."""
 
 from __future__ import annotations
 
@@ -12,77 +12,82 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the model is.  Field names are Megatron Core's ``TransformerConfig``'s and ``GPTModel``'s."""
+    """The architecture of the model.
+
+    The names of the keys are those of Megatron Core's ``TransformerConfig`` and ``GPTModel``.
+    """
 
     provider: str | None = None
     """Dotted path of a function ``model_provider(pre_process, post_process, vp_stage) -> GPTModel``
-    (Megatron-LM's signature); it replaces every architecture field below except ``vocab_size``."""
+    (Megatron-LM's signature); it replaces all keys of the architecture below except ``vocab_size``."""
     vocab_size: int | None = None
-    """Valid rows of the output layer, before Megatron's padding; null takes the tokenizer's size."""
+    """Tokens of the vocabulary, before Megatron's padding; null takes the size of the tokenizer."""
     make_vocab_size_divisible_by: int = 128
-    """The padded vocabulary is a multiple of this times the tensor-parallel size."""
+    """The size of the padded vocabulary is a multiple of this number times the tensor-parallel size."""
     num_layers: int = 2
-    """Transformer layers."""
+    """Number of transformer layers."""
     hidden_size: int = 64
     """Width of the residual stream."""
     ffn_hidden_size: int | None = None
     """Width of the MLP; null is 4 * hidden_size."""
     num_attention_heads: int = 4
-    """Query heads."""
+    """Number of query heads."""
     num_query_groups: int | None = None
-    """Key and value heads (grouped-query attention); null is num_attention_heads."""
+    """Number of key and value heads (grouped-query attention); null is num_attention_heads."""
     kv_channels: int | None = None
     """Channels per head; null is hidden_size / num_attention_heads."""
     max_position_embeddings: int = 4096
-    """Longest sequence, in tokens, that the model may see."""
+    """Length of the longest sequence that the model can read, in tokens."""
     position_embedding_type: str = "rope"
-    """rope, learned_absolute or none."""
+    """How positions are encoded: rope, learned_absolute or none."""
     rotary_base: int = 10000
     """Base of the rotary frequencies."""
     rotary_percent: float = 1.0
-    """Share of the channels that rotate."""
+    """Share of the channels that the rotary embedding rotates, from 0 to 1."""
     rope_scaling: bool = False
-    """Llama 3's frequency scaling."""
+    """Whether the rotary frequencies are scaled as in Llama 3."""
     rope_scaling_factor: float = 8.0
-    """Factor of Llama 3's frequency scaling."""
+    """Factor by which rope_scaling stretches the rotary frequencies."""
     normalization: str = "RMSNorm"
-    """RMSNorm or LayerNorm."""
+    """Kind of all normalisations: RMSNorm or LayerNorm."""
     layernorm_epsilon: float = 1e-5
-    """Epsilon of every normalisation."""
+    """Epsilon of all normalisations."""
     gated_linear_unit: bool = True
-    """SwiGLU-style MLP (with activation silu)."""
+    """Whether the MLP is gated; with activation silu it is SwiGLU."""
     activation: str = "silu"
-    """silu, gelu (exact, by the error function) or gelu_tanh (its tanh approximation); the same on every device."""
+    """Activation of the MLP: silu, gelu (exact, by the error function) or gelu_tanh (its tanh approximation)."""
     add_bias_linear: bool = False
-    """Biases in all linear layers."""
+    """Whether all linear layers have biases."""
     add_qkv_bias: bool = False
-    """Biases in the query, key and value projections."""
+    """Whether the query, key and value projections have biases."""
     qk_layernorm: bool = False
-    """Normalise queries and keys per head."""
+    """Whether queries and keys are normalised per head."""
     share_embeddings_and_output_weights: bool = False
-    """Tie the output layer to the word embeddings."""
+    """Whether the output layer shares its weights with the word embeddings."""
     init_method_std: float = 0.02
-    """Standard deviation of initial weights, where no checkpoint is loaded."""
+    """Standard deviation of the initial weights of a run that loads no checkpoint."""
     num_moe_experts: int | None = None
-    """Experts per MoE layer; null is a dense model."""
+    """Number of experts in each mixture-of-experts layer; null is a dense model."""
     moe_router_topk: int = 2
-    """Experts per token."""
+    """Number of experts that compute each token."""
     moe_ffn_hidden_size: int | None = None
-    """Width of one expert; null is ffn_hidden_size."""
+    """Width of the MLP of one expert; null is ffn_hidden_size."""
     moe_aux_loss_coeff: float = 0.0
-    """Load-balancing loss; 0 by default, since self-distillation should not move the router by itself."""
+    """Weight of the load-balancing loss; 0 by default, since self-distillation alone should not move the router."""
     moe_z_loss_coeff: float | None = None
-    """Router z-loss; null is none."""
+    """Weight of the router's z-loss; null is no z-loss."""
     moe_router_enable_expert_bias: bool = False
-    """Auxiliary-loss-free balancing by expert biases."""
+    """Whether biases of the experts balance the load, without an auxiliary loss."""
     moe_router_score_function: str = "softmax"
-    """softmax or sigmoid (sigmoid is what expert biases need)."""
+    """Score of the router: softmax, or sigmoid, which expert biases need."""
     allow_untested_fp8: bool = False
-    """Let ``model.transformer.fp8`` be set, which has never run on hardware here."""
+    """Whether ``model.transformer.fp8`` may be set; this project has never run FP8 on a GPU."""
     num_passthrough_mtp_layers: int = 0
-    """Multi-token-prediction layers that a checkpoint holds for others: converted both ways, never built or trained."""
+    """Number of multi-token-prediction layers of the checkpoint: they are converted both ways, never built or
+    trained."""
     transformer: dict[str, Any] = field(default_factory=dict)
-    """Any further ``TransformerConfig`` field by its own name; it overrides what this project derives."""
+    """Further fields of ``TransformerConfig`` by their own names; they override the values that this project
+    derives."""
 
     def __post_init__(self) -> None:
         normalise("model", self)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The section optimizer: how weights are updated."""
+"""The section ``optimizer`` of the schema: how the weights are updated."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Megatron's optimizer, learning-rate schedule and data-parallel reduction."""
+    """Megatron's optimizer, its learning rate, and the reduction of gradients over data-parallel ranks."""
 
     optimizer: str = "adam"
-    """adam or sgd."""
+    """The optimizer: adam or sgd."""
     precision: str = "bf16"
-    """bf16 (with float32 main parameters) or fp32."""
+    """Precision of the weights: bf16 (with float32 main parameters) or fp32."""
     lr: float = 1e-6
     """Learning rate after warm-up."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     lr_decay_steps: int | None = None
-    """Steps until min_lr; null is num_steps."""
+    """Number of steps until the learning rate is min_lr; null is num_steps."""
     lr_decay_style: str = "constant"
-    """constant, linear, cosine or inverse-square-root."""
+    """Form of the decay: constant, linear, cosine or inverse-square-root."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -38,13 +38,13 @@ class OptimizerConfig:
     sgd_momentum: float = 0.0
     """Momentum of SGD."""
     clip_grad: float = 1.0
-    """Largest gradient norm; 0 is no clipping."""
+    """Norm to which larger gradients are clipped; 0 is no clipping."""
     use_distributed_optimizer: bool = True
-    """Cut optimizer state over the data-parallel ranks."""
+    """Whether the data-parallel ranks share the state of the optimizer."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients bucket by bucket while backward runs."""
+    """Whether gradients are reduced bucket by bucket while backward runs."""
     overlap_param_gather: bool = False
-    """Gather parameters bucket by bucket while forward runs (distributed optimizer only)."""
+    """Whether parameters are gathered bucket by bucket while forward runs (distributed optimizer only)."""
 
     def __post_init__(self) -> None:
         normalise("optimizer", self)
@@ -63,7 +63,7 @@ class OptimizerConfig:
         require(
             self.optimizer != "sgd" or not self.use_distributed_optimizer,
             "optimizer.optimizer=sgd needs optimizer.use_distributed_optimizer=false: Megatron's distributed optimizer "
-            "is Adam's",
+            "supports Adam only",
         )
         require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sections parallel, cluster and schedule: how a step is divided over ranks, and what the ranks run on."""
+"""The sections ``parallel``, ``cluster`` and ``schedule`` of the schema: how ranks and GPUs share a step."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is cut.  What remains of the world size is data parallelism."""
+    """How the ranks share the model; the rest of the world size is data parallelism."""
 
     tensor_model_parallel_size: int = 1
-    """TP: ranks that share each layer."""
+    """TP: number of ranks that share each layer."""
     pipeline_model_parallel_size: int = 1
-    """PP: stages."""
+    """PP: number of pipeline stages."""
     virtual_pipeline_model_parallel_size: int | None = None
-    """VPP: model chunks per stage (the interleaved schedule); null is none."""
+    """VPP: number of model chunks per stage, for the interleaved schedule; null is the plain schedule."""
     context_parallel_size: int = 1
-    """CP: ranks that share each sequence."""
+    """CP: number of ranks that share each sequence."""
     expert_model_parallel_size: int = 1
-    """EP: ranks that share the experts."""
+    """EP: number of ranks that share the experts."""
     expert_tensor_parallel_size: int | None = None
-    """ETP: tensor parallelism inside an expert; null is the same as TP."""
+    """ETP: number of ranks that share each expert; null is the same as TP."""
     sequence_parallel: bool = False
-    """SP: cut activations between the tensor-parallel regions along the sequence; with MoE and TP it must be
-    on."""
+    """SP: whether the TP ranks divide the activations outside tensor-parallel regions along the sequence.  A mixture of
+    experts with TP needs it."""
     distributed_timeout_minutes: float = 30.0
-    """How long a collective may wait before the run ends."""
+    """How long a collective may wait before the run ends, in minutes."""
 
     def __post_init__(self) -> None:
         normalise("parallel", self)
@@ -57,19 +57,19 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machine that a run is made for: what dry_run=true without a launch checks it against."""
+    """The machines that a run is meant for; dry_run=true without a launch checks the run against them."""
 
     num_gpus: int | None = None
-    """Ranks of the whole launch, one per GPU; a launch of another size is refused.  Null takes any."""
+    """Number of ranks of the whole launch, one per GPU; a launch of another size is refused.  Null allows any size."""
     gpus_per_node: int = 8
-    """GPUs of one node."""
+    """Number of GPUs of one node."""
     gpu_memory_gb: float = 80.0
     """Memory of one GPU, in GiB."""
     reserved_gb: float = 6.0
-    """What CUDA, NCCL, an engine's workspace and fragmentation take of it, by the dry run's reckoning, in GiB."""
+    """Memory of one GPU that the dry run reserves for CUDA, NCCL, an engine's workspace and fragmentation, in GiB."""
     host_memory_gb: float = 1000.0
-    """Host memory of one node that the tensors of a run may take, in GiB: leave a few GiB per rank for the processes
-    themselves."""
+    """Host memory of one node that the tensors of a run may take, in GiB.  Subtract a few GiB per rank for the
+    processes."""
 
     def __post_init__(self) -> None:
         normalise("cluster", self)
@@ -78,7 +78,7 @@ class ClusterConfig:
         num_gpus, per_node = self.num_gpus, self.gpus_per_node
         require(
             num_gpus is None or num_gpus <= per_node or num_gpus % per_node == 0,
-            f"cluster.num_gpus ({num_gpus}) must be a multiple of cluster.gpus_per_node ({per_node}), or fit on a node",
+            f"cluster.num_gpus ({num_gpus}) must be at most cluster.gpus_per_node ({per_node}) or a multiple of it",
         )
 
 
@@ -87,20 +87,21 @@ class ScheduleConfig:
     """How one step runs through the pipeline."""
 
     pair_order: str | None = None
-    """teacher_first, alternating, or null: teacher_first with pipelining, else alternating."""
+    """Order of the teacher's and the student's microbatches: teacher_first or alternating; null is teacher_first with
+    pipelining, otherwise alternating."""
     max_tokens: int = 8192
-    """Token budget of a microbatch: sequences are packed into rows of at most this length."""
+    """Longest packed sequence of a microbatch, in tokens."""
     teacher_store_gb: float = 4.0
-    """The teacher's hidden rows stay on the device up to this size per rank, and go to pinned host memory
-    above it."""
+    """Size up to which the teacher's hidden states stay on the device, in GiB per rank; larger ones go to pinned host
+    memory."""
     recompute_granularity: str | None = None
-    """Activation recomputation: null, selective or full."""
+    """What backward recomputes: selective (recompute_modules) or full (whole layers); null is nothing."""
     recompute_method: str | None = None
-    """With full recomputation: uniform or block."""
+    """With full recomputation: Megatron's method, uniform or block."""
     recompute_num_layers: int | None = None
-    """With full recomputation: layers per unit."""
+    """With full recomputation: number of layers of a unit."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """With selective recomputation: Megatron's module names."""
+    """With selective recomputation: the modules that are recomputed, by Megatron's names."""
 
     def __post_init__(self) -> None:
         normalise("schedule", self)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The section rollout: how responses are sampled."""
+"""The section ``rollout`` of the schema: how responses are sampled."""
 
 from __future__ import annotations
 
@@ -12,70 +12,74 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How the student writes its responses."""
+    """How the student samples its responses."""
 
     engine: str = "megatron"
-    """The sampler: megatron (the training weights themselves, with a KV cache) or vllm."""
+    """The sampler: megatron (the model in training itself, with a KV cache) or vllm."""
     placement: str = "colocated"
-    """Where vLLM runs: colocated (in the trainer's own processes and on their devices) or server (in processes of its
-    own, on other devices or nodes; the trainer then needs no vLLM)."""
+    """Where vLLM runs: colocated (in the processes of the trainer, on the same devices) or server (in its own
+    processes, on other devices or nodes; the trainer's environment then needs no vLLM)."""
     engine_tp: int = 1
-    """Tensor-parallel size of a vLLM engine.  Colocated: so many consecutive ranks form one engine."""
+    """Tensor-parallel size of a vLLM engine.  With placement=colocated this number of consecutive ranks forms one
+    engine."""
     engine_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's engine by their own names, such as max_num_seqs; they override what is derived."""
+    """Further arguments of vLLM's engine by their own names, such as max_num_seqs; they override the values that this
+    project derives."""
     hf_config: str | None = None
-    """Folder with the Hugging Face config.json that vLLM builds the model from; null takes the one that the checkpoint
-    carries, else makes it from the model."""
+    """Directory with the Hugging Face config.json from which vLLM builds the model; null takes the config.json in the
+    checkpoint, or derives it from the model where the checkpoint has none."""
     servers: list[str] = field(default_factory=list)
-    """Addresses of vLLM servers that run already (`selfdistill serve`), http://host:port."""
+    """Addresses of vLLM servers that run already (`selfdistill serve`), such as http://host:port."""
     num_servers: int = 0
-    """Servers that the run starts by itself on the node of rank 0, and ends."""
+    """Number of servers that the run itself starts on the node of rank 0, and ends."""
     server_python: str | None = None
-    """The Python of the environment with vLLM, for the servers that the run starts; null is the trainer's own."""
+    """Python of the environment with vLLM, for the servers that the run starts; null is the trainer's Python."""
     server_env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the servers that the run starts, such as NCCL_DEBUG; an empty value removes a variable.
-    All others are those with which the run was started, without what the launcher or the run set for itself."""
+    The servers also get the environment in which the run was started, without the variables that the launcher or the
+    run has set for itself."""
     transfer: str | None = None
     """How weights reach servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the trainer's
-    own GPUs); null: nccl on GPUs where all servers have the trainer's version of NCCL, else ipc where they see the
-    trainer's GPU, else shared_memory, or gloo where not all workers can read those files."""
+    GPUs).  Null takes nccl on GPUs where all servers have the trainer's version of NCCL, otherwise ipc where the
+    servers see the trainer's GPU, otherwise shared_memory where all workers can read files in transfer_dir, otherwise
+    gloo."""
     transfer_dir: str = "/dev/shm"
-    """Folder of the files of transfer=shared_memory; a shared file system where servers are on other nodes."""
+    """Directory of the files of transfer=shared_memory, on a shared file system where servers are on other nodes."""
     bucket_mb: float = 1024.0
-    """Weights travel in buckets of this many MiB.  On their way to servers there are two: one is packed while the
-    servers load the other."""
+    """Size of the buckets in which weights travel, in MiB.  On the way to servers there are two buckets: one is packed
+    while the servers load the other."""
     timeout_s: float = 1200.0
-    """A server that gives no sign of progress for so many seconds counts as dead; to be less than
-    stop.hang_timeout_minutes, so that the other servers can write what it owed."""
+    """Seconds without a sign of progress after which a server counts as dead.  The time must be less than
+    stop.hang_timeout_minutes, so that the other servers can sample the responses that are missing."""
     max_staleness: int = 0
-    """Optimizer steps by which the weights that wrote a response may be older than the present ones."""
+    """Number of optimizer steps by which the weights that sampled a response may be older than the present weights."""
     guidance: str = "none"
-    """none: the student writes alone; mixed: every token is drawn from the target itself, out of both contexts at once,
-    by the student's present weights.  Such responses are off-policy for the student."""
+    """Who chooses the tokens: none (the student alone) or mixed (each token is sampled from the target itself, from
+    both contexts at once, by the present weights; such responses are off-policy for the student)."""
     guide_below: float | None = None
-    """With guidance=mixed: guide only problems whose recent success rate is below this (needs answers); null guides
-    all."""
+    """With guidance=mixed: the recent success rate below which a problem is guided, which needs answers; null guides
+    all problems."""
     num_samples: int = 1
-    """Responses per problem and step."""
+    """Number of responses per problem and step."""
     max_new_tokens: int = 256
-    """Longest response in tokens."""
+    """Length of the longest response, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
     top_k: int = 0
-    """Sample among the k most likely tokens; 0 is all."""
+    """Number of most likely tokens among which a token is sampled; 0 is all tokens."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that hold this much probability."""
+    """Probability of the most likely tokens among which a token is sampled; 1 is all tokens."""
     stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end a response, besides the tokenizer's end-of-sequence token."""
+    """Ids of tokens that end a response, besides the tokenizer's end-of-sequence token."""
     kv_cache_gb: float | None = None
-    """Memory for the KV cache per rank; larger batches are split.  Null is a third of what is free: the
-    splits, and with them the last bits of log-probs, then follow the memory that happens to be free; set a number
+    """Memory for the KV cache, in GiB per rank; larger batches are split.  Null is a third of the free memory: the
+    splits, and with them the last bits of log-probs, then depend on the memory that happens to be free.  Set a number
     where a resumed run must repeat every bit."""
     replay: str | None = None
-    """A JSONL file of recorded responses (as written by ``rollout.record``) to train on instead of
-    sampling."""
+    """JSONL file of responses, as rollout.record writes it; the run trains on these responses instead of sampling."""
     record: str | None = None
-    """Write every response, with its step, problem and sample index, to this JSONL file."""
+    """JSONL file to which the run writes every response with its step, problem and index of the sample; null is
+    none."""
 
     def __post_init__(self) -> None:
         normalise("rollout", self)
@@ -118,6 +122,6 @@ class RolloutConfig:
         )
         require(
             self.guidance == "none" or (self.temperature in (0, 1) and self.top_k == 0 and self.top_p == 1),
-            "rollout.guidance=mixed draws from the target itself: it needs rollout.temperature=1 (or 0), top_k=0 and "
+            "rollout.guidance=mixed samples from the target itself: it needs rollout.temperature=1 (or 0), top_k=0 and "
             f"top_p=1, got {self.temperature}, {self.top_k} and {self.top_p}",
         )

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sections checkpoint, metrics, evaluation, guards and stop: what a run stores, reports and watches."""
+"""The sections ``checkpoint``, ``metrics``, ``evaluation``, ``guards`` and ``stop`` of the schema."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is read at the start and written during a run."""
+    """The checkpoint that a run starts from, and the checkpoints that it writes."""
 
     load: str | None = None
-    """A Megatron checkpoint (torch_dist or legacy) whose weights the run starts from; null starts from random weights.
-    Its stored arguments give the architecture: what model.* says besides must not contradict them."""
+    """Megatron checkpoint (torch_dist or legacy) with the initial weights; null starts from random weights.  The
+    arguments in the checkpoint give the architecture, and keys model.* must not contradict them."""
     load_optimizer: bool = False
-    """Take over its optimizer state too (torch_dist, the same kind of optimizer)."""
+    """Whether the optimizer state in checkpoint.load is taken too (torch_dist, the same kind of optimizer)."""
     verify: str = "checksums"
-    """What is compared with a checkpoint's manifest before it is loaded: checksums (reads every file once, spread over
-    the ranks), sizes, or none.  With none, a checkpoint of this program that has lost its manifest is loaded, too; it
-    is refused otherwise.  Checkpoints of other programs have no manifest."""
+    """What is compared with the manifest of a checkpoint before the checkpoint is loaded: checksums (reads every file
+    once; the ranks share the files), sizes, or none.  Only with none, a checkpoint of this program that has lost its
+    manifest is loaded.  Checkpoints of other programs have no manifest."""
     save_every: int = 100
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Number of steps between checkpoints; 0 saves at the end only."""
     keep_last: int | None = 2
-    """Checkpoints that are kept; null keeps all."""
+    """Number of newest checkpoints that are kept; null keeps all."""
     async_save: bool = False
-    """Write in the background while training goes on."""
+    """Whether a checkpoint is written in the background while training continues."""
     resume: Any = True
-    """true: continue from the newest checkpoint in the run folder, if there is one, unless a key that decides what the
-    run learns has another value than when it was saved; such keys are named.  force: continue all the same, with the
-    stored weights, optimizer and teacher and the present configuration.  false: refuse a folder with checkpoints."""
+    """What happens where the run directory has checkpoints: true continues from the newest checkpoint, and refuses to,
+    naming the keys, where a key that decides what the run learns has changed since.  force continues in that case too,
+    with the stored weights, optimizer and teacher and the present configuration.  false refuses such a directory."""
 
     def __post_init__(self) -> None:
         normalise("checkpoint", self)
@@ -47,21 +47,23 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Where the numbers and some responses of a step go.  Numbers are always written to metrics.jsonl in the run
-    folder."""
+    """Where the metrics and some responses of a step are shown.
+
+    Metrics are always written to metrics.jsonl in the run directory.
+    """
 
     tensorboard: bool = True
-    """Write TensorBoard events into the run folder."""
+    """Whether TensorBoard events are written to the run directory."""
     console: bool = True
-    """Progress bar and a line every ``console_every`` steps."""
+    """Whether the console shows a progress bar, and a line every console_every steps."""
     console_every: int = 1
-    """Steps between console lines."""
+    """Number of steps between console lines."""
     show_samples: int = 2
-    """Responses that are shown as text, each token marked by how much the teacher disagrees: on the console, in
-    TensorBoard, and whole in samples.jsonl in the run folder; the first of so many problems; 0 is none.  Of
-    conversations only with conversations.show_contents=true."""
+    """Number of problems of a step whose first response is shown as text, with a mark at each token for the teacher's
+    disagreement: on the console, in TensorBoard, and in full in samples.jsonl in the run directory; 0 is none.
+    Responses of conversations are shown only with conversations.show_contents=true."""
     show_samples_every: int = 10
-    """Steps between samples; those of the first step are always shown."""
+    """Number of steps between samples; the samples of the first step are always shown."""
 
     def __post_init__(self) -> None:
         normalise("metrics", self)
@@ -69,33 +71,33 @@ class MetricsConfig:
         at_least(0, "metrics", self, "show_samples")
 
     def samples_due(self, step: int) -> bool:
-        """Return whether samples of this step, counted from 1, are to be shown."""
+        """Return whether samples of ``step``, counted from 1, are to be shown."""
         return self.show_samples > 0 and (step == 1 or step % self.show_samples_every == 0)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out problems, without hints."""
+    """The evaluation on held-out problems, without hints."""
 
     path: str | None = None
-    """Problems with answers, in any of the forms that data.path takes; null is no evaluation."""
+    """Where the problems with answers are, in any form of data.path; null is no evaluation."""
     split: str = "test"
     """Split of a hub data set."""
     subset: str | None = None
-    """Subset (configuration) of a hub data set; null is its default one."""
+    """Subset (configuration) of a hub data set; null is the default subset."""
     every: int = 0
-    """Steps between evaluations; 0 is never."""
+    """Number of steps between evaluations; 0 is never."""
     at_start: bool = False
-    """Also evaluate before the first step."""
+    """Whether the run is evaluated before the first step, too."""
     limit: int | None = None
-    """Use only the first so many problems."""
+    """Number of problems that are used, from the first one on; null is all."""
     num_samples: int = 1
-    """Samples per problem at rollout.temperature, besides one greedy response."""
+    """Number of responses per problem at rollout.temperature, besides one greedy response."""
     pass_at_k: list[int] = field(default_factory=lambda: [1])
-    """Values of k for pass@k; none may exceed num_samples."""
+    """Values of k of pass@k, at most num_samples each."""
     verifier: str = "math_verify"
-    """math_verify (the response means the answer), exact_match (its final answer is the answer, letter by letter), or
-    the dotted path of ``verify(response_text, problem) -> bool``."""
+    """What decides whether a response is right: math_verify (its final answer means the answer), exact_match (its final
+    answer is the answer letter by letter), or the dotted path of ``verify(response_text, problem) -> bool``."""
 
     def __post_init__(self) -> None:
         normalise("evaluation", self)
@@ -114,29 +116,28 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class GuardsConfig:
-    """When a run is unhealthy.  A guard stops the run with a sentence and a checkpoint; null turns it off."""
+    """The guards: each stops an unhealthy run with a message and a checkpoint; null turns a guard off."""
 
     identity_tolerance: float | None = 1e-4
-    """At the start, one prompt read twice by the same weights must give a loss below this, in nats per
-    token."""
+    """Largest loss, in nats per token, of one prompt that the same weights read as student and as teacher, at the
+    start."""
     max_teacher_cross_entropy: float | None = None
-    """At the start, the teacher's cross-entropy on the first responses must lie below this, in nats per
-    token."""
+    """Largest cross-entropy of the teacher on the first responses, in nats per token, at the start."""
     non_finite: bool = True
-    """Stop at a loss or gradient norm that is NaN or infinite; the step is not applied."""
+    """Whether the run stops at a loss or gradient norm that is NaN or infinite; the step is not applied."""
     reference_steps: int = 5
-    """The first steps, whose means are the reference of the guards below."""
+    """Number of first steps whose means are the reference of the guards below."""
     patience: int = 3
-    """Consecutive steps that must violate a guard before it stops the run."""
+    """Number of consecutive steps that must violate a guard before it stops the run."""
     min_entropy_ratio: float | None = 0.02
-    """Stop when the student's entropy falls below this share of its reference."""
+    """Smallest entropy of the student, as a share of its reference."""
     max_entropy_ratio: float | None = 3.0
-    """Stop when the student's entropy rises above this multiple of its reference."""
+    """Largest entropy of the student, as a multiple of its reference."""
     min_entropy_rise: float = 0.05
-    """The entropy must also have risen by this many nats per token, so that a tiny reference raises no
-    alarm."""
+    """Smallest rise of the entropy, in nats per token, for which max_entropy_ratio stops the run: a tiny reference
+    alone does not."""
     min_length_ratio: float | None = 0.25
-    """Stop when the mean response length falls below this share of its reference."""
+    """Smallest mean length of the responses, as a share of its reference."""
 
     def __post_init__(self) -> None:
         normalise("guards", self)
@@ -145,15 +146,16 @@ class GuardsConfig:
 
 @dataclass(frozen=True)
 class StopConfig:
-    """When a run ends before its last step, besides SIGUSR1 and SIGTERM: with a checkpoint to go on from."""
+    """When a run ends before its last step, besides SIGUSR1 and SIGTERM; it can continue from its last checkpoint."""
 
     time_limit_minutes: float | None = None
-    """The run ends by itself within so many minutes of its start; null: before its Slurm job ends, where it is one."""
+    """Minutes from its start within which the run ends by itself; null: before its Slurm job ends, if it is one."""
     margin_minutes: float = 3.0
-    """Of this time, what is kept for the last checkpoint, besides the longest step so far."""
+    """Minutes at the end of this time for the last checkpoint, besides the time of the longest step so far."""
     hang_timeout_minutes: float | None = None
-    """Where no rank makes progress for so long, every rank's stack is written to run_dir/stacks, the one that hangs is
-    named, and the run ends (exit status 5); null: 5/6 of parallel.distributed_timeout_minutes; 0: never."""
+    """Minutes without progress of any rank after which the stack of every rank is written to run_dir/stacks, the rank
+    that hangs is named, and the run ends with exit status 5; null is 5/6 of parallel.distributed_timeout_minutes, and 0
+    is never."""
 
     def __post_init__(self) -> None:
         normalise("stop", self)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sections target and teacher: the distribution that the student is trained towards."""
+"""The sections ``target`` and ``teacher`` of the schema: the distribution that the student is trained towards."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """The mixed target q = softmax((w * l_teacher + l_student) / k)."""
+    """The target q = softmax((w * teacher_logits + student_logits) / k)."""
 
     rule: str = "entropy_matched"
-    """How k is found: entropy_matched (per token), fixed, batch (one k per step), or teacher_alone (no
-    mix)."""
+    """How k, the temperature of the mix, is found: entropy_matched (per token), fixed, batch (one k per step), or
+    teacher_alone (no mix: the target is the teacher)."""
     teacher_weight: float = 0.75
-    """w, the weight of the teacher's logits; the student's weight is 1."""
+    """Weight w of the teacher's logits; the weight of the student's logits is 1."""
     k_max: Any = "1 + w"
-    """Upper bound of k: '1 + w', a number, or null (the strict match)."""
+    """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: float | None = None
-    """k of the rule fixed; null is 1 + w."""
+    """With rule=fixed: the value of k; null is 1 + w."""
 
     def __post_init__(self) -> None:
         normalise("target", self)
@@ -38,14 +38,15 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Which weights read the response next to the solution."""
+    """The weights that score the response with the solution in their context."""
 
     weights: str = "frozen"
-    """frozen (those at the start of the run), ema (their moving average) or current (the student's own)."""
+    """The teacher's weights: frozen (the weights at the start of the run), ema (a moving average of the student's
+    weights) or current (the student's weights themselves)."""
     ema_decay: float = 0.99
-    """Decay per optimizer step of the moving average."""
+    """Decay of the moving average per optimizer step."""
     offload: str = "none"
-    """none, or cpu: the teacher's weights rest in host memory between steps."""
+    """Where the teacher's weights are between steps: none (on the device) or cpu (in host memory)."""
 
     def __post_init__(self) -> None:
         normalise("teacher", self)

@@ -30,28 +30,29 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run is."""
+    """The whole configuration of a run."""
 
     run_dir: str = ""
-    """The run folder: checkpoints, teacher, metrics, resolved configuration.  A run needs it; there is no default."""
+    """Directory of the run: checkpoints, teacher, metrics and resolved configuration.  It must be set."""
     num_steps: int = 100
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     seed: int = 0
-    """Seed of data order, sampling streams and initial weights."""
+    """Seed of the order of the data, of sampling and of the initial weights."""
     objective: str = "self_distillation"
-    """self_distillation; or a baseline on the same data: sft (next-token training on the solution text)
-    or rft (next-token training on own responses whose answer verifies)."""
+    """What the run trains: self_distillation, or a baseline on the same data: sft (next-token training on the text of
+    the solutions) or rft (next-token training on the model's responses whose answer is right)."""
     dry_run: bool = False
-    """Check and stop.  Under a launch: after everything has been built, before the first step.  Without one, and with
-    cluster.num_gpus: every rank's part as shapes alone, memory and bubble, on any machine and without GPUs."""
+    """Whether the run only checks and ends.  Under a launch it ends after everything has been built, before the first
+    step.  Without a launch, and with cluster.num_gpus, it computes the memory of every rank and the bubble from shapes
+    alone, on any machine and without GPUs."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """What the model is."""
+    """The architecture of the model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How it is cut."""
+    """How the ranks share the model."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """What it runs on."""
+    """The machines that the run is meant for."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Problems and prompts."""
+    """Problems, tokenizer and prompts."""
     conversations: ConversationsConfig = field(default_factory=ConversationsConfig)
     """Chat logs."""
     solutions: SolutionsConfig = field(default_factory=SolutionsConfig)
@@ -61,19 +62,19 @@ class Config:
     target: TargetConfig = field(default_factory=TargetConfig)
     """What the student is trained towards."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """How the distance to it is measured."""
+    """The divergence from the target."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """Which weights teach."""
+    """The weights of the teacher."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """How a step runs through the pipeline."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How weights are updated."""
+    """How the weights are updated."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is read and written."""
+    """The checkpoints that are read and written."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """Where numbers go."""
+    """Where metrics and samples are shown."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Held-out problems."""
+    """The evaluation on held-out problems."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """When a run is unhealthy."""
     stop: StopConfig = field(default_factory=StopConfig)
@@ -81,7 +82,7 @@ class Config:
     from_environment: Mapping[Place, FromEnvironment] = field(
         default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
     )
-    """Not a key: the values above that were read from the environment, and how they were written."""
+    """Not a key: the values above that were read from the environment, each with its interpolation."""
 
     def __post_init__(self) -> None:
         normalise("", self)
@@ -101,7 +102,7 @@ class Config:
         require(
             hang is None or hang < collective,
             f"stop.hang_timeout_minutes ({hang}) must be below parallel.distributed_timeout_minutes ({collective}), "
-            "after which a rank that waits gives up and takes the others with it: raise the latter",
+            "after which a waiting rank ends the run: raise parallel.distributed_timeout_minutes",
         )
         require(
             self.data.solutions == "given" or self.objective != "sft",
@@ -109,23 +110,23 @@ class Config:
         )
         require(
             self.rollout.guidance == "none" or self.rollout.replay is None,
-            "rollout.guidance=mixed says how responses are sampled, rollout.replay takes them from a file: unset one",
+            "rollout.guidance=mixed samples responses, but rollout.replay takes them from a file: unset one key",
         )
 
     @property
     def logged(self) -> bool:
-        """The responses are those of a log: nobody samples."""
+        """Whether the responses are the replies of a log, so that no response is sampled."""
         return self.data.kind == "conversations" and self.conversations.responses == "logged"
 
     @property
     def samples(self) -> bool:
-        """Something is sampled: responses, or beside those of a log, answers to held-out problems."""
+        """Whether anything is sampled: responses, or answers to held-out problems."""
         evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
         return not self.logged or bool(evaluates)
 
     @property
     def shows_contents(self) -> bool:
-        """Problems and responses may be shown as text: those of conversations only where the user says so."""
+        """Whether problems and responses may be shown as text (conversations: conversations.show_contents)."""
         return self.data.kind != "conversations" or self.conversations.show_contents
 
     def _check_conversations(self) -> None:
@@ -142,33 +143,35 @@ class Config:
         )
         require(
             self.logged or self.conversations.min_log_prob is None,
-            "conversations.min_log_prob is about logged turns: unset it, or set conversations.responses=logged",
+            "conversations.min_log_prob drops unlikely logged turns: unset it, or set conversations.responses=logged",
         )
 
     @property
     def hang_timeout_s(self) -> float | None:
-        """``stop.hang_timeout_minutes`` in seconds, its default worked out; None is never."""
+        """The value of ``stop.hang_timeout_minutes``, or its default, in seconds; None is never."""
         minutes = self.stop.hang_timeout_minutes
         minutes = self.parallel.distributed_timeout_minutes * 5 / 6 if minutes is None else minutes
         return minutes * 60 or None
 
     def _check_correction(self) -> None:
         rollout, key = self.rollout, f"loss.rollout_correction={self.loss.rollout_correction}"
-        require(self.objective != "sft", f"{key} corrects samples, but with objective=sft nobody samples")
+        require(self.objective != "sft", f"{key} corrects samples, but objective=sft samples nothing")
         require(
             rollout.temperature > 0,
-            f"{key} divides by the probability of a draw, which greedy decoding (rollout.temperature=0) does not have",
+            f"{key} divides by the probability of a sampled token, but rollout.temperature=0 (greedy) samples none",
         )
         plain = rollout.temperature == 1 and rollout.top_k == 0 and rollout.top_p == 1
         require(
             rollout.engine != "vllm" or plain,
-            f"{key} needs the log-prob of what was sampled, and vLLM tells log-probs at temperature 1 only: set "
+            f"{key} needs the log-probs of sampled tokens, and vLLM reports log-probs at temperature 1 only: set "
             f"rollout.temperature=1, top_k=0 and top_p=1, got {rollout.temperature}, {rollout.top_k}, {rollout.top_p}",
         )
 
     def check_ranks(self, world_size: int) -> None:
-        """Raise `ConfigError` where ``world_size`` ranks cannot be cut into the parallel sizes, or the batch is smaller
-        than the number of replicas, whatever the model is."""
+        """Raise `ConfigError` where the parallel sizes or the batch do not fit ``world_size`` ranks, for any model.
+
+        The parallel sizes must divide the number of ranks, and the batch needs at least one problem per replica.
+        """
         p = self.parallel
         tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
         ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size or tp
@@ -177,7 +180,7 @@ class Config:
         require(
             made_for is None or made_for == world_size,
             f"cluster.num_gpus is {made_for}, but the launch has {world_size} ranks: launch {made_for}, or set "
-            f"cluster.num_gpus={world_size} and see what dry_run=true says",
+            f"cluster.num_gpus={world_size} and look at the plan of dry_run=true",
         )
         require(
             world_size % model_size == 0,
@@ -195,8 +198,7 @@ class Config:
         )
 
     def check_world(self, world_size: int) -> None:
-        """Raise `ConfigError` where the parallel sizes, the model and the batch cannot be cut for ``world_size``
-        ranks."""
+        """Raise `ConfigError` where the parallel sizes, the model or the batch do not fit ``world_size`` ranks."""
         self.check_ranks(world_size)
         p, m = self.parallel, self.model
         ep = p.expert_model_parallel_size

@@ -53,7 +53,7 @@ def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
     lines = said(capsys, "--keys").splitlines()
     for key, (default, doc) in configuration.keys().items():
         assert lines.count(f"{key}={default}") == 1 and f"    {doc}" in lines
-    title = "== rollout: How the student writes its responses =="
+    title = "== rollout: How the student samples its responses =="
     assert lines.index(title) < lines.index("rollout.engine=megatron")
     assert lines.index("num_steps=100") < lines.index(next(line for line in lines if line.startswith("== model")))
 
@@ -113,7 +113,7 @@ def test_keys_may_stand_on_both_sides_of_a_flag(capsys, tmp_path):
         (["run_dir=here"], "data.path is not set"),
         (["run_dir=here", "data.path="], "data.path is not set"),
         (["run_dir=here", "data.path=x.jsonl"], "data.tokenizer is not set"),
-        (["run_dir=/dev/null/x", "data.path=x.jsonl", "data.tokenizer=y"], "expected a folder"),
+        (["run_dir=/dev/null/x", "data.path=x.jsonl", "data.tokenizer=y"], "expected a directory"),
         (["traget=1"], "did you mean 'target'?"),
         (["optimizer.lr=inf"], "must be a finite number"),
     ],
