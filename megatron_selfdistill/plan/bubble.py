@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The order in which Megatron's schedules run a step's microbatches, and how long its stages wait for each other."""
+"""The order in which Megatron's schedules run the microbatches of a step, and how long the stages wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STUDENT, TEACHER = "student", "teacher"
 
 @dataclass(frozen=True)
 class Times:
-    """Of one microbatch in one stage, in any unit: forward and backward of the student, forward of the teacher."""
+    """The times of one microbatch in one stage, in any unit: student's forward and backward, teacher's forward."""
 
     forward: float = 1.0
     backward: float = 2.0
@@ -20,18 +20,18 @@ class Times:
 
 @dataclass(frozen=True)
 class Simulated:
-    """One step."""
+    """The result of simulating one step."""
 
     time: float
-    """From its first forward to its last backward, in the unit of `Times`."""
+    """The time from the first forward to the last backward, in the unit of `Times`."""
     bubble: float
-    """Share of ``time`` in which a stage waits, the mean over the stages."""
+    """The share of ``time`` in which a stage waits, as the mean over the stages."""
     in_flight: tuple[int, ...]
-    """Per stage, the most students' microbatches (of one chunk each) whose activations are held at a time."""
+    """The largest number of student microbatches (of one chunk each) whose activations a stage holds, per stage."""
 
 
 def order(num_student: int, num_teacher: int, pair_order: str) -> list[str]:
-    """The streams of a step's microbatches, as pipeline/schedule.py hands them to Megatron."""
+    """Return the roles of the microbatches of a step, in the order in which schedule.py gives them to Megatron."""
     if pair_order == "alternating" and num_teacher:
         return [TEACHER, STUDENT] * num_student
     return [TEACHER] * num_teacher + [STUDENT] * num_student
@@ -40,7 +40,8 @@ def order(num_student: int, num_teacher: int, pair_order: str) -> list[str]:
 def simulate(streams: Sequence[str], pp_size: int, num_chunks: int = 1, times: Times | None = None) -> Simulated:
     """Run 1F1B, or with ``num_chunks > 1`` the interleaved schedule, on ``pp_size`` stages; messages take no time.
 
-    Interleaving takes a multiple of ``pp_size`` microbatches, and each chunk a ``num_chunks``-th of `Times`.
+    The interleaved schedule needs a multiple of ``pp_size`` microbatches, and each chunk takes 1 / ``num_chunks`` of
+    `Times`.
     """
     times = times or Times()
     stages = [operations(len(streams), pp_size, stage, num_chunks) for stage in range(pp_size)]
@@ -72,7 +73,7 @@ def simulate(streams: Sequence[str], pp_size: int, num_chunks: int = 1, times: T
 
 
 def operations(num_microbatches: int, pp_size: int, stage: int, num_chunks: int) -> list[tuple[str, int, int]]:
-    """(F or B, microbatch, chunk) of one stage, in the order of Megatron Core's schedules."""
+    """Return (F or B, microbatch, chunk) of one stage, in the order of Megatron Core's schedules."""
     total = num_microbatches * num_chunks
     warmup = pp_size - stage - 1
     if num_chunks > 1:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""``dry_run=true`` without a launch: everything that can be known of a run before there is a GPU."""
+"""The dry run without a launch: everything that can be known of a run before there is a GPU."""
 
 from __future__ import annotations
 
@@ -28,45 +28,47 @@ from megatron_selfdistill.plan.stages import Stage, stages
 from megatron_selfdistill.run_data import RunData, longest_context
 
 _SERVED_SHARE = 0.8
-"""Of a server's GPU, that weights may take: vLLM uses 0.9 of it, and what is left is cache and activations."""
+"""The share of a server's GPU that weights may take: vLLM uses 0.9 of the GPU, for weights, cache and activations."""
 
 RECOMPUTE_ALL = "schedule.recompute_granularity=full schedule.recompute_method=uniform schedule.recompute_num_layers=1"
-"""The keys that keep the inputs of layers only, as they can be pasted into a command."""
+"""The keys that keep only the inputs of layers, in a form that can be pasted into a command."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration comes to on ``cluster.num_gpus`` ranks."""
+    """The needs of a configuration on ``cluster.num_gpus`` ranks."""
 
     config: Config
-    """With the architecture of the checkpoint that it names, if any."""
+    """The configuration, with the architecture of its checkpoint where it names one."""
     num_problems: int | None
-    """Whose contexts fit, or all logged turns; None where no data is named."""
+    """The number of problems whose contexts fit, or of all logged turns; None where the configuration names no data."""
     about_prompts: str | None
-    """What the teacher's prompts cost in tokens; None where no data is named and where there is no teacher."""
+    """The tokens that the teacher's prompts add; None without data or without a teacher."""
     stages: list[Stage]
     memory: list[Memory]
-    """Per stage."""
+    """The memory of one GPU of each stage."""
     host: HostMemory
-    """Of the node that holds most."""
+    """The host memory of the node that holds most."""
     parameters: int
-    """Of the model."""
+    """The parameters of the whole model."""
     dp_size: int
     max_length: int
-    """Longest context, in tokens."""
+    """The longest context in tokens."""
     seq_length: int
-    """Longest row, in tokens."""
+    """The longest packed sequence in tokens."""
     num_microbatches: tuple[int, int]
-    """Student's and teacher's per step and replica, where every context is as long as it may be."""
+    """The microbatches of student and teacher per step and replica, if every context has the largest allowed length."""
     pair_order: str
     schedule: bubble.Simulated
     output_layer: OutputLayer
     engines: Engines | None
-    """vLLM's; None where another sampler, or none, is at work."""
+    """The vLLM engines; None for another sampler or none."""
 
     def misfit(self) -> str | None:
-        """Return one sentence where a stage, or a server's share of the weights, does not fit its GPU, or a node's
-        ranks do not fit its host memory; None where all fit."""
+        """Return a message where something does not fit; None where everything fits.
+
+        A stage, or a server's share of the weights, may exceed its GPU; the ranks of a node may exceed its host memory.
+        """
         room, rollout = self.config.cluster.gpu_memory_gb, self.config.rollout
         served = engine_weight_gib(self.config, self.parameters)
         on_servers = self.config.samples and rollout.engine == "vllm" and rollout.placement == "server"
@@ -108,11 +110,11 @@ class Plan:
 
 
 def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
-    """Check and plan ``config`` for ``cluster.num_gpus`` ranks.  Allocates no parameter and opens no connection.
+    """Check and plan ``config`` for ``cluster.num_gpus`` ranks, without allocating parameters or opening connections.
 
-    Read where they are named: the checkpoint's arguments, the tokenizer, the problems.  ``given``: as in `train.train`.
-    Raises: `ConfigError`, one sentence, for what cannot be cut, built or sampled; not for what does not fit
-    (`Plan.misfit`).
+    The dry run reads the checkpoint's arguments, the tokenizer and the problems where the configuration names them.
+    ``given``: as in `train.train`.  Raises: `ConfigError` for a layout, a model or a sampler that is impossible; a plan
+    that does not fit raises nothing (`Plan.misfit`).
     """
     num_gpus = planned_gpus(config)
     config = with_stored_architecture(config, given)
@@ -175,8 +177,11 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
 
 
 def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]:
-    """(student's, teacher's) rows for so many contexts of full length, ``per_row`` in each; in sum a multiple of the
-    stages where the schedule is interleaved, raised as pipeline/batch.py raises them."""
+    """Return the numbers of the student's and of the teacher's packed sequences for contexts of full length.
+
+    ``per_row``: the contexts in each packed sequence.  With an interleaved schedule the sum is a multiple of the
+    stages; pipeline/batch.py raises the numbers in the same way.
+    """
     p = config.parallel
     multiple = p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
     num_student = math.ceil(contexts / per_row)

@@ -1,15 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How full the vLLM engines are, and what share of a step they take: arithmetic, not measurement.
+"""How full the vLLM engines are, and their share of the time of a step: arithmetic, not measurement.
 
-An engine reads all of its weights from memory for every token, whatever the number of sequences that it continues at
-once.  Up to the machine's balance the sequences share that read, so a rollout takes as long for one sequence as for all
-of them.  An engine is full when it has as many sequences as the balance, or as its KV cache holds at a time:
+An engine reads all of its weights from memory for every token, whatever the number of its sequences.  Up to the
+machine's balance the sequences share this read, so a rollout takes as long for one sequence as for all of them.  An
+engine is full when it has as many sequences as the balance, or as its KV cache holds at a time:
 
     balance  = `BALANCE` * all parameters / parameters that a token uses (fewer in a mixture of experts)
     rollout  = longest response * bytes of weights per GPU / bandwidth * max(1, sequences / full)
     training = FLOPs per parameter and token * parameters used * response tokens / (GPUs * FLOP/s * `MFU`)
 
-The mean response and the mean prompt are taken as a third (`MEAN`) of the longest.
+The mean response and the mean prompt are assumed to be a third (`MEAN`) of the longest.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from megatron_selfdistill.plan.memory import GIB, element_size, engine_weight_gi
 from megatron_selfdistill.plan.stages import Stage
 
 BANDWIDTH = 4.3e12
-"""Bytes per second that an H200 copies in its own memory."""
+"""The bytes per second that an H200 copies in its own memory."""
 FLOPS = 780e12
-"""FLOP/s of an H200's dense bf16 matrix products."""
+"""The FLOP/s of an H200's dense bf16 matrix products."""
 BALANCE = FLOPS / BANDWIDTH
-"""Sequences at which products of bf16 weights (2 FLOPs for 2 bytes) take as long as reading the weights: 181."""
+"""The number of sequences at which products of bf16 weights (2 FLOPs for 2 bytes) take as long as reading them: 181."""
 MFU = 0.4
-"""Share of `FLOPS` that training reaches."""
+"""The share of `FLOPS` that training reaches."""
 MEAN = 1 / 3
-"""Mean length of prompts and responses, as a share of the longest."""
+"""The mean length of prompts and responses, as a share of the longest."""
 # Of a server's GPU, that weights and KV cache take together where rollout.kv_cache_gb leaves the size to vLLM.
 _SERVER_SHARE = 0.9
 
@@ -42,32 +42,32 @@ class Engines:
     """The vLLM engines of a plan in one step."""
 
     count: int
-    """Engines."""
+    """The number of engines."""
     sequences: float
-    """Sequences that one engine continues in a step; a guided response is two."""
+    """The sequences that one engine generates in a step; a guided response counts as two."""
     capacity: int
-    """Sequences of mean length, half written, that the KV cache of one engine holds at a time."""
+    """The sequences of mean length, half generated, that the KV cache of one engine holds at a time."""
     balance: float
-    """Sequences at which computing takes as long as reading the weights."""
+    """The sequences at which computing takes as long as reading the weights."""
     seconds: tuple[float, float]
-    """Of the rollout and of training in a step."""
+    """The seconds of the rollout and of training in a step."""
     batch: int
-    """data.global_batch_size at which the engines are full or the rollout takes half of the step, rounded up to a power
-    of two."""
+    """The data.global_batch_size at which the engines are full or the rollout takes half of the step, rounded up to a
+    power of two."""
 
     @property
     def full(self) -> float:
-        """Sequences up to which more of them take no more time."""
+        """The number of sequences up to which an engine takes no longer for more sequences."""
         return min(self.balance, self.capacity)
 
     @property
     def share(self) -> float:
-        """The rollout's share of the step's time."""
+        """The rollout's share of the time of a step."""
         return self.seconds[0] / sum(self.seconds)
 
     @property
     def warning(self) -> str | None:
-        """One sentence where the rollout takes most of the step and more sequences would take no more time."""
+        """A message where the rollout takes most of the step and more sequences would take no more time; else None."""
         if self.share <= 0.5 or self.sequences >= self.full:
             return None
         return (
@@ -116,8 +116,8 @@ def engines(config: Config, transformer: Any, built: Sequence[Stage], num_gpus: 
 def kv_cache_bytes(config: Config, transformer: Any) -> float:
     """Return the bytes of one token in the KV cache of one GPU of an engine.
 
-    Where an engine has more GPUs than the model has heads of keys, a head is held more than once; so is the one vector
-    of latent attention.
+    An engine with more GPUs than the model has heads of keys holds each head more than once; the same is true for the
+    one vector of latent attention.
     """
     layers, size = transformer.num_layers, element_size(config)
     if getattr(transformer, "multi_latent_attention", False):
@@ -127,7 +127,7 @@ def kv_cache_bytes(config: Config, transformer: Any) -> float:
 
 
 def _idle_experts(transformer: Any, built: Sequence[Stage]) -> float:
-    """Parameters of the experts that a token does not use."""
+    """Return the number of parameters in the experts that a token does not use."""
     if not transformer.num_moe_experts:
         return 0.0
     num_layers = sum(experts for stage in built for chunk in stage.chunks for experts in chunk)

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""GiB of host memory that the ranks of one node hold, part by part: always, and while a checkpoint is saved.
+"""The host memory of the ranks of one node in GiB, part by part: always, and while a checkpoint is saved.
 
-Arithmetic, not measurement.  The interpreter, CUDA's libraries and the page cache are not counted, nor are vLLM's
-processes: an engine sleeps without a copy of its weights in host memory.
+The numbers are arithmetic, not measurement.  They do not include the interpreter, CUDA's libraries, the page cache and
+vLLM's processes: an engine sleeps without a copy of its weights in host memory.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from megatron_selfdistill.plan.memory import GIB, Load, element_size, teacher_ro
 from megatron_selfdistill.plan.stages import Stage
 
 _COPIES_OF_A_BUCKET = {"shared_memory": 2, "gloo": 1}
-"""Transfer of weights to servers -> copies of a bucket that rank 0 holds in host memory."""
+"""The transfer of weights to servers -> the copies of a bucket that rank 0 holds in host memory."""
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """GiB on the node that holds most; parts of 0 are listed, too."""
+    """The GiB on the node that holds most; the parts include those of 0 GiB."""
 
     resting: dict[str, float]
-    """What the ranks of the node hold all the time: the offloaded teacher and its rows (pinned), buckets of weights."""
+    """The parts that always exist: the offloaded teacher and its hidden states (pinned), buckets of weights."""
     saving: dict[str, float]
-    """What a save adds: copies of the optimizer state and the weights.  A save in the background keeps them while the
-    run trains."""
+    """The parts that a save adds: copies of the optimizer state and the weights.  A save in the background keeps the
+    copies while the run trains."""
 
     @property
     def peak(self) -> float:
-        """GiB of all parts together."""
+        """The GiB of all parts together."""
         return sum(self.resting.values()) + sum(self.saving.values())
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class HostMemory:
 
 
 def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence[Stage], load: Load) -> HostMemory:
-    """Return what the fullest node of ``cluster.gpus_per_node`` ranks holds; consecutive ranks form a stage."""
+    """Return the host memory of the fullest node of ``cluster.gpus_per_node`` ranks; consecutive ranks form a stage."""
     num_gpus = config.cluster.num_gpus or 1
     per_stage = [(_resting(config, transformer, stage, load), _saving(config, stage)) for stage in stages]
     ranks_of_a_stage = num_gpus // len(stages)
@@ -59,7 +59,7 @@ def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence
 
 
 def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> dict[str, float]:
-    """Bytes of one rank of ``stage``, all the time."""
+    """Return the bytes that one rank of ``stage`` holds all the time."""
     teacher = config.teacher
     weights = rows = 0.0
     if config.objective == "self_distillation":
@@ -71,9 +71,9 @@ def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load:
 
 
 def _saving(config: Config, stage: Stage) -> dict[str, float]:
-    """Bytes of one rank of ``stage`` in a save: each rank copies and writes its share of what its replicas hold too.
+    """Return the bytes that a save adds on one rank of ``stage``, which writes its share of replicated parts.
 
-    The frozen teacher, which is written once and before the rest, takes less.
+    The frozen teacher, which is written once before the rest, takes less.
     """
     optimizer = config.optimizer
     if optimizer.use_distributed_optimizer:

@@ -14,14 +14,17 @@ NEEDED = {
     "data.tokenizer": "/path/to/tokenizer",
     "data.path": "/path/to/problems.jsonl",
 }
-"""Keys without which nothing can be trained -> what stands for them in the command."""
+"""The keys that every training needs -> their placeholder in the command."""
 _RUN_DIR = "runs/first"  # where none is set
 _SCRIPTS_GPUS_PER_NODE = 8  # of examples/slurm, unless told otherwise
 
 
 def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]:
-    """By Slurm, with this project's scripts, and by torchrun, once on each node; keys and variables that are still
-    missing are shown with a path to fill in.  What was read from the environment is shown as it was written."""
+    """Return the commands that launch the plan: with Slurm by this project's scripts, and with torchrun on each node.
+
+    Keys and variables that are still missing are shown with a path to fill in.  References to the environment are shown
+    as the user wrote them.
+    """
     kept = [argument for argument in arguments if argument.split("=")[0] not in ("dry_run", "run_dir")]
     given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
     given["data.path"] = config.data.path
@@ -30,7 +33,7 @@ def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]
 
 
 def num_nodes(config: Config) -> int:
-    """Of the trainer."""
+    """Return the number of the trainer's nodes."""
     return -(-(config.cluster.num_gpus or 1) // config.cluster.gpus_per_node)
 
 
@@ -54,7 +57,7 @@ def _sbatch(config: Config, overrides: Sequence[str]) -> str:
 
 
 def _wants_servers(config: Config, overrides: Sequence[str]) -> bool:
-    """Servers that nobody has started yet."""
+    """Return whether the run needs servers that have not been started yet."""
     on_servers = config.samples and config.rollout.engine == "vllm" and config.rollout.placement == "server"
     return on_servers and not any(override.startswith("rollout.servers=") for override in overrides)
 

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""GiB on one rank of a pipeline stage, part by part, while it trains and while responses are written.
+"""The GiB on one rank of a pipeline stage, part by part, while it trains and while it samples responses.
 
-Arithmetic, not measurement: parameters are counted exactly, activations after Korthikanti et al. 2022 (arXiv
-2205.05198, section 4) for grouped queries, gated MLPs and experts, with flash attention, Transformer Engine's fused
-layers, no dropout, and experts that all get as many tokens.  What is not listed is ``cluster.reserved_gb``.
+The numbers are arithmetic, not measurement: parameters are counted exactly, activations after Korthikanti et al.  2022
+(arXiv 2205.05198, section 4) for grouped queries, gated MLPs and experts, with flash attention, Transformer Engine's
+fused layers, no dropout, and an equal number of tokens for every expert.  ``cluster.reserved_gb`` stands for the rest.
 """
 
 from __future__ import annotations
@@ -23,45 +23,48 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Load:
-    """What a step puts on a rank besides parameters."""
+    """The load of a step on a rank, besides parameters."""
 
     seq_length: int
-    """Tokens of one microbatch."""
+    """The tokens of one microbatch."""
     response_tokens: int
-    """Of one replica and step, at most."""
+    """The largest number of response tokens of one replica and step."""
     in_flight: int
-    """Students' microbatches, of one chunk each, whose activations are held at a time."""
+    """The student's microbatches, of one chunk each, whose activations are held at a time."""
     alternating: bool
-    """Pair order: then the teacher's rows of one microbatch are held, not those of all."""
+    """Whether the pair order alternates, so that the rank holds the teacher's hidden states of one microbatch only."""
     vocab_size: int
-    """Rows of the output layer, padding included."""
+    """The rows of the output layer, padding included."""
     model_parameters: int
-    """Of the whole model: what a colocated engine holds."""
+    """The parameters of the whole model, which a colocated engine holds."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB by part; parts of 0 are listed, too."""
+    """The GiB by part; the parts include those of 0 GiB."""
 
     training: dict[str, float]
     rollout: dict[str, float]
-    """Empty where nothing is sampled."""
+    """The parts while the rank samples; empty where nothing is sampled."""
 
     @property
     def training_peak(self) -> float:
+        """The GiB while the rank trains."""
         return sum(self.training.values())
 
     @property
     def rollout_peak(self) -> float:
+        """The GiB while the rank samples."""
         return sum(self.rollout.values())
 
     @property
     def peak(self) -> float:
+        """The GiB of the larger of both peaks."""
         return max(self.training_peak, self.rollout_peak)
 
 
 def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> Memory:
-    """Of the stage's first rank.  A third of what is free stands for a KV cache of no stated size."""
+    """Return the memory of the stage's first rank; an unstated size of the KV cache counts as a third of the rest."""
     resident = parameter_bytes(config, stage)
     teacher = resident.pop("teacher")
     working = {
@@ -91,19 +94,22 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
 
 
 def engine_weight_gib(config: Config, model_parameters: int) -> float:
-    """What one GPU of a vLLM engine holds of the weights, in the trainer's precision."""
+    """Return the GiB of weights that one GPU of a vLLM engine holds, in the trainer's precision."""
     return model_parameters * element_size(config) / config.rollout.engine_tp / GIB
 
 
 def element_size(config: Config) -> int:
-    """Bytes of a weight."""
+    """Return the bytes of a weight."""
     return 2 if config.optimizer.precision == "bf16" else 4
 
 
 def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
-    """Weights, float32 gradients, what the optimizer keeps (in bf16 training a float32 copy; two moments of Adam, or
-    SGD's momentum), and the teacher's weights (for an average also its float32 master, unless it rests in host memory).
-    The distributed optimizer cuts its part over the ranks that hold the same parameters."""
+    """Return the bytes of weights, gradients, optimizer state and teacher on this rank.
+
+    The gradients are float32.  The optimizer keeps two moments of Adam, or SGD's momentum, and in bf16 training a
+    float32 copy of the weights.  An average teacher also has a float32 master, unless it rests in host memory.  The
+    distributed optimizer divides its part over the ranks that hold the same parameters.
+    """
     optimizer, teacher = config.optimizer, config.teacher
     size = element_size(config)
     state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
@@ -121,10 +127,10 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
 
 
 def activation_bytes(config: TransformerConfig, stage: Stage, load: Load) -> float:
-    """What the students' microbatches in flight keep for backward.
+    """Return the bytes that the student's microbatches in flight keep for backward.
 
-    Equals ``in_flight`` times the mean chunk, plus what is being recomputed at a time: of one layer, or of one unit of
-    ``recompute_num_layers``.
+    The bytes are ``in_flight`` times the mean chunk, plus the part that is recomputed at a time: one layer, or one unit
+    of ``recompute_num_layers``.
     """
     tokens = load.seq_length / config.context_parallel_size
     inputs = tokens * _hidden(config) * (2 if config.bf16 else 4)
@@ -147,8 +153,11 @@ def activation_bytes(config: TransformerConfig, stage: Stage, load: Load) -> flo
 
 
 def layer_bytes(config: TransformerConfig, tokens: float, experts: bool) -> tuple[float, float]:
-    """(kept for backward, recomputed instead) by one transformer layer of ``tokens`` positions: those of this
-    context-parallel rank.  Recomputing core_attn drops nothing: flash attention keeps no scores anyway."""
+    """Return the bytes that one transformer layer keeps for backward, and the bytes that it recomputes instead.
+
+    ``tokens``: the positions of this context-parallel rank.  Recomputing core_attn frees nothing, because flash
+    attention keeps no scores.
+    """
     parts = {
         "inputs": 2 * _hidden(config),  # of both norms
         "layernorm": 2 * _hidden(config),  # their outputs: inputs of the linear layers
@@ -170,7 +179,7 @@ def _hidden(config: TransformerConfig) -> float:
 
 
 def _attention(config: TransformerConfig) -> dict[str, float]:
-    """Elements per token: q, k, v as attention takes them and, with QK-norm, q and k before; its output."""
+    """Return the elements per token: q, k, v, with QK-norm also q and k before the norm, and the output."""
     tp, channels = config.tensor_model_parallel_size, config.kv_channels
     heads, groups = config.num_attention_heads, config.num_query_groups
     before = heads + groups if config.qk_layernorm else 0
@@ -178,7 +187,7 @@ def _attention(config: TransformerConfig) -> dict[str, float]:
 
 
 def _latent_attention(config: Any) -> dict[str, float]:
-    """Elements per token: both compressed vectors before and after their norm; q, k, v unrolled; the output."""
+    """Return the elements per token: both compressed vectors before and after their norm; q, k, v; the output."""
     tp, heads = config.tensor_model_parallel_size, config.num_attention_heads
     of_query, of_value = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
     compressed = 2 * (config.q_lora_rank or 0) + 2 * config.kv_lora_rank + config.qk_pos_emb_head_dim
@@ -195,8 +204,11 @@ def _mlp(config: TransformerConfig) -> dict[str, float]:
 
 
 def _experts(config: TransformerConfig) -> dict[str, float]:
-    """Elements per token: the router's float32 logits and probabilities; for each of a token's experts its input,
-    what comes out of the first linear layer, the activation before and after it is multiplied by the probability."""
+    """Return the elements per token: the router's float32 logits and probabilities, and the parts of each expert.
+
+    Each of a token's experts keeps its input, the output of its first linear layer, and the activation before and after
+    the product with the probability.
+    """
     cut = config.tensor_model_parallel_size if config.sequence_parallel else 1
     topk, width = config.moe_router_topk, config.moe_ffn_hidden_size or config.ffn_hidden_size
     gathered = config.expert_tensor_parallel_size or 1
@@ -211,13 +223,15 @@ def _experts(config: TransformerConfig) -> dict[str, float]:
 
 
 def teacher_row_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """Return the bytes of the teacher's hidden rows on the device, on the last stage: `teacher_rows` up to
-    ``schedule.teacher_store_gb``; the rest is in host memory."""
+    """Return the bytes of the teacher's hidden states on the device of the last stage.
+
+    The device holds `teacher_rows` up to ``schedule.teacher_store_gb``; host memory holds the rest.
+    """
     return min(teacher_rows(config, transformer, load), config.schedule.teacher_store_gb * GIB)
 
 
 def teacher_rows(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """Return the bytes of all hidden rows of the teacher that a rank of the last stage keeps at a time."""
+    """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time."""
     if config.objective != "self_distillation":
         return 0.0
     tokens = min(load.response_tokens, load.seq_length) if load.alternating else load.response_tokens
@@ -226,9 +240,11 @@ def teacher_rows(config: Config, transformer: TransformerConfig, load: Load) -> 
 
 
 def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """Of one microbatch whose tokens are all response tokens: the logits that exist at a time, with the gradient that
-    takes their place, and the full-width rows that they are projected from.  Scoring own solutions, where nothing is
-    kept for backward, takes no more."""
+    """Return the bytes of the logits of one microbatch whose tokens are all response tokens.
+
+    The bytes include the gradient that takes the place of the logits, and the full-width hidden states that the logits
+    are computed from.  Scoring own solutions, which keeps nothing for backward, takes no more.
+    """
     layer = choose_output_layer(config, load.vocab_size)
     tokens = load.seq_length / transformer.context_parallel_size
     hidden = layer.hidden_rows(tokens) * transformer.hidden_size * element_size(config)

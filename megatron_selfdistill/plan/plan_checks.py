@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a plan refuses before anything is built; imports no torch."""
+"""What a plan refuses before anything is built; this module imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNKNOWN_VOCABULARY = "the vocabulary's size is not known: set model.vocab_size, 
 
 
 def check_plan(config: Config) -> None:
-    """Raise `ConfigError` for what cannot be planned, as far as ``config`` tells without a checkpoint's arguments."""
+    """Raise `ConfigError` for an impossible plan, as far as ``config`` shows without a checkpoint's arguments."""
     num_gpus = planned_gpus(config)
     require_ranks(config, num_gpus)
     if not names_its_model(config):
@@ -36,7 +36,7 @@ def planned_gpus(config: Config) -> int:
 
 
 def longest_row(config: Config) -> int:
-    """The longest row within ``schedule.max_tokens`` that sequence and context parallelism can cut."""
+    """Return the longest packed sequence, up to ``schedule.max_tokens``, that SP and CP can cut."""
     p = config.parallel
     multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
     return config.schedule.max_tokens // multiple * multiple
@@ -53,7 +53,7 @@ def check_lengths(config: Config, max_length: int) -> None:
 
 
 def check_engine(config: Config, num_gpus: int) -> None:
-    """Raise `ConfigError` for what vLLM would refuse once the GPUs are there."""
+    """Raise `ConfigError` for options that vLLM would refuse once the GPUs exist."""
     rollout, heads = config.rollout, config.model.num_attention_heads
     if rollout.engine != "vllm" or not config.samples:
         return

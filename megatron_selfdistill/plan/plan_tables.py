@@ -21,7 +21,7 @@ TRAINING, SAMPLING = "= while training", "= while sampling"
 
 
 def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -> None:
-    """Print the plan; ``arguments``: of the command line that asked for it."""
+    """Print the plan; ``arguments``: the arguments of the command line that asked for it."""
     table = memory_table(plan)
     console = console or Console(width=_WIDEST)  # a log has no width, and a cut number says nothing
     title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.gpu_memory_gb:g}"
@@ -30,7 +30,7 @@ def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -
 
 
 def summary(plan: Plan) -> list[str]:
-    """What is not per stage, a line each."""
+    """Return the parts of the plan that belong to no stage, as lines."""
     config, p, cluster = plan.config, plan.config.parallel, plan.config.cluster
     vpp, num_gpus = p.virtual_pipeline_model_parallel_size, cluster.num_gpus or 1
     nodes = "1 node" if num_nodes(config) == 1 else f"{num_nodes(config)} nodes"
@@ -74,7 +74,7 @@ def _engines(plan: Plan) -> str:
 
 
 def _how_full(plan: Plan) -> list[str]:
-    """Sequences per engine, and a warning where they are too few."""
+    """Return the lines about the sequences per engine, with a warning where there are too few."""
     if plan.engines is None:
         return []
     rollout, training = plan.engines.seconds
@@ -87,9 +87,10 @@ def _how_full(plan: Plan) -> list[str]:
 
 
 def memory_table(plan: Plan) -> Table:
-    """GiB on one GPU of each pipeline stage: neighbouring stages that are alike share a column.
+    """Return the table of the GiB on one GPU of each pipeline stage; equal neighbouring stages share a column.
 
-    Sampling adds its parts to weights, gradients, optimizer and reserved, and to the teacher unless it is offloaded.
+    Sampling adds its parts to weights, gradients, optimizer and reserved memory, and to the teacher unless it is
+    offloaded.
     """
     columns: list[tuple[str, tuple[tuple[str, str], ...]]] = []
     pairs = zip(plan.stages, plan.memory, strict=True)
@@ -109,7 +110,7 @@ def memory_table(plan: Plan) -> Table:
 
 
 def _cells(stage: Stage, memory: Memory) -> tuple[tuple[str, str], ...]:
-    """(row, cell) of a stage's column, in order."""
+    """Return (row, cell) of a stage's column, in order."""
     parts = {"layers": str(stage.num_layers), "parameters, B": f"{stage.parameters / 1e9:.2f}"}
     parts |= {name: f"{size:.1f}" for name, size in memory.training.items()}
     parts[TRAINING] = f"{memory.training_peak:.1f}"

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What one rank of each pipeline stage holds, in a world of the real size and without allocating any of it."""
+"""The contents of one rank of each pipeline stage, in a world of the real size and without any allocation."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ from megatron_selfdistill.model.build import build_on_meta
 
 @dataclass(frozen=True)
 class Stage:
-    """The first rank of a pipeline stage.  Its neighbours in TP, CP, EP and DP hold as much."""
+    """The first rank of a pipeline stage; its neighbours in TP, CP, EP and DP hold as much."""
 
     pp_rank: int
     dense_parameters: int
-    """On this rank, reduced over all data-parallel ranks; includes the padding of the vocabulary."""
+    """The parameters on this rank that are reduced over all data-parallel ranks, padding of the vocabulary included."""
     expert_parameters: int
-    """On this rank, reduced over the ranks that hold the same experts."""
+    """The parameters on this rank that are reduced over the ranks with the same experts."""
     model_parameters: int
-    """That this stage, with all its ranks, adds to the model: no copies, no padding."""
+    """The parameters that all ranks of this stage add to the model, without copies and padding."""
     chunks: tuple[tuple[bool, ...], ...]
-    """Per virtual stage and layer, whether it has experts."""
+    """Whether a layer has experts, per virtual stage and layer."""
     embeds: bool
     projects: bool
     dp_cp_size: int
-    """Ranks that share the optimizer state of dense parameters."""
+    """The number of ranks that share the optimizer state of dense parameters."""
     expert_dp_size: int
-    """Ranks that share the optimizer state of experts."""
+    """The number of ranks that share the optimizer state of experts."""
 
     @property
     def parameters(self) -> int:
-        """On this rank."""
+        """The parameters on this rank."""
         return self.dense_parameters + self.expert_parameters
 
     @property
     def num_layers(self) -> int:
+        """The transformer layers on this rank."""
         return sum(len(chunk) for chunk in self.chunks)
 
 
 def stages(
     model: ModelConfig, config: TransformerConfig, cut: ParallelConfig, vocab_size: int, world_size: int
 ) -> list[Stage]:
-    """One `Stage` per pipeline rank, each built as that rank would, on the meta device.
+    """Return one `Stage` per pipeline rank, each built on the meta device as that rank would build it.
 
-    ``config``: of the model with this ``cut``; ``vocab_size``: valid rows of the output layer.
-    Raises: ConfigError where Megatron Core refuses the cut, in its words.
+    ``config``: Megatron's configuration of the model in the layout ``cut``; ``vocab_size``: the valid rows of the
+    output layer.  Raises: ConfigError with Megatron Core's own message where Megatron Core refuses the layout.
     """
     found = []
     for pp_rank in range(cut.pipeline_model_parallel_size):
