@@ -137,17 +137,21 @@ def refuse_known_faults(config: TransformerConfig) -> None:
 
     The message says what to do.
     """
+    for found, message in known_faults(config):
+        if found:
+            raise ConfigError(message)
+
+
+def known_faults(config: TransformerConfig) -> list[_Fault]:
+    """Return all faults that `refuse_known_faults` knows, and whether ``config`` has them."""
     local = not uses_transformer_engine()
-    faults = [
+    return [
         *_pipeline_faults(config),
         *_loss_faults(config),
         *_attention_faults(config, local),
         *_kernel_faults(config, local),
         *_expert_faults(config, local),
     ]
-    for found, message in faults:
-        if found:
-            raise ConfigError(message)
 
 
 def _pipeline_faults(config: TransformerConfig) -> list[_Fault]:

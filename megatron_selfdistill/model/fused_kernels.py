@@ -108,7 +108,7 @@ def _no_fused_activation(values: Mapping[str, Any], activation: str) -> str | No
         (values.get("glu_linear_offset", 0.0) != 0.0, "the fused kernel has no glu_linear_offset"),
         (
             values.get("activation_func_clamp_value") is not None,
-            "the fused kernel leaves out activation_func_clamp_value",
+            "the fused kernel ignores activation_func_clamp_value",
         ),
         (bool(values.get("use_te_activation_func")), "use_te_activation_func chooses another kernel"),
     ]

@@ -63,7 +63,7 @@ def test_fp8_is_refused_unless_asked_for_twice(transformer):
     ("te", "transformer", "words"),
     [
         (False, {"fp8": "hybrid"}, "needs a GPU and Transformer Engine's layers"),
-        (True, {"fp8": "hybrid", "fp8_param": True}, "fp8_param keeps the parameters themselves in fp8"),
+        (True, {"fp8": "hybrid", "fp8_param": True}, "fp8_param keeps the parameters in fp8"),
         (True, {"fp4": "e2m1"}, "fp4 and kitchen's quantisation have never been tried"),
     ],
 )
@@ -150,9 +150,14 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
     monkeypatch.setattr(target, "unwrapped", lambda chunk: type("Model", (), {"config": chunk}))
     with pytest.raises(InterruptedError):
         if module == "score":
-            monkeypatch.setattr(score, "largest", lambda grid, *values: list(values))
+            monkeypatch.setattr(score, "max_over_ranks", lambda values, group: values)
             pair = ContextPair("0", [1], [1], [2], truncated=False)
-            chunks: dict[str, Any] = {"student": ["student"], "teacher": ["teacher"], "grid": None, "vocab": None}
+            chunks: dict[str, Any] = {
+                "student": ["student"],
+                "teacher": ["teacher"],
+                "grid": SimpleNamespace(dp_group=None),
+                "vocab": None,
+            }
             score.score_texts([pair], **chunks, max_tokens=8, fusion=None, backend=None)
         else:
             config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8))
