@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""tools/evaluate.py with the real vLLM: the same greedy responses, verdicts and files as with the trainer's sampler."""
+"""`selfdistill evaluate` with the real vLLM: the same greedy responses, verdicts and files as with the trainer's sampler."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from pathlib import Path
 import hf_models
 import pytest
 import tiny_run
-from test_evaluate_tool import SETTINGS, run_tool
 
+from megatron_selfdistill.commands import evaluate as evaluate_command
 from megatron_selfdistill.evaluation.comparison import compare
 from megatron_selfdistill.evaluation.evaluations import read_evaluation
 
 TIMEOUT = 600.0  # the first call on a rank imports vLLM
+SETTINGS = (
+    "optimizer=fp32",
+    "rollout.max_new_tokens=14",
+    "rollout.kv_cache_gb=0.1",
+    "evaluation.verifier=tiny_run.starts_with_an_even_token",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +34,15 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def run_command(arguments: list[str]) -> int:
+    return evaluate_command.main(arguments)
+
+
 def evaluate(ranks, folder: Path, name: str, *options: str, world_size: int = 1) -> Path:
     arguments = ["--hf", str(folder / "hf"), "--data", str(folder / "problems.jsonl"), "--out", str(folder / name)]
     arguments += ["--num-samples", "8", *SETTINGS, *options]
     assert (
-        ranks.run(run_tool, arguments, world_size=world_size, init_process_group=False, timeout=TIMEOUT)
+        ranks.run(run_command, arguments, world_size=world_size, init_process_group=False, timeout=TIMEOUT)
         == [0] * world_size
     )
     return folder / name
