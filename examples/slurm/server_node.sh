@@ -1,10 +1,10 @@
 #!/bin/bash
-# What a rollout node does: its servers, or its part of one that spans nodes.  It ends when the last of them does.
+# Runs the servers of a rollout node, or its part of a server that spans nodes, until the last process ends.
 set -uo pipefail
 
-main() { # read as a whole: this file may change while it runs
-    trap "" USR1 # is for the trainer, which still needs its servers then
-    # So does a trainer that TERM finds in the middle of a step, if Slurm has not sent TERM to the servers themselves.
+main() { # a function, so that bash reads the whole file first: the file may change while it runs
+    trap "" USR1 # only the trainer handles USR1, and it still needs its servers
+    # A trainer that receives TERM during a step needs its servers too, so a server does not end at once.
     trap 'touch "$RUN_DIR/servers/asked_to_stop"' TERM
     read -ra heads <<<"$SERVER_HEADS"
     for ((i = 0; i < SERVERS_PER_NODE; i++)); do

@@ -1,21 +1,22 @@
 #!/bin/bash
-# What a node of the trainer does, its arguments being the run's: torchrun, and signals on their way to the ranks.
+# Runs torchrun on a node of the trainer with the overrides of the run, and passes signals to the ranks.
 set -uo pipefail
 
-main() { # read as a whole: this file may change while it runs
-    # Until the ranks have handlers of their own they must not die of a signal: a job that fails while it is being
-    # preempted is not requeued.  They inherit what is ignored here.
+main() { # a function, so that bash reads the whole file first: the file may change while it runs
+    # A signal must not end the ranks before they install their handlers, because Slurm does not requeue a job that
+    # fails during its preemption.  The ranks inherit the ignored signals of this shell.
     trap "" USR1 TERM
-    # Nor must torchrun, which would give its ranks half a minute at TERM (--signals-to-handle, where it knows that).
+    # TERM must not end torchrun either, which would leave its ranks half a minute (--signals-to-handle, if supported).
     export PET_SIGNALS_TO_HANDLE=SIGINT
-    # Ranks follow SLURM_NODEID, so neighbours in the network are neighbours in rank; c10d's rendezvous would mix them.
+    # Ranks follow SLURM_NODEID, so that neighbours in the network have neighbouring ranks, which the rendezvous of
+    # c10d would mix.
     "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_STEP_NUM_NODES" --node-rank="$SLURM_NODEID" \
         --nproc-per-node="$GPUS_PER_NODE" --master-addr="$SLURM_LAUNCH_NODE_IPADDR" --master-port="$PORT" \
         -m megatron_selfdistill.train "$@" &
     torchrun=$!
 
-    # Of a step's processes Slurm signals all or, where it keeps them in a cgroup, this one alone.  So it tells the
-    # ranks, and tells them again: one that was still importing has not heard it.
+    # Slurm sends a signal to all processes of a step or, with cgroups, to this process alone.  Therefore this process
+    # sends the signal to the ranks, repeatedly, because a rank that is still importing misses it.
     signal='' next=0
     trap 'signal=USR1 next=0' USR1
     trap 'signal=TERM next=0' TERM
@@ -31,7 +32,7 @@ main() { # read as a whole: this file may change while it runs
     exit
 }
 
-ranks() { # torchrun's children
+ranks() { # the children of torchrun
     grep -lsx "PPid:[[:space:]]*$torchrun" /proc/[0-9]*/status | cut -d/ -f3
 }
 

@@ -247,7 +247,7 @@ def test_a_node_where_no_run_can_start_ends_the_job(tmp_path, script):
 
 def test_term_during_the_report_requeues_the_job(tmp_path):
     job = submitted(tmp_path, "many_nodes", RUN_DOCTOR="1", FAKE_DOCTOR="TERM")
-    assert "goes back into the queue: TERM, before the run had begun" in job.done.stdout
+    assert "goes back into the queue: TERM, before the run began" in job.done.stdout
     assert job.doctors and not job.trainers
 
 

@@ -135,7 +135,7 @@ def test_preemption_before_the_run_requeues(slurm, data, tmp_path, step):
     wait_until((tmp_path / "started").exists)
     preempt()
     wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ("COMPLETED", "FAILED"))
-    said = {"report": "TERM, before the run had begun", "servers": "TERM, while the servers started"}
+    said = {"report": "TERM, before the run began", "servers": "TERM, while the servers started"}
     assert f"goes back into the queue: {said[step]}" in job.text() and job.restarts() == 1, job.text()
 
 
