@@ -110,7 +110,8 @@ def brief(findings: Sequence[Finding]) -> int:
 def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
     """The report, of rank 0 and of every rank that has failures, then the self-test; 1 on all ranks where any fails.
 
-    ``deadline``: of all of it, by the monotonic clock."""
+    ``deadline``: of all of it, by the monotonic clock.
+    """
     importlib.import_module("megatron_selfdistill.selftest.launch_environment").set_environment()
     rank = os.environ.get("RANK", "0")
     ranks = arguments.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -148,7 +149,8 @@ def what_a_run_uses(findings: Sequence[Finding]) -> list[str]:
 @contextlib.contextmanager
 def _ended_after(seconds: float) -> Iterator[None]:
     """The process ends with 1 where this takes longer, whatever it waits for: the self-test's own watch starts only
-    when all ranks have imported everything and found each other."""
+    when all ranks have imported everything and found each other.
+    """
 
     def end() -> None:
         print(f"rank {os.environ.get('RANK', '0')}: the self-test did not end within {seconds:.0f} s", flush=True)

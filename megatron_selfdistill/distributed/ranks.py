@@ -23,7 +23,7 @@ from megatron_selfdistill.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Where this rank stands.  Groups as Megatron names them; every rank belongs to exactly one of each.
+    """The position of this rank in the layout, and the process groups of this rank, under Megatron's names.
 
     A *replica* is one data-parallel index: TP x CP x PP ranks that work on the same problems.
     """
@@ -42,61 +42,72 @@ class RankGrid:
 
     @property
     def tp_size(self) -> int:
+        """The number of tensor-parallel ranks."""
         return self.tp_group.size()
 
     @property
     def tp_rank(self) -> int:
+        """The index of this rank among its tensor-parallel ranks."""
         return self.tp_group.rank()
 
     @property
     def pp_size(self) -> int:
+        """The number of pipeline-parallel ranks."""
         return self.pp_group.size()
 
     @property
     def pp_rank(self) -> int:
+        """The index of this rank among its pipeline-parallel ranks."""
         return self.pp_group.rank()
 
     @property
     def cp_size(self) -> int:
+        """The number of context-parallel ranks."""
         return self.cp_group.size()
 
     @property
     def cp_rank(self) -> int:
+        """The index of this rank among its context-parallel ranks."""
         return self.cp_group.rank()
 
     @property
     def dp_size(self) -> int:
+        """The number of data-parallel ranks."""
         return self.dp_group.size()
 
     @property
     def dp_rank(self) -> int:
+        """The index of this rank among its data-parallel ranks."""
         return self.dp_group.rank()
 
     @property
     def ep_size(self) -> int:
+        """The number of expert-parallel ranks."""
         return self.ep_group.size()
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank belongs to the first pipeline stage, which has the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank belongs to the last pipeline stage, which has the output layer."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage that shares this rank's TP, CP and DP coordinates."""
+        """The global rank of the last pipeline stage that shares this rank's TP, CP and DP indices."""
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
 
     @property
     def is_first_of_replica(self) -> bool:
-        """The first of the TP x CP x PP ranks that work on the same problems."""
+        """Whether this rank is the first of the TP x CP x PP ranks that work on the same problems."""
         return self.tp_rank == self.cp_rank == self.pp_rank == 0
 
     @property
     def is_reporter(self) -> bool:
-        """The one rank that prints and writes metrics: rank 0 of the world."""
+        """Whether this rank prints and writes metrics: rank 0 of the world."""
         return self.rank == 0
 
 
@@ -105,10 +116,10 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def expand_segments(environment: MutableMapping[str, str], torch_version: str = torch.__version__) -> None:
-    """Let PyTorch's segments of GPU memory grow in place, unless ``environment`` says how they are to be made.
+    """Let PyTorch's segments of GPU memory grow in place, unless ``environment`` already configures the allocator.
 
-    Packed rows have other lengths from step to step.  Segments of fixed sizes would leave gaps that no later tensor
-    fits into.  Has an effect only before the first tensor on a GPU.
+    The lengths of packed sequences change from step to step.  Segments of fixed sizes would leave gaps that no later
+    tensor fits into.  The function has an effect only before the first tensor on a GPU.
     """
     if any(environment.get(name) for name in ALLOCATOR_VARIABLES):
         return
@@ -118,17 +129,19 @@ def expand_segments(environment: MutableMapping[str, str], torch_version: str = 
 
 
 def about_allocator(environment: Mapping[str, str]) -> str:
-    """Return how PyTorch's allocator of GPU memory was set up, for the log."""
+    """Return the environment variables that configure PyTorch's allocator of GPU memory, for the log."""
     found = [f"{name}={environment[name]}" for name in ALLOCATOR_VARIABLES if environment.get(name)]
     return " and ".join(found) or "PyTorch's defaults"
 
 
 def initialize(config: ParallelConfig, seed: int, *, shares_memory: bool = False) -> RankGrid:
-    """Start torch.distributed (unless it runs), Megatron's groups and the tensor-parallel random states.
+    """Start torch.distributed (unless it runs already), Megatron's groups and the tensor-parallel random states.
 
-    gloo on CPU, NCCL on GPUs (each rank takes the device LOCAL_RANK). A plain ``python`` start is a world of
-    one. ``shares_memory``: other processes may open this rank's GPU memory (CUDA IPC), which a system may not allow
-    for segments that grow; else they do (`expand_segments`).
+    The backend is gloo on a CPU and NCCL on GPUs, where each rank takes the device LOCAL_RANK.  A process that was
+    started by ``python`` without a launcher is a world of one rank.
+
+    ``shares_memory``: whether other processes may open this rank's GPU memory (CUDA IPC).  A system may not allow that
+    for segments that grow, so segments grow only where no memory is shared (`expand_segments`).
     """
     if not cpu.ON_CPU and not shares_memory:
         expand_segments(os.environ)
@@ -146,10 +159,10 @@ def initialize(config: ParallelConfig, seed: int, *, shares_memory: bool = False
 
 @contextlib.contextmanager
 def imagined(config: ParallelConfig, world_size: int, pp_rank: int) -> Iterator[RankGrid]:
-    """The `RankGrid` of the first rank of pipeline stage ``pp_rank`` in a world of any size, in this process alone.
+    """Yield the `RankGrid` of the first rank of stage ``pp_rank`` in a world of any size, without other processes.
 
-    The process group is torch's fake one: groups have their real sizes and ranks, collectives do nothing.  The device
-    is ``meta``.  Raises: RuntimeError in a process that already has a process group.
+    The process group is torch's fake group: groups have their real sizes and ranks, and collectives do nothing.  The
+    device is ``meta``.  Raises: RuntimeError in a process that already has a process group.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -165,7 +178,7 @@ def imagined(config: ParallelConfig, world_size: int, pp_rank: int) -> Iterator[
 
 
 def current_grid(config: ParallelConfig) -> RankGrid:
-    """The `RankGrid` of Megatron's initialised ``parallel_state``."""
+    """Return the `RankGrid` of Megatron's initialised ``parallel_state``."""
     return _grid(config, torch.device("cpu") if cpu.ON_CPU else torch.device("cuda", torch.cuda.current_device()))
 
 

@@ -1,14 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the ranks of a launch tell each other without a process group: that all are ready, and why one has failed.
+"""Messages between the ranks of a launch without a process group: all ranks are ready, or one rank has failed.
 
     ranks = RollCall()
-    word = ranks.answer("folder", "ready")      # waits for all ranks; all get rank 0's word
+    word = ranks.answer("folder", "ready")      # waits for all ranks and returns the word of rank 0
     ...
-    if ranks.failed(message, status):          # releases the others; true for one of the ranks with this message
+    if ranks.failed(message, status):           # releases the other ranks; True on one of the ranks with this message
         print(message)
 
-The ranks speak through the launch's store (torchrun's own; without torchrun rank 0 keeps it).  In a world of one rank
-nothing is waited for, and torch is not imported.
+The ranks communicate through the launch's store: torchrun's own store, or a store that rank 0 keeps.  A world of one
+rank waits for nothing and does not import torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _launches: Counter[str] = Counter()
 
 
 class OtherRankFailed(Exception):
-    """Another rank could not start, and has said why; this rank ends with the same exit status, without a word."""
+    """Another rank could not start and has printed why.
+
+    This rank ends with the same status and prints nothing.
+    """
 
     def __init__(self, status: int) -> None:
         super().__init__(f"another rank ended with status {status}")
@@ -50,7 +53,7 @@ def world_size() -> int:
 
 
 class RollCall:
-    """The ranks of one run of one launch.  Every rank makes one for the same run."""
+    """The ranks of one run of one launch.  Every rank creates one object for the same run."""
 
     def __init__(self) -> None:
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), world_size()
@@ -62,9 +65,9 @@ class RollCall:
         self._store: Any = None
 
     def answer(self, call: str, word: str = "", timeout_s: float = 1800.0) -> str:
-        """Wait until every rank has answered ``call``, one of `CALLS`; return the word of rank 0.
+        """Wait until every rank has answered ``call``, one of `CALLS`, and return the word of rank 0.
 
-        Raises: `OtherRankFailed` where a rank has called `failed` instead; `ConfigError` after ``timeout_s``.
+        Raises: `OtherRankFailed` if a rank calls `failed` instead; `ConfigError` after ``timeout_s`` seconds.
         """
         if self._alone:
             return word
@@ -85,11 +88,11 @@ class RollCall:
             ) from error
 
     def failed(self, message: str, status: int) -> bool:
-        """Tell the others that this rank ends because of ``message``; return whether this rank shall print it.
+        """Tell the other ranks that this rank ends because of ``message``; return whether this rank prints it.
 
-        Each message is printed once: by rank 0, or by one of the ranks that have it where rank 0 does not.  Ranks that
-        wait in `answer`, or come there later, raise `OtherRankFailed`.  Never raises: where the store cannot be
-        reached, the answer is True.
+        Each message is printed once: by rank 0 if rank 0 has the message, else by one of the ranks that have it.  Ranks
+        that wait in `answer`, or call it later, raise `OtherRankFailed`.  This method never raises: it returns True if
+        the store cannot be reached.
         """
         if self._alone:
             return True
@@ -119,7 +122,7 @@ class RollCall:
         return True
 
     def tell_torchrun(self, message: str) -> None:
-        """Put ``message`` where torchrun's report of failed ranks takes its "traceback" from."""
+        """Write ``message`` where torchrun looks for the "traceback" in its report of failed ranks."""
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:
             about = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -127,7 +130,7 @@ class RollCall:
                 Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
 
     def leave(self) -> None:
-        """End this rank's part after a failure: rank 0 waits until the other ranks have left, a few seconds at most."""
+        """End this rank's part after a failure; rank 0 waits a few seconds for the other ranks to leave first."""
         if self._alone or self._store is None:
             return
         try:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How a run is asked to end before its last step: SIGUSR1, SIGTERM, Ctrl-C, or the end of its time.
+"""The end of a run before its last step, asked for by SIGUSR1, SIGTERM or Ctrl-C, or forced by the end of its time.
 
     with listening():                            # before torch is imported: a signal that comes earlier is lost
         with interruptible():
@@ -9,8 +9,8 @@
             save a checkpoint
             stop.leave_marker(step)
 
-SIGUSR1 and SIGTERM only set a flag, however many there are: no step and no save is ever interrupted by one.  So does
-the first Ctrl-C (SIGINT).  The second Ctrl-C ends the process at once, also while the process waits in foreign code.
+SIGUSR1, SIGTERM and the first Ctrl-C (SIGINT) only set a flag, so no signal interrupts a step or a save.  The second
+Ctrl-C ends the process at once, even if the process waits in code outside Python.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _received: set[int] = set()
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Take note of `SIGNALS` instead of dying of them.  For the main thread."""
+    """Record each of `SIGNALS` instead of ending the process.  Only the main thread may enter this context."""
     _received.clear()
     before = {number: signal.signal(number, _take_note) for number in SIGNALS}
     try:
@@ -68,10 +68,10 @@ def _take_note(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let the first Ctrl-C do what SIGTERM does, and the second one end the process with `EXIT_INTERRUPTED`.
+    """Let the first Ctrl-C act like SIGTERM, and let the second Ctrl-C end the process with `EXIT_INTERRUPTED`.
 
-    torchrun answers a second Ctrl-C with SIGTERM, which counts as the second one there.  Rank 0 prints a line at each
-    press.  For the main thread.
+    torchrun answers a second Ctrl-C with SIGTERM, so SIGTERM after a Ctrl-C counts as the second Ctrl-C under torchrun.
+    Rank 0 prints a line at each Ctrl-C.  Only the main thread may enter this context.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -96,7 +96,7 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_sudden_end(act: Callable[[], None]) -> Iterator[None]:
-    """Within this context, call ``act`` in a thread before a second Ctrl-C ends the process."""
+    """Call ``act`` in a thread before a second Ctrl-C within this context ends the process."""
     _last_acts.append(act)
     try:
         yield
@@ -135,7 +135,7 @@ def _say(text: str) -> None:
 
 
 def _leave_wakeups_to_the_parent() -> None:
-    """A forked writer of checkpoints gets the same signal, and would report it a second time."""
+    """Stop a forked process, which saves a checkpoint, from reporting a Ctrl-C that its parent reports already."""
     if _own_wakeups:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.set_wakeup_fd(-1)
@@ -147,10 +147,10 @@ os.register_at_fork(after_in_child=_leave_wakeups_to_the_parent)
 
 
 class Stop:
-    """Whether the run shall end at this step boundary, the same answer on every rank.
+    """The decision whether the run ends at a step boundary, the same on every rank.
 
-    A run ends in time where what is left of its time is less than ``margin_minutes`` and its longest step so far; a
-    launch does at least one step before, so a limit that is too short for any still leads on.
+    A run ends for lack of time if the time that is left is less than ``margin_minutes`` plus the longest step so far.
+    A launch completes at least one step before it ends, so even a limit that is too short makes progress.
     """
 
     def __init__(
@@ -161,8 +161,12 @@ class Stop:
         time_limit_minutes: float | None = None,
         margin_minutes: float = 3.0,
     ) -> None:
-        """``run_dir``: None writes and removes no file.  ``time_limit_minutes``: after the start of this process; None:
-        when the Slurm job ends, if this is one.  A `MARKER` of an earlier launch is removed.  Not a collective."""
+        """Find the end of this process's time, and remove the `MARKER` of an earlier launch.
+
+        ``run_dir``: the run directory; None writes and removes no marker.  ``time_limit_minutes``: the time limit,
+        counted from the start of this process; None takes the end of the Slurm job, if there is a job.  Not a
+        collective.
+        """
         self._grid, self._marker = grid, None if run_dir is None else Path(run_dir) / MARKER
         self._margin_s = margin_minutes * 60
         self._ends: float | None = None  # in seconds of time.monotonic(); rank 0's counts
@@ -177,7 +181,10 @@ class Stop:
             self._find_end(time_limit_minutes)
 
     def agreed(self) -> bool:
-        """Once per step boundary.  Collectives: one all-reduce of an integer over the world."""
+        """Return whether the run shall end now; every rank calls this method once per step boundary.
+
+        Collectives: one all-reduce of an integer over the world.
+        """
         from megatron_selfdistill.distributed.collectives import max_over_ranks
 
         own = max(_received, default=0)
@@ -189,7 +196,7 @@ class Stop:
         return bool(code)
 
     def leave_marker(self, step: int) -> None:
-        """Say that the run can be started again, on rank 0; its checkpoint of ``step`` must lie there, whole."""
+        """Write on rank 0 that the run can be started again, after the checkpoint of ``step`` is complete."""
         if self._grid.is_reporter and self._marker is not None:
             self._marker.parent.mkdir(parents=True, exist_ok=True)
             self._marker.write_text(f"step {step}: {self.reason}\n")
@@ -222,9 +229,9 @@ class Stop:
 
 
 def seconds_left_in_slurm(environment: Mapping[str, str]) -> float | None:
-    """Until the Slurm job of ``environment`` ends; None where it has no limit.
+    """Return the seconds until the Slurm job of ``environment`` ends; None if the job has no limit.
 
-    Raises OSError or SubprocessError where squeue cannot be asked, ValueError for an answer that is no time.
+    Raises: OSError or SubprocessError if squeue cannot be run; ValueError for an answer that is not a time.
     """
     end = environment.get("SLURM_JOB_END_TIME")  # newer than Slurm 22.05
     if end is not None:
@@ -235,7 +242,10 @@ def seconds_left_in_slurm(environment: Mapping[str, str]) -> float | None:
 
 
 def seconds_of(duration: str) -> float | None:
-    """Of ``[days-][hours:]minutes:seconds``, as squeue writes it; None for UNLIMITED.  Raises ValueError otherwise."""
+    """Return the seconds of ``[days-][hours:]minutes:seconds``, squeue's format; None for UNLIMITED.
+
+    Raises: ValueError for any other text.
+    """
     if duration == "UNLIMITED":
         return None
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", duration)

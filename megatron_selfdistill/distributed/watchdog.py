@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Signs of progress, and what happens when they stay away on every rank: stacks, the name of who hangs, the end.
+"""Signs of progress, and the end of a run in which no rank makes progress: stacks, the hanging rank's name, exit.
 
     with watched(rank, world_size, folder, timeout_s):
-        ...                  # on the way: entered("train"), beat(), beat(), left("train")
+        ...                  # meanwhile: entered("train"), beat(), beat(), left("train")
 
-Ranks tell each other through a store of their own, never through a collective, which would hang along.
+The ranks exchange their signs through a store of their own, since a collective would hang like the run itself.
 """
 
 from __future__ import annotations
@@ -49,19 +49,22 @@ _signs = _Signs()
 
 
 def beat() -> None:
-    """This rank gets on: a token, a response, a microbatch, a bucket of weights.  Costs nothing."""
+    """Record that this rank made progress, such as a token, a response or a microbatch, at a negligible cost."""
     _signs.count += 1
 
 
 def entered(phase: str) -> None:
-    """A phase of a step begins; all ranks go through the same ones, so who is behind in them holds up the others."""
+    """Record that a phase of a step begins.
+
+    All ranks pass through the same phases, so a rank that is behind delays the others.
+    """
     _signs.count += 1
     _signs.place += 1
     _signs.phase = phase
 
 
 def left(phase: str) -> None:
-    """The phase is over."""
+    """Record that the phase ends."""
     _signs.count += 1
     _signs.place += 1
     _signs.phase = f"after {phase}"
@@ -69,8 +72,10 @@ def left(phase: str) -> None:
 
 @contextlib.contextmanager
 def moving_files() -> Iterator[None]:
-    """Libraries that cannot `beat` load or save: in here it is a sign of progress, too, that this process and those
-    that it started read or write at least a MiB between two looks."""
+    """Count bytes that are read or written as progress, while a library that cannot call `beat` loads or saves.
+
+    Progress is at least one MiB between two looks, by this process and the processes that it has started.
+    """
     _signs.count += 1
     _signs.moving_files += 1
     try:
@@ -82,12 +87,12 @@ def moving_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched(rank: int, world_size: int, folder: Path, timeout_s: float | None) -> Iterator[None]:
-    """While no rank gets on for ``timeout_s``, which None never does, the run ends.
+    """End the run if no rank makes progress for ``timeout_s`` seconds; None never ends the run.
 
-    Every rank appends its threads' stacks to ``folder/rank_N.txt``, rank 0 says on standard error and in
-    ``folder/verdict.txt`` who hangs, and all exit with `EXIT_HUNG`.  A rank whose interpreter is held up in foreign
-    code cannot end itself: it writes its stacks all the same, and its launcher ends it with the others.
-    Not a collective, but every rank of the world must come here.
+    Every rank then appends its threads' stacks to ``folder/rank_N.txt``.  Rank 0 writes on standard error and in
+    ``folder/verdict.txt`` which rank hangs, and all ranks exit with `EXIT_HUNG`.  A rank whose interpreter is blocked
+    in code outside Python cannot end itself: it still writes its stacks, and its launcher ends it with the other ranks.
+    Not a collective, but every rank of the world enters this context.
     """
     if timeout_s is None:
         yield
@@ -102,7 +107,7 @@ def watched(rank: int, world_size: int, folder: Path, timeout_s: float | None) -
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank last told of itself."""
+    """The last signs of one rank, as the rank has published them."""
 
     tick: int
     """Counts up for as long as the rank can speak."""
@@ -145,7 +150,7 @@ def hanging(reports: Mapping[int, Report | None], silent: frozenset[int]) -> dic
 
 
 def _missed(reports: Mapping[int, Report]) -> dict[int, str]:
-    """Ranks that others wait for in a collective, with its group, and that wait for nobody in another one."""
+    """Return the ranks for which others wait in a collective, with its group, and which wait in no other one."""
     groups: dict[str, dict[int, int]] = {}
     for rank, report in reports.items():
         for group, count in report.collectives.items():
@@ -159,7 +164,7 @@ def _missed(reports: Mapping[int, Report]) -> dict[int, str]:
 
 
 class _Watch:
-    """A thread beside the main one that publishes this rank's signs, reads the others', and ends the process."""
+    """The thread that publishes this rank's signs of progress, reads the other ranks', and ends the process."""
 
     def __init__(self, rank: int, world_size: int, folder: Path, timeout_s: float) -> None:
         self._rank, self._world_size, self._folder, self._timeout_s = rank, world_size, folder, timeout_s
@@ -177,11 +182,13 @@ class _Watch:
         self._heard: dict[int, tuple[Report | None, float]] = dict.fromkeys(range(world_size), (None, 0.0))
 
     def start(self) -> None:
+        """Start the thread."""
         self._file = self._opened()
         self._publish(stalled=False)  # from here on the others know of this rank, however soon it hangs
         self._thread.start()
 
     def close(self) -> None:
+        """End the thread."""
         self._closing.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -195,7 +202,7 @@ class _Watch:
                 self._folder.parent.rmdir()
 
     def _opened(self) -> IO[str]:
-        """This rank's file, open beforehand: C cannot open it, and a run that hangs perhaps neither."""
+        """Open this rank's file for stacks in advance: neither C code nor a hanging run can open a file."""
         self._made_run_dir = not self._folder.parent.exists()
         while True:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +224,7 @@ class _Watch:
                 self._end(verdict)  # never returns
 
     def _verdict(self) -> str | None:
-        """Why the run shall end now; None while somebody gets on."""
+        """Return the reason why the run must end now; None while a rank makes progress."""
         before, self._moved = self._moved, _bytes_moved() if _signs.moving_files else 0
         if _signs.count != self._count or abs(self._moved - before) >= _PIECE_BYTES:
             self._count, self._changed = _signs.count, self._clock
@@ -274,7 +281,7 @@ class _Watch:
         return f"{self._timeout_s / 60:.3g} minutes"
 
     def _end(self, verdict: str) -> None:
-        """Stacks, the message, and out: nothing else can be expected to work."""
+        """Write the stacks and the message, and exit, since nothing else can be expected to work."""
         try:
             faulthandler.cancel_dump_traceback_later()
             print(f"{time.strftime('%F %T')}: {verdict}", file=self._file, flush=True)
@@ -295,7 +302,7 @@ class _Watch:
             os._exit(EXIT_HUNG)
 
     def _without_stacks(self) -> str:
-        """Name the silent ranks whose file has stayed empty, also in that file; empty where there are none."""
+        """Return a note about silent ranks without stacks, written to their files too; empty without such ranks."""
         why = "a stopped process (SIGSTOP) or a dead node cannot write its stack"
         empty = []
         for rank in sorted(self._silent):
@@ -335,7 +342,7 @@ def _collectives() -> dict[str, int]:
 
 
 def _bytes_moved() -> int:
-    """Of files, by this process and those that it started and that still live; 0 where the system does not count."""
+    """Return the bytes that this process and its living children have read and written; 0 without a count."""
     own, total = psutil.Process(), 0
     for process in (own, *own.children(recursive=True)):
         with contextlib.suppress(psutil.Error, AttributeError):  # it has just ended; no Linux
@@ -345,7 +352,7 @@ def _bytes_moved() -> int:
 
 
 def _own_store(world_size: int, timeout_s: float) -> Any:
-    """A connection of its own: that of torch.distributed is busy while somebody waits through it."""
+    """Return the watch's own connection to the store; torch.distributed's is busy while a rank waits."""
     import torch.distributed as dist
 
     if world_size == 1:

@@ -216,7 +216,8 @@ def requirements() -> tuple[dict[str, str], dict[str, str]]:
 
 def declared_by(distribution: str, name: str) -> str:
     """Return the versions of ``name`` that an installed distribution declares, extras included; empty where there are
-    none, or only in a form that `satisfies` does not read."""
+    none, or only in a form that `satisfies` does not read.
+    """
     try:
         declared = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -233,7 +234,8 @@ def tested() -> dict[str, str]:
 @functools.cache
 def _constant(name: str) -> Any:
     """Return a constant of setup.py: as the build wrote it into the wheel, or, in a checkout, read from setup.py, which
-    is not run."""
+    is not run.
+    """
     written = _PACKAGE / "requirements.json"
     if written.is_file():
         return json.loads(written.read_text(encoding="utf-8"))[name]
@@ -320,7 +322,8 @@ _CLAUSE = re.compile(r"(>=|<|==)([0-9][0-9a-z.+]*)")
 
 def satisfies(version: str, wanted: str) -> bool:
     """Return whether ``version`` is in ``wanted``, a list of >=, < and ==; what follows the numbers of either, such as
-    a local build or a release candidate, does not count."""
+    a local build or a release candidate, does not count.
+    """
     compare: dict[str, Callable[[Any, Any], bool]] = {
         ">=": lambda a, b: a >= b,
         "<": lambda a, b: a < b,

@@ -82,7 +82,8 @@ os._exit(0)  # how a library takes its leave is not the question
 @contextlib.contextmanager
 def importing(names: Sequence[str], limit_s: float = IMPORT_LIMIT_S) -> Iterator[Callable[[], dict[str, ImportResult]]]:
     """The imports start at once; what is yielded waits for them, until ``limit_s`` after that start, and none goes on
-    afterwards.  ``names``: of `_IMPORTS`."""
+    afterwards.  ``names``: of `_IMPORTS`.
+    """
     deadline = time.monotonic() + limit_s
     with tempfile.TemporaryDirectory(prefix="selfdistill_doctor_", ignore_cleanup_errors=True) as folder:
         children = {name: _started(_IMPORTS[name], Path(folder) / name) for name in names}

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How sure a mean over problems is: the percentile bootstrap, in which the problems are drawn again."""
+"""The uncertainty of a mean over problems: the percentile bootstrap, which resamples the problems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over problems, and where 95 % of the means of resampled problems lie."""
+    """A mean over problems, and the interval of 95 % of the means of resampled problems."""
 
     mean: float
     low: float
@@ -27,13 +27,12 @@ class Interval:
 
 
 def bootstrap(values: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> list[Interval]:
-    """The interval of each column's mean: problems are resampled as they are, so all columns see the same draws.
+    """Return the interval of the mean of each column, from resampled problems, the same samples for all columns.
 
-    ``values``: float ``[num_problems, num_columns]``.  With differences of two models on the same problems for values
-    this is the paired bootstrap.  Problems are the only thing that is drawn: that their responses were sampled is
-    contained in how the values scatter.
-    Cost: num_resamples x num_problems draws.  Raises: ValueError for fewer than 2 problems, which say nothing of their
-    scatter.
+    ``values``: float ``[num_problems, num_columns]``.  If the values are differences of two models on the same
+    problems, the result is the paired bootstrap.  The function resamples problems only; the scatter of the values
+    contains the sampling of their responses. Cost: num_resamples x num_problems random numbers.  Raises: ValueError for
+    fewer than 2 problems.
     """
     if values.ndim != 2 or len(values) < 2:
         raise ValueError(
@@ -48,8 +47,10 @@ def bootstrap(values: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int 
 
 
 def resampled_means(values: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """``[num_resamples, num_columns]``: each row is the mean of num_problems rows of ``values``, drawn with
-    replacement."""
+    """Return ``[num_resamples, num_columns]``, each row the mean of num_problems rows sampled from ``values``.
+
+    The rows of ``values`` are sampled with replacement.
+    """
     num_problems = len(values)
     rng = np.random.default_rng(seed)
     rows = max(1, _MAX_ELEMENTS // num_problems)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Is model B better than model A?  Both on the same problems, compared problem by problem."""
+"""The comparison of two models on the same problems, problem by problem: is model B better than model A?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_selfdistill.evaluation.evaluations import Evaluation
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of both."""
+    """One metric of both evaluations."""
 
     metric: str
     a: float
@@ -46,21 +46,21 @@ class Comparison:
 
     @property
     def neither_answered(self) -> bool:
-        """Whether no response of A and of B is right."""
+        """Whether no response of A and of B is correct."""
         rates = ("greedy_accuracy", "avg_at_", "pass_at_")
         return not any(it.a or it.b for it in self.differences if it.metric.startswith(rates))
 
     def json(self) -> dict[str, Any]:
-        """As written into a file."""
+        """Return the comparison as plain values, the content of the file of --out."""
         return asdict(self)
 
 
 def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
-    """B against A: a paired bootstrap over problems (`bootstrap` of the differences), all metrics on the same draws.
+    """Compare B with A by a paired bootstrap over problems (`bootstrap` of the differences), the same samples for all metrics.
 
-    avg@k, pass@k and majority@k are unbiased estimates, so the two may have drawn different numbers of samples;
-    avg_at_N then is called avg_at_k.
-    Raises: `ConfigError` in one sentence unless both are of the same problems, at least 2.
+    avg@k, pass@k and majority@k are unbiased estimates, so A and B may have different numbers of samples; avg_at_N is
+    then called avg_at_k.
+    Raises: `ConfigError` unless A and B have the same problems, at least 2.
     """
     _require_same_problems(a, b)
     values_a, values_b = dict(a.values), dict(b.values)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The names in the folder of an evaluation, and whether a folder can be one; imports nothing heavy."""
+"""The names of the files of an evaluation, and checks of its directory; imports nothing heavy."""
 
 from __future__ import annotations
 

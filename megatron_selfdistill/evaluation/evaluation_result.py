@@ -30,7 +30,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one response."""
+    """The verdict on one response."""
 
     correct: bool
     length: int
@@ -52,25 +52,25 @@ class ProblemResult:
 
     @property
     def num_correct(self) -> int:
-        """Of the samples."""
+        """The number of correct samples."""
         return sum(verdict.correct for verdict in self.samples)
 
     def avg(self) -> float:
-        """avg@k for every k: the share of the samples that are right is its estimate from all of them."""
+        """Return avg@k for every k: its estimate from all samples is the share of correct samples."""
         return self.num_correct / len(self.samples)
 
     def pass_at_k(self, k: int) -> float:
-        """See `pass_at_k`."""
+        """Return the estimate of pass@k for this problem (`estimators.pass_at_k`)."""
         return pass_at_k(len(self.samples), self.num_correct, k)
 
     def majority_at_k(self, k: int) -> float:
-        """See `majority_at_k`."""
+        """Return the estimate of majority@k for this problem (`estimators.majority_at_k`)."""
         return majority_at_k([it.answer for it in self.samples], [it.correct for it in self.samples], k)
 
 
 @dataclass(frozen=True)
 class Overlooked:
-    """Responses that mention the answer of their problem, where the verifier found no response right at all."""
+    """The responses that mention the answer of their problem, in an evaluation without any correct response."""
 
     num_responses: int
     """All that were judged, greedy and sampled."""
@@ -80,8 +80,10 @@ class Overlooked:
     """The first ones' problems, and the ends of these responses."""
 
     def lines(self, verifier: str, show_contents: bool = True) -> list[str]:
-        """Return what a log says about them; ``verifier``: the value of evaluation.verifier; ``show_contents``: whether
-        it may quote responses."""
+        """Return the lines about these responses for the log.
+
+        ``verifier``: the value of evaluation.verifier.  ``show_contents``: whether the lines may quote responses.
+        """
         remedy = _REMEDIES.get(verifier, "look at what your verifier compares")
         shown = [
             f"  {problem.location}: the answer {json.dumps(problem.answer, ensure_ascii=False)}, "
@@ -109,7 +111,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Shares are of all responses of the kind; lengths are in tokens."""
+    """The numbers of an evaluation; shares refer to all responses of the kind, and lengths are in tokens."""
 
     num_problems: int
     num_samples: int
@@ -132,8 +134,10 @@ class EvaluationResult:
     """None where a response is right, or none mentions its answer."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
-        """The numbers under flat keys: evaluation/greedy_accuracy, .., evaluation/pass_at_8, evaluation/majority_at_8;
-        avg_at_N of N samples is another name of sampled_accuracy."""
+        """Return the numbers under flat keys: evaluation/greedy_accuracy, .., evaluation/pass_at_8, evaluation/majority_at_8.
+
+        avg_at_N of N samples is another name of sampled_accuracy.
+        """
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
         if self.sampled_accuracy is not None:
             numbers[f"avg_at_{self.num_samples}"] = self.sampled_accuracy

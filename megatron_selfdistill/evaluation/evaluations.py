@@ -29,7 +29,7 @@ from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a folder holds."""
+    """The content of an evaluation's directory."""
 
     folder: Path
     summary: dict[str, Any]
@@ -39,10 +39,10 @@ class Evaluation:
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the files of ``result`` and return the summary; ``about`` is what it says besides metrics and intervals.
+    """Write the files of ``result`` and return the summary; ``about`` is its content besides metrics and intervals.
 
-    Each file appears under its name only when complete, the summary last.  Transcripts, where there are any, go to
-    responses.jsonl.  Equal results make equal files.
+    Each file appears under its name only when it is complete, and the summary appears last.  Transcripts, if there are
+    any, go to responses.jsonl.  Equal results make equal files.
     """
     lines = [_line(problem, list(result.pass_at_k), list(result.majority_at_k)) for problem in result.problems]
     metrics = {name.removeprefix("/"): value for name, value in result.metrics("").items()}
@@ -58,7 +58,7 @@ def write_evaluation(folder: Path, result: EvaluationResult, about: Mapping[str,
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Raises: `ConfigError` in one sentence for a folder that holds no whole evaluation."""
+    """Return the evaluation in ``folder``.  Raises: `ConfigError` if the files are incomplete."""
     folder = Path(folder)
     require_evaluation(folder)
     try:
@@ -76,7 +76,10 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def data_fingerprint(problems: Sequence[Problem]) -> str:
-    """Hash of the ids, texts and answers in order; solutions, which an evaluation need not show, do not matter."""
+    """Return a hash of the problems' ids, texts and answers, in order.
+
+    Solutions do not change the hash, since an evaluation need not show them.
+    """
     return ProblemSet([dataclasses.replace(problem, solution="") for problem in problems]).fingerprint
 
 
@@ -93,7 +96,7 @@ def _line(problem: ProblemResult, ks: Sequence[int], majority_ks: Sequence[int])
 
 
 def _values(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Metric -> its number of each problem, in the order in which they are shown."""
+    """Return the number of each problem by metric, in the order in which the metrics are shown."""
 
     def column(numbers: Iterable[float]) -> np.ndarray:
         return np.array(list(numbers), dtype=np.float64)
@@ -113,7 +116,7 @@ def _values(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """95 % intervals over the problems; none for a single problem."""
+    """Return the 95 % intervals over the problems; none for a single problem."""
     columns = np.stack(list(values.values()), axis=1)
     found = bootstrap(columns) if len(columns) > 1 else []
     return {name: [it.low, it.high] for name, it in zip(values, found, strict=bool(found))}

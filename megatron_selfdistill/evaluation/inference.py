@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A model that only answers: weights from a checkpoint and a sampler, without optimizer and teacher."""
+"""A model that only generates: weights from a checkpoint and a sampler, without optimizer and teacher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_selfdistill.run_data import RunData
 
 @dataclass(frozen=True)
 class Inference:
-    """What answers, on this rank."""
+    """The model and its sampler on this rank."""
 
     chunks: list[torch.nn.Module]
     vocab: VocabShard
@@ -38,10 +38,10 @@ class Inference:
 
 @contextmanager
 def open_inference(config: Config, run_data: RunData, grid: RankGrid) -> Iterator[Inference]:
-    """The model of ``checkpoint.load`` (random weights where that is null) with the sampler of ``rollout``, ready to
-    generate; the sampler is closed on leaving.
+    """Open the model of ``checkpoint.load`` with the sampler of ``rollout``, and close the sampler at the end.
 
-    Every rank of the world enters and leaves it.  Raises: `ConfigError`, `CheckpointError`.
+    The weights are random if ``checkpoint.load`` is null.
+    Every rank of the world enters and leaves this context.  Raises: `ConfigError`, `CheckpointError`.
     """
     chunks = new_chunks(config, grid, run_data.vocab_size)
     if config.checkpoint.load is not None:
@@ -57,10 +57,10 @@ def open_inference(config: Config, run_data: RunData, grid: RankGrid) -> Iterato
 
 @contextmanager
 def converted(hf: Path, out: Path) -> Iterator[Path]:
-    """The Hugging Face folder ``hf`` as the Megatron checkpoint ``out``, with its companions, which goes on leaving.
+    """Convert the Hugging Face directory ``hf`` to the Megatron checkpoint ``out``, and remove ``out`` at the end.
 
-    ``out``: on storage that every rank sees; what a killed process left there is replaced.
-    Every rank of the world enters and leaves it; rank 0 converts.  Raises: `CheckpointError` on every rank.
+    ``out`` lies on storage that every rank sees; the function replaces what a killed process has left there.
+    Every rank of the world enters and leaves this context; rank 0 converts.  Raises: `CheckpointError` on every rank.
     """
 
     def convert() -> None:
@@ -76,7 +76,7 @@ def converted(hf: Path, out: Path) -> Iterator[Path]:
 
 
 def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn.Module]:
-    """This rank's chunks of the configured model, with initial weights."""
+    """Return this rank's chunks of the configured model, with initial weights."""
     architecture = None
     if config.model.provider is None:
         architecture = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
@@ -84,9 +84,10 @@ def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn
 
 
 def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> OutputLayer:
-    """`choose_output_layer` for the model of which this rank holds ``chunks``; the same on every rank of the world.
+    """Return `choose_output_layer` for the model of which this rank holds ``chunks``, the same on every rank of the world.
 
-    Collectives: one exchange over the world of what the last stages have against fusing.  Raises: `ConfigError`.
+    Collectives: one all_gather_object over the world, of the last stages' reasons against fusing.  Raises:
+    `ConfigError`.
     """
     last = unwrapped(chunks[-1])
     reasons = gather_objects(unfusable(last) if last.post_process else None)

@@ -13,7 +13,7 @@ from megatron_selfdistill.evaluation.comparison import Comparison
 
 
 def show_summary(summary: dict[str, Any], line: str) -> None:
-    """``summary``: that of `write_evaluation`; ``line``: what stands below the table."""
+    """Print the ``summary`` of `write_evaluation` as a table, with ``line`` below it."""
     model, data, settings = summary["model"], summary["data"], summary["settings"]
     iteration = "" if model["iteration"] is None else f", iteration {model['iteration']}"
     title = f"{model['path']}{iteration}\n{data['num_problems']} problems, {settings['num_samples']} samples each"
@@ -29,7 +29,7 @@ def show_summary(summary: dict[str, Any], line: str) -> None:
 
 
 def show_comparison(compared: Comparison) -> None:
-    """With a line for each setting that is not the same in both."""
+    """Print the comparison as a table, with a line for each setting that differs between the evaluations."""
     console = _console()
     caption = (
         f"paired bootstrap over {compared.num_problems} problems, {compared.num_resamples} resamples, "

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whether a response is right: verifiers that compare its final answer with the problem's, or one of the user's."""
+"""Verifiers, which judge whether a response is correct: comparisons of its final answer, or the user's function."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ MATH_TIMEOUT_SECONDS = 5
 
 
 def load_verifier(name: str) -> Verifier:
-    """exact_match, math_verify, or a function of the user's by its dotted path, ``package.module.function``.
+    """Return exact_match, math_verify, or the user's function with the dotted path ``package.module.function``.
 
-    Raises: ConfigError in one sentence if there is no such function.
+    Raises: `ConfigError` if there is no such function.
     """
     return function_named("evaluation.verifier", name, BUILT_IN)
 
 
 def judge(questions: Mapping[Key, tuple[Problem, str | None]], verifier: Verifier, grid: RankGrid) -> dict[Key, bool]:
-    """Whether each text answers its problem, over all replicas, equal on every rank; None (a truncated one) is wrong.
+    """Return whether each text answers its problem, over all replicas, equal on every rank; None, a truncated text, is wrong.
 
     See `judged_by_all`.
     """
@@ -47,13 +47,13 @@ def judge(questions: Mapping[Key, tuple[Problem, str | None]], verifier: Verifie
 def judged_by_all(
     questions: Mapping[Key, tuple[Problem, Said]], judgement: Callable[[Problem, Said], Verdict], grid: RankGrid
 ) -> dict[Key, Verdict]:
-    """``judgement(problem, what was said)`` of every question, over all replicas, equal on every rank.
+    """Return the judgement of every question, over all replicas, equal on every rank.
 
-    ``questions``: this replica's, the same and in the same order on each of its ranks, under keys that no other replica
-    has.  The ranks share the work: so nothing is judged twice, and a verifier with a time limit cannot give two ranks
-    different results.
+    ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks, under keys
+    that no other replica has.  ``judgement(problem, response)`` gives the verdict.  The ranks share the work, so that
+    no question is judged twice and a verifier with a time limit cannot give two ranks different results.
     Collectives: one all_gather_object over the world.
-    Raises: VerifierError, the same on every rank, where the verifier failed on one.
+    Raises: `VerifierError` on every rank if the verifier failed on one rank.
     """
     num_ranks = grid.tp_size * grid.cp_size * grid.pp_size
     rank = (grid.pp_rank * grid.cp_size + grid.cp_rank) * grid.tp_size + grid.tp_rank
@@ -73,10 +73,10 @@ def judged_by_all(
 
 
 def exact_match(response_text: str, problem: Problem) -> bool:
-    """Whether the response as a whole, or else its final answer, is ``problem.answer``, white space aside.
+    r"""Return whether the whole response, or else its final answer, is ``problem.answer``, up to white space.
 
-    The final answer is what stands after the last ``</think>``, and there, of these the first that occurs:
-    what the last ``\\boxed{..}`` holds; what follows the last ``####``; the last line that is not empty.
+    The final answer is in the text after the last ``</think>``.  It is the first that exists of: the content of the
+    last ``\boxed{..}``; the text after the last ``####``; the last line that is not empty.
     """
     assert problem.answer is not None
     wanted = " ".join(problem.answer.split())
@@ -84,13 +84,13 @@ def exact_match(response_text: str, problem: Problem) -> bool:
 
 
 def math_verify(response_text: str, problem: Problem) -> bool:
-    """Return whether the response passes `exact_match`, or math-verify takes what follows its last ``</think>`` to mean
-    the same as ``problem.answer``.
+    """Return whether the response passes `exact_match`, or math-verify finds it equivalent to ``problem.answer``.
 
-    The answer is read as LaTeX, with or without dollars.  An answer of words alone (``Paris``, ``yes``) is compared by
-    `exact_match` only, since math-verify would read it as a product of its letters; so is one that it cannot read.
-    Each parse and each comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong; a signal does that, so
-    outside the main thread there is no time limit.
+    math-verify reads the text after the response's last ``</think>``.  It reads the answer as LaTeX, with or without
+    dollars.  Only `exact_match` compares an answer of words alone (``Paris``, ``yes``), since math-verify would read it
+    as a product of its letters; the same holds for an answer that math-verify cannot read.  Each parse and each
+    comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong.  A signal enforces this limit, so there is none
+    outside the main thread.
     """
     assert problem.answer is not None
     if exact_match(response_text, problem):
@@ -108,9 +108,9 @@ def math_verify(response_text: str, problem: Problem) -> bool:
 
 
 def mentions_answer(response_text: str, problem: Problem) -> bool:
-    """Return whether ``problem.answer`` occurs in what follows the last ``</think>``, as whole words or a whole number.
+    """Return whether ``problem.answer`` occurs after the last ``</think>``, as whole words or a whole number.
 
-    White space does not count.  False for a problem without an answer.
+    White space does not count.  The result is False for a problem without an answer.
     """
     wanted = " ".join((problem.answer or "").split())
     text = " ".join(_after_thinking(response_text).split())
@@ -118,12 +118,12 @@ def mentions_answer(response_text: str, problem: Problem) -> bool:
 
 
 def voted_answer(response_text: str, verifier: Verifier) -> str | None:
-    """What a response votes for where the most frequent answer wins; equal strings are one answer, None is no vote.
+    """Return the answer for which a response votes in a majority; equal strings are one answer, and None is no vote.
 
-    With `math_verify`: the first expression that math-verify reads, a number rounded as it compares numbers (to 6
-    decimals), any other as sympy writes it, so ``1 + x^2`` and ``x^2 + 1`` are one answer but ``(x + 1)^2`` and its
-    expansion are two.  With any other verifier, and where nothing can be read (or not within MATH_TIMEOUT_SECONDS):
-    the final answer (`exact_match`), white space aside.
+    With `math_verify`, the vote is the first expression that math-verify reads: a number is rounded to the 6 decimals
+    of math-verify's comparison, and any other expression is printed by sympy, so ``1 + x^2`` and ``x^2 + 1`` are one
+    answer but ``(x + 1)^2`` and its expansion are two.  With any other verifier, and if nothing can be read within
+    MATH_TIMEOUT_SECONDS, the vote is the final answer (`exact_match`) up to white space.
     """
     answer = " ".join(final_answer(response_text).split()) or None
     if verifier is not math_verify or answer is None:
@@ -143,7 +143,7 @@ def voted_answer(response_text: str, verifier: Verifier) -> str | None:
 
 
 def check_answers(problems: Sequence[Problem], verifier: Verifier) -> None:
-    """Raises: ConfigError in one sentence where a built-in verifier would find no answer to compare with."""
+    """Raise `ConfigError` if a built-in verifier would find no answer to compare with."""
     unanswered = [problem for problem in problems if problem.answer is None]
     if unanswered and verifier in BUILT_IN.values():
         raise ConfigError(
@@ -160,7 +160,7 @@ BUILT_IN: dict[str, Verifier] = {"exact_match": exact_match, "math_verify": math
 
 
 def final_answer(text: str) -> str:
-    """See `exact_match`; "" where there is none."""
+    """Return the final answer as `exact_match` defines it; "" if there is none."""
     text = _after_thinking(text)
     boxed = _last_boxed(text)
     if boxed is not None:
@@ -176,12 +176,12 @@ def _after_thinking(text: str) -> str:
 
 
 def _seconds() -> int | None:
-    """How long math-verify may take; a signal ends it, which only the main thread can have."""
+    """Return the time limit of math-verify; a signal enforces it, which only the main thread can receive."""
     return MATH_TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
 def _written(expression: Any) -> str:
-    """A sympy expression; equal numbers are written alike."""
+    """Return a sympy expression as text; equal numbers give equal texts."""
     if not getattr(expression, "is_number", False) or expression.is_Integer or not expression.is_real:
         return str(expression)
     value = round(float(expression), 6)
@@ -191,7 +191,7 @@ def _written(expression: Any) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    """What the last ``\\boxed{`` holds up to the brace that closes it; None where none is closed."""
+    r"""Return the content of the last closed ``\boxed{..}``; None if there is none."""
     for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
         depth = 1
         for end in range(match.end(), len(text)):

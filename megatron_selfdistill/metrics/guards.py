@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""When a run is unhealthy: numbers that are not finite, entropy or length far from that of the start."""
+"""The guards of a run: numbers that are not finite, and entropy or length far from their values at the start."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SILENT_KL = 1e-6
 
 
 class RunUnhealthy(RuntimeError):
-    """The run should stop; the message says what was seen, what was expected and where to look."""
+    """The error that stops an unhealthy run; its message names the value, the expectation and where to look."""
 
 
 class Guards:
-    """Compares the metrics of every step with those of the first ``reference_steps``.
+    """The comparison of every step's metrics with those of the first ``reference_steps`` steps.
 
-    It reads loss/mean, gradient_norm, entropy/student and response/length_mean; a guard whose metric a run
-    does not have is silent.  Where every rank is given the same metrics, all ranks raise at the same step.
+    The guards read loss/mean, gradient_norm, entropy/student and response/length_mean; a guard is silent if the run
+    does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
     """
 
     def __init__(self, config: GuardsConfig) -> None:
@@ -33,11 +33,11 @@ class Guards:
         self.violations: dict[str, int] = {}
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Once per step, after it.
+        """Check the metrics of a finished step.
 
-        Raises: `RunUnhealthy`, at once as `check_finite`, or at the ``patience``-th step in a row that
-        violates a limit.  The first ``reference_steps`` finite values of a metric are its reference and are
-        not judged; after those, NaN violates every limit on it.
+        Raises: `RunUnhealthy` at once as `check_finite` does, or at the ``patience``-th consecutive step that violates
+        a limit. The first ``reference_steps`` finite values of a metric are its reference and are not judged; after
+        them, NaN violates every limit on the metric.
         """
         self.check_finite(step, metrics)
         for key in dict.fromkeys(limit.key for limit in self.limits):
@@ -51,9 +51,10 @@ class Guards:
                         self._judge(step, limit, metrics[key])
 
     def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raise `RunUnhealthy` where loss/mean or gradient_norm is NaN or infinite (option non_finite).
+        """Raise `RunUnhealthy` if loss/mean or gradient_norm is NaN or infinite (option non_finite).
 
-        To be called before the optimizer step, with what is known by then, so that the weights stay sound.
+        The trainer calls it before the optimizer step, with the metrics that are known by then, so that the weights
+        stay intact.
         """
         for key in ("loss/mean", "gradient_norm"):
             if self.config.non_finite and not math.isfinite(metrics.get(key, 0.0)):
@@ -64,11 +65,11 @@ class Guards:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """References and counters: with them a resumed run guards as if it had never stopped."""
+        """Return the references and counters, with which a resumed run guards as if it had never stopped."""
         return {"sums": dict(self.sums), "counts": dict(self.counts), "violations": dict(self.violations)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; limits and patience stay those of the configuration."""
+        """Restore the references and counters of `state_dict`; limits and patience come from the configuration."""
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
         self.violations = dict(state["violations"])
 
@@ -94,8 +95,8 @@ class Guards:
 def check_identity(loss: float, tolerance: float | None) -> None:
     """Raise `RunUnhealthy` unless ``|loss| <= tolerance``, in nats per token; None checks nothing.
 
-    ``loss``: mean divergence where the same weights read the same prompt as student and as teacher.  The
-    target is then the student's own distribution, and every divergence from it is 0.
+    ``loss``: the mean divergence with the same weights and the same prompt for student and teacher.  The target is then
+    the student's own distribution, and every divergence from it is 0.
     """
     if tolerance is not None and not abs(loss) <= tolerance:
         raise RunUnhealthy(
@@ -107,9 +108,9 @@ def check_identity(loss: float, tolerance: float | None) -> None:
 
 
 def check_teacher_canary(teacher_cross_entropy: float, maximum: float | None) -> None:
-    """Raise `RunUnhealthy` unless ``teacher_cross_entropy <= maximum``, nats per token; None checks nothing.
+    """Raise `RunUnhealthy` unless ``teacher_cross_entropy <= maximum``, in nats per token; None checks nothing.
 
-    ``teacher_cross_entropy``: of the first responses, as in `metrics.step_metrics`.
+    ``teacher_cross_entropy``: that metric of `metrics.step_metrics` for the first responses.
     """
     if maximum is not None and not teacher_cross_entropy <= maximum:
         raise RunUnhealthy(
@@ -138,7 +139,7 @@ def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: fl
 
 @dataclass(frozen=True)
 class _Limit:
-    """``metrics[key]`` must stay on one side of ``ratio`` times its reference."""
+    """A limit: ``metrics[key]`` must stay on one side of ``ratio`` times its reference."""
 
     name: str
     key: str
@@ -150,13 +151,14 @@ class _Limit:
     """A maximum is violated only beyond reference + slack."""
 
     def violated(self, value: float, reference: float) -> bool:
+        """Return whether ``value`` is beyond the limit for this ``reference``."""
         if self.is_minimum:
             return not value >= self.ratio * reference  # a NaN violates
         return not value <= max(self.ratio * reference, reference + self.slack)
 
 
 def _limits(config: GuardsConfig) -> list[_Limit]:
-    """Those that the configuration leaves on."""
+    """Return the limits that the configuration keeps."""
     limits = []
     if config.min_entropy_ratio is not None:
         advice = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Where the metrics and samples of a run go: JSON lines, TensorBoard, and console lines above a progress bar."""
+"""The log of a run's metrics and samples: JSON lines, TensorBoard, and console lines above a progress bar."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class MetricsLog:
         self._console = _Console(num_steps, output) if console and enabled else None
 
     def resume(self, step: int) -> None:
-        """Drop what was logged after ``step`` steps were done (for 0, everything), then open the files.
+        """Drop the log of all steps after ``step`` (for 0, the whole log), then open the files.
 
-        A run that is killed after it logged and before it saved a checkpoint runs those steps once more.  The
-        file is replaced as a whole: being killed here loses nothing.
+        A run that is killed after a log line and before the next checkpoint repeats these steps.  The function replaces
+        the file as a whole, so a kill at this point loses nothing.
         """
         if not self.enabled:
             return
@@ -75,7 +75,7 @@ class MetricsLog:
             self._console.start(step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of the step that has just run, after which ``step`` are done."""
+        """Log the metrics of the step that has just ended, after which ``step`` steps are done."""
         if not self.enabled:
             return
         self._write(step, metrics)
@@ -85,8 +85,10 @@ class MetricsLog:
                 self._console.step_line(step, [column for column in LINE if column.key in metrics], metrics)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics taken when ``step`` steps are done; always a line on the console, with the accuracies (of k > 1
-        for pass@k), or with all of them where there is no accuracy."""
+        """Log the metrics of an evaluation after ``step`` steps, with one line on the console.
+
+        The line shows the accuracies and pass@k for k > 1; without an accuracy it shows all metrics.
+        """
         if not self.enabled:
             return
         self._write(step, metrics)
@@ -94,9 +96,9 @@ class MetricsLog:
         self.message(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.4g}" for key in accuracies or metrics))
 
     def log_samples(self, step: int, make: Callable[[], Sequence[Sample]]) -> None:
-        """Show samples of the step after which ``step`` are done, and write them; ``make`` is called on the reporter.
+        """Show and save samples of the step after which ``step`` steps are done; only the reporter calls ``make``.
 
-        A sample never stops a run: whatever ``make`` or the writing raises is a warning of one line.
+        A sample never stops a run: an error of ``make`` or of the writing becomes a warning of one line.
         """
         if not self.enabled:
             return
@@ -117,13 +119,15 @@ class MetricsLog:
             self.message(f"warning: {warning}")
 
     def message(self, text: str) -> None:
-        """A line on the console, above the progress bar."""
+        """Print a line on the console, above the progress bar."""
         if self._console is not None:
             self._console.print(text)
 
     def close(self) -> None:
-        """Close the files and leave the terminal as it was; may be called twice.  A file that cannot be closed is a
-        warning."""
+        """Close the files and restore the terminal; a second call does nothing.
+
+        A file that cannot be closed becomes a warning.
+        """
         for part in (self._file, self._writer, self._console):
             try:
                 if part is not None:
@@ -139,7 +143,7 @@ class MetricsLog:
         self.close()
 
     def _open(self, step: int) -> None:
-        """Open both files; TensorBoard forgets what came after ``step``."""
+        """Open both files, and make TensorBoard drop the steps after ``step``."""
         self._file = self.path.open("a+", encoding="utf-8")  # readable: see `_restore`
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -148,14 +152,14 @@ class MetricsLog:
             self._writer = SummaryWriter(folder, purge_step=step + 1 if step else 0, flush_secs=10)
 
     def _is_there(self) -> bool:
-        """Whether the open file still has its name: somebody may remove or replace it while the run goes on."""
+        """Return whether the open file still has its name: another program may remove or replace it during the run."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return False
 
     def _restore(self) -> None:
-        """Write again what was logged, from the open file that has lost its name, and to TensorBoard, too.
+        """Write the log again from the open file that has lost its name, to its path and to TensorBoard.
 
         A file that has taken the name is kept as metrics.replaced.jsonl.
         """
@@ -196,7 +200,7 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl, in order, as numbers; one that a kill cut short is left out."""
+    """Return the lines of a run's metrics.jsonl in order, as numbers, without a last line that a kill cut short."""
     return [
         {key: float(value) for key, value in values.items()} | {"step": values["step"]}
         for _, values in _complete_lines(Path(run_dir) / METRICS_FILE)
@@ -204,12 +208,12 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
 
 
 def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's samples.jsonl, in order, without one that a kill cut short."""
+    """Return the lines of a run's samples.jsonl in order, without a last line that a kill cut short."""
     return [values for _, values in _complete_lines(Path(run_dir) / SAMPLES_FILE)]
 
 
 def _forget_after(step: int, path: Path) -> None:
-    """Drop the lines of later steps than ``step`` (for 0, all) from a file, which is replaced as a whole."""
+    """Drop the lines of steps after ``step`` (for 0, all lines) from a file, and replace the file as a whole."""
     kept = [line for line, values in _complete_lines(path) if step and values["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
@@ -235,7 +239,7 @@ def _json_number(value: float) -> float | str:
 
 
 class _Console:
-    """A progress bar where the output is a terminal; plain lines with the time left where it is not."""
+    """A progress bar if the output is a terminal, else plain lines with the remaining time."""
 
     def __init__(self, num_steps: int, output: Any) -> None:
         from rich.console import Console

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How long the rest of a run takes, estimated from its steps so far."""
+"""The estimate of the remaining time of a run, from the duration of its steps so far."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import time
 
 
 class Pace:
-    """The speed of a launch.  Its first step, which allocates and compiles, says nothing about the others."""
+    """The speed of a launch without its first step, which allocates memory and compiles."""
 
     def __init__(self, num_steps: int) -> None:
-        """``num_steps``: of the whole run."""
+        """Start the clock for a run of ``num_steps`` steps in all."""
         self.num_steps = num_steps
         self._warm: tuple[int, float] | None = None  # (steps done, clock) after the first step of this launch
         self._now = (0, 0.0)
 
     def advance(self, done: int) -> None:
-        """Note that ``done`` steps of the run are done now."""
+        """Record that ``done`` steps of the run are done now."""
         self._now = (done, time.monotonic())
         self._warm = self._warm or self._now
 
     @property
     def left(self) -> str:
-        """The time until the last step, such as ``5:15 left`` or ``2:05:15 left``, from the mean of all steps of the
-        launch but its first; empty before its third step."""
+        """Return the time until the last step, such as ``5:15 left`` or ``2:05:15 left``; empty before the third step.
+
+        The estimate is the mean of all steps of the launch except the first one.
+        """
         done, now = self._now
         if self._warm is None or done < self._warm[0] + 2:
             return ""

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Seconds and tokens per second of the phases of a step, and the memory they took."""
+"""The seconds and tokens per second of the phases of a step, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Mark: TypeAlias = "float | torch.cuda.Event"
 
 
 class Phases:
-    """Times the phases of a step on this rank::
+    """The clock of the phases of a step on this rank.
 
         with phases("rollout"):
             ...
         metrics |= phases.metrics(rollout=num_tokens)
 
-    A phase lasts from when the device (the current one, unless given) has done what was queued before it until it has
-    done what was queued in it.  On a GPU events mark both, so that no phase makes the host wait; `metrics` waits once.
-    A phase entered again adds up.
-    Beginning and end are signs of progress (distributed/watchdog.py).
+    A phase lasts from the moment when the device (the current device, unless given) has finished the work queued before
+    the phase until it has finished the work queued in the phase.  On a GPU, events mark both moments, so no phase makes
+    the host wait; `metrics` waits once.  The times of a phase that is entered again add up.
+    The beginning and the end of a phase are signs of progress (distributed/watchdog.py).
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -36,6 +36,7 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Time the phase ``name`` from the entry of this context to its end."""
         start = self._mark()
         watchdog.entered(name)
         yield
@@ -59,11 +60,11 @@ class Phases:
         return seconds
 
     def metrics(self, **tokens: float) -> dict[str, float]:
-        """What was timed since the last call, which begins anew; this rank's clock, not equal on all ranks.
+        """Return the times since the last call, by this rank's clock, and start anew; the ranks get different values.
 
-        seconds/PHASE; seconds/step, all of the time between the calls; tokens_per_second/PHASE for each
-        ``PHASE=tokens`` (of the global batch, as a phase lasts equally long everywhere); memory/peak_gib,
-        the most so far allocated on the device, or on CPU memory/rss_gib, resident in this process.
+        The keys are seconds/PHASE; seconds/step, the whole time between the calls; tokens_per_second/PHASE for each
+        ``PHASE=tokens`` (of the global batch, since a phase lasts equally long on all ranks); memory/peak_gib, the
+        largest allocation on the device so far, or memory/rss_gib, the resident memory of this process on a CPU.
         """
         by_phase = self._seconds()
         now = time.perf_counter()

@@ -157,8 +157,10 @@ def _visible(text: str) -> str:
 
 
 def _steers(character: str) -> bool:
-    """Return whether this is a control character, a mark for the direction of text or half of a surrogate pair, and not
-    a joiner of letters."""
+    """Return whether ``character`` is a control character, a mark of text direction or half of a surrogate pair.
+
+    A joiner of letters is none of these.
+    """
     return character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
 
 

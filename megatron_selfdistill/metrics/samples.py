@@ -41,8 +41,11 @@ class SampleToken:
 
     @property
     def log_ratio(self) -> float:
-        """log p(token) of the teacher minus that of the student, in nats: negative where the token is less likely for
-        the teacher; 0 without a teacher, and where the difference is not a number."""
+        """The teacher's log-prob of the token minus the student's, in nats; 0 without a teacher.
+
+        A negative value means that the token is less likely for the teacher.  A difference that is not a number is 0,
+        too.
+        """
         ratio = 0.0 if self.teacher_log_prob is None else self.teacher_log_prob - self.student_log_prob
         return 0.0 if math.isnan(ratio) else ratio
 
@@ -63,10 +66,12 @@ class Sample:
 
     @property
     def response(self) -> str:
+        """The text of the response: its tokens joined."""
         return "".join(token.text for token in self.tokens)
 
     @property
     def has_teacher(self) -> bool:
+        """Whether the sample has a teacher's numbers."""
         return any(token.teacher_log_prob is not None for token in self.tokens)
 
     def record(self) -> dict[str, Any]:
@@ -88,8 +93,10 @@ class Sample:
 
 
 def chosen(contexts: Sequence[ContextPair], count: int) -> list[tuple[ContextPair, range]]:
-    """Return the first response of each of the first ``count`` problems, with its span in the step's
-    ``PackedBatch.response_tokens``, in which the responses of all ``contexts`` follow each other."""
+    """Return the first response of each of the first ``count`` problems, with its span in the step's response tokens.
+
+    The span indexes ``PackedBatch.response_tokens``, in which the responses of all ``contexts`` follow each other.
+    """
     first: dict[str, tuple[ContextPair, range]] = {}
     start = 0
     for context in contexts:

@@ -1,7 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The numbers of one step over the global batch, with the same bits on every rank.
+"""The metrics of one step over the global batch, with the same bits on every rank.
 
-So whatever is decided from them is decided everywhere.  Entropies, log-probs and divergences are in nats.
+A decision that depends on these metrics is therefore the same on every rank.  Entropies, log-probs and divergences are
+in nats.
 """
 
 from __future__ import annotations
@@ -56,11 +57,10 @@ _SUMS = ("tokens/response", "targets", "sampled", "weighted", *_OVER)
 def step_metrics(
     output: StepOutput, sampler_log_probs: Tensor | None, grid: RankGrid, weight_cap: float = math.inf
 ) -> dict[str, float]:
-    """Means over the response tokens of the global batch, under flat keys; equal on all ranks.
+    """Return the means over the response tokens of the global batch, under flat keys, equal on all ranks.
 
-    ``sampler_log_probs`` [R_total], on the device: the sampler's raw log-prob of each of
-    ``PackedBatch.response_tokens``, of this replica, compared with the student's in this forward pass; None where
-    nobody sampled.
+    ``sampler_log_probs`` [R_total], on the device: the sampler's raw log-prob of each of this replica's
+    ``PackedBatch.response_tokens``, to compare with the student's in this forward pass; None if no sampler ran.
 
         tokens/response, loss/mean, student_nll = mean -log p(response token)
         loss/reverse_kl, entropy/{student,teacher,target}, entropy/target_minus_student = mean H(q) - H(p)
@@ -70,9 +70,9 @@ def step_metrics(
         sampler/log_prob_{mean,max}_abs_diff
         correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
 
-    A loss without a target (`schedule.next_token`) has the first line only; without ``sampler_log_probs`` or
-    without weights of rows theirs are missing.  A token with NaN makes the means that it enters NaN; percentiles leave
-    it out.
+    A loss without a target (`schedule.next_token`) has only the first line.  The sampler's keys need
+    ``sampler_log_probs``, and the correction's keys need token weights.  A token with NaN makes each mean that includes
+    the token NaN; percentiles skip the token.
     Collectives over the world: those of `over_all_ranks`, for 1.4 k sums and 3 maxima.  The host waits for the device
     once.
     """
@@ -114,11 +114,11 @@ def step_metrics(
 
 
 def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[float], list[float]]:
-    """(mean H(p), betas, mean H(softmax(beta m)) at each of them) over the global batch, equal on all ranks.
+    """Return (mean H(p), betas, mean H(softmax(beta m)) at each beta) over the global batch, equal on all ranks.
 
-    It is what `loss.batch_k.solve_batch_k` takes for the rule "batch".  Tokens with NaN are left out.
-    Collectives as `step_metrics`.
-    Raises: ValueError where the loss had no target, or no token had finite entropies.
+    `loss.batch_k.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
+    Collectives as in `step_metrics`.
+    Raises: ValueError if the loss has no target or no token has finite entropies.
     """
     sums = torch.zeros(2 + MAX_GRID, dtype=torch.float64, device=grid.device)
     betas = torch.zeros(MAX_GRID, dtype=torch.float64, device=grid.device)
@@ -145,14 +145,15 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
 def rollout_metrics(
     responses: Sequence[Response], grid: RankGrid, batch: PackedBatch | None = None
 ) -> dict[str, float]:
-    """Lengths of the global batch's responses in tokens, padding of its microbatches; equal on all ranks.
+    """Return the lengths of the global batch's responses and the padding of its microbatches, equal on all ranks.
 
-    ``responses``, ``batch``: of this replica, the same on each of its ranks.
-    Keys: tokens/rollout, response/length_mean, response/length_max, response/truncated_share (of those that
-    reached the limit), and with ``batch`` padding/student and padding/teacher (padding / all its tokens).
-    Where any response is guided: guided/share of the responses, and guided/log_ratio = mean log q - log p over their
-    tokens, how far off-policy they are for the student (an estimate of KL(q || p) in nats).
-    Without any response there is only the first.  Collectives as `step_metrics`.
+    ``responses`` and ``batch`` are this replica's, the same on each of its ranks.
+    Keys: tokens/rollout, response/length_mean, response/length_max, response/truncated_share (the share of the
+    responses that reached the limit), and with ``batch`` padding/student and padding/teacher (padding tokens / all
+    tokens).
+    If any response is guided: guided/share of the responses, and guided/log_ratio = mean log q - log p over their
+    tokens, which estimates KL(q || p) in nats: how far off-policy the guided responses are for the student.
+    Without any response, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
     sums = torch.zeros(10, dtype=torch.float64, device=grid.device)
     longest = torch.zeros(1, dtype=torch.float64, device=grid.device)
@@ -181,12 +182,12 @@ def rollout_metrics(
 
 
 def _holds_rows(grid: RankGrid) -> bool:
-    """The last stage has the rows; its tensor-parallel ranks all have the same ones."""
+    """Return whether this rank's tokens count: the last stage has them, the same on each tensor-parallel rank."""
     return grid.is_last_stage and grid.tp_rank == 0
 
 
 def _row_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None) -> dict[str, Tensor]:
-    """The summands of `_SUMS`, [R] float64 each; without those that this loss does not know."""
+    """Return the summands of `_SUMS`, [R] float64 each, without the numbers that this loss does not know."""
     student_log_prob = stats.student_log_prob.double()
     one = torch.ones_like(student_log_prob)
     rows = {"tokens/response": one, "loss/mean": stats.loss.double(), "student_nll": -student_log_prob}
@@ -220,7 +221,7 @@ def _histogram(k: Tensor, known: Tensor) -> Tensor:
 
 
 def _percentile(counts: Sequence[float], share: float) -> float:
-    """The nearest rank, the least value that ``share`` of all do not exceed: the middle of its bin."""
+    """Return the middle of the bin of the nearest rank: of the least value that ``share`` of all do not exceed."""
     wanted, seen, index = math.ceil(share * sum(counts)), counts[0], 0
     while seen < wanted:
         index += 1
@@ -237,10 +238,10 @@ def _padding(stream: Sequence[Microbatch]) -> tuple[int, int]:
 def over_all_ranks(sums: Tensor, maxima: Tensor, grid: RankGrid) -> tuple[list[float], list[float]]:
     """Return sums and maxima over the world, with the same bits on every rank; waits for the device once.
 
-    ``sums [n]``, ``maxima [m]``: float64, on the device; a rank whose values another one has too contributes zeros, and
-    -inf for its maxima.  No maximum may be NaN.
-    Collectives over the world: one sum of n + m * world_size values, in which each rank's maxima have places of their
-    own, and a broadcast of it.
+    ``sums [n]``, ``maxima [m]``: float64, on the device.  A rank whose values another rank has too contributes zeros,
+    and -inf for its maxima.  No maximum may be NaN.
+    Collectives over the world: one sum of n + m * world_size values, in which the maxima of each rank have places of
+    their own, and a broadcast of the sum.
     """
     if grid.world_size == 1:
         return _split(torch.cat([sums, maxima]).tolist(), len(sums))

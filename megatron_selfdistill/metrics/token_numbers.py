@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The loss's numbers of a few response tokens, gathered from the ranks of one replica."""
+"""The loss's numbers of selected response tokens, gathered from the ranks of one replica."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_selfdistill.pipeline.schedule import StepOutput
 
 
 def token_numbers(output: StepOutput, spans: Sequence[range], grid: RankGrid) -> list[dict[str, list[float]]]:
-    """Return, for each span of ``PackedBatch.response_tokens``, each of `NUMBERS` with one float64 per token.
+    """Return, for each span of ``PackedBatch.response_tokens``, one float64 per token for each of `NUMBERS`.
 
-    ``spans``: ascending, without a common index.
+    ``spans``: ascending ranges without a common index.
 
-    The ranks of one replica call it with the same spans, and all get the same values: those of their last pipeline
-    stage, whose context-parallel ranks hold some of the tokens each.
+    The ranks of one replica call it with the same spans, and all get the values of their last pipeline stage, whose
+    context-parallel ranks hold some of the tokens each.
     Collectives, of 5 float64 per token: `over_last_stage`, then a broadcast over the pipeline.
     """
     wanted = torch.tensor([index for span in spans for index in span], dtype=torch.int64)

@@ -36,11 +36,11 @@ def plot_curves(
     title: str | None = None,
     dpi: int = 110,
 ) -> Path:
-    """Write one picture (its format is the suffix of ``path``) and return its path.
+    """Draw one picture, whose format is the suffix of ``path``, and return its path.
 
-    ``runs``: label -> run folder, in the order of the legend.  A run without a panel's metric is left out of that
-    panel (a baseline has no entropy).  A curve ends where its run ended, also where a guard stopped it.
-    Raises: ValueError where no run has any of the metrics, naming them.
+    ``runs``: label -> run directory, in the order of the legend.  A panel skips a run without its metric, as a baseline
+    has no entropy.  A curve ends where its run ended, also where a guard stopped the run.
+    Raises: ValueError, which names the metrics, if no run has any of them.
     """
     from matplotlib.figure import Figure  # without pyplot: no display is needed and no state is left
 
@@ -75,7 +75,7 @@ def plot_curves(
 
 
 def curve(lines: Sequence[Mapping[str, float]], panel: Panel) -> tuple[list[float], list[float]]:
-    """(steps, values) of a panel's metric, values smoothed as it says; both empty where no line has it."""
+    """Return (steps, values) of a panel's metric, smoothed as the panel says; both are empty if no line has the metric."""
     points = [(line["step"], line[panel.key]) for line in lines if panel.key in line]
     values = [value for _, value in points]
     means = []

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a run says when it ends: what it made, and the commands that come next."""
+"""The last lines of a run: the files that the run has made, and the commands that come next."""
 
 from __future__ import annotations
 
