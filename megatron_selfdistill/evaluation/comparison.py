@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The comparison of two models on the same problems, problem by problem: is model B better than model A?"""
+"""The comparison of two models on the same problems, problem by problem, to tell whether B is better than A."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Comparison:
 
 
 def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
-    """Compare B with A by a paired bootstrap over problems (`bootstrap` of the differences), the same samples for all metrics.
+    """Compare B with A by a paired bootstrap over problems: `bootstrap` of the differences of all metrics.
 
     avg@k, pass@k and majority@k are unbiased estimates, so A and B may have different numbers of samples; avg_at_N is
     then called avg_at_k.

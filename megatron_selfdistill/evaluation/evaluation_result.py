@@ -134,7 +134,7 @@ class EvaluationResult:
     """None where a response is right, or none mentions its answer."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
-        """Return the numbers under flat keys: evaluation/greedy_accuracy, .., evaluation/pass_at_8, evaluation/majority_at_8.
+        """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.
 
         avg_at_N of N samples is another name of sampled_accuracy.
         """

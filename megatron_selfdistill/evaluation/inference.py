@@ -84,7 +84,7 @@ def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn
 
 
 def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> OutputLayer:
-    """Return `choose_output_layer` for the model of which this rank holds ``chunks``, the same on every rank of the world.
+    """Return `choose_output_layer` for the model of which this rank holds ``chunks``, equal on all ranks.
 
     Collectives: one all_gather_object over the world, of the last stages' reasons against fusing.  Raises:
     `ConfigError`.

@@ -37,7 +37,7 @@ def load_verifier(name: str) -> Verifier:
 
 
 def judge(questions: Mapping[Key, tuple[Problem, str | None]], verifier: Verifier, grid: RankGrid) -> dict[Key, bool]:
-    """Return whether each text answers its problem, over all replicas, equal on every rank; None, a truncated text, is wrong.
+    """Return whether each text answers its problem, equal on every rank; None, a truncated text, is wrong.
 
     See `judged_by_all`.
     """

@@ -75,7 +75,7 @@ def plot_curves(
 
 
 def curve(lines: Sequence[Mapping[str, float]], panel: Panel) -> tuple[list[float], list[float]]:
-    """Return (steps, values) of a panel's metric, smoothed as the panel says; both are empty if no line has the metric."""
+    """Return (steps, values) of a panel's metric, smoothed as the panel says; both empty without the metric."""
     points = [(line["step"], line[panel.key]) for line in lines if panel.key in line]
     values = [value for _, value in points]
     means = []
