@@ -79,7 +79,8 @@ class StepTurns:
     """The turn of each of ``problems``."""
     metrics: Mapping[str, float]
     """Counts over the global batch, equal on all ranks: turns/skipped_long and turns/skipped_bad count the
-    turns that were replaced in this step; turns/shortened, where ``data.on_long_context`` shortens, the cut solutions."""
+    turns that were replaced in this step; turns/shortened counts the cut solutions, where ``data.on_long_context``
+    shortens."""
 
 
 class LoggedTurns:

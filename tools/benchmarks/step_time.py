@@ -5,7 +5,7 @@ r"""Measure the price of self-distillation: a training step, against next-token 
     torchrun --nproc-per-node 8 tools/benchmarks/step_time.py --tp 8 --layers 32 --hidden 4096 --vocab 128256 \
         --fused keep_gradient
 
-The model is random and dense; prompts, hints and responses have fixed lengths, and the model's own sampler generates the
+The model is random and dense; prompts, hints and responses have fixed lengths, and its own sampler generates the
 responses.  Steps of self-distillation and of next-token training (the same student contexts packed for themselves, no
 teacher, no rollout) take turns with the two things that self-distillation cannot avoid: the student's step (next-token
 training on the microbatches of self-distillation) and the teacher's forward (hidden states of its microbatches, and

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""`selfdistill evaluate` with the real vLLM: the same greedy responses, verdicts and files as with the trainer's sampler."""
+"""`selfdistill evaluate` with the real vLLM: greedy responses, verdicts and files as with the trainer's sampler."""
 
 from __future__ import annotations
 
