@@ -98,7 +98,7 @@ def test_the_table_names_the_row_the_figure_the_bound_and_where_it_ran():
 def test_the_command_ends_with_1_where_a_check_failed(tmp_path, value, status):
     root = Path(__file__).resolve().parents[2]
     code = (
-        "import sys; from tests.gpu import command, stages; from gpu.runner import Stage\n"
+        "import sys; from tests.gpu import command, stages; from tests.gpu.runner import Stage\n"
         f"one = Stage('one', [sys.executable, '-c', {REPORT!r}, 'one', {value!r}], 60.0, ('one',))\n"
         "stages.chosen = lambda arguments: [one]\n"
         f"sys.exit(command.main(['--device', 'cpu', '--record', {str(tmp_path / 'out.jsonl')!r}]))"

@@ -237,11 +237,11 @@ def test_seconds_within_a_part_count_for_that_part_alone(tools, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["--placement", "server"], ["--placement=server"]])
-def test_a_weight_sync_to_servers_is_measured_by_its_own_script(monkeypatch, words):
+def test_a_weight_sync_to_servers_is_measured_by_its_own_script(tools, monkeypatch, words):
     called: list[list[str]] = []
     stand_in = ModuleType("server_sync")
     stand_in.main = lambda: called.append(sys.argv[1:])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "server_sync", stand_in)
     monkeypatch.setattr(sys, "argv", ["weight_sync.py", "--layers=2", *words, "--transfers", "gloo"])
-    load_script(TOOLS / "weight_sync.py").main()
+    tools("weight_sync").main()
     assert called == [["--layers=2", "--transfers", "gloo"]]

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -27,11 +28,12 @@ SHIPPED = "setup.py pyproject.toml MANIFEST.in LICENSE README.md CHANGELOG.md co
 CONFIGS = sorted(str(path.relative_to(REPOSITORY / "configs")) for path in (REPOSITORY / "configs").rglob("*.yaml"))
 
 WHAT_IS_FOUND = """
-import importlib.metadata, json
+import importlib.metadata, json, sys
 import megatron_selfdistill
+installed = list(importlib.metadata.distributions(name="megatron_selfdistill"))
+sys.path += DEPENDENCIES
 from megatron_selfdistill.config.paths import config_dir
 folder = config_dir()
-installed = importlib.metadata.distributions(name="megatron_selfdistill")
 print(json.dumps({
     "package": megatron_selfdistill.__file__,
     "version": megatron_selfdistill.__version__,
@@ -39,7 +41,7 @@ print(json.dumps({
     "configs": sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml")),
     "scripts": [f"{script.name} = {script.value}" for it in installed for script in it.entry_points],
 }))
-"""
+""".replace("DEPENDENCIES", repr([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
 
 
 def pip(*arguments: str, cwd: Path) -> None:

@@ -29,12 +29,12 @@ OWN = [
 
 
 @pytest.fixture(scope="module")
-def data(data) -> Path:
-    """Without the solutions."""
-    records = [json.loads(line) for line in (data / "problems.jsonl").read_text().splitlines()]
+def data(own_data) -> Path:
+    """A copy of the problems without their solutions."""
+    records = [json.loads(line) for line in (own_data / "problems.jsonl").read_text().splitlines()]
     lines = [json.dumps({key: value for key, value in record.items() if key != "solution"}) for record in records]
-    (data / "problems.jsonl").write_text("\n".join(lines) + "\n")
-    return data
+    (own_data / "problems.jsonl").write_text("\n".join(lines) + "\n")
+    return own_data
 
 
 @pytest.mark.parametrize(

@@ -42,17 +42,17 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def data(data: Path) -> Path:
+def data(own_data: Path) -> Path:
     """Besides, logged conversations of one turn each."""
-    from pretraining import write_records
+    from _lib.pretraining import write_records
 
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
-    (data / "template.jinja").write_text(template)
+    (own_data / "template.jinja").write_text(template)
     turns = [(f"{number:03d}-0=", f"{number:03d}", "thanks") for number in range(40)]
     roles = ("user", "assistant", "user")
     records = [{"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]} for texts in turns]
-    write_records(data / "chats.jsonl", records)
-    return data
+    write_records(own_data / "chats.jsonl", records)
+    return own_data
 
 
 def arguments(data: Path, run_dir: Path, *options: str) -> list[str]:

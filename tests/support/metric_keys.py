@@ -16,7 +16,7 @@ PAGE = REPOSITORY / "docs" / "metrics.md"
 
 SOURCES = [
     PACKAGE / "trainer.py",
-    PACKAGE / "evaluation" / "held_out.py",
+    *(PACKAGE / "evaluation" / name for name in ("held_out.py", "evaluation_result.py")),
     *(PACKAGE / "metrics" / name for name in ("step.py", "phases.py")),
     *(file for room in ("rollout", "sources") for file in sorted((PACKAGE / room).rglob("*.py"))),
 ]
