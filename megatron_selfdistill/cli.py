@@ -67,10 +67,10 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; ``argv``: the arguments, those of this process where it is None.
+    """Run a command and return its exit status; ``argv`` None stands for the arguments of this process.
 
-    Arguments that begin with no command are those of ``train``.  Returns 2, after one sentence or the list of commands
-    on standard error, for a word that is no command, for a package that is not installed, and for no arguments at all.
+    Arguments that do not begin with a command belong to ``train``.  Returns 2, after a message or the list of commands
+    on standard error, for an unknown command, for a package that is not installed, and for no arguments at all.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """Return the first word of ``argv`` where it can be a command, known or not; else ``train``."""
+    """Return the first word of ``argv`` if it has the form of a command, known or not; else ``train``."""
     return argv[0] if argv and _WORD.fullmatch(argv[0]) else "train"
 
 

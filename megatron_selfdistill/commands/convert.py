@@ -1,12 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Convert Hugging Face folders and Megatron checkpoints, one into the other, and describe them.
+"""Convert Hugging Face directories to Megatron checkpoints and back, and describe both.
 
     selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3
     selfdistill checkpoint.load=checkpoints/qwen3 data.tokenizer=Qwen3-8B data.path=problems.jsonl run_dir=runs/first
     selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --out Qwen3-8B-distilled
     selfdistill convert inspect runs/first/checkpoints
 
-One process, no GPU.  Memory does not grow with the model: about twice its largest tensor.
+The command runs in one process and needs no GPU.  It takes about twice the memory of the model's largest tensor,
+whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 2 with one sentence where something does not fit."""
+    """Run the command line ``argv`` and return the exit status: 0, or 2 after a message about bad input."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written goes
-    # What --help and a mistyped option need not wait for; torch is imported once the arguments make sense.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that partial files are removed
+    # --help and a mistyped option do not wait for these imports; torch is imported after the arguments are checked.
     from megatron_selfdistill.compat.known_warnings import silence_known_warnings
     from megatron_selfdistill.errors import CheckpointError, ConfigError
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_hf_to_megatron(arguments: argparse.Namespace) -> None:
-    """Raise CheckpointError for what can be seen without torch."""
+    """Raise `CheckpointError` for every mistake that can be found without importing torch."""
     from megatron_selfdistill import prechecks
     from megatron_selfdistill.checkpoint.directory import require_free
 
@@ -63,11 +64,12 @@ def check_hf_to_megatron(arguments: argparse.Namespace) -> None:
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> int:
+    """Convert a Hugging Face directory to a Megatron checkpoint, and return the exit status."""
     from megatron_selfdistill.checkpoint import conversion
 
     dtype = conversion.DTYPES[arguments.dtype] if arguments.dtype else None
     with _progress() as progress:
-        written = conversion.hf_to_megatron(
+        target = conversion.hf_to_megatron(
             arguments.hf,
             arguments.out,
             dtype=dtype,
@@ -76,14 +78,14 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
         )
     from megatron_selfdistill.checkpoint.describe import megatron_lm_usage
 
-    print(f"{written}: load it with checkpoint.load={arguments.out}")
-    for name, value in megatron_lm_usage(written).items():
+    print(f"{target}: load it with checkpoint.load={arguments.out}")
+    for name, value in megatron_lm_usage(target).items():
         print(f"{name}: {value}")
     return 0
 
 
 def check_megatron_to_hf(arguments: argparse.Namespace) -> None:
-    """Raise CheckpointError for what can be seen without torch."""
+    """Raise `CheckpointError` for every mistake that can be found without importing torch."""
     from megatron_selfdistill import prechecks
     from megatron_selfdistill.checkpoint.directory import require_free
     from megatron_selfdistill.checkpoint.formats.hf_files import read_config
@@ -95,10 +97,11 @@ def check_megatron_to_hf(arguments: argparse.Namespace) -> None:
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
+    """Convert a Megatron checkpoint to a Hugging Face directory, and return the exit status."""
     from megatron_selfdistill.checkpoint import conversion
 
     with _progress() as progress:
-        written = conversion.megatron_to_hf(
+        target = conversion.megatron_to_hf(
             arguments.megatron,
             arguments.out,
             iteration=arguments.iteration,
@@ -109,12 +112,12 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
             allow_non_finite=arguments.allow_non_finite,
             progress=progress,
         )
-    print(f"{written}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(written)!r})")
+    print(f"{target}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})")
     return 0
 
 
 def check_inspect(arguments: argparse.Namespace) -> None:
-    """Raise CheckpointError for what can be seen without torch."""
+    """Raise `CheckpointError` for every mistake that can be found without importing torch."""
     from megatron_selfdistill import prechecks
 
     if not prechecks.is_hugging_face(arguments.checkpoint):
@@ -122,6 +125,7 @@ def check_inspect(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
+    """Print the description of a checkpoint or a Hugging Face directory, and return the exit status."""
     from megatron_selfdistill.checkpoint.describe import describe
 
     found = describe(arguments.checkpoint)
@@ -133,7 +137,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar with bytes and the time that is left, where there is a terminal; decisions as lines above it."""
+    """Show a bar with bytes and the remaining time if stderr is a terminal, and decisions as lines above the bar."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar

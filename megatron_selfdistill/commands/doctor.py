@@ -34,31 +34,32 @@ from megatron_selfdistill.doctor.findings import (
 )
 
 MINUTES = 2.5
-"""For the checks, from the first line of this file to the last line of the table; launchers take some seconds besides.
-The warm-up between, in which a cold node compiles, may take as long again: five minutes in all."""
+"""The limit for the checks in minutes, from the first line of this file to the last line of the table.
+
+The warm-up, in which a cold node compiles, may take as long again, and launchers take some seconds besides."""
 MARGIN_S = 15.0
-"""After which a process ends that has not even met the others."""
+"""The time after which a process ends that has not met the other ranks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report, and do what the arguments ask for; 1 where a run cannot start here or a check fails, else 0."""
+    """Print the report, run what the arguments ask for, and return 1 for a failure or a failed check, else 0."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(
         prog="selfdistill doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--brief", action="store_true", help="one line where all is well, else one for each failure")
+    parser.add_argument("--brief", action="store_true", help="print one line, or one line for each failure")
     parser.add_argument(
-        "--ranks", type=_positive(int), metavar="N", help="that will start on this node: 1 where it has fewer GPUs"
+        "--ranks", type=_positive(int), metavar="N", help="ranks that will start on this node; fewer GPUs are a failure"
     )
     parser.add_argument("--selftest", action="store_true", help="let the ranks of this launch compute and compare")
     parser.add_argument(
-        "--sampler", choices=["megatron", "vllm"], help="whom the self-test sends weights (default: vllm where it is)"
+        "--sampler", choices=["megatron", "vllm"], help="the self-test's sampler (default: vllm if installed)"
     )
     parser.add_argument(
         "--minutes",
         type=_positive(float),
         metavar="M",
-        help=f"for the checks, and as long for a cold node's compilers (default: {MINUTES:g})",
+        help=f"limit for the checks, and again for a cold node's compilers (default: {MINUTES:g})",
     )
     arguments = parser.parse_args(argv)
     if not arguments.selftest:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(findings: Sequence[Finding]) -> int:
-    """Print them, and what follows; 1 where a run cannot start here, else 0."""
+    """Print the findings and their consequences, and return 1 if a run cannot start here, else 0."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{finding.name:<{width}}  {finding.status:<7}  {finding.found}")
@@ -89,7 +90,10 @@ def report(findings: Sequence[Finding]) -> int:
 
 
 def brief(findings: Sequence[Finding]) -> int:
-    """For many nodes: a line with this one's name and all that should be alike on every one, or its failures only."""
+    """Print one line with this node's name and everything that should be equal on all nodes, or only its failures.
+
+    Returns 1 if a run cannot start here, else 0.
+    """
     host = platform.node()
     failures = [finding for finding in findings if finding.status == FAILURE]
     for finding in failures:
@@ -98,19 +102,20 @@ def brief(findings: Sequence[Finding]) -> int:
         return 1
     required, _ = requirements()
     others = [f"{f.name} {f.found}" for f in findings if f.name in required and not f.short]
-    said = [f"{finding.name} {finding.short}" for finding in findings if finding.short]
-    said.append(f"{len(others)} other packages {hashlib.sha256('; '.join(others).encode()).hexdigest()[:8]}")
+    parts = [f"{finding.name} {finding.short}" for finding in findings if finding.short]
+    parts.append(f"{len(others)} other packages {hashlib.sha256('; '.join(others).encode()).hexdigest()[:8]}")
     warnings = [finding.name for finding in findings if finding.status == WARNING]
     if warnings:
-        said.append(f"warnings about {', '.join(warnings)}")
-    print(f"{host}: ok; {'; '.join(said)}")
+        parts.append(f"warnings about {', '.join(warnings)}")
+    print(f"{host}: ok; {'; '.join(parts)}")
     return 0
 
 
 def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
-    """The report, of rank 0 and of every rank that has failures, then the self-test; 1 on all ranks where any fails.
+    """Print the reports of rank 0 and of every rank with failures, then run the self-test.
 
-    ``deadline``: of all of it, by the monotonic clock.
+    Returns 1 on all ranks if a rank has a failure or a check fails, else 0.  ``deadline``: the end of the whole
+    command, by the monotonic clock.
     """
     importlib.import_module("megatron_selfdistill.selftest.launch_environment").set_environment()
     rank = os.environ.get("RANK", "0")
@@ -131,10 +136,10 @@ def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
 
 
 def what_a_run_uses(findings: Sequence[Finding]) -> list[str]:
-    """The choices that a run makes by what is there."""
+    """Return the lines about the choices that a run makes according to ``findings``."""
     gpu = num_gpus() > 0
     status = {finding.name: finding.status for finding in findings}
-    has = {name: status[name] in (OK, WARNING) for name in OPTIONAL}  # a run does not ask for its version
+    has = {name: status[name] in (OK, WARNING) for name in OPTIONAL}  # a run does not check the version
     layers = "Transformer Engine's" if gpu and has["transformer-engine"] else "Megatron's local"
     fused = status["apex"] == OK
     adam = "apex's" if fused else "Transformer Engine's" if gpu and has["transformer-engine"] else "torch's"
@@ -148,8 +153,9 @@ def what_a_run_uses(findings: Sequence[Finding]) -> list[str]:
 
 @contextlib.contextmanager
 def _ended_after(seconds: float) -> Iterator[None]:
-    """The process ends with 1 where this takes longer, whatever it waits for: the self-test's own watch starts only
-    when all ranks have imported everything and found each other.
+    """End the process with status 1 if this context lasts longer than ``seconds``, whatever the process waits for.
+
+    The self-test's own watch starts only after all ranks have imported everything and found each other.
     """
 
     def end() -> None:

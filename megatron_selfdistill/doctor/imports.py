@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whether packages with compiled parts load here: each is imported by a process of its own, all of them at once.
+"""Imports of packages with compiled parts, each in a process of its own, all at the same time.
 
     with importing(["megatron-core", "vllm"], limit_s=300) as outcomes:
-        ...                                    # whatever else there is to do meanwhile
+        ...                                    # other work meanwhile
         outcomes()["vllm"].error               # "ImportError: ... undefined symbol ..."
 
-What a package breaks while it is imported, it breaks there; like a run, these processes have the working folder first
-on their path.  Needs nothing but Python.
+A package that crashes during its import ends only its own process.  Like a run, these processes have the working
+directory first on their path.  This file needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 IMPORT_LIMIT_S = 300.0
-"""Of all imports together: many nodes may read the same files of a shared file system."""
+"""The limit for all imports together; many nodes may read the same files of a shared file system."""
 _LONGEST = 400
-"""Characters of an error."""
+"""The longest error in characters."""
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What an import came to."""
+    """The result of one import."""
 
     version: str = ""
-    """The module's own, whatever pip says."""
+    """The version that the module itself states, whatever pip's records say."""
     place: str = ""
+    """The directory of the module."""
     error: str = ""
-    """Why it failed, with the exception's type; empty where it did not."""
+    """The reason of a failure, with the exception's type; empty after a successful import."""
     absent: bool = False
-    """There is no such module."""
+    """Whether there is no such module."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ os._exit(0)  # how a library takes its leave is not the question
 
 @contextlib.contextmanager
 def importing(names: Sequence[str], limit_s: float = IMPORT_LIMIT_S) -> Iterator[Callable[[], dict[str, ImportResult]]]:
-    """The imports start at once; what is yielded waits for them, until ``limit_s`` after that start, and none goes on
-    afterwards.  ``names``: of `_IMPORTS`.
+    """Start the imports of ``names``, keys of `_IMPORTS`, at once, and end all of them with the context.
+
+    The context's value is a function that waits for the imports until ``limit_s`` seconds after their start.
     """
     deadline = time.monotonic() + limit_s
     with tempfile.TemporaryDirectory(prefix="selfdistill_doctor_", ignore_cleanup_errors=True) as folder:
@@ -96,7 +98,7 @@ def importing(names: Sequence[str], limit_s: float = IMPORT_LIMIT_S) -> Iterator
             for child in children.values():
                 child.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(1.0)  # one that waits for a dead file system does not even die
+                    child.wait(1.0)  # a process that waits for a dead file system cannot be killed
 
 
 def _started(what: _Import, files: Path) -> subprocess.Popen:
@@ -112,21 +114,21 @@ def _result(what: _Import, child: subprocess.Popen, files: Path, deadline: float
         status = child.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return ImportResult(error=f"its import did not return within {limit_s:.0f} s")
-    said = Path(f"{files}.log").read_text(errors="replace").splitlines()
+    output = Path(f"{files}.log").read_text(errors="replace").splitlines()
     try:
         found = json.loads(Path(f"{files}.json").read_text())
     except (OSError, ValueError):
-        return ImportResult(error=_short(f"its import ended the process {_how(status)}: {' '.join(said[-1:])}"))
+        return ImportResult(error=_short(f"its import ended the process {_how(status)}: {' '.join(output[-1:])}"))
     if "error" not in found:
         return ImportResult(version=found["version"], place=found["place"])
     if found["not_found"] and what.modules[0] in (found["lacking"], *_inside(found["lacking"], what.modules[0])):
         return ImportResult(absent=True)
-    logged = [line for line in said if "Failed to import" in line]
+    logged = [line for line in output if "Failed to import" in line]
     return ImportResult(error=_short("; ".join([found["error"], *logged[-1:]])))
 
 
 def _inside(package: str, module: str) -> list[str]:
-    """``module`` where it lies in ``package``, which is then absent itself."""
+    """Return [``module``] if it lies in the missing ``package``, so that the module itself is absent; else []."""
     return [module] if package and module.startswith(f"{package}.") else []
 
 
