@@ -46,6 +46,7 @@ def data(own_data: Path) -> Path:
     """Besides, logged conversations of one turn each."""
     from _lib.pretraining import write_records
 
+    data = own_data
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
     (own_data / "template.jinja").write_text(template)
     turns = [(f"{number:03d}-0=", f"{number:03d}", "thanks") for number in range(40)]
@@ -61,8 +62,8 @@ def arguments(data: Path, run_dir: Path, *options: str) -> list[str]:
 
 def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
     """Return ``use(trainer)`` for the `Trainer` of a configuration."""
-    from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.config import load
+    from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 
@@ -111,7 +112,11 @@ def gradients_in_and_out_of_order(overrides: Sequence[str]) -> list[list[bool]]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layout"), [(1, ()), (2, ("parallel.pipeline_model_parallel_size=2",))], ids=["one rank", "PP2"]
+    ("world_size", "layout"),
+    [
+        pytest.param(1, (), id="one rank"),
+        pytest.param(2, ("parallel.pipeline_model_parallel_size=2",), id="PP2", marks=pytest.mark.full),
+    ],
 )
 def test_a_batch_has_the_same_gradients_whatever_came_before_it(ranks, data, tmp_path, world_size, layout):
     of_ranks = ranks.run(
@@ -178,7 +183,10 @@ def changes_of_two_steps(overrides: Sequence[str]) -> list[dict[str, list[str]]]
     return with_trainer(overrides, use)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.full] if name in ("sft", "rft", "chat logs") else []) for name in SOURCES],
+)
 def test_no_stage_keeps_anything_for_the_next_one(ranks, data, tmp_path, name):
     [steps] = ranks.run(
         changes_of_two_steps, arguments(data, tmp_path / "run", *SOURCES[name]), world_size=1, init_process_group=False
