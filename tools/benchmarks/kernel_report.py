@@ -213,8 +213,8 @@ def table(reports: list[Report]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in reports:
-        numbers = (r.arch, r.registers, r.spills, r.shared, r.wide_loads, r.wide_stores, r.barriers)
-        numbers += ("-" if r.ahead is None else r.ahead,)
+        ahead = "-" if r.ahead is None else r.ahead
+        numbers = (r.arch, r.registers, r.spills, r.shared, r.wide_loads, r.wide_stores, r.barriers, ahead)
         lines.append(f"| {r.name} | {' | '.join(map(str, numbers))} |")
     return "\n".join(lines)
 

@@ -145,7 +145,7 @@ def naive(case: Case) -> Run:
         else:
             log_m = torch.logaddexp(log_q, log_p) - math.log(2)
             loss = ((log_q.exp() * (log_q - log_m)).sum(-1) + (log_p.exp() * (log_p - log_m)).sum(-1)) / 2
-        loss.sum().backward()
+        loss.sum().backward()  # type: ignore[no-untyped-call]
         assert student.grad is not None
         return loss.detach(), student.grad
 
@@ -196,7 +196,7 @@ def megatron_cross_entropy(fused: bool) -> Callable[[Case], Run]:
                 loss = fused_vocab_parallel_cross_entropy(logits, target, get_tensor_model_parallel_group())
             else:
                 loss = vocab_parallel_cross_entropy(logits, target)
-            loss.sum().backward()
+            loss.sum().backward()  # type: ignore[no-untyped-call]
             assert student.grad is not None
             return loss.detach(), student.grad
 
@@ -207,7 +207,7 @@ def megatron_cross_entropy(fused: bool) -> Callable[[Case], Run]:
 
 def liger_jsd(case: Case) -> Run:
     """Return liger-kernel's JSD of two given rows of log-probabilities, without a mixed target and without shards."""
-    from liger_kernel.transformers import LigerJSD
+    from liger_kernel.transformers import LigerJSD  # type: ignore[import-not-found]
 
     student, jsd = case.student.clone().requires_grad_(), LigerJSD()
 
@@ -250,7 +250,7 @@ def _from_hidden(case: Case, loss_of: Callable[[Tensor, Tensor], Tensor], per_ro
     def run() -> tuple[Tensor | None, Tensor]:
         hidden.grad = weight.grad = None
         loss = loss_of(hidden, weight)
-        loss.sum().backward()
+        loss.sum().backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         return loss.detach() if per_row else None, hidden.grad
 
@@ -262,7 +262,7 @@ def materialised(case: Case) -> Run:
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
     def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:  # as `ColumnParallelLinear` calls it
-        return linear_with_grad_accumulation_and_async_allreduce(
+        logits: Tensor = linear_with_grad_accumulation_and_async_allreduce(
             input=hidden,
             weight=weight,
             bias=None,
@@ -271,12 +271,20 @@ def materialised(case: Case) -> Run:
             sequence_parallel=False,
             tp_group=case.shard.group,
         )
+        return logits
 
     def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
         with torch.no_grad():
             teacher = logits_of(case.states[1], weight)
-        options = {"target": TARGET, "divergence": case.divergence, "vocab": case.shard, "inplace_backward": True}
-        return distillation_loss(logits_of(hidden, weight), teacher, case.response, **options).loss
+        return distillation_loss(
+            logits_of(hidden, weight),
+            teacher,
+            case.response,
+            target=TARGET,
+            divergence=case.divergence,
+            vocab=case.shard,
+            inplace_backward=True,
+        ).loss
 
     return _from_hidden(case, loss_of, per_row=True)
 
@@ -285,11 +293,19 @@ def fused(mode: str) -> Callable[[Case], Run]:
     """Return `fused_distillation_loss`, with no logits beyond a chunk of tokens and what ``mode`` keeps."""
 
     def prepare(case: Case) -> Run:
-        options = {"target": TARGET, "divergence": case.divergence, "vocab": case.shard}
-        options |= {"chunk_tokens": case.chunk, "mode": mode}
-
         def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
-            return fused_distillation_loss(hidden, case.states[1], weight, None, case.response, **options).loss
+            return fused_distillation_loss(
+                hidden,
+                case.states[1],
+                weight,
+                None,
+                case.response,
+                target=TARGET,
+                divergence=case.divergence,
+                vocab=case.shard,
+                chunk_tokens=case.chunk,
+                mode=mode,
+            ).loss
 
         return _from_hidden(case, loss_of, per_row=True)
 
@@ -301,7 +317,7 @@ def liger_distillation(case: Case) -> Run:
 
     It is written for torch.compile.
     """
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
 
     return _liger(case, LigerFusedLinearJSDLoss(0.0, 1.0, compiled=case.device.type == "cuda"))
 

@@ -197,7 +197,7 @@ def _operators(run: Run, case: Case) -> tuple[_Traffic, int]:
     return traffic, len(calls)
 
 
-class _Traffic(TorchDispatchMode):
+class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that adds up the bytes that operators read and write; an operator that returns a view moves nothing.
 
     num_bytes: of all tensors.  row_elements: of tensors that hold rows of logits, or derived rows, for all tokens (from
@@ -217,7 +217,7 @@ class _Traffic(TorchDispatchMode):
     PRODUCTS = frozenset({"mm", "addmm", "addmm_"})
 
     def __init__(self, case: Case) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.columns = case.shard.size
         self.rows = case.tokens if case.hidden is None else min(case.chunk, case.tokens)
         self.num_bytes = self.row_elements = 0

@@ -108,18 +108,19 @@ def table(report: Report, arguments: argparse.Namespace, tp_size: int) -> str:
 
 
 def _cells(one: Found, first: Found, report: Report) -> list[str]:
-    assert one.seconds is not None
+    seconds = one.seconds
+    assert seconds is not None
 
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value)
 
     def of_copy(u: float | None) -> str:
-        return shown(None if u is None else u * report.copy_seconds / 2 / one.seconds, "{:.1%}")
+        return shown(None if u is None else u * report.copy_seconds / 2 / seconds, "{:.1%}")
 
     spent, least = _spent(one), _spent(first)
     ratio = None if spent is None or not least else spent / least
     return [
-        f"{1000 * one.seconds:.3g}",
+        f"{1000 * seconds:.3g}",
         shown(one.cpu_seconds, "{:.3g}"),
         shown(ratio, "{:.3g}"),
         of_copy(one.floor_u),
