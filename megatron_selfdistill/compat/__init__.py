@@ -1,2 +1,2 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What Megatron Core 0.16 needs on a CPU, what Megatron Core computes wrongly, and its harmless warnings."""
+"""Changes to Megatron Core 0.16: replacements for a CPU, repairs of wrong results, and filters for warnings."""

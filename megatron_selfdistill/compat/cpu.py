@@ -1,13 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Megatron Core 0.16 on CPU over gloo; import this before ``megatron.core``.
+"""Run Megatron Core 0.16 on a CPU over gloo; import this module before ``megatron.core``.
 
-Megatron Core names CUDA devices, streams and generators in its own code, also where the maths would run
-anywhere. `install` replaces exactly those names by their CPU counterparts, so that the model, the schedules,
-the optimizer and the checkpoints that run here are Megatron's own. On a machine with CUDA it does nothing at
-all.
+Megatron Core names CUDA devices, streams and generators in its code, also where the computation does not need CUDA.
+`install` replaces those names by their CPU counterparts, so that Megatron's own model, schedules, optimizer and
+checkpoints run.  On a machine with CUDA it does nothing.
 
-Each replacement is a plain function: a ``TorchFunctionMode`` would be thread-local (autograd runs backward
-on other threads) and would cost something on every operator.
+Each replacement is a plain function: a ``TorchFunctionMode`` would be thread-local, while autograd runs backward on
+other threads, and would slow down every operator.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def install() -> bool:
 
 
 def _names_cuda(device: Any) -> bool:
-    """True for every way of naming a CUDA device, a bare index included; not for ``meta`` and ``cpu``."""
+    """Return whether ``device`` names a CUDA device, also as a bare index; False for ``meta`` and ``cpu``."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     if isinstance(device, str):
@@ -56,7 +55,10 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _replace_factories() -> None:
-    """``torch.empty(device="cuda", pin_memory=True)`` and its kin: Megatron has ~100 such calls."""
+    """Make factories such as ``torch.empty(device="cuda", pin_memory=True)`` create tensors on the CPU.
+
+    Megatron has about 100 such calls.
+    """
 
     def on_cpu(factory: Any) -> Any:
         @functools.wraps(factory)
@@ -69,8 +71,8 @@ def _replace_factories() -> None:
 
         return create
 
-    # ``with torch.device("meta")`` knows the functions that it applies to by identity, and looks them up when first
-    # used: had it only seen the replacements, it would do nothing, and transformers would load models without their
+    # ``with torch.device("meta")`` looks up its functions at its first use and knows them by identity.  The lookup must
+    # come before the replacement: else the context would do nothing, and transformers would load models without their
     # rotary frequencies.
     _device_constructors()
     for name in _FACTORIES:
@@ -112,7 +114,7 @@ def _replace_tensor_methods() -> None:
 
 
 class _Stream:
-    """Stands in for ``torch.cuda.Stream`` and ``Event``: on CPU everything is already in order."""
+    """A replacement for ``torch.cuda.Stream`` and ``Event``; on a CPU all operations run in order."""
 
     cuda_stream = 0
 
@@ -126,17 +128,21 @@ class _Stream:
         return None
 
     def record(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
         return None
 
     wait = wait_stream = wait_event = synchronize = record
 
     def record_event(self, *args: Any, **kwargs: Any) -> _Stream:
+        """Return this object as the event."""
         return self
 
     def query(self) -> bool:
+        """Return True: all operations have ended."""
         return True
 
     def elapsed_time(self, other: _Stream) -> float:
+        """Return 0."""
         return 0.0
 
 
@@ -160,7 +166,7 @@ def _replace_cuda_namespace() -> None:
 
 
 def _replace_collectives() -> None:
-    """gloo wants integers as split sizes and equal sizes in gathers; Megatron's MoE code has neither."""
+    """Give gloo's collectives the split sizes and unequal gathers that Megatron's MoE code needs."""
     barrier, all_to_all_single = dist.barrier, dist.all_to_all_single
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
@@ -178,7 +184,7 @@ def _replace_collectives() -> None:
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
-        # Megatron turns split sizes into numpy only when they live on a GPU; here they arrive as tensors.
+        # Megatron converts split sizes to NumPy only from a GPU; on a CPU they are tensors.
         sizes = as_list(output_split_sizes), as_list(input_split_sizes)
         return all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
 
@@ -221,7 +227,7 @@ def _replace_megatron_device_code() -> None:
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
 
-    # torch_dist saving *spawns* a Manager, which re-imports `__main__`: seconds per rank; a fork costs none.
+    # torch_dist saving spawns a Manager, which imports `__main__` again for seconds per rank; a fork does not.
     def forked_results_queue() -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context("fork"))
@@ -233,9 +239,7 @@ def _replace_megatron_device_code() -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """In the Manager's process: end when the rank has been killed, which cannot tell it, and free the rank's
-    sockets.
-    """
+    """End the Manager's process after its rank has ended or was killed, and free the sockets of the rank."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -245,7 +249,7 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# Before torch compiles anything: Megatron's `jit_fuser` is `torch.compile`, which takes seconds per function.
+# This comes before torch compiles a function: Megatron's `jit_fuser` is `torch.compile`, which takes seconds each.
 if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 ON_CPU = install()

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Warnings of Megatron Core and torch that tell a user nothing: each rank would print a screen of them at the start."""
+"""Silence warnings of Megatron Core and torch that do not help users; each rank would print a screen of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MESSAGES = (
     # The first lines of a run say which layers are in use.
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
-    # Megatron's use of its own and of torch's older names.
+    # Megatron's use of older names of Megatron and torch.
     "full scope is deprecated",
     "`torch.distributed.",
     "`load_state_dict` is deprecated",
@@ -24,6 +24,6 @@ _MESSAGES = (
 
 
 def silence_known_warnings() -> None:
-    """For commands, before they import Megatron; nobody else's warnings are touched."""
+    """Silence the known warnings, in a command before it imports Megatron; other warnings stay."""
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=re.escape(message))

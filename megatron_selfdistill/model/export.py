@@ -1,13 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A live model in any layout as a stream of (Hugging Face name, full tensor), bucket by bucket: a sampler's weights.
+"""Stream the weights of a live model in any layout to a sampler, as buckets of (Hugging Face name, full tensor).
 
     exporter = Exporter(chunks, grid, family.rules(model), bucket_bytes=2**30)      # once
     for tensors in exporter.stream():                                              # after each step, on every rank
         sampler.load_weights(tensors)
 
-A bucket takes two transfers: its pipeline stage hands each rank's shards on to the same place in the other stages, then
-the ranks that share the tensors (TP, or expert TP x EP) gather them.  That way no byte crosses between two stages more
-often than it must, whatever TP is.
+A bucket takes two transfers.  First each rank of the pipeline stage that holds the bucket broadcasts its shards to the
+ranks with the same coordinates in the other stages.  Then the ranks that share the tensors (TP, or expert TP x EP)
+gather the shards.  So each byte crosses between two stages once, for any size of TP.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule
 
-_ALIGNMENT = 16  # bytes: a tensor of any dtype may begin there
-_MOST_PADDING = 1.25  # an all-gather of unequal shares moves so many times their bytes, at most
+_ALIGNMENT = 16  # bytes: a suitable start for a tensor of any dtype
+_MOST_PADDING = 1.25  # an all-gather of unequal shares may move up to this factor of their bytes
 
 
 def export(
@@ -45,23 +45,23 @@ def export(
     bucket_bytes: int = 2**30,
     on_ranks: Collection[int] | None = None,
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """`Exporter.stream` for once."""
+    """Return the stream of a new `Exporter`, for a single export."""
     return Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks).stream()
 
 
 class Exporter:
-    """Who holds which part of every tensor, found once; the weights of the moment, at each `stream`.
+    """An export of a model: it finds the holders of each part of each tensor once, and streams the present weights.
 
-    ``chunks``: of this rank, as built or as wrapped for training.  ``rules``: of the whole model; those of carried
-    tensors, which no live model has, are left out.  ``on_ranks``: the global ranks that want the tensors, equal on all
-    ranks; None is every rank.  A replica without any of them takes no part in the transfers of its dense tensors.
+    ``chunks``: the chunks of this rank, as built or as wrapped for training.  ``rules``: the rules of the whole model;
+    the exporter skips passthrough tensors, which no live model has.  ``on_ranks``: the global ranks that need the
+    tensors, equal on all ranks; None means every rank.  A replica without such ranks takes no part in the transfers of
+    its dense tensors.
 
-    Memory of a rank: ``bucket_bytes`` of full tensors, and while they are made the shards that they are made of (as
-    much again, and at most a quarter of padding) and one tensor more.  A tensor that is larger than ``bucket_bytes`` is
-    a bucket of its own.
+    Memory of a rank: ``bucket_bytes`` of full tensors; during the assembly of a bucket also its shards (as much again,
+    and at most a quarter of padding) and one more tensor.  A tensor larger than ``bucket_bytes`` is its own bucket.
     Collectives: three gathers of descriptions, over TP, expert TP x EP and PP.
-    Raises: `ConfigError` on all ranks, naming the first tensors that the rules lack, that the model lacks, or that have
-    another shape.
+
+    Raises: `ConfigError` on all ranks with the first tensors that the rules or the model lack, or whose shapes differ.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Exporter:
         self._chunks, self._grid = list(chunks), grid
         on_ranks = None if on_ranks is None else frozenset(on_ranks)
         self._wanted_here = on_ranks is None or grid.rank in on_ranks
-        # Experts have a grid of their own: they are cut over expert TP x EP, which may reach beyond a replica.
+        # Experts are cut over their own group, expert TP x EP, which may reach beyond a replica.
         self._groups = {False: grid.tp_group, True: unwrapped(chunks[0]).pg_collection.tp_ep}
         stages = self._describe_stages()
         self._gathers = stages[grid.pp_rank].wanting(on_ranks)
@@ -87,23 +87,23 @@ class Exporter:
         self._buckets = [_packed(run, group_sizes) for run in _runs(_locate(rules, stages), bucket_bytes)]
 
     def stream(self, *, copies: bool = True) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield every tensor of the rules once, full, in its live dtype: the same lists on every rank of ``on_ranks``,
-        empty ones elsewhere.
+        """Yield every tensor of the rules once, full, in its live dtype, as lists of (Hugging Face name, tensor).
 
-        A list is emptied when the next one is asked for, so that ``for tensors in stream()`` never holds two buckets:
-        keep the tensors, not the list.  They are copies, on this rank's device; some share storage with each other.
-        With ``copies=False`` a tensor that this rank holds whole is a view of the live weights, which costs nothing:
-        read it before training goes on.  On a GPU all copies and transfers are queued, and nothing here waits for one.
-        Buckets follow the pipeline's stages, dense tensors before experts, else the order of the rules.
+        Every rank of ``on_ranks`` receives the same lists; other ranks receive empty lists.  The stream empties a list
+        when the caller asks for the next one, so that a loop never holds two buckets: keep the tensors, not the list.
+        The tensors are copies on this rank's device, and some share storage.  With ``copies=False`` a tensor that this
+        rank holds completely is a view of the live weights: read it before training continues.  On a GPU all copies and
+        transfers are queued; the stream does not wait for them.
+        Buckets follow the order of pipeline stages, with dense tensors before experts, else the order of the rules.
 
-        Collectives: every rank of the world iterates to the end; what ``overlap_param_gather`` has left to gather
-        is gathered first, over the data-parallel ranks.  Per bucket one broadcast over PP and one all-gather over TP
-        or expert TP x EP (or a broadcast per sender, where few of them have something to send).
+        Collectives: every rank of the world iterates to the end.  First the data-parallel ranks gather the parameters
+        that ``overlap_param_gather`` has not gathered yet.  Each bucket takes one broadcast over PP, and one all-gather
+        over TP or expert TP x EP (or one broadcast per sender, if few ranks have something to send).
         """
         for chunk in self._chunks:
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
-        # Anew each time: training wraps, offloads and recasts what it holds, so storage does not last.
+        # In each stream again: training wraps, offloads and casts parameters, which changes their storage.
         shards = {_place(shard): shard.data for shard in _sharded_tensors(self._chunks)}
         for bucket in self._buckets:
             tensors = self._full_tensors(bucket, shards, copies)
@@ -127,7 +127,7 @@ class Exporter:
         return [named for tensor in bucket.tensors for named in tensor.assemble(buffers, self._grid.device)]
 
     def _packed_shards(self, bucket: _Bucket, shards: dict[_Place, Tensor]) -> Tensor:
-        """What this rank, or the one in its place in the bucket's stage, sends; behind it, room up to what any does."""
+        """Return the bytes that this rank, or its counterpart in the bucket's stage, sends, with padding."""
         me = self._groups[bucket.expert].rank()
         packed = torch.empty(max(bucket.num_bytes), dtype=torch.uint8, device=self._grid.device)
         if bucket.stage == self._grid.pp_rank:
@@ -142,7 +142,7 @@ class Exporter:
         return packed
 
     def _describe_stages(self) -> list[_Stage]:
-        """What the ranks of each pipeline stage hold that hold this rank's place in it."""
+        """Return the description of each pipeline stage at this rank's place within the stage."""
         entries: dict[bool, list[_Entry]] = {False: [], True: []}
         for shard in _sharded_tensors(self._chunks):
             where, start = _place(shard)
@@ -154,30 +154,32 @@ class Exporter:
 
 
 _Place = tuple[MegatronSlice, tuple[int, ...]]
-"""A slice of a checkpoint, and where in it a shard begins."""
+"""A slice of a checkpoint, and the index at which a shard of it begins."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A shard that some rank holds."""
+    """A shard that a rank holds."""
 
     where: MegatronSlice
     start: tuple[int, ...]
     size: tuple[int, ...]
     shape: tuple[int, ...]
-    """Of the whole slice, padded rows included."""
+    """The shape of the whole slice, including padding."""
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """One pipeline stage; by False (dense) or True (experts), by member of the group that shares those tensors."""
+    """One pipeline stage: for dense tensors (False) and experts (True), its shards and ranks."""
 
     members: dict[bool, list[list[_Entry]]]
+    """The shards of each member of the group that shares the tensors."""
     ranks: dict[bool, list[int]]
+    """The global ranks of that group."""
 
     def wanting(self, on_ranks: Collection[int] | None) -> dict[bool, bool]:
-        """Whether any of the ranks that share those tensors wants them."""
+        """Return whether a rank that shares the tensors is in ``on_ranks``, for dense tensors and for experts."""
         return {
             expert: on_ranks is None or any(rank in on_ranks for rank in ranks) for expert, ranks in self.ranks.items()
         }
@@ -185,21 +187,24 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Part:
-    """A block of a tensor, and where the member that sends it puts it."""
+    """A block of a tensor, and its place among the bytes that its sender sends."""
 
     member: int
     start: tuple[int, ...]
     size: tuple[int, ...]
     offset: int = 0
-    """In the member's packed bytes."""
+    """The offset in the packed bytes of the sender."""
 
     def within(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the block as a view of the packed bytes of its sender."""
         num_bytes = math.prod(self.size) * dtype.itemsize
         return packed[self.offset : self.offset + num_bytes].view(dtype).view(self.size)
 
 
 @dataclass(frozen=True)
 class _Tensor:
+    """A full tensor of the export, and the parts of which it is assembled."""
+
     rule: Rule
     stage: int
     expert: bool
@@ -208,9 +213,11 @@ class _Tensor:
 
     @property
     def num_bytes(self) -> int:
+        """The size of the full tensor in bytes."""
         return math.prod(self.rule.shape) * self.dtype.itemsize
 
     def assemble(self, buffers: Sequence[Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Return the named Hugging Face tensors, from the packed bytes of all senders."""
         full = torch.empty(self.rule.shape, dtype=self.dtype, device=device)
         for part in self.parts:
             block = tuple(slice(start, start + n) for start, n in zip(part.start, part.size, strict=True))
@@ -218,7 +225,7 @@ class _Tensor:
         return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
 
     def held(self, shards: Mapping[_Place, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Return the tensors on a rank that holds all parts: views of the weights, or copies where parts lie apart."""
+        """Return the named Hugging Face tensors on a rank that holds all parts, as views where possible."""
         parts = sorted(self.parts, key=lambda part: part.start)
         blocks = [shards[self.rule.megatron, part.start][tuple(slice(n) for n in part.size)] for part in parts]
         full = _as_one(blocks, self.rule.shape)
@@ -230,29 +237,33 @@ class _Tensor:
 
 
 def _as_one(blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:
-    """Return ``blocks``, which follow one another in memory as rows of a tensor of this ``shape``, as that tensor, or
-    None where they do not; gate and up projections of one layer do."""
-    behind = blocks[0].data_ptr()
+    """Return ``blocks`` as one view of ``shape`` if they are consecutive rows in memory; else None.
+
+    The gate and up projections of one layer are consecutive.
+    """
+    end = blocks[0].data_ptr()
     for block in blocks:
-        if not block.is_contiguous() or block.data_ptr() != behind or block.shape[1:] != torch.Size(shape[1:]):
+        if not block.is_contiguous() or block.data_ptr() != end or block.shape[1:] != torch.Size(shape[1:]):
             return None
         if block.untyped_storage().data_ptr() != blocks[0].untyped_storage().data_ptr():
             return None
-        behind += block.nbytes
+        end += block.nbytes
     return blocks[0].as_strided(tuple(shape), torch.empty(tuple(shape), device="meta").stride())
 
 
 @dataclass(frozen=True)
 class _Bucket:
+    """Consecutive tensors of one stage and kind, which are transferred together."""
+
     stage: int
     expert: bool
     tensors: tuple[_Tensor, ...]
     num_bytes: tuple[int, ...]
-    """That each member of the group sends."""
+    """The number of bytes that each member of the group sends."""
 
 
 def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
-    """Each rule's tensor with its stage, and one sender for each part of it, in the order of sending."""
+    """Return the tensor of each rule with its stage and one sender for each of its parts, in the order of sending."""
     held: dict[MegatronSlice, dict[int, list[tuple[int, _Entry]]]] = {}
     for number, stage in enumerate(stages):
         for members in stage.members.values():
@@ -269,7 +280,7 @@ def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
         if rule.megatron not in held:
             faults.append(f"{_name(rule.megatron)} is not in the model")
             continue
-        # Tied embeddings live in the first and in the last stage.
+        # Tied embeddings are in the first and in the last stage.
         number, found = min(held[rule.megatron].items())
         shape, dtype, expert = found[0][1].shape, found[0][1].dtype, _is_expert(rule.megatron)
         padded = rule.vocabulary and shape[0] >= rule.shape[0] and shape[1:] == rule.shape[1:]
@@ -277,7 +288,7 @@ def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
         if shape != rule.shape and not padded:
             faults.append(f"{_name(rule.megatron)} has shape {list(shape)}, expected {list(rule.shape)}")
         elif sum(math.prod(part.size) for part in parts) != math.prod(rule.shape):
-            faults.append(f"{_name(rule.megatron)} is incomplete: the ranks of its stage do not cover it")
+            faults.append(f"{_name(rule.megatron)} is incomplete: the ranks of its stage do not hold all of it")
         else:
             tensors.append(_Tensor(rule, number, expert, dtype, parts))
     if faults:
@@ -286,8 +297,10 @@ def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
 
 
 def _senders(found: Sequence[tuple[int, _Entry]], shape: Sequence[int], load: Counter[int]) -> tuple[_Part, ...]:
-    """One part for each place, from that holder of it which has the least to send, without what lies beyond ``shape``
-    (padded rows); ``load`` counts on."""
+    """Return one part for each place, from the holder with the least to send; add the parts to ``load``.
+
+    The parts exclude padding, which lies outside of ``shape``.
+    """
     parts: dict[tuple[int, ...], _Part] = {}
     for member, entry in found:
         size = tuple(min(n, end - start) for n, end, start in zip(entry.size, shape, entry.start, strict=True))
@@ -299,8 +312,10 @@ def _senders(found: Sequence[tuple[int, _Entry]], shape: Sequence[int], load: Co
 
 
 def _taking_turns(tensors: Sequence[_Tensor]) -> list[_Tensor]:
-    """By stage, dense before experts; experts of different ranks take turns, so that each rank sends its share of a
-    bucket and the gather needs no padding."""
+    """Return ``tensors`` by stage, with dense tensors before experts, and with experts of all ranks in turn.
+
+    So each rank sends about the same share of a bucket, and the gather needs no padding.
+    """
     turns: Counter[tuple[int, int]] = Counter()
     keys = []
     for tensor in tensors:
@@ -311,7 +326,7 @@ def _taking_turns(tensors: Sequence[_Tensor]) -> list[_Tensor]:
 
 
 def _runs(tensors: Sequence[_Tensor], bucket_bytes: int) -> list[list[_Tensor]]:
-    """Consecutive tensors of one stage and kind, at most ``bucket_bytes`` together unless it is a single one."""
+    """Return runs of consecutive tensors of one stage and kind, of at most ``bucket_bytes`` or of one tensor."""
     runs: list[list[_Tensor]] = []
     room = 0
     for tensor in tensors:
@@ -324,7 +339,7 @@ def _runs(tensors: Sequence[_Tensor], bucket_bytes: int) -> list[list[_Tensor]]:
 
 
 def _packed(tensors: Sequence[_Tensor], group_sizes: dict[bool, int]) -> _Bucket:
-    """The tensors, each part with its place among the bytes that its member sends."""
+    """Return the bucket of ``tensors``, with the place of each part among the bytes of its sender."""
     first = tensors[0]
     sent = [0] * group_sizes[first.expert]
     placed = []
@@ -339,7 +354,10 @@ def _packed(tensors: Sequence[_Tensor], group_sizes: dict[bool, int]) -> _Bucket
 
 
 def _gathered(packed: Tensor, num_bytes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Every member's bytes.  ``packed`` begins with this member's and is as long as the longest."""
+    """Return the bytes of every member.
+
+    ``packed`` begins with the bytes of this member, and is as long as the longest share.
+    """
     if group.size() == 1:
         return [packed]
     if len(num_bytes) * max(num_bytes) <= _MOST_PADDING * sum(num_bytes):
@@ -355,7 +373,7 @@ def _gathered(packed: Tensor, num_bytes: Sequence[int], group: dist.ProcessGroup
 
 
 def _sharded_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
-    """The model's tensors as a checkpoint would name and cut them."""
+    """Yield the tensors of the model with the names and shards of a checkpoint."""
     for chunk in chunks:
         state_dict = unwrapped(chunk).sharded_state_dict()
         apply_factories(state_dict)
@@ -369,7 +387,7 @@ def _place(shard: ShardedTensor) -> _Place:
 
 
 def _is_expert(where: MegatronSlice) -> bool:
-    return ".experts." in where.key  # shared experts are dense: each token passes them
+    return ".experts." in where.key  # shared experts are dense, since every token uses them
 
 
 def _name(where: MegatronSlice) -> str:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One packed microbatch through a model chunk, without its output layer; then logits at chosen rows only."""
+"""Run a packed microbatch through a model chunk without its output layer, and compute logits at chosen positions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_selfdistill.model.packed_sequences import PackedSequences
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One microbatch as the model takes it: this context-parallel rank's share, ``[1, s / cp]`` each."""
+    """The inputs of the model for one microbatch: the share of this context-parallel rank, ``[1, s / cp]`` each."""
 
     tokens: Tensor
     position_ids: Tensor
@@ -36,7 +36,7 @@ class ModelInputs:
     def on_host(cls, microbatch: Microbatch, grid: RankGrid, *, local_attention: bool) -> ModelInputs:
         """Return the inputs of ``microbatch`` as host tensors, for `to_device_in_one_copy`.
 
-        ``local_attention``: of `uses_local_attention`.
+        ``local_attention``: the result of `uses_local_attention`.
         """
         held = context_parallel_positions(microbatch.cu_seqlens, grid.cp_size, grid.cp_rank)
         position_ids = microbatch.position_ids[held]
@@ -51,7 +51,7 @@ class ModelInputs:
 
 
 def inputs_of(microbatch: Microbatch, grid: RankGrid) -> ModelInputs:
-    """Return the inputs of one microbatch on the device, for a forward outside of the training schedule."""
+    """Return the inputs of one microbatch on the device, for a forward pass outside of the training schedule."""
     return to_device_in_one_copy(ModelInputs.on_host(microbatch, grid, local_attention=True), grid.device)
 
 
@@ -61,17 +61,17 @@ def uses_local_attention(chunks: Sequence[torch.nn.Module]) -> bool:
 
 
 def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: RankGrid) -> Tensor:
-    """The chunk's output before any projection, ``[s / cp (/ tp), 1, h]`` in the parameters' dtype."""
+    """Return the chunk's hidden states ``[s / cp (/ tp), 1, h]`` before the output layer, in the parameters' dtype."""
     model = unwrapped(chunk)
     extra: dict[str, Any] = {}
     if model.config.num_moe_experts is not None:
         mask = inputs.padding_mask
         if grid.sequence_parallel and not model.pre_process:
-            # Megatron cuts the mask where it embeds; later stages get their activations cut and the mask whole.
+            # Megatron cuts the mask in the first stage only; later stages receive cut activations and the full mask.
             mask = mask.chunk(grid.tp_size, dim=1)[grid.tp_rank]
         extra["padding_mask"] = mask
     if model.config.bf16:
-        extra["fp32_output"] = False  # Float16Module would upcast what the output layer takes in bf16
+        extra["fp32_output"] = False  # Float16Module would upcast the bf16 input of the output layer
     with _without_projection(model):
         return chunk(
             input_ids=inputs.tokens,
@@ -84,8 +84,10 @@ def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: RankGrid) -
 
 @contextlib.contextmanager
 def _without_projection(model: GPTModel) -> Iterator[None]:
-    """``GPTModel.forward`` returns its final hidden states (final norm included) where it believes another stage
-    follows; any ``GPTModel``, also a lab's own, so needs no subclass."""
+    """Make ``GPTModel.forward`` return its final hidden states, after the final norm, while the context is open.
+
+    The model returns them because it takes another stage to follow.  So every ``GPTModel`` works without a subclass.
+    """
     post_process = model.post_process
     model.post_process = False
     try:
@@ -97,18 +99,21 @@ def _without_projection(model: GPTModel) -> Iterator[None]:
 def rows_at(hidden: Tensor, rows: Tensor, grid: RankGrid) -> Tensor:
     """Return ``hidden[rows]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks.
 
-    ``rows [R]`` int64 lie on the device of ``hidden``.
+    ``rows [R]``: int64 positions on the device of ``hidden``.
     Collectives: under sequence parallelism an all-gather over TP, backward none.
     """
     if grid.sequence_parallel:
-        # The output layer all-reduces the gradient of its input itself: here it must only be cut, not summed.
+        # The output layer itself all-reduces the gradient of its input, so this gather must cut it without a sum.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=grid.tp_group)
     return hidden.index_select(0, rows)
 
 
 def project(model: GPTModel, rows: Tensor) -> Tensor:
-    """Vocabulary-parallel logits ``[R, v / tp]`` of ``rows [R, 1, h]``, through the output layer as a module (so that
-    DDP's parameter-gather hook fires), without its sequence-parallel gather."""
+    """Return the vocabulary-parallel logits ``[R, v / tp]`` of the hidden states ``rows [R, 1, h]``.
+
+    The function calls the output layer as a module, so that DDP's parameter-gather hook runs, but without its
+    sequence-parallel gather.
+    """
     layer = model.output_layer
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     sequence_parallel = layer.sequence_parallel

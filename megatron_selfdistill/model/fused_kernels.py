@@ -1,6 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Activation functions, and the fused kernels of a model's layers: a kernel is used where it is installed, where
-Megatron Core takes it for the model, and where it computes the same function as the layers on a CPU."""
+"""The activation functions of a model, and the choice of fused kernels.
+
+A kernel is used where it is installed, where Megatron Core supports it for the model, and where it computes the same
+function as the layers on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ from megatron_selfdistill.errors import ConfigError
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Return the tanh approximation of gelu, element by element: what Hugging Face calls ``gelu_pytorch_tanh``."""
+    """Return the tanh approximation of gelu, element by element: Hugging Face's ``gelu_pytorch_tanh``."""
     return F.gelu(x, approximate="tanh")
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
-"""``model.activation`` -> the function, which is the same on every device."""
+"""The function of each value of ``model.activation``, the same on every device."""
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What this process can use beyond PyTorch."""
+    """The software that this process can use besides PyTorch."""
 
     cuda: bool
     """Whether the layers run on a GPU."""
@@ -38,15 +41,16 @@ class Installed:
 
     @property
     def apex(self) -> bool:
-        """Whether apex's kernel for weight gradients was imported by Megatron Core, for a run on a GPU."""
+        """Whether the run is on a GPU and Megatron Core has imported apex's kernel for weight gradients."""
         return self.cuda and layers._grad_accum_fusion_available
 
 
 def fused_kernels(values: Mapping[str, Any], activation: str, installed: Installed) -> dict[str, Any]:
-    """Return the switches of ``TransformerConfig`` that choose kernels, and ``activation_func`` to go with them.
+    """Return the fields of ``TransformerConfig`` that choose kernels, and the matching ``activation_func``.
 
-    values: the fields of ``TransformerConfig`` so far, those of ``model.transformer`` included.
-    activation: a key of `ACTIVATIONS`.
+    ``values``: the other fields of ``TransformerConfig``, including ``model.transformer``.  ``activation``: a key of
+    `ACTIVATIONS`.
+
     Raises: `ConfigError` where ``model.transformer.bias_activation_fusion=true`` would compute another function.
     """
     te, moe = installed.transformer_engine, values.get("num_moe_experts") is not None
@@ -54,19 +58,19 @@ def fused_kernels(values: Mapping[str, Any], activation: str, installed: Install
     fused = values.get("bias_activation_fusion", installed.cuda and unfused_because is None)
     if fused and unfused_because is not None:
         raise ConfigError(
-            f"model.transformer.bias_activation_fusion=true cannot be had, because {unfused_because}: "
-            "set it to false, or leave it out"
+            f"model.transformer.bias_activation_fusion=true is not possible, because {unfused_because}: "
+            "set it to false, or do not set it"
         )
     bias_dropout_fusion = installed.cuda and not (moe and te and values.get("add_bias_linear"))
     return {
-        # The fused kernel of F.gelu is the tanh approximation, so that is how Megatron Core names it.
+        # Megatron Core calls the tanh approximation F.gelu where the kernel is fused.
         "activation_func": F.gelu if fused and activation == "gelu_tanh" else ACTIVATIONS[activation],
         "bias_activation_fusion": fused,
-        "bias_dropout_fusion": bias_dropout_fusion,  # which grouped experts with biases refuse
+        "bias_dropout_fusion": bias_dropout_fusion,  # grouped experts with biases refuse it
         "apply_rope_fusion": te and _fused_rotation_fits(values),
         "persist_layer_norm": te,
         "masked_softmax_fusion": False,
-        # Transformer Engine's layers accumulate into main_grad by themselves; the output layer needs apex's kernel.
+        # Transformer Engine's layers have their own kernel for main_grad; the output layer needs apex's kernel.
         "gradient_accumulation_fusion": te or installed.apex,
         "moe_grouped_gemm": te and moe and not values.get("moe_use_legacy_grouped_gemm"),
     }
@@ -80,7 +84,7 @@ def activation_name(config: TransformerConfig) -> str | None:
 
 
 def kernels_in_use(config: TransformerConfig) -> str:
-    """Return one line for the log about the fused kernels of a built model, by name."""
+    """Return a line for the log with the names of the fused kernels of a built model."""
     wgrad = "none"
     if config.gradient_accumulation_fusion:
         wgrad = "all layers (apex)" if layers._grad_accum_fusion_available else "all layers but the output layer"
@@ -96,7 +100,7 @@ def kernels_in_use(config: TransformerConfig) -> str:
 
 
 def _no_fused_activation(values: Mapping[str, Any], activation: str) -> str | None:
-    """Return why Megatron Core's fused bias and activation do not compute this MLP, in a clause; None where they do."""
+    """Return why Megatron Core's fused bias and activation do not compute this MLP; None where they compute it."""
     gated, biased = bool(values.get("gated_linear_unit")), bool(values.get("add_bias_linear"))
     moe = values.get("num_moe_experts") is not None
     reasons = [
@@ -117,7 +121,7 @@ def _no_fused_activation(values: Mapping[str, Any], activation: str) -> str | No
 
 def _fused_rotation_fits(values: Mapping[str, Any]) -> bool:
     """Return whether Transformer Engine's rotary kernels compute this model's positions in packed sequences."""
-    if values.get("rotary_interleaved"):  # Megatron Core does not hand it on to the kernel for packed sequences
+    if values.get("rotary_interleaved"):  # Megatron Core does not pass it to the kernel for packed sequences
         return False
     if values.get("multi_latent_attention"):
         if values.get("rope_type", "yarn") != "yarn" or values.get("cache_mla_latents"):

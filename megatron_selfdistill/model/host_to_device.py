@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Many small host tensors to a device in one asynchronous copy."""
+"""Copy many small host tensors to a device in one asynchronous copy."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 T = TypeVar("T")
 
 _ALIGNMENT = 16
-"""Bytes; a multiple of every element size, and what vectorised loads want."""
+"""The alignment of tensors in bytes, a multiple of every element size, suitable for vectorised loads."""
 
 
 def to_device_in_one_copy(tree: T, device: torch.device) -> T:
-    """Return ``tree`` with a copy on ``device`` in the place of every tensor in it.
+    """Return ``tree`` with every tensor replaced by its copy on ``device``.
 
-    ``tree`` is a tensor, or dataclasses, lists, tuples and dictionaries of trees; its tensors are on the host, of any
-    shape and dtype, and other values stay as they are.  A tensor that occurs several times is copied once and remains
-    one object.
+    ``tree`` is a tensor, or dataclasses, lists, tuples and dictionaries of trees.  Its tensors are on the host and have
+    any shape and dtype; other values stay unchanged.  A tensor that occurs several times is copied once and remains one
+    object.
 
-    The copies are views of one block.  For a CUDA device the block is filled in pinned memory and copied without
-    waiting for the device: work that is queued afterwards on the current stream sees it.  On a CPU the same code runs
-    without pinning.  The block lives as long as one of the views.
+    The copies are views of one block of memory, which lives as long as one of the views.  For a CUDA device the block
+    is filled in pinned memory and copied without waiting for the device: work that is queued afterwards on the current
+    stream sees the copy.  On a CPU the same code runs without pinning.
 
     Collectives: none.
     """
@@ -53,7 +53,7 @@ def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def _mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return ``tree`` with ``function`` of every tensor in the tensor's place."""
+    """Return ``tree`` with every tensor replaced by ``function(tensor)``."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, dict):

@@ -1,6 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What Megatron's local layer spec lacks without Transformer Engine: RMSNorm for sequence parallelism, and a
-core attention with grouped queries, packed sequences, context parallelism and a KV cache."""
+"""The layers that Megatron's local layer spec lacks: an RMSNorm and a core attention.
+
+The RMSNorm supports sequence parallelism.  The core attention supports grouped queries, packed sequences, context
+parallelism and a KV cache.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,17 @@ from torch.utils.checkpoint import checkpoint
 from megatron_selfdistill.data.packing import context_parallel_positions
 
 _FUSED_ROWS = 1024
-"""Queries of a block under context parallelism where a fused kernel computes it: its mask has so many rows."""
+"""The number of queries in a block under context parallelism where a fused kernel takes the mask of the block."""
 _SCORES = 2**26
-"""Scores of a block over all heads, where no fused kernel computes it: 256 MiB in float32."""
+"""The number of scores in a block over all heads without such a kernel: 256 MiB in float32."""
 
 
 class RMSNorm(torch.nn.Module):
-    """``x * rsqrt(mean(x^2) + eps) * weight``, the mean in float32, the product in the input's dtype (Hugging
-    Face's order).
+    """The norm ``x * rsqrt(mean(x^2) + eps) * weight``, with the mean in float32 and the product in the dtype of ``x``.
 
-    Shapes: ``[..., hidden_size]`` in and out. Under sequence parallelism each rank normalises its own rows
-    and ``finalize_model_grads`` sums the weight's gradient over the tensor-parallel group, because the weight
-    says so.
+    The order of operations is that of Hugging Face.  Shapes: ``[..., hidden_size]`` in and out.  Under sequence
+    parallelism each rank normalises its own tokens, and ``finalize_model_grads`` sums the gradient of the weight, which
+    is marked ``sequence_parallel``, over the tensor-parallel group.
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Megatron's ``WrappedTorchNorm`` refuses sequence
     parallelism.
     """
@@ -47,6 +49,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of ``x``."""
         normed = x.float()
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
         weight = self.weight + 1 if self.zero_centered_gamma else self.weight
@@ -54,15 +57,15 @@ class RMSNorm(torch.nn.Module):
 
 
 class CoreAttention(MegatronModule):
-    """``softmax(scale * q k^T + mask) v`` with a causal mask, as Megatron's ``core_attention`` submodule.
+    """The attention ``softmax(scale * q k^T + mask) v`` with a causal mask, for Megatron's ``core_attention``.
 
-    Query position i sees key position j iff j <= i and both lie in the same sequence, so packed sequences
-    equal each sequence alone, also when context parallelism cuts them.
+    Query position i attends to key position j iff j <= i and both are in the same sequence.  Packed sequences thus give
+    the same result as each sequence alone, also when context parallelism cuts them.
 
     Shapes: query ``[s, b, n, d]`` and key, value ``[s, b, n_kv, d]``, or packed (``qkv_format="thd"``)
-    ``[t, n, d]``; result ``[s, b, n * d_v]`` or ``[t, n * d_v]``. With a KV cache the keys are the whole
-    prefix and the queries its last rows. Collectives: under context parallelism one all-gather of K and V
-    forward, one all-reduce of their gradients backward.
+    ``[t, n, d]``; result ``[s, b, n * d_v]`` or ``[t, n * d_v]``.  With a KV cache the keys are the whole prefix, and
+    the queries are its last positions.  Collectives under context parallelism: one all-gather of K and V in the forward
+    pass, one all-reduce of their gradients in the backward pass.
     """
 
     def __init__(
@@ -95,6 +98,10 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
+        """Return the attention; ``packed_seq_params`` is needed under context parallelism.
+
+        Raises: ValueError for an attention bias, and for context parallelism without packed sequences.
+        """
         if attention_bias is not None:
             raise ValueError("CoreAttention has no attention bias; use Transformer Engine's layer spec")
         if packed_seq_params is not None:
@@ -106,7 +113,7 @@ class CoreAttention(MegatronModule):
             out = self._attend(q, k, v, allowed=~attention_mask)  # Megatron: True is masked
         elif q.size(2) == k.size(2):
             out = self._attend(q, k, v, causal=True)
-        elif q.size(2) == 1:  # one decoding step sees the whole cache
+        elif q.size(2) == 1:  # one decoding step attends to the whole cache
             out = self._attend(q, k, v)
         else:
             last = torch.arange(k.size(2) - q.size(2), k.size(2), device=q.device)
@@ -121,25 +128,25 @@ class CoreAttention(MegatronModule):
         for index in layout.batches:
             q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
             out.append(self._attend(q, k, v, causal=True).transpose(1, 2).flatten(0, 1).flatten(1))
-        return torch.cat(out)[layout.place]  # repeats lie behind their segment's end: nothing real saw them
+        return torch.cat(out)[layout.place]  # no real token attends to the repeats behind the end of a segment
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, layout: ContextParallelRows) -> Tensor:
-        """Attend block of queries by block of queries, since the scores of all of them are n * (t / cp) * t numbers.
+        """Return the attention of this rank's queries, one block of queries at a time.
 
-        Backward computes each block again: its mask, which a fused kernel would keep, and its scores, which PyTorch's
-        own formula would keep, are never there for two blocks at a time.
+        The scores of all queries would be n * (t / cp) * t numbers.  The backward pass computes each block again, so
+        that the mask and the scores of only one block exist at a time.
         """
         q = query.transpose(0, 1).unsqueeze(0)  # [1, n, t / cp, d]
         k, v = (_GatherSequence.apply(x, self.cp_group)[layout.order].transpose(0, 1)[None] for x in (key, value))
-        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.attention_dropout > 0)
+        recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.attention_dropout > 0)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Tensor:
-            # PyTorch's memory-efficient kernel takes a mask, and no groups of queries.
+            # PyTorch's memory-efficient kernel supports masks, but not groups of queries.
             k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
             return self._attend(q, k, v, allowed=layout.allowed(rows, keys))
 
         out = [
-            again(attend, q[:, :, rows], k[:, :, keys], v[:, :, keys], rows, keys)
+            recomputed(attend, q[:, :, rows], k[:, :, keys], v[:, :, keys], rows, keys)
             for rows, keys in layout.blocks(block_rows(q, k, v))
         ]
         return torch.cat(out, dim=2).squeeze(0).transpose(0, 1).flatten(1)
@@ -159,49 +166,49 @@ class CoreAttention(MegatronModule):
 
 @dataclass(frozen=True)
 class SegmentBatches:
-    """The segments of a packed row in batches of like lengths; one causal attention each."""
+    """The segments of a packed row in batches of similar lengths; each batch is one causal attention."""
 
     batches: tuple[Tensor, ...]
-    """[segments, length] int64 each: rows of the packed row; a short segment repeats its last row."""
+    """The token positions of each batch, [segments, length] int64; a short segment repeats its last position."""
     place: Tensor
-    """[s] int64: where each row of the packed row lies among the concatenated rows of all batches."""
+    """The place of each token of the packed row in the concatenation of all batches, [s] int64."""
 
     def to(self, device: torch.device) -> SegmentBatches:
-        """Return the same on ``device``; waits for the device once per tensor."""
+        """Return these batches on ``device``; wait for the device once per tensor."""
         return SegmentBatches(tuple(index.to(device) for index in self.batches), self.place.to(device))
 
 
 @dataclass(frozen=True)
 class ContextParallelRows:
-    """The positions of a packed row that a context-parallel rank holds as queries, and the keys that each one sees."""
+    """The positions of a packed row that a context-parallel rank holds as queries, and the keys of each query."""
 
     order: Tensor
-    """[t] int64, on the device: the numbers of the gathered keys in the order of the row."""
+    """The indices of the gathered keys in the order of the row, [t] int64, on the device."""
     positions: Tensor
-    """[t / cp] int64, on the device: the position of each query in the row."""
+    """The position of each query in the row, [t / cp] int64, on the device."""
     starts: Tensor
-    """[t / cp] int64, on the device: the position at which the segment of each query begins."""
+    """The position at which the segment of each query begins, [t / cp] int64, on the device."""
     bounds: tuple[tuple[int, int], ...]
-    """Start and position of each query as Python integers."""
+    """The (start, position) of each query as Python integers."""
 
     def blocks(self, num_rows: int) -> Iterator[tuple[slice, slice]]:
-        """Yield blocks of at most ``num_rows`` queries, each with all keys that one of its queries sees."""
+        """Yield blocks of at most ``num_rows`` queries, each with the range of keys to which its queries attend."""
         for first in range(0, len(self.bounds), num_rows):
             rows = self.bounds[first : first + num_rows]
             keys = slice(min(start for start, _ in rows), max(position for _, position in rows) + 1)
             yield slice(first, first + len(rows)), keys
 
     def allowed(self, rows: slice, keys: slice) -> Tensor:
-        """Return the mask [rows, keys] of a block: True where the key is in the query's segment and not behind it."""
+        """Return the mask [rows, keys] of a block: True for keys in the query's segment, up to the query."""
         numbers = torch.arange(keys.start, keys.stop, device=self.order.device)
         return (numbers >= self.starts[rows, None]) & (numbers <= self.positions[rows, None])
 
 
 def block_rows(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Return the number of queries that attend at a time: as many as keep the largest temporary within bounds.
+    """Return the number of queries in a block, which bounds the largest temporary tensor.
 
-    ``q [1, n, t / cp, d]``, ``k, v [1, n_kv, t, d]``.  A fused kernel's temporary is the mask; without a kernel that
-    takes a mask, PyTorch writes down the scores of all heads.
+    Shapes: ``q [1, n, t / cp, d]``, ``k, v [1, n_kv, t, d]``.  The temporary of a fused kernel is the mask; without a
+    kernel that supports masks, the temporary is the scores of all heads.
     """
     rows, num_keys = min(q.size(2), _FUSED_ROWS), k.size(2)
     mask = torch.empty(1, 1, rows, num_keys, dtype=torch.bool, device=q.device)
@@ -214,7 +221,7 @@ def block_rows(q: Tensor, k: Tensor, v: Tensor) -> int:
 def _attention_layout(
     packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device
 ) -> SegmentBatches | ContextParallelRows:
-    """The layout of one microbatch, made once and kept on its ``packed_seq_params`` for the other layers."""
+    """Return the layout of one microbatch, and keep it on ``packed`` for the other layers."""
     if (segments := getattr(packed, "segment_batches", None)) is not None:
         return segments
     layout = getattr(packed, "_selfdistill_layout", None)
@@ -228,7 +235,7 @@ def _attention_layout(
 
 
 def _host_bounds(packed: PackedSeqParams) -> Tensor:
-    """Return ``cu_seqlens`` on the host, [num_segments + 1] int64; waits for the device unless ``packed`` knows it."""
+    """Return ``cu_seqlens`` [num_segments + 1] int64 on the host; wait for the device if ``packed`` lacks bounds."""
     bounds = getattr(packed, "segment_bounds", ())
     return torch.tensor(bounds, dtype=torch.int64) if bounds else packed.cu_seqlens_q.long().cpu()
 
@@ -236,8 +243,8 @@ def _host_bounds(packed: PackedSeqParams) -> Tensor:
 def segments_by_length(cu_seqlens: Tensor) -> SegmentBatches:
     """Return the batches for ``cu_seqlens [num_segments + 1]`` int64, all tensors on the host.
 
-    Segments whose lengths share a power of two form one causal batch: at most 4 times the least work and log2(s) kernel
-    calls, where a dense mask would cost s^2 for any number of segments.
+    Segments whose lengths round up to the same power of two form one causal batch.  The work is at most 4 times the
+    minimum, with log2(s) kernel calls; a dense mask would cost s^2 for any number of segments.
     """
     lengths = cu_seqlens.diff()
     batches, place, offset = [], torch.empty(int(cu_seqlens[-1]), dtype=torch.long), 0
@@ -257,7 +264,7 @@ def segments_by_length(cu_seqlens: Tensor) -> SegmentBatches:
 
 
 def context_parallel_rows(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device) -> ContextParallelRows:
-    """Return what this rank of ``cp_group`` holds of a row; ``cu_seqlens [num_segments + 1]`` int64 on the host."""
+    """Return the positions of this rank of ``cp_group``; ``cu_seqlens [num_segments + 1]`` is int64 on the host."""
     held = [context_parallel_positions(cu_seqlens, cp_group.size(), rank) for rank in range(cp_group.size())]
     positions = held[cp_group.rank()]
     starts = cu_seqlens[torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)]
@@ -270,10 +277,11 @@ def context_parallel_rows(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, devic
 
 
 class _GatherSequence(torch.autograd.Function):
-    """All-gather rows over the context-parallel group forward; all-reduce and keep the own rows backward."""
+    """An all-gather of tokens over the context-parallel group; backward all-reduces, and keeps this rank's tokens."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        """Return the tokens of all ranks, concatenated."""
         ctx.group = group
         parts = [torch.empty_like(x) for _ in range(group.size())]
         dist.all_gather(parts, x.contiguous(), group=group)
@@ -281,7 +289,8 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        # gloo has no reduce_scatter for every dtype; machines with Transformer Engine never come here.
+        """Return the summed gradient of this rank's tokens."""
+        # gloo lacks reduce_scatter for some dtypes; Transformer Engine's attention does not use this class.
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Megatron's output layer under the fused loss: which weight, who waits for it, where its gradient goes; and whether it
-is fused at all."""
+"""Connect Megatron's output layer to the fused loss, and choose whether a run fuses them.
+
+The connection covers the weight, the wait for its gather, and the place of its gradient.
+"""
 
 from __future__ import annotations
 
@@ -28,55 +30,59 @@ from megatron_selfdistill.model.forward import rows_at
 
 MATERIALISED = "materialised"
 DEFAULT_LOGITS_SHARE = 1 / 20
-"""Of ``cluster.gpu_memory_gb``: what materialised logits may take where ``loss.max_logits_gb`` is null."""
+"""The share of ``cluster.gpu_memory_gb`` for materialised logits where ``loss.max_logits_gb`` is null."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """How the output layer is fused with the loss: of loss/sharded/fused_linear.py."""
+    """The parameters of loss/sharded/fused_linear.py, which fuses the output layer with the loss."""
 
     mode: str
+    """One of `choices.FUSED_MODES`."""
     chunk_tokens: int
+    """The number of response tokens whose logits exist at a time."""
 
 
 @dataclass(frozen=True)
 class ResponsePositions:
-    """Where the hidden states that predict R response tokens lie in a context-parallel rank's share of a microbatch."""
+    """The positions of the hidden states that predict R response tokens, in a context-parallel rank's microbatch."""
 
-    whole: Tensor
-    """[R] int64: in the sequence, which sequence parallelism cuts over the tensor-parallel ranks."""
+    in_sequence: Tensor
+    """The positions in the sequence, which sequence parallelism cuts over the tensor-parallel ranks, [R] int64."""
     own: Tensor | None = None
-    """[n] int64, under sequence parallelism: in this rank's cut, the positions of its own R / tp states, more or less.
-    n is the most that any rank has; a rank with fewer repeats its first position, which no token needs again."""
+    """Under sequence parallelism, the positions of this rank's states within its own cut, [n] int64.
+
+    A rank has about R / tp states, and n is the maximum over the ranks.  A rank with fewer states pads with position 0.
+    """
     gathered: Tensor | None = None
-    """[R] int64, with ``own``: where each token's state lies in the ranks' concatenation of their n."""
+    """With ``own``, the place of each token's state in the concatenation of the n states of all ranks, [R] int64."""
 
     @classmethod
-    def on_host(cls, whole: Tensor, num_positions: int, grid: RankGrid) -> ResponsePositions:
-        """Return the positions ``whole`` of a share of ``num_positions``, all tensors on the host."""
+    def on_host(cls, in_sequence: Tensor, num_positions: int, grid: RankGrid) -> ResponsePositions:
+        """Return the positions ``in_sequence`` of ``num_positions`` tokens, with all tensors on the host."""
         if not grid.sequence_parallel or grid.tp_size == 1:
-            return cls(whole)
+            return cls(in_sequence)
         cut = num_positions // grid.tp_size
-        owner, position = whole // cut, whole % cut
+        owner, position = in_sequence // cut, in_sequence % cut
         counts = torch.bincount(owner, minlength=grid.tp_size)
         by_owner = torch.argsort(owner, stable=True)
-        place = torch.empty_like(whole)
-        place[by_owner] = torch.arange(len(whole)) - (counts.cumsum(0) - counts)[owner[by_owner]]
+        place = torch.empty_like(in_sequence)
+        place[by_owner] = torch.arange(len(in_sequence)) - (counts.cumsum(0) - counts)[owner[by_owner]]
         longest = int(counts.max())
         own = torch.zeros(longest, dtype=torch.int64)
         own[: counts[grid.tp_rank]] = position[by_owner[owner[by_owner] == grid.tp_rank]]
-        return cls(whole, own, owner * longest + place)
+        return cls(in_sequence, own, owner * longest + place)
 
 
 @dataclass(frozen=True)
 class FusedLoss:
-    """The distillation loss of hidden rows, for a schedule that makes no logits."""
+    """The distillation loss from hidden states, for a schedule that does not compute logits."""
 
     target: Target
     divergence: Divergence
     fusion: Fusion
     backend: str | None = None
-    """As for `distillation_loss`."""
+    """The backend of `distillation_loss`; None chooses it."""
 
     def __call__(
         self,
@@ -89,16 +95,16 @@ class FusedLoss:
         vocab: VocabShard,
         grid: RankGrid,
     ) -> TokenStats:
-        """Equals `project` of both and `distillation_loss`, with the same gradients to ``hidden [s / cp (/ tp), 1, h]``
-        and to the student's output weight.
+        """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
 
-        student, teacher: the models of the last stage; the same one where current weights teach.
-        teacher_hidden: [R, h / tp], this tensor-parallel rank's slice of the width.
-        Collectives over TP: see `fused_distillation_loss`; with sequence parallelism hidden rows are gathered and their
-        gradient is reduce-scattered, response positions only.
+        The gradients to ``hidden [s / cp (/ tp), 1, h]`` and to the student's output weight are also equal.
+        ``student``, ``teacher``: the models of the last stage, one object where the current weights teach.
+        ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.
+        Collectives over TP: see `fused_distillation_loss`.  With sequence parallelism the hidden states at response
+        positions are gathered, and their gradient is reduce-scattered.
         """
         cut = positions.own
-        own = rows_at(hidden, positions.whole, grid) if cut is None else hidden.index_select(0, cut)
+        own = rows_at(hidden, positions.in_sequence, grid) if cut is None else hidden.index_select(0, cut)
         weight = output_weight(student, own)
         return fused_distillation_loss(
             own.squeeze(1),
@@ -118,8 +124,11 @@ class FusedLoss:
 
 
 def output_weight(model: GPTModel, rows: Tensor) -> Tensor:
-    """``[v / tp, h]``, tied or not, once it may be read: the output layer is called as a module, so that DDP's hook
-    waits for its bucket (overlap_param_gather), but hands out its weight instead of the logits of ``rows``."""
+    """Return the output weight ``[v / tp, h]``, tied or not, as soon as it may be read.
+
+    The function calls the output layer as a module, so that DDP's hook waits for the bucket of the weight
+    (overlap_param_gather); the layer then returns its weight instead of the logits of ``rows``.
+    """
     layer = model.output_layer
     shared = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     with _forward_of(layer, lambda rows, weight: layer.weight if weight is None else weight):
@@ -137,31 +146,36 @@ def _forward_of(layer: torch.nn.Module, forward: Callable[[Tensor, Tensor | None
 
 @dataclass(frozen=True)
 class MainGrad:
-    """A `WeightGradient` that adds each chunk's to DDP's float32 ``main_grad``, in backward: by apex's kernel under
-    ``gradient_accumulation_fusion``, as `ColumnParallelLinear` does, else rounded once to the weight's dtype, as DDP's
-    hook does.  Autograd is handed a tensor of the right shape, so that the hook fires, and the hook is told not to add
-    it."""
+    """A `WeightGradient` that adds the gradient of each chunk of tokens to DDP's float32 ``main_grad``.
+
+    Under ``gradient_accumulation_fusion`` apex's kernel adds the gradient, as in `ColumnParallelLinear`; else the
+    gradient is rounded once to the weight's dtype, as by DDP's hook.  Autograd receives a tensor of the right shape, so
+    that the hook runs, and a flag makes the hook ignore the tensor.
+    """
 
     weight: Any
     by_kernel: bool
+    """Whether apex's kernel adds the gradient."""
 
     @classmethod
     def of(cls, weight: Any, layer: torch.nn.Module) -> MainGrad | None:
-        """None for a weight that DDP has not wrapped: its gradient is autograd's."""
+        """Return the gradient of ``weight``; None for a weight without DDP, whose gradient autograd accumulates."""
         if not hasattr(weight, "grad_added_to_main_grad"):
             return None
         return cls(weight, bool(layer.gradient_accumulation_fusion))
 
     def add(self, hidden: Tensor, gradient: Tensor) -> None:
+        """Add ``gradient^T hidden``, of the gradient of the logits and the hidden states of a chunk."""
         if self.by_kernel:
             layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden, gradient, self.weight.main_grad)
         else:
             self.weight.main_grad.add_(gradient.t().mm(hidden))
 
     def for_autograd(self) -> Tensor | None:
+        """Return the tensor that backward gives to autograd in place of the gradient."""
         weight = self.weight
         weight.grad_added_to_main_grad = True
-        # Tied on one stage: autograd adds the embedding's gradient to this one, and DDP's hook adds the sum.
+        # With tied weights on one stage autograd adds the embedding's gradient, and DDP's hook adds the sum.
         zeros = getattr(weight, "zero_out_wgrad", False)
         if layers.HAVE_TE:
             return layers.get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype, zero=zeros)
@@ -170,7 +184,7 @@ class MainGrad:
 
 
 def unfusable(model: GPTModel) -> str | None:
-    """Why the output layer of a last stage cannot be fused, in a clause; None where it can."""
+    """Return why the output layer of a last stage cannot be fused; None where it can be fused."""
     layer = model.output_layer
     if type(layer).forward is not layers.ColumnParallelLinear.forward or "forward" in vars(layer):
         return f"its {type(layer).__name__} does more than multiply by its weight"
@@ -185,43 +199,49 @@ def unfusable(model: GPTModel) -> str | None:
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """What a run decided: ``mode`` is `MATERIALISED` or one of `choices.FUSED_MODES`."""
+    """The way in which a run computes the output layer and the loss."""
 
     mode: str
+    """`MATERIALISED`, or one of `choices.FUSED_MODES`."""
     chunk_tokens: int
-    streams: int
-    """Models whose logits the loss reads: student and teacher, or the student alone."""
+    """The number of response tokens in a chunk of the fused loss."""
+    num_models: int
+    """The number of models whose logits the loss reads: student and teacher, or the student alone."""
     row_bytes: int
-    """Of one row of logits on one rank."""
+    """The bytes of the logits of one token on one rank."""
     max_rows: int
-    """Response tokens of a microbatch on one rank, at most."""
+    """The maximum number of response tokens of a microbatch on one rank."""
     note: str = ""
+    """An addition to the line of the log."""
     copies: float = 1.0
-    """Rows of logits that exist at a time for each that the model makes, where they are materialised."""
+    """The number of copies of the materialised logits that exist at a time."""
 
     @property
     def largest(self) -> float:
-        """Bytes of `logit_rows` of the largest microbatch."""
+        """The bytes of `logit_rows` in the largest microbatch."""
         return self.logit_rows(self.max_rows) * self.row_bytes
 
     @property
     def fusion(self) -> Fusion | None:
-        """None where logits are materialised."""
+        """The parameters of the fused loss; None where logits are materialised."""
         return None if self.mode == MATERIALISED else Fusion(self.mode, self.chunk_tokens)
 
     def logit_rows(self, tokens: float) -> float:
-        """Rows of logits that exist at a time, gradient included, for so many response tokens."""
+        """Return the number of tokens whose logits exist at a time, including gradients, of ``tokens`` tokens."""
         chunk = min(self.chunk_tokens, tokens)
         rows = {
-            MATERIALISED: self.streams * self.copies * tokens,
+            MATERIALISED: self.num_models * self.copies * tokens,
             "keep_gradient": tokens + chunk,
             "low_memory": 2 * chunk,
         }
         return rows[self.mode]
 
     def hidden_rows(self, tokens: float) -> float:
-        """Rows of full width that they are projected from; fused, of a chunk the teacher's, and both joined."""
-        return self.streams * tokens if self.fusion is None else tokens + 3 * min(self.chunk_tokens, tokens)
+        """Return the number of tokens whose hidden states of full width exist at a time, of ``tokens`` tokens.
+
+        With the fused loss this includes, for one chunk, the teacher's states and the joined states of both models.
+        """
+        return self.num_models * tokens if self.fusion is None else tokens + 3 * min(self.chunk_tokens, tokens)
 
     def __str__(self) -> str:
         fused = f"fused with the loss in chunks of {self.chunk_tokens} tokens, {self.mode}"
@@ -230,32 +250,36 @@ class OutputLayer:
 
 
 def next_token_copies(element_size: int) -> float:
-    """Rows of logits that `schedule.next_token` holds for each row, of so many bytes an element: Megatron's cross
-    entropy writes over float32 logits, and over a float32 copy of others; in backward their gradient stands beside it.
+    """Return the number of copies of the logits that `schedule.next_token` needs, for logits of ``element_size`` bytes.
+
+    Megatron's cross entropy overwrites float32 logits, or a float32 copy of other logits; in the backward pass the
+    gradient exists beside that copy.
     """
     return 1.0 if element_size == 4 else 1.0 + 4 / element_size
 
 
 def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | None = None) -> OutputLayer:
-    """As ``loss.fused`` says.  Where it is null: materialised if the logits of the largest microbatch stay within
-    ``loss.max_logits_gb``, else keep_gradient if that does, else low_memory.
+    """Return the output layer that ``loss.fused`` asks for.
 
-    Depends on nothing but its arguments, so that all ranks choose alike.  ``cannot``: of `unfusable`.
-    Raises: `ConfigError` where a fused layer is asked for and cannot be had.
+    A null ``loss.fused`` chooses the first of materialised, keep_gradient and low_memory whose logits of the largest
+    microbatch need at most ``loss.max_logits_gb``.  The result depends on the arguments only, so that all ranks choose
+    the same.  ``cannot``: the result of `unfusable`.
+
+    Raises: `ConfigError` where ``loss.fused`` asks for a fused layer that is not possible.
     """
     loss, parallel = config.loss, config.parallel
     has_teacher = config.objective == "self_distillation"
     asked = loss.fused if loss.fused in FUSED_MODES else None
     if asked is not None and cannot is not None:
         raise ConfigError(
-            f"loss.fused={asked} cannot be had with this model's output layer, because {cannot}: "
+            f"loss.fused={asked} is not possible with this model's output layer, because {cannot}: "
             "set loss.fused=none, or null"
         )
     element_size = 2 if config.optimizer.precision == "bf16" else 4
     layer = OutputLayer(
         mode=asked or MATERIALISED,
         chunk_tokens=loss.fused_chunk_tokens,
-        streams=2 if has_teacher else 1,
+        num_models=2 if has_teacher else 1,
         row_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
         max_rows=config.schedule.max_tokens // parallel.context_parallel_size,
         copies=1.0 if has_teacher else next_token_copies(element_size),
@@ -271,4 +295,6 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
         return keeping
     if small.largest < layer.largest:
         return small
-    return replace(layer, note=f"; chunks of loss.fused_chunk_tokens={loss.fused_chunk_tokens} would not need less")
+    return replace(
+        layer, note=f"; chunks of loss.fused_chunk_tokens={loss.fused_chunk_tokens} would not need less memory"
+    )

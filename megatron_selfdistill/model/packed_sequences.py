@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What layers know about a packed row before the device has computed anything, so that no layer waits for the device.
+"""The parameters of a packed row with everything that layers would otherwise read back from the device.
 
 Megatron's unfused rotary embedding reads the lengths of the sequences back from the device in every layer, for queries
-and keys.  Importing this module makes it read the positions of a `PackedSequences` on the device instead.
+and keys.  The import of this module replaces that function; the new one reads the positions of a `PackedSequences` on
+the device.
 """
 
 from __future__ import annotations
@@ -25,32 +26,31 @@ _megatrons_rotary_embedding = rope_utils._apply_rotary_pos_emb_thd
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's parameters of one packed row, with what layers would otherwise ask the device for."""
+    """Megatron's parameters of one packed row, with the values that layers would otherwise read from the device."""
 
     segment_bounds: tuple[int, ...] = ()
-    """``cu_seqlens_q`` as Python integers."""
+    """The values of ``cu_seqlens_q`` as Python integers."""
     rotary_positions: Tensor | None = None
-    """[s / cp] int64: the position within its sequence of each token that this context-parallel rank holds."""
+    """The position in its sequence of each token that this context-parallel rank holds, [s / cp] int64."""
     segment_batches: SegmentBatches | None = None
-    """Which rows attend together in `model.layers.CoreAttention`; None under context parallelism, and where another
-    attention is in use."""
+    """The batches of segments for `model.layers.CoreAttention`; None under context parallelism or other attention."""
 
     def __post_init__(self) -> None:
-        # Megatron hands the rotary embedding this tensor alone.
+        # Megatron passes only this tensor to the rotary embedding.
         setattr(self.cu_seqlens_q_padded, _POSITIONS, self.rotary_positions)
 
     @classmethod
     def of(cls, microbatch: Microbatch, position_ids: Tensor, *, with_segment_batches: bool) -> PackedSequences:
         """Return the parameters of ``microbatch``, all tensors on the host.
 
-        ``position_ids [s / cp]``: those of the tokens that this context-parallel rank holds.
+        ``position_ids [s / cp]``: the positions of the tokens that this context-parallel rank holds.
         """
         cu_seqlens, longest = microbatch.cu_seqlens, microbatch.max_seqlen
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,  # padding lies behind its sequence, where causal attention never looks
+            cu_seqlens_q_padded=cu_seqlens,  # causal attention ignores the padding behind a sequence
             cu_seqlens_kv_padded=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
@@ -69,10 +69,10 @@ def _rotary_embedding(
     mscale: float = 1.0,
     cp_group: Any = None,
 ) -> Tensor:
-    """Rotate ``t [s / cp, n, d]`` as Megatron does, each token by the row of ``freqs [max_seqlen, 1, 1, d]`` at its
-    position; without known positions, by Megatron's own function, which waits for the device.
+    """Return ``t [s / cp, n, d]`` with the rotary embedding of ``freqs [max_seqlen, 1, 1, d]`` at each position.
 
-    Padding that is a segment of its own has position 0 throughout, where Megatron's function counts it.
+    Without known positions, call Megatron's own function, which waits for the device.  In a segment of padding all
+    positions are 0, while Megatron's function counts them.
     """
     positions = getattr(cu_seqlens, _POSITIONS, None)
     if positions is None:

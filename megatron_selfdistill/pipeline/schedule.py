@@ -251,7 +251,7 @@ class _Step:
         if self.bank is not None:
             with torch.no_grad():
                 teacher_logits = project(unwrapped(self.teacher[-1]), self.bank.take(index, dtype))
-        student_logits = project(model, rows_at(hidden, positions.whole, self.grid))
+        student_logits = project(model, rows_at(hidden, positions.in_sequence, self.grid))
         return self.token_loss(student_logits, teacher_logits, tokens, self.vocab)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -38,7 +38,7 @@ class TeacherHiddenStates:
     def put(self, index: int, hidden: Tensor) -> None:
         """Keep the response positions of teacher microbatch ``index``; ``hidden [s / cp (/ tp), 1, h]``."""
         microbatch = self.batch.teacher[index]
-        states = rows_at(hidden, microbatch.positions.whole, self.grid)
+        states = rows_at(hidden, microbatch.positions.in_sequence, self.grid)
         states = states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width).contiguous()
         if self.grid.cp_size > 1:
             states = self._exchange(microbatch, states)

@@ -207,7 +207,7 @@ def test_a_fused_activation_that_would_compute_something_else_is_refused(changes
     model = ModelConfig(**changes, transformer={"bias_activation_fusion": True})
     with pytest.raises(ConfigError, match=words) as caught:
         configured(model, NODES["GPU, TE"])
-    assert str(caught.value).startswith("model.transformer.bias_activation_fusion=true cannot be had, because ")
+    assert str(caught.value).startswith("model.transformer.bias_activation_fusion=true is not possible, because ")
 
 
 def test_the_name_of_an_activation_is_that_of_the_function_which_is_computed():

@@ -384,7 +384,7 @@ def test_what_is_asked_for_is_taken_whatever_its_size():
 
 def test_what_cannot_be_fused_is_refused_or_told():
     with pytest.raises(
-        ConfigError, match=r"loss.fused=low_memory cannot be had .* because it has a bias: set loss.fused"
+        ConfigError, match=r"loss.fused=low_memory is not possible .* because it has a bias: set loss.fused"
     ):
         chosen("it has a bias", fused="low_memory")
     assert str(chosen("it has a bias", max_logits_gb=0)).endswith("; not fused, because it has a bias")
