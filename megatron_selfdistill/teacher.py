@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which weights teach: those at the start of the run, their moving average, or the current ones."""
+"""The teacher's weights: the weights at the start of the run, their moving average, or the current weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Chunks = list[torch.nn.Module]
 
 
 class Teacher:
-    """The teacher's chunks on this rank, cut like the student's.
+    """The teacher's chunks on this rank, cut like the student's chunks.
 
-    ``frozen`` and ``ema`` hold a copy in the parameters' dtype; ``ema`` holds a float32 master beside it,
-    because an average in bf16 never moves (its step is below half a unit in the last place). ``current``
-    holds nothing. With ``offload`` the copy rests in pinned host memory and is on the device only within
-    `on_device`.
+    With ``frozen`` and ``ema`` the teacher is a copy in the dtype of the parameters.  With ``ema`` there is also a
+    float32 master copy, because an average in bf16 never moves: its step is below half a unit in the last place.  With
+    ``current`` the teacher is the student.  With ``offload`` the copy stays in pinned host memory, and is on the device
+    only within `on_device`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Teacher:
             self.copy_student()
 
     def copy_student(self) -> None:
-        """Take the student's present weights: at the start of a run, once its checkpoint has been read."""
+        """Copy the student's present weights, at the start of a run after its checkpoint was loaded."""
         if self.weights == "current":
             return
         with torch.no_grad(), self.on_device(keep=True):
@@ -64,11 +64,13 @@ class Teacher:
             self.masters = [mine.detach().to(rests, torch.float32) for mine, _ in self._pairs()]
 
     def update(self, optimizer: MegatronOptimizer) -> None:
-        """After an optimizer step, for ``ema``: master = decay * master + (1 - decay) * the optimizer's
-        float32 main parameter, then the copy is cast from it. Buffers (expert biases) are copied.
+        """Update an ``ema`` teacher after a step of the optimizer; do nothing for other teachers.
 
-        Collectives: under the distributed optimizer one all-reduce per bf16 parameter over the ranks that
-        share it.
+        The master becomes decay * master + (1 - decay) * the optimizer's float32 main parameter, and the copy becomes
+        the master in its dtype.  Buffers (expert biases) are copied.
+
+        Collectives: under the distributed optimizer one all-reduce per bf16 parameter over the ranks that share the
+        parameter.
         """
         if self.weights != "ema":
             return
@@ -82,9 +84,9 @@ class Teacher:
 
     @contextlib.contextmanager
     def on_device(self, keep: bool = False) -> Iterator[Chunks]:
-        """The chunks, ready to run.
+        """Yield the chunks on the device.
 
-        With ``offload`` they leave the device at the end; what was changed is kept only with ``keep``.
+        With ``offload`` the chunks leave the device at the end, and changes are kept only with ``keep``.
         """
         if not self.offload:
             yield self.chunks
@@ -105,8 +107,11 @@ class Teacher:
                 param.data = host
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the teacher: the float32 master for ``ema``, the copy for ``frozen``;
-        keys begin with ``teacher.``. Tensors are shared, not copied."""
+        """Return the teacher's tensors for a checkpoint, shared and not copied; empty for ``current``.
+
+        The tensors are the float32 masters for ``ema`` and the copy for ``frozen``.  Their keys begin with
+        ``teacher.``.
+        """
         if self.weights == "current":
             return {}
         with self.masters_in_place():
@@ -116,7 +121,7 @@ class Teacher:
             return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `sharded_state_dict`, from loaded tensors."""
+        """Copy ``state``, the loaded tensors of `sharded_state_dict`, into the teacher."""
         if self.weights == "current":
             return
         with torch.no_grad(), self.on_device(keep=True):
@@ -130,10 +135,10 @@ class Teacher:
 
     @contextlib.contextmanager
     def masters_in_place(self) -> Iterator[None]:
-        """The parameters *are* the float32 masters for the while: Megatron's state dicts describe them."""
+        """Make the float32 masters the data of the parameters, so that Megatron's state dicts describe the masters."""
         params = [mine for mine, _ in self._pairs()]
         data = [p.data for p in params]
-        for param, master in zip(params, self.masters, strict=False):  # no masters unless ema
+        for param, master in zip(params, self.masters, strict=False):  # only ema has masters
             param.data = master
         try:
             yield
@@ -142,8 +147,10 @@ class Teacher:
                 param.data = own
 
     def _weights_changed(self) -> None:
-        """Let layers in FP8 quantise their weights anew: they keep a copy from their first forward pass until they are
-        told, and a schedule tells the student's only."""
+        """Make FP8 layers quantise their weights again.
+
+        FP8 layers keep quantised weights until this flag is set; a schedule sets the flag for the student only.
+        """
         for chunk in self.chunks:
             unwrapped(chunk).set_is_first_microbatch()
 
@@ -154,32 +161,32 @@ class Teacher:
     def _copy_buffers(self) -> None:
         for mine, theirs in zip(self.chunks, self.student, strict=True):
             for a, b in zip(unwrapped(mine).buffers(), unwrapped(theirs).buffers(), strict=True):
-                if a.dtype != b.dtype:  # routers turn their bf16 biases into float32 when they first run
+                if a.dtype != b.dtype:  # a router casts its bf16 bias to float32 in its first run
                     a.data = a.data.to(b.dtype)
                 a.copy_(b)
 
 
 def main_parameter(param: Tensor, optimizer: MegatronOptimizer) -> Tensor:
-    """The whole float32 parameter that the optimizer updates for ``param``, in its shape, on every rank.
+    """Return the full float32 main parameter of ``param``, in its shape, on every rank.
 
-    For float32 training that is the parameter. The distributed optimizer keeps slices of a bf16 parameter's
-    main copy on some of its data-parallel ranks; all others add zeros, which is exact.
+    In float32 training the parameter is its own main parameter.  The distributed optimizer keeps slices of the main
+    copy of a bf16 parameter on some of its data-parallel ranks; the other ranks add zeros, which is exact.
     """
     if param.dtype == torch.float32:
         return param.detach()
     owner = _distributed_optimizer_of(param, optimizer)
     if owner is None:
         return param.main_param.detach().view_as(param)  # type: ignore[attr-defined]
-    whole = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+    full = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if param in owner.model_param_gbuf_map:  # this rank holds a slice
         own = owner._get_model_param_range_map(param)["param"]
-        whole[own.start : own.end] = param.main_param  # type: ignore[attr-defined]
-    dist.all_reduce(whole, group=owner.data_parallel_group)
-    return whole.view(param.shape)
+        full[own.start : own.end] = param.main_param  # type: ignore[attr-defined]
+    dist.all_reduce(full, group=owner.data_parallel_group)
+    return full.view(param.shape)
 
 
 def _distributed_optimizer_of(param: Tensor, optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
-    """The distributed optimizer (dense or expert) whose gradient buffers hold ``param``, or None."""
+    """Return the distributed optimizer, dense or expert, whose gradient buffers contain ``param``; else None."""
     optimizers = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     for candidate in optimizers:
         if isinstance(candidate, DistributedOptimizer) and any(param in b.param_index_map for b in candidate.buffers):
@@ -188,7 +195,7 @@ def _distributed_optimizer_of(param: Tensor, optimizer: MegatronOptimizer) -> Di
 
 
 def _detached(state: dict[str, Any]) -> dict[str, Any]:
-    """Sharded tensors that keep the storage they have now, whatever ``param.data`` is set to later."""
+    """Return ``state`` with sharded tensors that keep their present storage when ``param.data`` is replaced later."""
     for value in state.values():
         if torch.is_tensor(getattr(value, "data", None)):
             value.data = value.data.detach()

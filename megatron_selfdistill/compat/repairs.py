@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What Megatron Core 0.16 gets wrong on any device, set right; each repair says what it mends and when.
+"""Repair wrong results of Megatron Core 0.16 on any device; each function describes the fault and its condition.
 
-Four families: names left undefined where Transformer Engine is absent, the distributed optimizer's
-checkpoints where ``torch.optim.AdamW`` does the work (no Transformer Engine, no NVIDIA apex), the MoE
-router's padding mask, and weights that the gradient norm counts too often. Nothing here changes a number
-that Megatron gets right.
+There are four kinds of faults: names that are undefined without Transformer Engine; checkpoints of the distributed
+optimizer with ``torch.optim.AdamW``, which Megatron uses without Transformer Engine and apex; the padding mask of the
+MoE router; and weights that the gradient norm counts too often.  No repair changes a number that Megatron computes
+correctly.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ def apply() -> None:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine is there.  One that cannot be imported (an undefined symbol, say) raises what its
-    import does, and is not taken for none: a run would go on with other layers."""
+    """Return whether Transformer Engine is installed.
+
+    Raises: the exception of its import where the installed Transformer Engine is broken (an undefined symbol, say),
+    since the run would otherwise use other layers.
+    """
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ModuleNotFoundError as error:
@@ -46,12 +49,13 @@ def have_transformer_engine() -> bool:
 
 
 def mark_weights_for_the_norm(model: torch.nn.Module) -> None:
-    """Say of each weight whether other tensor-parallel ranks hold another part of it, or the same whole.
+    """Mark each weight as cut over tensor-parallel ranks or as replicated on them.
 
-    The gradient norm counts a weight on every rank where it is marked ``tensor_model_parallel``, else on one.
-    Transformer Engine marks each weight, also those of a linear layer without a ``parallel_mode``, of which latent
-    attention has two: the norm would count such a weight once per rank.  Attention sinks are cut by head and biases of
-    experts differ from rank to rank, and neither is marked: the norm would count those of one rank.
+    The gradient norm counts a weight with the mark ``tensor_model_parallel`` on every rank, and another weight on one
+    rank.  Transformer Engine marks each weight, including the replicated weights of linear layers without a
+    ``parallel_mode``, such as two layers of latent attention: the norm would count them once per rank.  Attention sinks
+    are cut by head, and biases of experts differ between ranks, but both lack the mark: the norm would count one rank
+    only.
     """
     for name, module in model.named_modules():
         of_experts = ".experts." in f"{name}."
@@ -65,7 +69,10 @@ def mark_weights_for_the_norm(model: torch.nn.Module) -> None:
 
 
 def _define_names_missing_without_transformer_engine() -> None:
-    """Without Transformer Engine the router, selective recomputation, MLA and shared experts fail."""
+    """Define the names without which router, selective recomputation, MLA and shared experts fail.
+
+    They are undefined where Transformer Engine is not installed.
+    """
     if have_transformer_engine():
         return
     import megatron.core.tensor_parallel.random as random
@@ -76,15 +83,16 @@ def _define_names_missing_without_transformer_engine() -> None:
     for name in "te_general_gemm fused_permute fused_unpermute fused_sort_chunks_by_index".split():
         if not hasattr(moe_utils, name):
             setattr(moe_utils, name, None)
-    # Wrongly True without Transformer Engine: the code then asks isinstance(x, None).
+    # Without Transformer Engine these are wrongly True, and the code calls isinstance(x, None).
     multi_latent_attention.HAVE_TE = shared_experts.HAVE_TE = False
     if not hasattr(random, "FP8GlobalStateManager"):
 
         class NoFP8:
-            """``CheckpointWithoutOutput`` asks whether FP8 is on."""
+            """A replacement for the class that ``CheckpointWithoutOutput`` asks about FP8."""
 
             @staticmethod
             def is_fp8_enabled() -> bool:
+                """Return False: there is no FP8 without Transformer Engine."""
                 return False
 
         random.FP8GlobalStateManager = NoFP8
@@ -95,10 +103,10 @@ def _define_names_missing_without_transformer_engine() -> None:
 def _load_torch_adam_into_distributed_optimizer(optimizer_class: Any) -> None:
     """Make the distributed optimizer's state load into ``torch.optim.AdamW``.
 
-    Megatron writes for FusedAdam, whose state holds no ``step``. With torch's AdamW: (1) the state must exist
-    before the sharded state dict describes it; (2) the copies must not touch leaves under autograd nor look
-    up ``step``; (3) ``load_state_dict`` gives all parameters ONE step tensor, which each update then
-    increments once per parameter: silently wrong bias correction from the first resumed step on.
+    Megatron expects FusedAdam, whose state has no ``step``.  With torch's AdamW, (1) the state must exist before the
+    sharded state dict describes it; (2) the copies must not touch leaves under autograd nor look up ``step``; (3)
+    ``load_state_dict`` gives all parameters one shared step tensor, which each update increments once per parameter, so
+    that the bias correction is wrong from the first resumed step on.
     """
     sharded_state_dict, load_state_dict = optimizer_class.sharded_state_dict, optimizer_class.load_state_dict
 
@@ -114,7 +122,7 @@ def _load_torch_adam_into_distributed_optimizer(optimizer_class: Any) -> None:
         param = self.optimizer.param_groups[group_index]["params"][group_order]
         with torch.no_grad():
             for key, value in {"param": param, **self.optimizer.state[param]}.items():
-                if key != "step" and key in tensors:  # `step` comes with the parameter groups
+                if key != "step" and key in tensors:  # the parameter groups contain `step`
                     value.copy_(tensors[key])
 
     def load_state_dict_with_own_steps(self: Any, state_dict: Any) -> None:
@@ -129,8 +137,11 @@ def _load_torch_adam_into_distributed_optimizer(optimizer_class: Any) -> None:
 
 
 def _mask_padding_in_expert_bias_counts(router_class: Any) -> None:
-    """0.16.1 combines ``routing_map [tokens, experts]`` with ``padding_mask [tokens]``: a shape error, or
-    worse a broadcast when tokens == experts."""
+    """Reshape the padding mask of the router for its combination with the routing map.
+
+    Version 0.16.1 combines ``routing_map [tokens, experts]`` with ``padding_mask [tokens]``, which is a shape error, or
+    a wrong broadcast when tokens == experts.
+    """
     apply_expert_bias = router_class._apply_expert_bias
 
     def apply_expert_bias_per_token(self: Any, routing_map: Any, padding_mask: Any = None) -> Any:
@@ -142,7 +153,7 @@ def _mask_padding_in_expert_bias_counts(router_class: Any) -> None:
 
 
 def _balance_no_tokens_without_dividing_by_zero() -> None:
-    """The load-balancing loss of a microbatch that is all padding is 0, not 0 / 0."""
+    """Make the load-balancing loss of a microbatch without real tokens 0 instead of 0 / 0."""
     import megatron.core.transformer.moe.router as router
 
     loss = router.switch_load_balancing_loss_func
