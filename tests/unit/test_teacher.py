@@ -1,6 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which weights teach, step after step: frozen ones never move, averaged ones follow a float64 average, current ones
-are the student's own."""
+"""Test the teacher's weights over steps: frozen, averaged (against a float64 average), and the student's own."""
 
 from __future__ import annotations
 
@@ -95,8 +94,10 @@ def all_equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def average_against_float64(setup: Setup, steps: int) -> dict[str, float]:
-    """Largest differences after ``steps``: of the master from the float64 average, of the copy from the master's
-    cast, and how far the average has come."""
+    """Return the largest differences after ``steps``, and the distance that the average has moved.
+
+    The differences are those of the master from the float64 average and of the copy from the cast master.
+    """
     training = Training(setup)
 
     def main_parameters() -> list[Tensor]:
@@ -214,7 +215,7 @@ def test_a_frozen_teacher_never_changes_while_the_student_trains(ranks, setup, w
 
 
 def copied_anew() -> bool:
-    """A student that reads its checkpoint after the teacher was made."""
+    """Compare teacher and student where the student loads its checkpoint after the teacher was made."""
     training = Training(Setup(weights="frozen"))
     models.fill_from_names(training.student, seed=5)
     training.teacher.copy_student()
@@ -272,7 +273,7 @@ def test_offloaded_weights_come_for_a_pass_and_change_only_with_the_average(rank
 
 
 def through_a_state_dict(setup: Setup) -> dict[str, bool]:
-    """A teacher's state, copied as a checkpoint would, loaded into another run's teacher."""
+    """Load the state of a teacher, copied as by a checkpoint, into the teacher of another run."""
     first, second = Training(setup), Training(setup, seed=1)
     for number in range(2):
         first.step(number)
@@ -323,7 +324,7 @@ def test_a_teacher_goes_through_a_checkpoint_bit_for_bit(ranks, setup, world_siz
 
 
 def expert_biases(weights: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The student's biases at the start, and the teacher's at the start and after a step that moved the student's."""
+    """Return the student's biases at the start, and the teacher's at the start and after a step of the student."""
     training = Training(Setup(weights=weights, precision="bf16", kind="moe", model_changes=EXPERT_BIAS, decay=0.5))
     routers = [layer.mlp.router for chunk in training.student for layer in unwrapped(chunk).decoder.layers]
 

@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def hf_directory(shared) -> Callable[[str], Path]:
-    """kind -> a directory with a random model of `hf_models.CONFIGS`, made once per test run."""
+    """Kind -> a directory with a random model of `hf_models.CONFIGS`, made once per test run."""
 
     def directory(kind: str) -> Path:
         return shared.get(f"hf_{kind}", lambda directory: hf_models.write(kind, directory))
@@ -24,7 +24,7 @@ def hf_directory(shared) -> Callable[[str], Path]:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """ "512k" -> an empty file system of that size; skips where this user may not mount one."""
+    """Return a function from a size such as "512k" to an empty file system; skip where this user may not mount."""
     directory = tmp_path / "small"
     directory.mkdir()
 

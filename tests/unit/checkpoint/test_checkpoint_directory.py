@@ -1,6 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The directory of checkpoints: what counts as complete, and that a crash at any moment leaves one that
-loads."""
+"""Test which checkpoints count as complete, and that a crash at any moment leaves a checkpoint that loads."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def save_one(run_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def complete(ranks, tmp_path_factory) -> Path:
-    """A complete checkpoint."""
+    """Return a complete checkpoint."""
     run_dir = tmp_path_factory.mktemp("run")
     ranks.run(save_one, run_dir, world_size=1)
     return run_dir / "checkpoints" / "iter_0000001"
@@ -30,7 +29,7 @@ def complete(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoints(tmp_path, complete) -> Path:
-    """A directory with the checkpoints 1 and 2, 2 being the latest."""
+    """Return a directory with the checkpoints 1 and 2, of which 2 is the latest."""
     for step in (1, 2):
         shutil.copytree(complete, tmp_path / directory.iteration_name(step))
     (tmp_path / directory.TRACKER).write_text("2")
@@ -42,7 +41,7 @@ def names(path: Path) -> list[str]:
 
 
 def write(checkpoints: Path, step: int, complete: Path, keep_last: int | None = None) -> None:
-    """What rank 0 does around Megatron's writing of the files."""
+    """Do the work of rank 0 around Megatron's writing of the files."""
     target = checkpoints / directory.iteration_name(step)
     temporary = directory.begin(checkpoints, target.name, 0)
     try:
@@ -125,8 +124,7 @@ class Crash(BaseException):
 
 
 def crash_at(patch: pytest.MonkeyPatch, count: int) -> None:
-    """Raise `Crash` instead of the ``count``-th change of the file system from now on, and of all later
-    ones."""
+    """Raise `Crash` instead of the ``count``-th change of the file system from now on, and of all later changes."""
     left = [count]
 
     def dying(original):

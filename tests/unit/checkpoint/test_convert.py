@@ -190,7 +190,7 @@ WORLD = {"tp2": 2, "pp2": 2, "tp2_pp2": 4, "pp2_vpp2": 2, "ep2": 2}
 
 
 def load_and_compare(hf: Path, megatron: Path, parallel: ParallelConfig) -> None:
-    """What `load_weights` reads from the converted checkpoint is what the rules put into a live model, bit for bit."""
+    """Compare `load_weights` from the converted checkpoint with the rules on a live model, bit for bit."""
     from megatron_selfdistill.checkpoint.run.external import load_weights
 
     _, model, rules, tensors = hf_models.read(hf)
@@ -291,7 +291,7 @@ def test_a_runs_checkpoint_of_any_layout_is_converted(ranks, tmp_path, kind, par
 
 
 def edited(hf: Path, out: Path, *, config: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> Path:
-    """A copy of ``hf`` with other config fields and tensors; None removes."""
+    """Return a copy of ``hf`` with other config fields and tensors; None removes a field or tensor."""
     out.mkdir()
     kept = tensors_of(hf) | (tensors or {})
     save_file({n: t for n, t in kept.items() if t is not None}, out / "model.safetensors", {"format": "pt"})

@@ -32,7 +32,7 @@ def save(setup: Setup, run_dir: Path) -> None:
 
 @pytest.fixture(scope="module", params=["gqa", "moe"])
 def saved(request, ranks, tmp_path_factory) -> tuple[str, Path]:
-    """The kind of a model, and a checkpoint of it with this project's names."""
+    """Return the kind of a model, and a checkpoint of the model with this program's names."""
     run_dir = tmp_path_factory.mktemp("run")
     ranks.run(save, Setup(kind=request.param, teacher="current"), run_dir, world_size=1)
     return request.param, run_dir / "checkpoints" / "iter_0000001"
@@ -64,7 +64,7 @@ def with_more(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> Path:
-    """The weights of ``path`` by other names, as another program writes them, a whole tensor in each piece."""
+    """Save the weights of ``path`` under other names, as another program does, with one tensor in each piece."""
     source = TorchDistReader(path)
     tensors: dict[str, torch.Tensor] = {}
     for key in source.shapes:

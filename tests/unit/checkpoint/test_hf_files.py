@@ -26,7 +26,7 @@ EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 @pytest.fixture
 def directory(hf_directory, tmp_path) -> Path:
-    """A copy of a converted model's directory, to be changed."""
+    """Return a copy of the directory of a model, which the test may change."""
     return Path(shutil.copytree(hf_directory(KIND), tmp_path / "hf"))
 
 

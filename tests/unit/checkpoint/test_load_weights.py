@@ -57,7 +57,7 @@ def refuse(model: ModelConfig, path: Path, sentence: str, vocab_size: int | None
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory) -> tuple[Path, dict]:
-    """A directory of checkpoints, and the weights of the one in it."""
+    """Return a directory with one checkpoint, and the weights of the checkpoint."""
     run_dir = tmp_path_factory.mktemp("run")
     shards = ranks.run(save_with_payload, Setup().cut(tensor_model_parallel_size=2), run_dir, world_size=2)
     return run_dir / "checkpoints", layouts.join(shards)

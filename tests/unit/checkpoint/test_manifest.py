@@ -41,7 +41,7 @@ def saved(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(saved, tmp_path) -> Path:
-    """A run directory with the checkpoints of steps 1 and 2."""
+    """Return a run directory with the checkpoints of steps 1 and 2."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
@@ -68,7 +68,7 @@ def test_it_holds_every_file_as_it_is(ranks, tmp_path, async_save):
 
 
 def sums_on_rank_0(run_dir: Path) -> list[str]:
-    """The files that are read back to be summed up by the process that publishes."""
+    """Return the files that the publishing process reads again for their checksums."""
     run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=True)
     summed: list[str] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -33,8 +33,10 @@ def held(states: Any) -> list[torch.Tensor]:
 
 
 def bytes_for_saving_and_loading(setup: Setup, run_dir: Path) -> tuple[int, int, int, int]:
-    """Bytes of optimizer state that a save and a load put into host memory here, 12 bytes per parameter of this
-    rank's model shard, and 12 bytes per element of its largest parameter."""
+    """Return the bytes of optimizer state that a save and a load put into host memory on this rank, and two bounds.
+
+    The bounds are 12 bytes per parameter of the model shard, and 12 bytes per element of the largest parameter.
+    """
     from megatron_selfdistill.checkpoint.run import state
     from megatron_selfdistill.model.build import unwrapped
 
@@ -62,7 +64,7 @@ def test_a_rank_holds_its_share_of_the_optimizer_state_and_at_most_one_parameter
 
 
 def described(setup: Setup, run_dir: Path) -> tuple[dict, dict]:
-    """What this project and what Megatron itself would write of the optimizer state on this rank: by key and offset."""
+    """Return the optimizer state that this program and Megatron would write on this rank, by key and offset."""
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 
     from megatron_selfdistill.checkpoint.run import sharded_io, state

@@ -49,13 +49,13 @@ def saved(ranks, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(saved, tmp_path) -> Path:
-    """A run directory with a frozen teacher and the checkpoint of step 1."""
+    """Return a run directory with a frozen teacher and the checkpoint of step 1."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 @pytest.fixture
 def mark(tmp_path) -> Path:
-    """What a payload would make."""
+    """Return the file that a payload would create."""
     return tmp_path / "executed"
 
 
@@ -185,7 +185,7 @@ def test_objects_in_files_of_their_own_are_never_opened(ranks, run_dir, mark):
 
 
 def read_by_others(run_dir: Path) -> None:
-    """Reading leaves PyTorch's readers as they were, also after a failure."""
+    """Check that a read restores PyTorch's readers, also after a failure."""
     from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
     before = FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes

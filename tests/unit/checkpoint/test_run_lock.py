@@ -38,7 +38,7 @@ def acquired(run_dir: Path, **options: float) -> RunLock:
 
 
 def silenced(run_dir: Path, **changes: Any) -> RunLock:
-    """An owner that no longer beats, whose file says what ``changes`` say: by default, that it is on another host."""
+    """Make an owner without heartbeats, whose file has ``changes``; by default the owner is on another host."""
     lock = acquired(run_dir, beat_s=3600.0)
     file = next((run_dir / LOCK).iterdir())
     owner = json.loads(file.read_text()) | {"machine": "another one", "host": "elsewhere"} | changes
@@ -83,7 +83,7 @@ def test_a_released_lock_leaves_nothing_and_can_be_taken_again(run_dir):
 
 
 def killed_owner(run_dir: Path, signal_number: int = signal.SIGKILL) -> subprocess.Popen[str]:
-    """A process that holds the lock, and has just received a signal; SIGCONT lets it go on."""
+    """Yield a process that holds the lock and has just received a signal; SIGCONT continues the process."""
     code = (
         "import sys, time; from pathlib import Path; from megatron_selfdistill.checkpoint.run.run_lock import RunLock\n"
         f"lock = RunLock(Path(sys.argv[1]), beat_s={BEAT_S}, silence_s={SILENCE_S}); lock.acquire()\n"
@@ -277,7 +277,7 @@ def test_a_dry_run_needs_no_lock_and_writes_nothing(ranks, data, run_dir):
 
 
 def robbed(arguments: list[str], at: int) -> int:
-    """A run of which another one has taken over the directory when ``at`` steps are done."""
+    """Run until another run takes the directory over after ``at`` steps; return the exit status."""
     from megatron_selfdistill.trainer import Trainer
 
     next_batch = Trainer.next_batch

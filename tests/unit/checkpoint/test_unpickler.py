@@ -149,7 +149,7 @@ NEW_NAMESPACE = NAMESPACE + b")\x81"
 
 
 def by_slots(name: str) -> bytes:
-    """A state that sets the attribute ``name`` to the class bytearray."""
+    """Return a pickled state that sets the attribute ``name`` to the class bytearray."""
     return b"N}" + plain(name) + BYTEARRAY + b"s\x86"
 
 

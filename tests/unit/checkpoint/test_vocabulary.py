@@ -34,7 +34,7 @@ def save_tokenizer(directory: Path, letters: str = LETTERS, added: tuple[str, ..
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A converted checkpoint that carries a tokenizer."""
+    """Return a converted checkpoint with a tokenizer."""
     directory = tmp_path_factory.mktemp("vocabulary")
     hf_models.write("llama2", directory / "hf")
     save_tokenizer(directory / "hf")

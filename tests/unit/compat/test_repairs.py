@@ -142,8 +142,10 @@ def test_expert_biases_count_only_real_tokens(ranks, num_tokens, num_real):
 
 
 def auxiliary_loss(num_real: int, padding: float) -> tuple[float, torch.Tensor, float]:
-    """Load-balancing loss of 6 rows of which ``num_real`` are real, its gradient in the router, and the loss that
-    float64 gives for the real ones."""
+    """Return the load-balancing loss of 6 tokens, its gradient in the router, and that of the real tokens in float64.
+
+    ``num_real``: the number of real tokens among the 6.
+    """
     torch.manual_seed(0)
     router = router_with(moe_aux_loss_coeff=0.5)
     clear_aux_losses_tracker()
@@ -230,7 +232,7 @@ def test_every_way_of_naming_cuda_means_the_cpu(device):
 
 @cpu_only
 def test_a_device_that_is_a_context_applies_to_the_replaced_factories():
-    """transformers loads models under it; where it is ignored, their rotary frequencies are never set."""
+    """Transformers loads models under it; where it is ignored, their rotary frequencies are never set."""
     with torch.device("meta"):
         made = [torch.empty(2), torch.tensor(1.0), torch.arange(3), torch.nn.Linear(2, 2).weight]
     assert {tensor.device.type for tensor in made} == {"meta"}

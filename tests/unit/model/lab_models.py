@@ -20,7 +20,7 @@ from megatron_selfdistill.model.architecture import layer_spec, transformer_conf
 def model_provider(
     pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **changes: Any
 ) -> GPTModel:
-    """The tests' model with grouped queries, from the parallel sizes that Megatron's own state tells."""
+    """Return the tests' model with grouped queries, with the parallel sizes of Megatron's own state."""
     vpp = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     tp = parallel_state.get_tensor_model_parallel_world_size()
     parallel = ParallelConfig(
@@ -51,12 +51,12 @@ def model_provider(
 
 
 def without_vp_stage(pre_process: bool = True, post_process: bool = True) -> GPTModel:
-    """The signature of older versions of Megatron-LM."""
+    """Return a model with the signature of older versions of Megatron-LM."""
     return model_provider(pre_process, post_process)
 
 
 def with_keywords(**keywords: Any) -> GPTModel:
-    """Takes whatever it is given."""
+    """Return a model from any keyword arguments."""
     return model_provider(**keywords)
 
 

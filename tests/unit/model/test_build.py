@@ -62,7 +62,7 @@ def test_a_providers_model_has_the_built_in_models_gradient(ranks, provider, par
 
 
 def refusal(provider: str, parallel: ParallelConfig) -> str:
-    """The sentence with which a provider is refused, on this rank."""
+    """Return the message with which this rank refuses a provider."""
     with pytest.raises(ConfigError) as caught:
         models.build(models.model_config("gqa", provider=provider), parallel)
     return str(caught.value)

@@ -63,7 +63,7 @@ def rules_of(model: ModelConfig) -> list:
 
 
 def original(model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The Hugging Face tensors of `models.fill_from_names`'s weights, without any model."""
+    """Return the Hugging Face tensors of the weights of `models.fill_from_names`, without a model."""
     rules = rules_of(model)
     stacks: dict[str, tuple[int, ...]] = {}
     for rule in rules:
@@ -88,7 +88,7 @@ def exported(
     bucket_bytes: tuple[int, ...] = (EVERYTHING,),
     on_ranks: list[int] | None = None,
 ) -> list[list[list[tuple[str, Tensor]]]]:
-    """The buckets of a model wrapped for training, for each size of bucket."""
+    """Return the buckets of a model wrapped for training, for each size of bucket."""
     from megatron_selfdistill.model.build import wrap_for_training
     from megatron_selfdistill.model.export import export
 
@@ -167,7 +167,7 @@ def test_ranks_that_do_not_want_tensors_get_as_many_empty_buckets(ranks, layout,
 def transfers(
     model: ModelConfig, parallel: ParallelConfig, bucket_bytes: int, on_ranks: list[int] | None
 ) -> tuple[list[tuple[str, int]], int, int]:
-    """What `stream` calls on this rank, with the bytes that each call fills; the buckets; the bytes of all tensors."""
+    """Return the transfers of `stream` on this rank with their bytes, the buckets, and the bytes of all tensors."""
     from megatron_selfdistill.model.export import Exporter
 
     chunks, grid = models.build(model, parallel)
@@ -200,8 +200,7 @@ def test_a_bucket_takes_two_transfers_and_a_replica_that_nobody_asks_none(ranks)
 
 @pytest.mark.parametrize(("bucket_bytes", "at_least"), [(EVERYTHING, 1), (50_000, 8), (ONE_BY_ONE, 0)])
 def test_experts_are_gathered_almost_without_padding(ranks, bucket_bytes, at_least):
-    """Ranks that hold different experts take turns, so that each has a share of a bucket; what one rank holds alone is
-    sent by it alone."""
+    """Check that ranks with different experts share each bucket, and that a single holder sends its tensors alone."""
     model = models.model_config("moe", num_moe_experts=16)
     for calls, _, total in ranks.run(transfers, model, sizes(expert=4), bucket_bytes, None, world_size=4):
         assert sum(num_bytes for _, num_bytes in calls) <= 1.25 * total
@@ -266,7 +265,7 @@ def test_a_rank_that_holds_a_part_hands_out_copies(ranks):
 
 
 def after_a_step(optimizer: OptimizerConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Exported before and after an optimizer step, and logits of the forward that follows."""
+    """Return the exports before and after an optimizer step, and the logits of the next forward pass."""
     from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
     from megatron_selfdistill.model.export import Exporter
 

@@ -1,6 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""FP8 is refused unless asked for; where it is, every rank has as many tokens as the layers take, and the teacher's
-layers quantise the weights that the teacher has."""
+"""Test the refusal of FP8, the token counts of its layers, and the teacher's quantised weights."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise")
 
 
 def configured(model: ModelConfig, cuts: ParallelConfig = UNCUT, te: bool = True, **transformer: Any):
-    """The configuration on a GPU, with or without Transformer Engine."""
+    """Return the configuration on a GPU, with or without Transformer Engine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(architecture.cpu, "ON_CPU", False)
         patch.setattr(architecture, "uses_transformer_engine", lambda: te)
@@ -74,7 +73,7 @@ def test_what_cannot_be_trained_in_fp8_is_refused_although_asked_for(te, transfo
 
 
 def provided(pre_process: bool, post_process: bool) -> Any:
-    """A lab's model with FP8 in its own configuration."""
+    """Return the model of a lab with FP8 in its own configuration."""
     model = models.model_config()
     (chunk,), _ = models.build(model, ParallelConfig())
     chunk.config.fp8 = "hybrid"
@@ -171,8 +170,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
 
 
 class Quantised(ColumnParallelLinear):
-    """Keeps a copy of its weight from the first forward pass after it was told to, as Transformer Engine's layers keep
-    their weights in FP8."""
+    """A layer that keeps a copy of its weight from its first forward pass, as Transformer Engine's FP8 layers do."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

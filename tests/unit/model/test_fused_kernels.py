@@ -136,7 +136,7 @@ def test_weight_gradients_are_accumulated_by_a_kernel_wherever_one_is(node, fuse
 
 
 def exact(activation: str, x: Tensor) -> Tensor:
-    """The function that ``model.activation`` names, written out."""
+    """Return the activation that ``model.activation`` names, from its formula."""
     if activation == "silu":
         return x / (1 + (-x).exp())
     if activation == "gelu":
@@ -145,7 +145,7 @@ def exact(activation: str, x: Tensor) -> Tensor:
 
 
 def mlp_errors() -> dict[str, float]:
-    """The largest difference of Megatron's MLP, output and gradient of its input, from its formula in float64."""
+    """Return the largest differences of output and input gradient of Megatron's MLP from float64."""
     initialize(ParallelConfig(), seed=1)
     errors = {}
     for model in models():

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Megatron's grouped experts, over stand-ins for Transformer Engine's grouped layers, are the experts that a CPU has:
-the same names in checkpoints and exports, the same gradients, the same loaded weights."""
+"""Compare Megatron's grouped experts, over stand-ins for Transformer Engine's layers, with the experts of a CPU.
+
+Names in checkpoints and exports, gradients and loaded weights are equal.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,7 @@ class GroupedRow(GroupedLinear):
 
 
 def grouped_spec(config: Any, vp_stage: int | None = None, *, transformer_engine: bool | None = None) -> Any:
-    """The local layer spec with Megatron's own ``TEGroupedMLP`` as its experts, over the stand-ins."""
+    """Return the local layer spec with Megatron's own ``TEGroupedMLP`` as its experts, over the stand-ins."""
     block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
     for spec in block.layer_specs:
         spec.submodules.mlp.submodules.experts = ModuleSpec(

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A Hugging Face model that was converted and loaded in any layout gives transformers' logits, in float32 and in bf16,
-and leaves that layout as it came.
+"""Compare the logits of a converted Hugging Face model in any layout with transformers', in float32 and bf16.
+
+The tensors of an export from the layout equal the original tensors.
 
 python tests/unit/model/test_hf_layouts.py        prints the largest difference of each family in each layout
 """
@@ -155,7 +156,7 @@ def changed_by_export(
 def logits_through_the_pipeline(
     chunks: Sequence[torch.nn.Module], grid: RankGrid, sequences: Sequence[Sequence[int]]
 ) -> Tensor | None:
-    """The forward pass of training, chunk after chunk and stage after stage; None but on the last stage."""
+    """Return the logits of the forward pass of training, on the last stage; None on other stages."""
     inputs = forward.inputs_of(hf_models.packed(sequences), grid)
     config = unwrapped(chunks[0]).config
     num_rows = inputs.tokens.numel() // (grid.tp_size if grid.sequence_parallel else 1)
@@ -190,8 +191,10 @@ class Comparison:
 
     @functools.cached_property
     def expected(self) -> dict[str, dict[str, Tensor]]:
-        """kind -> transformers' logits in float32 (``fp32``); of weights rounded to bf16, computed in float32
-        (``rounded``) and in bf16 (``bf16``)."""
+        """Return transformers' logits in float32 (``fp32``) for ``kind``, and those of weights rounded to bf16.
+
+        The rounded weights give logits in float32 (``rounded``) and in bf16 (``bf16``).
+        """
         found = {}
         for kind in KINDS:
             model = hf_models.write(kind, self.root / kind)
@@ -225,15 +228,17 @@ class Comparison:
         return float((self.loaded(layout, how)[kind, "fp32"].logits - self.expected[kind]["fp32"]).abs().max())
 
     def bf16_errors(self, layout: str, kind: str) -> tuple[float, float]:
-        """Median distance from float32 arithmetic on the same bf16 weights: of this layout, and of transformers.  (A
-        mean would count the few tokens whose rounded router prefers another expert.)"""
+        """Return the median distances of this layout and of transformers from float32 arithmetic on the bf16 weights.
+
+        A mean would count the few tokens whose rounded router chooses another expert.
+        """
         exact = self.expected[kind]["rounded"]
         mine, theirs = self.loaded(layout)[kind, "bf16"].logits, self.expected[kind]["bf16"]
         return float((mine - exact).abs().median()), float((theirs - exact).abs().median())
 
 
 def _rounded(kind: str, model: Any) -> Any:
-    """The model in bf16, with what transformers keeps in float32 (expert biases) as it was."""
+    """Return the model in bf16, with its expert biases in float32, as transformers keeps them."""
     biases = {name: b.clone() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
     model = model.to(torch.bfloat16)
     if kind in EXPERTS:

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A Hugging Face model and the Megatron model made of it by the mapping tables are one model, tensor by tensor and
-logit by logit; whatever would make them two is refused or seen."""
+"""Compare a Hugging Face model with its Megatron model by the mapping tables: equal tensors and equal logits.
+
+Every change that would make the models differ is refused or noticed.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Callable[[str], tuple[Path, Any, Tensor]]:
-    """kind -> (directory, transformers' model, its logits), each made once."""
+    """Kind -> (directory, transformers' model, its logits), each made once."""
     made: dict[str, tuple[Path, Any, Tensor]] = {}
 
     def make(kind: str) -> tuple[Path, Any, Tensor]:

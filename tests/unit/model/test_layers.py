@@ -61,8 +61,10 @@ def attention(group=None, **kwargs) -> CoreAttention:
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of one sequence in float64: ``[s, n, d]``, ``[t, n_kv, d]`` -> ``[s, n * d]``, the
-    queries being the last s of t positions."""
+    """Return the causal attention of one sequence in float64: ``[s, n, d]``, ``[t, n_kv, d]`` -> ``[s, n * d]``.
+
+    The queries are the last s of t positions.
+    """
     q, k, v = query.double(), key.double(), value.double()
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scores = torch.einsum("ind,jnd->nij", q, k) / q.size(-1) ** 0.5
@@ -208,7 +210,7 @@ def packed_attention_of_rank(mutation: str | None = None) -> list[Tensor]:
 
 
 def whole_row(per_rank: list[list[Tensor]]) -> list[Tensor]:
-    """The four tensors of the row, from what each context-parallel rank holds of them."""
+    """Return the four tensors of the row, joined from the shares of the context-parallel ranks."""
     held = [context_parallel_positions(torch.tensor(BOUNDS), len(per_rank), r) for r in range(len(per_rank))]
     joined = []
     for parts in zip(*per_rank, strict=True):
@@ -251,7 +253,7 @@ def without_segments(cu_seqlens: Tensor, group, device):
 
 
 def one_segment(cu_seqlens: Tensor):
-    """The batches of a row that is one sequence."""
+    """Return the batches of a row with one sequence."""
     return _by_length(torch.tensor([0, int(cu_seqlens[-1])]))
 
 
@@ -264,7 +266,7 @@ def without_positions(cu_seqlens: Tensor, group, device):
 
 
 def in_the_order_of_the_ranks(cu_seqlens: Tensor, group, device):
-    """The gathered keys, taken for those of the row."""
+    """Return rows that confuse the gathered keys with the keys of the row."""
     rows = _rows(cu_seqlens, group, device)
     return dataclasses.replace(rows, order=torch.arange(len(rows.order)))
 

@@ -78,7 +78,7 @@ class EngineRow(layers.RowParallelLinear):
 
 
 def engine_spec(config: Any, vp_stage: int | None = None, *, transformer_engine: bool | None = None) -> Any:
-    """The local layer spec with the stand-ins for Transformer Engine's linear layers."""
+    """Return the local layer spec with the stand-ins for Transformer Engine's linear layers."""
     assert transformer_engine
     block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
     for spec in block.layer_specs:
@@ -347,7 +347,7 @@ NEXT_TOKEN_ROWS, WIDTH, PADDED = 64, 8, 8192
 
 
 def bytes_of_next_token_training(dtype: torch.dtype, num_valid: int) -> tuple[int, int]:
-    """The most at a time, from hidden rows to their gradient and the weight's; and what holds no row of logits."""
+    """Return the peak of memory from hidden states to the gradients, and the memory without logits."""
     models.build(models.model_config("gqa"), parallel())  # Megatron's groups
     hidden = torch.randn(NEXT_TOKEN_ROWS, WIDTH, dtype=dtype, requires_grad=True)
     weight = torch.randn(PADDED, WIDTH, dtype=dtype, requires_grad=True)

@@ -23,7 +23,7 @@ class Group(SimpleNamespace):
 
 
 def row(cp_size: int):
-    """A microbatch of three sequences, the last segment of which is padding."""
+    """Return a microbatch of three sequences, whose last segment is padding."""
     texts = [ContextPair(str(n), [1] * n, [1] * n, [2] * 3, False) for n in (9, 4, 1)]
     batch = pack(texts, max_tokens=48, cp_size=cp_size, tp_size=1, paired=True, seq_length=48)
     return batch.student[0]
