@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The contexts of every replica as microbatches that one schedule takes: as many, and as long, everywhere."""
+"""Pack the contexts of every replica into microbatches: the same number, of the same length, on every replica."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def pack_everywhere(
     grid: RankGrid,
     seq_multiple: int | None = None,
 ) -> PackedBatch:
-    """This replica's contexts, packed into rows of at most ``max_tokens``.
+    """Return this replica's contexts, packed into sequences of at most ``max_tokens``.
 
-    Every replica gets the same sequence length and number of microbatches, at least one of each stream and in total a
-    multiple of what the schedule takes; a replica that has fewer gets weightless ones, with no contexts only those.
-    ``pair_order=alternating`` packs both streams alike.  ``seq_multiple``: of which the sequence length is a multiple,
-    as `model.fp8.token_multiple` has it.  On GPUs the length is rounded up to a multiple of `length_quantum`, which
-    leaves losses and gradients as they are.
+    Every replica gets the same sequence length and number of microbatches: at least one of each role, and in total a
+    multiple of `microbatch_multiple`.  A replica that has fewer gets weightless microbatches, and a replica without
+    contexts only those.  ``pair_order=alternating`` packs student and teacher alike.  The sequence length is a multiple
+    of ``seq_multiple``, which `model.fp8.token_multiple` returns.  On GPUs the length is rounded up to a multiple of
+    `length_quantum`, which changes neither losses nor gradients.
 
-    Collectives: two maxima over the data-parallel ranks.
-    Raises: ValueError where one context alone exceeds ``max_tokens``.
+    Collectives: two maxima over the data-parallel ranks. Raises: ValueError where one context alone exceeds
+    ``max_tokens``.
     """
     paired = pair_order == "alternating"
     sizes: dict[str, Any] = {"max_tokens": max_tokens, "cp_size": grid.cp_size, "tp_size": grid.tp_size}
@@ -51,10 +51,10 @@ def pack_everywhere(
 
 
 def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:
-    """The sum over context-parallel ranks, each of which holds some rows, with tensor-parallel rank 0's bits on all.
+    """Sum ``values`` in place over context-parallel ranks, give all TP ranks the bits of TP rank 0, and return them.
 
-    The ranks of one replica's last stage call it; ``values`` is changed.  Collectives: a sum over CP, a broadcast over
-    TP.
+    The ranks of one replica's last stage call it; each context-parallel rank holds a part of the values and zeros
+    elsewhere. Collectives: a sum over CP, a broadcast over TP.
     """
     if grid.cp_size > 1:
         dist.all_reduce(values, group=grid.cp_group)

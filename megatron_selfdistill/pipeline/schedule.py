@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Teacher and student microbatches through one pipeline-parallel ``forward_backward`` call of Megatron's own schedules.
 
-A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` hands a zero gradient back, so that the
-schedule's sends and receives match.  On the last stage it leaves its final hidden states at response positions in a
-`TeacherHiddenStates`; when the student's microbatch arrives, both are projected there and the loss is taken, in one
-piece where the output layer is fused with the loss (model/output_layer.py).
+A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` returns a zero gradient for it, so that
+the schedule's sends and receives match.  On the last stage it leaves its final hidden states at response positions in a
+`TeacherHiddenStates`.  When the student's microbatch arrives, the states of both models are projected to logits, and
+the loss is computed; a fused output layer does both in one piece (model/output_layer.py).
 """
 
 from __future__ import annotations
@@ -39,29 +39,33 @@ from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
 
 
 class NoResponseTokens(RuntimeError):
-    """The global batch has nothing to train on."""
+    """The global batch has no response token, so there is nothing to train on."""
 
 
 TokenLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
 """(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient."""
 TokenWeights = Callable[[Tensor, Tensor], Tensor]
-"""(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, constants
-(loss/weighting.py)."""
+"""(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, as constants.
+
+loss/weighting.py has such functions.
+"""
 
 
 @dataclass
 class StepOutput:
-    """What one step leaves behind on this rank.  Rows are the response tokens that this rank's student held; only the
-    last pipeline stage has any, equal on its tensor-parallel ranks and split over its context-parallel ranks."""
+    """The results of one step on this rank, for the R response tokens that this rank's student held.
+
+    Only the last pipeline stage has any, equal on its tensor-parallel ranks and split over its context-parallel ranks.
+    """
 
     num_response_tokens: int
-    """N, over the global batch; equal on all ranks."""
+    """Number N of response tokens of the global batch; equal on all ranks."""
     response_ids: Tensor
-    """[R] int64 on the device: which of ``PackedBatch.response_tokens`` each row is."""
+    """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64 on the device."""
     stats: TokenStats | None
-    """Statistics of the rows, detached, the loss without weights; None on the other stages."""
+    """Statistics of the R tokens, detached, the loss without weights; None on the other stages."""
     weights: Tensor | None = None
-    """[R] of the rows' losses; None where all are 1."""
+    """Weights [R] of the tokens' losses; None where all weights are 1."""
 
 
 def self_distillation(
@@ -71,8 +75,11 @@ def self_distillation(
     *,
     fusion: Fusion | None = None,
 ) -> TokenLoss | FusedLoss:
-    """The distillation loss with this target and divergence: of logits (vocab_parallel.py) or, with ``fusion``, of
-    hidden states (fused_linear.py).  ``backend``: as for `distillation_loss`."""
+    """Return the distillation loss with this target and divergence.
+
+    It takes logits (vocab_parallel.py) or, with ``fusion``, hidden states (fused_linear.py).  ``backend``: as for
+    `distillation_loss`.
+    """
     if fusion is not None:
         return FusedLoss(target, divergence, fusion, backend)
 
@@ -93,10 +100,10 @@ def self_distillation(
 
 
 def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
-    """-log p(response token) over the valid vocabulary, in nats, through Megatron's vocab-parallel cross entropy.
+    """Return -log p(response token) over the valid vocabulary, in nats, by Megatron's vocab-parallel cross entropy.
 
-    Writes over ``student``: its padding becomes -inf, and in float32 all of it the softmax and then the gradient.  In
-    bf16 those take a float32 copy, see `output_layer.next_token_copies`.
+    Overwrites ``student``: its padding becomes -inf, and in float32 all of it becomes the softmax and then the
+    gradient. In bf16 these take a float32 copy, see `output_layer.next_token_copies`.
     """
     with torch.no_grad():
         student[:, vocab.num_valid :] = float("-inf")
@@ -121,16 +128,17 @@ def run(
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
 ) -> StepOutput:
-    """One forward and backward of the global batch; gradients are left in ``main_grad``, reduced and finalised.
+    """Run one forward and backward pass of the global batch; leave gradients in ``main_grad``, reduced and finalised.
 
-    The gradient is the one of ``sum(token_weights * token_loss) / N``, with N the response tokens of the global batch,
-    whatever the cuts; without ``token_weights`` all weights are 1.
-    ``student``: this rank's chunks (DDP); ``teacher``: chunks with the same cuts (the student's own for "current"), or
-    None for a loss without a teacher, which leaves ``batch.teacher`` aside.  All ranks of a replica hold the same
-    ``batch``; all replicas have the same number of microbatches and ``seq_length``.
+    The gradient is that of ``sum(token_weights * token_loss) / N``, with N the response tokens of the global batch, in
+    every layout; without ``token_weights`` all weights are 1.
 
-    Collectives: one all-reduce of N over data-parallel ranks, then those of the schedule and of the loss.
-    Raises: ValueError for an order that the microbatches do not fit, `NoResponseTokens` on all ranks where N is 0.
+    ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
+    None for a loss without a teacher, which ignores ``batch.teacher``.  All ranks of a replica hold the same ``batch``;
+    all replicas have the same number of microbatches and ``seq_length``.
+
+    Collectives: one all-reduce of N over data-parallel ranks, then those of the schedule and of the loss. Raises:
+    ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
     """
     totals = torch.tensor(
         [len(batch.response_tokens), sum(mb.num_sequences > 0 for mb in batch.student)], device=grid.device
@@ -175,7 +183,7 @@ def run(
 
 
 def microbatch_multiple(grid: RankGrid) -> int:
-    """The interleaved schedule takes microbatches in groups of PP; the others take any number."""
+    """Return the number of which a step's microbatches are a multiple: PP for the interleaved schedule, else 1."""
     return grid.pp_size if grid.virtual_pipeline_model_parallel_size else 1
 
 
@@ -198,7 +206,7 @@ def _order(batch: PackedBatch, pair_order: str, with_teacher: bool) -> list[tupl
 
 @dataclass
 class _Step:
-    """The forward step of one call of the schedule, and what its last stage collects."""
+    """The forward step of one call of the schedule, and the results that its last stage collects."""
 
     student: list[torch.nn.Module]
     teacher: list[torch.nn.Module]
@@ -214,9 +222,10 @@ class _Step:
     weights: list[Tensor] = field(default_factory=list)
 
     def forward(self, iterator: Iterator[tuple[str, int]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        """Run the next microbatch through ``chunk``; return its output and the function that computes its loss."""
         beat()
-        stream, index = next(iterator)
-        if stream == "student":
+        role, index = next(iterator)
+        if role == "student":
             return self._student(index, chunk)
         return self._teacher(index, chunk)
 
@@ -256,7 +265,7 @@ class _Step:
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         model = unwrapped(chunk)
-        # The schedule gave the received activations to the student's chunk; the teacher's chunk reads the same.
+        # The schedule gave the received activations to the student's chunk; the teacher's chunk reads the same tensor.
         input_tensor = None if model.pre_process else model.decoder.input_tensor
         edge = torch.zeros((), device=self.grid.device) if input_tensor is None else input_tensor
         if torch.is_grad_enabled():
@@ -277,6 +286,7 @@ class _Step:
         return hidden, loss_func
 
     def collected(self) -> tuple[Tensor, TokenStats | None, Tensor | None]:
+        """Return the response ids, statistics and weights of all student microbatches of this rank."""
         if not self.stats:
             return torch.empty(0, dtype=torch.int64, device=self.grid.device), None, None
         weights = torch.cat(self.weights) if self.weights else None
@@ -284,24 +294,29 @@ class _Step:
 
 
 class _Bridge(torch.autograd.Function):
-    """A value computed under ``no_grad`` with an edge to ``edge`` that carries a zero gradient: to autograd, and so to
-    the schedule, a teacher microbatch looks like any other."""
+    """A value computed under ``no_grad``, with an autograd edge to ``edge`` that carries a zero gradient.
+
+    Autograd, and so the schedule, treats a teacher microbatch like any other.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, edge: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, edge: Tensor) -> Tensor:
         ctx.edge = edge.shape, edge.dtype, edge.device
-        return value.detach()  # no `_base`, so the schedule may deallocate it
+        return value.detach()  # it has no `_base`, so the schedule may deallocate it
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         shape, dtype, device = ctx.edge
         return None, torch.zeros(shape, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager
 def _auxiliary_losses_per_weighted_microbatch(chunks: Sequence[torch.nn.Module], factor: float) -> Iterator[None]:
-    """Megatron divides router losses by all microbatches and data-parallel ranks.  Teachers have none (no gradient) and
-    weightless ones should have none, so the coefficients are raised to make it the weighted students' mean."""
+    """Raise the coefficients of router losses, so that each is the mean over the weighted student microbatches.
+
+    Megatron divides router losses by all microbatches and data-parallel ranks.  Teacher microbatches have no router
+    losses (no gradient), and weightless microbatches should have none.
+    """
     configs = {id(c): c for c in (unwrapped(chunk).config for chunk in chunks)}.values()
     before = [(c, c.moe_aux_loss_coeff, c.moe_z_loss_coeff) for c in configs]
     for config, aux, z in before:

@@ -48,7 +48,8 @@ class TeacherHiddenStates:
     def take(self, index: int, dtype: torch.dtype) -> Tensor:
         """Return the states of student microbatch ``index`` at full width, ``[R, 1, h]``, and forget them."""
         block = self.take_slice(index, dtype)
-        return gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group).unsqueeze(1)
+        states: Tensor = gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group)
+        return states.unsqueeze(1)
 
     def take_slice(self, index: int, dtype: torch.dtype) -> Tensor:
         """Return this rank's slice of the width of those states, ``[R, h / tp]``, on the device, and forget it."""

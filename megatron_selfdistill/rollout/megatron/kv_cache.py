@@ -30,7 +30,7 @@ def cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype)
     """Return the bytes that ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
     layers = list(_attention_layers(models))
     values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
-    return max(1, values * dtype.itemsize)  # a stage may have no layer
+    return max(1, int(values) * dtype.itemsize)  # a stage may have no layer
 
 
 def free_bytes() -> int:
@@ -38,7 +38,7 @@ def free_bytes() -> int:
     if torch.cuda.is_available():
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + cached
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
@@ -147,7 +147,7 @@ def _ragged_step(layer: Attention, cache: RaggedCache) -> Callable[..., tuple[An
 
 
 def _rotated(layer: Attention, query: Tensor, angles: Tensor) -> Tensor:
-    rotated = _apply_rotary_pos_emb_bshd(
+    rotated: Tensor = _apply_rotary_pos_emb_bshd(
         query.float(),
         angles,
         rotary_interleaved=layer.config.rotary_interleaved,

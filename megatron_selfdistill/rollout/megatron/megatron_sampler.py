@@ -269,7 +269,7 @@ class MegatronSampler:
                 model.set_input_tensor(hidden_states)
             output = model(tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True)
             if not model.post_process:
-                output = output.to(self._hidden_dtype).contiguous()  # type: ignore[union-attr]
+                output = output.to(self._hidden_dtype).contiguous()
                 dist.send(output, dst=self._stage_rank(1), group=self._grid.pp_group)
                 output = None
         return None if output is None else output[:, -1, : self._vocab_size]

@@ -169,23 +169,25 @@ def _formed(make: Callable[[], dist.ProcessGroup], why_stop: Callable[[], str | 
 
 def _gloo(store: dist.Store, rank: int, world_size: int, address: str, timeout_s: float) -> dist.ProcessGroup:
     """Return a gloo group; the other members reach this host by ``address``."""
-    gloo: Any = dist.ProcessGroupGloo  # type: ignore[attr-defined]
+    gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = datetime.timedelta(seconds=timeout_s)
     options._devices = [gloo.create_device(hostname=address)]
-    return gloo(store, rank, world_size, options)
+    group: dist.ProcessGroup = gloo(store, rank, world_size, options)
+    return group
 
 
 def _nccl(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_s: float) -> dist.ProcessGroup:
     """Return a group whose communicator exists already: torch would make it in the first broadcast, and block there."""
-    nccl: Any = dist.ProcessGroupNCCL  # type: ignore[attr-defined]
+    nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     # `broadcast` gives up and aborts before torch's own watchdog does.
     options._timeout = datetime.timedelta(seconds=2 * timeout_s + 60)
     torch.cuda.set_device(device)
     with _environment(_NCCL_ENVIRONMENT):
-        group = nccl(store, rank, world_size, options)
-    group.eager_connect_single_device(device)
+        formed = nccl(store, rank, world_size, options)
+    formed.eager_connect_single_device(device)
+    group: dist.ProcessGroup = formed
     return group
 
 

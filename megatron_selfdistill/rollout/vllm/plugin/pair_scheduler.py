@@ -40,4 +40,5 @@ class PairScheduler(Scheduler):
         for name, request in list(self._waits_for_partner.items()):
             if wanted is None or request.request_id in wanted:
                 super().add_request(self._waits_for_partner.pop(name))
-        return super().finish_requests(wanted, finished_status)
+        finished: list[Request] = super().finish_requests(wanted, finished_status)
+        return finished

@@ -179,4 +179,5 @@ def make_receiver(name: str, device: torch.device, worker: int, arguments: Mappi
     """
     if name not in _RECEIVERS:
         raise ValueError(f"expected a transfer among {', '.join(_RECEIVERS)}, got {name!r}")
-    return _RECEIVERS[name](device, worker, **arguments)
+    receiver: Receiver = _RECEIVERS[name](device, worker, **arguments)
+    return receiver

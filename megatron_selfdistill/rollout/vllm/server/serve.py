@@ -295,7 +295,7 @@ def _end(why: str) -> None:
 def _free_gib() -> float:
     import psutil
 
-    return psutil.virtual_memory().available / _GIB
+    return float(psutil.virtual_memory().available) / _GIB
 
 
 if __name__ == "__main__":

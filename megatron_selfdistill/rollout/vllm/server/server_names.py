@@ -27,7 +27,7 @@ def own_address(host: str, port: int) -> str:
     family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)  # a datagram socket: nothing is sent
-        return probe.getsockname()[0]
+        return str(probe.getsockname()[0])
 
 
 def as_arguments(engine_args: Mapping[str, Any]) -> list[str]:

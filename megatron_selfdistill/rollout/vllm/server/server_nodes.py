@@ -249,5 +249,5 @@ def _interface(address: str) -> str | None:
 
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.split("%")[0] == address for each in addresses):
-            return name
+            return str(name)
     return None
