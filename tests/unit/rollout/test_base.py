@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Streams, and how one token is drawn from one row of logits."""
+"""Seeds, and how one token is sampled from one row of logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def params(**changes) -> SamplingParams:
 
 
 def expected_probs(temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
-    """The distribution, token by token, in float64."""
+    """Return the sampling distribution, computed token by token in float64."""
     logits = LOGITS.double() / temperature
     probs = (logits - logits.logsumexp(0)).exp()
     ranked = sorted(range(len(probs)), key=lambda v: (-probs[v].item(), v))

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One server over HTTP: what it says is taken whole or not at all, and a failure is a sentence."""
+"""One server over HTTP: its answer counts when it is complete, and each failure has a message."""
 
 from __future__ import annotations
 

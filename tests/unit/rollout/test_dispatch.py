@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Tasks over servers that may fail: each is done once, or none is."""
+"""Tasks over servers that may fail: each task is done once, or the call raises."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_selfdistill.rollout.vllm.dispatch import dispatch
 
 
 def servers_of(count: int) -> list[VllmServer]:
-    """Nobody listens there; tasks do not ask them."""
+    """Return clients of servers that do not exist; tasks do not call them."""
     return [VllmServer(f"http://server{i}:1") for i in range(count)]
 
 
 def counting(count: int, before: Callable[[int, VllmServer], None]) -> tuple[list[Any], Counter[int], dict[int, str]]:
-    """Tasks that give their number; how often each was done, and where."""
+    """Return tasks that return their number, how often each was done, and where."""
     done: Counter[int] = Counter()
     where: dict[int, str] = {}
     lock = threading.Lock()

@@ -52,7 +52,10 @@ def test_weights_and_cache_that_do_not_fit_are_refused_with_the_keys_that_help()
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Builds a colocated sampler of an 8B model on a GPU with 58.7 GiB free; returns the engine's arguments."""
+    """Return a function that builds a colocated sampler of an 8B model and returns the engine's arguments.
+
+    Of the GPU's memory 58.7 GiB are free.
+    """
     recorded: dict[str, Any] = {}
     monkeypatch.setattr(colocated, "Exporter", lambda *args, **options: None)
     monkeypatch.setattr(colocated, "free_bytes", lambda: memory_of("80 GiB").free)

@@ -23,6 +23,7 @@ from megatron_selfdistill.rollout.vllm.exchange import (
 
 
 def requests_of(replica: int, count: int) -> list[Request]:
+    """Return ``count`` requests of a replica; no two requests of any replicas are equal."""
     return [
         Request(
             [replica, i, *range(3 * i)], 2**64 - 1 - 10 * replica - i, [7, i][: 3 * i] if (replica + i) % 2 else None
@@ -32,7 +33,7 @@ def requests_of(replica: int, count: int) -> list[Request]:
 
 
 def response_to(request: Request) -> Response:
-    """A response that tells what it answers."""
+    """Return a response from which its request can be recognised."""
     length = len(request.prompt) - 2
     teacher = request.teacher_prompt
     return Response(
@@ -50,7 +51,10 @@ def own(replica: int, counts: list[int]) -> list[Request]:
 
 
 def exchanged(tp: int, counts: list[int], fault: str = "") -> tuple[list[Request], list[Response] | str]:
-    """All requests as this rank sees them, and what its replica got back; rank i % world generates response i."""
+    """Return all requests as this rank sees them, and the responses that its replica got, or the error's message.
+
+    Rank i % world generates response i.
+    """
     grid = initialize(parallel(tp=tp), seed=1)
     gathered = gather_requests(own(grid.dp_rank, counts), grid)
     generated = {i: response_to(r) for i, r in enumerate(gathered.requests) if i % grid.world_size == grid.rank}
@@ -83,8 +87,10 @@ def test_a_missing_or_doubled_response_is_an_error_on_all_ranks(ranks, fault, fo
 
 
 def collectives_of_an_exchange(counts: list[int]) -> tuple[list[str], int, int]:
-    """Return the collectives in which responses return, the bytes of responses that this rank receives, and the bytes
-    that the responses to its own replica's requests take, one share for each rank."""
+    """Return the collectives in which responses return, the bytes that this rank receives, and the expected bytes.
+
+    The expected bytes are those of the responses to the requests of this rank's replica, one share for each rank.
+    """
     grid = initialize(parallel(), seed=1)
     gathered = gather_requests(own(grid.dp_rank, counts), grid)
     generated = {i: response_to(r) for i, r in enumerate(gathered.requests) if i % grid.world_size == grid.rank}

@@ -35,8 +35,10 @@ def random_logits(rows: int, columns: int, seed: int = 0, scale: float = 2.0) ->
 
 
 def draw_by_bisection(student: Tensor, teacher: Tensor, uniforms: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """The tokens and log q, in float64, of the definition in `loss.target`; where the uniform is within 1e-5 of a
-    boundary the token is -1."""
+    """Return tokens and log q, in float64, by the definition in `loss.target`.
+
+    Where the uniform is within 1e-5 of a boundary the token is -1.
+    """
     log_q = mixed_target(student.double(), teacher.double(), target).log_q
     cdf = log_q.exp().cumsum(-1)
     tokens = (cdf <= uniforms[:, None]).sum(-1)

@@ -62,7 +62,7 @@ def logits_of(model: torch.nn.Module, tokens: Sequence[int]) -> Tensor:
 def both_logits(
     logits: Callable[[list[int]], Tensor], request: Request, response: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's logits ``[len(response), vocabulary]`` that predict each response token."""
+    """Return the logits ``[len(response), vocabulary]`` of student and teacher that predict each response token."""
     assert request.teacher_prompt is not None
     rows = []
     for prompt in (request.prompt, request.teacher_prompt):
@@ -279,7 +279,7 @@ def test_recorded_log_probs_are_those_of_the_student_the_teacher_and_the_mix(ran
 
 
 def draw_first_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first token of ``count`` guided samples of one pair of prompts, and both logits without a cache."""
+    """Return the first token of ``count`` guided samples of one pair of prompts, and both logits without a cache."""
     [model], grid = build(model_config(), parallel())
     pair = make_pairs()[0]
     requests = [dataclasses.replace(pair, seed=sample_seed(1, 0, "x", i)) for i in range(count)]
@@ -339,7 +339,7 @@ SPECIAL: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def fused_rope_of_one_position_for_all_rows(t: Tensor, freqs: Tensor, interleaved: bool) -> Tensor:
-    """What Transformer Engine's kernel computes: in float32, from a table without a batch."""
+    """Return what Transformer Engine's kernel computes: in float32, from a table without a batch."""
     assert freqs.shape[1:3] == (1, 1) and not interleaved
     return rope_utils._apply_rotary_pos_emb_bshd(t.float(), freqs).to(t.dtype)
 

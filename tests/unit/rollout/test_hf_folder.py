@@ -18,7 +18,7 @@ MODEL = models.model_config("tied")
 
 
 def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[str]] | str:
-    """The config.json and Hugging Face's names of the tensors as this rank sees them, or what was refused."""
+    """Return this rank's config.json and Hugging Face names of the tensors, or the error's message."""
     from megatron_selfdistill.distributed.ranks import initialize
     from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
 
@@ -32,7 +32,7 @@ def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str,
 
 
 def carried(folder: Path, **changes: Any) -> Path:
-    """A checkpoint that carries a config.json of `MODEL`."""
+    """Return a checkpoint whose Hugging Face assets hold a config.json of `MODEL`."""
     from megatron_selfdistill.model.hf.mapping import family_of_model
 
     config = {**family_of_model(MODEL).hf_config(MODEL, "bfloat16"), "bos_token_id": 7, **changes}

@@ -1,6 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Sampling in process: every layout writes what a TP1 forward without a cache would, and leaves the model as
-it was."""
+"""Sampling in process: every layout samples as a TP1 forward pass without a cache, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -42,8 +41,10 @@ def sampler_of(chunks, grid, kv_cache_gb=None) -> MegatronSampler:
 
 
 def write_without_cache(kind: str, requests: list[Request], count: int) -> list[tuple[list[int], list[float]]]:
-    """Per request: greedy tokens, each from a forward of the whole prefix on one rank, and their float64
-    log-probs."""
+    """Return greedy tokens and their float64 log-probs per request.
+
+    Each token comes from a forward pass of the whole prefix on one rank.
+    """
     [model], _ = build(model_config(kind), parallel())
     model.eval()
     out = []
@@ -68,7 +69,7 @@ def log_softmax_behind(model: torch.nn.Module, tokens: list[int]) -> torch.Tenso
 
 @pytest.fixture(scope="module")
 def without_cache(ranks):
-    """kind -> the greedy text of `make_requests`, once per model."""
+    """Return a function from a kind of model to its greedy responses to `make_requests`, computed once."""
     known: dict[str, Any] = {}
 
     def get(kind: str):
@@ -215,7 +216,7 @@ def test_a_sample_depends_on_its_stream_only_not_on_order_batch_or_layout(ranks)
 
 
 def draw_by_hand() -> tuple[list[Response], list[list[int]]]:
-    """Samples, and the same by hand: token i is where the CDF passes the stream's i-th uniform."""
+    """Return samples, and the same by hand: token i is where the cumulative distribution passes uniform i."""
     [model], grid = build(model_config(), parallel())
     requests = make_requests()[:4]
     responses = sampler_of([model], grid).generate(requests, dataclasses.replace(SAMPLED, top_p=1.0))
@@ -236,7 +237,7 @@ def test_token_i_of_a_sample_is_drawn_by_uniform_i_of_its_stream(ranks):
 
 
 def first_tokens(sampling: SamplingParams, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first token of ``count`` samples of one prompt, and log softmax without a cache."""
+    """Return the first token of ``count`` samples of one prompt, and log softmax without a cache."""
     [model], grid = build(model_config(), parallel())
     prompt = make_requests()[0].prompt
     requests = [Request(prompt, sample_seed(1, 0, "x", i)) for i in range(count)]
@@ -274,7 +275,7 @@ def test_padded_vocabulary_rows_are_never_sampled_and_change_no_probability(rank
 
 
 def train_around_decoding(kind: str, config: ParallelConfig) -> None:
-    """A training step's loss and gradients, before and after decoding."""
+    """Return a training step's loss and gradients, before and after decoding."""
     chunks, grid = build(model_config(kind), config)
     model = unwrapped(chunks[0])
     sampler = sampler_of(chunks, grid)

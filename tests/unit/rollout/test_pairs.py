@@ -21,7 +21,7 @@ GARBAGE = 99
 
 
 def true_token(seed: int, position: int) -> int:
-    """What the mix would give; 1 and 3 end a response."""
+    """Return the token that the mix gives at ``position``; 1 and 3 end a response."""
     return int(np.random.default_rng([seed, position]).integers(0, 30))
 
 
@@ -34,8 +34,11 @@ def make_requests(count: int) -> list[Request]:
 
 
 class PartingEngine:
-    """Halves written by `true_token`; ``faults``: how likely a pair parts in a round that it shares with others; of
-    more than ``seats`` pairs none gets anything."""
+    """An engine that generates halves by `true_token` and separates pairs at random.
+
+    ``faults``: the probability that a pair is separated in a round that it shares with other pairs.  Of more than
+    ``seats`` pairs none gets a token.
+    """
 
     def __init__(self, faults: float = 0.0, seats: int = 1000, **limits: int) -> None:
         self.faults, self.seats = faults, seats

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""`ServerSampler` on servers that fail in every way: each request gets its one response, from the right weights, or
-every rank raises the same sentence."""
+"""`ServerSampler` on servers that fail in every way: each request gets one response, from the right weights.
+
+Otherwise every rank raises the same message.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def wanted(requests: list[Request]) -> list[list[int]]:
 
 
 def tell(address: str, **fault: Any) -> None:
-    """What a fake server shall do from here on."""
+    """Set what a fake server does from now on."""
     data = json.dumps(fault).encode()
     urllib.request.urlopen(urllib.request.Request(address + "/fault", data, method="POST"), timeout=20).read()
 
@@ -90,8 +92,10 @@ def steps(
     count: int = 24,
     sync_from: int = 0,
 ) -> list[Step]:
-    """A step for each of ``faults``, which rank 0 tells the servers behind that step's `update_weights` (those from
-    ``sync_from`` on: before): the replica's tokens and the metrics, or the error's class and sentence."""
+    """Run a step for each of ``faults``, and return each step's tokens and metrics, or the error's class and message.
+
+    Rank 0 sets the faults of the servers after that step's `update_weights`; in steps after ``sync_from``, before it.
+    """
     done: list[Step] = []
     with sampler(addresses, layout, **options) as (built, grid):
         mine = everybodys(count)[grid.dp_rank :: grid.dp_size]
@@ -118,7 +122,10 @@ def steps(
 
 
 def run(ranks: Any, fakes: list[FakeVllm], faults: list[Any], world_size: int = 1, **more: Any) -> list[Step]:
-    """`steps`, which every rank sees alike, on ranks whose layout is ``more["layout"]``; replicas' responses joined."""
+    """Run `steps` on ranks in the layout ``more["layout"]``, and join the responses of the replicas.
+
+    All ranks must see the same metrics and errors.
+    """
     layout, options = more.pop("layout", {}), more.pop("options", {})
     addresses = [fake.address for fake in fakes]
     arguments = (addresses, layout, faults, options)

@@ -219,7 +219,7 @@ def test_a_node_waits_for_all_the_others(port):
 
 
 def lead(nnodes: int, port: int) -> queue.Queue[Exception | None]:
-    """A head in a thread of its own; what becomes of it."""
+    """Run a head in a thread of its own, and return a queue with its outcome."""
     ended: queue.Queue[Exception | None] = queue.Queue()
 
     def run() -> None:

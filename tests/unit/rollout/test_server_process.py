@@ -65,7 +65,7 @@ def started(
 
 
 def script(folder: Path, text: str) -> Path:
-    """A Python that is none: it does what ``text`` says, whatever it is asked."""
+    """Return a program that stands in for Python: it runs the shell script ``text``, whatever its arguments."""
     path = folder / "python"
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)

@@ -52,7 +52,7 @@ class Vllm:
 
 @pytest.fixture
 def default(monkeypatch: pytest.MonkeyPatch) -> Stream:
-    """The default stream, which is the current one."""
+    """Return the default stream, which is the current one."""
     default = Stream()
     current = [default]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -73,7 +73,7 @@ def reach(fakes: list[FakeVllm]) -> list[VllmServer]:
 def sent(
     transfer: Transfer, servers: list[VllmServer], version: int, between: dict[int, FakeVllm] | None = None
 ) -> WeightUpdate:
-    """An update; before bucket i, the server ``between[i]`` begins to fail at it."""
+    """Send an update; before bucket i, the server ``between[i]`` begins to fail at it."""
     update = WeightUpdate(transfer, servers, version)
     for i, bucket in enumerate(buckets()):
         if between and i in between:

@@ -22,8 +22,10 @@ from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
 
 
 class IpcStandIn:
-    """torch's rule without a GPU: memory that was handed out is freed once nobody here holds it and its counter, which
-    starts at 1, is no longer above 0."""
+    """A stand-in for torch's shared GPU memory, with torch's rule for freeing it.
+
+    Memory that was shared is freed once no object of this process holds it and its counter, which starts at 1, is 0.
+    """
 
     def __init__(self) -> None:
         self.handed_out: list[weakref.ref[Tensor]] = []
@@ -100,7 +102,7 @@ def test_buffers_take_turns_and_grow_when_they_must():
 
 @pytest.fixture
 def settings() -> Iterator[None]:
-    """torch's real settings of the allocator, as they were."""
+    """Keep torch's real settings of the allocator, and restore them afterwards."""
     before = transfer_buckets._allocator_settings()
     yield
     transfer_buckets._set_allocator_settings(before)

@@ -53,7 +53,7 @@ def opened(
 
 
 def sentence(opening: Future[dist.ProcessGroup]) -> str:
-    """What a member raises, soon."""
+    """Return the message that a member raises soon."""
     with pytest.raises(RuntimeError) as raised:
         opening.result(SOON)
     return str(raised.value)
@@ -99,12 +99,14 @@ def test_a_trainer_that_is_gone_frees_the_others(threads):
 
 
 class StandIn:
-    """In the place of ProcessGroupNCCL: what is done to it, and what the environment says when it is made."""
+    """In the place of ProcessGroupNCCL: records the calls, and an environment variable when a group is made."""
 
     done: ClassVar[list[Any]] = []
     connect: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
     class Options:
+        """In the place of ProcessGroupNCCL.Options."""
+
         _timeout: Any = None
 
     def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""`ColocatedSampler` with the real vLLM: what it writes, in any layout, and what it leaves as it was."""
+"""`ColocatedSampler` with the real vLLM: its responses, in any layout, and the trainer's state after it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def sampler(
 
 
 def joined(per_rank: list[tuple[int, int, Any]], count: int) -> list[Any]:
-    """The responses of all replicas in the order of the requests; those of one replica's ranks must be equal."""
+    """Return the responses of all replicas in the order of the requests; a replica's ranks must hold equal ones."""
     found: dict[int, Any] = {}
     for dp_rank, dp_size, responses in per_rank:
         for index, response in zip(range(dp_rank, count, dp_size), responses, strict=True):
@@ -106,8 +106,7 @@ def fresh(ranks: Any) -> Callable[[str, int], tuple[list[Response], list[Respons
 
 
 def scored_by_transformers(kind: str, responses: list[Response]) -> list[tuple[list[int], list[float]]]:
-    """For each response, what transformers' model would have said greedily at each place, and its log-prob of what was
-    said."""
+    """Return, for each response, the greedy tokens of transformers' model and its log-probs of the response."""
     import transformers
     from safetensors.torch import save_file
 
@@ -300,7 +299,7 @@ def test_guided_requests_get_the_trainers_own_tokens_and_plain_ones_beside_them_
 
 
 def refusals() -> list[str]:
-    """What a broken engine says on this rank, and whether the next batch is right again."""
+    """Return the errors of a broken engine on this rank, and whether the next batch is right again."""
     chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
     said = []
     mine = own(grid, requests())
@@ -459,7 +458,7 @@ def state() -> tuple[Any, ...]:
 
 
 def what_changed() -> None:
-    """A trainer's process before and after, without a launcher's environment."""
+    """Return the state of a trainer's process before and after, without a launcher's environment."""
     from megatron_selfdistill.distributed import ranks
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -529,7 +528,7 @@ def test_a_sampler_may_be_closed_after_the_trainers_groups(ranks):
 
 
 def slept() -> tuple[list[str], bool, dict[str, float]]:
-    """What happens to an engine that can sleep: here it forgets its weights by getting others."""
+    """Return the outcome for an engine that can sleep: here it loses its weights by getting others."""
     chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
     happened: list[str] = []
     with sampler(MODELS["gqa"], chunks, grid) as it:
@@ -577,8 +576,11 @@ def parameters_of(it: Any) -> dict[str, torch.Tensor]:
 
 
 def updated_twice() -> tuple[list[tuple[int, ...]], bool, int, bool]:
-    """Shapes of the memory that an update takes; whether all parameters stay where they were; how many of them have the
-    name of a tensor that was sent, and whether each of these holds what was sent."""
+    """Return the shapes of the memory that an update takes, and what became of the parameters.
+
+    After the shapes come: whether all parameters stay in their place; how many parameters have the name of a tensor that was
+    sent, and whether each of these parameters holds that tensor.
+    """
     import vllm._custom_ops
     from vllm.model_executor.model_loader.reload import meta
 

@@ -141,8 +141,10 @@ def folder(model: Qwen2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[Callable[[str], LLMEngine]]:
-    """Engines by the name of their settings.  All live until the end: the end of one would tear down vLLM's process
-    groups, which the others share."""
+    """Return a function that gives the engine of some settings; all engines live until the end.
+
+    The end of one engine would tear down vLLM's process groups, which the other engines share.
+    """
     engines: dict[str, LLMEngine] = {}
 
     def get(name: str) -> LLMEngine:
@@ -174,7 +176,7 @@ def reference_logits(model: Qwen2ForCausalLM, prompt: list[int], token_ids: list
 
 
 def mixed_log_q(student: Tensor, teacher: Tensor, w: float) -> Tensor:
-    """The entropy-matched target of rows ``[.., V]``: k by bisection in [(1 + w) / 16, 1 + w], H(q) = H(p)."""
+    """Return log q of rows ``[.., V]`` at the entropy-matched k, by bisection in [(1 + w) / 16, 1 + w], H(q) = H(p)."""
 
     def entropy(log_p: Tensor) -> Tensor:
         return -(log_p.exp() * log_p).sum(-1)
@@ -191,7 +193,7 @@ def mixed_log_q(student: Tensor, teacher: Tensor, w: float) -> Tensor:
 def assert_each_token_is_the_references(
     model: Qwen2ForCausalLM, requests: Sequence[Request], responses: Sequence[Response], params: SamplingParams
 ) -> int:
-    """Returns how many tokens were compared."""
+    """Compare every token with the reference, and return the number of tokens that were compared."""
     wrong, total = [], 0
     for number, (request, response) in enumerate(zip(requests, responses, strict=True)):
         assert request.teacher_prompt is not None and response.teacher_log_probs is not None
@@ -396,7 +398,7 @@ def write_with_two_ranks(ident: str, folder: str, requests: list[Request], param
 
 @pytest.fixture
 def own_ranks() -> Iterator[RankPool]:
-    """Processes of their own: vLLM leaves its groups behind."""
+    """Return a pool of processes for this test alone: vLLM leaves its groups behind."""
     pool = RankPool()
     yield pool
     pool.close()
@@ -418,7 +420,7 @@ def test_an_engine_of_two_ranks_writes_the_same_tokens_on_both(
 
 
 def make_vllm_config(**changes: Any) -> SimpleNamespace:
-    """The settings that are looked at, all as they should be but for ``changes``."""
+    """Return the settings that are checked, all valid but for ``changes``."""
     good: dict[str, Any] = {
         "async_scheduling": False,
         "max_num_seqs": 64,

@@ -106,8 +106,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def synced(reach: Reach, transfer: str) -> tuple[list[Response], list[Response], list[Response]]:
-    """Greedy responses with the weights of seed 1, in TP 2: plain ones, and with guided ones in between, those of the
-    server and in process."""
+    """Return greedy responses with the weights of seed 1, in TP 2, from the server and in process.
+
+    The requests are plain, then plain and guided in turn.
+    """
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     chunks, grid = models.build(MODEL, models.parallel(tp=2), seed=1)

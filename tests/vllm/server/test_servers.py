@@ -83,8 +83,10 @@ def test_after_a_sync_greedy_tokens_are_those_of_transformers_with_the_same_weig
 
 
 def interrupted(servers: Reach) -> tuple[str, list[Response]]:
-    """What a server says of an update that lacks a bucket; then what all write after a whole one, where a trainer left
-    others half loaded."""
+    """Return a server's answer to an update that lacks a bucket, and all responses after a complete update.
+
+    An earlier trainer has left other servers with half-loaded weights.
+    """
     from megatron_selfdistill.model.export import export
     from megatron_selfdistill.rollout.vllm.transfer import SharedMemoryTransfer
     from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
@@ -116,7 +118,7 @@ def test_half_an_update_is_refused_and_leaves_nothing_behind(ranks, servers, exp
 
 
 def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
-    """The same guided and plain requests in one call on servers, and in process."""
+    """Return the responses to the same guided and plain requests in one call, on servers and in process."""
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     chunks, grid = models.build(MODEL, models.parallel())
