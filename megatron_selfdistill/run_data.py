@@ -209,7 +209,7 @@ def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tupl
     turns = reader.read(looked_at)
     for turn in turns:
         reader.check(turn)
-    counts, unusable = TurnCounts.of(turns), [turn.sentence for turn in turns if isinstance(turn, Unusable)]
+    counts, unusable = TurnCounts.of(turns), [turn.message for turn in turns if isinstance(turn, Unusable)]
     if not counts.usable:
         raise ConfigError(f"none of {len(turns)} turns that were looked at can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"

@@ -34,7 +34,7 @@ class Microbatch:
     """[num_segments + 1] int32, from 0 to S: where each segment begins."""
     padding_mask: Tensor
     """[S] bool, True where padded."""
-    response_rows: Tensor
+    response_positions: Tensor
     """[R] int64: the positions whose hidden states predict the response tokens, in the order of the row."""
     response_ids: Tensor
     """[R] int64: which token of ``PackedBatch.response_tokens`` each of them predicts."""
@@ -273,7 +273,7 @@ def _microbatch(
     position_ids = torch.zeros(seq_length, dtype=torch.int64)
     padding_mask = torch.ones(seq_length, dtype=torch.bool)
     bounds = [0]
-    response_rows = [torch.empty(0, dtype=torch.int64)]
+    response_positions = [torch.empty(0, dtype=torch.int64)]
     response_ids = [torch.empty(0, dtype=torch.int64)]
     for prompt, response, offset in sequences:
         start, length = bounds[-1], len(prompt) + len(response)
@@ -282,7 +282,7 @@ def _microbatch(
         position_ids[start:end] = torch.arange(end - start)
         padding_mask[start : start + length] = False
         first_row = start + len(prompt) - 1
-        response_rows.append(torch.arange(first_row, first_row + len(response)))
+        response_positions.append(torch.arange(first_row, first_row + len(response)))
         response_ids.append(torch.arange(offset, offset + len(response)))
         bounds.append(end)
     if bounds[-1] < seq_length:
@@ -292,7 +292,7 @@ def _microbatch(
         position_ids=position_ids,
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         padding_mask=padding_mask,
-        response_rows=torch.cat(response_rows),
+        response_positions=torch.cat(response_positions),
         response_ids=torch.cat(response_ids),
         num_sequences=len(sequences),
     )

@@ -141,9 +141,9 @@ def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) 
 def _held_by(microbatch: Microbatch, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
     """Return the position in the rank's share and the response id of each response token whose state the rank holds."""
     if cp_size == 1:
-        return microbatch.response_rows, microbatch.response_ids
+        return microbatch.response_positions, microbatch.response_ids
     held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
     place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
     place[held] = torch.arange(len(held))
-    rows = place[microbatch.response_rows]
+    rows = place[microbatch.response_positions]
     return rows[rows >= 0], microbatch.response_ids[rows >= 0]

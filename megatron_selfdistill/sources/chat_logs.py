@@ -146,11 +146,11 @@ class LoggedTurns:
         new = [(name, turn) for name, turn in refused if name not in self._unusable]
         self._unusable |= dict(new)
         if self._grid.is_reporter and new:
-            list_skipped(self._file, [turn.sentence for _, turn in new])
+            list_skipped(self._file, [turn.message for _, turn in new])
         for _, turn in new:
             _checked(self._reader, turn)
         if len(self._unusable) == self._num_problems:
-            first = next(iter(self._unusable.values())).sentence
+            first = next(iter(self._unusable.values())).message
             raise ConfigError(f"no turn is left of {len(self._unusable)}; the first: {first}")
 
 
@@ -182,7 +182,7 @@ def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData
     for _, turn in everywhere:
         _checked(reader, turn)
     total = sum((counts for counts, _ in parts), TurnCounts())
-    sentences = dict.fromkeys([*run_data.problems.skipped, *(turn.sentence for _, turn in everywhere)])
+    sentences = dict.fromkeys([*run_data.problems.skipped, *(turn.message for _, turn in everywhere)])
     about = f"all {len(problems)} turns were read: {total}"
     return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), skipped=tuple(sentences))
 

@@ -240,7 +240,7 @@ def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
         position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()]),
         cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
         padding_mask=torch.zeros(total, dtype=torch.bool),
-        response_rows=torch.arange(total),
+        response_positions=torch.arange(total),
         response_ids=torch.arange(total),
         num_sequences=len(sequences),
     )

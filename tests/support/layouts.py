@@ -263,8 +263,8 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
 
 
 def _off_by_one(microbatch: Any) -> Any:
-    rows = (microbatch.response_rows + 1).clamp(max=len(microbatch.tokens) - 1)
-    return dataclasses.replace(microbatch, response_rows=rows)
+    rows = (microbatch.response_positions + 1).clamp(max=len(microbatch.tokens) - 1)
+    return dataclasses.replace(microbatch, response_positions=rows)
 
 
 def _max(value: int, grid: RankGrid) -> int:

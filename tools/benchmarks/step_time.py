@@ -218,7 +218,7 @@ class _Bench:
         (chunk,) = self.teacher.chunks
         for microbatch in batch.teacher:
             hidden = hidden_states(chunk, inputs_of(microbatch, self.grid), self.grid)
-            rows = microbatch.response_rows.to(self.grid.device)
+            rows = microbatch.response_positions.to(self.grid.device)
             project(unwrapped(chunk), rows_at(hidden, rows, self.grid))
 
     def by_part(self) -> dict[str, float]:

@@ -26,7 +26,7 @@ class Turn:
 class Unusable:
     """A logged turn that cannot."""
 
-    sentence: str
+    message: str
     """Why, with file and line and without quoting the log."""
     too_long: bool
     """Else: the chat template cannot show it as it was."""
@@ -71,9 +71,9 @@ class TurnReader:
         if not isinstance(turn, Unusable):
             return
         if turn.too_long and self.on_long_context == "error":
-            raise ValueError(f"{turn.sentence}; raise data.max_length, or choose another data.on_long_context")
+            raise ValueError(f"{turn.message}; raise data.max_length, or choose another data.on_long_context")
         if not turn.too_long and self.on_bad_record == "error":
-            raise ValueError(f"{turn.sentence}; or leave such turns out with data.on_bad_record=skip")
+            raise ValueError(f"{turn.message}; or leave such turns out with data.on_bad_record=skip")
 
     @property
     def has_errors(self) -> bool:

@@ -60,7 +60,7 @@ def check_stream(stream: list[Microbatch], prompts: list[list[int]], packed: Pac
     for m in stream:
         for tensor in (m.tokens, m.position_ids, m.padding_mask):
             assert tensor.shape == (seq_length,)
-        assert (m.tokens.dtype, m.position_ids.dtype, m.response_rows.dtype) == (torch.int64,) * 3
+        assert (m.tokens.dtype, m.position_ids.dtype, m.response_positions.dtype) == (torch.int64,) * 3
         assert (m.cu_seqlens.dtype, m.padding_mask.dtype) == (torch.int32, torch.bool)
         assert m.cu_seqlens[0] == 0 and m.cu_seqlens[-1] == seq_length
         assert (m.cu_seqlens.diff() > 0).all()
@@ -77,7 +77,7 @@ def check_stream(stream: list[Microbatch], prompts: list[list[int]], packed: Pac
             if cp > 1:
                 assert (end - start) % (2 * cp) == 0
         assert not m.tokens[m.padding_mask].any()
-        assert (m.tokens[m.response_rows + 1] == packed.response_tokens[m.response_ids]).all(), "row predicts"
+        assert (m.tokens[m.response_positions + 1] == packed.response_tokens[m.response_ids]).all(), "row predicts"
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *(m.response_ids for m in stream)])
     assert ids.sort().values.equal(torch.arange(packed.response_tokens.numel())), "every token once"
     placed = [i for row in contexts_by_row(stream, prompts) for i in row]
@@ -147,7 +147,7 @@ def test_one_row_written_out() -> None:
     assert m.tokens.tolist() == [21, 22, 23, 24, 25, 0, 0, 0, 11, 12, 13, 0] + [0] * 12
     assert m.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3] + [0] * 12
     assert m.cu_seqlens.tolist() == [0, 8, 12, 24]
-    assert m.response_rows.tolist() == [0, 1, 2, 3, 9]
+    assert m.response_positions.tolist() == [0, 1, 2, 3, 9]
     assert m.response_ids.tolist() == [1, 2, 3, 4, 0]
     assert (m.num_sequences, m.max_seqlen) == (2, 12)
     assert packed.response_tokens.tolist() == [13, 22, 23, 24, 25]
@@ -168,7 +168,7 @@ def test_weightless_microbatches_fill_up_to_the_count() -> None:
     assert (len(padded.student), len(padded.teacher)) == (3, 2)
     assert padded.student[0] is packed.student[0]
     for m in (*padded.student[1:], padded.teacher[1]):
-        assert m.num_sequences == m.response_rows.numel() == m.response_ids.numel() == 0
+        assert m.num_sequences == m.response_positions.numel() == m.response_ids.numel() == 0
         assert m.cu_seqlens.tolist() == [0, packed.seq_length]
         assert m.padding_mask.all() and not m.tokens.any()
     assert padded.student_padding_share == 1 - 5 / 24

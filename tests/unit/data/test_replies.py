@@ -131,9 +131,9 @@ def test_a_reply_that_the_template_cannot_show_is_named_and_not_quoted(chat_fold
     turn = dataclasses.replace(turn, tools=())
     [found] = reader(build).read([turn])
     assert isinstance(found, Unusable) and not found.too_long
-    assert words in found.sentence and found.sentence.startswith("log.jsonl:1, message 1: ")
-    assert "zebra" not in found.sentence and "8." not in found.sentence and "hm" not in found.sentence.split()
-    assert "\n" not in found.sentence
+    assert words in found.message and found.message.startswith("log.jsonl:1, message 1: ")
+    assert "zebra" not in found.message and "8." not in found.message and "hm" not in found.message.split()
+    assert "\n" not in found.message
     reader(build, on_long_context="error").check(found)
     with pytest.raises(ValueError, match=r"or leave such turns out with data.on_bad_record=skip$"):
         reader(build, on_bad_record="error").check(found)
@@ -147,7 +147,7 @@ def test_a_teacher_that_would_begin_otherwise_is_named_and_not_quoted(chat_folde
     build = builder(chat_folder, peeking)
     [turn] = turns(TALK[1:3], accepted=1)
     [found] = reader(build).read([turn])
-    assert isinstance(found, Unusable) and "in the same generation prompt, got different ones" in found.sentence
+    assert isinstance(found, Unusable) and "in the same generation prompt, got different ones" in found.message
 
 
 def test_turns_read_together_are_as_those_read_alone_and_are_counted(chat_folder):
@@ -187,7 +187,7 @@ def test_tokens_that_would_spell_another_text_are_refused(sentencepiece_file):
     )
     [turn] = turns(({"role": "user", "content": "seve"}, {"role": "assistant", "content": "n"}), accepted=1)
     [found] = reader(build).read([turn])
-    assert isinstance(found, Unusable) and "expected prompt and reply to be encoded into tokens" in found.sentence
+    assert isinstance(found, Unusable) and "expected prompt and reply to be encoded into tokens" in found.message
 
 
 def test_turns_that_are_too_long_are_dropped_shortened_or_an_error_with_file_and_line(chat_folder):
@@ -199,8 +199,8 @@ def test_turns_that_are_too_long_are_dropped_shortened_or_an_error_with_file_and
     strict = reader(build, max_length=room, on_long_context="error")
     for policy in ("error", "drop"):
         [dropped] = dataclasses.replace(strict, on_long_context=policy).read([turn])
-        assert isinstance(dropped, Unusable) and dropped.too_long and "zebra" not in dropped.sentence
-        assert dropped.sentence.startswith(f"log.jsonl:1, message 1: expected contexts of at most {room} tokens")
+        assert isinstance(dropped, Unusable) and dropped.too_long and "zebra" not in dropped.message
+        assert dropped.message.startswith(f"log.jsonl:1, message 1: expected contexts of at most {room} tokens")
     reader(build, on_bad_record="error").check(dropped)
     with pytest.raises(ValueError, match=r"raise data.max_length, or choose another data.on_long_context$"):
         strict.check(dropped)

@@ -123,7 +123,7 @@ def lengths(multiple: int | None) -> set[int]:
     packed = pack_everywhere(
         contexts, max_tokens=256, pair_order="teacher_first", with_teacher=True, grid=grid, seq_multiple=multiple
     )
-    assert sum(len(mb.response_rows) for mb in packed.student) == 15
+    assert sum(len(mb.response_positions) for mb in packed.student) == 15
     return {packed.seq_length, *(len(mb.tokens) for mb in (*packed.student, *packed.teacher))}
 
 

@@ -30,7 +30,7 @@ def hidden_of(batch: PackedBatch, index: int) -> torch.Tensor:
     """``[s, 1, h]``, where the state at the position of a response token is the token's id in the batch, h times."""
     microbatch = batch.teacher[index]
     hidden = torch.full((batch.seq_length, 1, WIDTH), -1.0)
-    hidden[microbatch.response_rows] = microbatch.response_ids[:, None, None].float().expand(-1, 1, WIDTH)
+    hidden[microbatch.response_positions] = microbatch.response_ids[:, None, None].float().expand(-1, 1, WIDTH)
     return hidden
 
 
@@ -67,7 +67,7 @@ def test_states_of_equal_microbatches_are_kept_without_another_copy():
 def test_a_student_that_needs_no_state_gets_an_empty_tensor_of_the_asked_dtype():
     batch = pack(contexts()[:1], max_tokens=56, cp_size=1, tp_size=1, paired=True)
     nothing = torch.empty(0, dtype=torch.int64)
-    student = dataclasses.replace(batch.student[0], response_rows=nothing, response_ids=nothing)
+    student = dataclasses.replace(batch.student[0], response_positions=nothing, response_ids=nothing)
     batch = dataclasses.replace(batch, student=[student])
     states = bank_of(batch, 0).take_slice(0, torch.bfloat16)
     assert states.shape == (0, WIDTH) and states.dtype == torch.bfloat16
