@@ -23,8 +23,10 @@ from statistics import mean
 from rich.table import Table
 
 from _lib import subtraction, tables, variants
-from _lib.pretraining import write_records
-from _lib.variants import Measurement, Outcome, Variant, console
+from _lib.command_line import console, example_parser, prepare_process
+from _lib.measurement import Measurement, measure
+from _lib.pretraining import prepared_base, write_records
+from _lib.variants import Outcome, Variant
 
 IMITATION = Variant("Fine-tuning on the hint text", ("objective=sft", "data.fields.solution=as_response"))
 
@@ -47,12 +49,12 @@ What to try next
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    parser = variants.example_parser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", help="run these seeds; report the mean and the worst")
     parser.add_argument("--literal", action="store_true", help="also run recipe=literal, which collapses")
     parser.add_argument("--only", action="store_true", help="run self-distillation alone, without baselines")
     options = parser.parse_args(argv)
-    variants.prepare_process()
+    prepare_process()
     began = time.perf_counter()
     chosen = [variants.SELF_DISTILLATION]
     if not options.only:
@@ -72,10 +74,10 @@ def one_seed(
     seed: int, chosen: Sequence[Variant], root: Path, num_steps: int | None = None
 ) -> tuple[Measurement, list[Outcome]]:
     """Pretrain or find the base of a seed, run every chosen variant, and show the results."""
-    base = variants.prepared_base(subtraction, seed, root)
+    base = prepared_base(subtraction, seed, root)
     folder = root / "quickstart" / f"seed{seed}"
     problems = write_records(folder / "train.jsonl", subtraction.training_problems(seed))
-    before = variants.measure(base)
+    before = measure(base)
     console.print(
         f"{len(before.transcripts)} held-out problems without hints: greedy {before.greedy:.3f}, sampled "
         f"{before.sampled:.3f}; with the answer as a hint: {before.hinted:.3f}"

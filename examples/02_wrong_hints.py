@@ -18,8 +18,10 @@ import sys
 from collections.abc import Sequence
 
 from _lib import subtraction, tables, variants
-from _lib.pretraining import write_records
-from _lib.variants import Outcome, console
+from _lib.command_line import console, example_parser, prepare_process
+from _lib.measurement import measure
+from _lib.pretraining import prepared_base, write_records
+from _lib.variants import Outcome
 
 WITHOUT_GUARD = "guards.max_entropy_ratio=null"
 VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.FORWARD_KL, variants.TEACHER_ALONE_FORWARD_KL)
@@ -27,14 +29,14 @@ VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.FORWARD
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    parser = variants.example_parser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.3, 0.6], help="shares of wrong hints (default: .3 .6)"
     )
     options = parser.parse_args(argv)
-    variants.prepare_process()
-    base = variants.prepared_base(subtraction, options.seed, options.folder)
-    before = variants.measure(base)
+    prepare_process()
+    base = prepared_base(subtraction, options.seed, options.folder)
+    before = measure(base)
     results = {}
     for share in options.shares:
         folder = options.folder / "wrong_hints" / f"seed{options.seed}" / f"{100 * share:.0f}_percent"

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 
 from _lib import subtraction, tables, variants
-from _lib.pretraining import write_records
-from _lib.variants import console
+from _lib.command_line import console, example_parser, prepare_process
+from _lib.pretraining import prepared_base, write_records
 
 VARIANTS = (
     variants.SELF_DISTILLATION,
@@ -31,10 +31,10 @@ NUM_STEPS = 100
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    options = variants.example_parser(__doc__).parse_args(argv)
-    variants.prepare_process()
+    options = example_parser(__doc__).parse_args(argv)
+    prepare_process()
     folder = options.folder / "hard_problems" / f"seed{options.seed}"
-    base = variants.prepared_base(subtraction, options.seed, options.folder)
+    base = prepared_base(subtraction, options.seed, options.folder)
     problems = write_records(folder / "train.jsonl", subtraction.hard_training_problems())
     held_out = write_records(folder / "held_out.jsonl", subtraction.hard_held_out_problems())
     base = dataclasses.replace(base, held_out=held_out)

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _lib import additions, tables, variants
-from _lib.pretraining import write_records
-from _lib.variants import Variant, console
+from _lib.command_line import console, example_parser, prepare_process
+from _lib.pretraining import prepared_base, write_records
+from _lib.variants import Variant
 from megatron_selfdistill.report.curves import ENTROPY, SAMPLED
 
 IMITATION = Variant("Fine-tuning on solutions", ("objective=sft",))
@@ -33,10 +34,10 @@ COLUMNS = ("greedy", "sampled", "different", "pass@8", "hinted", "entropy")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    parser = variants.example_parser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument("--no-weak", action="store_true", help="skip the second part, which starts from a weak base")
     options = parser.parse_args(argv)
-    variants.prepare_process()
+    prepare_process()
     folder = options.folder / "many_answers" / f"seed{options.seed}"
     problems = write_records(folder / "train.jsonl", additions.training_problems(options.seed))
     one_base("A base that can use hints", VARIANTS, additions.PRETRAINING_STEPS, problems, folder / "strong", options)
@@ -55,7 +56,7 @@ def one_base(
     title: str, chosen: Sequence[Variant], num_steps: int, problems: Path, folder: Path, options: argparse.Namespace
 ) -> None:
     """Pretrain a base for ``num_steps`` steps or find it, run the chosen variants, and show the results."""
-    base = variants.prepared_base(additions, options.seed, options.folder, num_steps)
+    base = prepared_base(additions, options.seed, options.folder, num_steps)
     steps = () if options.steps is None else (f"num_steps={options.steps}",)
     settings = ("evaluation.num_samples=16", *steps)
     runs = [variant.on(problems, *settings) for variant in chosen]

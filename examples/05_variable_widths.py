@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from statistics import mean
 
 from _lib import ragged_subtraction, tables, variants
-from _lib.pretraining import write_records
-from _lib.variants import console
+from _lib.command_line import console, example_parser, prepare_process
+from _lib.pretraining import prepared_base, write_records
 from megatron_selfdistill.metrics import read_metrics
 
 VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.REJECTION)
@@ -23,12 +23,12 @@ VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.REJECTI
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    parser = variants.example_parser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument("--only", action="store_true", help="run self-distillation alone, without baselines")
     options = parser.parse_args(argv)
-    variants.prepare_process()
+    prepare_process()
     folder = options.folder / "variable_widths" / f"seed{options.seed}"
-    base = variants.prepared_base(ragged_subtraction, options.seed, options.folder)
+    base = prepared_base(ragged_subtraction, options.seed, options.folder)
     records = ragged_subtraction.training_problems(options.seed)
     problems = write_records(folder / "train.jsonl", records)
     for name in ("problem", "solution"):

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _lib import subtraction, variants
-from _lib.pretraining import CONFIG_NAME, write_records, write_tokenizer
-from _lib.variants import console
+from _lib import subtraction
+from _lib.command_line import CONFIG_NAME, command, console, example_parser, prepare_process
+from _lib.pretraining import write_records, write_tokenizer
 from megatron_selfdistill import config as configuration
 
 if TYPE_CHECKING:  # torch, transformers and Megatron are imported by what needs them: --help answers at once
@@ -57,7 +57,7 @@ class Task:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    parser = variants.example_parser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument("--hf", type=Path, help="a Hugging Face directory to start from (default: train one)")
     parser.add_argument("--data", type=Path, help="with --hf: a JSONL file with problem and solution")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --hf: settings of selfdistill")
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             "--hf, --data and settings go together: give --hf DIR --data FILE [key=value ...], or none of them"
         )
-    variants.prepare_process()
+    prepare_process()
     root = options.folder / "from_hugging_face" / (options.hf.name if options.hf else f"seed{options.seed}")
     if options.hf is None:
         task = subtraction_task(options.seed, options.folder)
@@ -101,7 +101,7 @@ def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, flo
         f"checkpoint.load={megatron}",
         f"run_dir={run_dir}",
     )
-    announce("self-distillation", variants.command(overrides, task.config_name))
+    announce("self-distillation", command(overrides, task.config_name))
     texts, live = train(overrides, task.config_name)
     announce(
         "Megatron to Hugging Face",
@@ -145,7 +145,7 @@ def logits(trainer: Trainer, tokens: Sequence[int]) -> Tensor:
 
     ids = torch.tensor([tokens])
     with torch.no_grad():
-        logits = trainer.learner.chunks[0](ids, torch.arange(len(tokens))[None], None)
+        logits: Tensor = trainer.learner.chunks[0](ids, torch.arange(len(tokens))[None], None)
     return logits[0, :, : trainer.run_data.vocab_size].float()
 
 
@@ -172,7 +172,8 @@ def accuracy(hf: Path) -> float:
         tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=26, do_sample=False)
     responses = tokenizer.batch_decode(tokens[:, prompts.shape[1] :], skip_special_tokens=True)
     answers = [response.partition(";")[2] for response in responses]
-    return sum(a == problem["answer"] for a, problem in zip(answers, problems, strict=True)) / len(problems)
+    num_right: int = sum(a == problem["answer"] for a, problem in zip(answers, problems, strict=True))
+    return num_right / len(problems)
 
 
 def load(hf: Path) -> tuple[Any, Any]:
@@ -230,7 +231,7 @@ def make_qwen3(folder: Path, seed: int) -> None:
         tokens, labels = corpus_batch([subtraction.corpus_row(rng) for _ in range(PRETRAINING_BATCH)], padding)
         loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

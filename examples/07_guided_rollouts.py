@@ -24,8 +24,9 @@ from typing import Any
 from rich.table import Table
 
 from _lib import llama_subtraction, subtraction, tables, variants
-from _lib.pretraining import Base, write_records
-from _lib.variants import Outcome, Variant, console
+from _lib.command_line import console, example_parser, prepare_process
+from _lib.pretraining import Base, prepared_base, write_records
+from _lib.variants import Outcome, Variant
 
 GUIDED = "rollout.guidance=mixed"
 VARIANTS = (variants.SELF_DISTILLATION, variants.STRICT, variants.FORWARD_KL)
@@ -39,14 +40,14 @@ NUM_STEPS = 50
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    parser = variants.example_parser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument(
         "--engine", choices=sorted(ENGINES), default="megatron", help="the engine that samples (default: megatron)"
     )
     options = parser.parse_args(argv)
-    variants.prepare_process()
+    prepare_process()
     folder = options.folder / "guided_rollouts" / options.engine / f"seed{options.seed}"
-    base = variants.prepared_base(llama_subtraction, options.seed, options.folder)
+    base = prepared_base(llama_subtraction, options.seed, options.folder)
     problems = write_records(folder / "train.jsonl", subtraction.hard_training_problems())
     held_out = write_records(folder / "held_out.jsonl", subtraction.hard_held_out_problems())
     base = dataclasses.replace(base, held_out=held_out)

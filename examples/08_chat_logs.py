@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from _lib import subtraction_chats, tables, variants
-from _lib.pretraining import CONFIG_NAME, Base, write_records
-from _lib.variants import Measurement, Outcome, Variant, console
+from _lib import subtraction_chats, tables
+from _lib.command_line import CONFIG_NAME, console, example_parser, prepare_process
+from _lib.measurement import Measurement
+from _lib.pretraining import Base, prepared_base, write_records
+from _lib.variants import Outcome, Variant
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.metrics.log import METRICS_FILE
@@ -48,10 +50,10 @@ VARIANTS = (LOGGED, LIKELY, ON_POLICY)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    parser = variants.example_parser(__doc__)
+    parser = example_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", help="run these seeds; draw their mean in one figure")
     options = parser.parse_args(argv)
-    variants.prepare_process()
+    prepare_process()
     seeds = options.seeds or [options.seed]
     steps = options.steps or NUM_STEPS
     results = {seed: one_seed(seed, options.folder, steps) for seed in seeds}
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outcome]]:
     """Pretrain or find the base of a seed, sample its conversations, and train every variant on them."""
-    base = variants.prepared_base(subtraction_chats, seed, root)
+    base = prepared_base(subtraction_chats, seed, root)
     folder = root / "chat_logs" / f"seed{seed}"
     logs = write_records(folder / "conversations.jsonl", conversations(base, seed))
     template = folder / "chat_template.jinja"

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from _lib.command_line import CONFIG_NAME, console
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help 
     from megatron_selfdistill.data.prompts import Tokenizer
     from megatron_selfdistill.sources.source import StepBatch
 
-CONFIG_NAME = "quickstart"
 OVERRIDES = (
     "objective=sft",
     "optimizer.lr=5e-3",
@@ -87,6 +87,16 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
     ]
     pretrain(configuration.load([*settings, *paths], CONFIG_NAME), task)
     return Base(task, seed, folder, held_out, time.perf_counter() - began)
+
+
+def prepared_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
+    """Make or find the base model of a seed under ``root/bases`` and report it on the console."""
+    steps = num_steps or task.PRETRAINING_STEPS
+    console.rule(f"[bold]base model, seed {seed}: {steps} steps of next-token training", align="left")
+    base = make_base(task, seed, root / "bases", steps)
+    found = f"pretrained in {base.seconds:.0f} s" if base.seconds else "found"
+    console.print(f"{found}: {base.folder}", soft_wrap=True)
+    return base
 
 
 def pretrain(config: Config, task: ModuleType) -> None:

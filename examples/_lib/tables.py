@@ -9,8 +9,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from _lib.command_line import console
+from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base
-from _lib.variants import Measurement, Outcome, Variant, console, measure, run_variant
+from _lib.variants import Outcome, Variant, run_variant
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.report.curves import ENTROPY, GREEDY, SAMPLED, Panel, plot_curves
 

@@ -14,6 +14,8 @@ import pytest
 from rich.console import Console
 
 from _lib import additions, pretraining, ragged_subtraction, subtraction, tables, variants
+from _lib.command_line import command
+from _lib.measurement import Measurement, measure
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.metrics.guards import Guards
@@ -34,7 +36,7 @@ def distilled(base, problems, root):
 
 @pytest.mark.full
 def test_the_base_has_the_pupils_bugs_and_can_use_a_hint(base):
-    before = variants.measure(base)
+    before = measure(base)
     assert 0.2 < before.greedy < 0.5
     assert 0.15 < before.sampled < 0.45
     assert before.hinted > 0.95
@@ -99,7 +101,7 @@ def test_the_printed_command_is_the_run(base, problems, root):
     """It exists, it composes to the configuration that the variant ran with, and it starts."""
     variant = variants.TEACHER_ALONE.on(problems)
     overrides = (*base.overrides, *variant.overrides, f"run_dir={root / 'by_hand'}", "dry_run=true")
-    line = variants.command(overrides)
+    line = command(overrides)
     words = shlex.split(line)
     in_line = words[words.index("quickstart") + 1 :]
     assert configuration.load(in_line, "quickstart") == configuration.load(list(overrides), "quickstart")
@@ -153,7 +155,7 @@ def test_every_example_says_what_it_shows_and_how_it_is_run(load_example, name, 
 
 @pytest.mark.full
 def test_several_seeds_are_shown_as_mean_and_worst(load_example, base):
-    measured = [variants.Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, ()) for greedy in (0.9, 0.98)]
+    measured = [Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, ()) for greedy in (0.9, 0.98)]
     outcomes = [
         [variants.Outcome(variants.SELF_DISTILLATION, base.folder, 0, seconds, m)]
         for seconds, m in zip((10.0, 20.0), measured, strict=True)

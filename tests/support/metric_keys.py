@@ -38,7 +38,7 @@ def undocumented(keys: Iterable[str]) -> set[str]:
 
 def in_sources() -> set[str]:
     """Return every key that stands in the sources, or that the sources make from a name in them."""
-    from megatron_selfdistill.evaluation.held_out import EvaluationResult
+    from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
     from megatron_selfdistill.loss import Status
     from megatron_selfdistill.metrics.step import _OVER
 

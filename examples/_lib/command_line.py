@@ -1,0 +1,62 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command line of an example: its options, its console, and the command that repeats a run by hand."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+
+CONFIG_NAME = "quickstart"
+
+console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def example_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all examples have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=5, help="seed of the base, the data and the samples (default: 5)")
+    parser.add_argument("--steps", type=int, default=None, help="steps of each variant (default: the example's own)")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="directory of all outputs (default: runs)")
+    return parser
+
+
+def prepare_process() -> None:
+    """Use one thread and silence warnings about libraries that a run on a CPU does not need.
+
+    The matrices are so small that a second thread costs more time than it saves.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    silence_known_warnings()
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def command(overrides: Sequence[str], config_name: str = CONFIG_NAME) -> str:
+    """Return the shell command that runs the trainer with some overrides from the current directory."""
+    if shutil.which("selfdistill"):
+        program = "selfdistill"
+    elif (script := Path(sys.executable).parent / "selfdistill").exists():
+        program = _relative(script)
+    else:
+        program = f"{_relative(Path(sys.executable))} -m megatron_selfdistill.train"
+    # examples/ holds the verifiers; one thread, as in this process, gives the same numbers to the last digit.
+    settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parents[1]))} OMP_NUM_THREADS=1"
+    return f"{settings} {program} --config-name {config_name} {shlex.join(overrides)}"
+
+
+def _relative(path: Path) -> str:
+    """Return ``path`` relative to the current directory if ``path`` lies below that directory."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
