@@ -46,7 +46,6 @@ def data(own_data: Path) -> Path:
     """Besides, logged conversations of one turn each."""
     from _lib.pretraining import write_records
 
-    data = own_data
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
     (own_data / "template.jinja").write_text(template)
     turns = [(f"{number:03d}-0=", f"{number:03d}", "thanks") for number in range(40)]

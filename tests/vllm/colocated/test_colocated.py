@@ -578,8 +578,8 @@ def parameters_of(it: Any) -> dict[str, torch.Tensor]:
 def updated_twice() -> tuple[list[tuple[int, ...]], bool, int, bool]:
     """Return the shapes of the memory that an update takes, and what became of the parameters.
 
-    After the shapes come: whether all parameters stay in their place; how many parameters have the name of a tensor that was
-    sent, and whether each of these parameters holds that tensor.
+    After the shapes come: whether all parameters stay in their place; how many parameters have the name of a tensor
+    that was sent, and whether each of these parameters holds that tensor.
     """
     import vllm._custom_ops
     from vllm.model_executor.model_loader.reload import meta
