@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_known_warnings()
     try:
         arguments.check(arguments)
-        return arguments.run(arguments)
+        return int(arguments.run(arguments))
     except (CheckpointError, ConfigError) as error:
         print(f"convert: {error}", file=sys.stderr)
     except OSError as error:

@@ -20,7 +20,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from megatron_selfdistill.doctor.findings import (
     FAILURE,
@@ -171,7 +171,7 @@ def _ended_after(seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _positive(kind: type) -> type:
+def _positive(kind: type[float]) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = kind(text)
         if not value > 0:
@@ -179,4 +179,4 @@ def _positive(kind: type) -> type:
         return value
 
     number.__name__ = f"positive {kind.__name__}"  # which argparse names in its error
-    return number  # type: ignore[return-value]
+    return number

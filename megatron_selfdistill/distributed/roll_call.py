@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.distributed.launch_store import launch_store
 from megatron_selfdistill.errors import ConfigError
 
 CALLS = ("folder", "inputs")
@@ -80,7 +81,7 @@ class RollCall:
             store.wait([f"complete/{call}"], timedelta(seconds=timeout_s))
             if store.check(["failed"]):
                 raise OtherRankFailed(int(store.get("failed")))
-            return store.get(f"word/{call}").decode()
+            return str(store.get(f"word/{call}").decode())
         except RuntimeError as error:  # torch's DistError
             raise ConfigError(
                 f"waited {timeout_s:g} s for all {self.world_size} ranks to get ready ({call}): start them together, "
@@ -111,7 +112,7 @@ class RollCall:
             store.set(said, "")
         elif self._rank_0_says(store, said):
             return False
-        return store.add(f"said/{digest}", 1) == 1
+        return bool(store.add(f"said/{digest}", 1) == 1)
 
     def _rank_0_says(self, store: Any, said: str) -> bool:
         deadline = time.monotonic() + _RANK_0_S
@@ -147,16 +148,5 @@ class RollCall:
 
     def _connected(self) -> Any:
         if self._store is None:
-            import torch.distributed as dist
-
-            keeps_it = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=keeps_it,
-                wait_for_workers=False,
-                multi_tenant=True,
-                timeout=timedelta(seconds=_CONNECT_S),
-            )
-            self._store = dist.PrefixStore(self._prefix, store)
+            self._store = launch_store(self._prefix, self.world_size, _CONNECT_S, may_keep=self.rank == 0)
         return self._store

@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+
+from megatron_selfdistill.distributed.launch_store import launch_store
 
 EXIT_HUNG = 5
 
@@ -169,7 +170,8 @@ class _Watch:
     def __init__(self, rank: int, world_size: int, folder: Path, timeout_s: float) -> None:
         self._rank, self._world_size, self._folder, self._timeout_s = rank, world_size, folder, timeout_s
         self._tick_s = min(timeout_s / _TICKS, _MAX_TICK_S)
-        self._store = _own_store(world_size, timeout_s)
+        # torch.distributed's own connection is busy while a rank waits in a collective.
+        self._store = launch_store("selfdistill/progress", world_size, max(timeout_s, 30.0))
         self._main = threading.main_thread().ident
         self._host = socket.gethostname()
         self._closing = threading.Event()
@@ -232,7 +234,7 @@ class _Watch:
         try:
             self._publish(stalled)
             if self._store.check(["verdict"]):
-                return self._store.get("verdict").decode()
+                return str(self._store.get("verdict").decode())
             # Rank 0 judges; the others listen to it alone, so a large world stays quiet.
             ranks = range(self._world_size) if self._rank == 0 else (0,)
             self._listen(ranks)
@@ -349,16 +351,3 @@ def _bytes_moved() -> int:
             counters = process.io_counters()
             total += counters.read_chars + counters.write_chars + counters.read_bytes + counters.write_bytes
     return total
-
-
-def _own_store(world_size: int, timeout_s: float) -> Any:
-    """Return the watch's own connection to the store; torch.distributed's is busy while a rank waits."""
-    import torch.distributed as dist
-
-    if world_size == 1:
-        store: Any = dist.HashStore()
-    else:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(timeout_s, 30.0)))
-    launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store for all of them
-    return dist.PrefixStore(f"selfdistill/progress/{launch}", store)

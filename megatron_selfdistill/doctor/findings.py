@@ -233,7 +233,7 @@ def declared_by(distribution: str, name: str) -> str:
 
 def tested() -> dict[str, str]:
     """Return the newest version with which the tests have run, by distribution, from setup.py."""
-    return _constant("TESTED")
+    return dict(_constant("TESTED"))
 
 
 @functools.cache

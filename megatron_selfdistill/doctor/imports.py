@@ -101,7 +101,7 @@ def importing(names: Sequence[str], limit_s: float = IMPORT_LIMIT_S) -> Iterator
                     child.wait(1.0)  # a process that waits for a dead file system cannot be killed
 
 
-def _started(what: _Import, files: Path) -> subprocess.Popen:
+def _started(what: _Import, files: Path) -> subprocess.Popen[bytes]:
     arguments = json.dumps([what.modules, what.operator, f"{files}.json"])
     alike = [flag for flag, is_set in (("-I", sys.flags.isolated), ("-S", sys.flags.no_site)) if is_set]
     with open(f"{files}.log", "w") as log:
@@ -109,7 +109,9 @@ def _started(what: _Import, files: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
-def _result(what: _Import, child: subprocess.Popen, files: Path, deadline: float, limit_s: float) -> ImportResult:
+def _result(
+    what: _Import, child: subprocess.Popen[bytes], files: Path, deadline: float, limit_s: float
+) -> ImportResult:
     try:
         status = child.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

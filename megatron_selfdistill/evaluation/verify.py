@@ -137,7 +137,7 @@ def voted_answer(response_text: str, verifier: Verifier) -> str | None:
     if not found or isinstance(found[0], str):
         return answer
     try:
-        return timeout(seconds)(_written)(found[0])
+        return str(timeout(seconds)(_written)(found[0]))
     except (TimeoutException, ValueError, ArithmeticError):  # too large to be written out
         return answer
 

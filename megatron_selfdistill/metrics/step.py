@@ -226,7 +226,7 @@ def _percentile(counts: Sequence[float], share: float) -> float:
     while seen < wanted:
         index += 1
         seen += counts[index]
-    return (1 + K_RESOLUTION) ** (index + 0.5) / K_RANGE
+    return float((1 + K_RESOLUTION) ** (index + 0.5) / K_RANGE)
 
 
 def _padding(stream: Sequence[Microbatch]) -> tuple[int, int]:

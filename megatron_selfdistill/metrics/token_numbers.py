@@ -35,5 +35,5 @@ def token_numbers(output: StepOutput, spans: Sequence[range], grid: RankGrid) ->
         values = over_last_stage(values, grid)
     if grid.pp_size > 1:
         dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
-    per_span = values.cpu().split([len(span) for span in spans], dim=1)
+    per_span = torch.split(values.cpu(), [len(span) for span in spans], dim=1)
     return [dict(zip(NUMBERS, part.tolist(), strict=True)) for part in per_span]

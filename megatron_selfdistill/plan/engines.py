@@ -121,9 +121,9 @@ def kv_cache_bytes(config: Config, transformer: Any) -> float:
     """
     layers, size = transformer.num_layers, element_size(config)
     if getattr(transformer, "multi_latent_attention", False):
-        return layers * size * (transformer.kv_lora_rank + transformer.qk_pos_emb_head_dim)
+        return float(layers * size * (transformer.kv_lora_rank + transformer.qk_pos_emb_head_dim))
     heads = max(1.0, transformer.num_query_groups / config.rollout.engine_tp)
-    return layers * size * 2 * heads * transformer.kv_channels
+    return float(layers * size * 2 * heads * transformer.kv_channels)
 
 
 def _idle_experts(transformer: Any, built: Sequence[Stage]) -> float:
@@ -133,4 +133,4 @@ def _idle_experts(transformer: Any, built: Sequence[Stage]) -> float:
     num_layers = sum(experts for stage in built for chunk in stage.chunks for experts in chunk)
     width = transformer.moe_ffn_hidden_size or transformer.ffn_hidden_size
     expert = (3 if transformer.gated_linear_unit else 2) * transformer.hidden_size * width
-    return num_layers * expert * (transformer.num_moe_experts - transformer.moe_router_topk)
+    return float(num_layers * expert * (transformer.num_moe_experts - transformer.moe_router_topk))

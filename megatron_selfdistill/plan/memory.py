@@ -175,7 +175,7 @@ def layer_bytes(config: TransformerConfig, tokens: float, experts: bool) -> tupl
 
 
 def _hidden(config: TransformerConfig) -> float:
-    return config.hidden_size / (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    return float(config.hidden_size / (config.tensor_model_parallel_size if config.sequence_parallel else 1))
 
 
 def _attention(config: TransformerConfig) -> dict[str, float]:
@@ -236,7 +236,7 @@ def teacher_rows(config: Config, transformer: TransformerConfig, load: Load) -> 
         return 0.0
     tokens = min(load.response_tokens, load.seq_length) if load.alternating else load.response_tokens
     width = transformer.hidden_size / transformer.tensor_model_parallel_size
-    return tokens / transformer.context_parallel_size * width * element_size(config)
+    return float(tokens / transformer.context_parallel_size * width * element_size(config))
 
 
 def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
@@ -248,7 +248,7 @@ def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> f
     layer = choose_output_layer(config, load.vocab_size)
     tokens = load.seq_length / transformer.context_parallel_size
     hidden = layer.hidden_rows(tokens) * transformer.hidden_size * element_size(config)
-    return layer.logit_rows(tokens) * layer.row_bytes + hidden
+    return float(layer.logit_rows(tokens) * layer.row_bytes + hidden)
 
 
 def _gib(parts: dict[str, float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_selfdistill.distributed.launch_store import launch_store
 from megatron_selfdistill.selftest.outcome import Outcome, over_ranks
 
 LIMIT_S = 150.0
@@ -98,7 +99,7 @@ class Meeting:
         self._num_groups += 1
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"selfdistill/selftest/group {self._num_groups}", self._server),
+            store=dist.PrefixStore(f"group {self._num_groups}", self._server),  # type: ignore[attr-defined]
             rank=self.rank,
             world_size=self.world_size,
             timeout=timeout,
@@ -112,7 +113,7 @@ class Meeting:
                 self._store.set(name, said)
         self._wait(lambda: self._told([name]))
         with self._lock:
-            return self._store.get(name).decode()
+            return str(self._store.get(name).decode())
 
     def hold(self, name: str, check: Callable[[], Outcome], leave: Callable[[], None], share: float = 1.0) -> Outcome:
         """Run ``check()`` on all ranks, then ``leave()``, which ends the process groups; return the worst outcome.
@@ -186,7 +187,7 @@ class Meeting:
 
     def _told(self, keys: list[str]) -> bool:
         with self._lock:
-            return self._store.check(keys)
+            return bool(self._store.check(keys))
 
     def _all_have_told(self) -> bool:
         return self._told([self._key(rank) for rank in range(self.world_size)])
@@ -196,13 +197,14 @@ class Meeting:
 
     def _next_failure(self) -> int:
         with self._lock:
-            number = self._store.add(self._key("failures"), 1)
+            number = int(self._store.add(self._key("failures"), 1))
             self._store.set(self._key("failed"), "")
         return number
 
     def _report(self, rank: int) -> _Report:
         with self._lock:
-            return pickle.loads(self._store.get(self._key(rank)))
+            report: _Report = pickle.loads(self._store.get(self._key(rank)))
+        return report
 
     def _wait(self, until: Callable[[], bool]) -> None:
         """Wait for a key of the store; the watch ends a process that would wait for ever."""
@@ -300,13 +302,6 @@ def _joined(reports: list[_Report]) -> Outcome:
 
 def _stores(rank: int, world_size: int, limit_s: float) -> tuple[Any, Any]:
     """Return the store that groups are opened with, and a separate connection for this module."""
-    if world_size == 1:
-        store: Any = dist.HashStore()
-        return store, dist.PrefixStore("selfdistill/selftest", store)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=max(limit_s, 60.0))
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    server = dist.TCPStore(address, port, world_size, keeps, timeout, wait_for_workers=False)
-    own = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store for all of them
-    return dist.PrefixStore(launch, server), dist.PrefixStore(f"selfdistill/selftest/{launch}", own)
+    timeout_s = max(limit_s, 60.0)
+    server = launch_store("selfdistill/selftest", world_size, timeout_s, may_keep=rank == 0)
+    return server, server if world_size == 1 else launch_store("selfdistill/selftest", world_size, timeout_s)

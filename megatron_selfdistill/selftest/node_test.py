@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from megatron_selfdistill.compat import cpu
-from megatron_selfdistill.distributed import ranks
+from megatron_selfdistill.distributed import ranks, roll_call
 from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
 from megatron_selfdistill.selftest.launch_environment import set_environment
@@ -56,7 +56,7 @@ def selftest(sampler: str | None = None, say: Callable[[str], None] = print, lim
     1 and a complete table, in which the checks that were not reached have lines too.
     """
     set_environment()
-    rank, world_size = int(os.environ.get("RANK", "0")), ranks.world_size()
+    rank, world_size = int(os.environ.get("RANK", "0")), roll_call.world_size()
     sampler = sampler or ("vllm" if importlib.util.find_spec("vllm") else "megatron")
     if not cpu.ON_CPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -25,7 +25,7 @@ ORDER = {
         "schema.run_config schema.whole_config checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
-    "distributed": "collectives roll_call watchdog ranks stop",
+    "distributed": "collectives launch_store roll_call watchdog ranks stop",
     "loss": (
         "status target batch_k divergence weighting "
         "sharded.beta_grid sharded.solver sharded.shard_sums sharded.token_statistics "
