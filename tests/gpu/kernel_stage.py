@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Stage: the claims of unit/loss/kernel_claims.py, spread over processes, and some of them under compute-sanitizer.
+"""Stage: the claims about the loss's Triton kernels, spread over processes, and some of them under compute-sanitizer.
 
     python -m tests.gpu.kernel_stage claims [CLAIM ...]        all claims, or these, in this machine's way (see below)
     python -m tests.gpu.kernel_stage sanitizer
@@ -24,7 +24,7 @@ from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from tests.gpu.results import held
 from tests.gpu.runner import REPOSITORY
 
-CLAIMS = REPOSITORY / "tests" / "unit" / "loss" / "kernel_claims.py"
+CLAIMS = [str(REPOSITORY / "tests" / "unit" / "loss" / name) for name in ("kernel_claims.py", "launch_claims.py")]
 ON_GPU = os.environ.get(hidden_gpus.VARIABLE) != ""
 MOST_PROCESSES = 12
 SANITIZED = (
@@ -49,7 +49,7 @@ def environment() -> dict[str, str]:
 def cases(claims: list[str]) -> list[str]:
     """Return the node ids of all cases, or of those of ``claims``."""
     chosen = ["-k", " or ".join(claims)] if claims else []
-    command = [*PYTEST, str(CLAIMS), "--collect-only", *chosen]
+    command = [*PYTEST, *CLAIMS, "--collect-only", *chosen]
     listed = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
     found = [line for line in listed.stdout.splitlines() if "::test_" in line]
     if not found:

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The Triton kernels of the loss: right in the interpreter and on a GPU, well compiled for three architectures.
 
-The claims are the tests of kernel_claims.py.  They run in a process of their own, because triton decides at its import
-how it runs a kernel; each claim is reported here under its own name.
+The claims are the tests of kernel_claims.py and launch_claims.py.  They run in a process of
+their own, because triton decides at its import how it runs a kernel; each claim is reported here under its own name.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from megatron_selfdistill.loss.sharded.backend import in_use
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
+CLAIM_FILES = [HERE / "kernel_claims.py", HERE / "launch_claims.py"]
 FUNCTIONS = [
     node
-    for node in ast.parse((HERE / "kernel_claims.py").read_text()).body
+    for file in CLAIM_FILES
+    for node in ast.parse(file.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 ]
 CLAIMS = [node.name for node in FUNCTIONS]
@@ -41,7 +43,7 @@ Outcomes = dict[str, list[tuple[str, str]]]
 
 
 def outcomes(folder: Path, *, interpreted: bool, marks: str = "", seconds: float = 3600) -> Outcomes:
-    """Return, for every test of kernel_claims.py, (passed, failed or skipped, message) of each of its cases.
+    """Return, for every test of CLAIM_FILES, (passed, failed or skipped, message) of each of its cases.
 
     Raises: subprocess.TimeoutExpired after so many seconds, far more than the tests take: some wait for other
     processes.
@@ -54,7 +56,7 @@ def outcomes(folder: Path, *, interpreted: bool, marks: str = "", seconds: float
         "-m",
         "pytest",
         "-q",
-        str(HERE / "kernel_claims.py"),
+        *map(str, CLAIM_FILES),
         "-m",
         marks,
         f"--junitxml={report}",

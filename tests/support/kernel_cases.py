@@ -1,0 +1,153 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Cases, logits and references for the claims about the loss's Triton kernels."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessContext
+
+from megatron_selfdistill.loss import (
+    Divergence,
+    Target,
+    TokenStats,
+    VocabShard,
+    distillation_loss,
+    mixed_target,
+)
+from megatron_selfdistill.loss.triton import pass_launches
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+FULL = [pytest.mark.full] if INTERPRETED else []
+"""The marks of cases that make test skips, because the interpreter takes half a second for a loss."""
+TARGETS = {
+    "capped": Target(),
+    "strict": Target(k_max=None),
+    "k_max 2.2": Target(k_max=2.2),
+    "fixed": Target("fixed", k=1.3),
+    "batch": Target("batch", k=1.9, k_max=None),
+    "teacher alone": Target("teacher_alone"),
+    "other weight": Target(teacher_weight=2.6, k_max=None),
+    "no teacher": Target(teacher_weight=0.0, k_max=None),
+}
+DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
+
+
+def cut_rows(monkeypatch: pytest.MonkeyPatch, number: int) -> int:
+    """Cut every row into ``number`` parts, if it is long enough; return the number.
+
+    A handful of rows would otherwise be cut into as many parts as there are blocks.
+    """
+    if INTERPRETED:
+        monkeypatch.setattr(pass_launches, "LANES", 64)  # the interpreter's time is per block, not per number
+    monkeypatch.setattr(pass_launches, "PART_COLUMNS", 1 if number > 1 else 1 << 30)
+    monkeypatch.setattr(pass_launches, "MOST_PARTS", number)
+    return number
+
+
+def full(test: Callable[..., None]) -> Callable[..., None]:
+    """Leave a whole test to make test-all, in the interpreter; test_kernels.py finds it by this decorator's name."""
+    return pytest.mark.full(test) if INTERPRETED else test
+
+
+def after(number: int, some: Iterable[Any]) -> list[Any]:
+    """Return the cases, of which those after the first ``number`` run in make test-all only, in the interpreter."""
+    cases = [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=FULL) for case in some]
+    return [*list(some)[:number], *cases[number:]]
+
+
+def cases(names: str, thinned: list[Any], *values: Iterable[Any], quick: int) -> pytest.MarkDecorator:
+    """Run all combinations on a GPU; in the interpreter run ``thinned``, in make test its first ``quick`` only."""
+    combinations = (
+        after(quick, thinned) if INTERPRETED else list(itertools.product(*values) if len(values) > 1 else values[0])
+    )
+    return pytest.mark.parametrize(names, combinations, indirect=sorted({"parts"} & set(names.split(", "))))
+
+
+def logits(num_rows: int, num_columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return float32 logits of student and teacher on DEVICE, and response tokens.
+
+    The rows are sharp, flat, agreeing, disagreeing, equal, rising, falling and tied.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.5, 6.0, num_rows)[:, None]
+    student = scale * torch.randn(num_rows, num_columns, generator=generator)
+    teacher = student + torch.randn(num_rows, num_columns, generator=generator)
+    teacher[::3] = 4 * torch.randn(teacher[::3].shape, generator=generator)
+    ramp = torch.linspace(-30, 10, num_columns)
+    for row, values in ((1, (student[1], student[1])), (2, (ramp, ramp.flip(0))), (4, (ramp, 2 * ramp))):
+        student[row], teacher[row] = values
+    student[5] = teacher[5] = student[5].round()
+    student[6], teacher[6] = ramp.flip(0), teacher[6] + 2000.0
+    tokens = torch.randint(num_columns, (num_rows,), generator=generator)
+    return student.to(DEVICE), teacher.to(DEVICE), tokens.to(DEVICE)
+
+
+def run(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    target: Target,
+    kind: Divergence,
+    *,
+    backend: str = "triton",
+    vocab: VocabShard | None = None,
+) -> tuple[TokenStats, Tensor]:
+    """Return the statistics and the gradient of the student's logits, under different weights of the tokens."""
+    leaf = student.clone(memory_format=torch.preserve_format).requires_grad_()
+    vocab = vocab or VocabShard(0, student.shape[1], student.shape[1])
+    stats = distillation_loss(leaf, teacher, tokens, target=target, divergence=kind, vocab=vocab, backend=backend)
+    (stats.loss * torch.linspace(-1, 2, len(tokens), device=DEVICE)).sum().backward()  # type: ignore[no-untyped-call]
+    stats.loss = stats.loss.detach()
+    assert leaf.grad is not None
+    return stats, leaf.grad
+
+
+def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence) -> tuple[Tensor, Tensor]:
+    """Return the loss, and its gradient under the weights of `run`, by the definition in float64."""
+    s = student.double().detach().requires_grad_()
+    log_q = mixed_target(s.detach(), teacher.double(), target).log_q
+    log_p, lam = s.log_softmax(-1), kind.jsd_lambda
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if kind.kind == "jsd":
+        log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
+        loss = lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m)
+    else:
+        loss = kl(log_p, log_q) if kind.kind == "reverse_kl" else kl(log_q, log_p)
+    weights = torch.linspace(-1, 2, len(s), dtype=torch.float64, device=DEVICE)
+    return loss.detach(), torch.autograd.grad((loss * weights).sum(), s)[0]
+
+
+def assert_same(ours: TokenStats, theirs: TokenStats, tolerance: float = 5e-6) -> None:
+    """Assert that every statistic is alike, with NaN and infinity at the same places."""
+    for field in fields(TokenStats):
+        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        assert a.dtype == b.dtype and a.shape == b.shape, field.name
+        at = partial("{}: {}".format, field.name)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=at)
+
+
+def wait_for(context: ProcessContext, seconds: float = 900) -> None:
+    """Wait until every rank has ended, and raise what one of them raised.
+
+    After so many seconds all ranks are killed.
+    """
+    deadline = time.monotonic() + seconds
+    while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+        if time.monotonic() >= deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"the ranks are not done after {seconds:g} s")
