@@ -1,8 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The fused output layer equals float64 and the materialised path in every chunking and split.
-
-Its memory, its GEMMs and its collectives are as its docstrings say.
-"""
+"""The fused output layer equals float64 and the materialised path in every chunking and split."""
 
 from __future__ import annotations
 
@@ -14,140 +11,35 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fused_layer import (
+    CHUNK,
+    DIVERGENCES,
+    NUM_TOKENS,
+    PADDED_VOCAB_SIZE,
+    TARGETS,
+    VOCAB_SIZE,
+    WIDTH,
+    Example,
+    call,
+    every_mode,
+    every_tying,
+    fused,
+    materialised,
+    reference,
+    relative,
+)
 from ranks import RankPool
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_selfdistill.choices import FUSED_MODES
-from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded import shard_sums
+from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 
-WIDTH, VOCAB_SIZE, PADDED_VOCAB_SIZE = 12, 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
-NUM_TOKENS, CHUNK = 13, 5
 GATHER, REDUCE_SCATTER = (
     ("all_gather_single", "reduce_scatter_single")
     if hasattr(dist, "all_gather_single")
     else ("all_gather_into_tensor", "reduce_scatter_tensor")
 )
-TARGETS = {"capped": Target(), "fixed": Target("fixed", k=1.3), "teacher alone": Target("teacher_alone")}
-DIVERGENCES = {
-    "reverse": Divergence("reverse_kl"),
-    "forward": Divergence("forward_kl"),
-    "jsd": Divergence("jsd", 0.3),
-}
-
-
-class Example:
-    """Hidden states, weights, tokens and the weights of their losses, equal on every rank."""
-
-    def __init__(self, tied: bool, dtype: torch.dtype = torch.float32, num_tokens: int = NUM_TOKENS) -> None:
-        generator = torch.Generator().manual_seed(3)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(dtype)
-
-        self.student, self.teacher = normal(num_tokens, WIDTH), normal(num_tokens, WIDTH)
-        self.weight = normal(PADDED_VOCAB_SIZE, WIDTH)
-        self.teacher_weight = None if tied else normal(PADDED_VOCAB_SIZE, WIDTH)
-        self.tokens = torch.randint(VOCAB_SIZE, (num_tokens,), generator=generator)
-        self.row_weights = torch.randn(num_tokens, generator=generator)  # of either sign, none alike
-        self.row_weights[::4] = 0
-
-
-def entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
-def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses, dH and dW (valid rows) in float64, by autograd through the definition, with beta by bisection."""
-    hidden, weight = (x.double().requires_grad_() for x in (example.student, example.weight[:VOCAB_SIZE]))
-    of_teacher = example.weight if example.teacher_weight is None else example.teacher_weight
-    s, t = hidden @ weight.T, example.teacher.double() @ of_teacher[:VOCAB_SIZE].double().T
-    mix = t if target.rule == "teacher_alone" else target.teacher_weight * t + s.detach()
-    wanted = entropy(s.detach().log_softmax(-1))
-    low = torch.full_like(wanted, 1 / (1 + target.teacher_weight)).log()
-    high = low + torch.tensor(16.0).log()
-    for _ in range(70):
-        middle = (low + high) / 2
-        soft = entropy((middle.exp()[:, None] * mix).log_softmax(-1)) > wanted
-        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
-    beta = low.exp() if target.rule == "entropy_matched" else torch.full_like(low, 1 / (target.k or 1.0))
-    log_q, log_p = (beta[:, None] * mix).log_softmax(-1), s.log_softmax(-1)
-    lam = kind.jsd_lambda
-    log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a.exp() * (a - b)).sum(-1)
-
-    losses = {
-        "reverse_kl": lambda: kl(log_p, log_q),
-        "forward_kl": lambda: kl(log_q, log_p),
-        "jsd": lambda: lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m),
-    }[kind.kind]()
-    (losses * example.row_weights).sum().backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return losses.detach(), hidden.grad, weight.grad
-
-
-def shard_of(group: dist.ProcessGroup | None) -> tuple[VocabShard, slice]:
-    vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, group)
-    return vocab, slice(vocab.start, vocab.start + vocab.size)
-
-
-def fused(
-    example: Example,
-    target: Target,
-    kind: Divergence,
-    mode: str,
-    chunk_tokens: int = CHUNK,
-    group: dist.ProcessGroup | None = None,
-    **options: Any,
-) -> tuple[TokenStats, Tensor | None, Tensor | None]:
-    """Return (statistics, dH, dW of this rank's rows)."""
-    vocab, mine = shard_of(group)
-    hidden, weight = options.pop("hidden", example.student).clone(), example.weight[mine].clone()
-    stats = fused_distillation_loss(
-        hidden.requires_grad_(),
-        options.pop("teacher_hidden", example.teacher),
-        weight.requires_grad_(),
-        None if example.teacher_weight is None else example.teacher_weight[mine],
-        example.tokens,
-        target=target,
-        divergence=kind,
-        vocab=vocab,
-        chunk_tokens=chunk_tokens,
-        mode=mode,
-        **options,
-    )
-    (stats.loss * example.row_weights).sum().backward()
-    stats.loss = stats.loss.detach()
-    return stats, hidden.grad, weight.grad
-
-
-def materialised(example: Example, target: Target, kind: Divergence) -> tuple[TokenStats, Tensor | None, Tensor | None]:
-    hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
-    of_teacher = weight.detach() if example.teacher_weight is None else example.teacher_weight
-    stats = distillation_loss(
-        hidden @ weight.T,
-        example.teacher @ of_teacher.T,
-        example.tokens,
-        target=target,
-        divergence=kind,
-        vocab=shard_of(None)[0],
-    )
-    (stats.loss * example.row_weights).sum().backward()
-    stats.loss = stats.loss.detach()
-    return stats, hidden.grad, weight.grad
-
-
-def relative(got: Tensor | None, expected: Tensor) -> float:
-    assert got is not None
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-every_mode = pytest.mark.parametrize("mode", FUSED_MODES)
-every_tying = pytest.mark.parametrize("tied", [True, False], ids=["same weight", "own weight"])
 
 
 @every_tying
@@ -208,147 +100,6 @@ def test_no_tokens_give_no_gradient_but_one(mode: str) -> None:
     stats, dgrad, wgrad = fused(Example(True, num_tokens=0), Target(), Divergence(), mode)
     assert len(stats.loss) == 0 and dgrad is not None and dgrad.shape == (0, WIDTH)
     assert wgrad is not None and (wgrad == 0).all() and wgrad.shape == (PADDED_VOCAB_SIZE, WIDTH)
-
-
-@every_mode
-@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
-def test_what_needs_no_gradient_gets_none(mode: str, frozen: str) -> None:
-    example = Example(True)
-    _, *expected = fused(example, Target(), Divergence(), mode)
-    inputs = [example.student.clone(), example.weight.clone()]
-    for name, value in zip(("hidden", "weight"), inputs, strict=True):
-        value.requires_grad_(frozen not in (name, "both"))
-    with counting_flops() as counter:
-        loss = call(example, *inputs, mode=mode).loss
-        if frozen == "both":
-            assert not loss.requires_grad
-        else:
-            (loss * example.row_weights).sum().backward()
-    for value, gradient in zip(inputs, expected, strict=True):
-        assert value.grad is None or torch.equal(value.grad, gradient)
-    assert [value.grad is None for value in inputs] == [not value.requires_grad for value in inputs]
-    projections = {"keep_gradient": 2, "low_memory": 4}[mode] if frozen != "both" else 2
-    assert gemms(counter) == projections + (frozen != "both")
-
-
-def call(example: Example, hidden: Tensor, weight: Tensor, *, mode: str, **options: Any) -> TokenStats:
-    return fused_distillation_loss(
-        hidden,
-        example.teacher,
-        weight,
-        example.teacher_weight,
-        example.tokens,
-        **{
-            "target": Target(),
-            "divergence": Divergence(),
-            "vocab": shard_of(None)[0],
-            "chunk_tokens": CHUNK,
-            "mode": mode,
-            **options,
-        },
-    )
-
-
-def counting_flops() -> FlopCounterMode:
-    in_place = {torch.ops.aten.addmm_: lambda _, first, second, **__: 2 * first[0] * first[1] * second[1]}
-    return FlopCounterMode(display=False, custom_mapping=in_place)
-
-
-def gemms(counter: FlopCounterMode) -> float:
-    """Return the work in units of one GEMM of all tokens, the width and the columns."""
-    return counter.get_total_flops() / (2 * NUM_TOKENS * WIDTH * PADDED_VOCAB_SIZE)
-
-
-@every_tying
-@pytest.mark.parametrize(("mode", "forward", "all_in_all"), [("keep_gradient", 2, 4), ("low_memory", 2, 6)])
-def test_number_of_gemms(mode: str, forward: int, all_in_all: int, tied: bool) -> None:
-    example = Example(tied)
-    hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
-    with counting_flops() as counter:
-        loss = call(example, hidden, weight, mode=mode).loss
-        assert gemms(counter) == forward
-        loss.sum().backward()
-        assert gemms(counter) == all_in_all
-
-
-@pytest.mark.parametrize("mode", FUSED_MODES)
-def test_hidden_states_are_projected_where_they_lie(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Joining student and teacher for one product would copy 2 c h numbers per chunk."""
-    joined: list[tuple[int, ...]] = []
-    original = torch.cat
-    monkeypatch.setattr(
-        torch, "cat", lambda parts, *a, **k: (joined.append(parts[0].shape), original(parts, *a, **k))[1]
-    )
-    fused(Example(True), Target(), Divergence(), mode)
-    assert joined and all(len(shape) < 2 or shape[1] != WIDTH for shape in joined)
-
-
-def memory_of(mode: str | None, num_tokens: int, chunk: int, columns: int) -> tuple[float, float, float]:
-    """Return, in rows of logits, the memory left after forward, the peak in forward and the peak in backward."""
-    hidden = torch.randn(num_tokens, 8, requires_grad=True)
-    weight = torch.randn(columns, 8, requires_grad=True)
-    teacher, tokens = torch.randn(num_tokens, 8), torch.zeros(num_tokens, dtype=torch.int64)
-    options: dict[str, Any] = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, columns, columns)}
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as of_forward:
-        if mode is None:
-            logits = hidden @ weight.T, teacher @ weight.detach().T
-            loss = distillation_loss(*logits, tokens, inplace_backward=True, **options).loss
-            del logits
-        else:
-            options |= {"mode": mode, "chunk_tokens": chunk}
-            loss = fused_distillation_loss(hidden, teacher, weight, None, tokens, **options).loss
-    with torch.profiler.profile(activities=activities, profile_memory=True) as of_backward:
-        loss.sum().backward()
-    left, peak = allocated(of_forward)
-    return left / (columns * 4), peak / (columns * 4), (left + allocated(of_backward)[1]) / (columns * 4)
-
-
-@every_mode
-def test_without_a_gradient_there_are_two_chunks_of_logits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shard_sums.CHUNK_BYTES, "cpu", 1 << 16)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        stats = fused_distillation_loss(
-            torch.randn(512, 8, requires_grad=True),
-            torch.randn(512, 8),
-            torch.randn(8192, 8, requires_grad=True),
-            None,
-            torch.zeros(512, dtype=torch.int64),
-            target=Target(),
-            divergence=Divergence(),
-            vocab=VocabShard(0, 8192, 8192),
-            chunk_tokens=48,
-            mode=mode,
-        )
-    assert not stats.loss.requires_grad
-    assert 96 <= allocated(profile)[1] / (8192 * 4) < 96 + 40
-
-
-def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
-    """Return the bytes (at the end, at most), relative to the start."""
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return total, peak
-
-
-def test_memory_is_one_tensor_of_logits_and_a_chunk_or_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shard_sums.CHUNK_BYTES, "cpu", 1 << 16)  # temporaries of the passes: a row or two each
-    num_tokens, chunk, columns = 512, 48, 8192
-    rest = 40  # rows: what has no column, both gradients of width 8, temporaries
-    sizes = {mode: memory_of(mode, num_tokens, chunk, columns) for mode in (None, *FUSED_MODES)}
-    left, in_forward, in_backward = sizes[None]
-    assert 2 * num_tokens <= left and 2 * num_tokens <= min(in_forward, in_backward), "the materialised path"
-    left, in_forward, in_backward = sizes["keep_gradient"]
-    assert num_tokens <= left < num_tokens + rest
-    assert num_tokens + chunk <= in_forward < num_tokens + chunk + rest
-    assert in_backward < num_tokens + rest
-    left, in_forward, in_backward = sizes["low_memory"]
-    assert left < rest
-    assert 2 * chunk <= in_forward < 2 * chunk + rest and 2 * chunk <= in_backward < 2 * chunk + rest
 
 
 class Recorder:

@@ -1,0 +1,165 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A small output layer for the tests of the fused loss, its float64 reference, and the layer without fusion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.choices import FUSED_MODES
+from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+
+WIDTH, VOCAB_SIZE, PADDED_VOCAB_SIZE = 12, 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
+
+
+NUM_TOKENS, CHUNK = 13, 5
+
+
+TARGETS = {"capped": Target(), "fixed": Target("fixed", k=1.3), "teacher alone": Target("teacher_alone")}
+
+
+DIVERGENCES = {
+    "reverse": Divergence("reverse_kl"),
+    "forward": Divergence("forward_kl"),
+    "jsd": Divergence("jsd", 0.3),
+}
+
+
+class Example:
+    """Hidden states, weights, tokens and the weights of their losses, equal on every rank."""
+
+    def __init__(self, tied: bool, dtype: torch.dtype = torch.float32, num_tokens: int = NUM_TOKENS) -> None:
+        generator = torch.Generator().manual_seed(3)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        self.student, self.teacher = normal(num_tokens, WIDTH), normal(num_tokens, WIDTH)
+        self.weight = normal(PADDED_VOCAB_SIZE, WIDTH)
+        self.teacher_weight = None if tied else normal(PADDED_VOCAB_SIZE, WIDTH)
+        self.tokens = torch.randint(VOCAB_SIZE, (num_tokens,), generator=generator)
+        self.row_weights = torch.randn(num_tokens, generator=generator)  # of either sign, none alike
+        self.row_weights[::4] = 0
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Return H in nats over the last axis."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, dH and dW (valid rows) in float64, by autograd through the definition, with beta by bisection."""
+    hidden, weight = (x.double().requires_grad_() for x in (example.student, example.weight[:VOCAB_SIZE]))
+    of_teacher = example.weight if example.teacher_weight is None else example.teacher_weight
+    s, t = hidden @ weight.T, example.teacher.double() @ of_teacher[:VOCAB_SIZE].double().T
+    mix = t if target.rule == "teacher_alone" else target.teacher_weight * t + s.detach()
+    wanted = entropy(s.detach().log_softmax(-1))
+    low = torch.full_like(wanted, 1 / (1 + target.teacher_weight)).log()
+    high = low + torch.tensor(16.0).log()
+    for _ in range(70):
+        middle = (low + high) / 2
+        soft = entropy((middle.exp()[:, None] * mix).log_softmax(-1)) > wanted
+        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
+    beta = low.exp() if target.rule == "entropy_matched" else torch.full_like(low, 1 / (target.k or 1.0))
+    log_q, log_p = (beta[:, None] * mix).log_softmax(-1), s.log_softmax(-1)
+    lam = kind.jsd_lambda
+    log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    losses = {
+        "reverse_kl": lambda: kl(log_p, log_q),
+        "forward_kl": lambda: kl(log_q, log_p),
+        "jsd": lambda: lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m),
+    }[kind.kind]()
+    (losses * example.row_weights).sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None and weight.grad is not None
+    return losses.detach(), hidden.grad, weight.grad
+
+
+def shard_of(group: dist.ProcessGroup | None) -> tuple[VocabShard, slice]:
+    """Return the shard of this rank, and its columns."""
+    vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, group)
+    return vocab, slice(vocab.start, vocab.start + vocab.size)
+
+
+def fused(
+    example: Example,
+    target: Target,
+    kind: Divergence,
+    mode: str,
+    chunk_tokens: int = CHUNK,
+    group: dist.ProcessGroup | None = None,
+    **options: Any,
+) -> tuple[TokenStats, Tensor | None, Tensor | None]:
+    """Return (statistics, dH, dW of this rank's rows)."""
+    vocab, mine = shard_of(group)
+    hidden, weight = options.pop("hidden", example.student).clone(), example.weight[mine].clone()
+    stats = fused_distillation_loss(
+        hidden.requires_grad_(),
+        options.pop("teacher_hidden", example.teacher),
+        weight.requires_grad_(),
+        None if example.teacher_weight is None else example.teacher_weight[mine],
+        example.tokens,
+        target=target,
+        divergence=kind,
+        vocab=vocab,
+        chunk_tokens=chunk_tokens,
+        mode=mode,
+        **options,
+    )
+    (stats.loss * example.row_weights).sum().backward()  # type: ignore[no-untyped-call]
+    stats.loss = stats.loss.detach()
+    return stats, hidden.grad, weight.grad
+
+
+def materialised(example: Example, target: Target, kind: Divergence) -> tuple[TokenStats, Tensor | None, Tensor | None]:
+    """Return (statistics, dH, dW) of the loss of logits in full."""
+    hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
+    of_teacher = weight.detach() if example.teacher_weight is None else example.teacher_weight
+    stats = distillation_loss(
+        hidden @ weight.T,
+        example.teacher @ of_teacher.T,
+        example.tokens,
+        target=target,
+        divergence=kind,
+        vocab=shard_of(None)[0],
+    )
+    (stats.loss * example.row_weights).sum().backward()  # type: ignore[no-untyped-call]
+    stats.loss = stats.loss.detach()
+    return stats, hidden.grad, weight.grad
+
+
+def relative(got: Tensor | None, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of what is expected."""
+    assert got is not None
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+every_mode = pytest.mark.parametrize("mode", FUSED_MODES)
+every_tying = pytest.mark.parametrize("tied", [True, False], ids=["same weight", "own weight"])
+
+
+def call(example: Example, hidden: Tensor, weight: Tensor, *, mode: str, **options: Any) -> TokenStats:
+    """Return the statistics of the fused layer; ``options`` replace its arguments."""
+    return fused_distillation_loss(
+        hidden,
+        example.teacher,
+        weight,
+        example.teacher_weight,
+        example.tokens,
+        **{
+            "target": Target(),
+            "divergence": Divergence(),
+            "vocab": shard_of(None)[0],
+            "chunk_tokens": CHUNK,
+            "mode": mode,
+            **options,
+        },
+    )

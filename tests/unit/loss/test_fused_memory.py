@@ -1,0 +1,148 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The fused output layer takes the GEMMs and the memory that its docstrings name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fused_layer import (
+    NUM_TOKENS,
+    PADDED_VOCAB_SIZE,
+    WIDTH,
+    Example,
+    call,
+    every_mode,
+    every_tying,
+    fused,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_selfdistill.choices import FUSED_MODES
+from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
+from megatron_selfdistill.loss.sharded import shard_sums
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+
+
+@every_mode
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_what_needs_no_gradient_gets_none(mode: str, frozen: str) -> None:
+    example = Example(True)
+    _, *expected = fused(example, Target(), Divergence(), mode)
+    inputs = [example.student.clone(), example.weight.clone()]
+    for name, value in zip(("hidden", "weight"), inputs, strict=True):
+        value.requires_grad_(frozen not in (name, "both"))
+    with counting_flops() as counter:
+        loss = call(example, *inputs, mode=mode).loss
+        if frozen == "both":
+            assert not loss.requires_grad
+        else:
+            (loss * example.row_weights).sum().backward()
+    for value, gradient in zip(inputs, expected, strict=True):
+        assert value.grad is None or torch.equal(value.grad, gradient)
+    assert [value.grad is None for value in inputs] == [not value.requires_grad for value in inputs]
+    projections = {"keep_gradient": 2, "low_memory": 4}[mode] if frozen != "both" else 2
+    assert gemms(counter) == projections + (frozen != "both")
+
+
+def counting_flops() -> FlopCounterMode:
+    in_place = {torch.ops.aten.addmm_: lambda _, first, second, **__: 2 * first[0] * first[1] * second[1]}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
+def gemms(counter: FlopCounterMode) -> float:
+    """Return the work in units of one GEMM of all tokens, the width and the columns."""
+    return counter.get_total_flops() / (2 * NUM_TOKENS * WIDTH * PADDED_VOCAB_SIZE)
+
+
+@every_tying
+@pytest.mark.parametrize(("mode", "forward", "all_in_all"), [("keep_gradient", 2, 4), ("low_memory", 2, 6)])
+def test_number_of_gemms(mode: str, forward: int, all_in_all: int, tied: bool) -> None:
+    example = Example(tied)
+    hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
+    with counting_flops() as counter:
+        loss = call(example, hidden, weight, mode=mode).loss
+        assert gemms(counter) == forward
+        loss.sum().backward()
+        assert gemms(counter) == all_in_all
+
+
+@pytest.mark.parametrize("mode", FUSED_MODES)
+def test_hidden_states_are_projected_where_they_lie(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joining student and teacher for one product would copy 2 c h numbers per chunk."""
+    joined: list[tuple[int, ...]] = []
+    original = torch.cat
+    monkeypatch.setattr(
+        torch, "cat", lambda parts, *a, **k: (joined.append(parts[0].shape), original(parts, *a, **k))[1]
+    )
+    fused(Example(True), Target(), Divergence(), mode)
+    assert joined and all(len(shape) < 2 or shape[1] != WIDTH for shape in joined)
+
+
+def memory_of(mode: str | None, num_tokens: int, chunk: int, columns: int) -> tuple[float, float, float]:
+    """Return, in rows of logits, the memory left after forward, the peak in forward and the peak in backward."""
+    hidden = torch.randn(num_tokens, 8, requires_grad=True)
+    weight = torch.randn(columns, 8, requires_grad=True)
+    teacher, tokens = torch.randn(num_tokens, 8), torch.zeros(num_tokens, dtype=torch.int64)
+    options: dict[str, Any] = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, columns, columns)}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as of_forward:
+        if mode is None:
+            logits = hidden @ weight.T, teacher @ weight.detach().T
+            loss = distillation_loss(*logits, tokens, inplace_backward=True, **options).loss
+            del logits
+        else:
+            options |= {"mode": mode, "chunk_tokens": chunk}
+            loss = fused_distillation_loss(hidden, teacher, weight, None, tokens, **options).loss
+    with torch.profiler.profile(activities=activities, profile_memory=True) as of_backward:
+        loss.sum().backward()
+    left, peak = allocated(of_forward)
+    return left / (columns * 4), peak / (columns * 4), (left + allocated(of_backward)[1]) / (columns * 4)
+
+
+@every_mode
+def test_without_a_gradient_there_are_two_chunks_of_logits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shard_sums.CHUNK_BYTES, "cpu", 1 << 16)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        stats = fused_distillation_loss(
+            torch.randn(512, 8, requires_grad=True),
+            torch.randn(512, 8),
+            torch.randn(8192, 8, requires_grad=True),
+            None,
+            torch.zeros(512, dtype=torch.int64),
+            target=Target(),
+            divergence=Divergence(),
+            vocab=VocabShard(0, 8192, 8192),
+            chunk_tokens=48,
+            mode=mode,
+        )
+    assert not stats.loss.requires_grad
+    assert 96 <= allocated(profile)[1] / (8192 * 4) < 96 + 40
+
+
+def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
+    """Return the bytes (at the end, at most), relative to the start."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return total, peak
+
+
+def test_memory_is_one_tensor_of_logits_and_a_chunk_or_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shard_sums.CHUNK_BYTES, "cpu", 1 << 16)  # temporaries of the passes: a row or two each
+    num_tokens, chunk, columns = 512, 48, 8192
+    rest = 40  # rows: what has no column, both gradients of width 8, temporaries
+    sizes = {mode: memory_of(mode, num_tokens, chunk, columns) for mode in (None, *FUSED_MODES)}
+    left, in_forward, in_backward = sizes[None]
+    assert 2 * num_tokens <= left and 2 * num_tokens <= min(in_forward, in_backward), "the materialised path"
+    left, in_forward, in_backward = sizes["keep_gradient"]
+    assert num_tokens <= left < num_tokens + rest
+    assert num_tokens + chunk <= in_forward < num_tokens + chunk + rest
+    assert in_backward < num_tokens + rest
+    left, in_forward, in_backward = sizes["low_memory"]
+    assert left < rest
+    assert 2 * chunk <= in_forward < 2 * chunk + rest and 2 * chunk <= in_backward < 2 * chunk + rest
