@@ -176,7 +176,8 @@ def main_parameter(param: Tensor, optimizer: MegatronOptimizer) -> Tensor:
         return param.detach()
     owner = _distributed_optimizer_of(param, optimizer)
     if owner is None:
-        return param.main_param.detach().view_as(param)  # type: ignore[attr-defined]
+        main: Tensor = param.main_param  # type: ignore[attr-defined]
+        return main.detach().view_as(param)
     full = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if param in owner.model_param_gbuf_map:  # this rank holds a slice
         own = owner._get_model_param_range_map(param)["param"]

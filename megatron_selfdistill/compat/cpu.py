@@ -96,10 +96,10 @@ def _replace_tensor_methods() -> None:
 
     tensor.to = with_cpu_device(tensor.to)  # type: ignore[method-assign]
     module.to = with_cpu_device(module.to)  # type: ignore[method-assign]
-    tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
-    module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
-    tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
-    tensor.record_stream = lambda self, *a, **k: None  # type: ignore[method-assign,assignment]
+    tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign]
+    tensor.record_stream = lambda self, *a, **k: None  # type: ignore[method-assign]
 
     # The optimizers and clip_grads sort parameters by comparing `Tensor.type()` with
     # 'torch.cuda.FloatTensor'.
@@ -110,7 +110,7 @@ def _replace_tensor_methods() -> None:
             return native_type(self, *args, **kwargs)
         return native_type(self).replace("torch.", "torch.cuda.", 1)
 
-    tensor.type = cuda_type_name  # type: ignore[method-assign,assignment]
+    tensor.type = cuda_type_name  # type: ignore[method-assign]
 
 
 class _Stream:
@@ -207,7 +207,8 @@ def _replace_collectives() -> None:
             return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
         full = torch.cat(list(input_list))
         dist.all_reduce(full, op=op, group=group)
-        output.copy_(full.split([t.shape[0] for t in input_list])[dist.get_rank(group)])
+        first = sum(t.shape[0] for t in input_list[: dist.get_rank(group)])
+        output.copy_(full[first : first + output.shape[0]])
         return None
 
     dist.barrier = barrier_without_devices

@@ -62,10 +62,10 @@ def mark_weights_for_the_norm(model: torch.nn.Module) -> None:
         replicated = not of_experts and getattr(module, "parallel_mode", "none of Transformer Engine") is None
         for param_name, param in module.named_parameters(recurse=False):
             if replicated:
-                param.tensor_model_parallel = False  # type: ignore[attr-defined]
+                param.tensor_model_parallel = False
             elif param_name == "softmax_offset" or (of_experts and "bias" in param_name):
                 tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
-                param.tensor_model_parallel = True  # type: ignore[attr-defined]
+                param.tensor_model_parallel = True
 
 
 def _define_names_missing_without_transformer_engine() -> None:

@@ -81,7 +81,8 @@ def build_chunks(
         repairs.mark_weights_for_the_norm(chunk)
         for param in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
-        return Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        built: torch.nn.Module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        return built
 
     return _each_chunk(grid, build)
 
@@ -210,7 +211,7 @@ def _gpt_model(
         post_process=post_process,
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,  # type: ignore[arg-type]
+        position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
@@ -233,7 +234,7 @@ def _without_apex(make: Callable[[], GPTModel]) -> GPTModel:
         chunk = make()
     for module in chunk.modules():
         if type(module) in (layers.ColumnParallelLinear, layers.RowParallelLinear):
-            module.gradient_accumulation_fusion = False  # type: ignore[assignment]
+            module.gradient_accumulation_fusion = False
     return chunk
 
 

@@ -73,13 +73,14 @@ def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: RankGrid) -
     if model.config.bf16:
         extra["fp32_output"] = False  # Float16Module would upcast the bf16 input of the output layer
     with _without_projection(model):
-        return chunk(
+        hidden: Tensor = chunk(
             input_ids=inputs.tokens,
             position_ids=inputs.position_ids,
             attention_mask=None,
             packed_seq_params=inputs.packed_seq_params,
             **extra,
         )
+    return hidden
 
 
 @contextlib.contextmanager
@@ -119,7 +120,7 @@ def project(model: GPTModel, rows: Tensor) -> Tensor:
     sequence_parallel = layer.sequence_parallel
     layer.sequence_parallel = False
     try:
-        logits, _ = layer(rows, weight=weight)
+        logits: Tensor = layer(rows, weight=weight)[0]
     finally:
         layer.sequence_parallel = sequence_parallel
     return logits.squeeze(1)

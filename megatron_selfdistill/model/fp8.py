@@ -59,9 +59,6 @@ def token_multiple(config: TransformerConfig) -> int | None:
     """
     if not config.fp8:
         return None
-    cp = config.context_parallel_size
-    return (
-        _ROWS[str(getattr(config.fp8_recipe, "value", config.fp8_recipe))]
-        * config.tensor_model_parallel_size
-        * (2 * cp if cp > 1 else 1)
-    )
+    block = _ROWS[str(getattr(config.fp8_recipe, "value", config.fp8_recipe))]
+    tp, cp = int(config.tensor_model_parallel_size), int(config.context_parallel_size)
+    return block * tp * (2 * cp if cp > 1 else 1)

@@ -45,7 +45,8 @@ def to_device_in_one_copy(tree: T, device: torch.device) -> T:
         _view(block, starts[key], tensor).copy_(tensor)
     block = block.to(device, non_blocking=True)
     views = {key: _view(block, starts[key], tensor) for key, tensor in found.items()}
-    return _mapped(tree, lambda tensor: views[id(tensor)])
+    copied: T = _mapped(tree, lambda tensor: views[id(tensor)])
+    return copied
 
 
 def _view(block: Tensor, start: int, like: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class RMSNorm(torch.nn.Module):
         return normed.to(x.dtype) * weight
 
 
-class CoreAttention(MegatronModule):
+class CoreAttention(MegatronModule):  # type: ignore[misc]
     """The attention ``softmax(scale * q k^T + mask) v`` with a causal mask, for Megatron's ``core_attention``.
 
     Query position i attends to key position j iff j <= i and both are in the same sequence.  Packed sequences thus give
@@ -137,7 +137,8 @@ class CoreAttention(MegatronModule):
         that the mask and the scores of only one block exist at a time.
         """
         q = query.transpose(0, 1).unsqueeze(0)  # [1, n, t / cp, d]
-        k, v = (_GatherSequence.apply(x, self.cp_group)[layout.order].transpose(0, 1)[None] for x in (key, value))
+        gathered = (_GatherSequence.apply(x, self.cp_group) for x in (key, value))  # type: ignore[no-untyped-call]
+        k, v = (x[layout.order].transpose(0, 1)[None] for x in gathered)
         recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.attention_dropout > 0)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Tensor:
@@ -222,7 +223,8 @@ def _attention_layout(
     packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device
 ) -> SegmentBatches | ContextParallelRows:
     """Return the layout of one microbatch, and keep it on ``packed`` for the other layers."""
-    if (segments := getattr(packed, "segment_batches", None)) is not None:
+    segments: SegmentBatches | None = getattr(packed, "segment_batches", None)
+    if segments is not None:
         return segments
     layout = getattr(packed, "_selfdistill_layout", None)
     if layout is None:
@@ -230,7 +232,7 @@ def _attention_layout(
             layout = segments_by_length(_host_bounds(packed)).to(device)
         else:
             layout = context_parallel_rows(_host_bounds(packed), cp_group, device)
-        packed._selfdistill_layout = layout  # type: ignore[attr-defined]
+        packed._selfdistill_layout = layout
     return layout
 
 
@@ -249,7 +251,7 @@ def segments_by_length(cu_seqlens: Tensor) -> SegmentBatches:
     lengths = cu_seqlens.diff()
     batches, place, offset = [], torch.empty(int(cu_seqlens[-1]), dtype=torch.long), 0
     size_class = torch.ceil(torch.log2(lengths.clamp(min=1).double())).long()
-    for cls in size_class.unique().tolist():
+    for cls in torch.unique(size_class).tolist():
         members = ((size_class == cls) & (lengths > 0)).nonzero().flatten()
         if members.numel() == 0:
             continue
@@ -280,7 +282,7 @@ class _GatherSequence(torch.autograd.Function):
     """An all-gather of tokens over the context-parallel group; backward all-reduces, and keeps this rank's tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Return the tokens of all ranks, concatenated."""
         ctx.group = group
         parts = [torch.empty_like(x) for _ in range(group.size())]
@@ -288,7 +290,7 @@ class _GatherSequence(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return the summed gradient of this rank's tokens."""
         # gloo lacks reduce_scatter for some dtypes; Transformer Engine's attention does not use this class.
         grad = grad.contiguous()

@@ -132,7 +132,8 @@ def output_weight(model: GPTModel, rows: Tensor) -> Tensor:
     layer = model.output_layer
     shared = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     with _forward_of(layer, lambda rows, weight: layer.weight if weight is None else weight):
-        return layer(rows, weight=shared)
+        weight: Tensor = layer(rows, weight=shared)
+    return weight
 
 
 @contextlib.contextmanager
@@ -178,7 +179,8 @@ class MainGrad:
         # With tied weights on one stage autograd adds the embedding's gradient, and DDP's hook adds the sum.
         zeros = getattr(weight, "zero_out_wgrad", False)
         if layers.HAVE_TE:
-            return layers.get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype, zero=zeros)
+            dummy: Tensor = layers.get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype, zero=zeros)
+            return dummy
         make = torch.zeros if zeros else torch.empty
         return make(weight.main_grad.shape, dtype=weight.dtype, device=weight.device)
 

@@ -25,7 +25,7 @@ _megatrons_rotary_embedding = rope_utils._apply_rotary_pos_emb_thd
 
 
 @dataclass
-class PackedSequences(PackedSeqParams):
+class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     """Megatron's parameters of one packed row, with the values that layers would otherwise read from the device."""
 
     segment_bounds: tuple[int, ...] = ()
@@ -76,16 +76,18 @@ def _rotary_embedding(
     """
     positions = getattr(cu_seqlens, _POSITIONS, None)
     if positions is None:
-        return _megatrons_rotary_embedding(
+        rotated: Tensor = _megatrons_rotary_embedding(
             t, cu_seqlens, freqs, rotary_interleaved, multi_latent_attention, mscale, cp_group
         )
-    return rope_utils._apply_rotary_pos_emb_bshd(
+        return rotated
+    rotated = rope_utils._apply_rotary_pos_emb_bshd(
         t.unsqueeze(1),
         freqs.index_select(0, positions),
         rotary_interleaved=rotary_interleaved,
         multi_latent_attention=multi_latent_attention,
         mscale=mscale,
     ).squeeze(1)
+    return rotated
 
 
 rope_utils._apply_rotary_pos_emb_thd = _rotary_embedding

@@ -233,7 +233,7 @@ def _place(name: str, first_layer: int, first_expert: int) -> Place | None:
 
 
 def _arguments(state: Any, directory: Path) -> argparse.Namespace:
-    args = state.get("args") if isinstance(state, dict) else None
+    args: argparse.Namespace | None = state.get("args") if isinstance(state, dict) else None
     if args is None:
         raise CheckpointError(
             f"{directory} stores no arguments, which its layout needs: save it again with Megatron-LM"

@@ -164,7 +164,7 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
 
 def _dtype(name: Any, align: bool = False, copy: bool = True) -> np.dtype[Any]:
     """Return a new numeric data type of NumPy for the pickle to fill; other data types may hold pointers."""
-    found = np.dtype(name, copy=True)
+    found: np.dtype[Any] = np.dtype(name, copy=True)
     if found.kind not in "biufc":
         raise RefusedPickle(f"its pickle has an array of {found}, expected numbers")
     return found

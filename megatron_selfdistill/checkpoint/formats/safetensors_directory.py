@@ -110,7 +110,8 @@ class SafetensorsDirectory:
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``, mapped from its file: the system reads a page when the caller touches it."""
         with safe_open(self.tensors[name].file, framework="pt") as opened:
-            return opened.get_tensor(name)
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 class PickledDirectory:

@@ -53,8 +53,11 @@ def stored_args(path: Path) -> argparse.Namespace | None:
     """Return the arguments that the checkpoint at ``path`` stores; None where it stores no arguments."""
     found, is_legacy = find(path)
     if is_legacy:
-        return load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True).get("args")
-    return load_pickled(found / "common.pt").get("args")
+        state = load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True)
+    else:
+        state = load_pickled(found / "common.pt")
+    args: argparse.Namespace | None = state.get("args")
+    return args
 
 
 def _args_of_newest(checkpoints: Path) -> argparse.Namespace | None:

@@ -50,7 +50,8 @@ class TorchDistReader:
     @property
     def common(self) -> dict[str, Any]:
         """The contents of common.pt, from the restricted unpickler."""
-        return load_pickled(self.directory / "common.pt")
+        common: dict[str, Any] = load_pickled(self.directory / "common.pt")
+        return common
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the type of the tensor that is stored under ``key``."""
@@ -130,7 +131,7 @@ def _mapped(path: Path, offset: int, length: int) -> Tensor:
     """
     with _Window(path, offset, length) as window:
         with torch.serialization.skip_data():  # the layout of the tensor, in memory that is never touched
-            tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         num_bytes = tensor.untyped_storage().nbytes()
         if not num_bytes:
             return tensor

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -84,8 +85,8 @@ def write(
     torch.save(common, directory / "common.pt")
     writer = _SerialWriter(directory, progress)
     try:
-        dcp.save({}, storage_writer=writer, planner=_PiecePlanner(pieces, empty_objects), no_dist=True)
-    except dcp.api.CheckpointException as error:  # wraps the error of each rank; here is one rank
+        save({}, storage_writer=writer, planner=_PiecePlanner(pieces, empty_objects), no_dist=True)
+    except CheckpointException as error:  # wraps the error of each rank; here is one rank
         raise next(iter(error.failures.values()))[0] from None
     (directory / "metadata.json").write_text(
         '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '

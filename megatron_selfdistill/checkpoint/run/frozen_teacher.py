@@ -103,7 +103,8 @@ def load_frozen_teacher(
 
 def _stored_id(path: Path) -> str:
     """Return the id of the stored teacher at ``path``; every rank reads the id for itself."""
-    return run_on_each_rank(lambda: load_pickled(path / "common.pt")[_TEACHER_ID])
+    teacher_id: str = run_on_each_rank(lambda: load_pickled(path / "common.pt")[_TEACHER_ID])
+    return teacher_id
 
 
 def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:

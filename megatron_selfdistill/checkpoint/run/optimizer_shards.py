@@ -224,7 +224,7 @@ def _exchange(
     source = torch.cat([part.detach().float() for part in parts]) if parts else torch.empty(0, device=device)
     target = torch.empty(sum(incoming), device=device)
     dist.all_to_all_single(target, source, incoming, outgoing, group=group)
-    arrived = target.split([len(segment.elements) for segment in received]) if received else ()
+    arrived = torch.split(target, [len(segment.elements) for segment in received]) if received else ()
     for segment, values in zip(received, arrived, strict=True):
         owned[segment.parameter.index][key][segment.elements.start : segment.elements.stop].copy_(values)
 
@@ -241,13 +241,13 @@ def _is_saved_by_group(described: ShardedTensor | ShardedTensorFactory) -> bool:
     Copies on other tensor-parallel ranks and pipeline stages are not written.  Megatron's replica ids end with the
     data-parallel rank.
     """
-    return not any(described.replica_id[:-1])  # type: ignore[index]
+    return not any(described.replica_id[:-1])
 
 
 def _sharded(described: ShardedTensor | ShardedTensorFactory, key: str, flat: Tensor) -> Any:
     """Return the state ``flat`` of a whole parameter as a sharded tensor with one replica, under its checkpoint key."""
-    data = flat.view(described.data.shape)  # type: ignore[union-attr]
-    main = (*described.replica_id[:-1], 0)  # type: ignore[index]
+    data = flat.view(described.data.shape)
+    main = (*described.replica_id[:-1], 0)
     changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{described.key}", "data": data, "replica_id": main}
     if isinstance(described, ShardedTensor):
         changes["dtype"] = data.dtype
@@ -256,8 +256,8 @@ def _sharded(described: ShardedTensor | ShardedTensorFactory, key: str, flat: Te
 
 def _rows(described: ShardedTensor | ShardedTensorFactory, key: str, part: range) -> dict[int, ShardedTensor]:
     """Return empty float32 tensors for the rows of a parameter in which the elements ``part`` of it lie, in order."""
-    shape = described.data.shape  # type: ignore[union-attr]
-    width = _row_size(described.data)  # type: ignore[arg-type]
+    shape = described.data.shape
+    width = _row_size(described.data)
     first, last = part.start // width, -(-part.stop // width)
     full = _sharded(described, key, torch.empty(math.prod(shape), dtype=torch.float32, device="meta"))
     pieces = [full] if isinstance(full, ShardedTensor) else full.build()

@@ -180,7 +180,8 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
 def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
     """Return ``model`` as plain values, with its null fields filled from the stored architecture."""
     resolved = reconcile(model, fields_set(model) if given is None else given, stored)
-    return json.loads(json.dumps(asdict(resolved)))
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(resolved)))
+    return plain
 
 
 def _changed_data(saved: SavedRun, fingerprint: str) -> list[KeyDifference]:

@@ -341,7 +341,7 @@ def _is_alive(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
         same = abs(process.create_time() - started) <= _START_TOLERANCE_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, default_planner
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -121,7 +124,7 @@ def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     try:
         with _restricted_readers():
-            loaded = dist_checkpointing.load(
+            loaded: dict[str, Any] = dist_checkpointing.load(
                 wanted, str(path), common_strategy=_NothingInCommon(), validate_access_integrity=False
             )
     except CheckpointException as error:  # the failures by rank, equal on all ranks
@@ -215,7 +218,7 @@ def _restricted_readers() -> Iterator[None]:
         key = read_item.dest_index.fqn
         loaded = loads_pickled(value, key)
         if self.flatten_state_dict:
-            default_planner.set_element(self.original_state_dict, self.mappings[key], loaded)
+            set_element(self.original_state_dict, self.mappings[key], loaded)
         else:
             self.state_dict[key] = loaded
 
@@ -250,7 +253,7 @@ def _rewrite_extra_states(loaded: Any) -> None:
             loaded[key].seek(0)
 
 
-class _NothingInCommon(TorchCommonLoadStrategy):
+class _NothingInCommon(TorchCommonLoadStrategy):  # type: ignore[misc]
     """A strategy that skips common.pt, whose pickled arguments may need classes that do not exist here."""
 
     def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _sliding_layers(config: HFConfig) -> bool:
     """Return whether the config.json of a Qwen model has a layer with a sliding window."""
     if config["layer_types"] is not None:
         return "sliding_attention" in config["layer_types"]
-    return config["use_sliding_window"] and config["max_window_layers"] < config["num_hidden_layers"]
+    return bool(config["use_sliding_window"] and config["max_window_layers"] < config["num_hidden_layers"])
 
 
 def _reader(*, slides: Callable[[HFConfig], bool], bias: bool, **fields: Any) -> Callable[[HFConfig], ModelConfig]:

@@ -57,7 +57,7 @@ class Rows:
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return the row blocks of ``tensor``, as views."""
-        return tensor.split(self.sizes)
+        return torch.split(tensor, list(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class QueryGroups:
         """Return q, k and v from ``linear_qkv``."""
         queries = self.num_attention_heads // self.num_query_groups * self.kv_channels
         per_group = tensor.reshape(self.num_query_groups, -1, *tensor.shape[1:])
-        parts = per_group.split([queries, self.kv_channels, self.kv_channels], dim=1)
+        parts = torch.split(per_group, [queries, self.kv_channels, self.kv_channels], dim=1)
         return tuple(part.flatten(0, 1) for part in parts)
 
 
