@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What every command can refuse before it imports torch: inputs that are not there, and layouts that cannot be cut.
+"""The checks that commands make before they import torch: missing inputs, and layouts that do not fit the ranks.
 
-The sentences are those of the code that reads the inputs later; this file only asks earlier.
+The messages are those of the code that reads the inputs later.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from megatron_selfdistill.run_data import longest_context
 
 
 def require_data(config: Config) -> None:
-    """Raise `ConfigError` where the problems or the tokenizer that ``config`` names cannot be there.  Names of the
-    Hugging Face hub pass."""
+    """Raise `ConfigError` if the problems or the tokenizer of ``config`` do not exist.
+
+    A name of the Hugging Face hub passes.
+    """
     data = config.data
     try:
         for path in (data.path, config.evaluation.path):
@@ -33,15 +35,15 @@ def require_data(config: Config) -> None:
 
 
 def require_start(config: Config) -> None:
-    """Raise `CheckpointError` where ``checkpoint.load`` is no checkpoint, unless the run resumes its own one."""
+    """Raise `CheckpointError` if ``checkpoint.load`` is no checkpoint, unless the run resumes its own checkpoint."""
     if config.checkpoint.load is not None and not _resumes(config):
         require_checkpoint(Path(config.checkpoint.load))
 
 
 def require_ranks(config: Config, world_size: int) -> None:
-    """Raise `ConfigError` where ``world_size`` ranks cannot be cut as ``config`` says.
+    """Raise `ConfigError` if the layout of ``config`` does not fit ``world_size`` ranks.
 
-    The model's sizes are judged only where no checkpoint decides them.
+    The sizes of the model are checked only if no checkpoint decides them.
     """
     config.check_ranks(world_size)
     if names_its_model(config):
@@ -49,25 +51,27 @@ def require_ranks(config: Config, world_size: int) -> None:
 
 
 def require_lengths(config: Config) -> None:
-    """Raise `ConfigError` where contexts of ``data.max_length`` fit no row, or not the model, where no checkpoint
-    decides what the model is."""
+    """Raise `ConfigError` if ``data.max_length`` exceeds a microbatch or the model's positions.
+
+    Nothing is checked if a checkpoint decides the architecture.
+    """
     if names_its_model(config):
         longest_context(config)
 
 
 def names_its_model(config: Config) -> bool:
-    """Return whether no checkpoint decides the architecture."""
+    """Return whether ``config`` alone, and no checkpoint, decides the architecture."""
     return config.checkpoint.load is None and not _resumes(config)
 
 
 def _resumes(config: Config) -> bool:
-    """Return whether ``run_dir`` holds checkpoints from which the run would continue."""
+    """Return whether ``run_dir`` has a checkpoint from which the run would continue."""
     run_dir = config.run_dir if config.checkpoint.resume else None
     return run_dir is not None and bool(directory.candidates(Path(run_dir) / "checkpoints"))
 
 
 def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks: Sequence[int] = ()) -> None:
-    """Raise `ConfigError` where a k of pass@k or majority@k asks for more samples than there are."""
+    """Raise `ConfigError` if a k of pass@k or majority@k is less than 1 or more than ``num_samples``."""
     for name, those in (("pass@k", ks), ("majority@k", majority_ks)):
         if num_samples and (max(those, default=1) > num_samples or min(those, default=1) < 1):
             raise ConfigError(
@@ -76,7 +80,7 @@ def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks
 
 
 def require_checkpoint(path: Path, iteration: int | None = None) -> None:
-    """Raise `CheckpointError` where there is no Megatron checkpoint at ``path``, or none of ``iteration``."""
+    """Raise `CheckpointError` if there is no Megatron checkpoint at ``path``, or no checkpoint of ``iteration``."""
     chosen = directory.of_iteration(Path(path), iteration)
     directory.refuse_hugging_face(chosen)
     holder = directory.tracked(chosen) or chosen
@@ -85,13 +89,13 @@ def require_checkpoint(path: Path, iteration: int | None = None) -> None:
 
 
 def require_hugging_face(path: Path) -> None:
-    """Raise `CheckpointError` where ``path`` is no folder with a config.json and files of weights."""
+    """Raise `CheckpointError` if ``path`` is no directory with a config.json and files of weights."""
     read_config(path)
     weight_files(Path(path))
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Return whether ``path`` is a Hugging Face folder and no Megatron checkpoint."""
+    """Return whether ``path`` is a Hugging Face directory and no Megatron checkpoint."""
     try:
         directory.refuse_hugging_face(Path(path))
     except CheckpointError:

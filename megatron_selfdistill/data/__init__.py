@@ -1,2 +1,2 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""From problems with solutions to microbatches: problems, prompts, contexts, packing, in that order."""
+"""The data: records, problems, prompts, contexts and packed microbatches, in this order."""

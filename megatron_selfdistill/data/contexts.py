@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The two contexts of a response: the student's prompt and the teacher's, before and after sampling."""
+"""The two contexts of a response: the prompts of student and teacher, and the response after each of them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from megatron_selfdistill.data.prompts import PromptBuilder
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Both prompts of one problem, as token ids. Each leaves room for ``max_new_tokens``."""
+    """Both prompts of one problem, as token ids; each leaves room for ``max_new_tokens``."""
 
     problem_id: str
     student_prompt: list[int]
     teacher_prompt: list[int]
     solution: str = ""
-    """What the teacher's prompt shows of the solution."""
+    """Part of the solution that the teacher's prompt shows."""
     solution_truncated: bool = False
-    """The teacher sees only a part of the solution, since the whole did not fit."""
+    """Whether the teacher sees only a part of the solution, since the whole solution does not fit."""
 
 
 @dataclass(frozen=True)
 class ContextCounts:
-    """What became of the problems: all but ``dropped`` are in the batch."""
+    """Numbers of problems by how they fit; all but ``dropped`` are in the batch."""
 
     kept: int = 0
-    """Fitted as they were."""
+    """Problems that fit with the whole solution."""
     truncated: int = 0
-    """Kept with a shortened solution."""
+    """Problems that fit with a shortened solution."""
     dropped: int = 0
+    """Problems that do not fit."""
 
     def __add__(self, other: ContextCounts) -> ContextCounts:
         return ContextCounts(self.kept + other.kept, self.truncated + other.truncated, self.dropped + other.dropped)
@@ -42,7 +43,7 @@ class ContextCounts:
 
 @dataclass(frozen=True)
 class ContextPair:
-    """One response behind two prompts, all as token ids.
+    """One response after two prompts, all as token ids.
 
     In both contexts the hidden state at position ``len(prompt) - 1 + i`` predicts ``response[i]``.
     """
@@ -52,35 +53,35 @@ class ContextPair:
     teacher_prompt: list[int]
     response: list[int]
     truncated: bool
-    """The response reached ``max_new_tokens`` without a stop token."""
+    """Whether the response reached ``max_new_tokens`` without a stop token."""
 
     @property
     def student_length(self) -> int:
-        """Tokens of the student's prompt and the response."""
+        """Number of tokens of the student's prompt and the response."""
         return len(self.student_prompt) + len(self.response)
 
     @property
     def teacher_length(self) -> int:
-        """Tokens of the teacher's prompt and the response."""
+        """Number of tokens of the teacher's prompt and the response."""
         return len(self.teacher_prompt) + len(self.response)
 
 
 class SampledResponse(Protocol):
-    """What is asked of a sampler's response."""
+    """The part of a sampler's response that a context needs."""
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """The response, with its stop token where the model wrote one."""
+        """Token ids of the response, with its stop token where the model sampled one."""
 
     @property
     def truncated(self) -> bool:
-        """It reached ``max_new_tokens`` without a stop token."""
+        """Whether the response reached ``max_new_tokens`` without a stop token."""
 
 
 def plan_contexts(
     builder: PromptBuilder, problems: Sequence[Problem], *, max_length: int, max_new_tokens: int, policy: str
 ) -> tuple[list[PromptPair], ContextCounts]:
-    """``fit_teacher_prompt`` for each problem: the pairs that fit, in order, and how many did."""
+    """Return the prompt pairs of the problems that fit, in order, and the counts; see `fit_teacher_prompt`."""
     pairs = []
     for problem in problems:
         pair = fit_teacher_prompt(builder, problem, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy)
@@ -93,15 +94,16 @@ def plan_contexts(
 def fit_teacher_prompt(
     builder: PromptBuilder, problem: Problem, *, max_length: int, max_new_tokens: int, policy: str
 ) -> PromptPair | None:
-    """Both prompts of a problem, each with prompt + ``max_new_tokens`` <= ``max_length`` (in tokens).
+    """Return both prompts of a problem, each of at most ``max_length - max_new_tokens`` tokens, or None.
 
-    ``policy``, where the teacher's prompt is too long:
-      ``error``           ValueError;
-      ``drop``            None;
-      ``truncate_start``  the longest end of the solution that fits, rendered again; ``truncate_end`` its
-      longest start.
-    A student's prompt that is too long, or a teacher's in which nothing of the solution fits, cannot be
-    truncated: it is an error under ``error`` and dropped otherwise.
+    ``policy`` decides where the teacher's prompt is too long:
+
+    - "error" raises ValueError;
+    - "drop" returns None;
+    - "truncate_start" keeps the longest end of the solution that fits, and "truncate_end" its longest start.
+
+    A student's prompt that is too long, and a teacher's prompt into which no part of the solution fits, cannot be
+    truncated: the policy "error" raises ValueError, and each other policy returns None.
 
     Raises: ValueError also if the two prompts do not end in the same generation prompt.
     """
@@ -135,7 +137,10 @@ def fit_teacher_prompt(
 def shortened_to_fit(
     builder: PromptBuilder, problem: Problem, student: list[int], teacher: list[int], room: int, policy: str
 ) -> PromptPair | None:
-    """`fit_teacher_prompt` of prompts that are encoded already, each within ``room`` tokens; ``policy``: not error."""
+    """Return the result of `fit_teacher_prompt` for encoded prompts of at most ``room`` tokens.
+
+    ``policy`` is not "error".
+    """
     pair = PromptPair(problem.id, student, teacher, problem.solution)
     if len(student) > room:
         return None
@@ -151,9 +156,9 @@ def shortened_to_fit(
 
 
 def build_contexts(prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse]) -> list[ContextPair]:
-    """One context pair per response; ``prompt_pairs[i]`` is what ``responses[i]`` answers.
+    """Return one context pair per response; ``responses[i]`` answers ``prompt_pairs[i]``.
 
-    For several samples of a problem its pair is repeated. Responses stay the token ids that were sampled.
+    Several samples of a problem have the same pair.  The token ids of responses are those that were sampled.
     """
     if len(prompt_pairs) != len(responses):
         raise ValueError(
@@ -181,9 +186,8 @@ def _longest_fitting(
     builder: PromptBuilder, problem: Problem, room: int, cut: Callable[[str, int], str]
 ) -> tuple[str, list[int]] | None:
     """Return the part of the solution that fits and the prompt with it; None where only white space fits."""
-    # Bisection over characters of the solution, not over its tokens: tokens can end within a character, and
-    # their text is not always encoded into the same tokens again. Every candidate is rendered and counted as
-    # a whole prompt.
+    # The bisection is over characters of the solution, not over its tokens: a token can end within a character, and
+    # the text of tokens is not always encoded into the same tokens again.  Every candidate is a whole prompt.
     if len(builder.teacher_prompt(problem, "")) > room:
         return None
     fits, too_long = 0, len(problem.solution)

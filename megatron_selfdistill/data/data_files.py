@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The files of a data set: single files, globs, folders of shards and lists of these."""
+"""The files of a data set: single files, globs, directories of shards, and lists of files, globs and directories."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-# What the library datasets writes about a data set next to its files.
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")
+# Descriptions that the library datasets writes next to the files of a data set.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
 def is_hub_name(path_or_name: str | Path) -> bool:
-    """Return whether ``path_or_name`` can only be the name of a data set on the Hugging Face hub: nothing exists under
-    that path here, and it neither looks like a file nor like a path."""
+    """Return whether ``path_or_name`` can only be the name of a data set on the Hugging Face hub.
+
+    It is no path that exists, and looks neither like a file nor like a path.
+    """
     if isinstance(path_or_name, Path) or Path(path_or_name).exists():
         return False
     looks_like_a_file = format_of(Path(path_or_name)) is not None or path_or_name.endswith((".gz", ".txt", ".tsv"))
@@ -28,19 +30,20 @@ def is_hub_name(path_or_name: str | Path) -> bool:
 
 
 def format_of(file: Path) -> str | None:
-    """Return the ending among `FORMATS` that the file's name has, in any letter case; None for every other name."""
+    """Return the ending of the file's name among `FORMATS`, in any letter case; None for every other name."""
     name = file.name.lower()
     return next((ending for ending in FORMATS if name.endswith(ending)), None)
 
 
 def data_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the files that ``paths`` mean, in order, each once.
+    """Return the data files of ``paths``, in order, each once.
 
-    Each path is a file, a folder or a glob of these.  A folder means its data files, sorted by name, without
-    subfolders, files whose name begins with "." or "_", and the descriptions that the library datasets writes.
+    Each path is a file, a directory, or a glob of files and directories.  A directory stands for its data files, sorted
+    by name: not for its subdirectories, for files whose name begins with "." or "_", or for the descriptions that the
+    library datasets writes.
 
     Raises: FileNotFoundError for a path that matches nothing; ValueError for a file that is no regular file or has
-    another ending, and for a folder without data files or with data files of several formats.
+    another ending, and for a directory without data files or with data files of several formats.
     """
     return list(dict.fromkeys(file for path in paths for match in _matches(path) for file in _files_of(match)))
 
@@ -66,7 +69,7 @@ def _matches(path: str | Path) -> list[Path]:
     matches = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not matches:
         raise FileNotFoundError(
-            f"Data: expected a file, a folder or a glob of files, got {path}, which matches none; check the path."
+            f"Data: expected a file, a directory or a glob of files, got {path}, which matches none; check the path."
         )
     return matches
 
@@ -84,19 +87,21 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def _shards(folder: Path) -> list[Path]:
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith((".", "_"))]
-    by_format = {file: found for file in files if file.name not in _ABOUT and (found := format_of(file)) is not None}
+def _shards(directory: Path) -> list[Path]:
+    files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.name.startswith((".", "_"))]
+    by_format = {
+        file: found for file in files if file.name not in _DESCRIPTIONS and (found := format_of(file)) is not None
+    }
     formats = sorted(set(by_format.values()))
     if not formats:
         raise ValueError(
-            f"Data: expected a folder with files ending in {', '.join(FORMATS)}, got {folder}, which has none; name "
-            f"the files of subfolders with a glob, such as '{folder}/**/*.parquet'."
+            f"Data: expected a directory with files ending in {', '.join(FORMATS)}, got {directory}, which has none; "
+            f"name the files of subdirectories with a glob, such as '{directory}/**/*.parquet'."
         )
     if len(formats) > 1:
         raise ValueError(
-            f"Data: expected a folder with data files of one format, got {folder} with {' and '.join(formats)}; choose "
-            f"one of them with a glob, such as '{folder}/*{formats[0]}'."
+            f"Data: expected a directory with data files of one format, got {directory} with {' and '.join(formats)}; "
+            f"choose one format with a glob, such as '{directory}/*{formats[0]}'."
         )
     return list(by_format)
 

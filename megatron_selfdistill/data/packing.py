@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Context pairs to microbatches of one length: packed rows of the student's and of the teacher's stream.
+"""Packing of context pairs into microbatches of one length, for the student and for the teacher.
 
-The order of calls on a data-parallel rank, the two all-reduces being the caller's::
+A data-parallel rank calls, where the caller provides the all-reduces::
 
     seq_length = all_reduce_max(required_seq_length(contexts, ...))
     packed = pack(contexts, seq_length=seq_length, ...)
@@ -23,23 +23,23 @@ from megatron_selfdistill.data.contexts import ContextPair
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed row of S tokens, covered by segments: sequences with their padding, then padding only."""
+    """One packed sequence of S tokens: segments of a context with its padding, then a segment that is only padding."""
 
     tokens: Tensor
-    """[S] int64; 0 where padded."""
+    """Token ids [S] int64; 0 at padding."""
     position_ids: Tensor
-    """[S] int64; from 0 in each sequence, its padding counted on. 0 all through the segment that is only
-    padding, which may be longer than the positions that the model knows."""
+    """Positions [S] int64, from 0 in each segment, its padding included; 0 in the whole segment that is only padding,
+    which may be longer than the model's positions."""
     cu_seqlens: Tensor
-    """[num_segments + 1] int32, from 0 to S: where each segment begins."""
+    """Beginning of each segment [num_segments + 1] int32, from 0 to S."""
     padding_mask: Tensor
-    """[S] bool, True where padded."""
+    """Mask [S] bool, True at padding."""
     response_positions: Tensor
-    """[R] int64: the positions whose hidden states predict the response tokens, in the order of the row."""
+    """Positions [R] int64 whose hidden states predict the response tokens, in ascending order."""
     response_ids: Tensor
-    """[R] int64: which token of ``PackedBatch.response_tokens`` each of them predicts."""
+    """Index [R] int64, in ``PackedBatch.response_tokens``, of the token that each of these positions predicts."""
     num_sequences: int
-    """Sequences in the row; 0 for a weightless one."""
+    """Number of contexts; 0 in a microbatch without loss."""
 
     @property
     def max_seqlen(self) -> int:
@@ -49,14 +49,14 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What one data-parallel rank trains on in one step. Every response token is once in each stream."""
+    """The microbatches of one data-parallel rank in one step; each role has every response token once."""
 
     seq_length: int
-    """S, of all microbatches of both streams, on all ranks."""
+    """Length S of all microbatches of both roles, equal on all ranks."""
     student: list[Microbatch]
     teacher: list[Microbatch]
     response_tokens: Tensor
-    """[R_total] int64: the responses one after the other, in the order of the contexts."""
+    """Response tokens [R_total] int64 of all contexts, in the order of the contexts."""
     num_contexts: int
 
     @property
@@ -80,21 +80,21 @@ def required_seq_length(
     seq_quantum: int | None = None,
     paired: bool,
 ) -> int:
-    """The least S with which these contexts fill rows as they would fill rows of ``max_tokens``.
+    """Return the smallest length S with which the contexts are packed as with the length ``max_tokens``.
 
-    A multiple of ``tp_size``, or of ``2 * cp_size * tp_size`` if ``cp_size > 1``, and of ``seq_multiple``; at
-    most ``max_tokens``; that multiple itself if there are no contexts. With ``seq_quantum`` (`length_quantum`)
-    S is rounded up to a multiple of that, too, where ``max_tokens`` leaves room. The maximum over the
-    data-parallel ranks is the ``seq_length`` to hand to ``pack``: any S between this and ``max_tokens`` gives
-    the same rows.
+    S is a multiple of ``tp_size``, or of ``2 * cp_size * tp_size`` if ``cp_size > 1``, and of ``seq_multiple``; it is
+    at most ``max_tokens``, and the least such multiple if there are no contexts.  With ``seq_quantum``
+    (`length_quantum`) S is also rounded up to a multiple of ``seq_quantum`` where ``max_tokens`` leaves room.  The
+    maximum of S over the data-parallel ranks is the ``seq_length`` for `pack`: every length from S to ``max_tokens``
+    packs the same contexts together.
 
-    Raises: ValueError if one context alone is longer than ``max_tokens``, or the prompt of one is empty.
+    Raises: ValueError if a context is longer than ``max_tokens``, or has an empty prompt.
     """
     multiple = _length_multiple(cp_size, tp_size, seq_multiple)
     capacity = max_tokens // multiple * multiple
     if capacity < 1:
         raise ValueError(
-            f"max_tokens: expected at least {multiple}, of which a row's length must be a multiple "
+            f"max_tokens: expected at least {multiple}, of which the length of a packed sequence must be a multiple "
             f"(cp_size {cp_size}, tp_size {tp_size}, seq_multiple {seq_multiple}), got {max_tokens}."
         )
     need = 0
@@ -104,13 +104,13 @@ def required_seq_length(
 
 
 def length_quantum(max_tokens: int) -> int:
-    """Return the step between the lengths of packed rows on a GPU, in tokens: a power of two up to 256.
+    """Return the step between the lengths of packed sequences on a GPU, in tokens: a power of two up to 256.
 
-    With every length possible, almost every step would have shapes of its own: the allocator would find no block of the
-    right size among those that it has, and kernels would be chosen and compiled again.  The step is at most a sixteenth
-    of ``max_tokens``, so that padding costs little.
+    Without it, almost every training step would have new shapes: the allocator would find no free block of the right
+    size, and kernels would be chosen and compiled again.  The step is at most a sixteenth of ``max_tokens``, so that
+    padding costs little.
     """
-    return 2 ** min(8, max(0, (max_tokens // 16).bit_length() - 1))
+    return 1 << min(8, max(0, (max_tokens // 16).bit_length() - 1))
 
 
 def pack(
@@ -123,16 +123,17 @@ def pack(
     paired: bool,
     seq_length: int | None = None,
 ) -> PackedBatch:
-    """Fills microbatches of S tokens: longest context first, each into the first row that has room.
+    """Return microbatches of S tokens: the longest context comes first, into the first microbatch with room.
 
-    ``max_tokens``: token budget of a row. ``paired``: row i of both streams holds the same contexts in the
-    same order; else the teacher's stream is packed on its own, for itself. ``seq_length``: S, equal on all
-    data-parallel ranks; by default what these contexts need.  With ``cp_size > 1`` each sequence is padded
-    within its segment to a multiple of ``2 * cp_size``, so that every segment can be cut for context
-    parallelism.
+    - ``max_tokens``: the largest number of tokens of a microbatch.
+    - ``paired``: whether microbatch i of student and teacher has the same contexts in the same order; otherwise the
+      teacher's contexts are packed by themselves.
+    - ``seq_length``: S, equal on all data-parallel ranks; by default the length that these contexts need.
 
-    No contexts give no microbatches. Deterministic. Collectives: none.
-    Raises: ValueError as ``required_seq_length``, and for a ``seq_length`` that is too small or no multiple.
+    With ``cp_size > 1`` each segment is padded to a multiple of ``2 * cp_size``, so that context parallelism can divide
+    it.  No contexts give no microbatches.  The result is deterministic.  Collectives: none.
+
+    Raises: ValueError as `required_seq_length`, and for a ``seq_length`` that is too small or no multiple.
     """
     need = required_seq_length(
         contexts,
@@ -172,32 +173,33 @@ def pack(
 
 
 def pad_to_count(packed: PackedBatch, num_student: int, num_teacher: int) -> PackedBatch:
-    """The same with weightless microbatches (only padding, no response rows) at the end of each stream.
+    """Return ``packed`` with microbatches of padding after those of student and teacher.
 
-    So every data-parallel rank runs the same number. They carry no loss and no gradient.
-    Raises: ValueError if there are already more.
+    Every data-parallel rank then runs ``num_student`` and ``num_teacher`` microbatches.  The added microbatches have no
+    response positions, and thus no loss and no gradient.
+
+    Raises: ValueError if ``packed`` already has more microbatches.
     """
-    for stream, have, want in (
+    for role, have, want in (
         ("student", len(packed.student), num_student),
         ("teacher", len(packed.teacher), num_teacher),
     ):
         if want < have:
-            raise ValueError(f"Expected at least the {have} {stream} microbatches there are, got {want}.")
-    weightless = _microbatch([], packed.seq_length, 1)
+            raise ValueError(f"Expected at least the present number of {role} microbatches, {have}, got {want}.")
+    padding = _microbatch([], packed.seq_length, 1)
     return replace(
         packed,
-        student=packed.student + [weightless] * (num_student - len(packed.student)),
-        teacher=packed.teacher + [weightless] * (num_teacher - len(packed.teacher)),
+        student=packed.student + [padding] * (num_student - len(packed.student)),
+        teacher=packed.teacher + [padding] * (num_teacher - len(packed.teacher)),
     )
 
 
 def context_parallel_positions(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -> Tensor:
-    """The positions of a row that one context-parallel rank holds, [S / cp_size] int64.
+    """Return the positions [S / cp_size] int64 of a packed sequence that one context-parallel rank holds.
 
-    Each segment is cut into ``2 * cp_size`` equal chunks, of which rank r holds chunks r and ``2 * cp_size -
-    1 - r``, so that all ranks do the same causal work; the segments follow each other. This is Transformer
-    Engine's order for packed sequences (``thd_get_partitioned_indices``); with one segment it is
-    ``get_batch_on_this_cp_rank``'s.
+    Each segment is divided into ``2 * cp_size`` equal chunks; rank r holds the chunks r and ``2 * cp_size - 1 - r``, so
+    that all ranks compute equally many causal pairs.  This is Transformer Engine's order for packed sequences
+    (``thd_get_partitioned_indices``), and with one segment Megatron's (``get_batch_on_this_cp_rank``).
 
     Raises: ValueError if a segment does not divide by ``2 * cp_size``.
     """
@@ -222,7 +224,7 @@ def context_parallel_positions(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -
 def _planned_rows(
     contexts: Sequence[ContextPair], capacity: int, cp_size: int, paired: bool
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """For student and teacher: the padded length of every context, and the contexts of each row."""
+    """Return, for student and teacher, the padded length of every context and the contexts of each microbatch."""
     for context in contexts:
         if not context.student_prompt or not context.teacher_prompt:
             raise ValueError(
@@ -233,13 +235,13 @@ def _planned_rows(
     multiple = _segment_multiple(cp_size)
     student = [_round_up(context.student_length, multiple) for context in contexts]
     teacher = [_round_up(context.teacher_length, multiple) for context in contexts]
-    for stream, lengths in (("student", student), ("teacher", teacher)):
+    for role, lengths in (("student", student), ("teacher", teacher)):
         longest = max(range(len(contexts)), key=lengths.__getitem__, default=None)
         if longest is not None and lengths[longest] > capacity:
             raise ValueError(
-                f"Problem {contexts[longest].problem_id}: expected a {stream}'s context of at most "
-                f"{capacity} tokens, the longest row within max_tokens, got {lengths[longest]} (padding for "
-                "context parallelism included); raise max_tokens, or lower the length that contexts may have."
+                f"Problem {contexts[longest].problem_id}: expected a {role}'s context of at most "
+                f"{capacity} tokens, the longest packed sequence within max_tokens, got {lengths[longest]} (padding "
+                "for context parallelism included); raise max_tokens, or lower the length that contexts may have."
             )
     if paired:
         rows = _first_fit_decreasing([student, teacher], capacity)
@@ -247,19 +249,19 @@ def _planned_rows(
     return [(lengths, _first_fit_decreasing([lengths], capacity)) for lengths in (student, teacher)]
 
 
-def _first_fit_decreasing(streams: list[list[int]], capacity: int) -> list[list[int]]:
-    # Item i has the size streams[k][i] in stream k and goes into the first row where it fits in all of them.
-    # Equal lengths keep their order, so the outcome is the same wherever it is computed.
-    order = sorted(range(len(streams[0])), key=lambda i: -max(lengths[i] for lengths in streams))
+def _first_fit_decreasing(lengths_by_role: list[list[int]], capacity: int) -> list[list[int]]:
+    # Context i has the length lengths_by_role[k][i] for role k, and goes into the first microbatch where it fits for
+    # all roles.  Contexts of equal length keep their order, so that the result is the same on every machine.
+    order = sorted(range(len(lengths_by_role[0])), key=lambda i: -max(lengths[i] for lengths in lengths_by_role))
     rows: list[list[int]] = []
     room: list[list[int]] = []
     for index in order:
-        sizes = [lengths[index] for lengths in streams]
+        sizes = [lengths[index] for lengths in lengths_by_role]
         fits = (all(map(int.__le__, sizes, left)) for left in room)
         number = next((number for number, fit in enumerate(fits) if fit), len(rows))
         if number == len(rows):
             rows.append([])
-            room.append([capacity] * len(streams))
+            room.append([capacity] * len(lengths_by_role))
         rows[number].append(index)
         room[number] = [free - size for size, free in zip(sizes, room[number], strict=True)]
     return rows

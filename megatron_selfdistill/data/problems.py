@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Problems with solutions, read from files or a hub data set, and the shuffled stream of global batches."""
+"""Problems with solutions, read from files or a hub data set, and the sampler of global batches."""
 
 from __future__ import annotations
 
@@ -24,50 +24,51 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LoggedReply:
-    """What an assistant said, as its log has it (conversations.py)."""
+    """The reply of an assistant in a chat log (chat/conversations.py)."""
 
     message: dict[str, Any]
-    """OpenAI style; tool calls with their arguments as objects."""
+    """The message in the style of OpenAI; the arguments of tool calls are objects."""
     accepted: bool
-    """It is the one with which the user was content."""
+    """Whether the user accepted this reply."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem with its privileged solution."""
+    """One problem with the solution that only the teacher sees."""
 
     id: str
-    """Unique within its data set; the random streams of the sampler depend on it."""
+    """Id, unique within the data set; the seeds of sampled responses depend on it."""
     messages: tuple[dict[str, Any], ...]
-    """What the student is asked, OpenAI style; a ``problem`` string is one user message. Never ends in a
-    reply."""
+    """Messages that the student answers, in the style of OpenAI; the text of a problem is one user message.  The last
+    message is never a reply."""
     solution: str
-    """What only the teacher sees; "" where solutions are not read, since the model finds its own."""
+    """Solution that only the teacher sees; "" in a run whose model finds its own solutions."""
     answer: str | None
-    """The final answer for a verifier, where the data has one."""
+    """Final answer for a verifier; None where the data has none."""
     location: str
-    """``file:line`` (JSONL) or ``file:row`` (everything else), counted from 1, for error messages."""
+    """Place of the record for messages: ``file:line`` (JSONL, CSV) or ``file:row``, counted from 1."""
     tools: tuple[dict[str, Any], ...] = ()
-    """Function schemas that the chat template is given, as a log has them."""
+    """Schemas of functions for the chat template, as in the log."""
     reply: LoggedReply | None = None
-    """The logged reply to ``messages``, where the problem is a turn of a conversation."""
+    """Logged reply to ``messages``, where the problem is a turn of a conversation."""
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """All problems of a data set, in its order, and what was skipped."""
+    """The problems of a data set, in its order, and the skipped records."""
 
     problems: list[Problem]
     num_skipped: int = 0
+    """Number of skipped records."""
     skipped: list[str] = field(default_factory=list)
-    """One sentence per record skipped: place, field, expected, got."""
+    """One message per skipped record, with place, field, expected and found value."""
 
     def __len__(self) -> int:
         return len(self.problems)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the ids and texts in order; the files' names and places do not matter."""
+        """Hash of the ids and texts in order; it does not depend on names and places of the files."""
         digest = hashlib.sha256()
         of_message: dict[int, str] = {}  # the turns of a conversation share their messages
 
@@ -98,19 +99,22 @@ def load_problems(
 ) -> ProblemSet:
     """Read and validate a whole data set.
 
-    ``path_or_name``: a file with one of the endings in `files.FORMATS`, a folder of such files, a glob, a list of
-    these, or the name of a hub data set (of which ``subset`` and ``split`` are taken).  JSON and CSV are read line by
-    line here, since ``datasets`` does not say which line is malformed; Parquet and the hub go through ``datasets``.
-    ``fields``: our name -> column name, for those that differ; ``None`` as the column leaves that field
-    unread, and the solution empty.  A record has a ``problem`` (text), or else ``messages`` (a list, or its JSON as
-    text), and a ``solution``; ``answer`` and ``id`` are optional.  A missing id is derived from the record's content,
-    with ``-1``, ``-2`` .. for repetitions.
-    ``on_bad_record``: ``error`` raises at the first bad record; ``skip`` skips and counts it.
-    ``limit``: the first so many good records.  ``require_solution``: False reads a record without a solution
-    too, as one whose solution is "".  ``section``: of the configuration, for the keys that errors name.
+    A record has a ``problem`` (text), or ``messages`` (a list, or its JSON as text), and a ``solution``; ``answer`` and
+    ``id`` are optional.  A missing id is derived from the record's content, with ``-1``, ``-2`` .. for repetitions.
+    JSON and CSV are read line by line here, since ``datasets`` does not name a malformed line; Parquet files and data
+    sets of the hub are read with ``datasets``.
 
-    Raises: ValueError naming file, line, field, what was expected and what was found; also for two equal ids
-    and for an empty set.  FileNotFoundError for a missing file.
+    - ``path_or_name``: a file with an ending of `data_files.FORMATS`, a directory of such files, a glob, a list of
+      files, directories and globs, or the name of a hub data set, of which ``subset`` and ``split`` are read.
+    - ``fields``: name of a field -> name of its column, where the names differ.  A field with the column None is not
+      read; the solution is then "".
+    - ``on_bad_record``: "error" raises at the first bad record; "skip" skips and counts bad records.
+    - ``limit``: the number of good records after which reading ends; None reads all records.
+    - ``require_solution``: whether a record without a solution is bad; otherwise its solution is "".
+    - ``section``: the section of the configuration whose keys the messages name.
+
+    Raises: ValueError, which names file, line, field, expected and found value, for a bad record, two equal ids and an
+    empty set; FileNotFoundError for a missing file.
     """
     columns = _columns(fields or {})
     if on_bad_record not in ("error", "skip"):
@@ -134,48 +138,48 @@ def load_problems(
 class ProblemSampler:
     """Endless shuffled epochs of a data set, in global batches.
 
-    Every rank holds the same stream and takes its share with ``shard``, so the order does not depend on the
-    data-parallel size.  The order of an epoch depends on (seed, epoch) only.  A batch may straddle epochs,
-    and then (or when it is larger than the data set) may hold a problem twice.
+    Every rank has the same sampler and takes its share of a batch with `shard`, so the order does not depend on the
+    data-parallel size.  The order of an epoch depends on the seed and the epoch only.  A batch may have problems of two
+    epochs; such a batch, and a batch that is larger than the data set, may have a problem twice.
     """
 
     def __init__(self, problems: ProblemSet, *, batch_size: int, seed: int) -> None:
-        """``batch_size``: problems per step over all data-parallel ranks."""
+        """Start before the first problem; a step takes ``batch_size`` problems over all data-parallel ranks."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1 problem per step, got {batch_size}.")
         if not problems.problems:
-            raise ValueError("Expected at least one problem to stream, got an empty data set.")
+            raise ValueError("Expected at least one problem, got an empty data set.")
         self._set, self._batch_size, self._seed = problems, batch_size, seed
         self._epoch, self._position = 0, 0
         self._order = self._epoch_order()
 
     def next_batch(self) -> list[Problem]:
-        """The next global batch, ``batch_size`` problems, equal on all ranks."""
+        """Return the next global batch of ``batch_size`` problems, equal on all ranks."""
         return self.draw(self._batch_size)
 
     def draw(self, count: int) -> list[Problem]:
-        """The next ``count`` problems, equal on all ranks."""
-        drawn: list[Problem] = []
-        while len(drawn) < count:
+        """Return the next ``count`` problems, equal on all ranks."""
+        problems: list[Problem] = []
+        while len(problems) < count:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._epoch_order()
-            drawn.append(self._set.problems[self._order[self._position]])
+            problems.append(self._set.problems[self._order[self._position]])
             self._position += 1
-        return drawn
+        return problems
 
     def fork(self) -> ProblemSampler:
-        """Return a stream at the same position, which then moves by itself."""
+        """Return a sampler at the same position; each of the two then moves alone."""
         return copy.copy(self)  # `draw` replaces what it changes
 
     def coming(self, num_batches: int) -> list[Problem]:
-        """The different problems of the next batches, in the order of their first turn; the position stays."""
+        """Return the different problems of the next batches, in the order in which they first come; do not move."""
         ahead = self.fork()
         problems = [problem for _ in range(num_batches) for problem in ahead.next_batch()]
         return list({problem.id: problem for problem in problems}.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, in problems (so it survives another batch size), and what it is a position in."""
+        """Return the position in problems, which does not depend on the batch size, with seed and fingerprint."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -184,8 +188,10 @@ class ProblemSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where ``state`` was taken. Raises: ValueError if the data set or the seed is another
-        one."""
+        """Continue at the position of ``state``.
+
+        Raises: ValueError if ``state`` belongs to another data set or seed.
+        """
         for name, have in (("fingerprint", self._set.fingerprint), ("seed", self._seed)):
             if state[name] != have:
                 raise ValueError(
@@ -198,16 +204,15 @@ class ProblemSampler:
 
     def _epoch_order(self) -> list[int]:
         order = list(range(len(self._set)))
-        # Seeding with a string goes through SHA-512: equal on every machine and Python version, unlike
-        # hash().
+        # Python hashes a seed that is a string with SHA-512: equal on every machine and version, unlike hash().
         random.Random(f"{self._seed}/{self._epoch}").shuffle(order)
         return order
 
 
 def shard(batch: Sequence[T], dp_rank: int, dp_size: int) -> list[T]:
-    """This data-parallel rank's share of a global batch: every ``dp_size``-th problem from ``dp_rank`` on.
+    """Return the share of a data-parallel rank in a global batch: every ``dp_size``-th problem from ``dp_rank`` on.
 
-    The shares of all ranks together are the batch; their sizes differ by at most one.
+    The shares of all ranks are the whole batch; their sizes differ by at most one.
     """
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"dp_rank: expected 0 to {dp_size - 1} (dp_size {dp_size}), got {dp_rank}.")
@@ -228,9 +233,9 @@ def _good_problems(
     limit: int | None,
     require_solution: bool,
 ) -> tuple[list[Problem], list[str], set[str]]:
-    """Return the good problems, a sentence for each bad record that was skipped, and all columns seen.
+    """Return the good problems, a message for each skipped record, and the names of all columns.
 
-    ``advice``: what the error about a bad record adds; None skips bad records.
+    ``advice`` is the end of the message about a bad record; None skips bad records.
     """
     problems: list[Problem] = []
     skipped: list[str] = []

@@ -28,19 +28,20 @@ if you had not seen the solution. Never mention that a solution was given."""
 class PromptTemplates:
     """The wording of both prompts.
 
-    ``{problem}`` and ``{solution}`` are slots, filled as they are, whatever braces the texts hold. Other
-    braces stand for themselves, unless they look like a slot: write ``{{name}}`` for a literal ``{name}``.
+    ``{problem}`` and ``{solution}`` are slots; a text that fills a slot may contain braces.  All other braces are plain
+    text, except where they look like a slot: write ``{{name}}`` for a literal ``{name}``.
+
     Raises: ValueError for a missing or an unknown slot.
     """
 
     teacher: str = DEFAULT_TEACHER_TEMPLATE
-    """The teacher's wording of the last user message; needs both slots."""
+    """Wording of the last user message for the teacher, with both slots."""
     student: str = "{problem}"
-    """The student's wording of the last user message; needs ``{problem}``, and only that."""
+    """Wording of the last user message for the student, with the slot ``{problem}`` only."""
     system_prompt: str | None = None
-    """Put before conversations that bring no system message of their own, for both."""
+    """System message of both prompts, for conversations without one."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Handed to the chat template, e.g. ``enable_thinking``."""
+    """Further variables of the chat template, such as ``enable_thinking``."""
 
     def __post_init__(self) -> None:
         for name, needed in (("teacher", {"problem", "solution"}), ("student", {"problem"})):
@@ -58,70 +59,73 @@ class PromptTemplates:
 
 
 class Tokenizer(Protocol):
-    """What the rest of the system asks of a tokenizer; ``load_tokenizer`` makes one."""
+    """The tokenizer of a run; `load_tokenizer` returns one."""
 
     name: str
-    """The path or hub name it was loaded from."""
+    """Path or hub name of the tokenizer."""
     vocab_size: int
-    """One more than the largest token id, added tokens included."""
+    """Largest token id, added tokens included, plus one."""
     eos_id: int | None
-    """The end-of-sequence token; None where the tokenizer has none."""
+    """Id of the end-of-sequence token; None where the tokenizer has none."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; special tokens only where ``text`` spells them."""
+        """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Equals ``[encode(text) for text in texts]``; a fast tokenizer uses all cores for it."""
+        """Return ``[encode(text) for text in texts]``; a fast tokenizer uses all cores."""
         return [self.encode(text) for text in texts]
 
     def tokens(self) -> dict[int, str]:
-        """Return the token behind each id, added tokens included."""
+        """Return id -> token of the whole vocabulary, added tokens included."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of ``ids``, for people and verifiers; never for tokenizing again."""
+        """Return the text of ``ids``, for people and verifiers; the text must not be encoded again."""
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The conversation as one string, by the chat template, which is given ``kwargs``."""
+        """Return the conversation as one string, by the chat template with the variables ``kwargs``."""
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> list[int]:
-        """Equals ``encode(render_chat(...))``."""
+        """Return ``encode(render_chat(...))``."""
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs))
 
 
 class PromptBuilder:
-    """Turns problems into prompts. Both contexts of a problem end in the same generation prompt."""
+    """The builder of both prompts of a problem, which end in the same generation prompt."""
 
     def __init__(self, tokenizer: Tokenizer, templates: PromptTemplates, show_contents: bool = True) -> None:
-        """``show_contents``: errors may quote what the problems and the chat template say."""
+        """Let errors quote the problems and the chat template's own errors if ``show_contents`` is set."""
         self.tokenizer, self.templates, self.show_contents = tokenizer, templates, show_contents
 
     def student_text(self, problem: Problem, reply: Mapping[str, Any] | None = None) -> str:
-        """The student's prompt as text; with ``reply``, the conversation with it at the end, without generation
-        prompt."""
+        """Return the student's prompt as text.
+
+        With ``reply``, the text is the conversation with the reply at its end and without a generation prompt.
+        """
         messages = self._student_messages(problem)
         return self._render([*messages, *([dict(reply)] if reply else [])], problem, reply is None)
 
     def student_prompt(self, problem: Problem) -> list[int]:
-        """Token ids of the problem's conversation, up to and including the generation prompt."""
+        """Return the token ids of the student's conversation, up to and including the generation prompt."""
         return self.tokenizer.encode(self._render(self._student_messages(problem), problem, True))
 
     def teacher_prompt(self, problem: Problem, solution: str | None = None) -> list[int]:
-        """The same with the teacher's wording in place of the last user message.
+        """Return the token ids of the teacher's conversation, up to and including the generation prompt.
 
-        ``solution``: instead of the problem's own (a shortened one, or one that the model found itself).
+        The last user message has the teacher's wording.  ``solution`` replaces the problem's solution: a shortened
+        solution, or one that the model has found itself.
         """
         return self.tokenizer.encode(self._render(self._teacher_messages(problem, solution), problem, True))
 
     def prompt_pair(self, problem: Problem, solution: str | None = None) -> tuple[list[int], list[int]]:
-        """Student's and teacher's prompt as above, checked to end in the same generation prompt.
+        """Return the student's and the teacher's prompt as token ids, which end in the same generation prompt.
 
-        The generation prompt is what ``add_generation_prompt`` adds. Where its first token also holds the end
-        of the message before it (``?\\n\\n`` can be one token), that token belongs to the message and may
-        differ.
+        The generation prompt is the text that ``add_generation_prompt`` adds.  Its first token may also have the end of
+        the message before it (a question mark and two line feeds can be one token); that token belongs to the message,
+        and may differ.
 
         Raises: ValueError if student and teacher would not begin their response after the same token ids.
         """
@@ -129,7 +133,7 @@ class PromptBuilder:
         return self.pair_of(problem, texts, self.tokenizer.encode_batch(texts))
 
     def pair_texts(self, problem: Problem, solution: str | None = None) -> tuple[str, str, str, str]:
-        """What `prompt_pair` encodes: the student's text without and with generation prompt, then the teacher's."""
+        """Return the texts for `pair_of`: of the student without and with generation prompt, then of the teacher."""
         student, teacher = self._student_messages(problem), self._teacher_messages(problem, solution)
         before, prompt, teacher_before, teacher_prompt = (
             self._render(messages, problem, flag) for messages in (student, teacher) for flag in (False, True)
@@ -137,7 +141,7 @@ class PromptBuilder:
         return before, prompt, teacher_before, teacher_prompt
 
     def pair_of(self, problem: Problem, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[list[int], list[int]]:
-        """`prompt_pair` of a problem whose ``texts`` from `pair_texts` are encoded as ``ids``."""
+        """Return `prompt_pair` of a problem whose ``texts`` from `pair_texts` are encoded as ``ids``."""
         student, teacher = _split_prompt(texts[:2], ids[:2]), _split_prompt(texts[2:], ids[2:])
         skip = 1 if student.joins_message or teacher.joins_message else 0
         if student.generation_text != teacher.generation_text or student.tail[skip:] != teacher.tail[skip:]:
@@ -164,7 +168,7 @@ class PromptBuilder:
         messages = [dict(message) for message in problem.messages]
         last = _last_user_message(problem)
         texts = {"problem": messages[last]["content"], **slots}
-        # One pass over the template: a text that spells a slot is not filled again.
+        # One pass over the template: a slot within a filled text stays as it is.
         messages[last]["content"] = _SLOT.sub(
             lambda match: texts[match[2]] if match[2] else f"{{{match[1]}}}", template
         )
@@ -180,16 +184,17 @@ class PromptBuilder:
             return self.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs)
         except MissingChatTemplateError:
             raise
-        except Exception as error:  # a template is a program and raises what it likes; we add the place
+        except Exception as error:  # a template is a program and can raise any exception
             if not self.show_contents:
-                sentence = f"{problem.location}: the chat template refused the conversation ({type(error).__name__})"
-                raise ValueError(sentence) from None
+                message = f"{problem.location}: the chat template refused the conversation ({type(error).__name__})"
+                raise ValueError(message) from None
             raise ValueError(f"{problem.location}: the chat template refused the conversation: {error}") from error
 
 
 def last_user_text(problem: Problem) -> str:
     """Return the text of the problem's last user message, which fills the slot ``{problem}``."""
-    return problem.messages[_last_user_message(problem)]["content"]
+    text: str = problem.messages[_last_user_message(problem)]["content"]
+    return text
 
 
 def _last_user_message(problem: Problem) -> int:
@@ -197,12 +202,13 @@ def _last_user_message(problem: Problem) -> int:
 
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-    """Load a Hugging Face tokenizer (folder or hub name), or a SentencePiece ``.model`` file (or a folder of it).
+    """Load a Hugging Face tokenizer (directory or hub name), or a SentencePiece ``.model`` file or its directory.
 
-    ``chat_template``: a Jinja template used instead of the tokenizer's own. Plain text without roles, for
-    base models: ``{% for m in messages %}{{ m.content }}{% endfor %}``.
-    ``trust_remote_code``: whether Python code that the folder brings (auto_map) is run; without it, none is.
-    Raises: FileNotFoundError or ValueError in one sentence if there is no tokenizer at ``path``.
+    ``chat_template`` is a Jinja template that replaces the tokenizer's; for base models, which know no roles,
+    ``{% for m in messages %}{{ m.content }}{% endfor %}`` is plain text.  ``trust_remote_code`` lets the tokenizer run
+    the Python code in its directory (auto_map).
+
+    Raises: FileNotFoundError or ValueError if there is no tokenizer at ``path``.
     """
     path = tokenizer_place(path)
     if str(path).endswith(".model"):
@@ -211,9 +217,9 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_
 
 
 def tokenizer_place(path: str | Path) -> str | Path:
-    """Return where the tokenizer at ``path`` lies: a folder, a SentencePiece ``.model`` file, or a name of the hub.
+    """Return the place of the tokenizer at ``path``: a directory, a SentencePiece ``.model`` file, or a hub name.
 
-    Raises: FileNotFoundError or ValueError in one sentence if there can be no tokenizer; nothing is imported or read.
+    Nothing is imported or read.  Raises: FileNotFoundError or ValueError if there can be no tokenizer.
     """
     if not Path(path).exists() and not str(path).endswith(".model") and not is_hub_name(path):
         raise FileNotFoundError(
@@ -228,20 +234,20 @@ def tokenizer_place(path: str | Path) -> str | Path:
         if not Path(path).is_file():
             raise FileNotFoundError(f"Tokenizer: expected a SentencePiece model file, got {path}, which is no file.")
     elif isinstance(path, Path) and not path.is_dir():
-        raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}, another kind of file; name its folder.")
+        raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}, another kind of file; name its directory.")
     return path
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``transformers`` tokenizer behind the ``Tokenizer`` protocol."""
+    """A tokenizer of ``transformers``."""
 
     def __init__(self, path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer  # takes seconds to import
 
         try:
-            # False, since without a value transformers asks on the terminal whether to run the code.
+            # False, since transformers asks on the terminal whether to run the code if there is no value.
             self._tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        except Exception as error:  # tokenizers raises a plain Exception, and remote code what it likes
+        except Exception as error:  # tokenizers raises a plain Exception, and remote code any exception
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if not trust_remote_code and "trust_remote_code" in str(error):
                 reason = (
@@ -249,7 +255,7 @@ class HuggingFaceTokenizer(Tokenizer):
                     "data.trust_remote_code=true to run it"
                 )
             elif not isinstance(path, Path):
-                reason = f"there is no such folder here, and it could not be loaded as a hub name ({reason})"
+                reason = f"there is no such directory here, and it could not be loaded as a hub name ({reason})"
             raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}: {reason}") from error
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
@@ -259,40 +265,49 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id: int | None = self._tokenizer.eos_token_id
 
     def tokens(self) -> dict[int, str]:
+        """Return id -> token of the whole vocabulary, added tokens included."""
         return {index: token for token, index in self._tokenizer.get_vocab().items()}
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ``[encode(text) for text in texts]``, computed on all cores."""
         if not texts:
             return []
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         return [list(ids) for ids in self._tokenizer(list(texts), **options)["input_ids"]]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return self._tokenizer.decode(
+        """Return the text of ``ids``, for people and verifiers."""
+        text: str = self._tokenizer.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+        return text
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
+        """Return the conversation as one string, by the chat template with the variables ``kwargs``.
+
+        Raises: MissingChatTemplateError if there is no chat template.
+        """
         if not self._tokenizer.chat_template:
             raise MissingChatTemplateError(self.name)
-        return self._tokenizer.apply_chat_template(
+        text: str = self._tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
         )
+        return text
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model as the ``sentencepiece`` library itself reads it, with ``transformers``' chat
-    templates.
+    """A SentencePiece model, read by the ``sentencepiece`` library, with the chat templates of ``transformers``.
 
-    The classes of ``transformers`` for ``.model`` files convert or post-process, and then differ from what
-    the model was trained on (the prefix space, byte pieces). Here text is ``sp.encode(text)`` exactly;
-    control pieces such as ``<s>``, which that never yields, become their id where the text spells them, and
-    each stretch between is encoded on its own.
+    The classes of ``transformers`` for ``.model`` files convert or post-process the model, and then differ from the
+    encoding that the model was trained with (the prefix space, byte pieces).  Here the encoding of a text is exactly
+    ``sp.encode(text)``.  Only control pieces such as ``<s>``, which that call never yields, become their ids where the
+    text spells them; the parts between them are encoded one by one.
     """
 
     def __init__(self, path: str | Path, *, chat_template: str | None = None) -> None:
@@ -314,14 +329,16 @@ class SentencePieceTokenizer(Tokenizer):
         self._special_tokens = {f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0}
         self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
         self._control = {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
-        # Longest first: of two pieces, one of which begins the other, the longer one is meant.
+        # Longest first: where one piece is the beginning of another, the longer piece is meant.
         pieces = sorted(map(re.escape, self._control), key=len, reverse=True)
         self._control_pattern = re.compile(f"({'|'.join(pieces)})" if pieces else "(?!)")
 
     def tokens(self) -> dict[int, str]:
+        """Return id -> token of the whole vocabulary, added tokens included."""
         return {index: self._sp.id_to_piece(index) for index in range(self.vocab_size)}
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
         ids: list[int] = []
         for part in self._control_pattern.split(text):
             if part in self._control:
@@ -331,6 +348,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ``ids``, for people and verifiers."""
         parts: list[str] = []
         stretch: list[int] = []
         for token in ids:
@@ -346,6 +364,10 @@ class SentencePieceTokenizer(Tokenizer):
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
+        """Return the conversation as one string, by the chat template with the variables ``kwargs``.
+
+        Raises: MissingChatTemplateError if there is no chat template.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self._chat_template is None:
@@ -356,19 +378,19 @@ class SentencePieceTokenizer(Tokenizer):
             add_generation_prompt=add_generation_prompt,
             **{**self._special_tokens, **kwargs},
         )
-        return rendered[0]
+        text: str = rendered[0]
+        return text
 
 
 @dataclass(frozen=True)
 class _SplitPrompt:
-    """A prompt's ids, its tail (what follows the ids it shares with the prompt rendered without generation
-    prompt)."""
+    """A prompt's ids and their tail, which follows the ids of the same prompt without generation prompt."""
 
     ids: list[int]
     tail: list[int]
     generation_text: str
     joins_message: bool
-    """The tail begins within the message: a token spans the boundary."""
+    """Whether the tail begins within the message, so that one token spans the boundary."""
 
 
 def _split_prompt(texts: Sequence[str], encoded: Sequence[list[int]]) -> _SplitPrompt:
@@ -379,7 +401,7 @@ def _split_prompt(texts: Sequence[str], encoded: Sequence[list[int]]) -> _SplitP
     return _SplitPrompt(ids, ids[equal:], generation_text, joins_message=equal < len(before_ids))
 
 
-_TOKENIZERS = "a folder with tokenizer.json, a SentencePiece .model file or a hub name"
+_TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
 
 # `{{name}}` is a literal `{name}` (group 1), `{name}` a slot (group 2); all other braces are text.
 _SLOT = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Records of a data set one by one, each with its place: from JSONL, JSON, CSV, Parquet, or a hub data set."""
+"""The records of a data set with their places, from JSONL, JSON, CSV, Parquet, or a hub data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_selfdistill.data.data_files import data_files, format_of, is_hub_n
 from megatron_selfdistill.errors import BadRecordError
 
 MAX_DEPTH = 100
-"""Levels of objects and lists within one record; chat logs with tool calls have about ten."""
+"""Largest number of nested objects and lists in one record; chat logs with tool calls have about ten."""
 
 
 def records(
@@ -25,10 +25,10 @@ def records(
     """Yield (location, record) in the order of the files.
 
     A location is ``file:line`` (JSONL, CSV) or ``file:row`` (JSON arrays, Parquet), counted from 1, or
-    ``name[split]:row`` of a hub data set.  A record that cannot be read is yielded as the `BadRecordError` that says
-    why.  ``path_or_name``, ``split``, ``subset``: as `load_problems` takes them.
+    ``name[split]:row`` of a hub data set.  In place of a record that cannot be read, the `BadRecordError` with the
+    reason is yielded.  ``path_or_name``, ``split`` and ``subset`` are those of `load_problems`.
 
-    Raises: FileNotFoundError or ValueError, in one sentence that names the file, for a source that cannot be opened.
+    Raises: FileNotFoundError or ValueError, which names the file, for a source that cannot be opened.
     """
     if isinstance(path_or_name, (str, Path)):
         if is_hub_name(path_or_name):
@@ -57,8 +57,10 @@ def from_json(text: str | bytes) -> object:
 
 
 def is_text(value: object) -> bool:
-    """Return whether every string within ``value`` can be written as UTF-8.  JSON can spell one that cannot: half of a
-    surrogate pair, as a cut emoji leaves it, which tokenizers refuse and files cannot hold."""
+    """Return whether every string within ``value`` can be written as UTF-8.
+
+    JSON can spell a string that cannot: half of a surrogate pair, the rest of a cut emoji.  Tokenizers refuse it.
+    """
     if isinstance(value, str):
         return value.isascii() or not _SURROGATE.search(value)
     if isinstance(value, dict):
@@ -82,7 +84,7 @@ def _decoded(text: str | bytes) -> object:
 
 
 def _fault_in(value: object) -> str | None:
-    """Return why a decoded value is refused, which json.loads accepts; None where it is not."""
+    """Return the reason to refuse a value that json.loads accepts, or None."""
     level, depth = [value], 0
     while level:
         inner: list[object] = []
@@ -182,13 +184,13 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, object]]:
             yield f"{file}:{row}", record
     except Exception as error:  # pyarrow and datasets raise many kinds, most without the file's name
         raise ValueError(
-            f"{file}: expected a Parquet file, got one that cannot be read behind row {row} ({_first_line(error)}); "
+            f"{file}: expected a Parquet file, got a file that cannot be read after row {row} ({_first_line(error)}); "
             "copy or write the file again."
         ) from error
 
 
 def _check_parquet(file: Path) -> None:
-    # datasets logs an error of its own for such a file before it raises one.
+    # datasets would log an error for such a file before it raises one.
     with file.open("rb") as stream:
         start = stream.read(4)
         stream.seek(max(file.stat().st_size - 4, 0))
@@ -208,7 +210,7 @@ def _hub_records(name: str, split: str, subset: str | None) -> Iterator[tuple[st
         rows = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # no such set, network, split or subset; a loading script
         raise ValueError(
-            f"Data: {name!r} is no file or folder here and could not be loaded as a hub data set "
+            f"Data: {name!r} is no file or directory here and could not be loaded as a hub data set "
             f"(split {split!r}, subset {subset!r}): {_first_line(error)}"
         ) from error
     for row, record in enumerate(rows, 1):

@@ -84,7 +84,7 @@ def test_what_is_read_is_what_the_files_say(folder):
         (["data.path={folder}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
         (["data.tokenizer={folder}/nothing"], "/nothing, which does not exist; correct data.tokenizer"),
         (["data.tokenizer=../nothing/at/all"], "got ../nothing/at/all, which does not exist; correct data.tokenizer"),
-        (["data.tokenizer={folder}/problems.jsonl"], "problems.jsonl, another kind of file; name its folder"),
+        (["data.tokenizer={folder}/problems.jsonl"], "problems.jsonl, another kind of file; name its directory"),
         (["data.tokenizer={folder}/nothing.model"], "nothing.model, which is no file"),
         (["data.chat_template={folder}/no_template.jinja"], "no_template.jinja"),
         (["data.chat_template={folder}"], "data.chat_template: expected a Jinja template or a file that holds one"),

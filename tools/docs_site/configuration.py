@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The reference page of the configuration, from the schema, its doc comments, and the rules for resuming a run."""
+"""The reference page of the configuration, made from the schema, its doc comments and the rules for resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INTRODUCTION = """\
 # Configuration
 
 Every key can stand in a YAML file or on the command line, as `key=value`. `selfdistill --keys` prints the same list,
-`selfdistill --keys rollout` that of one section. A key that does not exist is an error, which names the nearest key.
+`selfdistill --keys rollout` prints one section. An unknown key is an error, which names the nearest key.
 
 The line under a key gives its type, its default, and whether a run that has a checkpoint may resume with another value:
 """
@@ -31,14 +31,14 @@ WHEN_RESUMED = {
     FREE: "a resumed run may change it",
     BOUND: "a resumed run keeps it",
     FIXED: "a run never changes it",
-    JUDGE: "a resumed run keeps it where it trains on verdicts",
+    JUDGE: "a resumed run keeps it if it trains on verdicts",
 }
-"""Rule of config/bound_keys.py -> the words under a key."""
+"""Rule of config/bound_keys.py -> words for it under a key."""
 MEANING = {
     FREE: "The key does not decide what is learned.",
-    BOUND: "The key decides what is learned. Another value is refused, unless `checkpoint.resume=force` is set.",
-    FIXED: "What a checkpoint stores has another form for each value. Not even `checkpoint.resume=force` changes it.",
-    JUDGE: "The key is bound where the run trains on verdicts; otherwise a resumed run may change it.",
+    BOUND: "The key decides what is learned. Another value is refused unless `checkpoint.resume=force` is set.",
+    FIXED: "The form of a checkpoint depends on the value. Not even `checkpoint.resume=force` allows another value.",
+    JUDGE: "The key is bound if the run trains on verdicts; otherwise a resumed run may change it.",
 }
 _NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any value", type(None): "null"}
 _NO_CHOICE = "no such choice"
@@ -48,7 +48,13 @@ def page() -> str:
     """Return the page as Markdown: the recipes, then every section with its groups and keys."""
     lines = [INTRODUCTION]
     lines += [f"- *{WHEN_RESUMED[rule]}*: {MEANING[rule]}" for rule in (FREE, BOUND, FIXED, JUDGE)]
-    lines += ["", "## Recipes", "", "A recipe sets the keys of a whole run. Keys that stand beside it win.", ""]
+    lines += [
+        "",
+        "## Recipes",
+        "",
+        "A recipe sets the keys of a whole run. Other keys of the same command override it.",
+        "",
+    ]
     lines += ["| recipe | what it is |", "|---|---|"]
     lines += [f"| `recipe={file.stem}` | {escaped(_first_sentence(file))} |" for file in sorted(_recipe_files())]
     listed, options = configuration.keys(), configuration.groups()
@@ -66,9 +72,9 @@ def page() -> str:
 
 
 def choices(key: str) -> tuple[str, ...]:
-    """Return the values that a text key accepts, in the schema's order; () where it accepts any text.
+    """Return the values that a text key accepts, in the schema's order; () if it accepts any text.
 
-    The schema itself is asked: a value that is no choice is refused with the list of all choices.
+    They are taken from the message with which the schema refuses a value that is no choice.
     """
     section, _, name = key.rpartition(".")
     cls: Any = type(getattr(Config(), section)) if section else Config
@@ -81,7 +87,7 @@ def choices(key: str) -> tuple[str, ...]:
 
 
 def type_name(kind: Any) -> str:
-    """Return what a value of a field's type is called in YAML, such as "integer or null" or "list of text"."""
+    """Return the name of a field's type in YAML, such as "integer or null" or "list of text"."""
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(type_name(one) for one in get_args(kind))
     if get_origin(kind) is list:
@@ -92,7 +98,7 @@ def type_name(kind: Any) -> str:
 
 
 def shown(default: Any) -> str:
-    """Return a default as YAML spells it."""
+    """Return the YAML of a default."""
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
     return repr(default) if isinstance(default, str) and not default.strip() else str(default)
@@ -131,7 +137,7 @@ def _entry(key: str, default: Any, meaning: str) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Return a doc comment as Markdown that shows every character: outside `code` none of them is markup."""
+    """Return a doc comment as Markdown in which no character outside of `code` is markup."""
     code = re.split(r"(``.*?``|`.*?`)", text)
     return "".join(
         part if i % 2 else re.sub(r"([*_\[\\])", r"\\\1", part).replace("<", "&lt;") for i, part in enumerate(code)
@@ -154,7 +160,7 @@ def _first_sentence(file: Path) -> str:
 
 
 def _sections() -> Iterator[tuple[str, str]]:
-    """Yield each section's name and the first line of its documentation; first the keys without a section."""
+    """Yield name and title of each section; the keys that belong to no section have the name ""."""
     yield "", "Keys that belong to no section"
     for name, default in vars(Config()).items():
         if dataclasses.is_dataclass(default):

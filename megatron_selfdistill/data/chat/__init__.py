@@ -1,2 +1,2 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Logged conversations: their turns, which replies count as accepted, and the replies as tokens."""
+"""Chat logs: conversations and their turns, the accepted replies, and the replies as tokens."""

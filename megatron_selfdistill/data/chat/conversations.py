@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Logged conversations, and their assistant turns as problems whose solution is the finally accepted answer."""
+"""Logged conversations, and their assistant turns as problems whose solution is the accepted answer."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ _MAY_FOLLOW: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """One good record."""
+    """One conversation of a log."""
 
     id: str
     messages: tuple[dict[str, Any], ...]
-    """Texts as strings, nothing null, no marks."""
+    """Messages with texts as strings, without nulls and marks."""
     accepted: int
-    """Index of the message that holds the accepted answer: an assistant's, or a user's who gave it himself."""
+    """Index of the message with the accepted answer: of the assistant, or of the user who gave the answer."""
     marked: bool
-    """The log says so, no rule had to."""
+    """Whether a mark in the log names the accepted answer, and not the rule."""
     tools: tuple[dict[str, Any], ...]
     location: str
 
 
 @dataclass(frozen=True)
 class ConversationSet:
-    """The turns of all conversations of a data set, in its order, and what was skipped."""
+    """The turns of the conversations of a data set, in its order, and numbers of conversations and turns."""
 
     turns: ProblemSet
-    """One problem per assistant turn up to the accepted answer; ``skipped`` is about conversations."""
+    """One problem per assistant turn up to the accepted answer; ``skipped`` has the skipped conversations."""
     num_conversations: int = 0
-    """Good ones, also those without a turn to train on."""
+    """Conversations that were not skipped, also without a turn to train on."""
     num_marked: int = 0
-    """Of those: accepted by a mark in the log, not by the rule."""
+    """Conversations that were not skipped and whose accepted answer has a mark in the log."""
     num_unresolved: int = 0
-    """Of those skipped: nobody was content."""
+    """Skipped conversations in which neither a mark nor the rule names an accepted answer."""
     num_resolved_at_once: int = 0
-    """Of the good ones: no turn before the accepted one, and ``turns`` is before_accepted."""
+    """Conversations without a turn to train on, since the first turn was accepted and ``turns`` is before_accepted."""
     num_later_turns: int = 0
-    """Assistant turns after the accepted answer, of which nothing is known."""
+    """Assistant turns after the accepted answer; they are not trained on, since nobody judged them."""
 
 
 def load_conversations(
@@ -74,24 +74,24 @@ def load_conversations(
     limit: int | None = None,
     show_contents: bool = False,
 ) -> ConversationSet:
-    """Read and check a whole log, and cut it into turns.
+    """Read and check a whole log, and return its turns.
 
-    A record has ``messages`` (OpenAI style: system or developer first, then user, assistant, tool; content a string
-    or a list of text parts, null beside tool calls), and may have ``tools`` (function schemas), ``id`` and
-    ``accepted``: the index of the message that holds the accepted answer, counted from 0 over all messages.  The mark
-    can also be ``"accepted": true`` on the message itself.  It may lie on a user's message, where the user gave the
-    answer himself.  Where there is no mark, ``rule(messages)`` tells the index, or None.  ``messages`` and ``tools``
-    may also be their JSON as text, and ``accepted`` its digits, as the cells of a CSV file hold them.
+    A record has ``messages`` in the style of OpenAI: system or developer first, then user, assistant and tool; the
+    content is a string or a list of text parts, and null beside tool calls.  It may have ``tools`` (schemas of
+    functions), ``id`` and ``accepted``: the index of the message with the accepted answer, counted from 0.  The mark
+    may be ``"accepted": true`` on the message.  A user's message has the mark where the user gave the answer.  In a
+    record without a mark, ``rule(messages)`` returns the index, or None.  In a CSV file ``messages`` and ``tools`` are
+    JSON as text, and ``accepted`` is digits.
 
-    ``turns``: all, the accepted assistant message with its own text as the hint included; or before_accepted.  Turns
-    after the accepted answer are skipped: nothing is known about them.  The hint is the accepted message's text
-    without its reasoning (`answer_text`).
-    ``path_or_name``, ``split``, ``subset``, ``on_bad_record``, ``limit`` (conversations) as for `load_problems`;
-    ``fields``: our names among `FIELDS` -> column names.  ``show_contents``: sentences may quote the log; otherwise
-    they hold places, roles and numbers only.
+    - ``turns``: "all", which includes the accepted turn with its own text as the hint, or "before_accepted".  Turns
+      after the accepted answer are never included, since nobody judged them.  The hint is the `answer_text` of the
+      accepted message.
+    - ``path_or_name``, ``split``, ``subset``, ``on_bad_record`` and ``limit`` (conversations): as in `load_problems`.
+    - ``fields``: name of a field among `FIELDS` -> name of its column.
+    - ``show_contents``: whether messages may quote the log; otherwise they have places, roles and numbers only.
 
-    Raises: ValueError, in one sentence with file and line, at the first bad record (``error``), and for a set without
-    any turn.  FileNotFoundError for a missing file.
+    Raises: ValueError, which names file and line, for a bad record (``on_bad_record="error"``), and for a log without
+    any turn; FileNotFoundError for a missing file.
     """
     columns = {name: (fields or {}).get(name, name) for name in FIELDS}
     found: list[Conversation] = []
@@ -103,10 +103,10 @@ def load_conversations(
             conversation = _conversation(record, columns, rule, location, seen)
         except BadConversationError as error:
             quoted = f" ({_quoted(error.content)})" if show_contents and error.content is not None else ""
-            sentence = f"{location}: {error}{quoted}"
+            message = f"{location}: {error}{quoted}"
             if on_bad_record == "error":
-                raise ValueError(f"{sentence}; correct the record, or set data.on_bad_record=skip") from None
-            skipped.append(sentence)
+                raise ValueError(f"{message}; correct the record, or set data.on_bad_record=skip") from None
+            skipped.append(message)
             num_unresolved += isinstance(error, UnresolvedError)
             continue
         seen.add(conversation.id)
@@ -132,8 +132,11 @@ def load_conversations(
 
 
 def conversation_turns(conversation: Conversation, turns: str) -> list[Problem]:
-    """A problem for each assistant message up to the accepted answer: what was said before it, the answer as the
-    solution, and the message as the logged reply.  ``turns``: all or before_accepted."""
+    """Return one problem for each assistant message up to the accepted answer.
+
+    Its messages are those before the assistant message, its solution is the accepted answer, and its logged reply is
+    the assistant message.  ``turns`` is "all" or "before_accepted".
+    """
     if turns not in CONVERSATION_TURNS:
         raise ValueError(f"conversations.turns must be {' or '.join(CONVERSATION_TURNS)}, got {turns!r}")
     messages, accepted = conversation.messages, conversation.accepted
@@ -198,15 +201,17 @@ def _message(message: object, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _MAY_FOLLOW or " " in role:
         known = ", ".join(role for role in _MAY_FOLLOW if " " not in role)
-        raise BadConversationError(f"{where}: expected a role among {known}, got {_kind(role)} that is none", role)
-    # Columnar files fill what a message lacks with null; chat templates ask whether a key is there.
+        raise BadConversationError(
+            f"{where}: expected a role among {known}, got {_kind(role)} that is not among them", role
+        )
+    # Columnar files have null for missing keys; chat templates ask whether a key is present.
     kept = {key: value for key, value in message.items() if value is not None and key != "accepted"}
     calls = kept.pop("tool_calls", None)
     if calls is not None and not isinstance(calls, (list, tuple)):
         raise BadConversationError(f"{where}: expected a list of tool calls, got {_kind(calls)}", calls)
     if calls:
         if role != "assistant":
-            raise BadConversationError(f"{where}: expected tool calls of an assistant only, got some of a {role}")
+            raise BadConversationError(f"{where}: expected tool calls of an assistant only, got tool calls of a {role}")
         kept["tool_calls"] = [_tool_call(call, where) for call in calls]
     content = kept.pop("content", None)
     if content is not None:
@@ -222,7 +227,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
 
 
 def _text(content: object, where: str) -> str:
-    """A string as it is; the texts of several parts on lines of their own, as servers join them."""
+    """Return a content as one string; the texts of several parts are joined by line feeds, as servers join them."""
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
@@ -236,8 +241,10 @@ def _text(content: object, where: str) -> str:
 
 
 def _tool_call(call: object, where: str) -> dict[str, Any]:
-    """The call with its arguments as an object: what servers hand to chat templates, many of which would otherwise
-    write the JSON text as a string once more."""
+    """Return the tool call with its arguments as an object, the form that servers pass to chat templates.
+
+    Many templates would encode arguments that are JSON text as a string once more.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadConversationError(
@@ -256,7 +263,7 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    # Parquet gives every call the arguments of all calls.
+    # Parquet files give every call the arguments of all calls, as nulls.
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return {} if value is None else value
@@ -284,7 +291,7 @@ def _accepted(
     columns: Mapping[str, str],
     rule: Rule,
 ) -> tuple[int, bool]:
-    """(index of the message that holds the accepted answer, whether the log marks it)."""
+    """Return the index of the message with the accepted answer, and whether the log marks it."""
     where = f"field {columns['accepted']!r}"
     given = record.get(columns["accepted"])
     if isinstance(given, str) and re.fullmatch(r"\d{1,9}", given.strip()):  # a CSV cell
@@ -299,7 +306,7 @@ def _accepted(
         raise BadConversationError(f"{where}: expected one accepted message, got marks on {sorted(set(marks))}")
     index = marks[0] if marks else _by_rule(rule, messages)
     if index is None:
-        raise UnresolvedError("unresolved: expected a mark, or a closing user turn that the rule takes for content")
+        raise UnresolvedError("unresolved: expected a mark, or a closing user turn that the rule takes for acceptance")
     if not 0 <= index < len(messages):
         raise BadConversationError(f"{where}: expected an index below {len(messages)}, got {index}")
     role = messages[index]["role"]
@@ -315,7 +322,7 @@ def _by_rule(rule: Rule, messages: Sequence[dict[str, Any]]) -> int | None:
     name = getattr(rule, "__name__", type(rule).__name__)
     try:
         index = rule(messages)
-    except Exception as error:  # it is the user's, and its message may quote the log
+    except Exception as error:  # the rule may be the user's, and its message may quote the log
         kind = type(error).__name__
         raise BadConversationError(f"the rule {name} for the accepted answer failed with {kind}", str(error)) from None
     if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
@@ -333,7 +340,7 @@ def _tools(value: object, columns: Mapping[str, str]) -> tuple[dict[str, Any], .
 
 
 def _from_cell(value: object, column: str) -> object:
-    """Return the value of a CSV cell that holds JSON; every value but a text as it is."""
+    """Return the value of a CSV cell with JSON; a value that is no text is returned as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -349,7 +356,7 @@ def _place(columns: Mapping[str, str], index: int) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a value is, without saying what it holds."""
+    """Return the kind of a value, without its contents."""
     kinds = {dict: "an object", list: "a list", tuple: "a list", str: "a text", bool: "a truth value"}
     return "nothing" if value is None else kinds.get(type(value), "a number")
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Logged turns as tokens: the replies as the assistant wrote them, by the chat template, behind both prompts."""
+"""Logged turns as tokens: both prompts, and the reply as the assistant sampled it, by the chat template."""
 
 from __future__ import annotations
 
@@ -18,45 +18,48 @@ class Turn:
 
     prompts: PromptPair
     reply: list[int]
-    """What the assistant wrote, its end-of-turn token included and nothing after it."""
+    """Token ids that the assistant sampled, up to and including its end-of-turn token."""
     accepted: bool
+    """Whether the user accepted this reply."""
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """A logged turn that cannot."""
+    """A logged turn that cannot be trained on."""
 
     message: str
-    """Why, with file and line and without quoting the log."""
+    """Reason, with file and line, without a quotation of the log."""
     too_long: bool
-    """Else: the chat template cannot show it as it was."""
+    """Whether the turn is too long; otherwise the chat template cannot render it as it was."""
 
 
 @dataclass(frozen=True)
 class TurnReader:
-    """How turns are read, and which unusable ones are errors."""
+    """The reader of turns, with the rules for unusable turns."""
 
     builder: PromptBuilder
     stop_token_ids: tuple[int, ...]
     max_length: int
-    """Longest prompt + reply in tokens."""
+    """Largest length of a prompt and the reply together, in tokens."""
     on_long_context: str
-    """As the policy of `fit_teacher_prompt`."""
+    """Policy of `fit_teacher_prompt`."""
     on_bad_record: str
-    """error or skip."""
+    """Policy for turns that the template cannot render: error or skip."""
 
     def read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
-        """Each turn's prompts and reply, or why it has none; raises nothing about a turn.
+        """Return prompts and reply of each turn, or the reason why the turn is unusable.
 
-        A conversation is rendered as the model saw it at that time: ``messages`` with the generation prompt, later
-        turns unknown.  (A template that strips reasoning from earlier turns strips it there.)  Rendered once more with
-        the reply at the end, the text must begin with that prompt; the rest, up to the first stop token, is what the
-        model wrote.  ``prompt + reply`` are the tokens of the whole text, unless one of these spans the end of the
-        prompt; then the rest of the text is encoded by itself, as a model that read the prompt must have written it.
+        A conversation is rendered as the model saw it at that time: ``messages`` with the generation prompt, without
+        later turns.  (A template that strips reasoning from earlier turns strips it there.)  Rendered once more with
+        the reply at its end, the text must begin with that prompt; the rest, up to the first stop token, is the reply.
+        Prompt and reply are the tokens of the whole text, unless a token spans the end of the prompt.  In that case the
+        rest of the text is encoded by itself, as a model that had read the prompt must have sampled it.
 
-        Unusable is a turn whose text does not begin with the prompt, lacks what the log says, ends in no stop token or
-        holds one before its end, or whose teacher would begin its response otherwise; and one that is too long, where
-        ``on_long_context`` does not shorten it.  Raises: MissingChatTemplateError.
+        A turn is unusable if its text does not begin with the prompt, lacks a part of the logged reply, does not end in
+        a stop token or has one before its end; if the teacher would begin its response after other tokens; and if the
+        turn is too long and ``on_long_context`` does not shorten it.
+
+        Raises: MissingChatTemplateError, and nothing about a single turn.
         """
         rendered = [self._rendered(problem) for problem in problems]
         # All texts at once: a fast tokenizer spreads them over the cores.
@@ -67,21 +70,23 @@ class TurnReader:
         ]
 
     def check(self, turn: Turn | Unusable) -> None:
-        """Raises: ValueError in one sentence for an unusable turn that may not be skipped."""
+        """Raise ValueError for an unusable turn that may not be skipped."""
         if not isinstance(turn, Unusable):
             return
         if turn.too_long and self.on_long_context == "error":
-            raise ValueError(f"{turn.message}; raise data.max_length, or choose another data.on_long_context")
+            raise ValueError(
+                f"{turn.message}; raise data.max_length, or set data.on_long_context to drop or truncate_*"
+            )
         if not turn.too_long and self.on_bad_record == "error":
-            raise ValueError(f"{turn.message}; or leave such turns out with data.on_bad_record=skip")
+            raise ValueError(f"{turn.message}; or skip such turns with data.on_bad_record=skip")
 
     @property
     def has_errors(self) -> bool:
-        """Some unusable turns may not be skipped."""
+        """Whether some kinds of unusable turns may not be skipped."""
         return "error" in (self.on_long_context, self.on_bad_record)
 
     def _rendered(self, problem: Problem) -> tuple[str, ...] | Unusable:
-        """The texts of `PromptBuilder.pair_texts`, and the conversation with the reply at its end."""
+        """Return the texts of `PromptBuilder.pair_texts`, and the conversation with the reply at its end."""
         assert problem.reply is not None
         try:
             texts = self.builder.pair_texts(problem)
@@ -125,8 +130,8 @@ class TurnReader:
         stops = [i for i, token in enumerate(reply) if token in self.stop_token_ids]
         if not stops:
             raise ValueError(
-                f"{where}: expected the chat template to end the reply in a stop token, got none; name the one that it "
-                "writes in rollout.stop_token_ids"
+                f"{where}: expected the chat template to end the reply in a stop token, got none; add the token that "
+                "ends its replies to rollout.stop_token_ids"
             )
         if decode(reply[stops[0] + 1 :]).strip():
             raise ValueError(f"{where}: expected a reply with a stop token at its end only, got one within its text")
@@ -135,21 +140,24 @@ class TurnReader:
 
 @dataclass(frozen=True)
 class TurnCounts:
-    """Of turns that were read."""
+    """Numbers of turns that were read, and of their tokens."""
 
     usable: int = 0
+    """Turns that can be trained on."""
     num_tokens: int = 0
-    """Of all usable replies."""
+    """Tokens of the replies of usable turns."""
     num_accepted_tokens: int = 0
-    """Of these: of accepted replies."""
+    """Tokens of the accepted replies of usable turns."""
     shortened: int = 0
-    """Usable, with a part of the solution."""
+    """Usable turns whose teacher sees a part of the solution."""
     too_long: int = 0
+    """Unusable turns that are too long."""
     bad: int = 0
-    """The chat template cannot show them as they were."""
+    """Unusable turns that the chat template cannot render as they were."""
 
     @classmethod
     def of(cls, turns: Iterable[Turn | Unusable]) -> TurnCounts:
+        """Return the counts of ``turns``."""
         counts = cls()
         for turn in turns:
             if isinstance(turn, Unusable):
@@ -173,15 +181,18 @@ class TurnCounts:
 def _check_the_reply_follows(problem: Problem, prompt: str, whole: str) -> None:
     if not whole.startswith(prompt):
         raise ValueError(
-            f"{problem.location}: expected the chat template to show the reply right behind its generation prompt, got "
-            "another text there; where the generation prompt opens a reasoning that the log does not have, close it "
-            "with data.chat_template_kwargs (such as enable_thinking: false), else give another data.chat_template"
+            f"{problem.location}: expected the chat template to show the reply right after its generation prompt, got "
+            "another text there; where the generation prompt opens a reasoning block that the log does not have, close "
+            "it with data.chat_template_kwargs (such as enable_thinking: false), else give another data.chat_template"
         )
     _check_nothing_is_dropped(problem, whole[len(prompt) :])
 
 
 def _check_nothing_is_dropped(problem: Problem, text: str) -> None:
-    """A template is a program: some drop the reasoning, or the text beside a tool call."""
+    """Raise ValueError if the rendered text lacks a part of the reply.
+
+    Some templates drop the reasoning, or the text beside a tool call.
+    """
     assert problem.reply is not None
     message = problem.reply.message
     reasoning, _, answer = str(message.get("content", "")).rpartition("</think>")

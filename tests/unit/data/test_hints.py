@@ -125,7 +125,7 @@ def test_a_choice_that_stands_in_the_problem_anyway_must_change_the_prompt(folde
     choice = Problem("p", ({"role": "user", "content": "even or odd: units 500 - 408?"},), "odd", None, "sums.jsonl:7")
     hidden = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('-:')[0] }}</>{% endfor %}"
     sentence = refusal(builder(folder, hidden, teacher="{problem}, first the tens -: {solution}"), choice)
-    assert "to show the solution, got the same " in sentence and "tokens with and without one" in sentence
+    assert "to show the solution, got the same " in sentence and "tokens with and without a solution" in sentence
     check(builder(folder, PLAIN, teacher="{problem}, first the tens -: {solution}"), choice)
 
 

@@ -162,7 +162,7 @@ def test_packing_is_deterministic_and_keeps_the_order_of_equal_lengths() -> None
     assert packed.seq_length == 12, "no longer than the fullest row"
 
 
-def test_weightless_microbatches_fill_up_to_the_count() -> None:
+def test_padding_microbatches_fill_up_to_the_count() -> None:
     packed = pack(contexts_of([(2, 4, 3)]), max_tokens=16, cp_size=2, tp_size=1, paired=False)
     padded = pad_to_count(packed, 3, 2)
     assert (len(padded.student), len(padded.teacher)) == (3, 2)
@@ -172,11 +172,11 @@ def test_weightless_microbatches_fill_up_to_the_count() -> None:
         assert m.cu_seqlens.tolist() == [0, packed.seq_length]
         assert m.padding_mask.all() and not m.tokens.any()
     assert padded.student_padding_share == 1 - 5 / 24
-    with pytest.raises(ValueError, match="at least the 3 student microbatches there are, got 1"):
+    with pytest.raises(ValueError, match="at least the present number of student microbatches, 3, got 1"):
         pad_to_count(padded, 1, 2)
 
 
-def test_a_rank_without_contexts_has_only_weightless_microbatches() -> None:
+def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:
     layout = {"max_tokens": 64, "cp_size": 2, "tp_size": 2, "paired": True}
     assert required_seq_length([], **layout) == 8
     packed = pack([], **layout, seq_length=24)

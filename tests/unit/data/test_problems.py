@@ -128,7 +128,7 @@ def test_a_missing_id_follows_the_content_and_not_the_place(tmp_path: Path) -> N
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     for path in (tmp_path / "no.jsonl", f"{tmp_path}/no*.parquet", "no.jsonl"):
-        with pytest.raises(FileNotFoundError, match=r"a folder or a glob of files, got .*matches none"):
+        with pytest.raises(FileNotFoundError, match=r"a directory or a glob of files, got .*matches none"):
             load_problems(path)
 
 

@@ -204,5 +204,5 @@ def test_a_place_without_tokenizer_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="expected a SentencePiece model, got"):
         load_tokenizer(tmp_path / "broken.model")
-    with pytest.raises(ValueError, match=r"expected a folder with tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"expected a directory with tokenizer\.json"):
         load_tokenizer(tmp_path)

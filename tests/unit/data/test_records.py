@@ -89,7 +89,7 @@ def test_a_glob_of_folders_and_their_files_reads_each_file_once(tmp_path: Path) 
 
 def test_a_folder_of_several_formats_or_without_data_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    assert f"{tmp_path}, which has none; name the files of subfolders with a glob" in refusal(tmp_path)
+    assert f"{tmp_path}, which has none; name the files of subdirectories with a glob" in refusal(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(RECORDS))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_jsonl(RECORDS)))
     assert "data files of one format" in (message := refusal(tmp_path)) and f"'{tmp_path}/*.jsonl'" in message
@@ -180,7 +180,7 @@ def test_a_parquet_file_with_damaged_rows_is_named(tmp_path: Path) -> None:
     for index in range(100, 400):
         content[index] ^= 0x5A
     (tmp_path / "a.parquet").write_bytes(bytes(content))
-    assert refusal(tmp_path / "a.parquet").startswith(f"{tmp_path}/a.parquet: expected a Parquet file, got one that")
+    assert refusal(tmp_path / "a.parquet").startswith(f"{tmp_path}/a.parquet: expected a Parquet file, got a file that")
 
 
 def test_csv_cells_hold_newlines_quotes_and_any_length_and_empty_ones_are_null(tmp_path: Path) -> None:

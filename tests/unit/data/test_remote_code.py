@@ -102,7 +102,7 @@ def test_a_name_of_the_hub_that_cannot_be_loaded_is_said_to_be_no_folder_here(mo
         raise OSError("no connection\nwith details")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
-    with pytest.raises(ValueError, match=r"got lab/model: there is no such folder here, .* \(no connection\)$"):
+    with pytest.raises(ValueError, match=r"got lab/model: there is no such directory here, .* \(no connection\)$"):
         load_tokenizer("lab/model")
 
 

@@ -111,7 +111,7 @@ def test_a_reply_that_opens_its_reasoning_in_the_prompt_is_what_follows(chat_fol
 @pytest.mark.parametrize(
     ("template", "reply", "words"),
     [
-        (OPENING, {"content": "8."}, "right behind its generation prompt"),
+        (OPENING, {"content": "8."}, "right after its generation prompt"),
         (FORGETFUL, {"content": "<think>\nhm\n</think>\n8."}, "expected the chat template to show the reasoning"),
         (
             CHATML,
@@ -135,7 +135,7 @@ def test_a_reply_that_the_template_cannot_show_is_named_and_not_quoted(chat_fold
     assert "zebra" not in found.message and "8." not in found.message and "hm" not in found.message.split()
     assert "\n" not in found.message
     reader(build, on_long_context="error").check(found)
-    with pytest.raises(ValueError, match=r"or leave such turns out with data.on_bad_record=skip$"):
+    with pytest.raises(ValueError, match=r"or skip such turns with data.on_bad_record=skip$"):
         reader(build, on_bad_record="error").check(found)
 
 
@@ -202,7 +202,7 @@ def test_turns_that_are_too_long_are_dropped_shortened_or_an_error_with_file_and
         assert isinstance(dropped, Unusable) and dropped.too_long and "zebra" not in dropped.message
         assert dropped.message.startswith(f"log.jsonl:1, message 1: expected contexts of at most {room} tokens")
     reader(build, on_bad_record="error").check(dropped)
-    with pytest.raises(ValueError, match=r"raise data.max_length, or choose another data.on_long_context$"):
+    with pytest.raises(ValueError, match=r"raise data.max_length, or set data.on_long_context to drop or truncate_\*$"):
         strict.check(dropped)
     assert TurnCounts.of([dropped]) == TurnCounts(too_long=1)
     [shortened] = reader(build, max_length=room, on_long_context="truncate_end").read([turn])
