@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -132,7 +133,9 @@ def test_other_problems_are_refused_wherever_they_lie_and_the_same_ones_are_not(
     assert "the problems that data.path gives (their digest): '" in said and "checkpoint.resume=force" in said
     assert bytes_of(run) == before
     status, said = started(ranks, data, run, f"data.path={same}")
-    assert status == 0 and f"data.path: '{data}/problems.jsonl' in the checkpoint, now '{same}'" in said
+    assert status == 0
+    shown = [re.escape(str(path)[:70]) for path in (data, same)]  # a long value is cut
+    assert re.search(rf"data\.path: '{shown[0]}.* in the checkpoint, now '{shown[1]}", said), said
 
 
 def test_force_starts_other_problems_from_their_beginning(ranks, data, run, tmp_path):
