@@ -70,7 +70,7 @@ test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gp
 check: venv ## format, lint, types, shell scripts; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_FOLDERS)
 	@echo "[check] ruff"; $(BIN)/ruff check $(PYTHON_FOLDERS)
-	@echo "[check] mypy"; $(BIN)/mypy megatron_selfdistill
+	@echo "[check] mypy"; $(BIN)/mypy
 	@echo "[check] shellcheck"; $(BIN)/shellcheck $(SHELL_FILES)
 
 format: venv ## let ruff format and fix what it can

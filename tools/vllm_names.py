@@ -194,7 +194,8 @@ def _definitions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         elif isinstance(child, (ast.Assign, ast.AnnAssign)):
             yield from ((target.id, child) for target in _targets(child) if isinstance(target, ast.Name))
             if isinstance(child.value, ast.Dict):
-                yield from ((key.value, child) for key in child.value.keys if isinstance(key, ast.Constant))
+                keys = (key.value for key in child.value.keys if isinstance(key, ast.Constant))
+                yield from ((key, child) for key in keys if isinstance(key, str))
     if isinstance(node, ast.ClassDef):
         for child in ast.walk(node):
             if isinstance(child, (ast.Assign, ast.AnnAssign)):

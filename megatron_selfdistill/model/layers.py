@@ -56,7 +56,7 @@ class RMSNorm(torch.nn.Module):
         return normed.to(x.dtype) * weight
 
 
-class CoreAttention(MegatronModule):  # type: ignore[misc]
+class CoreAttention(MegatronModule):
     """The attention ``softmax(scale * q k^T + mask) v`` with a causal mask, for Megatron's ``core_attention``.
 
     Query position i attends to key position j iff j <= i and both are in the same sequence.  Packed sequences thus give

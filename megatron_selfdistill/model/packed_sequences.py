@@ -25,7 +25,7 @@ _megatrons_rotary_embedding = rope_utils._apply_rotary_pos_emb_thd
 
 
 @dataclass
-class PackedSequences(PackedSeqParams):  # type: ignore[misc]
+class PackedSequences(PackedSeqParams):
     """Megatron's parameters of one packed row, with the values that layers would otherwise read from the device."""
 
     segment_bounds: tuple[int, ...] = ()

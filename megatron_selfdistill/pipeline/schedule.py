@@ -276,12 +276,13 @@ class _Step:
         with torch.no_grad():
             hidden = hidden_states(teacher_chunk, self.batch.teacher[index].inputs, self.grid)
         if not model.post_process:
-            return _Bridge.apply(hidden, edge), None
+            return _Bridge.apply(hidden, edge), None  # type: ignore[no-untyped-call]
 
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             assert self.bank is not None
             self.bank.put(index, hidden)
-            return _Bridge.apply(torch.zeros((), device=self.grid.device), edge), {}
+            loss = torch.zeros((), device=self.grid.device)
+            return _Bridge.apply(loss, edge), {}  # type: ignore[no-untyped-call]
 
         return hidden, loss_func
 

@@ -99,7 +99,7 @@ class Meeting:
         self._num_groups += 1
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(f"group {self._num_groups}", self._server),  # type: ignore[attr-defined]
+            store=dist.PrefixStore(f"group {self._num_groups}", self._server),
             rank=self.rank,
             world_size=self.world_size,
             timeout=timeout,

@@ -71,7 +71,7 @@ def errors(
         vocab=vocab,
         inplace_backward=True,
     )
-    (stats.loss * weights).sum().backward()  # type: ignore[no-untyped-call]
+    (stats.loss * weights).sum().backward()
     assert own.grad is not None
     error = ((stats.loss.double() - expected).abs() / (1 + expected)).max().item()
     gradient = own.grad.double()

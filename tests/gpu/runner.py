@@ -110,7 +110,7 @@ def run_process(
     return why, lines
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen[str]) -> None:
     """Kill a stage's session and every descendant, those in sessions of their own (torchrun's ranks) included."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class BytesAlive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class BytesAlive(TorchDispatchMode):
     """The bytes of the tensors that Python holds, counted after every operation, without the tensors of ``known``.
 
     ``peak`` is the largest count so far.

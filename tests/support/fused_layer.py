@@ -78,7 +78,7 @@ def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tenso
         "forward_kl": lambda: kl(log_q, log_p),
         "jsd": lambda: lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m),
     }[kind.kind]()
-    (losses * example.row_weights).sum().backward()  # type: ignore[no-untyped-call]
+    (losses * example.row_weights).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     return losses.detach(), hidden.grad, weight.grad
 
@@ -114,7 +114,7 @@ def fused(
         mode=mode,
         **options,
     )
-    (stats.loss * example.row_weights).sum().backward()  # type: ignore[no-untyped-call]
+    (stats.loss * example.row_weights).sum().backward()
     stats.loss = stats.loss.detach()
     return stats, hidden.grad, weight.grad
 
@@ -131,7 +131,7 @@ def materialised(example: Example, target: Target, kind: Divergence) -> tuple[To
         divergence=kind,
         vocab=shard_of(None)[0],
     )
-    (stats.loss * example.row_weights).sum().backward()  # type: ignore[no-untyped-call]
+    (stats.loss * example.row_weights).sum().backward()
     stats.loss = stats.loss.detach()
     return stats, hidden.grad, weight.grad
 

@@ -36,7 +36,7 @@ FACTORIES = ("tensor", "as_tensor")
 MOVES = ("to", "cpu", "cuda", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operators(TorchDispatchMode):
     """The recorder of operators, in the form ``operator at file:line``."""
 
     def __init__(self, found: list[str]) -> None:

@@ -236,7 +236,7 @@ def _run(task: Task, rank: int, import_error: str | None) -> Outcome:
         if task.init_process_group:
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(f"{task.folder}/store", task.world_size),  # type: ignore[attr-defined]
+                store=dist.FileStore(f"{task.folder}/store", task.world_size),
                 rank=rank,
                 world_size=task.world_size,
                 # Longer than the call's: the server shall find a rank that is stuck in a collective, with its stack.

@@ -145,7 +145,7 @@ def naive(case: Case) -> Run:
         else:
             log_m = torch.logaddexp(log_q, log_p) - math.log(2)
             loss = ((log_q.exp() * (log_q - log_m)).sum(-1) + (log_p.exp() * (log_p - log_m)).sum(-1)) / 2
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+        loss.sum().backward()
         assert student.grad is not None
         return loss.detach(), student.grad
 
@@ -250,7 +250,7 @@ def _from_hidden(case: Case, loss_of: Callable[[Tensor, Tensor], Tensor], per_ro
     def run() -> tuple[Tensor | None, Tensor]:
         hidden.grad = weight.grad = None
         loss = loss_of(hidden, weight)
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+        loss.sum().backward()
         assert hidden.grad is not None
         return loss.detach() if per_row else None, hidden.grad
 

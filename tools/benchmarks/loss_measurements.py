@@ -197,7 +197,7 @@ def _operators(run: Run, case: Case) -> tuple[_Traffic, int]:
     return traffic, len(calls)
 
 
-class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Traffic(TorchDispatchMode):
     """A mode that adds up the bytes that operators read and write; an operator that returns a view moves nothing.
 
     num_bytes: of all tensors.  row_elements: of tensors that hold rows of logits, or derived rows, for all tokens (from

@@ -116,22 +116,24 @@ def _wait_in_every_stage(chunks: list[Any], teacher: Any, forward: float, backwa
 
     class Wait(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             time.sleep(forward)
             return x.view_as(x)
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
             time.sleep(backward)
             return grad
 
     for chunk in [*chunks, *teacher.chunks]:
         layer = unwrapped(chunk).decoder.layers[0]
-        layer.register_forward_hook(lambda module, args, output: (Wait.apply(output[0]), *output[1:]))
+        layer.register_forward_hook(
+            lambda module, args, output: (Wait.apply(output[0]), *output[1:])  # type: ignore[no-untyped-call]
+        )
 
 
 def _measured(step: Any) -> tuple[float, float]:
-    """Seconds, and MiB that the step needed beyond what was there before it."""
+    """Return the seconds of a step, and the MiB that the step needed beyond the memory in use before."""
     torch.distributed.barrier()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -147,15 +149,15 @@ def _measured(step: Any) -> tuple[float, float]:
 
 
 class _ActivationMeter:
-    """On CPU, where no allocator keeps count: bytes that autograd keeps for backward, and the teacher's rows."""
+    """The bytes that autograd keeps for backward and the teacher's hidden states, on a CPU, which has no counter."""
 
     def __enter__(self) -> _ActivationMeter:
-        from megatron_selfdistill.pipeline import schedule
+        from megatron_selfdistill.pipeline import schedule, teacher_states
 
         self.now = self.peak = 0
-        self.bank, meter = schedule.TeacherHiddenStates, self
+        self.bank, meter = teacher_states.TeacherHiddenStates, self
 
-        class Counted(self.bank):  # type: ignore[name-defined,misc]
+        class Counted(self.bank):
             def put(self, index: int, hidden: torch.Tensor) -> None:
                 before = self.bytes_on_device
                 super().put(index, hidden)
@@ -163,11 +165,11 @@ class _ActivationMeter:
 
             def take(self, index: int, dtype: torch.dtype) -> torch.Tensor:
                 before = self.bytes_on_device
-                block = super().take(index, dtype)
+                block: torch.Tensor = super().take(index, dtype)
                 meter.add(self.bytes_on_device - before)
                 return block
 
-        schedule.TeacherHiddenStates = Counted
+        schedule.TeacherHiddenStates = Counted  # type: ignore[attr-defined]
         self.hooks = torch.autograd.graph.saved_tensors_hooks(_Kept.of(self), lambda kept: kept.tensor)
         self.hooks.__enter__()
         return self
@@ -176,7 +178,7 @@ class _ActivationMeter:
         from megatron_selfdistill.pipeline import schedule
 
         self.hooks.__exit__(*error)
-        schedule.TeacherHiddenStates = self.bank
+        schedule.TeacherHiddenStates = self.bank  # type: ignore[attr-defined]
 
     def add(self, num_bytes: int) -> None:
         self.now += num_bytes
@@ -184,7 +186,7 @@ class _ActivationMeter:
 
 
 class _Kept:
-    """A tensor that autograd keeps; counted while it lives, parameters excepted."""
+    """A tensor that autograd keeps; it counts while it lives, unless it is a parameter."""
 
     @classmethod
     def of(cls, meter: _ActivationMeter) -> Any:
@@ -199,7 +201,7 @@ class _Kept:
         self.meter.add(-self.num_bytes)
 
 
-def _table(stages: list[dict], arguments: argparse.Namespace) -> str:
+def _table(stages: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     seconds = {order: statistics.median(stages[0][order]["seconds"]) for order in ORDERS}
     lines = [
         f"PP{arguments.pp}, {arguments.num_microbatches} pairs of {arguments.tokens} tokens, "

@@ -68,7 +68,7 @@ def main() -> None:
             vocab_size=arguments.vocab,
             max_length=max_length,
         )
-    samplers = {"megatron": MegatronSampler(chunks, grid, arguments.vocab, max_length), "vllm": engine}
+    samplers: dict[str, Any] = {"megatron": MegatronSampler(chunks, grid, arguments.vocab, max_length), "vllm": engine}
     for sampler in samplers.values():
         sampler.update_weights(0)
     found = _measure(samplers, arguments, grid.dp_rank)

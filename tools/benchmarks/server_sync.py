@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def _measure(
             syncs, copies = [], []
             for version in range(arguments.repeats + 1):
                 copies.append(seconds_of(copy))
-                syncs.append(seconds_of(lambda version=version, sampler=sampler: sampler.update_weights(version)))
+                syncs.append(seconds_of(partial(sampler.update_weights, version)))
             found["bytes"] = int(sampler.metrics()["rollout/sync_bytes"] / (arguments.repeats + 1))
             sampler.close()
             found["syncs"][transfer], found["copies"][transfer] = syncs[1:], copies[1:]  # the first ones warm up

@@ -168,7 +168,7 @@ class _Bench:
             Request(prompt, sample_seed(0, self.step, str(number), 0))
             for number, (prompt, _) in enumerate(self.problems)
         ]
-        responses = self.sampler.generate(requests, SamplingParams(max_new_tokens=self.arguments.response))
+        responses: list[Any] = self.sampler.generate(requests, SamplingParams(max_new_tokens=self.arguments.response))
         self.sampler.sleep()
         return responses
 

@@ -46,7 +46,7 @@ def main() -> None:
     place.add_argument("--placement")
     known, others = place.parse_known_args()
     if known.placement == "server":
-        import server_sync  # type: ignore[import-not-found]
+        import server_sync
 
         sys.argv[1:] = others
         server_sync.main()

@@ -97,7 +97,7 @@ def load_metadata(path: Path) -> Metadata:
 _PythonUnpickler: Any = pickle._Unpickler
 
 
-class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
+class _Unpickler(_PythonUnpickler):
     """Python's unpickler in Python, with restricted operations; the unpickler in C allows no such restriction."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonUnpickler.dispatch)
@@ -229,7 +229,7 @@ def _refuse_other_formats(stream: Any) -> bool:
     try:
         if torch.serialization._is_zipfile(stream):
             with torch.serialization._open_zipfile_reader(stream) as archive:
-                if torch.serialization._is_torchscript_zip(archive):  # type: ignore[no-untyped-call]
+                if torch.serialization._is_torchscript_zip(archive):
                     raise RefusedPickle("it is a TorchScript program, expected a file of torch.save")
             return True
         if _is_tar(stream):

@@ -253,7 +253,7 @@ def _rewrite_extra_states(loaded: Any) -> None:
             loaded[key].seek(0)
 
 
-class _NothingInCommon(TorchCommonLoadStrategy):  # type: ignore[misc]
+class _NothingInCommon(TorchCommonLoadStrategy):
     """A strategy that skips common.pt, whose pickled arguments may need classes that do not exist here."""
 
     def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
