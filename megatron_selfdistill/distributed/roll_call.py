@@ -30,8 +30,8 @@ CALLS = ("folder", "inputs")
 """The calls that every rank answers, in this order, before it joins the process group."""
 
 _CONNECT_S = 10.0
-_RANK_0_S = 10.0  # within which rank 0 says what other ranks have to say, too, or leaves without it
-_GRACE_S = 10.0  # for which rank 0 keeps the store open so that the others hear of a failure
+_RANK_0_S = 10.0  # time in which rank 0 prints a message that other ranks have too, or leaves without it
+_GRACE_S = 10.0  # time for which rank 0 keeps the store open, so that the other ranks read of a failure
 _LOOK_S = 0.1
 _RANK_0_LEAVES = "rank 0 leaves"
 _launches: Counter[str] = Counter()

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 MARKER = "stopped"
-"""The file in the run folder that says: stopped when asked, checkpoint written, start me again."""
+"""The file in the run directory which says that the run has stopped, saved a checkpoint and can be started again."""
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-_TIME_IS_UP = 1000  # above all signals
+_TIME_IS_UP = 1000  # a number above all signals
 _SQUEUE_SECONDS = 60.0
 # A launcher may hand on a Ctrl-C that the terminal has already sent to its ranks.
 _SAME_PRESS_S = 0.5
@@ -169,12 +169,12 @@ class Stop:
         """
         self._grid, self._marker = grid, None if run_dir is None else Path(run_dir) / MARKER
         self._margin_s = margin_minutes * 60
-        self._ends: float | None = None  # in seconds of time.monotonic(); rank 0's counts
+        self._ends: float | None = None  # in seconds of time.monotonic(); only rank 0's value counts
         self._boundary: float | None = None
         self._longest_step_s = 0.0
         self.reason: str | None = None
         self.plan: str | None = None
-        """What rank 0 has to say of the run's time."""
+        """Rank 0's message about the time of the run."""
         if grid.is_reporter:
             if self._marker is not None:
                 self._marker.unlink(missing_ok=True)

@@ -30,10 +30,10 @@ EXIT_HUNG = 5
 
 # A rank whose main thread is in one of these is waiting for others.
 _WAITING = ("torch.distributed", "megatron.core.pipeline_parallel.p2p_communication")
-_TICKS = 20  # per timeout
+_TICKS = 20  # signs that a rank publishes per timeout
 _MAX_TICK_S = 30.0
-_GRACE_S = 10.0  # for the others to write their stacks
-_PIECE_BYTES = 2**20  # of files between two looks; what the watch itself sends is less
+_GRACE_S = 10.0  # time in which the other ranks write their stacks
+_PIECE_BYTES = 2**20  # bytes of files between two looks that count as progress; the watch itself sends fewer
 # Its members send and receive as their stages need, so their counts of what they entered differ by nature.
 _UNEQUAL_GROUP = "PIPELINE_MODEL_PARALLEL_GROUP"
 
@@ -111,16 +111,16 @@ class Report:
     """The last signs of one rank, as the rank has published them."""
 
     tick: int
-    """Counts up for as long as the rank can speak."""
+    """A counter that increases for as long as the rank can publish its signs."""
     stalled: bool
-    """No sign of progress for the whole timeout."""
+    """Whether there was no sign of progress for the whole timeout."""
     place: int
     phase: str
     waits: bool
-    """Its main thread is in a collective, or in a send or receive."""
+    """Whether the rank's main thread is in a collective, a send or a receive."""
     host: str
     collectives: Mapping[str, int]
-    """How many it has entered, by group; where it is stalled."""
+    """The number of collectives that a stalled rank has entered, by group."""
 
 
 def hanging(reports: Mapping[int, Report | None], silent: frozenset[int]) -> dict[int, str]:
@@ -186,7 +186,7 @@ class _Watch:
     def start(self) -> None:
         """Start the thread."""
         self._file = self._opened()
-        self._publish(stalled=False)  # from here on the others know of this rank, however soon it hangs
+        self._publish(stalled=False)  # the other ranks now know this rank, however soon it hangs
         self._thread.start()
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ class _Watch:
     def _watch(self) -> None:
         before = time.monotonic()
         while True:
-            # Foreign code may hold the interpreter up, and this thread with it: then C writes the stacks.
+            # Code outside Python may block the interpreter and this thread; C code then writes the stacks.
             faulthandler.dump_traceback_later(self._timeout_s + self._tick_s, file=self._file)
             if self._closing.wait(self._tick_s):
                 return
@@ -235,10 +235,10 @@ class _Watch:
             self._publish(stalled)
             if self._store.check(["verdict"]):
                 return str(self._store.get("verdict").decode())
-            # Rank 0 judges; the others listen to it alone, so a large world stays quiet.
+            # Rank 0 judges and the other ranks read only its verdict, so that a large world exchanges little.
             ranks = range(self._world_size) if self._rank == 0 else (0,)
             self._listen(ranks)
-        except RuntimeError as error:  # torch's DistError: whoever keeps the store is gone
+        except RuntimeError as error:  # torch's DistError: the process that keeps the store has ended
             lost = f"{self._minutes} without progress, and the store of the ranks is gone ({error})"
             return lost if stalled else None
         if not stalled:
@@ -291,7 +291,7 @@ class _Watch:
             with contextlib.suppress(RuntimeError):
                 self._store.set("verdict", verdict)
                 self._store.set(f"written {self._rank}", "")
-                # One speaks for all: rank 0, or where it is silent whoever comes first.
+                # One rank prints for all: rank 0, or the first rank if rank 0 is silent.
                 if self._store.add("speakers", 1) > 1:
                     return self._await(["told"])
                 self._await([f"written {rank}" for rank in range(self._world_size) if rank not in self._silent])

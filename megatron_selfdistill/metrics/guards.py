@@ -11,7 +11,7 @@ from typing import Any
 from megatron_selfdistill.config import GuardsConfig
 
 SILENT_KL = 1e-6
-"""Nats per token, below which a teacher says nothing that the student does not."""
+"""The KL in nats per token below which the teacher does not differ from the student."""
 
 
 class RunUnhealthy(RuntimeError):
@@ -148,7 +148,7 @@ class _Limit:
     advice: str
     is_minimum: bool = True
     slack: float = 0.0
-    """A maximum is violated only beyond reference + slack."""
+    """The distance from the reference, in the metric's unit, that never violates a maximum."""
 
     def violated(self, value: float, reference: float) -> bool:
         """Return whether ``value`` is beyond the limit for this ``reference``."""

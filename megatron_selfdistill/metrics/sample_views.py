@@ -17,14 +17,14 @@ SLIGHT, STRONG = 0.3, 1.0
 """Differences of log p(token) between teacher and student, in nats, from which on a token is marked slightly and
 strongly; without colours only strongly."""
 PROMPT_END, SOLUTION_START = 400, 400
-"""Characters of the prompt's end and of the solution's start that are shown."""
+"""The numbers of characters shown of the prompt's end and of the solution's start."""
 RESPONSE_START, RESPONSE_END = 1500, 500
-"""Characters of the response that are shown; samples.jsonl has all."""
+"""The numbers of characters shown of the response's start and end; samples.jsonl has the whole response."""
 TOP = 5
-"""Tokens whose loss is named, the largest first."""
+"""The number of tokens with the largest loss that are listed."""
 
 LESS, MORE = ("[-", "-]"), ("{+", "+}")
-"""What surrounds a token that is less or more likely for the teacher, where there are no colours; wdiff's notation."""
+"""The marks around a token that is less or more likely for the teacher, without colours, in wdiff's notation."""
 _COLOURS = {
     (True, False): "red",
     (True, True): "bold white on red",
@@ -34,7 +34,7 @@ _COLOURS = {
 
 
 def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
-    """Return the sample as lines for the console: prompt, hint, response with its marks, and what the marks mean."""
+    """Return the sample as lines for the console: prompt, hint, response with its marks, and a legend."""
     from rich.text import Text
 
     text = Text(f"--- {heading}: problem {sample.problem_id}\n")
@@ -127,7 +127,7 @@ def _bold_or_italic(token: SampleToken) -> tuple[str, str]:
 
 
 def _legend(coloured: bool) -> Iterator[tuple[str, str]]:
-    """Yield (style, words) of what the marks mean."""
+    """Yield (style, meaning) of each mark."""
     if coloured:
         yield _COLOURS[True, False], "less likely"
         yield "", ", "

@@ -31,13 +31,13 @@ class SampleToken:
     loss: float
     """The token's loss before weights, in nats."""
     student_log_prob: float
-    """In nats."""
+    """The student's log-prob of the token, in nats."""
     teacher_log_prob: float | None
-    """In nats, behind problem and solution; None without a teacher."""
+    """The teacher's log-prob, conditioned on problem and solution, in nats; None without a teacher."""
     k: float | None
-    """What divides the mixed logits; None without a teacher."""
+    """The temperature of the mixed logits; None without a teacher."""
     status: str | None
-    """How k came about (`loss.status.Status`); None without a teacher."""
+    """The name of the rule or limit that gave k (`loss.status.Status`); None without a teacher."""
 
     @property
     def log_ratio(self) -> float:
@@ -62,7 +62,7 @@ class Sample:
     tokens: Sequence[SampleToken]
     """The response, its stop token included."""
     truncated: bool
-    """The response reached its greatest length without a stop token."""
+    """Whether the response reached its greatest length without a stop token."""
 
     @property
     def response(self) -> str:

@@ -25,16 +25,16 @@ if TYPE_CHECKING:  # a run's metrics are read where there is no Megatron
     from megatron_selfdistill.pipeline.schedule import StepOutput
 
 K_RESOLUTION = 0.01
-"""Relative width of the bins from which k's percentiles are read: they are off by half of it at most."""
+"""The relative width of the bins of k; a percentile is off by at most half of it."""
 K_RANGE = 2.0**10
 """The histogram spans [1 / K_RANGE, K_RANGE]; a k beyond counts as its nearer end."""
 MAX_GRID = 16
-"""Most betas that a target's grid has."""
+"""The largest number of betas in a target's grid."""
 
 _NUM_BINS = math.ceil(2 * math.log(K_RANGE) / math.log1p(K_RESOLUTION))
 
-# Key of each mean -> the count that divides its sum: response tokens; those with a target (a baseline's loss
-# has none); those whose log-prob the sampler gave.
+# The count that divides the sum of each mean, by key: all response tokens, the tokens with a target (a baseline has
+# none), the tokens with a log-prob of the sampler, or the tokens with a weight.
 _OVER = {
     "loss/mean": "tokens/response",
     "student_nll": "tokens/response",
