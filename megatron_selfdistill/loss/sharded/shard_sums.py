@@ -4,7 +4,7 @@
 A row is the logits of one token.  Logits are widened to float32 (float64 stays) one chunk at a time.
 The passes use shifted logits, which have the small rounding errors of differences: y = s - max s, z = t - max t, and x
 = (w z + y) - max(w z + y), which is m up to a constant.
-The largest term of a sum of exponentials is exactly 1.  It is left out of the sum, which is then called the tail, and
+The largest term of a sum of exponentials is exactly 1.  The sum does not include it and is then called the tail, and
 the caller adds it in float64: so the entropy of an almost certain token keeps all digits.
 """
 

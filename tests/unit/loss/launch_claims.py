@@ -92,7 +92,7 @@ def test_strided_rows_and_backward_in_place_give_the_same_bits(kind: str) -> Non
     assert torch.equal(results[1], gradient) and results[1].data_ptr() == product.data_ptr()
 
 
-def test_what_the_kernels_cannot_read_is_refused_with_a_sentence() -> None:
+def test_what_the_kernels_cannot_read_is_refused_with_a_message() -> None:
     student, teacher, tokens = logits(8, 64)
     with pytest.raises(ValueError, match=r"whose columns lie side by side; got strides \(1, 8\)"):
         run(student.t().contiguous().t(), teacher, tokens, Target(), Divergence())

@@ -248,7 +248,7 @@ def test_what_backward_has_used_up_cannot_be_used_again(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"mode": "fast"}, "mode must be one of keep_gradient, low_memory"),
         ({"chunk_tokens": 0}, "chunk_tokens at least 1"),
@@ -256,9 +256,9 @@ def test_what_backward_has_used_up_cannot_be_used_again(mode: str) -> None:
         ({"gather_indices": torch.zeros(4, dtype=torch.int64)}, r"gather_indices must be int64 of shape \(13,\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str) -> None:
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     example = Example(True)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         call(example, example.student, example.weight, **{"mode": "low_memory", **changes})
 
 

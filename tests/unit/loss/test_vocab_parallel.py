@@ -329,7 +329,7 @@ def test_the_response_token_may_lie_in_any_shard_and_an_unknown_one_has_no_log_p
     assert torch.isfinite(stats.loss).all()
 
 
-def test_shapes_that_do_not_fit_are_refused_with_a_sentence() -> None:
+def test_shapes_that_do_not_fit_are_refused_with_a_message() -> None:
     student, teacher, tokens = logits()
     arguments = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, 370, 370)}
     with pytest.raises(ValueError, match=r"both logits must be \[T, 370\].*got student \(14, 369\)"):
