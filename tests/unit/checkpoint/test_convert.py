@@ -300,8 +300,11 @@ def edited(hf: Path, out: Path, *, config: dict[str, Any] | None = None, tensors
 
 
 NORM, DOWN = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight"
-MISFITS = {
-    "architecture": ({"config": {"architectures": ["GPT5ForCausalLM"]}}, "GPT5ForCausalLM, but only these"),
+CHANGES = {
+    "architecture": (
+        {"config": {"architectures": ["GPT5ForCausalLM"]}},
+        "GPT5ForCausalLM, expected one of the architectures",
+    ),
     "missing": ({"tensors": {NORM: None}}, f"{NORM} is missing"),
     "extra": ({"tensors": {"model.layers.1.self_attn.sinks": torch.zeros(4)}}, "self_attn.sinks is unexpected"),
     "more layers": ({"config": {"num_hidden_layers": 3}}, "model.layers.3.* is unexpected"),
@@ -310,9 +313,9 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_a_directory_that_does_not_fit_is_one_sentence(hf_directory, tmp_path, misfit):
-    changes, sentence = MISFITS[misfit]
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_directory_that_does_not_fit_is_one_sentence(hf_directory, tmp_path, change):
+    changes, sentence = CHANGES[change]
     hf = edited(hf_directory("qwen3"), tmp_path / "hf", **changes)
     with pytest.raises((ConfigError, CheckpointError), match=sentence):
         hf_to_megatron(hf, tmp_path / "out")

@@ -99,9 +99,9 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_weights_that_do_not_fit_are_named_before_anything_is_loaded(ranks, saved, misfit):
-    model, sentence = MISFITS[misfit]
+@pytest.mark.parametrize("change", MISFITS)
+def test_weights_that_do_not_fit_are_named_before_anything_is_loaded(ranks, saved, change):
+    model, sentence = MISFITS[change]
     ranks.run(refuse, model, saved[0], sentence, world_size=1)
 
 
