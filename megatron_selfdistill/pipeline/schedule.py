@@ -140,11 +140,7 @@ def run(
     Collectives: one all-reduce of N over data-parallel ranks, then those of the schedule and of the loss. Raises:
     ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
     """
-    totals = torch.tensor(
-        [len(batch.response_tokens), sum(mb.num_sequences > 0 for mb in batch.student)], device=grid.device
-    )
-    dist.all_reduce(totals, group=grid.dp_group)
-    num_response_tokens, num_weighted = totals.tolist()
+    num_response_tokens, num_weighted = _global_counts(batch, grid)
     if num_response_tokens == 0:
         raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
     order = _order(batch, pair_order, with_teacher=teacher is not None)
@@ -180,6 +176,15 @@ def run(
             forward_only=forward_only,
         )
     return StepOutput(num_response_tokens, *step.collected())
+
+
+def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
+    """Return the response tokens and the student's microbatches with a weight in the global batch; one all-reduce."""
+    num_weighted = sum(microbatch.num_sequences > 0 for microbatch in batch.student)
+    totals = torch.tensor([len(batch.response_tokens), num_weighted], device=grid.device)
+    dist.all_reduce(totals, group=grid.dp_group)
+    num_response_tokens, num_weighted = totals.tolist()
+    return num_response_tokens, num_weighted
 
 
 def microbatch_multiple(grid: RankGrid) -> int:

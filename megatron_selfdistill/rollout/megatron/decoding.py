@@ -116,7 +116,6 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
     config = models[0].config
     rotary = {model.position_embedding_type for model in models}
     attention = list(_attention_layers(models))
-    moe = config.num_moe_experts is not None
     refusals = [
         (
             config.flash_decode,
@@ -167,27 +166,35 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
             any(layer.attn_mask_type != AttnMaskType.causal for layer in attention),
             "the layer spec must say attn_mask_type=causal for self-attention, or prompts would attend ahead",
         ),
+    ]
+    if config.num_moe_experts is not None:
+        refusals += _router_refusals(config, grid)
+    for found, message in refusals:
+        if found:
+            raise ConfigError(f"this model cannot be sampled in process: {message}")
+
+
+def _router_refusals(config: Any, grid: RankGrid) -> list[tuple[bool, str]]:
+    """Return each setting of a mixture-of-experts model that decoding cannot have: whether it is set, and a message."""
+    return [
         (
-            moe and config.moe_router_load_balancing_type == "sinkhorn",
+            config.moe_router_load_balancing_type == "sinkhorn",
             "sinkhorn routing trains with other experts than it decodes with: use aux_loss or none",
         ),
         (
-            moe and bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing),
+            bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing),
             "a random router cannot be sampled from: unset moe_input_jitter_eps and moe_router_force_load_balancing",
         ),
         (
-            moe and config.moe_expert_capacity_factor is not None,
+            config.moe_expert_capacity_factor is not None,
             "moe_expert_capacity_factor drops tokens depending on the rest of the batch: set it to null",
         ),
         (
-            moe and config.moe_token_dispatcher_type == "allgather" and grid.ep_size > 1,
+            config.moe_token_dispatcher_type == "allgather" and grid.ep_size > 1,
             "the allgather dispatcher needs equal batches on all expert-parallel ranks: "
             "set moe_token_dispatcher_type=alltoall",
         ),
     ]
-    for found, message in refusals:
-        if found:
-            raise ConfigError(f"this model cannot be sampled in process: {message}")
 
 
 def _clear_caches(functions: set[Any]) -> None:

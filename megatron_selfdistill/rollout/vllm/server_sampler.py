@@ -80,8 +80,7 @@ class ServerSampler:
         """
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
         self._guided = rollout.guidance != "none"
-        bucket_bytes = int(rollout.bucket_mb * 2**20)
-        self._exporter = Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=[0])
+        self._exporter = Exporter(chunks, grid, rules, bucket_bytes=int(rollout.bucket_mb * 2**20), on_ranks=[0])
         self._version: int | None = None
         self._metrics: dict[str, float] = {}
         # The following are used on rank 0 only.
@@ -109,9 +108,9 @@ class ServerSampler:
             wait_until_healthy(self._started, self._servers[: len(self._started)], rollout.timeout_s)
             for server in self._servers:
                 _check(server, max_length)
-            on_gpu = grid.device.type == "cuda"
-            chosen = choose_transfer(rollout.transfer, self._servers, folder=rollout.transfer_dir, on_gpu=on_gpu)
-            self._transfer = make_transfer(chosen, folder=rollout.transfer_dir, timeout_s=rollout.timeout_s)
+            folder, on_gpu = rollout.transfer_dir, grid.device.type == "cuda"
+            chosen = choose_transfer(rollout.transfer, self._servers, folder=folder, on_gpu=on_gpu)
+            self._transfer = make_transfer(chosen, folder=folder, timeout_s=rollout.timeout_s)
 
         try:
             run_long_on_rank_0(start, EngineError)
