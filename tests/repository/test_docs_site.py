@@ -73,7 +73,7 @@ def test_every_key_has_an_anchor_its_default_and_whether_a_resumed_run_may_chang
         ),
         ("loss.divergence", "`reverse_kl`, `forward_kl`, `jsd` · default `reverse_kl` · a resumed run keeps it"),
         ("teacher.weights", "`frozen`, `ema`, `current` · default `frozen` · a run never changes it"),
-        ("evaluation.verifier", "text · default `math_verify` · a resumed run keeps it where it trains on verdicts"),
+        ("evaluation.verifier", "text · default `math_verify` · a resumed run keeps it if it trains on verdicts"),
         ("model.vocab_size", "integer or null · default `null` · a resumed run keeps it"),
         ("rollout.stop_token_ids", "list of integer · default `[]` · a resumed run keeps it"),
     ],
