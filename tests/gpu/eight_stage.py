@@ -74,12 +74,12 @@ def hang(folder: Path) -> Outcome:
     began = time.time()
     done = launched([str(REPOSITORY / "tests" / "hanging_run.py"), "is stopped", "1", *arguments], 2)
     verdict = run_dir / "stacks" / "verdict.txt"
-    said = verdict.read_text() if verdict.exists() else ""
-    seconds = verdict.stat().st_mtime - began if said else None  # torchrun gives a stopped rank 30 s more
+    text = verdict.read_text() if verdict.exists() else ""
+    seconds = verdict.stat().st_mtime - began if text else None  # torchrun gives a stopped rank 30 s more
     return Outcome(
         (
             Figure("exit status 5 is reported", float("exitcode  : 5" in done.stdout), 1.0, at_least=True),
-            Figure("rank 1 is named", float(": rank 1 on " in said), 1.0, at_least=True),
+            Figure("rank 1 is named", float(": rank 1 on " in text), 1.0, at_least=True),
             Figure("seconds from the launch to the verdict", seconds, 60 * HANG_MINUTES + 60),
         )
     )
@@ -120,7 +120,7 @@ def without_vllm() -> bool:
 
 def colocated(folder: Path, engine_tp: int) -> Outcome:
     if without_vllm():
-        return Outcome(not_done="vLLM is not installed beside the trainer")
+        return Outcome(not_done="vLLM is not installed in the environment of the trainer")
     return trained(folder, f"colocated_{engine_tp}", 8, [f"rollout.engine_tp={engine_tp}"])
 
 
@@ -128,7 +128,7 @@ WAYS = ("nccl", "gloo", "ipc")
 
 
 def servers(folder: Path, way: str, python: str | None) -> Outcome:
-    """Run four servers beside four trainers; over ipc servers and trainers share the same four GPUs."""
+    """Run four servers and four trainers; over ipc they share the same four GPUs."""
     if python is None and without_vllm():
         return Outcome(not_done="vLLM is not installed here, and --vllm-python names no Python that has it")
     keys = [

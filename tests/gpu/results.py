@@ -75,7 +75,7 @@ def held(check: str, work: Callable[[], Outcome]) -> bool:
 
 
 def read(path: Path) -> list[Result]:
-    """Return the results of a file; a last line that a killed process has cut short is left out."""
+    """Return the results of a file; a last line that a killed process has cut short is skipped."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

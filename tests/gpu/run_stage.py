@@ -91,7 +91,7 @@ def offloaded_teacher(folder: Path) -> Outcome:
 
 
 def background_saves(folder: Path) -> Outcome:
-    """Compare a run that resumes from a checkpoint written in the background with the run that never stopped."""
+    """Compare a run that resumes from a checkpoint saved in the background with the run that never stopped."""
     whole, halves = folder / "whole", folder / "halves"
     keys = ["checkpoint.async_save=true", "teacher.weights=ema"]
     run(tiny_run.overrides(folder, whole, *keys))
@@ -122,7 +122,7 @@ def guided_sampling() -> Outcome:
             prompts = [torch.randint(models.VOCAB_SIZE, (n,), generator=generator).tolist() for n in (student, teacher)]
             requests.append(Request(prompts[0], sample_seed(0, 0, str(number), 0), teacher_prompt=prompts[1]))
         sampler.update_weights(0)
-        behind, apart, count = 0.0, 0.0, 0
+        below, difference, count = 0.0, 0.0, 0
         for request, response in zip(
             requests, sampler.generate(requests, SamplingParams(14, temperature=0)), strict=True
         ):
@@ -131,16 +131,16 @@ def guided_sampling() -> Outcome:
             )
             ids = torch.tensor(response.token_ids)[:, None]
             mix = 0.75 * teacher + student
-            behind = max(behind, float((mix.amax(-1) - mix.gather(1, ids)[:, 0]).max()))
-            said = torch.tensor(response.log_probs, dtype=torch.float64)
-            apart = max(apart, float((student.log_softmax(-1).gather(1, ids)[:, 0] - said).abs().max()))
+            below = max(below, float((mix.amax(-1) - mix.gather(1, ids)[:, 0]).max()))
+            stated = torch.tensor(response.log_probs, dtype=torch.float64)
+            difference = max(difference, float((student.log_softmax(-1).gather(1, ids)[:, 0] - stated).abs().max()))
             count += len(response.token_ids)
     finally:
         leave(synchronize=False)
     return Outcome(
         (
-            Figure("tokens below the best mixed logit", behind, 1e-3),
-            Figure("student's log-probs off whole passes, nats", apart, 1e-3),
+            Figure("tokens below the best mixed logit", below, 1e-3),
+            Figure("student's log-probs off whole passes, nats", difference, 1e-3),
             Figure("tokens", float(count), 50, at_least=True),
         )
     )

@@ -61,8 +61,8 @@ def run_stage(stage: Stage, limit_s: float, say: Callable[[str], None] = print) 
             note = f"{why} before this check was reported" if why else "the stage ended without a word about this check"
             found.append(Result(check, "", None, "", FAILED, note))
     failed = sorted({result.check for result in found if result.verdict == FAILED})
-    said = f"failed: {', '.join(failed)}" if failed else "ok"
-    say(f"[{stage.name}] {said}; {time.monotonic() - began:.0f} s")
+    summary = f"failed: {', '.join(failed)}" if failed else "ok"
+    say(f"[{stage.name}] {summary}; {time.monotonic() - began:.0f} s")
     return found
 
 

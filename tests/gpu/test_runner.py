@@ -38,15 +38,15 @@ def test_a_stage_beyond_its_limit_is_killed_with_all_its_processes_and_the_next_
         "print('still here', flush=True)\n"
         "time.sleep(600)\n"
     )
-    said: list[str] = []
+    lines: list[str] = []
     began = time.monotonic()
     found = run_stages(
-        [stage("hangs", hangs, str(pids), limit_s=3.0), stage("sound", REPORT, "sound", "0.5")], said.append
+        [stage("hangs", hangs, str(pids), limit_s=3.0), stage("sound", REPORT, "sound", "0.5")], lines.append
     )
     assert time.monotonic() - began < 60
     assert [(result.check, result.verdict) for result in found] == [("hangs", FAILED), ("sound", OK)]
     assert found[0].note == "the stage was killed at its limit of 3 s before this check was reported"
-    assert any(line.startswith("[hangs") and line.endswith("still here") for line in said)
+    assert any(line.startswith("[hangs") and line.endswith("still here") for line in lines)
     for pid in map(int, pids.read_text().split()):
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -68,10 +68,10 @@ def test_a_stage_that_reports_nothing_has_failed():
 
 
 def test_what_a_stage_does_not_use_of_its_limit_is_left_for_the_next_one():
-    said: list[str] = []
+    lines: list[str] = []
     late = stage("late", "import time; time.sleep(2.0)" + REPORT, "late", "0", limit_s=1.0)
-    found = run_stages([stage("quick", REPORT, "quick", "0", limit_s=60.0), late], said.append)
-    assert [result.verdict for result in found] == [OK, OK], said
+    found = run_stages([stage("quick", REPORT, "quick", "0", limit_s=60.0), late], lines.append)
+    assert [result.verdict for result in found] == [OK, OK], lines
 
 
 def test_an_outcome_becomes_rows():

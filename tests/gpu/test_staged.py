@@ -131,7 +131,7 @@ def gather_and_scatter(group: Any) -> list[Tensor]:
 
 
 def ring(group: Any) -> list[Tensor]:
-    """Every rank sends to both neighbours in one batch, and nobody waits for what is sent."""
+    """Every rank sends to both neighbours in one batch, and no rank waits for its sends."""
     rank = dist.get_rank()
     after, before = (rank + 1) % WORLD_SIZE, (rank - 1) % WORLD_SIZE
     one, other = torch.zeros(4), torch.zeros(2)
@@ -161,9 +161,9 @@ def send_and_receive(group: Any) -> list[Tensor]:
 def objects(group: Any) -> list[Tensor]:
     found: list[Any] = [None] * WORLD_SIZE
     dist.all_gather_object(found, {"rank": dist.get_rank()}, group=group)
-    told = [dist.get_rank() + 5]
-    dist.broadcast_object_list(told, src=1, group=group)
-    return [torch.tensor([one["rank"] for one in found] + told)]
+    objects = [dist.get_rank() + 5]
+    dist.broadcast_object_list(objects, src=1, group=group)
+    return [torch.tensor([one["rank"] for one in found] + objects)]
 
 
 COLLECTIVES: dict[str, Callable[[Any], list[Tensor]]] = {

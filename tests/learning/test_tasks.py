@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The examples' tasks: right work is right, splits share no problem, hints and corpora are what they are said to be."""
+"""The tasks of the examples: right work is right, splits share no problem, hints and corpora are as documented."""
 
 from __future__ import annotations
 
@@ -117,10 +117,10 @@ def test_hard_problems_borrow_twice_from_a_zero():
 
 def test_additions_have_as_many_right_answers_as_they_should():
     rng = random.Random(0)
-    drawn = {additions.some_answer(57, rng) for _ in range(3000)}
-    assert len(drawn) == 58
-    assert all(additions.is_right(text, 57) for text in drawn)
-    assert not any(additions.is_right(additions.off_by_one(text, rng), 57) for text in drawn)
+    answers = {additions.some_answer(57, rng) for _ in range(3000)}
+    assert len(answers) == 58
+    assert all(additions.is_right(text, 57) for text in answers)
+    assert not any(additions.is_right(additions.off_by_one(text, rng), 57) for text in answers)
     assert not additions.is_right("57;0", 57)
     assert not additions.is_right("57", 57)
 

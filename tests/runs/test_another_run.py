@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A run folder never wins over what is asked in silence: what may change is logged, what may not is refused."""
+"""A run that resumes with other settings: changes that are allowed are logged, and other changes are refused."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def test_another_architecture_names_both_and_the_folder(finished, data, capfd):
 
 def test_what_may_change_is_logged_line_by_line_and_the_run_goes_on(ranks, data, finished, run):
     changes = ["optimizer.lr=5e-4", "schedule.max_tokens=128", "checkpoint.save_every=5", "loss.fused=low_memory"]
-    status, said = started(ranks, data, run, *changes)
+    status, output = started(ranks, data, run, *changes)
     assert status == 0 and saved_step(run) == 7
-    lines = [line for line in said.splitlines() if " in the checkpoint, now " in line]
+    lines = [line for line in output.splitlines() if " in the checkpoint, now " in line]
     assert f"run_dir: '{finished}' in the checkpoint, now '{run}'" in lines, "the fixture has copied the folder"
     assert [line for line in lines if not line.startswith("run_dir")] == [
         "checkpoint.save_every: 3 in the checkpoint, now 5",
@@ -98,21 +98,21 @@ def test_what_may_change_is_logged_line_by_line_and_the_run_goes_on(ranks, data,
 
 def test_the_same_command_says_nothing(ranks, data, tmp_path):
     for _ in range(2):
-        status, said = started(ranks, data, tmp_path / "run", "num_steps=1")
-        assert status == 0 and " in the checkpoint, now " not in said and "force" not in said
+        status, output = started(ranks, data, tmp_path / "run", "num_steps=1")
+        assert status == 0 and " in the checkpoint, now " not in output and "force" not in output
 
 
 def test_a_precision_may_change(ranks, data, run):
-    status, said = started(ranks, data, run, "optimizer.precision=bf16")
-    assert status == 0 and "optimizer.precision: 'fp32' in the checkpoint, now 'bf16'" in said
+    status, output = started(ranks, data, run, "optimizer.precision=bf16")
+    assert status == 0 and "optimizer.precision: 'fp32' in the checkpoint, now 'bf16'" in output
 
 
 def test_force_continues_with_the_stored_state_and_says_what_it_overrides(ranks, data, run):
-    status, said = started(ranks, data, run, "target=strict", "rollout.temperature=0.5", "checkpoint.resume=force")
+    status, output = started(ranks, data, run, "target=strict", "rollout.temperature=0.5", "checkpoint.resume=force")
     assert status == 0 and saved_step(run) == 7
-    assert "target.k_max: '1 + w' in the checkpoint, now null" in said
-    assert "rollout.temperature: 1.0 in the checkpoint, now 0.5" in said
-    assert "checkpoint.resume=force: weights, optimizer and teacher are those of " in said
+    assert "target.k_max: '1 + w' in the checkpoint, now null" in output
+    assert "rollout.temperature: 1.0 in the checkpoint, now 0.5" in output
+    assert "checkpoint.resume=force: weights, optimizer and teacher are those of " in output
     assert [line["step"] for line in reproducible_metrics(run)] == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -128,20 +128,20 @@ def test_other_problems_are_refused_wherever_they_lie_and_the_same_ones_are_not(
     other, same = shortened(data, tmp_path), tmp_path / "same.jsonl"
     shutil.copyfile(data / "problems.jsonl", same)
     before = bytes_of(run)
-    status, said = started(ranks, data, run, f"data.path={other}")
-    assert status == 2 and "Traceback" not in said
-    assert "the problems that data.path gives (their digest): '" in said and "checkpoint.resume=force" in said
+    status, output = started(ranks, data, run, f"data.path={other}")
+    assert status == 2 and "Traceback" not in output
+    assert "the problems that data.path gives (their digest): '" in output and "checkpoint.resume=force" in output
     assert bytes_of(run) == before
-    status, said = started(ranks, data, run, f"data.path={same}")
+    status, output = started(ranks, data, run, f"data.path={same}")
     assert status == 0
     shown = [re.escape(str(path)[:70]) for path in (data, same)]  # a long value is cut
-    assert re.search(rf"data\.path: '{shown[0]}.* in the checkpoint, now '{shown[1]}", said), said
+    assert re.search(rf"data\.path: '{shown[0]}.* in the checkpoint, now '{shown[1]}", output), output
 
 
 def test_force_starts_other_problems_from_their_beginning(ranks, data, run, tmp_path):
     changes = [f"data.path={shortened(data, tmp_path)}", "seed=3", "checkpoint.resume=force"]
-    status, said = started(ranks, data, run, *changes)
-    assert status == 0 and "the data starts from its beginning" in said
+    status, output = started(ranks, data, run, *changes)
+    assert status == 0 and "the data starts from its beginning" in output
     state = trainer_state(run / "checkpoints" / "iter_0000007")
     assert state["problem_sampler"] | {"fingerprint": ""} == {"epoch": 0, "position": 8, "seed": 3, "fingerprint": ""}
 
@@ -208,10 +208,10 @@ def test_what_is_said_on_resuming_shows_no_value_of_the_environment(ranks, data,
     arguments = overrides(data, run, *MORE_STEPS, "metrics.console=true", "target.k_max=null", "seed=4")
     arguments += [f"run_dir='{run.parent}/${{oc.env:LAB_MODEL}}'", "checkpoint.resume=force"]
     (run / "checkpoints" / "iter_0000006" / "manifest.json").unlink()
-    ((status, said),) = ranks.run(started_with, "LAB_MODEL", secret, arguments, world_size=1, init_process_group=False)
-    assert status == 0 and secret not in said
-    assert "${oc.env:LAB_MODEL}/checkpoints: the run continues from iter_0000003, 3 steps earlier" in said
-    assert "weights, optimizer and teacher are those of " in said
+    ((status, output),) = ranks.run(started_with, "LAB_MODEL", secret, arguments, world_size=1, init_process_group=False)
+    assert status == 0 and secret not in output
+    assert "${oc.env:LAB_MODEL}/checkpoints: the run continues from iter_0000003, 3 steps earlier" in output
+    assert "weights, optimizer and teacher are those of " in output
 
 
 def test_an_impossible_value_of_resume_is_refused(data, tmp_path, capfd):

@@ -144,20 +144,20 @@ def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, t
     arguments = chats(data, tmp_path / "run", "metrics.console=true", "num_steps=1", "data.global_batch_size=81")
     finished = tiny_run.in_new_process(arguments)
     assert finished.returncode == 0, finished.stderr
-    said = finished.stdout + finished.stderr
+    output = finished.stdout + finished.stderr
     skipped = (tmp_path / "run" / "skipped.txt").read_text()
-    written = [said, skipped, *((tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "config.yaml"))]
+    written = [output, skipped, *((tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "config.yaml"))]
     assert not any(SECRET in text or "thanks" in text for text in written)
     assert not (tmp_path / "run" / "samples.jsonl").exists()
-    assert said.count("metrics.show_samples: no samples, since conversations.show_contents=false") == 1
-    assert "41 conversations, the accepted answer of 0 marked in the log and of 41 found by the rule" in said
-    assert "skipped as unresolved: 1, as bad: 1" in said
+    assert output.count("metrics.show_samples: no samples, since conversations.show_contents=false") == 1
+    assert "41 conversations, the accepted answer of 0 marked in the log and of 41 found by the rule" in output
+    assert "skipped as unresolved: 1, as bad: 1" in output
     assert [line.partition(": ")[0].rpartition("chats.jsonl:")[2] for line in skipped.splitlines()] == [
         "41",
         "42",
         "43, message 1",
     ]
-    assert f"listed in {tmp_path}/run/skipped.txt" in said and "turns were read: 6" in said
+    assert f"listed in {tmp_path}/run/skipped.txt" in output and "turns were read: 6" in output
     [line] = reproducible_metrics(tmp_path / "run")
     assert line["turns/skipped_long"] >= 1 and line["turns/skipped_bad"] == 0
     failed = tiny_run.in_new_process([*arguments, "data.on_bad_record=error", f"run_dir={tmp_path}/other"])
@@ -230,9 +230,9 @@ def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, data
 def test_shortened_solutions_are_counted(ranks, data, tmp_path):
     from _lib.pretraining import write_records
 
-    said = [{"role": "user", "content": "1-0="}, {"role": "assistant", "content": "0"}]
+    conversation = [{"role": "user", "content": "1-0="}, {"role": "assistant", "content": "0"}]
     hint = {"role": "user", "content": "1" * 200, "accepted": True}
-    write_records(data / "hints.jsonl", [{"messages": [*said, hint]}] * 8)
+    write_records(data / "hints.jsonl", [{"messages": [*conversation, hint]}] * 8)
     more = [f"data.path={data}/hints.jsonl", "data.on_long_context=truncate_end", "num_steps=1"]
     train(ranks, chats(data, tmp_path / "run", *more), 2)
     [line] = reproducible_metrics(tmp_path / "run")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A run folder that somebody has damaged, or removed while the run was writing it: nothing is lost in silence."""
+"""A run directory that is damaged, or removed during the run: the run reports the damage and loses nothing silently."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def flip_arguments(path: Path) -> str:
 
 def lose_manifest(path: Path) -> str:
     (path / "manifest.json").unlink()
-    return f"{path.name} has no manifest.json, with which this program wrote it"
+    return f"{path.name} has no manifest.json, which this program saved with it"
 
 
 def lose(path: Path) -> str:
@@ -56,9 +56,9 @@ def test_where_no_checkpoint_can_be_used_nothing_starts_and_nothing_is_overwritt
 ):
     reasons = [damage(checkpoint(run, step)) for damage, step in zip(damages, (6, 3), strict=True)]
     before = bytes_of(run)
-    status, said = started(ranks, overrides(data, run))
-    assert status == 2 and "Traceback" not in said
-    (message,) = [line for line in said.splitlines() if line.startswith("[rank 0]")]
+    status, output = started(ranks, overrides(data, run))
+    assert status == 2 and "Traceback" not in output
+    (message,) = [line for line in output.splitlines() if line.startswith("[rank 0]")]
     assert f"none of the checkpoints in {run}/checkpoints can be used: " in message
     assert all(reason in message for reason in reasons)
     if damages == (lose, lose):
@@ -70,9 +70,9 @@ def test_where_no_checkpoint_can_be_used_nothing_starts_and_nothing_is_overwritt
 @pytest.mark.parametrize("damage", [flip, flip_arguments])
 def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_says_so_once(ranks, data, run, damage):
     reason = damage(checkpoint(run, 6))
-    status, said = started(ranks, overrides(data, run))
+    status, output = started(ranks, overrides(data, run))
     assert status == 0 and saved_step(run) == 6
-    lines = [line for line in said.splitlines() if "iter_0000006" in line]
+    lines = [line for line in output.splitlines() if "iter_0000006" in line]
     assert lines == [
         f"{reason}: its checksum is not the one in manifest.json in {run}/checkpoints: the run continues from "
         "iter_0000003, 3 steps earlier"
@@ -82,9 +82,9 @@ def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_says_so_once(ranks
 
 def test_a_tracker_file_that_is_no_text_is_said_in_one_line(ranks, data, run):
     (run / "checkpoints" / tiny_run.TRACKER).write_bytes(b"\xff\xfe6")
-    status, said = started(ranks, overrides(data, run, "num_steps=7"))
+    status, output = started(ranks, overrides(data, run, "num_steps=7"))
     assert status == 0 and saved_step(run) == 7
-    (line,) = [line for line in said.splitlines() if tiny_run.TRACKER in line]
+    (line,) = [line for line in output.splitlines() if tiny_run.TRACKER in line]
     assert line.startswith(f"{run}/checkpoints has '") and line.endswith("the newest checkpoint counts")
 
 
@@ -121,9 +121,9 @@ def test_a_run_folder_that_is_deleted_is_written_again_and_resumes(ranks, data, 
     arguments = overrides(data, run)
     outcomes = ranks.run(removed_in_step_5, arguments, run, world_size=world_size, init_process_group=False)
     assert [status for status, _ in outcomes] == [0] * world_size
-    said = outcomes[0][1]
+    output = outcomes[0][1]
     for name in (run, run / "metrics.jsonl", run / "teacher"):
-        assert len([line for line in said.splitlines() if line.startswith(f"{name} ")]) == 1, said
+        assert len([line for line in output.splitlines() if line.startswith(f"{name} ")]) == 1, output
     assert (run / "config.yaml").read_text() == (finished / "config.yaml").read_text().replace(str(finished), str(run))
     steps = [line["step"] for line in reproducible_metrics(run)]
     assert steps == [1, 2, 3, 4, 5, 6] and saved_step(run) == 6

@@ -20,7 +20,7 @@ from megatron_selfdistill.report import next_steps
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def told(arguments: list[str], path: Path, built: Path | None = None, press: bool = False) -> int:
+def run_with_messages(arguments: list[str], path: Path, built: Path | None = None, press: bool = False) -> int:
     """Run and write the messages to ``path``, and a line to ``built`` when the model is built; return the exit status.
 
     ``press`` asks the run to stop in its second step.
@@ -68,7 +68,7 @@ def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
     """Return the directory of a run of 2 steps on 2 ranks, and its messages."""
     folder = tmp_path_factory.mktemp("ended")
     arguments = overrides(data, folder / "run", "num_steps=2", "checkpoint.async_save=true")
-    train(ranks, arguments, world_size=2, start=told, path=folder / "messages")
+    train(ranks, arguments, world_size=2, start=run_with_messages, path=folder / "messages")
     return folder / "run", (folder / "messages").read_text().splitlines()
 
 
@@ -92,7 +92,7 @@ def test_a_complete_run_says_so_builds_nothing_and_changes_nothing(ranks, data, 
     run, _ = ended
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     arguments = overrides(data, run, "num_steps=2", "checkpoint.async_save=true")
-    train(ranks, arguments, world_size=2, start=told, path=tmp_path / "messages", built=tmp_path / "built")
+    train(ranks, arguments, world_size=2, start=run_with_messages, path=tmp_path / "messages", built=tmp_path / "built")
     messages = (tmp_path / "messages").read_text().splitlines()
     assert messages[0] == (
         f"complete: all 2 steps were done before, nothing is trained; checkpoint: {run}/checkpoints/iter_0000002"
@@ -108,7 +108,7 @@ def test_a_complete_run_with_another_configuration_is_judged_as_any_other_and_sa
     run, _ = ended
     options = ["num_steps=2", "checkpoint.async_save=true", "metrics.console_every=2"]
     arguments = overrides(data, run, *options)
-    train(ranks, arguments, world_size=2, start=told, path=tmp_path / "messages", built=tmp_path / "built")
+    train(ranks, arguments, world_size=2, start=run_with_messages, path=tmp_path / "messages", built=tmp_path / "built")
     assert (tmp_path / "built").exists()
     assert "\ncomplete: all 2 steps were done before, nothing is trained" in (tmp_path / "messages").read_text()
 
@@ -116,13 +116,13 @@ def test_a_complete_run_with_another_configuration_is_judged_as_any_other_and_sa
 def test_a_run_that_was_stopped_says_how_to_continue_and_ends_with_the_steps_of_both_launches(ranks, data, tmp_path):
     run = tmp_path / "run"
     arguments = overrides(data, run, "num_steps=3")
-    train(ranks, arguments, start=told, path=tmp_path / "first", press=True)
+    train(ranks, arguments, start=run_with_messages, path=tmp_path / "first", press=True)
     assert saved_step(run) == 2
     assert (tmp_path / "first").read_text().splitlines()[-1] == (
         f"stopped after step 2 of 3: SIGINT; started again, the same command continues; checkpoint: "
         f"{run}/checkpoints/iter_0000002"
     )
-    train(ranks, arguments, start=told, path=tmp_path / "second")
+    train(ranks, arguments, start=run_with_messages, path=tmp_path / "second")
     assert "\ndone: 3 steps (1 of them in this launch) in " in (tmp_path / "second").read_text()
 
 

@@ -75,15 +75,15 @@ def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutio
 
 @pytest.mark.full
 def test_the_run_says_how_its_output_layer_works(own_data):
-    told = overrides(own_data, own_data / "told", "dry_run=true", "metrics.console=true")
-    done = tiny_run.in_new_process([*told, "loss.max_logits_gb=0", "loss.fused_chunk_tokens=20"])
+    arguments = overrides(own_data, own_data / "planned", "dry_run=true", "metrics.console=true")
+    done = tiny_run.in_new_process([*arguments, "loss.max_logits_gb=0", "loss.fused_chunk_tokens=20"])
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.split())
     assert "output layer: fused with the loss in chunks of 20 tokens, low_memory, at most 0.00 GiB" in words
 
 
 def test_a_baseline_cannot_be_asked_to_fuse(own_data):
-    told = overrides(own_data, own_data / "refused", "objective=rft", *FUSED["low_memory"])
-    done = tiny_run.in_new_process(told)
+    arguments = overrides(own_data, own_data / "refused", "objective=rft", *FUSED["low_memory"])
+    done = tiny_run.in_new_process(arguments)
     assert done.returncode == 2
     assert "loss.fused=low_memory fuses the output layer with the distillation loss, but objective=" in done.stderr

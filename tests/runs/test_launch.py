@@ -33,32 +33,32 @@ def torchrun(arguments: list[str], script: list[str] | None = None) -> subproces
 def failed(arguments: list[str], script: list[str] | None = None) -> str:
     """Launch two ranks that fail; return the standard error of the ranks and of torchrun."""
     process = torchrun(arguments, script)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 1, said
-    return said
+    _, output = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    return output
 
 
-def lines_of_ranks(said: str) -> list[str]:
-    return [line for line in said.splitlines() if line.startswith("[rank ")]
+def lines_of_ranks(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("[rank ")]
 
 
-def assert_said_once(said: str, rank: int, words: str, statuses: int = 2) -> None:
-    (line,) = lines_of_ranks(said)
+def assert_reported_once(output: str, rank: int, words: str, statuses: int = 2) -> None:
+    (line,) = lines_of_ranks(output)
     assert line.startswith(f"[rank {rank}] ") and words in line
-    report = said.split("FAILED")[-1]
+    report = output.split("FAILED")[-1]
     assert report.count("exitcode  : 2 ") == report.count("exitcode  : ") == statuses, report
     assert words in report, "torchrun's own report has the sentence for its traceback"
 
 
 def test_an_error_of_the_configuration_is_said_once(data, tmp_path):
-    assert_said_once(failed(overrides(data, tmp_path / "run", "traget=1")), 0, "unknown configuration key 'traget'")
+    assert_reported_once(failed(overrides(data, tmp_path / "run", "traget=1")), 0, "unknown configuration key 'traget'")
 
 
 @pytest.mark.full
 def test_an_error_of_a_checkpoint_is_said_once(data, tmp_path):
     (tmp_path / "bad" / "iter_0000001").mkdir(parents=True)
-    said = failed(overrides(data, tmp_path / "run", f"checkpoint.load={tmp_path}/bad/iter_0000001"))
-    assert_said_once(said, 0, "bad/iter_0000001")
+    output = failed(overrides(data, tmp_path / "run", f"checkpoint.load={tmp_path}/bad/iter_0000001"))
+    assert_reported_once(output, 0, "bad/iter_0000001")
 
 
 @pytest.mark.full
@@ -76,8 +76,8 @@ def test_an_error_that_only_rank_1_has_is_said_by_it_and_releases_rank_0(data, t
         "    sys.exit(train.main(sys.argv[1:]))\n"
     )
     began = time.monotonic()
-    said = failed(overrides(data, tmp_path / "run"), [str(script)])
-    assert_said_once(said, 1, "only here")
+    output = failed(overrides(data, tmp_path / "run"), [str(script)])
+    assert_reported_once(output, 1, "only here")
     assert time.monotonic() - began < 100 and not (tmp_path / "run").exists()
 
 
@@ -94,11 +94,11 @@ def test_ctrl_c_saves_and_stops_a_run_under_torchrun(data, tmp_path):
     process = torchrun(overrides(data, run, "num_steps=1000000", "checkpoint.save_every=0"))
     wait_for(run / "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
-    (line,) = lines_of_ranks(said)
+    _, output = process.communicate(timeout=100)
+    (line,) = lines_of_ranks(output)
     assert line.startswith("[rank 0] Ctrl-C: the run saves and ends after its present step; torchrun waits 30 s")
     assert saved_step(run) >= 1 and (run / "stopped").read_text() == f"step {saved_step(run)}: SIGINT\n"
-    assert said.count("Traceback") == 1, "torchrun's own"
+    assert output.count("Traceback") == 1, "torchrun's own"
     assert not (run / "lock").exists()
 
 
@@ -114,7 +114,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_also_while_its_ranks_wait_in_foreign
     time.sleep(1.0)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
+    _, output = process.communicate(timeout=100)
     assert time.monotonic() - began < 20, "torchrun would kill the ranks after 30 s"
-    assert [line.partition(":")[0] for line in lines_of_ranks(said)] == ["[rank 0] Ctrl-C", "[rank 0] Ctrl-C again"]
+    assert [line.partition(":")[0] for line in lines_of_ranks(output)] == ["[rank 0] Ctrl-C", "[rank 0] Ctrl-C again"]
     assert not (run / "stopped").exists() and not (run / "lock").exists()

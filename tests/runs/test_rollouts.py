@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Rollouts within a run: what a failing engine leaves behind, weights of tokens, which problems are guided."""
+"""Rollouts within a run: the state after an engine fails, the weights of tokens, the choice of guided problems."""
 
 from __future__ import annotations
 

@@ -135,8 +135,8 @@ def test_preemption_before_the_run_requeues(slurm, data, tmp_path, step):
     wait_until((tmp_path / "started").exists)
     preempt()
     wait_until(lambda: job.restarts() == 1 or job.field("JobState") in ("COMPLETED", "FAILED"))
-    said = {"report": "TERM, before the run began", "servers": "TERM, while the servers started"}
-    assert f"goes back into the queue: {said[step]}" in job.text() and job.restarts() == 1, job.text()
+    reason = {"report": "TERM, before the run began", "servers": "TERM, while the servers started"}
+    assert f"goes back into the queue: {reason[step]}" in job.text() and job.restarts() == 1, job.text()
 
 
 def test_a_run_that_does_not_stop_in_slurms_grace_time_is_requeued_by_slurm(slurm, data, tmp_path):

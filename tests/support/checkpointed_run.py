@@ -152,21 +152,21 @@ def start(
 def save_and_go_on(setup: Setup, run_dir: Path, async_save: bool = False) -> dict[str, Any]:
     """Take two steps, save a checkpoint, take two more steps, and return the end of this run without a stop."""
     run = start(setup, run_dir, steps=2, async_save=async_save)
-    draw()
+    random_numbers()
     run.save(2, position=[3, 5])
-    drawn = draw()
+    numbers = random_numbers()
     run.step(3)
     run.checkpointer.poll()
     run.step(4)
     run.checkpointer.finish()
-    return ended(run, drawn)
+    return end_of(run, numbers)
 
 
 def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
     """Load the checkpoint into a run with other weights, take steps 3 and 4, and return the end of this run."""
     run = start(dataclasses.replace(setup, seed=5), run_dir, steps=1)
     state = run.load_latest()
-    drawn = draw()
+    numbers = random_numbers()
     assert state == {"step": 2, "position": [3, 5]}
     if setup.teacher == "ema":
         copies = [p for chunk in run.teacher.chunks for p in unwrapped(chunk).parameters()]
@@ -177,21 +177,21 @@ def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
     assert len({step.data_ptr() for step in steps}) == len(steps)
     run.step(3)
     run.step(4)
-    return ended(run, drawn)
+    return end_of(run, numbers)
 
 
-def ended(run: CheckpointedRun, drawn: list[float]) -> dict[str, Any]:
+def end_of(run: CheckpointedRun, numbers: list[float]) -> dict[str, Any]:
     """Return everything that two equal runs have in common at their end."""
     return {
         "parameters": run.parameters(),
         "weights": run.weights(),
         "teacher": run.teacher_weights(),
         "lr": run.optimizer.param_groups[0]["lr"],
-        "drawn": drawn,
+        "random_numbers": numbers,
     }
 
 
-def draw() -> list[float]:
+def random_numbers() -> list[float]:
     """Return one number of each random generator that a checkpoint stores."""
     import random
 

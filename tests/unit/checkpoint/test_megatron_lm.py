@@ -185,7 +185,7 @@ def save_run(setup: Setup, run_dir: Path) -> dict[str, Any]:
         for index, held in enumerate(single.optimizer.state.values())
         for name, value in ((f"{index}.{key}", held[key]) for key in ("exp_avg", "exp_avg_sq"))
     }
-    return {"drawn": checkpointed_run.draw(), "weights": run.weights(), "moments": moments}
+    return {"drawn": checkpointed_run.random_numbers(), "weights": run.weights(), "moments": moments}
 
 
 RUNS = {

@@ -41,7 +41,7 @@ def assert_equal_to_the_last_bit(resumed: list[dict], never_stopped: list[dict])
         worst, where = layouts.worst_difference(joined(resumed, what), joined(never_stopped, what))
         assert worst == 0.0, (what, where)
     assert [r["lr"] for r in resumed] == [n["lr"] for n in never_stopped]
-    assert [r["drawn"] for r in resumed] == [n["drawn"] for n in never_stopped]
+    assert [r["random_numbers"] for r in resumed] == [n["random_numbers"] for n in never_stopped]
 
 
 def assert_close(resumed: list[dict], never_stopped: list[dict]) -> None:
