@@ -30,7 +30,7 @@ OWN = [
 
 @pytest.fixture(scope="module")
 def data(own_data) -> Path:
-    """A copy of the problems without their solutions."""
+    """Remove the solutions from a copy of the problems; return the directory of the copy."""
     records = [json.loads(line) for line in (own_data / "problems.jsonl").read_text().splitlines()]
     lines = [json.dumps({key: value for key, value in record.items() if key != "solution"}) for record in records]
     (own_data / "problems.jsonl").write_text("\n".join(lines) + "\n")
