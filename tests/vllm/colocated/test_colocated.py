@@ -359,7 +359,7 @@ def breaking_off(it: Any) -> Iterator[tuple[str, torch.Tensor]]:
         whole = whole and not name.endswith("1.self_attn.k_proj.weight")
         if whole:
             yield name, 2 * tensor
-    raise RuntimeError("the stream breaks off")
+    raise RuntimeError("the export breaks off")
 
 
 REFUSALS = [
@@ -367,10 +367,12 @@ REFUSALS = [
     "a request has an empty prompt; a prompt needs at least one token",
     r"the longest prompt has 310 tokens and max_new_tokens is 24, together more than the 320 that .*",
     r"a request has a teacher's prompt, but the vLLM engines were built without guided .*guidance=mixed",
-    "the vLLM engine of rank 1 failed in mid-batch: division by zero",
-    "the vLLM engine of rank 1 was asked for 4 responses and gave 3",
-    r"the vLLM engine of rank 1 generated a response with weights of version 3, expected 4 \(rollout.max_staleness=0\)",
-    "the vLLM engine of rank 0 has a part of its weights: their update has failed",
+    "rank 1: the vLLM engine of rank 1 failed in mid-batch: division by zero",
+    "rank 1: the vLLM engine of rank 1 was asked for 4 responses and gave 3",
+    r"rank 1: the vLLM engine of rank 1 generated a response with weights of version 3, expected 4 "
+    r"\(rollout.max_staleness=0\)",
+    "rank 0: the vLLM engine of rank 0 has a part of its weights: their update has failed; "
+    "rank 1: the vLLM engine of rank 1 has a part of its weights: their update has failed",
 ]
 
 
