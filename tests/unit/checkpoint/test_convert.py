@@ -303,7 +303,7 @@ NORM, DOWN = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_p
 CHANGES = {
     "architecture": (
         {"config": {"architectures": ["GPT5ForCausalLM"]}},
-        "GPT5ForCausalLM, expected one of the architectures",
+        "GPT5ForCausalLM, expected one of",
     ),
     "missing": ({"tensors": {NORM: None}}, f"{NORM} is missing"),
     "extra": ({"tensors": {"model.layers.1.self_attn.sinks": torch.zeros(4)}}, "self_attn.sinks is unexpected"),
