@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.conversion_progress import FiniteCheck, Progress
 from megatron_selfdistill.checkpoint.describe import FORMATS, HF_ASSETS, hf_assets_of, num_tokens
 from megatron_selfdistill.checkpoint.formats import manifest, torch_dist_writer
-from megatron_selfdistill.checkpoint.formats.finite import is_finite
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, hf_assets, read_config, without_lost_code
 from megatron_selfdistill.checkpoint.formats.megatron_args import converted_args
@@ -57,18 +57,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The functions that receive the progress of a conversion."""
-
-    start: Callable[[int], None] = lambda _: None
-    """Receives the total number of bytes, once."""
-    advance: Callable[[int], None] = lambda _: None
-    """Receives the number of bytes of each written tensor."""
-    report: Callable[[str], None] = lambda _: None
-    """Receives a message for each decision of the conversion."""
-
-
 def hf_to_megatron(
     hf: Path,
     out: Path,
@@ -90,7 +78,7 @@ def hf_to_megatron(
     hf, out, progress = Path(hf), Path(out), progress or Progress()
     directory.require_free(out)
     model, rules, tensors = _read_hf(hf)
-    finite = _FiniteCheck(str(hf), allow_non_finite, progress)
+    finite = FiniteCheck(str(hf), allow_non_finite, progress)
     pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
     common = {
         "args": converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces)),
@@ -155,31 +143,42 @@ def megatron_to_hf(
         (name, kept[rule], shape) for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
-    finite = _FiniteCheck(str(weights.path), allow_non_finite, progress)
+    finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
     with _created_directory(out, num_bytes + (_hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
-        writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
-
-        def parts_of(rule: Rule) -> list[Tensor]:
-            parts = zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True)
-            return [finite.checked(name, part.to(kept[rule])) for name, part in parts]
-
-        def rule_bytes(rule: Rule) -> int:
-            return math.prod(rule.shape) * kept[rule].itemsize
-
-        tensors_of_rules = read_ahead(rules, parts_of, rule_bytes)
-        for rule in rules:
-            parts = next(tensors_of_rules)
-            for name in rule.hf_names:
-                writer.write(name, parts[0])
-                progress.advance(parts.pop(0).numel() * kept[rule].itemsize)
-        writer.close()
+        _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), weights, kept, finite, progress)
         if assets is not None:
             copy_hf_assets(assets, temporary, progress.report)
         config = without_lost_code(config, temporary, progress.report)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")
     return out
+
+
+def _write_weights(
+    writer: SafetensorsWriter,
+    weights: Weights,
+    dtypes: Mapping[Rule, torch.dtype],
+    finite: FiniteCheck,
+    progress: Progress,
+) -> None:
+    """Write the tensors of all rules in the types ``dtypes``, and close the writer."""
+
+    def parts_of(rule: Rule) -> list[Tensor]:
+        parts = zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True)
+        return [finite.checked(name, part.to(dtypes[rule])) for name, part in parts]
+
+    def rule_bytes(rule: Rule) -> int:
+        return math.prod(rule.shape) * dtypes[rule].itemsize
+
+    rules = list(dtypes)
+    tensors_of_rules = read_ahead(rules, parts_of, rule_bytes)
+    for rule in rules:
+        parts = next(tensors_of_rules)
+        for name in rule.hf_names:
+            writer.write(name, parts[0])
+            progress.advance(parts.pop(0).numel() * dtypes[rule].itemsize)
+    writer.close()
 
 
 def copy_hf_assets_to_run_dir(checkpoint: Path, run_dir: Path) -> None:
@@ -193,22 +192,6 @@ def copy_hf_assets_to_run_dir(checkpoint: Path, run_dir: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(assets / "config.json", target / "config.json")
         copy_hf_assets(assets, target)
-
-
-class _FiniteCheck:
-    """The check of each converted tensor for NaN and infinities; ``source`` names the checkpoint in messages."""
-
-    def __init__(self, source: str, allow: bool, progress: Progress) -> None:
-        self._source, self._allow, self._progress = source, allow, progress
-
-    def checked(self, name: str, tensor: Tensor) -> Tensor:
-        """Return ``tensor``; raise CheckpointError where ``tensor`` is not finite, unless that is allowed."""
-        if not is_finite(tensor):
-            message = f"{name} of {self._source} has NaN or infinite elements (as {tensor.dtype})"
-            if not self._allow:
-                raise CheckpointError(f"{message}: take an earlier checkpoint, or convert it with --allow-non-finite")
-            self._progress.report(message)
-        return tensor
 
 
 def _main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
@@ -243,7 +226,7 @@ class _HFReader:
     """A reader of full, dequantised tensors of a Hugging Face directory, in the types of the checkpoint."""
 
     def __init__(
-        self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: _FiniteCheck
+        self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: FiniteCheck
     ) -> None:
         self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
 

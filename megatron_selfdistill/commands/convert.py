@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.checkpoint.conversion import Progress
+    from megatron_selfdistill.checkpoint.conversion_progress import Progress
 
 EXIT_REFUSED = 2
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -142,7 +142,7 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    from megatron_selfdistill.checkpoint.conversion import Progress
+    from megatron_selfdistill.checkpoint.conversion_progress import Progress
 
     console = Console(stderr=True)
     columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

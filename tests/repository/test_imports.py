@@ -47,8 +47,8 @@ ORDER = {
         "formats.unpickler formats.megatron_args formats.megatron_flags formats.hf_files "
         "formats.torch_dist_writer formats.torch_dist_reader "
         "formats.safetensors_directory run.saved_run directory formats.legacy formats.stored_model "
-        "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion vocabulary "
-        "run.sharded_io run.external run.frozen_teacher run.checkpointer run.run_directory run.resumption"
+        "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion_progress conversion "
+        "vocabulary run.sharded_io run.external run.frozen_teacher run.checkpointer run.run_directory run.resumption"
     ),
     "run_data": "",
     "prechecks": "",

@@ -23,7 +23,8 @@ from checkpointed_run import Setup
 from safetensors.torch import load_file, save_file
 
 from megatron_selfdistill.checkpoint import conversion
-from megatron_selfdistill.checkpoint.conversion import Progress, hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.checkpoint.conversion import hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.checkpoint.conversion_progress import Progress
 from megatron_selfdistill.checkpoint.formats import safetensors_directory
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
@@ -470,7 +471,8 @@ def test_after_an_interruption_a_second_run_starts_clean(hf_directory, tmp_path,
 _SLOWLY = """
 import signal, sys, time
 from pathlib import Path
-from megatron_selfdistill.checkpoint.conversion import Progress, hf_to_megatron
+from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
+from megatron_selfdistill.checkpoint.conversion_progress import Progress
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script is born deaf to it
 hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]), progress=Progress(advance=lambda _: time.sleep(0.5)))

@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_selfdistill.checkpoint import conversion
-from megatron_selfdistill.checkpoint.conversion import Progress, hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.checkpoint.conversion import hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.checkpoint.conversion_progress import Progress
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 
