@@ -1,6 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Everything that a run reads before it starts: tokenizer, problems, prompts, all checked on every rank
-before any process group exists."""
+"""The data of a run: tokenizer, problems and prompts, read and checked on every rank before process groups exist."""
 
 from __future__ import annotations
 
@@ -35,30 +34,33 @@ from megatron_selfdistill.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunData:
-    """What is trained and evaluated on, as texts and as the rules that turn texts into prompts."""
+    """The problems that a run trains on and evaluates, the tokenizer, and the builder of prompts."""
 
     tokenizer: Tokenizer
     builder: PromptBuilder
     problems: ProblemSet
-    """Those whose contexts fit."""
+    """Problems whose contexts fit."""
     counts: ContextCounts
-    """How many problems were kept, had their solution shortened, or were dropped."""
+    """Numbers of problems that were kept, had their solution shortened, or were dropped."""
     evaluation: list[Problem]
     vocab_size: int
-    """Valid columns of the output layer."""
+    """Tokens of the vocabulary, without padding."""
     max_length: int
-    """Longest context in tokens."""
+    """Length of the longest context, in tokens."""
     stop_token_ids: tuple[int, ...]
     about_prompts: str | None = None
-    """What the teacher's prompts cost in tokens, for people; None where there is no teacher."""
+    """Line for the log about the tokens that the teacher's prompts add; None in a run without a teacher."""
     about_conversations: tuple[str, ...] = ()
-    """What became of a log of conversations, in numbers, for people."""
+    """Lines for the log with numbers of conversations and turns."""
     skipped: tuple[str, ...] = ()
-    """One sentence, with file and line, for every conversation that is skipped, and for turns that were read."""
+    """One message, with file and line, for every skipped conversation and every unusable turn that was read."""
 
     @classmethod
     def load(cls, config: Config) -> RunData:
-        """Read and check everything; `ConfigError` names the file, the line or the key in one sentence."""
+        """Read and check all data of the run.
+
+        Raises: `ConfigError`, which names the file, the line or the key.
+        """
         try:
             return cls._load(config)
         except (ValueError, OSError) as error:
@@ -66,10 +68,12 @@ class RunData:
 
     @classmethod
     def load_evaluation(cls, config: Config, with_solutions: bool = False) -> RunData:
-        """Only what is evaluated on, ``evaluation.path``, and how it is shown; there are no problems to train on.
+        """Read and check the problems of ``evaluation.path``; the result has no problems to train on.
 
-        ``with_solutions``: every problem must have one.  Prompts may be as long as the model and ``data.max_length``
-        allow, since nothing is packed.  Raises: `ConfigError` in one sentence.
+        With ``with_solutions`` every problem must have a solution.  Prompts may be as long as the model and
+        ``data.max_length`` allow, since nothing is packed.
+
+        Raises: `ConfigError`, which names the file, the line or the key.
         """
         data, evaluation = config.data, config.evaluation
         if evaluation.path is None or data.tokenizer is None:
@@ -117,7 +121,7 @@ class RunData:
             limit=data.limit,
         )
         max_length = longest_context(config)
-        problems, counts, about_prompts = _those_that_fit(problems, builder, max_length, config)
+        problems, counts, about_prompts = _fitting_problems(problems, builder, max_length, config)
         return cls(
             tokenizer=tokenizer,
             builder=builder,
@@ -156,7 +160,7 @@ class RunData:
             skipped += unusable
             about: tuple[str, ...] = (read,)
         else:
-            problems, counts, about_prompts = _those_that_fit(log.turns, builder, max_length, config)
+            problems, counts, about_prompts = _fitting_problems(log.turns, builder, max_length, config)
             about = ()
         return cls(
             tokenizer=tokenizer,
@@ -174,7 +178,7 @@ class RunData:
 
 
 def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
-    """Beside a log of conversations, ``messages`` and ``id`` are the log's columns."""
+    """Return the columns of held-out problems; the keys messages and id name columns of a log only."""
     ours = ("problem", "solution", "answer") if data.kind == "conversations" else tuple(data.fields)
     return {name: column for name, column in data.fields.items() if name in ours}
 
@@ -189,7 +193,7 @@ def _about(log: ConversationSet) -> str:
 
 
 def turn_reader(config: Config, run_data: RunData) -> TurnReader:
-    """How the run reads logged turns."""
+    """Return the reader of logged turns of the run."""
     return _reader(config.data, run_data.builder, run_data.stop_token_ids, run_data.max_length)
 
 
@@ -198,11 +202,12 @@ def _reader(data: DataConfig, builder: PromptBuilder, stop_token_ids: tuple[int,
 
 
 def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tuple[str, list[str], str]:
-    """Read some logged turns as the steps will read them: a template that cannot show them is found before the start.
+    """Read a sample of logged turns as the steps will read them, to find an unfit chat template before the start.
 
-    Returns what became of them, in numbers, a sentence for each unusable one, and what their prompts cost.  Raises:
-    ValueError in one sentence for one that may not be skipped, where none can be used, and for a teacher's prompt that
-    does not show the accepted answer.
+    Return a line with their numbers, a message for each unusable turn, and a line about the cost of their prompts.
+
+    Raises: ValueError for an unusable turn that may not be skipped, for a sample without any usable turn, and for a
+    teacher's prompt that does not show the accepted answer.
     """
     numbers = sorted(random.Random(f"{seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
     looked_at = [problems[number] for number in numbers]
@@ -211,7 +216,7 @@ def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tupl
         reader.check(turn)
     counts, unusable = TurnCounts.of(turns), [turn.message for turn in turns if isinstance(turn, Unusable)]
     if not counts.usable:
-        raise ConfigError(f"none of {len(turns)} turns that were looked at can be used; the first: {unusable[0]}")
+        raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
     pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
     return f"{which} turns were read: {counts}", unusable, _about_prompts(reader.builder, pairs, "accepted answer")
@@ -224,7 +229,7 @@ def _evaluation_problems(
     require_solution: bool = True,
     hinted: bool = False,
 ) -> list[Problem]:
-    """Read ``evaluation.path`` and check the first prompts; ``hinted``: the teacher's too."""
+    """Read ``evaluation.path`` and check the first student's prompts; with ``hinted`` also the teacher's."""
     evaluation = config.evaluation
     if evaluation.path is None:
         return []
@@ -247,10 +252,11 @@ def _evaluation_problems(
 
 
 def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, PromptPair]], shown_part: str) -> str:
-    """Check that the prompts show what they are made of, and return a line about their cost.
+    """Check that the prompts show problem and solution, and return a line about their cost.
 
-    ``shown_part``: what the line calls the solution in them.  Raises: ValueError in one sentence for the first that
-    does not.
+    ``shown_part`` is the name of the solution in that line.
+
+    Raises: ValueError for the first prompt that does not show its texts.
     """
     costs: list[HintCost] = []
     for problem, pair in looked_at:
@@ -266,7 +272,10 @@ def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, Pr
 
 
 def longest_context(config: Config) -> int:
-    """The longest prompt + response in tokens: what the model, the data and one packed row allow."""
+    """Return the largest length of prompt and response, in tokens, for the model, the data and a packed sequence.
+
+    Raises: `ConfigError` if ``data.max_length`` exceeds the model or a packed sequence.
+    """
     p = config.parallel
     multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
     row = config.schedule.max_tokens // multiple * multiple
@@ -275,7 +284,7 @@ def longest_context(config: Config) -> int:
     wanted = config.data.max_length
     if wanted is not None and wanted > row:
         raise ConfigError(
-            f"data.max_length ({wanted}) exceeds the longest row within schedule.max_tokens ({row}); raise the latter"
+            f"data.max_length ({wanted}) exceeds the longest packed sequence ({row}); raise schedule.max_tokens"
         )
     if wanted is not None and config.model.provider is None and wanted > config.model.max_position_embeddings:
         raise ConfigError(
@@ -285,15 +294,17 @@ def longest_context(config: Config) -> int:
     return min(limit, row)
 
 
-def _those_that_fit(
+def _fitting_problems(
     problems: ProblemSet, builder: PromptBuilder, max_length: int, config: Config
 ) -> tuple[ProblemSet, ContextCounts, str | None]:
-    """Return the problems whose contexts fit, the counts, and what the teacher's prompts cost; the first prompts are
-    checked."""
+    """Return the problems whose contexts fit, the counts, and a line about the cost of the teacher's prompts.
+
+    The first prompts are checked.
+    """
     kept, counts = [], ContextCounts()
     looked_at: list[tuple[Problem, PromptPair]] = []
     for problem in problems.problems:  # one by one: the prompts of a whole data set need not be in memory
-        # Own solutions are found later; until then the answer stands for them.
+        # Own solutions are found later; until then the answer takes their place.
         shown = problem if problem.solution or not problem.answer else replace(problem, solution=problem.answer)
         pairs, count = plan_contexts(
             builder,
@@ -334,7 +345,7 @@ def _tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def _chat_template(data: DataConfig) -> str | None:
-    """Return the template itself, or the contents of the file that ``data.chat_template`` names."""
+    """Return the value of ``data.chat_template``, or the contents of the file that it names."""
     template = data.chat_template
     if template is None or "{" in template:
         return template

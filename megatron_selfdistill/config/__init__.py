@@ -41,7 +41,6 @@ from megatron_selfdistill.config.schema import (
     TeacherConfig,
 )
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.hidden_values import hidden
 
 __all__ = [
     "CheckpointConfig",
@@ -69,7 +68,6 @@ __all__ = [
     "function_named",
     "given_keys",
     "groups",
-    "hidden",
     "keys",
     "load",
     "to_yaml",

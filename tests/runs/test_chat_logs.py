@@ -291,6 +291,6 @@ def test_a_log_of_which_nothing_can_be_shown_is_refused_before_any_process_group
     from megatron_selfdistill.run_data import RunData
 
     with pytest.raises(
-        ConfigError, match=r"none of 64 turns that were looked at can be used; the first: .*chats.jsonl:"
+        ConfigError, match=r"none of 64 turns that were read can be used; the first: .*chats.jsonl:"
     ):
         RunData.load(load(chats(data, tmp_path / "run", "data.chat_template='{{ messages[0].content }}'")))

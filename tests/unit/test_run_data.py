@@ -94,11 +94,11 @@ def test_what_is_read_is_what_the_files_say(folder):
         (["model.vocab_size=20"], "model.vocab_size is 20, but"),
         (
             ["schedule.max_tokens=39"],
-            "data.max_length (40) exceeds the longest row within schedule.max_tokens (39)",
+            "data.max_length (40) exceeds the longest packed sequence (39)",
         ),
         (
             ["schedule.max_tokens=43", "parallel.context_parallel_size=2", "data.max_length=41"],
-            "data.max_length (41) exceeds the longest row within schedule.max_tokens (40)",
+            "data.max_length (41) exceeds the longest packed sequence (40)",
         ),
         (
             ["model.max_position_embeddings=39"],

@@ -60,7 +60,7 @@ def test_the_command_plan_prints_what_a_dry_run_prints(capsys, monkeypatch):
         (["model.num_moe_experts=6", "parallel.expert_model_parallel_size=4"], "model.num_moe_experts (6)"),
         (["data.global_batch_size=8"], "data.global_batch_size (8) must be at least the number of data-parallel ranks"),
         (["rollout.max_new_tokens=128"], "rollout.max_new_tokens (128) leaves no room for a prompt"),
-        (["data.max_length=1024"], "data.max_length (1024) exceeds the longest row within schedule.max_tokens (512)"),
+        (["data.max_length=1024"], "data.max_length (1024) exceeds the longest packed sequence (512)"),
         (["cluster.num_gpus=12"], "cluster.num_gpus (12) must be a multiple of cluster.gpus_per_node (8)"),
         (["model.vocab_size=null"], "set model.vocab_size"),
         (["model.provider=a.b"], "model.provider=a.b builds a model that only a launch can see"),
