@@ -1,6 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Real tokenizers made on the spot: a byte-level BPE chat model, a character-level base model,
-SentencePiece."""
+"""Real tokenizers that the tests train: a byte-level BPE chat model, a character-level base model, SentencePiece."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def plain_template() -> str:
 
 @pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: byte-level BPE, roles, and a generation prompt that ends in ``<think>``."""
+    """Return a Hugging Face directory: byte-level BPE, roles, and a generation prompt that ends in ``<think>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"), behavior="isolated"
@@ -67,7 +66,7 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def character_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder without chat template: one token per character, ``$`` ends a text."""
+    """Return a Hugging Face directory without chat template: one token per character, ``$`` ends a text."""
     vocabulary = {character: i for i, character in enumerate("0123456789-=b.,;:|H$_")}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -80,7 +79,7 @@ def character_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece ``tokenizer.model``: BPE with byte fallback, ``<s>`` and ``</s>``, and chat pieces."""
+    """Return a SentencePiece ``tokenizer.model``: BPE with byte fallback, ``<s>`` and ``</s>``, and chat pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 10),

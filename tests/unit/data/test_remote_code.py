@@ -33,7 +33,7 @@ class EvilTokenizer(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def folder(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working tokenizer whose class is in evil.py, and problems."""
+    """Return the directory of problems and of a working tokenizer whose class is in evil.py."""
     folder = tmp_path / "tokenizer"
     shutil.copytree(chat_folder, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -47,7 +47,7 @@ def folder(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(params=["a terminal that answers y", "no terminal"])
 def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Standard input and output are a pseudo-terminal with many a "y" typed into it, or input is empty."""
+    """Make standard input and output a pseudo-terminal with many a "y" typed into it, or make input empty."""
     if request.param == "no terminal":
         with open(os.devnull) as nothing:
             monkeypatch.setattr(sys, "stdin", nothing)

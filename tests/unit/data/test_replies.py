@@ -53,7 +53,7 @@ def turn_of(build: PromptBuilder, problem: Problem) -> Turn:
 
 
 def texts(build: PromptBuilder, problem: Problem) -> tuple[str, str, str]:
-    """The student's prompt, the teacher's, the reply."""
+    """Return the student's prompt, the teacher's prompt and the reply."""
     turn = turn_of(build, problem)
     assert (turn.prompts.student_prompt, turn.prompts.teacher_prompt) == build.prompt_pair(problem)
     decode = build.tokenizer.decode
@@ -167,7 +167,7 @@ def test_a_missing_chat_template_is_no_fault_of_the_log(chat_folder, character_f
 
 
 def test_a_token_that_spans_the_boundary_belongs_to_neither(chat_folder):
-    """``\\n\\n`` is one token: the prompt keeps its own, and the reply is encoded by itself."""
+    """Two line feeds are one token: the prompt keeps its token, and the reply is encoded by itself."""
     build = builder(
         chat_folder,
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}",
