@@ -13,7 +13,7 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
-from megatron_selfdistill.data.prompts import tokenizer_place
+from megatron_selfdistill.data.tokenizer import tokenizer_place
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.run_data import longest_context
 

@@ -22,13 +22,8 @@ from megatron_selfdistill.data.hints import (
     mean_cost,
 )
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
-from megatron_selfdistill.data.prompts import (
-    DEFAULT_TEACHER_TEMPLATE,
-    PromptBuilder,
-    PromptTemplates,
-    Tokenizer,
-    load_tokenizer,
-)
+from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE, PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 
 

@@ -21,7 +21,7 @@ from megatron_selfdistill.config import Config
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
     from torch import Tensor
 
-    from megatron_selfdistill.data.prompts import Tokenizer
+    from megatron_selfdistill.data.tokenizer import Tokenizer
     from megatron_selfdistill.sources.source import StepBatch
 
 OVERRIDES = (

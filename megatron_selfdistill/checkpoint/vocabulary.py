@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.describe import hf_assets_of
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.prompts import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megatron_selfdistill.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")

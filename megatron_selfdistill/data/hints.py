@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer, last_user_text
+from megatron_selfdistill.data.prompts import PromptBuilder, last_user_text
+from megatron_selfdistill.data.tokenizer import Tokenizer
 
 LOOKED_AT = 64
 """Number of problems whose prompts are checked before a run starts; a chat template treats all problems alike."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_selfdistill.data.prompts import Tokenizer
+from megatron_selfdistill.data.tokenizer import Tokenizer
 
 _LONGEST = 4  # bytes, and thus tokens, of a character
 

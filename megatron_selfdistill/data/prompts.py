@@ -1,16 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The student's and the teacher's prompt as token ids, through the tokenizer's own chat template."""
+"""The prompts of student and teacher as token ids, rendered by the chat template of the tokenizer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_selfdistill.data.data_files import is_hub_name
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import MissingChatTemplateError
 
 DEFAULT_TEACHER_TEMPLATE = """\
@@ -56,41 +55,6 @@ class PromptTemplates:
                     f"The {name}'s template: expected only the slots {wanted}, got {{{unknown[0]}}}; "
                     f"write {{{{{unknown[0]}}}}} for literal braces."
                 )
-
-
-class Tokenizer(Protocol):
-    """The tokenizer of a run; `load_tokenizer` returns one."""
-
-    name: str
-    """Path or hub name of the tokenizer."""
-    vocab_size: int
-    """Largest token id, added tokens included, plus one."""
-    eos_id: int | None
-    """Id of the end-of-sequence token; None where the tokenizer has none."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return ``[encode(text) for text in texts]``; a fast tokenizer uses all cores."""
-        return [self.encode(text) for text in texts]
-
-    def tokens(self) -> dict[int, str]:
-        """Return id -> token of the whole vocabulary, added tokens included."""
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of ``ids``, for people and verifiers; the text must not be encoded again."""
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
-        """Return the conversation as one string, by the chat template with the variables ``kwargs``."""
-
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> list[int]:
-        """Return ``encode(render_chat(...))``."""
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs))
 
 
 class PromptBuilder:
@@ -201,187 +165,6 @@ def _last_user_message(problem: Problem) -> int:
     return max(index for index, message in enumerate(problem.messages) if message["role"] == "user")
 
 
-def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-    """Load a Hugging Face tokenizer (directory or hub name), or a SentencePiece ``.model`` file or its directory.
-
-    ``chat_template`` is a Jinja template that replaces the tokenizer's; for base models, which know no roles,
-    ``{% for m in messages %}{{ m.content }}{% endfor %}`` is plain text.  ``trust_remote_code`` lets the tokenizer run
-    the Python code in its directory (auto_map).
-
-    Raises: FileNotFoundError or ValueError if there is no tokenizer at ``path``.
-    """
-    path = tokenizer_place(path)
-    if str(path).endswith(".model"):
-        return SentencePieceTokenizer(path, chat_template=chat_template)
-    return HuggingFaceTokenizer(path, chat_template=chat_template, trust_remote_code=trust_remote_code)
-
-
-def tokenizer_place(path: str | Path) -> str | Path:
-    """Return the place of the tokenizer at ``path``: a directory, a SentencePiece ``.model`` file, or a hub name.
-
-    Nothing is imported or read.  Raises: FileNotFoundError or ValueError if there can be no tokenizer.
-    """
-    if not Path(path).exists() and not str(path).endswith(".model") and not is_hub_name(path):
-        raise FileNotFoundError(
-            f"Tokenizer: expected {_TOKENIZERS}, got {path}, which does not exist; correct data.tokenizer."
-        )
-    path = Path(path) if Path(path).exists() else path
-    if isinstance(path, Path) and path.is_dir():
-        is_hf = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-        if not is_hf and (path / "tokenizer.model").exists():
-            path = path / "tokenizer.model"
-    if str(path).endswith(".model"):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"Tokenizer: expected a SentencePiece model file, got {path}, which is no file.")
-    elif isinstance(path, Path) and not path.is_dir():
-        raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}, another kind of file; name its directory.")
-    return path
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of ``transformers``."""
-
-    def __init__(self, path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> None:
-        from transformers import AutoTokenizer  # takes seconds to import
-
-        try:
-            # False, since transformers asks on the terminal whether to run the code if there is no value.
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        except Exception as error:  # tokenizers raises a plain Exception, and remote code any exception
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if not trust_remote_code and "trust_remote_code" in str(error):
-                reason = (
-                    "its auto_map names Python code that the tokenizer needs; read that code, and set "
-                    "data.trust_remote_code=true to run it"
-                )
-            elif not isinstance(path, Path):
-                reason = f"there is no such directory here, and it could not be loaded as a hub name ({reason})"
-            raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}: {reason}") from error
-        if chat_template is not None:
-            self._tokenizer.chat_template = chat_template
-        self.name = str(path)
-        # Ids may have holes (len() is then too small for an embedding table).
-        self.vocab_size: int = max(len(self._tokenizer), 1 + max(self._tokenizer.get_vocab().values()))
-        self.eos_id: int | None = self._tokenizer.eos_token_id
-
-    def tokens(self) -> dict[int, str]:
-        """Return id -> token of the whole vocabulary, added tokens included."""
-        return {index: token for token, index in self._tokenizer.get_vocab().items()}
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return ``[encode(text) for text in texts]``, computed on all cores."""
-        if not texts:
-            return []
-        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        return [list(ids) for ids in self._tokenizer(list(texts), **options)["input_ids"]]
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of ``ids``, for people and verifiers."""
-        text: str = self._tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
-        """Return the conversation as one string, by the chat template with the variables ``kwargs``.
-
-        Raises: MissingChatTemplateError if there is no chat template.
-        """
-        if not self._tokenizer.chat_template:
-            raise MissingChatTemplateError(self.name)
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-        )
-        return text
-
-
-class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, read by the ``sentencepiece`` library, with the chat templates of ``transformers``.
-
-    The classes of ``transformers`` for ``.model`` files convert or post-process the model, and then differ from the
-    encoding that the model was trained with (the prefix space, byte pieces).  Here the encoding of a text is exactly
-    ``sp.encode(text)``.  Only control pieces such as ``<s>``, which that call never yields, become their ids where the
-    text spells them; the parts between them are encoded one by one.
-    """
-
-    def __init__(self, path: str | Path, *, chat_template: str | None = None) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._sp = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"Tokenizer: expected a SentencePiece model, got {path}: {error}") from error
-        self._chat_template = chat_template
-        self.name = str(path)
-        self.vocab_size: int = self._sp.get_piece_size()
-        special = {
-            "bos": self._sp.bos_id(),
-            "eos": self._sp.eos_id(),
-            "unk": self._sp.unk_id(),
-            "pad": self._sp.pad_id(),
-        }
-        self._special_tokens = {f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0}
-        self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
-        self._control = {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
-        # Longest first: where one piece is the beginning of another, the longer piece is meant.
-        pieces = sorted(map(re.escape, self._control), key=len, reverse=True)
-        self._control_pattern = re.compile(f"({'|'.join(pieces)})" if pieces else "(?!)")
-
-    def tokens(self) -> dict[int, str]:
-        """Return id -> token of the whole vocabulary, added tokens included."""
-        return {index: self._sp.id_to_piece(index) for index in range(self.vocab_size)}
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
-        ids: list[int] = []
-        for part in self._control_pattern.split(text):
-            if part in self._control:
-                ids.append(self._control[part])
-            elif part:
-                ids.extend(self._sp.encode(part))
-        return ids
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of ``ids``, for people and verifiers."""
-        parts: list[str] = []
-        stretch: list[int] = []
-        for token in ids:
-            if self._sp.is_control(int(token)):
-                parts.append(self._sp.decode(stretch))
-                stretch = []
-                if not skip_special_tokens:
-                    parts.append(self._sp.id_to_piece(int(token)))
-            else:
-                stretch.append(int(token))
-        return "".join([*parts, self._sp.decode(stretch)])
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
-        """Return the conversation as one string, by the chat template with the variables ``kwargs``.
-
-        Raises: MissingChatTemplateError if there is no chat template.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if self._chat_template is None:
-            raise MissingChatTemplateError(self.name)
-        rendered, _ = render_jinja_template(
-            conversations=[list(messages)],
-            chat_template=self._chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **{**self._special_tokens, **kwargs},
-        )
-        text: str = rendered[0]
-        return text
-
-
 @dataclass(frozen=True)
 class _SplitPrompt:
     """A prompt's ids and their tail, which follows the ids of the same prompt without generation prompt."""
@@ -400,8 +183,6 @@ def _split_prompt(texts: Sequence[str], encoded: Sequence[list[int]]) -> _SplitP
     generation_text = whole[len(before) :] if whole.startswith(before) else whole
     return _SplitPrompt(ids, ids[equal:], generation_text, joins_message=equal < len(before_ids))
 
-
-_TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
 
 # `{{name}}` is a literal `{name}` (group 1), `{name}` a slot (group 2); all other braces are text.
 _SLOT = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
+from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.evaluation_result import (
     EvaluationResult,

@@ -14,7 +14,7 @@ from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.loss.status import Status
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.data.prompts import Tokenizer
+    from megatron_selfdistill.data.tokenizer import Tokenizer
 
 NUMBERS = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
 """The fields of `TokenStats` that a sample has of each token; NaN where the loss has no teacher."""

@@ -11,7 +11,7 @@ from megatron_selfdistill.metrics.samples import Sample, chosen, sample_of
 from megatron_selfdistill.metrics.token_numbers import token_numbers
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.data.prompts import Tokenizer
+    from megatron_selfdistill.data.tokenizer import Tokenizer
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.pipeline.schedule import StepOutput
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_selfdistill.loss.target import Target
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.data.prompts import Tokenizer
+    from megatron_selfdistill.data.tokenizer import Tokenizer
 
 # Elements of one float64 temporary of `select_tokens` (128 MiB): rows are processed in groups of this size.
 _MAX_ELEMENTS = 2**24

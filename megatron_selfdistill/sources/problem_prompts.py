@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
-from megatron_selfdistill.data.prompts import PromptBuilder, Tokenizer
+from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.evaluation.verify import Verifier, judge
 from megatron_selfdistill.rollout.base import Response, SamplingParams, response_text
 

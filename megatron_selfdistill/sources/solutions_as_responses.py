@@ -7,7 +7,7 @@ import math
 
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem, shard
-from megatron_selfdistill.data.prompts import Tokenizer
+from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.pipeline.schedule import StepOutput

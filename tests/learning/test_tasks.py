@@ -136,7 +136,7 @@ def test_ragged_problems_hints_and_responses_have_many_lengths():
 
 
 def test_the_tokenizer_has_one_token_per_character(tmp_path):
-    from megatron_selfdistill.data.prompts import load_tokenizer
+    from megatron_selfdistill.data.tokenizer import load_tokenizer
 
     pretraining.write_tokenizer(tmp_path, subtraction.ALPHABET)
     tokenizer = load_tokenizer(str(tmp_path))

@@ -35,8 +35,8 @@ ORDER = {
         "sharded.backend sharded.vocab_parallel sharded.fused_linear"
     ),
     "data": (
-        "data_files records problems chat.acceptance chat.conversations prompts hints pieces contexts chat.replies "
-        "packing"
+        "data_files records problems chat.acceptance chat.conversations tokenizer prompts hints pieces contexts "
+        "chat.replies packing"
     ),
     "model": (
         "layers fused_kernels fp8 host_to_device optimizer_step packed_sequences architecture build hf.rules "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.data.prompts import Tokenizer
+from megatron_selfdistill.data.tokenizer import Tokenizer
 
 STOP = ord("$")
 ONE_RANK = SimpleNamespace(

@@ -12,7 +12,10 @@ PAGES = {
     "pipeline": ("A step through the pipeline", "pipeline.schedule teacher pipeline.batch"),
     "trainer": ("Trainer and sources of responses", "trainer learner sources.source sources.configured_source"),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
-    "data": ("Data", "data.problems data.prompts data.contexts data.chat.conversations data.chat.acceptance"),
+    "data": (
+        "Data",
+        "data.problems data.tokenizer data.prompts data.contexts data.chat.conversations data.chat.acceptance",
+    ),
     "config": ("Configuration", "config.compose config.bound_keys"),
     "evaluation": (
         "Evaluation",

@@ -17,7 +17,8 @@ from megatron_selfdistill.data.contexts import (
     plan_contexts,
 )
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, load_tokenizer
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.tokenizer import load_tokenizer
 
 
 def problem(text: str, solution: str) -> Problem:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.data.hints import HintCost, check_student_prompt, check_teacher_prompt, hint_cost, mean_cost
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, load_tokenizer
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.tokenizer import load_tokenizer
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
 TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"

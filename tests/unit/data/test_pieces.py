@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_selfdistill.data.pieces import pieces
-from megatron_selfdistill.data.prompts import load_tokenizer
+from megatron_selfdistill.data.tokenizer import load_tokenizer
 
 TEXT = "What is the  sum?\n\n héllo 你好 🙂🙂 the answer<|im_end|> is seven"
 

@@ -12,7 +12,8 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE, PromptBuilder, PromptTemplates, load_tokenizer
+from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE, PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.tokenizer import load_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 3 + 4?"},), "It is 7.", "7", "sums.jsonl:1")
 
