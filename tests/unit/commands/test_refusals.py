@@ -64,7 +64,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),
     "train, a recipe": ([TRAIN, "recipe=nope"], "recipe=nope: there is no such file"),
     "train, a type": ([TRAIN, "num_steps=three"], "'three' of type 'str' could not be converted to Integer"),
-    "train, too long contexts": ([TRAIN, *RUNNABLE, "data.max_length=1000000"], "exceeds the longest row"),
+    "train, too long contexts": ([TRAIN, *RUNNABLE, "data.max_length=1000000"], "exceeds the longest packed sequence"),
     "a plan, a layout": ([TRAIN, *PLAN, THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
     "a plan, engines": ([TRAIN, *PLAN, "rollout.engine=vllm", "rollout.engine_tp=3"], "ranks form one engine"),
     "a plan, no vocabulary": ([TRAIN, *PLAN, "model.vocab_size=null"], "the vocabulary's size is not known"),
