@@ -45,7 +45,7 @@ def measured(folder: Path, *arguments: str, launcher: Sequence[str] = (), fails:
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A script of tools/benchmarks/ as a module, which finds those beside it, as when it is run."""
+    """Import a script of tools/benchmarks/ as a module, which can import the scripts beside it."""
     monkeypatch.syspath_prepend(str(TOOLS))
     for name in ("loss_contenders", "loss_measurements", "step_parts"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -129,7 +129,7 @@ print(len(hooks["configuration"].page()), len(hooks["repository_pages"]()))
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A repository whose one page links to everything that a page may link to."""
+    """Make a repository with one page that links to everything to which a page may link."""
     for name, text in {
         "docs/guides/page.md": "[a](other.md#x) [b](../../tool.py#L3) [c](../../FILE.md#y) [d](https://x.org)\n"
         "```\n[e](../../tool.py)\n```\n[f](../../code) [g](../../missing.md) [h](#z) ![i](../i.png)\n",

@@ -50,7 +50,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def environment(folder: Path, wheel: Path) -> Path:
-    """An environment that has the wheel and nothing else; returns its folder of programs."""
+    """Make an environment with the wheel and nothing else, and return its directory of programs."""
     venv.create(folder, with_pip=False)
     programs = folder / "bin"
     install = ("install", "--quiet", "--no-deps", wheel)
@@ -66,7 +66,7 @@ def bare(wheel, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def programs(wheel, tmp_path_factory) -> Path:
-    """An environment with the wheel, and with the packages beside which these tests run."""
+    """Make an environment with the wheel and with the packages of these tests' own environment."""
     folder = tmp_path_factory.mktemp("environment")
     programs = environment(folder, wheel)
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
@@ -88,7 +88,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def use(programs, folder) -> Callable[[str], Done]:
-    """A function that runs one small use of the command of that name."""
+    """Return a function that runs one small use of the command of that name."""
     data, model = "problems.jsonl", ["--hf", "hf"]
     commands = {
         "train": tiny_run.overrides(Path(), Path("run"), "num_steps=1", "model.num_layers=2"),

@@ -45,7 +45,7 @@ print(json.dumps({
 
 
 def pip(*arguments: str, cwd: Path) -> None:
-    """pip without network: what is built here needs nothing that is not installed."""
+    """Run pip without a network: the builds here need only installed packages."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     environment = {**os.environ, "PIP_NO_INDEX": "1"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
@@ -53,7 +53,7 @@ def pip(*arguments: str, cwd: Path) -> None:
 
 
 def found(cwd: Path, *, path: Path | None = None, site: Path | None = None) -> dict:
-    """What `WHAT_IS_FOUND` prints in a fresh Python that starts in another folder and has no site-packages.
+    """Return the output of `WHAT_IS_FOUND` in a fresh Python, in another directory and without site-packages.
 
     It sees the folder ``path`` on its path, or ``site`` as its only site-packages.
     """
@@ -66,7 +66,7 @@ def found(cwd: Path, *, path: Path | None = None, site: Path | None = None) -> d
 
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory):
-    """A copy of what is shipped: building leaves files in the tree it builds from."""
+    """Copy the files of the distribution, since a build leaves files in its source tree."""
     tree = tmp_path_factory.mktemp("source")
     leftovers = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in SHIPPED:

@@ -1,6 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which commands the scripts of examples/slurm run on which node, with a scontrol, an srun and a Python that only write
-down what they were asked."""
+"""The commands that the scripts of examples/slurm run on each node.
+
+The tests replace scontrol, srun and Python by programs that only record their arguments.
+"""
 
 from __future__ import annotations
 
@@ -206,7 +208,7 @@ def test_nodes_that_do_not_add_up_are_refused_before_anything_starts(tmp_path, p
 def test_a_container_sees_the_repository_and_the_run_folder_however_it_is_named_and_what_else_is_given(
     tmp_path, script
 ):
-    """pyxis takes sources only that begin with / or a dot."""
+    """Check that a relative directory becomes absolute, since pyxis takes only sources that begin with / or a dot."""
     relative = os.path.relpath(tmp_path / "runs" / "first", REPOSITORY)
     given = {"RUN_DIR": relative, "CONTAINER_MOUNTS": "/data:/data", "RUN_DOCTOR": "1"}
     job = submitted(tmp_path, script, CONTAINER_IMAGE="trainer.sqsh", SERVER_CONTAINER_IMAGE="vllm.sqsh", **given)

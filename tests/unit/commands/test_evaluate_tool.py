@@ -60,7 +60,7 @@ def evaluate(ranks, *args, world_size: int = 1, **kwargs) -> list[int]:
 
 @pytest.fixture(scope="module")
 def alone(folder, ranks) -> Path:
-    """The checkpoint, evaluated on one rank."""
+    """Evaluate the checkpoint on one rank."""
     out = folder / "results" / "alone"
     assert evaluate(ranks, folder, out, "--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15") == [0]
     return out

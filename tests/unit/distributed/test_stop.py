@@ -22,7 +22,7 @@ from megatron_selfdistill.errors import EngineError
 
 
 def asked(arguments: list[str], at: str, step: int, numbers: list[int], who: list[int]) -> int:
-    """A run: the ranks ``who`` get signals at the beginning of the stage ``at`` of `Trainer`, after ``step`` steps."""
+    """Start a run whose ranks ``who`` get signals before the stage ``at`` of `Trainer`, after ``step`` steps."""
     from megatron_selfdistill.trainer import Trainer
 
     original = getattr(Trainer, at)
@@ -37,7 +37,7 @@ def asked(arguments: list[str], at: str, step: int, numbers: list[int], who: lis
 
 
 def failing(arguments: list[str]) -> int:
-    """The engine fails in step 3, since the job was ended."""
+    """Let the engine fail in step 3, after the end of the job."""
     from megatron_selfdistill.trainer import Trainer
 
     next_batch = Trainer.next_batch

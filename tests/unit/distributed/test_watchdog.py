@@ -76,7 +76,7 @@ def test_by_default_a_hang_is_seen_before_collectives_give_up():
 
 
 def hung(data: Path, folder: Path, how: str, rank: int, world_size: int = 2) -> subprocess.CompletedProcess[str]:
-    """torchrun on a run that hangs; it gives up its workers a second after it lost one."""
+    """Run torchrun on a run that hangs; torchrun ends its workers a second after it has lost one."""
     paths = [str(TESTS / "support"), str(TESTS.parent), str(TESTS.parent / "examples")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -159,7 +159,7 @@ def test_files_that_move_are_signs_where_a_library_loads_or_saves_and_only_there
 
 
 def noted(arguments: list[str], path: Path) -> int:
-    """A run of which each load and save notes whether moved files are signs of progress."""
+    """Start a run in which each load and save records whether moved files are signs of progress."""
     from megatron_selfdistill.checkpoint.run import sharded_io
     from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
 

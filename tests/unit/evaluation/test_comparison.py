@@ -75,7 +75,7 @@ def test_fewer_than_two_problems_have_no_interval():
 
 
 def write(folder: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[str] | None = None, **settings) -> Path:
-    """An evaluation with these verdicts: per problem the greedy one, then the samples."""
+    """Return an evaluation with these verdicts: per problem the greedy verdict, then the samples' verdicts."""
     names = ids or [f"p{i}" for i in range(len(outcomes))]
     verdicts = [[Verdict(bool(right), 3 + i, False, str(right)) for i, right in enumerate(row)] for row in outcomes]
     problems = [ProblemResult(name, row[0], row[1:]) for name, row in zip(names, verdicts, strict=True)]

@@ -80,7 +80,7 @@ def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **op
 
 
 def run_in_layout(sizes: dict[str, int], count: int) -> tuple[EvaluationResult, list[int], list[str]]:
-    """(result, sizes of the calls of the sampler, ids that this rank verified)"""
+    """Return (result, sizes of the calls of the sampler, ids that this rank verified)."""
     from megatron_selfdistill.config import ParallelConfig
     from megatron_selfdistill.distributed import ranks
 
@@ -286,7 +286,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right):
 
 
 def majority_by_enumeration(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
-    """The definition: every subset of k votes; a tie is drawn."""
+    """Return majority@k by its definition: every subset of k votes, a tie decided by lot."""
     outcomes = []
     for subset in itertools.combinations(range(len(answers)), k):
         votes = Counter(answers[i] for i in subset if answers[i] is not None)
@@ -465,7 +465,7 @@ class Talkative(FakeSampler):
 
 
 def talk_in_layout(sizes: dict[str, int], verifier: str) -> tuple[list[str], int]:
-    """(lines about overlooked answers, responses that did not reach the limit)"""
+    """Return (lines about overlooked answers, responses that did not reach the limit)."""
     from megatron_selfdistill.config import ParallelConfig
     from megatron_selfdistill.distributed import ranks
 

@@ -64,7 +64,7 @@ def all_logits(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def all_rows(num_tokens: int = NUM_TOKENS, target: Target | None = None) -> TokenStats:
-    """The statistics of a whole batch, by the real loss."""
+    """Return the statistics of a whole batch, by the real loss."""
     student, teacher = all_logits(num_tokens)
     return distillation_loss(
         student,

@@ -245,7 +245,7 @@ def run_of(own_data: Any, name: str, *options: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one(ranks, own_data) -> dict[str, Any]:
-    """The samples of a run of one rank, by problem."""
+    """Return the samples of a run of one rank, by problem."""
     tiny_run.train(ranks, run_of(own_data, "start", "optimizer.lr=0", "metrics.show_samples=0"))
     options = [f"checkpoint.load={own_data}/start/checkpoints", f"rollout.record={own_data}/one.jsonl"]
     tiny_run.train(ranks, run_of(own_data, "one", *options, "metrics.show_samples=4"))

@@ -22,7 +22,7 @@ WIDE = {"hidden_size": 128, "ffn_hidden_size": 512, "moe_ffn_hidden_size": 256, 
 
 
 def real_bytes(kind, cuts, optimizer_config):
-    """What this rank holds once the optimizer has made a step."""
+    """Return the memory of this rank after one step of the optimizer."""
     chunks, _ = build(model_config(kind, **WIDE), parallel(**cuts), optimizer=optimizer_config)
     wrapped = wrap_for_training(chunks, optimizer_config)
     optimizer, _ = build_optimizer(wrapped, optimizer_config, num_steps=1)
@@ -90,7 +90,7 @@ def test_a_teacher_takes_its_copy_and_an_average_its_master(teacher, factor):
 
 
 def saved_bytes(model, tokens) -> int:
-    """What autograd keeps of one forward, besides parameters."""
+    """Return the bytes that autograd keeps of one forward, besides the parameters."""
     chunks, grid = build(model, parallel(), optimizer=OptimizerConfig(precision="bf16"))
     params = {p.untyped_storage().data_ptr() for p in chunks[0].parameters()}
     saved: dict[int, torch.Tensor] = {}  # holding the tensors, or an address could be another's

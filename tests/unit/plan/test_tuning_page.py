@@ -17,7 +17,7 @@ ROWS = re.findall(r"^\| (?:none|`([^`|]+=[^`|]+)`) \| ([0-9.]+) \| ([0-9.]+) \|$
 
 
 def figures(*overrides: str) -> tuple[dict[str, str], tuple[str, str]]:
-    """The parts, and the two sums, of one GPU of `recipe=qwen3_8b`."""
+    """Return the parts and the two sums of one GPU of `recipe=qwen3_8b`."""
     [memory] = dry_run(load(["recipe=qwen3_8b", *overrides])).memory
     parts = {name: f"{size:.1f}" for name, size in (memory.rollout | memory.training).items()}
     return parts, (f"{memory.training_peak:.1f}", f"{memory.rollout_peak:.1f}")
