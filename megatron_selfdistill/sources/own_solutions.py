@@ -74,16 +74,16 @@ class OwnSolutions:
     def refreshed(
         self, step: int, problems: Sequence[Problem], group_size: int, *, grid: RankGrid, **tools: Any
     ) -> tuple[OwnSolutions, dict[str, float]]:
-        """Return the table after a search for solutions of ``problems``, ``group_size`` at a time, with the weights of
-        this moment, and what was found.
+        """Return the table after a search for solutions of ``problems``, and the metrics of the search.
 
-        A problem's new solutions come first; older solutions, which are as right as they were, fill up what is left of
-        ``search.keep``.  Problems that are not asked for keep what they have.
-        ``tools``: generate, builder, verifier, score, fits as `solve` takes them.
+        The search runs ``group_size`` problems at a time with the present weights.  The new solutions of a problem come
+        first; older solutions, which are still right, fill the rest of ``search.keep``.  Other problems keep their
+        solutions.  ``tools``: generate, builder, verifier, score, fits as `solve` takes them.
 
-        The metrics: solutions/problems, solutions/pass_rate (right / sampled), solutions/solved_share (with a right
-        sample now), solutions/available_share (with a solution in the table), solutions/length_mean (tokens of the
-        solutions in the table); equal on all ranks.
+        The metrics, equal on all ranks: solutions/problems, solutions/pass_rate (right / sampled),
+        solutions/solved_share (with a right sample in this search), solutions/available_share (with a solution in the
+        table), solutions/length_mean (tokens of the solutions in the table).
+
         Collectives: per group those of `solve`, and an all_gather_object over the data-parallel ranks.
         """
         num_right = num_sampled = num_solved = 0
@@ -167,8 +167,10 @@ class OwnSolutionPrompts:
     def prepare(
         self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
     ) -> tuple[Prompts, Mapping[str, float]]:
-        """Return the prompts after a search over the problems of the coming steps, where a search is due, and the
-        metrics of `OwnSolutions.refreshed`.  Collective."""
+        """Return the prompts and the metrics of `OwnSolutions.refreshed` after a search, where a search is due.
+
+        The search covers the problems of the coming steps.  Collective.
+        """
         if not self.own.due(step):
             return self, {}
         finder = self.finder
@@ -201,8 +203,9 @@ class OwnSolutionPrompts:
         return False
 
     def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
-        """Return the answers to problems that have a solution which is not the response itself, with prompts that show
-        this solution, and solutions/skipped_share.
+        """Return the answers to problems with a solution other than the response itself, and solutions/skipped_share.
+
+        The prompts of these answers show that solution.
 
         Collectives: one sum over the data-parallel ranks.
         """

@@ -61,8 +61,10 @@ class Prompts(Protocol):
         ...
 
     def record(self, answers: Sequence[Answer], guided: Collection[str]) -> Prompts:
-        """Return the prompts of later steps, once all ``answers`` of this replica are known; ``guided``: the ids of the
-        problems with guided responses.  Collective."""
+        """Return the prompts of later steps, once all ``answers`` of this replica are known.
+
+        ``guided``: the ids of the problems with guided responses.  Collective.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,8 +140,10 @@ class Judge:
     grid: RankGrid
 
     def right(self, answers: Sequence[Answer]) -> list[bool]:
-        """Return whether each answer of this replica is right, the same on all ranks of the replica; a truncated
-        response is wrong.  Collective over the world."""
+        """Return whether each answer of this replica is right, equal on all ranks of the replica.
+
+        A truncated response is wrong.  Collective over the world.
+        """
         questions = {
             (self.grid.dp_rank, i): (
                 answer.problem,

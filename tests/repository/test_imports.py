@@ -167,12 +167,9 @@ def foreign_imports(folder: str, name: str = "*.py") -> dict[str, set[str]]:
     return found
 
 
-SOON = {PACKAGE + ".rollout.solutions"}
-
-
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda path: str(path.relative_to(REPOSITORY / PACKAGE)))
 def test_imports_run_one_way(path):
-    assert module_of(path) in SOON or wrong_way_imports(path.read_text(), module_of(path)) == []
+    assert wrong_way_imports(path.read_text(), module_of(path)) == []
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ CHARACTERS = "0123456789-=b.,;:|H$_"
 
 
 def character_tokenizer(folder: Path, **special: str) -> str:
-    """A Hugging Face folder with one token per character."""
+    """Write a Hugging Face folder with one token per character."""
     words = {character: i for i, character in enumerate(CHARACTERS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")

@@ -29,6 +29,7 @@ ARCHITECTURES = (80, 90, 100)
 
 
 def main() -> int:
+    """Compile the kernels for the chosen GPU and print their registers, spills and loads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--kernel", nargs="+", help="only these, by the names in the first column; * is any text")

@@ -43,6 +43,7 @@ def load_distance(sass: str) -> int | None:
 
 
 def instructions(sass: str) -> list[Instruction]:
+    """Return the instructions of a kernel in SASS, the text of cuobjdump."""
     lines = [match.groups() for match in map(_LINE.match, sass.splitlines()) if match]
     index = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
     return [_instruction(i, predicate, name, rest, index) for i, (_, predicate, name, rest) in enumerate(lines)]

@@ -73,6 +73,7 @@ class Case:
 
     @property
     def rank(self) -> int:
+        """The rank in the tensor-parallel group."""
         return 0 if self.shard.group is None else dist.get_rank(self.shard.group)
 
     @property
@@ -82,6 +83,7 @@ class Case:
 
     @property
     def divergence(self) -> Divergence:
+        """The divergence of the case."""
         return Divergence(self.kind)
 
 

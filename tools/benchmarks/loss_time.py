@@ -45,6 +45,7 @@ from megatron_selfdistill.loss import VocabShard
 
 
 def main() -> None:
+    """Measure every contender at every size and write the tables that the options ask for."""
     arguments = _parser().parse_args()
     arguments.dtype = arguments.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if not torch.cuda.is_available():

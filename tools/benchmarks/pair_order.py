@@ -157,7 +157,7 @@ class _ActivationMeter:
         self.now = self.peak = 0
         self.bank, meter = teacher_states.TeacherHiddenStates, self
 
-        class Counted(self.bank):
+        class Counted(teacher_states.TeacherHiddenStates):
             def put(self, index: int, hidden: torch.Tensor) -> None:
                 before = self.bytes_on_device
                 super().put(index, hidden)

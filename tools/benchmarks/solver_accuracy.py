@@ -22,6 +22,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def main() -> None:
+    """Measure the solver's error on every class of distributions and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=24, help="tokens per class")

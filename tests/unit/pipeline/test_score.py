@@ -38,7 +38,8 @@ FUSIONS = [None, *(Fusion("low_memory", tokens) for tokens in (1, 5, 1000)), Fus
 def scores_in_layout(cuts: dict, count: int = 7) -> tuple[list[int], list[list[Scores]]]:
     """Return the indices of this replica's contexts and their scores by each of `FUSIONS`.
 
-    The teacher has other weights than the student."""
+    The teacher has other weights than the student.
+    """
     student, teacher, grid = student_and_teacher(cuts)
     mine = list(range(count))[grid.dp_rank :: grid.dp_size]
     return mine, [scored(mine, student, teacher, grid, fusion) for fusion in FUSIONS]

@@ -48,7 +48,7 @@ def shown(answer: Answer) -> str:
 
 @pytest.fixture
 def no_collectives(monkeypatch):
-    """A sum over one rank is the rank's own number."""
+    """Make a sum over ranks return the number of this rank."""
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
 
 

@@ -52,7 +52,7 @@ def attempts_at(problems: list[Problem], generate: Any = None, step: int = 4, **
 
 
 def ranked(attempt: Attempt, rule: str, key: Any) -> list[str]:
-    """The texts that ``rule`` should keep: the best three different ones, written the long way round."""
+    """Return the texts that ``rule`` should keep: the best three different texts, computed step by step."""
     right = [c for c in attempt.candidates if c.text.split()[-1] == attempt.problem.answer and not c.response.truncated]
     best: list[str] = []
     for candidate in sorted(right, key=lambda c: (key(c), c.sample)):
@@ -205,7 +205,7 @@ def test_a_verifier_that_fails_on_one_rank_stops_all_of_them(ranks):
 
 
 def own_solutions(*found: tuple[int, list[str]], keep: int = 2) -> OwnSolutions:
-    """A table after searches that found these texts, at these steps, for the one problem."""
+    """Return a table after searches that found these texts, at these steps, for one problem."""
     table = OwnSolutions(Search(4, keep, "shortest", 5), refresh_every=10)
     for step, texts in found:
         replies = [written(f"{text}$") for text in texts] + [written("wrong$")] * (4 - len(texts))
