@@ -60,8 +60,11 @@ def test_the_command_plan_prints_what_a_dry_run_prints(capsys, monkeypatch):
         (["model.num_moe_experts=6", "parallel.expert_model_parallel_size=4"], "model.num_moe_experts (6)"),
         (["data.global_batch_size=8"], "data.global_batch_size (8) must be at least the number of data-parallel ranks"),
         (["rollout.max_new_tokens=128"], "rollout.max_new_tokens (128) leaves no room for a prompt"),
-        (["data.max_length=1024"], "data.max_length (1024) exceeds the longest row within schedule.max_tokens (512)"),
-        (["cluster.num_gpus=12"], "cluster.num_gpus (12) must be at most cluster.gpus_per_node (8) or a multiple of it"),
+        (["data.max_length=1024"], "data.max_length (1024) exceeds the longest packed sequence (512)"),
+        (
+            ["cluster.num_gpus=12"],
+            "cluster.num_gpus (12) must be at most cluster.gpus_per_node (8) or a multiple of it",
+        ),
         (["model.vocab_size=null"], "set model.vocab_size"),
         (["model.provider=a.b"], "model.provider=a.b builds a model that only a launch can see"),
         (["rollout.engine=vllm", "rollout.engine_tp=3"], "rollout.engine_tp=3 ranks form one engine"),
