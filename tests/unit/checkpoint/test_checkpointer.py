@@ -209,7 +209,7 @@ def lose_the_manifest_of_the_teacher(run_dir: Path) -> None:
     checkpointed_run.start(Setup(teacher="frozen"), run_dir, steps=1).save(1)
     (run_dir / "teacher" / "manifest.json").unlink()
     run = checkpointed_run.start(Setup(teacher="frozen"), run_dir)
-    with raises("teacher has no manifest.json, with which this program wrote it"):
+    with raises("teacher has no manifest.json, which this program saved with it"):
         run.load_latest()
     run.checkpointer.verify = "none"
     run.load_latest()

@@ -188,7 +188,7 @@ def test_a_checkpoint_that_lost_its_manifest_is_passed_over_unless_asked_for(ran
     (newest(run_dir) / manifest.NAME).unlink()
     assert ranks.run(resumed_step, run_dir, world_size=1) == [1]
     (said,) = ranks.run(start_from, newest(run_dir), world_size=1)
-    assert "has no manifest.json, with which this program wrote it" in said and "checkpoint.verify=none" in said
+    assert "has no manifest.json, which this program saved with it" in said and "checkpoint.verify=none" in said
     ranks.run(take_unverified, run_dir, world_size=1)
 
 

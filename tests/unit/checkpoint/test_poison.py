@@ -112,22 +112,24 @@ def resume(run_dir: Path) -> str:
     return str(caught.value)
 
 
+REFUSED = ".*its pickle asks for posix.system"
+UNUSABLE = "none of the checkpoints in .* can be used: iter_0000001 has a .metadata that"
 POISONED = {
-    "common.pt": (poison_common, ""),
-    "the trainer's state": (poison_trainer_state, "trainer_state in .*common.pt"),
-    "the random states": (poison_rng_state, "rng_state/shard_"),
-    "a layer's extra state": (poison_extra_state, "_extra_state/shard_"),
-    ".metadata": (poison_metadata, "none of the checkpoints in .* can be used: iter_0000001 has a .metadata that"),
+    "common.pt": (poison_common, REFUSED),
+    "the trainer's state": (poison_trainer_state, "has a damaged trainer_state in its common.pt"),  # it is no pickle
+    "the random states": (poison_rng_state, f"rng_state/shard_{REFUSED}"),
+    "a layer's extra state": (poison_extra_state, f"_extra_state/shard_{REFUSED}"),
+    ".metadata": (poison_metadata, f"{UNUSABLE}{REFUSED}"),
 }
 
 
 @pytest.mark.parametrize("name", POISONED)
 def test_a_poisoned_checkpoint_is_refused_and_nothing_runs(ranks, run_dir, mark, name):
-    poison, place = POISONED[name]
+    poison, refusal = POISONED[name]
     poison(checkpoint(run_dir), mark)
     manifest.write(checkpoint(run_dir))  # its checksums are in order
     (message,) = ranks.run(resume, run_dir, world_size=1)
-    assert re.search(f"{place}.*its pickle asks for posix.system", message), message
+    assert re.search(refusal, message), message
     assert not mark.exists()
 
 

@@ -26,8 +26,8 @@ SIZES = {"max_tokens": 4096, "cp_size": 1, "tp_size": 1, "paired": False}
 
 def lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Return the memory that steps of other contexts need and get on a device."""
-    grid: Any = SimpleNamespace(device=torch.device(device), cp_size=1, tp_size=1)
-    monkeypatch.setattr(batch, "largest", lambda grid, *values: list(values))
+    grid: Any = SimpleNamespace(device=torch.device(device), cp_size=1, tp_size=1, dp_group=None)
+    monkeypatch.setattr(batch, "max_over_ranks", lambda values, group: list(values))
     monkeypatch.setattr(batch, "microbatch_multiple", lambda grid: 1)
     found = []
     for step in range(40):

@@ -449,20 +449,20 @@ def test_on_a_gpu_kernels_repeat_their_bits_for_the_time_of_a_comparison(ranks):
 
 
 def test_a_cache_that_others_could_write_to_is_not_used(tmp_path, monkeypatch):
-    from megatron_selfdistill import selftest
+    from megatron_selfdistill.selftest import launch_environment
 
     names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-    monkeypatch.setattr(selftest.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(launch_environment.tempfile, "gettempdir", lambda: str(tmp_path))
     for name in names:
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / f"selfdistill_cache_{os.getuid()}"
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
-    selftest.share_caches()
+    launch_environment.share_caches()
     assert not any(name in os.environ for name in names)
     folder.chmod(0o700)
     monkeypatch.setenv(names[0], "/mine")
-    selftest.share_caches()
+    launch_environment.share_caches()
     assert os.environ[names[0]] == "/mine" and os.environ.pop(names[1]) == str(folder / "inductor")
 
 
