@@ -23,16 +23,16 @@ class Interval:
     high: float
     """The 97.5 % quantile."""
     probability_not_above_0: float
-    """The share of the resampled means that are not above 0; of a difference B - A: that B is not above A."""
+    """The share of the resampled means that are not above 0; for B - A, the share in which B is not above A."""
 
 
 def bootstrap(values: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> list[Interval]:
-    """Return the interval of the mean of each column, from resampled problems, the same samples for all columns.
+    """Return the interval of the mean of each column, from resampled problems that all columns share.
 
     ``values``: float ``[num_problems, num_columns]``.  If the values are differences of two models on the same
     problems, the result is the paired bootstrap.  The function resamples problems only; the scatter of the values
-    contains the sampling of their responses. Cost: num_resamples x num_problems random numbers.  Raises: ValueError for
-    fewer than 2 problems.
+    contains the sampling of their responses.  The cost is num_resamples x num_problems random numbers.
+    Raises: ValueError for fewer than 2 problems.
     """
     if values.ndim != 2 or len(values) < 2:
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The comparison of two models on the same problems, problem by problem, to tell whether B is better than A."""
+"""The comparison of two models on the same problems, problem by problem, which shows whether B is better than A."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from megatron_selfdistill.evaluation.evaluations import Evaluation
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of both evaluations."""
+    """One metric in both evaluations, and the difference between them."""
 
     metric: str
     a: float
     b: float
     difference: float
-    """b - a."""
+    """The difference ``b - a``."""
     low: float
-    """2.5 % quantile of the difference over resampled problems."""
+    """The 2.5 % quantile of the difference over resampled problems."""
     high: float
-    """97.5 % quantile."""
+    """The 97.5 % quantile of the difference over resampled problems."""
     probability_not_above: float | None
-    """Share of the resamples in which B is not above A: the p-value of "B is above A", one-sided; None where the metric
-    is 0 on every problem of both, so that there is nothing to compare."""
+    """The share of the resamples in which B is not above A: the one-sided p-value of "B is above A".  None if the
+    metric is 0 for every problem in both evaluations, so that there is nothing to compare."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All metrics that both evaluations have."""
+    """The comparison of all metrics that both evaluations have."""
 
     a: str
     b: str
@@ -42,11 +42,11 @@ class Comparison:
     seed: int
     differences: list[Difference]
     other_settings: dict[str, list[Any]]
-    """Settings that are not the same: name -> [A's, B's]."""
+    """The settings that differ between the evaluations: name -> [value in A, value in B]."""
 
     @property
     def neither_answered(self) -> bool:
-        """Whether no response of A and of B is correct."""
+        """Whether neither A nor B has a correct response."""
         rates = ("greedy_accuracy", "avg_at_", "pass_at_")
         return not any(it.a or it.b for it in self.differences if it.metric.startswith(rates))
 
@@ -60,7 +60,7 @@ def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES,
 
     avg@k, pass@k and majority@k are unbiased estimates, so A and B may have different numbers of samples; avg_at_N is
     then called avg_at_k.
-    Raises: `ConfigError` unless A and B have the same problems, at least 2.
+    Raises: `ConfigError` unless A and B have the same problems, and at least 2 problems.
     """
     _require_same_problems(a, b)
     values_a, values_b = dict(a.values), dict(b.values)
@@ -72,8 +72,8 @@ def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES,
     differences = np.stack([values_b[name] - values_a[name] for name in names], axis=1)
     found = bootstrap(differences, num_resamples, seed)
     return Comparison(
-        a=str(a.folder),
-        b=str(b.folder),
+        a=str(a.directory),
+        b=str(b.directory),
         num_problems=len(a.ids),
         num_resamples=num_resamples,
         seed=seed,
@@ -99,11 +99,12 @@ def _require_same_problems(a: Evaluation, b: Evaluation) -> None:
         first = next((pair for pair in zip(a.ids, b.ids, strict=False) if pair[0] != pair[1]), None)
         where = f"; the first that differs is {first[0]!r} against {first[1]!r}" if first else ""
         raise ConfigError(
-            f"expected two evaluations of the same problems, got {len(a.ids)} in {a.folder} with fingerprint "
-            f"{fingerprints[0]} and {len(b.ids)} in {b.folder} with {fingerprints[1]}{where}; evaluate both on one file"
+            f"expected two evaluations of the same problems, got {len(a.ids)} in {a.directory} with fingerprint "
+            f"{fingerprints[0]} and {len(b.ids)} in {b.directory} with {fingerprints[1]}{where}; evaluate both on one "
+            "file"
         )
     if len(a.ids) < 2:
-        raise ConfigError(f"expected at least 2 problems to compare on, got {len(a.ids)} in {a.folder}")
+        raise ConfigError(f"expected at least 2 problems to compare on, got {len(a.ids)} in {a.directory}")
 
 
 def _other_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:

@@ -21,7 +21,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
         raise ValueError(
             f"pass_at_k: expected 0 <= num_correct <= num_samples and 1 <= k <= num_samples, got "
-            f"{num_correct} of {num_samples} and k = {k}; draw at least k samples."
+            f"{num_correct} of {num_samples} and k = {k}; generate at least k samples."
         )
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
@@ -46,7 +46,7 @@ def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int
     if not 1 <= k <= n or len(correct) != n:
         raise ValueError(
             f"majority_at_k: expected 1 <= k <= num_samples and a verdict per sample, got k = {k}, {n} answers and "
-            f"{len(correct)} verdicts; draw at least k samples."
+            f"{len(correct)} verdicts; generate at least k samples."
         )
     votes = Counter(answer for answer in answers if answer is not None)
     num_correct = Counter(answer for answer, is_correct in zip(answers, correct, strict=True) if is_correct)
@@ -60,8 +60,8 @@ def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int
 
 
 def _wins(others: Sequence[int], num_silent: int, t: int, rest: int, p: float) -> float:
-    """Return E[1 / (1 + ties); no other answer has more than ``t`` votes, ``rest`` samples gave another or none]."""
-    # The answers that cannot reach t need no distinction: together they are one binomial.
+    """Return E[1 / (1 + ties); no other answer has more than ``t`` votes], for ``rest`` samples without the answer."""
+    # The answers that cannot reach t votes need no distinction: together these answers are one binomial.
     below = _binomial(num_silent + sum(count for count in others if count < t), p)[: rest + 1]
     table = np.zeros((rest + 1, 1))  # [samples so far, ties so far]
     table[: len(below), 0] = below

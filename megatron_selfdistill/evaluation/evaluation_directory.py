@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The names of the files of an evaluation, and checks of its directory; imports nothing heavy."""
+"""The names of the files of an evaluation, and checks of its directory.  This module imports no torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from megatron_selfdistill.errors import ConfigError
 SUMMARY, PROBLEMS, RESPONSES = "summary.json", "problems.jsonl", "responses.jsonl"
 
 
-def require_free(folder: Path, overwrite: bool) -> None:
-    """Raise `ConfigError` unless ``folder`` is new or empty, or holds an evaluation that may be overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+def require_free(directory: Path, overwrite: bool) -> None:
+    """Raise `ConfigError` unless ``directory`` is new or empty, or holds an evaluation that may be overwritten."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not overwrite:
-        raise ConfigError(f"expected a new folder for the results, got {folder}, which exists; add --overwrite")
-    if not (folder / SUMMARY).is_file():
-        raise ConfigError(f"expected an evaluation to overwrite, got {folder}, which has no {SUMMARY}")
+        raise ConfigError(f"expected a new directory for the results, got {directory}, which exists; add --overwrite")
+    if not (directory / SUMMARY).is_file():
+        raise ConfigError(f"expected an evaluation to overwrite, got {directory}, which has no {SUMMARY}")
 
 
-def require_evaluation(folder: Path) -> None:
-    """Raise `ConfigError` unless ``folder`` has the files of an evaluation."""
+def require_evaluation(directory: Path) -> None:
+    """Raise `ConfigError` unless ``directory`` has the files of an evaluation."""
     for name in (SUMMARY, PROBLEMS):
-        if not (folder / name).is_file():
-            raise ConfigError(f"expected an evaluation in {folder}, got no {name}; make one with selfdistill evaluate")
+        if not (directory / name).is_file():
+            raise ConfigError(
+                f"expected an evaluation in {directory}, got no {name}; make one with selfdistill evaluate"
+            )

@@ -12,20 +12,20 @@ from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 
 @dataclass(frozen=True)
 class Transcript:
-    """One response as text."""
+    """The text of one response."""
 
     problem_id: str
     sample: int | None
-    """Index of the sample; None is the greedy response."""
+    """The index of the sample; None is the greedy response."""
     prompt: str
-    """With its special tokens."""
+    """The prompt as text, with its special tokens."""
     response: str
-    """As the verifier saw it."""
+    """The response as the verifier reads it."""
     correct: bool
     length: int
-    """Tokens, with the stop token."""
+    """The length of the response in tokens, with the stop token."""
     truncated: bool
-    """It reached the limit; it then counts as wrong."""
+    """Whether the response reached the length limit; such a response counts as wrong."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Verdict:
 
     correct: bool
     length: int
-    """Tokens, with the stop token."""
+    """The length of the response in tokens, with the stop token."""
     truncated: bool
-    """It reached the limit; it then counts as wrong."""
+    """Whether the response reached the length limit; such a response counts as wrong."""
     answer: str | None
-    """What it votes for in a majority (`voted_answer`); None where it is truncated or says nothing, and where the
-    evaluation reads no votes."""
+    """The answer for which the response votes in a majority (`voted_answer`).  None if the response is truncated or
+    has no answer, or if the evaluation counts no votes."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ProblemResult:
         return sum(verdict.correct for verdict in self.samples)
 
     def avg(self) -> float:
-        """Return avg@k for every k: its estimate from all samples is the share of correct samples."""
+        """Return the estimate of avg@k, which is the share of correct samples for every k."""
         return self.num_correct / len(self.samples)
 
     def pass_at_k(self, k: int) -> float:
@@ -73,18 +73,18 @@ class Overlooked:
     """The responses that mention the answer of their problem, in an evaluation without any correct response."""
 
     num_responses: int
-    """All that were judged, greedy and sampled."""
+    """The number of judged responses, greedy and sampled."""
     num_with_answer: int
-    """Those that mention the answer (`mentions_answer`) and did not reach the limit."""
+    """The number of responses that mention the answer (`mentions_answer`) and did not reach the length limit."""
     examples: list[tuple[Problem, str]]
-    """The first ones' problems, and the ends of these responses."""
+    """The first responses that mention the answer: the problem, and the end of the response."""
 
     def lines(self, verifier: str, show_contents: bool = True) -> list[str]:
         """Return the lines about these responses for the log.
 
         ``verifier``: the value of evaluation.verifier.  ``show_contents``: whether the lines may quote responses.
         """
-        remedy = _REMEDIES.get(verifier, "look at what your verifier compares")
+        fix = _FIXES.get(verifier, "look at what your verifier compares")
         shown = [
             f"  {problem.location}: the answer {json.dumps(problem.answer, ensure_ascii=False)}, "
             f"the end of the response {json.dumps(end, ensure_ascii=False)}"
@@ -92,19 +92,19 @@ class Overlooked:
         ]
         return [
             f"0 of {self.num_responses} responses are right by evaluation.verifier={verifier}, but "
-            f"{self.num_with_answer} of them mention the answer: {remedy}",
+            f"{self.num_with_answer} of them mention the answer: {fix}",
             *(shown if show_contents else ()),
         ]
 
 
-_REMEDIES = {
+_FIXES = {
     "exact_match": (
-        "exact_match compares the whole of the last \\boxed{..}, of what follows the last ####, or of the last line; "
-        "set evaluation.verifier=math_verify, or name a function of your own"
+        "exact_match compares the complete last \\boxed{..}, the complete text after the last ####, or the complete "
+        "last line; set evaluation.verifier=math_verify, or to the path of your own function"
     ),
     "math_verify": (
-        "math_verify reads the last formula or number; ask for a form that it reads, such as \\boxed{..}, with "
-        "data.system_prompt, or name a function of your own in evaluation.verifier"
+        "math_verify reads the last formula or number; ask the model for a readable form, such as \\boxed{..}, with "
+        "data.system_prompt, or set evaluation.verifier to the path of your own function"
     ),
 }
 
@@ -115,7 +115,7 @@ class EvaluationResult:
 
     num_problems: int
     num_samples: int
-    """Sampled responses per problem; what is said of samples is None where there are none."""
+    """The number of sampled responses per problem; if the number is 0, the fields about samples are None."""
     greedy_accuracy: float
     greedy_mean_length: float
     greedy_truncated_share: float
@@ -123,15 +123,15 @@ class EvaluationResult:
     sampled_mean_length: float | None
     sampled_truncated_share: float | None
     pass_at_k: dict[int, float]
-    """k -> mean over problems of the unbiased estimate from the samples."""
+    """k -> the mean over problems of the unbiased estimate of pass@k."""
     majority_at_k: dict[int, float]
-    """The same of the majority's answer."""
+    """k -> the mean over problems of the unbiased estimate of majority@k."""
     problems: list[ProblemResult]
-    """One per problem, in their order."""
+    """The results of the problems, in the order of the problems."""
     transcripts: list[Transcript]
-    """The responses to the first problems: the greedy one, then the samples, problem by problem."""
+    """The responses to the first problems as text: for each problem the greedy response, then the samples."""
     overlooked: Overlooked | None = None
-    """None where a response is right, or none mentions its answer."""
+    """The wrong responses that mention the answer; None if a response is right or no response mentions the answer."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
         """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.

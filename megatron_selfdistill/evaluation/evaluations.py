@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""An evaluation as a folder: summary.json, and problems.jsonl with one line per problem.
+"""An evaluation as a directory: summary.json, and problems.jsonl with one line per problem.
 
 {"model": .., "data": {"path": .., "fingerprint": .., "num_problems": ..}, "settings": {..},
  "metrics": {"greedy_accuracy": .., "avg_at_16": .., ..}, "intervals": {"greedy_accuracy": [low, high], ..}}
@@ -31,14 +31,14 @@ from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, 
 class Evaluation:
     """The content of an evaluation's directory."""
 
-    folder: Path
+    directory: Path
     summary: dict[str, Any]
     ids: list[str]
     values: dict[str, np.ndarray]
     """Metric -> one number per problem ``[num_problems]``, whose mean is the metric."""
 
 
-def write_evaluation(folder: Path, result: EvaluationResult, about: Mapping[str, Any]) -> dict[str, Any]:
+def write_evaluation(directory: Path, result: EvaluationResult, about: Mapping[str, Any]) -> dict[str, Any]:
     """Write the files of ``result`` and return the summary; ``about`` is its content besides metrics and intervals.
 
     Each file appears under its name only when it is complete, and the summary appears last.  Transcripts, if there are
@@ -47,31 +47,31 @@ def write_evaluation(folder: Path, result: EvaluationResult, about: Mapping[str,
     lines = [_line(problem, list(result.pass_at_k), list(result.majority_at_k)) for problem in result.problems]
     metrics = {name.removeprefix("/"): value for name, value in result.metrics("").items()}
     summary = {**about, "metrics": metrics, "intervals": _intervals(_values(lines))}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SUMMARY).unlink(missing_ok=True)  # it says that the rest is whole
-    (folder / RESPONSES).unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / SUMMARY).unlink(missing_ok=True)  # the summary states that the other files are complete
+    (directory / RESPONSES).unlink(missing_ok=True)
     if result.transcripts:
-        _replace(folder / RESPONSES, map(_json, map(dataclasses.asdict, result.transcripts)))
-    _replace(folder / PROBLEMS, map(_json, lines))
-    _replace(folder / SUMMARY, [json.dumps(summary, indent=2, ensure_ascii=False)])
+        _replace(directory / RESPONSES, map(_json, map(dataclasses.asdict, result.transcripts)))
+    _replace(directory / PROBLEMS, map(_json, lines))
+    _replace(directory / SUMMARY, [json.dumps(summary, indent=2, ensure_ascii=False)])
     return summary
 
 
-def read_evaluation(folder: Path) -> Evaluation:
-    """Return the evaluation in ``folder``.  Raises: `ConfigError` if the files are incomplete."""
-    folder = Path(folder)
-    require_evaluation(folder)
+def read_evaluation(directory: Path) -> Evaluation:
+    """Return the evaluation in ``directory``.  Raises: `ConfigError` if the files are incomplete."""
+    directory = Path(directory)
+    require_evaluation(directory)
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        with (folder / PROBLEMS).open(encoding="utf-8") as stream:
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        with (directory / PROBLEMS).open(encoding="utf-8") as stream:
             lines = [json.loads(line) for line in stream]
         values, ids = _values(lines), [line["id"] for line in lines]
         if len(lines) != summary["data"]["num_problems"]:
             raise ValueError(f"{len(lines)} lines for {summary['data']['num_problems']} problems")
-        return Evaluation(folder, summary, ids, values)
+        return Evaluation(directory, summary, ids, values)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"expected the files of an evaluation in {folder}, got others ({type(error).__name__}: {error})"
+            f"expected the files of an evaluation in {directory}, got other files ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -116,7 +116,7 @@ def _values(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Return the 95 % intervals over the problems; none for a single problem."""
+    """Return the 95 % intervals over the problems; the result is empty for a single problem."""
     columns = np.stack(list(values.values()), axis=1)
     found = bootstrap(columns) if len(columns) > 1 else []
     return {name: [it.low, it.high] for name, it in zip(values, found, strict=bool(found))}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 _NUM_EXAMPLES = 3
-_END = 200  # characters of a response that are shown: its answer stands at the end
+_END = 200  # characters of the end of a response that are shown, because the answer stands at the end
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class EvaluationOptions:
     """The settings of one evaluation."""
 
     params: SamplingParams
-    """Parameters of the sampled responses; the greedy response differs from them in temperature, top-k and top-p."""
+    """The parameters of the sampled responses; the greedy response has another temperature, top-k and top-p."""
     num_samples: int
-    """Sampled responses per problem, besides the greedy response."""
+    """The number of sampled responses per problem, besides the greedy response."""
     pass_at_k: Sequence[int]
-    """Each k of pass@k, at most ``num_samples``."""
+    """The values of k for pass@k, each at most ``num_samples``."""
     seed: int
     """The seed of the run."""
     step: int
@@ -46,11 +46,11 @@ class EvaluationOptions:
     max_length: int
     """The longest context in tokens, prompt and response together."""
     majority_at_k: Sequence[int] | None = None
-    """Each k of majority@k, at most ``num_samples``; None reads no final answers."""
+    """The values of k for majority@k, each at most ``num_samples``; None counts no votes."""
     hinted: bool = False
     """Whether the prompt is the teacher's, which shows the solution."""
     num_transcripts: int | None = 4
-    """Number of problems, from the first, whose responses are kept as text; None keeps all responses."""
+    """The number of first problems whose responses are kept as text; None keeps all responses."""
 
 
 def evaluate(
@@ -62,7 +62,7 @@ def evaluate(
     options: EvaluationOptions,
     grid: RankGrid,
 ) -> EvaluationResult:
-    """Sample a greedy response and ``num_samples`` others to every problem, and return the verified results.
+    """Sample a greedy response and ``num_samples`` further responses to every problem, and return the verified results.
 
     ``problems`` are the same on all ranks; each data-parallel replica samples every dp_size-th problem.
     The seed of sample i is ``sample_seed(seed, step, "eval/" + problem.id, i)``, so the results do not depend on the
@@ -150,15 +150,15 @@ def _check_lengths(
 
 @dataclass(frozen=True)
 class _Judged:
-    """What one rank finds out about a response."""
+    """The judgement of a response, as one rank makes it."""
 
     verdict: Verdict
     text: str | None
-    """The text of a response that becomes a transcript; None of every other response."""
+    """The text of a response that becomes a transcript; None for every other response."""
     mentions_answer: bool
-    """Whether the text mentions the answer, although the verifier found the whole response wrong."""
+    """Whether the text mentions the answer, although the verifier judged the response as wrong."""
     end: str | None
-    """The end of the text, for the first few responses on each rank that mention the answer."""
+    """The end of the text; None except for the first few responses on each rank that mention the answer."""
 
 
 _Verdicts = dict[tuple[int, "int | None"], _Judged]

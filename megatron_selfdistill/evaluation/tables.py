@@ -22,7 +22,7 @@ def show_summary(summary: dict[str, Any], line: str) -> None:
     table.add_column("value", justify="right")
     table.add_column("95 %", justify="right")
     intervals = summary["intervals"]
-    for name in intervals or summary["metrics"]:  # a single problem has none
+    for name in intervals or summary["metrics"]:  # a single problem has no intervals
         interval = " to ".join(map(_shown, intervals.get(name, ())))
         table.add_row(name, _shown(summary["metrics"][name]), interval)
     _console().print(table)
@@ -47,8 +47,8 @@ def show_comparison(compared: Comparison) -> None:
     console.print(table)
     if compared.neither_answered:
         console.print(
-            f"neither A nor B answered any of the {compared.num_problems} problems right, which says nothing of which "
-            "one is better: read responses (--responses 3), and look at evaluation.verifier",
+            f"neither A nor B answered any of the {compared.num_problems} problems right, so nothing shows "
+            "which model is better: read responses (--responses 3), and look at evaluation.verifier",
             style="yellow",
             markup=False,
         )

@@ -15,15 +15,15 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.errors import ConfigError, VerifierError
 
-if TYPE_CHECKING:  # verifiers are also used where there is no Megatron
+if TYPE_CHECKING:  # verifiers are also used without Megatron
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 Key = TypeVar("Key", bound=Hashable)
-Said = TypeVar("Said")
+Content = TypeVar("Content")
 Verdict = TypeVar("Verdict")
 
 Verifier = Callable[[str, Problem], bool]
-"""``verify(response_text, problem)``: whether the response, without its stop token, is right."""
+"""A function ``verify(response_text, problem)`` that returns whether the response, without its stop token, is right."""
 
 MATH_TIMEOUT_SECONDS = 5
 
@@ -45,7 +45,7 @@ def judge(questions: Mapping[Key, tuple[Problem, str | None]], verifier: Verifie
 
 
 def judged_by_all(
-    questions: Mapping[Key, tuple[Problem, Said]], judgement: Callable[[Problem, Said], Verdict], grid: RankGrid
+    questions: Mapping[Key, tuple[Problem, Content]], judgement: Callable[[Problem, Content], Verdict], grid: RankGrid
 ) -> dict[Key, Verdict]:
     """Return the judgement of every question, over all replicas, equal on every rank.
 
@@ -59,10 +59,10 @@ def judged_by_all(
     rank = (grid.pp_rank * grid.cp_size + grid.cp_rank) * grid.tp_size + grid.tp_rank
     verdicts: dict[Key, Verdict] = {}
     failure = None
-    for key, (problem, said) in list(questions.items())[rank::num_ranks]:
+    for key, (problem, content) in list(questions.items())[rank::num_ranks]:
         try:
-            verdicts[key] = judgement(problem, said)
-        except Exception as error:  # raised below, on every rank: alone, it would leave the others waiting
+            verdicts[key] = judgement(problem, content)
+        except Exception as error:  # raised below on every rank, so that no rank waits
             failure = f"{problem.location}: the verifier failed with {type(error).__name__}: {error}"
             break
     gathered = gather_objects((verdicts, failure))
@@ -75,8 +75,8 @@ def judged_by_all(
 def exact_match(response_text: str, problem: Problem) -> bool:
     r"""Return whether the whole response, or else its final answer, is ``problem.answer``, up to white space.
 
-    The final answer is in the text after the last ``</think>``.  It is the first that exists of: the content of the
-    last ``\boxed{..}``; the text after the last ``####``; the last line that is not empty.
+    The final answer is in the text after the last ``</think>``: the content of the last ``\boxed{..}``; without a box,
+    the text after the last ``####``; without both, the last line that is not empty.
     """
     assert problem.answer is not None
     wanted = " ".join(problem.answer.split())
@@ -89,8 +89,8 @@ def math_verify(response_text: str, problem: Problem) -> bool:
     math-verify reads the text after the response's last ``</think>``.  It reads the answer as LaTeX, with or without
     dollars.  Only `exact_match` compares an answer of words alone (``Paris``, ``yes``), since math-verify would read it
     as a product of its letters; the same holds for an answer that math-verify cannot read.  Each parse and each
-    comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong.  A signal enforces this limit, so there is none
-    outside the main thread.
+    comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong.  A signal enforces this limit, so there is no
+    limit outside the main thread.
     """
     assert problem.answer is not None
     if exact_match(response_text, problem):
@@ -137,8 +137,8 @@ def voted_answer(response_text: str, verifier: Verifier) -> str | None:
     if not found or isinstance(found[0], str):
         return answer
     try:
-        return str(timeout(seconds)(_written)(found[0]))
-    except (TimeoutException, ValueError, ArithmeticError):  # too large to be written out
+        return str(timeout(seconds)(_text_of)(found[0]))
+    except (TimeoutException, ValueError, ArithmeticError):  # the number is too large to become text
         return answer
 
 
@@ -153,7 +153,7 @@ def check_answers(problems: Sequence[Problem], verifier: Verifier) -> None:
         )
 
 
-# One word of two letters or more, or several words: nothing that a formula would be.
+# One word of two letters or more, or several words; a formula does not have this form.
 _WORDS = re.compile(r"[^\W\d_]{2,}|[^\W\d_]+(\s+[^\W\d_]+)+")
 
 BUILT_IN: dict[str, Verifier] = {"exact_match": exact_match, "math_verify": math_verify}
@@ -180,7 +180,7 @@ def _seconds() -> int | None:
     return MATH_TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
-def _written(expression: Any) -> str:
+def _text_of(expression: Any) -> str:
     """Return a sympy expression as text; equal numbers give equal texts."""
     if not getattr(expression, "is_number", False) or expression.is_Integer or not expression.is_real:
         return str(expression)

@@ -320,7 +320,7 @@ def test_majority_at_k_of_many_samples_is_found_at_once():
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_majority_at_k_needs_enough_samples(k):
-    with pytest.raises(ValueError, match="draw at least k samples"):
+    with pytest.raises(ValueError, match="generate at least k samples"):
         majority_at_k(["a", "b", "a"], [True, False, True], k)
 
 
@@ -352,7 +352,7 @@ def test_a_number_too_large_to_write_out_is_a_vote_of_its_own():
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
 def test_pass_at_k_needs_enough_samples(n, c, k):
-    with pytest.raises(ValueError, match="draw at least k samples"):
+    with pytest.raises(ValueError, match="generate at least k samples"):
         pass_at_k(n, c, k)
 
 
