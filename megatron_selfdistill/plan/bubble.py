@@ -11,16 +11,19 @@ STUDENT, TEACHER = "student", "teacher"
 
 @dataclass(frozen=True)
 class Times:
-    """The times of one microbatch in one stage, in any unit: student's forward and backward, teacher's forward."""
+    """The times of one microbatch in one stage, in any unit."""
 
     forward: float = 1.0
+    """The time of the student's forward pass."""
     backward: float = 2.0
+    """The time of the student's backward pass."""
     teacher: float = 1.0
+    """The time of the teacher's forward pass."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """The result of simulating one step."""
+    """The result of the simulation of one step."""
 
     time: float
     """The time from the first forward to the last backward, in the unit of `Times`."""
@@ -38,7 +41,7 @@ def order(num_student: int, num_teacher: int, pair_order: str) -> list[str]:
 
 
 def simulate(streams: Sequence[str], pp_size: int, num_chunks: int = 1, times: Times | None = None) -> Simulated:
-    """Run 1F1B, or with ``num_chunks > 1`` the interleaved schedule, on ``pp_size`` stages; messages take no time.
+    """Simulate 1F1B, or with ``num_chunks > 1`` the interleaved schedule, on ``pp_size`` stages; messages take no time.
 
     The interleaved schedule needs a multiple of ``pp_size`` microbatches, and each chunk takes 1 / ``num_chunks`` of
     `Times`.
@@ -60,7 +63,7 @@ def simulate(streams: Sequence[str], pp_size: int, num_chunks: int = 1, times: T
                 else:
                     last = stage == pp_size - 1
                     awaited = (0, kind, microbatch, chunk + 1) if last else (stage + 1, kind, microbatch, chunk)
-                    first = last and chunk == last_chunk  # its own forward came before it, in this stage
+                    first = last and chunk == last_chunk  # its own forward precedes it in this stage
                 if not first and awaited not in done:
                     break
                 start = max(clock[stage], 0.0 if first else done[awaited])

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The dry run without a launch: everything that can be known of a run before there is a GPU."""
+"""The dry run without a launch: everything that can be known about a run without a GPU."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from megatron_selfdistill.plan.stages import Stage, stages
 from megatron_selfdistill.run_data import RunData, longest_context
 
 _SERVED_SHARE = 0.8
-"""The share of a server's GPU that weights may take: vLLM uses 0.9 of the GPU, for weights, cache and activations."""
+"""The share of a server's GPU that weights may take; vLLM uses 0.9 of the GPU for weights, cache and activations."""
 
 RECOMPUTE_ALL = "schedule.recompute_granularity=full schedule.recompute_method=uniform schedule.recompute_num_layers=1"
-"""The keys that keep only the inputs of layers, in a form that can be pasted into a command."""
+"""The keys with which a run keeps only the inputs of layers, in a form that can be pasted into a command."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Plan:
     """The needs of a configuration on ``cluster.num_gpus`` ranks."""
 
     config: Config
-    """The configuration, with the architecture of its checkpoint where it names one."""
+    """The configuration, with the architecture of its checkpoint if the configuration names a checkpoint."""
     num_problems: int | None
-    """The number of problems whose contexts fit, or of all logged turns; None where the configuration names no data."""
+    """The number of problems whose contexts fit, or of all logged turns; None if the configuration names no data."""
     about_prompts: str | None
     """The tokens that the teacher's prompts add; None without data or without a teacher."""
     stages: list[Stage]
     memory: list[Memory]
     """The memory of one GPU of each stage."""
     host: HostMemory
-    """The host memory of the node that holds most."""
+    """The host memory of the node whose ranks hold most."""
     parameters: int
     """The parameters of the whole model."""
     dp_size: int
@@ -62,10 +62,10 @@ class Plan:
     schedule: bubble.Simulated
     output_layer: OutputLayer
     engines: Engines | None
-    """The vLLM engines; None for another sampler or none."""
+    """The vLLM engines; None for another sampler, or without a sampler."""
 
     def misfit(self) -> str | None:
-        """Return a message where something does not fit; None where everything fits.
+        """Return a message about a part that does not fit; None if everything fits.
 
         A stage, or a server's share of the weights, may exceed its GPU; the ranks of a node may exceed its host memory.
         """
@@ -112,9 +112,9 @@ class Plan:
 def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     """Check and plan ``config`` for ``cluster.num_gpus`` ranks, without allocating parameters or opening connections.
 
-    The dry run reads the checkpoint's arguments, the tokenizer and the problems where the configuration names them.
-    ``given``: as in `train.train`.  Raises: `ConfigError` for a layout, a model or a sampler that is impossible; a plan
-    that does not fit raises nothing (`Plan.misfit`).
+    The dry run reads the checkpoint's arguments, the tokenizer and the problems if the configuration names them.
+    ``given``: as in `train.train`.  Raises: `ConfigError` for an impossible layout, model or sampler.  A plan that does
+    not fit is no error; `Plan.misfit` states why the plan does not fit.
     """
     num_gpus = planned_gpus(config)
     config = with_stored_architecture(config, given)
@@ -130,7 +130,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     p = config.parallel
     tp_size, pp_size = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     dp_size = num_gpus // (tp_size * p.context_parallel_size * pp_size)
-    # A log has one reply per turn, as long as its context allows.
+    # A log has one reply per turn; a reply may fill its context.
     num_samples, longest = (
         (1, max_length) if config.logged else (config.rollout.num_samples, config.rollout.max_new_tokens)
     )

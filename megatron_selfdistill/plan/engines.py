@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How full the vLLM engines are, and their share of the time of a step: arithmetic, not measurement.
+"""The load of the vLLM engines, and their share of the time of a step: arithmetic, not measurement.
 
-An engine reads all of its weights from memory for every token, whatever the number of its sequences.  Up to the
-machine's balance the sequences share this read, so a rollout takes as long for one sequence as for all of them.  An
-engine is full when it has as many sequences as the balance, or as its KV cache holds at a time:
+An engine reads all of its weights from memory for every token of a batch, for any number of sequences.  Up to the
+balance of the machine the sequences share this read, so one sequence takes as long as a full batch.  An engine is full
+when the number of its sequences reaches the balance, or the number that the KV cache holds at a time:
 
     balance  = `BALANCE` * all parameters / parameters that a token uses (fewer in a mixture of experts)
     rollout  = longest response * bytes of weights per GPU / bandwidth * max(1, sequences / full)
@@ -24,7 +24,7 @@ from megatron_selfdistill.plan.memory import GIB, element_size, engine_weight_gi
 from megatron_selfdistill.plan.stages import Stage
 
 BANDWIDTH = 4.3e12
-"""The bytes per second that an H200 copies in its own memory."""
+"""The bytes per second that an H200 copies within its own memory."""
 FLOPS = 780e12
 """The FLOP/s of an H200's dense bf16 matrix products."""
 BALANCE = FLOPS / BANDWIDTH
@@ -33,7 +33,7 @@ MFU = 0.4
 """The share of `FLOPS` that training reaches."""
 MEAN = 1 / 3
 """The mean length of prompts and responses, as a share of the longest."""
-# Of a server's GPU, that weights and KV cache take together where rollout.kv_cache_gb leaves the size to vLLM.
+# The share of a server's GPU that weights and KV cache take together if rollout.kv_cache_gb leaves the size to vLLM.
 _SERVER_SHARE = 0.9
 
 
@@ -57,7 +57,7 @@ class Engines:
 
     @property
     def full(self) -> float:
-        """The number of sequences up to which an engine takes no longer for more sequences."""
+        """The number of sequences up to which further sequences take no more time."""
         return min(self.balance, self.capacity)
 
     @property
@@ -67,11 +67,11 @@ class Engines:
 
     @property
     def warning(self) -> str | None:
-        """A message where the rollout takes most of the step and more sequences would take no more time; else None."""
+        """A warning if the rollout takes most of the step and further sequences would take no more time; else None."""
         if self.share <= 0.5 or self.sequences >= self.full:
             return None
         return (
-            f"warning: {self.sequences:g} sequences per engine leave the engines nearly idle, and writing responses "
+            f"warning: {self.sequences:g} sequences per engine leave the engines nearly idle, and sampling responses "
             f"takes about {self.share:.0%} of a step; {self.full:.0f} sequences take about as long: raise "
             f"data.global_batch_size to {self.batch}, or rollout.num_samples by the same factor"
         )
@@ -81,7 +81,7 @@ def engines(config: Config, transformer: Any, built: Sequence[Stage], num_gpus: 
     """Return the `Engines` of a configuration that samples with vLLM.
 
     ``transformer``: Megatron's configuration of the model.  ``built``: its stages.  ``kv_cache_gib``: GiB per GPU of a
-    colocated engine's KV cache; a server's is computed here.
+    colocated engine's KV cache; this function computes the KV cache of a server.
     """
     rollout, data = config.rollout, config.data
     colocated = rollout.placement == "colocated"
@@ -116,8 +116,8 @@ def engines(config: Config, transformer: Any, built: Sequence[Stage], num_gpus: 
 def kv_cache_bytes(config: Config, transformer: Any) -> float:
     """Return the bytes of one token in the KV cache of one GPU of an engine.
 
-    An engine with more GPUs than the model has heads of keys holds each head more than once; the same is true for the
-    one vector of latent attention.
+    An engine with more GPUs than key heads holds each head more than once.  Every GPU holds the one vector of latent
+    attention.
     """
     layers, size = transformer.num_layers, element_size(config)
     if getattr(transformer, "multi_latent_attention", False):

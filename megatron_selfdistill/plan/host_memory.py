@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The host memory of the ranks of one node in GiB, part by part: always, and while a checkpoint is saved.
+"""The host memory of the ranks of one node in GiB, part by part: the permanent parts, and the parts of a save.
 
 The numbers are arithmetic, not measurement.  They do not include the interpreter, CUDA's libraries, the page cache and
-vLLM's processes: an engine sleeps without a copy of its weights in host memory.
+vLLM's processes; a sleeping engine has no copy of its weights in host memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_selfdistill.plan.memory import GIB, Load, element_size, teacher_ro
 from megatron_selfdistill.plan.stages import Stage
 
 _COPIES_OF_A_BUCKET = {"shared_memory": 2, "gloo": 1}
-"""The transfer of weights to servers -> the copies of a bucket that rank 0 holds in host memory."""
+"""The transfer of weights to servers -> the number of copies of a bucket that rank 0 holds in host memory."""
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """The GiB on the node that holds most; the parts include those of 0 GiB."""
+    """The host memory in GiB of the node whose ranks hold most; parts of 0 GiB are listed, too."""
 
     resting: dict[str, float]
     """The parts that always exist: the offloaded teacher and its hidden states (pinned), buckets of weights."""
@@ -59,7 +59,7 @@ def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence
 
 
 def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> dict[str, float]:
-    """Return the bytes that one rank of ``stage`` holds all the time."""
+    """Return the bytes that one rank of ``stage`` holds permanently."""
     teacher = config.teacher
     weights = rows = 0.0
     if config.objective == "self_distillation":
@@ -71,7 +71,7 @@ def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load:
 
 
 def _saving(config: Config, stage: Stage) -> dict[str, float]:
-    """Return the bytes that a save adds on one rank of ``stage``, which writes its share of replicated parts.
+    """Return the bytes that a save adds on one rank of ``stage``; each rank writes its share of replicated parts.
 
     The frozen teacher, which is written once before the rest, takes less.
     """

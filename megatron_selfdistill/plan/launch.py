@@ -15,8 +15,8 @@ NEEDED = {
     "data.path": "/path/to/problems.jsonl",
 }
 """The keys that every training needs -> their placeholder in the command."""
-_RUN_DIR = "runs/first"  # where none is set
-_SCRIPTS_GPUS_PER_NODE = 8  # of examples/slurm, unless told otherwise
+_RUN_DIR = "runs/first"  # used if run_dir is not set
+_SCRIPTS_GPUS_PER_NODE = 8  # the default of the scripts in examples/slurm
 
 
 def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]:
@@ -45,7 +45,7 @@ def _sbatch(config: Config, overrides: Sequence[str]) -> str:
         script = "rollout_nodes"
         variables |= _server_variables(config)
         nodes += int(variables["ROLLOUT_NODES"])
-        # The script starts the servers, and tells the run their addresses.
+        # The script starts the servers, and passes their addresses to the run.
         overrides = [*(o for o in overrides if not o.startswith("rollout.num_servers=")), "rollout.num_servers=0"]
     if _ranks_per_node(config) != _SCRIPTS_GPUS_PER_NODE:
         variables["GPUS_PER_NODE"] = str(_ranks_per_node(config))
@@ -78,7 +78,7 @@ def _server_variables(config: Config) -> dict[str, str]:
 
 def _torchrun(config: Config, overrides: Sequence[str]) -> str:
     nodes = num_nodes(config)
-    # Not c10d's rendezvous: it gives out ranks as nodes arrive, and neighbours in rank should be neighbours.
+    # c10d's rendezvous would number the ranks as nodes arrive, but neighbouring ranks should run on neighbouring nodes.
     where = "--standalone" if nodes == 1 else f'--nnodes {nodes} --node-rank "$NODE_RANK" --master-addr "$HEAD"'
     command = f"torchrun {where} --nproc-per-node {_ranks_per_node(config)} -m megatron_selfdistill.train"
     return " ".join([command, *map(shlex.quote, [f"run_dir={hidden(config.run_dir or _RUN_DIR)}", *overrides])])

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The GiB on one rank of a pipeline stage, part by part, while it trains and while it samples responses.
 
-The numbers are arithmetic, not measurement: parameters are counted exactly, activations after Korthikanti et al.  2022
+The numbers are arithmetic, not measurement: parameters are counted exactly, activations after Korthikanti et al. 2022
 (arXiv 2205.05198, section 4) for grouped queries, gated MLPs and experts, with flash attention, Transformer Engine's
 fused layers, no dropout, and an equal number of tokens for every expert.  ``cluster.reserved_gb`` stands for the rest.
 """
@@ -34,18 +34,18 @@ class Load:
     alternating: bool
     """Whether the pair order alternates, so that the rank holds the teacher's hidden states of one microbatch only."""
     vocab_size: int
-    """The rows of the output layer, padding included."""
+    """The rows of the output layer's weight, padding included."""
     model_parameters: int
     """The parameters of the whole model, which a colocated engine holds."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The GiB by part; the parts include those of 0 GiB."""
+    """The GiB of each part of a rank's memory; parts of 0 GiB are listed, too."""
 
     training: dict[str, float]
     rollout: dict[str, float]
-    """The parts while the rank samples; empty where nothing is sampled."""
+    """The parts while the rank samples; empty if the run does not sample."""
 
     @property
     def training_peak(self) -> float:
@@ -64,7 +64,7 @@ class Memory:
 
 
 def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> Memory:
-    """Return the memory of the stage's first rank; an unstated size of the KV cache counts as a third of the rest."""
+    """Return the memory of the stage's first rank; a KV cache without a configured size takes a third of the rest."""
     resident = parameter_bytes(config, stage)
     teacher = resident.pop("teacher")
     working = {
@@ -83,7 +83,7 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
         engine["weight bucket"] = rollout.bucket_mb * 2**20
         if (
             rollout.placement == "colocated"
-        ):  # asleep while the trainer trains: then neither weights nor cache are there
+        ):  # the engine sleeps while the trainer trains, and then holds neither weights nor cache
             engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
     engine["reserved"] = config.cluster.reserved_gb * GIB
     if rollout.engine == "megatron" or rollout.placement == "colocated":
@@ -159,8 +159,8 @@ def layer_bytes(config: TransformerConfig, tokens: float, experts: bool) -> tupl
     attention keeps no scores.
     """
     parts = {
-        "inputs": 2 * _hidden(config),  # of both norms
-        "layernorm": 2 * _hidden(config),  # their outputs: inputs of the linear layers
+        "inputs": 2 * _hidden(config),  # the inputs of both norms
+        "layernorm": 2 * _hidden(config),  # the outputs of both norms, which are inputs of the linear layers
         **(_latent_attention(config) if getattr(config, "multi_latent_attention", False) else _attention(config)),
         **(_experts(config) if experts else _mlp(config)),
     }

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a plan refuses before anything is built; this module imports no torch."""
+"""The checks of a plan before any model is built; this module imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_plan(config: Config) -> None:
 
 
 def planned_gpus(config: Config) -> int:
-    """Return ``cluster.num_gpus``.  Raises: `ConfigError` where it is not set, or only a launch can see the model."""
+    """Return ``cluster.num_gpus``.  Raises: `ConfigError` if the key is not set or only a launch can see the model."""
     if config.cluster.num_gpus is None:
         raise ConfigError("a dry run without a launch needs cluster.num_gpus, the number of GPUs to plan for")
     if config.model.provider is not None:
@@ -48,7 +48,7 @@ def check_lengths(config: Config, max_length: int) -> None:
     if config.objective != "sft" and config.samples and new >= max_length:
         raise ConfigError(
             f"rollout.max_new_tokens ({new}) leaves no room for a prompt in contexts of at most {max_length} tokens: "
-            "raise data.max_length and schedule.max_tokens, or lower it"
+            "raise data.max_length and schedule.max_tokens, or lower rollout.max_new_tokens"
         )
 
 

@@ -21,16 +21,16 @@ TRAINING, SAMPLING = "= while training", "= while sampling"
 
 
 def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -> None:
-    """Print the plan; ``arguments``: the arguments of the command line that asked for it."""
+    """Print the plan; ``arguments``: the arguments of the command line."""
     table = memory_table(plan)
-    console = console or Console(width=_WIDEST)  # a log has no width, and a cut number says nothing
+    console = console or Console(width=_WIDEST)  # a log has no width, and a cut number would be useless
     title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.gpu_memory_gb:g}"
     for text in (*map(hidden, summary(plan)), title, table, *launch_commands(plan.config, arguments)):
         console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
 
 
 def summary(plan: Plan) -> list[str]:
-    """Return the parts of the plan that belong to no stage, as lines."""
+    """Return the lines of the plan that concern no single stage."""
     config, p, cluster = plan.config, plan.config.parallel, plan.config.cluster
     vpp, num_gpus = p.virtual_pipeline_model_parallel_size, cluster.num_gpus or 1
     nodes = "1 node" if num_nodes(config) == 1 else f"{num_nodes(config)} nodes"
@@ -60,8 +60,8 @@ def summary(plan: Plan) -> list[str]:
 def _engines(plan: Plan) -> str:
     rollout, num_gpus = plan.config.rollout, plan.config.cluster.num_gpus or 1
     if not plan.config.samples:
-        return "responses: those of the log; nothing is sampled"
-    responses = "responses: those of the log; evaluations" if plan.config.logged else "responses"
+        return "responses: from the log; nothing is sampled"
+    responses = "responses: from the log; evaluations" if plan.config.logged else "responses"
     if rollout.engine == "megatron":
         return f"{responses}: sampled in process, by the trainer's own weights"
     if rollout.placement == "colocated":
@@ -74,7 +74,7 @@ def _engines(plan: Plan) -> str:
 
 
 def _how_full(plan: Plan) -> list[str]:
-    """Return the lines about the sequences per engine, with a warning where there are too few."""
+    """Return the lines about the sequences per engine, with a warning if there are too few sequences."""
     if plan.engines is None:
         return []
     rollout, training = plan.engines.seconds

@@ -20,7 +20,7 @@ from megatron_selfdistill.model.build import build_on_meta
 
 @dataclass(frozen=True)
 class Stage:
-    """The first rank of a pipeline stage; its neighbours in TP, CP, EP and DP hold as much."""
+    """The first rank of a pipeline stage; the stage's other ranks hold as much."""
 
     pp_rank: int
     dense_parameters: int
@@ -54,8 +54,9 @@ def stages(
 ) -> list[Stage]:
     """Return one `Stage` per pipeline rank, each built on the meta device as that rank would build it.
 
-    ``config``: Megatron's configuration of the model in the layout ``cut``; ``vocab_size``: the valid rows of the
-    output layer.  Raises: ConfigError with Megatron Core's own message where Megatron Core refuses the layout.
+    ``config``: Megatron's configuration of the model in the layout ``cut``; ``vocab_size``: the number of tokens
+    in the vocabulary, without padding.  Raises: `ConfigError` with Megatron Core's message if Megatron Core refuses the
+    layout.
     """
     found = []
     for pp_rank in range(cut.pipeline_model_parallel_size):

@@ -172,7 +172,7 @@ def test_a_plan_for_logs_has_no_sampler_no_responses_and_no_memory_for_either(ca
     assert main([*LOGS, *long_responses, *server, "rollout.server_python=python", "dry_run=true"]) == 0
     out = capsys.readouterr().out
     assert "a step: 32 logged turns; contexts of at most 128" in out
-    assert "responses: those of the log; nothing is sampled" in out
+    assert "responses: from the log; nothing is sampled" in out
     assert not any(words in out for words in ("KV cache", "while sampling", "vLLM", "rollout_nodes", "4096 tokens"))
     plan = dry_run(load([*LOGS, *long_responses]))
     assert plan.num_microbatches == dry_run(load(LOGS)).num_microbatches
@@ -183,7 +183,7 @@ def test_a_plan_for_logs_that_evaluates_has_its_sampler(tmp_path, capsys):
     evaluated = [*LOGS, f"evaluation.path={tmp_path}/held_out.jsonl", "evaluation.every=5"]
     assert main([*evaluated, "dry_run=true"]) == 0
     out = capsys.readouterr().out
-    assert "responses: those of the log; evaluations: sampled in process" in out and "KV cache" in out
+    assert "responses: from the log; evaluations: sampled in process" in out and "KV cache" in out
     assert main([*evaluated, "rollout.max_new_tokens=128", "dry_run=true"]) == EXIT_BAD_INPUT
     assert "rollout.max_new_tokens (128) leaves no room" in capsys.readouterr().err
 
