@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from plateaus import tool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
+from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
+from megatron_selfdistill.loss.sharded.shard_sums import Shard, first_pass
 from megatron_selfdistill.loss.sharded.solver import Cumulants
+from megatron_selfdistill.loss.sharded.token_statistics import MergedSums
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "benchmarks" / "solver_accuracy.py"
 SEEDS = 2
@@ -110,6 +114,28 @@ def test_cumulants_of_sums_equal_moments_of_the_distribution() -> None:
     expected = (torch.ones(()).double(), s[0].log(), mean, central[2], central[3])
     torch.testing.assert_close(torch.stack(cumulants.tensors()), torch.stack(expected), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(cumulants.entropy, -(p * p.log()).sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cuts", [(0, 300), (0, 100, 200, 300), (0, 17, 300)])
+def test_sums_of_shards_merge_into_the_cumulants_of_the_whole_row(cuts: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    student, teacher = torch.randn(2, 8, 300, dtype=torch.float64) * 3
+    target = Target(k_max=None)
+    grid = BetaGrid.of(target, torch.float64)
+    parts = []
+    for start, end in pairwise(cuts):
+        shard = Shard(student[:, start:end], teacher[:, start:end], target.mix_weights, torch.float64)
+        parts.append(first_pass(shard, grid, None, start)[0])
+    merged = MergedSums.merge(torch.cat(parts), grid)
+    mix = student + target.teacher_weight * teacher
+    x = mix - mix.amax(1, keepdim=True)
+    for j, beta in enumerate(grid.betas):
+        q = (beta * x).softmax(1)
+        mean = (q * x).sum(1)
+        variance, third = ((q * (x - mean[:, None]) ** power).sum(1) for power in (2, 3))
+        expected = ((beta * x).logsumexp(1), mean, variance, third)
+        cumulants = [values[:, j] for values in merged.mix.tensors()[1:]]
+        torch.testing.assert_close(torch.stack(cumulants), torch.stack(expected), rtol=1e-10, atol=1e-12)
 
 
 def test_an_almost_certain_row_keeps_the_digits_of_its_entropy() -> None:
