@@ -154,7 +154,13 @@ AUXILIARY = {
 
 
 def auxiliary_gradient(
-    cuts: ParallelConfig, changes: dict, weightless: int, max_tokens: int, response: int, finalize: bool = True
+    cuts: ParallelConfig,
+    changes: dict,
+    weightless: int,
+    max_tokens: int,
+    response: int,
+    finalize: bool = True,
+    more_teachers: int = 0,
 ) -> dict:
     """Return the gradient of the router if teacher and student agree, so that only auxiliary losses remain.
 
@@ -179,7 +185,7 @@ def auxiliary_gradient(
         offset += response
     tokens = torch.cat([batch.response_tokens for batch in batches])
     joined = dataclasses.replace(batches[0], **streams, response_tokens=tokens, num_contexts=len(batches))
-    joined = pad_to_count(joined, len(batches) + weightless, len(batches) + weightless)
+    joined = pad_to_count(joined, len(batches) + weightless, len(batches) + weightless + more_teachers)
     loss_of = schedule.self_distillation(Target(), Divergence())
     if not finalize:  # finalizing turns the counts into expert biases
         student[0].config.finalize_model_grads_func = lambda *args, **kwargs: None
@@ -201,6 +207,7 @@ VARIATIONS = {
     "prompt padding": (ParallelConfig(), 1, {"max_tokens": 64}),
     "response length": (ParallelConfig(), 1, {"response": 3}),
     "weightless microbatches": (ParallelConfig(), 1, {"weightless": 3}),
+    "number of teacher microbatches": (ParallelConfig(), 1, {"more_teachers": 3}),
     "PP2": (ParallelConfig(pipeline_model_parallel_size=2), 2, {}),
     "EP2": (ParallelConfig(expert_model_parallel_size=2), 2, {"weightless": 1}),
     "DP2": (ParallelConfig(), 2, {}),
