@@ -1,0 +1,50 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every replica packs its own contexts, and all replicas get microbatches of one number and one length."""
+
+from __future__ import annotations
+
+import layouts
+import models
+import pytest
+import torch
+
+from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+
+SHARES = [[3, 4], [0, 1, 2, 5, 6]]
+"""The contexts of each of two replicas."""
+
+
+def packed_share(shares: list[list[int]], pair_order: str, cuts: dict) -> tuple[int, int, int, torch.Tensor]:
+    """Return the length and numbers of microbatches, and the response tokens in the order of the student's ids."""
+    grid = initialize(models.parallel(**cuts), seed=1)
+    batch = pack_everywhere(
+        [layouts.contexts()[i] for i in shares[grid.dp_rank]],
+        max_tokens=layouts.MAX_TOKENS,
+        pair_order=pair_order,
+        with_teacher=True,
+        grid=grid,
+    )
+    ids = torch.cat([microbatch.response_ids for microbatch in batch.student]).sort().values
+    assert ids.equal(torch.arange(len(batch.response_tokens)))
+    return batch.seq_length, len(batch.student), len(batch.teacher), batch.response_tokens
+
+
+@pytest.mark.parametrize("pair_order", ["teacher_first", "alternating"])
+@pytest.mark.parametrize("shares", [SHARES, [[], list(range(7))]], ids=["some each", "none on one"])
+def test_replicas_with_different_contexts_get_microbatches_of_one_number_and_length(ranks, shares, pair_order):
+    (one, other) = ranks.run(packed_share, shares, pair_order, {}, world_size=2)
+    assert one[:3] == other[:3]
+    assert min(one[1:3]) > 1, "there must be several microbatches to differ in"
+    for share, (*_, tokens) in zip(shares, (one, other), strict=True):
+        assert tokens.tolist() == [token for i in share for token in layouts.contexts()[i].response]
+
+
+@pytest.mark.parametrize("pair_order", ["teacher_first", "alternating"])
+def test_the_interleaved_schedule_gets_a_multiple_of_its_stages(ranks, pair_order):
+    shares = [[0, 1, 2]]
+    for _, num_student, num_teacher, _ in ranks.run(
+        packed_share, shares, pair_order, {"pp": 2, "vpp": 2}, world_size=2
+    ):
+        assert (num_student + num_teacher) % 2 == 0
+        assert pair_order == "teacher_first" or num_student == num_teacher
