@@ -196,6 +196,96 @@ def test_no_stage_keeps_anything_for_the_next_one(ranks, data, tmp_path, name):
         assert {"trainer.step", "source._state"} <= set(changed["finish_step"])
 
 
+def one_step(trainer: Any) -> None:
+    batch = trainer.next_batch()
+    packed = trainer.pack(batch)
+    trainer.finish_step(batch, packed, trainer.update(batch, trainer.forward_backward(batch, packed)))
+
+
+def state_before_and_after_a_restart(overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what a trainer saves after two steps, and what a new trainer of the same run would save."""
+    from megatron_selfdistill.trainer import Trainer
+
+    def state(trainer: Any) -> dict[str, Any]:
+        return {
+            "step": trainer.step,
+            "batch_k": trainer.learner.batch_k,
+            "guards": trainer.guards.state_dict(),
+            "learning rate steps": trainer.learner.scheduler.num_steps,
+            **trainer.source.state_dict(),
+        }
+
+    def use(trainer: Any) -> list[dict[str, Any]]:
+        trainer.folder.write()
+        one_step(trainer)
+        one_step(trainer)
+        trainer.save()
+        again = Trainer(trainer.config, trainer.run_data, trainer.grid)
+        try:
+            return [state(trainer), state(again)]
+        finally:
+            again.close()
+
+    return with_trainer(overrides, use)
+
+
+@pytest.mark.parametrize("name", ["on-policy, one k per batch", "own solutions", "guided below a success rate"])
+def test_a_new_trainer_has_all_the_state_that_was_saved(ranks, data, tmp_path, name):
+    [(saved, restored)] = ranks.run(
+        state_before_and_after_a_restart,
+        arguments(data, tmp_path / "run", *SOURCES[name]),
+        world_size=1,
+        init_process_group=False,
+    )
+    assert restored == saved
+    assert saved["step"] == saved["learning rate steps"] == 2 and saved["guards"]["counts"]["entropy/student"] == 2
+    part = {"own solutions": "own", "guided below a success rate": "success"}.get(name, "batch_k")
+    assert saved[part], "the state that this source adds is not empty"
+
+
+def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
+    """Return whether a step moves the weights of each role, and whether student and teacher score with their own."""
+
+    def weights(chunks: Any) -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for chunk in chunks for parameter in chunk.parameters()])
+
+    def use(trainer: Any) -> dict[str, bool]:
+        student, teacher = trainer.learner.chunks, trainer.learner.teacher.chunks
+        trainer.folder.write()
+        before = weights(student), weights(teacher)
+        assert before[0].equal(before[1]), "the teacher begins as the student"
+        one_step(trainer)
+        moved = {"student": not weights(student).equal(before[0]), "teacher": not weights(teacher).equal(before[1])}
+        batch = trainer.next_batch()
+        packed = trainer.pack(batch)
+        first = trainer.forward_backward(batch, packed).stats
+        with torch.no_grad():
+            for parameter in student[0].parameters():
+                parameter.mul_(1.5)
+        second = trainer.forward_backward(batch, packed).stats
+        moved["teacher_log_prob"] = not second.teacher_log_prob.equal(first.teacher_log_prob)
+        moved["student_log_prob"] = not second.student_log_prob.equal(first.student_log_prob)
+        return moved
+
+    return with_trainer(overrides, use)
+
+
+@pytest.mark.parametrize("weights", ["frozen", "ema"])
+def test_a_step_moves_the_student_and_an_average_and_each_scores_with_its_own_weights(ranks, data, tmp_path, weights):
+    [moved] = ranks.run(
+        who_moves_in_a_step,
+        arguments(data, tmp_path / "run", f"teacher.weights={weights}", "optimizer.lr_warmup_steps=0"),
+        world_size=1,
+        init_process_group=False,
+    )
+    assert moved == {
+        "student": True,
+        "teacher": weights == "ema",
+        "teacher_log_prob": False,
+        "student_log_prob": True,
+    }
+
+
 def test_the_trainer_fits_on_a_few_screens_and_the_loop_on_one():
     from megatron_selfdistill.train import loop
     from megatron_selfdistill.trainer import Trainer

@@ -245,8 +245,10 @@ def test_the_current_teacher_is_the_student(ranks):
     assert all(seen.values()), seen
 
 
-def offloaded(weights: str) -> dict[str, bool]:
-    training, plain = (Training(Setup(weights=weights, offload=offload)) for offload in (True, False))
+def offloaded(weights: str, precision: str) -> dict[str, bool]:
+    setups = [Setup(weights=weights, precision=precision, offload=offload) for offload in (True, False)]
+    training, plain = map(Training, setups)
+    start = copies(training.taught())
     resting = [p.data_ptr() for p in training.taught()]
     for number in range(2):
         for each in (training, plain):
@@ -260,12 +262,14 @@ def offloaded(weights: str) -> dict[str, bool]:
         "which is gone afterwards": [p.data_ptr() for p in training.taught()] == resting,
         "the weights are those of a teacher that stays": all_equal(copies(training.taught()), copies(plain.taught())),
         "and so is the average": all_equal(training.teacher.masters, plain.teacher.masters),
+        "the average has moved": all_equal(training.taught(), start) == (weights == "frozen"),
     }
 
 
-@pytest.mark.parametrize("weights", ["frozen", "ema"])
-def test_offloaded_weights_come_for_a_pass_and_change_only_with_the_average(ranks, weights):
-    (seen,) = ranks.run(offloaded, weights, world_size=1)
+# In float32 an average and its copy share their memory.
+@pytest.mark.parametrize(("weights", "precision"), [("frozen", "fp32"), ("ema", "fp32"), ("ema", "bf16")])
+def test_offloaded_weights_come_for_a_pass_and_change_only_with_the_average(ranks, weights, precision):
+    (seen,) = ranks.run(offloaded, weights, precision, world_size=1)
     assert all(seen.values()), seen
 
 
