@@ -231,9 +231,10 @@ def state_before_and_after_a_restart(overrides: Sequence[str]) -> list[dict[str,
 
 @pytest.mark.parametrize("name", ["on-policy, one k per batch", "own solutions", "guided below a success rate"])
 def test_a_new_trainer_has_all_the_state_that_was_saved(ranks, data, tmp_path, name):
+    bound = ["target.k_max=0.5"] if "one k" in name else []
     [(saved, restored)] = ranks.run(
         state_before_and_after_a_restart,
-        arguments(data, tmp_path / "run", *SOURCES[name]),
+        arguments(data, tmp_path / "run", *SOURCES[name], *bound),
         world_size=1,
         init_process_group=False,
     )
@@ -241,6 +242,7 @@ def test_a_new_trainer_has_all_the_state_that_was_saved(ranks, data, tmp_path, n
     assert saved["step"] == saved["learning rate steps"] == 2 and saved["guards"]["counts"]["entropy/student"] == 2
     part = {"own solutions": "own", "guided below a success rate": "success"}.get(name, "batch_k")
     assert saved[part], "the state that this source adds is not empty"
+    assert not bound or saved["batch_k"] == 0.5, "the solved k is above its bound"
 
 
 def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
