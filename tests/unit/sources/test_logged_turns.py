@@ -1,0 +1,76 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The turns of a step are the next usable turns of the log, divided among the replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import pytest
+
+from megatron_selfdistill.data.chat.replies import Turn, Unusable
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
+from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.sources import chat_logs
+
+NUM_TURNS, BATCH_SIZE, STEPS = 20, 6, 5
+LONG, BAD = {"3", "8", "11"}, {"5", "14"}
+
+
+class Reader:
+    """A reader that refuses the turns LONG and BAD, none of which is an error."""
+
+    on_long_context = "drop"
+
+    def read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
+        return [
+            Unusable(f"turn {problem.id}", too_long=problem.id in LONG)
+            if problem.id in LONG | BAD
+            else Turn(PromptPair(problem.id, [1], [2]), [int(problem.id)], accepted=False)
+            for problem in problems
+        ]
+
+    def check(self, turn: Turn | Unusable) -> None:
+        return None
+
+
+def turns_of_steps(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the ids, the replies and the counts of each step on this replica."""
+    grid = initialize(models.parallel(), seed=1)
+    problems = [Problem(str(i), ({"role": "user", "content": str(i)},), "", None, f"log:{i}") for i in range(NUM_TURNS)]
+    run_data = SimpleNamespace(problems=ProblemSet(problems))
+    sampler = ProblemSampler(run_data.problems, batch_size=BATCH_SIZE, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_logs, "turn_reader", lambda config, run_data: Reader())
+        turns = chat_logs.LoggedTurns(SimpleNamespace(run_dir=run_dir), run_data, grid)
+    steps = [turns.next_turns(sampler) for _ in range(STEPS)]
+    return [
+        {
+            "ids": [problem.id for problem in step.problems],
+            "replies": [turn.reply for turn in step.turns],
+            "counts": dict(step.metrics),
+        }
+        for step in steps
+    ]
+
+
+def test_the_next_usable_turns_are_divided_among_the_replicas(ranks, tmp_path):
+    [whole] = ranks.run(turns_of_steps, tmp_path / "one", world_size=1)
+    halves = ranks.run(turns_of_steps, tmp_path / "two", world_size=2)
+    for step, *of_replicas in zip(whole, *halves, strict=True):
+        assert len(step["ids"]) == BATCH_SIZE and not set(step["ids"]) & (LONG | BAD)
+        for dp_rank, part in enumerate(of_replicas):
+            assert part["ids"] == step["ids"][dp_rank::2]
+            assert part["replies"] == [[int(name)] for name in part["ids"]]
+            assert part["counts"] == step["counts"]
+    ids = [name for step in whole[:2] for name in step["ids"]]
+    assert len(set(ids)) == 2 * BATCH_SIZE, "no turn comes twice in an epoch"
+    skipped = [sum(step["counts"][f"turns/skipped_{kind}"] for step in whole) for kind in ("long", "bad")]
+    assert skipped[0] >= len(LONG) and skipped[1] >= len(BAD)
+    for name in ("one", "two"):
+        lines = (tmp_path / name / chat_logs.SKIPPED_FILE).read_text().splitlines()
+        assert sorted(lines) == sorted(f"turn {name}" for name in LONG | BAD), "each unusable turn is listed once"
