@@ -1,14 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The tables "What runs where", from docs/support.json and from what GPUs have reported in docs/support.jsonl.
+"""The tables "What runs where", from docs/support.json and from the results of GPUs in docs/support.jsonl.
 
     python tools/support_table.py            writes README's short table and the page docs/support.md
-    python tools/support_table.py --check    changes nothing, and exits with 1 where one of the two files differs
+    python tools/support_table.py --check    changes nothing, and exits with 1 if one of the two files differs
 
-docs/support.json has the groups and the rows.  A row names its group, its claim, what a CPU shows of the claim with the
-test files that show it (its evidence), and levels of checks of ``make test-gpu``, weakest first.  A row is green where
-the last run of each check of one of its levels has passed, with what that level covers; a row is red where the last run
-of one of its checks has failed.  docs/support.md has every row with its evidence; README has one line per group with
-the number of its rows that are shown.  Nobody types a GPU's cell.
+docs/support.json has the groups and the rows.  A row names its group, its claim, the result on a CPU, the test files
+that are the evidence of this result, and levels of checks of ``make test-gpu``, weakest first.  A row is green if the
+last run of each check of one of its levels has passed, and the row names what this level covers.  A row is red if the
+last run of one of its checks has failed.  docs/support.md has every row with its evidence.  README has one line per
+group with the number of its rows that have passed.  The cell of a GPU is always computed and never written by hand.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ SHORT_NOTE = "*3 of 4*: three of the four rows in [docs/support.md](docs/support
 PAGE_INTRODUCTION = """\
 # What runs where
 
-Every row is one claim. The evidence for a CPU is a list of test files; continuous integration runs them unless the row
-says otherwise. The evidence for a GPU is a list of checks of [`make test-gpu`](gpu.md). A GPU's cell is computed from
-what the last runs of these checks have reported; nobody types it. `python tools/support_table.py` writes this page."""
+Every row is one claim. The evidence for a CPU is a list of test files; continuous integration runs these tests unless
+the row states an exception. The evidence for a GPU is a list of checks of [`make test-gpu`](gpu.md). The cell of a GPU
+is computed from the results of the last runs of these checks. `python tools/support_table.py` writes this page."""
 
 Row = Mapping[str, Any]
 LastRuns = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write README's table and the page, or compare them with --check; return 1 where one differs, else 0."""
+    """Write README's table and the page, or compare them with --check; return 1 if one of them differs, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         if options.check:
-            print(f"{path.name} is not what tools/support_table.py writes: run it", file=sys.stderr)
+            print(
+                f"{path.name} differs from what tools/support_table.py writes: run python tools/support_table.py",
+                file=sys.stderr,
+            )
             status = 1
         else:
             path.write_text(text, encoding="utf-8")
@@ -65,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the results of all runs on GPUs, in the order in which they came; none where there is no file."""
+    """Return the results of all runs on GPUs, oldest first; an empty list if the file does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def last_runs(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return of each check the results of its last run in which it was not skipped."""
+    """Return, for each check, the results of the last run that did not skip the check."""
     done = [result for result in results if result["verdict"] != "skipped"]
     newest = {result["check"]: result["run"] for result in done}
     last: dict[str, list[dict[str, Any]]] = {}
@@ -92,7 +95,7 @@ def short_table(support: Mapping[str, Any], last: LastRuns) -> str:
 
 
 def short_cell(cells: Sequence[str], passed: str) -> str:
-    """Return one cell for the cells of a group's rows: how many have failed, else how many have ``passed``."""
+    """Return one cell for a group: the number of its ``cells`` that have failed, or else that begin with ``passed``."""
     for mark in ("🔴", passed):
         number = sum(cell.startswith(mark) for cell in cells)
         if number:
@@ -101,7 +104,7 @@ def short_cell(cells: Sequence[str], passed: str) -> str:
 
 
 def page(support: Mapping[str, Any], last: LastRuns) -> str:
-    """Return docs/support.md: per group a table of its rows, then the evidence of each row."""
+    """Return the text of docs/support.md: for each group a table of its rows, then the evidence of each row."""
     lines = [PAGE_INTRODUCTION, "", LEGEND]
     for group, rows in grouped(support):
         lines += ["", f"## {capitalised(group['claim'])}", "", "| | CPU | GPU |", "|---|---|---|"]
@@ -130,12 +133,12 @@ def grouped(support: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
 
 
 def capitalised(claim: str) -> str:
-    """Return a claim with a capital first letter; one that begins with a name of the code stays as it is."""
-    return claim if claim.startswith(("`", "torch_dist", "vLLM", "bf16", "srun")) else claim[0].upper() + claim[1:]
+    """Return the claim with a capital first letter, or unchanged if it begins with a name of the code."""
+    return claim if claim.startswith(("`", "torch_dist", "vLLM", "bf16")) else claim[0].upper() + claim[1:]
 
 
 def gpu_cell(row: Row, last: LastRuns) -> str:
-    """Return the GPU's cell of a row: a verdict with device and date, or that nothing has run."""
+    """Return the cell of a row for GPUs: a verdict with device and date, or the mark of a row that has not run."""
     note = f" {row['gpu_note']}" if row["gpu_note"] else ""
     checks = dict.fromkeys(check for level in row["levels"] for check in level["checks"])
     for check in checks:
@@ -152,9 +155,10 @@ def gpu_cell(row: Row, last: LastRuns) -> str:
 
 
 def with_table(readme: str, new: str) -> str:
-    """Return README with ``new`` between its marker lines.  Raises: ValueError where there is not one of each."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"expected one line {BEGIN!r} and one {END!r} in README.md, got others")
+    """Return README with ``new`` between its two marker lines.  Raises: ValueError unless each occurs exactly once."""
+    found = readme.count(BEGIN), readme.count(END)
+    if found != (1, 1):
+        raise ValueError(f"README.md: expected one line {BEGIN!r} and one line {END!r}, got {found[0]} and {found[1]}")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{new}\n{END}{after}"

@@ -53,7 +53,8 @@ def test_a_changed_table_is_found_and_written_again(tool, monkeypatch, tmp_path,
     monkeypatch.setattr(tool, "PAGE", page)
     assert tool.main(["--check"]) == 1 and not page.exists()
     assert capsys.readouterr().err.splitlines() == [
-        f"{name} is not what tools/support_table.py writes: run it" for name in ("README.md", "support.md")
+        f"{name} differs from what tools/support_table.py writes: run python tools/support_table.py"
+        for name in ("README.md", "support.md")
     ]
     assert tool.main([]) == 0 and tool.main(["--check"]) == 0
     assert readme.read_text().startswith("before\n") and "stale" not in readme.read_text()
