@@ -12,15 +12,15 @@ from megatron_selfdistill.metrics import read_metrics
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric over the steps."""
+    """One panel of the picture: a metric over the steps."""
 
     key: str
-    """As in metrics.jsonl, such as entropy/student."""
+    """The key of the metric in metrics.jsonl, such as entropy/student."""
     title: str
     share: bool = False
-    """The metric is a share: the axis runs from 0 to 1."""
+    """Whether the metric is a share, so that the axis runs from 0 to 1."""
     smoothing: int = 1
-    """Each point is the mean over this many logged values, up to its step."""
+    """The number of logged values, up to the step of a point, whose mean the point shows."""
 
 
 GREEDY = Panel("evaluation/greedy_accuracy", "held-out accuracy, greedy", share=True)
@@ -38,11 +38,11 @@ def plot_curves(
 ) -> Path:
     """Draw one picture, whose format is the suffix of ``path``, and return its path.
 
-    ``runs``: label -> run directory, in the order of the legend.  A panel skips a run without its metric, as a baseline
-    has no entropy.  A curve ends where its run ended, also where a guard stopped the run.
+    ``runs``: label -> run directory, in the order of the legend.  A panel skips a run that lacks the panel's metric; a
+    baseline, for example, has no entropy.  A curve ends at the last step of its run, even if a guard stopped the run.
     Raises: ValueError, which names the metrics, if no run has any of them.
     """
-    from matplotlib.figure import Figure  # without pyplot: no display is needed and no state is left
+    from matplotlib.figure import Figure  # pyplot would need a display and keep state
 
     logged = {label: read_metrics(run_dir) for label, run_dir in runs.items()}
     curves = {panel.key: {label: curve(lines, panel) for label, lines in logged.items()} for panel in panels}
@@ -75,7 +75,7 @@ def plot_curves(
 
 
 def curve(lines: Sequence[Mapping[str, float]], panel: Panel) -> tuple[list[float], list[float]]:
-    """Return (steps, values) of a panel's metric, smoothed as the panel says; both empty without the metric."""
+    """Return (steps, values) of a panel's metric, smoothed by ``panel.smoothing``; both empty without the metric."""
     points = [(line["step"], line[panel.key]) for line in lines if panel.key in line]
     values = [value for _, value in points]
     means = []

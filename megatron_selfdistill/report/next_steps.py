@@ -17,23 +17,23 @@ def done(run_dir: Path, num_steps: int, steps_here: int, seconds: float, checkpo
 
 
 def complete(run_dir: Path, num_steps: int, checkpoint: Path) -> list[str]:
-    """Return the lines of a run that had done its last step before it was started."""
+    """Return the lines of a launch that finds all steps of the run done."""
     first = f"complete: all {num_steps} steps were done before, nothing is trained; checkpoint: {checkpoint}"
     return [first, *_next(run_dir, num_steps)]
 
 
 def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | None) -> str:
-    """Return the last line of a run that was asked to end after ``step`` steps; ``checkpoint``: None for no step."""
+    """Return the last line of a run that ends early, after ``step`` steps; ``checkpoint``: None if no step is done."""
     where = f"checkpoint: {checkpoint}" if checkpoint is not None else "no step was done, so there is no checkpoint"
     return f"stopped after step {step} of {num_steps}: {reason}; started again, the same command continues; {where}"
 
 
 def duration(seconds: float) -> str:
-    """Return seconds for people: "8 s", "3:05 minutes", "26:03:05 hours"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
+    """Return ``seconds`` as text for people: "8 s", "3:05 minutes", "26:03:05 hours"."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    minutes, rest = divmod(rounded, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} hours" if hours else f"{minutes}:{rest:02d} minutes"
 
