@@ -19,7 +19,7 @@ class RunUnhealthy(RuntimeError):
 
 
 class Guards:
-    """The comparison of every step's metrics with those of the first ``reference_steps`` steps.
+    """The comparison of every step's metrics with their means over the first ``reference_steps`` steps.
 
     The guards read loss/mean, gradient_norm, entropy/student and response/length_mean; a guard is silent if the run
     does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
@@ -35,9 +35,9 @@ class Guards:
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
         """Check the metrics of a finished step.
 
-        Raises: `RunUnhealthy` at once as `check_finite` does, or at the ``patience``-th consecutive step that violates
-        a limit. The first ``reference_steps`` finite values of a metric are its reference and are not judged; after
-        them, NaN violates every limit on the metric.
+        Raises: `RunUnhealthy` at once for a value that is not finite (`check_finite`), or at the ``patience``-th
+        consecutive step that violates a limit.  The first ``reference_steps`` finite values of a metric are its
+        reference and are not judged; after these values, NaN violates every limit on the metric.
         """
         self.check_finite(step, metrics)
         for key in dict.fromkeys(limit.key for limit in self.limits):
@@ -53,15 +53,15 @@ class Guards:
     def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         """Raise `RunUnhealthy` if loss/mean or gradient_norm is NaN or infinite (option non_finite).
 
-        The trainer calls it before the optimizer step, with the metrics that are known by then, so that the weights
-        stay intact.
+        The trainer calls this method before the optimizer step, with the metrics that are known by then, so that the
+        weights stay intact.
         """
         for key in ("loss/mean", "gradient_norm"):
             if self.config.non_finite and not math.isfinite(metrics.get(key, 0.0)):
                 raise RunUnhealthy(
                     f"step {step}: expected a finite {key}, got {metrics[key]}; look at the steps before "
                     "it in metrics.jsonl, and resume with a lower optimizer.lr or optimizer.precision=fp32 "
-                    "(guards.non_finite=false goes on regardless)"
+                    "(guards.non_finite=false continues regardless)"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def check_identity(loss: float, tolerance: float | None) -> None:
     """
     if tolerance is not None and not abs(loss) <= tolerance:
         raise RunUnhealthy(
-            "identity check: one prompt read twice by the same weights must give a loss of at most "
+            "identity check: the same weights and the same prompt for student and teacher must give a loss of at most "
             f"{tolerance:g} nats per token, got {loss:g}; student and teacher do not compute the same "
             "function: look at dropout, the parallel sizes, packing and a model.provider of your own, and "
             "compare with a run on one rank (guards.identity_tolerance=null turns this check off)"
@@ -110,22 +110,22 @@ def check_identity(loss: float, tolerance: float | None) -> None:
 def check_teacher_canary(teacher_cross_entropy: float, maximum: float | None) -> None:
     """Raise `RunUnhealthy` unless ``teacher_cross_entropy <= maximum``, in nats per token; None checks nothing.
 
-    ``teacher_cross_entropy``: that metric of `metrics.step_metrics` for the first responses.
+    ``teacher_cross_entropy``: the metric of this name (`metrics.step_metrics`) for the first responses.
     """
     if maximum is not None and not teacher_cross_entropy <= maximum:
         raise RunUnhealthy(
             "teacher canary: the teacher's cross-entropy on the first responses must be at most "
-            f"{maximum:g} nats per token, got {teacher_cross_entropy:g}; the teacher does not recognise what "
-            "the student writes: look at checkpoint.load, the tokenizer, the chat template and "
+            f"{maximum:g} nats per token, got {teacher_cross_entropy:g}; the teacher does not recognise the "
+            "responses of the student: look at checkpoint.load, the tokenizer, the chat template and "
             "data.teacher_template (guards.max_teacher_cross_entropy=null turns this check off)"
         )
 
 
 def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: float) -> str | None:
-    """Return a warning where the first step's mean KL(student || target) is below `SILENT_KL`; None where it is not.
+    """Return a warning if the mean KL(student || target) of the first step is below `SILENT_KL`; else None.
 
     At the first step teacher and student have the same weights, so the hint alone can make them differ.  There is no
-    warning without loss/reverse_kl (a baseline, or no tokens) and where the target is the student by definition
+    warning without loss/reverse_kl (a baseline, or no tokens), and none if the target is the student by definition
     (``teacher_weight`` 0).
     """
     kl = metrics.get("loss/reverse_kl")
@@ -153,12 +153,12 @@ class _Limit:
     def violated(self, value: float, reference: float) -> bool:
         """Return whether ``value`` is beyond the limit for this ``reference``."""
         if self.is_minimum:
-            return not value >= self.ratio * reference  # a NaN violates
+            return not value >= self.ratio * reference  # NaN violates the limit
         return not value <= max(self.ratio * reference, reference + self.slack)
 
 
 def _limits(config: GuardsConfig) -> list[_Limit]:
-    """Return the limits that the configuration keeps."""
+    """Return the limits that the configuration sets."""
     limits = []
     if config.min_entropy_ratio is not None:
         advice = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"
@@ -179,7 +179,9 @@ def _limits(config: GuardsConfig) -> list[_Limit]:
             )
         )
     if config.min_length_ratio is not None:
-        advice = "responses no longer show their work: read some, and change data.teacher_template or the teacher"
+        advice = (
+            "responses no longer show their work: read some responses, and change data.teacher_template or the teacher"
+        )
         limits.append(
             _Limit("length collapse", "response/length_mean", "min_length_ratio", config.min_length_ratio, advice)
         )

@@ -25,19 +25,20 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
 
 class MetricsLog:
-    """Writes the metrics and samples of a run.
+    """The log of a run, which writes metrics and samples.
 
-    A step is named by the steps that are done after it: the first is step 1.  Call `resume` first, with the steps that
-    are done: 0 for a new run.
+    The number of a step is the number of steps that are done after it, so the first step is step 1.  Call `resume`
+    first, with the number of steps that are done: 0 for a new run.
 
     metrics.jsonl has one object per call of `log` or `log_evaluation`, ``{"step": 3, "loss/mean": 0.07}``,
-    handed to the operating system at once.  JSON has no NaN and no infinities: they are the strings "NaN",
-    "Infinity" and "-Infinity", which `read_metrics` turns back.  samples.jsonl has one object per sample,
-    ``{"step": 3, "problem_id": ..}`` and what `Sample.record` returns.  ``console``: a progress bar with the time
-    left, and a line every ``console_every`` steps; the lines alone where the output is no terminal.
-    Console lines do not show what was read from the environment (`config.hidden`).
-    ``output``: a rich Console other than that of standard output. ``enabled`` (``grid.is_reporter``): where
-    False, nothing is read, written or printed.
+    handed to the operating system at once.  JSON has no NaN and no infinities: the log has the strings "NaN",
+    "Infinity" and "-Infinity", which `read_metrics` converts back.  samples.jsonl has one object per sample, with the
+    step and the content of `Sample.record`.
+
+    ``console``: a progress bar with the remaining time, and a line every ``console_every`` steps; without a terminal,
+    only the lines.  Console lines hide values that come from the environment (`config.hidden`).  ``output``: a rich
+    Console that replaces standard output.  ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and
+    prints nothing.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class MetricsLog:
         """Drop the log of all steps after ``step`` (for 0, the whole log), then open the files.
 
         A run that is killed after a log line and before the next checkpoint repeats these steps.  The function replaces
-        the file as a whole, so a kill at this point loses nothing.
+        the file in one move, so a kill at this point loses nothing.
         """
         if not self.enabled:
             return
@@ -98,7 +99,7 @@ class MetricsLog:
     def log_samples(self, step: int, make: Callable[[], Sequence[Sample]]) -> None:
         """Show and save samples of the step after which ``step`` steps are done; only the reporter calls ``make``.
 
-        A sample never stops a run: an error of ``make`` or of the writing becomes a warning of one line.
+        A sample never stops a run: an error in ``make`` or while writing becomes a warning of one line.
         """
         if not self.enabled:
             return
@@ -144,7 +145,7 @@ class MetricsLog:
 
     def _open(self, step: int) -> None:
         """Open both files, and make TensorBoard drop the steps after ``step``."""
-        self._file = self.path.open("a+", encoding="utf-8")  # readable: see `_restore`
+        self._file = self.path.open("a+", encoding="utf-8")  # `_restore` reads the file
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -152,7 +153,7 @@ class MetricsLog:
             self._writer = SummaryWriter(folder, purge_step=step + 1 if step else 0, flush_secs=10)
 
     def _is_there(self) -> bool:
-        """Return whether the open file still has its name: another program may remove or replace it during the run."""
+        """Return whether the open file still has its name, since another program may remove or replace the file."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
@@ -168,11 +169,11 @@ class MetricsLog:
             text = self._file.read()
             outcome = "it is written again"
         except OSError as error:  # a network file system may have forgotten the file
-            text, outcome = "", f"it starts empty: what was logged cannot be read any more ({error})"
+            text, outcome = "", f"it starts empty: the logged lines cannot be read any more ({error})"
         logger.warning("%s was removed or replaced while the run wrote it: %s", hidden(str(self.path)), outcome)
         for part in (self._file, self._writer):
             if part is not None:
-                with contextlib.suppress(OSError):  # of TensorBoard's thread, which found its file gone
+                with contextlib.suppress(OSError):  # an error of TensorBoard's thread, whose file was removed
                     part.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -213,7 +214,7 @@ def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _forget_after(step: int, path: Path) -> None:
-    """Drop the lines of steps after ``step`` (for 0, all lines) from a file, and replace the file as a whole."""
+    """Drop the lines of steps after ``step`` (for 0, all lines) from a file, and replace the file in one move."""
     kept = [line for line, values in _complete_lines(path) if step and values["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

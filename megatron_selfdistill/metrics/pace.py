@@ -16,7 +16,7 @@ class Pace:
         self._now = (0, 0.0)
 
     def advance(self, done: int) -> None:
-        """Record that ``done`` steps of the run are done now."""
+        """Record that ``done`` steps of the run are complete."""
         self._now = (done, time.monotonic())
         self._warm = self._warm or self._now
 

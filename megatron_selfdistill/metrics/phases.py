@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The seconds and tokens per second of the phases of a step, and the memory that they take."""
+"""The seconds and tokens per second of the phases of a step, and the memory in use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from megatron_selfdistill.distributed import watchdog
 
 Mark: TypeAlias = "float | torch.cuda.Event"
-"""A point of time: seconds of this process's clock, or an event in the device's queue."""
+"""A point in time: seconds of this process's clock, or an event in the device's queue."""
 
 
 class Phases:
@@ -25,7 +25,7 @@ class Phases:
 
     A phase lasts from the moment when the device (the current device, unless given) has finished the work queued before
     the phase until it has finished the work queued in the phase.  On a GPU, events mark both moments, so no phase makes
-    the host wait; `metrics` waits once.  The times of a phase that is entered again add up.
+    the host wait; `metrics` waits once.  A phase that is entered again adds to its time.
     The beginning and the end of a phase are signs of progress (distributed/watchdog.py).
     """
 
@@ -60,9 +60,9 @@ class Phases:
         return seconds
 
     def metrics(self, **tokens: float) -> dict[str, float]:
-        """Return the times since the last call, by this rank's clock, and start anew; the ranks get different values.
+        """Return the times since the last call, by this rank's clock, and reset them; the ranks get different values.
 
-        The keys are seconds/PHASE; seconds/step, the whole time between the calls; tokens_per_second/PHASE for each
+        The keys are seconds/PHASE; seconds/step, the complete time between the calls; tokens_per_second/PHASE for each
         ``PHASE=tokens`` (of the global batch, since a phase lasts equally long on all ranks); memory/peak_gib, the
         largest allocation on the device so far, or memory/rss_gib, the resident memory of this process on a CPU.
         """

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SLIGHT, STRONG = 0.3, 1.0
-"""Differences of log p(token) between teacher and student, in nats, from which on a token is marked slightly and
-strongly; without colours only strongly."""
+"""The smallest differences of log p(token) between teacher and student, in nats, with which a token is marked slightly
+or strongly; without colours only the strong mark exists."""
 PROMPT_END, SOLUTION_START = 400, 400
 """The numbers of characters shown of the prompt's end and of the solution's start."""
 RESPONSE_START, RESPONSE_END = 1500, 500
-"""The numbers of characters shown of the response's start and end; samples.jsonl has the whole response."""
+"""The numbers of characters shown of the response's start and end; samples.jsonl has the complete response."""
 TOP = 5
 """The number of tokens with the largest loss that are listed."""
 
@@ -88,7 +88,7 @@ def _around(sample: Sample) -> Iterator[tuple[str, str]]:
 
 
 def _shown(tokens: Sequence[SampleToken]) -> Iterator[SampleToken | str]:
-    """Yield the tokens of a response; the middle of a long one is replaced by the number of its tokens."""
+    """Yield the tokens of a response; in a long response, a number of tokens replaces the middle."""
     if sum(len(token.text) for token in tokens) <= RESPONSE_START + RESPONSE_END:
         yield from tokens
         return
@@ -99,7 +99,7 @@ def _shown(tokens: Sequence[SampleToken]) -> Iterator[SampleToken | str]:
 
 
 def _fitting(tokens: Sequence[SampleToken], room: int) -> int:
-    """Return how many of the first tokens have at most ``room`` characters."""
+    """Return the number of first tokens that together have at most ``room`` characters."""
     for count, token in enumerate(tokens):
         room -= len(token.text)
         if room < 0:
@@ -152,14 +152,14 @@ def _largest(sample: Sample) -> str:
 
 
 def _visible(text: str) -> str:
-    """Return ``text`` with control characters, which could steer a terminal, as escapes; line ends and tabs stay."""
+    """Return ``text`` with control characters, which could steer a terminal, as escapes; line ends and tabs remain."""
     return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
 
 
 def _steers(character: str) -> bool:
     """Return whether ``character`` is a control character, a mark of text direction or half of a surrogate pair.
 
-    A joiner of letters is none of these.
+    The result is False for a joiner of letters.
     """
     return character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NUMBERS = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
 """The fields of `TokenStats` that a sample has of each token; NaN where the loss has no teacher."""
-_DIGITS = 6  # of a number in the record
+_DIGITS = 6  # significant digits of a number in the record
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SampleToken:
 
     id: int
     text: str
-    """What the token adds to the text; "" for a part of a character, which the last part adds whole."""
+    """The text that the token adds; "" for the first parts of a character, which the last part adds completely."""
     loss: float
     """The token's loss before weights, in nats."""
     student_log_prob: float
@@ -52,15 +52,15 @@ class SampleToken:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response of a step, with its problem and the solution that the teacher reads."""
+    """One response of a step, with its problem and the solution in the teacher's prompt."""
 
     problem_id: str
     prompt: str
-    """The student's prompt as the model reads it, special tokens included."""
+    """The text of the student's prompt, special tokens included."""
     solution: str
-    """What only the teacher reads; "" without a teacher."""
+    """The solution, which only the teacher's prompt shows; "" without a teacher."""
     tokens: Sequence[SampleToken]
-    """The response, its stop token included."""
+    """The tokens of the response, its stop token included."""
     truncated: bool
     """Whether the response reached its greatest length without a stop token."""
 
@@ -111,7 +111,7 @@ def sample_of(
 ) -> Sample:
     """Return a response as a `Sample`; ``numbers``: for each of `NUMBERS`, one value per response token.
 
-    In prompt and solution, what was read from the environment is hidden.
+    Prompt and solution hide values that come from the environment.
     """
     texts = pieces(context.response, tokenizer)
     columns = zip(context.response, texts, *(numbers[name] for name in NUMBERS), strict=True)
@@ -134,7 +134,7 @@ def _token(
 
 
 def _rounded(value: float | None) -> float | str | None:
-    """Return ``value`` to `_DIGITS` digits; a value that JSON lacks (NaN, infinities) becomes a text."""
+    """Return ``value`` to `_DIGITS` digits; a value that JSON lacks (NaN, infinities) becomes a string."""
     if value is None or not math.isfinite(value):
         return None if value is None else str(value)
     return float(f"{value:.{_DIGITS}g}")

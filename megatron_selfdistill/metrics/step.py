@@ -20,14 +20,14 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.status import Status
 from megatron_selfdistill.rollout.base import Response
 
-if TYPE_CHECKING:  # a run's metrics are read where there is no Megatron
+if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.pipeline.schedule import StepOutput
 
 K_RESOLUTION = 0.01
 """The relative width of the bins of k; a percentile is off by at most half of it."""
 K_RANGE = 2.0**10
-"""The histogram spans [1 / K_RANGE, K_RANGE]; a k beyond counts as its nearer end."""
+"""The bound of the histogram of k, [1 / K_RANGE, K_RANGE]; a k beyond a bound counts as the bound."""
 MAX_GRID = 16
 """The largest number of betas in a target's grid."""
 
@@ -73,8 +73,7 @@ def step_metrics(
     A loss without a target (`schedule.next_token`) has only the first line.  The sampler's keys need
     ``sampler_log_probs``, and the correction's keys need token weights.  A token with NaN makes each mean that includes
     the token NaN; percentiles skip the token.
-    Collectives over the world: those of `over_all_ranks`, for 1.4 k sums and 3 maxima.  The host waits for the device
-    once.
+    Collectives over the world: as in `over_all_ranks`, for 1,400 sums and 3 maxima; the host waits once.
     """
     sums = torch.zeros(len(_SUMS) + _NUM_BINS, dtype=torch.float64, device=grid.device)
     maxima = torch.full((3,), -math.inf, dtype=torch.float64, device=grid.device)
@@ -182,12 +181,12 @@ def rollout_metrics(
 
 
 def _holds_rows(grid: RankGrid) -> bool:
-    """Return whether this rank's tokens count: the last stage has them, the same on each tensor-parallel rank."""
+    """Return whether this rank's tokens count: the last stage has tokens, the same on each tensor-parallel rank."""
     return grid.is_last_stage and grid.tp_rank == 0
 
 
 def _row_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None) -> dict[str, Tensor]:
-    """Return the summands of `_SUMS`, [R] float64 each, without the numbers that this loss does not know."""
+    """Return the summands of `_SUMS`, [R] float64 each, without the numbers that this loss does not have."""
     student_log_prob = stats.student_log_prob.double()
     one = torch.ones_like(student_log_prob)
     rows = {"tokens/response": one, "loss/mean": stats.loss.double(), "student_nll": -student_log_prob}
@@ -212,16 +211,16 @@ def _row_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None
 
 
 def _histogram(k: Tensor, known: Tensor) -> Tensor:
-    """Return the counts of those ``k`` that are ``known``, in bins of equal width in log k.
+    """Return the histogram of the values of ``k`` that are ``known``, in bins of equal width in log k.
 
-    bincount, and a choice by a mask, would make the host wait for the device.
+    bincount and indexing with a mask would make the host wait for the device.
     """
     bins = ((torch.where(known, k, 1.0) * K_RANGE).log() / math.log1p(K_RESOLUTION)).floor().clamp(0, _NUM_BINS - 1)
     return k.new_zeros(_NUM_BINS).index_add_(0, bins.long(), known.to(k.dtype))
 
 
 def _percentile(counts: Sequence[float], share: float) -> float:
-    """Return the middle of the bin of the nearest rank: of the least value that ``share`` of all do not exceed."""
+    """Return the middle of the bin with the nearest rank, the least value that ``share`` of all do not exceed."""
     wanted, seen, index = math.ceil(share * sum(counts)), counts[0], 0
     while seen < wanted:
         index += 1
@@ -238,8 +237,8 @@ def _padding(stream: Sequence[Microbatch]) -> tuple[int, int]:
 def over_all_ranks(sums: Tensor, maxima: Tensor, grid: RankGrid) -> tuple[list[float], list[float]]:
     """Return sums and maxima over the world, with the same bits on every rank; waits for the device once.
 
-    ``sums [n]``, ``maxima [m]``: float64, on the device.  A rank whose values another rank has too contributes zeros,
-    and -inf for its maxima.  No maximum may be NaN.
+    ``sums [n]``, ``maxima [m]``: float64, on the device.  A rank that repeats the values of another rank contributes
+    zeros, and -inf for its maxima.  No maximum may be NaN.
     Collectives over the world: one sum of n + m * world_size values, in which the maxima of each rank have places of
     their own, and a broadcast of the sum.
     """
@@ -249,7 +248,7 @@ def over_all_ranks(sums: Tensor, maxima: Tensor, grid: RankGrid) -> tuple[list[f
     places[grid.rank] = maxima
     everything = torch.cat([sums, places.flatten()])
     dist.all_reduce(everything)
-    dist.broadcast(everything, src=0)  # an all-reduce need not give every rank the same bits
+    dist.broadcast(everything, src=0)  # an all-reduce may give the ranks different bits
     total, by_rank = _split(everything.tolist(), len(sums))
     return total, [max(by_rank[i :: len(maxima)]) for i in range(len(maxima))]
 

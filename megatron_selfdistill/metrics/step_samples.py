@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The samples of a step: some of its responses, with the loss's numbers for each of their tokens."""
+"""The samples of a step: some of its responses, with the numbers of the loss for each token."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def step_samples(
     tokenizer: Tokenizer,
     grid: RankGrid,
 ) -> Callable[[], Sequence[Sample]] | None:
-    """Return a function that makes samples of the first ``count`` problems of the first replica; None elsewhere.
+    """Return a function that makes samples of the first ``count`` problems; None except on the first replica.
 
-    The result is also None if there is nothing to show.  ``solutions``: the solution that the teacher reads, for each
-    of ``contexts``.
-    Collectives: those of `token_numbers`, on the ranks of the first replica.
+    The result is also None if there is nothing to show.  ``solutions``: for each of ``contexts``, the solution in the
+    teacher's prompt.
+    Collectives: as in `token_numbers`, on the ranks of the first replica.
     """
     shown = chosen(contexts, count) if grid.dp_rank == 0 and solutions else []
     if not shown:

@@ -17,10 +17,8 @@ from megatron_selfdistill.pipeline.schedule import StepOutput
 def token_numbers(output: StepOutput, spans: Sequence[range], grid: RankGrid) -> list[dict[str, list[float]]]:
     """Return, for each span of ``PackedBatch.response_tokens``, one float64 per token for each of `NUMBERS`.
 
-    ``spans``: ascending ranges without a common index.
-
-    The ranks of one replica call it with the same spans, and all get the values of their last pipeline stage, whose
-    context-parallel ranks hold some of the tokens each.
+    ``spans``: ascending ranges without a common index, equal on all ranks of the replica.  Every rank of the replica
+    gets the values, which lie on the last pipeline stage, spread over its context-parallel ranks.
     Collectives, of 5 float64 per token: `over_last_stage`, then a broadcast over the pipeline.
     """
     wanted = torch.tensor([index for span in spans for index in span], dtype=torch.int64)
