@@ -1,2 +1,2 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a node has and lacks for a run."""
+"""The software and hardware of a node, and what the node lacks for a run."""

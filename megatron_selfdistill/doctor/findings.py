@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The findings about a node, each with its fix: the report of ``selfdistill doctor`` on what a run needs.
 
-This file needs nothing but Python, so a missing package is a finding.
+This file needs only Python, so a missing package is a finding.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SHARED_MEMORY, SHARED_MEMORY_GB = Path("/dev/shm"), 1.0
 SIGNALS = "--signals-to-handle"
 """The option of torchrun, since torch 2.10, that leaves signals to the ranks."""
 
-# Optional distributions: what each provides, and what a run uses without it.
+# The optional distributions: what each distribution provides, and what a run uses without the distribution.
 OPTIONAL = {
     "transformer-engine": "fused layers on GPUs; without it Megatron's local layer spec",
     "vllm": "rollout.engine=vllm colocated; without it the in-process sampler, or vLLM on servers",
 }
-# Distributions that containers bring in their own builds, often ahead of the releases: a version above the upper bound
+# Containers bring their own builds of these distributions, often ahead of the releases: a version above the upper bound
 # of setup.py is a warning and not a failure.
 OWN_BUILDS = ("torch",)
 # The modules of distributions whose module has another name.
@@ -59,7 +59,7 @@ OK, ABSENT, WARNING, FAILURE = "ok", "absent", "warning", "FAILURE"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """One line of the report about a node."""
 
     name: str
     found: str
@@ -67,7 +67,7 @@ class Finding:
     fix: str = ""
     """The fix, or the meaning of the finding."""
     short: str = ""
-    """The part that should be equal on all nodes, in a word or two; empty if --brief does not show it."""
+    """The part that should be equal on all nodes, in one or two words; empty if --brief does not show the finding."""
 
 
 def examine(ranks: int | None = None, *, imports: bool = True, limit_s: float = IMPORT_LIMIT_S) -> list[Finding]:
@@ -78,7 +78,7 @@ def examine(ranks: int | None = None, *, imports: bool = True, limit_s: float = 
     """
     tried = ["megatron-core", *OPTIONAL, *(["apex"] if _there("amp_C") else [])]
     with importing(tried if imports and _there("torch") else [], limit_s) as outcomes:
-        torch_found = torch_and_gpus()  # imported by this process in the meantime
+        torch_found = torch_and_gpus()  # this process imports torch in the meantime
         findings = [python(), *gpus()]
         required, optional = requirements()
         imported = outcomes()
@@ -156,7 +156,7 @@ def torch_and_gpus() -> list[Finding]:
         return []
     try:
         torch = importlib.import_module("torch")
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise any exception
         return [Finding("torch's import", f"{type(error).__name__}: {error}", FAILURE, "install torch anew")]
     build = torch.version.cuda
     has_driver = shutil.which("nvidia-smi") is not None
@@ -169,7 +169,7 @@ def torch_and_gpus() -> list[Finding]:
         ]
     if not torch.cuda.is_available():
         status = FAILURE if has_driver else WARNING
-        fix = "is the driver too old for it?"
+        fix = "look whether the driver is too old for this build of torch"
         return [Finding("torch's CUDA", f"{build}, but no GPU can be used", status, fix), torchrun()]
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return [
@@ -200,7 +200,7 @@ def _torch() -> Any:
     """Return the module torch; None if it is not installed or cannot be imported."""
     try:
         return importlib.import_module("torch")
-    except Exception:  # which torch_and_gpus reports
+    except Exception:  # torch_and_gpus reports this error
         return None
 
 
@@ -208,7 +208,7 @@ def _torch() -> Any:
 
 
 def requirements() -> tuple[dict[str, str], dict[str, str]]:
-    """Return the versions, such as ``>=0.16.1,<0.17``, by distribution: the required ones, and those of the extras.
+    """Return the versions, such as ``>=0.16.1,<0.17``, by distribution: first the required ones, then the extras.
 
     Both come from setup.py, except that the installed megatron-core declares its versions of Transformer Engine.
     """
@@ -242,9 +242,9 @@ def _constant(name: str) -> Any:
 
     The function parses setup.py and does not run it.
     """
-    written = _PACKAGE / "requirements.json"
-    if written.is_file():
-        return json.loads(written.read_text(encoding="utf-8"))[name]
+    requirements_file = _PACKAGE / "requirements.json"
+    if requirements_file.is_file():
+        return json.loads(requirements_file.read_text(encoding="utf-8"))[name]
     for node in ast.parse((_PACKAGE.parent / "setup.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
             return ast.literal_eval(node.value)
@@ -276,7 +276,7 @@ def distribution(name: str, wanted: str, *, required: bool) -> Finding:
 def imported_package(name: str, wanted: str, outcome: ImportResult, *, required: bool) -> Finding:
     """Return the finding about a package from the result of its import.
 
-    A run gets the package that comes first on the path, whatever pip's records say.
+    A run gets the package that comes first on the path, which may differ from pip's records.
     """
     recorded, requirement = _recorded(name), f"{name}{wanted}"
     if outcome.absent:
@@ -294,7 +294,7 @@ def imported_package(name: str, wanted: str, outcome: ImportResult, *, required:
         return Finding(name, f"of no known version, from {outcome.place}", WARNING, f"expected {requirement}")
     fix = f'pip install "{requirement}"'
     if recorded and _numbers(recorded) != _numbers(version):
-        fix = f"pip has {recorded}, but {outcome.place} comes first: take it off PYTHONPATH and the working folder"
+        fix = f"pip has {recorded}, but {outcome.place} comes first: clear PYTHONPATH or leave that directory"
     finding = _of_version(name, version, wanted, fix, required=required)
     return replace(finding, found=f"{finding.found}, from {outcome.place}", short=version)
 
@@ -305,7 +305,7 @@ def _of_version(name: str, version: str, wanted: str, fix: str, *, required: boo
     newest = tested().get(name)
     if newest is None or not newer(version, newest):
         return Finding(name, version)
-    fix = f'it may work, which --selftest shows; tested: pip install "{name}=={newest}.*"'
+    fix = f'it may work; --selftest shows whether it works; tested: pip install "{name}=={newest}.*"'
     return Finding(name, f"{version}, newer than tested ({newest})", WARNING, fix)
 
 

@@ -6,7 +6,7 @@
         outcomes()["vllm"].error               # "ImportError: ... undefined symbol ..."
 
 A package that crashes during its import ends only its own process.  Like a run, these processes have the working
-directory first on their path.  This file needs nothing but Python.
+directory first on their path.  This file needs only Python.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 IMPORT_LIMIT_S = 300.0
-"""The limit for all imports together; many nodes may read the same files of a shared file system."""
+"""The limit in seconds for all imports together; many nodes may read the same files of a shared file system."""
 _LONGEST = 400
-"""The longest error in characters."""
+"""The largest length of a reported error in characters."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,24 @@ class ImportResult:
     """The result of one import."""
 
     version: str = ""
-    """The version that the module itself states, whatever pip's records say."""
+    """The version that the module itself states, which may differ from pip's records."""
     place: str = ""
     """The directory of the module."""
     error: str = ""
     """The reason of a failure, with the exception's type; empty after a successful import."""
     absent: bool = False
-    """Whether there is no such module."""
+    """Whether the module does not exist."""
 
 
 @dataclass(frozen=True)
 class _Import:
     modules: tuple[str, ...]
-    """In this sequence; the first one has version and place."""
+    """The modules in the sequence of their imports; the first module has the version and the place."""
     operator: str = ""
-    """Of torch.ops._C, which its library registers."""
+    """The operator of torch.ops._C that the package's library registers."""
 
 
-# Of each the least that loads its compiled parts, as a run does; apex's and vLLM's need torch's libraries before.
+# The fewest modules that load the compiled parts, as a run does; apex and vLLM need torch's libraries before.
 _IMPORTS = {
     "megatron-core": _Import(("megatron.core", "megatron.core.package_info")),
     "transformer-engine": _Import(("transformer_engine", "transformer_engine.pytorch")),
@@ -76,7 +76,7 @@ with open(answer, "w") as file:
     json.dump(found, file)
 sys.stdout.flush()
 sys.stderr.flush()
-os._exit(0)  # how a library takes its leave is not the question
+os._exit(0)  # skips the exit handlers of libraries, which are not checked
 """
 
 
