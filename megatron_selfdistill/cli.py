@@ -17,7 +17,7 @@ EXIT_USAGE = 2
 
 
 class Command(NamedTuple):
-    """One command: the module whose ``main`` runs it, what it does, and an example of its arguments."""
+    """One command: the module whose ``main`` runs the command, its purpose, and an example of its arguments."""
 
     module: str
     purpose: str
@@ -37,7 +37,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "commands.convert",
-        "Convert Hugging Face folders and Megatron checkpoints, one into the other, and describe them.",
+        "Convert Hugging Face directories to Megatron checkpoints and back, and describe both.",
         "hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3-8b",
     ),
     "evaluate": Command(
@@ -61,7 +61,7 @@ COMMANDS = {
         "--hf-config Qwen3-8B --max-model-len 4096",
     ),
 }
-"""Command -> how to run it."""
+"""The name of a command -> its `Command`."""
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The checks that commands make before they import torch: missing inputs, and layouts that do not fit the ranks.
 
-The messages are those of the code that reads the inputs later.
+The code that reads the inputs later has the same messages.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def require_start(config: Config) -> None:
 def require_ranks(config: Config, world_size: int) -> None:
     """Raise `ConfigError` if the layout of ``config`` does not fit ``world_size`` ranks.
 
-    The sizes of the model are checked only if no checkpoint decides them.
+    The check includes the sizes of the model only if no checkpoint states these sizes.
     """
     config.check_ranks(world_size)
     if names_its_model(config):
@@ -53,14 +53,14 @@ def require_ranks(config: Config, world_size: int) -> None:
 def require_lengths(config: Config) -> None:
     """Raise `ConfigError` if ``data.max_length`` exceeds a microbatch or the model's positions.
 
-    Nothing is checked if a checkpoint decides the architecture.
+    The function checks nothing if a checkpoint states the architecture.
     """
     if names_its_model(config):
         longest_context(config)
 
 
 def names_its_model(config: Config) -> bool:
-    """Return whether ``config`` alone, and no checkpoint, decides the architecture."""
+    """Return whether ``config`` alone, and no checkpoint, states the architecture."""
     return config.checkpoint.load is None and not _resumes(config)
 
 

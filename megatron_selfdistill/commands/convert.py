@@ -6,8 +6,8 @@
     selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --out Qwen3-8B-distilled
     selfdistill convert inspect runs/first/checkpoints
 
-The command runs in one process and needs no GPU.  It takes about twice the memory of the model's largest tensor,
-whatever the size of the model.
+The command runs in one process and needs no GPU.  It takes about twice the memory of the largest tensor, for a model of
+any size.
 """
 
 from __future__ import annotations
@@ -180,22 +180,22 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "hf-to-megatron",
-        help="a Hugging Face folder becomes a torch_dist checkpoint that loads in any parallel layout",
-        description="A Hugging Face folder becomes a torch_dist checkpoint that loads in any layout.",
+        help="convert a Hugging Face directory to a torch_dist checkpoint, which loads in any parallel layout",
+        description="Convert a Hugging Face directory to a torch_dist checkpoint, which loads in any layout.",
         epilog="example:\n  selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3 --dtype bf16",
         **raw,
     )
     command.set_defaults(check=check_hf_to_megatron, run=hf_to_megatron)
-    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder with config.json and weights")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint")
-    command.add_argument("--format", choices=["torch_dist"], default="torch_dist", help="of the checkpoint")
-    command.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as they are; FP8 becomes bf16)")
+    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory with config.json and weights")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the checkpoint")
+    command.add_argument("--format", choices=["torch_dist"], default="torch_dist", help="format of the checkpoint")
+    command.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: unchanged; FP8 becomes bf16)")
     command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
 
     command = commands.add_parser(
         "megatron-to-hf",
-        help="a Megatron checkpoint (torch_dist or legacy) becomes a Hugging Face folder",
-        description="A Megatron checkpoint, torch_dist or legacy, becomes a folder for transformers and vLLM.",
+        help="convert a Megatron checkpoint (torch_dist or legacy) to a Hugging Face directory",
+        description="Convert a Megatron checkpoint, torch_dist or legacy, to a directory for transformers and vLLM.",
         epilog="example:\n  selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --iteration 100 \\\n"
         "      --out Qwen3-8B-distilled --hf-config Qwen3-8B",
         **raw,
@@ -206,32 +206,40 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="iter_ or release folder, or the one with the tracker",
+        help="the iter_ or release directory, or the directory with the tracker file",
     )
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new Hugging Face folder")
-    command.add_argument("--iteration", type=int, metavar="N", help="another one than the tracker file names")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory")
+    command.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration to convert (default: the tracker file names it)"
+    )
     command.add_argument(
         "--hf-config",
         type=Path,
         metavar="DIR",
-        help="folder with the original config.json and tokenizer (default: those that the checkpoint carries)",
+        help="directory with the original config.json and tokenizer (default: the HF assets of the checkpoint)",
     )
-    command.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as they are)")
-    command.add_argument("--vocab-size", type=int, metavar="N", help="true rows, where the checkpoint does not tell")
+    command.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: unchanged)")
     command.add_argument(
-        "--max-shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="of a weights file (default: 5GB)"
+        "--vocab-size", type=int, metavar="N", help="vocabulary without padding, if the checkpoint does not state it"
+    )
+    command.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="largest size of a weights file (default: 5GB)",
     )
     command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
 
     command = commands.add_parser(
         "inspect",
-        help="what a checkpoint is",
-        description="Family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
+        help="describe a checkpoint or a Hugging Face directory",
+        description="Print family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
         epilog="example:\n  selfdistill convert inspect runs/first/checkpoints",
         **raw,
     )
     command.set_defaults(check=check_inspect, run=inspect)
-    command.add_argument("checkpoint", type=Path, metavar="DIR", help="Megatron's or Hugging Face's")
+    command.add_argument("checkpoint", type=Path, metavar="DIR", help="Megatron checkpoint or Hugging Face directory")
     return parser
 
 

@@ -1,13 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Report what this node has, whether it is known to work together, and what a run will therefore use.
+"""Report the software of this node, whether its versions work together, and the choices that a run will make.
 
     selfdistill doctor
     srun --label selfdistill doctor --brief --ranks 8        # a line per node
     torchrun --nproc-per-node 8 -m megatron_selfdistill doctor --selftest
 
-Exits with 1 where a run cannot start here, with the fix, and warns of versions that are newer than tested.  It needs
-nothing but Python: whatever is missing is a line of its report.  With --selftest these ranks then compute: a table of
-checks in less than three minutes once the node's compilers are warm, and 1 where one of them fails or is not reached.
+The command exits with 1 if a run cannot start here, reports the fix, and warns about versions that are newer than
+tested.  It needs only Python: a missing package is a line of the report.  With --selftest the ranks of the launch then
+compute a table of checks, in less than three minutes once the node's compilers are warm.  The command exits with 1 if a
+check fails or is not reached.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from megatron_selfdistill.doctor.findings import (
 MINUTES = 2.5
 """The limit for the checks in minutes, from the first line of this file to the last line of the table.
 
-The warm-up, in which a cold node compiles, may take as long again, and launchers take some seconds besides."""
+The warm-up, in which a cold node compiles, has the same limit in addition, and launchers take some more seconds."""
 MARGIN_S = 15.0
-"""The time after which a process ends that has not met the other ranks."""
+"""The seconds after which a process ends if it has not met the other ranks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--brief", action="store_true", help="print one line, or one line for each failure")
     parser.add_argument(
-        "--ranks", type=_positive(int), metavar="N", help="ranks that will start on this node; fewer GPUs are a failure"
+        "--ranks",
+        type=_positive(int),
+        metavar="N",
+        help="number of ranks that will start on this node; fewer GPUs are a failure",
     )
     parser.add_argument("--selftest", action="store_true", help="let the ranks of this launch compute and compare")
     parser.add_argument(
@@ -59,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--minutes",
         type=_positive(float),
         metavar="M",
-        help=f"limit for the checks, and again for a cold node's compilers (default: {MINUTES:g})",
+        help=f"limit for the checks, and the same limit for the warm-up (default: {MINUTES:g})",
     )
     arguments = parser.parse_args(argv)
     if not arguments.selftest:
         for name in ("sampler", "minutes"):
             if getattr(arguments, name) is not None:
-                parser.error(f"--{name} is about --selftest")
+                parser.error(f"--{name} needs --selftest")
         return (brief if arguments.brief else report)(examine(arguments.ranks))
     limit_s = 60 * (arguments.minutes or MINUTES)
     with _ended_after(2 * limit_s + MARGIN_S):
@@ -90,7 +94,7 @@ def report(findings: Sequence[Finding]) -> int:
 
 
 def brief(findings: Sequence[Finding]) -> int:
-    """Print one line with this node's name and everything that should be equal on all nodes, or only its failures.
+    """Print one line with this node's name and all findings that should be equal on all nodes, or only the failures.
 
     Returns 1 if a run cannot start here, else 0.
     """
@@ -120,7 +124,9 @@ def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
     importlib.import_module("megatron_selfdistill.selftest.launch_environment").set_environment()
     rank = os.environ.get("RANK", "0")
     ranks = arguments.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    one_per_node = os.environ.get("LOCAL_RANK", "0") == "0"  # eight imports of the same files tell no more than one
+    one_per_node = (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+    )  # eight imports of the same files show no more than one import
     findings = examine(ranks, imports=one_per_node, limit_s=deadline - time.monotonic())
     failed = any(finding.status == FAILURE for finding in findings)
     if rank == "0" or failed:
@@ -153,7 +159,7 @@ def what_a_run_uses(findings: Sequence[Finding]) -> list[str]:
 
 @contextlib.contextmanager
 def _ended_after(seconds: float) -> Iterator[None]:
-    """End the process with status 1 if this context lasts longer than ``seconds``, whatever the process waits for.
+    """End the process with status 1 if this context lasts longer than ``seconds``, even during a wait.
 
     The self-test's own watch starts only after all ranks have imported everything and found each other.
     """
@@ -178,5 +184,5 @@ def _positive(kind: type[float]) -> Callable[[str], float]:
             raise ValueError
         return value
 
-    number.__name__ = f"positive {kind.__name__}"  # which argparse names in its error
+    number.__name__ = f"positive {kind.__name__}"  # argparse shows this name in its error
     return number

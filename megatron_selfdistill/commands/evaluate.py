@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.evaluate_options import comparison_arguments, evaluation_arguments
 
-if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need not wait for
+if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.run_data import RunData
@@ -31,7 +31,7 @@ RESERVED = {
     "checkpoint.load": "--megatron or --hf",
     "run_dir": "--out",
 }
-"""Keys that options set."""
+"""The keys that options set -> the options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.run_data import RunData
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary folders go
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that temporary directories are removed
     model = _model(arguments)
     config = _configured(arguments, model)
     config.check_world(world_size())
@@ -139,7 +141,7 @@ def _evaluate_with(
                 num_samples=arguments.num_samples,
                 pass_at_k=arguments.pass_at_k,
                 seed=config.seed,
-                step=0,  # whatever the iteration: two models that are compared sample with the same seeds
+                step=0,  # independent of the iteration, so that compared models sample with the same seeds
                 max_length=run_data.max_length,
                 majority_at_k=arguments.majority_at_k,
                 hinted=arguments.hinted,
@@ -194,7 +196,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     overridden = {override.lstrip("+~").partition("=")[0] for override in arguments.overrides}
     if taken := sorted(overridden & RESERVED.keys()):
         raise ConfigError(f"{taken[0]} cannot be set here: use {RESERVED[taken[0]]}")
-    # The problems are those of --data; nothing is trained: the size of a batch limits no layout.
+    # The problems come from --data.  Nothing is trained, so the size of a batch limits no layout.
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=None, global_batch_size=world_size()),
@@ -228,7 +230,7 @@ def _tokenizer_of(path: Path, model_format: str) -> str:
     folder = path if model_format == "hugging_face" else hf_assets_of(path)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if folder is None or not any((folder / name).is_file() for name in files):
-        raise ConfigError(f"{path} carries no tokenizer: name one with data.tokenizer=DIR")
+        raise ConfigError(f"expected a tokenizer in {path}, got none: set data.tokenizer=DIR")
     return str(folder)
 
 

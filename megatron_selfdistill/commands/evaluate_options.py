@@ -24,7 +24,7 @@ the layout.  On several ranks:
 
 
 class _Ks(argparse.Action):
-    """The numbers up to the first word that is not a number; the words after it are overrides of keys."""
+    """An option that takes the numbers up to the first word that is not a number; further words are overrides."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -44,36 +44,49 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument(
-        "--megatron", type=Path, metavar="DIR", help="iter_ or release folder, or the one with the tracker"
+        "--megatron",
+        type=Path,
+        metavar="DIR",
+        help="the iter_ or release directory, or the directory with the tracker file",
     )
-    model.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face folder, converted for the time being")
-    parser.add_argument("--iteration", type=int, metavar="N", help="another one than the tracker file names")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="problems with answers")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the results")
-    parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
-    parser.add_argument("--num-samples", type=int, default=16, metavar="N", help="per problem, besides a greedy one")
+    model.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory, which is converted temporarily")
     parser.add_argument(
-        "--pass-at-k", nargs="+", action=_Ks, metavar="K", help="one of K is right (default: 1 4 16 .. within N)"
+        "--iteration", type=int, metavar="N", help="iteration to evaluate (default: the tracker file names it)"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="problems with answers")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
+    parser.add_argument(
+        "--num-samples", type=int, default=16, metavar="N", help="samples per problem, besides a greedy response"
+    )
+    parser.add_argument(
+        "--pass-at-k",
+        nargs="+",
+        action=_Ks,
+        metavar="K",
+        help="chance that one of K samples is right (default: 1 4 16 .. up to N)",
     )
     parser.add_argument(
         "--majority-at-k",
         nargs="+",
         action=_Ks,
         metavar="K",
-        help="the most frequent answer of K is (default: 4 16 ..)",
+        help="chance that the most frequent answer of K samples is right (default: 4 16 ..)",
     )
-    parser.add_argument("--hinted", action="store_true", help="show the teacher's prompt, with the solution")
+    parser.add_argument("--hinted", action="store_true", help="show the model the teacher's prompt, with the solution")
     parser.add_argument(
-        "--responses", type=int, default=0, metavar="N", help="write those to the first N problems, as text"
+        "--responses", type=int, default=0, metavar="N", help="write the responses to the first N problems as text"
     )
     parser.add_argument(
         "--tmp",
         type=Path,
         metavar="DIR",
-        help="where what --hf becomes lies meanwhile; all nodes see it (default: --out/..)",
+        help="directory for the converted --hf, which all nodes see (default: --out/..)",
     )
     parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
-    parser.add_argument("--config-dir", action="append", default=[], help="a folder with further configuration groups")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a directory with further configuration groups"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. rollout.top_p=0.95")
     parser.set_defaults(more_overrides=[])
     arguments = parser.parse_intermixed_args(argv)
@@ -90,16 +103,20 @@ def comparison_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options of `selfdistill evaluate compare`."""
     parser = argparse.ArgumentParser(
         prog="selfdistill evaluate compare",
-        description="Is model B better than model A?  Both were evaluated on the same problems.",
+        description="Compare two evaluations of the same problems: is model B better than model A?",
         epilog="example:\n  selfdistill evaluate compare results/before results/after --out comparison.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("a", type=Path, metavar="A", help="results of one evaluation")
-    parser.add_argument("b", type=Path, metavar="B", help="results of the other")
+    parser.add_argument("a", type=Path, metavar="A", help="results of the first evaluation")
+    parser.add_argument("b", type=Path, metavar="B", help="results of the second evaluation")
     parser.add_argument(
-        "--resamples", type=_positive, default=10_000, metavar="N", help="of the problems (default: 10000)"
+        "--resamples",
+        type=_positive,
+        default=10_000,
+        metavar="N",
+        help="number of resamples of the problems (default: 10000)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison to FILE, as JSON")
     return parser.parse_args(argv)
 

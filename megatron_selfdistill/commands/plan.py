@@ -8,7 +8,7 @@ The plan shows the layout, the memory of each stage, the pipeline's idle time, a
 needs cluster.num_gpus, which many recipes set.  `selfdistill dry_run=true ...` without torchrun does the same; under
 torchrun, dry_run=true builds everything on the GPUs and stops.
 
-exit status: 0 for a plan that fits, and 2 with one sentence for one that cannot run or does not fit
+exit status: 0 for a plan that fits; 2 with one message for a plan that cannot run or does not fit
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_selfdistill.hidden_values import hidden
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan of the run that ``argv`` configures.
 
-    Returns 0, 2 after one sentence on standard error for bad input and for a run that does not fit, or 130 for Ctrl-C.
+    Returns 0; 2 after one message on standard error for bad input and for a run that does not fit; 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_intermixed_args(argv)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = (["dry_run=true", *arguments.overrides], arguments.config_name, arguments.config_dir)
         config = configuration.load(*named)
         if not config.dry_run:
-            raise ConfigError("dry_run=false contradicts `selfdistill plan`: leave it out")
+            raise ConfigError("dry_run=false contradicts `selfdistill plan`: remove dry_run=false")
         return train.plan(config, configuration.given_keys(*named), argv)
     except (ConfigError, CheckpointError) as error:
         print(f"plan: {hidden(str(error))}", file=sys.stderr)
@@ -52,5 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of `selfdistill train`")
     parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
-    parser.add_argument("--config-dir", action="append", default=[], help="a folder with further configuration groups")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a directory with further configuration groups"
+    )
     return parser

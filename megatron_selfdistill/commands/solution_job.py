@@ -32,23 +32,23 @@ _STEP = 0  # the model is not trained here, so every sample belongs to step 0
 
 @dataclass(frozen=True)
 class SolutionJob:
-    """The search for solutions to all problems of ``run_data``, as one rank sees it."""
+    """The search for solutions to all problems of ``run_data``, on one rank."""
 
     config: Config
     """The configuration, whose ``checkpoint.load`` names the model."""
     run_data: RunData
     grid: RankGrid
     out: Path
-    """The file of solutions."""
+    """The file that receives the solutions."""
     group_size: int
-    """Number of problems that are solved, and saved in the journal, at a time."""
+    """The number of problems that are solved, and saved in the journal, at a time."""
     model: Path | None
-    """The model that the provenance names; None is ``checkpoint.load``."""
+    """The model that the provenance names; None stands for ``checkpoint.load``."""
 
     def run(self) -> None:
         """Solve the problems that the journal lacks, then write the file of solutions and print a summary.
 
-        Every rank of the world calls it; rank 0 writes and prints.  Raises: `ConfigError`, `CheckpointError`.
+        Every rank of the world calls this method; rank 0 writes and prints.  Raises: `ConfigError`, `CheckpointError`.
         """
         problems = self.run_data.problems.problems
         self._check(problems)
@@ -119,7 +119,7 @@ class SolutionJob:
                 score=score,
             )
         except RuntimeError as error:  # the verifier or an engine failed: the groups in the journal are kept
-            raise ConfigError(f"{error}; when that is fixed, the same command goes on from here") from error
+            raise ConfigError(f"{error}; after a fix, the same command continues from here") from error
         own = [self._line(attempt) for attempt in attempts]
         by_id = {line["problem_id"]: line for line in gather_items(own, self.grid.dp_group)}
         return [by_id[problem.id] for problem in group]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The journal of `selfdistill solutions`: what became of each problem, so that the command goes on after a kill."""
+"""The journal of `selfdistill solutions`: the result of each problem, with which the command continues after a kill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Journal:
     header: dict[str, Any]
     """Everything that the solutions depend on, except the layout."""
     group_size: int
-    """Number of problems that are solved, and saved, at a time."""
+    """The number of problems that are solved, and saved, at a time."""
 
     @property
     def path(self) -> Path:
@@ -56,11 +56,13 @@ class Journal:
             raise ConfigError(f"{self.path} is not a journal of this command: choose another --out or remove it")
         self._check_header(header)
         done = len(attempts)
-        if done < num_problems:  # a group is solved as a whole, so that its batches and their rounding are the same
+        if (
+            done < num_problems
+        ):  # a group is solved again completely, so that its batches and their rounding are the same
             done -= done % self.group_size
-        whole = "".join(line + "\n" for line in lines[: done + 1])
+        kept = "".join(line + "\n" for line in lines[: done + 1])
         with self.path.open("r+", encoding="utf-8") as file:
-            file.truncate(len(whole.encode()))
+            file.truncate(len(kept.encode()))
         return done
 
     def _check_header(self, header: dict[str, Any]) -> None:
@@ -105,7 +107,7 @@ class Journal:
 
 
 def summarize(attempts: Iterator[dict[str, Any]], out: Path, num_samples: int) -> None:
-    """Print how many problems have how many correct samples, and the number of solutions in ``out``."""
+    """Print the number of problems by their number of correct samples, and the number of solutions in ``out``."""
     from rich.console import Console
     from rich.table import Table
 

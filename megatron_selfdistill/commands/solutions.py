@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill.choices import SOLUTION_RANKINGS
 
-if TYPE_CHECKING:  # seconds of imports, which --help and a mistyped option need not wait for
+if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
 
 EXIT_REFUSED = 2
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"solutions: [rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
         return EXIT_REFUSED
     except KeyboardInterrupt:
-        print("solutions: interrupted; the same command goes on from here", file=sys.stderr)
+        print("solutions: interrupted; the same command continues from here", file=sys.stderr)
         return 130
 
 
@@ -101,7 +101,7 @@ def _configured(arguments: argparse.Namespace) -> Config:
         raise ConfigError("expected one model: either --hf DIR or checkpoint.load=DIR")
     if arguments.hf is not None and config.data.tokenizer is None:
         config = replace(config, data=replace(config.data, tokenizer=str(arguments.hf)))
-    # No run is resumed here: its folder only holds what an engine needs beside the weights.
+    # No run is resumed here: run_dir only holds the files that an engine needs beside the weights.
     checkpoint = replace(config.checkpoint, resume=False)
     return replace(config, checkpoint=checkpoint, run_dir=str(file_beside(arguments.out, ".engine")))
 
@@ -133,15 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "overrides", nargs="*", metavar="key=value", help="settings of selfdistill (`selfdistill --keys` lists them)"
     )
-    option("--out", type=Path, required=True, metavar="FILE", help="JSONL that data.path can read")
-    option("--hf", type=Path, metavar="DIR", help="a Hugging Face folder as the model, instead of checkpoint.load")
+    option(
+        "--out", type=Path, required=True, metavar="FILE", help="JSONL file for the solutions, which data.path can read"
+    )
+    option("--hf", type=Path, metavar="DIR", help="Hugging Face directory of the model, instead of checkpoint.load")
     option("--num-samples", type=_at_least_1, default=8, metavar="N", help="responses per problem (default: 8)")
     option("--keep", type=_at_least_1, default=1, metavar="K", help="solutions per problem, at most (default: 1)")
     option(
-        "--pick", choices=SOLUTION_RANKINGS, default="shortest", help="which right ones are kept (default: shortest)"
+        "--pick",
+        choices=SOLUTION_RANKINGS,
+        default="shortest",
+        help="which right solutions are kept (default: shortest)",
     )
     option("--alpha", type=float, default=0.01, help="with --pick learnable: weight of the worst token (default: 0.01)")
-    option("--num-problems", type=_at_least_1, metavar="N", help="only the first so many (default: all)")
-    option("--group-size", type=_at_least_1, default=64, metavar="N", help="problems at a time (default: 64)")
+    option("--num-problems", type=_at_least_1, metavar="N", help="only the first N problems (default: all)")
+    option("--group-size", type=_at_least_1, default=64, metavar="N", help="number of problems at a time (default: 64)")
     option("--config-name", default="train", help="the primary configuration (default: train)")
     return parser

@@ -114,9 +114,9 @@ CASES: dict[str, tuple[list[str], str]] = {
     "convert": ([PROGRAM, "convert", "hf-to-megatron", "--hf", "nope", *OUT], "it has no config.json"),
     "evaluate": ([PROGRAM, "evaluate", *EVALUATED, THREE], NOT_CUT),
     "solutions": ([PROGRAM, "solutions", *SOLVED, THREE], NOT_CUT),
-    "doctor": ([PROGRAM, "doctor", "--minutes", "3"], "--minutes is about --selftest"),
+    "doctor": ([PROGRAM, "doctor", "--minutes", "3"], "--minutes needs --selftest"),
     "serve": ([PROGRAM, "serve"], "the following arguments are required: --hf-config"),
-    "doctor, an option": ([DOCTOR, "--minutes", "3"], "--minutes is about --selftest"),
+    "doctor, an option": ([DOCTOR, "--minutes", "3"], "--minutes needs --selftest"),
 }
 
 

@@ -494,7 +494,7 @@ def test_a_node_that_cannot_run_is_not_tested(monkeypatch, capsys):
 def test_what_is_about_the_selftest_is_refused_without_one(capsys, option):
     with pytest.raises(SystemExit, match="2"):
         doctor.main(option)
-    assert f"{option[0]} is about --selftest" in capsys.readouterr().err
+    assert f"{option[0]} needs --selftest" in capsys.readouterr().err
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
