@@ -18,21 +18,21 @@ from megatron_selfdistill.trainer import Trainer
 
 
 def announce(trainer: Trainer) -> None:
-    """Write the resolved configuration into the run folder, unless this is a dry run, and report what will run."""
+    """Write the resolved configuration into the run directory, unless this is a dry run, and report what will run."""
     if not trainer.grid.is_reporter:
         return
-    folder, data, dry_run = trainer.folder.path, trainer.run_data, trainer.config.dry_run
+    directory, data, dry_run = trainer.run_directory.path, trainer.run_data, trainer.config.dry_run
     if not dry_run:
-        trainer.folder.write()
+        trainer.run_directory.write()
     for line in _lines(trainer):
         trainer.log.message(line)
-    if dry_run and (folder / LOCK).exists():
-        return  # the list belongs to the run that is using the folder
+    if dry_run and (directory / LOCK).exists():
+        return  # the list belongs to the run that is using the directory
     if trainer.resumed_from is None:
-        (folder / SKIPPED_FILE).unlink(missing_ok=True)
+        (directory / SKIPPED_FILE).unlink(missing_ok=True)
     if data.skipped:
-        list_skipped(folder / SKIPPED_FILE, data.skipped)
-        trainer.log.message(f"what was skipped, by file and line: {folder / SKIPPED_FILE}; {data.skipped[0]}")
+        list_skipped(directory / SKIPPED_FILE, data.skipped)
+        trainer.log.message(f"what was skipped, by file and line: {directory / SKIPPED_FILE}; {data.skipped[0]}")
 
 
 def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
@@ -74,7 +74,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield from data.about_conversations
     start = f"starts from {config.checkpoint.load or 'random weights'}"
     start = f"resumes {trainer.resumed_from}" if trainer.resumed_from else start
-    yield f"{start}, at step {trainer.step} of {config.num_steps}; everything goes to {trainer.folder.path}"
+    yield f"{start}, at step {trainer.step} of {config.num_steps}; everything goes to {trainer.run_directory.path}"
     yield from trainer.changes
     if trainer.stop.plan:
         yield trainer.stop.plan
@@ -84,7 +84,7 @@ def _problems(trainer: Trainer) -> str:
     data = trainer.run_data
     number = f"{len(data.problems)} {'turns' if data.about_conversations else 'problems'}"
     if trainer.config.logged:
-        file = trainer.folder.path / SKIPPED_FILE
+        file = trainer.run_directory.path / SKIPPED_FILE
         return f"{number} (what cannot be used is skipped when it comes up, and listed in {file})"
     return (
         f"{number} ({data.counts.truncated} with a shortened solution; skipped: {data.counts.dropped} too long, "

@@ -136,7 +136,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     config.check_world(ranks.world_size)
     patience_s = config.parallel.distributed_timeout_minutes * 60
     finished = finished_run(config, as_given) if ranks.rank == 0 else None
-    if checkpoint := ranks.answer("folder", str(finished or ""), patience_s):
+    if checkpoint := ranks.answer("directory", str(finished or ""), patience_s):
         return _already_complete(config, Path(checkpoint), ranks)
     run_data = RunData.load(config)
     ranks.answer("inputs", timeout_s=patience_s)

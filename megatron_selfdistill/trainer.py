@@ -83,7 +83,7 @@ class Trainer:
         """Whether this launch has checked the identity law and the teacher's canary."""
         if found is not None:
             self._resume(found)
-        self.folder = RunDirectory(config, self.step, prove_ownership)
+        self.run_directory = RunDirectory(config, self.step, prove_ownership)
         self.saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
         self.log = MetricsLog(
             self.run_dir,
@@ -153,11 +153,11 @@ class Trainer:
         return metrics
 
     def finish_step(self, batch: StepBatch, packed: PackedBatch, metrics: Mapping[str, float]) -> None:
-        """Count the step, commit its batch; log, evaluate, guard and save what is due.
+        """Count the step, commit its batch; log, check, evaluate and save whenever the configuration says so.
 
-        Raises: `RunUnhealthy` where a guard trips, `CheckpointError` where the run folder belongs to another run now.
+        Raises: `RunUnhealthy` if a guard fails, `CheckpointError` if the run directory now belongs to another run.
         """
-        self.folder.require_ownership()
+        self.run_directory.require_ownership()
         self.step += 1
         self.source.commit(batch)
         metrics = {
@@ -188,7 +188,7 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
-        """The folder of the present step's checkpoint."""
+        """The directory of the present step's checkpoint."""
         return self.checkpointer.directory / iteration_name(self.step)
 
     def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
@@ -232,10 +232,10 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of the present step; in the middle of a step, the step is redone from there."""
-        self.folder.require_ownership()
+        self.run_directory.require_ownership()
         with self.phases("checkpoint"):
             if self.grid.is_reporter:
-                self.folder.restore()
+                self.run_directory.restore()
             model = replace(self.config.model, vocab_size=self.run_data.vocab_size)
             self.checkpointer.save(
                 self.step,
@@ -254,7 +254,7 @@ class Trainer:
         """End before the last step, as asked: save a checkpoint of the present step, and mark that it lies there."""
         if self.saved_step != self.step:
             self.save()
-        self.folder.require_ownership()
+        self.run_directory.require_ownership()
         self.checkpointer.finish()
         self.stop.leave_marker(self.step)
         checkpoint = self.checkpoint if self.step else None
@@ -263,7 +263,7 @@ class Trainer:
     def close(self) -> None:
         """Finish saves in the background, end the sampler's engines, close the logs."""
         self.sampler.close()
-        if self.folder.is_owned:
+        if self.run_directory.is_owned:
             self.checkpointer.finish()
         self.log.close()
 

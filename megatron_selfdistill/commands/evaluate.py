@@ -107,12 +107,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
     grid = ranks.initialize(config.parallel, config.seed)
     try:
-        with _temporary_directory(arguments.tmp or arguments.out.parent, grid) as folder, ExitStack() as stack:
+        with _temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
             load = model["path"]
             if arguments.hf is not None:
-                load = str(stack.enter_context(converted(arguments.hf, folder / "converted")))
+                load = str(stack.enter_context(converted(arguments.hf, directory / "converted")))
             checkpoint = dataclasses.replace(config.checkpoint, load=load)
-            config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(folder / "run"))
+            config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(directory / "run"))
             _evaluate_with(config, run_data, grid, arguments, model)
     finally:
         ranks.shutdown()
@@ -227,11 +227,11 @@ def _tokenizer_of(path: Path, model_format: str) -> str:
     from megatron_selfdistill.checkpoint.describe import hf_assets_of
     from megatron_selfdistill.errors import ConfigError
 
-    folder = path if model_format == "hugging_face" else hf_assets_of(path)
+    directory = path if model_format == "hugging_face" else hf_assets_of(path)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if folder is None or not any((folder / name).is_file() for name in files):
+    if directory is None or not any((directory / name).is_file() for name in files):
         raise ConfigError(f"expected a tokenizer in {path}, got none: set data.tokenizer=DIR")
-    return str(folder)
+    return str(directory)
 
 
 @contextmanager
@@ -243,12 +243,12 @@ def _temporary_directory(parent: Path, grid: RankGrid) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         return tempfile.mkdtemp(dir=parent, prefix=".evaluate-")
 
-    folder = Path(run_on_rank_0(make))
+    directory = Path(run_on_rank_0(make))
     try:
-        yield folder
+        yield directory
     finally:
         if grid.is_reporter:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _data(run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -290,8 +290,8 @@ def compare(arguments: argparse.Namespace) -> int:
     """Print the comparison of two evaluations, write it with --out, and return the exit status."""
     from megatron_selfdistill.evaluation.evaluation_directory import require_evaluation
 
-    for folder in (arguments.a, arguments.b):
-        require_evaluation(folder)
+    for directory in (arguments.a, arguments.b):
+        require_evaluation(directory)
     from megatron_selfdistill.evaluation import comparison
     from megatron_selfdistill.evaluation.evaluations import read_evaluation
     from megatron_selfdistill.evaluation.tables import show_comparison

@@ -2,7 +2,7 @@
 """Messages between the ranks of a launch without a process group: all ranks are ready, or one rank has failed.
 
     ranks = RollCall()
-    word = ranks.answer("folder", "ready")      # waits for all ranks and returns the word of rank 0
+    word = ranks.answer("directory", "ready")      # waits for all ranks and returns the word of rank 0
     ...
     if ranks.failed(message, status):           # releases the other ranks; True on one of the ranks with this message
         print(message)
@@ -26,7 +26,7 @@ from typing import Any
 from megatron_selfdistill.distributed.launch_store import launch_store
 from megatron_selfdistill.errors import ConfigError
 
-CALLS = ("folder", "inputs")
+CALLS = ("directory", "inputs")
 """The calls that every rank answers, in this order, before it joins the process group."""
 
 _CONNECT_S = 10.0

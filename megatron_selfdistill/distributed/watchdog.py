@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Signs of progress, and the end of a run in which no rank makes progress: stacks, the hanging rank's name, exit.
 
-    with watched(rank, world_size, folder, timeout_s):
+    with watched(rank, world_size, directory, timeout_s):
         ...                  # meanwhile: entered("train"), beat(), beat(), left("train")
 
 The ranks exchange their signs through a store of their own, since a collective would hang like the run itself.
@@ -87,18 +87,18 @@ def moving_files() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched(rank: int, world_size: int, folder: Path, timeout_s: float | None) -> Iterator[None]:
+def watched(rank: int, world_size: int, directory: Path, timeout_s: float | None) -> Iterator[None]:
     """End the run if no rank makes progress for ``timeout_s`` seconds; None never ends the run.
 
-    Every rank then appends its threads' stacks to ``folder/rank_N.txt``.  Rank 0 writes on standard error and in
-    ``folder/verdict.txt`` which rank hangs, and all ranks exit with `EXIT_HUNG`.  A rank whose interpreter is blocked
-    in code outside Python cannot end itself: it still writes its stacks, and its launcher ends it with the other ranks.
-    Not a collective, but every rank of the world enters this context.
+    Every rank then appends its threads' stacks to ``directory/rank_N.txt``.  Rank 0 reports on standard error and in
+    ``directory/verdict.txt`` which rank hangs, and all ranks exit with `EXIT_HUNG`.  A rank that is blocked in code
+    outside Python cannot end itself: the rank still writes its stacks, and the launcher ends it with the other ranks.
+    The context is no collective, but every rank of the world enters it.
     """
     if timeout_s is None:
         yield
         return
-    watch = _Watch(rank, world_size, folder, timeout_s)
+    watch = _Watch(rank, world_size, directory, timeout_s)
     watch.start()
     try:
         yield
@@ -167,8 +167,8 @@ def _missed(reports: Mapping[int, Report]) -> dict[int, str]:
 class _Watch:
     """The thread that publishes this rank's signs of progress, reads the other ranks', and ends the process."""
 
-    def __init__(self, rank: int, world_size: int, folder: Path, timeout_s: float) -> None:
-        self._rank, self._world_size, self._folder, self._timeout_s = rank, world_size, folder, timeout_s
+    def __init__(self, rank: int, world_size: int, directory: Path, timeout_s: float) -> None:
+        self._rank, self._world_size, self._directory, self._timeout_s = rank, world_size, directory, timeout_s
         self._tick_s = min(timeout_s / _TICKS, _MAX_TICK_S)
         # torch.distributed's own connection is busy while a rank waits in a collective.
         self._store = launch_store("selfdistill/progress", world_size, max(timeout_s, 30.0))
@@ -199,17 +199,17 @@ class _Watch:
         if empty:
             Path(self._file.name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: other ranks go on, or have hung in an earlier launch
-            self._folder.rmdir()
+            self._directory.rmdir()
             if self._made_run_dir:
-                self._folder.parent.rmdir()
+                self._directory.parent.rmdir()
 
     def _opened(self) -> IO[str]:
         """Open this rank's file for stacks in advance: neither C code nor a hanging run can open a file."""
-        self._made_run_dir = not self._folder.parent.exists()
+        self._made_run_dir = not self._directory.parent.exists()
         while True:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another rank has just closed, and removed the folder
-                return (self._folder / f"rank_{self._rank}.txt").open("a")
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another rank has just closed, and removed the directory
+                return (self._directory / f"rank_{self._rank}.txt").open("a")
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -275,7 +275,7 @@ class _Watch:
         who = who or "all ranks look alike, so none can be named"
         return (
             f"no rank has made progress for {self._minutes} (stop.hang_timeout_minutes): {who}.  The stacks of all "
-            f"ranks are in {self._folder}"
+            f"ranks are in {self._directory}"
         )
 
     @property
@@ -297,7 +297,7 @@ class _Watch:
                 self._await([f"written {rank}" for rank in range(self._world_size) if rank not in self._silent])
             verdict += self._without_stacks()
             print(f"[rank {self._rank}] {verdict}", file=sys.stderr, flush=True)
-            (self._folder / "verdict.txt").write_text(verdict + "\n")
+            (self._directory / "verdict.txt").write_text(verdict + "\n")
             with contextlib.suppress(RuntimeError):
                 self._store.set("told", "")
         finally:
@@ -308,7 +308,7 @@ class _Watch:
         why = "a stopped process (SIGSTOP) or a dead node cannot write its stack"
         empty = []
         for rank in sorted(self._silent):
-            file = self._folder / f"rank_{rank}.txt"
+            file = self._directory / f"rank_{rank}.txt"
             with contextlib.suppress(OSError):
                 if not file.exists() or file.stat().st_size == 0:
                     empty.append(str(rank))

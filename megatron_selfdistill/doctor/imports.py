@@ -87,11 +87,11 @@ def importing(names: Sequence[str], limit_s: float = IMPORT_LIMIT_S) -> Iterator
     The context's value is a function that waits for the imports until ``limit_s`` seconds after their start.
     """
     deadline = time.monotonic() + limit_s
-    with tempfile.TemporaryDirectory(prefix="selfdistill_doctor_", ignore_cleanup_errors=True) as folder:
-        children = {name: _started(_IMPORTS[name], Path(folder) / name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="selfdistill_doctor_", ignore_cleanup_errors=True) as directory:
+        children = {name: _started(_IMPORTS[name], Path(directory) / name) for name in names}
         try:
             yield lambda: {
-                name: _result(_IMPORTS[name], child, Path(folder) / name, deadline, limit_s)
+                name: _result(_IMPORTS[name], child, Path(directory) / name, deadline, limit_s)
                 for name, child in children.items()
             }
         finally:

@@ -149,8 +149,8 @@ class MetricsLog:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            folder = str(self.path.parent / "tensorboard")
-            self._writer = SummaryWriter(folder, purge_step=step + 1 if step else 0, flush_secs=10)
+            directory = str(self.path.parent / "tensorboard")
+            self._writer = SummaryWriter(directory, purge_step=step + 1 if step else 0, flush_secs=10)
 
     def _is_there(self) -> bool:
         """Return whether the open file still has its name, since another program may remove or replace the file."""

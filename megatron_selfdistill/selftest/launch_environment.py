@@ -25,16 +25,16 @@ def set_environment() -> None:
 def share_caches() -> None:
     """Let the ranks of a node share one cache of compiled kernels on its own disk, unless the variables are set.
 
-    Triton's default lies in the home folder, which nodes often share over a network.  A folder that belongs to somebody
-    else, or that others can write to, is not used: what lies there is loaded and run.
+    Triton's default lies in the home directory, which nodes often share over a network.  The function does not use a
+    directory that belongs to another user or that other users can write to, since Triton runs the code in this cache.
     """
-    folder = Path(tempfile.gettempdir()) / f"selfdistill_cache_{os.getuid()}"
+    directory = Path(tempfile.gettempdir()) / f"selfdistill_cache_{os.getuid()}"
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        directory.mkdir(mode=0o700, exist_ok=True)
+        found = directory.lstat()
     except OSError:
         return
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         return
     for name, part in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
-        os.environ.setdefault(name, str(folder / part))
+        os.environ.setdefault(name, str(directory / part))

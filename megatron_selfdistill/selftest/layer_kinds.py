@@ -45,7 +45,7 @@ def layers_against_local(launch: LaunchUnderTest) -> Outcome:
     if reason := why_not():
         return Outcome(not_done=reason)
     cuts = launch.cut(tp=launch.largest_tp)
-    config = launch.config(cuts, launch.folder, "optimizer.precision=bf16")
+    config = launch.config(cuts, launch.directory, "optimizer.precision=bf16")
     grid = launch.grid(cuts)
     local = _chunks(config, grid, transformer_engine=False)
     engine = _chunks(config, grid, transformer_engine=True)

@@ -63,8 +63,8 @@ def selftest(sampler: str | None = None, say: Callable[[str], None] = print, lim
     table = _Table(say if rank == 0 else lambda line: None)
     with Meeting(rank, world_size, broken_off=table.end, limit_s=limit_s) as meeting:
         table.begin(world_size, sampler)
-        with _folder(meeting) as folder:
-            launch = LaunchUnderTest(rank, world_size, folder, sampler, meeting.open_group, 2 * limit_s)
+        with _directory(meeting) as directory:
+            launch = LaunchUnderTest(rank, world_size, directory, sampler, meeting.open_group, 2 * limit_s)
             table.warmed(meeting.warm_up(partial(warm_up, launch), leave=_leave, limit_s=limit_s))
             for number, (name, check) in enumerate(CHECKS.items(), 1):
                 share = SHARE if number < len(CHECKS) else 1.0
@@ -130,7 +130,7 @@ class _Table:
 
 
 @contextlib.contextmanager
-def _folder(meeting: Meeting) -> Iterator[Path]:
+def _directory(meeting: Meeting) -> Iterator[Path]:
     """Yield a directory with texts that rank 0 makes for all ranks; it is removed when all ranks have left."""
     made: list[Path] = []
 
@@ -140,10 +140,10 @@ def _folder(meeting: Meeting) -> Iterator[Path]:
         return str(made[0])
 
     try:
-        yield Path(meeting.from_rank_0("folder", make))
+        yield Path(meeting.from_rank_0("directory", make))
     finally:
-        for folder in made:
-            shutil.rmtree(folder, ignore_errors=True)
+        for directory in made:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _leave() -> None:

@@ -32,7 +32,7 @@ class LaunchUnderTest:
 
     rank: int
     world_size: int
-    folder: Path
+    directory: Path
     """The directory for files that all ranks see."""
     sampler: str
     """The sampler to test: megatron or vllm."""
@@ -80,17 +80,17 @@ class LaunchUnderTest:
 
     def new_run_dir(self, name: str) -> Path:
         """Return a new directory for a run.  Raises: OSError where this rank does not see the directory."""
-        if not self.folder.is_dir():
-            raise OSError(f"{self.folder} of rank 0 is not there: set TMPDIR to a folder that all nodes see")
-        return self.folder / name
+        if not self.directory.is_dir():
+            raise OSError(f"{self.directory} of rank 0 is not there: set TMPDIR to a directory that all nodes see")
+        return self.directory / name
 
     def config(self, cuts: ParallelConfig, run_dir: Path, *more: str) -> Config:
         """Return the configuration of a run of the tiny model on sums; ``more`` overrides its keys."""
         return configuration.load(
             [
                 f"run_dir={run_dir}",
-                f"data.path={self.folder}/problems.jsonl",
-                f"data.tokenizer={self.folder}/tokenizer",
+                f"data.path={self.directory}/problems.jsonl",
+                f"data.tokenizer={self.directory}/tokenizer",
                 "data.teacher_template='{problem}H{solution}|'",
                 f"data.global_batch_size={max(GLOBAL_BATCH_SIZE, self.world_size)}",
                 "rollout.max_new_tokens=12",
@@ -125,7 +125,7 @@ class LaunchUnderTest:
         ]
 
 
-def write_texts(folder: Path) -> None:
+def write_texts(directory: Path) -> None:
     """Write a tokenizer with one token per character, and sums with their results as hints."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -135,11 +135,11 @@ def write_texts(folder: Path) -> None:
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING, unk_token=PADDING)
     fast.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    fast.save_pretrained(folder / "tokenizer")
+    fast.save_pretrained(directory / "tokenizer")
     rng = random.Random(3)
     terms = [(rng.randrange(1000), rng.randrange(10 ** rng.randrange(1, 6))) for _ in range(NUM_PROBLEMS)]
     records = [{"problem": f"{a}+{b}=", "solution": f"{a + b}", "id": str(i)} for i, (a, b) in enumerate(terms)]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (directory / "problems.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def contexts(grid: RankGrid, *, same_prompt: bool) -> list[ContextPair]:

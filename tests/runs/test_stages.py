@@ -144,7 +144,7 @@ def attributes(trainer: Any) -> dict[str, Any]:
         "source": trainer.source,
         "sampler": trainer.sampler,
         "guards": trainer.guards,
-        "folder": trainer.folder,
+        "run_directory": trainer.run_directory,
         "teacher": trainer.learner.teacher,
     }
     return {f"{name}.{key}": snapshot(value) for name, part in parts.items() for key, value in vars(part).items()}
@@ -154,7 +154,7 @@ def changes_of_two_steps(overrides: Sequence[str]) -> list[dict[str, list[str]]]
     """For each of two steps, what each stage changes; a batch that is asked for twice must be the same."""
 
     def use(trainer: Any) -> list[dict[str, list[str]]]:
-        trainer.folder.write()
+        trainer.run_directory.write()
         found: list[dict[str, list[str]]] = []
         for _ in range(2):
             changed: dict[str, list[str]] = {}
@@ -216,7 +216,7 @@ def state_before_and_after_a_restart(overrides: Sequence[str]) -> list[dict[str,
         }
 
     def use(trainer: Any) -> list[dict[str, Any]]:
-        trainer.folder.write()
+        trainer.run_directory.write()
         one_step(trainer)
         one_step(trainer)
         trainer.save()
@@ -253,7 +253,7 @@ def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
 
     def use(trainer: Any) -> dict[str, bool]:
         student, teacher = trainer.learner.chunks, trainer.learner.teacher.chunks
-        trainer.folder.write()
+        trainer.run_directory.write()
         before = weights(student), weights(teacher)
         assert before[0].equal(before[1]), "the teacher begins as the student"
         one_step(trainer)

@@ -63,7 +63,7 @@ def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str
     except ConfigError as error:
         where = "" if source is None else f"{source}: "
         raise ConfigError(
-            f"{where}{error}; set rollout.hf_config to the folder of the model that is trained"
+            f"{where}{error}; set rollout.hf_config to the directory of the model that is trained"
         ) from error
     return {"architectures": [family.architecture], **hf_config}, family.rules(model)
 
@@ -74,16 +74,16 @@ def _source(config: Config, run_dir: Path) -> Path | None:
         return Path(config.rollout.hf_config)
     if config.model.provider is not None:
         raise ConfigError(
-            "model.provider builds a model that rollout.engine=vllm does not know: name a folder with its Hugging Face "
-            "config.json in rollout.hf_config"
+            "model.provider builds a model that rollout.engine=vllm does not know: name a directory with its "
+            "Hugging Face config.json in rollout.hf_config"
         )
-    carried = None
+    found = None
     if config.checkpoint.load is not None:
         load = Path(config.checkpoint.load)
-        carried = hf_assets_of(directory.tracked(load) or load)
-    if carried is None and (run_dir / HF_ASSETS / "config.json").is_file():
-        carried = run_dir / HF_ASSETS
-    return carried
+        found = hf_assets_of(directory.tracked(load) or load)
+    if found is None and (run_dir / HF_ASSETS / "config.json").is_file():
+        found = run_dir / HF_ASSETS
+    return found
 
 
 def _read(source: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _read(source: Path) -> dict[str, Any]:
 
 
 def _as_trained(original: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    # Rows that no token has, as many folders know them, would take a share of every softmax.
+    # Rows without a token, which many directories have, would take a share of every softmax.
     untrained = {name: 0 for name in _MTP_LAYERS if name in original or name in family_of(original).defaults}
     return {**original, "vocab_size": vocab_size, **untrained}
 

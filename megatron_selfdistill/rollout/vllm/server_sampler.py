@@ -108,9 +108,9 @@ class ServerSampler:
             wait_until_healthy(self._started, self._servers[: len(self._started)], rollout.timeout_s)
             for server in self._servers:
                 _check(server, max_length)
-            folder, on_gpu = rollout.transfer_dir, grid.device.type == "cuda"
-            chosen = choose_transfer(rollout.transfer, self._servers, folder=folder, on_gpu=on_gpu)
-            self._transfer = make_transfer(chosen, folder=folder, timeout_s=rollout.timeout_s)
+            directory, on_gpu = rollout.transfer_dir, grid.device.type == "cuda"
+            chosen = choose_transfer(rollout.transfer, self._servers, directory=directory, on_gpu=on_gpu)
+            self._transfer = make_transfer(chosen, directory=directory, timeout_s=rollout.timeout_s)
 
         try:
             run_long_on_rank_0(start, EngineError)

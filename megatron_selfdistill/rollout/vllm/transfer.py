@@ -83,13 +83,13 @@ class Transfer(Protocol):
         ...
 
 
-def make_transfer(name: str, *, folder: str, timeout_s: float) -> Transfer:
+def make_transfer(name: str, *, directory: str, timeout_s: float) -> Transfer:
     """Return the transfer that ``rollout.transfer`` names.
 
-    ``folder`` is used by shared_memory, ``timeout_s`` by gloo and nccl.
+    ``directory`` is used by shared_memory, ``timeout_s`` by gloo and nccl.
     """
     if name == "shared_memory":
-        return SharedMemoryTransfer(folder)
+        return SharedMemoryTransfer(directory)
     if name == "ipc":
         return IpcTransfer()
     return BroadcastTransfer(name, timeout_s)
@@ -123,7 +123,7 @@ class _OfferedTransfer:
 
 
 class SharedMemoryTransfer(_OfferedTransfer):
-    """A transfer through files in ``folder``: in memory (/dev/shm), or on a file system that the servers share.
+    """A transfer through files in ``directory``: in memory (/dev/shm), or on a file system that the servers share.
 
     Where all workers are on this host, two files last as long as this object, and trainer and servers have them mapped.
     A network file system does not keep two mappings equal, so workers of other hosts read a file per bucket, which is
@@ -132,12 +132,12 @@ class SharedMemoryTransfer(_OfferedTransfer):
 
     _name = "shared_memory"
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, directory: str | Path) -> None:
         super().__init__()
-        self._folder = Path(folder)
-        self._files = TwoBuffers(lambda num_bytes: MappedFile(self._folder, num_bytes))
+        self._directory = Path(directory)
+        self._files = TwoBuffers(lambda num_bytes: MappedFile(self._directory, num_bytes))
         self._elsewhere: set[VllmServer] = set()
-        remove_abandoned(self._folder)
+        remove_abandoned(self._directory)
 
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
         """Return a bucket in one of the two mapped files, or in main memory if a worker is on another host."""
@@ -151,7 +151,7 @@ class SharedMemoryTransfer(_OfferedTransfer):
         """Let each server read the mapped file, or a file that lasts for this call; return the servers that failed."""
         if bucket.where:
             return super().send(bucket, servers)
-        with bucket_file(self._folder, bucket.packed) as path:
+        with bucket_file(self._directory, bucket.packed) as path:
             return super().send(Bucket(bucket.layout, bucket.packed, {"path": str(path)}), servers)
 
     def release(self) -> None:

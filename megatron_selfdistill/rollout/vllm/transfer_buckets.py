@@ -79,15 +79,15 @@ class PrivateMemory:
 
 
 class MappedFile:
-    """A file in ``folder`` that this process and servers on this host have mapped: ``memory`` is its bytes.
+    """A file in ``directory`` that this process and servers on this host have mapped: ``memory`` is its bytes.
 
     Only the owner may read the file.  `close` removes it, or the next trainer does where this one was killed.
 
-    Raises `ConfigError` where ``folder`` has no room for the file.
+    Raises `ConfigError` where ``directory`` has no room for the file.
     """
 
-    def __init__(self, folder: Path, num_bytes: int) -> None:
-        self._file, self.path = _locked_file(folder)
+    def __init__(self, directory: Path, num_bytes: int) -> None:
+        self._file, self.path = _locked_file(directory)
         self._unpin: Callable[[], None] = lambda: None
         try:
             # A page that the file system has no room for would end this process when it is written to.
@@ -95,8 +95,8 @@ class MappedFile:
         except OSError as error:
             self.close()
             raise ConfigError(
-                f"rollout.transfer_dir={folder} has no room for a bucket of {num_bytes / 2**20:.0f} MiB ({error}), and "
-                "there are two: make it larger, name another folder, or lower rollout.bucket_mb"
+                f"rollout.transfer_dir={directory} has no room for a bucket of {num_bytes / 2**20:.0f} MiB ({error}), "
+                "and there are two: make it larger, name another directory, or lower rollout.bucket_mb"
             ) from error
         self.memory = torch.from_file(str(self.path), shared=True, size=num_bytes, dtype=torch.uint8)
         self._unpin = pin(self.memory)
@@ -176,9 +176,9 @@ def _set_allocator_settings(settings: str) -> None:
 
 
 @contextlib.contextmanager
-def bucket_file(folder: Path, packed: Tensor) -> Iterator[Path]:
+def bucket_file(directory: Path, packed: Tensor) -> Iterator[Path]:
     """Yield the path of a file with the bytes of ``packed`` that other hosts can read; remove it afterwards."""
-    bucket, path = _locked_file(folder)
+    bucket, path = _locked_file(directory)
     with bucket:
         try:
             bucket.write(packed.numpy().data)
@@ -189,9 +189,9 @@ def bucket_file(folder: Path, packed: Tensor) -> Iterator[Path]:
             path.unlink(missing_ok=True)
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Remove buckets in ``folder`` whose writer has ended, so that no process holds their lock."""
-    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+def remove_abandoned(directory: Path) -> None:
+    """Remove buckets in ``directory`` whose writer has ended, so that no process holds their lock."""
+    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
         with (
             contextlib.suppress(OSError),
             open(path, "rb") as bucket,
@@ -200,14 +200,14 @@ def remove_abandoned(folder: Path) -> None:
             path.unlink()
 
 
-def _locked_file(folder: Path) -> tuple[Any, Path]:
+def _locked_file(directory: Path) -> tuple[Any, Path]:
     """Return a new file, open and locked by this process, and its path.
 
     The file gets the name that `remove_abandoned` looks for only when it is locked.
     """
     name = _PREFIX + secrets.token_hex(8)
-    path = folder / (name + _SUFFIX)
-    file = open(folder / name, "x+b", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
+    path = directory / (name + _SUFFIX)
+    file = open(directory / name, "x+b", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
     fcntl.flock(file, fcntl.LOCK_EX)
-    os.rename(folder / name, path)
+    os.rename(directory / name, path)
     return file, path

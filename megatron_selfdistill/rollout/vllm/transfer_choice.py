@@ -24,26 +24,26 @@ from megatron_selfdistill.rollout.vllm.transfer_buckets import bucket_file
 logger = logging.getLogger(__name__)
 
 
-def choose_transfer(name: str | None, servers: Sequence[VllmServer], *, folder: str, on_gpu: bool) -> str:
+def choose_transfer(name: str | None, servers: Sequence[VllmServer], *, directory: str, on_gpu: bool) -> str:
     """Return the transfer for ``servers``: ``name``, the value of ``rollout.transfer``, where that is not None.
 
-    For None, a trainer on GPUs takes nccl where every worker has the trainer's version of NCCL.  Otherwise it takes ipc
-    where every worker sees the GPU of this process, then shared_memory where every worker can read files in ``folder``,
-    then gloo, and logs both versions.  A trainer on a CPU takes shared_memory or gloo by the same rule.
+    For None, a trainer on GPUs takes nccl if every worker has the trainer's version of NCCL.  Otherwise the trainer
+    takes ipc if every worker sees the GPU of this process, then shared_memory if every worker can read files in
+    ``directory``, then gloo, and logs both versions.  A trainer on a CPU takes shared_memory or gloo by the same rule.
 
-    Rank 0 calls this before it forms any process group; each server is asked at most twice.
+    Rank 0 calls this function before it forms any process group; each server is asked at most twice.
 
-    Raises: `ConfigError` where a named transfer does not reach every worker or ``folder`` cannot be written to,
+    Raises: `ConfigError` where a named transfer does not reach every worker or ``directory`` cannot be written to,
     `EngineError` where a server does not answer.
     """
     if name in ("nccl", "ipc"):
         _refuse(name, _why_not_nccl(servers, on_gpu) if name == "nccl" else _why_not_ipc(servers, on_gpu))
     if name == "shared_memory":
-        blind = _first_blind(servers, folder)
+        blind = _first_blind(servers, directory)
         if blind is not None:
             raise ConfigError(
-                f"rollout.transfer=shared_memory leaves weights in rollout.transfer_dir={folder} of "
-                f"{socket.gethostname()}, where {blind} cannot read them: set a folder on a file system that both "
+                f"rollout.transfer=shared_memory leaves weights in rollout.transfer_dir={directory} of "
+                f"{socket.gethostname()}, where {blind} cannot read them: set a directory on a file system that both "
                 "share, or rollout.transfer=nccl (gloo without GPUs)"
             )
     if name is not None:
@@ -54,7 +54,7 @@ def choose_transfer(name: str | None, servers: Sequence[VllmServer], *, folder: 
     if on_gpu and _why_not_ipc(servers, on_gpu) is None:
         chosen = "ipc"
     else:
-        chosen = "gloo" if _first_blind(servers, folder) is not None else "shared_memory"
+        chosen = "gloo" if _first_blind(servers, directory) is not None else "shared_memory"
     if on_gpu:
         logger.warning("weights reach the vLLM servers by rollout.transfer=%s, not nccl: %s", chosen, why_not_nccl)
     return chosen
@@ -124,14 +124,14 @@ def _why_not_ipc(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
     return None
 
 
-def _first_blind(servers: Sequence[VllmServer], folder: str) -> str | None:
-    """Return the first worker that cannot read a file with the owner, mode and folder of a bucket, or None."""
+def _first_blind(servers: Sequence[VllmServer], directory: str) -> str | None:
+    """Return the first worker that cannot read a file with the owner, mode and directory of a bucket, or None."""
     try:
-        with bucket_file(Path(folder), torch.zeros(1, dtype=torch.uint8)) as probe:
+        with bucket_file(Path(directory), torch.zeros(1, dtype=torch.uint8)) as probe:
             for server in servers:
                 for rank, answer in enumerate(server.call_all("can_read", str(probe))):
                     if not answer["can_read"]:
                         return str(_Worker(server, rank, answer))
     except OSError as error:
-        raise ConfigError(f"rollout.transfer_dir={folder} cannot be written to: {error}") from error
+        raise ConfigError(f"rollout.transfer_dir={directory} cannot be written to: {error}") from error
     return None

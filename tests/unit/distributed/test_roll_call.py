@@ -22,7 +22,7 @@ def answers() -> tuple[str, float]:
     if ranks.rank == 2:
         time.sleep(0.5)
     began = time.monotonic()
-    word = ranks.answer("folder", f"from {ranks.rank}")
+    word = ranks.answer("directory", f"from {ranks.rank}")
     seconds = time.monotonic() - began
     ranks.leave()
     return word, seconds
@@ -39,7 +39,7 @@ def fails(who: list[int], messages: list[str]) -> Any:
     try:
         if ranks.rank in who:
             return ranks.failed(messages[ranks.rank], 4)
-        ranks.answer("folder")
+        ranks.answer("directory")
         ranks.answer("inputs")
     except OtherRankFailed as other:
         return other.status
@@ -68,7 +68,7 @@ def test_of_several_ranks_with_a_sentence_that_rank_0_lacks_one_speaks(ranks):
 
 def twice() -> list[str]:
     calls = [RollCall(), RollCall()]
-    words = [ranks.answer("folder", f"run {number}") for number, ranks in enumerate(calls)]
+    words = [ranks.answer("directory", f"run {number}") for number, ranks in enumerate(calls)]
     for ranks in calls:
         ranks.leave()
     return words
@@ -104,5 +104,5 @@ def test_a_store_that_cannot_be_reached_silences_nobody(monkeypatch):
 def test_a_world_of_one_waits_for_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     ranks = RollCall()
-    assert ranks.answer("folder", "word") == "word" and ranks.failed("a", 2)
+    assert ranks.answer("directory", "word") == "word" and ranks.failed("a", 2)
     ranks.leave()

@@ -87,7 +87,7 @@ def test_a_providers_model_is_what_its_config_json_says(ranks, tmp_path):
     [
         ("another model", "hidden_size would be 48 but the model has 32"),
         ("unknown", "expected one of the architectures"),
-        ("provider", "name a folder with its Hugging Face config.json in rollout.hf_config"),
+        ("provider", "name a directory with its Hugging Face config.json in rollout.hf_config"),
         ("absent", "has no config.json"),
     ],
 )

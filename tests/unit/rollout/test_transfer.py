@@ -61,7 +61,7 @@ def fakes() -> Iterator[list[FakeVllm]]:
 
 @pytest.fixture(params=["shared_memory", "gloo"])
 def transfer(request, tmp_path) -> Iterator[Transfer]:
-    made = make_transfer(request.param, folder=str(tmp_path), timeout_s=10)
+    made = make_transfer(request.param, directory=str(tmp_path), timeout_s=10)
     yield made
     made.close()
 
@@ -263,7 +263,7 @@ def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_is_in_use_is
     ],
 )
 def test_the_transfer_is_the_one_that_is_named(name, kind, tmp_path):
-    made = make_transfer(name, folder=str(tmp_path), timeout_s=1)
+    made = make_transfer(name, directory=str(tmp_path), timeout_s=1)
     assert type(made).__name__ == kind
 
 

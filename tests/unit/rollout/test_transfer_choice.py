@@ -32,7 +32,7 @@ def fakes(monkeypatch) -> Iterator[list[FakeVllm]]:
 
 
 def choose(fakes: list[FakeVllm], name: str | None, folder: object, on_gpu: bool = False) -> str:
-    return choose_transfer(name, [VllmServer(fake.address) for fake in fakes], folder=str(folder), on_gpu=on_gpu)
+    return choose_transfer(name, [VllmServer(fake.address) for fake in fakes], directory=str(folder), on_gpu=on_gpu)
 
 
 def test_without_a_name_it_is_nccl_on_gpus_else_files_where_all_workers_read_them(fakes, tmp_path):

@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         "Arguments after `--` go to vLLM unchanged.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--hf-config", required=True, help="folder with the config.json of the trained model")
+    parser.add_argument("--hf-config", required=True, help="directory with the config.json of the trained model")
     parser.add_argument(
         "--host", default="127.0.0.1", help=f"address to listen on; any but this machine's own needs {TOKEN_VARIABLE}"
     )

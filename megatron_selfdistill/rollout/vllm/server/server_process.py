@@ -182,10 +182,10 @@ def environment_at_start() -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _with_package(variables: Mapping[str, str], folder: Path, python: str | None, token: str) -> dict[str, str]:
+def _with_package(variables: Mapping[str, str], directory: Path, python: str | None, token: str) -> dict[str, str]:
     """Return ``variables`` with those by which a server imports this package and knows its token and parent."""
     environment = {name: value for name, value in variables.items() if python is None or name not in _PYTHON}
-    paths = [str(_folder_with_package(folder))]
+    paths = [str(_directory_with_package(directory))]
     paths += [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     environment[TOKEN_VARIABLE] = token
@@ -193,13 +193,13 @@ def _with_package(variables: Mapping[str, str], folder: Path, python: str | None
     return environment
 
 
-def _folder_with_package(folder: Path) -> Path:
+def _directory_with_package(directory: Path) -> Path:
     """Return a directory from which this package can be imported and nothing else.
 
     Where the package is installed, its neighbours are the trainer's torch and other packages that a server has of its
     own.
     """
-    alone = folder.resolve() / "package"
+    alone = directory.resolve() / "package"
     alone.mkdir(exist_ok=True)
     link = alone / _PACKAGE
     link.unlink(missing_ok=True)
