@@ -7,7 +7,7 @@ This file imports nothing, so that the schema can be read where torch is not ins
 from __future__ import annotations
 
 TARGET_RULES = ("entropy_matched", "fixed", "batch", "teacher_alone")
-"""Values of target.rule: how k, the temperature of the mix, is found."""
+"""Values of target.rule, the rule for k, the temperature of the mix."""
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 """Values of loss.divergence."""

@@ -19,7 +19,7 @@ from megatron_selfdistill.config.schema import Config
 from megatron_selfdistill.errors import ConfigError
 
 _DESCRIPTION = """\
-Train a Megatron model on its own responses, towards what it would say if it knew the solution.
+Train a Megatron model on its own responses, towards what the model would predict if it knew the solution.
 
   selfdistill train data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
   torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...

@@ -24,9 +24,10 @@ class DataConfig:
     """The problems, the tokenizer and the prompts."""
 
     kind: str = "problems"
-    """What the records are: problems (with solutions), or conversations (chat logs; see the section conversations)."""
+    """The kind of the records: problems (with solutions), or conversations (chat logs; see the section
+    conversations)."""
     path: str | None = None
-    """Where the records are: a file (.jsonl, .json, .csv, each also .gz, or .parquet), a directory of such files, a
+    """The place of the records: a file (.jsonl, .json, .csv, each also .gz, or .parquet), a directory of such files, a
     glob, or the name of a data set on the Hugging Face hub."""
     split: str = "train"
     """Split of a hub data set."""
@@ -36,7 +37,7 @@ class DataConfig:
     """Name of a field -> name of the column that holds it.  Problems have the fields problem, solution, answer, id and
     messages; conversations have messages, accepted, tools and id."""
     on_bad_record: str = "error"
-    """What happens at a bad record: error (the run ends) or skip (the record is counted and skipped)."""
+    """The reaction to a bad record: error (the run ends) or skip (the record is counted and skipped)."""
     limit: int | None = None
     """Number of records that are used, from the first one on; null is all."""
     tokenizer: str | None = None
@@ -62,11 +63,11 @@ class DataConfig:
     max_length: int | None = None
     """Length of the longest context, in tokens; null is model.max_position_embeddings."""
     on_long_context: str = "error"
-    """What happens where the teacher's context is too long: error, drop (the problem is skipped), or truncate_start or
-    truncate_end (that end of the solution is cut off)."""
+    """The reaction to a teacher's context that is too long: error, drop (the problem is skipped), or truncate_start or
+    truncate_end (this end of the solution is cut off)."""
     solutions: str = "given"
-    """The solutions that the teacher sees: given (those of the data) or own (responses of the model whose answer is
-    right; see the section solutions)."""
+    """The solutions that the teacher sees: given (the solutions of the data) or own (responses of the model whose
+    answer is right; see the section solutions)."""
 
     def __post_init__(self) -> None:
         normalise("data", self)
@@ -84,7 +85,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ConversationsConfig:
-    """Which turns of logged conversations are trained on, and how (data.kind=conversations)."""
+    """The training on turns of logged conversations (data.kind=conversations)."""
 
     accepted_rule: str = "closing_turn"
     """Rule that finds the answer that the user accepted, where the log has no mark: closing_turn (the last assistant
@@ -121,14 +122,14 @@ class SolutionsConfig:
     refresh_every: int = 50
     """Number of steps after which the present weights solve the problems of the coming steps anew."""
     num_samples: int = 8
-    """Number of responses per problem, sampled as rollout.* says, among which solutions are looked for."""
+    """Number of responses per problem, sampled with the settings of rollout, among which the search finds solutions."""
     keep: int = 2
     """Number of right responses kept per problem; the teacher sees the best one that is not the response itself."""
     pick: str = "shortest"
     """Rule that ranks the right responses: shortest, most_likely (mean log-prob under the student), random, or
     learnable (the score of pipeline/score.py)."""
     alpha: float = 0.01
-    """With pick=learnable: weight of the least likely token and of the largest log-ratio of teacher and student."""
+    """Weight of the least likely token and of the largest log-ratio of teacher and student under pick=learnable."""
 
     def __post_init__(self) -> None:
         normalise("solutions", self)

@@ -16,18 +16,18 @@ class LossConfig:
     divergence: str = "reverse_kl"
     """The divergence: reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
     jsd_lambda: float = 0.5
-    """With divergence=jsd: weight of q in the mixture."""
+    """Weight of q in the mixture of divergence=jsd."""
     backend: str | None = None
-    """What computes the loss: torch, or triton (kernels for NVIDIA GPUs).  Null takes triton where the logits are on a
-    GPU and triton is installed, otherwise torch; the log names the choice and the reason."""
+    """The implementation of the loss: torch, or triton (kernels for NVIDIA GPUs).  Null takes triton where the logits
+    are on a GPU and triton is installed, otherwise torch; the log names the choice and the reason."""
     rollout_correction: str = "none"
     """Importance weight of each token's loss: none, or truncated: min(p / mu, rollout_correction_cap), where p is the
     student's probability of the token and mu its probability under the distribution that sampled it (another engine, or
     the guided mix)."""
     rollout_correction_cap: float = 2.0
-    """With rollout_correction=truncated: the largest importance weight."""
+    """The largest importance weight under rollout_correction=truncated."""
     fused: str | None = None
-    """How the output layer is computed: none (all logits of a microbatch, of student and teacher, exist at once), or
+    """The computation of the output layer: none (all logits of a microbatch, of student and teacher, exist at once), or
     together with the loss in chunks of tokens: keep_gradient (the gradient of the student's logits is kept until
     backward) or low_memory (backward computes the logits again, with half as many GEMMs more).  Null takes the first of
     none, keep_gradient and low_memory that stays within max_logits_gb, or low_memory.  Own solutions are scored in the
@@ -35,7 +35,7 @@ class LossConfig:
     fused_chunk_tokens: int = 4096
     """Number of response tokens in a chunk of the fused output layer."""
     max_logits_gb: float | None = None
-    """With fused=null: memory that the logits of the largest microbatch may take on a rank, in GiB; null is 1/20 of
+    """Memory that the logits of the largest microbatch may take on a rank under fused=null, in GiB; null is 1/20 of
     cluster.gpu_memory_gb."""
 
     def __post_init__(self) -> None:

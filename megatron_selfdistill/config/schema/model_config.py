@@ -14,7 +14,7 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 class ModelConfig:
     """The architecture of the model.
 
-    The names of the keys are those of Megatron Core's ``TransformerConfig`` and ``GPTModel``.
+    The keys have the names of Megatron Core's ``TransformerConfig`` and ``GPTModel``.
     """
 
     provider: str | None = None
@@ -39,7 +39,7 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     """Length of the longest sequence that the model can read, in tokens."""
     position_embedding_type: str = "rope"
-    """How positions are encoded: rope, learned_absolute or none."""
+    """The encoding of positions: rope, learned_absolute or none."""
     rotary_base: int = 10000
     """Base of the rotary frequencies."""
     rotary_percent: float = 1.0

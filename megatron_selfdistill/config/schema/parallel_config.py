@@ -11,7 +11,7 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks share the model; the rest of the world size is data parallelism."""
+    """The parallel layout of the model; the rest of the world size is data parallelism."""
 
     tensor_model_parallel_size: int = 1
     """TP: number of ranks that share each layer."""
@@ -29,7 +29,7 @@ class ParallelConfig:
     """SP: whether the TP ranks divide the activations outside tensor-parallel regions along the sequence.  A mixture of
     experts with TP needs it."""
     distributed_timeout_minutes: float = 30.0
-    """How long a collective may wait before the run ends, in minutes."""
+    """Minutes that a collective may wait before the run ends."""
 
     def __post_init__(self) -> None:
         normalise("parallel", self)
@@ -60,7 +60,7 @@ class ClusterConfig:
     """The machines that a run is meant for; dry_run=true without a launch checks the run against them."""
 
     num_gpus: int | None = None
-    """Number of ranks of the whole launch, one per GPU; a launch of another size is refused.  Null allows any size."""
+    """Number of ranks of the launch, one per GPU; a launch of another size is refused.  Null allows any size."""
     gpus_per_node: int = 8
     """Number of GPUs of one node."""
     gpu_memory_gb: float = 80.0
@@ -84,7 +84,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How one step runs through the pipeline."""
+    """The order and the memory of one step in the pipeline."""
 
     pair_order: str | None = None
     """Order of the teacher's and the student's microbatches: teacher_first or alternating; null is teacher_first with
@@ -95,13 +95,13 @@ class ScheduleConfig:
     """Size up to which the teacher's hidden states stay on the device, in GiB per rank; larger ones go to pinned host
     memory."""
     recompute_granularity: str | None = None
-    """What backward recomputes: selective (recompute_modules) or full (whole layers); null is nothing."""
+    """The part that backward recomputes: selective (recompute_modules) or full (complete layers); null is nothing."""
     recompute_method: str | None = None
-    """With full recomputation: Megatron's method, uniform or block."""
+    """Megatron's method of full recomputation: uniform or block."""
     recompute_num_layers: int | None = None
-    """With full recomputation: number of layers of a unit."""
+    """Number of layers in a unit of full recomputation."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """With selective recomputation: the modules that are recomputed, by Megatron's names."""
+    """Modules that selective recomputation recomputes, by Megatron's names."""
 
     def __post_init__(self) -> None:
         normalise("schedule", self)

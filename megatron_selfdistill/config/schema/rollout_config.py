@@ -12,12 +12,12 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How the student samples its responses."""
+    """The sampling of the student's responses."""
 
     engine: str = "megatron"
     """The sampler: megatron (the model in training itself, with a KV cache) or vllm."""
     placement: str = "colocated"
-    """Where vLLM runs: colocated (in the processes of the trainer, on the same devices) or server (in its own
+    """The place where vLLM runs: colocated (in the processes of the trainer, on the same devices) or server (in its own
     processes, on other devices or nodes; the trainer's environment then needs no vLLM)."""
     engine_tp: int = 1
     """Tensor-parallel size of a vLLM engine.  With placement=colocated this number of consecutive ranks forms one
@@ -39,10 +39,10 @@ class RolloutConfig:
     The servers also get the environment in which the run was started, without the variables that the launcher or the
     run has set for itself."""
     transfer: str | None = None
-    """How weights reach servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the trainer's
-    GPUs).  Null takes nccl on GPUs where all servers have the trainer's version of NCCL, otherwise ipc where the
-    servers see the trainer's GPU, otherwise shared_memory where all workers can read files in transfer_dir, otherwise
-    gloo."""
+    """The transfer of weights to servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the
+    trainer's GPUs).  Null takes nccl on GPUs where all servers have the trainer's version of NCCL, otherwise ipc where
+    the servers see the trainer's GPU, otherwise shared_memory where all workers can read files in transfer_dir,
+    otherwise gloo."""
     transfer_dir: str = "/dev/shm"
     """Directory of the files of transfer=shared_memory, on a shared file system where servers are on other nodes."""
     bucket_mb: float = 1024.0
@@ -54,11 +54,11 @@ class RolloutConfig:
     max_staleness: int = 0
     """Number of optimizer steps by which the weights that sampled a response may be older than the present weights."""
     guidance: str = "none"
-    """Who chooses the tokens: none (the student alone) or mixed (each token is sampled from the target itself, from
-    both contexts at once, by the present weights; such responses are off-policy for the student)."""
+    """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
+    itself, from both contexts at once, by the present weights; such responses are off-policy for the student)."""
     guide_below: float | None = None
-    """With guidance=mixed: the recent success rate below which a problem is guided, which needs answers; null guides
-    all problems."""
+    """The recent success rate below which guidance=mixed guides a problem, which needs answers; null guides all
+    problems."""
     num_samples: int = 1
     """Number of responses per problem and step."""
     max_new_tokens: int = 256

@@ -20,7 +20,7 @@ class CheckpointConfig:
     load_optimizer: bool = False
     """Whether the optimizer state in checkpoint.load is taken too (torch_dist, the same kind of optimizer)."""
     verify: str = "checksums"
-    """What is compared with the manifest of a checkpoint before the checkpoint is loaded: checksums (reads every file
+    """The comparison with the manifest of a checkpoint before the checkpoint is loaded: checksums (reads every file
     once; the ranks share the files), sizes, or none.  Only with none, a checkpoint of this program that has lost its
     manifest is loaded.  Checkpoints of other programs have no manifest."""
     save_every: int = 100
@@ -30,9 +30,10 @@ class CheckpointConfig:
     async_save: bool = False
     """Whether a checkpoint is written in the background while training continues."""
     resume: Any = True
-    """What happens where the run directory has checkpoints: true continues from the newest checkpoint, and refuses to,
-    naming the keys, where a key that decides what the run learns has changed since.  force continues in that case too,
-    with the stored weights, optimizer and teacher and the present configuration.  false refuses such a directory."""
+    """The use of checkpoints in the run directory: true continues from the newest checkpoint, but refuses to continue,
+    and names the keys, if a key that decides what the run learns has changed.  force continues in this case, too, with
+    the stored weights, optimizer and teacher and the present configuration.  false refuses a directory with
+    checkpoints."""
 
     def __post_init__(self) -> None:
         normalise("checkpoint", self)
@@ -47,7 +48,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Where the metrics and some responses of a step are shown.
+    """The display of the metrics and of some responses of a step.
 
     Metrics are always written to metrics.jsonl in the run directory.
     """
@@ -80,7 +81,7 @@ class EvaluationConfig:
     """The evaluation on held-out problems, without hints."""
 
     path: str | None = None
-    """Where the problems with answers are, in any form of data.path; null is no evaluation."""
+    """The place of the problems with answers, in any form of data.path; null is no evaluation."""
     split: str = "test"
     """Split of a hub data set."""
     subset: str | None = None
@@ -96,8 +97,8 @@ class EvaluationConfig:
     pass_at_k: list[int] = field(default_factory=lambda: [1])
     """Values of k of pass@k, at most num_samples each."""
     verifier: str = "math_verify"
-    """What decides whether a response is right: math_verify (its final answer means the answer), exact_match (its final
-    answer is the answer letter by letter), or the dotted path of ``verify(response_text, problem) -> bool``."""
+    """The judge that finds a response right or wrong: math_verify (its final answer means the answer), exact_match (its
+    final answer is the answer letter by letter), or the dotted path of ``verify(response_text, problem) -> bool``."""
 
     def __post_init__(self) -> None:
         normalise("evaluation", self)
@@ -146,7 +147,7 @@ class GuardsConfig:
 
 @dataclass(frozen=True)
 class StopConfig:
-    """When a run ends before its last step, besides SIGUSR1 and SIGTERM; it can continue from its last checkpoint."""
+    """The reasons besides SIGUSR1 and SIGTERM to end a run early; the run can continue from its last checkpoint."""
 
     time_limit_minutes: float | None = None
     """Minutes from its start within which the run ends by itself; null: before its Slurm job ends, if it is one."""

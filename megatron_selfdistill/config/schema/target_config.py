@@ -15,14 +15,14 @@ class TargetConfig:
     """The target q = softmax((w * teacher_logits + student_logits) / k)."""
 
     rule: str = "entropy_matched"
-    """How k, the temperature of the mix, is found: entropy_matched (per token), fixed, batch (one k per step), or
+    """The rule for k, the temperature of the mix: entropy_matched (per token), fixed, batch (one k per step), or
     teacher_alone (no mix: the target is the teacher)."""
     teacher_weight: float = 0.75
     """Weight w of the teacher's logits; the weight of the student's logits is 1."""
     k_max: Any = "1 + w"
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: float | None = None
-    """With rule=fixed: the value of k; null is 1 + w."""
+    """The value of k under rule=fixed; null is 1 + w."""
 
     def __post_init__(self) -> None:
         normalise("target", self)
@@ -46,7 +46,7 @@ class TeacherConfig:
     ema_decay: float = 0.99
     """Decay of the moving average per optimizer step."""
     offload: str = "none"
-    """Where the teacher's weights are between steps: none (on the device) or cpu (in host memory)."""
+    """The place of the teacher's weights between steps: none (on the device) or cpu (in host memory)."""
 
     def __post_init__(self) -> None:
         normalise("teacher", self)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The whole configuration: all sections, and the rules that bind one section to another."""
+"""The configuration: all sections, and the rules that bind one section to another."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration of a run."""
+    """The configuration of a run, with all its sections."""
 
     run_dir: str = ""
     """Directory of the run: checkpoints, teacher, metrics and resolved configuration.  It must be set."""
     num_steps: int = 100
-    """Number of optimizer steps of the whole run."""
+    """Number of optimizer steps of the run, over all launches."""
     seed: int = 0
     """Seed of the order of the data, of sampling and of the initial weights."""
     objective: str = "self_distillation"
-    """What the run trains: self_distillation, or a baseline on the same data: sft (next-token training on the text of
-    the solutions) or rft (next-token training on the model's responses whose answer is right)."""
+    """The objective of the training: self_distillation, or a baseline on the same data: sft (next-token training on the
+    text of the solutions) or rft (next-token training on the model's responses whose answer is right)."""
     dry_run: bool = False
     """Whether the run only checks and ends.  Under a launch it ends after everything has been built, before the first
     step.  Without a launch, and with cluster.num_gpus, it computes the memory of every rank and the bubble from shapes
@@ -48,7 +48,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture of the model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How the ranks share the model."""
+    """The parallel layout."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The machines that the run is meant for."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -58,31 +58,31 @@ class Config:
     solutions: SolutionsConfig = field(default_factory=SolutionsConfig)
     """Own solutions."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """How responses are sampled."""
+    """The sampling of responses."""
     target: TargetConfig = field(default_factory=TargetConfig)
-    """What the student is trained towards."""
+    """The target of the training."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The divergence from the target."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The weights of the teacher."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """How a step runs through the pipeline."""
+    """The order and the memory of a step in the pipeline."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How the weights are updated."""
+    """The update of the weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The checkpoints that are read and written."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """Where metrics and samples are shown."""
+    """The display of metrics and samples."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The evaluation on held-out problems."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
-    """When a run is unhealthy."""
+    """The limits beyond which a run is unhealthy."""
     stop: StopConfig = field(default_factory=StopConfig)
-    """When a run ends before its last step."""
+    """The reasons to end a run before its last step."""
     from_environment: Mapping[Place, FromEnvironment] = field(
         default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
     )
-    """Not a key: the values above that were read from the environment, each with its interpolation."""
+    """The values that come from the environment, each with its interpolation.  This field is not a key."""
 
     def __post_init__(self) -> None:
         normalise("", self)
