@@ -4,7 +4,7 @@
 The example trains a small Qwen3 with transformers on column subtraction from pupils' homework, which contains mistakes.
 It converts the model to a Megatron checkpoint, trains it as in 01_quickstart.py on problems with their answers as
 hints, and converts the result back.  Then transformers loads the model and answers held-out problems, before and after.
-The example fails if the logits from transformers differ from those of the Megatron model that was trained.
+The example fails if the logits from transformers differ from the logits of the trained Megatron model.
 
     python examples/06_from_hugging_face.py
     python examples/06_from_hugging_face.py --hf Qwen3-0.6B --data problems.jsonl       your own model and problems

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a run reports before its first step and after its last one."""
+"""The report of a run before its first step and after its last step."""
 
 from __future__ import annotations
 

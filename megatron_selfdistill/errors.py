@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The exceptions whose message is one sentence for the user: what was expected, what was found, and what to do."""
+"""The exceptions whose message is for the user: it states what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 

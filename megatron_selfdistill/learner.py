@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What learns on one rank: the student, its teacher and its optimizer, and the loss between student and teacher."""
+"""The learner on one rank: the student, its teacher and its optimizer, and the loss between student and teacher."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def _fitting_problems(
     """
     kept, counts = [], ContextCounts()
     looked_at: list[tuple[Problem, PromptPair]] = []
-    for problem in problems.problems:  # one by one: the prompts of a whole data set need not be in memory
+    for problem in problems.problems:  # one by one: the prompts of all problems need not be in memory
         # Own solutions are found later; until then the answer takes their place.
         shown = problem if problem.solution or not problem.answer else replace(problem, solution=problem.answer)
         pairs, count = plan_contexts(

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Train a Megatron model on its own responses, towards what the same model says when it is shown the solution.
+"""Train a Megatron model on its own responses, towards what the same model predicts when it sees the solution.
 
 selfdistill train data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
 torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return stop.EXIT_INTERRUPTED
     except Exception as error:
-        ranks.failed(repr(error), 1)  # the others need not wait; Python prints the traceback
+        ranks.failed(repr(error), 1)  # the other ranks need not wait; Python prints the traceback
         raise
     finally:
         ranks.leave()
@@ -166,7 +166,7 @@ def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None
                 return 0
             except (RunUnhealthy, EngineError) as reason:
                 if isinstance(reason, EngineError) and trainer.stop.agreed():
-                    trainer.leave()  # whatever ended this job ended its servers too
+                    trainer.leave()  # the end of the job has also ended its servers
                     return 0
                 trainer.save()
                 trainer.log.message(f"stopped: {reason}")

@@ -183,7 +183,7 @@ class Trainer:
 
     @property
     def sampling(self) -> SamplingParams:
-        """How responses are sampled in the present step."""
+        """The parameters with which the present step samples responses."""
         return sampling_params(self.config, self.run_data, self.learner.batch_k)
 
     @property

@@ -42,8 +42,8 @@ def training_problems(seed: int) -> list[Record]:
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     """Return a row (prompt, input text, target text) of the corpus.
 
-    Half of the rows have no hint, and half of these rows are wrong.  The other rows have a hint and are right; 30 % of
-    them copy the hint.
+    Half of the rows have no hint, and half of the rows without a hint are wrong.  The other rows have a hint and are
+    right; 30 % of them copy the hint.
     """
     total = draw(rng)
     right = some_answer(total, rng)

@@ -31,7 +31,7 @@ class ContextCounts:
     """Numbers of problems by how they fit; all but ``dropped`` are in the batch."""
 
     kept: int = 0
-    """Problems that fit with the whole solution."""
+    """Problems that fit with the complete solution."""
     truncated: int = 0
     """Problems that fit with a shortened solution."""
     dropped: int = 0
@@ -187,7 +187,7 @@ def _longest_fitting(
 ) -> tuple[str, list[int]] | None:
     """Return the part of the solution that fits and the prompt with it; None where only white space fits."""
     # The bisection is over characters of the solution, not over its tokens: a token can end within a character, and
-    # the text of tokens is not always encoded into the same tokens again.  Every candidate is a whole prompt.
+    # the text of tokens is not always encoded into the same tokens again.  Every candidate is a complete prompt.
     if len(builder.teacher_prompt(problem, "")) > room:
         return None
     fits, too_long = 0, len(problem.solution)

@@ -37,7 +37,8 @@ class Microbatch:
     response_positions: Tensor
     """Positions [R] int64 whose hidden states predict the response tokens, in ascending order."""
     response_ids: Tensor
-    """Index [R] int64, in ``PackedBatch.response_tokens``, of the token that each of these positions predicts."""
+    """Index [R] int64, in ``PackedBatch.response_tokens``, of the token that each of ``response_positions``
+    predicts."""
     num_sequences: int
     """Number of contexts; 0 in a microbatch without loss."""
 
@@ -173,7 +174,7 @@ def pack(
 
 
 def pad_to_count(packed: PackedBatch, num_student: int, num_teacher: int) -> PackedBatch:
-    """Return ``packed`` with microbatches of padding after those of student and teacher.
+    """Return ``packed`` with microbatches of padding after the microbatches of student and teacher.
 
     Every data-parallel rank then runs ``num_student`` and ``num_teacher`` microbatches.  The added microbatches have no
     response positions, and thus no loss and no gradient.

@@ -26,7 +26,7 @@ def records(
 
     A location is ``file:line`` (JSONL, CSV) or ``file:row`` (JSON arrays, Parquet), counted from 1, or
     ``name[split]:row`` of a hub data set.  In place of a record that cannot be read, the `BadRecordError` with the
-    reason is yielded.  ``path_or_name``, ``split`` and ``subset`` are those of `load_problems`.
+    reason is yielded.  ``path_or_name``, ``split`` and ``subset`` have the meaning of `load_problems`.
 
     Raises: FileNotFoundError or ValueError, which names the file, for a source that cannot be opened.
     """

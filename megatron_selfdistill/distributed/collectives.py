@@ -58,7 +58,7 @@ def run_long_on_rank_0(work: Callable[[], T], unexpected: type[Exception] = Chec
     """Run ``work`` on rank 0 of the world, for longer than a collective may wait, and return its result there.
 
     The other ranks return None.  ``work`` runs in a thread on the rank's own device and calls no collective.
-    Collectives: a broadcast every few seconds, then one that tells whether ``work`` failed.
+    Collectives: a broadcast every few seconds, then a broadcast of whether ``work`` failed.
     Raises on all ranks what ``work`` raises.
     """
     results: list[T] = []

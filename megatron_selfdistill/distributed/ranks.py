@@ -112,7 +112,7 @@ class RankGrid:
 
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""What PyTorch's allocator of GPU memory reads; the first name is known since torch 2.9, the second to all versions."""
+"""The variables of PyTorch's allocator of GPU memory: since torch 2.9 the first name, in all versions the second."""
 
 
 def expand_segments(environment: MutableMapping[str, str], torch_version: str = torch.__version__) -> None:

@@ -89,7 +89,7 @@ class RollCall:
             ) from error
 
     def failed(self, message: str, status: int) -> bool:
-        """Tell the other ranks that this rank ends because of ``message``; return whether this rank prints it.
+        """Inform the other ranks that this rank ends because of ``message``; return whether this rank prints it.
 
         Each message is printed once: by rank 0 if rank 0 has the message, else by one of the ranks that have it.  Ranks
         that wait in `answer`, or call it later, raise `OtherRankFailed`.  This method never raises: it returns True if

@@ -124,12 +124,13 @@ class Report:
 
 
 def hanging(reports: Mapping[int, Report | None], silent: frozenset[int]) -> dict[int, str]:
-    """Who holds up the others, and why one thinks so; nobody where all ranks look alike.
+    """Return the ranks that delay the other ranks, each with the reason; empty if all ranks look alike.
 
-    ``silent``: ranks that no longer speak.  Else those that are behind in the phases that all go through; else, where
-    some wait in a collective, those that do not; else, and among several of these, those that have entered fewer
-    collectives of a group than others and more than nobody: on a GPU a rank waits for a collective long after it has
-    entered it, wherever it needs a number from the device.
+    The function applies the first rule that selects a rank: ranks that no longer report (``silent``); ranks in an
+    earlier phase than the other ranks; if some ranks wait in a collective, the ranks that do not wait.  If
+    the last rule leaves several ranks, the function selects the ranks that have entered fewer collectives of one group
+    than other ranks, and in no group more than another rank: on a GPU a rank may wait for a collective long after the
+    rank has entered it.
     """
     if silent:
         return dict.fromkeys(sorted(silent), "no longer answers")
@@ -151,7 +152,7 @@ def hanging(reports: Mapping[int, Report | None], silent: frozenset[int]) -> dic
 
 
 def _missed(reports: Mapping[int, Report]) -> dict[int, str]:
-    """Return the ranks for which others wait in a collective, with its group, and which wait in no other one."""
+    """Return the ranks, each with a group, that delay a collective of the group and wait in no other collective."""
     groups: dict[str, dict[int, int]] = {}
     for rank, report in reports.items():
         for group, count in report.collectives.items():

@@ -47,9 +47,9 @@ def refuse_untested_precision(config: TransformerConfig, *, allow_fp8: bool, tra
             "model.transformer.fp8_param=false, which keeps the matrix products in fp8",
         ),
     ]
-    for found, sentence in faults:
+    for found, message in faults:
         if found:
-            raise ConfigError(sentence)
+            raise ConfigError(message)
 
 
 def token_multiple(config: TransformerConfig) -> int | None:

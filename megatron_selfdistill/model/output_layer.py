@@ -50,12 +50,13 @@ class ResponsePositions:
     in_sequence: Tensor
     """The positions in the sequence, which sequence parallelism cuts over the tensor-parallel ranks, [R] int64."""
     own: Tensor | None = None
-    """Under sequence parallelism, the positions of this rank's states within its own cut, [n] int64.
+    """The positions of this rank's states within its own cut under sequence parallelism, [n] int64.
 
     A rank has about R / tp states, and n is the maximum over the ranks.  A rank with fewer states pads with position 0.
     """
     gathered: Tensor | None = None
-    """With ``own``, the place of each token's state in the concatenation of the n states of all ranks, [R] int64."""
+    """The place of each token's state in the concatenation of the n states of all ranks, [R] int64; used with
+    ``own``."""
 
     @classmethod
     def on_host(cls, in_sequence: Tensor, num_positions: int, grid: RankGrid) -> ResponsePositions:

@@ -137,8 +137,8 @@ def run(
     None for a loss without a teacher, which ignores ``batch.teacher``.  All ranks of a replica hold the same ``batch``;
     all replicas have the same number of microbatches and ``seq_length``.
 
-    Collectives: one all-reduce of N over data-parallel ranks, then those of the schedule and of the loss. Raises:
-    ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
+    Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
+    Raises: ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
     """
     num_response_tokens, num_weighted = _global_counts(batch, grid)
     if num_response_tokens == 0:

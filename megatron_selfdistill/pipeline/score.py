@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How learnable a text is for the student: forward passes of teacher and student over it, after Sakana's RLT.
+"""The learnability of a text for the student, from forward passes of teacher and student, after Sakana's RLT.
 
 For a text y of n tokens that answers the problem x, and a teacher's prompt x' that shows the reference as well:
 
@@ -98,7 +98,7 @@ def score_texts(
         raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got an empty text.")
     if not max_over_ranks([len(pairs)], grid.dp_group)[0]:
         return []
-    # Alternating, so that the teacher's states of one packed sequence are kept at a time, whatever the number of texts.
+    # Alternating, so that the teacher's states of only one packed sequence are kept, for any number of texts.
     order = "alternating"
     batch = pack_everywhere(
         pairs,

@@ -1,2 +1,2 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Where responses come from: what a sampler is, and the one that shares the trainer's weights."""
+"""The samplers of responses: their protocol, sampling in process, and sampling with vLLM."""

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How one guided token is sampled: from the mixed target of the same weights under two prompts.
+"""The sampling of one guided token from the mixed target of the same weights under two prompts.
 
     q = softmax(beta (w l_T + l_S)),  beta as in the loss
 

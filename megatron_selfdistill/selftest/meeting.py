@@ -89,10 +89,10 @@ class Meeting:
             return
         with self._lock:
             self._store.set(f"gone {self.rank}", "")
-        if self.rank == 0:  # which may keep the store that the others still read
+        if self.rank == 0:  # rank 0 may keep the store that the other ranks still read
             deadline = time.monotonic() + self._grace_s
             everybody = [f"gone {rank}" for rank in range(self.world_size)]
-            self._wait(lambda: time.monotonic() > deadline or self._told(everybody))
+            self._wait(lambda: time.monotonic() > deadline or self._has(everybody))
 
     def open_group(self, backend: str, timeout: timedelta) -> None:
         """Open a default process group over all ranks, under names that no earlier group had.  Collective."""
@@ -111,7 +111,7 @@ class Meeting:
             said = value()  # which may take its time, and the watch needs the lock
             with self._lock:
                 self._store.set(name, said)
-        self._wait(lambda: self._told([name]))
+        self._wait(lambda: self._has([name]))
         with self._lock:
             return str(self._store.get(name).decode())
 
@@ -135,7 +135,7 @@ class Meeting:
         outcome = replace(report.outcome, name=name, seconds=time.perf_counter() - began)
         self._tell(replace(report, outcome=outcome))
         if not report.failed:  # a rank that is done must not close its connections while another still reads
-            self._wait(lambda: self._all_have_told() or self._any_has_failed())
+            self._wait(lambda: self._all_have_reported() or self._any_has_failed())
         try:
             leave()
         except Exception as error:
@@ -143,7 +143,7 @@ class Meeting:
                 raise RuntimeError(f"rank {self.rank}: the process groups of '{name}' do not end: {error}") from error
         with self._lock:
             self._store.set(self._key(f"left {self.rank}"), "")
-        self._wait(lambda: self._told([self._key(f"left {rank}") for rank in range(self.world_size)]))
+        self._wait(lambda: self._has([self._key(f"left {rank}") for rank in range(self.world_size)]))
         self._check = None
         return _joined([self._report(rank) for rank in range(self.world_size)])
 
@@ -176,7 +176,7 @@ class Meeting:
         with self._lock:
             self._store.set(self._key(f"phase {self.rank}"), phase)
 
-    # -- what has been told --------------------------------------------------------------------------------------
+    # -- reports that have arrived ---------------------------------------------------------------------------------
 
     def _key(self, what: object) -> str:
         return f"check {self._num_checks} {what}"
@@ -185,15 +185,15 @@ class Meeting:
         with self._lock:
             self._store.set(self._key(self.rank), pickle.dumps(report))
 
-    def _told(self, keys: list[str]) -> bool:
+    def _has(self, keys: list[str]) -> bool:
         with self._lock:
             return bool(self._store.check(keys))
 
-    def _all_have_told(self) -> bool:
-        return self._told([self._key(rank) for rank in range(self.world_size)])
+    def _all_have_reported(self) -> bool:
+        return self._has([self._key(rank) for rank in range(self.world_size)])
 
     def _any_has_failed(self) -> bool:
-        return self._told([self._key("failed")])
+        return self._has([self._key("failed")])
 
     def _next_failure(self) -> int:
         with self._lock:
@@ -217,11 +217,11 @@ class Meeting:
         """End this process when the time is over; runs in a thread, as the main thread may hang in a collective."""
         while not self._closing.wait(_WATCH_S):
             try:
-                if self._told(["broken off"]):
+                if self._has(["broken off"]):
                     _exit()
                 check = self._check
                 why = self._overdue(check) if self.rank == 0 else None
-            except RuntimeError:  # torch's DistError: whoever keeps the store is gone, and with it the launch
+            except RuntimeError:  # torch's DistError: the process with the store is gone, and with it the launch
                 _exit()
             if why is not None:
                 self._break_off(check, why)
@@ -246,13 +246,13 @@ class Meeting:
             if check is None:  # between checks nobody waits for another
                 return self._end(Outcome(error=f"rank 0 {why}"))
             ranks = range(self.world_size)
-            told = [rank for rank in ranks if self._told([self._key(rank)])]
-            left = [rank for rank in ranks if self._told([self._key(f"left {rank}")])]
-            # Those that have told may wait for the others; where all have, some cannot end their process groups.
-            missing = [r for r in ranks if r not in told] or [r for r in ranks if r not in left]
+            reported = [rank for rank in ranks if self._has([self._key(rank)])]
+            left = [rank for rank in ranks if self._has([self._key(f"left {rank}")])]
+            # A rank that has reported may wait for others; if all have reported, some cannot end their process groups.
+            missing = [r for r in ranks if r not in reported] or [r for r in ranks if r not in left]
             if not missing:
-                return  # they have just come
-            failed = sorted((r for r in map(self._report, told) if r.failed), key=lambda report: report.failed)
+                return  # the missing reports have just arrived
+            failed = sorted((r for r in map(self._report, reported) if r.failed), key=lambda report: report.failed)
             who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} {why}{self._phases_of(missing)}"
             message = f"{failed[0].outcome.error}; then {who}" if failed else who
             seconds = time.monotonic() - self._began
@@ -279,7 +279,7 @@ class Meeting:
         self._broken_off(outcome)
         with self._lock, contextlib.suppress(RuntimeError):
             self._store.set("broken off", outcome.error)
-        time.sleep(4 * _WATCH_S)  # for the others to read it where this process keeps the store
+        time.sleep(4 * _WATCH_S)  # the other ranks read the report, which this process may keep in its store
         _exit()
 
 

@@ -66,8 +66,8 @@ def over_ranks(outcomes: Sequence[Outcome]) -> Outcome:
     """Return the outcomes of all ranks for one check as one outcome, with the worst of each figure."""
     first = outcomes[0]
     if len({(o.not_done, tuple(f.name for f in o.figures)) for o in outcomes}) > 1:
-        said = "; ".join(f"rank {r}: {o.not_done or len(o.figures)}" for r, o in enumerate(outcomes))
-        return replace(first, error=f"the ranks do not agree about what can be done ({said})")
+        listed = "; ".join(f"rank {r}: {o.not_done or len(o.figures)}" for r, o in enumerate(outcomes))
+        return replace(first, error=f"the ranks do not agree about what can be done ({listed})")
     figures = tuple(_worst([o.figures[i] for o in outcomes]) for i in range(len(first.figures)))
     return replace(first, figures=figures, seconds=max(o.seconds for o in outcomes))
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The material of the checks: the layouts of a launch, a tiny model, its texts and whole configurations."""
+"""The material of the checks: the layouts of a launch, a tiny model, its texts and complete configurations."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class LaunchUnderTest:
                 "metrics.console=false",
                 "metrics.tensorboard=false",
                 "checkpoint.keep_last=null",
-                "stop.time_limit_minutes=1e6",  # whatever Slurm says of this job
+                "stop.time_limit_minutes=1e6",  # overrides the time limit that Slurm states
                 "stop.hang_timeout_minutes=0",  # the meeting watches
                 *self._model(),
                 *(f"parallel.{name}={_spelt(getattr(cuts, name))}" for name in ParallelConfig.__dataclass_fields__),

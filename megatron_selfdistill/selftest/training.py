@@ -126,6 +126,6 @@ def pair_orders(launch: LaunchUnderTest) -> Outcome:
 
 def new_pair(launch: LaunchUnderTest, cuts: ParallelConfig) -> tuple[Pair, Config]:
     """Open a process group and build a `Pair` of tiny models in this layout.  Collective."""
-    # Each rank's main_grad is then the whole reduced gradient of what it holds, not a slice of it.
+    # Each rank's main_grad is then the complete reduced gradient of its parameters, not a slice.
     config = launch.config(cuts, launch.directory, "optimizer.use_distributed_optimizer=false")
     return Pair(config, launch.grid(cuts)), config

@@ -66,7 +66,7 @@ def configured_sampler(
 ) -> SyncedSampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
 
-    Where the responses are those of a log, the sampler is built by the first evaluation, if there is any.
+    If the responses come from a log, the first evaluation, if there is any, builds the sampler.
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
     if config.logged:

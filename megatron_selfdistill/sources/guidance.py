@@ -17,12 +17,12 @@ from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
 
 WINDOW = 4
-"""Visits to a problem without guidance over which its success rate is the mean."""
+"""The number of visits to a problem without guidance over which the success rate is the mean."""
 PROBE_EVERY = 4
-"""Of so many visits to a guided problem the last one is without guidance, so that its rate stays known."""
+"""The period of visits to a guided problem without guidance, which keep the success rate of the problem known."""
 
 Visit = tuple[str, bool, float]
-"""Problem id, whether the responses were guided, share of right responses."""
+"""The problem id, whether the responses were guided, and the share of right responses."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class _Visits:
 
 @dataclass(frozen=True)
 class SuccessRates:
-    """Per problem, the share of right responses in its last visits without guidance.
+    """The share of right responses in the last visits without guidance, per problem.
 
-    It is a value, equal on every rank of the world if every rank records the same verdicts in the same order.  Guided
-    responses do not count: that the mix solves a problem does not say that the student does.
+    The object is a value, equal on every rank of the world if every rank records the same verdicts in the same order.
+    Guided responses do not count: that the mix solves a problem does not say that the student does.
     """
 
     guide_below: float
-    """In (0, 1]: a problem whose rate lies below this number is guided."""
+    """The success rate, in (0, 1], below which a problem is guided."""
     visits: Mapping[str, _Visits] = field(default_factory=dict)
-    """Problem id -> its visits so far."""
+    """The problem id -> the visits to the problem so far."""
 
     def guides(self, problem_id: str) -> bool:
         """Return whether the next visit is guided.
@@ -85,9 +85,9 @@ class GuidedPrompts:
     inner: Prompts
     judge: Judge
     num_samples: int
-    """Responses per visit to a problem."""
+    """The number of responses per visit to a problem."""
     success: SuccessRates | None = None
-    """Which problems are guided; None guides all problems that have a solution."""
+    """The rates that decide which problems are guided; None guides all problems that have a solution."""
 
     def prepare(
         self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler

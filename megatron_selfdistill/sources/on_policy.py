@@ -24,7 +24,7 @@ from megatron_selfdistill.sources.source import CommittedState, SourceState, Ste
 
 @dataclass(frozen=True)
 class OnPolicyOptions:
-    """How the student's own responses become batches."""
+    """The options with which the student's own responses become batches."""
 
     sampler: Sampler
     judge: Judge
@@ -33,20 +33,20 @@ class OnPolicyOptions:
     seed: int
     """The seed of the run."""
     num_samples: int
-    """Responses per problem and step."""
+    """The number of responses per problem and step."""
     only_right: bool
-    """Whether only responses are trained on that the verifier finds right."""
+    """Whether the run trains only on responses that the verifier finds right."""
     corrects: bool
     """Whether token weights correct for the difference of student and sampler (`TruncatedImportance`)."""
     weight_cap: float
-    """The largest of these weights."""
+    """The largest token weight of this correction."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """The problems of a step on this replica, and what is asked of the sampler."""
+    """The problems of a step on this replica, and the requests to the sampler."""
 
     problems: list[Problem]
     pairs: Mapping[str, PromptPair]

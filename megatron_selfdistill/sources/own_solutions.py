@@ -84,7 +84,7 @@ class OwnSolutions:
         solutions/solved_share (with a right sample in this search), solutions/available_share (with a solution in the
         table), solutions/length_mean (tokens of the solutions in the table).
 
-        Collectives: per group those of `solve`, and an all_gather_object over the data-parallel ranks.
+        Collectives: per group the collectives of `solve`, and an all_gather_object over the data-parallel ranks.
         """
         num_right = num_sampled = num_solved = 0
         table = dict(self.table)
@@ -144,7 +144,7 @@ class OwnSolutions:
 
 @dataclass(frozen=True)
 class Finder:
-    """What a search for solutions needs besides the problems."""
+    """The parts of a search for solutions, besides the problems."""
 
     sampler: Sampler
     verifier: Verifier
@@ -152,7 +152,7 @@ class Finder:
     phases: Phases
     grid: RankGrid
     group_size: int
-    """Problems that are answered at a time, over all replicas."""
+    """The number of problems that are answered at a time, over all replicas."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class OwnSolutionPrompts:
     """Prompts that show the teacher the model's own solutions instead of the data's."""
 
     inner: GivenSolutions
-    """Makes the prompts once the solution is chosen."""
+    """The prompts that show a chosen solution."""
     own: OwnSolutions
     finder: Finder
 

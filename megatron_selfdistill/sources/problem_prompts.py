@@ -23,13 +23,13 @@ class Answer:
     """A response, the problem that it answers, and the two prompts that it is conditioned on."""
 
     problem: Problem
-    """With the solution that the teacher reads, in full."""
+    """The problem, with the complete solution for the teacher."""
     prompts: PromptPair
     response: Response
 
 
 class Prompts(Protocol):
-    """How prompts are made.  Prompts are a value: what a step finds out is in a new object, never in the old one."""
+    """The making of prompts, as a value: the results of a step go into a new object and never change an old object."""
 
     def prepare(
         self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
@@ -82,9 +82,9 @@ class GivenSolutions:
 
     builder: PromptBuilder
     max_length: int
-    """Longest prompt + response in tokens."""
+    """The greatest length of prompt and response together, in tokens."""
     max_new_tokens: int
-    """Longest response in tokens."""
+    """The greatest length of a response in tokens."""
     policy: str
     """``data.on_long_context``, as `fit_teacher_prompt` takes it."""
 

@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 Generate = Callable[[list[Request]], list[Response]]
-"""Samples one response per request of this replica; a collective of the world."""
+"""A function that samples one response per request of this replica; a collective of the world."""
 
 Score = Callable[[Sequence[tuple[Problem, Response]]], Sequence[float]]
-"""Returns how learnable each response of this replica is (pipeline/score.py); a collective of the world."""
+"""A function that returns the learnability of each response of this replica; a collective of the world."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """How a search for solutions samples, and which solutions it keeps."""
+    """The settings of a search for solutions: its samples, and the solutions that it keeps."""
 
     num_samples: int
-    """Responses per problem."""
+    """The number of responses per problem."""
     keep: int
     """The largest number of solutions per problem."""
     pick: str
-    """Which of the right responses are kept: shortest (in tokens), most_likely (mean log-prob per token under the
-    student), random (by problem and step), learnable (by `Score`)."""
+    """The rule that selects among the right responses: shortest (in tokens), most_likely (mean log-prob per token under
+    the student), random (by problem and step), learnable (by `Score`)."""
     seed: int
     """The seed of the run."""
 
@@ -55,7 +55,7 @@ class Candidate:
     correct: bool
     """The verdict of the verifier; a truncated response is wrong."""
     score: float | None = None
-    """How learnable a right response is; None where solutions are not picked by that."""
+    """The learnability of a right response; None if another rule selects."""
 
     @property
     def mean_log_prob(self) -> float:

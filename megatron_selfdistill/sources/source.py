@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a step trains on, as one value, and the protocol of the sources that make it."""
+"""The batch of a step, as one value, and the protocol of the sources that make batches."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class SourceState:
     """The part of a source that a checkpoint keeps.  A finished step replaces it by another one and changes nothing."""
 
     problem_sampler: ProblemSampler
-    """The position in the data.  A source never moves this sampler: it draws from a fork."""
+    """The position in the data.  A source never moves this sampler, but samples from a fork."""
     prompts: Prompts
-    """How the prompts are made, with the own solutions and the success rates that have been found so far."""
+    """The making of the prompts, with the own solutions and the success rates so far."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Responses that are trained on together, with everything that the loss has to know about their tokens.
+    """Responses that are trained on together, with everything that the loss needs about their tokens.
 
-    Everything belongs to one data-parallel replica and is the same on each of its ranks.  The order of tokens is the
-    one of ``contexts``, whose responses follow each other; `PackedBatch.response_tokens` has the same order.
+    Everything belongs to one data-parallel replica and is the same on each of its ranks.  The tokens have the
+    order of ``contexts``, whose responses follow each other; `PackedBatch.response_tokens` has the same order.
     A batch need not hold all responses of its step, and no stage assumes that it does: a step whose responses arrive in
     waves is a sequence of batches, of which the last one carries ``next_state``.
     """
@@ -39,14 +39,14 @@ class StepBatch:
     problems: Sequence[Problem] = ()
     """The problems that ``responses`` answer, each as often as the data have it in this batch."""
     responses: Sequence[Response] = ()
-    """All responses, also the ones that are not trained on: metrics of the rollout are about them."""
+    """All responses, also responses without training, which the metrics of the rollout include."""
     contexts: Sequence[ContextPair] = ()
     """Both contexts of each response that is trained on."""
     solutions: Sequence[str] = ()
-    """For each of ``contexts``, the solution that the teacher reads, in full even where the prompt shows a part of it.
-    A batch that is made by hand may leave them out: its responses are then not shown as samples."""
+    """The complete solution for each of ``contexts``, even if the teacher's prompt shows only a part.  A batch that is
+    made by hand may have no solutions; its responses are then not shown as samples."""
     sampler_log_probs: Tensor | None = None
-    """[R_total] float64 nats, on the device: the log-probs that the sampler states; None where nothing was sampled."""
+    """[R_total] float64 nats, on the device: the log-probs from the sampler; None if nothing was sampled."""
     token_weights: TokenWeights | None = None
     """The weights of the tokens' losses; None where all weights are 1."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -56,12 +56,12 @@ class StepBatch:
 
 
 class ResponseSource(Protocol):
-    """Where the responses of a run come from.
+    """The protocol of the sources of responses.
 
     Every rank of the world makes the same calls in the same order.  `next_step` is a function of the step, the weights
     and the committed state, and changes none of them: a step that is not committed is redone, bit for bit.  A source
-    that works ahead of the step holds the batches that are not committed yet, and its `state_dict` stays the one before
-    the first of them.
+    that works ahead of the step holds the batches that are not committed yet, and its `state_dict` stays the state
+    before the first of these batches.
     """
 
     @property

@@ -25,7 +25,7 @@ class SyncedSampler:
         return self.inner.generate(requests, params)
 
     def update_weights(self, version: int) -> None:
-        """Send the weights of this moment, unless the inner sampler has those of ``version`` already.  Collective."""
+        """Send the present weights, unless the inner sampler already has the weights of ``version``.  Collective."""
         if self.version != version:
             with self._phases("sync"):
                 self.inner.update_weights(version)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How far a kernel reads ahead: the instructions between a load in a loop and its first use.
+"""The distance that a kernel reads ahead: the instructions between a load in a loop and its first use.
 
 A warp continues after a load and stops at the first instruction that reads the result.  Comments in a kernel cannot
 promise how much work lies between the two, because the compiler may move both.  This file measures it in the machine

@@ -56,11 +56,11 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=self.device)
 
-        # What ranks share is drawn first; then each draws columns of its own.
+        # The shared columns are sampled first; then each rank samples its own columns.
         self.response = torch.randint(self.vocab, (self.tokens,), device=self.device, generator=generator)
         if self.hidden is None:
             generator.manual_seed(1 + self.rank)
-            # Rows like those of a language model: a few likely columns, a long tail, a teacher that mostly agrees.
+            # Rows as of a language model: a few likely columns, a long tail, a teacher that mostly agrees.
             scores = -1.2 * torch.arange(1, self.shard.size + 1, device=self.device).log()
             student = scores[torch.randperm(self.shard.size, generator=generator, device=self.device)]
             self.student = (student + normal(self.tokens, self.shard.size)).to(self.dtype)

@@ -108,7 +108,9 @@ def _attempted(work: Callable[[], _Result], case: Case) -> tuple[_Result | None,
     result, failure = None, None
     try:
         result = work()
-    except Exception as error:  # a compiler's as well as want of memory: a benchmark says what failed, and goes on
+    except (
+        Exception
+    ) as error:  # a compiler may fail, or memory run out: the benchmark reports the failure and continues
         message = (str(error).strip().splitlines() or [""])[0]
         failure = f"{type(error).__name__}: {message}"[:FAILURE_CHARACTERS]
     if case.shard.group is not None:

@@ -5,7 +5,7 @@
     python tools/benchmarks/recipe_steps.py --tiny                                   one CPU rank, a model of two layers
 
 The problems are the subtractions of the tests; responses of random weights never end, so all are as long as
-rollout.max_new_tokens.  The first step, in which everything is compiled and allocated, is left out of the medians.
+rollout.max_new_tokens.  The first step, which compiles and allocates everything, does not count in the medians.
 
     utilisation   4 FLOPs per token that student (6) and teacher (2) read and parameter, to what the GPUs' tensor cores
                   could have done in seconds/train.  Both count alike, though hints make the teacher's share larger;

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What MkDocs calls while it builds the site: the reference is generated here, and links out of docs/ are kept valid.
+"""The functions that MkDocs calls: they generate the reference and keep links out of docs/ valid.
 
 Nothing that is generated is committed.  ``pages`` needs no MkDocs, so that tests read what the site will say.
 """
@@ -48,7 +48,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages to those of docs/."""
+    """Add the generated pages to the pages of docs/."""
     from mkdocs.structure.files import File, InclusionLevel
 
     named = {links.site_path(name, REPOSITORY) for name in IN_NAVIGATION}

@@ -61,7 +61,7 @@ class Weights(Protocol):
         ...
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
-        """Raise CheckpointError with the first differences unless the stored tensors are those of ``rules``."""
+        """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
         ...
 
     def dtype(self, rule: Rule) -> torch.dtype:
@@ -130,7 +130,7 @@ class _TorchDistWeights:
         return _num_passthrough_layers(self._source.shapes)
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
-        """Raise CheckpointError with the first differences unless the stored tensors are those of ``rules``."""
+        """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
         faults, used = [], dict[str, list[int]]()
         for rule in rules:
             place = self._place(rule)
@@ -198,7 +198,7 @@ class _LegacyWeights:
         return 0
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
-        """Raise CheckpointError with the first differences unless the stored tensors are those of ``rules``."""
+        """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
         faults, used = [], set()
         for rule in rules:
             place = self._place(rule)

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The globals that the pickles of a checkpoint may name, and what the restricted unpickler gives for each of them.
 
-`allowed_global` looks up the globals of `ALLOWED`.  It returns a narrower function for those of `_REPLACED` and an
-inert `StandIn` for a class of Megatron, and refuses everything else.
+`allowed_global` looks up the globals of `ALLOWED`.  It returns a narrower function for the globals in `_REPLACED` and
+an inert `StandIn` for a class of Megatron, and refuses everything else.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ class Checkpointer:
         if calls and not calls[0].async_caller.is_current_async_call_done(blocking):
             return  # on all ranks
         place = self._pending.path
-        if calls and not run_on_rank_0(place.is_dir):  # removed, perhaps with the whole run directory
+        if calls and not run_on_rank_0(place.is_dir):  # removed, perhaps with the complete run directory
             calls.popleft()
             sharded_io.forget_results()
             self._pending.release()

@@ -273,7 +273,7 @@ class RunLock:
         self._beats += 1
 
     def _take_again(self) -> bool:
-        """Take the lock again if the whole run directory was removed, so that no other run has worked in it."""
+        """Take the lock again if the complete run directory was removed, so that no other run has worked in it."""
         place = _place(self.run_dir)
         if place == self._place or (self.run_dir / "checkpoints").exists():
             return False  # another run may have taken the lock, trained and released the lock

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""From the sums of all vocabulary shards to the statistics of tokens: float64 on [T, J] numbers.
+"""The statistics of tokens from the sums of all vocabulary shards, in float64 on [T, J] numbers.
 
 Every rank computes the statistics from the same gathered sums, so every rank gets the same bits.
 """

@@ -1,6 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 # mypy: disable-error-code="assignment, misc"
-"""How the kernels read logits: one block ahead of their sums, in the words of wide loads.
+"""The kernels' reading of logits: one block ahead of their sums, in the words of wide loads.
 
 Twin: none; PyTorch reads and computes with its own operations.
 A pass takes the numbers out of a block's words, starts to read the next block, then works.  Three rules let this order

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How the solving kernels merge the parts of rows, float64, [tokens, parts] at a time.
+"""The merge of the parts of rows in the solving kernels, in float64, [tokens, parts] at a time.
 
 Twin: `sharded/token_statistics.py`.
 A part without columns, and a part beyond the last one, has maximum -inf and sums 0, which add nothing.

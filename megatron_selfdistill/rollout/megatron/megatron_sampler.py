@@ -242,7 +242,7 @@ class MegatronSampler:
     ) -> Tensor | None:
         beat()
         if self._lock_step:
-            max_over_ranks([1])  # meets `_anyone_is_busy` of those that are done
+            max_over_ranks([1])  # matches `_anyone_is_busy` on the ranks that are done
         return self._run_model(context, tokens, position_ids, attention_mask)
 
     def _run_model(

@@ -25,7 +25,7 @@ MAX_IN_FLIGHT = 512
 _POLL_SECONDS = 1.0
 # Timeout of requests to a server that has let one request wait for `timeout_s`, until it answers again.
 _SILENT_TIMEOUT_SECONDS = 10.0
-_LOOKS = 4  # how often per `timeout_s` the token count of a silent server is asked for
+_LOOKS = 4  # the number of times per `timeout_s` that a silent server must state its token count
 _TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)", re.MULTILINE)
 _SHOWN_CHARS = 500
 
@@ -140,7 +140,7 @@ class VllmServer:
         counts = _TOKENS.findall(text) if status == 200 else []
         return sum(map(float, counts)) if counts else None
 
-    # One weight update, in the order of these calls.
+    # The calls of one weight update, in order.
 
     def pause(self) -> None:
         """Stop all work until `resume`; requests that still run, of a trainer that has ended, are aborted."""

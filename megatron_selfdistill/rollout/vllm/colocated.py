@@ -113,7 +113,7 @@ class ColocatedSampler:
     def update_weights(self, version: int) -> None:
         """Send the present weights to every engine, as ``version``.
 
-        Collectives: those of `Exporter.stream`.  Raises: `EngineError` on all ranks alike.
+        Collectives: as in `Exporter.stream`.  Raises: `EngineError` on all ranks alike.
         """
         started = time.perf_counter()
         with raise_on_all_ranks(EngineError):

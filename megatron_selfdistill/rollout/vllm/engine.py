@@ -31,7 +31,7 @@ class EngineOutput:
     log_probs: list[float]
     """Log softmax of the model's logits at temperature 1 before any processor, per token, in nats."""
     finish_reason: str
-    """How the sequence ended: stop or length."""
+    """The reason for the end of the sequence: stop or length."""
     weight_version: int | None
     """Version of the oldest weights that generated a token, as the engine reports it; None before the first weights."""
 

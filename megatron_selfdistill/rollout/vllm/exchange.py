@@ -47,7 +47,7 @@ class GatheredRequests:
 def gather_requests(requests: Sequence[Request], grid: RankGrid) -> GatheredRequests:
     """Return the requests of all replicas, in the order of the replicas, on every rank.
 
-    ``requests`` are those of this data-parallel replica, the same on each of its ranks.
+    ``requests`` belong to this data-parallel replica, and are the same on each of its ranks.
     Collectives: one all-gather of objects over the world.
     """
     shares = gather_objects((grid.dp_rank, list(requests) if grid.is_first_of_replica else []))

@@ -32,7 +32,7 @@ def engine_directory(config: Config, vocab_size: int, run_dir: Path, grid: RankG
     run directory, else from ``config.model``.  It has ``vocab_size``, the trainer's dtype, and neither quantisation nor
     multi-token-prediction layers, which are not trained.  Rank 0 writes it.
 
-    Collectives: those of `raise_on_all_ranks`. Raises, on all ranks alike: `ConfigError` where a config.json describes
+    Collectives: as in `raise_on_all_ranks`.  Raises, on all ranks alike: `ConfigError` where a config.json describes
     another model or an unknown one, and where ``model.provider`` leaves the model unknown; `EngineError` where the file
     cannot be written.
     """

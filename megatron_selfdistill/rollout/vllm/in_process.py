@@ -250,7 +250,7 @@ def _started(
             f"vLLM cannot run this model with rollout.kv_cache_gb and rollout.engine_args as set: {_on_one_line(error)}"
         )
         raise ConfigError(message) if refused else EngineError(message) from error
-    # The finalizer would end torch.distributed as a whole, when the engine is collected or at exit.
+    # The finalizer would end torch.distributed completely, when the engine is collected or at exit.
     llm.llm_engine.engine_core._finalizer.detach()
     # Every rank has mapped these files by now.  vLLM removes the names for the engine of rank 0 only, and not after a
     # kill.

@@ -46,7 +46,7 @@ _LONE_ATTEMPTS = 10
 
 @dataclass
 class PairCounts:
-    """What guided requests took, added up over calls."""
+    """The cost of guided requests, added up over calls."""
 
     pairs: int = 0
     """Number of responses."""
@@ -103,10 +103,10 @@ class PairHalf:
 
 @dataclass(frozen=True)
 class PairLog:
-    """What the engine's processor has recorded of a pair whose halves have ended."""
+    """The record of the engine's processor about a pair whose halves have ended."""
 
     forced: list[int]
-    """For student and teacher: the number of tokens before a forced stop; -1 for a half that ended by itself."""
+    """The number of tokens before a forced stop, of student and teacher; -1 for a half that ended by itself."""
     log_probs: np.ndarray
     """Log-probs ``[n, 3]`` float32 of each sampled token under the student, the teacher and the mix, in nats."""
 

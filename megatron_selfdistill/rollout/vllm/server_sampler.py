@@ -121,7 +121,7 @@ class ServerSampler:
     def update_weights(self, version: int) -> None:
         """Send the present weights, as ``version``, to every server that answers, also to servers that failed before.
 
-        Collectives: those of `Exporter.stream`, and again where a server was lost on the way and the others could not
+        Collectives: as in `Exporter.stream`, and again where a server was lost on the way and the others could not
         go on without it.  Raises: `EngineError`, on all ranks alike, when no server got all weights.
         """
         started = time.perf_counter()

@@ -43,7 +43,7 @@ class Bucket:
     packed: Tensor
     """Bytes ``[num_bytes]`` uint8 of all tensors, as `Layout` places them."""
     where: dict[str, Any] = field(default_factory=dict)
-    """Where servers find the bytes, as JSON for the receiver."""
+    """The place where servers find the bytes, as JSON for the receiver."""
 
 
 class Transfer(Protocol):
@@ -75,7 +75,7 @@ class Transfer(Protocol):
         ...
 
     def forget(self, server: VllmServer) -> None:
-        """Note that the server was started anew and so has lost what `join` told it."""
+        """Note that the server was started anew and so has lost the data of `join`."""
         ...
 
     def close(self) -> None:
@@ -238,7 +238,7 @@ class BroadcastTransfer:
         for server in servers:
             ranks[server] = first_rank
             first_rank += sizes[server]
-        # Workers on this machine can be reached by any of its addresses, the others not by 127.0.0.1.
+        # Any address of this machine reaches its own workers; 127.0.0.1 does not reach workers on other machines.
         address = min(addresses, key=lambda each: each.startswith("127."))
         self._store = dist.TCPStore(address, 0, first_rank, True, wait_for_workers=False)
         common = {

@@ -34,7 +34,7 @@ _LOOK_SECONDS = 0.02
 _SHORTEST_SLEEP_SECONDS, _LONGEST_SLEEP_SECONDS = 0.0001, 0.002
 _GO, _STOP = "go", "stop"
 
-# Read when a ProcessGroupNCCL is made.  By default its watchdog ends the whole process where a peer is lost.  Here the
+# Read when a ProcessGroupNCCL is made.  By default its watchdog ends the process if a peer is lost.  Here the
 # peer is a server, and the trainer goes on with the other servers.
 _NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000"}
 

@@ -44,13 +44,13 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """The description of one bucket or, at the end and without names, of the whole update."""
+    """The description of one bucket or, at the end and without names, of the complete update."""
 
     names: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)
     where: dict[str, Any] = field(default_factory=dict)
-    """Where the bytes are, for the receiver."""
+    """The place of the bytes, as the receiver reads it."""
     complete: str | None = None
     """The `digest` of all names that were sent, at the end of an update; else None."""
 
