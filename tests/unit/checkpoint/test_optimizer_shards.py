@@ -131,6 +131,35 @@ def test_padded_buckets_and_an_exchange_in_many_rounds_resume_bit_for_bit(ranks,
     assert worst < 1e-6, where
 
 
+@pytest.mark.parametrize("part", [range(0, 7), range(7, 12), range(4, 5), range(3, 9), range(0, 12)], ids=str)
+def test_a_rank_whose_part_begins_or_ends_within_a_row_reads_whole_rows_and_keeps_its_part(part, monkeypatch):
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_selfdistill.checkpoint.run import optimizer_shards
+
+    param = torch.nn.Parameter(torch.empty(4, 3))
+    parameter = optimizer_shards._Parameter(0, param, {1: part})
+    stored = {key: torch.randn(4, 3) for key in optimizer_shards.KEYS}
+    wanted = {
+        key: optimizer_shards._rows(ShardedTensor.from_rank_offsets("weight", param, replica_id=(0, 0, 0)), key, part)
+        for key in stored
+    }
+    for key, pieces in wanted.items():
+        (piece,) = pieces.values()
+        first, count = piece.global_offset[0], piece.local_shape[0]
+        assert 3 * first <= part.start and part.stop <= 3 * (first + count) < part.stop + 3
+        piece.data.copy_(stored[key][first : first + count])
+    loaded = {0: {key: {place: piece.data for place, piece in pieces.items()} for key, pieces in wanted.items()}}
+    optimizer = mock.Mock()
+    optimizer.data_parallel_group.rank.return_value = 1
+    monkeypatch.setattr(optimizer_shards, "_parameters", lambda optimizer: [parameter])
+    optimizer_shards.load_parameter_state(optimizer, loaded)
+    ((into, tensors), _) = optimizer._set_main_param_and_optimizer_states.call_args
+    assert into is param
+    for key, values in stored.items():
+        assert tensors[key].equal(values.flatten()[part.start : part.stop]), key
+
+
 def test_every_rank_writes_about_as_much_and_only_what_it_has_a_part_of():
     from megatron_selfdistill.checkpoint.run import optimizer_shards
 
