@@ -184,6 +184,18 @@ def take_unverified(run_dir: Path) -> None:
     assert run.load_latest()["step"] == 2
 
 
+def test_sizes_alone_find_a_file_that_is_cut_or_gone(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).write_bytes(b"12345")
+    manifest.write(tmp_path)
+    entries = manifest.read(tmp_path)
+    assert entries is not None and manifest.wrong_size(tmp_path, entries) is None
+    (tmp_path / "one").write_bytes(b"1234")
+    assert manifest.wrong_size(tmp_path, entries) == "has 4 bytes of one, expected 5"
+    (tmp_path / "one").unlink()
+    assert manifest.wrong_size(tmp_path, entries) == "has no one"
+
+
 def test_a_checkpoint_that_lost_its_manifest_is_passed_over_unless_asked_for(ranks, run_dir):
     (newest(run_dir) / manifest.NAME).unlink()
     assert ranks.run(resumed_step, run_dir, world_size=1) == [1]

@@ -1,0 +1,100 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the on-policy source asks of the sampler, and which responses it trains on, with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from characters import ONE_RANK, Characters
+
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.evaluation.verify import exact_match
+from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
+from megatron_selfdistill.sources import on_policy
+from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
+from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge
+from megatron_selfdistill.sources.source import SourceState
+
+PROBLEMS = [
+    Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "abcd"
+]
+SEED, STEP, SAMPLES = 7, 3, 2
+
+
+class Sampler:
+    """A sampler that answers a problem with its own text, right at even indices, and states two log-probs."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def update_weights(self, version: int) -> None:
+        self.calls.append(version)
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        self.calls.append(list(requests))
+        return [
+            Response([request.prompt[0] if i % 2 == 0 else ord("?"), ord("$")], [-1.0, -2.0], [-3.0, -4.0 - i], "stop")
+            for i, request in enumerate(requests)
+        ]
+
+
+def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[str] = (), **options: Any) -> OnPolicy:
+    grid = SimpleNamespace(**(vars(ONE_RANK) | {"dp_rank": dp_rank, "dp_size": 2}))
+    judge = Judge(exact_match, Characters(), grid)
+    monkeypatch.setattr(Judge, "right", lambda self, answers: [i % 2 == 0 for i in range(len(answers))])
+    monkeypatch.setattr(SuccessRates, "guides", lambda self, name: name in guided)
+    monkeypatch.setattr(GuidedPrompts, "record", lambda self, answers, guided: self)
+    given = GivenSolutions(PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}")), 40, 8, policy="error")
+    problem_sampler = ProblemSampler(ProblemSet(PROBLEMS), batch_size=4, seed=1)
+    state = SourceState(problem_sampler, GuidedPrompts(given, judge, SAMPLES, SuccessRates(0.5)))
+    options = {"only_right": False, "corrects": False, "weight_cap": 2.0, "record": None} | options
+    options |= {"sampler": Sampler(), "judge": judge, "phases": Phases(), "grid": grid}
+    return OnPolicy(state, OnPolicyOptions(seed=SEED, num_samples=SAMPLES, **options))
+
+
+def text(ids: Sequence[int] | None) -> str | None:
+    return None if ids is None else "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize("dp_rank", [0, 1])
+def test_the_sampler_gets_each_prompt_in_its_role_with_the_seed_of_the_sample(dp_rank, monkeypatch):
+    source = source_on(dp_rank, monkeypatch, guided=["a", "b"])
+    batch = source.next_step(STEP, SamplingParams(8))
+    version, requests = source._options.sampler.calls
+    assert version == STEP, "the weights of this moment sample"
+    share = source.state.problem_sampler.fork().next_batch()[dp_rank::2]
+    assert [problem.id for problem in batch.problems] == [problem.id for problem in share]
+    asked = [(problem.id, i) for problem in share for i in range(SAMPLES)]
+    for request, (name, i) in zip(requests, asked, strict=True):
+        assert request.seed == sample_seed(SEED, STEP, name, i)
+        student, teacher = text(request.prompt), text(request.teacher_prompt)
+        assert student is not None and name in student and "hint" not in student
+        assert (teacher is not None) == (name in ("a", "b"))
+        assert teacher is None or f"{name}|hint {name}" in teacher
+    for context, response in zip(batch.contexts, batch.responses, strict=True):
+        assert context.response == response.token_ids
+        assert "hint" not in str(text(context.student_prompt)) and "hint" in str(text(context.teacher_prompt))
+
+
+def test_only_right_responses_are_trained_on_with_their_own_log_probs(monkeypatch):
+    source = source_on(0, monkeypatch, only_right=True, corrects=True)
+    batch = source.next_step(STEP, SamplingParams(8))
+    assert len(batch.responses) == 4 and len(batch.contexts) == 2
+    kept = [batch.responses[0], batch.responses[2]]
+    assert [context.response for context in batch.contexts] == [response.token_ids for response in kept]
+    assert batch.sampler_log_probs.tolist() == [-1.0, -2.0] * 2
+    assert batch.token_weights.sampled_log_probs.tolist() == [-3.0, -4.0, -3.0, -6.0]
+    student = torch.tensor([-3.5, -3.0, -9.0, -6.0], dtype=torch.float64)
+    weights = batch.token_weights(student, torch.arange(4))
+    torch.testing.assert_close(weights, torch.tensor([-0.5, 1.0, -6.0, 0.0]).double().exp().clamp(max=2.0))
+
+
+def test_a_problem_that_comes_twice_in_a_batch_gets_samples_of_its_own():
+    assert on_policy.first_sample_indices([PROBLEMS[i] for i in (0, 1, 0, 0)], SAMPLES) == [0, 0, 2, 4]
