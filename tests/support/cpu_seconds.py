@@ -64,7 +64,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     result = yield
     if nextitem is None or nextitem.path != item.path:
         stash, now = item.config.stash, cpu_seconds()
-        stash[_SECONDS][item.nodeid.split("::")[0]] += now - stash[_BEFORE]
+        if item.get_closest_marker("external") is None:  # make test runs none of these
+            stash[_SECONDS][item.nodeid.split("::")[0]] += now - stash[_BEFORE]
         stash[_BEFORE] = now
     return result
 
