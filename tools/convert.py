@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Convert Hugging Face folders and Megatron checkpoints: the same as ``selfdistill convert``, from a checkout."""
+"""Convert Hugging Face directories to Megatron checkpoints and back, as ``selfdistill convert`` from a checkout."""
 
 import sys
 from pathlib import Path

@@ -98,7 +98,7 @@ def imported_names(package: Path = PACKAGE) -> list[str]:
 
 
 def missing(root: Path) -> list[str]:
-    """Return the names that the vLLM in the folder ``root`` lacks, as they stand in `names`."""
+    """Return the names that the vLLM in the directory ``root`` lacks, as they stand in `names`."""
     return [name for name in names() if not has(root, name)]
 
 
@@ -117,7 +117,7 @@ def names() -> list[str]:
 
 
 def has(root: Path, entry: str) -> bool:
-    """Return whether the vLLM in the folder ``root`` has an entry of `names`."""
+    """Return whether the vLLM in the directory ``root`` has an entry of `names`."""
     kind, name = entry.split()
     if kind in ("import", "member"):
         new = MOVED.get(name)
@@ -217,14 +217,14 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> Iterator[ast.expr]:
 
 
 def version_of(root: Path) -> str:
-    """Return the version that the vLLM in the folder ``root`` has, or the folder's name."""
+    """Return the version that the vLLM in the directory ``root`` has, or the directory's name."""
     file = root / "vllm" / "_version.py"
     found = re.search(r"^__version__ = .*['\"](\S+)['\"]$", file.read_text(), re.MULTILINE) if file.is_file() else None
     return found[1] if found else root.name
 
 
 def installed() -> Path | None:
-    """Return the folder that holds the installed vLLM, which is not imported; None where there is none."""
+    """Return the directory that holds the installed vLLM, which is not imported; None where there is none."""
     spec = importlib.util.find_spec("vllm")
     return Path(spec.origin).parent.parent if spec is not None and spec.origin else None
 

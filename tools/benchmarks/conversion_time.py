@@ -141,7 +141,7 @@ def make_model(folder: Path, gigabytes: float) -> tuple[int, int]:
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """Return the names of the tensors that are not bitwise equal in both folders."""
+    """Return the names of the tensors that are not bitwise equal in both directories."""
     import torch
 
     from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory

@@ -19,7 +19,7 @@ _FENCE = re.compile(r"^ *(```|~~~)")
 
 
 def site_path(path: str, repository: Path) -> str:
-    """Return where the site has a file or folder, given by its path from the repository's root."""
+    """Return where the site has a file or directory, given by its path from the repository's root."""
     if path == "docs" or path.startswith("docs/"):
         return path.removeprefix("docs").lstrip("/") or "README.md"
     if (repository / path).is_dir():
@@ -70,7 +70,7 @@ def linked_files(pages: Iterable[str], repository: Path) -> dict[str, str]:
 
 
 def listing(path: str, repository: Path) -> str:
-    """Return a page that shows a text file, or the names of a folder's files."""
+    """Return a page that shows a text file, or the names of the files in a directory."""
     file, head = repository / path, f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n"
     if file.is_dir():
         names = sorted(one.name + ("/" if one.is_dir() else "") for one in os.scandir(file) if one.name[0] not in "._")
