@@ -93,7 +93,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line with the seconds of each part: the folders of tests/, and the files directly in it."""
+    """Write one line with the seconds of each part: the directories of tests/, and the files directly in tests/."""
     seconds: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:

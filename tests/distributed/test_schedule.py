@@ -119,7 +119,7 @@ def test_next_token_training_is_cross_entropy_over_the_valid_vocabulary(ranks):
 
 
 def identity(rule: str) -> tuple[float, float]:
-    """One prompt, one set of weights, twice."""
+    """Return the largest loss and the largest gradient of one prompt for both roles, with the same weights."""
     chunks, grid = models.build(models.model_config("gqa"), ParallelConfig())
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
     for chunk in student:

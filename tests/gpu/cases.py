@@ -52,7 +52,7 @@ class Compared:
 
     @property
     def reference(self) -> Case:
-        """The same case for one CPU rank in float32, uncut, materialised and without recomputation."""
+        """Return the same case for one CPU rank in float32, uncut, materialised and without recomputation."""
         optimizer = dataclasses.replace(
             self.case.optimizer,
             precision="fp32",

@@ -131,7 +131,7 @@ def gather_and_scatter(group: Any) -> list[Tensor]:
 
 
 def ring(group: Any) -> list[Tensor]:
-    """Every rank sends to both neighbours in one batch, and no rank waits for its sends."""
+    """Let every rank send to both neighbours in one batch; no rank waits for its sends."""
     rank = dist.get_rank()
     after, before = (rank + 1) % WORLD_SIZE, (rank - 1) % WORLD_SIZE
     one, other = torch.zeros(4), torch.zeros(2)

@@ -33,7 +33,7 @@ def run(tool: str, *arguments: str, launcher: Sequence[str] = (), fails: bool = 
 
 
 def measured(folder: Path, *arguments: str, launcher: Sequence[str] = (), fails: bool = False) -> dict[str, list[dict]]:
-    """Of each contender, in every size."""
+    """Return the measurements of each contender in every size."""
     run("loss_time.py", "--repeats=1", f"--out={folder}/found", *arguments, launcher=launcher, fails=fails)
     assert (folder / "found.md").read_text().count("collectives") > 0
     by_name: dict[str, list[dict]] = {}

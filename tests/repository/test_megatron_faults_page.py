@@ -20,7 +20,7 @@ def functions_of(path: str) -> set[str]:
 
 
 def sentences() -> str:
-    """All strings of `architecture`, joined: adjacent ones of a sentence are one already."""
+    """Return all strings of `architecture`; the parser has already joined adjacent strings."""
     tree = ast.parse(Path(architecture.__file__).read_text(encoding="utf-8"))
     return "\n".join(
         node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)

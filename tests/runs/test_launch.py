@@ -17,7 +17,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def torchrun(arguments: list[str], script: list[str] | None = None) -> subprocess.Popen[str]:
-    """Two ranks of the run, started by torchrun."""
+    """Start two ranks of the run with torchrun."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), str(TESTS.parent), str(TESTS.parent / "examples")]),
         "OMP_NUM_THREADS": "1",

@@ -88,7 +88,7 @@ def gradients(trainer: Any, batch: Any) -> torch.Tensor:
 
 
 def gradients_in_and_out_of_order(overrides: Sequence[str]) -> list[list[bool]]:
-    """For three batches, whether their gradients are the same in another order, and the second time."""
+    """Return whether the gradients of three batches are equal in another order, and the second time."""
     from megatron_selfdistill.loss.weighting import TruncatedImportance
     from megatron_selfdistill.sources.source import StepBatch
 
@@ -151,7 +151,7 @@ def attributes(trainer: Any) -> dict[str, Any]:
 
 
 def changes_of_two_steps(overrides: Sequence[str]) -> list[dict[str, list[str]]]:
-    """For each of two steps, what each stage changes; a batch that is asked for twice must be the same."""
+    """Return what each stage changes in each of two steps; a batch that is requested twice must be the same."""
 
     def use(trainer: Any) -> list[dict[str, list[str]]]:
         trainer.run_directory.write()

@@ -87,7 +87,7 @@ def test_a_dry_run_checks_and_builds_and_does_nothing(ranks, data, tmp_path):
 
 
 def with_a_nan_gradient(arguments: list[str]) -> int:
-    """At the third step one gradient is NaN."""
+    """Make one gradient NaN at the third step."""
     from megatron_selfdistill.trainer import Trainer
 
     update = Trainer.update
@@ -120,7 +120,7 @@ def test_the_teacher_canary_stops_a_run_before_its_first_update(ranks, data, tmp
 
 
 def with_a_broken_teacher_pass(arguments: list[str]) -> int:
-    """Every teacher microbatch reads its tokens one position late."""
+    """Let every teacher microbatch read its tokens one position late."""
     from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
 
     rows = TeacherHiddenStates.put

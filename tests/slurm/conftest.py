@@ -143,7 +143,7 @@ class Slurm:
 
 
 def _cgroup_plugin() -> str:
-    """None, by the name that this version of Slurm has for it: older ones take cgroup/v1 where there are no cgroups."""
+    """Return the plugin with which this version of Slurm needs no cgroups; older versions need cgroup/v1."""
     version = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"(\d+)\.(\d+)", version)
     assert found is not None, version

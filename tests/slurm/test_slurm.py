@@ -53,7 +53,7 @@ def test_a_run_on_one_node_completes_with_a_report_of_the_environment_first(slur
 
 
 def with_servers(data: Path, folder: Path, *more: str, server_nodes: int = 1, **environment: str) -> Job:
-    """One server, on one node or over two."""
+    """Return a run with one server, on one node or over two nodes."""
     if "SELFDISTILL_VLLM_PYTHON" not in os.environ:
         pytest.skip("needs SELFDISTILL_VLLM_PYTHON, a Python with vLLM")
     parameters = {
@@ -99,7 +99,7 @@ def test_preemption_of_a_run_with_a_rollout_node_saves_requeues_and_goes_on_with
 
 
 def wait_for_servers(job: Job, times: int = 1) -> None:
-    """They take minutes to start on a busy machine."""
+    """Wait for the servers, which take minutes to start on a busy machine."""
     up = "1 vLLM servers are up"
     wait_until(lambda: job.text().count(up) == times or job.field("JobState") in ENDS, 1200.0)
     assert job.text().count(up) == times, job.text() + logs(job.run_dir / "servers")

@@ -219,7 +219,7 @@ ATTACKS = {
 
 
 def attributes_of_what_is_allowed() -> dict[str, dict[str, Any]]:
-    """Those of every class and function that a pickle may name, and of the members of enumerations."""
+    """Return the attributes of every class and function that a pickle may name, and of the members of enumerations."""
     found: dict[str, dict[str, Any]] = {}
     for name in [*ALLOWED, "megatron.core.transformer.enums.AttnBackend", "torch._tensor._rebuild_from_type_v2"]:
         module, _, attribute = name.rpartition(".")

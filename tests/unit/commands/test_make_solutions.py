@@ -112,7 +112,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def summary(folder, ranks) -> str:
-    """Of own.jsonl, made by one rank without interruption."""
+    """Return the summary of own.jsonl, which one rank makes without interruption."""
     return made(ranks, arguments_of(folder, "own.jsonl", "--pick", "learnable"))
 
 

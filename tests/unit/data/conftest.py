@@ -33,7 +33,7 @@ def chat_template() -> str:
 
 @pytest.fixture(scope="session")
 def plain_template() -> str:
-    """No roles and no generation prompt: the messages as they are."""
+    """Return a template without roles and generation prompt, which renders the messages unchanged."""
     return PLAIN_TEMPLATE
 
 
@@ -53,7 +53,7 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator([*CORPUS, "really?\n\n", "truly.\n\n"] * 20, trainer)
-    # As in many real folders: a first token that tokenizing adds, unless told not to.
+    # Many real tokenizers add a first token unless a flag forbids it.
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )

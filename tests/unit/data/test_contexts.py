@@ -27,7 +27,7 @@ def problem(text: str, solution: str) -> Problem:
 
 @pytest.fixture(scope="module")
 def characters(character_folder: Path, plain_template: str) -> PromptBuilder:
-    """One token per character; the teacher's prompt is ``H<solution>|<problem>``."""
+    """Return prompts with one token per character; the teacher's prompt is ``H<solution>|<problem>``."""
     tokenizer = load_tokenizer(character_folder, chat_template=plain_template)
     return PromptBuilder(tokenizer, PromptTemplates(teacher="H{solution}|{problem}"))
 

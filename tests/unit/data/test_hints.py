@@ -35,7 +35,7 @@ def byte_level(folder: Path) -> Path:
 
 
 def lower_casing_word_pieces(folder: Path) -> Path:
-    """As BERT's: lower case, accents stripped, words cut into pieces, unknown words as one token."""
+    """Return a tokenizer like BERT's: lower case, no accents, words in pieces, unknown words as one token."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.:;!?\\{}<>/-"
     pieces = ["[UNK]", "units", "the", "##he", *letters, *(f"##{letter}" for letter in letters)]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))

@@ -36,7 +36,7 @@ LAYOUTS = st.fixed_dictionaries(
 
 
 def contexts_of(shapes: list[tuple[int, int, int]]) -> list[ContextPair]:
-    """Every token of every context is another number, so that none can be taken for another."""
+    """Return contexts in which every token is a different number, so that no test confuses two tokens."""
     number = iter(range(1, 10**6))
 
     def fresh(count: int) -> list[int]:

@@ -98,7 +98,7 @@ def that_caps_its_logits(pre_process: bool, post_process: bool) -> GPTModel:
 
 
 def with_scaled_logits(pre_process: bool, post_process: bool) -> GPTModel:
-    """As later versions of Megatron Core can be told."""
+    """Return a model with use_mup, with which later versions of Megatron Core scale the logits."""
     gpt = model_provider(pre_process, post_process)
     gpt.config.use_mup = True
     return gpt

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(autouse=True)
 def lab_models_on_the_path(monkeypatch):
-    """As a lab would: its directory on PYTHONPATH.  The ranks take pytest's own path over."""
+    """Put the directory of the models on PYTHONPATH, as a lab would; the ranks take pytest's own path over."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 

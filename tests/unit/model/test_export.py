@@ -238,7 +238,7 @@ def test_one_bucket_of_full_tensors_is_alive_at_a_time(ranks, kind, parallel):
 
 
 def without_copies(model: ModelConfig, parallel: ParallelConfig) -> tuple[bool, float]:
-    """Whether the tensors are those of a stream of copies, and the share of their bytes that are the weights' own."""
+    """Return whether the tensors are those of a stream of copies, and the share of bytes that the weights own."""
     from megatron_selfdistill.model.export import Exporter
 
     chunks, grid = models.build(model, parallel)
@@ -301,7 +301,7 @@ def test_after_an_optimizer_step_the_new_weights_leave_also_where_their_gatherin
 
 
 def exported_then_changed(model: ModelConfig) -> bool:
-    """Whether tensors that were exported stay as they were when the model moves on."""
+    """Return whether exported tensors remain unchanged when the model changes."""
     from megatron_selfdistill.model.export import export
 
     chunks, grid = models.build(model, ParallelConfig())

@@ -192,7 +192,7 @@ def quantised_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
 
 
 def stale_layers(weights: str, change: str) -> int:
-    """How many of the teacher's layers compute with other weights than it has, after ``change``."""
+    """Return the number of the teacher's layers that compute with outdated weights after ``change``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "layer_spec", quantised_spec)
         optimizer_config = OptimizerConfig(precision="fp32", lr=1e-2, use_distributed_optimizer=False)

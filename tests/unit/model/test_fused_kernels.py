@@ -66,7 +66,7 @@ def configured(model: ModelConfig, node: Node) -> TransformerConfig:
 
 
 def models() -> list[ModelConfig]:
-    """Every combination of what Megatron Core's checks of fused kernels look at."""
+    """Return every combination of the settings that Megatron Core's checks of fused kernels read."""
     latent = {"multi_latent_attention": True}
     rotations = [
         {},

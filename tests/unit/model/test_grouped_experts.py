@@ -118,7 +118,7 @@ def test_gradients_of_grouped_experts_equal_those_of_experts_one_after_the_other
 
 
 def exported(cuts: Any, grouped: bool) -> dict[str, Tensor]:
-    """Every tensor under its Hugging Face name, on rank 0."""
+    """Return every tensor under its Hugging Face name, on rank 0."""
     model = model_config("moe")
     with pytest.MonkeyPatch.context() as patch:
         if grouped:

@@ -75,7 +75,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def in_layouts(*layouts: str, quick: Sequence[str], **axes: Sequence[str]) -> pytest.MarkDecorator:
-    """Every family in the layouts that it can be cut to: pairwise with the other axes, in full in make test-all."""
+    """Parametrize over families and their layouts: pairwise with the other axes, in full in make test-all."""
     return combinations(
         layout=layouts,
         kind=KINDS,

@@ -255,7 +255,7 @@ def changed(value: Any) -> Any:
 
 
 def is_noticed(family: Family, config: dict[str, Any], trial: dict[str, Any]) -> bool:
-    """Whether a changed config.json is refused or makes another model."""
+    """Return whether a changed config.json is refused or makes another model."""
     try:
         return bool(differences(family.model_config(trial), family.model_config(config)))
     except ConfigError:

@@ -188,7 +188,7 @@ def test_without_apex_the_output_layer_stays_unfused_beside_layers_that_accumula
 
 
 def rows_of_calls(fusion: Fusion) -> list[int]:
-    """Of the output layer, in a batch of one microbatch and one without tokens."""
+    """Return the rows of each call of the output layer, in a batch of one microbatch and one without tokens."""
     StandInForApex.shapes.clear()
     changes = {"make_vocab_size_divisible_by": COLUMNS}
     run(Case(fusion=fusion, max_tokens=300, model_changes=changes), Patches(apex=True))
@@ -238,7 +238,7 @@ def test_overlapped_reduction_and_gather_in_small_buckets_end_in_the_same_parame
 
 
 def arrivals(kind: str, teacher: str) -> tuple[list[str], float]:
-    """In which order the output weight arrives and is read, and the loss with the weight that has arrived."""
+    """Return the order in which the output weight arrives and is read, and the loss with the arrived weight."""
     case = Case(kind=kind, teacher=teacher, fusion=FUSIONS["low_memory"], max_tokens=300, extra_weightless=0)
     seen: list[str] = []
     read = output_layer.fused_distillation_loss

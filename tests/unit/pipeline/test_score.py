@@ -69,7 +69,7 @@ def student_and_teacher(cuts: dict, **changes: Any) -> tuple[list, list, RankGri
 
 
 def expected_scores() -> list[tuple[float, float, float, float]]:
-    """From whole rows of logits, one context at a time, in float64."""
+    """Return the scores from complete rows of logits, one context at a time, in float64."""
     student, teacher, _ = student_and_teacher({})
     found = []
     for context in layouts.contexts():
@@ -106,7 +106,7 @@ def test_scores_are_those_of_whole_rows_in_every_layout_fused_or_not(ranks, expe
 
 
 def scores_of_one_model(cuts: dict) -> tuple[list[list[Scores]], list[Scores]]:
-    """By each of `FUSIONS` where the student is its own teacher, and by a teacher of other chunks, equal weights."""
+    """Return the scores by each of `FUSIONS` with the student as teacher, and with a teacher of other chunks."""
     student, teacher, grid = student_and_teacher(cuts)
     models.fill_from_names(teacher, seed=0)
     everything = list(range(7))

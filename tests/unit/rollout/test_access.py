@@ -13,7 +13,7 @@ from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 
 def served(monkeypatch, scope: dict[str, Any], token: str = "secret") -> tuple[bool, list[dict[str, Any]]]:
-    """Whether the application was reached, and what was sent instead."""
+    """Return whether the application was reached, and the answer if it was not reached."""
     reached: list[bool] = []
     sent: list[dict[str, Any]] = []
 

@@ -241,7 +241,7 @@ def test_pairs_whose_end_is_known_one_pass_late_are_written_the_same(ranks, with
 
 
 def draw_with_targets() -> list[tuple[Target, float, float]]:
-    """Of sampled pairs, for several targets: the largest error of each recorded log-prob."""
+    """Return the largest error of each recorded log-prob of sampled pairs, for several targets."""
     [model], grid = build(model_config(), parallel())
     sampler = sampler_of([model], grid)
     found = []
@@ -353,7 +353,7 @@ def write_special(changes: dict[str, Any], precision: str, fused: bool) -> float
 
 
 def behind_the_best(model: torch.nn.Module, responses: list[Response], precision: str) -> float:
-    """How far a token's mixed logit is below the largest, at most; log-probs are checked."""
+    """Return the largest distance of a token's mixed logit from the largest mixed logit; check the log-probs."""
     model.eval()
     worst = 0.0
     for request, response in zip(make_pairs(), responses, strict=True):
@@ -399,7 +399,7 @@ def test_guided_requests_that_cannot_be_served_are_refused_with_a_sentence(ranks
 
 
 def refuse_on_every_rank() -> None:
-    """Only the first replica has a guided request: the second must not wait for it in a collective."""
+    """Refuse the first replica's guided request on every rank; the second replica must not wait in a collective."""
     chunks, grid = build(model_config(), parallel())
     requests = make_pairs()[:1] if grid.dp_rank == 0 else []
     with pytest.raises(ValueError, match="top_k 5"):

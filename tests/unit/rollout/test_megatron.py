@@ -349,7 +349,7 @@ def test_decoded_tokens_do_not_count_for_the_expert_bias(ranks):
 
 
 def decode_after_an_overlapped_step() -> None:
-    """Two data-parallel ranks whose parameters are one gather behind; only the first has requests."""
+    """Decode on two data-parallel ranks whose parameters are one gather behind; only the first has requests."""
     optimizer_config = OptimizerConfig(
         precision="fp32", lr=0.1, clip_grad=0.0,
         overlap_grad_reduce=True, overlap_param_gather=True, use_distributed_optimizer=True,
@@ -470,7 +470,7 @@ def test_what_cannot_be_decoded_is_refused_with_a_sentence_that_names_it(ranks):
 
 
 def refuse_on_every_rank() -> None:
-    """Only the first replica's prompt is too long: the second must not wait for it in a collective."""
+    """Refuse the first replica's too long prompt on every rank; the second replica must not wait in a collective."""
     chunks, grid = build(model_config(), parallel())
     requests = [Request([1] * 60, 0)] if grid.dp_rank == 0 else make_requests()
     with pytest.raises(ValueError, match="60 tokens"):

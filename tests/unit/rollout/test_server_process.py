@@ -272,7 +272,7 @@ def test_vllm_on_a_trainers_gpu_gets_what_is_free_there(kv_cache_gb, kv_cache_by
 
 
 def import_without(package: str, *modules: str) -> None:
-    """In a Python of its own, where ``package`` cannot be imported."""
+    """Run an import in a Python of its own, where ``package`` cannot be imported."""
     code = f"import sys; sys.modules[{package!r}] = None; import {', '.join(modules)}"
     subprocess.run([sys.executable, "-c", code], check=True)
 

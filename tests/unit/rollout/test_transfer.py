@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8
 
 
 def tensors(count: int = 11) -> list[tuple[str, Tensor]]:
-    """Of odd sizes, so that the next one would begin where its type may not; one of them a view, not contiguous."""
+    """Return tensors of odd sizes, so that the next tensor is not aligned for its type; one is a strided view."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for i in range(count):

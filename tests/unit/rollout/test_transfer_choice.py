@@ -22,7 +22,7 @@ OLDER = {**HERE, "nccl": "2.26.2", "gpus": ["GPU-0"]}
 
 @pytest.fixture
 def fakes(monkeypatch) -> Iterator[list[FakeVllm]]:
-    """Two servers of one worker each, which have the trainer's NCCL and see its GPU."""
+    """Start two servers of one worker each, which have the trainer's NCCL and see its GPU."""
     monkeypatch.setattr(transfer_choice, "nccl_version", lambda: NCCL)
     monkeypatch.setattr(transfer_choice, "own_gpu", lambda: GPU)
     with fake_servers(2) as servers:

@@ -40,7 +40,7 @@ SOUND = dict.fromkeys(CHECKS, "ok") | {CHECKS[2]: "not done"}
 
 
 def verdicts(table: str) -> dict[str, str]:
-    """From the lines that begin with the name of a check."""
+    """Return the verdicts from the lines that begin with the name of a check."""
     rows = [(name, line) for line in table.splitlines() for name in CHECKS if line.startswith(f"{name}  ")]
     return {name: line.split("  ")[-1].strip() for name, line in rows}
 
@@ -198,7 +198,7 @@ def test_two_ranks_of_torchrun_pass():
 
 
 def left_after_the_others_were_done() -> tuple[float, float, bool]:
-    """When this rank's check returned, and when its groups were ended; rank 1's check takes longer."""
+    """Return when this rank's check returned and when its groups ended; rank 1's check takes longer."""
     from megatron_selfdistill.selftest import meeting as module
 
     rank, times = int(os.environ["RANK"]), []
@@ -367,7 +367,7 @@ with module.Meeting(rank, 2, broken_off, limit_s=400.0, grace_s=500.0) as meetin
 
 
 def warmed(what: str) -> list[subprocess.CompletedProcess]:
-    """Two ranks whose checks have 400 seconds together, of which the first has half, after a warm-up of 1000."""
+    """Run two ranks whose checks have 400 seconds together, half for the first check, after a warm-up of 1000."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}

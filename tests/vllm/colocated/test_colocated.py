@@ -39,7 +39,7 @@ DRAWN = SamplingParams(max_new_tokens=24)
 
 
 def requests(count: int = 8) -> list[Request]:
-    """Two samples for each prompt; every other prompt is longer than a block of vLLM's prefix cache (128 tokens)."""
+    """Return two samples for each prompt; every other prompt exceeds a block of vLLM's prefix cache (128 tokens)."""
     generator = torch.Generator().manual_seed(5)
     prompts = [
         torch.randint(models.VOCAB_SIZE, (270 if i % 2 else 5 + i,), generator=generator).tolist()
@@ -495,7 +495,7 @@ def test_random_streams_environment_and_functions_of_torch_are_kept_and_a_second
 
 @contextmanager
 def groups_end_at_shutdown() -> Iterator[None]:
-    """As in vLLM since 0.33."""
+    """End the groups at shutdown, as vLLM does since 0.33."""
     import vllm.distributed
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 

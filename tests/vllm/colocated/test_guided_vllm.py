@@ -334,7 +334,7 @@ def test_a_half_waits_for_its_partner_and_leaves_nothing_behind_when_it_is_given
         llm.add_request(name, {"prompt_token_ids": [4, 5, 6]}, EngineParams(**lone_half(pair, role)))
 
     def written() -> dict[str, list[int]]:
-        """By request, what ends within 50 steps."""
+        """Return, by request, the results that end within 50 steps."""
         ended = [output for _ in range(50) for output in llm.step() if output.finished]
         return {output.request_id: list(output.outputs[0].token_ids) for output in ended}
 

@@ -20,7 +20,7 @@ WEIGHT_BYTES = 15.3 * GIB
 
 
 def snapshot(free: float, total: float) -> MemorySnapshot:
-    """Of a GPU with so many bytes, as vLLM's worker takes it when its process groups are there."""
+    """Return the snapshot of a GPU of this size, as vLLM's worker takes it when its process groups exist."""
     return MemorySnapshot(free_memory=int(free), total_memory=int(total), device="cpu", auto_measure=False)
 
 

@@ -11,7 +11,7 @@ SYNC = "weight sync to the sampler"
 
 
 def synced(fault: bool) -> Outcome:
-    """Of that check alone; with ``fault``, only the first weights reach the engine."""
+    """Return the outcome of this check alone; with ``fault``, only the first weights reach the engine."""
     from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
     from megatron_selfdistill.selftest import node_test
 

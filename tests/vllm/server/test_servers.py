@@ -45,7 +45,7 @@ def synced(
 
 @pytest.fixture(scope="module")
 def expected(ranks) -> dict[int, list[tuple[list[int], list[float]]]]:
-    """By seed: greedy tokens and log-probs of transformers, for `requests(12)`."""
+    """Return, by seed, greedy tokens and log-probs of transformers for `requests(12)`."""
     prompts = [request.prompt for request in requests(12)]
     return {
         seed: ranks.run(greedy_by_transformers, prompts, GREEDY.max_new_tokens, seed, world_size=1, timeout=TIMEOUT)[0]
@@ -160,7 +160,7 @@ def drawn_while_disturbed(
 
 
 def counted(servers: Reach) -> tuple[float, int]:
-    """By how much the servers' count of tokens grows while they write, and how many tokens they wrote."""
+    """Return the growth of the servers' token count while they generate, and the number of generated tokens."""
     chunks, grid = models.build(MODEL, models.parallel())
     clients = [VllmServer(address, servers.token) for address in servers.addresses]
     with sampler(chunks, grid, servers) as built:
