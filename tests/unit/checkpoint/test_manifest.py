@@ -196,6 +196,18 @@ def test_sizes_alone_find_a_file_that_is_cut_or_gone(tmp_path):
     assert manifest.wrong_size(tmp_path, entries) == "has no one"
 
 
+@pytest.mark.parametrize("place", [0, 2**20 - 1, 2**20, 2 * 2**20 + 5])
+def test_a_flipped_bit_changes_the_checksum_in_every_block_of_a_file(tmp_path, place):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(2 * 2**20 + 6))
+    before = manifest.checksum(file)
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(b"\1")
+    after = manifest.checksum(file)
+    assert after.size == before.size == 2 * 2**20 + 6 and after.checksum != before.checksum
+
+
 def test_a_checkpoint_that_lost_its_manifest_is_passed_over_unless_asked_for(ranks, run_dir):
     (newest(run_dir) / manifest.NAME).unlink()
     assert ranks.run(resumed_step, run_dir, world_size=1) == [1]

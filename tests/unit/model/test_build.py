@@ -176,6 +176,20 @@ def test_the_learning_rate_warms_up_and_decays_over_the_steps_of_the_run(ranks):
 # -- which Megatron Core ------------------------------------------------------------------------------------
 
 
+def test_every_setting_reaches_megatrons_optimizer(monkeypatch):
+    from megatron_selfdistill.model import build
+
+    seen = {}
+    monkeypatch.setattr(build, "get_megatron_optimizer", lambda config, *args, **kwargs: seen.update(vars(config)))
+    monkeypatch.setattr(build, "OptimizerParamScheduler", lambda *args, **kwargs: None)
+    settings = {
+        **{"lr": 0.1, "min_lr": 0.02, "weight_decay": 0.3, "adam_beta1": 0.4, "adam_beta2": 0.5, "adam_eps": 0.006},
+        **{"sgd_momentum": 0.7, "clip_grad": 0.8, "optimizer": "adam", "use_distributed_optimizer": True},
+    }
+    build.build_optimizer([], OptimizerConfig(**settings), num_steps=3)
+    assert {name: seen[name] for name in settings} == settings
+
+
 def test_the_megatron_in_use_is_named_with_version_and_place():
     assert megatron_in_use() == f"megatron.core {megatron.core.__version__} from {megatron.core.__path__[0]}"
     assert Path(megatron.core.__path__[0]).is_dir()
