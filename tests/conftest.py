@@ -40,7 +40,7 @@ collect_ignore = [folder for folder, (there, _) in NEEDS.items() if not there]
 
 
 def pytest_report_header() -> list[str]:
-    return [f"left out: tests/{folder}, which needs {what}" for folder, (there, what) in NEEDS.items() if not there]
+    return [f"skipped: tests/{folder}, which needs {what}" for folder, (there, what) in NEEDS.items() if not there]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How a process that goes through several layouts or runs leaves one of them."""
+"""The end of one of several layouts or runs in the same process."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How a stage reports: one line of JSON per figure, in the file that SELFDISTILL_GPU_RESULTS names, and a table row."""
+"""A stage reports one line of JSON per figure, in the file that SELFDISTILL_GPU_RESULTS names, and a table row."""
 
 from __future__ import annotations
 

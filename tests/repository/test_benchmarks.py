@@ -116,7 +116,7 @@ def test_one_contender_at_a_time_holds_tensors(tools):
     case, alive = case_of(contenders, 8, 300, torch.float32), weakref.WeakSet()
 
     class Logits:
-        """Of one run."""
+        """The record of one run."""
 
     def prepare(case: Any) -> Any:
         assert not alive, "those of an earlier run are still there"
@@ -147,7 +147,7 @@ class FailsAt:
 
 
 class CompilationFailed(Exception):
-    """As Triton's: no RuntimeError."""
+    """An error like that of Triton, which is no RuntimeError."""
 
 
 @pytest.mark.parametrize("times", [0, 1, 2, 3, 4], ids=["prepared", "timed", "peak", "operators", "errors"])

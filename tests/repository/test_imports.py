@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The shape of the house: imports run one way, the maths needs torch only, each file says whose it is."""
+"""The order of packages and files: imports go one way, the loss needs only torch, each file has its licence."""
 
 from __future__ import annotations
 

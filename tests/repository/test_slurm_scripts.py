@@ -84,7 +84,7 @@ elif option("node-rank") == "0":
 
 @dataclass(frozen=True)
 class Command:
-    """What one process was started with."""
+    """The node, the GPUs and the arguments of one started process."""
 
     node: str
     gpus: str | None
@@ -97,7 +97,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Submitted:
-    """How a script ended, and what it ran, by node and port."""
+    """The exit status of a script, and its processes by node and port."""
 
     done: subprocess.CompletedProcess[str]
     servers: list[Command]

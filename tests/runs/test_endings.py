@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a run says at its end, and what a run that is complete does when it is started again."""
+"""The last lines of a run, and a second start of a complete run."""
 
 from __future__ import annotations
 

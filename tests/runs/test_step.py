@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a step of a run does once, and how often it waits for the device."""
+"""The work that a step of a run does only once, and the number of its waits for the device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The project's own sbatch scripts, unedited, on a real Slurm: a run survives whatever its cluster does to it."""
+"""The project's own sbatch scripts, unedited, on a real Slurm: a run survives the events of its cluster."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which cases of a test belong to ``make test``, and which to ``make test-all`` only: those with the mark ``full``."""
+"""The choice of the cases for ``make test``; the other cases have the mark ``full``, for ``make test-all``."""
 
 from __future__ import annotations
 

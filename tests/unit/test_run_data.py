@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whatever a run reads is checked before it starts, and what cannot be read is named in one sentence."""
+"""A run checks all its inputs before it starts, and one message names an input that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Hugging Face -> Megatron -> Hugging Face is the identity, through any layout; what does not fit is one sentence."""
+"""Hugging Face -> Megatron -> Hugging Face is the identity, through any layout; a misfit gives one message."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A checkpoint tells what model it holds, and a configuration that says otherwise is refused with both values."""
+"""A checkpoint states its model, and a configuration that contradicts it is refused with both values."""
 
 from __future__ import annotations
 

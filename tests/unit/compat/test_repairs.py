@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What Megatron Core gets wrong is right here, and a machine with CUDA is left as it was."""
+"""The repairs correct the mistakes of Megatron Core, and leave a machine with CUDA unchanged."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The command line: what it tells about itself, the order of its arguments, and what it imports in order to refuse."""
+"""The command line: its descriptions of itself, the order of its arguments, and its imports before a refusal."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The schema documents every key, and a configuration that cannot run fails in one sentence, at once."""
+"""The schema documents every key, and a configuration that cannot run fails at once with one message."""
 
 from __future__ import annotations
 

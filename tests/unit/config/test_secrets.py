@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What ``${oc.env:NAME}`` reads from the environment is used, and is neither written nor printed."""
+"""A run uses the values of ``${oc.env:NAME}``, and neither writes nor prints them."""
 
 from __future__ import annotations
 

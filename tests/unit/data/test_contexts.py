@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which prompts fit, what is cut so that they do, and the pairing with responses."""
+"""The prompts that fit, the shortening of solutions, and the pairing with responses."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Every format holds the same problems, and a source that cannot be read is one sentence with file and line."""
+"""Every format holds the same problems, and an unreadable source gives one message with file and line."""
 
 from __future__ import annotations
 

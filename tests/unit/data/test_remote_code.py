@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Python code that a tokenizer's folder brings runs only where a key allows it, whatever a terminal answers."""
+"""Python code in a tokenizer's directory runs only if a key allows it, for any answer of a terminal."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The doctor says what a node has and lacks, and needs nothing of it to say so."""
+"""The doctor reports what a node has and lacks, and needs no package for its report."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_node_that_can_run_is_told_what_it_will_use():
     assert f"megatron-core       ok       {megatron.core.__version__}, from {place}\n" in report.stdout
 
 
-def test_a_bare_python_gets_a_report_and_every_mend(tmp_path):
+def test_a_bare_python_gets_a_report_and_every_fix(tmp_path):
     """No package at all: -I -S leaves only the standard library."""
     report = subprocess.run([sys.executable, "-I", "-S", str(DOCTOR)], capture_output=True, text=True, cwd=tmp_path)
     assert report.returncode == 1 and "Traceback" not in report.stderr

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Metrics are those of the global batch whatever the layout, equal on all ranks, and logged once per step."""
+"""Metrics cover the global batch in any layout, are equal on all ranks, and are logged once per step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a lab brings: ``model_provider`` functions with Megatron-LM's signature, some of them wrong."""
+"""The models of a lab: ``model_provider`` functions with Megatron-LM's signature, some of them wrong."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a configuration says is what Megatron Core is told, and what it would get wrong is refused."""
+"""Megatron Core gets the architecture of the configuration; combinations that it computes wrongly are refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What leaves a live model is what is in it: every tensor, to the last bit, from every layout, a bucket at a time."""
+"""A live model exports every tensor bit for bit, from every layout, a bucket at a time."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ SHIPPED_MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.y
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """What a rank believes to have."""
+    """The packages that a rank finds."""
 
     cuda: bool = False
     te: bool = False

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the dry run refuses, in one sentence that names the key; when it runs instead of a run."""
+"""The refusals of the dry run, whose messages name the key, and the launches that become a dry run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""How full the engines of a plan are: the arithmetic, the warning, and that its advice helps."""
+"""The load of the engines of a plan: the arithmetic, the warning, and the effect of its advice."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Every recipe for a real size passes the dry run, is the published model, and says what the dry run says."""
+"""Every recipe for a real size passes the dry run, is the published model, and states the numbers of the dry run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Curves are drawn from what runs logged: the right points, smoothed as told, in one picture."""
+"""Curves show the metrics that runs logged: the right points, smoothed as configured, in one picture."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Who may use a server: nobody without the token, on any route but one."""
+"""The access to a server: no route but one works without the token."""
 
 from __future__ import annotations
 

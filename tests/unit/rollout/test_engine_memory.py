@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What an engine beside a trainer is given of a GPU, and what is refused."""
+"""The share of a GPU for an engine beside a trainer, and the shares that are refused."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_a_mapped_bucket_is_the_trainers_memory_and_one_that_is_gone_is_let_go(t
 
 
 class Cudart:
-    """In the place of torch.cuda.cudart(): which addresses are registered, and a status that it answers."""
+    """A stand-in for torch.cuda.cudart(): the registered addresses, and the status that it returns."""
 
     def __init__(self, status: int) -> None:
         self.status = status

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Servers that a run starts: what they are started with, and what is said when they do not come up."""
+"""Servers that a run starts: their environment and arguments, and the message if a server does not start."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Stream:
 
 
 class Vllm:
-    """What vLLM does with streams: it replaces ``set_stream``, makes a side stream, and remembers the current one."""
+    """The effect of vLLM on streams: it replaces ``set_stream``, makes a side stream, and remembers the current one."""
 
     def __init__(self) -> None:
         self.cached: Any = None

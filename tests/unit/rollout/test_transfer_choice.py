@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which transfer is chosen for servers whose workers are on several hosts, and which is refused."""
+"""The choice of a transfer for servers whose workers are on several hosts, and its refusals."""
 
 from __future__ import annotations
 

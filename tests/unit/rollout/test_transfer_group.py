@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The group of a broadcast: it forms, or every member that lives is free again soon, whatever becomes of the others."""
+"""The group of a broadcast: it forms, or every living member is soon free again, even if other members fail."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ def test_a_trainer_that_is_gone_frees_the_others(threads):
 
 
 class StandIn:
-    """In the place of ProcessGroupNCCL: records the calls, and an environment variable when a group is made."""
+    """A stand-in for ProcessGroupNCCL that records the calls, and an environment variable at the making of a group."""
 
     done: ClassVar[list[Any]] = []
     connect: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
     class Options:
-        """In the place of ProcessGroupNCCL.Options."""
+        """A stand-in for ProcessGroupNCCL.Options."""
 
         _timeout: Any = None
 

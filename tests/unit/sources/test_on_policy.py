@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the on-policy source asks of the sampler, and which responses it trains on, with which weights."""
+"""The requests of the on-policy source to the sampler, and its responses and token weights for training."""
 
 from __future__ import annotations
 

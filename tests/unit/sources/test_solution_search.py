@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Which responses become solutions, and that no response is ever shown itself."""
+"""The choice of responses as solutions; no response is ever its own solution."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Server:
-    """Of two nodes; the head's command first."""
+    """The commands of two nodes, that of the head first."""
 
     commands: list[subprocess.Popen[bytes]]
     logs: list[Path]
