@@ -53,7 +53,7 @@ def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
     lines = said(capsys, "--keys").splitlines()
     for key, (default, doc) in configuration.keys().items():
         assert lines.count(f"{key}={default}") == 1 and f"    {doc}" in lines
-    title = "== rollout: How the student samples its responses =="
+    title = "== rollout: The sampling of the student's responses =="
     assert lines.index(title) < lines.index("rollout.engine=megatron")
     assert lines.index("num_steps=100") < lines.index(next(line for line in lines if line.startswith("== model")))
 
