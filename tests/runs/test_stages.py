@@ -229,7 +229,13 @@ def state_before_and_after_a_restart(overrides: Sequence[str]) -> list[dict[str,
     return with_trainer(overrides, use)
 
 
-@pytest.mark.parametrize("name", ["on-policy, one k per batch", "own solutions", "guided below a success rate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "on-policy, one k per batch",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("own solutions", "guided below a success rate")),
+    ],
+)
 def test_a_new_trainer_has_all_the_state_that_was_saved(ranks, data, tmp_path, name):
     bound = ["target.k_max=0.5"] if "one k" in name else []
     [(saved, restored)] = ranks.run(
@@ -272,7 +278,7 @@ def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
     return with_trainer(overrides, use)
 
 
-@pytest.mark.parametrize("weights", ["frozen", "ema"])
+@pytest.mark.parametrize("weights", [pytest.param("frozen", marks=pytest.mark.full), "ema"])
 def test_a_step_moves_the_student_and_an_average_and_each_scores_with_its_own_weights(ranks, data, tmp_path, weights):
     [moved] = ranks.run(
         who_moves_in_a_step,
