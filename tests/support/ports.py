@@ -3,7 +3,25 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import socket
+
+# Below the ports that systems give to connections, so that no connection takes a port between its choice and its use.
+_FIRST, _NUM_PORTS = 15_000, 15_000
+_CANDIDATES = itertools.count(os.getpid() * 97)  # another sequence in each process of the tests
+
+
+def free_port() -> int:
+    """Return a free port that this process has not returned before."""
+    while True:
+        port = _FIRST + next(_CANDIDATES) % _NUM_PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def neighbouring_ports() -> int:

@@ -21,7 +21,6 @@ import atexit
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from typing import Any
 
 import pytest
 import rank_worker
+from ports import free_port
 
 MAX_WORLD_SIZE = 8
 # After one rank has failed, how long the others may take to notice before they are killed.
@@ -101,9 +101,6 @@ class RankPool:
         self._num_calls += 1
         folder = self._folder / f"call_{self._num_calls}"
         folder.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         return rank_worker.Task(
             module=fn.__module__,
             file=sys.modules[fn.__module__].__file__,
@@ -114,7 +111,7 @@ class RankPool:
             grace=_GRACE_SECONDS,
             init_process_group=init_process_group,
             folder=str(folder),
-            master_port=port,
+            master_port=free_port(),
             sys_path=list(sys.path),
             cwd=os.getcwd(),
         )

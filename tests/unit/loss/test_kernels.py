@@ -166,10 +166,11 @@ def assert_wide_accesses(entry: dict) -> None:
 def assert_reading_ahead(entry: dict) -> None:
     """Assert that many instructions lie between a load and its use.
 
-    The shortest loops have some 120 instructions; a loop that waits for its loads has 0 to 9 between.
+    The least number is 98, in the third pass of fp32 logits for capability 10.0; a loop that waits for its loads
+    has 0 to 9 instructions between.
     """
     reads_logits = " pass" in entry["name"] and not entry["name"].startswith("finish")
-    assert entry["ahead"] >= 100 if reads_logits else entry["ahead"] is None, entry
+    assert entry["ahead"] >= 90 if reads_logits else entry["ahead"] is None, entry
 
 
 def test_the_distance_of_a_load_is_that_of_the_shortest_path_round_its_loop_to_its_first_use(
