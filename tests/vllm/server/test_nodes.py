@@ -155,4 +155,4 @@ def test_with_its_head_the_whole_server_ends(tmp_path):
     with server_of_two_nodes(tmp_path) as server:
         os.kill(server.commands[0].pid, signal.SIGKILL)
         assert_all_end(server)
-        assert "the head of this server, 127.0.0.1, is gone" in server.logs[1].read_text()
+        assert "the head of this server, 127.0.0.1, has ended" in server.logs[1].read_text()
