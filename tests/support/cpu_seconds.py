@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-LIMIT_S = 20.0
+LIMIT_S = 40.0  # twice what a file shall take: a busy machine counts more seconds for the same work
 _THIS_PROCESS = psutil.Process()
 _SECONDS: pytest.StashKey[defaultdict[str, float]] = pytest.StashKey()
 _BEFORE: pytest.StashKey[float] = pytest.StashKey()
