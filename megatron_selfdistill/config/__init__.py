@@ -20,26 +20,21 @@ from megatron_selfdistill.config.compose import (
     writable,
 )
 from megatron_selfdistill.config.functions import function_named
-from megatron_selfdistill.config.schema import (
+from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
+from megatron_selfdistill.config.schema.loss_config import LossConfig
+from megatron_selfdistill.config.schema.model_config import ModelConfig
+from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
+from megatron_selfdistill.config.schema.parallel_config import ClusterConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
+from megatron_selfdistill.config.schema.run_config import (
     CheckpointConfig,
-    ClusterConfig,
-    Config,
-    ConversationsConfig,
-    DataConfig,
     EvaluationConfig,
     GuardsConfig,
-    LossConfig,
     MetricsConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RolloutConfig,
-    ScheduleConfig,
-    SolutionsConfig,
     StopConfig,
-    TargetConfig,
-    TeacherConfig,
 )
+from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
+from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
 __all__ = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_selfdistill.config.compose import keys, writable
-from megatron_selfdistill.config.schema import Config
+from megatron_selfdistill.config.schema.whole_config import Config
 
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
 

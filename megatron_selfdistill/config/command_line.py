@@ -15,7 +15,7 @@ from megatron_selfdistill import __version__
 from megatron_selfdistill.config import compose
 from megatron_selfdistill.config.console_line import COLUMNS
 from megatron_selfdistill.config.paths import config_dir
-from megatron_selfdistill.config.schema import Config
+from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
 _DESCRIPTION = """\

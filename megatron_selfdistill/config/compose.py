@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
 from megatron_selfdistill.config.paths import config_dir
-from megatron_selfdistill.config.schema import Config
+from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
 

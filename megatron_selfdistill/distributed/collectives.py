@@ -29,7 +29,7 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineErro
 T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 10.0
-_KEPT = {kind.__name__: kind for kind in (ConfigError, CheckpointError, EngineError, VerifierError)}
+_KEPT = (ConfigError, CheckpointError, EngineError, VerifierError)
 _Failure = tuple[type[Exception], str]
 
 
@@ -165,7 +165,7 @@ def min_over_ranks(values: Sequence[int], group: dist.ProcessGroup | None = None
 
 def error_message(error: BaseException) -> str:
     """Return one line for ``error``: the message of an error of this package, else the type's name and the message."""
-    return str(error) if isinstance(error, tuple(_KEPT.values())) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, _KEPT) else f"{type(error).__name__}: {error}"
 
 
 def _device() -> torch.device:
@@ -176,7 +176,7 @@ def _device() -> torch.device:
 
 def _failure(error: Exception, unexpected: type[Exception]) -> _Failure:
     """Return the type that ``error`` is raised as on all ranks, and its message."""
-    for kind in _KEPT.values():
+    for kind in _KEPT:
         if isinstance(error, kind):
             return kind, str(error)
     if type(error) is ValueError:  # its subclasses, as UnicodeDecodeError, are no messages for the user

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 NODES, GPUS_PER_NODE = ("n1", "n2", "n3"), 8
 _COMMANDS = ("slurmctld", "slurmd", "sbatch")
@@ -86,10 +87,10 @@ class Slurm:
         self.root = root
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         host = socket.gethostname().split(".")[0]
-        text = _GLOBAL.format(host=host, port=_free_port(), user=getpass.getuser(), root=root)
+        text = _GLOBAL.format(host=host, port=free_port(), user=getpass.getuser(), root=root)
         for name in NODES:
             (root / f"spool-{name}").mkdir()
-            text += _NODE.format(name=name, host=host, port=_free_port(), gpus=GPUS_PER_NODE)
+            text += _NODE.format(name=name, host=host, port=free_port(), gpus=GPUS_PER_NODE)
         (root / "state").mkdir()
         (root / "slurm.conf").write_text(text + _PARTITIONS)
         (root / "cgroup.conf").write_text(f"CgroupPlugin={_cgroup_plugin()}\n")
@@ -148,9 +149,3 @@ def _cgroup_plugin() -> str:
     found = re.search(r"(\d+)\.(\d+)", version)
     assert found is not None, version
     return "disabled" if (int(found[1]), int(found[2])) >= (24, 5) else "cgroup/v1"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -14,24 +14,22 @@ _CANDIDATES = itertools.count(os.getpid() * 97)  # another sequence in each proc
 
 def free_port() -> int:
     """Return a free port that this process has not returned before."""
-    while True:
-        port = _FIRST + next(_CANDIDATES) % _NUM_PORTS
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
+    while not _is_free(port := _FIRST + next(_CANDIDATES) % _NUM_PORTS):
+        pass
+    return port
 
 
 def neighbouring_ports() -> int:
-    """Return a free port whose next port is free too."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
+    """Return a free port whose next port is free too; this process has returned neither of them before."""
+    while (first := free_port()) + 1 != free_port():
+        pass
+    return first
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -8,7 +8,6 @@ import io
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 from tiers import combinations
 
 from megatron_selfdistill.commands import doctor
@@ -254,9 +254,7 @@ with Meeting(rank, 2, broken_off, limit_s=limit_s, grace_s=1.0) as meeting:
     ],
 )
 def test_ranks_that_never_return_are_named_and_all_processes_end(what, limit_s, share, message):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = os.environ | address | {"PYTHONPATH": str(REPOSITORY)}
     processes = [
         subprocess.Popen(
@@ -368,9 +366,7 @@ with module.Meeting(rank, 2, broken_off, limit_s=400.0, grace_s=500.0) as meetin
 
 def warmed(what: str) -> list[subprocess.CompletedProcess]:
     """Run two ranks whose checks have 400 seconds together, half for the first check, after a warm-up of 1000."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = os.environ | address | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", WARMING]
     processes = [
