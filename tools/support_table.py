@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS, RESULTS, README, PAGE = (
     REPOSITORY / name for name in ("docs/support.json", "docs/support.jsonl", "README.md", "docs/support.md")
 )
-BEGIN = "<!-- The table is written by tools/support_table.py from docs/support.json and docs/support.jsonl. -->"
+BEGIN = "<!-- tools/support_table.py writes this table from docs/support.json and docs/support.jsonl. -->"
 END = "<!-- The end of the table of tools/support_table.py. -->"
 LEGEND = (
     "✅ tested in CI (CPU, gloo, the real megatron-core 0.16.1) · 🟢 tested on a GPU (which, when) ·\n"
