@@ -174,16 +174,21 @@ def _bytes(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **raw)
+    parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **_RAW)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_hf_to_megatron(commands)
+    _add_megatron_to_hf(commands)
+    _add_inspect(commands)
+    return parser
 
+
+def _add_hf_to_megatron(commands: Any) -> None:
     command = commands.add_parser(
         "hf-to-megatron",
         help="convert a Hugging Face directory to a torch_dist checkpoint, which loads in any parallel layout",
         description="Convert a Hugging Face directory to a torch_dist checkpoint, which loads in any layout.",
         epilog="example:\n  selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3 --dtype bf16",
-        **raw,
+        **_RAW,
     )
     command.set_defaults(check=check_hf_to_megatron, run=hf_to_megatron)
     command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory with config.json and weights")
@@ -192,13 +197,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: unchanged; FP8 becomes bf16)")
     command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
 
+
+def _add_megatron_to_hf(commands: Any) -> None:
     command = commands.add_parser(
         "megatron-to-hf",
         help="convert a Megatron checkpoint (torch_dist or legacy) to a Hugging Face directory",
         description="Convert a Megatron checkpoint, torch_dist or legacy, to a directory for transformers and vLLM.",
         epilog="example:\n  selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --iteration 100 \\\n"
         "      --out Qwen3-8B-distilled --hf-config Qwen3-8B",
-        **raw,
+        **_RAW,
     )
     command.set_defaults(check=check_megatron_to_hf, run=megatron_to_hf)
     command.add_argument(
@@ -231,17 +238,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
 
+
+def _add_inspect(commands: Any) -> None:
     command = commands.add_parser(
         "inspect",
         help="describe a checkpoint or a Hugging Face directory",
         description="Print family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
         epilog="example:\n  selfdistill convert inspect runs/first/checkpoints",
-        **raw,
+        **_RAW,
     )
     command.set_defaults(check=check_inspect, run=inspect)
     command.add_argument("checkpoint", type=Path, metavar="DIR", help="Megatron checkpoint or Hugging Face directory")
-    return parser
 
 
+_RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 _DTYPES = ("bf16", "fp16", "fp32")
 _NON_FINITE = "report weights that are NaN or infinite instead of refusing them"

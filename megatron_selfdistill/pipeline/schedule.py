@@ -144,37 +144,24 @@ def run(
     if num_response_tokens == 0:
         raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
     order = _order(batch, pair_order, with_teacher=teacher is not None)
-    config = unwrapped(student[0]).config
     on_device = DeviceBatch.of(
         batch, grid, with_teacher=teacher is not None, local_attention=uses_local_attention(student)
     )
+    hidden_size = unwrapped(student[0]).config.hidden_size
+    bank = None if teacher is None else TeacherHiddenStates(on_device, grid, hidden_size, teacher_store_bytes)
     step = _Step(
         student=list(student),
-        teacher=list(teacher) if teacher is not None else [],
+        teacher=list(teacher or ()),
         batch=on_device,
         token_loss=token_loss,
         token_weights=token_weights,
         grid=grid,
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / num_response_tokens,
-        bank=TeacherHiddenStates(on_device, grid, config.hidden_size, teacher_store_bytes)
-        if teacher is not None
-        else None,
+        bank=bank,
     )
-    iterators = [iter(order) for _ in student]
-    with (
-        _auxiliary_losses_per_weighted_microbatch(student, len(order) * grid.dp_size / max(num_weighted, 1)),
-        torch.set_grad_enabled(not forward_only),
-    ):
-        get_forward_backward_func()(
-            forward_step_func=step.forward,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=list(student) if len(student) > 1 else student[0],
-            num_microbatches=len(order),
-            seq_length=batch.seq_length,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+    with _auxiliary_losses_per_weighted_microbatch(student, len(order) * grid.dp_size / max(num_weighted, 1)):
+        step.run(order, batch.seq_length, forward_only)
     return StepOutput(num_response_tokens, *step.collected())
 
 
@@ -225,6 +212,20 @@ class _Step:
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+
+    def run(self, order: Sequence[tuple[str, int]], seq_length: int, forward_only: bool) -> None:
+        """Run the microbatches of ``order``, each a role and an index, through Megatron's schedule."""
+        chunks, iterators = self.student, [iter(order) for _ in self.student]
+        with torch.set_grad_enabled(not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=self.forward,
+                data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                model=chunks if len(chunks) > 1 else chunks[0],
+                num_microbatches=len(order),
+                seq_length=seq_length,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
 
     def forward(self, iterator: Iterator[tuple[str, int]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         """Run the next microbatch through ``chunk``; return its output and the function that computes its loss."""

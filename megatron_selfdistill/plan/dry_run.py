@@ -127,33 +127,20 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     vocab_size = _vocab_size(config, run_data)
     transformer = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
     built = stages(config.model, transformer, config.parallel, vocab_size, num_gpus)
-    p = config.parallel
-    tp_size, pp_size = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    dp_size = num_gpus // (tp_size * p.context_parallel_size * pp_size)
-    # A log has one reply per turn; a reply may fill its context.
-    num_samples, longest = (
-        (1, max_length) if config.logged else (config.rollout.num_samples, config.rollout.max_new_tokens)
-    )
-    contexts = math.ceil(config.data.global_batch_size / dp_size) * num_samples
-    num_microbatches = microbatches(config, contexts, seq_length // max_length)
-    pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
-    schedule = bubble.simulate(
-        bubble.order(*num_microbatches, pair_order),
-        pp_size,
-        p.virtual_pipeline_model_parallel_size or 1,
-        bubble.Times(backward=3.0 if config.schedule.recompute_granularity == "full" else 2.0),
-    )
+    step = _PlannedStep.of(config, num_gpus, max_length, seq_length)
     load = Load(
         seq_length=seq_length,
-        response_tokens=contexts * longest,
+        response_tokens=step.response_tokens,
         in_flight=0,
-        alternating=pair_order == "alternating",
-        vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, tp_size),
+        alternating=step.pair_order == "alternating",
+        vocab_size=padded_vocab_size(
+            vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
+        ),
         model_parameters=sum(stage.model_parameters for stage in built),
     )
     needed = [
         memory(config, transformer, stage, replace(load, in_flight=in_flight))
-        for stage, in_flight in zip(built, schedule.in_flight, strict=True)
+        for stage, in_flight in zip(built, step.schedule.in_flight, strict=True)
     ]
     samples = config.samples and not config.logged and config.rollout.engine == "vllm"
     kv_cache_gib = min(each.rollout.get("KV cache", 0.0) for each in needed)
@@ -164,16 +151,49 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         stages=built,
         memory=needed,
         parameters=load.model_parameters,
-        dp_size=dp_size,
+        dp_size=step.dp_size,
         max_length=max_length,
         seq_length=seq_length,
-        num_microbatches=num_microbatches,
-        pair_order=pair_order,
-        schedule=schedule,
+        num_microbatches=step.num_microbatches,
+        pair_order=step.pair_order,
+        schedule=step.schedule,
         host=host_memory(config, transformer, built, load),
         output_layer=choose_output_layer(config, load.vocab_size),
         engines=engines(config, transformer, built, num_gpus, kv_cache_gib) if samples else None,
     )
+
+
+@dataclass(frozen=True)
+class _PlannedStep:
+    """A step of one replica in which every context has the largest allowed length."""
+
+    dp_size: int
+    response_tokens: int
+    num_microbatches: tuple[int, int]
+    """The microbatches of student and teacher."""
+    pair_order: str
+    schedule: bubble.Simulated
+
+    @classmethod
+    def of(cls, config: Config, num_gpus: int, max_length: int, seq_length: int) -> _PlannedStep:
+        """Return the step with contexts of ``max_length`` tokens, packed into sequences of ``seq_length`` tokens."""
+        p = config.parallel
+        pp_size = p.pipeline_model_parallel_size
+        dp_size = num_gpus // (p.tensor_model_parallel_size * p.context_parallel_size * pp_size)
+        # A log has one reply per turn; a reply may fill its context.
+        num_samples, longest = (
+            (1, max_length) if config.logged else (config.rollout.num_samples, config.rollout.max_new_tokens)
+        )
+        contexts = math.ceil(config.data.global_batch_size / dp_size) * num_samples
+        num_microbatches = microbatches(config, contexts, seq_length // max_length)
+        pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
+        schedule = bubble.simulate(
+            bubble.order(*num_microbatches, pair_order),
+            pp_size,
+            p.virtual_pipeline_model_parallel_size or 1,
+            bubble.Times(backward=3.0 if config.schedule.recompute_granularity == "full" else 2.0),
+        )
+        return cls(dp_size, contexts * longest, num_microbatches, pair_order, schedule)
 
 
 def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]:

@@ -113,10 +113,20 @@ def takes_masks(models: Sequence[GPTModel]) -> bool:
 
 def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
     """Raise `ConfigError` if Megatron's static KV cache would be wrong for the model, or decode another model."""
+    refusals = _model_refusals(models)
+    if models[0].config.num_moe_experts is not None:
+        refusals += _router_refusals(models[0].config, grid)
+    for found, message in refusals:
+        if found:
+            raise ConfigError(f"this model cannot be sampled in process: {message}")
+
+
+def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
+    """Return each property of a model that decoding cannot have: whether the model has it, and a message."""
     config = models[0].config
     rotary = {model.position_embedding_type for model in models}
     attention = list(_attention_layers(models))
-    refusals = [
+    return [
         (
             config.flash_decode,
             "flash_decode keeps a cache of its own: set model.transformer.flash_decode=false",
@@ -167,11 +177,6 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
             "the layer spec must say attn_mask_type=causal for self-attention, or prompts would attend ahead",
         ),
     ]
-    if config.num_moe_experts is not None:
-        refusals += _router_refusals(config, grid)
-    for found, message in refusals:
-        if found:
-            raise ConfigError(f"this model cannot be sampled in process: {message}")
 
 
 def _router_refusals(config: Any, grid: RankGrid) -> list[tuple[bool, str]]:
