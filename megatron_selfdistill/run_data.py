@@ -23,6 +23,7 @@ from megatron_selfdistill.data.hints import (
 )
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
 from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE, PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 
@@ -107,14 +108,7 @@ class RunData:
         fields: dict[str, str | None] = {**data.fields}
         if data.solutions == "own":
             fields["solution"] = None
-        problems = load_problems(
-            data.path,
-            fields=fields,
-            split=data.split,
-            subset=data.subset,
-            on_bad_record=data.on_bad_record,
-            limit=data.limit,
-        )
+        problems = load_problems(_record_source(data, fields), require_solution=True)
         max_length = longest_context(config)
         problems, counts, about_prompts = _fitting_problems(problems, builder, max_length, config)
         return cls(
@@ -132,18 +126,12 @@ class RunData:
     @classmethod
     def _load_conversations(cls, config: Config, tokenizer: Tokenizer) -> RunData:
         data, wanted, max_length = config.data, config.conversations, longest_context(config)
-        assert data.path is not None
         builder = PromptBuilder(tokenizer, _templates(data), wanted.show_contents)
         stop_token_ids = _stop_tokens(config, tokenizer)
         log = load_conversations(
-            data.path,
+            _record_source(data, data.fields),
             rule=load_rule(wanted.accepted_rule),
             turns=wanted.turns,
-            fields=data.fields,
-            split=data.split,
-            subset=data.subset,
-            on_bad_record=data.on_bad_record,
-            limit=data.limit,
             show_contents=wanted.show_contents,
         )
         skipped = [*log.turns.skipped]
@@ -170,6 +158,12 @@ class RunData:
             about_conversations=(_about(log), *about),
             skipped=tuple(skipped),
         )
+
+
+def _record_source(data: DataConfig, fields: Mapping[str, str | None]) -> RecordSource:
+    """Return the records of ``data.path``, which is set, with their columns."""
+    assert data.path is not None
+    return RecordSource(data.path, data.split, data.subset, fields, data.on_bad_record, data.limit, section="data")
 
 
 def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
@@ -228,16 +222,9 @@ def _evaluation_problems(
     evaluation = config.evaluation
     if evaluation.path is None:
         return []
-    problems = load_problems(
-        evaluation.path,
-        fields=fields,
-        split=evaluation.split,
-        subset=evaluation.subset,
-        on_bad_record="error",
-        limit=evaluation.limit,
-        require_solution=require_solution,
-        section="evaluation",
-    ).problems
+    path, split, subset, limit = evaluation.path, evaluation.split, evaluation.subset, evaluation.limit
+    source = RecordSource(path, split, subset, fields, on_bad_record="error", limit=limit, section="evaluation")
+    problems = load_problems(source, require_solution=require_solution).problems
     for problem in problems[:LOOKED_AT]:
         student = builder.student_prompt(problem)
         check_student_prompt(builder, problem, student)

@@ -8,13 +8,12 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_selfdistill.data.records import NO_TEXT, from_json, is_text, records
+from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records
 from megatron_selfdistill.errors import BadRecordError
 
 FIELDS = ("problem", "messages", "solution", "answer", "id")
@@ -86,52 +85,28 @@ class ProblemSet:
         return digest.hexdigest()[:16]
 
 
-def load_problems(
-    path_or_name: str | Path | Sequence[str | Path],
-    *,
-    fields: Mapping[str, str | None] | None = None,
-    split: str = "train",
-    subset: str | None = None,
-    on_bad_record: str = "error",
-    limit: int | None = None,
-    require_solution: bool = True,
-    section: str = "data",
-) -> ProblemSet:
-    """Read and validate a whole data set.
+def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet:
+    """Read and validate all problems of ``source``.
 
     A record has a ``problem`` (text), or ``messages`` (a list, or its JSON as text), and a ``solution``; ``answer`` and
     ``id`` are optional.  A missing id is derived from the record's content, with ``-1``, ``-2`` .. for repetitions.
     JSON and CSV are read line by line here, since ``datasets`` does not name a malformed line; Parquet files and data
-    sets of the hub are read with ``datasets``.
-
-    - ``path_or_name``: a file with an ending of `data_files.FORMATS`, a directory of such files, a glob, a list of
-      files, directories and globs, or the name of a hub data set, of which ``subset`` and ``split`` are read.
-    - ``fields``: name of a field -> name of its column, where the names differ.  A field with the column None is not
-      read; the solution is then "".
-    - ``on_bad_record``: "error" raises at the first bad record; "skip" skips and counts bad records.
-    - ``limit``: the number of good records after which reading ends; None reads all records.
-    - ``require_solution``: whether a record without a solution is bad; otherwise its solution is "".
-    - ``section``: the section of the configuration whose keys the messages name.
+    sets of the hub are read with ``datasets``.  ``require_solution``: whether a record without a solution is bad;
+    otherwise its solution is "".  Where the field ``solution`` is not read, every solution is "".
 
     Raises: ValueError, which names file, line, field, expected and found value, for a bad record, two equal ids and an
     empty set; FileNotFoundError for a missing file.
     """
-    columns = _columns(fields or {})
-    if on_bad_record not in ("error", "skip"):
-        raise ValueError(f"{section}.on_bad_record: expected 'error' or 'skip', got {on_bad_record!r}.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"{section}.limit: expected at least 1 problem or null for all of them, got {limit}.")
-    found = records(path_or_name, split, subset)
-    advice = "Correct the record" + (", or set data.on_bad_record=skip." if section == "data" else ", or remove it.")
-    problems, skipped, seen_columns = _good_problems(
-        found, columns, None if on_bad_record == "skip" else advice, limit, require_solution
-    )
+    columns, section = _columns(source.fields), source.section
+    if source.on_bad_record not in ("error", "skip"):
+        raise ValueError(f"{section}.on_bad_record: expected 'error' or 'skip', got {source.on_bad_record!r}.")
+    if source.limit is not None and source.limit < 1:
+        raise ValueError(f"{section}.limit: expected at least 1 problem or null for all of them, got {source.limit}.")
+    problems, skipped, seen_columns = _good_problems(source, columns, require_solution)
     if not problems:
         first = f" The first: {skipped[0]}" if skipped else ""
-        raise ValueError(
-            f"{path_or_name}: expected at least one problem, got none ({len(skipped)} bad records).{first}"
-        )
-    _check_columns_exist(path_or_name, columns, seen_columns)
+        raise ValueError(f"{source.path}: expected at least one problem, got none ({len(skipped)} bad records).{first}")
+    _check_columns_exist(source.path, columns, seen_columns)
     return ProblemSet(problems, len(skipped), skipped)
 
 
@@ -227,33 +202,27 @@ def _columns(fields: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def _good_problems(
-    records: Iterable[tuple[str, object]],
-    columns: Mapping[str, str | None],
-    advice: str | None,
-    limit: int | None,
-    require_solution: bool,
+    source: RecordSource, columns: Mapping[str, str | None], require_solution: bool
 ) -> tuple[list[Problem], list[str], set[str]]:
-    """Return the good problems, a message for each skipped record, and the names of all columns.
-
-    ``advice`` is the end of the message about a bad record; None skips bad records.
-    """
+    """Return the good problems, a message for each skipped record, and the names of all columns."""
+    advice = "or set data.on_bad_record=skip." if source.section == "data" else "or remove it."
     problems: list[Problem] = []
     skipped: list[str] = []
     places: dict[str, str] = {}
     seen_columns: set[str] = set()
-    for location, record in records:
+    for location, record in records(source):
         if isinstance(record, dict):
             seen_columns.update(record)
         try:
             problem = _validated(record, location, columns, places, require_solution)
         except BadRecordError as error:
-            if advice is not None:
-                raise ValueError(f"{location}: {error} {advice}") from None
+            if source.on_bad_record == "error":
+                raise ValueError(f"{location}: {error} Correct the record, {advice}") from None
             skipped.append(f"{location}: {error}")
             continue
         places[problem.id] = location
         problems.append(problem)
-        if limit is not None and len(problems) == limit:
+        if len(problems) == source.limit:
             break
     return problems, skipped, seen_columns
 

@@ -8,7 +8,8 @@ import glob
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,25 +20,47 @@ MAX_DEPTH = 100
 """Largest number of nested objects and lists in one record; chat logs with tool calls have about ten."""
 
 
-def records(
-    path_or_name: str | Path | Sequence[str | Path], split: str, subset: str | None
-) -> Iterator[tuple[str, object]]:
-    """Yield (location, record) in the order of the files.
+@dataclass(frozen=True)
+class RecordSource:
+    """The place of the records of a data set, their columns, and the reaction to bad records."""
+
+    path: str | Path | Sequence[str | Path]
+    """A file with an ending of `data_files.FORMATS`, a directory of such files, a glob, a list of files, directories
+    and globs, or the name of a data set on the Hugging Face hub."""
+    split: str
+    """Split of a hub data set."""
+    subset: str | None
+    """Subset of a hub data set; None is the default subset."""
+    fields: Mapping[str, str | None]
+    """Name of a field -> name of its column, where the names differ.  A field with the column None is not read."""
+    on_bad_record: str
+    """The reaction to a bad record: "error" (an exception) or "skip" (the record is counted and skipped)."""
+    limit: int | None
+    """Number of good records after which reading ends; None reads all records."""
+    section: str
+    """The section of the configuration whose keys the messages name."""
+
+
+def records(source: RecordSource) -> Iterator[tuple[str, object]]:
+    """Yield (location, record) of all records of ``source`` in the order of the files.
 
     A location is ``file:line`` (JSONL, CSV) or ``file:row`` (JSON arrays, Parquet), counted from 1, or
     ``name[split]:row`` of a hub data set.  In place of a record that cannot be read, the `BadRecordError` with the
-    reason is yielded.  ``path_or_name``, ``split`` and ``subset`` have the meaning of `load_problems`.
+    reason is yielded.
 
     Raises: FileNotFoundError or ValueError, which names the file, for a source that cannot be opened.
     """
-    if isinstance(path_or_name, (str, Path)):
-        if is_hub_name(path_or_name):
-            yield from _hub_records(str(path_or_name), split, subset)
+    paths = source.path
+    if isinstance(paths, (str, Path)):
+        if is_hub_name(paths):
+            yield from _hub_records(str(paths), source.split, source.subset)
             return
-        path_or_name = [path_or_name]
-    for file in data_files(path_or_name):
-        if subset is not None:
-            raise ValueError(f"{file}: expected the name of a hub data set with the subset {subset!r}, got a file.")
+        paths = [paths]
+    for file in data_files(paths):
+        if source.subset is not None:
+            raise ValueError(
+                f"{file}: expected the name of a hub data set with the subset {source.subset!r}, got a file."
+            )
         kind = (format_of(file) or "").removesuffix(".gz")
         readers = {".csv": _csv_records, ".parquet": _parquet_records}
         yield from readers.get(kind, _json_records)(file)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from record_sources import load_problems
 
 from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.config import keys
 from megatron_selfdistill.data.data_files import FORMATS
-from megatron_selfdistill.data.problems import load_problems
 from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE
 from megatron_selfdistill.evaluation.verify import BUILT_IN
 from megatron_selfdistill.loss.target import Target, mixed_target

@@ -8,13 +8,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.choices import CONVERSATION_TURNS
 from megatron_selfdistill.data.chat.acceptance import Rule, answer_text
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import NO_TEXT, from_json, is_text, records
+from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records
 from megatron_selfdistill.errors import BadConversationError, BadRecordError, UnresolvedError
 
 FIELDS = ("messages", "accepted", "tools", "id")
@@ -62,19 +61,8 @@ class ConversationSet:
     """Assistant turns after the accepted answer; they are not trained on, since nobody judged them."""
 
 
-def load_conversations(
-    path_or_name: str | Path | Sequence[str | Path],
-    *,
-    rule: Rule,
-    turns: str = "all",
-    fields: Mapping[str, str] | None = None,
-    split: str = "train",
-    subset: str | None = None,
-    on_bad_record: str = "error",
-    limit: int | None = None,
-    show_contents: bool = False,
-) -> ConversationSet:
-    """Read and check a whole log, and return its turns.
+def load_conversations(source: RecordSource, *, rule: Rule, turns: str, show_contents: bool) -> ConversationSet:
+    """Read and check all conversations of ``source``, and return their turns.
 
     A record has ``messages`` in the style of OpenAI: system or developer first, then user, assistant and tool; the
     content is a string or a list of text parts, and null beside tool calls.  It may have ``tools`` (schemas of
@@ -86,38 +74,18 @@ def load_conversations(
     - ``turns``: "all", which includes the accepted turn with its own text as the hint, or "before_accepted".  Turns
       after the accepted answer are never included, since nobody judged them.  The hint is the `answer_text` of the
       accepted message.
-    - ``path_or_name``, ``split``, ``subset``, ``on_bad_record`` and ``limit`` (conversations): as in `load_problems`.
-    - ``fields``: name of a field among `FIELDS` -> name of its column.
     - ``show_contents``: whether messages may quote the log; otherwise they have places, roles and numbers only.
 
     Raises: ValueError, which names file and line, for a bad record (``on_bad_record="error"``), and for a log without
     any turn; FileNotFoundError for a missing file.
     """
-    columns = {name: (fields or {}).get(name, name) for name in FIELDS}
-    found: list[Conversation] = []
-    skipped: list[str] = []
-    num_unresolved = 0
-    seen: set[str] = set()
-    for location, record in records(path_or_name, split, subset):
-        try:
-            conversation = _conversation(record, columns, rule, location, seen)
-        except BadConversationError as error:
-            quoted = f" ({_quoted(error.content)})" if show_contents and error.content is not None else ""
-            message = f"{location}: {error}{quoted}"
-            if on_bad_record == "error":
-                raise ValueError(f"{message}; correct the record, or set data.on_bad_record=skip") from None
-            skipped.append(message)
-            num_unresolved += isinstance(error, UnresolvedError)
-            continue
-        seen.add(conversation.id)
-        found.append(conversation)
-        if limit is not None and len(found) == limit:
-            break
+    found, errors = _good_conversations(source, rule, show_contents)
+    skipped = list(errors)
     problems = [turn for conversation in found for turn in conversation_turns(conversation, turns)]
     if not problems:
         first = f"; the first: {skipped[0]}" if skipped else ""
         raise ValueError(
-            f"{path_or_name}: expected conversations with an assistant turn to train on (turns {turns}), got none: "
+            f"{source.path}: expected conversations with an assistant turn to train on (turns {turns}), got none: "
             f"{len(found)} good ones, {len(skipped)} bad{first}"
         )
     with_turns = {problem.location.rpartition(", message ")[0] for problem in problems}
@@ -125,7 +93,7 @@ def load_conversations(
         ProblemSet(problems, len(skipped), skipped),
         num_conversations=len(found),
         num_marked=sum(conversation.marked for conversation in found),
-        num_unresolved=num_unresolved,
+        num_unresolved=sum(isinstance(error, UnresolvedError) for error in errors.values()),
         num_resolved_at_once=sum(conversation.location not in with_turns for conversation in found),
         num_later_turns=sum(message["role"] == "assistant" for c in found for message in c.messages[c.accepted + 1 :]),
     )
@@ -154,6 +122,31 @@ def conversation_turns(conversation: Conversation, turns: str) -> list[Problem]:
         for index, message in enumerate(messages[:end])
         if message["role"] == "assistant"
     ]
+
+
+def _good_conversations(
+    source: RecordSource, rule: Rule, show_contents: bool
+) -> tuple[list[Conversation], dict[str, BadConversationError]]:
+    """Return the good conversations, and the error of each skipped conversation by its message."""
+    columns = {name: column for name in FIELDS if (column := source.fields.get(name, name)) is not None}
+    found: list[Conversation] = []
+    skipped: dict[str, BadConversationError] = {}
+    seen: set[str] = set()
+    for location, record in records(source):
+        try:
+            conversation = _conversation(record, columns, rule, location, seen)
+        except BadConversationError as error:
+            quoted = f" ({_quoted(error.content)})" if show_contents and error.content is not None else ""
+            message = f"{location}: {error}{quoted}"
+            if source.on_bad_record == "error":
+                raise ValueError(f"{message}; correct the record, or set data.on_bad_record=skip") from None
+            skipped[message] = error
+            continue
+        seen.add(conversation.id)
+        found.append(conversation)
+        if len(found) == source.limit:
+            break
+    return found, skipped
 
 
 def _conversation(

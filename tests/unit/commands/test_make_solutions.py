@@ -17,11 +17,11 @@ import hf_models
 import pytest
 import tiny_run
 from ranks import RankError
+from record_sources import load_problems
 
 from megatron_selfdistill.checkpoint import conversion
 from megatron_selfdistill.commands import solution_journal, solutions
 from megatron_selfdistill.config import from_mapping
-from megatron_selfdistill.data.problems import load_problems
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.base import sample_seed
 from megatron_selfdistill.run_data import RunData

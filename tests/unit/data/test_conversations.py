@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from record_sources import load_conversations
 
 from megatron_selfdistill.data.chat.acceptance import (
     answer_text,
@@ -18,7 +19,7 @@ from megatron_selfdistill.data.chat.acceptance import (
     load_rule,
     marked,
 )
-from megatron_selfdistill.data.chat.conversations import ConversationSet, load_conversations
+from megatron_selfdistill.data.chat.conversations import ConversationSet
 
 SECRET = "zebra"
 

@@ -12,8 +12,9 @@ import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_sources import load_problems
 
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, load_problems, shard
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, shard
 
 
 def write_jsonl(path: Path, *records: object) -> Path:

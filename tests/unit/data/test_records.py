@@ -13,9 +13,9 @@ from typing import Any
 
 import datasets
 import pytest
+from record_sources import load_problems
 
 from megatron_selfdistill.data import records
-from megatron_selfdistill.data.problems import load_problems
 
 RECORDS = [{"problem": f'What, "{n} + {n}"?\n', "solution": f"It is {2 * n}: é.", "id": f"r{n}"} for n in range(3)]
 RECORDS[1]["answer"] = "2"

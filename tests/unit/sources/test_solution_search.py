@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from characters import ONE_RANK, Characters
+from record_sources import load_problems
 
 from megatron_selfdistill.config import from_mapping
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, load_problems
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed

@@ -1,0 +1,31 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Problems and conversations of a path, with the configuration's defaults for all that a test does not state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.config import ConversationsConfig, DataConfig
+from megatron_selfdistill.data import problems
+from megatron_selfdistill.data.chat import conversations
+from megatron_selfdistill.data.chat.acceptance import Rule
+from megatron_selfdistill.data.problems import ProblemSet
+from megatron_selfdistill.data.records import RecordSource
+
+
+def record_source(path: str | Path | Sequence[str | Path], **changes: Any) -> RecordSource:
+    data = DataConfig()
+    defaults = RecordSource(path, data.split, data.subset, data.fields, data.on_bad_record, data.limit, section="data")
+    return RecordSource(**vars(defaults) | changes)
+
+
+def load_problems(path: Any, *, require_solution: bool = True, **changes: Any) -> ProblemSet:
+    return problems.load_problems(record_source(path, **changes), require_solution=require_solution)
+
+
+def load_conversations(path: Any, *, rule: Rule, **changes: Any) -> conversations.ConversationSet:
+    wanted = ConversationsConfig()
+    options = {name: changes.pop(name, getattr(wanted, name)) for name in ("turns", "show_contents")}
+    return conversations.load_conversations(record_source(path, **changes), rule=rule, **options)
