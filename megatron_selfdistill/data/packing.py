@@ -3,8 +3,8 @@
 
 A data-parallel rank calls, where the caller provides the all-reduces::
 
-    seq_length = all_reduce_max(required_seq_length(contexts, ...))
-    packed = pack(contexts, seq_length=seq_length, ...)
+    seq_length = all_reduce_max(required_seq_length(contexts, rules))
+    packed = pack(contexts, rules, seq_length=seq_length)
     packed = pad_to_count(packed, all_reduce_max(len(packed.student)), all_reduce_max(len(packed.teacher)))
 """
 
@@ -71,36 +71,62 @@ class PackedBatch:
         return _padding_share(self.teacher)
 
 
-def required_seq_length(
-    contexts: Sequence[ContextPair],
-    *,
-    max_tokens: int,
-    cp_size: int,
-    tp_size: int,
-    seq_multiple: int | None = None,
-    seq_quantum: int | None = None,
-    paired: bool,
-) -> int:
-    """Return the smallest length S with which the contexts are packed as with the length ``max_tokens``.
+@dataclass(frozen=True)
+class PackingRules:
+    """The sizes of packed sequences, equal on all ranks."""
 
-    S is a multiple of ``tp_size``, or of ``2 * cp_size * tp_size`` if ``cp_size > 1``, and of ``seq_multiple``; it is
-    at most ``max_tokens``, and the least such multiple if there are no contexts.  With ``seq_quantum``
-    (`length_quantum`) S is also rounded up to a multiple of ``seq_quantum`` where ``max_tokens`` leaves room.  The
-    maximum of S over the data-parallel ranks is the ``seq_length`` for `pack`: every length from S to ``max_tokens``
-    packs the same contexts together.
+    max_tokens: int
+    """Largest number of tokens of a microbatch."""
+    cp_size: int
+    """Number of context-parallel ranks; with several, each segment is padded to a multiple of ``2 * cp_size``, so that
+    context parallelism can divide it."""
+    tp_size: int
+    """Number of tensor-parallel ranks, of which the length of a packed sequence is a multiple."""
+    paired: bool
+    """Whether microbatch i of student and teacher has the same contexts in the same order; otherwise the teacher's
+    contexts are packed by themselves."""
+    seq_multiple: int | None = None
+    """Another number of which the length of a packed sequence is a multiple; None is 1."""
+
+    @property
+    def segment_multiple(self) -> int:
+        """Number of which the length of each segment is a multiple."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
+    def length_multiple(self) -> int:
+        """Number of which the length of a packed sequence is a multiple.
+
+        Raises: ValueError for a size below 1.
+        """
+        sizes = {"cp_size": self.cp_size, "tp_size": self.tp_size, "seq_multiple": self.seq_multiple or 1}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}.")
+        return math.lcm(self.segment_multiple * self.tp_size, self.seq_multiple or 1)
+
+
+def required_seq_length(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_quantum: int | None = None) -> int:
+    """Return the smallest length S with which the contexts are packed as with the length ``rules.max_tokens``.
+
+    S is a multiple of ``rules.length_multiple``; it is at most ``max_tokens``, and the least such multiple if there are
+    no contexts.  With ``seq_quantum`` (`length_quantum`) S is also rounded up to a multiple of ``seq_quantum`` where
+    ``max_tokens`` leaves room.  The maximum of S over the data-parallel ranks is the ``seq_length`` for `pack`: every
+    length from S to ``max_tokens`` packs the same contexts together.
 
     Raises: ValueError if a context is longer than ``max_tokens``, or has an empty prompt.
     """
-    multiple = _length_multiple(cp_size, tp_size, seq_multiple)
-    capacity = max_tokens // multiple * multiple
+    multiple = rules.length_multiple
+    capacity = rules.max_tokens // multiple * multiple
     if capacity < 1:
         raise ValueError(
             f"max_tokens: expected at least {multiple}, of which the length of a packed sequence must be a multiple "
-            f"(cp_size {cp_size}, tp_size {tp_size}, seq_multiple {seq_multiple}), got {max_tokens}."
+            f"(cp_size {rules.cp_size}, tp_size {rules.tp_size}, seq_multiple {rules.seq_multiple}), got "
+            f"{rules.max_tokens}."
         )
     need = 0
-    for lengths, rows in _planned_rows(contexts, capacity, cp_size, paired):
-        need = max(need, *(sum(lengths[index] for index in row) for row in rows), 0)
+    for lengths, sequences in _planned_sequences(contexts, capacity, rules):
+        need = max(need, *(sum(lengths[index] for index in sequence) for sequence in sequences), 0)
     return max(multiple, min(_round_up(need, math.lcm(multiple, seq_quantum or 1)), capacity))
 
 
@@ -114,60 +140,39 @@ def length_quantum(max_tokens: int) -> int:
     return 1 << min(8, max(0, (max_tokens // 16).bit_length() - 1))
 
 
-def pack(
-    contexts: Sequence[ContextPair],
-    *,
-    max_tokens: int,
-    cp_size: int,
-    tp_size: int,
-    seq_multiple: int | None = None,
-    paired: bool,
-    seq_length: int | None = None,
-) -> PackedBatch:
+def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: int | None = None) -> PackedBatch:
     """Return microbatches of S tokens: the longest context comes first, into the first microbatch with room.
 
-    - ``max_tokens``: the largest number of tokens of a microbatch.
-    - ``paired``: whether microbatch i of student and teacher has the same contexts in the same order; otherwise the
-      teacher's contexts are packed by themselves.
-    - ``seq_length``: S, equal on all data-parallel ranks; by default the length that these contexts need.
-
-    With ``cp_size > 1`` each segment is padded to a multiple of ``2 * cp_size``, so that context parallelism can divide
-    it.  No contexts give no microbatches.  The result is deterministic.  Collectives: none.
+    ``seq_length``: S, equal on all data-parallel ranks; by default the length that these contexts need.  No contexts
+    give no microbatches.  The result is deterministic.  Collectives: none.
 
     Raises: ValueError as `required_seq_length`, and for a ``seq_length`` that is too small or no multiple.
     """
-    need = required_seq_length(
-        contexts,
-        max_tokens=max_tokens,
-        cp_size=cp_size,
-        tp_size=tp_size,
-        seq_multiple=seq_multiple,
-        paired=paired,
-    )
+    need = required_seq_length(contexts, rules)
     length = need if seq_length is None else seq_length
-    multiple = _length_multiple(cp_size, tp_size, seq_multiple)
-    if length % multiple or not need <= length <= max_tokens:
+    if length % rules.length_multiple or not need <= length <= rules.max_tokens:
         raise ValueError(
-            f"seq_length: expected a multiple of {multiple} from {need} (what these contexts need) to "
-            f"{max_tokens} (max_tokens), got {length}; take the largest required_seq_length over the "
+            f"seq_length: expected a multiple of {rules.length_multiple} from {need} (what these contexts need) to "
+            f"{rules.max_tokens} (max_tokens), got {length}; take the largest required_seq_length over the "
             "data-parallel ranks."
         )
-    (_, student_rows), (_, teacher_rows) = _planned_rows(contexts, length, cp_size, paired)
-    segment_multiple = _segment_multiple(cp_size)
+    (_, student), (_, teacher) = _planned_sequences(contexts, length, rules)
     offsets = [0]
     for context in contexts:
         offsets.append(offsets[-1] + len(context.response))
 
-    def microbatches(prompts: list[list[int]], rows: list[list[int]]) -> list[Microbatch]:
+    def microbatches(prompts: list[list[int]], sequences: list[list[int]]) -> list[Microbatch]:
         return [
-            _microbatch([(prompts[i], contexts[i].response, offsets[i]) for i in row], length, segment_multiple)
-            for row in rows
+            _microbatch(
+                [(prompts[i], contexts[i].response, offsets[i]) for i in sequence], length, rules.segment_multiple
+            )
+            for sequence in sequences
         ]
 
     return PackedBatch(
         seq_length=length,
-        student=microbatches([context.student_prompt for context in contexts], student_rows),
-        teacher=microbatches([context.teacher_prompt for context in contexts], teacher_rows),
+        student=microbatches([context.student_prompt for context in contexts], student),
+        teacher=microbatches([context.teacher_prompt for context in contexts], teacher),
         response_tokens=_int64([token for context in contexts for token in context.response]),
         num_contexts=len(contexts),
     )
@@ -222,8 +227,8 @@ def context_parallel_positions(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -
     return torch.cat(parts)
 
 
-def _planned_rows(
-    contexts: Sequence[ContextPair], capacity: int, cp_size: int, paired: bool
+def _planned_sequences(
+    contexts: Sequence[ContextPair], capacity: int, rules: PackingRules
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Return, for student and teacher, the padded length of every context and the contexts of each microbatch."""
     for context in contexts:
@@ -233,7 +238,7 @@ def _planned_rows(
                 "state of the last one predicts the response, got an empty prompt; let the chat template "
                 "begin with a token."
             )
-    multiple = _segment_multiple(cp_size)
+    multiple = rules.segment_multiple
     student = [_round_up(context.student_length, multiple) for context in contexts]
     teacher = [_round_up(context.teacher_length, multiple) for context in contexts]
     for role, lengths in (("student", student), ("teacher", teacher)):
@@ -244,9 +249,9 @@ def _planned_rows(
                 f"{capacity} tokens, the longest packed sequence within max_tokens, got {lengths[longest]} (padding "
                 "for context parallelism included); raise max_tokens, or lower the length that contexts may have."
             )
-    if paired:
-        rows = _first_fit_decreasing([student, teacher], capacity)
-        return [(student, rows), (teacher, rows)]
+    if rules.paired:
+        sequences = _first_fit_decreasing([student, teacher], capacity)
+        return [(student, sequences), (teacher, sequences)]
     return [(lengths, _first_fit_decreasing([lengths], capacity)) for lengths in (student, teacher)]
 
 
@@ -254,38 +259,36 @@ def _first_fit_decreasing(lengths_by_role: list[list[int]], capacity: int) -> li
     # Context i has the length lengths_by_role[k][i] for role k, and goes into the first microbatch where it fits for
     # all roles.  Contexts of equal length keep their order, so that the result is the same on every machine.
     order = sorted(range(len(lengths_by_role[0])), key=lambda i: -max(lengths[i] for lengths in lengths_by_role))
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     room: list[list[int]] = []
     for index in order:
         sizes = [lengths[index] for lengths in lengths_by_role]
         fits = (all(map(int.__le__, sizes, left)) for left in room)
-        number = next((number for number, fit in enumerate(fits) if fit), len(rows))
-        if number == len(rows):
-            rows.append([])
+        number = next((number for number, fit in enumerate(fits) if fit), len(sequences))
+        if number == len(sequences):
+            sequences.append([])
             room.append([capacity] * len(lengths_by_role))
-        rows[number].append(index)
+        sequences[number].append(index)
         room[number] = [free - size for size, free in zip(sizes, room[number], strict=True)]
-    return rows
+    return sequences
 
 
-def _microbatch(
-    sequences: list[tuple[list[int], list[int], int]], seq_length: int, segment_multiple: int
-) -> Microbatch:
-    """``sequences``: (prompt, response, index of its first token among all response tokens)."""
+def _microbatch(contexts: list[tuple[list[int], list[int], int]], seq_length: int, segment_multiple: int) -> Microbatch:
+    """Return the packed sequence of ``contexts``: (prompt, response, index of the first token in all responses)."""
     tokens = torch.zeros(seq_length, dtype=torch.int64)
     position_ids = torch.zeros(seq_length, dtype=torch.int64)
     padding_mask = torch.ones(seq_length, dtype=torch.bool)
     bounds = [0]
     response_positions = [torch.empty(0, dtype=torch.int64)]
     response_ids = [torch.empty(0, dtype=torch.int64)]
-    for prompt, response, offset in sequences:
+    for prompt, response, offset in contexts:
         start, length = bounds[-1], len(prompt) + len(response)
         end = start + _round_up(length, segment_multiple)
         tokens[start : start + length] = _int64(prompt + response)
         position_ids[start:end] = torch.arange(end - start)
         padding_mask[start : start + length] = False
-        first_row = start + len(prompt) - 1
-        response_positions.append(torch.arange(first_row, first_row + len(response)))
+        first = start + len(prompt) - 1  # the position whose hidden state predicts the first response token
+        response_positions.append(torch.arange(first, first + len(response)))
         response_ids.append(torch.arange(offset, offset + len(response)))
         bounds.append(end)
     if bounds[-1] < seq_length:
@@ -297,7 +300,7 @@ def _microbatch(
         padding_mask=padding_mask,
         response_positions=torch.cat(response_positions),
         response_ids=torch.cat(response_ids),
-        num_sequences=len(sequences),
+        num_sequences=len(contexts),
     )
 
 
@@ -306,17 +309,6 @@ def _padding_share(microbatches: list[Microbatch]) -> float:
         return 0.0
     padding = sum(int(microbatch.padding_mask.sum()) for microbatch in microbatches)
     return padding / sum(microbatch.padding_mask.numel() for microbatch in microbatches)
-
-
-def _segment_multiple(cp_size: int) -> int:
-    return 2 * cp_size if cp_size > 1 else 1
-
-
-def _length_multiple(cp_size: int, tp_size: int, seq_multiple: int | None) -> int:
-    for name, value in (("cp_size", cp_size), ("tp_size", tp_size), ("seq_multiple", seq_multiple or 1)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}.")
-    return math.lcm(_segment_multiple(cp_size) * tp_size, seq_multiple or 1)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackedBatch, length_quantum, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.data.packing import (
+    PackedBatch,
+    PackingRules,
+    length_quantum,
+    pack,
+    pad_to_count,
+    required_seq_length,
+)
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.pipeline.schedule import microbatch_multiple
@@ -37,11 +43,10 @@ def pack_everywhere(
     ``max_tokens``.
     """
     paired = pair_order == "alternating"
-    sizes: dict[str, Any] = {"max_tokens": max_tokens, "cp_size": grid.cp_size, "tp_size": grid.tp_size}
-    sizes |= {"seq_multiple": seq_multiple, "paired": paired}
+    rules = PackingRules(max_tokens, grid.cp_size, grid.tp_size, paired, seq_multiple)
     quantum = length_quantum(max_tokens) if grid.device.type == "cuda" else None
-    (seq_length,) = max_over_ranks([required_seq_length(contexts, **sizes, seq_quantum=quantum)], grid.dp_group)
-    batch = pack(contexts, **sizes, seq_length=seq_length)
+    (seq_length,) = max_over_ranks([required_seq_length(contexts, rules, seq_quantum=quantum)], grid.dp_group)
+    batch = pack(contexts, rules, seq_length=seq_length)
     counts = max(len(batch.student), 1), max(len(batch.teacher), 1)
     num_student, num_teacher = max_over_ranks(counts, grid.dp_group)
     while (num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):

@@ -14,7 +14,7 @@ from layouts import Case, contexts, join, worst_difference
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import pack, pad_to_count
+from megatron_selfdistill.data.packing import PackingRules, pack, pad_to_count
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.weighting import TruncatedImportance
@@ -68,7 +68,7 @@ def gradients_of_plain_autograd(cap: float | None, fusion: Fusion | None) -> tup
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
     for chunk in student:
         chunk.zero_grad_buffer()
-    batch = pack(contexts(), max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False)
+    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     loss_of = schedule.self_distillation(Target(), Divergence(), fusion=fusion)
     weight = TruncatedImportance(sampled, cap) if cap is not None else None
     vocab = layouts.vocab_shard(student, grid)
@@ -105,7 +105,7 @@ def next_token_gradient() -> tuple[float, float, dict, dict]:
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
     for chunk in student:
         chunk.zero_grad_buffer()
-    batch = pack(contexts(), max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False)
+    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     shard = layouts.vocab_shard(student, grid)
     output = schedule.run(student, None, batch, schedule.next_token, grid, shard)
     ours = {n: p.main_grad.clone() for n, p in unwrapped(student[0]).named_parameters()}
@@ -125,7 +125,7 @@ def identity(rule: str) -> tuple[float, float]:
     for chunk in student:
         chunk.zero_grad_buffer()
     same = [dataclasses.replace(c, teacher_prompt=c.student_prompt) for c in contexts()]
-    batch = pack(same, max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True)
+    batch = pack(same, PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True))
     output = schedule.run(
         student,
         student,
@@ -174,7 +174,11 @@ def auxiliary_gradient(
     texts = [[rng.randrange(models.VOCAB_SIZE) for _ in range(24)] for _ in range(4)]
     pairs = [ContextPair(str(i), t[:-response], t[:-response], t[-response:], False) for i, t in enumerate(texts)]
     batches = [
-        pack([pair], max_tokens=max_tokens, cp_size=1, tp_size=grid.tp_size, paired=True, seq_length=max_tokens)
+        pack(
+            [pair],
+            PackingRules(max_tokens=max_tokens, cp_size=1, tp_size=grid.tp_size, paired=True),
+            seq_length=max_tokens,
+        )
         for pair in pairs[grid.dp_rank :: grid.dp_size]
     ]
     offset, streams = 0, {"student": [], "teacher": []}
@@ -239,7 +243,7 @@ def test_teachers_and_weightless_microbatches_leave_the_expert_counts_alone(rank
 
 
 def test_alternating_needs_paired_microbatches():
-    batch = pack(contexts(), max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False)
+    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     assert len(batch.student) != len(batch.teacher)
     with pytest.raises(ValueError, match="paired=True"):
         schedule._order(batch, "alternating", with_teacher=True)
@@ -248,7 +252,7 @@ def test_alternating_needs_paired_microbatches():
 def nothing_to_learn() -> None:
     chunks, grid = models.build(models.model_config("gqa"), ParallelConfig())
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
-    batch = pad_to_count(pack([], max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True), 1, 1)
+    batch = pad_to_count(pack([], PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True)), 1, 1)
     loss_of = schedule.self_distillation(Target(), Divergence())
     with pytest.raises(RuntimeError, match="no response tokens"):
         schedule.run(student, student, batch, loss_of, grid, layouts.vocab_shard(student, grid))
@@ -263,7 +267,7 @@ def teacher_left_in_autograd() -> int:
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
     config = unwrapped(chunks[0]).config
     teacher = Teacher("frozen", student, lambda: build_chunks(models.model_config("gqa"), config, grid, 61))
-    batch = pack(contexts(), max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False)
+    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     saved = []
     forward = schedule._Step._teacher
 
@@ -286,5 +290,5 @@ def test_case_defaults_have_ragged_contexts_and_several_microbatches():
     """What the parity tests rely on."""
     lengths = {(len(c.student_prompt), len(c.teacher_prompt), len(c.response)) for c in contexts()}
     assert len(lengths) == len(contexts())
-    batch = pack(contexts(), max_tokens=Case().max_tokens, cp_size=1, tp_size=1, paired=False)
+    batch = pack(contexts(), PackingRules(max_tokens=Case().max_tokens, cp_size=1, tp_size=1, paired=False))
     assert len(batch.student) >= 2 and len(batch.teacher) > len(batch.student)

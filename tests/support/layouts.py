@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackedBatch, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.data.packing import PackedBatch, PackingRules, pack, pad_to_count, required_seq_length
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -100,8 +100,8 @@ def packed(case: Case, grid: RankGrid) -> PackedBatch:
         "tp_size": grid.tp_size,
         "paired": case.paired,
     }
-    length = _max(required_seq_length(mine, **arguments, seq_quantum=case.seq_quantum), grid)
-    batch = pack(mine, **arguments, seq_length=length)
+    length = _max(required_seq_length(mine, PackingRules(**arguments), seq_quantum=case.seq_quantum), grid)
+    batch = pack(mine, PackingRules(**arguments), seq_length=length)
     counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
     while sum(counts) % schedule.microbatch_multiple(grid):
         counts = [n + 1 for n in counts] if case.paired else [counts[0] + 1, counts[1]]

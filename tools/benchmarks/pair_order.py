@@ -51,7 +51,7 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     }
     torch.set_num_threads(1)
     from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-    from megatron_selfdistill.data.packing import pack
+    from megatron_selfdistill.data.packing import PackingRules, pack
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.loss.divergence import Divergence
     from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -71,7 +71,7 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     chunks = wrap_for_training(build_chunks(model, config, grid, arguments.vocab), optimizer)
     teacher = Teacher("frozen", chunks, lambda: build_chunks(model, config, grid, arguments.vocab))
     vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group)
-    batch = pack(_contexts(arguments), max_tokens=arguments.tokens, cp_size=1, tp_size=1, paired=True)
+    batch = pack(_contexts(arguments), PackingRules(max_tokens=arguments.tokens, cp_size=1, tp_size=1, paired=True))
     assert len(batch.student) == arguments.num_microbatches
     if arguments.stage_ms:
         _wait_in_every_stage(chunks, teacher, *(ms / 1000 for ms in arguments.stage_ms))

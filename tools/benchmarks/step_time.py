@@ -179,13 +179,16 @@ class _Bench:
         hints.
         """
         from megatron_selfdistill.data.contexts import ContextPair
-        from megatron_selfdistill.data.packing import pack
+        from megatron_selfdistill.data.packing import PackingRules, pack
 
         contexts = [
             ContextPair(str(i), prompt, hint + prompt, response.token_ids, False)
             for i, ((prompt, hint), response) in enumerate(zip(self.problems, responses, strict=True))
         ]
-        return pack(contexts, max_tokens=self.arguments.tokens, cp_size=1, tp_size=self.arguments.tp, paired=paired)
+        return pack(
+            contexts,
+            PackingRules(max_tokens=self.arguments.tokens, cp_size=1, tp_size=self.arguments.tp, paired=paired),
+        )
 
     def train(self, batch: Any, distil: bool = True, clock: Clock | None = None) -> None:
         """Run forward, backward and the optimizer's step."""

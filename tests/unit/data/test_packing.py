@@ -16,6 +16,7 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import (
     Microbatch,
     PackedBatch,
+    PackingRules,
     context_parallel_positions,
     length_quantum,
     pack,
@@ -88,7 +89,7 @@ def check_stream(stream: list[Microbatch], prompts: list[list[int]], packed: Pac
 @given(SHAPES, LAYOUTS)
 def test_every_layout_obeys_the_laws(shapes: list[tuple[int, int, int]], layout: dict[str, Any]) -> None:
     contexts = contexts_of(shapes)
-    packed = pack(contexts, **layout)
+    packed = pack(contexts, PackingRules(**layout))
     cp_size, tp_size = layout["cp_size"], layout["tp_size"]
     assert packed.seq_length % (tp_size if cp_size == 1 else 2 * cp_size * tp_size) == 0
     assert packed.seq_length % (layout["seq_multiple"] or 1) == 0
@@ -114,10 +115,10 @@ def test_a_longer_row_within_the_budget_holds_the_same_contexts(
     shapes: list[tuple[int, int, int]], layout: dict[str, Any], more: int
 ) -> None:
     contexts = contexts_of(shapes)
-    need = required_seq_length(contexts, **layout)
-    multiple = required_seq_length([], **layout)
+    need = required_seq_length(contexts, PackingRules(**layout))
+    multiple = required_seq_length([], PackingRules(**layout))
     longer = min(need + more * multiple, layout["max_tokens"] // multiple * multiple)
-    a, b = pack(contexts, **layout), pack(contexts, **layout, seq_length=longer)
+    a, b = pack(contexts, PackingRules(**layout)), pack(contexts, PackingRules(**layout), seq_length=longer)
     assert (a.seq_length, b.seq_length) == (need, longer)
     for prompts, one, other in (
         ([c.student_prompt for c in contexts], a.student, b.student),
@@ -128,12 +129,12 @@ def test_a_longer_row_within_the_budget_holds_the_same_contexts(
 
 def test_longest_first_into_the_first_row_with_room() -> None:
     contexts = contexts_of([(2, 1, 1), (5, 1, 2), (3, 1, 1), (5, 1, 1), (1, 1, 1)])
-    packed = pack(contexts, max_tokens=10, cp_size=1, tp_size=1, paired=False)
+    packed = pack(contexts, PackingRules(max_tokens=10, cp_size=1, tp_size=1, paired=False))
     # Lengths 3, 7, 4, 6, 2.
     assert contexts_by_row(packed.student, [c.student_prompt for c in contexts]) == [[1, 0], [3, 2], [4]]
     assert packed.seq_length == 10
     assert len(packed.teacher) == 2, "the teacher's stream (lengths 2, 3, 2, 2, 2) is packed on its own"
-    paired = pack(contexts, max_tokens=10, cp_size=1, tp_size=1, paired=True)
+    paired = pack(contexts, PackingRules(max_tokens=10, cp_size=1, tp_size=1, paired=True))
     assert len(paired.student) == len(paired.teacher) == 3
 
 
@@ -142,7 +143,7 @@ def test_one_row_written_out() -> None:
         ContextPair("a", [11, 12], [1, 2, 3], [13], False),
         ContextPair("b", [21], [4], [22, 23, 24, 25], True),
     ]
-    packed = pack(contexts, max_tokens=32, cp_size=2, tp_size=2, seq_multiple=24, paired=False)
+    packed = pack(contexts, PackingRules(max_tokens=32, cp_size=2, tp_size=2, seq_multiple=24, paired=False))
     (m,) = packed.student
     assert m.tokens.tolist() == [21, 22, 23, 24, 25, 0, 0, 0, 11, 12, 13, 0] + [0] * 12
     assert m.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3] + [0] * 12
@@ -156,14 +157,14 @@ def test_one_row_written_out() -> None:
 
 def test_packing_is_deterministic_and_keeps_the_order_of_equal_lengths() -> None:
     contexts = contexts_of([(3, 3, 3)] * 7)
-    packed = pack(contexts, max_tokens=13, cp_size=1, tp_size=1, paired=False)
+    packed = pack(contexts, PackingRules(max_tokens=13, cp_size=1, tp_size=1, paired=False))
     rows = contexts_by_row(packed.student, [c.student_prompt for c in contexts])
     assert rows == [[0, 1], [2, 3], [4, 5], [6]]
     assert packed.seq_length == 12, "no longer than the fullest row"
 
 
 def test_padding_microbatches_fill_up_to_the_count() -> None:
-    packed = pack(contexts_of([(2, 4, 3)]), max_tokens=16, cp_size=2, tp_size=1, paired=False)
+    packed = pack(contexts_of([(2, 4, 3)]), PackingRules(max_tokens=16, cp_size=2, tp_size=1, paired=False))
     padded = pad_to_count(packed, 3, 2)
     assert (len(padded.student), len(padded.teacher)) == (3, 2)
     assert padded.student[0] is packed.student[0]
@@ -178,8 +179,8 @@ def test_padding_microbatches_fill_up_to_the_count() -> None:
 
 def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:
     layout = {"max_tokens": 64, "cp_size": 2, "tp_size": 2, "paired": True}
-    assert required_seq_length([], **layout) == 8
-    packed = pack([], **layout, seq_length=24)
+    assert required_seq_length([], PackingRules(**layout)) == 8
+    packed = pack([], PackingRules(**layout), seq_length=24)
     assert (packed.student, packed.teacher, packed.num_contexts) == ([], [], 0)
     assert packed.response_tokens.shape == (0,) and packed.response_tokens.dtype == torch.int64
     assert packed.student_padding_share == 0.0
@@ -191,18 +192,18 @@ def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:
 def test_what_cannot_be_packed_is_refused_in_a_sentence() -> None:
     layout = {"cp_size": 1, "tp_size": 4, "paired": False}
     with pytest.raises(ValueError, match=r"Problem p1: expected a teacher's context of at most 12 .*got 14"):
-        pack(contexts_of([(2, 2, 2), (2, 10, 4)]), max_tokens=15, **layout)
+        pack(contexts_of([(2, 2, 2), (2, 10, 4)]), PackingRules(max_tokens=15, **layout))
     with pytest.raises(ValueError, match=r"max_tokens: expected at least 4.*got 3"):
-        pack([], max_tokens=3, **layout)
+        pack([], PackingRules(max_tokens=3, **layout))
     with pytest.raises(ValueError, match=r"seq_length: expected a multiple of 4 from 8 .* to 32 .*got 6"):
-        pack(contexts_of([(2, 2, 4)]), max_tokens=32, **layout, seq_length=6)
+        pack(contexts_of([(2, 2, 4)]), PackingRules(max_tokens=32, **layout), seq_length=6)
     for wrong in (4, 36):
         with pytest.raises(ValueError, match=f"seq_length: .*got {wrong};"):
-            pack(contexts_of([(2, 2, 4)]), max_tokens=32, **layout, seq_length=wrong)
+            pack(contexts_of([(2, 2, 4)]), PackingRules(max_tokens=32, **layout), seq_length=wrong)
     with pytest.raises(ValueError, match="Problem p: expected at least one token in each prompt"):
-        pack([ContextPair("p", [], [1], [2], False)], max_tokens=32, **layout)
+        pack([ContextPair("p", [], [1], [2], False)], PackingRules(max_tokens=32, **layout))
     with pytest.raises(ValueError, match="tp_size: expected at least 1, got 0"):
-        pack([], max_tokens=32, cp_size=1, tp_size=0, paired=False)
+        pack([], PackingRules(max_tokens=32, cp_size=1, tp_size=0, paired=False))
 
 
 @settings(deadline=None, max_examples=60)
@@ -210,7 +211,7 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence() -> None:
 def test_context_parallel_positions_partition_the_row_evenly(
     shapes: list[tuple[int, int, int]], cp_size: int, tp_size: int
 ) -> None:
-    packed = pack(contexts_of(shapes), max_tokens=256, cp_size=cp_size, tp_size=tp_size, paired=False)
+    packed = pack(contexts_of(shapes), PackingRules(max_tokens=256, cp_size=cp_size, tp_size=tp_size, paired=False))
     for m in pad_to_count(packed, len(packed.student) + 1, len(packed.teacher)).student:
         held = [context_parallel_positions(m.cu_seqlens, cp_size, rank) for rank in range(cp_size)]
         assert [h.numel() for h in held] == [packed.seq_length // cp_size] * cp_size
@@ -238,13 +239,13 @@ def test_a_quantum_rounds_the_length_up_within_the_budget(
     shapes: list[tuple[int, int, int]], layout: dict[str, Any], quantum: int
 ) -> None:
     contexts = contexts_of(shapes)
-    need = required_seq_length(contexts, **layout)
-    length = required_seq_length(contexts, **layout, seq_quantum=quantum)
-    multiple = required_seq_length([], **layout)
+    need = required_seq_length(contexts, PackingRules(**layout))
+    length = required_seq_length(contexts, PackingRules(**layout), seq_quantum=quantum)
+    multiple = required_seq_length([], PackingRules(**layout))
     capacity = layout["max_tokens"] // multiple * multiple
     assert need <= length <= capacity and length % multiple == 0
     assert not contexts or length == capacity or (length % quantum == 0 and length - need < math.lcm(multiple, quantum))
-    assert pack(contexts, **layout, seq_length=length).seq_length == length
+    assert pack(contexts, PackingRules(**layout), seq_length=length).seq_length == length
 
 
 @pytest.mark.parametrize(

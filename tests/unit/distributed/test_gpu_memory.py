@@ -15,7 +15,7 @@ import torch
 from megatron_selfdistill import train
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import length_quantum, required_seq_length
+from megatron_selfdistill.data.packing import PackingRules, length_quantum, required_seq_length
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import about_allocator, expand_segments
 from megatron_selfdistill.pipeline import batch
@@ -34,7 +34,7 @@ def lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int
         contexts = [ContextPair("p", [1] * (300 + 37 * step), [1] * 400, [2] * 100, truncated=False)]
         order = {"pair_order": "teacher_first", "with_teacher": True, "grid": grid}
         packed = pack_everywhere(contexts, max_tokens=SIZES["max_tokens"], **order)
-        found.append((required_seq_length(contexts, **SIZES), packed.seq_length))
+        found.append((required_seq_length(contexts, PackingRules(**SIZES)), packed.seq_length))
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import context_parallel_positions, pack
+from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, pack
 from megatron_selfdistill.model import packed_sequences
 from megatron_selfdistill.model.packed_sequences import PackedSequences, rope_utils
 
@@ -25,7 +25,7 @@ class Group(SimpleNamespace):
 def row(cp_size: int):
     """Return a microbatch of three sequences, whose last segment is padding."""
     texts = [ContextPair(str(n), [1] * n, [1] * n, [2] * 3, False) for n in (9, 4, 1)]
-    batch = pack(texts, max_tokens=48, cp_size=cp_size, tp_size=1, paired=True, seq_length=48)
+    batch = pack(texts, PackingRules(max_tokens=48, cp_size=cp_size, tp_size=1, paired=True), seq_length=48)
     return batch.student[0]
 
 

@@ -11,7 +11,7 @@ import torch
 from host_traffic import host_traffic
 from layouts import contexts
 
-from megatron_selfdistill.data.packing import PackedBatch, pack
+from megatron_selfdistill.data.packing import PackedBatch, PackingRules, pack
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch
 from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
 
@@ -37,7 +37,7 @@ def hidden_of(batch: PackedBatch, index: int) -> torch.Tensor:
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("store_bytes", [float("inf"), 500, 0])
 def test_the_student_finds_the_states_of_its_own_tokens(paired, store_bytes, monkeypatch):
-    batch = pack(contexts(), max_tokens=56, cp_size=1, tp_size=1, paired=paired)
+    batch = pack(contexts(), PackingRules(max_tokens=56, cp_size=1, tp_size=1, paired=paired))
     assert len(batch.student) > 1
     bank, pinned = bank_of(batch, store_bytes), []
     empty = torch.empty
@@ -57,7 +57,7 @@ def test_the_student_finds_the_states_of_its_own_tokens(paired, store_bytes, mon
 
 
 def test_states_of_equal_microbatches_are_kept_without_another_copy():
-    batch = pack(contexts(), max_tokens=56, cp_size=1, tp_size=1, paired=True)
+    batch = pack(contexts(), PackingRules(max_tokens=56, cp_size=1, tp_size=1, paired=True))
     bank = bank_of(batch, float("inf"))
     for index, teacher in enumerate(bank.batch.teacher):
         (route,) = teacher.routes
@@ -65,7 +65,7 @@ def test_states_of_equal_microbatches_are_kept_without_another_copy():
 
 
 def test_a_student_that_needs_no_state_gets_an_empty_tensor_of_the_asked_dtype():
-    batch = pack(contexts()[:1], max_tokens=56, cp_size=1, tp_size=1, paired=True)
+    batch = pack(contexts()[:1], PackingRules(max_tokens=56, cp_size=1, tp_size=1, paired=True))
     nothing = torch.empty(0, dtype=torch.int64)
     student = dataclasses.replace(batch.student[0], response_positions=nothing, response_ids=nothing)
     batch = dataclasses.replace(batch, student=[student])
