@@ -56,7 +56,8 @@ ORDER = {
     "rollout": (
         "base guided megatron.decoding megatron.kv_cache megatron.survivors megatron.generated "
         "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
-        "vllm.packed vllm.protocol vllm.server.server_names vllm.engine vllm.exchange vllm.pairs vllm.hf_directory "
+        "vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
+        "vllm.engine vllm.exchange vllm.pairs vllm.hf_directory "
         "vllm.in_process vllm.colocated vllm.client vllm.dispatch vllm.server.server_nodes "
         "vllm.server.server_process vllm.transfer_group vllm.transfer_buckets vllm.transfer vllm.transfer_choice "
         "vllm.weight_update vllm.server_sampler vllm.plugin.access vllm.plugin.pair_scheduler "

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
-import time
 from typing import Any
 
 from megatron_selfdistill.rollout.vllm.plugin.guided_processor import guided_processor
 from megatron_selfdistill.rollout.vllm.plugin.weight_backend import register
 from megatron_selfdistill.rollout.vllm.protocol import boot_id, nccl_version, own_gpu, visible_gpus
+from megatron_selfdistill.rollout.vllm.server.process_watch import when_ended
 from megatron_selfdistill.rollout.vllm.server.server_names import SERVER_VARIABLE
 
 
@@ -28,15 +27,13 @@ def end_with_server() -> None:
     if not server:
         return
 
-    def watch() -> None:
-        while _is_alive(server):
-            time.sleep(1.0)
+    def end() -> None:
         # The worker may be the engine core itself; then its parent was the server.
         if parent != server and os.getppid() == parent:
             os.kill(parent, signal.SIGKILL)
         os._exit(1)
 
-    threading.Thread(target=watch, name="server watch", daemon=True).start()
+    when_ended(lambda: _is_alive(server), end, "server watch")
 
 
 def _is_alive(process: int) -> bool:

@@ -25,12 +25,12 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, memory_of_visible_gpus, why_no_room
+from megatron_selfdistill.rollout.vllm.server.process_watch import when_ended
 from megatron_selfdistill.rollout.vllm.server.server_names import (
     BACKEND,
     PARENT_VARIABLE,
@@ -274,14 +274,12 @@ def _watch_parent() -> None:
     if not parent:
         return
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+    def end() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_GRACE_SECONDS)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+    when_ended(lambda: os.getppid() == parent, end, "parent watch")
 
 
 def _end(why: str) -> None:
