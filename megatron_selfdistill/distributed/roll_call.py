@@ -58,8 +58,8 @@ class RollCall:
 
     def __init__(self) -> None:
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), world_size()
-        # A process may take part in several runs, one after the other; torchrun keeps the store for all its restarts.
-        launch = ":".join(os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+        # A process may take part in several runs, one after the other.
+        launch = os.environ.get("MASTER_PORT", "")
         self._prefix = f"selfdistill/{launch}/{_launches[launch]}"
         _launches[launch] += 1
         self._alone = self.world_size == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
