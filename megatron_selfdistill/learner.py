@@ -31,7 +31,7 @@ from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import pack_everywhere
-from megatron_selfdistill.pipeline.score import learnabilities
+from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import configured_target
 from megatron_selfdistill.run_data import RunData
@@ -168,9 +168,7 @@ class Learner:
     def learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         """Return how learnable each response is for the student (pipeline/score.py).  Collective."""
         with self.teacher.on_device() as teacher:
-            return learnabilities(
-                candidates,
-                builder=self.run_data.builder,
+            models = ScoringModels(
                 student=self.chunks,
                 teacher=teacher,
                 grid=self.grid,
@@ -178,11 +176,8 @@ class Learner:
                 max_tokens=self.config.schedule.max_tokens,
                 fusion=self.output_layer.fusion,
                 backend=self.config.loss.backend,
-                policy=self.config.data.on_long_context,
-                alpha=self.config.solutions.alpha,
-                max_length=self.run_data.max_length,
-                max_new_tokens=self.config.rollout.max_new_tokens,
             )
+            return learnabilities(candidates, models, self.config, self.run_data)
 
     def _schedule(
         self,

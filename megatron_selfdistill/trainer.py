@@ -196,14 +196,12 @@ class Trainer:
 
         ``num_transcripts``: the problems whose responses are kept as text; None keeps all.
         """
-        wanted, data = self.config.evaluation, self.run_data
+        wanted = self.config.evaluation
         self.sampler.update_weights(self.step)
         with self.phases("evaluation"):
             result = evaluate(
                 self.sampler,
-                data.builder,
-                data.tokenizer,
-                data.evaluation,
+                self.run_data,
                 load_verifier(wanted.verifier),
                 EvaluationOptions(
                     params=self.sampling,
@@ -211,14 +209,13 @@ class Trainer:
                     pass_at_k=wanted.pass_at_k,
                     seed=self.config.seed,
                     step=self.step,
-                    max_length=data.max_length,
                     hinted=hinted,
                     num_transcripts=num_transcripts,
                 ),
                 self.grid,
             )
         if result.overlooked is not None:
-            for line in result.overlooked.lines(wanted.verifier, data.builder.show_contents):
+            for line in result.overlooked.lines(wanted.verifier, self.run_data.builder.show_contents):
                 self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
         return result

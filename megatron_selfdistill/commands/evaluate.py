@@ -132,9 +132,7 @@ def _evaluate_with(
         began = time.perf_counter()
         result = held_out.evaluate(
             inference.sampler,
-            run_data.builder,
-            run_data.tokenizer,
-            run_data.evaluation,
+            run_data,
             load_verifier(config.evaluation.verifier),
             held_out.EvaluationOptions(
                 params=inference.sampling,
@@ -142,7 +140,6 @@ def _evaluate_with(
                 pass_at_k=arguments.pass_at_k,
                 seed=config.seed,
                 step=0,  # independent of the iteration, so that compared models sample with the same seeds
-                max_length=run_data.max_length,
                 majority_at_k=arguments.majority_at_k,
                 hinted=arguments.hinted,
                 num_transcripts=arguments.responses,

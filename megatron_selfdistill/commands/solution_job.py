@@ -23,7 +23,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, decided_output_layer, open_inference
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.loss.sharded.backend import in_use
-from megatron_selfdistill.pipeline.score import learnabilities, with_reference
+from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, with_reference
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.solution_search import Attempt, Candidate, Score, Search, solve
 
@@ -129,23 +129,16 @@ class SolutionJob:
 
         Raises: `ConfigError` if the model cannot have the configured ``loss.fused``.
         """
-        config, run_data = self.config, self.run_data
-        fusion = decided_output_layer(config, inference.chunks).fusion
-        return lambda candidates: learnabilities(
-            candidates,
-            builder=run_data.builder,
+        models = ScoringModels(
             student=inference.chunks,
             teacher=inference.chunks,
             grid=self.grid,
             vocab=inference.vocab,
-            max_tokens=config.schedule.max_tokens,
-            fusion=fusion,
-            backend=config.loss.backend,
-            max_length=run_data.max_length,
-            max_new_tokens=config.rollout.max_new_tokens,
-            policy=config.data.on_long_context,
-            alpha=config.solutions.alpha,
+            max_tokens=self.config.schedule.max_tokens,
+            fusion=decided_output_layer(self.config, inference.chunks).fusion,
+            backend=self.config.loss.backend,
         )
+        return lambda candidates: learnabilities(candidates, models, self.config, self.run_data)
 
     def _line(self, attempt: Attempt) -> dict[str, Any]:
         """Return the journal's line of one problem."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.evaluation_result import (
@@ -24,6 +23,7 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.run_data import RunData
 
 _NUM_EXAMPLES = 3
 _END = 200  # characters of the end of a response that are shown, because the answer stands at the end
@@ -43,8 +43,6 @@ class EvaluationOptions:
     """The seed of the run."""
     step: int
     """The optimizer steps before this evaluation; a part of the samples' seeds."""
-    max_length: int
-    """The longest context in tokens, prompt and response together."""
     majority_at_k: Sequence[int] | None = None
     """The values of k for majority@k, each at most ``num_samples``; None counts no votes."""
     hinted: bool = False
@@ -54,33 +52,29 @@ class EvaluationOptions:
 
 
 def evaluate(
-    sampler: Sampler,
-    builder: PromptBuilder,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    verifier: Verifier,
-    options: EvaluationOptions,
-    grid: RankGrid,
+    sampler: Sampler, run_data: RunData, verifier: Verifier, options: EvaluationOptions, grid: RankGrid
 ) -> EvaluationResult:
     """Sample a greedy response and ``num_samples`` further responses to every problem, and return the verified results.
 
-    ``problems`` are the same on all ranks; each data-parallel replica samples every dp_size-th problem.
+    The problems are ``run_data.evaluation``, the same on all ranks; each data-parallel replica samples every dp_size-th
+    problem.
     The seed of sample i is ``sample_seed(seed, step, "eval/" + problem.id, i)``, so the results do not depend on the
     parallel sizes.  A response that reached the limit is wrong, since it has no final answer.
 
     Returns: the same result on every rank.
     Collectives: two calls of ``sampler.generate`` (one call without samples), with no requests on a replica that has no
     problem; one all_gather_object over the world, whose ranks share the work of the verifier.
-    Raises: `ConfigError` before the first sample for problems that have no answer or do not fit ``max_length``;
-    `VerifierError` on every rank if the verifier failed on one rank.
+    Raises: `ConfigError` before the first sample for problems that have no answer or do not fit
+    ``run_data.max_length``; `VerifierError` on every rank if the verifier failed on one rank.
     """
+    problems, builder, tokenizer = run_data.evaluation, run_data.builder, run_data.tokenizer
     require_answers_per_problem(options.num_samples, options.pass_at_k, options.majority_at_k or ())
     if not problems:
         raise ConfigError("Evaluation: expected at least one problem, got none.")
     check_answers(problems, verifier)
     prompt_of = builder.teacher_prompt if options.hinted else builder.student_prompt
     prompts = [prompt_of(problem) for problem in problems]
-    _check_lengths(problems, prompts, options.params.max_new_tokens, options.max_length)
+    _check_lengths(problems, prompts, options.params.max_new_tokens, run_data.max_length)
     responses = _sample(sampler, problems, prompts, options, grid)
     num_kept = len(problems) if options.num_transcripts is None else options.num_transcripts
     kept_ids = {problem.id for problem in problems[:num_kept]}

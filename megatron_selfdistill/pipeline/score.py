@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
@@ -43,6 +44,7 @@ from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import over_last_stage, pack_everywhere
 from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.run_data import RunData
 
 
 @dataclass(frozen=True)
@@ -64,25 +66,31 @@ class Scores:
         return solution - ratio_weight * (self.mean_log_ratio + alpha * self.max_log_ratio)
 
 
-def score_texts(
-    pairs: Sequence[ContextPair],
-    *,
-    student: Sequence[torch.nn.Module],
-    teacher: Sequence[torch.nn.Module],
-    grid: RankGrid,
-    vocab: VocabShard,
-    max_tokens: int,
-    fusion: Fusion | None,
-    backend: str | None,
-) -> list[Scores]:
+@dataclass(frozen=True)
+class ScoringModels:
+    """A student and a teacher that score texts, on one rank."""
+
+    student: Sequence[torch.nn.Module]
+    """The student's chunks of this rank."""
+    teacher: Sequence[torch.nn.Module]
+    """The teacher's chunks, with the same cuts; the student's own chunks where one model is both."""
+    grid: RankGrid
+    vocab: VocabShard
+    max_tokens: int
+    """Largest number of tokens of a packed sequence."""
+    fusion: Fusion | None
+    """As for `schedule.self_distillation`, and equal on all ranks."""
+    backend: str | None
+    """As for `schedule.self_distillation`, and equal on all ranks."""
+
+
+def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Scores]:
     """Return the `Scores` of each pair's response, its stop token included; no activation is kept.
 
     ``pairs``: the pairs of this replica, the same on each of its ranks; replicas may have different numbers of pairs,
-    also none.  ``student``, ``teacher``: this rank's chunks with the same cuts, and the same chunks where one model is
-    both. ``max_tokens``: token budget of a packed sequence.  ``fusion``, ``backend``: as for
-    `schedule.self_distillation`, and equal on all ranks.  With ``fusion``, of either mode, ``[2 chunk_tokens, V / tp]``
-    logits exist at a time, besides the temporaries of the loss's passes; the logits of both models for all response
-    tokens never exist at once.
+    also none.  Where ``models`` have a fused output layer, of either mode, ``[2 chunk_tokens, V / tp]`` logits exist at
+    a time, besides the temporaries of the loss's passes; the logits of both models for all response tokens never exist
+    at once.
 
     Returns: one per pair, with the same bits on every rank of the replica.  Another layout packs and sums in another
     order, which changes float32 log-probs by their rounding.
@@ -96,20 +104,29 @@ def score_texts(
     empty = [pair.problem_id for pair in pairs if not pair.response]
     if empty:
         raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got an empty text.")
+    grid = models.grid
     if not max_over_ranks([len(pairs)], grid.dp_group)[0]:
         return []
     # Alternating, so that the teacher's states of only one packed sequence are kept, for any number of texts.
     order = "alternating"
     batch = pack_everywhere(
         pairs,
-        max_tokens=max_tokens,
+        max_tokens=models.max_tokens,
         pair_order=order,
         with_teacher=True,
         grid=grid,
-        seq_multiple=token_multiple(unwrapped(student[0]).config),
+        seq_multiple=token_multiple(unwrapped(models.student[0]).config),
     )
-    read = _reading_log_probs(fusion, backend)
-    output = schedule.run(student, teacher, batch, read, grid, vocab, pair_order=order, forward_only=True)
+    output = schedule.run(
+        models.student,
+        models.teacher,
+        batch,
+        _reading_log_probs(models.fusion, models.backend),
+        grid,
+        models.vocab,
+        pair_order=order,
+        forward_only=True,
+    )
     both = torch.zeros(2, len(batch.response_tokens), dtype=torch.float64, device=grid.device)
     if output.stats is not None:
         ids = output.response_ids
@@ -121,37 +138,20 @@ def score_texts(
 
 
 def learnabilities(
-    candidates: Sequence[tuple[Problem, Response]],
-    *,
-    builder: PromptBuilder,
-    student: Sequence[torch.nn.Module],
-    teacher: Sequence[torch.nn.Module],
-    grid: RankGrid,
-    vocab: VocabShard,
-    max_tokens: int,
-    fusion: Fusion | None,
-    backend: str | None,
-    max_length: int,
-    max_new_tokens: int,
-    policy: str,
-    alpha: float,
+    candidates: Sequence[tuple[Problem, Response]], models: ScoringModels, config: Config, run_data: RunData
 ) -> list[float]:
     """Return the `Scores.learnability` of each response to its problem, in the contexts of `candidate_contexts`.
 
-    All other arguments are as for `score_texts` and `candidate_contexts`.
+    Collectives and errors: as for `score_texts` and `candidate_contexts`.
     """
-    pairs = candidate_contexts(builder, candidates, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy)
-    scores = score_texts(
-        pairs,
-        student=student,
-        teacher=teacher,
-        grid=grid,
-        vocab=vocab,
-        max_tokens=max_tokens,
-        fusion=fusion,
-        backend=backend,
+    pairs = candidate_contexts(
+        run_data.builder,
+        candidates,
+        max_length=run_data.max_length,
+        max_new_tokens=config.rollout.max_new_tokens,
+        policy=config.data.on_long_context,
     )
-    return [score.learnability(alpha) for score in scores]
+    return [scores.learnability(config.solutions.alpha) for scores in score_texts(pairs, models)]
 
 
 def candidate_contexts(

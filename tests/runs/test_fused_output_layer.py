@@ -54,7 +54,7 @@ def start_counting(arguments: list[str]) -> tuple[int, int, int]:
     project, learnabilities = schedule.project, learner.learnabilities
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "project", lambda *a: (projected.append(a[1].shape), project(*a))[1])
-        patch.setattr(learner, "learnabilities", lambda a, **k: (scored.append(len(a)), learnabilities(a, **k))[1])
+        patch.setattr(learner, "learnabilities", lambda a, *b: (scored.append(len(a)), learnabilities(a, *b))[1])
         return tiny_run.start(arguments), len(projected), sum(scored)
 
 

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_selfdistill.config import Config, EvaluationConfig
-from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.contexts import ContextCounts
+from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation import verify as module
@@ -27,6 +28,7 @@ from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, 
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.run_data import RunData
 
 PARAMS = SamplingParams(max_new_tokens=4, temperature=1.0, stop_token_ids=(STOP,))
 
@@ -66,17 +68,10 @@ def builder() -> PromptBuilder:
 
 
 def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **options: Any) -> EvaluationResult:
-    defaults = {"params": PARAMS, "num_samples": 6, "pass_at_k": [1, 4], "seed": 3, "step": 20, "max_length": 100}
-    verifier = options.pop("verifier", exact_match)
-    return evaluate(
-        sampler or FakeSampler(),
-        builder(),
-        Characters(),
-        problems,
-        verifier,
-        EvaluationOptions(**defaults | options),
-        grid,
-    )
+    defaults = {"params": PARAMS, "num_samples": 6, "pass_at_k": [1, 4], "seed": 3, "step": 20}
+    verifier, max_length = options.pop("verifier", exact_match), options.pop("max_length", 100)
+    data = RunData(Characters(), builder(), ProblemSet([]), ContextCounts(), problems, 128, max_length, (STOP,))
+    return evaluate(sampler or FakeSampler(), data, verifier, EvaluationOptions(**defaults | options), grid)
 
 
 def run_in_layout(sizes: dict[str, int], count: int) -> tuple[EvaluationResult, list[int], list[str]]:

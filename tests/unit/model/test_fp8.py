@@ -157,7 +157,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
                 "grid": SimpleNamespace(dp_group=None),
                 "vocab": None,
             }
-            score.score_texts([pair], **chunks, max_tokens=8, fusion=None, backend=None)
+            score.score_texts([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
         else:
             config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8))
             me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)

@@ -17,7 +17,7 @@ from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.output_layer import MATERIALISED, Fusion, OutputLayer
-from megatron_selfdistill.pipeline.score import Scores, candidate_contexts, score_texts, with_reference
+from megatron_selfdistill.pipeline.score import Scores, ScoringModels, candidate_contexts, score_texts, with_reference
 from megatron_selfdistill.rollout.base import Response
 
 LAYOUTS = [
@@ -48,8 +48,7 @@ def scores_in_layout(cuts: dict, count: int = 7) -> tuple[list[int], list[list[S
 def scored(
     indices: list[int], student: list, teacher: list, grid: RankGrid, fusion: Fusion | None, max_tokens: int = 56
 ) -> list[Scores]:
-    return score_texts(
-        [layouts.contexts()[i] for i in indices],
+    models = ScoringModels(
         student=student,
         teacher=teacher,
         grid=grid,
@@ -58,6 +57,7 @@ def scored(
         fusion=fusion,
         backend=None,
     )
+    return score_texts([layouts.contexts()[i] for i in indices], models)
 
 
 def student_and_teacher(cuts: dict, **changes: Any) -> tuple[list, list, RankGrid]:
@@ -218,4 +218,4 @@ def test_what_cannot_be_scored_is_said_in_a_sentence():
         contexts_of(problem("it is 7", None), max_length=10, policy="drop")
     context = dataclasses.replace(layouts.contexts()[0], response=[])
     with pytest.raises(ValueError, match=r"^Problem p0: expected a text of at least one token"):
-        score_texts([context], student=[], teacher=[], grid=None, vocab=None, max_tokens=56, fusion=None, backend=None)
+        score_texts([context], ScoringModels([], [], grid=None, vocab=None, max_tokens=56, fusion=None, backend=None))
