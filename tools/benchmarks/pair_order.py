@@ -50,26 +50,25 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
         "MASTER_PORT": str(arguments.port),
     }
     torch.set_num_threads(1)
-    from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+    from random_llama import RandomLlama
+
+    from megatron_selfdistill.config import ParallelConfig
     from megatron_selfdistill.data.packing import PackingRules, pack
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.loss.divergence import Divergence
     from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
     from megatron_selfdistill.loss.target import Target
-    from megatron_selfdistill.model.architecture import transformer_config
-    from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
+    from megatron_selfdistill.model.build import unwrapped, wrap_for_training
     from megatron_selfdistill.pipeline import schedule
     from megatron_selfdistill.teacher import Teacher
 
     cuts = ParallelConfig(pipeline_model_parallel_size=arguments.pp)
     grid = ranks.initialize(cuts, seed=0)
-    model = ModelConfig(
-        num_layers=arguments.layers, hidden_size=arguments.hidden, num_attention_heads=8, max_position_embeddings=4096
+    llama = RandomLlama.of(
+        cuts, grid, arguments.vocab, num_layers=arguments.layers, hidden_size=arguments.hidden, num_attention_heads=8
     )
-    optimizer = OptimizerConfig(precision="bf16" if grid.device.type == "cuda" else "fp32")
-    config = transformer_config(model, cuts, optimizer, ScheduleConfig())
-    chunks = wrap_for_training(build_chunks(model, config, grid, arguments.vocab), optimizer)
-    teacher = Teacher("frozen", chunks, lambda: build_chunks(model, config, grid, arguments.vocab))
+    chunks = wrap_for_training(llama.chunks(), llama.optimizer)
+    teacher = Teacher("frozen", chunks, llama.chunks)
     vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group)
     batch = pack(_contexts(arguments), PackingRules(max_tokens=arguments.tokens, cp_size=1, tp_size=1, paired=True))
     assert len(batch.student) == arguments.num_microbatches

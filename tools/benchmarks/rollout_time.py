@@ -16,7 +16,6 @@ import json
 import random
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from measuring_parser import measuring_parser
 from wall_time import seconds_of
 
 from megatron_selfdistill.compat.known_warnings import silence_known_warnings
@@ -34,40 +34,20 @@ def main() -> None:
     arguments = _parser().parse_args()
     silence_known_warnings()
     torch.set_num_threads(1)
-    from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, ScheduleConfig
+    from random_llama import RandomLlama
+
+    from megatron_selfdistill.config import ParallelConfig, RolloutConfig
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.model.architecture import transformer_config
-    from megatron_selfdistill.model.build import build_chunks
-    from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     cuts = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
     grid = ranks.initialize(cuts, seed=0)
-    model = ModelConfig(
-        vocab_size=arguments.vocab,
-        num_layers=arguments.layers,
-        hidden_size=arguments.hidden,
-        num_attention_heads=arguments.hidden // 64,
-        max_position_embeddings=4096,
-        init_method_std=0.1,
+    llama = RandomLlama.of(
+        cuts, grid, arguments.vocab, num_layers=arguments.layers, hidden_size=arguments.hidden, init_method_std=0.1
     )
-    precision = "bf16" if grid.device.type == "cuda" else "fp32"
-    config = transformer_config(model, cuts, OptimizerConfig(precision=precision), ScheduleConfig())
-    chunks = build_chunks(model, config, grid, arguments.vocab)
-    family, max_length = family_of_model(model), 2 * arguments.prompt + arguments.new_tokens
-    with tempfile.TemporaryDirectory() as folder:
-        dtype = str(config.params_dtype).removeprefix("torch.")
-        (Path(folder) / "config.json").write_text(json.dumps(family.hf_config(model, dtype)))
-        engine = ColocatedSampler(
-            chunks,
-            grid,
-            Path(folder),
-            family.rules(model),
-            RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp, guidance="mixed"),
-            vocab_size=arguments.vocab,
-            max_length=max_length,
-        )
+    chunks, max_length = llama.chunks(), 2 * arguments.prompt + arguments.new_tokens
+    rollout = RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp, guidance="mixed")
+    engine = llama.colocated_sampler(chunks, rollout, max_length)
     samplers: dict[str, Any] = {"megatron": MegatronSampler(chunks, grid, arguments.vocab, max_length), "vllm": engine}
     for sampler in samplers.values():
         sampler.update_weights(0)
@@ -87,7 +67,7 @@ def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: i
     """Seconds of each call, by sampler and kind."""
     from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
-    params = SamplingParams(max_new_tokens=arguments.new_tokens)  # no stop token: all write as much
+    params = SamplingParams(max_new_tokens=arguments.new_tokens)  # no stop token: all responses have the same length
     found: dict[str, list[float]] = {}
     for repeat in range(arguments.repeats + 1):
         for guided in (False, True):
@@ -126,21 +106,21 @@ def _table(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "batch": 64,
-        "prompt": 64,
-        "new-tokens": 64,
-        "layers": 4,
-        "hidden": 256,
-        "vocab": 8192,
-        "tp": 1,
-        "pp": 1,
-        "engine-tp": 1,
-        "repeats": 5,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
-    parser.add_argument("--json", help="also write every measured time to this file")
+    parser = measuring_parser(
+        __doc__,
+        {
+            "batch": 64,
+            "prompt": 64,
+            "new-tokens": 64,
+            "layers": 4,
+            "hidden": 256,
+            "vocab": 8192,
+            "tp": 1,
+            "pp": 1,
+            "engine-tp": 1,
+            "repeats": 5,
+        },
+    )
     return parser
 
 

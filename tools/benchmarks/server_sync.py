@@ -16,7 +16,6 @@ import os
 import secrets
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from measuring_parser import measuring_parser
 from wall_time import seconds_of
 
 from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 
 START_SECONDS = 900.0
+MAX_LENGTH = 256
 
 
 def main() -> None:
@@ -38,46 +39,33 @@ def main() -> None:
     arguments = _parser().parse_args()
     silence_known_warnings()
     torch.set_num_threads(1)
-    from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+    from random_llama import RandomLlama
+
+    from megatron_selfdistill.config import ParallelConfig
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.model.architecture import transformer_config
-    from megatron_selfdistill.model.build import build_chunks
-    from megatron_selfdistill.model.hf.mapping import family_of_model
 
     cuts = ParallelConfig()
     grid = ranks.initialize(cuts, seed=0)
-    model = ModelConfig(
-        vocab_size=arguments.vocab,
-        num_layers=arguments.layers,
-        hidden_size=arguments.hidden,
-        num_attention_heads=arguments.hidden // 64,
-        max_position_embeddings=4096,
-    )
-    precision = "bf16" if grid.device.type == "cuda" else "fp32"
-    config = transformer_config(model, cuts, OptimizerConfig(precision=precision), ScheduleConfig())
-    chunks = build_chunks(model, config, grid, arguments.vocab)
-    family = family_of_model(model)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        dtype = str(config.params_dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(family.hf_config(model, dtype)))
-        found = _measure(arguments, chunks, grid, family.rules(model), folder, config.params_dtype)
+    llama = RandomLlama.of(cuts, grid, arguments.vocab, num_layers=arguments.layers, hidden_size=arguments.hidden)
+    with llama.hf_directory() as directory:
+        found = _measure(arguments, llama, directory)
     print(_table(found, arguments, grid.device))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **found}, indent=2))
     ranks.shutdown()
 
 
-def _measure(
-    arguments: argparse.Namespace, chunks: Any, grid: Any, rules: Any, folder: Path, dtype: torch.dtype
-) -> dict[str, Any]:
-    """By transfer the seconds of each sync and of the copy before it, and the bytes of one sync."""
+def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict[str, Any]:
+    """Return, by transfer, the seconds of each sync and of the copy before it, and the bytes of one sync.
+
+    ``directory`` has the config.json of ``llama``, and receives the logs of the servers.
+    """
     from megatron_selfdistill.config import RolloutConfig
     from megatron_selfdistill.rollout.vllm.client import VllmServer
     from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
     from megatron_selfdistill.rollout.vllm.server.server_process import start_servers, wait_until_healthy
-    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
+    chunks = llama.chunks()
     os.environ[TOKEN_VARIABLE] = token = secrets.token_urlsafe(16)
     processes = start_servers(
         RolloutConfig(
@@ -89,46 +77,51 @@ def _measure(
             engine_args={"max_num_seqs": 8},
             transfer="ipc" if "ipc" in arguments.transfers else None,
         ),
-        directory=folder / "servers",
-        hf_config=folder,
+        directory=directory / "servers",
+        hf_config=directory,
         token=token,
-        dtype=dtype,
-        max_model_len=256,
+        dtype=llama.dtype,
+        max_model_len=MAX_LENGTH,
     )
     found: dict[str, Any] = {"syncs": {}, "copies": {}, "bytes": 0}
     try:
         addresses = [one.address for one in processes]
         wait_until_healthy(processes, [VllmServer(address, token) for address in addresses], START_SECONDS)
         for transfer in arguments.transfers:
-            sampler = ServerSampler(
-                chunks,
-                grid,
-                folder,
-                rules,
-                RolloutConfig(
-                    engine="vllm",
-                    placement="server",
-                    servers=addresses,
-                    transfer=transfer,
-                    bucket_mb=arguments.bucket_mb,
-                ),
-                max_length=256,
-                run_dir=folder,
+            rollout = RolloutConfig(
+                engine="vllm",
+                placement="server",
+                servers=addresses,
+                transfer=transfer,
+                bucket_mb=arguments.bucket_mb,
             )
-            copy = _copy_of(chunks)
-            syncs, copies = [], []
-            for version in range(arguments.repeats + 1):
-                copies.append(seconds_of(copy))
-                syncs.append(seconds_of(partial(sampler.update_weights, version)))
-            found["bytes"] = int(sampler.metrics()["rollout/sync_bytes"] / (arguments.repeats + 1))
-            sampler.close()
+            syncs, copies, found["bytes"] = _syncs(llama, chunks, rollout, directory, arguments.repeats + 1)
             found["syncs"][transfer], found["copies"][transfer] = syncs[1:], copies[1:]  # the first ones warm up
     finally:
         for one in processes:
             one.stop()
         if arguments.show_log:
-            print((folder / "servers" / "0.log").read_text()[-8000:], file=sys.stderr)
+            print((directory / "servers" / "0.log").read_text()[-8000:], file=sys.stderr)
     return found
+
+
+def _syncs(
+    llama: Any, chunks: list[Any], rollout: Any, directory: Path, repeats: int
+) -> tuple[list[float], list[float], int]:
+    """Return the seconds of each of ``repeats`` syncs and of the copy before it, and the bytes of one sync."""
+    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
+
+    sampler = ServerSampler(
+        chunks, llama.grid, directory, llama.rules, rollout, max_length=MAX_LENGTH, run_dir=directory
+    )
+    copy = _copy_of(chunks)
+    syncs, copies = [], []
+    for version in range(repeats):
+        copies.append(seconds_of(copy))
+        syncs.append(seconds_of(partial(sampler.update_weights, version)))
+    num_bytes = int(sampler.metrics()["rollout/sync_bytes"] / repeats)
+    sampler.close()
+    return syncs, copies, num_bytes
 
 
 def _copy_of(chunks: Any) -> Callable[[], None]:
@@ -160,20 +153,12 @@ def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.d
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "layers": 8,
-        "hidden": 768,
-        "vocab": 8192,
-        "bucket-mb": 64,
-        "servers": 1,
-        "repeats": 5,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser = measuring_parser(
+        __doc__, {"layers": 8, "hidden": 768, "vocab": 8192, "bucket-mb": 64, "servers": 1, "repeats": 5}
+    )
     parser.add_argument("--transfers", nargs="+", default=["shared_memory", "gloo"], help="as rollout.transfer")
     parser.add_argument("--server-python", help="the Python of the environment with vLLM; default: this one")
     parser.add_argument("--show-log", action="store_true", help="also show the end of the first server's log")
-    parser.add_argument("--json", help="also write every measured time to this file")
     return parser
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring_parser import measuring_parser
 from step_parts import PARTS, Clock, now, timed_parts, wait
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -109,13 +110,14 @@ class _Bench:
 
     @classmethod
     def build(cls, arguments: argparse.Namespace) -> _Bench:
-        from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+        from random_llama import RandomLlama
+
+        from megatron_selfdistill.config import ParallelConfig
         from megatron_selfdistill.distributed import ranks
         from megatron_selfdistill.loss.divergence import Divergence
         from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
         from megatron_selfdistill.loss.target import Target
-        from megatron_selfdistill.model.architecture import transformer_config
-        from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+        from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
         from megatron_selfdistill.model.output_layer import Fusion
         from megatron_selfdistill.pipeline import schedule
         from megatron_selfdistill.teacher import Teacher
@@ -125,24 +127,24 @@ class _Bench:
         )
         grid = ranks.initialize(cuts, seed=0)
         length = arguments.prompt + arguments.hint + arguments.response
-        model = ModelConfig(
-            vocab_size=arguments.vocab,
+        llama = RandomLlama.of(
+            cuts,
+            grid,
+            arguments.vocab,
             num_layers=arguments.layers,
             hidden_size=arguments.hidden,
             num_attention_heads=arguments.hidden // arguments.head_size,
             max_position_embeddings=length,
         )
-        optimizer = OptimizerConfig(precision="bf16" if grid.device.type == "cuda" else "fp32")
-        config = transformer_config(model, cuts, optimizer, ScheduleConfig())
-        chunks = wrap_for_training(build_chunks(model, config, grid, arguments.vocab), optimizer)
+        chunks = wrap_for_training(llama.chunks(), llama.optimizer)
         fusion = None if arguments.fused == "none" else Fusion(arguments.fused, arguments.chunk)
         rng = random.Random(grid.dp_rank)
         bench = cls(
             grid=grid,
             chunks=chunks,
-            teacher=Teacher("frozen", chunks, lambda: build_chunks(model, config, grid, arguments.vocab)),
-            optimizer=build_optimizer(chunks, optimizer, num_steps=1000)[0],
-            sampler=_sampler(arguments, model, chunks, grid, str(config.params_dtype), length),
+            teacher=Teacher("frozen", chunks, llama.chunks),
+            optimizer=build_optimizer(chunks, llama.optimizer, num_steps=1000)[0],
+            sampler=_sampler(arguments, llama, chunks, length),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group),
             token_loss=schedule.self_distillation(Target(), Divergence(), fusion=fusion),
             arguments=arguments,
@@ -240,31 +242,13 @@ class _Bench:
         self.sampler.close()
 
 
-def _sampler(
-    arguments: argparse.Namespace, model: Any, chunks: list[Any], grid: Any, dtype: str, max_length: int
-) -> Any:
+def _sampler(arguments: argparse.Namespace, llama: Any, chunks: list[Any], max_length: int) -> Any:
+    from megatron_selfdistill.config import RolloutConfig
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     if arguments.engine == "megatron":
-        return MegatronSampler(chunks, grid, arguments.vocab, max_length)
-    import tempfile
-
-    from megatron_selfdistill.config import RolloutConfig
-    from megatron_selfdistill.model.hf.mapping import family_of_model
-    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
-
-    family = family_of_model(model)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(family.hf_config(model, dtype.removeprefix("torch."))))
-        return ColocatedSampler(
-            chunks,
-            grid,
-            Path(folder),
-            family.rules(model),
-            RolloutConfig(engine="vllm", engine_tp=arguments.tp),
-            vocab_size=arguments.vocab,
-            max_length=max_length,
-        )
+        return MegatronSampler(chunks, llama.grid, arguments.vocab, max_length)
+    return llama.colocated_sampler(chunks, RolloutConfig(engine="vllm", engine_tp=arguments.tp), max_length)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -336,28 +320,30 @@ def _output_layer(arguments: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "problems": 8,
-        "prompt": 64,
-        "hint": 64,
-        "response": 128,
-        "tokens": 1024,
-        "layers": 4,
-        "hidden": 256,
-        "head-size": 64,
-        "vocab": 8192,
-        "tp": 1,
-        "chunk": 4096,
-        "repeats": 5,
-        "threads": 1,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser = measuring_parser(
+        __doc__,
+        {
+            "problems": 8,
+            "prompt": 64,
+            "hint": 64,
+            "response": 128,
+            "tokens": 1024,
+            "layers": 4,
+            "hidden": 256,
+            "head-size": 64,
+            "vocab": 8192,
+            "tp": 1,
+            "chunk": 4096,
+            "repeats": 5,
+            "threads": 1,
+        },
+    )
     parser.add_argument("--sp", action="store_true", help="sequence parallelism")
-    parser.add_argument("--engine", choices=("megatron", "vllm"), default="megatron", help="who writes the responses")
+    parser.add_argument(
+        "--engine", choices=("megatron", "vllm"), default="megatron", help="the sampler of the responses"
+    )
     modes = ("none", "keep_gradient", "low_memory")
     parser.add_argument("--fused", choices=modes, default="none", help="the output layer with the loss (loss.fused)")
-    parser.add_argument("--json", help="also write every measured time to this file")
     return parser
 
 

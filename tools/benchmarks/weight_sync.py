@@ -22,7 +22,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,6 +34,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from measuring_parser import measuring_parser
 from wall_time import seconds_of
 
 from megatron_selfdistill.compat.known_warnings import silence_known_warnings
@@ -69,9 +69,9 @@ def main() -> None:
 
 def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, Any]:
     """Return the seconds of each sync and of the copy before it, the bytes of a sync, and the parts of its time."""
+    from random_llama import RandomLlama
+
     from megatron_selfdistill.config import RolloutConfig
-    from megatron_selfdistill.model.hf.mapping import family_of_model
-    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     if arguments.unpacked:
         import vllm._custom_ops
@@ -81,23 +81,19 @@ def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, A
                 "--unpacked: this version of vLLM has no switch _custom_ops._supports_onednn; leave the option out"
             )
         vllm._custom_ops._supports_onednn = False
-    model, chunks = _model(arguments, cuts, grid)
-    family = family_of_model(model)
-    with tempfile.TemporaryDirectory() as folder:
-        config = family.hf_config(model, "bfloat16")
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        rollout = RolloutConfig(
-            engine="vllm", engine_tp=arguments.engine_tp, kv_cache_gb=0.1, bucket_mb=arguments.bucket_mb
-        )
-        sampler = ColocatedSampler(
-            chunks,
-            grid,
-            Path(folder),
-            family.rules(model),
-            rollout,
-            vocab_size=arguments.vocab,
-            max_length=256,
-        )
+    llama = RandomLlama.of(
+        cuts,
+        grid,
+        arguments.vocab,
+        precision="bf16",
+        num_layers=arguments.layers,
+        hidden_size=arguments.hidden,
+        num_query_groups=max(arguments.hidden // 256, arguments.engine_tp),
+    )
+    rollout = RolloutConfig(
+        engine="vllm", engine_tp=arguments.engine_tp, kv_cache_gb=0.1, bucket_mb=arguments.bucket_mb
+    )
+    sampler = llama.colocated_sampler(llama.chunks(), rollout, max_length=256)
     sampler.update_weights(0)
     num_bytes = int(sampler.metrics()["rollout/sync_bytes"])
     source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=grid.device) for _ in range(2))
@@ -110,23 +106,6 @@ def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, A
             found["profile"]["all"] = _seconds(lambda: sampler.update_weights(arguments.repeats + 1))
     sampler.close()
     return found
-
-
-def _model(arguments: argparse.Namespace, cuts: Any, grid: Any) -> tuple[Any, Any]:
-    from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ScheduleConfig
-    from megatron_selfdistill.model.architecture import transformer_config
-    from megatron_selfdistill.model.build import build_chunks
-
-    model = ModelConfig(
-        vocab_size=arguments.vocab,
-        num_layers=arguments.layers,
-        hidden_size=arguments.hidden,
-        num_attention_heads=arguments.hidden // 64,
-        num_query_groups=max(arguments.hidden // 256, arguments.engine_tp),
-        max_position_embeddings=4096,
-    )
-    config = transformer_config(model, cuts, OptimizerConfig(precision="bf16"), ScheduleConfig())
-    return model, build_chunks(model, config, grid, arguments.vocab)
 
 
 @contextmanager
@@ -193,18 +172,10 @@ def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.d
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring_parser(
+        __doc__, {"layers": 8, "hidden": 2048, "vocab": 32768, "tp": 1, "pp": 1, "engine-tp": 1, "repeats": 7}
+    )
     parser.add_argument("--placement", required=True, choices=["colocated", "server"], help="where vLLM runs")
-    for name, default in {
-        "layers": 8,
-        "hidden": 2048,
-        "vocab": 32768,
-        "tp": 1,
-        "pp": 1,
-        "engine-tp": 1,
-        "repeats": 7,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--bucket-mb", type=float, default=1024.0, help="MiB of a bucket (default: 1024)")
     parser.add_argument(
         "--unpacked",
@@ -212,7 +183,6 @@ def _parser() -> argparse.ArgumentParser:
         help="on a CPU, let vLLM compute with the weights as they are, as on a GPU, and not with packed copies of them",
     )
     parser.add_argument("--profile", action="store_true", help="also say where one sync spends its time")
-    parser.add_argument("--json", help="also write every measured time to this file")
     return parser
 
 
