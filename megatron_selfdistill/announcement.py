@@ -59,7 +59,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield kernels_in_use(unwrapped(learner.chunks[0]).config)
     if grid.device.type == "cuda":
         quantum = length_quantum(config.schedule.max_tokens)
-        yield f"GPU memory: {about_allocator(os.environ)}; packed rows of multiples of {quantum} tokens"
+        yield f"GPU memory: {about_allocator(os.environ)}; packed sequences of multiples of {quantum} tokens"
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
     yield (
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "

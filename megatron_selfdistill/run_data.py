@@ -260,20 +260,20 @@ def longest_context(config: Config) -> int:
     """
     p = config.parallel
     multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
-    row = config.schedule.max_tokens // multiple * multiple
-    if row < 1:
+    longest = config.schedule.max_tokens // multiple * multiple
+    if longest < 1:
         raise ConfigError(f"schedule.max_tokens ({config.schedule.max_tokens}) must be at least {multiple}")
     wanted = config.data.max_length
-    if wanted is not None and wanted > row:
+    if wanted is not None and wanted > longest:
         raise ConfigError(
-            f"data.max_length ({wanted}) exceeds the longest packed sequence ({row}); raise schedule.max_tokens"
+            f"data.max_length ({wanted}) exceeds the longest packed sequence ({longest}); raise schedule.max_tokens"
         )
     if wanted is not None and config.model.provider is None and wanted > config.model.max_position_embeddings:
         raise ConfigError(
             f"data.max_length ({wanted}) exceeds model.max_position_embeddings ({config.model.max_position_embeddings})"
         )
     limit = wanted if wanted is not None else config.model.max_position_embeddings
-    return min(limit, row)
+    return min(limit, longest)
 
 
 def _fitting_problems(

@@ -77,18 +77,18 @@ def step_metrics(
     """
     sums = torch.zeros(len(_SUMS) + _NUM_BINS, dtype=torch.float64, device=grid.device)
     maxima = torch.full((3,), -math.inf, dtype=torch.float64, device=grid.device)
-    if output.stats is not None and _holds_rows(grid):
-        rows = _row_values(output.stats, output.response_ids, sampler_log_probs)
+    if output.stats is not None and _holds_tokens(grid):
+        by_key = _token_values(output.stats, output.response_ids, sampler_log_probs)
         if output.weights is not None:
             weights = output.weights.double()
-            rows |= {"weighted": torch.ones_like(weights), "correction/weight_mean": weights}
-            rows["correction/capped"] = (weights >= weight_cap).double()
+            by_key |= {"weighted": torch.ones_like(weights), "correction/weight_mean": weights}
+            by_key["correction/capped"] = (weights >= weight_cap).double()
         nothing = sums[:0]
-        sums[: len(_SUMS)] = torch.stack([rows.get(key, nothing).sum() for key in _SUMS])
-        k = rows.get("k/mean", nothing)
+        sums[: len(_SUMS)] = torch.stack([by_key.get(key, nothing).sum() for key in _SUMS])
+        k = by_key.get("k/mean", nothing)
         known = torch.isfinite(k)
         sums[len(_SUMS) :] = _histogram(k, known)
-        differences = rows.get("sampler/log_prob_mean_abs_diff", nothing)
+        differences = by_key.get("sampler/log_prob_mean_abs_diff", nothing)
         # The maximum of NaN and a number depends on their order.
         for i, values in enumerate(
             (
@@ -122,7 +122,7 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
     sums = torch.zeros(2 + MAX_GRID, dtype=torch.float64, device=grid.device)
     betas = torch.zeros(MAX_GRID, dtype=torch.float64, device=grid.device)
     stats = output.stats
-    if stats is not None and _holds_rows(grid):
+    if stats is not None and _holds_tokens(grid):
         num_betas = len(stats.grid_betas)
         betas[:num_betas] = stats.grid_betas.double()
         entropies = torch.cat([stats.student_entropy[:, None], stats.grid_entropies], dim=1).double()
@@ -180,19 +180,19 @@ def rollout_metrics(
     return metrics
 
 
-def _holds_rows(grid: RankGrid) -> bool:
+def _holds_tokens(grid: RankGrid) -> bool:
     """Return whether this rank's tokens count: the last stage has tokens, the same on each tensor-parallel rank."""
     return grid.is_last_stage and grid.tp_rank == 0
 
 
-def _row_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None) -> dict[str, Tensor]:
+def _token_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None) -> dict[str, Tensor]:
     """Return the summands of `_SUMS`, [R] float64 each, without the numbers that this loss does not have."""
     student_log_prob = stats.student_log_prob.double()
     one = torch.ones_like(student_log_prob)
-    rows = {"tokens/response": one, "loss/mean": stats.loss.double(), "student_nll": -student_log_prob}
+    values = {"tokens/response": one, "loss/mean": stats.loss.double(), "student_nll": -student_log_prob}
     if stats.grid_betas.numel():
         student_entropy, target_entropy = stats.student_entropy.double(), stats.target_entropy.double()
-        rows |= {
+        values |= {
             "targets": one,
             "loss/reverse_kl": stats.reverse_kl.double(),
             "entropy/student": student_entropy,
@@ -203,11 +203,11 @@ def _row_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None
             "top1_agreement": stats.top1_agreement.double(),
             "teacher_cross_entropy": -stats.teacher_log_prob.double(),
         }
-        rows |= {f"status/{status.name.lower()}": (stats.status == status).double() for status in Status}
+        values |= {f"status/{status.name.lower()}": (stats.status == status).double() for status in Status}
     if sampler_log_probs is not None:
         theirs = sampler_log_probs[ids].double()
-        rows |= {"sampled": one, "sampler/log_prob_mean_abs_diff": (theirs - student_log_prob).abs()}
-    return rows
+        values |= {"sampled": one, "sampler/log_prob_mean_abs_diff": (theirs - student_log_prob).abs()}
+    return values
 
 
 def _histogram(k: Tensor, known: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ def token_numbers(output: StepOutput, spans: Sequence[range], grid: RankGrid) ->
     if grid.is_last_stage:
         if output.stats is not None:
             held = output.response_ids.cpu()
-            rows = torch.isin(held, wanted).nonzero().squeeze(1)
-            places = torch.searchsorted(wanted, held[rows])
+            found = torch.isin(held, wanted).nonzero().squeeze(1)
+            places = torch.searchsorted(wanted, held[found])
             for known, name in zip(values, NUMBERS, strict=True):
-                known[places.to(grid.device)] = getattr(output.stats, name)[rows.to(grid.device)].double()
+                known[places.to(grid.device)] = getattr(output.stats, name)[found.to(grid.device)].double()
         values = over_last_stage(values, grid)
     if grid.pp_size > 1:
         dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)

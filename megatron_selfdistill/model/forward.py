@@ -97,20 +97,20 @@ def _without_projection(model: GPTModel) -> Iterator[None]:
         model.post_process = post_process
 
 
-def rows_at(hidden: Tensor, rows: Tensor, grid: RankGrid) -> Tensor:
-    """Return ``hidden[rows]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks.
+def states_at(hidden: Tensor, positions: Tensor, grid: RankGrid) -> Tensor:
+    """Return ``hidden[positions]`` of the whole sequence, ``[R, 1, h]``, equal on all tensor-parallel ranks.
 
-    ``rows [R]``: int64 positions on the device of ``hidden``.
+    ``positions [R]``: int64 on the device of ``hidden``.
     Collectives: under sequence parallelism an all-gather over TP, backward none.
     """
     if grid.sequence_parallel:
         # The output layer itself all-reduces the gradient of its input, so this gather must cut it without a sum.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=grid.tp_group)
-    return hidden.index_select(0, rows)
+    return hidden.index_select(0, positions)
 
 
-def project(model: GPTModel, rows: Tensor) -> Tensor:
-    """Return the vocabulary-parallel logits ``[R, v / tp]`` of the hidden states ``rows [R, 1, h]``.
+def project(model: GPTModel, hidden: Tensor) -> Tensor:
+    """Return the vocabulary-parallel logits ``[R, v / tp]`` of the hidden states ``hidden [R, 1, h]``.
 
     The function calls the output layer as a module, so that DDP's parameter-gather hook runs, but without its
     sequence-parallel gather.
@@ -120,7 +120,7 @@ def project(model: GPTModel, rows: Tensor) -> Tensor:
     sequence_parallel = layer.sequence_parallel
     layer.sequence_parallel = False
     try:
-        logits: Tensor = layer(rows, weight=weight)[0]
+        logits: Tensor = layer(hidden, weight=weight)[0]
     finally:
         layer.sequence_parallel = sequence_parallel
     return logits.squeeze(1)

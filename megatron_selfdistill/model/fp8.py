@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Refuse FP8 layers that the user has not allowed, and pad rows to the multiples that FP8 needs.
+"""Refuse FP8 layers that the user has not allowed, and pad sequences to the multiples that FP8 needs.
 
 FP8 has never run on hardware with this program.  Only layers of Transformer Engine compute in FP8.  The output layer is
 Megatron Core's own and stays in bf16, so logits and loss are computed as in other runs.
@@ -53,9 +53,9 @@ def refuse_untested_precision(config: TransformerConfig, *, allow_fp8: bool, tra
 
 
 def token_multiple(config: TransformerConfig) -> int | None:
-    """Return the number of tokens of which the length of a packed row must be a multiple; None without FP8.
+    """Return the number of tokens of which the length of a packed sequence must be a multiple; None without FP8.
 
-    With FP8 each rank's share of a row, over TP and CP, is a multiple of the block size of the recipe.
+    With FP8 each rank's share of a sequence, over TP and CP, is a multiple of the block size of the recipe.
     """
     if not config.fp8:
         return None

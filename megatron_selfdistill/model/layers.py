@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_selfdistill.data.packing import context_parallel_positions
 
-_FUSED_ROWS = 1024
+_FUSED_QUERIES = 1024
 """The number of queries in a block under context parallelism where a fused kernel takes the mask of the block."""
 _SCORES = 2**26
 """The number of scores in a block over all heads without such a kernel: 256 MiB in float32."""
@@ -122,7 +122,7 @@ class CoreAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         layout = _attention_layout(packed, self.cp_group, query.device)
-        if isinstance(layout, ContextParallelRows):
+        if isinstance(layout, ContextParallelQueries):
             return self._context_parallel(query, key, value, layout)
         out = []
         for index in layout.batches:
@@ -130,7 +130,7 @@ class CoreAttention(MegatronModule):
             out.append(self._attend(q, k, v, causal=True).transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(out)[layout.place]  # no real token attends to the repeats behind the end of a segment
 
-    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, layout: ContextParallelRows) -> Tensor:
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, layout: ContextParallelQueries) -> Tensor:
         """Return the attention of this rank's queries, one block of queries at a time.
 
         The scores of all queries would be n * (t / cp) * t numbers.  The backward pass computes each block again, so
@@ -141,14 +141,14 @@ class CoreAttention(MegatronModule):
         k, v = (x[layout.order].transpose(0, 1)[None] for x in gathered)
         recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.attention_dropout > 0)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, queries: slice, keys: slice) -> Tensor:
             # PyTorch's memory-efficient kernel supports masks, but not groups of queries.
             k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-            return self._attend(q, k, v, allowed=layout.allowed(rows, keys))
+            return self._attend(q, k, v, allowed=layout.allowed(queries, keys))
 
         out = [
-            recomputed(attend, q[:, :, rows], k[:, :, keys], v[:, :, keys], rows, keys)
-            for rows, keys in layout.blocks(block_rows(q, k, v))
+            recomputed(attend, q[:, :, queries], k[:, :, keys], v[:, :, keys], queries, keys)
+            for queries, keys in layout.blocks(queries_per_block(q, k, v))
         ]
         return torch.cat(out, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 
@@ -167,12 +167,12 @@ class CoreAttention(MegatronModule):
 
 @dataclass(frozen=True)
 class SegmentBatches:
-    """The segments of a packed row in batches of similar lengths; each batch is one causal attention."""
+    """The segments of a packed sequence in batches of similar lengths; each batch is one causal attention."""
 
     batches: tuple[Tensor, ...]
     """The token positions of each batch, [segments, length] int64; a short segment repeats its last position."""
     place: Tensor
-    """The place of each token of the packed row in the concatenation of all batches, [s] int64."""
+    """The place of each token of the packed sequence in the concatenation of all batches, [s] int64."""
 
     def to(self, device: torch.device) -> SegmentBatches:
         """Return these batches on ``device``; wait for the device once per tensor."""
@@ -180,48 +180,48 @@ class SegmentBatches:
 
 
 @dataclass(frozen=True)
-class ContextParallelRows:
-    """The positions of a packed row that a context-parallel rank holds as queries, and the keys of each query."""
+class ContextParallelQueries:
+    """The positions of a packed sequence that a context-parallel rank holds as queries, and the keys of each query."""
 
     order: Tensor
-    """The indices of the gathered keys in the order of the row, [t] int64, on the device."""
+    """The indices of the gathered keys in the order of the sequence, [t] int64, on the device."""
     positions: Tensor
-    """The position of each query in the row, [t / cp] int64, on the device."""
+    """The position of each query in the sequence, [t / cp] int64, on the device."""
     starts: Tensor
     """The position at which the segment of each query begins, [t / cp] int64, on the device."""
     bounds: tuple[tuple[int, int], ...]
     """The (start, position) of each query as Python integers."""
 
-    def blocks(self, num_rows: int) -> Iterator[tuple[slice, slice]]:
-        """Yield blocks of at most ``num_rows`` queries, each with the range of keys to which its queries attend."""
-        for first in range(0, len(self.bounds), num_rows):
-            rows = self.bounds[first : first + num_rows]
-            keys = slice(min(start for start, _ in rows), max(position for _, position in rows) + 1)
-            yield slice(first, first + len(rows)), keys
+    def blocks(self, num_queries: int) -> Iterator[tuple[slice, slice]]:
+        """Yield blocks of at most ``num_queries`` queries, each with the range of keys to which its queries attend."""
+        for first in range(0, len(self.bounds), num_queries):
+            block = self.bounds[first : first + num_queries]
+            keys = slice(min(start for start, _ in block), max(position for _, position in block) + 1)
+            yield slice(first, first + len(block)), keys
 
-    def allowed(self, rows: slice, keys: slice) -> Tensor:
-        """Return the mask [rows, keys] of a block: True for keys in the query's segment, up to the query."""
+    def allowed(self, queries: slice, keys: slice) -> Tensor:
+        """Return the mask [queries, keys] of a block: True for keys in the query's segment, up to the query."""
         numbers = torch.arange(keys.start, keys.stop, device=self.order.device)
-        return (numbers >= self.starts[rows, None]) & (numbers <= self.positions[rows, None])
+        return (numbers >= self.starts[queries, None]) & (numbers <= self.positions[queries, None])
 
 
-def block_rows(q: Tensor, k: Tensor, v: Tensor) -> int:
+def queries_per_block(q: Tensor, k: Tensor, v: Tensor) -> int:
     """Return the number of queries in a block, which bounds the largest temporary tensor.
 
     Shapes: ``q [1, n, t / cp, d]``, ``k, v [1, n_kv, t, d]``.  The temporary of a fused kernel is the mask; without a
     kernel that supports masks, the temporary is the scores of all heads.
     """
-    rows, num_keys = min(q.size(2), _FUSED_ROWS), k.size(2)
-    mask = torch.empty(1, 1, rows, num_keys, dtype=torch.bool, device=q.device)
+    num_queries, num_keys = min(q.size(2), _FUSED_QUERIES), k.size(2)
+    mask = torch.empty(1, 1, num_queries, num_keys, dtype=torch.bool, device=q.device)
     k, v = (x[:, :1].expand(-1, q.size(1), -1, -1) for x in (k, v))
-    if torch._fused_sdp_choice(q[:, :, :rows], k, v, mask, 0.0, False) != SDPBackend.MATH.value:
-        return _FUSED_ROWS
+    if torch._fused_sdp_choice(q[:, :, :num_queries], k, v, mask, 0.0, False) != SDPBackend.MATH.value:
+        return _FUSED_QUERIES
     return max(1, _SCORES // (q.size(1) * num_keys))
 
 
 def _attention_layout(
     packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device
-) -> SegmentBatches | ContextParallelRows:
+) -> SegmentBatches | ContextParallelQueries:
     """Return the layout of one microbatch, and keep it on ``packed`` for the other layers."""
     segments: SegmentBatches | None = getattr(packed, "segment_batches", None)
     if segments is not None:
@@ -231,7 +231,7 @@ def _attention_layout(
         if cp_group.size() == 1:
             layout = segments_by_length(_host_bounds(packed)).to(device)
         else:
-            layout = context_parallel_rows(_host_bounds(packed), cp_group, device)
+            layout = context_parallel_queries(_host_bounds(packed), cp_group, device)
         packed._selfdistill_layout = layout
     return layout
 
@@ -265,12 +265,14 @@ def segments_by_length(cu_seqlens: Tensor) -> SegmentBatches:
     return SegmentBatches(batches=tuple(batches), place=place)
 
 
-def context_parallel_rows(cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device) -> ContextParallelRows:
+def context_parallel_queries(
+    cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device
+) -> ContextParallelQueries:
     """Return the positions of this rank of ``cp_group``; ``cu_seqlens [num_segments + 1]`` is int64 on the host."""
     held = [context_parallel_positions(cu_seqlens, cp_group.size(), rank) for rank in range(cp_group.size())]
     positions = held[cp_group.rank()]
     starts = cu_seqlens[torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)]
-    return ContextParallelRows(
+    return ContextParallelQueries(
         order=torch.argsort(torch.cat(held)).to(device),
         positions=positions.to(device),
         starts=starts.to(device),

@@ -26,7 +26,7 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model.forward import rows_at
+from megatron_selfdistill.model.forward import states_at
 
 MATERIALISED = "materialised"
 DEFAULT_LOGITS_SHARE = 1 / 20
@@ -105,7 +105,7 @@ class FusedLoss:
         positions are gathered, and their gradient is reduce-scattered.
         """
         cut = positions.own
-        own = rows_at(hidden, positions.in_sequence, grid) if cut is None else hidden.index_select(0, cut)
+        own = states_at(hidden, positions.in_sequence, grid) if cut is None else hidden.index_select(0, cut)
         weight = output_weight(student, own)
         return fused_distillation_loss(
             own.squeeze(1),
@@ -124,16 +124,16 @@ class FusedLoss:
         )
 
 
-def output_weight(model: GPTModel, rows: Tensor) -> Tensor:
+def output_weight(model: GPTModel, hidden: Tensor) -> Tensor:
     """Return the output weight ``[v / tp, h]``, tied or not, as soon as it may be read.
 
     The function calls the output layer as a module, so that DDP's hook waits for the bucket of the weight
-    (overlap_param_gather); the layer then returns its weight instead of the logits of ``rows``.
+    (overlap_param_gather); the layer then returns its weight instead of the logits of ``hidden``.
     """
     layer = model.output_layer
     shared = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    with _forward_of(layer, lambda rows, weight: layer.weight if weight is None else weight):
-        weight: Tensor = layer(rows, weight=shared)
+    with _forward_of(layer, lambda hidden, weight: layer.weight if weight is None else weight):
+        weight: Tensor = layer(hidden, weight=shared)
     return weight
 
 
@@ -210,9 +210,9 @@ class OutputLayer:
     """The number of response tokens in a chunk of the fused loss."""
     num_models: int
     """The number of models whose logits the loss reads: student and teacher, or the student alone."""
-    row_bytes: int
+    token_bytes: int
     """The bytes of the logits of one token on one rank."""
-    max_rows: int
+    max_tokens: int
     """The maximum number of response tokens of a microbatch on one rank."""
     note: str = ""
     """An addition to the line of the log."""
@@ -221,25 +221,25 @@ class OutputLayer:
 
     @property
     def largest(self) -> float:
-        """The bytes of `logit_rows` in the largest microbatch."""
-        return self.logit_rows(self.max_rows) * self.row_bytes
+        """The bytes of the logits that exist at a time in the largest microbatch."""
+        return self.tokens_with_logits(self.max_tokens) * self.token_bytes
 
     @property
     def fusion(self) -> Fusion | None:
         """The parameters of the fused loss; None where logits are materialised."""
         return None if self.mode == MATERIALISED else Fusion(self.mode, self.chunk_tokens)
 
-    def logit_rows(self, tokens: float) -> float:
+    def tokens_with_logits(self, tokens: float) -> float:
         """Return the number of tokens whose logits exist at a time, including gradients, of ``tokens`` tokens."""
         chunk = min(self.chunk_tokens, tokens)
-        rows = {
+        tokens_by_mode = {
             MATERIALISED: self.num_models * self.copies * tokens,
             "keep_gradient": tokens + chunk,
             "low_memory": 2 * chunk,
         }
-        return rows[self.mode]
+        return tokens_by_mode[self.mode]
 
-    def hidden_rows(self, tokens: float) -> float:
+    def tokens_with_states(self, tokens: float) -> float:
         """Return the number of tokens whose hidden states of full width exist at a time, of ``tokens`` tokens.
 
         With the fused loss this includes, for one chunk, the teacher's states and the joined states of both models.
@@ -283,8 +283,8 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
         mode=asked or MATERIALISED,
         chunk_tokens=loss.fused_chunk_tokens,
         num_models=2 if has_teacher else 1,
-        row_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
-        max_rows=config.schedule.max_tokens // parallel.context_parallel_size,
+        token_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
+        max_tokens=config.schedule.max_tokens // parallel.context_parallel_size,
         copies=1.0 if has_teacher else next_token_copies(element_size),
     )
     share = config.cluster.gpu_memory_gb * DEFAULT_LOGITS_SHARE

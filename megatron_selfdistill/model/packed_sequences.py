@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The parameters of a packed row with everything that layers would otherwise read back from the device.
+"""The parameters of a packed sequence with everything that layers would otherwise read back from the device.
 
 Megatron's unfused rotary embedding reads the lengths of the sequences back from the device in every layer, for queries
 and keys.  The import of this module replaces that function; the new one reads the positions of a `PackedSequences` on
@@ -26,7 +26,7 @@ _megatrons_rotary_embedding = rope_utils._apply_rotary_pos_emb_thd
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's parameters of one packed row, with the values that layers would otherwise read from the device."""
+    """Megatron's parameters of a packed sequence, with the values that layers would otherwise read from the device."""
 
     segment_bounds: tuple[int, ...] = ()
     """The values of ``cu_seqlens_q`` as Python integers."""

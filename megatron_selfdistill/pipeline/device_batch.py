@@ -145,5 +145,5 @@ def _held_by(microbatch: Microbatch, cp_size: int, cp_rank: int) -> tuple[Tensor
     held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
     place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
     place[held] = torch.arange(len(held))
-    rows = place[microbatch.response_positions]
-    return rows[rows >= 0], microbatch.response_ids[rows >= 0]
+    positions = place[microbatch.response_positions]
+    return positions[positions >= 0], microbatch.response_ids[positions >= 0]

@@ -32,7 +32,7 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.forward import hidden_states, project, rows_at, uses_local_attention
+from megatron_selfdistill.model.forward import hidden_states, project, states_at, uses_local_attention
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicrobatch
 from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
@@ -266,7 +266,7 @@ class _Step:
         if self.bank is not None:
             with torch.no_grad():
                 teacher_logits = project(unwrapped(self.teacher[-1]), self.bank.take(index, dtype))
-        student_logits = project(model, rows_at(hidden, positions.in_sequence, self.grid))
+        student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
         return self.token_loss(student_logits, teacher_logits, tokens, self.vocab)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:

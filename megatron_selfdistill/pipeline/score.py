@@ -134,7 +134,7 @@ def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Sco
         both[1, ids] = output.stats.teacher_log_prob.double()
     _to_whole_replica(both, grid)
     lengths = [len(pair.response) for pair in pairs]
-    return [_scores(*rows) for rows in both.cpu().split(lengths, dim=1)] if pairs else []
+    return [_scores(*log_probs) for log_probs in both.cpu().split(lengths, dim=1)] if pairs else []
 
 
 def learnabilities(

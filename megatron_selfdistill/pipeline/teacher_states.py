@@ -13,7 +13,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.model.forward import rows_at
+from megatron_selfdistill.model.forward import states_at
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch, RoutedStates, TeacherMicrobatch
 
 
@@ -38,7 +38,7 @@ class TeacherHiddenStates:
     def put(self, index: int, hidden: Tensor) -> None:
         """Keep the response positions of teacher microbatch ``index``; ``hidden [s / cp (/ tp), 1, h]``."""
         microbatch = self.batch.teacher[index]
-        states = rows_at(hidden, microbatch.positions.in_sequence, self.grid)
+        states = states_at(hidden, microbatch.positions.in_sequence, self.grid)
         states = states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width).contiguous()
         if self.grid.cp_size > 1:
             states = self._exchange(microbatch, states)

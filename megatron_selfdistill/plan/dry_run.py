@@ -21,7 +21,7 @@ from megatron_selfdistill.plan.plan_checks import (
     UNKNOWN_VOCABULARY,
     check_engine,
     check_lengths,
-    longest_row,
+    longest_sequence,
     planned_gpus,
 )
 from megatron_selfdistill.plan.stages import Stage, stages
@@ -101,7 +101,7 @@ class Plan:
         advice = ["plan for more nodes (cluster.num_gpus)"]
         if self.host.resting["teacher"]:
             advice.append("set teacher.offload=none")
-        if self.host.resting["teacher rows"]:
+        if self.host.resting["teacher states"]:
             advice.append("raise schedule.teacher_store_gb")
         return (
             f"the ranks of a node would hold {self.host} of host memory, but cluster.host_memory_gb is {room:g}: "
@@ -120,7 +120,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     config = with_stored_architecture(config, given)
     require_same_tokenizer(config)
     config.check_world(num_gpus)
-    max_length, seq_length = longest_context(config), longest_row(config)
+    max_length, seq_length = longest_context(config), longest_sequence(config)
     check_lengths(config, max_length)
     check_engine(config, num_gpus)
     run_data = RunData.load(config) if config.data.path and config.data.tokenizer else None
@@ -196,15 +196,15 @@ class _PlannedStep:
         return cls(dp_size, contexts * longest, num_microbatches, pair_order, schedule)
 
 
-def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]:
+def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int, int]:
     """Return the numbers of the student's and of the teacher's packed sequences for contexts of full length.
 
-    ``per_row``: the contexts in each packed sequence.  With an interleaved schedule the sum is a multiple of the
+    ``per_sequence``: the contexts in each packed sequence.  With an interleaved schedule the sum is a multiple of the
     stages; pipeline/batch.py raises the numbers in the same way.
     """
     p = config.parallel
     multiple = p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
-    num_student = math.ceil(contexts / per_row)
+    num_student = math.ceil(contexts / per_sequence)
     num_teacher = num_student if config.objective == "self_distillation" else 0
     while (num_student + num_teacher) % multiple:
         num_student += 1
@@ -213,7 +213,7 @@ def microbatches(config: Config, contexts: int, per_row: int) -> tuple[int, int]
 
 
 def _vocab_size(config: Config, run_data: RunData | None) -> int:
-    """Return the valid rows of the output layer."""
+    """Return the size of the vocabulary, without padding."""
     vocab_size = run_data.vocab_size if run_data is not None else config.model.vocab_size
     if vocab_size is None:
         raise ConfigError(UNKNOWN_VOCABULARY)

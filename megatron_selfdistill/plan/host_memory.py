@@ -14,7 +14,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.plan.memory import GIB, Load, element_size, teacher_rows
+from megatron_selfdistill.plan.memory import GIB, Load, element_size, teacher_state_bytes
 from megatron_selfdistill.plan.stages import Stage
 
 _COPIES_OF_A_BUCKET = {"shared_memory": 2, "gloo": 1}
@@ -61,13 +61,13 @@ def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence
 def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> dict[str, float]:
     """Return the bytes that one rank of ``stage`` holds permanently."""
     teacher = config.teacher
-    weights = rows = 0.0
+    weights = states = 0.0
     if config.objective == "self_distillation":
         if teacher.offload == "cpu" and teacher.weights != "current":
             weights = stage.parameters * (element_size(config) + (4 if teacher.weights == "ema" else 0))
         if stage.projects:
-            rows = max(teacher_rows(config, transformer, load) - config.schedule.teacher_store_gb * GIB, 0.0)
-    return {"teacher": weights, "teacher rows": rows, "weight bucket": 0.0}
+            states = max(teacher_state_bytes(config, transformer, load) - config.schedule.teacher_store_gb * GIB, 0.0)
+    return {"teacher": weights, "teacher states": states, "weight bucket": 0.0}
 
 
 def _saving(config: Config, stage: Stage) -> dict[str, float]:

@@ -70,7 +70,7 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     working = {
         "teacher": teacher,
         "activations": activation_bytes(transformer, stage, load),
-        "teacher rows": teacher_row_bytes(config, transformer, load) if stage.projects else 0.0,
+        "teacher states": teacher_state_bytes_on_device(config, transformer, load) if stage.projects else 0.0,
         "logits": logit_bytes(config, transformer, load) if stage.projects else 0.0,
         "reserved": config.cluster.reserved_gb * GIB,
     }
@@ -222,15 +222,15 @@ def _experts(config: TransformerConfig) -> dict[str, float]:
     }
 
 
-def teacher_row_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
+def teacher_state_bytes_on_device(config: Config, transformer: TransformerConfig, load: Load) -> float:
     """Return the bytes of the teacher's hidden states on the device of the last stage.
 
-    The device holds `teacher_rows` up to ``schedule.teacher_store_gb``; host memory holds the rest.
+    The device holds `teacher_state_bytes` up to ``schedule.teacher_store_gb``; host memory holds the rest.
     """
-    return min(teacher_rows(config, transformer, load), config.schedule.teacher_store_gb * GIB)
+    return min(teacher_state_bytes(config, transformer, load), config.schedule.teacher_store_gb * GIB)
 
 
-def teacher_rows(config: Config, transformer: TransformerConfig, load: Load) -> float:
+def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
     """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time."""
     if config.objective != "self_distillation":
         return 0.0
@@ -247,8 +247,8 @@ def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> f
     """
     layer = choose_output_layer(config, load.vocab_size)
     tokens = load.seq_length / transformer.context_parallel_size
-    hidden = layer.hidden_rows(tokens) * transformer.hidden_size * element_size(config)
-    return float(layer.logit_rows(tokens) * layer.row_bytes + hidden)
+    hidden = layer.tokens_with_states(tokens) * transformer.hidden_size * element_size(config)
+    return float(layer.tokens_with_logits(tokens) * layer.token_bytes + hidden)
 
 
 def _gib(parts: dict[str, float]) -> dict[str, float]:

@@ -35,7 +35,7 @@ def planned_gpus(config: Config) -> int:
     return config.cluster.num_gpus
 
 
-def longest_row(config: Config) -> int:
+def longest_sequence(config: Config) -> int:
     """Return the longest packed sequence, up to ``schedule.max_tokens``, that SP and CP can cut."""
     p = config.parallel
     multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)

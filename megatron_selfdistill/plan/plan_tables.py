@@ -45,8 +45,8 @@ def summary(plan: Plan) -> list[str]:
         f"{plan.parameters / 1e9:.2f} B parameters on {num_gpus} GPUs ({nodes}): "
         f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}{f' (VPP {vpp})' if vpp else ''} x "
         f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
-        f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in rows of at most "
-        f"{plan.seq_length}; {data}",
+        f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in packed "
+        f"sequences of at most {plan.seq_length}; {data}",
         f"a replica's microbatches at full length: {student} student, {teacher} teacher, {plan.pair_order}; "
         f"bubble {plan.schedule.bubble:.1%} of the step",
         *([plan.about_prompts] if plan.about_prompts else []),

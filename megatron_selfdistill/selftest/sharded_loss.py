@@ -41,7 +41,7 @@ SMALLEST_SCALE = 1e-3
 def loss_against_float64(launch: LaunchUnderTest) -> Outcome:
     """Compare every divergence and target in float32 and bf16, at the largest TP that the world allows."""
     grid = launch.grid(launch.cut(tp=launch.largest_tp))
-    vocab = VocabShard.from_group(launch.padded_rows(VOCAB_SIZE, grid), VOCAB_SIZE, grid.tp_group)
+    vocab = VocabShard.from_group(launch.padded_vocab_size(VOCAB_SIZE, grid), VOCAB_SIZE, grid.tp_group)
     figures: list[Figure] = []
     for dtype, gradient_bound in GRADIENT_BOUNDS.items():
         losses, gradients = {}, {}

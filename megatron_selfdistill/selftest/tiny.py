@@ -59,7 +59,7 @@ class LaunchUnderTest:
             distributed_timeout_minutes=self.timeout.total_seconds() / 60,
         )
 
-    def padded_rows(self, vocab_size: int, grid: RankGrid) -> int:
+    def padded_vocab_size(self, vocab_size: int, grid: RankGrid) -> int:
         """Return the rows of a vocabulary, padded to a multiple of 128 x TP as Megatron does."""
         step = 128 * grid.tp_size
         return -(-vocab_size // step) * step

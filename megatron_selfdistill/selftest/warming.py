@@ -36,6 +36,6 @@ def warm_up(launch: LaunchUnderTest, phase: Callable[[str], None]) -> None:
     batch = pair.packed(same_prompt=False)
     pair.step(batch, Target(), DIVERGENCES["reverse KL"], "teacher_first")
     phase(KERNELS)
-    vocab = VocabShard.from_group(launch.padded_rows(VOCAB_SIZE, pair.grid), VOCAB_SIZE, pair.grid.tp_group)
+    vocab = VocabShard.from_group(launch.padded_vocab_size(VOCAB_SIZE, pair.grid), VOCAB_SIZE, pair.grid.tp_group)
     for dtype, target, divergence in product(GRADIENT_BOUNDS, TARGETS.values(), DIVERGENCES.values()):
         errors(dtype, target, divergence, vocab, pair.grid.device)

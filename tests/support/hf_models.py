@@ -250,7 +250,7 @@ def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
 def megatron_logits(chunk: torch.nn.Module, grid: RankGrid, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Return the logits [sum of lengths, vocabulary] in float32 of a model on one rank, computed as in training."""
     inputs = forward.inputs_of(packed(sequences), grid)
-    rows = forward.rows_at(forward.hidden_states(chunk, inputs, grid), torch.arange(inputs.tokens.numel()), grid)
+    rows = forward.states_at(forward.hidden_states(chunk, inputs, grid), torch.arange(inputs.tokens.numel()), grid)
     return forward.project(unwrapped(chunk), rows).float()[:, :VOCAB_SIZE]
 
 

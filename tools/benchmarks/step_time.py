@@ -218,13 +218,13 @@ class _Bench:
     def teacher_forward(self, batch: Any) -> None:
         """Run the teacher's microbatches alone, up to its logits at the response positions."""
         from megatron_selfdistill.model.build import unwrapped
-        from megatron_selfdistill.model.forward import hidden_states, inputs_of, project, rows_at
+        from megatron_selfdistill.model.forward import hidden_states, inputs_of, project, states_at
 
         (chunk,) = self.teacher.chunks
         for microbatch in batch.teacher:
             hidden = hidden_states(chunk, inputs_of(microbatch, self.grid), self.grid)
-            rows = microbatch.response_positions.to(self.grid.device)
-            project(unwrapped(chunk), rows_at(hidden, rows, self.grid))
+            positions = microbatch.response_positions.to(self.grid.device)
+            project(unwrapped(chunk), states_at(hidden, positions, self.grid))
 
     def by_part(self) -> dict[str, float]:
         """Seconds of each of `PARTS` in one step of self-distillation."""

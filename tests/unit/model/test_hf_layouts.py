@@ -172,7 +172,7 @@ def logits_through_the_pipeline(
             dist.send(hidden.contiguous(), dst=neighbour[1], group=grid.pp_group)
     if not grid.is_last_stage:
         return None
-    rows = forward.rows_at(hidden, torch.arange(inputs.tokens.numel()), grid)
+    rows = forward.states_at(hidden, torch.arange(inputs.tokens.numel()), grid)
     shard = forward.project(model, rows).float()
     shards = [torch.empty_like(shard) for _ in range(grid.tp_size)]
     dist.all_gather(shards, shard, group=grid.tp_group)

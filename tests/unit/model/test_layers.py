@@ -271,12 +271,12 @@ def in_the_order_of_the_ranks(cu_seqlens: Tensor, group, device):
     return dataclasses.replace(rows, order=torch.arange(len(rows.order)))
 
 
-_by_length, _rows = layers.segments_by_length, layers.context_parallel_rows
+_by_length, _rows = layers.segments_by_length, layers.context_parallel_queries
 MUTATIONS = {
     "no segments": ("segments_by_length", one_segment),
-    "no segments, CP": ("context_parallel_rows", without_segments),
-    "no positions, CP": ("context_parallel_rows", without_positions),
-    "no order, CP": ("context_parallel_rows", in_the_order_of_the_ranks),
+    "no segments, CP": ("context_parallel_queries", without_segments),
+    "no positions, CP": ("context_parallel_queries", without_positions),
+    "no order, CP": ("context_parallel_queries", in_the_order_of_the_ranks),
 }
 
 
@@ -346,7 +346,7 @@ def memory_and_gradients(fused: bool, num_rows: int, scores: int) -> tuple[int, 
     backends = [SDPBackend.FLASH_ATTENTION] if fused else [SDPBackend.MATH]
     seen = Largest()
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(backends):
-        patch.setattr(layers, "_FUSED_ROWS", num_rows)
+        patch.setattr(layers, "_FUSED_QUERIES", num_rows)
         patch.setattr(layers, "_SCORES", scores)
         with seen, torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda tensor: tensor):
             out = attention(group)(*inputs, packed_seq_params=packed)

@@ -368,7 +368,7 @@ def bytes_of_next_token_training(dtype: torch.dtype, num_valid: int) -> tuple[in
 def test_next_token_training_takes_the_rows_of_logits_that_a_run_announces(ranks, dtype, precision, logits, num_valid):
     config = from_mapping({"objective": "rft", "optimizer": {"precision": precision}})
     layer = choose_output_layer(config, PADDED)
-    announced = layer.logit_rows(NEXT_TOKEN_ROWS) * layer.row_bytes
+    announced = layer.tokens_with_logits(NEXT_TOKEN_ROWS) * layer.token_bytes
     assert announced == logits * NEXT_TOKEN_ROWS * PADDED * dtype.itemsize
     ((peak, rest),) = ranks.run(bytes_of_next_token_training, dtype, num_valid, world_size=1)
     assert announced <= peak < announced + 2 * rest

@@ -133,9 +133,9 @@ def bytes_while_scoring(cuts: dict, fusion: Fusion | None) -> tuple[int, float, 
     with BytesAlive(known) as alive:
         scored(list(range(7)), student, teacher, grid, fusion, max_tokens=300)
     tokens = sum(len(context.response) for context in layouts.contexts())  # all in one microbatch
-    row_bytes = 4 * COLUMNS // grid.tp_size
+    token_bytes = 4 * COLUMNS // grid.tp_size
     mode = MATERIALISED if fusion is None else fusion.mode
-    return alive.peak, OutputLayer(mode, CHUNK, 2, row_bytes, tokens).largest, tokens * row_bytes
+    return alive.peak, OutputLayer(mode, CHUNK, 2, token_bytes, tokens).largest, tokens * token_bytes
 
 
 @pytest.mark.parametrize(

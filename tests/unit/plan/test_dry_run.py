@@ -15,7 +15,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.plan.dry_run import dry_run, microbatches
 from megatron_selfdistill.plan.launch import launch_commands
-from megatron_selfdistill.plan.plan_checks import longest_row
+from megatron_selfdistill.plan.plan_checks import longest_sequence
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -191,14 +191,14 @@ def test_a_plan_for_logs_that_evaluates_has_its_sampler(tmp_path, capsys):
 def test_the_replies_of_a_log_may_fill_their_contexts():
     def rows(*overrides: str) -> float:
         plan = dry_run(load([*LOGS, "schedule.pair_order=teacher_first", *overrides]))
-        return plan.memory[-1].training["teacher rows"]
+        return plan.memory[-1].training["teacher states"]
 
     assert rows("data.max_length=128") == 2 * rows("data.max_length=64") > 0
 
 
 def test_rows_divide_by_what_cuts_them():
     cuts = "parallel.tensor_model_parallel_size=4 parallel.context_parallel_size=3 schedule.max_tokens=1000".split()
-    assert longest_row(load(cuts)) == 984
+    assert longest_sequence(load(cuts)) == 984
 
 
 def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleaving_takes():

@@ -63,9 +63,9 @@ def test_the_offloaded_teacher_and_rows_that_exceed_their_store_are_held_all_the
     copies = 8 * plan.stages[0].parameters / parameters
     assert offloaded["teacher"] == pytest.approx(copies * 2 * parameters / GIB)
     on_device = (
-        dry_run(load(["recipe=qwen3_8b", "schedule.pair_order=teacher_first"])).memory[0].training["teacher rows"]
+        dry_run(load(["recipe=qwen3_8b", "schedule.pair_order=teacher_first"])).memory[0].training["teacher states"]
     )
-    assert offloaded["teacher rows"] == pytest.approx(8 * on_device)
+    assert offloaded["teacher states"] == pytest.approx(8 * on_device)
     average = host("teacher.offload=cpu", "teacher.weights=ema")
     assert average["teacher"] == pytest.approx(3 * offloaded["teacher"])
     assert average["teacher in a save"] > 0 == host()["teacher"]

@@ -176,7 +176,7 @@ def planned_memory(*, model_kind="gqa", **sections):
 
 def test_rows_and_logits_are_the_last_stages():
     last = planned_memory().training
-    assert last["teacher rows"] == 4096 * 32 * 2 / GIB
+    assert last["teacher states"] == 4096 * 32 * 2 / GIB
     assert last["logits"] == 2 * 1024 * (64 + 32) * 2 / GIB
     chunk = {"fused_chunk_tokens": 100}
     kept = planned_memory(loss={"fused": "keep_gradient", **chunk}).training["logits"]
@@ -184,7 +184,7 @@ def test_rows_and_logits_are_the_last_stages():
     made_again = planned_memory(loss={"fused": "low_memory", **chunk}).training["logits"]
     assert made_again == (2 * 100 * 64 + (1024 + 3 * 100) * 32) * 2 / GIB
     capped = planned_memory(schedule={"teacher_store_gb": 1e-6}).training
-    assert capped["teacher rows"] == pytest.approx(1e-6)
+    assert capped["teacher states"] == pytest.approx(1e-6)
 
 
 def test_a_colocated_engine_comes_beside_the_resident_parts_only():
