@@ -22,7 +22,7 @@ GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
 VLLM_TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 \
 	VLLM_NO_USAGE_STATS=1
 SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
-PYTHON_FOLDERS := setup.py $(wildcard megatron_selfdistill tests tools examples)
+PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-vllm quickstart test test-all test-vllm test-slurm test-gpu check format bench bench-gpu docs docs-serve clean
@@ -68,14 +68,14 @@ test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gp
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 check: venv ## format, lint, docstrings, spelling, types, shell scripts; changes nothing
-	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_FOLDERS)
-	@echo "[check] ruff"; $(BIN)/ruff check $(PYTHON_FOLDERS)
-	@echo "[check] codespell"; $(BIN)/codespell $(PYTHON_FOLDERS) configs docs .ci Makefile $(wildcard *.md)
+	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_DIRECTORIES)
+	@echo "[check] ruff"; $(BIN)/ruff check $(PYTHON_DIRECTORIES)
+	@echo "[check] codespell"; $(BIN)/codespell $(PYTHON_DIRECTORIES) configs docs .ci Makefile $(wildcard *.md)
 	@echo "[check] mypy"; $(BIN)/mypy
 	@echo "[check] shellcheck"; $(BIN)/shellcheck $(SHELL_FILES)
 
 format: venv ## let ruff format and fix what it can
-	@$(BIN)/ruff check --fix $(PYTHON_FOLDERS); $(BIN)/ruff format $(PYTHON_FOLDERS)
+	@$(BIN)/ruff check --fix $(PYTHON_DIRECTORIES); $(BIN)/ruff format $(PYTHON_DIRECTORIES)
 
 bench: venv ## time and memory of the two pair orders of the schedule
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/benchmarks/pair_order.py $(ARGS)

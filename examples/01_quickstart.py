@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.literal:
         chosen.append(variants.LITERAL)
     seeds = options.seeds or [options.seed]
-    results = {seed: one_seed(seed, chosen, options.folder, options.steps) for seed in seeds}
+    results = {seed: one_seed(seed, chosen, options.directory, options.steps) for seed in seeds}
     if len(results) > 1:
         console.print(over_seeds(results))
     console.print(WHAT_NEXT, soft_wrap=True)
@@ -75,8 +75,8 @@ def one_seed(
 ) -> tuple[Measurement, list[Outcome]]:
     """Pretrain or find the base of a seed, run every chosen variant, and show the results."""
     base = prepared_base(subtraction, seed, root)
-    folder = root / "quickstart" / f"seed{seed}"
-    problems = write_records(folder / "train.jsonl", subtraction.training_problems(seed))
+    directory = root / "quickstart" / f"seed{seed}"
+    problems = write_records(directory / "train.jsonl", subtraction.training_problems(seed))
     before = measure(base)
     console.print(
         f"{len(before.transcripts)} held-out problems without hints: greedy {before.greedy:.3f}, sampled "
@@ -84,10 +84,10 @@ def one_seed(
     )
     steps = () if num_steps is None else (f"num_steps={num_steps}",)
     runs = [variant.on(problems, *steps) for variant in chosen]
-    _, outcomes = tables.compare(f"Column subtraction, seed {seed}", base, runs, folder, before=before)
+    _, outcomes = tables.compare(f"Column subtraction, seed {seed}", base, runs, directory, before=before)
     tables.show_transcripts(before, outcomes[0].measurement)
     console.print(judgement(outcomes), soft_wrap=True)
-    write_numbers(folder / "results.json", before, outcomes)
+    write_numbers(directory / "results.json", before, outcomes)
     return before, outcomes
 
 

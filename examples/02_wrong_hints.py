@@ -35,16 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     prepare_process()
-    base = prepared_base(subtraction, options.seed, options.folder)
+    base = prepared_base(subtraction, options.seed, options.directory)
     before = measure(base)
     results = {}
     for share in options.shares:
-        folder = options.folder / "wrong_hints" / f"seed{options.seed}" / f"{100 * share:.0f}_percent"
-        problems = write_records(folder / "train.jsonl", problems_with_wrong_hints(options.seed, share))
+        directory = options.directory / "wrong_hints" / f"seed{options.seed}" / f"{100 * share:.0f}_percent"
+        problems = write_records(directory / "train.jsonl", problems_with_wrong_hints(options.seed, share))
         steps = () if options.steps is None else (f"num_steps={options.steps}",)
         runs = [variant.on(problems, WITHOUT_GUARD, *steps) for variant in VARIANTS]
         title = f"{100 * share:.0f} % of the hints have one wrong digit"
-        _, results[share] = tables.compare(title, base, runs, folder, before=before)
+        _, results[share] = tables.compare(title, base, runs, directory, before=before)
     for share, outcomes in results.items():
         console.print(judgement(share, outcomes), soft_wrap=True)
     return 0

@@ -33,15 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
     options = example_parser(__doc__).parse_args(argv)
     prepare_process()
-    folder = options.folder / "hard_problems" / f"seed{options.seed}"
-    base = prepared_base(subtraction, options.seed, options.folder)
-    problems = write_records(folder / "train.jsonl", subtraction.hard_training_problems())
-    held_out = write_records(folder / "held_out.jsonl", subtraction.hard_held_out_problems())
+    directory = options.directory / "hard_problems" / f"seed{options.seed}"
+    base = prepared_base(subtraction, options.seed, options.directory)
+    problems = write_records(directory / "train.jsonl", subtraction.hard_training_problems())
+    held_out = write_records(directory / "held_out.jsonl", subtraction.hard_held_out_problems())
     base = dataclasses.replace(base, held_out=held_out)
     steps = options.steps or NUM_STEPS
     settings = (f"num_steps={steps}", "evaluation.num_samples=4")
     runs = [variant.on(problems, *settings) for variant in VARIANTS]
-    before, outcomes = tables.compare("Two borrows from a zero", base, runs, folder)
+    before, outcomes = tables.compare("Two borrows from a zero", base, runs, directory)
     tables.show_transcripts(before, outcomes[0].measurement)
     moments = sorted({step for step in (25, 50, 75) if step < steps} | {0, steps})
     console.print(tables.accuracy_by_step("Greedy accuracy by step", outcomes, moments))

@@ -38,11 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-weak", action="store_true", help="skip the second part, which starts from a weak base")
     options = parser.parse_args(argv)
     prepare_process()
-    folder = options.folder / "many_answers" / f"seed{options.seed}"
-    problems = write_records(folder / "train.jsonl", additions.training_problems(options.seed))
-    one_base("A base that can use hints", VARIANTS, additions.PRETRAINING_STEPS, problems, folder / "strong", options)
+    directory = options.directory / "many_answers" / f"seed{options.seed}"
+    problems = write_records(directory / "train.jsonl", additions.training_problems(options.seed))
+    one_base(
+        "A base that can use hints", VARIANTS, additions.PRETRAINING_STEPS, problems, directory / "strong", options
+    )
     if not options.no_weak:
-        one_base("A weak base", WEAK_VARIANTS, additions.WEAK_PRETRAINING_STEPS, problems, folder / "weak", options)
+        one_base("A weak base", WEAK_VARIANTS, additions.WEAK_PRETRAINING_STEPS, problems, directory / "weak", options)
         console.print(
             "With a hint the weak base is hardly better than without: there is nothing to distil, whatever the "
             "target, while a verifier still helps.\nLook at `hinted` before training: the method needs a base that can "
@@ -53,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one_base(
-    title: str, chosen: Sequence[Variant], num_steps: int, problems: Path, folder: Path, options: argparse.Namespace
+    title: str, chosen: Sequence[Variant], num_steps: int, problems: Path, directory: Path, options: argparse.Namespace
 ) -> None:
     """Pretrain a base for ``num_steps`` steps or find it, run the chosen variants, and show the results."""
-    base = prepared_base(additions, options.seed, options.folder, num_steps)
+    base = prepared_base(additions, options.seed, options.directory, num_steps)
     steps = () if options.steps is None else (f"num_steps={options.steps}",)
     settings = ("evaluation.num_samples=16", *steps)
     runs = [variant.on(problems, *settings) for variant in chosen]
-    tables.compare(title, base, runs, folder, columns=COLUMNS, panels=(SAMPLED, ENTROPY), num_samples=NUM_SAMPLES)
+    tables.compare(title, base, runs, directory, columns=COLUMNS, panels=(SAMPLED, ENTROPY), num_samples=NUM_SAMPLES)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="store_true", help="run self-distillation alone, without baselines")
     options = parser.parse_args(argv)
     prepare_process()
-    folder = options.folder / "variable_widths" / f"seed{options.seed}"
-    base = prepared_base(ragged_subtraction, options.seed, options.folder)
+    directory = options.directory / "variable_widths" / f"seed{options.seed}"
+    base = prepared_base(ragged_subtraction, options.seed, options.directory)
     records = ragged_subtraction.training_problems(options.seed)
-    problems = write_records(folder / "train.jsonl", records)
+    problems = write_records(directory / "train.jsonl", records)
     for name in ("problem", "solution"):
         lengths = [len(record[name]) for record in records]
         console.print(f"{name}s of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.1f} on average")
     steps = () if options.steps is None else (f"num_steps={options.steps}",)
     runs = [variant.on(problems, *steps) for variant in (VARIANTS[:1] if options.only else VARIANTS)]
-    before, outcomes = tables.compare("Subtraction of two to four digits", base, runs, folder)
+    before, outcomes = tables.compare("Subtraction of two to four digits", base, runs, directory)
     tables.show_transcripts(before, outcomes[0].measurement, count=6)
     logged = [line for line in read_metrics(outcomes[0].run_dir) if "padding/teacher" in line]
     shares = [mean(line[f"padding/{role}"] for line in logged) for role in ("student", "teacher")]

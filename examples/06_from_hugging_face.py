@@ -67,16 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--hf, --data and settings go together: give --hf DIR --data FILE [key=value ...], or none of them"
         )
     prepare_process()
-    root = options.folder / "from_hugging_face" / (options.hf.name if options.hf else f"seed{options.seed}")
+    root = options.directory / "from_hugging_face" / (options.hf.name if options.hf else f"seed{options.seed}")
     if options.hf is None:
-        task = subtraction_task(options.seed, options.folder)
+        task = subtraction_task(options.seed, options.directory)
     else:
         task = Task(options.hf, "train", (*OWN_MODEL, f"data.path={options.data}", *options.overrides))
     out, difference = distil(task, root, options.steps or NUM_STEPS, options.seed)
     if options.hf is None:
         console.print(f"greedy answers by transformers on {NUM_SHOWN} held-out problems")
-        for label, folder in (("before", task.hf), ("after", out)):
-            console.print(f"  {label:<8} {accuracy(folder):.3f}   {folder}")
+        for label, directory in (("before", task.hf), ("after", out)):
+            console.print(f"  {label:<8} {accuracy(directory):.3f}   {directory}")
     console.print(
         f"{out}: its logits differ from those of the trained Megatron model by at most {difference:.1e} "
         f"(accepted: {TOLERANCE:.0e})"
@@ -89,8 +89,8 @@ def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, flo
     from megatron_selfdistill.checkpoint import conversion
 
     megatron, run_dir, out = root / "megatron", root / "run", root / "self_distilled"
-    for folder in (megatron, run_dir, out):
-        shutil.rmtree(folder, ignore_errors=True)
+    for directory in (megatron, run_dir, out):
+        shutil.rmtree(directory, ignore_errors=True)
     announce("Hugging Face to Megatron", f"selfdistill convert hf-to-megatron --hf {task.hf} --out {megatron}")
     conversion.hf_to_megatron(task.hf, megatron)
     overrides = (
@@ -197,8 +197,8 @@ def subtraction_task(seed: int, root: Path) -> Task:
     return Task(hf, CONFIG_NAME, (*SUBTRACTION, f"data.path={problems}"))
 
 
-def make_qwen3(folder: Path, seed: int) -> None:
-    """Train a Qwen3 of 0.1 million parameters on the quickstart's corpus and save it in ``folder``."""
+def make_qwen3(directory: Path, seed: int) -> None:
+    """Train a Qwen3 of 0.1 million parameters on the quickstart's corpus and save it in ``directory``."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config, logging
 
@@ -235,11 +235,11 @@ def make_qwen3(folder: Path, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    temporary = folder.with_suffix(".partial")
+    temporary = directory.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     model.eval().save_pretrained(temporary)
     write_tokenizer(temporary, subtraction.ALPHABET)
-    temporary.rename(folder)  # the directory exists only when it is complete
+    temporary.rename(directory)  # the directory exists only when it is complete
 
 
 def corpus_batch(rows: Sequence[tuple[str, str, str]], padding: int) -> tuple[Tensor, Tensor]:

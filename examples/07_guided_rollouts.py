@@ -46,35 +46,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     prepare_process()
-    folder = options.folder / "guided_rollouts" / options.engine / f"seed{options.seed}"
-    base = prepared_base(llama_subtraction, options.seed, options.folder)
-    problems = write_records(folder / "train.jsonl", subtraction.hard_training_problems())
-    held_out = write_records(folder / "held_out.jsonl", subtraction.hard_held_out_problems())
+    directory = options.directory / "guided_rollouts" / options.engine / f"seed{options.seed}"
+    base = prepared_base(llama_subtraction, options.seed, options.directory)
+    problems = write_records(directory / "train.jsonl", subtraction.hard_training_problems())
+    held_out = write_records(directory / "held_out.jsonl", subtraction.hard_held_out_problems())
     base = dataclasses.replace(base, held_out=held_out)
     steps = options.steps or NUM_STEPS
     settings = (f"num_steps={steps}", "evaluation.num_samples=4", *ENGINES[options.engine])
-    runs = [variant.on(problems) for variant in with_and_without_guidance(settings, folder)]
-    _, outcomes = tables.compare(f"Two borrows from a zero, rollouts by {options.engine}", base, runs, folder)
+    runs = [variant.on(problems) for variant in with_and_without_guidance(settings, directory)]
+    _, outcomes = tables.compare(f"Two borrows from a zero, rollouts by {options.engine}", base, runs, directory)
     moments = sorted({step for step in (25, 50, 75) if step < steps} | {0, steps})
     console.print(tables.accuracy_by_step("Greedy accuracy on held-out problems by step", outcomes, moments))
     console.print(right_rollouts(outcomes, base))
     return 0
 
 
-def with_and_without_guidance(settings: Sequence[str], folder: Path) -> list[Variant]:
+def with_and_without_guidance(settings: Sequence[str], directory: Path) -> list[Variant]:
     """Return each variant followed by the same variant with guided rollouts; every run records its rollouts."""
     pairs = [(variant, Variant(f"{variant.title}, guided", (*variant.overrides, GUIDED))) for variant in VARIANTS]
     found = []
     for variant in [*itertools.chain(*pairs), CORRECTED]:
-        recorded = recording(folder, variant)
+        recorded = recording(directory, variant)
         recorded.unlink(missing_ok=True)
         found.append(Variant(variant.title, (*variant.overrides, *settings, f"rollout.record={recorded}")))
     return found
 
 
-def recording(folder: Path, variant: Variant) -> Path:
+def recording(directory: Path, variant: Variant) -> Path:
     """Return the file that records the variant's rollouts."""
-    return folder / f"{variant.title.lower().replace(', ', '-').replace(' ', '-')}.jsonl"
+    return directory / f"{variant.title.lower().replace(', ', '-').replace(' ', '-')}.jsonl"
 
 
 def right_rollouts(outcomes: Sequence[Outcome], base: Base) -> Table:

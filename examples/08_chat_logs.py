@@ -56,17 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_process()
     seeds = options.seeds or [options.seed]
     steps = options.steps or NUM_STEPS
-    results = {seed: one_seed(seed, options.folder, steps) for seed in seeds}
+    results = {seed: one_seed(seed, options.directory, steps) for seed in seeds}
     console.print(over_seeds(results))
-    folder = options.folder / "chat_logs"
+    directory = options.directory / "chat_logs"
     runs = {
         variant.title: mean_run(
-            [outcomes[number].run_dir for _, outcomes in results.values()], folder / "mean" / str(number)
+            [outcomes[number].run_dir for _, outcomes in results.values()], directory / "mean" / str(number)
         )
         for number, variant in enumerate(VARIANTS)
     }
     title = f"Self-distillation from chat logs; mean over seeds {', '.join(map(str, seeds))}"
-    figure = plot_curves(runs, folder / "chat_logs.png", (GREEDY, SAMPLED), title)
+    figure = plot_curves(runs, directory / "chat_logs.png", (GREEDY, SAMPLED), title)
     console.print(f"curves: {figure}\n", soft_wrap=True)
     console.print(
         "Logs teach less than new samples of the model, and less with every step that the student moves away from "
@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outcome]]:
     """Pretrain or find the base of a seed, sample its conversations, and train every variant on them."""
     base = prepared_base(subtraction_chats, seed, root)
-    folder = root / "chat_logs" / f"seed{seed}"
-    logs = write_records(folder / "conversations.jsonl", conversations(base, seed))
-    template = folder / "chat_template.jinja"
+    directory = root / "chat_logs" / f"seed{seed}"
+    logs = write_records(directory / "conversations.jsonl", conversations(base, seed))
+    template = directory / "chat_template.jinja"
     template.write_text(subtraction_chats.CHAT_TEMPLATE)
     settings = (
         f"num_steps={steps}",
@@ -90,7 +90,7 @@ def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outco
         "metrics.console_every=50",
     )
     runs = [variant.on(logs, *settings) for variant in VARIANTS]
-    return tables.compare(f"Chat logs, seed {seed}", base, runs, folder, panels=(GREEDY, SAMPLED))
+    return tables.compare(f"Chat logs, seed {seed}", base, runs, directory, panels=(GREEDY, SAMPLED))
 
 
 def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.run_data import RunData
 
-    overrides = [*base.overrides, f"data.path={base.held_out}", f"run_dir={base.folder / 'logs'}"]
+    overrides = [*base.overrides, f"data.path={base.held_out}", f"run_dir={base.directory / 'logs'}"]
     config = configuration.load(overrides, CONFIG_NAME)
     run_data = RunData.load(config)
     problems = subtraction_chats.distinct(NUM_SESSIONS, "train", seed=777 + seed)
@@ -180,7 +180,7 @@ def over_seeds(results: Mapping[int, tuple[Measurement, list[Outcome]]]) -> Tabl
     return table
 
 
-def mean_run(run_dirs: Sequence[Path], folder: Path) -> Path:
+def mean_run(run_dirs: Sequence[Path], directory: Path) -> Path:
     """Write a run directory with the held-out accuracies of several runs, averaged step by step; return it."""
     keys = (GREEDY.key, SAMPLED.key)
     logged = [[line for line in read_metrics(run_dir) if GREEDY.key in line] for run_dir in run_dirs]
@@ -188,8 +188,8 @@ def mean_run(run_dirs: Sequence[Path], folder: Path) -> Path:
         {"step": at_step[0]["step"], **{key: mean(line[key] for line in at_step) for key in keys}}
         for at_step in zip(*logged, strict=True)
     ]
-    write_records(folder / METRICS_FILE, lines)
-    return folder
+    write_records(directory / METRICS_FILE, lines)
+    return directory
 
 
 def cell(measurement: Measurement) -> str:

@@ -2,7 +2,7 @@
 """Report whether versions of vLLM have every name that this project uses.
 
     python tools/vllm_names.py                   # of the vLLM that is installed here
-    python tools/vllm_names.py DIR [DIR ...]     # of unpacked wheels or source trees: DIR holds the folder vllm
+    python tools/vllm_names.py DIR [DIR ...]     # of unpacked wheels or source trees: DIR holds the directory vllm
 
 vLLM has no stable interface for what this project does with it, and not every machine can run a new version (there is
 no build for a CPU).  This script therefore reads vLLM's files without importing them, and prints a table with a column
@@ -138,8 +138,8 @@ def _routes(root: Path) -> str:
 
 @functools.cache
 def _arguments(root: Path) -> str:
-    folder = root / "vllm"
-    files = [*folder.glob("entrypoints/*/cli_args.py"), folder / "engine" / "arg_utils.py"]
+    directory = root / "vllm"
+    files = [*directory.glob("entrypoints/*/cli_args.py"), directory / "engine" / "arg_utils.py"]
     return "\n".join(path.read_text() for path in files)
 
 
@@ -233,7 +233,9 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table; return 0 if every version has every name, 1 if a name is missing, 2 without a vLLM."""
     roots = [Path(argument) for argument in arguments] or [root for root in [installed()] if root is not None]
     if not roots or any(not (root / "vllm").is_dir() for root in roots):
-        print(f"expected folders that hold the folder vllm, got {', '.join(arguments) or 'none, and no vLLM here'}")
+        print(
+            f"expected directories that hold the directory vllm, got {', '.join(arguments) or 'none, and no vLLM here'}"
+        )
         return 2
     print(" | ".join(["name", *map(version_of, roots)]))
     complete = True

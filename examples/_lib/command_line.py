@@ -25,7 +25,7 @@ def example_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=5, help="seed of the base, the data and the samples (default: 5)")
     parser.add_argument("--steps", type=int, default=None, help="steps of each variant (default: the example's own)")
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="directory of all outputs (default: runs)")
+    parser.add_argument("--directory", type=Path, default=Path("runs"), help="directory of all outputs (default: runs)")
     return parser
 
 

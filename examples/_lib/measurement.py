@@ -55,7 +55,7 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
         f"evaluation.num_samples={num_samples}",
         "evaluation.pass_at_k=[1,8]",
         "metrics.console=false",
-        f"run_dir={(trained or base.folder) / 'measured'}",
+        f"run_dir={(trained or base.directory) / 'measured'}",
     ]
     if trained is not None:
         overrides.append(f"checkpoint.load={trained / 'checkpoints'}")

@@ -43,7 +43,7 @@ class Base:
 
     task: ModuleType
     seed: int
-    folder: Path
+    directory: Path
     held_out: Path
     """The problems on which the examples measure the model."""
     seconds: float
@@ -54,9 +54,9 @@ class Base:
         """The overrides with which a run starts from this model."""
         return (
             *self.task.OVERRIDES,
-            f"data.tokenizer={self.folder / 'tokenizer'}",
+            f"data.tokenizer={self.directory / 'tokenizer'}",
             f"evaluation.path={self.held_out}",
-            f"checkpoint.load={self.folder / 'checkpoints'}",
+            f"checkpoint.load={self.directory / 'checkpoints'}",
             f"seed={self.seed}",
         )
 
@@ -72,21 +72,21 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
     settings = [*task.OVERRIDES, *OVERRIDES, *task.PRETRAINING, f"num_steps={num_steps}", f"seed={seed}"]
     resolved = configuration.to_yaml(configuration.load(settings, CONFIG_NAME))
     key = hashlib.md5((resolved + inspect.getsource(task)).encode()).hexdigest()[:8]
-    folder = root / f"{task.NAME}-seed{seed}-{key}"
-    held_out = folder / "held_out.jsonl"
-    if (folder / "checkpoints").exists():  # the directory exists only when the checkpoint is complete
-        return Base(task, seed, folder, held_out, 0.0)
+    directory = root / f"{task.NAME}-seed{seed}-{key}"
+    held_out = directory / "held_out.jsonl"
+    if (directory / "checkpoints").exists():  # the directory exists only when the checkpoint is complete
+        return Base(task, seed, directory, held_out, 0.0)
     began = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder / "tokenizer", task.ALPHABET)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(directory / "tokenizer", task.ALPHABET)
     write_records(held_out, task.held_out_problems())
     paths = [
-        f"data.tokenizer={folder / 'tokenizer'}",
+        f"data.tokenizer={directory / 'tokenizer'}",
         f"data.path={held_out}",  # a run needs problems; pretraining reads the corpus instead
-        f"run_dir={folder}",
+        f"run_dir={directory}",
     ]
     pretrain(configuration.load([*settings, *paths], CONFIG_NAME), task)
-    return Base(task, seed, folder, held_out, time.perf_counter() - began)
+    return Base(task, seed, directory, held_out, time.perf_counter() - began)
 
 
 def prepared_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
@@ -95,7 +95,7 @@ def prepared_base(task: ModuleType, seed: int, root: Path, num_steps: int | None
     console.rule(f"[bold]base model, seed {seed}: {steps} steps of next-token training", align="left")
     base = make_base(task, seed, root / "bases", steps)
     found = f"pretrained in {base.seconds:.0f} s" if base.seconds else "found"
-    console.print(f"{found}: {base.folder}", soft_wrap=True)
+    console.print(f"{found}: {base.directory}", soft_wrap=True)
     return base
 
 
@@ -148,7 +148,7 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def write_tokenizer(folder: Path, alphabet: str) -> None:
+def write_tokenizer(directory: Path, alphabet: str) -> None:
     """Write a Hugging Face tokenizer with one token per character, whose chat template is the text itself.
 
     The last two characters of ``alphabet`` are the end of a text and the padding.
@@ -163,4 +163,4 @@ def write_tokenizer(folder: Path, alphabet: str) -> None:
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=padding, unk_token=padding)
     fast.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    fast.save_pretrained(folder)
+    fast.save_pretrained(directory)

@@ -44,23 +44,23 @@ def compare(
     title: str,
     base: Base,
     variants: Sequence[Variant],
-    folder: Path,
+    directory: Path,
     *,
     columns: Sequence[str] = ALL_BUT_DIFFERENT,
     panels: Sequence[Panel] = (GREEDY, SAMPLED, ENTROPY),
     num_samples: int = 8,
     before: Measurement | None = None,
 ) -> tuple[Measurement, list[Outcome]]:
-    """Run the variants in ``folder``, show one table and write ``folder/curves.png``.
+    """Run the variants in ``directory``, show one table and write ``directory/curves.png``.
 
     Returns the measurement of the base, which is ``before`` where the caller has it, and the outcomes.
     """
     before = before or measure(base, num_samples=num_samples)
-    outcomes = [run_variant(variant, base, folder, num_samples=num_samples) for variant in variants]
+    outcomes = [run_variant(variant, base, directory, num_samples=num_samples) for variant in variants]
     console.print()
     console.print(comparison(title, before, outcomes, columns))
     runs = {outcome.variant.title: outcome.run_dir for outcome in outcomes}
-    console.print(f"curves: {plot_curves(runs, folder / 'curves.png', panels, title)}\n", soft_wrap=True)
+    console.print(f"curves: {plot_curves(runs, directory / 'curves.png', panels, title)}\n", soft_wrap=True)
     return before, outcomes
 
 

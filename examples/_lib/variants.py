@@ -61,9 +61,9 @@ class Outcome:
         return self.status == EXIT_UNHEALTHY
 
 
-def run_variant(variant: Variant, base: Base, folder: Path, *, num_samples: int = 8) -> Outcome:
-    """Train from ``base`` in a new ``folder/<title>`` and measure the trained model."""
-    run_dir = folder / "".join(c if c.isalnum() or c == "-" else "_" for c in variant.title.lower())
+def run_variant(variant: Variant, base: Base, directory: Path, *, num_samples: int = 8) -> Outcome:
+    """Train from ``base`` in a new ``directory/<title>`` and measure the trained model."""
+    run_dir = directory / "".join(c if c.isalnum() or c == "-" else "_" for c in variant.title.lower())
     shutil.rmtree(run_dir, ignore_errors=True)
     overrides = (*base.overrides, *variant.overrides)
     console.rule(f"[bold]{variant.title}", align="left")

@@ -86,9 +86,9 @@ def resolve(path: Path) -> Path:
     return chosen
 
 
-def instead_of(damaged: Path) -> str:
-    """Return the end of a message, which offers the newest complete checkpoint beside ``damaged``, or an empty text."""
-    complete = (other for other in candidates(damaged.parent) if other != damaged and incomplete(other) is None)
+def instead_of(corrupt: Path) -> str:
+    """Return the end of a message, which offers the newest complete checkpoint beside ``corrupt``, or an empty text."""
+    complete = (other for other in candidates(corrupt.parent) if other != corrupt and incomplete(other) is None)
     newest = next(complete, None)
     return "" if newest is None else f"; the newest complete one is {newest}"
 
@@ -145,7 +145,7 @@ def lacks(path: Path) -> str | None:
     for name in ("common.pt", ".metadata"):
         if not (path / name).is_file():
             return f"has no {name}"
-    return None if zipfile.is_zipfile(path / "common.pt") else "has a damaged common.pt"
+    return None if zipfile.is_zipfile(path / "common.pt") else "has a corrupt common.pt"
 
 
 def incomplete(path: Path) -> str | None:
@@ -189,7 +189,7 @@ def unverifiable(path: Path) -> str | None:
     if manifest.read(path) is not None or not is_selfdistill_checkpoint(path):
         return None
     return (
-        f"has no {manifest.NAME}, which this program saved with it, so that damage cannot be found: "
+        f"has no {manifest.NAME}, which this program saved with it, so that corruption cannot be found: "
         "restore that file, or set checkpoint.verify=none to load the checkpoint without it"
     )
 

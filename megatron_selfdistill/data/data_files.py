@@ -52,7 +52,7 @@ def data_files(paths: Sequence[str | Path]) -> list[Path]:
 def opened(file: Path) -> Iterator[BinaryIO]:
     """Open ``file`` for reading bytes, decompressed where its name ends in .gz.
 
-    Raises: ValueError, which names the file, where the compressed data are damaged or end too early.
+    Raises: ValueError, which names the file, where the compressed data are corrupt or end too early.
     """
     compressed = file.name.lower().endswith(".gz")
     with gzip.open(file) if compressed else file.open("rb") as stream:
@@ -60,7 +60,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, stream)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(
-                f"{file}: expected complete gzip data, got other or damaged bytes ({error}); copy the file again"
+                f"{file}: expected complete gzip data, got other or corrupt bytes ({error}); copy the file again"
             ) from error
 
 

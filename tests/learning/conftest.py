@@ -36,7 +36,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    """Return the ``--folder`` of every example in this session."""
+    """Return the ``--directory`` of every example in this session."""
     return tmp_path_factory.mktemp("runs")
 
 

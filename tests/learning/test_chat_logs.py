@@ -47,7 +47,7 @@ def test_a_base_learns_from_its_own_logs_without_sampling(load_example, root, mo
     example = load_example("08_chat_logs")
     monkeypatch.setattr(example, "NUM_SESSIONS", 60)
     monkeypatch.setattr(subtraction_chats, "PRETRAINING_STEPS", 100)
-    assert example.main(["--steps", "2", "--folder", str(root)]) == 0
+    assert example.main(["--steps", "2", "--directory", str(root)]) == 0
     folder = root / "chat_logs" / "seed5"
     records = [json.loads(line) for line in (folder / "conversations.jsonl").read_text().splitlines()]
     assert len(records) == 60 and all(record["messages"][0]["role"] == "user" for record in records)

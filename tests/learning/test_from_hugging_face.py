@@ -23,7 +23,7 @@ def task(example, root):
 
 
 def test_a_hugging_face_folder_becomes_a_self_distilled_one(example, task, root, capsys):
-    assert example.main(["--folder", str(root), "--steps", "3"]) == 0
+    assert example.main(["--directory", str(root), "--steps", "3"]) == 0
     shown = capsys.readouterr().out
     assert "after" in shown and "selfdistill convert megatron-to-hf" in shown
     out = root / "from_hugging_face" / "seed5" / "self_distilled"
@@ -48,7 +48,7 @@ def test_the_logits_of_the_folder_are_those_of_the_live_model_and_not_those_of_t
 def test_a_folder_and_problems_of_ones_own(example, task, root):
     problems = root / "from_hugging_face" / "train.jsonl"
     settings = ["data.teacher_template='{problem}H{solution}|'", "rollout.max_new_tokens=26", "data.limit=16"]
-    arguments = ["--hf", str(task.hf), "--data", str(problems), "--folder", str(root), "--steps", "2", *settings]
+    arguments = ["--hf", str(task.hf), "--data", str(problems), "--directory", str(root), "--steps", "2", *settings]
     assert example.main(arguments) == 0
     assert (root / "from_hugging_face" / task.hf.name / "self_distilled" / "model.safetensors").exists()
 

@@ -14,7 +14,7 @@ def test_guided_rollouts_are_right_where_the_student_never_is(load_example, base
     monkeypatch.setattr(example, "llama_subtraction", subtraction)  # the base of the other examples
     monkeypatch.setattr(example, "VARIANTS", (variants.SELF_DISTILLATION,))
     monkeypatch.setattr(subtraction, "NUM_HELD_OUT_HARD", 40)
-    assert example.main(["--steps", "2", "--folder", str(root)]) == 0
+    assert example.main(["--steps", "2", "--directory", str(root)]) == 0
     folder = root / "guided_rollouts" / "megatron" / "seed5"
     answers = {record["id"]: record["answer"] for record in example.records(folder / "train.jsonl")}
     right = {}

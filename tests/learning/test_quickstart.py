@@ -92,7 +92,7 @@ def test_a_base_is_found_again_and_another_setting_makes_another(base, root):
     again = pretraining.make_base(subtraction, 5, root / "bases")
     assert again == dataclasses.replace(base, seconds=0.0)
     short = pretraining.make_base(subtraction, 5, root / "bases", num_steps=2)
-    assert short.folder != base.folder
+    assert short.directory != base.directory
     assert short.seconds > 0
 
 
@@ -116,7 +116,7 @@ def test_the_printed_command_is_the_run(base, problems, root):
 @pytest.mark.full
 def test_variable_widths_are_learnt(root, load_example, monkeypatch):
     monkeypatch.setattr(ragged_subtraction, "PRETRAINING_STEPS", 800)
-    load_example("05_variable_widths").main(["--folder", str(root), "--steps", "30", "--only"])
+    load_example("05_variable_widths").main(["--directory", str(root), "--steps", "30", "--only"])
     run_dir = root / "variable_widths" / "seed5" / "self-distillation"
     lines = read_metrics(run_dir)
     accuracy = [line["evaluation/greedy_accuracy"] for line in lines if "evaluation/greedy_accuracy" in line]
@@ -128,7 +128,7 @@ def test_variable_widths_are_learnt(root, load_example, monkeypatch):
 def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeypatch, capsys):
     monkeypatch.setattr(additions, "PRETRAINING_STEPS", 30)
     monkeypatch.setattr(additions, "WEAK_PRETRAINING_STEPS", 10)
-    assert load_example("04_many_answers").main(["--folder", str(root), "--steps", "2"]) == 0
+    assert load_example("04_many_answers").main(["--directory", str(root), "--steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "RFT with a verifier" in shown
     assert "different" in shown
@@ -139,7 +139,7 @@ def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeyp
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["01_quickstart", "02_wrong_hints", "03_hard_problems"])
 def test_the_other_examples_run_to_their_end(base, root, load_example, name, capsys):
-    assert load_example(name).main(["--folder", str(root), "--steps", "2"]) == 0
+    assert load_example(name).main(["--directory", str(root), "--steps", "2"]) == 0
     assert "curves.png" in capsys.readouterr().out
 
 
@@ -157,7 +157,7 @@ def test_every_example_says_what_it_shows_and_how_it_is_run(load_example, name, 
 def test_several_seeds_are_shown_as_mean_and_worst(load_example, base):
     measured = [Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, ()) for greedy in (0.9, 0.98)]
     outcomes = [
-        [variants.Outcome(variants.SELF_DISTILLATION, base.folder, 0, seconds, m)]
+        [variants.Outcome(variants.SELF_DISTILLATION, base.directory, 0, seconds, m)]
         for seconds, m in zip((10.0, 20.0), measured, strict=True)
     ]
     table = load_example("01_quickstart").over_seeds({5: (measured[0], outcomes[0]), 6: (measured[0], outcomes[1])})

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A run directory that is damaged, or removed during the run: the run reports the damage and loses nothing silently."""
+"""A run directory that is corrupt, or removed during the run: the run reports the damage and loses nothing silently."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def cut_metadata(path: Path) -> str:
 def flip(path: Path) -> str:
     file = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
     flip_bit(file)
-    return f"{path.name} has a damaged {file.name}"
+    return f"{path.name} has a corrupt {file.name}"
 
 
 def flip_arguments(path: Path) -> str:
     flip_bit(path / "common.pt", 200, 1)
-    return f"{path.name} has a damaged common.pt"
+    return f"{path.name} has a corrupt common.pt"
 
 
 def lose_manifest(path: Path) -> str:

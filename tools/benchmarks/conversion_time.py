@@ -2,7 +2,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Measure the seconds and the memory of conversions, as ratios to copying the same files.
 
-    tools/benchmarks/conversion_time.py --gigabytes 6 --folder /tmp/convert
+    tools/benchmarks/conversion_time.py --gigabytes 6 --directory /tmp/convert
 
 The script makes a random Llama of that size, converts it to Megatron and back in separate processes, and compares every
 tensor of the result with the original.
@@ -33,39 +33,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the model, in bf16")
-    parser.add_argument("--folder", type=Path, required=True, help="new folder; three times the model's size, removed")
+    parser.add_argument(
+        "--directory", type=Path, required=True, help="new directory; three times the model's size, removed"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="how often each step runs, in turn; the medians count")
     parser.add_argument("--only-make", action="store_true", help="only make the model, and print its sizes")
     arguments = parser.parse_args(argv)
-    folder = arguments.folder
+    directory = arguments.directory
     if arguments.only_make:
-        print(json.dumps(make_model(folder, arguments.gigabytes)))
+        print(json.dumps(make_model(directory, arguments.gigabytes)))
         return 0
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     try:
-        return measure(folder, arguments.gigabytes, arguments.repeat)
+        return measure(directory, arguments.gigabytes, arguments.repeat)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
 
 
-def measure(folder: Path, gigabytes: float, repeat: int) -> int:
+def measure(directory: Path, gigabytes: float, repeat: int) -> int:
     """Run every step ``repeat`` times in turn and print the medians; ratios exclude the time of the imports."""
     # In a process of its own: a child's peak counts from the size of the parent that it was forked from.
-    make = [sys.executable, __file__, "--only-make", "--gigabytes", str(gigabytes), "--folder", str(folder / "hf")]
+    make = [
+        sys.executable,
+        __file__,
+        "--only-make",
+        "--gigabytes",
+        str(gigabytes),
+        "--directory",
+        str(directory / "hf"),
+    ]
     largest, total = json.loads(subprocess.run(make, check=True, capture_output=True).stdout)
     convert = [sys.executable, str(REPOSITORY / "tools" / "convert.py")]
     steps = {
-        "imports alone": [*convert, "inspect", str(folder / "hf")],
-        "cp -r": ["cp", "-r", str(folder / "hf"), str(folder / "copy")],
-        "hf-to-megatron": [*convert, "hf-to-megatron", "--hf", str(folder / "hf"), "--out", str(folder / "megatron")],
-        "megatron-to-hf": [*convert, "megatron-to-hf", "--megatron", str(folder / "megatron"), "--out"],
+        "imports alone": [*convert, "inspect", str(directory / "hf")],
+        "cp -r": ["cp", "-r", str(directory / "hf"), str(directory / "copy")],
+        "hf-to-megatron": [
+            *convert,
+            "hf-to-megatron",
+            "--hf",
+            str(directory / "hf"),
+            "--out",
+            str(directory / "megatron"),
+        ],
+        "megatron-to-hf": [*convert, "megatron-to-hf", "--megatron", str(directory / "megatron"), "--out"],
     }
-    steps["megatron-to-hf"] += [str(folder / "back"), "--max-shard-size", "2GB"]
+    steps["megatron-to-hf"] += [str(directory / "back"), "--max-shard-size", "2GB"]
     print(f"{total / 1e9:.2f} GB; largest tensor {largest / 1e9:.3f} GB")
     runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in steps}
     for _ in range(repeat):
         for written in ("copy", "megatron", "back"):
-            shutil.rmtree(folder / written, ignore_errors=True)
+            shutil.rmtree(directory / written, ignore_errors=True)
         for name, command in steps.items():
             runs[name].append(run(command))
     median = {name: [statistics.median(column) for column in zip(*them, strict=True)] for name, them in runs.items()}
@@ -76,7 +93,7 @@ def measure(folder: Path, gigabytes: float, repeat: int) -> int:
             ratios = [(value - start[i]) / copy[i] for i, value in enumerate((seconds, cpu))]
             line += f"  beyond the imports {ratios[0]:.1f} x cp -r in time, {ratios[1]:.1f} x in CPU time"
         print(line, flush=True)
-    changed = compare(folder / "hf", folder / "back")
+    changed = compare(directory / "hf", directory / "back")
     print(f"{len(changed)} tensors changed" + (f", first {changed[0]}" if changed else ""))
     return 1 if changed else 0
 
@@ -93,8 +110,8 @@ def run(command: list[str]) -> tuple[float, float, int]:
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak
 
 
-def make_model(folder: Path, gigabytes: float) -> tuple[int, int]:
-    """Write a random Llama into ``folder``; return the bytes of its largest tensor and of all tensors."""
+def make_model(directory: Path, gigabytes: float) -> tuple[int, int]:
+    """Write a random Llama into ``directory``; return the bytes of its largest tensor and of all tensors."""
     import torch
 
     from megatron_selfdistill.checkpoint.formats.safetensors_directory import SafetensorsWriter
@@ -128,9 +145,9 @@ def make_model(folder: Path, gigabytes: float) -> tuple[int, int]:
     config["num_hidden_layers"] = 2
     per_layer = num_bytes() - one
     config["num_hidden_layers"] = max(1, round((gigabytes * 1e9 - one) / per_layer) + 1)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    writer = SafetensorsWriter(folder, tensors(), 5 * 10**9)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    writer = SafetensorsWriter(directory, tensors(), 5 * 10**9)
     numbers = torch.randn(1_000_003).bfloat16()  # a prime: no two rows of a tensor are alike
     for index, (name, _, shape) in enumerate(tensors()):
         count = math.prod(shape)

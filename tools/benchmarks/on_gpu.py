@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-for _folder in (REPOSITORY, REPOSITORY / "tests" / "support"):
-    if str(_folder) not in sys.path:
-        sys.path.append(str(_folder))
+for _directory in (REPOSITORY, REPOSITORY / "tests" / "support"):
+    if str(_directory) not in sys.path:
+        sys.path.append(str(_directory))
 
 import hidden_gpus  # noqa: E402
 

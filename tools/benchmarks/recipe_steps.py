@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-for _folder in (REPOSITORY, REPOSITORY / "tests" / "support"):
-    if str(_folder) not in sys.path:
-        sys.path.append(str(_folder))
+for _directory in (REPOSITORY, REPOSITORY / "tests" / "support"):
+    if str(_directory) not in sys.path:
+        sys.path.append(str(_directory))
 
 import tiny_run  # noqa: E402
 
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("keys", nargs="*", metavar="key=value", help="further keys of the run")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="selfdistill_recipe_", ignore_cleanup_errors=True) as path:
-        folder = Path(path)
-        tiny_run.write_data(folder)
-        keys = tiny_keys(folder, options) if options.tiny else recipe_keys(folder, options)
+        directory = Path(path)
+        tiny_run.write_data(directory)
+        keys = tiny_keys(directory, options) if options.tiny else recipe_keys(directory, options)
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}", "-m"]
         launcher = [] if options.tiny else torchrun
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
@@ -67,22 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(planned.stderr[-2000:], file=sys.stderr)
             return planned.returncode
         gib, parameters = map(float, planned.stdout.split()[-2:])
-        print(table(folder / "run", options, keys, gib, parameters))
+        print(table(directory / "run", options, keys, gib, parameters))
     return 0
 
 
-def tiny_keys(folder: Path, options: argparse.Namespace) -> list[str]:
+def tiny_keys(directory: Path, options: argparse.Namespace) -> list[str]:
     """Return the keys of the tests' tiny run."""
     keys = [f"num_steps={options.steps}", "checkpoint.save_every=1000", "cluster.num_gpus=1", *options.keys]
-    return tiny_run.overrides(folder, folder / "run", *keys)
+    return tiny_run.overrides(directory, directory / "run", *keys)
 
 
-def recipe_keys(folder: Path, options: argparse.Namespace) -> list[str]:
+def recipe_keys(directory: Path, options: argparse.Namespace) -> list[str]:
     """Return the keys of the recipe on the tests' problems; it samples in process where vLLM is not installed."""
     without = [] if importlib.util.find_spec("vllm") else ["rollout.engine=megatron", "rollout.engine_tp=1"]
     return [
-        *(f"recipe={options.recipe}", f"run_dir={folder / 'run'}", f"num_steps={options.steps}"),
-        *(f"data.path={folder}/problems.jsonl", f"data.tokenizer={folder}/tokenizer"),
+        *(f"recipe={options.recipe}", f"run_dir={directory / 'run'}", f"num_steps={options.steps}"),
+        *(f"data.path={directory}/problems.jsonl", f"data.tokenizer={directory}/tokenizer"),
         *("data.teacher_template='{problem}H{solution}|'", "checkpoint.save_every=1000", "metrics.tensorboard=false"),
         *(f"cluster.num_gpus={options.ranks}", "rollout.max_new_tokens=1024", "guards.min_length_ratio=null"),
         *without,

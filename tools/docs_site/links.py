@@ -2,7 +2,7 @@
 """Links from a page of docs/ to files elsewhere in the repository: the site gets a page for each of these files.
 
 On a code host such links lead to the file.  The site has docs/ at its root and every other file that a page links to
-under ``repository/``: a Markdown file as a page, any other text file as a listing, a folder as a list of its files.
+under ``repository/``: a Markdown file as a page, any other text file as a listing, a directory as a list of its files.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Weights(Protocol):
 
 
 def verify_checksums(weights: Weights, report: Callable[[str], None] = lambda _: None) -> None:
-    """Raise CheckpointError with the first damaged file unless all files have the checksums of the manifest.
+    """Raise CheckpointError with the first corrupt file unless all files have the checksums of the manifest.
 
     The function reads every file once.  Without a manifest it checks nothing, and ``report`` receives a message:
     checkpoints of other programs have no manifest, and a checkpoint of this program may have lost it.
@@ -97,7 +97,7 @@ def open_weights(path: Path, iteration: int | None = None) -> Weights:
     ``path``: an ``iter_`` or ``release`` directory, or the directory with Megatron's tracker file.  ``iteration``: the
     iteration to open instead of the tracked iteration.
 
-    Raises: CheckpointError for a missing or damaged checkpoint; the message names the newest complete checkpoint
+    Raises: CheckpointError for a missing or corrupt checkpoint; the message names the newest complete checkpoint
     nearby.
     """
     path = Path(path)

@@ -66,7 +66,7 @@ def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
         weight_map = json.loads(contained(directory, index.name).read_text())["weight_map"]
         entries = [(str(name), file) for name, file in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{index} is corrupt ({type(error).__name__}: {error})") from error
     files: dict[Path, set[str] | None] = {}
     for name, file in entries:
         if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:

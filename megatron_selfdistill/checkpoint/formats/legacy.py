@@ -50,7 +50,7 @@ class _Shard:
 class LegacyReader:
     """The weights of a legacy checkpoint, under the keys and stacked indices of torch_dist.
 
-    Raises: CheckpointError for a file that is missing or damaged, or that asks for a refused global.
+    Raises: CheckpointError for a file that is missing or corrupt, or that asks for a refused global.
     """
 
     def __init__(self, directory: Path) -> None:

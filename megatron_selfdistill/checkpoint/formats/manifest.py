@@ -34,7 +34,7 @@ class Entry:
     size: int
     """The size in bytes."""
     checksum: str
-    """The checksum in hexadecimal digits, which finds damage but not an attack."""
+    """The checksum in hexadecimal digits, which finds corruption but not an attack."""
 
 
 def checksum(file: Path) -> Entry:
@@ -86,7 +86,7 @@ def write(directory: Path) -> None:
 def read(directory: Path) -> dict[str, Entry] | None:
     """Return the entry of each file by its name; None where there is no manifest.
 
-    Raises: CheckpointError where the manifest itself is damaged.
+    Raises: CheckpointError where the manifest itself is corrupt.
     """
     file = directory / NAME
     if not file.is_file():
@@ -98,7 +98,7 @@ def read(directory: Path) -> dict[str, Entry] | None:
         if outside := next((name for name in entries if name != Path(name).name or name in ("", "..")), None):
             raise ValueError(f"it names the file {outside!r}, expected one in its directory")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory} has a damaged {NAME} ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{directory} has a corrupt {NAME} ({type(error).__name__}: {error})") from None
     if algorithm != _ALGORITHM:
         raise CheckpointError(f"{directory} has checksums of {algorithm} in its {NAME}, expected {_ALGORITHM}")
     return entries
@@ -126,7 +126,7 @@ def wrong_contents(directory: Path, entries: Mapping[str, Entry], part: int = 0,
     largest_first = sorted(entries, key=lambda name: (-entries[name].size, name))
     for name in largest_first[part::num_parts]:
         if checksum(directory / name) != entries[name]:
-            return f"has a damaged {name}: its checksum is not the one in {NAME}"
+            return f"has a corrupt {name}: its checksum is not the one in {NAME}"
     return None
 
 

@@ -76,7 +76,7 @@ class WeightsDirectory(Protocol):
 def open_weights_directory(directory: Path) -> WeightsDirectory:
     """Return the weights of a Hugging Face directory, from safetensors or from PyTorch's pickles.
 
-    Raises: CheckpointError for files that are missing or damaged, or that lead out of the directory.
+    Raises: CheckpointError for files that are missing or corrupt, or that lead out of the directory.
     """
     files = weight_files(Path(directory))
     return SafetensorsDirectory(directory, files) if files.is_safetensors else PickledDirectory(directory, files)
@@ -85,7 +85,7 @@ def open_weights_directory(directory: Path) -> WeightsDirectory:
 class SafetensorsDirectory:
     """The weights of a Hugging Face directory in safetensors.
 
-    Raises: CheckpointError for files that are missing or damaged.
+    Raises: CheckpointError for files that are missing or corrupt.
     """
 
     def __init__(self, directory: Path, files: WeightFiles) -> None:
@@ -104,7 +104,7 @@ class SafetensorsDirectory:
                             )
                         self.tensors[name] = Stored(file, _DTYPES[dtype], tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} is damaged or cut off ({error})") from error
+                raise CheckpointError(f"{file} is corrupt or cut off ({error})") from error
             _require_held(file, names, held, files.index)
 
     def read(self, name: str) -> Tensor:

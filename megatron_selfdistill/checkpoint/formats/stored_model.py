@@ -31,7 +31,7 @@ def with_stored_architecture(config: Config, given: Collection[str] | None = Non
     default.  Each rank reads for itself; a process group is not needed.
 
     Raises: ConfigError with both values where ``model.*`` contradicts the checkpoint; CheckpointError where the
-    checkpoint is missing or damaged.
+    checkpoint is missing or corrupt.
     """
     if config.model.provider is not None:
         return config

@@ -35,7 +35,7 @@ _POPULATE_READ = 22
 class TorchDistReader:
     """The weights of a torch_dist checkpoint, which it reads slice by slice.
 
-    Its methods raise CheckpointError for missing or damaged files.
+    Its methods raise CheckpointError for missing or corrupt files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -97,7 +97,7 @@ class TorchDistReader:
         except Exception as error:
             name = place.relative_path
             raise CheckpointError(
-                f"{self.directory} has a damaged {name}: no tensor of {key} at byte {place.offset:,} "
+                f"{self.directory} has a corrupt {name}: no tensor of {key} at byte {place.offset:,} "
                 f"({type(error).__name__}: {error})"
             ) from error
         if tuple(tensor.shape) != tuple(chunk.sizes):

@@ -48,8 +48,8 @@ def load_pickled(path: Path, *, mmap: bool = False) -> Any:
         return _torch_load(path, mmap=mmap or None)
     except RefusedPickle as refused:
         raise CheckpointError(f"{path} was refused: {refused}") from None
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{path} is damaged or no PyTorch file ({type(error).__name__}: {error})") from error
+    except Exception as error:  # a corrupt pickle raises almost anything
+        raise CheckpointError(f"{path} is corrupt or no PyTorch file ({type(error).__name__}: {error})") from error
 
 
 def loads_pickled(data: bytes | io.BytesIO, name: str) -> Any:
@@ -67,7 +67,7 @@ def loads_pickled(data: bytes | io.BytesIO, name: str) -> Any:
     except RefusedPickle as refused:
         raise CheckpointError(f"{name} was refused: {refused}") from None
     except Exception as error:
-        raise CheckpointError(f"{name} is damaged ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{name} is corrupt ({type(error).__name__}: {error})") from error
 
 
 def load_metadata(path: Path) -> Metadata:
@@ -83,10 +83,10 @@ def load_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path} has a .metadata that was refused: {refused}") from None
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no .metadata") from None
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{path} has a damaged .metadata ({type(error).__name__}: {error})") from error
+    except Exception as error:  # a corrupt pickle raises almost anything
+        raise CheckpointError(f"{path} has a corrupt .metadata ({type(error).__name__}: {error})") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} has a damaged .metadata (it holds a {type(metadata).__name__})")
+        raise CheckpointError(f"{path} has a corrupt .metadata (it holds a {type(metadata).__name__})")
     for place in metadata.storage_data.values():
         name = getattr(place, "relative_path", None)
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:

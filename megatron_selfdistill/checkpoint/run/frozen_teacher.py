@@ -84,7 +84,7 @@ def load_frozen_teacher(
 
     ``verify``: the part of the manifest to compare: ``checksums``, ``sizes`` or ``none``.
 
-    Raises: CheckpointError where the stored teacher is missing, damaged, or has another id than ``teacher_id``.
+    Raises: CheckpointError where the stored teacher is missing, corrupt, or has another id than ``teacher_id``.
     """
     target = Path(run_dir) / NAME
     path = run_on_rank_0(lambda: directory.resolve(target))

@@ -43,7 +43,7 @@ def encode(trainer_state: dict[str, Any]) -> str:
 def read_saved_run(path: Path) -> SavedRun:
     """Return the state of the run in the checkpoint directory ``path``, without executing anything.
 
-    Raises: CheckpointError where the checkpoint is damaged, or is not the checkpoint of a run of this program.
+    Raises: CheckpointError where the checkpoint is corrupt, or is not the checkpoint of a run of this program.
     """
     common = load_pickled(path / "common.pt")
     own = common.get(SECTION) if isinstance(common, dict) else None
@@ -60,7 +60,7 @@ def read_saved_run(path: Path) -> SavedRun:
 def is_selfdistill_checkpoint(path: Path) -> bool:
     """Return whether this program saved the checkpoint in ``path``: of a run, a frozen teacher or a conversion.
 
-    The answer is False for a common.pt that cannot be read: another program saved it, or it is damaged.
+    The answer is False for a common.pt that cannot be read: another program saved it, or it is corrupt.
     """
     try:
         common = load_pickled(path / "common.pt")
@@ -74,7 +74,7 @@ def _decode(stored: Any, path: Path) -> dict[str, Any]:
     try:
         state = json.loads(stored)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a damaged trainer_state in its common.pt: {error}") from None
+        raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: {error}") from None
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{path} has a damaged trainer_state in its common.pt: expected an object with a step")
+        raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: expected an object with a step")
     return state

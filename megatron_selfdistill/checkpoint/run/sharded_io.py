@@ -173,7 +173,7 @@ def tensors(contents: dict[str, Any]) -> Sequence[ShardedTensor]:
 
 
 def integrity_fault(path: Path, verify: str) -> str | None:
-    """Return the fault of the checkpoint at ``path`` ("has a damaged __0_0.distcp: ..."), or None, on all ranks.
+    """Return the fault of the checkpoint at ``path`` ("has a corrupt __0_0.distcp: ..."), or None, on all ranks.
 
     Collective.  ``verify``: ``none`` checks only the files that Megatron itself stores.  ``sizes`` also compares the
     sizes of all files with the manifest, which a checkpoint of this program must have.  ``checksums`` also compares the

@@ -327,7 +327,7 @@ def test_truncated_and_missing_safetensors_are_named(hf_directory, tmp_path):
     hf = edited(hf_directory("qwen3"), tmp_path / "hf")
     file = hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut off"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is corrupt or cut off"):
         hf_to_megatron(hf, tmp_path / "out")
     file.unlink()
     with pytest.raises(CheckpointError, match=r"has no weights"):
@@ -345,7 +345,7 @@ def test_a_damaged_megatron_checkpoint_is_named(hf_directory, tmp_path):
     with pytest.raises(CheckpointError, match=rf"{len(whole) - 1} bytes of __0_0.distcp, expected {len(whole)}"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     file.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
-    with pytest.raises(CheckpointError, match=r"has a damaged __0_0.distcp: its checksum"):
+    with pytest.raises(CheckpointError, match=r"has a corrupt __0_0.distcp: its checksum"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

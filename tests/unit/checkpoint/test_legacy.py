@@ -145,7 +145,7 @@ def test_a_missing_or_damaged_file_is_named(saved, tmp_path):
     shutil.copytree(saved, directory)
     file = directory / "iter_0000004" / "mp_rank_01_001" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng.pt is damaged"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng.pt is corrupt"):
         open_weights(directory)
     shutil.rmtree(file.parent)
     with pytest.raises(CheckpointError, match="files of 3 tensor and pipeline ranks, expected 2 x 2"):

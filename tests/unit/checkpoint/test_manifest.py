@@ -111,12 +111,12 @@ def cut_off(path: Path) -> str:
 def flip(path: Path) -> str:
     file = distcp(path)
     flip_bit(file)
-    return f"has a damaged {file.name}: its checksum is not the one in manifest.json"
+    return f"has a corrupt {file.name}: its checksum is not the one in manifest.json"
 
 
 def flip_common(path: Path) -> str:
     flip_bit(path / "common.pt", 200, 1)
-    return "has a damaged common.pt"
+    return "has a corrupt common.pt"
 
 
 def lose_data(path: Path) -> str:
@@ -131,7 +131,7 @@ def lose_metadata(path: Path) -> str:
 
 def damage_manifest(path: Path) -> str:
     (path / manifest.NAME).write_text("{")
-    return "has a damaged manifest.json"
+    return "has a corrupt manifest.json"
 
 
 DAMAGES = [cut_off, flip, flip_common, lose_data, lose_metadata, damage_manifest]
@@ -252,7 +252,7 @@ def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
 def test_a_manifest_may_not_name_files_of_other_directories(tmp_path, name):
     entries = {name: {"size": 1, "checksum": ""}}
     (tmp_path / manifest.NAME).write_text(json.dumps({"version": 1, "algorithm": "xxh3_128", "files": entries}))
-    with pytest.raises(CheckpointError, match=r"has a damaged manifest.json .*expected one in its directory"):
+    with pytest.raises(CheckpointError, match=r"has a corrupt manifest.json .*expected one in its directory"):
         manifest.read(tmp_path)
 
 

@@ -116,7 +116,7 @@ REFUSED = ".*its pickle asks for posix.system"
 UNUSABLE = "none of the checkpoints in .* can be used: iter_0000001 has a .metadata that"
 POISONED = {
     "common.pt": (poison_common, REFUSED),
-    "the trainer's state": (poison_trainer_state, "has a damaged trainer_state in its common.pt"),  # it is no pickle
+    "the trainer's state": (poison_trainer_state, "has a corrupt trainer_state in its common.pt"),  # it is no pickle
     "the random states": (poison_rng_state, f"rng_state/shard_{REFUSED}"),
     "a layer's extra state": (poison_extra_state, f"_extra_state/shard_{REFUSED}"),
     ".metadata": (poison_metadata, f"{UNUSABLE}{REFUSED}"),

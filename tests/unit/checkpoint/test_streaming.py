@@ -129,7 +129,7 @@ def test_a_cut_off_file_is_named(tmp_path):
     torch_dist_writer.write(tmp_path, cut("key", torch.zeros(4, 300), (4, 300)), {})
     file: Path = tmp_path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match=r"has a damaged __0_0.distcp: no tensor of key at byte 0"):
+    with pytest.raises(CheckpointError, match=r"has a corrupt __0_0.distcp: no tensor of key at byte 0"):
         TorchDistReader(tmp_path).read("key")
 
 

@@ -126,7 +126,7 @@ def test_classes_of_another_megatron_become_inert(tmp_path, monkeypatch):
 def test_a_damaged_file_is_one_sentence(tmp_path):
     torch.save({"weight": torch.zeros(1000)}, tmp_path / "state.pt")
     (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=r"state\.pt is damaged or no PyTorch file"):
+    with pytest.raises(CheckpointError, match=r"state\.pt is corrupt or no PyTorch file"):
         load_pickled(tmp_path / "state.pt")
 
 

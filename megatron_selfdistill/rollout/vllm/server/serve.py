@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """A vLLM server for rollouts, in the environment that has vLLM.
 
-    selfdistill serve --hf-config FOLDER --max-model-len 4096 [--port 8000] [-- vLLM's own arguments]
+    selfdistill serve --hf-config DIR --max-model-len 4096 [--port 8000] [-- vLLM's own arguments]
 
 It is vLLM's OpenAI-compatible server with the routes that take weights and call methods.  Its weights are random until
 a trainer (rollout.placement=server, rollout.servers) sends some.  A client that reaches those routes controls the
