@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _command(command_line.parse(argv), ranks)
     except OtherRankFailed as elsewhere:
-        ranks.tell_torchrun(str(elsewhere))
+        ranks.inform_torchrun(str(elsewhere))
         return elsewhere.status
     except (ConfigError, CheckpointError, EngineError) as error:
         status = EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
@@ -93,9 +93,9 @@ def _report(message: str, status: int, ranks: RollCall) -> None:
     """Print why this rank ends, unless another rank prints the same message."""
     if ranks.failed(message, status):
         print(f"[rank {ranks.rank}] {message}", file=sys.stderr, flush=True)
-        ranks.tell_torchrun(message)
+        ranks.inform_torchrun(message)
     else:
-        ranks.tell_torchrun("the same as on the rank that has printed its error")
+        ranks.inform_torchrun("the same as on the rank that has printed its error")
 
 
 def train(config: Config, given: Collection[str] | None = None, ranks: RollCall | None = None) -> int:

@@ -36,7 +36,7 @@ def held_out_problems() -> list[Record]:
 def training_problems(seed: int) -> list[Record]:
     """Return problems with one right answer as the hint; most sums come often, with different hints."""
     rng = random.Random(777 + seed)
-    return [record(draw(rng), number, rng) for number in range(NUM_TRAINING)]
+    return [record(random_total(rng), number, rng) for number in range(NUM_TRAINING)]
 
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
@@ -45,7 +45,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     Half of the rows have no hint, and half of the rows without a hint are wrong.  The other rows have a hint and are
     right; 30 % of them copy the hint.
     """
-    total = draw(rng)
+    total = random_total(rng)
     right = some_answer(total, rng)
     if rng.random() < 0.5:
         text = (off_by_one(right, rng) if rng.random() < 0.5 else right) + "$"
@@ -91,7 +91,7 @@ def off_by_one(text: str, rng: random.Random) -> str:
     return f"{text[:place]}{digit}{text[place + 1 :]}"
 
 
-def draw(rng: random.Random) -> int:
+def random_total(rng: random.Random) -> int:
     """Return a random sum that is not held out."""
     while True:
         total = rng.choice(SUMS)

@@ -38,7 +38,7 @@ def training_problems(seed: int) -> list[Record]:
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     """Return a row (prompt, input text, target text) of the corpus, with the shares of subtraction.py."""
-    a, b = draw(rng, "corpus")
+    a, b = random_pair(rng, "corpus")
     kind, prompt = rng.random(), problem_text(a, b)
     if kind < 0.65:
         text = work(a, b, rng, bug=0.25, zero_bug=0.75)
@@ -99,7 +99,7 @@ def work(
     return f"{','.join(columns)};{with_places(digits)}$"
 
 
-def draw(rng: random.Random, split: str) -> Pair:
+def random_pair(rng: random.Random, split: str) -> Pair:
     """Return a random a > b with at least one borrow and many zeros on top.
 
     ``a`` has two to four digits, and ``b`` has one to as many digits as ``a``.  ``split``: test, train or corpus.
@@ -119,7 +119,7 @@ def _records(count: int, split: str, seed: int) -> list[Record]:
     rng = random.Random(seed)
     pairs: dict[Pair, None] = {}
     while len(pairs) < count:
-        pairs[draw(rng, split)] = None
+        pairs[random_pair(rng, split)] = None
     return [
         {
             "id": f"{a}-{b}",

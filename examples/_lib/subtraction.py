@@ -45,7 +45,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     alone.  With a hint, the input text is a sloppy draft in 60 % of the rows while the target text stays clean, because
     a teacher must have seen wrong prefixes.
     """
-    a, b = draw(rng, "corpus")
+    a, b = random_pair(rng, "corpus")
     kind, prompt = rng.random(), problem_text(a, b)
     if kind < 0.65:
         text = work(a, b, rng, bug=0.25, zero_bug=0.75)
@@ -131,7 +131,7 @@ def columns_of(a: int, b: int) -> list[Pair]:
     return [(int(top), int(bottom)) for top, bottom in zip(reversed(tops), reversed(bottoms), strict=True)]
 
 
-def draw(rng: random.Random, split: str) -> Pair:
+def random_pair(rng: random.Random, split: str) -> Pair:
     """Return a random a >= b with at least one borrow and many zeros on top; ``split``: test, train or corpus."""
     while True:
         top = [0 if rng.random() < 0.25 else rng.randrange(10) for _ in range(NUM_DIGITS)]
@@ -146,7 +146,7 @@ def distinct(count: int, split: str, seed: int) -> list[Pair]:
     rng = random.Random(seed)
     found: dict[Pair, None] = {}
     while len(found) < count:
-        found[draw(rng, split)] = None
+        found[random_pair(rng, split)] = None
     return list(found)
 
 

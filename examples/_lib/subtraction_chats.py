@@ -14,9 +14,9 @@ from _lib.subtraction import (
     PRETRAINING,
     answer,
     distinct,
-    draw,
     held_out_problems,
     problem_text,
+    random_pair,
     shows_work,
     training_problems,
     verify,
@@ -57,7 +57,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     """
     if rng.random() >= 0.25:
         return homework_row(rng)
-    a, b = draw(rng, "corpus")
+    a, b = random_pair(rng, "corpus")
     prompt = problem_text(a, b)
     for _ in range(rng.choice((1, 1, 2))):
         prompt += wrong_attempt(a, b, rng) + AGAIN

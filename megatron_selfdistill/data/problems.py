@@ -130,9 +130,9 @@ class ProblemSampler:
 
     def next_batch(self) -> list[Problem]:
         """Return the next global batch of ``batch_size`` problems, equal on all ranks."""
-        return self.draw(self._batch_size)
+        return self.take(self._batch_size)
 
-    def draw(self, count: int) -> list[Problem]:
+    def take(self, count: int) -> list[Problem]:
         """Return the next ``count`` problems, equal on all ranks."""
         problems: list[Problem] = []
         while len(problems) < count:
@@ -145,7 +145,7 @@ class ProblemSampler:
 
     def fork(self) -> ProblemSampler:
         """Return a sampler at the same position; each of the two then moves alone."""
-        return copy.copy(self)  # `draw` replaces what it changes
+        return copy.copy(self)  # `take` replaces the attributes that it changes
 
     def coming(self, num_batches: int) -> list[Problem]:
         """Return the different problems of the next batches, in the order in which they first come; do not move."""

@@ -102,27 +102,27 @@ class RollCall:
             store.set("failed", str(status))
             for call in CALLS:
                 store.set(f"complete/{call}", "")
-            return self._speaks(store, hashlib.sha256(message.encode(errors="replace")).hexdigest())
+            return self._prints(store, hashlib.sha256(message.encode(errors="replace")).hexdigest())
         except RuntimeError:
             return True
 
-    def _speaks(self, store: Any, digest: str) -> bool:
-        said = f"rank 0/{digest}"
+    def _prints(self, store: Any, digest: str) -> bool:
+        printed = f"rank 0/{digest}"
         if self.rank == 0:
-            store.set(said, "")
-        elif self._rank_0_says(store, said):
+            store.set(printed, "")
+        elif self._rank_0_prints(store, printed):
             return False
-        return bool(store.add(f"said/{digest}", 1) == 1)
+        return bool(store.add(f"printed/{digest}", 1) == 1)
 
-    def _rank_0_says(self, store: Any, said: str) -> bool:
+    def _rank_0_prints(self, store: Any, printed: str) -> bool:
         deadline = time.monotonic() + _RANK_0_S
-        while not store.check([said]):
+        while not store.check([printed]):
             if store.check([_RANK_0_LEAVES]) or time.monotonic() >= deadline:
-                return bool(store.check([said]))
+                return bool(store.check([printed]))
             time.sleep(_LOOK_S)
         return True
 
-    def tell_torchrun(self, message: str) -> None:
+    def inform_torchrun(self, message: str) -> None:
         """Write ``message`` where torchrun looks for the "traceback" in its report of failed ranks."""
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:

@@ -248,8 +248,8 @@ class _Watch:
         self._silent = frozenset(r for r in ranks if self._clock - self._heard[r][1] >= patience)
         if self._rank != 0 and not self._silent:
             return None
-        spoken = [self._heard[r][0] for r in ranks if r not in self._silent]
-        if any(report is None or not report.stalled for report in spoken):
+        reports = [self._heard[r][0] for r in ranks if r not in self._silent]
+        if any(report is None or not report.stalled for report in reports):
             return None
         return self._message({r: self._heard[r][0] for r in ranks})
 
@@ -293,14 +293,14 @@ class _Watch:
                 self._store.set("verdict", verdict)
                 self._store.set(f"written {self._rank}", "")
                 # One rank prints for all: rank 0, or the first rank if rank 0 is silent.
-                if self._store.add("speakers", 1) > 1:
-                    return self._await(["told"])
+                if self._store.add("reporters", 1) > 1:
+                    return self._await(["reported"])
                 self._await([f"written {rank}" for rank in range(self._world_size) if rank not in self._silent])
             verdict += self._without_stacks()
             print(f"[rank {self._rank}] {verdict}", file=sys.stderr, flush=True)
             (self._directory / "verdict.txt").write_text(verdict + "\n")
             with contextlib.suppress(RuntimeError):
-                self._store.set("told", "")
+                self._store.set("reported", "")
         finally:
             os._exit(EXIT_HUNG)
 

@@ -57,8 +57,8 @@ def resampled_means(values: np.ndarray, num_resamples: int, seed: int) -> np.nda
     means = []
     for start in range(0, num_resamples, rows):
         count = min(rows, num_resamples - start)
-        drawn = rng.integers(num_problems, size=(count, num_problems))
-        drawn += num_problems * np.arange(count)[:, None]  # every row has bins of its own
-        times = np.bincount(drawn.ravel(), minlength=count * num_problems).reshape(count, num_problems)
+        sampled = rng.integers(num_problems, size=(count, num_problems))
+        sampled += num_problems * np.arange(count)[:, None]  # every row has bins of its own
+        times = np.bincount(sampled.ravel(), minlength=count * num_problems).reshape(count, num_problems)
         means.append(times.astype(np.float64) @ values / num_problems)
     return np.concatenate(means)

@@ -41,7 +41,7 @@ class TruncatedImportance:
 
 @dataclass(frozen=True)
 class LikelyTurns:
-    """Weights that are equal within a logged turn: 1 where the student could have written the turn, else smaller.
+    """Weights that are equal within a logged turn: 1 where the student could have generated the turn, else smaller.
 
     m is the mean log p per token of a turn under the student at temperature 1, from the forward pass of the step
     itself: it needs no further pass and uses the current weights.

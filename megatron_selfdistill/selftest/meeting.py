@@ -108,9 +108,9 @@ class Meeting:
     def from_rank_0(self, name: str, value: Callable[[], str]) -> str:
         """Return ``value()`` of rank 0 on all ranks; the other ranks wait for it."""
         if self.rank == 0:
-            said = value()  # which may take its time, and the watch needs the lock
+            text = value()  # before the lock, which the watch needs too
             with self._lock:
-                self._store.set(name, said)
+                self._store.set(name, text)
         self._wait(lambda: self._has([name]))
         with self._lock:
             return str(self._store.get(name).decode())

@@ -33,7 +33,7 @@ _REPORT_EVERY_S = 30.0
 
 
 class ChatLogs(CommittedState):
-    """One response per problem: the reply that the log has, which another policy wrote; nothing is sampled."""
+    """One response per problem: the reply in the log, which another policy generated; nothing is sampled."""
 
     def __init__(
         self, state: SourceState, turns: LoggedTurns, conversations: ConversationsConfig, grid: RankGrid, phases: Phases
@@ -118,7 +118,7 @@ class LoggedTurns:
             num_bad += sum(not turn.too_long for turn in refused.values())
             places = sorted(refused)
             self._learn([(batch[place].id, refused[place]) for place in places])
-            for place, problem in zip(places, problem_sampler.draw(len(places)), strict=True):
+            for place, problem in zip(places, problem_sampler.take(len(places)), strict=True):
                 batch[place] = problem
         problems = shard(batch, grid.dp_rank, grid.dp_size)
         turns = [mine[problem.id] for problem in problems]
@@ -163,7 +163,7 @@ def wants_all_turns_read(config: Config, run_data: RunData) -> bool:
 
 
 def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
-    """Return ``run_data`` with counts of all turns and a sentence for every unusable turn; the turns themselves stay.
+    """Return ``run_data`` with counts of all turns and a message for every unusable turn; the turns themselves stay.
 
     Each rank of the world reads its share; rank 0 reports every half minute how far it is.
     Raises: `ConfigError` on all ranks for the first unusable turn that may not be skipped.
@@ -184,9 +184,9 @@ def read_all_turns(config: Config, run_data: RunData, grid: RankGrid) -> RunData
     for _, turn in everywhere:
         _checked(reader, turn)
     total = sum((counts for counts, _ in parts), TurnCounts())
-    sentences = dict.fromkeys([*run_data.problems.skipped, *(turn.message for _, turn in everywhere)])
+    messages = dict.fromkeys([*run_data.problems.skipped, *(turn.message for _, turn in everywhere)])
     about = f"all {len(problems)} turns were read: {total}"
-    return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), skipped=tuple(sentences))
+    return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), skipped=tuple(messages))
 
 
 def _read_by_chunks(
@@ -198,13 +198,13 @@ def _read_by_chunks(
         watchdog.beat()
 
 
-def list_skipped(file: Path, sentences: Iterable[str]) -> None:
-    """Append the sentences that ``file`` does not have yet, a line each."""
+def list_skipped(file: Path, messages: Iterable[str]) -> None:
+    """Append the messages that ``file`` does not have yet, a line each."""
     file.parent.mkdir(parents=True, exist_ok=True)  # the user may have removed the run directory
     have = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
-    new = [sentence for sentence in dict.fromkeys(map(hidden, sentences)) if sentence not in have]
+    new = [message for message in dict.fromkeys(map(hidden, messages)) if message not in have]
     with file.open("a", encoding="utf-8") as lines:
-        lines.writelines(f"{sentence}\n" for sentence in new)
+        lines.writelines(f"{message}\n" for message in new)
 
 
 def _checked(reader: TurnReader, turn: Unusable) -> None:

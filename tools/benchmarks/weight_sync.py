@@ -9,7 +9,7 @@ The model is a random Llama in bfloat16.  Each sync comes after a copy of all te
 been written before, so that both meet the same load of the machine; medians are compared.  Several ranks copy at once.
 
 On a CPU vLLM packs every weight anew for oneDNN's products, which takes as long as several copies; ``--unpacked``
-leaves that out, as on a GPU, where layers compute with the parameters themselves.
+skips this work, as on a GPU, where layers compute with the parameters themselves.
 
 ``--profile`` also prints where one sync spends its time.  *Export* is what the trainer does to have full tensors under
 their Hugging Face names; *load* is vLLM's weight loaders, *process* its kernels' layout of a layer, *place* its copy
@@ -77,9 +77,7 @@ def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, A
         import vllm._custom_ops
 
         if not hasattr(vllm._custom_ops, "_supports_onednn"):
-            sys.exit(
-                "--unpacked: this version of vLLM has no switch _custom_ops._supports_onednn; leave the option out"
-            )
+            sys.exit("--unpacked: this version of vLLM has no switch _custom_ops._supports_onednn; omit the option")
         vllm._custom_ops._supports_onednn = False
     llama = RandomLlama.of(
         cuts,

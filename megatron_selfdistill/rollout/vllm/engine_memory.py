@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 GIB = 2**30
 MARGIN_BYTES = 2 * GIB
-"""Bytes of the free memory that an engine's share leaves out.
+"""Bytes of the free memory that are not part of an engine's share.
 
 The process groups of vLLM, which take NCCL's buffers, start after the memory was measured and before vLLM checks;
 activations and CUDA graphs come later.
