@@ -2,7 +2,8 @@
 """A tiny run under torchrun in which one rank hangs in its third step, or before its first step.
 
 The command line is ``hanging_run.py HOW RANK key=value ...``.  With a way that ends in "unseen", the stack of a rank
-does not show that the rank waits, as on a GPU.
+does not show that the rank waits, as on a GPU.  Before the third step every rank reports progress several times per
+second, so that a short timeout does not take a busy machine for a hang.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +43,18 @@ def main(how: str, rank: str, arguments: list[str]) -> int:
     if how.endswith("unseen"):
         watchdog._WAITING = ("nowhere",)  # type: ignore[assignment]
 
+    third_step = threading.Event()
+
+    def beat_until_the_third_step() -> None:
+        while not third_step.wait(0.2):
+            watchdog.beat()
+
+    if not (at_once or in_the_start):
+        threading.Thread(target=beat_until_the_third_step, daemon=True).start()
+
     def pack_or_hang(self: Any, *args: Any) -> Any:
+        if self.step == 2:
+            third_step.set()
         if self.step == 2 and not (at_once or in_the_start) and os.environ["RANK"] == rank:
             WAYS[how]()
         return pack(self, *args)

@@ -13,8 +13,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hanging_run
 import pytest
 import tiny_run
+from ranks import RankError
 from tiny_run import overrides, train
 
 from megatron_selfdistill.config import Config, load
@@ -75,7 +77,7 @@ def test_by_default_a_hang_is_seen_before_collectives_give_up():
         load(["stop.hang_timeout_minutes=30"])
 
 
-def hung(data: Path, folder: Path, how: str, rank: int, world_size: int = 2) -> subprocess.CompletedProcess[str]:
+def hung(data: Path, run_dir: Path, how: str, rank: int, world_size: int = 2) -> subprocess.CompletedProcess[str]:
     """Run torchrun on a run that hangs; torchrun ends its workers a second after it has lost one."""
     paths = [str(TESTS / "support"), str(TESTS.parent), str(TESTS.parent / "examples")]
     environment = os.environ | {
@@ -87,28 +89,36 @@ def hung(data: Path, folder: Path, how: str, rank: int, world_size: int = 2) -> 
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     command = [sys.executable, *launcher, str(TESTS / "support" / "hanging_run.py"), how, str(rank)]
-    arguments = overrides(data, folder, "stop.hang_timeout_minutes=0.1")
+    arguments = overrides(data, run_dir, "stop.hang_timeout_minutes=0.1")
     return subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize(
-    ("how", "rank"),
-    [
-        ("sleeps", 1),
-        *(pytest.param(*case, marks=pytest.mark.full) for case in (("sleeps unseen", 1), ("holds the interpreter", 0))),
-    ],
-)
-def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_the_run_ends(data, tmp_path, how, rank):
+def assert_named_with_stacks(run_dir: Path, rank: int, minutes: str, output: str) -> None:
+    """Assert that the verdict on a run of two ranks names ``rank``, in the output too, and that both stacks exist."""
+    verdict = (run_dir / "stacks" / "verdict.txt").read_text()
+    assert f"] {verdict}" in output and f"no rank has made progress for {minutes} minutes" in verdict
+    assert f": rank {rank} on " in verdict and f"rank {1 - rank} on" not in verdict
+    stacks = {r: (run_dir / "stacks" / f"rank_{r}.txt").read_text() for r in (0, 1)}
+    assert "hanging_run.py" in stacks[rank] and "in pack_or_hang" in stacks[rank]
+    assert "most recent call first" in stacks[1 - rank] and "in <lambda>" not in stacks[1 - rank]
+
+
+def test_a_rank_that_hangs_is_named_with_every_ranks_stack_and_all_ranks_end(ranks, data, tmp_path):
+    arguments = overrides(data, tmp_path / "run", "stop.hang_timeout_minutes=0.05")
+    with pytest.raises(RankError, match=f"exit code {watchdog.EXIT_HUNG} ") as ended:
+        ranks.run(hanging_run.main, "sleeps", "1", arguments, world_size=2, init_process_group=False)
+    assert_named_with_stacks(tmp_path / "run", 1, "0.05", str(ended.value))
+    assert str(ended.value).endswith("Afterwards: rank 1: died")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("sleeps unseen", 1), ("holds the interpreter", 0)])
+def test_a_rank_that_hangs_under_torchrun_is_named_with_every_ranks_stack_and_the_run_ends(data, tmp_path, how, rank):
     started = time.monotonic()
     ended = hung(data, tmp_path / "run", how, rank)
     assert time.monotonic() - started < 200 and ended.returncode != 0
-    verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
-    assert f"] {verdict}" in ended.stderr and "no rank has made progress for 0.1 minutes" in verdict
-    assert f": rank {rank} on " in verdict and f"rank {1 - rank} on" not in verdict
+    assert_named_with_stacks(tmp_path / "run", rank, "0.1", ended.stderr)
     assert "exitcode  : 5" in ended.stderr
-    stacks = {r: (tmp_path / "run" / "stacks" / f"rank_{r}.txt").read_text() for r in (0, 1)}
-    assert "hanging_run.py" in stacks[rank] and "in pack_or_hang" in stacks[rank]
-    assert "most recent call first" in stacks[1 - rank] and "in <lambda>" not in stacks[1 - rank]
 
 
 def test_a_silent_rank_without_a_stack_is_named_and_its_file_says_why(tmp_path):
@@ -129,8 +139,8 @@ def test_a_rank_that_hangs_while_the_run_is_built_is_named(data, tmp_path):
     assert ": rank 1 on " in verdict and "rank 0 on" not in verdict
 
 
-def copies(folder: Path) -> None:
-    (folder / "file").write_bytes(bytes(2**21))
+def copies(directory: Path) -> None:
+    (directory / "file").write_bytes(bytes(2**21))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody counts what a process writes")
@@ -182,11 +192,11 @@ def test_whatever_loads_and_saves_counts_the_files_that_it_moves(ranks, data, tm
         arguments = overrides(data, tmp_path / "run", f"num_steps={steps}")
         train(ranks, arguments, 1, start=noted, path=tmp_path / "notes")
     notes = (tmp_path / "notes").read_text().split("\n")
-    wanted = {"read True", "write_now True", "_finalize True True", "_finalize False False"}  # the last: to look only
-    assert wanted == {note for note in notes if note}
+    expected = {"read True", "write_now True", "_finalize True True", "_finalize False False"}  # the last: to look only
+    assert expected == {note for note in notes if note}
 
 
-def test_a_run_that_is_refused_while_it_is_built_leaves_no_folder(tmp_path):
+def test_a_run_that_is_refused_while_it_is_built_leaves_no_directory(tmp_path):
     with pytest.raises(RuntimeError), watchdog.watched(0, 1, tmp_path / "run" / "stacks", 60.0):
         raise RuntimeError
     assert not (tmp_path / "run").exists()
@@ -207,6 +217,38 @@ def test_a_rank_that_is_stopped_is_named(data, tmp_path):
     assert "rank 1 has not answered" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
 
 
+def verdicts_while_a_rank_beats(directory: Path) -> list[list[str | None]]:
+    """Return this rank's verdicts in three spans of 40 s each: rank 0 makes progress, then rank 1, then no rank."""
+    from torch import distributed as dist
+
+    from megatron_selfdistill.distributed.launch_store import launch_store
+
+    rank = dist.get_rank()
+    store = launch_store("keeper", 2, 60.0, may_keep=True) if rank == 0 else None
+    dist.barrier()
+    watch = watchdog._Watch(rank, 2, directory, timeout_s=10.0)
+    verdicts: list[list[str | None]] = []
+    for beating in (0, 1, None):
+        verdicts.append([])
+        for _ in range(10):
+            watch._clock += 4.0  # the clock of the watch stands still otherwise: its thread does not run
+            if rank == beating:
+                watchdog.beat()
+            verdicts[-1].append(watch._verdict())
+            dist.barrier()
+    del store
+    return verdicts
+
+
+def test_slow_ranks_that_others_wait_for_are_no_hang(ranks, tmp_path):
+    for rank, verdicts in enumerate(ranks.run(verdicts_while_a_rank_beats, tmp_path / "stacks", world_size=2)):
+        rank_0_beats, rank_1_beats, no_rank_beats = verdicts
+        assert rank_0_beats == rank_1_beats == [None] * 10
+        assert no_rank_beats[:2] == [None] * 2, "less than the timeout"
+        if rank == 0:  # the judge
+            assert "no rank has made progress for 0.167 minutes" in str(no_rank_beats[-1])
+
+
 def slow(arguments: list[str], seconds: float) -> int:
     """Rollouts that take longer than the timeout of a hang, but get on: that of rank 0, then that of rank 1."""
     from megatron_selfdistill.distributed.watchdog import beat
@@ -224,7 +266,8 @@ def slow(arguments: list[str], seconds: float) -> int:
     return tiny_run.start_with(arguments, Trainer, "next_batch", slowly)
 
 
-def test_slow_ranks_that_others_wait_for_are_no_hang_and_leave_no_stacks(ranks, data, tmp_path):
+@pytest.mark.full  # it waits for more than half a minute
+def test_a_run_with_slow_ranks_is_no_hang_and_leaves_no_stacks(ranks, data, tmp_path):
     arguments = overrides(data, tmp_path / "run", "num_steps=2", "stop.hang_timeout_minutes=0.25")
     train(ranks, arguments, 2, start=slow, seconds=17.0)
     assert not (tmp_path / "run" / "stacks").exists()
