@@ -11,6 +11,7 @@ from typing import Any
 
 import hf_models
 import pytest
+import remote_code
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -192,15 +193,10 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 """
 
 
-@pytest.fixture
-def own_modules(tmp_path, monkeypatch) -> None:
-    """Let transformers copy remote code to a directory of this test."""
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
-def test_a_model_with_remote_code_loads_when_it_comes_back(directory, own_modules):
+def test_a_model_with_remote_code_loads_when_it_comes_back(directory, tmp_path, monkeypatch):
     from tokenizers import Tokenizer, models
 
+    remote_code.keep_in(tmp_path / "modules", monkeypatch)
     expected = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import hf_models
 import pytest
+import remote_code
 import sentencepiece
-import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -127,7 +127,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 
 def test_tokenizers_that_are_code_are_compared_where_that_code_may_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    remote_code.keep_in(tmp_path / "modules", monkeypatch)
     hf_models.write("llama2", tmp_path / "hf")
     for directory, letters in ((tmp_path / "hf", LETTERS), (tmp_path / "other", "_$xyz")):
         save_tokenizer(directory, letters)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import remote_code
 import transformers
-from transformers import dynamic_module_utils
 
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ def folder(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
     (tmp_path / "problems.jsonl").write_text(json.dumps({"problem": "3+4?", "solution": "7", "answer": "7"}) + "\n")
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    remote_code.keep_in(tmp_path / "modules", monkeypatch)
     return folder
 
 
