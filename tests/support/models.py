@@ -41,14 +41,15 @@ _GQA = ModelConfig(
     max_position_embeddings=256,
 )
 _MODELS = {
-    "gqa": _GQA,  # grouped queries, untied
-    "tied": dataclasses.replace(_GQA, share_embeddings_and_output_weights=True, add_qkv_bias=True),
+    "gqa": _GQA,  # grouped queries, untied, 4 layers
+    "shallow": dataclasses.replace(_GQA, num_layers=2),
+    "tied": dataclasses.replace(_GQA, share_embeddings_and_output_weights=True, add_qkv_bias=True),  # 4 layers
     "moe": dataclasses.replace(_GQA, num_layers=2, num_moe_experts=4, moe_ffn_hidden_size=32, qk_layernorm=True),
 }
 
 
 def model_config(kind: str = "gqa", **changes: Any) -> ModelConfig:
-    """Return a configuration: ``gqa`` (untied), ``tied`` (biases in QKV) or ``moe`` (4 experts, 2 per token).
+    """Return a configuration: ``gqa``, ``shallow``, ``tied`` or ``moe`` (4 experts, 2 per token).
 
     ``changes`` replace fields.
     """
