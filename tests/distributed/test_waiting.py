@@ -20,54 +20,65 @@ from megatron_selfdistill.pipeline import device_batch, schedule
 
 
 def traffic_of(case: Case) -> list[str]:
-    """Return the traffic that one rank's call of the schedule records, and the number of copies of the batch."""
-    traffic: set[str] = set()
-    copies = []
+    """Return the traffic that the second step of a case records on one rank, and the copies of its batch."""
+    steps: list[list[str]] = []
+    copies: list[int] = []
     get, copy = schedule.get_forward_backward_func, device_batch.to_device_in_one_copy
+
+    def copied(*args: Any) -> Any:
+        copies.append(len(steps))
+        return copy(*args)
 
     def watched() -> Callable[..., Any]:
         run = get()
 
         def call(**kwargs: Any) -> Any:
+            if not steps:  # the first step makes what all steps keep
+                steps.append([])
+                return run(**kwargs)
             with host_traffic() as found:
                 outcome = run(**kwargs)
-            traffic.update(found)
+            steps.append(found)
             return outcome
 
         return call
 
-    layouts.run(case)  # what is made once and kept is there now
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "get_forward_backward_func", watched)
-        patch.setattr(device_batch, "to_device_in_one_copy", lambda *a: copies.append(1) or copy(*a))
-        layouts.run(case)
-    return [*sorted(traffic), f"{len(copies)} copies"]
+        patch.setattr(device_batch, "to_device_in_one_copy", copied)
+        layouts.run(dataclasses.replace(case, steps=2))
+    _, found = steps
+    return [*sorted(set(found)), f"{copies.count(1)} copies"]
+
+
+def traffic_of_each(cases: dict[str, Case]) -> dict[str, list[str]]:
+    return {name: traffic_of(case) for name, case in cases.items()}
 
 
 CASES = {
-    "plain": (Case(), 1),
-    "alternating": (Case(pair_order="alternating", paired=True), 1),
-    "fused": (Case(fusion=Fusion("keep_gradient", 16)), 1),
-    "full recompute": (
-        Case(schedule=ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)),
-        1,
-    ),
-    "TP2 with sequence parallelism": (Case(parallel=parallel(tp=2, sp=True)), 2),
-    "TP2 with sequence parallelism, fused": (
-        Case(parallel=parallel(tp=2, sp=True), fusion=Fusion("low_memory", 16)),
-        2,
-    ),
-    "PP2": (Case(parallel=parallel(pp=2)), 2),
-    "tied": (Case(kind="tied"), 1),
+    "one rank": {
+        "plain": Case(kind="shallow"),
+        "alternating": Case(kind="shallow", pair_order="alternating", paired=True),
+        "fused": Case(kind="shallow", fusion=Fusion("keep_gradient", 16)),
+        "full recompute": Case(
+            kind="shallow",
+            schedule=ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        ),
+        "tied": Case(kind="tied"),
+    },
+    "TP2 with sequence parallelism": {
+        "plain": Case(kind="shallow", parallel=parallel(tp=2, sp=True)),
+        "fused": Case(kind="shallow", parallel=parallel(tp=2, sp=True), fusion=Fusion("low_memory", 16)),
+    },
+    "PP2": {"plain": Case(kind="shallow", parallel=parallel(pp=2))},
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_forward_and_backward_of_all_microbatches_exchange_nothing_with_the_host(ranks, name):
-    case, world_size = CASES[name]
-    for found in ranks.run(traffic_of, case, world_size=world_size):
-        pass
-        assert found == ["1 copies"]
+@pytest.mark.parametrize("layout", CASES)
+def test_forward_and_backward_of_all_microbatches_exchange_nothing_with_the_host(ranks, layout):
+    cases, world_size = CASES[layout], 1 if layout == "one rank" else 2
+    for found in ranks.run(traffic_of_each, cases, world_size=world_size):
+        assert found == {name: ["1 copies"] for name in cases}
 
 
 def traffic_with(fault: str) -> list[str]:
@@ -83,7 +94,7 @@ def traffic_with(fault: str) -> list[str]:
                 return dataclasses.replace(of(cls, *args, with_segment_batches=False), segment_bounds=())
 
             patch.setattr(packed_sequences.PackedSequences, "of", classmethod(without_bounds))
-        return traffic_of(Case())
+        return traffic_of(Case(kind="shallow"))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ another device or to Python.
 from __future__ import annotations
 
 import contextlib
-import traceback
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -56,14 +57,15 @@ class _Operators(TorchDispatchMode):
 
 def record(what: str, found: list[str]) -> None:
     """Append ``what`` and the line of this project or of Megatron that calls it."""
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename.endswith(EXEMPT):
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.endswith(EXEMPT):
             return
-        if frame.filename.endswith(BETWEEN):
-            continue
-        if PACKAGE in frame.filename or ELSEWHERE in frame.filename:
-            found.append(f"{what} at {frame.filename.rpartition('/site-packages/')[2]}:{frame.lineno}")
+        if (PACKAGE in file or ELSEWHERE in file) and not file.endswith(BETWEEN):
+            found.append(f"{what} at {file.rpartition('/site-packages/')[2]}:{frame.f_lineno}")
             return
+        frame = frame.f_back
 
 
 @contextlib.contextmanager
@@ -75,9 +77,9 @@ def host_traffic() -> Iterator[list[str]]:
         def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             named = [a for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device))]
             to_device = move != "to" or (named and not kwargs.get("non_blocking"))
-            frame = traceback.extract_stack(limit=2)[0].filename
-            ours = PACKAGE in frame and not frame.endswith(BETWEEN)
-            if to_device and (ours or (ELSEWHERE in frame and move == "tolist")):
+            file = sys._getframe(1).f_code.co_filename
+            ours = PACKAGE in file and not file.endswith(BETWEEN)
+            if to_device and (ours or (ELSEWHERE in file and move == "tolist")):
                 record(move, found)
             return original(self, *args, **kwargs)
 
