@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import layouts
 import models
@@ -21,7 +24,6 @@ from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.pipeline import schedule
-from megatron_selfdistill.teacher import Teacher
 
 
 def reverse_kl_to_capped_mix(s: torch.Tensor, t: torch.Tensor, w: float = 0.75) -> torch.Tensor:
@@ -39,59 +41,95 @@ def reverse_kl_to_capped_mix(s: torch.Tensor, t: torch.Tensor, w: float = 0.75) 
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def gradients_of_plain_autograd(cap: float | None, fusion: Fusion | None) -> tuple[float, dict, dict]:
-    """(loss, by autograd, by the schedule); ``cap`` weights each token by min(p / mu, cap), some made-up mu."""
-    model = models.model_config("tied")
+Gradients = dict[str, torch.Tensor]
+CAPS = [None, 2.0]
+FUSIONS = [None, Fusion("keep_gradient", 5), Fusion("low_memory", 5)]
+
+
+def wrapped(chunks: list) -> list:
+    """Return the chunks as a student whose gradients are zero."""
+    for chunk in chunks:
+        chunk.zero_grad(set_to_none=True)  # or DDP would add them to its own
+    student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
+    clear(student)
+    return student
+
+
+def clear(student: list) -> None:
+    for chunk in student:
+        chunk.zero_grad_buffer()
+
+
+def main_grads(student: list) -> Gradients:
+    return {name: p.main_grad.clone() for name, p in unwrapped(student[0]).named_parameters()}
+
+
+def plain_gradients(student: torch.nn.Module, teacher: torch.nn.Module, sampled: torch.Tensor) -> dict:
+    """Return loss and gradients by autograd, for each of `CAPS`: a cap weights each token by min(p / mu, cap)."""
+    losses, log_probs = [], []
+    for context in contexts():
+        rows = []
+        for chunk, prompt in ((student, context.student_prompt), (teacher, context.teacher_prompt)):
+            tokens = torch.tensor([prompt + context.response])
+            logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
+            rows.append(logits[len(prompt) - 1 : -1].double())
+        losses.append(reverse_kl_to_capped_mix(rows[0], rows[1].detach()))
+        log_p = torch.log_softmax(rows[0].detach(), -1)
+        log_probs.append(log_p.gather(1, torch.tensor(context.response)[:, None])[:, 0])
+    ratio = (torch.cat(log_probs) - sampled).exp()
+    names, parameters = zip(*unwrapped(student).named_parameters(), strict=True)
+    plain = {}
+    for cap in CAPS:
+        weights = 1.0 if cap is None else ratio.clamp(max=cap)
+        loss = (weights * torch.cat(losses)).mean()
+        plain[cap] = (
+            float(loss),
+            dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True)),
+        )
+    return plain
+
+
+def gradients_of_plain_autograd() -> tuple[dict, dict]:
+    """Return loss and gradients by autograd for each of `CAPS`, and by the schedule for each of `FUSIONS` as well."""
+    model = models.model_config("tied", num_layers=2)
     chunks, grid = models.build(model, ParallelConfig())
     teacher = build_chunks(model, chunks[0].config, grid, models.VOCAB_SIZE)
     models.fill_from_names(teacher, seed=1)
     total = sum(len(c.response) for c in contexts())
-    loss = torch.zeros((), dtype=torch.float64)
     sampled = -3 - 6 * torch.rand(total, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    done = 0
-    for context in contexts():
-        rows = []
-        for chunk, prompt in ((chunks[0], context.student_prompt), (teacher[0], context.teacher_prompt)):
-            tokens = torch.tensor([prompt + context.response])
-            logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
-            rows.append(logits[len(prompt) - 1 : -1].double())
-        losses = reverse_kl_to_capped_mix(rows[0], rows[1].detach())
-        if cap is not None:
-            log_p = torch.log_softmax(rows[0].detach(), -1).gather(1, torch.tensor(context.response)[:, None])[:, 0]
-            losses = losses * torch.minimum((log_p - sampled[done : done + len(log_p)]).exp(), torch.tensor(cap))
-            done += len(log_p)
-        loss = loss + losses.sum() / total
-    loss.backward()
-    plain = {n: p.grad.clone() for n, p in unwrapped(chunks[0]).named_parameters()}
-    chunks[0].zero_grad(set_to_none=True)  # or DDP would add it to its own
-
-    student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
-    for chunk in student:
-        chunk.zero_grad_buffer()
+    plain = plain_gradients(chunks[0], teacher[0], sampled)
+    student = wrapped(chunks)
     batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
-    loss_of = schedule.self_distillation(Target(), Divergence(), fusion=fusion)
-    weight = TruncatedImportance(sampled, cap) if cap is not None else None
-    vocab = layouts.vocab_shard(student, grid)
-    output = schedule.run(student, teacher, batch, loss_of, grid, vocab, token_weights=weight)
-    ours = {n: p.main_grad.clone() for n, p in unwrapped(student[0]).named_parameters()}
-    weights = output.weights if weight is not None else 1
-    assert float((weights * output.stats.loss).mean()) == pytest.approx(float(loss), rel=1e-5)
-    if cap is not None:
-        assert 0.2 < (output.weights == cap).double().mean() < 0.9, "some weights are cut and some are not"
-    return float(loss), plain, ours
+    vocab, ours = layouts.vocab_shard(student, grid), {}
+    for cap, fusion in itertools.product(CAPS, FUSIONS):
+        clear(student)
+        loss_of = schedule.self_distillation(Target(), Divergence(), fusion=fusion)
+        weight = TruncatedImportance(sampled, cap) if cap is not None else None
+        output = schedule.run(student, teacher, batch, loss_of, grid, vocab, token_weights=weight)
+        if cap is not None:
+            assert 0.2 < (output.weights == cap).double().mean() < 0.9, "some weights are cut and some are not"
+        weights = 1 if output.weights is None else output.weights
+        ours[cap, fusion] = float((weights * output.stats.loss).mean()), main_grads(student)
+    return plain, ours
 
 
-@pytest.mark.parametrize("fusion", [None, Fusion("keep_gradient", 5), Fusion("low_memory", 5)], ids=str)
-@pytest.mark.parametrize("cap", [None, 2.0])
-def test_gradient_equals_plain_autograd_one_context_at_a_time(ranks, cap, fusion):
-    loss, plain, ours = ranks.run(gradients_of_plain_autograd, cap, fusion, world_size=1)[0]
-    assert loss > 0.005
-    worst, where = worst_difference(ours, plain)
+@pytest.fixture(scope="module")
+def plain_and_scheduled(ranks) -> tuple[dict, dict]:
+    return ranks.run(gradients_of_plain_autograd, world_size=1)[0]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=str)
+@pytest.mark.parametrize("cap", CAPS)
+def test_gradient_equals_plain_autograd_one_context_at_a_time(plain_and_scheduled, cap, fusion):
+    plain, scheduled = plain_and_scheduled
+    (loss, expected), (got, ours) = plain[cap], scheduled[cap, fusion]
+    assert loss > 0.005 and got == pytest.approx(loss, rel=1e-5)
+    worst, where = worst_difference(ours, expected)
     assert worst <= 1e-5, f"{where}: {worst:.1e}"
 
 
 def next_token_gradient() -> tuple[float, float, dict, dict]:
-    chunks, grid = models.build(models.model_config("gqa"), ParallelConfig())
+    chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
     total, loss = sum(len(c.response) for c in contexts()), torch.zeros(())
     for context in contexts():
         tokens = torch.tensor([context.student_prompt + context.response])
@@ -101,15 +139,11 @@ def next_token_gradient() -> tuple[float, float, dict, dict]:
         loss = loss + torch.nn.functional.cross_entropy(rows, labels, reduction="sum") / total
     loss.backward()
     plain = {n: p.grad.clone() for n, p in unwrapped(chunks[0]).named_parameters()}
-    chunks[0].zero_grad(set_to_none=True)  # or DDP would add it to its own
-    student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
-    for chunk in student:
-        chunk.zero_grad_buffer()
+    student = wrapped(chunks)
     batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     shard = layouts.vocab_shard(student, grid)
     output = schedule.run(student, None, batch, schedule.next_token, grid, shard)
-    ours = {n: p.main_grad.clone() for n, p in unwrapped(student[0]).named_parameters()}
-    return float(loss), float(output.stats.loss.mean()), plain, ours
+    return float(loss), float(output.stats.loss.mean()), plain, main_grads(student)
 
 
 def test_next_token_training_is_cross_entropy_over_the_valid_vocabulary(ranks):
@@ -118,32 +152,28 @@ def test_next_token_training_is_cross_entropy_over_the_valid_vocabulary(ranks):
     assert worst_difference(ours, plain)[0] <= 1e-5
 
 
-def identity(rule: str) -> tuple[float, float]:
-    """Return the largest loss and the largest gradient of one prompt for both roles, with the same weights."""
-    chunks, grid = models.build(models.model_config("gqa"), ParallelConfig())
-    student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
-    for chunk in student:
-        chunk.zero_grad_buffer()
+RULES = ["entropy_matched", "fixed", "teacher_alone"]
+
+
+def identities() -> list[tuple[float, float]]:
+    """Return the largest loss and gradient of one prompt for both roles, with the same weights, for each of `RULES`."""
+    chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
+    student = wrapped(chunks)
     same = [dataclasses.replace(c, teacher_prompt=c.student_prompt) for c in contexts()]
     batch = pack(same, PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True))
-    output = schedule.run(
-        student,
-        student,
-        batch,
-        schedule.self_distillation(Target(rule), Divergence()),
-        grid,
-        layouts.vocab_shard(student, grid),
-        pair_order="alternating",
-    )
-    largest = max(float(p.main_grad.abs().max()) for p in unwrapped(student[0]).parameters())
-    return float(output.stats.loss.abs().max()), largest
+    vocab, found = layouts.vocab_shard(student, grid), []
+    for rule in RULES:
+        clear(student)
+        loss_of = schedule.self_distillation(Target(rule), Divergence())
+        output = schedule.run(student, student, batch, loss_of, grid, vocab, pair_order="alternating")
+        largest = max(float(gradient.abs().max()) for gradient in main_grads(student).values())
+        found.append((float(output.stats.loss.abs().max()), largest))
+    return found
 
 
-@pytest.mark.parametrize("rule", ["entropy_matched", "fixed", "teacher_alone"])
-def test_one_prompt_read_twice_by_the_same_weights_has_no_loss_and_no_gradient(ranks, rule):
-    loss, gradient = ranks.run(identity, rule, world_size=1)[0]
-    assert loss <= 1e-6
-    assert gradient <= 1e-5
+def test_one_prompt_of_both_roles_with_the_same_weights_has_no_loss_and_no_gradient(ranks):
+    for rule, (loss, gradient) in zip(RULES, ranks.run(identities, world_size=1)[0], strict=True):
+        assert loss <= 1e-6 and gradient <= 1e-5, rule
 
 
 AUXILIARY = {
@@ -156,9 +186,9 @@ AUXILIARY = {
 def auxiliary_gradient(
     cuts: ParallelConfig,
     changes: dict,
-    weightless: int,
-    max_tokens: int,
-    response: int,
+    weightless: int = 0,
+    max_tokens: int = 32,
+    response: int = 10,
     finalize: bool = True,
     more_teachers: int = 0,
 ) -> dict:
@@ -167,9 +197,7 @@ def auxiliary_gradient(
     Every microbatch holds one sequence of 24 tokens, and its last ``response`` tokens are the response.
     """
     chunks, grid = models.build(models.model_config("moe", **changes), cuts)
-    student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
-    for chunk in student:
-        chunk.zero_grad_buffer()
+    student = wrapped(chunks)
     rng = random.Random(3)
     texts = [[rng.randrange(models.VOCAB_SIZE) for _ in range(24)] for _ in range(4)]
     pairs = [ContextPair(str(i), t[:-response], t[:-response], t[-response:], False) for i, t in enumerate(texts)]
@@ -203,41 +231,64 @@ def auxiliary_gradient(
     return {"grads": layouts.shards(student, lambda p: p.main_grad), "counts": counts}
 
 
-def router_gradients(per_rank: list[dict]) -> dict[str, torch.Tensor]:
+def auxiliary_gradients(cuts: ParallelConfig, variations: list[tuple[dict, dict]]) -> list[dict]:
+    return [auxiliary_gradient(cuts, changes, **variation) for changes, variation in variations]
+
+
+def router_gradients(per_rank: Iterable[dict]) -> Gradients:
     return {key: value for key, value in join([r["grads"] for r in per_rank]).items() if "router" in key}
 
 
-VARIATIONS = {
-    "prompt padding": (ParallelConfig(), 1, {"max_tokens": 64}),
-    "response length": (ParallelConfig(), 1, {"response": 3}),
-    "weightless microbatches": (ParallelConfig(), 1, {"weightless": 3}),
-    "number of teacher microbatches": (ParallelConfig(), 1, {"more_teachers": 3}),
-    "PP2": (ParallelConfig(pipeline_model_parallel_size=2), 2, {}),
-    "EP2": (ParallelConfig(expert_model_parallel_size=2), 2, {"weightless": 1}),
-    "DP2": (ParallelConfig(), 2, {}),
+LOSSES = {"balance": AUXILIARY, "z": {"moe_z_loss_coeff": 0.1}}
+PLAIN = "plain"
+ON_ONE_RANK = {
+    PLAIN: {},
+    "prompt padding": {"max_tokens": 64},
+    "response length": {"response": 3},
+    "weightless microbatches": {"weightless": 3},
+    "number of teacher microbatches": {"more_teachers": 3},
+}
+ON_TWO_RANKS = {
+    "PP2": (models.parallel(pp=2), {}),
+    "EP2": (models.parallel(ep=2), {"weightless": 1}),
+    "DP2": (ParallelConfig(), {}),
 }
 
 
-@pytest.mark.parametrize("changes", [AUXILIARY, {"moe_z_loss_coeff": 0.1}], ids=["balance", "z"])
-@pytest.mark.parametrize("variation", VARIATIONS)
-def test_router_losses_do_not_depend_on(ranks, variation, changes):
-    plain = {"weightless": 0, "max_tokens": 32, "response": 10}
-    cuts, world_size, other = VARIATIONS[variation]
-    expected = router_gradients(ranks.run(auxiliary_gradient, ParallelConfig(), changes, **plain, world_size=1))
-    got = router_gradients(ranks.run(auxiliary_gradient, cuts, changes, **(plain | other), world_size=world_size))
+@pytest.fixture(scope="module")
+def on_one_rank(ranks) -> dict[tuple[str, str], Gradients]:
+    """Return the gradients of the router by loss and variation."""
+    names = list(itertools.product(LOSSES, ON_ONE_RANK))
+    variations = [(LOSSES[loss], ON_ONE_RANK[variation]) for loss, variation in names]
+    (found,) = ranks.run(auxiliary_gradients, ParallelConfig(), variations, world_size=1)
+    return {name: router_gradients([outcome]) for name, outcome in zip(names, found, strict=True)}
+
+
+def assert_alike(got: Gradients, expected: Gradients) -> None:
     assert min(float(g.norm()) for g in expected.values()) > 1e-4, "there must be an auxiliary gradient to compare"
     worst, where = worst_difference(got, expected)
     assert worst <= 1e-4, f"{where}: {worst:.1e}"
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("variation", [name for name in ON_ONE_RANK if name != PLAIN])
+def test_router_losses_do_not_depend_on(on_one_rank, variation, loss):
+    assert_alike(on_one_rank[loss, variation], on_one_rank[loss, PLAIN])
+
+
+@pytest.mark.parametrize("layout", ON_TWO_RANKS)
+def test_router_losses_are_those_of_one_rank(ranks, on_one_rank, layout):
+    cuts, variation = ON_TWO_RANKS[layout]
+    per_rank = ranks.run(auxiliary_gradients, cuts, [(c, variation) for c in LOSSES.values()], world_size=2)
+    for loss, outcomes in zip(LOSSES, zip(*per_rank, strict=True), strict=True):
+        assert_alike(router_gradients(outcomes), on_one_rank[loss, PLAIN])
+
+
 def test_teachers_and_weightless_microbatches_leave_the_expert_counts_alone(ranks):
     """Expert biases follow how many tokens each expert got: those of the students' real tokens only."""
-    arguments = {"max_tokens": 32, "response": 10, "finalize": False}
-    counts = [
-        ranks.run(auxiliary_gradient, ParallelConfig(), AUXILIARY, weightless=n, **arguments, world_size=1)[0]["counts"]
-        for n in (0, 3)
-    ]
-    for layer in zip(*counts, strict=True):
+    variations = [(AUXILIARY, {"finalize": False, "weightless": n}) for n in (0, 3)]
+    (found,) = ranks.run(auxiliary_gradients, ParallelConfig(), variations, world_size=1)
+    for layer in zip(*(outcome["counts"] for outcome in found), strict=True):
         assert torch.equal(*layer)
         assert int(layer[0].sum()) == 4 * 24 * 2  # sequences x tokens x experts per token
 
@@ -250,8 +301,8 @@ def test_alternating_needs_paired_microbatches():
 
 
 def nothing_to_learn() -> None:
-    chunks, grid = models.build(models.model_config("gqa"), ParallelConfig())
-    student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
+    chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
+    student = wrapped(chunks)
     batch = pad_to_count(pack([], PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True)), 1, 1)
     loss_of = schedule.self_distillation(Target(), Divergence())
     with pytest.raises(RuntimeError, match="no response tokens"):
@@ -262,28 +313,40 @@ def test_a_batch_without_response_tokens_is_refused(ranks):
     ranks.run(nothing_to_learn, world_size=1)
 
 
-def teacher_left_in_autograd() -> int:
-    chunks, grid = models.build(models.model_config("gqa"), ParallelConfig())
-    student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
-    config = unwrapped(chunks[0]).config
-    teacher = Teacher("frozen", student, lambda: build_chunks(models.model_config("gqa"), config, grid, 61))
-    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
-    saved = []
-    forward = schedule._Step._teacher
+def left_in_autograd(case: Case) -> dict[str, int]:
+    """Return the numbers that autograd saves for the backward pass in the microbatches of each role."""
+    saved = {"teacher": 0, "student": 0}
+    forward = {role: getattr(schedule._Step, f"_{role}") for role in saved}
 
-    def counted(self, index, chunk):  # type: ignore[no-untyped-def]
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            return forward(self, index, chunk)
+    def counted(role: str) -> Any:
+        def add(tensor: torch.Tensor) -> torch.Tensor:
+            saved[role] += tensor.numel()
+            return tensor
+
+        def call(step: Any, index: int, chunk: torch.nn.Module) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(add, lambda tensor: tensor):
+                return forward[role](step, index, chunk)
+
+        return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule._Step, "_teacher", counted)
-        loss_of = schedule.self_distillation(Target(), Divergence())
-        schedule.run(student, teacher.chunks, batch, loss_of, grid, layouts.vocab_shard(student, grid))
-    return sum(saved)
+        for role in saved:
+            patch.setattr(schedule._Step, f"_{role}", counted(role))
+        layouts.run(case)
+    return saved
 
 
-def test_a_teacher_microbatch_keeps_no_activations(ranks):
-    assert ranks.run(teacher_left_in_autograd, world_size=1) == [0]
+@pytest.mark.parametrize(
+    ("teacher", "cuts", "world_size"),
+    [("current", ParallelConfig(), 1), ("frozen", models.parallel(pp=2), 2)],
+    ids=["weights with gradients", "received activations with gradients"],
+)
+def test_a_teacher_microbatch_keeps_no_activations(ranks, teacher, cuts, world_size):
+    """On one rank frozen weights keep none even with gradients enabled: nothing that they read has a gradient."""
+    case = Case(kind="shallow", parallel=cuts, teacher=teacher)
+    saved = ranks.run(left_in_autograd, case, world_size=world_size)
+    assert [rank["teacher"] for rank in saved] == [0] * world_size
+    assert min(rank["student"] for rank in saved) > 0, "what autograd saves must be seen"
 
 
 def test_case_defaults_have_ragged_contexts_and_several_microbatches():
