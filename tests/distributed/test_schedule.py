@@ -83,7 +83,7 @@ def plain_gradients(student: torch.nn.Module, teacher: torch.nn.Module, sampled:
         weights = 1.0 if cap is None else ratio.clamp(max=cap)
         loss = (weights * torch.cat(losses)).mean()
         plain[cap] = (
-            float(loss),
+            loss.item(),
             dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True)),
         )
     return plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
     get_moe_layer_wise_logging_tracker,
 )
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.model import architecture, build
@@ -61,7 +63,7 @@ def adam_steps_after_loading(path: str) -> dict:
 
 def distributed_optimizer():
     config = OptimizerConfig(precision="bf16", lr=1e-3, use_distributed_optimizer=True)
-    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), optimizer=config)
+    chunks, _ = models.build(models.model_config("shallow"), ParallelConfig(), optimizer=config)
     student = wrap_for_training(chunks, config)
     return build_optimizer(student, config, 10)[0], student
 
@@ -121,8 +123,16 @@ def router_with(**changes):
     return unwrapped(chunks[0]).decoder.layers[0].mlp.router.train()
 
 
+SIZES = {"padded": (9, 5), "as many tokens as experts": (4, 2), "unpadded": (7, 7), "all padding": (6, 0)}
+"""The number of tokens, and of real tokens among them."""
+
+
+def counted_tokens_of_each() -> list[tuple[list[int], list[int]]]:
+    return [counted_tokens(*sizes) for sizes in SIZES.values()]
+
+
 def counted_tokens(num_tokens: int, num_real: int) -> tuple[list[int], list[int]]:
-    """Tokens per expert that the router counts, and those that it routes among the real ones."""
+    """Return the tokens per expert that the router counts, and those that it routes among the real tokens."""
     router = router_with(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
     hidden = torch.randn(num_tokens, 1, 32)
     padding_mask = torch.arange(num_tokens)[None] >= num_real
@@ -130,15 +140,11 @@ def counted_tokens(num_tokens: int, num_real: int) -> tuple[list[int], list[int]
     return router.local_tokens_per_expert.int().tolist(), routing_map[:num_real].sum(0).tolist()
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "num_real"),
-    [(9, 5), (4, 2), (7, 7), (6, 0)],
-    ids=["padded", "as many tokens as experts", "unpadded", "all padding"],
-)
-def test_expert_biases_count_only_real_tokens(ranks, num_tokens, num_real):
-    ((counted, routed),) = ranks.run(counted_tokens, num_tokens, num_real, world_size=1)
-    assert counted == routed
-    assert sum(counted) == 2 * num_real, "two experts per token"
+def test_expert_biases_count_only_real_tokens(ranks):
+    (found,) = ranks.run(counted_tokens_of_each, world_size=1)
+    for (name, (_, num_real)), (counted, routed) in zip(SIZES.items(), found, strict=True):
+        assert counted == routed, name
+        assert sum(counted) == 2 * num_real, "two experts per token"
 
 
 def auxiliary_loss(num_real: int, padding: float) -> tuple[float, torch.Tensor, float]:
@@ -146,8 +152,8 @@ def auxiliary_loss(num_real: int, padding: float) -> tuple[float, torch.Tensor, 
 
     ``num_real``: the number of real tokens among the 6.
     """
-    torch.manual_seed(0)
     router = router_with(moe_aux_loss_coeff=0.5)
+    torch.manual_seed(0)
     clear_aux_losses_tracker()
     hidden = torch.randn(6, 1, 32)
     hidden[num_real:] = padding
@@ -160,10 +166,14 @@ def auxiliary_loss(num_real: int, padding: float) -> tuple[float, torch.Tensor, 
     return float(logged), router.weight.grad.clone(), float(expected)
 
 
+def losses_with_padding(values: list[float]) -> list[tuple[float, torch.Tensor, float]]:
+    return [auxiliary_loss(4, value) for value in values]
+
+
 def test_the_balancing_loss_of_real_tokens_is_the_formula_and_ignores_padding(ranks):
-    ((loss, gradient, expected),) = ranks.run(auxiliary_loss, 4, 0.0, world_size=1)
+    (((loss, gradient, expected), other),) = ranks.run(losses_with_padding, [0.0, 7.0], world_size=1)
     assert loss == pytest.approx(expected, rel=1e-5) and gradient.norm() > 1e-3
-    ((other_loss, other_gradient, _),) = ranks.run(auxiliary_loss, 4, 7.0, world_size=1)
+    other_loss, other_gradient, _ = other
     assert other_loss == loss
     torch.testing.assert_close(other_gradient, gradient)
 
@@ -178,11 +188,15 @@ def test_the_balancing_loss_of_a_microbatch_that_is_all_padding_is_zero(ranks):
 
 
 def test_a_machine_with_cuda_is_left_as_it_was():
-    """Nothing of torch is replaced, nothing set, and Megatron not even imported."""
+    """Nothing of torch is replaced, nothing set, and Megatron not even imported.
+
+    Without CUDA the same comparison finds the replaced names.
+    """
     code = """
 import os, sys
 import torch, torch.distributed
 places = [torch, torch.Tensor, torch.nn.Module, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.distributed]
+available = torch.cuda.is_available
 torch.cuda.is_available = lambda: True
 before = [dict(vars(place)) for place in places]
 environment = dict(os.environ)
@@ -194,20 +208,15 @@ for place, names in zip(places, before):
     assert not changed, (place, changed)
 assert dict(os.environ) == environment
 assert not any(name.startswith("megatron.core") for name in sys.modules)
-"""
-    subprocess.run([sys.executable, "-Wignore", "-c", code], cwd=REPOSITORY, check=True)
 
-
-def test_the_probe_for_replaced_names_can_see_one():
-    """The same comparison on a machine without CUDA finds what was replaced."""
-    code = """
-import torch
-before = dict(vars(torch.Tensor))
-from megatron_selfdistill.compat import cpu
-changed = {name for name, value in vars(torch.Tensor).items() if before.get(name) is not value}
+torch.cuda.is_available = available
+import importlib
+importlib.reload(cpu)
+names = before[places.index(torch.Tensor)]
+changed = {name for name, value in vars(torch.Tensor).items() if names.get(name) is not value}
 assert cpu.ON_CPU and {"cuda", "to", "type", "new_empty"} <= changed, changed
 """
-    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-Wignore", "-c", code], cwd=REPOSITORY, check=True, env=environment)
 
 
@@ -246,6 +255,16 @@ def test_meta_stays_meta():
     assert torch.empty_like(torch.empty(3, device="meta")).device.type == "meta"
 
 
+def error_of_importing_repairs(directory: str) -> str:
+    """Return the error of the first import of the repairs in a process, with a directory first on the path."""
+    sys.path.insert(0, directory)
+    TopKRouter._selfdistill_repaired = False
+    del sys.modules[repairs.__name__]
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module(repairs.__name__)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -253,13 +272,11 @@ def test_meta_stays_meta():
         ("import something_that_it_needs", "No module named 'something_that_it_needs'"),
     ],
 )
-def test_a_transformer_engine_that_does_not_load_is_not_taken_for_none(tmp_path, content, reason):
+def test_a_transformer_engine_that_does_not_load_is_not_taken_for_none(ranks, tmp_path, content, reason):
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text(content)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
-    command = [sys.executable, "-Wignore", "-c", "from megatron_selfdistill.compat import repairs"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and reason in done.stderr.splitlines()[-1]
+    found = ranks.run(error_of_importing_repairs, str(tmp_path), world_size=1, init_process_group=False)
+    assert found == [reason]
 
 
 @cpu_only
@@ -321,18 +338,17 @@ def marked_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
     return block
 
 
-def norm_of_gradients(case: layouts.Case) -> float:
+def norms_of_gradients(cases: list[layouts.Case]) -> list[float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "layer_spec", marked_spec)
-        return layouts.run(case).grad_norm
+        return [layouts.run(case).grad_norm for case in cases]
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_a_weight_that_every_tensor_parallel_rank_holds_is_counted_once(ranks, sequence_parallel):
-    case = layouts.Case(extra_weightless=0)
-    (expected,) = ranks.run(norm_of_gradients, case, world_size=1)
-    cut = dataclasses.replace(case, parallel=models.parallel(tp=2, sp=sequence_parallel))
-    assert ranks.run(norm_of_gradients, cut, world_size=2) == [pytest.approx(expected, rel=1e-5)] * 2
+def test_a_weight_that_every_tensor_parallel_rank_holds_is_counted_once(ranks):
+    case = layouts.Case(kind="shallow", extra_weightless=0)
+    (expected,) = ranks.run(norms_of_gradients, [case], world_size=1)[0]
+    cut = [dataclasses.replace(case, parallel=models.parallel(tp=2, sp=sp)) for sp in (False, True)]
+    assert ranks.run(norms_of_gradients, cut, world_size=2) == [[pytest.approx(expected, rel=1e-5)] * 2] * 2
 
 
 def test_marks_are_as_weights_are_cut():

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-import layouts
 import models
 import pytest
 import torch
-from layouts import Case, join
+from layouts import Case, Outcomes
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core
@@ -22,8 +19,6 @@ from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.build import build_optimizer, megatron_in_use, wrap_for_training
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-
 
 @pytest.fixture(autouse=True)
 def lab_models_on_the_path(monkeypatch):
@@ -31,82 +26,81 @@ def lab_models_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
-def gradients(ranks, case: Case, world_size: int):
-    per_rank = ranks.run(layouts.run, case, world_size=world_size)
-    return per_rank[0].loss, join([outcome.grads for outcome in per_rank])
-
-
 PP2_VPP2 = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 
 
-@pytest.mark.parametrize(
-    ("provider", "parallel", "world_size"),
-    [
-        ("model_provider", ParallelConfig(), 1),
-        ("without_vp_stage", ParallelConfig(), 1),
-        ("with_keywords", PP2_VPP2, 2),
-        ("model_provider", PP2_VPP2, 2),
-        ("without_vp_stage", TP2_SP, 2),
-    ],
-)
-def test_a_providers_model_has_the_built_in_models_gradient(ranks, provider, parallel, world_size):
+PROVIDERS = {
+    "one rank": (ParallelConfig(), ["model_provider", "without_vp_stage"]),
+    "PP2xVPP2": (PP2_VPP2, ["model_provider", "with_keywords"]),
+    "TP2+SP": (TP2_SP, ["without_vp_stage"]),
+}
+
+
+@pytest.mark.parametrize("layout", PROVIDERS)
+def test_a_providers_model_has_the_built_in_models_gradient(ranks, layout):
+    parallel, providers = PROVIDERS[layout]
     case = Case(parallel=parallel)
-    loss, expected = gradients(ranks, case, world_size)
-    provided = dataclasses.replace(case, model_changes={"provider": f"lab_models.{provider}"})
-    provided_loss, got = gradients(ranks, provided, world_size)
-    assert loss > 0.05 and provided_loss == loss
-    assert got.keys() == expected.keys()
-    for key, gradient in expected.items():
-        assert got[key].equal(gradient), key
+    provided = [dataclasses.replace(case, model_changes={"provider": f"lab_models.{name}"}) for name in providers]
+    (built_in, expected, _), *others = Outcomes(ranks).of([case, *provided], 1 if layout == "one rank" else 2)
+    assert built_in.loss > 0.05
+    for outcome, got, _ in others:
+        assert outcome.loss == built_in.loss
+        assert got.keys() == expected.keys()
+        for key, gradient in expected.items():
+            assert got[key].equal(gradient), key
 
 
-def refusal(provider: str, parallel: ParallelConfig) -> str:
-    """Return the message with which this rank refuses a provider."""
-    with pytest.raises(ConfigError) as caught:
-        models.build(models.model_config("gqa", provider=provider), parallel)
-    return str(caught.value)
+def refusals(providers: list[str], parallel: ParallelConfig) -> list[str]:
+    """Return the messages with which this rank refuses providers."""
+    messages = []
+    for provider in providers:
+        with pytest.raises(ConfigError) as caught:
+            models.build(models.model_config("shallow", provider=provider), parallel)
+        messages.append(str(caught.value))
+    return messages
 
 
-@pytest.mark.parametrize(
-    ("provider", "parallel", "words"),
-    [
-        ("lab_models.no_gpt", ParallelConfig(), "must return a megatron.core GPTModel, got Linear"),
-        ("lab_models.returns_a_list", ParallelConfig(), "must return a megatron.core GPTModel, got list"),
-        (
-            "lab_models.of_another_context_parallel_size",
-            ParallelConfig(),
-            "built with context_parallel_size=2, but parallel.context_parallel_size is 1",
-        ),
-        (
-            "lab_models.without_sequence_parallelism",
-            TP2_SP,
-            "built with sequence_parallel=False, but parallel.sequence_parallel is True",
-        ),
-        (
-            "lab_models.of_another_expert_parallel_size",
-            ParallelConfig(),
-            "built with expert_model_parallel_size=2, but parallel.expert_model_parallel_size is 1",
-        ),
-        ("lab_models.that_gathers_its_logits", ParallelConfig(), "must build with parallel_output=True"),
-        ("lab_models.that_caps_its_logits", ParallelConfig(), "SoftCapped has its own _postprocess"),
-        ("lab_models.with_scaled_logits", ParallelConfig(), "use_mup multiplies the logits after the output layer"),
-        ("lab_models.with_dropout", ParallelConfig(), "dropout makes the trained student"),
-        ("lab_models.without_vp_stage", PP2_VPP2, "must take vp_stage"),
-        ("lab_models.absent", ParallelConfig(), "got 'lab_models.absent'; module 'lab_models' has no attribute"),
-        ("no_such_lab.provider", ParallelConfig(), "cannot be imported: No module named 'no_such_lab'"),
-        (
-            "provider",
-            ParallelConfig(),
-            "the dotted path of a function (package.module.function), got 'provider'",
-        ),
-        ("lab_models.not_a_function", ParallelConfig(), "got 'lab_models.not_a_function', which is a int"),
-    ],
-)
-def test_a_provider_that_cannot_be_used_is_refused_in_one_sentence(ranks, provider, parallel, words):
-    world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    for text in ranks.run(refusal, provider, parallel, world_size=world_size):
-        assert words in text and "\n" not in text
+REFUSED = {
+    "one rank": (
+        ParallelConfig(),
+        {
+            "lab_models.no_gpt": "must return a megatron.core GPTModel, got Linear",
+            "lab_models.returns_a_list": "must return a megatron.core GPTModel, got list",
+            "lab_models.of_another_context_parallel_size": (
+                "built with context_parallel_size=2, but parallel.context_parallel_size is 1"
+            ),
+            "lab_models.of_another_expert_parallel_size": (
+                "built with expert_model_parallel_size=2, but parallel.expert_model_parallel_size is 1"
+            ),
+            "lab_models.that_gathers_its_logits": "must build with parallel_output=True",
+            "lab_models.that_caps_its_logits": "SoftCapped has its own _postprocess",
+            "lab_models.with_scaled_logits": "use_mup multiplies the logits after the output layer",
+            "lab_models.with_dropout": "dropout makes the trained student",
+            "lab_models.absent": "got 'lab_models.absent'; module 'lab_models' has no attribute",
+            "no_such_lab.provider": "cannot be imported: No module named 'no_such_lab'",
+            "provider": "the dotted path of a function (package.module.function), got 'provider'",
+            "lab_models.not_a_function": "got 'lab_models.not_a_function', which is a int",
+        },
+    ),
+    "TP2+SP": (
+        TP2_SP,
+        {
+            "lab_models.without_sequence_parallelism": (
+                "built with sequence_parallel=False, but parallel.sequence_parallel is True"
+            )
+        },
+    ),
+    "PP2xVPP2": (PP2_VPP2, {"lab_models.without_vp_stage": "must take vp_stage"}),
+}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_a_provider_that_cannot_be_used_is_refused_in_one_sentence(ranks, layout):
+    parallel, expected = REFUSED[layout]
+    for messages in ranks.run(refusals, list(expected), parallel, world_size=1 if layout == "one rank" else 2):
+        for (provider, words), message in zip(expected.items(), messages, strict=True):
+            assert words in message and "\n" not in message, provider
 
 
 # -- chunks and optimizer -----------------------------------------------------------------------------------
@@ -114,7 +108,7 @@ def test_a_provider_that_cannot_be_used_is_refused_in_one_sentence(ranks, provid
 
 def dtypes(precision: str) -> dict:
     optimizer = OptimizerConfig(precision=precision, use_distributed_optimizer=False, lr=1e-3)
-    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), optimizer=optimizer)
+    chunks, _ = models.build(models.model_config("shallow"), ParallelConfig(), optimizer=optimizer)
     student = wrap_for_training(chunks, optimizer)
     megatron_optimizer, scheduler = build_optimizer(student, optimizer, 10)
     parameter = next(student[0].parameters())
@@ -144,7 +138,7 @@ def test_bf16_parameters_have_float32_gradients_and_main_parameters(ranks):
 
 
 def refused_precision() -> str:
-    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig())
+    chunks, _ = models.build(models.model_config("shallow"), ParallelConfig())
     with pytest.raises(ConfigError) as caught:
         wrap_for_training(chunks, OptimizerConfig(precision="bf16"))
     return str(caught.value)
@@ -201,7 +195,17 @@ def test_a_version_that_was_never_tested_is_noted(monkeypatch):
     assert megatron_in_use().endswith("(not tested; tested: 0.16.1)")
 
 
-def test_the_megatron_core_that_comes_first_on_the_path_is_used(tmp_path):
+def megatron_first_on(directory: str) -> str:
+    """Return the Megatron Core in use after everything of it is imported anew, with a directory first on the path."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("megatron", "megatron_selfdistill")]:
+        del sys.modules[name]
+    sys.path.insert(0, directory)
+    from megatron_selfdistill.model.build import megatron_in_use
+
+    return megatron_in_use()
+
+
+def test_the_megatron_core_that_comes_first_on_the_path_is_used(ranks, tmp_path):
     """A newer one: the installed files under another version."""
     installed, newer = Path(megatron.core.__path__[0]), tmp_path / "megatron" / "core"
     newer.mkdir(parents=True)
@@ -210,13 +214,5 @@ def test_the_megatron_core_that_comes_first_on_the_path_is_used(tmp_path):
             (newer / entry.name).symlink_to(entry)
     info = (installed / "package_info.py").read_text()
     (newer / "package_info.py").write_text(info.replace("MINOR = 16", "MINOR = 77"))
-    code = "from megatron_selfdistill.model.build import megatron_in_use; print(megatron_in_use())"
-    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
-    done = subprocess.run(
-        [sys.executable, "-Wignore", "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == f"megatron.core 0.77.1 from {newer} (not tested; tested: 0.16.1)"
+    found = ranks.run(megatron_first_on, str(tmp_path), world_size=1, init_process_group=False)
+    assert found == [f"megatron.core 0.77.1 from {newer} (not tested; tested: 0.16.1)"]
