@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted_kernels import replace_language_once
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessContext
 
@@ -27,6 +28,8 @@ from megatron_selfdistill.loss import (
 from megatron_selfdistill.loss.triton import pass_launches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    replace_language_once()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 FULL = [pytest.mark.full] if INTERPRETED else []
 """The marks of cases that make test skips, because the interpreter takes half a second for a loss."""

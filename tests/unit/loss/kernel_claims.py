@@ -55,10 +55,13 @@ def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> in
 
 @cases(
     "rule, kind",
-    [*zip(TARGETS, itertools.cycle(DIVERGENCES), strict=False), ("capped", "forward"), ("strict", "jsd")],
+    [
+        *list(zip(TARGETS, itertools.cycle(DIVERGENCES), strict=False))[1:],
+        *(("capped", "reverse"), ("capped", "forward"), ("strict", "jsd")),
+    ],
     TARGETS,
     DIVERGENCES,
-    quick=3,
+    quick=2,
 )
 def test_loss_and_gradient_equal_float64_and_every_statistic_pytorchs(rule: str, kind: str) -> None:
     student, teacher, tokens = logits(8, 333)
@@ -101,7 +104,7 @@ def test_the_first_pass_of_any_shape_equals_float64(
 
 @cases(
     "rule, num_parts",
-    [("strict", 1), ("strict", 8), ("fixed", 3), ("teacher alone", 3), ("no teacher", 3)],
+    [("strict", 3), ("strict", 1), ("strict", 8), ("fixed", 3), ("teacher alone", 3), ("no teacher", 3)],
     ["strict", "fixed", "teacher alone", "no teacher"],
     [1, 3, 8],
     quick=1,
@@ -324,7 +327,7 @@ def bracket_of(solution: BetaSolution) -> Tensor:
     return torch.stack([*solution.left.tensors(), *solution.right.tensors()])
 
 
-@cases("rule, forward_kl", [("capped", False), *((rule, True) for rule in TARGETS)], TARGETS, [False, True], quick=2)
+@cases("rule, forward_kl", [*((rule, True) for rule in TARGETS), ("capped", False)], TARGETS, [False, True], quick=1)
 def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: bool) -> None:
     """Compare both on the same sums, of 3 shards."""
     student, teacher, tokens = logits(40, 600, seed=7)
@@ -370,17 +373,17 @@ def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: 
 
 
 def test_solve_target_finds_what_the_loss_finds_bit_for_bit() -> None:
-    student, teacher, tokens = logits(8, 333)
+    student, teacher, tokens = (values[:3] for values in logits(8, 333))
     vocab = VocabShard(0, 333, 333)
     solution = solve_target(student, teacher, Target(), vocab, backend="triton")
     stats, _ = run(student, teacher, tokens, Target(), Divergence())
     assert torch.equal(solution.beta.float(), stats.beta)
     mix = student.double() + 0.75 * teacher.double()
     log_q = solution.beta[:, None] * mix - solution.log_normaliser[:, None]
-    torch.testing.assert_close(log_q.exp().sum(1)[:6], torch.ones(6, device=DEVICE).double(), rtol=0, atol=3e-6)
+    torch.testing.assert_close(log_q.exp().sum(1), torch.ones(3, device=DEVICE).double(), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("parts", after(1, [1, 3]), indirect=True)
+@pytest.mark.parametrize("parts", after(1, [3, 1]), indirect=True)
 def test_of_equal_maxima_also_in_several_parts_the_lowest_column_counts(parts: int) -> None:
     student, teacher, tokens = (values[:2].clone() for values in logits(7, 600))
     student[:, [7, 590]] = 100.0

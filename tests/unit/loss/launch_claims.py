@@ -101,7 +101,7 @@ def test_what_the_kernels_cannot_read_is_refused_with_a_message() -> None:
 
 
 def test_no_rows_and_rows_of_one_column_have_no_loss() -> None:
-    for num_rows, num_columns in ((0, 50), (3, 1)):
+    for num_rows, num_columns in ((0, 50), (2, 1)):
         student, teacher = (torch.randn(num_rows, num_columns, device=DEVICE) for _ in range(2))
         tokens = torch.zeros(num_rows, dtype=torch.int64, device=DEVICE)
         for kind in DIVERGENCES.values():
