@@ -122,10 +122,8 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
 
     Raises: `ConfigError` for an unknown key, a wrong type and an impossible value.
     """
-    schema = OmegaConf.structured(Config)
-    _make_writable(schema)
     try:
-        merged = OmegaConf.merge(schema, values)
+        merged = OmegaConf.merge(_schema(), values)  # a copy; the schema stays as it is
         environment = environment_values(merged)
         config: Any = OmegaConf.to_object(merged)
         resolved: Config = dataclasses.replace(config, from_environment=environment)
@@ -137,6 +135,14 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
             raise error.__cause__ from None
         key = getattr(error, "full_key", None) or ""
         raise ConfigError(unknown_key(key) or f"{key}: {str(error).splitlines()[0]}") from error
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """Return the schema as nodes with the defaults, which check the types of the values that a merge sets."""
+    schema: DictConfig = OmegaConf.structured(Config)
+    _make_writable(schema)
+    return schema
 
 
 def writable(config: Config) -> dict[str, Any]:

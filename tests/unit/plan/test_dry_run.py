@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 from pathlib import Path
@@ -37,9 +39,15 @@ def test_a_dry_run_starts_no_process_group_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_plan_prints_what_a_dry_run_prints(capsys, monkeypatch):
-    assert main([*TINY, "dry_run=true"]) == 0
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """Return what a dry run prints that names no run directory."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([*TINY, "dry_run=true"]) == 0
+    return out.getvalue()
+
+
+def test_the_command_plan_prints_what_a_dry_run_prints(printed, capsys, monkeypatch):
     assert plan.main(TINY) == 0
     assert capsys.readouterr().out == printed
     monkeypatch.setenv("RANK", "0")
@@ -79,40 +87,56 @@ def test_the_command_plan_prints_what_a_dry_run_prints(capsys, monkeypatch):
         (["model.transformer.mtp_num_layers=1"], "multi-token-prediction layers are not trained"),
     ],
 )
-def test_what_cannot_run_is_refused_with_status_2_and_one_sentence(overrides, words, capsys):
-    assert main([*TINY, *overrides, "dry_run=true"]) == EXIT_BAD_INPUT
+def test_what_cannot_run_is_refused_with_a_message_of_one_line(overrides, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as refusal:
+        dry_run(load([*TINY, *overrides]))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_refusal_is_the_last_line_and_ends_the_command_with_status_2(capsys):
+    assert main([*TINY, "model.num_moe_experts=6", "parallel.expert_model_parallel_size=4", "dry_run=true"]) == (
+        EXIT_BAD_INPUT
+    )
     error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+    assert "model.num_moe_experts (6)" in error and error.count("\n") == 1
+
+
+SERVER = ["rollout.placement=server", "rollout.num_servers=1", "rollout.server_python=python"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["recipe=qwen3_32b", "parallel.tensor_model_parallel_size=4"], "pipeline stage 0 needs"),
-        (["recipe=qwen3_8b", "cluster.gpu_memory_gb=40"], "while sampling (KV cache 16.0 and engine weights 15.3)"),
-        (["recipe=qwen3_8b", "schedule.max_tokens=65536"], "while training (activations"),
-        (["recipe=llama31_405b", "rollout.engine_tp=8"], "a GPU of a rollout server would hold 94.5 GiB of weights"),
+        (["cluster.gpu_memory_gb=40"], "while sampling (KV cache 16.0 and engine weights 15.3)"),
+        (["schedule.max_tokens=65536"], "while training (activations"),
+        ([*SERVER, "cluster.gpu_memory_gb=19"], "a GPU of a rollout server would hold 15.3 GiB of weights"),
         (
-            ["recipe=qwen3_8b", "cluster.host_memory_gb=100"],
+            ["cluster.host_memory_gb=100"],
             "the ranks of a node would hold optimizer in a save 91.6 + weights in a save 15.3 = 106.8 GiB of host "
             "memory, but cluster.host_memory_gb is 100: plan for more nodes (cluster.num_gpus)",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_after_its_table(overrides, words, capsys):
-    assert main([*overrides, "dry_run=true"]) == EXIT_BAD_INPUT
+def test_the_first_part_that_does_not_fit_is_named(overrides, words):
+    message = dry_run(load(["recipe=qwen3_8b", *overrides])).misfit()
+    assert message is not None and words in message and "\n" not in message
+
+
+def test_what_does_not_fit_is_refused_after_its_table(capsys):
+    assert main(["recipe=qwen3_32b", "parallel.tensor_model_parallel_size=4", "dry_run=true"]) == EXIT_BAD_INPUT
     captured = capsys.readouterr()
     assert "= while training" in captured.out
-    assert words in captured.err and captured.err.count("\n") == 1
+    assert "pipeline stage 0 needs" in captured.err and captured.err.count("\n") == 1
 
 
-def test_the_advice_to_recompute_works_when_it_is_pasted_and_is_not_repeated(capsys):
+def test_the_advice_to_recompute_works_when_it_is_pasted_and_is_not_repeated():
     too_long = ["recipe=qwen3_8b", "schedule.max_tokens=65536"]
-    advised = (dry_run(load(too_long)).misfit() or "").split()
+    planned = dry_run(load(too_long))
+    advised = (planned.misfit() or "").split()
     keys = [word for word in advised if word.startswith("schedule.recompute_")]
     assert len(keys) == 3
     recomputing = dry_run(load([*too_long, *keys]))
-    assert recomputing.memory[0].training["activations"] < dry_run(load(too_long)).memory[0].training["activations"] / 4
+    assert recomputing.memory[0].training["activations"] < planned.memory[0].training["activations"] / 4
     misfit = dry_run(load(["recipe=qwen3_8b", "schedule.max_tokens=2097152", *keys])).misfit()
     assert misfit is not None and "while training" in misfit and "recompute" not in misfit
 
@@ -132,18 +156,15 @@ def test_a_dry_run_under_a_launch_builds_the_run_itself(tmp_path, monkeypatch, c
     assert "cluster.num_gpus is 16, but the launch has 8 ranks" in capsys.readouterr().err
 
 
-def test_a_plan_needs_no_run_folder_and_names_one_to_choose(capsys):
-    assert main([*TINY, "dry_run=true"]) == 0
-    out = capsys.readouterr().out
-    assert "RUN_DIR=runs/first sbatch" in out and "run_dir=runs/first" in out
+def test_a_plan_needs_no_run_directory_and_names_one_to_choose(printed):
+    assert "RUN_DIR=runs/first sbatch" in printed and "run_dir=runs/first" in printed
 
 
-def test_data_that_is_named_is_read_and_counted(tmp_path, capsys):
-    tiny_run.write_data(tmp_path, num_problems=12)
-    overrides = tiny_run.overrides(tmp_path, tmp_path / "run", "cluster.num_gpus=2", "dry_run=true")
+def test_data_that_is_named_is_read_and_counted(data, tmp_path, capsys):
+    overrides = tiny_run.overrides(data, tmp_path / "run", "cluster.num_gpus=2", "dry_run=true")
     assert main(overrides) == 0
     out = capsys.readouterr().out
-    assert "12 problems fit" in out
+    assert "40 problems fit" in out
     assert "the teacher's prompt adds 2 tokens of wording (data.teacher_template) and on average " in out
     assert not any(f"{key}=/path" in out for key in ("data.path", "data.tokenizer"))
     assert main([*overrides, "data.max_length=16"]) == EXIT_BAD_INPUT

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import shlex
@@ -10,11 +11,12 @@ import shlex
 import pytest
 from tiers import combinations
 
-from megatron_selfdistill.config import load
+from megatron_selfdistill.config import Config, load
 from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.model.hf.family import differences
 from megatron_selfdistill.model.hf.mapping import family_of
 from megatron_selfdistill.plan.dry_run import Plan, dry_run
+from megatron_selfdistill.plan.engines import BALANCE, Engines
 from megatron_selfdistill.train import main
 
 # Of the checkpoints on the hub, to the parameter; DeepSeek-V3 without its second-token layer and expert biases.
@@ -138,13 +140,25 @@ REAL_SIZES = sorted(PUBLISHED)
 
 
 @functools.cache
+def config_of(recipe: str) -> Config:
+    return load([f"recipe={recipe}"])
+
+
+@functools.cache
 def plan_of(recipe: str) -> Plan:
-    return dry_run(load([f"recipe={recipe}"]))
+    return dry_run(config_of(recipe))
+
+
+@functools.cache
+def engines_of(recipe: str) -> Engines:
+    found = plan_of(recipe).engines
+    assert found is not None
+    return found
 
 
 def test_every_shipped_recipe_that_names_its_gpus_is_tested_here():
     shipped = [path.stem for path in (config_dir() / "recipe").glob("*.yaml")]
-    assert sorted(name for name in shipped if load([f"recipe={name}"]).cluster.num_gpus) == REAL_SIZES
+    assert sorted(name for name in shipped if config_of(name).cluster.num_gpus) == REAL_SIZES
 
 
 @pytest.mark.parametrize("recipe", REAL_SIZES)
@@ -169,12 +183,12 @@ def test_parameters_are_those_of_the_published_model(recipe):
 @pytest.mark.parametrize("recipe", REAL_SIZES)
 def test_the_architecture_is_that_of_the_public_config(recipe):
     published = HF_CONFIGS[recipe]
-    assert differences(family_of(published).model_config(published), load([f"model={recipe}"]).model) == {}
+    assert differences(family_of(published).model_config(published), config_of(recipe).model) == {}
 
 
 @pytest.mark.parametrize("recipe", REAL_SIZES)
 def test_the_tensors_of_a_hugging_face_folder_add_up_to_the_same_model(recipe):
-    model = load([f"model={recipe}"]).model
+    model = config_of(recipe).model
     total = 0
     for rule in family_of(HF_CONFIGS[recipe]).rules(model):
         if not rule.is_passthrough and not rule.hf_names[0].endswith("e_score_correction_bias"):
@@ -191,9 +205,33 @@ def test_the_arithmetic_in_a_recipes_comments_is_the_plans(recipe):
     parts |= {"= while training": fullest.training_peak, "= while sampling": fullest.rollout_peak}
     shown = {name: round(size, 1) for name, size in parts.items() if name in written or round(size, 1) > 0}
     assert written == shown
-    said = re.findall(r"(\d+\.\d) %; a smaller batch has more", text)
+    stated = re.findall(r"(\d+\.\d) %; a smaller batch has more", text)
     bubble = plan_of(recipe).schedule.bubble
-    assert [float(percent) for percent in said] == ([round(100 * bubble, 1)] if bubble else [])
+    assert [float(percent) for percent in stated] == ([round(100 * bubble, 1)] if bubble else [])
+
+
+@pytest.mark.parametrize("recipe", REAL_SIZES)
+def test_no_recipe_leaves_its_engines_idle(recipe):
+    assert engines_of(recipe).warning is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cache_gb", "kib"),
+    [("qwen3_8b", 16, 144), ("qwen3_32b", 10, 64), ("qwen3_235b_a22b", 16, 47), ("deepseek_v3", 16, 68.625)],
+)
+def test_a_cache_holds_the_mean_sequence_half_written(recipe, cache_gb, kib):
+    """The prompt a third of 4096 tokens, the response a third of 4096 and half of it written."""
+    held = (4096 + 2048) / 3
+    config = config_of(recipe)
+    rollout = dataclasses.replace(config.rollout, kv_cache_gb=cache_gb)
+    engines = dry_run(dataclasses.replace(config, rollout=rollout)).engines
+    assert engines is not None and engines.capacity == int(cache_gb * 2**20 / kib / held)
+
+
+def test_a_mixture_of_experts_reads_more_than_it_computes():
+    assert engines_of("qwen3_8b").balance == pytest.approx(BALANCE)
+    assert engines_of("qwen3_235b_a22b").balance == pytest.approx(BALANCE * 235.09 / 22.19, rel=0.01)
+    assert engines_of("deepseek_v3").balance == pytest.approx(BALANCE * 671.03 / 37.5, rel=0.02)
 
 
 @combinations(recipe=list(REAL_SIZES), quick={"recipe": ["qwen3_8b", "deepseek_v3"]}, strength=1)
@@ -218,7 +256,7 @@ def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, 
 
 
 def test_a_recipe_is_the_default_one_at_another_size():
-    default, real = load(), load(["recipe=qwen3_8b"])
+    default, real = load(), config_of("qwen3_8b")
     assert (real.target, real.loss, real.guards) == (default.target, default.loss, default.guards)
     assert real.teacher.weights == default.teacher.weights
 
