@@ -41,8 +41,14 @@ _PRELOADED = (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron_selfdistill.train",
-    "transformers",
+    "megatron_selfdistill.trainer",
+    "megatron_selfdistill.announcement",
+    "megatron_selfdistill.checkpoint.run.resumption",
+    "megatron_selfdistill.checkpoint.vocabulary",
+    "megatron_selfdistill.rollout.megatron.megatron_sampler",
+    "transformers.models.auto.tokenization_auto",
 )
 
 ENVIRONMENT = {
@@ -322,6 +328,7 @@ def _import_once() -> str | None:
     try:
         for name in _PRELOADED:
             importlib.import_module(name)
+        importlib.import_module("megatron_selfdistill.config").load()  # loads hydra's plugins and fills its caches
         sys.modules["torch"].set_num_threads(1)
         gc.collect()
         return None
