@@ -1,11 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Twenty steps of a whole run are the same steps in every layout."""
+"""The steps of a whole run are the same steps in every layout."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,6 @@ import tiny_run
 from tiers import combinations
 from tiny_run import overrides, recorded, reproducible_metrics, train
 
-STEPS = 20
 LAYOUTS = {
     "TP2": ["parallel.tensor_model_parallel_size=2"],
     "PP2": ["parallel.pipeline_model_parallel_size=2"],
@@ -23,47 +24,67 @@ LAYOUTS = {
 }
 
 
+NUM_STEPS = [
+    pytest.param("PP2xVPP2", 5, id="PP2xVPP2, 5 steps"),
+    *(pytest.param(name, 20, id=f"{name}, 20 steps", marks=pytest.mark.full) for name in LAYOUTS),
+]
+
+
+def run_of(finished: Path, data: Path, run_dir: Path, num_steps: int, *options: str) -> list[str]:
+    """Return the arguments of a run that starts from the weights of the finished run."""
+    start = f"checkpoint.load={finished}/checkpoints"
+    return overrides(data, run_dir, start, f"num_steps={num_steps}", "checkpoint.save_every=0", *options)
+
+
 @pytest.fixture(scope="module")
-def folder(ranks, own_data) -> Path:
-    """Return a directory with data, a checkpoint to start from, and 20 steps of one rank with their responses."""
-    data = own_data
-    train(ranks, overrides(data, data / "start", "num_steps=1", "optimizer.lr=0"))
-    train(ranks, run_of(data, "one", f"rollout.record={data}/one.jsonl"))
-    return data
+def on_one_rank(ranks, data, finished, tmp_path_factory) -> Callable[[int], Path]:
+    """Return a function that returns the directory of a run of one rank with its number of steps.
+
+    The directory also has the responses of the run, responses.jsonl.
+    """
+
+    @functools.cache
+    def run_of_steps(num_steps: int) -> Path:
+        run = tmp_path_factory.mktemp("one") / "run"
+        train(ranks, run_of(finished, data, run, num_steps, f"rollout.record={run}/responses.jsonl"))
+        return run
+
+    return run_of_steps
 
 
-def run_of(folder: Path, name: str, *options: str) -> list[str]:
-    start = f"checkpoint.load={folder}/start/checkpoints"
-    return overrides(folder, folder / name, start, f"num_steps={STEPS}", "checkpoint.save_every=0", *options)
-
-
-@combinations(name=list(LAYOUTS), quick={"name": ["PP2xVPP2"]}, strength=1)
-def test_twenty_steps_on_recorded_responses_have_the_same_losses(ranks, folder, name):
-    train(ranks, run_of(folder, name, *LAYOUTS[name], f"rollout.replay={folder}/one.jsonl"), 2)
-    assert_same_losses(folder / "one", folder / name)
+@pytest.mark.parametrize(("name", "num_steps"), NUM_STEPS)
+def test_steps_on_recorded_responses_have_the_same_losses(
+    ranks, data, finished, on_one_rank, tmp_path, name, num_steps
+):
+    one = on_one_rank(num_steps)
+    replay = f"rollout.replay={one}/responses.jsonl"
+    train(ranks, run_of(finished, data, tmp_path / "run", num_steps, *LAYOUTS[name], replay), 2)
+    assert_same_losses(one, tmp_path / "run", num_steps)
 
 
 @pytest.mark.full
-def test_torchrun_gives_the_same_losses(folder):
+def test_torchrun_gives_the_same_losses(data, finished, on_one_rank, tmp_path):
     """The command that a lab types, with two processes that torchrun starts."""
-    arguments = run_of(folder, "torchrun", *LAYOUTS["PP2"], f"rollout.replay={folder}/one.jsonl")
+    one, num_steps = on_one_rank(20), 20
+    replay = f"rollout.replay={one}/responses.jsonl"
+    arguments = run_of(finished, data, tmp_path / "run", num_steps, *LAYOUTS["PP2"], replay)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_selfdistill.train", *arguments]
     environment = os.environ | {"PYTHONPATH": str(tiny_run.REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert_same_losses(folder / "one", folder / "torchrun")
+    assert_same_losses(one, tmp_path / "run", num_steps)
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
-def test_the_first_steps_sampled_responses_are_equal(ranks, folder, name):
-    recording = folder / f"sampled_{name}.jsonl"
-    train(ranks, run_of(folder, f"sampled_{name}", *LAYOUTS[name], "num_steps=1", f"rollout.record={recording}"), 2)
-    assert recorded(recording, step=0) == recorded(folder / "one.jsonl", step=0)
+def test_the_first_steps_sampled_responses_are_equal(ranks, data, finished, on_one_rank, tmp_path, name):
+    record = f"rollout.record={tmp_path}/responses.jsonl"
+    train(ranks, run_of(finished, data, tmp_path / "run", 1, *LAYOUTS[name], record), 2)
+    assert recorded(tmp_path / "responses.jsonl", step=0) == recorded(on_one_rank(5) / "responses.jsonl", step=0)
 
 
-def assert_same_losses(one: Path, other: Path) -> None:
+def assert_same_losses(one: Path, other: Path, num_steps: int) -> None:
     expected, got = reproducible_metrics(one), reproducible_metrics(other)
-    assert len(expected) == len(got) == STEPS
+    assert len(expected) == len(got) == num_steps
     for a, b in zip(expected, got, strict=True):
         assert b["loss/mean"] == pytest.approx(a["loss/mean"], abs=1e-5)
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from tiny_run import (
-    assert_equal_runs,
-    go_back_to_step_3,
+    assert_resumes_equal,
     overrides,
     reproducible_metrics,
     starts_with_an_even_token,
@@ -37,12 +35,22 @@ def data(own_data) -> Path:
     return own_data
 
 
+PP2 = "parallel.pipeline_model_parallel_size=2"
+
+
 @pytest.mark.parametrize(
     ("world_size", "options"),
-    [(1, ["solutions.pick=shortest"]), (2, ["solutions.pick=learnable", "parallel.pipeline_model_parallel_size=2"])],
+    [
+        pytest.param(1, ["solutions.pick=learnable"], id="learnable"),
+        pytest.param(1, ["solutions.pick=shortest"], id="shortest", marks=pytest.mark.full),
+        pytest.param(2, ["solutions.pick=learnable", PP2], id="learnable, PP2", marks=pytest.mark.full),
+    ],
 )
 def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path, world_size, options):
-    train(ranks, overrides(data, tmp_path / "whole", *OWN, *options), world_size)
+    def arguments(run_dir: Path) -> list[str]:
+        return overrides(data, run_dir, *OWN, *options, "num_steps=5")
+
+    train(ranks, arguments(tmp_path / "whole"), world_size)
     lines = reproducible_metrics(tmp_path / "whole")
     assert [line["step"] for line in lines if "solutions/pass_rate" in line] == [1, 3, 5]
     shares = [line["solutions/skipped_share"] for line in lines]
@@ -51,7 +59,4 @@ def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(ranks, data, 
     samples = read_samples(tmp_path / "whole")
     assert samples and all(starts_with_an_even_token(sample["solution"], None) for sample in samples)
     assert all(sample["solution"] != sample["response"].rstrip("$") for sample in samples)
-    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
-    go_back_to_step_3(tmp_path / "halves")
-    train(ranks, overrides(data, tmp_path / "halves", *OWN, *options), world_size)
-    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")
+    assert_resumes_equal(ranks, tmp_path / "whole", arguments, world_size, step=3, num_steps=5)

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
+from ranks import RankError
 from tiers import combinations
 from tiny_run import (
     assert_equal_runs,
-    go_back_to_step_3,
-    in_new_process,
+    assert_resumes_equal,
+    go_back_to_step,
     overrides,
     recorded,
     reproducible_metrics,
@@ -49,17 +51,19 @@ LAYOUTS = {
 @combinations(name=list(LAYOUTS), quick={"name": ["PP2xVPP2, saved in the background"]}, strength=1)
 def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name):
     world_size, options = LAYOUTS[name]
-    train(ranks, overrides(data, tmp_path / "whole", *options), world_size)
-    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
-    go_back_to_step_3(tmp_path / "halves")
-    train(ranks, overrides(data, tmp_path / "halves", *options), world_size)
-    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")
+    options = [*options, "num_steps=4", "checkpoint.save_every=2"]
+
+    def arguments(run_dir: Path) -> list[str]:
+        return overrides(data, run_dir, *options)
+
+    train(ranks, arguments(tmp_path / "whole"), world_size)
+    assert_resumes_equal(ranks, tmp_path / "whole", arguments, world_size, step=2, num_steps=4)
 
 
 @combinations(place=["step", "save"], quick={"place": ["save"]}, strength=1)
 def test_a_run_killed_in_the_middle_of(place, ranks, data, finished, tmp_path):
-    killed = in_new_process(overrides(data, tmp_path / "killed"), kill_at=place)
-    assert killed.returncode == -9, killed.stderr
+    with pytest.raises(RankError, match="ended with exit code -9"):
+        train(ranks, overrides(data, tmp_path / "killed"), kill_at=place)
     assert saved_step(tmp_path / "killed") == 3
     train(ranks, overrides(data, tmp_path / "killed"))
     assert_equal_runs(ranks, finished, tmp_path / "killed")
@@ -76,11 +80,11 @@ OTHER_LAYOUTS = {
 
 @combinations(name=list(OTHER_LAYOUTS), quick={"name": ["DP2"]}, strength=1)
 def test_resuming_in_another_layout_goes_on_with_the_same_problems_responses_and_loss(ranks, data, tmp_path, name):
-    """Data position, streams and teacher exactly; the first loss to 1e-5."""
-    options = ["teacher.weights=ema", "checkpoint.keep_last=null"]
+    """Data position, seeds and teacher exactly; the first loss to 1e-5."""
+    options = ["teacher.weights=ema", "checkpoint.keep_last=null", "num_steps=4"]
     train(ranks, overrides(data, tmp_path / "whole", *options, f"rollout.record={tmp_path}/whole.jsonl"))
     shutil.copytree(tmp_path / "whole", tmp_path / "other")
-    go_back_to_step_3(tmp_path / "other")
+    go_back_to_step(3, tmp_path / "other")
     options += OTHER_LAYOUTS[name] + [f"rollout.record={tmp_path}/other.jsonl"]
     train(ranks, overrides(data, tmp_path / "other", *options), 2)
     assert recorded(tmp_path / "other.jsonl", step=3) == recorded(tmp_path / "whole.jsonl", step=3)

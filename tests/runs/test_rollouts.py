@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
-from tiny_run import assert_equal_runs, go_back_to_step_3, overrides, reproducible_metrics, saved_step, train
+from tiny_run import assert_equal_runs, assert_resumes_equal, overrides, reproducible_metrics, saved_step, train
 
 from megatron_selfdistill.train import EXIT_NO_ROLLOUT
 
@@ -74,10 +75,15 @@ def test_guidance_below_a_success_rate_reaches_the_problems_that_fail_and_surviv
         "rollout.guidance=mixed",
         "rollout.guide_below=0.5",
         "evaluation.verifier=tiny_run.starts_with_an_even_token",
+        "num_steps=4",
+        "checkpoint.save_every=2",
     ]
     recorded = tmp_path / "recorded.jsonl"
-    whole, halves = overrides(data, tmp_path / "whole", *options), overrides(data, tmp_path / "halves", *options)
-    train(ranks, [*whole, f"rollout.record={recorded}"], world_size=2)
+
+    def arguments(run_dir: Path) -> list[str]:
+        return overrides(data, run_dir, *options)
+
+    train(ranks, [*arguments(tmp_path / "whole"), f"rollout.record={recorded}"], world_size=2)
     shares = [line.get("guided/share", 0.0) for line in reproducible_metrics(tmp_path / "whole")]
     assert shares[0] == 0 and 0 < shares[1] < 1, "first alone, then guided where the verifier says no"
     first: dict[str, bool] = {}
@@ -89,7 +95,4 @@ def test_guidance_below_a_success_rate_reaches_the_problems_that_fail_and_surviv
             text = "".join("0123456789-=b.,;:|HX~$_"[token] for token in record["token_ids"][:-1])
             right = record["finish_reason"] == "stop" and tiny_run.starts_with_an_even_token(text, None)
             first[record["problem_id"]] = right
-    train(ranks, [*halves, "checkpoint.keep_last=null"], world_size=2)
-    go_back_to_step_3(tmp_path / "halves")
-    train(ranks, [*halves, "checkpoint.keep_last=null"], world_size=2)
-    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")
+    assert_resumes_equal(ranks, tmp_path / "whole", arguments, 2, step=2, num_steps=4)

@@ -83,6 +83,11 @@ def start_and_listen(arguments: Sequence[str]) -> tuple[int, str]:
     return status, output.getvalue()
 
 
+def start_each(runs: Sequence[Sequence[str]]) -> list[int]:
+    """Call `start` for one run after the other in this process; return their statuses."""
+    return [start(arguments) for arguments in runs]
+
+
 def start_with(arguments: Sequence[str], owner: Any, name: str, replacement: Any) -> int:
     """Call `start` while ``owner.name`` is ``replacement``."""
     with pytest.MonkeyPatch.context() as patch:
@@ -105,6 +110,11 @@ def train(
     """
     statuses = ranks.run(start, arguments, world_size=world_size, init_process_group=False, **options)
     assert statuses == [expected] * world_size
+
+
+def train_each(ranks: RankPool, runs: Sequence[Sequence[str]]) -> None:
+    """Train with each of the arguments in ``runs``, one run after the other in one process; assert that all succeed."""
+    assert ranks.run(start_each, runs, world_size=1, init_process_group=False) == [[0] * len(runs)]
 
 
 def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
@@ -174,14 +184,16 @@ def saved_step(run_dir: Path) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def go_back_to_step_3(run_dir: Path) -> None:
-    """Remove the last checkpoint of a run of 6 steps.
+def go_back_to_step(step: int, run_dir: Path) -> None:
+    """Remove the checkpoints of a run after ``step``.
 
-    The resumed run repeats steps 4 to 6 with the learning rates of a run of 6 steps, which a run with ``num_steps=3``
-    would not have.
+    The resumed run repeats the later steps with the settings of the whole run, which a shorter run would not have.
     """
-    shutil.rmtree(run_dir / "checkpoints" / "iter_0000006")
-    (run_dir / "checkpoints" / TRACKER).write_text("3")
+    checkpoints = run_dir / "checkpoints"
+    for later in checkpoints.glob("iter_*"):
+        if int(later.name.removeprefix("iter_")) > step:
+            shutil.rmtree(later)
+    (checkpoints / TRACKER).write_text(str(step))
 
 
 def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:
@@ -211,6 +223,28 @@ def assert_equal_runs(ranks: RankPool, one: Path, other: Path, num_steps: int = 
     assert len(reproducible_metrics(one)) == num_steps
     assert reproducible_metrics(one) == reproducible_metrics(other)
     assert ranks.run(differences, one, other, num_steps, world_size=1) == [[]]
+
+
+def assert_resumes_equal(
+    ranks: RankPool,
+    whole: Path,
+    arguments_of: Callable[[Path], Sequence[str]],
+    world_size: int = 1,
+    *,
+    step: int,
+    num_steps: int,
+    **options: Any,
+) -> Path:
+    """Assert that the run ``whole``, resumed from its checkpoint of ``step``, equals itself bit for bit.
+
+    ``arguments_of(run_dir)`` are the arguments of the run in another directory; ``options`` are those of `train`.
+    Return the directory of the resumed run.
+    """
+    halves = Path(shutil.copytree(whole, whole.with_name(f"{whole.name}_in_halves")))
+    go_back_to_step(step, halves)
+    train(ranks, arguments_of(halves), world_size, **options)
+    assert_equal_runs(ranks, whole, halves, num_steps)
+    return halves
 
 
 def starts_with_an_even_token(text: str, problem: Any) -> bool:
