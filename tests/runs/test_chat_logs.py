@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
-from tiny_run import assert_equal_runs, go_back_to_step_3, overrides, reproducible_metrics, train
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train, train_each
 
 from megatron_selfdistill.metrics import read_samples
 
@@ -19,13 +18,12 @@ SECRET = "314-159:2653"  # of characters that the tokenizer knows
 
 
 @pytest.fixture(scope="module")
-def data(own_data) -> Path:
-    """Besides, 40 conversations of two assistant turns, and three bad ones."""
+def logs(own_data) -> Path:
+    """Return ``own_data`` with 40 conversations of two assistant turns, and three bad ones."""
     from _lib import subtraction
     from _lib.pretraining import write_records
 
-    data = own_data
-    (data / "template.jinja").write_text(TEMPLATE)
+    (own_data / "template.jinja").write_text(TEMPLATE)
     records: list[dict[str, Any]] = []
     for number, (a, b) in enumerate(subtraction.distinct(40, "train", seed=1)):
         turns = [
@@ -44,13 +42,13 @@ def data(own_data) -> Path:
         {"role": "assistant", "content": "1" * 300},
         records[0]["messages"][4],
     ]
-    write_records(data / "chats.jsonl", [*records, *bad, {"messages": too_long}])
-    return data
+    write_records(own_data / "chats.jsonl", [*records, *bad, {"messages": too_long}])
+    return own_data
 
 
-def chats(data: Path, run_dir: Path, *more: str) -> list[str]:
-    logs = ["recipe=chat_logs", f"data.path={data}/chats.jsonl", f"data.chat_template={data}/template.jinja"]
-    return overrides(data, run_dir, *logs, *more)
+def chats(logs: Path, run_dir: Path, *more: str) -> list[str]:
+    options = ["recipe=chat_logs", f"data.path={logs}/chats.jsonl", f"data.chat_template={logs}/template.jinja"]
+    return overrides(logs, run_dir, *options, *more)
 
 
 def start_where_no_sampler_can_be_built(arguments: list[str]) -> int:
@@ -62,50 +60,64 @@ def start_where_no_sampler_can_be_built(arguments: list[str]) -> int:
     return tiny_run.start_with(arguments, configured_source, "make_sampler", refuse)
 
 
-def test_a_run_on_logs_builds_no_sampler_and_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path):
-    arguments = chats(data, tmp_path / "whole")
-    train(ranks, arguments, start=start_where_no_sampler_can_be_built)
-    lines = reproducible_metrics(tmp_path / "whole")
-    assert len(lines) == 6 and all(line["turns/count"] == 8 for line in lines)
-    assert all(0 < line["turns/accepted_token_share"] < 1 and "sampled" not in line for line in lines)
-    assert all(line["turns/log_prob_min"] <= line["turns/log_prob_mean"] < 0 for line in lines)
-    assert not any(key.startswith(("sampler/", "correction/", "turns/unlikely")) for line in lines for key in line)
-    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
-    go_back_to_step_3(tmp_path / "halves")
-    train(ranks, chats(data, tmp_path / "halves"), start=start_where_no_sampler_can_be_built)
-    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")
+@pytest.fixture(scope="module")
+def start(finished) -> str:
+    """Return the override that starts every layout from the same weights."""
+    return f"checkpoint.load={finished}/checkpoints"
 
 
-def test_what_is_trained_on_are_the_logged_tokens_of_assistants_alone(ranks, data, tmp_path):
+WEIGHTS = ["num_steps=2", "conversations.min_log_prob=-4", "conversations.unlikely=down_weight"]
+ALL_TURNS = ["num_steps=1", "data.global_batch_size=80", "checkpoint.save_every=0"]
+
+
+@pytest.fixture(scope="module")
+def runs(ranks, logs, start, tmp_path_factory) -> Path:
+    """Return a directory of short runs of one rank, which one process has made: its tests read the runs."""
+    directory = tmp_path_factory.mktemp("runs")
+    evaluated = [f"evaluation.path={logs}/problems.jsonl", "evaluation.every=1", "evaluation.limit=4"]
+    sampled = ["conversations.responses=sampled", f"rollout.record={directory}/recorded.jsonl"]
+    options = {
+        "weighted": [start, *WEIGHTS],
+        **{
+            f"unlikely below {threshold}": [*ALL_TURNS, f"conversations.min_log_prob={threshold}"]
+            for threshold in ("null", "-100", "0")
+        },
+        "shown and evaluated": ["num_steps=1", "conversations.show_contents=true", *evaluated],
+        "sampled": ["num_steps=1", *sampled],
+    }
+    train_each(ranks, [chats(logs, directory / name, *more) for name, more in options.items()])
+    return directory
+
+
+def test_the_run_trains_on_the_logged_tokens_of_assistants_alone(runs):
     """All turns are in one batch, so the tokens are countable: 7 characters or 16, and the end of the turn."""
-    train(ranks, chats(data, tmp_path / "one", "data.global_batch_size=80", "num_steps=1"))
-    [line] = reproducible_metrics(tmp_path / "one")
+    [line] = reproducible_metrics(runs / "unlikely below null")
     wrong, accepted = 40 * (7 + 1), 40 * (len(SECRET) + 4 + 1)
     assert line["tokens/response"] == line["tokens/rollout"] == wrong + accepted
     assert line["turns/accepted_token_share"] == pytest.approx(accepted / (wrong + accepted))
 
 
-def test_evaluation_builds_the_sampler_when_it_is_due(ranks, data, tmp_path):
-    evaluated = [f"evaluation.path={data}/problems.jsonl", "evaluation.every=6", "evaluation.limit=4"]
-    train(ranks, chats(data, tmp_path / "run", *evaluated))
-    assert "evaluation/greedy_accuracy" in reproducible_metrics(tmp_path / "run")[-1]
+def test_evaluation_builds_the_sampler_when_it_is_due(runs):
+    assert "evaluation/greedy_accuracy" in reproducible_metrics(runs / "shown and evaluated")[-1]
 
 
-def test_turns_can_be_sampled_anew(ranks, data, tmp_path):
-    recorded = tmp_path / "recorded.jsonl"
-    more = ["conversations.responses=sampled", f"rollout.record={recorded}", "num_steps=2"]
-    train(ranks, chats(data, tmp_path / "run", *more))
-    records = [json.loads(line) for line in recorded.read_text().splitlines()]
-    assert len(records) == 16 and all(len(record["token_ids"]) <= 14 for record in records)
-    assert all("sampler/log_prob_mean_abs_diff" in line for line in reproducible_metrics(tmp_path / "run"))
+def test_turns_can_be_sampled_anew(runs):
+    records = [json.loads(line) for line in (runs / "recorded.jsonl").read_text().splitlines()]
+    assert len(records) == 8 and all(len(record["token_ids"]) <= 14 for record in records)
+    assert all("sampler/log_prob_mean_abs_diff" in line for line in reproducible_metrics(runs / "sampled"))
 
 
-@pytest.fixture(scope="module")
-def start(ranks, data, tmp_path_factory) -> str:
-    """Return the override that starts every layout from the same weights."""
-    folder = tmp_path_factory.mktemp("start")
-    train(ranks, chats(data, folder, "num_steps=1", "optimizer.lr=0"))
-    return f"checkpoint.load={folder}/checkpoints"
+def test_dropping_all_turns_leaves_no_gradient_and_dropping_none_changes_nothing(runs):
+    off, none, all_ = (reproducible_metrics(runs / f"unlikely below {threshold}")[0] for threshold in ("null", -100, 0))
+    assert none["gradient_norm"] == off["gradient_norm"] > 0
+    assert (none["turns/unlikely_share"], all_["turns/unlikely_share"]) == (0, 1)
+    assert all_["gradient_norm"] == 0 and all_["loss/mean"] == off["loss/mean"] > 0
+
+
+def test_turns_are_shown_where_the_user_asks_for_it(runs):
+    samples = read_samples(runs / "shown and evaluated")
+    assert len(samples) == 2 and all(sample["solution"].startswith(f"{SECRET};") for sample in samples)
+    assert all(sample["response"].endswith("$") and sample["tokens"]["teacher_log_prob"] for sample in samples)
 
 
 LAYOUTS = [
@@ -117,31 +129,17 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
-def test_unlikely_turns_are_the_same_in_every_layout(ranks, data, start, tmp_path, world_size, layout):
-    lines = []
-    weights = [start, "num_steps=2", "conversations.min_log_prob=-4", "conversations.unlikely=down_weight"]
-    for name, world, more in (("one", 1, ()), ("many", world_size, layout)):
-        train(ranks, chats(data, tmp_path / name, *weights, *more), world)
-        lines.append(reproducible_metrics(tmp_path / name))
-    for one, many in zip(*lines, strict=True):
+def test_unlikely_turns_are_the_same_in_every_layout(ranks, logs, start, runs, tmp_path, world_size, layout):
+    train(ranks, chats(logs, tmp_path / "many", start, *WEIGHTS, *layout), world_size)
+    for one, many in zip(reproducible_metrics(runs / "weighted"), reproducible_metrics(tmp_path / "many"), strict=True):
         assert 0 < one["turns/unlikely_share"] < 1, "the threshold divides the turns"
         for key in (key for key in one if key.startswith(("turns/", "gradient_norm", "loss/"))):
             assert many[key] == pytest.approx(one[key], rel=2e-4), key
 
 
-def test_dropping_all_turns_leaves_no_gradient_and_dropping_none_changes_nothing(ranks, data, tmp_path):
-    found = {}
-    for name, threshold in (("off", "null"), ("none", "-100"), ("all", "0")):
-        train(ranks, chats(data, tmp_path / name, "num_steps=1", f"conversations.min_log_prob={threshold}"))
-        [found[name]] = reproducible_metrics(tmp_path / name)
-    assert found["none"]["gradient_norm"] == found["off"]["gradient_norm"] > 0
-    assert (found["none"]["turns/unlikely_share"], found["all"]["turns/unlikely_share"]) == (0, 1)
-    assert found["all"]["gradient_norm"] == 0 and found["all"]["loss/mean"] == found["off"]["loss/mean"] > 0
-
-
 @pytest.mark.full
-def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, tmp_path):
-    arguments = chats(data, tmp_path / "run", "metrics.console=true", "num_steps=1", "data.global_batch_size=81")
+def test_nothing_of_a_log_reaches_metrics_console_or_the_run_directory(logs, tmp_path):
+    arguments = chats(logs, tmp_path / "run", "metrics.console=true", "num_steps=1", "data.global_batch_size=81")
     finished = tiny_run.in_new_process(arguments)
     assert finished.returncode == 0, finished.stderr
     output = finished.stdout + finished.stderr
@@ -165,18 +163,11 @@ def test_nothing_that_was_said_reaches_metrics_console_or_the_run_folder(data, t
     assert SECRET not in failed.stdout + failed.stderr
 
 
-def test_turns_are_shown_where_the_user_says_so(ranks, data, tmp_path):
-    train(ranks, chats(data, tmp_path / "run", "conversations.show_contents=true", "num_steps=1"))
-    samples = read_samples(tmp_path / "run")
-    assert len(samples) == 2 and all(sample["solution"].startswith(f"{SECRET};") for sample in samples)
-    assert all(sample["response"].endswith("$") and sample["tokens"]["teacher_log_prob"] for sample in samples)
-
-
 NUM_GOOD, NUM_LONG, NUM_BROKEN = 40, 20, 10
 
 
 @pytest.fixture(scope="module")
-def mixed(data) -> str:
+def mixed(logs) -> str:
     """Return the override that names a log of conversations with one turn each.
 
     Some replies are good, some are too long, and some contain the token that ends a turn.
@@ -187,8 +178,8 @@ def mixed(data) -> str:
     replies += ["1$1"] * NUM_BROKEN
     turns = [[("user", f"{number:03d}-0="), ("assistant", reply)] for number, reply in enumerate(replies)]
     chats = [[{"role": role, "content": text} for role, text in [*turn, ("user", "thanks")]] for turn in turns]
-    write_records(data / "mixed.jsonl", [{"messages": messages} for messages in chats])
-    return f"data.path={data}/mixed.jsonl"
+    write_records(logs / "mixed.jsonl", [{"messages": messages} for messages in chats])
+    return f"data.path={logs}/mixed.jsonl"
 
 
 def lines_listed(run_dir: Path) -> list[int]:
@@ -196,29 +187,33 @@ def lines_listed(run_dir: Path) -> list[int]:
     return [int(line.partition(", message 1: ")[0].rpartition(":")[2]) for line in text.splitlines()]
 
 
-def test_unusable_turns_are_replaced_and_listed_once_and_a_resumed_run_goes_on_bit_for_bit(
-    ranks, data, mixed, tmp_path
+def test_a_run_on_logs_builds_no_sampler_lists_unusable_turns_once_and_resumes_bit_for_bit(
+    ranks, logs, mixed, tmp_path
 ):
     """Almost two epochs of all turns, so that some unusable ones come up twice."""
-    train(ranks, chats(data, tmp_path / "whole", mixed, "data.global_batch_size=12"))
+
+    def arguments(run_dir: Path) -> list[str]:
+        return chats(logs, run_dir, mixed, "data.global_batch_size=18", "num_steps=4", "checkpoint.save_every=2")
+
+    no_sampler = {"start": start_where_no_sampler_can_be_built}
+    train(ranks, arguments(tmp_path / "whole"), **no_sampler)
     lines = reproducible_metrics(tmp_path / "whole")
-    assert [line["turns/count"] for line in lines] == [12] * 6
+    assert [line["turns/count"] for line in lines] == [18] * 4
+    assert all(line["turns/log_prob_min"] <= line["turns/log_prob_mean"] < 0 for line in lines)
+    assert not any(key.startswith(("sampler/", "correction/", "turns/unlikely")) for line in lines for key in line)
     assert sum(line["turns/skipped_long"] for line in lines) > NUM_LONG
     assert sum(line["turns/skipped_bad"] for line in lines) > NUM_BROKEN
     assert sorted(lines_listed(tmp_path / "whole")) == list(range(NUM_GOOD + 1, NUM_GOOD + NUM_LONG + NUM_BROKEN + 1))
-    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
-    go_back_to_step_3(tmp_path / "halves")
-    train(ranks, chats(data, tmp_path / "halves", mixed, "data.global_batch_size=12"))
-    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "halves")
-    assert lines_listed(tmp_path / "halves") == lines_listed(tmp_path / "whole"), "nothing is listed twice"
+    halves = assert_resumes_equal(ranks, tmp_path / "whole", arguments, step=2, num_steps=4, **no_sampler)
+    assert lines_listed(halves) == lines_listed(tmp_path / "whole"), "nothing is listed twice"
 
 
 @pytest.mark.full
-def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, data, start, mixed, tmp_path):
+def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, logs, start, mixed, tmp_path):
     found = {}
     for world_size in (1, 2, 3):
         run_dir = tmp_path / str(world_size)
-        train(ranks, chats(data, run_dir, start, mixed, "num_steps=3", "data.global_batch_size=9"), world_size)
+        train(ranks, chats(logs, run_dir, start, mixed, "num_steps=3", "data.global_batch_size=9"), world_size)
         found[world_size] = reproducible_metrics(run_dir)
     for many in (found[2], found[3]):
         for one_line, line in zip(found[1], many, strict=True):
@@ -227,14 +222,14 @@ def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, data
 
 
 @pytest.mark.full
-def test_shortened_solutions_are_counted(ranks, data, tmp_path):
+def test_shortened_solutions_are_counted(ranks, logs, tmp_path):
     from _lib.pretraining import write_records
 
     conversation = [{"role": "user", "content": "1-0="}, {"role": "assistant", "content": "0"}]
     hint = {"role": "user", "content": "1" * 200, "accepted": True}
-    write_records(data / "hints.jsonl", [{"messages": [*conversation, hint]}] * 8)
-    more = [f"data.path={data}/hints.jsonl", "data.on_long_context=truncate_end", "num_steps=1"]
-    train(ranks, chats(data, tmp_path / "run", *more), 2)
+    write_records(logs / "hints.jsonl", [{"messages": [*conversation, hint]}] * 8)
+    more = [f"data.path={logs}/hints.jsonl", "data.on_long_context=truncate_end", "num_steps=1"]
+    train(ranks, chats(logs, tmp_path / "run", *more), 2)
     [line] = reproducible_metrics(tmp_path / "run")
     assert (line["turns/shortened"], line["turns/count"], line["turns/skipped_long"]) == (8, 8, 0)
 
@@ -243,8 +238,8 @@ def refused_before_the_first_step(arguments: list[str]) -> str:
     """Return the message of a run that saw only good turns before its ranks met."""
     from megatron_selfdistill import run_data, trainer
     from megatron_selfdistill.config import load
-    from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.distributed.ranks import initialize, shutdown
+    from megatron_selfdistill.errors import ConfigError
 
     config = load(arguments)
     with pytest.MonkeyPatch.context() as patch:
@@ -267,30 +262,30 @@ def refused_before_the_first_step(arguments: list[str]) -> str:
     ("policy", "line", "words"),
     [
         ("data.on_long_context=error", NUM_GOOD + 1, "raise data.max_length"),
-        ("data.on_bad_record=error", NUM_GOOD + NUM_LONG + 1, "data.on_bad_record=skip"),
+        pytest.param(
+            "data.on_bad_record=error", NUM_GOOD + NUM_LONG + 1, "data.on_bad_record=skip", marks=pytest.mark.full
+        ),
     ],
 )
 def test_a_turn_that_may_not_be_skipped_ends_the_run_on_all_ranks_before_a_model_is_built(
-    ranks, data, mixed, tmp_path, policy, line, words
+    ranks, logs, mixed, tmp_path, policy, line, words
 ):
-    arguments = chats(data, tmp_path / "run", mixed, policy)
-    sentences = ranks.run(refused_before_the_first_step, arguments, world_size=2, init_process_group=False)
-    assert sentences[0] == sentences[1] and "\n" not in sentences[0]
-    assert f"mixed.jsonl:{line}, message 1: " in sentences[0] and words in sentences[0]
+    arguments = chats(logs, tmp_path / "run", mixed, policy)
+    messages = ranks.run(refused_before_the_first_step, arguments, world_size=2, init_process_group=False)
+    assert messages[0] == messages[1] and "\n" not in messages[0]
+    assert f"mixed.jsonl:{line}, message 1: " in messages[0] and words in messages[0]
 
 
-def test_a_dry_run_under_a_launcher_reads_and_lists_all_turns(ranks, data, mixed, tmp_path):
-    train(ranks, chats(data, tmp_path / "run", mixed, "dry_run=true"), 2)
+def test_a_dry_run_under_a_launcher_reads_and_lists_all_turns(ranks, logs, mixed, tmp_path):
+    train(ranks, chats(logs, tmp_path / "run", mixed, "dry_run=true"), 2)
     unusable = NUM_LONG + NUM_BROKEN
     assert lines_listed(tmp_path / "run") == list(range(NUM_GOOD + 1, NUM_GOOD + unusable + 1))
 
 
-def test_a_log_of_which_nothing_can_be_shown_is_refused_before_any_process_group(data, tmp_path):
+def test_a_log_of_which_nothing_can_be_shown_is_refused_before_any_process_group(logs, tmp_path):
     from megatron_selfdistill.config import load
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.run_data import RunData
 
-    with pytest.raises(
-        ConfigError, match=r"none of 64 turns that were read can be used; the first: .*chats.jsonl:"
-    ):
-        RunData.load(load(chats(data, tmp_path / "run", "data.chat_template='{{ messages[0].content }}'")))
+    with pytest.raises(ConfigError, match=r"none of 64 turns that were read can be used; the first: .*chats.jsonl:"):
+        RunData.load(load(chats(logs, tmp_path / "run", "data.chat_template='{{ messages[0].content }}'")))

@@ -66,10 +66,10 @@ def run_with_messages(arguments: list[str], path: Path, built: Path | None = Non
 @pytest.fixture(scope="module")
 def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
     """Return the directory of a run of 2 steps on 2 ranks, and its messages."""
-    folder = tmp_path_factory.mktemp("ended")
-    arguments = overrides(data, folder / "run", "num_steps=2", "checkpoint.async_save=true")
-    train(ranks, arguments, world_size=2, start=run_with_messages, path=folder / "messages")
-    return folder / "run", (folder / "messages").read_text().splitlines()
+    directory = tmp_path_factory.mktemp("ended")
+    arguments = overrides(data, directory / "run", "num_steps=2", "checkpoint.async_save=true")
+    train(ranks, arguments, world_size=2, start=run_with_messages, path=directory / "messages")
+    return directory / "run", (directory / "messages").read_text().splitlines()
 
 
 def test_a_run_ends_with_its_checkpoint_and_commands_to_paste(ended):
@@ -88,7 +88,7 @@ def test_the_command_to_convert_is_one_that_the_program_takes(ended):
     assert convert._parser().parse_args(words).run is convert.megatron_to_hf
 
 
-def test_a_complete_run_says_so_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
+def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
     run, _ = ended
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     arguments = overrides(data, run, "num_steps=2", "checkpoint.async_save=true")
@@ -102,18 +102,18 @@ def test_a_complete_run_says_so_builds_nothing_and_changes_nothing(ranks, data, 
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_a_complete_run_with_another_configuration_is_judged_as_any_other_and_says_that_nothing_is_trained(
+def test_a_complete_run_with_another_configuration_is_judged_as_any_other_and_reports_that_nothing_is_trained(
     ranks, data, ended, tmp_path
 ):
     run, _ = ended
     options = ["num_steps=2", "checkpoint.async_save=true", "metrics.console_every=2"]
     arguments = overrides(data, run, *options)
-    train(ranks, arguments, world_size=2, start=run_with_messages, path=tmp_path / "messages", built=tmp_path / "built")
+    train(ranks, arguments, start=run_with_messages, path=tmp_path / "messages", built=tmp_path / "built")
     assert (tmp_path / "built").exists()
     assert "\ncomplete: all 2 steps were done before, nothing is trained" in (tmp_path / "messages").read_text()
 
 
-def test_a_run_that_was_stopped_says_how_to_continue_and_ends_with_the_steps_of_both_launches(ranks, data, tmp_path):
+def test_a_run_that_was_stopped_shows_how_to_continue_and_ends_with_the_steps_of_both_launches(ranks, data, tmp_path):
     run = tmp_path / "run"
     arguments = overrides(data, run, "num_steps=3")
     train(ranks, arguments, start=run_with_messages, path=tmp_path / "first", press=True)

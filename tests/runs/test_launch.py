@@ -47,7 +47,7 @@ def assert_reported_once(output: str, rank: int, words: str, statuses: int = 2) 
     assert line.startswith(f"[rank {rank}] ") and words in line
     report = output.split("FAILED")[-1]
     assert report.count("exitcode  : 2 ") == report.count("exitcode  : ") == statuses, report
-    assert words in report, "torchrun's own report has the sentence for its traceback"
+    assert words in report, "torchrun's own report has the message for its traceback"
 
 
 def test_an_error_of_the_configuration_is_said_once(data, tmp_path):

@@ -9,38 +9,27 @@ import math
 import pytest
 import tiny_run
 import torch
-from tiny_run import overrides, reproducible_metrics, saved_step, train
+from tiny_run import overrides, reproducible_metrics, saved_step, train, train_each
 
 from megatron_selfdistill.metrics import read_samples
 from megatron_selfdistill.train import main
 
 BAD_INPUT = {
     "a misspelt key": (["traget.rule=fixed"], "did you mean 'target.rule'"),
-    "a missing file": (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
-    "no tokenizer": (["data.tokenizer=null"], "data.tokenizer is not set"),
-    "a missing slot": (["data.teacher_template='{problem}'"], "{solution}"),
     "sizes that do not divide the world": (["parallel.tensor_model_parallel_size=3"], "multiple of TP x PP x CP"),
-    "heads that TP does not divide": (["model.num_attention_heads=3"], "hidden_size"),
     "a template that hides the problem": (["data.chat_template='{% for m in messages %}x{% endfor %}'"], "to show the"),
     "a response that cannot fit": (["rollout.max_new_tokens=1000"], "max_new_tokens"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_sentence_and_status_2_before_any_process_group(data, tmp_path, capfd, name):
+def test_bad_input_is_one_message_and_status_2_before_any_process_group(data, tmp_path, capfd, name):
     options, expected = BAD_INPUT[name]
     assert main(overrides(data, tmp_path / "run", *options)) == 2
     assert not torch.distributed.is_initialized()
     error = capfd.readouterr().err.strip()
     assert expected in error and len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_a_bad_record_names_file_and_line(data, tmp_path, capfd):
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"problem": "1-1:", "solution": "0"}\n{"problem": "1-1:"}\n')
-    assert main(overrides(data, tmp_path / "run", f"data.path={path}")) == 2
-    assert "bad.jsonl:2" in capfd.readouterr().err
 
 
 @pytest.mark.full
@@ -101,22 +90,21 @@ def with_a_nan_gradient(arguments: list[str]) -> int:
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied_and_stops_the_run_with_a_checkpoint(ranks, data, tmp_path):
-    arguments = overrides(data, tmp_path / "run", "checkpoint.save_every=2")
+    arguments = overrides(data, tmp_path / "run", "checkpoint.save_every=2", "num_steps=3")
     train(ranks, arguments, start=with_a_nan_gradient, expected=3)
     assert saved_step(tmp_path / "run") == 2
-    train(ranks, arguments)  # the checkpoint is sound
-    assert all(math.isfinite(line["loss/mean"]) for line in reproducible_metrics(tmp_path / "run"))
+    train(ranks, arguments)  # the checkpoint is intact
+    lines = reproducible_metrics(tmp_path / "run")
+    assert len(lines) == 3 and all(math.isfinite(line["loss/mean"]) for line in lines)
 
 
-def test_the_entropy_guard_stops_a_run(ranks, data, tmp_path):
-    guards = ["guards.reference_steps=1", "guards.patience=1", "guards.min_entropy_ratio=10"]
-    train(ranks, overrides(data, tmp_path / "run", *guards), expected=3)
-    assert len(reproducible_metrics(tmp_path / "run")) == 2
-
-
-def test_the_teacher_canary_stops_a_run_before_its_first_update(ranks, data, tmp_path):
-    train(ranks, overrides(data, tmp_path / "run", "guards.max_teacher_cross_entropy=1e-6"), expected=3)
-    assert not reproducible_metrics(tmp_path / "run")
+def test_the_entropy_guard_stops_a_run_and_the_teacher_canary_does_so_before_the_first_update(ranks, data, tmp_path):
+    entropy = ["guards.reference_steps=1", "guards.patience=1", "guards.min_entropy_ratio=10"]
+    canary = ["guards.max_teacher_cross_entropy=1e-6"]
+    runs = [overrides(data, tmp_path / "entropy", *entropy), overrides(data, tmp_path / "canary", *canary)]
+    train_each(ranks, runs, expected=3)
+    assert len(reproducible_metrics(tmp_path / "entropy")) == 2
+    assert not reproducible_metrics(tmp_path / "canary")
 
 
 def with_a_broken_teacher_pass(arguments: list[str]) -> int:
@@ -135,12 +123,35 @@ def test_the_identity_law_is_checked_at_the_start(ranks, data, tmp_path):
     train(ranks, overrides(data, tmp_path / "run"), start=with_a_broken_teacher_pass, expected=3)
 
 
-@pytest.mark.parametrize("objective", ["sft", "rft"])
-def test_a_baseline_runs_on_the_same_data(ranks, data, tmp_path, objective):
-    options = [f"objective={objective}", "evaluation.verifier=tiny_run.starts_with_an_even_token"]
-    train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
-    lines = reproducible_metrics(tmp_path / "run")
-    assert len(lines) == 6 and lines[-1]["loss/mean"] < lines[0]["loss/mean"] * 1.5
+BASELINES = [
+    pytest.param("rft", 2, id="rft"),
+    pytest.param("sft", 1, id="sft"),
+    pytest.param("sft", 2, id="sft, DP2", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("objective", "world_size"), BASELINES)
+def test_a_baseline_runs_on_the_same_data_and_is_evaluated_at_the_start_and_at_the_end(
+    ranks, data, tmp_path, objective, world_size
+):
+    options = [
+        f"objective={objective}",
+        "evaluation.verifier=tiny_run.starts_with_an_even_token",
+        f"evaluation.path={data}/problems.jsonl",
+        "evaluation.every=100",
+        "evaluation.at_start=true",
+        "evaluation.limit=5",
+        "evaluation.num_samples=2",
+        "evaluation.pass_at_k=[1,2]",
+        "num_steps=4",
+        "checkpoint.save_every=0",
+    ]
+    train(ranks, overrides(data, tmp_path / "run", *options), world_size)
+    written = reproducible_metrics(tmp_path / "run")
+    assert [line["step"] for line in written if "evaluation/greedy_accuracy" in line] == [0, 4]
+    assert "evaluation/pass_at_2" in written[0]
+    lines = [line for line in written if "evaluation/greedy_accuracy" not in line]
+    assert len(lines) == 4 and lines[-1]["loss/mean"] < lines[0]["loss/mean"] * 1.5
     assert not (tmp_path / "run" / "teacher").exists()
     samples = read_samples(tmp_path / "run")
     assert samples and not any(sample["solution"] for sample in samples)
@@ -156,20 +167,3 @@ def test_samples_of_a_problem_that_comes_twice_in_a_batch_count_on():
 
     batch = [SimpleNamespace(id=i) for i in "abca"]
     assert first_sample_indices(batch, 4) == [0, 0, 0, 4]
-
-
-def test_evaluation_is_logged_at_the_start_and_at_the_end(ranks, data, tmp_path):
-    options = [
-        f"evaluation.path={data}/problems.jsonl",
-        "evaluation.every=100",
-        "evaluation.at_start=true",
-        "evaluation.limit=5",
-        "evaluation.num_samples=2",
-        "evaluation.pass_at_k=[1,2]",
-        "num_steps=2",
-    ]
-    train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [line["step"] for line in lines if "evaluation/greedy_accuracy" in line]
-    assert evaluated == [0, 2]
-    assert "evaluation/pass_at_2" in lines[0]

@@ -112,9 +112,12 @@ def train(
     assert statuses == [expected] * world_size
 
 
-def train_each(ranks: RankPool, runs: Sequence[Sequence[str]]) -> None:
-    """Train with each of the arguments in ``runs``, one run after the other in one process; assert that all succeed."""
-    assert ranks.run(start_each, runs, world_size=1, init_process_group=False) == [[0] * len(runs)]
+def train_each(ranks: RankPool, runs: Sequence[Sequence[str]], *, expected: int = 0) -> None:
+    """Start a run with each of the arguments in ``runs``, one after the other in one process of one rank.
+
+    Assert that the exit status of every run is ``expected``.
+    """
+    assert ranks.run(start_each, runs, world_size=1, init_process_group=False) == [[expected] * len(runs)]
 
 
 def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
