@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import difflib
 import functools
@@ -45,7 +46,7 @@ def given_keys(
     overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()
 ) -> frozenset[str]:
     """Return the keys that the YAML files or the overrides of the same call of `load` set, also to their defaults."""
-    unset = _defaults()
+    unset = copy.deepcopy(_defaults())
     for name, (default, _) in keys().items():
         if not isinstance(default, dict):
             OmegaConf.update(unset, name, _UNSET)
@@ -123,7 +124,7 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
     Raises: `ConfigError` for an unknown key, a wrong type and an impossible value.
     """
     try:
-        merged = OmegaConf.merge(_schema(), values)  # a copy; the schema stays as it is
+        merged = OmegaConf.merge(_schema(), values)
         environment = environment_values(merged)
         config: Any = OmegaConf.to_object(merged)
         resolved: Config = dataclasses.replace(config, from_environment=environment)
@@ -135,14 +136,6 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
             raise error.__cause__ from None
         key = getattr(error, "full_key", None) or ""
         raise ConfigError(unknown_key(key) or f"{key}: {str(error).splitlines()[0]}") from error
-
-
-@functools.cache
-def _schema() -> DictConfig:
-    """Return the schema as nodes with the defaults, which check the types of the values that a merge sets."""
-    schema: DictConfig = OmegaConf.structured(Config)
-    _make_writable(schema)
-    return schema
 
 
 def writable(config: Config) -> dict[str, Any]:
@@ -187,14 +180,26 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+@functools.cache
 def _defaults() -> DictConfig:
-    """Return the defaults as plain nodes, which accept unknown keys only below the free-form dictionaries."""
+    """Return the defaults as plain nodes, which accept unknown keys only below the free-form dictionaries.
+
+    All callers share the result, and none changes it.
+    """
     node = OmegaConf.create(writable(Config()))
     OmegaConf.set_struct(node, True)
     for name, (default, _) in keys().items():
         if isinstance(default, dict):
             OmegaConf.set_struct(OmegaConf.select(node, name), False)
     return node
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """Return the schema as nodes that a merge may write to; a merge copies it, and no caller changes it."""
+    schema: DictConfig = OmegaConf.structured(Config)
+    _make_writable(schema)
+    return schema
 
 
 def _make_writable(node: Any) -> None:
