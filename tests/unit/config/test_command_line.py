@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich".split()
 
 
-def said(capsys, *arguments: str) -> str:
+def printed(capsys, *arguments: str) -> str:
     assert main(list(arguments)) == 0
     return capsys.readouterr().out
 
@@ -35,7 +36,7 @@ def refused(capsys, *arguments: str) -> str:
 def test_version_names_this_package_torch_and_megatron(capsys):
     import importlib.metadata
 
-    lines = said(capsys, "--version").splitlines()
+    lines = printed(capsys, "--version").splitlines()
     assert lines[0] == f"megatron_selfdistill {__version__}"
     for name in ("torch", "megatron-core"):
         assert f"{name} {importlib.metadata.version(name)}" in lines
@@ -50,7 +51,7 @@ def test_version_says_what_is_not_installed(monkeypatch):
 
 
 def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
-    lines = said(capsys, "--keys").splitlines()
+    lines = printed(capsys, "--keys").splitlines()
     for key, (default, doc) in configuration.keys().items():
         assert lines.count(f"{key}={default}") == 1 and f"    {doc}" in lines
     title = "== rollout: The sampling of the student's responses =="
@@ -59,11 +60,11 @@ def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
 
 
 def test_keys_of_a_section_are_those_alone_with_the_groups_options(capsys):
-    text = said(capsys, "--keys", "target")
+    text = printed(capsys, "--keys", "target")
     keys = [line.partition("=")[0] for line in text.splitlines() if not line.startswith((" ", "=", "("))]
     assert keys == [key for key in list(configuration.keys()) if key.startswith("target.")]
     assert "(sets several at once: target=batch|capped|" in text
-    assert said(capsys, "--keys", "optimizer.lr").splitlines()[-2:] == [
+    assert printed(capsys, "--keys", "optimizer.lr").splitlines()[-2:] == [
         "optimizer.lr=1e-06",
         "    Learning rate after warm-up.",
     ]
@@ -73,7 +74,7 @@ def test_keys_of_a_section_are_those_alone_with_the_groups_options(capsys):
 def test_recipes_lists_each_recipe_with_what_it_is_also_a_labs_own(capsys, tmp_path):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "ours.yaml").write_text("# @package _global_\n# Our own one.  With more.\nnum_steps: 3\n")
-    lines = said(capsys, "--recipes", "--config-dir", str(tmp_path)).splitlines()
+    lines = printed(capsys, "--recipes", "--config-dir", str(tmp_path)).splitlines()
     assert {line.split()[0] for line in lines} == {
         "recipe=ours",
         *(f"recipe={file.stem}" for file in (config_dir() / "recipe").glob("*.yaml")),
@@ -83,7 +84,7 @@ def test_recipes_lists_each_recipe_with_what_it_is_also_a_labs_own(capsys, tmp_p
 
 
 def test_help_lists_recipes_groups_columns_and_exit_statuses(capsys):
-    text = said(capsys, "--help")
+    text = printed(capsys, "--help")
     for part in (
         *("--version", "--keys [SECTION]", "--recipes", "--print", "--config-dir"),
         *(
@@ -102,47 +103,65 @@ def test_help_lists_recipes_groups_columns_and_exit_statuses(capsys):
 def test_keys_may_stand_on_both_sides_of_a_flag(capsys, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "ours.yaml").write_text("num_layers: 6\n")
-    text = said(capsys, "seed=3", "--config-dir", str(tmp_path), "model=ours", "--print", "num_steps=7")
+    text = printed(capsys, "seed=3", "--config-dir", str(tmp_path), "model=ours", "--print", "num_steps=7")
     assert "seed: 3" in text and "num_steps: 7" in text and "num_layers: 6" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "is not set"),
-        (["run_dir=here"], "data.path is not set"),
-        (["run_dir=here", "data.path="], "data.path is not set"),
-        (["run_dir=here", "data.path=x.jsonl"], "data.tokenizer is not set"),
-        (["run_dir=/dev/null/x", "data.path=x.jsonl", "data.tokenizer=y"], "expected a directory"),
-        (["traget=1"], "did you mean 'target'?"),
-        (["optimizer.lr=inf"], "must be a finite number"),
-    ],
-)
-def test_a_refused_command_line_imports_nothing_heavy(arguments, words, tmp_path):
-    code = (
-        "import sys\nfrom megatron_selfdistill.train import main\nstatus = main(sys.argv[1:])\n"
-        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules))\nprint(heavy)\nsys.exit(status)"
-    )
+REFUSED = {
+    (): "is not set",
+    ("run_dir=here",): "data.path is not set",
+    ("run_dir=here", "data.path="): "data.path is not set",
+    ("run_dir=here", "data.path=x.jsonl"): "data.tokenizer is not set",
+    ("run_dir=/dev/null/x", "data.path=x.jsonl", "data.tokenizer=y"): "expected a directory",
+    ("traget=1",): "did you mean 'target'?",
+    ("optimizer.lr=inf",): "must be a finite number",
+}
+DESCRIBED = {("--version",): "torch ", ("--keys",): "num_steps=", ("--recipes",): "recipe="}
+IN_A_NEW_PROCESS = f"""
+import contextlib, io, json, os, sys
+from megatron_selfdistill.train import main
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output:
+        status = main(arguments)
+    heavy = sorted(set({HEAVY!r}) & set(sys.modules))
+    print(json.dumps([status, heavy, output.getvalue(), errors.getvalue().splitlines(), os.listdir()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[tuple[str, ...], list]:
+    """Return, for each command line, its status, the heavy modules, its output, its error lines and the files.
+
+    One new process runs them in order, without a launcher's environment.
+    """
+    lines = [*REFUSED, *DESCRIBED]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
         "PYTHONPATH": str(REPOSITORY)
     }
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "[]\n")
-    assert words in done.stderr and len(done.stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("flag", ["--version", "--keys", "--recipes"])
-def test_what_the_command_tells_about_itself_imports_nothing_heavy(flag):
-    code = (
-        "import sys\nfrom megatron_selfdistill.train import main\nassert main(sys.argv[1:]) == 0\n"
-        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules))\nsys.exit(str(heavy) if heavy else 0)"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", code, flag], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", IN_A_NEW_PROCESS, json.dumps(lines)],
+        cwd=tmp_path_factory.mktemp("empty"),
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    return dict(zip(lines, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
+def test_a_refused_command_line_imports_nothing_heavy(outcomes, arguments):
+    status, heavy, output, errors, files = outcomes[arguments]
+    assert (status, heavy, output, files) == (2, [], "", [])
+    assert len(errors) == 1 and REFUSED[arguments] in errors[0]
+
+
+@pytest.mark.parametrize("arguments", DESCRIBED, ids=" ".join)
+def test_what_the_command_tells_about_itself_imports_nothing_heavy(outcomes, arguments):
+    status, heavy, output, errors, files = outcomes[arguments]
+    assert (status, heavy, errors, files) == (0, [], [], [])
+    assert DESCRIBED[arguments] in output
 
 
 def test_ctrl_c_before_a_run_is_status_130_without_a_traceback(monkeypatch, capsys):

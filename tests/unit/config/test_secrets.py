@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,37 +156,41 @@ def test_short_values_stay_in_messages_and_escaped_ones_are_found(monkeypatch):
         assert hidden(f"<{shown}>") == "<${oc.env:LAB_LINES}>"
 
 
-def test_a_folder_that_exists_stays_in_messages_so_that_commands_can_be_pasted(monkeypatch, tmp_path):
+def test_a_directory_that_exists_stays_in_messages_so_that_commands_can_be_pasted(monkeypatch, tmp_path):
     monkeypatch.setenv("LAB_SCRATCH", str(tmp_path))
     config = load(["run_dir='${oc.env:LAB_SCRATCH}/first'"])
     assert hidden(f"convert {config.run_dir}") == f"convert {tmp_path}/first"
     assert writable(config)["run_dir"] == "${oc.env:LAB_SCRATCH}/first"
 
 
-def test_a_complete_run_that_is_started_again_hides_its_folder(capsys):
+def test_a_complete_run_that_is_started_again_hides_its_directory(capsys):
     config = load(["run_dir='/scratch/${oc.env:LAB_SECRET}'"])
     checkpoint = Path(config.run_dir, "checkpoints", "iter_0000100")
     assert train._already_complete(config, checkpoint, SimpleNamespace(rank=0)) == 0
-    said = capsys.readouterr().out
-    assert SECRET not in said and "checkpoint: /scratch/${oc.env:LAB_SECRET}/checkpoints/iter_0000100" in said
+    output = capsys.readouterr().out
+    assert SECRET not in output and "checkpoint: /scratch/${oc.env:LAB_SECRET}/checkpoints/iter_0000100" in output
 
 
-def files_with(text: str, folder: Path) -> list[str]:
-    """Files below ``folder`` whose name or bytes hold ``text``."""
+def files_with(text: str, directory: Path) -> list[str]:
+    """Return the files below ``directory`` whose name or bytes hold ``text``."""
     return [
-        str(file.relative_to(folder))
-        for file in folder.rglob("*")
-        if text in str(file.relative_to(folder)) or (file.is_file() and text.encode() in file.read_bytes())
+        str(file.relative_to(directory))
+        for file in directory.rglob("*")
+        if text in str(file.relative_to(directory)) or (file.is_file() and text.encode() in file.read_bytes())
     ]
 
 
-def test_a_run_writes_and_prints_no_value_from_the_environment(data, tmp_path, monkeypatch):
-    """Its folder, its checkpoints and its output; paths and wording all hold a secret."""
+def train_with(environment: dict[str, str], arguments: list[str]) -> tuple[int, str]:
+    os.environ.update(environment)
+    return tiny_run.start_and_listen(arguments)
+
+
+def test_a_run_writes_and_prints_no_value_from_the_environment(ranks, data, tmp_path):
+    """The run directory, its checkpoints and the output hold no secret, although paths and wording do."""
     (tmp_path / SECRET).symlink_to(data)
-    monkeypatch.setenv("LAB_CHAT", "{% for m in messages %}{{ m.content }}{% endfor %}{# " + SECRET + " #}")
     options = [
-        "data.path='${oc.env:LAB_FOLDER}/problems.jsonl'",
-        "data.tokenizer='${oc.env:LAB_FOLDER}/tokenizer'",
+        "data.path='${oc.env:LAB_DATA}/problems.jsonl'",
+        "data.tokenizer='${oc.env:LAB_DATA}/tokenizer'",
         "data.chat_template='${oc.env:LAB_CHAT}'",
         "evaluation.path='${data.path}'",
         "evaluation.at_start=true",
@@ -195,14 +200,19 @@ def test_a_run_writes_and_prints_no_value_from_the_environment(data, tmp_path, m
         "metrics.tensorboard=true",
         "num_steps=1",
     ]
-    monkeypatch.setenv("LAB_FOLDER", str(tmp_path / SECRET))
     run = tmp_path / "run"
-    monkeypatch.setenv("LAB_RUN", str(run))
-    done = tiny_run.in_new_process(tiny_run.overrides(data, run, *options, "run_dir='${oc.env:LAB_RUN}'"))
-    assert done.returncode == 0, done.stderr
-    assert SECRET not in done.stdout + done.stderr
-    assert f"everything goes to {run}" in done.stdout  # a folder that exists, which the next command needs
+    environment = {
+        "LAB_SECRET": SECRET,
+        "LAB_DATA": str(tmp_path / SECRET),
+        "LAB_RUN": str(run),
+        "LAB_CHAT": "{% for m in messages %}{{ m.content }}{% endfor %}{# " + SECRET + " #}",
+    }
+    arguments = tiny_run.overrides(data, run, *options, "run_dir='${oc.env:LAB_RUN}'")
+    [(status, output)] = ranks.run(train_with, environment, arguments, world_size=1, init_process_group=False)
+    assert status == 0, output
+    assert SECRET not in output
+    assert f"everything goes to {run}" in output  # a directory that exists, which the next command needs
     assert "run_dir: ${oc.env:LAB_RUN}" in (run / "config.yaml").read_text()
     assert (run / "checkpoints" / "iter_0000001").is_dir() and files_with("seconds/step", run)
     assert files_with(SECRET, run) == []
-    assert "${oc.env:LAB_FOLDER}/problems.jsonl" in (run / "config.yaml").read_text()
+    assert "${oc.env:LAB_DATA}/problems.jsonl" in (run / "config.yaml").read_text()

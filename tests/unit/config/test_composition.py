@@ -1,0 +1,304 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The schema documents every key, and YAML files and the command line compose a configuration of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config import Config, from_mapping, keys, load, to_yaml
+from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SECTIONS = [cls for cls in vars(configuration).values() if dataclasses.is_dataclass(cls)]
+SHIPPED = sorted(p.relative_to(config_dir()) for p in config_dir().glob("*/*.yaml"))
+
+
+def message_of(*overrides: str, **kwargs) -> str:
+    """Return the message with which these overrides fail."""
+    with pytest.raises(ConfigError) as caught:
+        load(list(overrides), **kwargs)
+    text = str(caught.value)
+    assert text and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda cls: cls.__name__)
+def test_every_field_has_a_documentation_string(section):
+    docs = configuration.field_docs(section)
+    undocumented = [f.name for f in dataclasses.fields(section) if len(docs.get(f.name, "")) < 5]
+    assert undocumented == []
+
+
+def test_a_field_without_documentation_is_seen():
+    docs = configuration.field_docs(_HalfDocumented)
+    assert docs == {"documented": "What it means."}
+
+
+@dataclasses.dataclass
+class _HalfDocumented:
+    documented: int = 1
+    """What it means."""
+    bare: int = 2
+
+
+def test_keys_lists_each_field_of_each_section_once_with_its_default():
+    expected = {}
+    for f in dataclasses.fields(Config):
+        if f.name == "from_environment":
+            continue
+        value = getattr(Config(), f.name)
+        if dataclasses.is_dataclass(value):
+            expected |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in dataclasses.fields(value)}
+        else:
+            expected[f.name] = value
+    listed = keys()
+    assert {name: default for name, (default, _) in listed.items()} == expected
+    assert all(documentation for _, documentation in listed.values())
+
+
+def test_the_composed_defaults_are_the_schemas():
+    assert load() == Config()
+
+
+def test_the_written_configuration_reads_back_as_itself():
+    config = load(["recipe=literal", "model=llama_1b", "optimizer.lr=3e-6", "data.fields.problem=question"])
+    assert from_mapping(OmegaConf.create(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("model.num_layer=3", "model.num_layers"),
+        ("modle.num_layers=3", "model.num_layers"),
+        ("++model.num_layer=3", "model.num_layers"),
+        ("+target.kmax=2", "target.k_max"),
+        ("num_step=3", "num_steps"),
+        ("lr=1e-6", "optimizer.lr"),
+        ("target.lr=1e-6", "optimizer.lr"),
+        ("recepie=literal", "recipe"),
+        ("optimizer.clipgrad=1", "optimizer.clip_grad"),
+    ],
+)
+def test_a_misspelt_key_fails_with_the_nearest_right_name(override, nearest):
+    text = message_of("seed=1", override)
+    assert "unknown configuration key" in text
+    assert f"did you mean {nearest!r}?" in text
+
+
+def test_the_deleted_key_of_the_solver_is_an_unknown_key():
+    assert "unknown configuration key" in message_of("seed=1", "loss.solver=fast")
+
+
+def test_a_misspelt_option_of_a_group_fails_with_the_nearest_file():
+    assert "did you mean recipe=literal?" in message_of("recipe=literl")
+
+
+def test_a_misspelt_key_in_a_file_fails_with_the_nearest_right_name(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "ours.yaml").write_text("num_layers: 3\nhiden_size: 32\n")
+    text = message_of("model=ours", search_path=[tmp_path])
+    assert text.startswith("In 'model/ours'")
+    assert "'model.hiden_size'" in text and "did you mean 'model.hidden_size'?" in text
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "ours.yaml").write_text("num_layers: [3\n")
+    assert "model/ours.yaml" in message_of("model=ours", search_path=[tmp_path])
+
+
+def test_a_misspelt_key_in_nested_mappings_fails_with_the_nearest_right_name():
+    with pytest.raises(ConfigError, match=r"'guards.patiance'; did you mean 'guards.patience'\?"):
+        from_mapping({"guards": {"patiance": 3}})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.num_layers=three", "model.num_layers"),
+        ("model.num_layers=2.5", "model.num_layers"),
+        ("model.num_layers=null", "model.num_layers"),
+        ("dry_run=maybe", "dry_run"),
+        ("optimizer.lr=[1]", "optimizer.lr"),
+        ("rollout.stop_token_ids=[a]", "rollout.stop_token_ids"),
+        ("data.fields=3", "data.fields"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_key(override, words):
+    text = message_of(override)
+    assert words in text and "unknown" not in text
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=str)
+def test_every_shipped_file_composes_and_sets_what_it_says(file):
+    group, option = file.parts[0], file.stem
+    config = dataclasses.asdict(load([f"{group}={option}"]))
+    written = OmegaConf.to_container(OmegaConf.load(config_dir() / file))
+    target = config if "_global_" in (config_dir() / file).read_text() else config[group]
+    written.pop("defaults", None)
+    assert written, "a file that sets nothing"
+    assert_contains(target, written)
+
+
+def assert_contains(values: dict, part: dict) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            assert_contains(values[key], value)
+        else:
+            assert values[key] == value, key
+
+
+def test_a_group_wins_over_the_recipe():
+    assert load(["recipe=literal", "target=capped"]).target.k_max == "1 + w"
+    assert load(["target=batch"]).target.rule == "batch", "also over the default recipe"
+
+
+def test_groups_compose_with_each_other_and_the_command_line_has_the_last_word():
+    config = load("recipe=literal target=strict optimizer=fp32 model=qwen3_8b target.teacher_weight=1.5".split())
+    assert (config.loss.divergence, config.teacher.weights) == ("forward_kl", "current")
+    assert (config.target.k_max, config.target.teacher_weight) == (None, 1.5)
+    assert (config.optimizer.precision, config.model.num_layers) == ("fp32", 36)
+
+
+def test_a_labs_directory_adds_groups_and_options(tmp_path):
+    for name, text in {
+        "model/ours.yaml": "num_layers: 6\n",
+        "cluster/big.yaml": "# @package _global_\nparallel: {tensor_model_parallel_size: 2}\nnum_steps: 7\n",
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    config = load(["model=ours", "+cluster=big"], search_path=[tmp_path])
+    by_hydra = load(["model=ours", "+cluster=big", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert (config.model.num_layers, config.parallel.tensor_model_parallel_size, config.num_steps) == (
+        6,
+        2,
+        7,
+    )
+    assert by_hydra == config
+    assert load(["recipe=literal"], search_path=[tmp_path]).teacher.weights == "current"
+    assert load().model.num_layers == 2, "the lab's directory is forgotten by the next call"
+
+
+def test_a_labs_recipe_without_groups_must_end_its_defaults_with_them(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    recipe = tmp_path / "recipe" / "ours.yaml"
+    recipe.write_text("# @package _global_\nnum_steps: 7\n")
+    assert load(["recipe=ours"], search_path=[tmp_path]).num_steps == 7
+    assert "end its defaults with /groups" in message_of("recipe=ours", "model=tiny", search_path=[tmp_path])
+    recipe.write_text("# @package _global_\ndefaults: [_self_, /groups]\nnum_steps: 7\n")
+    assert load(["recipe=ours", "model=tiny"], search_path=[tmp_path]).model.normalization == "LayerNorm"
+
+
+def test_free_form_dictionaries_take_new_keys():
+    config = load(
+        [
+            "data.fields.problem=question",
+            "data.chat_template_kwargs.enable_thinking=false",
+            "model.transformer.moe_shared_expert_intermediate_size=64",
+            "model.transformer.nested={a: 1}",
+        ]
+    )
+    assert config.data.fields == {"problem": "question"}
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    assert config.model.transformer == {"moe_shared_expert_intermediate_size": 64, "nested": {"a": 1}}
+
+
+def test_the_configs_are_found_from_any_directory(tmp_path):
+    code = "from megatron_selfdistill.config import load; print(load(['model=qwen3_8b']).model.hidden_size)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); {code}"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "4096"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")))
+def test_with_every_recipe_a_model_can_be_chosen(recipe):
+    assert load([f"recipe={recipe}", "model=tiny"]).model.hidden_size == 64
+
+
+TEXTS = (
+    *("a=b.jsonl", "(old) x.jsonl", "a,b.jsonl", "[x].jsonl", "it's.jsonl", 'say "it\'s".jsonl', "日本 😀.jsonl"),
+    *("123", "true", "1e3", "{a}", "a\\'b", "ends\\", "*.jsonl", "choice(a,b)"),
+)
+TEXT_KEYS = "data.path data.tokenizer data.chat_template data.system_prompt evaluation.path".split()
+BELOW_A_DIRECTORY = "run_dir checkpoint.load rollout.hf_config rollout.transfer_dir rollout.record".split()
+COLUMNS = [f"data.fields.{column}" for column in ("problem", "solution", "answer", "id", "messages")]
+
+
+@pytest.mark.parametrize("first", range(0, len(TEXTS), 5))
+def test_a_text_is_taken_as_it_stands(first):
+    texts = TEXTS[first : first + 5]
+    expected = dict(zip(TEXT_KEYS, texts, strict=True))
+    expected |= dict(zip(BELOW_A_DIRECTORY, (f"runs/{text}" for text in texts), strict=True))
+    expected |= dict(zip(COLUMNS, texts, strict=True))
+    config = OmegaConf.create(dataclasses.asdict(load([f"{key}={text}" for key, text in expected.items()])))
+    assert {key: OmegaConf.select(config, key) for key in expected} == expected
+
+
+def test_a_text_that_hydra_reads_as_one_keeps_hydras_rules(monkeypatch):
+    monkeypatch.setenv("SOME_DIRECTORY", "/there")
+    assert load(["data.path='a,b'"]).data.path == "a,b"
+    assert load(["data.path=a\\,b"]).data.path == "a,b"
+    assert load(["data.path=null"]).data.path is None
+    assert load(["data.path=${oc.env:SOME_DIRECTORY}/x"]).data.path == "/there/x"
+    assert load(["data.teacher_template={problem} H {solution}"]).data.teacher_template == "{problem} H {solution}"
+
+
+def test_a_value_of_another_key_that_hydra_cannot_read_gets_advice_how_to_quote():
+    assert "quote the value for hydra and the shell, 'rollout.servers=\"a=b\"'" in message_of("rollout.servers=a=b")
+    assert "gives several values, and a run takes one" in message_of("num_steps=1,2")
+    assert "expected key=value, got 'train'" in message_of("train")
+
+
+def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    from megatron_selfdistill.config.schema.field_checks import PATHS
+
+    config = load([f"{key}=~/x" for key in PATHS])
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        assert getattr(getattr(config, section) if section else config, name) == "/home/me/x", key
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "ours.yaml").write_text("path: ~/y\n")
+    assert load(["data=ours"], search_path=[tmp_path]).data.path == "/home/me/y"
+    assert load(["data.student_template=~{problem}"]).data.student_template == "~{problem}", "no path"
+
+
+def test_no_text_is_null():
+    optional = [
+        f"{section.name}.{f.name}"
+        for section in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(getattr(Config(), section.name))
+        for f in dataclasses.fields(getattr(Config(), section.name))
+        if f.type == "str | None"
+    ]
+    assert {"data.path", "data.tokenizer", "checkpoint.load", "rollout.replay"} <= set(optional)
+    config = load([f"{key}=" for key in optional])
+    for key in optional:
+        section, _, name = key.partition(".")
+        assert getattr(getattr(config, section), name) is None, key
+
+
+def test_a_labs_recipe_without_its_package_line_must_begin_with_it(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    recipe = tmp_path / "recipe" / "ours.yaml"
+    recipe.write_text("num_steps: 7\n")
+    text = message_of("recipe=ours", search_path=[tmp_path])
+    assert f"recipe=ours: {recipe} must begin with the line `# @package _global_`" in text
+
+
+def test_a_directory_of_configurations_that_is_not_there_is_named(tmp_path):
+    text = message_of("recipe=ours", search_path=[tmp_path / "nowhere"])
+    assert text == f"--config-dir {tmp_path / 'nowhere'}: there is no such directory"

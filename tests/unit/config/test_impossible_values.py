@@ -1,0 +1,300 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A configuration that cannot run fails at once with one message."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_selfdistill.config import Config, check_files, from_mapping, load, to_yaml
+from megatron_selfdistill.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def one_message(fail: Callable[[], object]) -> str:
+    """Return the message of the `ConfigError` that ``fail`` raises."""
+    with pytest.raises(ConfigError) as caught:
+        fail()
+    text = str(caught.value)
+    assert text and "\n" not in text
+    return text
+
+
+def configured(*overrides: str) -> Config:
+    """Return the configuration of these values; hydra, which would take most of the time, composes nothing."""
+    return from_mapping(OmegaConf.from_dotlist(list(overrides)))
+
+
+def message_of(*overrides: str) -> str:
+    """Return the message with which these values fail."""
+    return one_message(lambda: configured(*overrides))
+
+
+def message_of_load(*overrides: str) -> str:
+    """Return the message with which these overrides of the command line fail."""
+    return one_message(lambda: load(list(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objective=solution", "objective must be one of"),
+        ("num_steps=0", "num_steps must be at least 1, got 0"),
+        ("model.normalization=rmsnorm", "did you mean 'RMSNorm'?"),
+        ("model.num_layers=0", "model.num_layers must be at least 1"),
+        ("model.num_query_groups=0", "model.num_query_groups must be at least 1"),
+        ("model.num_query_groups=3", "must be a multiple of model.num_query_groups (3)"),
+        ("model.hidden_size=65", "model.hidden_size (65) must be a multiple"),
+        ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size must be at least 1"),
+        ("parallel.expert_tensor_parallel_size=0", "parallel.expert_tensor_parallel_size must be at least 1"),
+        ("parallel.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
+        ("parallel.virtual_pipeline_model_parallel_size=2", "needs pipeline_model_parallel_size > 1"),
+        ("data.on_long_context=trunkate_end", "did you mean 'truncate_end'?"),
+        ("data.fields.solutoin=hint", "did you mean 'solution'?"),
+        ("data.global_batch_size=0", "data.global_batch_size must be at least 1"),
+        ("rollout.engine=sglang", "rollout.engine must be one of megatron, vllm"),
+        ("rollout.placement=remote", "rollout.placement must be one of colocated, server"),
+        ("rollout.transfer=rdma", "rollout.transfer must be one of shared_memory, gloo, nccl, ipc"),
+        ("rollout.timeout_s=0", "rollout.timeout_s must be positive"),
+        ("rollout.servers=[http://n1:8000]", "need rollout.engine=vllm and rollout.placement=server"),
+        ("rollout.guide_below=0.5", "needs rollout.guidance=mixed"),
+        ("loss.rollout_correction=clipped", "loss.rollout_correction must be one of none, truncated"),
+        ("loss.rollout_correction_cap=0", "loss.rollout_correction_cap must be positive"),
+        ("solutions.pick=longest", "solutions.pick must be one of shortest, most_likely, random, learnable"),
+        ("data.solutions=mine", "data.solutions must be one of given, own"),
+        ("rollout.top_p=0", "rollout.top_p must lie in (0, 1]"),
+        ("rollout.temperature=-1", "rollout.temperature must be at least 0"),
+        ("target.rule=entropy", "target.rule must be one of"),
+        ("target.k_max=abc", "target.k_max must be '1 + w', a positive number or null, got 'abc'"),
+        ("target.k_max=0", "target.k_max must be"),
+        ("target.k_max=true", "target.k_max must be"),
+        ("target.k=-1", "target.k must be positive"),
+        ("loss.divergence=kl", "loss.divergence must be one of"),
+        ("loss.backend=cuda", "loss.backend must be one of torch, triton, got 'cuda'"),
+        ("loss.fused=always", "loss.fused must be one of none, keep_gradient, low_memory"),
+        ("loss.fused_chunk_tokens=0", "loss.fused_chunk_tokens must be at least 1"),
+        ("loss.max_logits_gb=-1", "loss.max_logits_gb must be at least 0"),
+        ("loss.jsd_lambda=1", "loss.jsd_lambda must lie in (0, 1)"),
+        ("teacher.weights=eam", "did you mean 'ema'?"),
+        ("teacher.ema_decay=1", "teacher.ema_decay must lie in [0, 1)"),
+        ("schedule.pair_order=alternate", "did you mean 'alternating'?"),
+        ("optimizer.precision=fp16", "optimizer.precision must be one of bf16, fp32"),
+        ("optimizer.adam_beta2=1", "optimizer.adam_beta2 must lie in [0, 1)"),
+        ("optimizer.lr_warmup_steps=-1", "optimizer.lr_warmup_steps must be at least 0"),
+        ("optimizer.overlap_param_gather=true", "needs use_distributed_optimizer and overlap_grad_reduce"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1"),
+        ("metrics.console_every=0", "metrics.console_every must be at least 1"),
+        ("evaluation.pass_at_k=[4]", "pass@4 but evaluation.num_samples is 1"),
+        ("evaluation.pass_at_k=[0]", "must hold numbers of at least 1"),
+        ("guards.patience=0", "guards.patience must be at least 1"),
+    ],
+)
+def test_an_impossible_value_is_one_message(override, words):
+    assert words in message_of(override)
+
+
+TP, PP, CP = (f"parallel.{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context"))
+EP, ETP = (f"parallel.{axis}_parallel_size" for axis in ("expert_model", "expert_tensor"))
+VPP = "parallel.virtual_pipeline_model_parallel_size"
+MOE = "model.num_moe_experts=4"
+IMPOSSIBLE_WORLDS = [
+    (3, [f"{TP}=2"], "world size 3 must be a multiple of TP x PP x CP = 2 x 1 x 1 = 2"),
+    (4, [f"{TP}=2", f"{CP}=4"], "TP x PP x CP = 2 x 1 x 4 = 8"),
+    (1, [f"{PP}=2"], "TP x PP x CP = 1 x 2 x 1 = 2"),
+    (6, [MOE, f"{EP}=4"], "world size 6 must be a multiple of ETP x EP x PP = 1 x 4 x 1 = 4"),
+    (2, [f"{EP}=2"], "needs a mixture of experts (model.num_moe_experts)"),
+    (3, [MOE, f"{EP}=3"], "model.num_moe_experts (4) must be a multiple of EP (3)"),
+    (8, [f"{TP}=8"], "model.num_attention_heads (4) must be a multiple of tensor_model_parallel_size (8)"),
+    (4, [f"{TP}=4", "model.num_query_groups=2"], "model.num_query_groups (2) must be a multiple of"),
+    (4, [f"{TP}=4", "model.ffn_hidden_size=66"], "model.ffn_hidden_size (66) must be a multiple of"),
+    (3, [f"{PP}=3"], "model.num_layers (2) must be a multiple of PP x VPP = 3"),
+    (2, [f"{PP}=2", f"{VPP}=2"], "model.num_layers (2) must be a multiple of PP x VPP = 4"),
+    (2, [f"{TP}=2", MOE], "needs parallel.sequence_parallel=true"),
+    (
+        4,
+        [f"{TP}=4", "parallel.sequence_parallel=true", MOE, "model.moe_ffn_hidden_size=6"],
+        "model.moe_ffn_hidden_size (6) must be a multiple of the tensor parallelism inside an expert (4)",
+    ),
+    (64, [], "data.global_batch_size (32) must be at least the number of data-parallel ranks (64)"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "overrides", "words"), IMPOSSIBLE_WORLDS)
+def test_parallel_sizes_that_cannot_be_are_one_message(world_size, overrides, words):
+    config = configured(*overrides)
+    assert words in one_message(lambda: config.check_world(world_size))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, []),
+        (32, []),
+        (8, [f"{TP}=2", f"{PP}=2", f"{CP}=2", "parallel.sequence_parallel=true"]),
+        (4, [MOE, f"{EP}=4"]),
+        (4, [f"{TP}=2", MOE, f"{EP}=4", f"{ETP}=1", "parallel.sequence_parallel=true"]),
+        (4, [f"{PP}=2", f"{VPP}=2", "model.num_layers=4"]),
+        (3, [f"{PP}=3", "model.num_layers=4", "model.transformer.num_layers_in_first_pipeline_stage=2"]),
+        (6, [f"{TP}=6", "model.provider=lab.models.provide"]),
+    ],
+)
+def test_parallel_sizes_that_can_be_pass(world_size, overrides):
+    configured(*overrides).check_world(world_size)
+
+
+def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
+    load(["parallel=node_of_8", "model=qwen3_8b"]).check_world(8)
+
+
+def test_parallel_sizes_are_checked_without_torch():
+    code = (
+        "import sys\nfrom megatron_selfdistill.config import load\n"
+        "try:\n    load(['parallel.tensor_model_parallel_size=2']).check_world(3)\n"
+        "except ValueError as error:\n    sys.exit(0 if 'torch' not in sys.modules else 2)\nsys.exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.engine=vllm", "rollout.placement=server"], "needs either rollout.servers"),
+        (
+            [
+                "rollout.engine=vllm",
+                "rollout.placement=server",
+                "rollout.num_servers=1",
+                "rollout.servers=[http://a:1]",
+            ],
+            "needs either rollout.servers",
+        ),
+        (["rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[node7:8000]"], "such as http://"),
+        (["rollout.guidance=mixed", "rollout.temperature=0.7"], "samples from the target itself"),
+        (["rollout.guidance=mixed", "rollout.top_p=0.9"], "samples from the target itself"),
+        (["loss.rollout_correction=truncated", "objective=sft"], "samples nothing"),
+        (["objective=solutions"], "objective must be one of self_distillation, sft, rft, got 'solutions'"),
+        (["objective=verified_rollouts"], "objective must be one of self_distillation, sft, rft, got 'verified_rol"),
+        (["loss.rollout_correction=truncated", "rollout.temperature=0"], "rollout.temperature=0"),
+        (
+            ["loss.rollout_correction=truncated", "rollout.engine=vllm", "rollout.temperature=0.7"],
+            "vLLM reports log-probs at temperature 1 only",
+        ),
+        (["rollout.guide_below=0.5", "rollout.guidance=mixed", "rollout.replay=old.jsonl"], "rollout.replay"),
+        (["data.solutions=own", "objective=sft"], "leave data.solutions=given"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_message(overrides, words):
+    assert words in message_of(*overrides)
+
+
+def test_the_command_line_refuses_contradictions_too():
+    assert "samples from the target itself" in message_of_load("rollout.guidance=mixed", "rollout.temperature=0.7")
+
+
+@pytest.fixture(scope="module")
+def chat_logs() -> str:
+    """Return the configuration of the recipe, as YAML."""
+    return to_yaml(load(["recipe=chat_logs"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective=sft"], "data.kind=conversations needs objective=self_distillation"),
+        (["data.solutions=own"], "data.kind=conversations needs objective=self_distillation"),
+        (["rollout.record=here.jsonl"], "conversations.responses=logged samples nothing"),
+        (["rollout.guidance=mixed"], "conversations.responses=logged samples nothing"),
+        (["loss.rollout_correction=truncated"], "conversations.responses=logged samples nothing"),
+        (
+            ["conversations.responses=sampled", "conversations.min_log_prob=-1"],
+            "min_log_prob drops unlikely logged turns",
+        ),
+        (["conversations.min_log_prob=0.5"], "a log-prob in nats, at most 0, got 0.5"),
+        (["conversations.turns=last"], "conversations.turns must be one of all, before_accepted"),
+    ],
+)
+def test_chat_logs_go_with_what_they_can_be_trained_on(chat_logs, overrides, words):
+    merged = OmegaConf.merge(OmegaConf.create(chat_logs), OmegaConf.from_dotlist(overrides))
+    assert words in one_message(lambda: from_mapping(merged))
+
+
+def test_the_columns_of_conversations_are_unknown_to_problems():
+    assert "must be one of answer, id, messages, problem, solution" in message_of("data.fields.accepted=ok")
+    assert load(["recipe=chat_logs", "data.fields.accepted=ok"]).data.fields == {"accepted": "ok"}
+
+
+FLOATS = [
+    f"{section}{f.name}"
+    for section, cls in [
+        ("", Config),
+        *((f"{f.name}.", type(getattr(Config(), f.name))) for f in dataclasses.fields(Config)),
+    ]
+    if dataclasses.is_dataclass(cls)
+    for f in dataclasses.fields(cls)
+    if "float" in str(f.type) or f.name == "k_max"
+]
+
+
+def test_no_number_is_infinite_or_nan():
+    assert len(FLOATS) > 40
+    for key, value in zip(FLOATS, itertools.cycle(["inf", "-inf", "nan"]), strict=False):
+        text = message_of(f"{key}={value.replace('inf', '.inf').replace('nan', '.nan')}")
+        assert text.startswith(key) and value in text, text
+    assert "optimizer.lr must be a finite number, got inf" in message_of_load("optimizer.lr=inf")
+
+
+def test_no_number_in_a_free_form_key_is_infinite_or_nan():
+    assert "model.transformer.init_method_std must be a finite" in message_of_load(
+        "model.transformer.init_method_std=nan"
+    )
+    assert "rollout.engine_args.a must be a finite number" in message_of("rollout.engine_args={a: [1.0, .inf]}")
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-1", str(2**32)])
+def test_a_seed_has_bounds(seed):
+    assert f"seed must lie in 0 to 4294967295, got {seed}" in message_of(f"seed={seed}")
+
+
+def test_the_largest_seed_is_a_seed():
+    assert configured(f"seed={2**32 - 1}").seed == 2**32 - 1
+
+
+def test_the_learning_rate_does_not_decay_upward():
+    text = message_of("optimizer.lr=1.0e-6", "optimizer.min_lr=1.0e-5")
+    assert "optimizer.min_lr (1e-05) must not be above optimizer.lr (1e-06)" in text
+
+
+# -- files and directories ---------------------------------------------------------------------------------------------
+
+
+def message_of_files(*overrides: str) -> str:
+    """Return the message with which the check of the files refuses these values."""
+    config = configured("data.path=x.jsonl", "data.tokenizer=x", *overrides)
+    return one_message(lambda: check_files(config))
+
+
+def test_a_run_directory_that_cannot_be_one_is_refused_in_one_message_and_nothing_is_made(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"run_dir={file}: expected a directory, but {file} is a file" in message_of_files(f"run_dir={file}")
+    assert f"expected a directory, but {file} is a file" in message_of_files(f"run_dir={file}/a/b")
+    long = "x" * 300
+    assert "has more than 255 bytes; shorten it" in message_of_files(f"run_dir={tmp_path}/new/{long}/run")
+    assert "File name too long" in message_of_files(f"run_dir={tmp_path}/{long}")
+    assert "run_dir is not set" in message_of_files("run_dir=''")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert f"{tmp_path} may not be written by this user" in message_of_files(f"run_dir={tmp_path}/new/run")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_replay_that_is_not_there_is_refused(tmp_path):
+    text = message_of_files(f"run_dir={tmp_path}", f"rollout.replay={tmp_path}/missing.jsonl")
+    assert text.startswith(f"rollout.replay={tmp_path}/missing.jsonl: there is no such file")
