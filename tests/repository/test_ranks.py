@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import rank_worker
 import torch
 import torch.distributed as dist
-from ranks import RankError
+from ranks import RankError, RankPool
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,6 @@ def fail_on(rank: int) -> None:
 def sleep_on(rank: int, seconds: float) -> None:
     if dist.get_rank() == rank:
         time.sleep(seconds)
-
-
-def note_and_sleep(folder: Path) -> None:
-    (folder / str(os.getpid())).touch()
-    time.sleep(60)
 
 
 def fail_on_rank_0_while_others_sleep() -> None:
@@ -183,48 +182,59 @@ def test_functions_inside_functions_are_refused_with_a_sentence(ranks):
         ranks.run(process_id, world_size=9)
 
 
-def test_a_call_that_is_interrupted_ends_with_its_ranks(ranks, tmp_path):
+@pytest.fixture
+def calls(tmp_path, monkeypatch) -> Iterator[ModuleType]:
+    """Yield a module for ranks that do not need torch, so that a new server starts at once."""
+    (tmp_path / "calls.py").write_text(
+        "import os, pathlib\n"
+        "def work(directory):\n"
+        "    pathlib.Path(directory, str(os.getpid())).touch()\n"
+        "    while True: pass\n"
+    )
+    (tmp_path / "pids").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("calls")
+    del sys.modules["calls"]
+
+
+def test_a_call_that_is_interrupted_ends_with_its_ranks(calls, tmp_path):
     """Ctrl-C in a test must leave neither processes behind nor an answer for the next call."""
+    pids, pool = tmp_path / "pids", RankPool(preloaded=())
 
     def interrupt(*unused):
         raise KeyboardInterrupt
 
-    def interrupt_once_both_sleep():
-        while len(list(tmp_path.iterdir())) < 2:
+    def interrupt_once_both_work():
+        while len(list(pids.iterdir())) < 2:
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        threading.Thread(target=interrupt_once_both_sleep, daemon=True).start()
+        threading.Thread(target=interrupt_once_both_work, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
-            ranks.run(note_and_sleep, tmp_path, world_size=2)
+            pool.run(calls.work, pids, world_size=2, init_process_group=False)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert not any(Path(f"/proc/{file.name}").exists() for file in tmp_path.iterdir())
-    assert ranks.run(sum_of_ranks, 0, world_size=2) == [1, 1]
+    assert not any(Path(f"/proc/{file.name}").exists() for file in pids.iterdir())
+    assert pool.run(os.path.basename, "the/answer", world_size=2, init_process_group=False) == ["answer"] * 2
+    pool.close()
 
 
-def test_ranks_end_when_the_session_is_killed(tmp_path):
+def test_ranks_end_when_the_session_is_killed(calls, tmp_path):
     """A busy rank, too: nothing may go on running on the machine of someone who killed pytest."""
-    tests = Path(__file__).parents[1]
-    script = tmp_path / "session.py"
+    pids, script = tmp_path / "pids", tmp_path / "session.py"
     script.write_text(
-        "import sys, os, time, threading; sys.path[:0] = sys.argv[1:]\n"
-        "from ranks import RankPool\n"
-        "import test_ranks\n"
-        "if __name__ == '__main__':\n"
-        "    pool = RankPool()\n"
-        "    print(*pool.run(test_ranks.process_id, world_size=2), flush=True)\n"
-        "    pool.run(test_ranks.sleep_on, 0, 100.0, world_size=2)\n"
+        "import calls, ranks\n"
+        f"ranks.RankPool(preloaded=()).run(calls.work, {str(pids)!r}, world_size=2, init_process_group=False)\n"
     )
-    command = [sys.executable, str(script), str(tests / "support"), str(tests / "repository")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as session:
-        assert session.stdout is not None
-        process_ids = [int(word) for word in session.stdout.readline().split()]
-        assert len(process_ids) == 2
+    environment = os.environ | {"PYTHONPATH": str(Path(rank_worker.__file__).parent)}
+    with subprocess.Popen([sys.executable, str(script)], env=environment) as session:
+        while len(numbers := [file.name for file in pids.iterdir()]) < 2:
+            assert session.poll() is None
+            time.sleep(0.02)
         session.kill()
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in process_ids) and time.monotonic() < deadline:
+    while any(Path(f"/proc/{number}").exists() for number in numbers) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in process_ids)
+    assert not any(Path(f"/proc/{number}").exists() for number in numbers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -17,13 +18,14 @@ import os
 import pickle
 import random
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, get_context
@@ -33,7 +35,7 @@ from typing import Any, cast
 DONE = "done"  # the last message of a rank that has left its process group
 
 _LOG_TAIL_CHARS = 6000
-_PRELOADED = (
+PRELOADED = (
     "torch.distributed",
     "megatron_selfdistill.compat.cpu",
     "megatron.core.models.gpt",
@@ -76,7 +78,7 @@ class Task:
     timeout: float  # seconds that the call may take
     grace: float  # seconds that the other ranks may take to notice the failure of a rank
     init_process_group: bool  # False: the function makes its own group
-    folder: str  # holds the group's rendezvous file and one log per rank
+    folder: str  # holds one log per rank
     master_port: int
     sys_path: list[str]
     cwd: str
@@ -113,12 +115,12 @@ class _Rank:
     log: Path
 
 
-def serve(requests_fd: int) -> None:
-    """Answer each `Task` that arrives on the connection with a `Reply`, until the connection closes."""
+def serve(requests_fd: int, preloaded: Sequence[str]) -> None:
+    """Import the modules, and answer each `Task` that arrives on the connection with a `Reply` until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's to handle; pytest closes the requests
     requests: connection.Connection = connection.Connection(requests_fd)
     alive = os.pipe()  # never written to: its end closes when this process dies, however it dies
-    import_error = _import_once()
+    import_error = _import_once(preloaded)
     while True:
         try:
             task = pickle.loads(requests.recv_bytes())
@@ -129,17 +131,18 @@ def serve(requests_fd: int) -> None:
             with contextlib.suppress(BaseException):  # the ranks fail in the same place, and say why
                 _load(task)
             gc.freeze()  # modules live as long as the process: no rank needs to look at them again
-        ranks = {rank: _fork(task, rank, alive, import_error) for rank in range(task.world_size)}
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            ranks = {rank: _fork(task, rank, alive, listener, import_error) for rank in range(task.world_size)}
         reply = _collect(task, ranks, requests)
         requests.send_bytes(pickle.dumps(reply))
 
 
-def _fork(task: Task, rank: int, alive: tuple[int, int], import_error: str | None) -> _Rank:
+def _fork(task: Task, rank: int, alive: tuple[int, int], listener: socket.socket, import_error: str | None) -> _Rank:
     """Start one rank; its messages end when it does."""
     log = Path(task.folder) / f"rank_{rank}.log"
     log.write_text("")
     messages, answers = connection.Pipe(duplex=False)
-    arguments = (task, rank, alive, answers, log, import_error)
+    arguments = (task, rank, alive, listener, answers, log, import_error)
     process = get_context("fork").Process(target=_rank, args=arguments, name=f"rank {rank}")
     process.start()
     answers.close()
@@ -205,7 +208,13 @@ def _end(ranks: dict[int, _Rank], patience: float) -> None:
 
 
 def _rank(
-    task: Task, rank: int, alive: tuple[int, int], answers: connection.Connection, log: Path, import_error: str | None
+    task: Task,
+    rank: int,
+    alive: tuple[int, int],
+    listener: socket.socket,
+    answers: connection.Connection,
+    log: Path,
+    import_error: str | None,
 ) -> None:
     """Run the task in this forked process, send its `Outcome` and `DONE`, and end the process."""
     os.close(alive[1])
@@ -216,7 +225,7 @@ def _rank(
     faulthandler.enable(all_threads=True)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     threading.Thread(target=_exit_with_parent, args=(alive[0],), daemon=True).start()
-    outcome = _run(task, rank, import_error)
+    outcome = _run(task, rank, listener, import_error)
     if outcome.failed:
         outcome.log = _log_tail(log)
     answers.send_bytes(pickle.dumps(outcome))
@@ -226,28 +235,21 @@ def _rank(
     os._exit(0)
 
 
-def _run(task: Task, rank: int, import_error: str | None) -> Outcome:
-    import torch
-    import torch.distributed as dist
-
+def _run(task: Task, rank: int, listener: socket.socket, import_error: str | None) -> Outcome:
     try:
         if import_error is not None:
             raise ImportError(f"the ranks could not import what they need:\n{import_error}")
         _set_process_state(task, rank)
         random.seed(1234)
-        torch.manual_seed(1234)
-        torch.set_num_threads(1)
+        if "torch" in sys.modules:
+            _reset_torch()
         fn = _load(task)
         args, kwargs = pickle.loads(task.arguments)
         if task.init_process_group:
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(f"{task.folder}/store", task.world_size),
-                rank=rank,
-                world_size=task.world_size,
-                # Longer than the call's: the server shall find a rank that is stuck in a collective, with its stack.
-                timeout=timedelta(seconds=2 * task.timeout + 60),
-            )
+            from rank_groups import join_group
+
+            # Longer than the call's: the server shall find a rank that is stuck in a collective, with its stack.
+            join_group(listener, rank, task.world_size, timedelta(seconds=2 * task.timeout + 60))
         result = pickle.dumps(fn(*args, **kwargs))
         return Outcome(time.monotonic(), result=result)
     except BaseException as error:  # pytest's outcomes and SystemExit are no Exceptions, and must be told too
@@ -258,11 +260,18 @@ def _run(task: Task, rank: int, import_error: str | None) -> Outcome:
 
 def _wait_for_the_others() -> None:
     """Keep the sockets open while another rank still reads.  A failed peer breaks this barrier; this rank is fine."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.barrier()
+
+
+def _reset_torch() -> None:
+    """Undo what importing the module of the task may have done to the seed and to the number of threads."""
+    import torch
+
+    torch.default_generator.manual_seed(1234)  # torch.manual_seed also keeps a stack for GPUs, which takes 1 ms
+    torch.set_num_threads(1)
 
 
 def _set_process_state(task: Task, rank: int) -> None:
@@ -321,18 +330,45 @@ def _exit_with_parent(alive: int) -> None:
     os._exit(1)
 
 
-def _import_once() -> str | None:
+def _import_once(modules: Sequence[str]) -> str | None:
     """Load what the ranks need, in the order it must have; return the traceback if that fails."""
     # Megatron warns about each optional accelerator that is absent; it says nothing about a test.
     warnings.simplefilter("ignore")
     try:
-        for name in _PRELOADED:
+        for name in modules:
             importlib.import_module(name)
-        importlib.import_module("megatron_selfdistill.config").load()  # loads hydra's plugins and fills its caches
-        sys.modules["torch"].set_num_threads(1)
+        if "megatron_selfdistill.config" in sys.modules:
+            sys.modules["megatron_selfdistill.config"].load()  # loads hydra's plugins and fills its caches
+        if "torch" in sys.modules:
+            _prepare_torch()
         gc.collect()
+        _use_huge_pages()
         return None
     except Exception:
         return traceback.format_exc()
     finally:
         warnings.resetwarnings()
+
+
+def _prepare_torch() -> None:
+    import torch
+    from rank_groups import share_device
+
+    share_device()
+    torch.set_num_threads(1)
+    torch.manual_seed(1234)  # the first call takes 3 ms, which no rank has to spend again
+
+
+def _use_huge_pages() -> None:
+    """Let the kernel join the pages of this process's memory, where Linux can: a fork then copies a smaller table."""
+    maps, size, collapse = Path("/proc/self/maps"), 2**21, 25  # MADV_COLLAPSE, since Linux 6.1
+    if not maps.exists():
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for line in maps.read_text().splitlines():
+        addresses, access, _, _, _, *name = line.split()
+        if access == "rw-p" and name in ([], ["[heap]"]):
+            first, end = (int(word, 16) for word in addresses.split("-"))
+            first, end = -(-first // size) * size, end // size * size
+            if first < end:
+                madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), collapse)

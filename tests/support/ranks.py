@@ -11,7 +11,8 @@
 
 Importing torch and megatron-core takes seconds, so one server process imports them and forks the ranks
 (rank_worker.py).  Each call has processes, a process group and an environment of its own, which end with the call:
-nothing that a function changes reaches another call.  A fork costs about 20 milliseconds.  What a function prints is
+nothing that a function changes reaches another call.  A rank costs about 12 milliseconds, and with the groups of
+Megatron Core about 30.  What a function prints is
 shown when it fails.  The ranks never see a GPU; tests marked ``gpu`` do their work in pytest's own process.
 """
 
@@ -24,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,13 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """A server process, started when first needed, that forks up to `MAX_WORLD_SIZE` gloo ranks for each call."""
+    """A server process, started when first needed, that forks up to `MAX_WORLD_SIZE` gloo ranks for each call.
 
-    def __init__(self) -> None:
+    The server imports ``preloaded`` once; each rank imports further modules for itself.
+    """
+
+    def __init__(self, preloaded: Sequence[str] = rank_worker.PRELOADED) -> None:
+        self._preloaded = tuple(preloaded)
         self._folder = Path(tempfile.mkdtemp(prefix="selfdistill_ranks_"))
         self._num_calls = 0
         self._server: subprocess.Popen[bytes] | None = None
@@ -138,9 +143,10 @@ class RankPool:
         paths = [str(here), str(here.parents[1]), *([inherited] if inherited else [])]
         environment = os.environ | rank_worker.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
         requests, answers = connection.Pipe()
+        code = f"import rank_worker; rank_worker.serve({answers.fileno()}, {self._preloaded})"
         with answers, (self._folder / "server.log").open("wb") as log:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", f"import rank_worker; rank_worker.serve({answers.fileno()})"],
+                [sys.executable, "-c", code],
                 env=environment,
                 pass_fds=[answers.fileno()],
                 stdin=subprocess.DEVNULL,
