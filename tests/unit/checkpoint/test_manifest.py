@@ -13,11 +13,13 @@ import checkpointed_run
 import models
 import pytest
 import torch
+import torch.distributed as dist
 from checkpointed_run import Setup
 from damage import flip_bit
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.run import sharded_io
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
 
@@ -159,6 +161,25 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_taken(ranks, run_dir, 
 
         assert re.search(sentence, said), said
         assert said.endswith(f"the newest complete one is {newest(run_dir).with_name('iter_0000001')}")
+
+
+def faults_of_damaged_files(path: Path, names: list[str]) -> list[str | None]:
+    """Return what all ranks together find where one file after the other is damaged, and then where none is."""
+    found = []
+    for name in names:
+        if dist.get_rank() == 0:
+            flip_bit(path / name, 200, 1)
+        found.append(sharded_io.integrity_fault(path, "checksums"))
+        if dist.get_rank() == 0:
+            flip_bit(path / name, 200, 1)
+    return [*found, sharded_io.integrity_fault(path, "checksums")]
+
+
+def test_ranks_that_share_the_files_find_damage_in_each_of_them(ranks, run_dir):
+    path = newest(run_dir)
+    names = ["common.pt", *sorted(file.name for file in path.glob("*.distcp"))]
+    expected = [f"has a damaged {name}: its checksum is not the one in manifest.json" for name in names]
+    assert ranks.run(faults_of_damaged_files, path, names, world_size=2) == [[*expected, None]] * 2
 
 
 def test_a_whole_checkpoint_is_taken(ranks, run_dir):

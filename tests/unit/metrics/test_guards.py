@@ -71,6 +71,12 @@ def test_entropy_explosion_stops_after_patience():
     assert step == 4 and "entropy explosion" in message and "above 3 times" in message
 
 
+def test_an_entropy_just_below_its_largest_ratio_is_healthy():
+    assert stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, *[0.175] * 5)) is None
+    step, message = stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.185, 0.185))
+    assert step == 4 and "above 3 times" in message
+
+
 def test_a_tiny_entropy_may_rise_by_many_times():
     assert stopped_at(Guards(CONFIG), entropies(1e-3, 1e-3, 1e-3, *[0.05] * 5)) is None
 
