@@ -21,7 +21,7 @@ report_environment() { # SRUN_ARGUMENT...
     srun --label "$@" bash -c '
         trap "" USR1 # the run checks its time limit itself
         [ "$SLURM_PROCID" = 0 ] || brief=--brief
-        exec "$PYTHON" tools/doctor.py --ranks="$GPUS_PER_NODE" ${brief:-}'
+        exec "$PYTHON" -m megatron_selfdistill doctor --ranks="$GPUS_PER_NODE" ${brief:-}'
     local status=$?
     [ "$status" = $((128 + 15)) ] && requeue "TERM, before the run began"
     [ "$status" = 0 ] || exit "$status"

@@ -18,7 +18,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "examples" / "slurm"
 NODES = [f"n{i}" for i in range(6)]
-PROGRAMS = ("megatron_selfdistill.rollout.vllm.server.serve", "megatron_selfdistill.train", "tools/doctor.py")
+PROGRAMS = ("megatron_selfdistill.rollout.vllm.server.serve", "megatron_selfdistill.train", "doctor")
 
 SCONTROL = """
 case "$1 $2" in
@@ -67,7 +67,7 @@ class Healthy(http.server.BaseHTTPRequestHandler):
 folder = pathlib.Path(os.environ["FAKE_RECORD"])
 node, port = os.environ["FAKE_NODE"], option("port")
 told = {"node": node, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "arguments": sys.argv[1:]}
-doctor = sys.argv[1] == "tools/doctor.py"
+doctor = sys.argv[1:4] == ["-m", "megatron_selfdistill", "doctor"]
 (folder / f"{node}-{'doctor' if doctor else port or 'trainer'}.json").write_text(json.dumps(told))
 if doctor:
     end = os.environ["FAKE_DOCTOR"] if node == "n1" else "0"
@@ -236,7 +236,7 @@ def test_there_are_as_many_ranks_as_the_job_has_gpus_and_every_node_is_asked_for
     assert [one.options("nnodes", "nproc-per-node", "node-rank") for one in job.trainers] == [
         ["6", gpus, str(rank)] for rank in range(6)
     ]
-    full, *brief = [one.arguments[1:] for one in job.doctors]
+    full, *brief = [one.arguments[3:] for one in job.doctors]
     assert full == [f"--ranks={gpus}"] and brief == 5 * [[f"--ranks={gpus}", "--brief"]]
 
 
