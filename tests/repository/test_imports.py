@@ -60,7 +60,7 @@ ORDER = {
         "vllm.engine vllm.exchange vllm.pairs vllm.hf_directory "
         "vllm.in_process vllm.colocated vllm.client vllm.dispatch vllm.server.server_nodes "
         "vllm.server.server_process vllm.transfer_group vllm.transfer_buckets vllm.transfer vllm.transfer_choice "
-        "vllm.weight_update vllm.server_sampler vllm.plugin.access vllm.plugin.pair_scheduler "
+        "vllm.weight_update vllm.server_pool vllm.server_sampler vllm.plugin.access vllm.plugin.pair_scheduler "
         "vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers vllm.plugin.weight_backend "
         "vllm.plugin.worker vllm.server.serve factory"
     ),

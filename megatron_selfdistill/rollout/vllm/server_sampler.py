@@ -1,21 +1,19 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Sampling on vLLM servers, in processes and environments of their own: the trainer needs no vLLM.
 
-Rank 0 alone talks to the servers.  When a server fails, other servers do its requests, and it gets none until weights
-have been sent to it again.  A response counts when it is complete and reports the expected version of the weights.
+Rank 0 alone communicates with the servers.  When a server fails, other servers do its requests (server_pool.py).  A
+response counts when it is complete and reports the expected version of the weights.
 """
 
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import secrets
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,13 +39,10 @@ from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
-from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer, on_each
+from megatron_selfdistill.rollout.vllm.server_pool import ServerPool, failing
+from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer
 from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
 from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
-
-logger = logging.getLogger(__name__)
-
-_PROBE_SECONDS = 10.0
 
 
 class ServerSampler:
@@ -84,9 +79,7 @@ class ServerSampler:
         self._version: int | None = None
         self._metrics: dict[str, float] = {}
         # The following are used on rank 0 only.
-        self._servers: list[VllmServer] = []
-        self._versions: dict[VllmServer, int] = {}  # of the complete weights that a server is known to have
-        self._failed: dict[VllmServer, Exception] = {}
+        self._pool = ServerPool([])
         self._transfer: Transfer | None = None
         self._started: list[ServerProcess] = []
         if grid.rank == 0:
@@ -104,12 +97,13 @@ class ServerSampler:
                 num_weights=num_weights(rules),
             )
             addresses = rollout.servers or [server.address for server in self._started]
-            self._servers = [VllmServer(address, token, rollout.timeout_s) for address in addresses]
-            wait_until_healthy(self._started, self._servers[: len(self._started)], rollout.timeout_s)
-            for server in self._servers:
+            servers = [VllmServer(address, token, rollout.timeout_s) for address in addresses]
+            self._pool = ServerPool(servers)
+            wait_until_healthy(self._started, servers[: len(self._started)], rollout.timeout_s)
+            for server in servers:
                 _check(server, max_length)
             directory, on_gpu = rollout.transfer_dir, grid.device.type == "cuda"
-            chosen = choose_transfer(rollout.transfer, self._servers, directory=directory, on_gpu=on_gpu)
+            chosen = choose_transfer(rollout.transfer, servers, directory=directory, on_gpu=on_gpu)
             self._transfer = make_transfer(chosen, directory=directory, timeout_s=rollout.timeout_s)
 
         try:
@@ -126,10 +120,10 @@ class ServerSampler:
         """
         started = time.perf_counter()
         todo: list[list[VllmServer]] = []  # the servers of each update
-        run_long_on_rank_0(lambda: todo.append(self._reachable()), EngineError)
+        run_long_on_rank_0(lambda: todo.append(self._reachable_servers()), EngineError)
         while broadcast_object(bool(todo)):
             self._send(todo, version)
-        run_on_rank_0(lambda: self._check_sent(version), EngineError)
+        run_on_rank_0(lambda: self._pool.require(version), EngineError)
         self._version = version
         self._count("sync_seconds", time.perf_counter() - started)
 
@@ -158,7 +152,7 @@ class ServerSampler:
         The others are rollout/servers_alive, rollout/requests_retried, rollout/guided_repairs where guided, and
         rollout/staleness_max where ``max_staleness`` is positive.
         """
-        self._metrics["rollout/servers_alive"] = len(self._servers) - len(self._failed)
+        self._metrics["rollout/servers_alive"] = self._pool.num_alive
         metrics = broadcast_object(self._metrics)
         self._metrics = {}
         return metrics
@@ -166,7 +160,7 @@ class ServerSampler:
     def close(self) -> None:
         """End the servers that this sampler has started; may be called twice."""
         atexit.unregister(self.close)
-        for server in self._servers:
+        for server in self._pool.servers:
             server.interrupt()  # a thread that still waits for a response would delay the end of the process
         if self._transfer is not None:
             self._transfer.close()
@@ -174,25 +168,9 @@ class ServerSampler:
             one.stop()
         self._started = []
 
-    def _reachable(self) -> list[VllmServer]:
-        """Return the servers that answer now, and forget what servers that were started anew had received."""
+    def _reachable_servers(self) -> list[VllmServer]:
         assert self._transfer is not None
-        reported: dict[VllmServer, str] = {}
-
-        def ask(server: VllmServer) -> None:
-            server.health(_PROBE_SECONDS)
-            reported[server] = server.weight_version(_PROBE_SECONDS)
-
-        failures = on_each(self._servers, ask)
-        for server, error in failures.items():
-            self._lose(server, error)
-        for server, version in reported.items():
-            if version != str(self._versions.get(server)):
-                self._transfer.forget(server)
-                self._versions.pop(server, None)
-        if not reported:
-            raise EngineError(f"no vLLM server can be reached: {_causes(failures.values())}")
-        return [server for server in self._servers if server in reported]
+        return self._pool.reachable(self._transfer.forget)
 
     def _send(self, todo: list[list[VllmServer]], version: int) -> None:
         """Send one update to the first servers of ``todo`` on rank 0.
@@ -206,8 +184,7 @@ class ServerSampler:
 
     def _begin(self, servers: Sequence[VllmServer], version: int) -> WeightUpdate:
         assert self._transfer is not None
-        for server in servers:
-            self._versions.pop(server, None)
+        self._pool.begin_update(servers)
         return WeightUpdate(self._transfer, servers, version)
 
     def _finish(self, update: WeightUpdate, version: int) -> list[list[VllmServer]]:
@@ -215,30 +192,23 @@ class ServerSampler:
         update.finish()
         self._count("sync_bytes", update.num_bytes)
         if not update.broken:
-            for server in update.servers:
-                self._versions[server] = version
-                self._failed.pop(server, None)
+            self._pool.finish_update(update.servers, version)
         failures = update.failures
         again: list[VllmServer] = []
         if update.broken and not update.isolated and len(update.servers) + len(failures) > 1:
             # One server's failure made all fail, and it is unknown which server's.  Servers that still answer get the
             # weights one by one.
-            candidates = [server for server in self._servers if server in failures or server in update.servers]
-            failures = on_each(candidates, lambda server: server.health(_PROBE_SECONDS))
+            candidates = [s for s in self._pool.servers if s in failures or s in update.servers]
+            failures = failing(candidates)
             again = [server for server in candidates if server not in failures]
-        for server, error in failures.items():
-            self._lose(server, error)
+        self._pool.lose(failures)
         return [[server] for server in again]
-
-    def _check_sent(self, version: int) -> None:
-        """Raise `EngineError` if no server has the weights of ``version``."""
-        if version not in self._versions.values():
-            raise EngineError(f"no vLLM server took the weights: {_causes(self._failed.values())}")
 
     def _generate_on_servers(self, requests: Sequence[Request], params: SamplingParams) -> dict[int, Response]:
         if not requests:
             return {}
-        servers = self._usable()
+        assert self._version is not None
+        servers = self._pool.usable(self._version, self._max_staleness)
         plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
         guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
         # The driver of pairs keeps them equally long, so a server gets all its pairs at once.
@@ -248,8 +218,7 @@ class ServerSampler:
         counts: list[PairCounts] = []
         tasks = [self._task([requests[i] for i in group], params, counts) for group in groups]
         dispatched = dispatch(tasks, servers)
-        for server, error in dispatched.failures.items():
-            self._lose(server, error)
+        self._pool.lose(dispatched.failures)
         self._count("requests_retried", dispatched.num_retried)
         if guided:
             self._count("guided_repairs", sum(each.repairs for each in counts))
@@ -260,13 +229,15 @@ class ServerSampler:
         }
         if self._max_staleness:
             oldest = min(response.weight_version for response in generated.values())  # type: ignore[type-var]
-            self._metrics["rollout/staleness_max"] = self._expected() - oldest  # type: ignore[operator]
+            self._metrics["rollout/staleness_max"] = self._version - oldest  # type: ignore[operator]
         return generated
 
     def _task(
         self, requests: Sequence[Request], params: SamplingParams, counts: list[PairCounts]
     ) -> Task[list[Response]]:
         """Return the task of one server: one plain response, or guided responses that are sampled together."""
+        expected = self._version
+        assert expected is not None
 
         def do(server: VllmServer) -> list[Response]:
             if requests[0].teacher_prompt is None:
@@ -276,46 +247,10 @@ class ServerSampler:
                 responses = generate_guided(server, requests, params, own_counts)
                 counts.append(own_counts)
             for response in responses:
-                staleness(response.weight_version, self._expected(), self._max_staleness, f"{server.address}:")
+                staleness(response.weight_version, expected, self._max_staleness, f"{server.address}:")
             return responses
 
         return do
-
-    def _usable(self) -> list[VllmServer]:
-        """Return the servers with weights that are new enough.
-
-        A server that failed is asked again only where it may have them.
-        """
-
-        def ask(server: VllmServer) -> None:
-            if server.weight_version(_PROBE_SECONDS) != str(self._versions[server]):
-                raise EngineError(f"{server.address}: lost its weights")
-
-        candidates = [server for server in self._failed if server in self._versions]
-        still_failing = on_each(candidates, ask)
-        for server in candidates:
-            if server not in still_failing:
-                self._failed.pop(server, None)
-        usable = [server for server in self._servers if server not in self._failed and self._is_recent(server)]
-        if not usable:
-            raise EngineError(
-                f"none of {len(self._servers)} vLLM servers is alive and has weights of version {self._expected()}: "
-                f"{_causes(self._failed.values())}"
-            )
-        return usable
-
-    def _is_recent(self, server: VllmServer) -> bool:
-        version = self._versions.get(server)
-        return version is not None and 0 <= self._expected() - version <= self._max_staleness
-
-    def _expected(self) -> int:
-        assert self._version is not None
-        return self._version
-
-    def _lose(self, server: VllmServer, error: Exception) -> None:
-        if server not in self._failed:
-            logger.warning("lost a vLLM server: %s", error)
-        self._failed[server] = error
 
     def _count(self, name: str, value: float) -> None:
         key = f"rollout/{name}"
@@ -336,7 +271,3 @@ def _check(server: VllmServer, max_length: int) -> None:
             f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, a "
             "server that works on long responses looks as if it hung; start it without this option"
         )
-
-
-def _causes(errors: Any) -> str:
-    return "; ".join(str(error) for error in list(errors)[:4])
