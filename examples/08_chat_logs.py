@@ -4,7 +4,8 @@
 A base that has learnt column subtraction from homework with mistakes, and from conversations, answers problems at
 temperature 1.  A scripted user checks each answer.  To a wrong answer the user replies "wrong, again", at most twice; a
 right answer ends the conversation with thanks.  After the last wrong answer the user gives the right answer and marks
-it.  Then the model scores its own turns with the accepted answers as hints, and moves towards what it says there.
+it.  Then the model scores its own turns with the accepted answers as hints, and moves towards its own predictions with
+the hints.
 
 The logs stay the same while the student changes.  After some steps the student learns from turns that it would no
 longer sample, and forgets.  The second variant therefore skips turns that the current student finds unlikely.  The

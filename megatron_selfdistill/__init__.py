@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""On-policy self-distillation for Megatron: the model that read a solution teaches the one that did not.
+"""On-policy self-distillation for Megatron: the model with a solution teaches itself without it.
 
-Importing the package imports nothing else: ``megatron_selfdistill.loss`` stays usable where only torch is.
+The import of this package imports nothing else, so ``megatron_selfdistill.loss`` works where only torch is installed.
 """
 
 __version__ = "0.1.0"

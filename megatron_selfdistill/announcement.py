@@ -36,7 +36,7 @@ def announce(trainer: Trainer) -> None:
 
 
 def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
-    """Report what a run that has done its last step made, and what comes next.
+    """Report the files of a run that has done its last step, and the commands that come next.
 
     ``first_step``: the steps that were done when this launch began, ``seconds`` ago.
     """

@@ -101,7 +101,10 @@ class Learner:
         }
 
     def pack(self, contexts: Sequence[ContextPair]) -> PackedBatch:
-        """Return the contexts of this replica as microbatches: as many, and as long, on every replica.  Collective."""
+        """Return the contexts of this replica as microbatches, alike in number and length on all replicas.
+
+        Collective.
+        """
         return pack_everywhere(
             contexts,
             max_tokens=self.config.schedule.max_tokens,
@@ -166,7 +169,7 @@ class Learner:
             self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.run_data.vocab_size))
 
     def learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
-        """Return how learnable each response is for the student (pipeline/score.py).  Collective."""
+        """Return the learnability of each response for the student (pipeline/score.py).  Collective."""
         with self.teacher.on_device() as teacher:
             models = ScoringModels(
                 student=self.chunks,
@@ -208,7 +211,7 @@ class Learner:
 
 
 def loss_backend(config: Config, grid: RankGrid) -> str:
-    """Return what computes the loss, and why, for the log.  Raises: `ConfigError` where the configured one cannot."""
+    """Return the backend of the loss and the reason for it, for the log.  Raises: `ConfigError` where it cannot run."""
     dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
     try:
         name, why = in_use(config.loss.backend, grid.device, dtype)

@@ -44,8 +44,9 @@ class Trainer:
     """Learner, source of responses, data, checkpoints and logs of one rank.
 
     Every rank of the world makes the same calls in the same order.  A step is a chain of values: no stage keeps
-    anything for the next one.  What the stages change is this: `forward_backward` the gradients, `update` the learner
-    and ``checked``, `finish_step` the ``step``, the state of the source, the guards and what is logged and saved.
+    anything for the next one.  The stages change only the following: `forward_backward` changes the gradients, `update`
+    changes the learner and ``checked``, and `finish_step` changes the ``step``, the state of the source, the guards,
+    the log and the checkpoints.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Trainer:
         return self.source.next_step(self.step, self.sampling)
 
     def pack(self, batch: StepBatch) -> PackedBatch:
-        """Return both contexts of every response as microbatches: as many, and as long, on every replica."""
+        """Return both contexts of every response as microbatches: equal in number and length on all replicas."""
         with self.phases("pack"):
             return self.learner.pack(batch.contexts)
 
@@ -228,7 +229,7 @@ class Trainer:
         return self.source.metrics(batch, self.learner.measure(batch.contexts))
 
     def save(self) -> None:
-        """Save a checkpoint of the present step; in the middle of a step, the step is redone from there."""
+        """Save a checkpoint of the present step; a resumed run redoes a step that was not finished."""
         self.run_directory.require_ownership()
         with self.phases("checkpoint"):
             if self.grid.is_reporter:
@@ -248,7 +249,7 @@ class Trainer:
         self.saved_step = self.step
 
     def leave(self) -> None:
-        """End before the last step, as asked: save a checkpoint of the present step, and mark that it lies there."""
+        """End before the last step, on request: save a checkpoint of the present step, and leave a marker."""
         if self.saved_step != self.step:
             self.save()
         self.run_directory.require_ownership()

@@ -98,7 +98,8 @@ def run_long_on_rank_0(work: Callable[[], T], unexpected: type[Exception] = Chec
 def raise_on_all_ranks(unexpected: type[Exception] = CheckpointError) -> Iterator[None]:
     """Raise on every rank of the world, at the end of the block, what any rank raises inside the block.
 
-    Where all ranks fail with one message, the error has this message; elsewhere it says which rank failed with which.
+    Where all ranks fail with one message, the error has this message; otherwise it names each failing rank with its
+    message.
     Collectives, at the end of the block: a maximum of one integer, and where a rank failed an all_gather_object.
     """
     error: Exception | None = None
@@ -151,7 +152,7 @@ def broadcast_object(value: T) -> T:
 def max_over_ranks(values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
     """Return the maximum of each value over the ranks of ``group`` (None: the world).
 
-    Every rank passes as many values.  Collectives: one all-reduce of int64, for whose result the host waits.
+    Every rank passes the same number of values.  Collectives: one all-reduce of int64, for whose result the host waits.
     """
     maxima = torch.tensor([int(value) for value in values], dtype=torch.int64, device=_device())
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
@@ -175,11 +176,11 @@ def _device() -> torch.device:
 
 
 def _failure(error: Exception, unexpected: type[Exception]) -> _Failure:
-    """Return the type that ``error`` is raised as on all ranks, and its message."""
+    """Return the type and the message with which all ranks raise ``error``."""
     for kind in _KEPT:
         if isinstance(error, kind):
             return kind, str(error)
-    if type(error) is ValueError:  # its subclasses, as UnicodeDecodeError, are no messages for the user
+    if type(error) is ValueError:  # the messages of subclasses such as UnicodeDecodeError are not for the user
         return ValueError, str(error)
     return unexpected, error_message(error)
 

@@ -31,7 +31,7 @@ CALLS = ("directory", "inputs")
 
 _CONNECT_S = 10.0
 _RANK_0_S = 10.0  # time in which rank 0 prints a message that other ranks have too, or leaves without it
-_GRACE_S = 10.0  # time for which rank 0 keeps the store open, so that the other ranks read of a failure
+_GRACE_S = 10.0  # time for which rank 0 keeps the store open, so that the other ranks can read about a failure
 _LOOK_S = 0.1
 _RANK_0_LEAVES = "rank 0 leaves"
 _launches: Counter[str] = Counter()

@@ -36,7 +36,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _TIME_IS_UP = 1000  # a number above all signals
 _SQUEUE_SECONDS = 60.0
-# A launcher may hand on a Ctrl-C that the terminal has already sent to its ranks.
+# A launcher may pass on a Ctrl-C that the terminal has already sent to its ranks.
 _SAME_PRESS_S = 0.5
 _THE_END = b"\0"  # no signal's number; a forked process may hold the pipe open, so closing it would end nothing
 

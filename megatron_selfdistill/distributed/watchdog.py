@@ -34,7 +34,7 @@ _TICKS = 20  # signs that a rank publishes per timeout
 _MAX_TICK_S = 30.0
 _GRACE_S = 10.0  # time in which the other ranks write their stacks
 _PIECE_BYTES = 2**20  # bytes of files between two looks that count as progress; the watch itself sends fewer
-# Its members send and receive as their stages need, so their counts of what they entered differ by nature.
+# The members of this group send and receive as their stages need, so the counts of their collectives differ.
 _UNEQUAL_GROUP = "PIPELINE_MODEL_PARALLEL_GROUP"
 
 
@@ -166,7 +166,7 @@ def _missed(reports: Mapping[int, Report]) -> dict[int, str]:
 
 
 class _Watch:
-    """The thread that publishes this rank's signs of progress, reads the other ranks', and ends the process."""
+    """The thread that publishes this rank's signs, reads the signs of the other ranks, and ends the process."""
 
     def __init__(self, rank: int, world_size: int, directory: Path, timeout_s: float) -> None:
         self._rank, self._world_size, self._directory, self._timeout_s = rank, world_size, directory, timeout_s
@@ -177,7 +177,7 @@ class _Watch:
         self._host = socket.gethostname()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress watch", daemon=True)
-        # Time in which this process could run: one that was stopped for an hour has not been hanging for an hour.
+        # Time in which this process could run: a process that was stopped for an hour has not been hanging for an hour.
         self._clock = 0.0
         self._tick = 0
         self._count, self._moved, self._changed = -1, 0, 0.0
@@ -187,7 +187,7 @@ class _Watch:
     def start(self) -> None:
         """Start the thread."""
         self._file = self._opened()
-        self._publish(stalled=False)  # the other ranks now know this rank, however soon it hangs
+        self._publish(stalled=False)  # the other ranks now know this rank, even if it hangs at once
         self._thread.start()
 
     def close(self) -> None:
@@ -348,7 +348,7 @@ def _bytes_moved() -> int:
     """Return the bytes that this process and its living children have read and written; 0 without a count."""
     own, total = psutil.Process(), 0
     for process in (own, *own.children(recursive=True)):
-        with contextlib.suppress(psutil.Error, AttributeError):  # it has just ended; no Linux
+        with contextlib.suppress(psutil.Error, AttributeError):  # the process has ended, or this is not Linux
             counters = process.io_counters()
             total += counters.read_chars + counters.write_chars + counters.read_bytes + counters.write_bytes
     return total

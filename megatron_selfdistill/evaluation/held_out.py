@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The evaluation of a model on held-out problems: a greedy and several sampled responses to each, verified."""
+"""The evaluation of a model on held-out problems: greedy and sampled responses to each problem, verified."""
 
 from __future__ import annotations
 

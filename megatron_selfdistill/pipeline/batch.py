@@ -34,10 +34,10 @@ def pack_everywhere(
     """Return this replica's contexts, packed into sequences of at most ``max_tokens``.
 
     Every replica gets the same sequence length and number of microbatches: at least one of each role, and in total a
-    multiple of `microbatch_multiple`.  A replica that has fewer gets weightless microbatches, and a replica without
-    contexts only those.  ``pair_order=alternating`` packs student and teacher alike.  The sequence length is a multiple
-    of ``seq_multiple``, which `model.fp8.token_multiple` returns.  On GPUs the length is rounded up to a multiple of
-    `length_quantum`, which changes neither losses nor gradients.
+    multiple of `microbatch_multiple`.  A replica that has fewer microbatches gets weightless ones, and a replica
+    without contexts gets only weightless ones.  ``pair_order=alternating`` packs student and teacher alike.  The
+    sequence length is a multiple of ``seq_multiple``, which `model.fp8.token_multiple` returns.  On GPUs the length is
+    rounded up to a multiple of `length_quantum`, which changes neither losses nor gradients.
 
     Collectives: two maxima over the data-parallel ranks. Raises: ValueError where one context alone exceeds
     ``max_tokens``.

@@ -1,7 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The tensors that a step's forward and backward read beside weights and activations, on the device before they start.
+"""The tensors of a step besides weights and activations, which reach the device before the forward pass starts.
 
-All microbatches are known by then, so their tensors travel in one copy, and the schedule never waits for the device.
+All microbatches of a step are known before the step, so their tensors travel in one copy, and the schedule never waits
+for the device.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class DeviceBatch:
 
 
 def _teacher_microbatches(batch: PackedBatch, grid: RankGrid, local_attention: bool) -> list[TeacherMicrobatch]:
-    """Return the teacher's microbatches as host tensors, with the way of each hidden state to its student."""
+    """Return the teacher's microbatches as host tensors, with the route of each hidden state to the student."""
     total = len(batch.response_tokens)
     owner = torch.zeros(total, dtype=torch.int64)  # context-parallel rank of each token's student state
     student = torch.zeros(total, dtype=torch.int64)  # its student microbatch

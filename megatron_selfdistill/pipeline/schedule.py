@@ -2,9 +2,9 @@
 """Teacher and student microbatches through one pipeline-parallel ``forward_backward`` call of Megatron's own schedules.
 
 A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` returns a zero gradient for it, so that
-the schedule's sends and receives match.  On the last stage it leaves its final hidden states at response positions in a
-`TeacherHiddenStates`.  When the student's microbatch arrives, the states of both models are projected to logits, and
-the loss is computed; a fused output layer does both in one piece (model/output_layer.py).
+the schedule's sends and receives match.  On the last stage the teacher leaves its final hidden states at response
+positions in a `TeacherHiddenStates`.  When the student's microbatch arrives, the states of both models are projected to
+logits, and the loss is computed; a fused output layer does both in one piece (model/output_layer.py).
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ loss/weighting.py has such functions.
 class StepOutput:
     """The results of one step on this rank, for the R response tokens that this rank's student held.
 
-    Only the last pipeline stage has any, equal on its tensor-parallel ranks and split over its context-parallel ranks.
+    Only the last pipeline stage has response tokens: the same on its tensor-parallel ranks, and split over its
+    context-parallel ranks.
     """
 
     num_response_tokens: int
@@ -102,8 +103,9 @@ def self_distillation(
 def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
     """Return -log p(response token) over the valid vocabulary, in nats, by Megatron's vocab-parallel cross entropy.
 
-    Overwrites ``student``: its padding becomes -inf, and in float32 all of it becomes the softmax and then the
-    gradient. In bf16 these take a float32 copy, see `output_layer.next_token_copies`.
+    The function overwrites ``student``: the padding becomes -inf, and in float32 the logits become the softmax and then
+    the gradient.  In bf16 the softmax and the gradient take the place of a float32 copy
+    (`output_layer.next_token_copies`).
     """
     with torch.no_grad():
         student[:, vocab.num_valid :] = float("-inf")
@@ -175,7 +177,7 @@ def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
 
 
 def microbatch_multiple(grid: RankGrid) -> int:
-    """Return the number of which a step's microbatches are a multiple: PP for the interleaved schedule, else 1."""
+    """Return the divisor of the number of microbatches in a step: PP for the interleaved schedule, else 1."""
     return grid.pp_size if grid.virtual_pipeline_model_parallel_size else 1
 
 

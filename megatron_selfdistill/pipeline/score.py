@@ -12,9 +12,9 @@ Source: Cetin, Zhao, Tang 2025 (arXiv 2506.08388, SakanaAI/RLT `teacher_rewards.
 alpha = 0.01.  There a trained teacher generates an explanation; r_SS scores the given *solution* conditioned on
 question and explanation, r_KL scores the *explanation*.  Here the candidate is both, since a model's own solution holds
 its reasoning and its answer: the student scores it conditioned on the problem alone (r_SS), and both models score it
-conditioned on their prompts (r_KL).  The reference that the teacher is shown is the data's solution or, where there is
-none, its answer.  It is never the candidate, which the teacher would only copy.  Log-probs are at temperature 1 (RLT:
-0.7), nothing is clipped, and RLT's term for missing tags does not exist here.
+conditioned on their prompts (r_KL).  The reference in the teacher's prompt is the solution of the data or, where the
+data have no solution, the answer.  The reference is never the candidate, which the teacher would only copy.  Log-probs
+are at temperature 1 (RLT:  0.7), nothing is clipped, and RLT's term for missing tags does not exist here.
 
 The distillation loss takes these log-probs as statistics anyway, so scoring computes logits as training does: the
 logits of a microbatch or, where the output layer is fused with the loss, the logits of a chunk of tokens.
@@ -61,7 +61,10 @@ class Scores:
     """Maximum over t of d_t."""
 
     def learnability(self, alpha: float, ratio_weight: float = 1.0) -> float:
-        """Return ``(mean l + alpha min l) - ratio_weight (mean d + alpha max d)``: more is easier to learn from."""
+        """Return ``(mean l + alpha min l) - ratio_weight (mean d + alpha max d)``.
+
+        A text with a greater value is easier to learn from.
+        """
         solution = self.mean_log_prob + alpha * self.min_log_prob
         return solution - ratio_weight * (self.mean_log_ratio + alpha * self.max_log_ratio)
 
@@ -184,7 +187,7 @@ def candidate_contexts(
 
 
 def with_reference(problem: Problem) -> Problem:
-    """Return ``problem`` with the text that the scoring teacher is shown as its solution.
+    """Return ``problem`` with its reference, the text in the scoring teacher's prompt, as the solution.
 
     Raises: ValueError where the problem has neither solution nor answer.
     """
@@ -198,7 +201,7 @@ def with_reference(problem: Problem) -> Problem:
 
 
 def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> schedule.TokenLoss | FusedLoss:
-    """Return the loss whose statistics hold both log-probs at the least price: its target needs no beta."""
+    """Return the loss whose statistics hold both log-probs at the lowest cost: its target needs no beta."""
     return schedule.self_distillation(Target("teacher_alone"), Divergence(), backend, fusion=fusion)
 
 

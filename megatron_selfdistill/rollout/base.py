@@ -227,7 +227,7 @@ def token_log_probs(scores: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Return ``probs`` with 0 where top_k and top_p exclude a token, not renormalised; of equals low ids stay."""
+    """Return ``probs`` with 0 where top_k and top_p exclude a token, not renormalised; of equal tokens low ids stay."""
     top_k = min(params.top_k, probs.size(-1))
     if top_k in (0, probs.size(-1)) and params.top_p == 1:
         return probs

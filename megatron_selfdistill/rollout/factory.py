@@ -18,7 +18,8 @@ from megatron_selfdistill.run_data import RunData
 def make_sampler(config: Config, run_data: RunData, chunks: Sequence[torch.nn.Module], grid: RankGrid) -> Sampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
-    A sampler that keeps a copy of the weights has none yet: `Sampler.update_weights` comes first.
+    A sampler that keeps a copy of the weights has no weights yet: call `Sampler.update_weights` before the first
+    response.
 
     Collectives: every rank of the world calls it. Raises: `ConfigError`.
     """

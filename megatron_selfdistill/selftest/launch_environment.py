@@ -16,7 +16,7 @@ _ENVIRONMENT = {
 
 
 def set_environment() -> None:
-    """Set what CUDA, NCCL and the compilers read when they start, unless it is set: before torch looks for GPUs."""
+    """Set the variables that CUDA, NCCL and the compilers read when they start, unless they are set."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     share_caches()

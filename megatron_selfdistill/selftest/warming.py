@@ -22,7 +22,7 @@ KERNELS = "the first loss (Triton compiles its kernels: about a CPU second each,
 
 
 def warm_up(launch: LaunchUnderTest, phase: Callable[[str], None]) -> None:
-    """Do once, on all ranks, what the checks do: a collective, a training step, and the loss of every kind.
+    """Run once, on all ranks, the operations of the checks: a collective, a training step, and the loss of every kind.
 
     ``phase`` is called with a message when each of the three begins.  Collective.
     """

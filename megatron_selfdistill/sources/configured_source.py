@@ -85,7 +85,7 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
 
 
 def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:
-    """Return how the prompts of ``config`` show the solutions of the data."""
+    """Return the prompts with which ``config`` shows the solutions of the data."""
     return GivenSolutions(
         run_data.builder, run_data.max_length, config.rollout.max_new_tokens, config.data.on_long_context
     )

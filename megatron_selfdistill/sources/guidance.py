@@ -38,7 +38,7 @@ class SuccessRates:
     """The share of right responses in the last visits without guidance, per problem.
 
     The object is a value, equal on every rank of the world if every rank records the same verdicts in the same order.
-    Guided responses do not count: that the mix solves a problem does not say that the student does.
+    Guided responses do not count, because the student alone may fail at a problem that the mix solves.
     """
 
     guide_below: float
@@ -49,7 +49,7 @@ class SuccessRates:
     def guides(self, problem_id: str) -> bool:
         """Return whether the next visit is guided.
 
-        The first visit is not, and of the visits to a guided problem every PROBE_EVERY-th is not.
+        The first visit is not guided, and every PROBE_EVERY-th visit to a guided problem is not guided either.
         """
         visits = self.visits.get(problem_id)
         if visits is None or not visits.alone:

@@ -33,11 +33,11 @@ class OnDemandSampler:
             self._sampler.sleep()
 
     def metrics(self) -> dict[str, float]:
-        """Return what the inner sampler counted since the last call; nothing before it is built."""
+        """Return the metrics of the inner sampler since the last call; empty before the inner sampler is built."""
         return self._sampler.metrics() if self._sampler is not None else {}
 
     def close(self) -> None:
-        """End what the inner sampler started, where it has been built."""
+        """End the engines and processes of the inner sampler, where it has been built."""
         if self._sampler is not None:
             self._sampler.close()
 

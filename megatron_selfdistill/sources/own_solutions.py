@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Own solutions as what the teacher reads: the table of a run, and prompts that show a solution from the table."""
+"""Own solutions in the teacher's prompts: the table of a run, and prompts that show a solution from the table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def prompts_with(
 ) -> PromptPair | None:
     """Return the prompts of `fit_teacher_prompt` with an own solution; None where they do not fit.
 
-    The policy "error" is about what the user gave, and an own solution can only be skipped: "error" acts as "drop".
+    The policy "error" concerns the data of the user, and an own solution can only be skipped, so "error" acts as
+    "drop".
     """
     return fit_teacher_prompt(
         builder,
@@ -117,7 +118,7 @@ class OwnSolutions:
         """Return the best solution kept for a problem that is not the response itself; None where there is none.
 
         ``response``: its text (`response_text`).  A solution with that content (`content_of`) is the same sample or its
-        twin: the response would be shown itself as a hint.
+        twin: the teacher's prompt would show the response itself as a hint.
         """
         solutions = self.table.get(problem_id, ())
         if response is None or not solutions:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The prompts of a step's problems: what the student answers, and what the teacher is shown besides."""
+"""The prompts of a step's problems: the student's prompt, and the teacher's prompt, which also shows a solution."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Prompts(Protocol):
     ) -> tuple[Prompts, Mapping[str, float]]:
         """Return the prompts of the step that ``step`` optimizer steps precede, and metrics.
 
-        ``problem_sampler`` draws the problems that come next; the caller's step begins with its first batch.
+        ``problem_sampler`` samples the problems that come next; the caller's step begins with its first batch.
         Collective.
         """
         ...

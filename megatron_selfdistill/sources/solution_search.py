@@ -156,10 +156,10 @@ def _pick(
 
 
 def content_of(text: str) -> str:
-    """Return what equal responses have in common: the letters of ``text`` in Unicode's compatibility form.
+    """Return the content of ``text``, which equal responses share: its letters in Unicode's compatibility form.
 
     White space, invisible characters, letter case and punctuation at the end are removed.  Two texts of one content are
-    the same response: a teacher that is shown one of them and scores the other would only recite its hint.
+    the same response: a teacher whose prompt shows one text and which scores the other would only recite its hint.
     """
     # NFKC again after casefold, which can leave characters that are not in that form.
     folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).casefold())

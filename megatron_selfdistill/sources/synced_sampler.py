@@ -36,9 +36,9 @@ class SyncedSampler:
         self.inner.sleep()
 
     def metrics(self) -> dict[str, float]:
-        """Return what the inner sampler counted since the last call."""
+        """Return the metrics of the inner sampler since the last call."""
         return self.inner.metrics()
 
     def close(self) -> None:
-        """End what the inner sampler started."""
+        """End the engines and processes of the inner sampler."""
         self.inner.close()

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Let a training model decode for a while: which models can, what changes meanwhile, and how it is restored."""
+"""Let a training model decode for a while: the models that can, the attributes that change, and their restoration."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def decoding_overrides(models: Sequence[GPTModel], grid: RankGrid) -> list[Overr
     * Context parallelism is off: each context-parallel rank decodes sequences of its own, so every group that cuts a
     sequence (rotary embedding, attention) becomes a group of one rank.
 
-    * Multi-latent attention does without its fused rotary embedding, which refuses a KV cache.
+    * Multi-latent attention does not use its fused rotary embedding, which refuses a KV cache.
 
     Collectives: none (a group of one needs no other rank).
     """
@@ -105,7 +105,7 @@ def decoding(
 def takes_masks(models: Sequence[GPTModel]) -> bool:
     """Return whether attention can hide the columns that a shorter sequence has not reached.
 
-    Transformer Engine's flash and fused attention cannot: they take no arbitrary mask.
+    Transformer Engine's flash and fused attention cannot hide columns, because they take no arbitrary mask.
     """
     ours = all(isinstance(layer.core_attention, CoreAttention) for layer in _attention_layers(models))
     return ours or models[0].config.attention_backend not in (AttnBackend.flash, AttnBackend.fused)

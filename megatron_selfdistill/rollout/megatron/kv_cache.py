@@ -52,9 +52,9 @@ def keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
 class RaggedCache(StaticInferenceContext):
     """A KV cache in which each row has a column of its own.
 
-    Prompts of unequal length are read as Megatron reads prompts of equal length: from column 0 on, with padding behind.
-    After `start_decoding` each row goes on where its prompt ended (``with ragged_decoding(models, cache)``).  So a
-    token's column is its position, whatever else is in the batch, and no embedding of positions sees the padding.
+    Prompts of unequal length are read as Megatron reads prompts of equal length: from column 0 on, with padding at the
+    end.  After `start_decoding` each row continues where its prompt ended (``with ragged_decoding(models, cache)``).
+    So the column of a token is its position in any batch, and no embedding of positions sees the padding.
     """
 
     columns: Tensor

@@ -40,13 +40,14 @@ class MegatronSampler:
     """A sampler that decodes with the ``GPTModel`` chunks of this rank; there is no copy of the weights.
 
     Each data-parallel replica samples its own requests.  Tensor-parallel ranks share every forward pass, pipeline
-    stages pass hidden states on (and round again under VPP), sequence parallelism is off, and each context-parallel
-    rank decodes full sequences for its share of the requests.  Where expert all-to-alls join ranks that hold different
-    requests, all ranks run the same number of forward passes: a rank that has finished feeds one token whose output is
-    unused.
+    stages pass hidden states to the next stage (under VPP several times around), sequence parallelism is off, and each
+    context-parallel rank decodes full sequences for its share of the requests.  Where expert all-to-alls join ranks
+    that hold different requests, all ranks run the same number of forward passes: a rank that has finished feeds one
+    token whose output is unused.
 
-    Prompts of different length: a batch reads its shortest prompt in one pass, then one token per pass, where the
-    tokens of a longer prompt take the place of sampled tokens.  So positions are exact and there is no padding.
+    Prompts may have different lengths: a batch reads the length of its shortest prompt in one pass, then one token per
+    pass, where the tokens of a longer prompt take the place of sampled tokens.  So positions are exact and there is no
+    padding.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class MegatronSampler:
         return [replace(responses[i], weight_version=self._version) for i in range(len(requests))]
 
     def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
-        """Return how many tokens the KV cache may hold: the least over all ranks, since all must split alike."""
+        """Return the number of tokens that the KV cache may hold: the least over all ranks, which must split alike."""
         gib = self._kv_cache_gb
         allowed = free_bytes() // 3 if gib is None else int(gib * _GIB)
         prompts = [p for r in requests for p in (r.prompt, r.teacher_prompt) if p is not None]
@@ -279,8 +280,8 @@ class MegatronSampler:
     ) -> Tensor:
         """Return the tokens ``[b]`` that the model gives at ``position``.
 
-        One rank samples them: a GPU's sums may differ in the last bit between two ranks, and one different token would
-        make all later tokens differ.
+        One rank samples the tokens: the sums of two GPUs may differ in the last bit, and one different token would make
+        all later tokens differ.
         """
         tokens = torch.empty_like(live)
         if logits is not None and self._grid.tp_rank == 0:

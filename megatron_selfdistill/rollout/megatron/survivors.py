@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Count the sequences of a batch that still go on, without waiting on the host for the pass under way."""
+"""Count the unfinished sequences of a batch, without making the host wait for the pass that the device computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def lag_of(device: torch.device) -> int:
-    """Return by how many passes the host's count of unfinished sequences is late."""
+    """Return the number of passes by which the host's count of unfinished sequences is late."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -27,7 +27,7 @@ class Survivors:
         self._pending: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
 
     def after_pass(self, unfinished: Tensor) -> tuple[int, Tensor | None]:
-        """Return how many sequences are known to go on, and the rows ``[n]`` that the caller shall keep.
+        """Return the number of sequences that are known to go on, and the rows ``[n]`` that the caller shall keep.
 
         ``unfinished [rows]`` bool: the sequences that go on after this pass.  The rows are None while more than half of
         the sequences go on: the survivors of a long tail should not pay for the rest.  The next call has the kept rows

@@ -112,7 +112,10 @@ class VllmServer:
         self._ask("GET", "/health", timeout_s=timeout_s)
 
     def weight_version(self, timeout_s: float | None = None) -> str:
-        """Return the version that `finish_weight_update` or `set_weight_version` set last; any word before."""
+        """Return the version that `finish_weight_update` or `set_weight_version` set last.
+
+        Before the first of these calls the version may be any word.
+        """
         return str(self._field("/weight_info", "weight_version", timeout_s))
 
     def world_size(self) -> int:
@@ -147,7 +150,7 @@ class VllmServer:
         self._ask("POST", "/pause?mode=abort", {})
 
     def init_weight_transfer(self, transfer: str, arguments: Mapping[str, Any]) -> None:
-        """Set the way in which weights will come (rollout/vllm/plugin/receivers.py); again where the way changes."""
+        """Set the transfer of the coming weights (rollout/vllm/plugin/receivers.py), first or after a change."""
         info = {"transfer": transfer, "arguments": dict(arguments)}
         self._ask("POST", "/init_weight_transfer_engine", {"init_info": info})
 
@@ -164,7 +167,7 @@ class VllmServer:
         self._ask("POST", "/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, version: str) -> None:
-        """End an update in which all weights have come, and clear what was cached with the old weights."""
+        """End an update in which all weights have arrived, and clear the caches of the old weights."""
         self._ask("POST", "/finish_weight_update", {"weight_version": version})
         answer = self._ask("POST", "/reset_prefix_cache", {})
         if not (isinstance(answer, dict) and answer.get("success")):
@@ -229,8 +232,8 @@ class VllmServer:
     ) -> None:
         """Return when the answer begins.
 
-        A response takes as long as it takes, so the timeout starts again with each answer that another thread gets and,
-        where the server ``generates`` tokens for the request, with each token that it is seen to have generated.
+        The time that a response takes is unknown, so the timeout starts again with each answer that another thread gets
+        and, where the server ``generates`` tokens for the request, whenever the server's count of tokens has grown.
         """
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)

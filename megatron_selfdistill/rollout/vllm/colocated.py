@@ -37,7 +37,7 @@ from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 
 _GIB = 2**30
-# Of vLLM on a CPU: sequences of a batch, and tokens of a block of the KV cache.
+# The defaults of vLLM on a CPU: the sequences of a batch, and the tokens of a block of the KV cache.
 _CPU_BATCH, _CPU_BLOCK = 256, 128
 
 
@@ -158,7 +158,8 @@ class ColocatedSampler:
     def metrics(self) -> dict[str, float]:
         """Return rollout/sync_seconds (of the slowest rank) and rollout/sync_bytes of all updates since the last call.
 
-        Besides, rollout/guided_repairs where guided, and rollout/staleness_max where ``max_staleness`` is positive.
+        The result also has rollout/guided_repairs where guided, and rollout/staleness_max where ``max_staleness`` is
+        positive.
         """
         metrics, self._metrics = self._metrics, {}
         if self._max_staleness:

@@ -75,7 +75,7 @@ def device_memory() -> DeviceMemory:
 def memory_of_visible_gpus(count: int) -> DeviceMemory:
     """Return the least free and the largest total memory of the first ``count`` GPUs that this process may see.
 
-    Leaves no CUDA context behind.  Raises: RuntimeError where torch finds fewer GPUs or no driver.
+    The function leaves no CUDA context behind.  Raises: RuntimeError where torch finds fewer GPUs or no driver.
     """
     command = [sys.executable, "-c", _LOOK, str(count)]
     looked = subprocess.run(command, capture_output=True, text=True, timeout=_LOOK_SECONDS)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Requests of all replicas go to the engines and responses come back, for samplers that have weights of their own.
+"""Send the requests of all replicas to engines with weights of their own, and return the responses to the replicas.
 
     gathered = gather_requests(requests, grid)  # the requests of all replicas, on every rank
     with raise_on_all_ranks(EngineError):
@@ -117,7 +117,7 @@ def check_requests(
 
 
 def staleness(version: int | None, expected: int, max_staleness: int, who: str) -> int:
-    """Return by how many optimizer steps the weights of a response are older than the ``expected`` weights.
+    """Return the number of optimizer steps by which the weights of a response are older than the ``expected`` weights.
 
     Raises: `EngineError`, beginning with ``who``, where the version is unknown, newer, or older than ``max_staleness``
     allows.

@@ -3,7 +3,8 @@
 
 vLLM assumes that a process is its own: it seeds every random generator, replaces functions of torch, moves to a CUDA
 stream of its own, sets environment variables, and ends the default process group with the engine.
-`trainer_state.trainer_state_kept` undoes all but the last; the engine here ends its own groups only.
+`trainer_state.trainer_state_kept` undoes all of these changes except the last one; the engine here ends its own groups
+only.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class InProcessEngine:
     """``engine_tp`` consecutive ranks of the trainer that hold the model once more, as vLLM holds it; one per process.
 
     Each of its ranks calls every method, with equal arguments, and gets equal results: vLLM schedules on each rank by
-    itself.  Where one rank fails and the others do not, the others wait for it as long as the process groups let them.
-    Weights are random until `load`.
+    itself.  Where one rank fails and the others do not, the others wait for the failed rank until the timeout of the
+    process groups.  Weights are random until `load`.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class InProcessEngine:
 def _started(
     directory: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str, *, guided: bool
 ) -> Any:
-    """Return a ``vllm.LLM`` on this trainer's ranks; raise what goes wrong as one message."""
+    """Return a ``vllm.LLM`` on this trainer's ranks; raise each failure as an error with one message."""
     # Silence the message that triton is missing, which comes once for each of vLLM's operators.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     try:

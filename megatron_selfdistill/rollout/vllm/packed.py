@@ -1,11 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Pack again what vLLM keeps packed on a CPU and does not pack again when weights are replaced in place.
+"""Pack the weights that vLLM keeps packed on a CPU and does not pack again when weights are replaced in place.
 
     before_reload(model)
     ...  # vLLM's reload_weights, or the steps of its layerwise reload
     after_reload(model)
 
-On other devices nothing is packed: there layers compute with the parameters themselves.  Needs vLLM, never Megatron.
+On other devices nothing is packed: layers compute with the parameters themselves.  This module imports vLLM and never
+Megatron.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class ServerSampler:
         self._exporter = Exporter(chunks, grid, rules, bucket_bytes=int(rollout.bucket_mb * 2**20), on_ranks=[0])
         self._version: int | None = None
         self._metrics: dict[str, float] = {}
-        # The following are used on rank 0 only.
+        # The following attributes are used on rank 0 only.
         self._pool = ServerPool([])
         self._transfer: Transfer | None = None
         self._started: list[ServerProcess] = []
@@ -196,7 +196,7 @@ class ServerSampler:
         failures = update.failures
         again: list[VllmServer] = []
         if update.broken and not update.isolated and len(update.servers) + len(failures) > 1:
-            # One server's failure made all fail, and it is unknown which server's.  Servers that still answer get the
+            # The failure of one server, which is unknown, made all servers fail.  Servers that still answer get the
             # weights one by one.
             candidates = [s for s in self._pool.servers if s in failures or s in update.servers]
             failures = failing(candidates)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# What vLLM's CPU worker replaces where compat/cpu.py has replaced it already, or for good.
+# The functions that vLLM's CPU worker replaces although compat/cpu.py has replaced them already, or replaces
+# permanently.
 _REPLACED: dict[Any, tuple[str, ...]] = {
     torch: ("set_num_threads",),
     torch.cuda: ("Event", "Stream", "stream", "current_stream", "set_stream"),

@@ -222,7 +222,7 @@ class BroadcastTransfer:
         if self._group is not None and self._joined == list(servers):
             return {}
         self.close()
-        beat()  # what follows takes a bounded time, and may have to be done for each server
+        beat()  # the following calls take a bounded time, and may have to be made for each server
         sizes: dict[VllmServer, int] = {}
         addresses: set[str] = set()
 
@@ -318,14 +318,14 @@ class BroadcastTransfer:
 
 
 def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], None]) -> Failures:
-    """Call ``do`` on all servers at once; return what it raised, by server."""
+    """Call ``do`` on all servers at once; return the exception of each server on which it failed."""
     return on_each_while(None, servers, do)
 
 
 def on_each_while(
     own: Callable[[], None] | None, servers: Sequence[VllmServer], do: Callable[[VllmServer], None]
 ) -> Failures:
-    """Call ``do`` on all servers at once and ``own`` meanwhile in this thread; return what ``do`` raised, by server.
+    """Call ``do`` on all servers at once and ``own`` meanwhile in this thread; return the failures.
 
     A failure of ``own`` alone counts as a failure of every server: it does not show which of them caused it.  A server
     that has not answered some seconds after ``own`` failed is interrupted, and fails.

@@ -112,8 +112,8 @@ class MappedFile:
 class SharedGpuMemory:
     """Memory of this process's GPU that processes on the same host open by ``handle``, a dictionary of JSON values.
 
-    torch keeps memory that it has shared until a counter says that one other process has opened and closed it: if no
-    process does, for ever.  `close` decrements that counter, since servers answer when they have read.
+    torch keeps shared memory until a counter shows that one other process has opened and closed the memory; if no
+    process does, torch keeps it for ever.  `close` decrements that counter, since servers answer when they have read.
     """
 
     def __init__(self, num_bytes: int) -> None:

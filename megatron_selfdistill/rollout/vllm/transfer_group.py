@@ -5,9 +5,9 @@ It exists beside all groups that either side has.  A member that dies, or never 
 and nothing else.
 
 The members meet at a `TCPStore` of rank 0 before they form the group, since neither gloo nor NCCL gives up on a member
-that does not come: ``ncclCommInitRank`` waits for it for ever, in the thread that calls it.  They form the group in a
-thread of their own, which is left behind where forming does not end.  NCCL's non-blocking mode would need no thread,
-but torch keeps it off by default since 2.7.1 because it hung with NCCL 2.26.
+that does not come: ``ncclCommInitRank`` waits for ever, in the thread that calls it.  The members form the group in a
+thread of its own, which is abandoned if the group does not form.  NCCL's non-blocking mode would need no thread, but
+torch keeps it off by default since 2.7.1 because it hung with NCCL 2.26.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def broadcast(group: dist.ProcessGroup, tensor: Tensor, timeout_s: float, given_
     work = group.broadcast([tensor], options)
     deadline = time.monotonic() + timeout_s
     sleep = _SHORTEST_SLEEP_SECONDS
-    # NCCL's wait() returns at once and a peer that is gone shows nowhere else, so completion is asked for.
+    # NCCL's wait() returns at once, and only a query of completion shows a peer that has gone.
     while not work.is_completed():
         if given_up():
             raise RuntimeError("the transfer has failed at another member")
@@ -145,7 +145,7 @@ def _meet(control: dist.Store, rank: int, world_size: int, why_stop: Callable[[]
 
 
 def _formed(make: Callable[[], dist.ProcessGroup], why_stop: Callable[[], str | None]) -> dist.ProcessGroup:
-    """Return what ``make`` returns in a thread of its own, which is left behind where ``why_stop`` has a reason."""
+    """Return the result of ``make`` in a thread of its own, which is abandoned when ``why_stop`` has a reason."""
     made: list[dist.ProcessGroup] = []
     errors: list[Exception] = []
     ended = threading.Event()

@@ -5,18 +5,18 @@ In each step, for each pair (`rollout.vllm.pairs`) of which both halves are in t
 n, token n is sampled from the mix of both rows and left as the only choice in both.  Every other half, whose partner is
 absent or has another length, is left nothing but its stop token, and the number of tokens before it is recorded.
 
-Why every token that remains was sampled from both true contexts.  vLLM also samples rows whose prompt has been read
-only in part, from meaningless logits, and discards their token; the processor cannot see this.  But a half only gets
-longer by a token that was sampled for both halves, or by the stop that ends it.  Assume that both halves end with at
-least n + 1 tokens of their own, forced stops not counted.  Each took its token n from a sample that was taken when both
-had length n.  If these were two samples, the half that took its token from the earlier one would have been longer than
-n at the later one: a contradiction.  So it was one sample, of which both halves kept the token, so both prompts had
-been read and both rows were true.  After a partial prefill, a preemption or an early end one half may have more tokens
-than the other: the driver cuts them off and asks for them again, with the same uniforms.  A stop that was forced on a
-row whose token vLLM discarded took no effect: the next sample erases its record.
+The following argument shows that every token that remains was sampled from both true contexts.  vLLM also samples rows
+whose prompt has been read only in part, from meaningless logits, and discards their token; the processor cannot see
+this.  But a half only gets longer by a token that was sampled for both halves, or by the stop that ends it.  Assume
+that both halves end with at least n + 1 tokens of their own, forced stops not counted.  Each took its token n from a
+sample that was taken when both had length n.  If these were two samples, the half that took its token from the earlier
+one would have been longer than n at the later one: a contradiction.  So it was one sample, of which both halves kept
+the token, so both prompts had been read and both rows were true.  After a partial prefill, a preemption or an early end
+one half may have more tokens than the other: the driver cuts them off and asks for them again, with the same uniforms.
+A stop that was forced on a row whose token vLLM discarded took no effect: the next sample erases its record.
 
-Needs: the first model runner (V1), no async scheduling (rows must hold all their tokens when the next is sampled), no
-speculative decoding, one pipeline stage, one data-parallel rank, the prefix cache, `PairScheduler`.
+The processor needs: the first model runner (V1), no async scheduling (rows must hold all their tokens when the next is
+sampled), no speculative decoding, one pipeline stage, one data-parallel rank, the prefix cache, `PairScheduler`.
 """
 
 from __future__ import annotations

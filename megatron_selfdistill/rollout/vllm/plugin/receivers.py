@@ -24,7 +24,8 @@ class Receiver(Protocol):
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
         """Return the bucket ``[num_bytes]`` uint8 on the worker's device.
 
-        Its bytes last until the trainer learns that the bucket is loaded: the same memory may hold a later bucket.
+        The bytes stay valid until the trainer learns that the bucket is loaded; then the same memory may hold a later
+        bucket.
         """
         ...
 

@@ -75,7 +75,7 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Begin an update of all weights."""
-        if self._reloading:  # an update has failed: its half-filled layers must not count in this one
+        if self._reloading:  # an earlier update has failed: its half-filled layers must not count in this update
             self._finalize()
         self._reloading, self._verified = True, False
         before_reload(self.model)

@@ -3,17 +3,18 @@
 
     selfdistill serve --hf-config DIR --max-model-len 4096 [--port 8000] [-- vLLM's own arguments]
 
-It is vLLM's OpenAI-compatible server with the routes that take weights and call methods.  Its weights are random until
-a trainer (rollout.placement=server, rollout.servers) sends some.  A client that reaches those routes controls the
-server, so it listens on this machine only, unless the environment variable SELFDISTILL_SERVER_TOKEN holds a token: then
-every request but the health check needs the token.
+The server is vLLM's OpenAI-compatible server with the routes that take weights and call methods.  The weights are
+random until a trainer (rollout.placement=server, rollout.servers) sends some.  A client that reaches these routes
+controls the server, so the server listens on this machine only, unless the environment variable
+SELFDISTILL_SERVER_TOKEN holds a token: then every request but the health check needs the token.
 
-A model that fits on no single node is served by several, each started with the same command but its own --node-rank:
+A model that does not fit on one node is served by several nodes, each started with the same command but its own
+--node-rank:
 
     ... --tensor-parallel-size 16 --nnodes 2 --node-rank 0|1 --master-addr ADDRESS-OF-RANK-0
 
-Rank 0 answers requests; the nodes end together.  Among themselves they communicate as PyTorch's processes do, without
-the token: on a network that others can use, the token alone is no protection.
+Rank 0 answers requests; the nodes end together.  The nodes communicate with each other as PyTorch's processes do,
+without the token: on a network that others can use, the token alone is no protection.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The nodes of one vLLM server that does not fit on one: they meet before the model is loaded, and end together.
+"""The nodes of one vLLM server that does not fit on one node: they meet before the model is loaded, and end together.
 
 By itself vLLM's head does not notice that a worker node has ended: it reports that it is healthy, and waits in its next
-collective for ever.  Nor does a worker node notice that its head has ended, and it keeps its GPUs.  So each worker node
-holds a connection to the head, over which no data goes: its end is the end of the server.
+collective for ever.  A worker node does not notice either that its head has ended, and keeps its GPUs.  So each worker
+node holds a connection to the head, over which no data goes: the end of the connection is the end of the server.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def is_loopback(host: str) -> bool:
 def network_environment(node: ServerNode) -> dict[str, str]:
     """Return the environment variables that give vLLM and gloo this node's address on the way to the head.
 
-    Their own guesses (the way to the internet, the host's name) can be an address that no other node reaches.
+    The addresses that vLLM and gloo would choose (the route to the internet, the host's name) may be unreachable for
+    other nodes.
     """
     address = own_address(node.master_addr, node.master_port)
     if is_loopback(address) != is_loopback(node.master_addr):

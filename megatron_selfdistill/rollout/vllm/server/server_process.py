@@ -172,7 +172,7 @@ def server_environment(now: Mapping[str, str], at_start: Mapping[str, str]) -> d
 def environment_at_start() -> dict[str, str]:
     """Return the environment with which this process was started, whatever it has set since; Linux keeps it.
 
-    Empty where the system does not report it: then a server gets no variable of `_TUNING`.
+    The result is empty where the system does not report the environment: then a server gets no variable of `_TUNING`.
     """
     try:
         entries = Path("/proc/self/environ").read_bytes().split(b"\0")
