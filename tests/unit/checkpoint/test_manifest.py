@@ -178,7 +178,7 @@ def faults_of_damaged_files(path: Path, names: list[str]) -> list[str | None]:
 def test_ranks_that_share_the_files_find_damage_in_each_of_them(ranks, run_dir):
     path = newest(run_dir)
     names = ["common.pt", *sorted(file.name for file in path.glob("*.distcp"))]
-    expected = [f"has a damaged {name}: its checksum is not the one in manifest.json" for name in names]
+    expected = [f"has a corrupt {name}: its checksum is not the one in manifest.json" for name in names]
     assert ranks.run(faults_of_damaged_files, path, names, world_size=2) == [[*expected, None]] * 2
 
 
