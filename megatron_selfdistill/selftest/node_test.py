@@ -120,13 +120,13 @@ class _Table:
     def conclude(self) -> None:
         """Print the verdict on the node."""
         failures = [outcome.name for outcome in self.outcomes if not outcome.passed]
-        left_out = [outcome.name for outcome in self.outcomes if outcome.passed and outcome.not_done]
+        skipped = [outcome.name for outcome in self.outcomes if outcome.passed and outcome.not_done]
         seconds = time.perf_counter() - self._began
         if failures:
             self._say(f"{len(failures)} of {len(CHECKS)} checks failed in {seconds:.0f} s: {'; '.join(failures)}")
             return
-        but = f"; not done: {'; '.join(left_out)}" if left_out else ""
-        self._say(f"this node passes, {len(CHECKS) - len(left_out)} of {len(CHECKS)} checks, in {seconds:.0f} s{but}")
+        but = f"; not done: {'; '.join(skipped)}" if skipped else ""
+        self._say(f"this node passes, {len(CHECKS) - len(skipped)} of {len(CHECKS)} checks, in {seconds:.0f} s{but}")
 
 
 @contextlib.contextmanager

@@ -6,17 +6,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_selfdistill.selftest.node_test import CHECKS
 from tests.gpu import cases
 from tests.gpu.runner import Stage
 
-SELF_TEST = (
-    "identity law",
-    "vocabulary-parallel loss against float64",
-    "Transformer Engine's layers against local ones",
-    "both pair orders",
-    "save and resume",
-    "weight sync to the sampler",
-)
+SELF_TEST = tuple(CHECKS)
 RUNS = (
     "teacher offloaded to host memory",
     "saving in the background and resuming",

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -69,7 +67,7 @@ def test_a_stage_that_reports_nothing_has_failed():
 
 def test_what_a_stage_does_not_use_of_its_limit_is_left_for_the_next_one():
     lines: list[str] = []
-    late = stage("late", "import time; time.sleep(2.0)" + REPORT, "late", "0", limit_s=1.0)
+    late = stage("late", "import time; time.sleep(1.0)" + REPORT, "late", "0", limit_s=0.5)
     found = run_stages([stage("quick", REPORT, "quick", "0", limit_s=60.0), late], lines.append)
     assert [result.verdict for result in found] == [OK, OK], lines
 
@@ -95,17 +93,14 @@ def test_the_table_names_the_row_the_figure_the_bound_and_where_it_ran():
 
 
 @pytest.mark.parametrize(("value", "status"), [("0.5", 0), ("1.5", 1)])
-def test_the_command_ends_with_1_where_a_check_failed(tmp_path, value, status):
-    root = Path(__file__).resolve().parents[2]
-    code = (
-        "import sys; from tests.gpu import command, stages; from tests.gpu.runner import Stage\n"
-        f"one = Stage('one', [sys.executable, '-c', {REPORT!r}, 'one', {value!r}], 60.0, ('one',))\n"
-        "stages.chosen = lambda arguments: [one]\n"
-        f"sys.exit(command.main(['--device', 'cpu', '--record', {str(tmp_path / 'out.jsonl')!r}]))"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "tests" / "support"), str(root)])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == status, done.stdout + done.stderr
+def test_the_command_ends_with_1_where_a_check_failed(tmp_path, monkeypatch, value, status):
+    from tests.gpu import stages
+
+    monkeypatch.setattr(stages, "chosen", lambda options: [stage("one", REPORT, "one", value)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--record", str(tmp_path / "out.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tests.gpu", run_name="__main__")
+    assert ended.value.code == status
     assert '"check": "one"' in (tmp_path / "out.jsonl").read_text()
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import io
 import os
 import subprocess
 import sys
@@ -32,22 +34,28 @@ def imports() -> ModuleType:
     return megatron_selfdistill.doctor.imports
 
 
-def examined(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """``path`` comes before all other packages."""
-    before = [str(path)] if path else []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*before, os.environ.get("PYTHONPATH", "")])}
+def examined(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(DOCTOR), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENT_S)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENT_S)
 
 
-def write(folder: Path, files: dict[str, str]) -> Path:
+def examined_before(directory: Path) -> tuple[int, str]:
+    """Return the status and the output of ``--brief`` where the packages of ``directory`` come before all others."""
+    sys.path.insert(0, str(directory))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = doctor.main(["--brief"])
+    return status, output.getvalue()
+
+
+def write(directory: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    return directory
 
 
-def test_a_node_that_can_run_is_told_what_it_will_use():
+def test_the_report_of_a_node_that_can_run_names_what_a_run_uses():
     report = examined()
     assert report.returncode == 0, report.stdout + report.stderr
     for words in ("python", "megatron-core", "psutil", "transformer-engine", "/dev/shm", "layers:", "device:"):
@@ -129,18 +137,18 @@ def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failu
 
 
 @pytest.mark.parametrize(
-    ("folders", "kernels", "status", "words"),
+    ("directories", "kernels", "status", "words"),
     [
         (["apex"], False, "FAILURE", "an unrelated package of that name"),
         (["apex/multi_tensor_apply"], False, "warning", "without its kernels"),
         (["apex/multi_tensor_apply"], True, "ok", "with its kernels"),
     ],
 )
-def test_nvidias_apex_is_told_from_the_package_of_that_name(
-    findings, monkeypatch, tmp_path, folders, kernels, status, words
+def test_nvidias_apex_is_distinguished_from_the_package_of_that_name(
+    findings, monkeypatch, tmp_path, directories, kernels, status, words
 ):
-    for folder in folders:
-        (tmp_path / folder).mkdir(parents=True)
+    for directory in directories:
+        (tmp_path / directory).mkdir(parents=True)
         (tmp_path / "apex" / "__init__.py").touch()
     if kernels:
         (tmp_path / "amp_C.py").touch()
@@ -181,13 +189,13 @@ def test_a_driver_that_does_not_answer_is_a_failure(findings, monkeypatch):
     assert finding.status == findings.FAILURE and "NVIDIA-SMI has failed" in finding.found
 
 
-@pytest.mark.parametrize(("available", "said"), [(True, ("ok", "8, as torch sees them", "")), (False, None)])
-def test_without_the_drivers_tool_torch_says_whether_there_are_gpus(findings, monkeypatch, available, said):
+@pytest.mark.parametrize(("available", "expected"), [(True, ("ok", "8, as torch sees them", "")), (False, None)])
+def test_without_the_drivers_tool_torch_says_whether_there_are_gpus(findings, monkeypatch, available, expected):
     monkeypatch.setitem(sys.modules, "torch", fake_torch("13.0", available))
     monkeypatch.setattr(findings.shutil, "which", lambda name: None)
     [finding] = findings.gpus()
-    if said:
-        assert (finding.status, finding.found.split(";")[0], finding.fix) == said
+    if expected:
+        assert (finding.status, finding.found.split(";")[0], finding.fix) == expected
     else:
         assert finding.status == findings.ABSENT and "will use the CPU" in finding.fix
 
@@ -232,7 +240,8 @@ SOUND = {
     "transformer_engine/__init__.py": "__version__ = '2.9.1'",
     "transformer_engine/pytorch/__init__.py": "",
     "vllm/__init__.py": "__version__ = '0.32.1'",
-    "vllm/_custom_ops.py": "import torch\nops = torch.library.Library('_C', 'DEF')\nops.define('rms_norm() -> ()')",
+    "vllm/_custom_ops.py": "import torch\ntorch.ops._C.rms_norm = print",
+    "torch/__init__.py": "from types import SimpleNamespace\nops = SimpleNamespace(_C=SimpleNamespace())",
     "amp_C.py": "",
     "apex/__init__.py": "",
     "apex/optimizers/__init__.py": "import sys; assert 'torch' in sys.modules",
@@ -241,20 +250,21 @@ SOUND = {
 }
 
 
-def test_what_is_installed_but_does_not_load_is_a_failure_with_its_reason_and_mend(tmp_path):
-    """Compiled for another torch, say; a library that ends the process ends its own."""
-    report = examined("--brief", path=write(tmp_path, BROKEN))
-    assert report.returncode == 1, report.stdout + report.stderr
-    lines = {line.split(": ")[2]: line for line in report.stdout.splitlines()}
-    assert lines.keys() == {"transformer-engine", "vllm", "apex", "megatron-core"}, report.stdout
+def test_what_is_installed_but_does_not_load_is_a_failure_with_its_reason_and_fix(ranks, tmp_path):
+    """A library may be compiled for another torch; a library that ends the process ends its own."""
+    directory = write(tmp_path, BROKEN)
+    [(status, report)] = ranks.run(examined_before, directory, world_size=1, init_process_group=False)
+    assert status == 1, report
+    lines = {line.split(": ")[2]: line for line in report.splitlines()}
+    assert lines.keys() == {"transformer-engine", "vllm", "apex", "megatron-core"}, report
     assert all(f": FAILURE: {name}: " in line for name, line in lines.items())
-    assert all(ABI in lines[name] for name in lines.keys() - {"megatron-core"}), report.stdout
+    assert all(ABI in lines[name] for name in lines.keys() - {"megatron-core"}), report
     assert "its import ended the process by SIGABRT" in lines["megatron-core"]
     assert "transformer-engine: 2.9.0 cannot be imported" in lines["transformer-engine"]
     assert "-> build it for this torch" in lines["transformer-engine"]
 
 
-def test_packages_that_load_are_told_from_those_that_are_not_there(imports, monkeypatch, tmp_path):
+def test_packages_that_load_are_distinguished_from_those_that_are_not_there(imports, monkeypatch, tmp_path):
     names = ["transformer-engine", "vllm", "apex", "megatron-core"]
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(write(tmp_path / "all", SOUND)))
@@ -274,8 +284,8 @@ def test_an_import_that_never_returns_is_a_failure_and_goes_on_nowhere(imports, 
     marker = tmp_path / "process"
     code = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(1000)"
     monkeypatch.setenv("PYTHONPATH", str(write(tmp_path, {"transformer_engine/__init__.py": code})))
-    with imports.importing(["transformer-engine"], 5.0) as outcomes:
-        assert outcomes()["transformer-engine"].error == "its import did not return within 5 s"
+    with imports.importing(["transformer-engine"], 1.0) as outcomes:
+        assert outcomes()["transformer-engine"].error == "its import did not return within 1 s"
     assert not marker.exists() or not Path(f"/proc/{marker.read_text()}").exists()
 
 
@@ -359,15 +369,17 @@ def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(capsys)
 def test_in_brief_a_node_that_cannot_run_says_only_why(capsys):
     failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "pip install torch")
     assert doctor.brief([doctor.Finding("python", "3.11", short="3.11"), failure]) == 1
-    said = capsys.readouterr().out
-    assert said.endswith(": FAILURE: torch: not installed -> pip install torch\n") and said.count("\n") == 1
+    line = capsys.readouterr().out
+    assert line.endswith(": FAILURE: torch: not installed -> pip install torch\n") and line.count("\n") == 1
 
 
-def test_what_a_sound_node_says_in_brief():
-    said = examined("--brief", "--ranks", "4")
-    assert said.returncode == 0 and said.stdout.count("\n") == 1, said.stdout + said.stderr
+def test_the_line_of_a_sound_node_has_its_versions(findings, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda ranks: findings.examine(ranks, imports=False))
+    assert doctor.main(["--brief", "--ranks", "4"]) == 0
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
     for words in (": ok; python 3.", "torch 2.", "megatron-core 0.16", "vllm ", "other packages "):
-        assert words in said.stdout
+        assert words in line
 
 
 @pytest.mark.parametrize(("local_rank", "imports"), [("0", True), ("5", False)])
