@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,17 +22,36 @@ class BytesAlive(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.holders: dict[int, tuple[int, list[weakref.ref[Tensor]]]] = {}
+        self.tensors: dict[tuple[int, int], weakref.ref[Tensor]] = {}  # by storage and identity
+        self.holders: Counter[int] = Counter()  # tensors of each storage
+        self.bytes_of: dict[int, int] = {}
+        self.alive = 0
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        held = {ptr: (n, refs) for ptr, (n, refs) in self.holders.items() if any(ref() is not None for ref in refs)}
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.known:
-                    held.setdefault(storage.data_ptr(), (storage.nbytes(), []))[1].append(weakref.ref(tensor))
-        self.holders = held
-        self.peak = max(self.peak, sum(n for n, _ in held.values()))
+                self._hold(tensor)
+        self.peak = max(self.peak, self.alive)
         return result
+
+    def _hold(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor until the last tensor that holds the storage ends."""
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        key = (place, id(tensor))
+        if place in self.known or key in self.tensors:
+            return
+
+        def release(_: weakref.ref[Tensor]) -> None:
+            del self.tensors[key]
+            self.holders[place] -= 1
+            if not self.holders[place]:
+                self.alive -= self.bytes_of.pop(place)
+
+        self.tensors[key] = weakref.ref(tensor, release)
+        self.holders[place] += 1
+        if place not in self.bytes_of:
+            self.bytes_of[place] = storage.nbytes()
+            self.alive += self.bytes_of[place]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import layouts
@@ -11,6 +12,7 @@ import models
 import pytest
 import torch
 from bytes_alive import BytesAlive
+from tiers import combinations
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
@@ -20,29 +22,43 @@ from megatron_selfdistill.model.output_layer import MATERIALISED, Fusion, Output
 from megatron_selfdistill.pipeline.score import Scores, ScoringModels, candidate_contexts, score_texts, with_reference
 from megatron_selfdistill.rollout.base import Response
 
-LAYOUTS = [
-    (1, {}),
-    (2, {}),
-    (2, {"tp": 2}),
-    (2, {"tp": 2, "sp": True}),
-    (2, {"pp": 2}),
-    (2, {"cp": 2}),
-    (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
-]
+LAYOUTS = {
+    "one rank": (1, {}),
+    "DP2": (2, {}),
+    "TP2": (2, {"tp": 2}),
+    "TP2+SP": (2, {"tp": 2, "sp": True}),
+    "PP2": (2, {"pp": 2}),
+    "CP2": (2, {"cp": 2}),
+    "PP2xVPP2": (2, {"pp": 2, "vpp": 2}),
+    "TP2xPP2xVPP2+SP": (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
+}
+QUICK = ["one rank", "DP2", "TP2+SP", "CP2", "PP2xVPP2"]
 
-
-FUSIONS = [None, *(Fusion("low_memory", tokens) for tokens in (1, 5, 1000)), Fusion("keep_gradient", 7)]
+CHUNKS = [Fusion("low_memory", tokens) for tokens in (1, 1000)]
+FUSIONS = [None, Fusion("low_memory", 5), Fusion("keep_gradient", 7)]
 """None first.  A microbatch has some 40 response tokens."""
 
 
-def scores_in_layout(cuts: dict, count: int = 7) -> tuple[list[int], list[list[Scores]]]:
-    """Return the indices of this replica's contexts and their scores by each of `FUSIONS`.
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a replica's contexts by each of the fusions, None first."""
 
-    The teacher has other weights than the student.
-    """
-    student, teacher, grid = student_and_teacher(cuts)
+    contexts: list[int]
+    by_other: list[list[Scores]]
+    """The teacher has other weights than the student."""
+    by_itself: list[list[Scores]]
+    """The student is its own teacher."""
+    by_copy: list[Scores]
+    """The teacher is a copy of the student."""
+
+
+def scores_in_layout(cuts: dict, fusions: list[Fusion | None], count: int = 7) -> Scored:
+    student, teacher, grid = student_and_teacher(cuts, num_layers_of(cuts))
     mine = list(range(count))[grid.dp_rank :: grid.dp_size]
-    return mine, [scored(mine, student, teacher, grid, fusion) for fusion in FUSIONS]
+    by_other = [scored(mine, student, teacher, grid, fusion) for fusion in fusions]
+    by_itself = [scored(mine, student, student, grid, fusion) for fusion in fusions]
+    models.fill_from_names(teacher, seed=0)
+    return Scored(mine, by_other, by_itself, scored(mine, student, teacher, grid, None))
 
 
 def scored(
@@ -60,17 +76,21 @@ def scored(
     return score_texts([layouts.contexts()[i] for i in indices], models)
 
 
-def student_and_teacher(cuts: dict, **changes: Any) -> tuple[list, list, RankGrid]:
-    model = models.model_config("tied", **changes)
+def num_layers_of(cuts: dict) -> int:
+    return 4 if "vpp" in cuts else 2
+
+
+def student_and_teacher(cuts: dict, num_layers: int, **changes: Any) -> tuple[list, list, RankGrid]:
+    model = models.model_config("tied", num_layers=num_layers, **changes)
     student, grid = models.build(model, models.parallel(**cuts))
     teacher = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
     models.fill_from_names(teacher, seed=1)
     return student, teacher, grid
 
 
-def expected_scores() -> list[tuple[float, float, float, float]]:
+def expected_scores(num_layers: int) -> list[tuple[float, float, float, float]]:
     """Return the scores from complete rows of logits, one context at a time, in float64."""
-    student, teacher, _ = student_and_teacher({})
+    student, teacher, _ = student_and_teacher({}, num_layers)
     found = []
     for context in layouts.contexts():
         rows = []
@@ -87,55 +107,59 @@ def expected_scores() -> list[tuple[float, float, float, float]]:
 
 
 @pytest.fixture(scope="module")
-def expected(ranks) -> list[tuple[float, float, float, float]]:
-    return ranks.run(expected_scores, world_size=1)[0]
+def expected(ranks) -> dict[int, list[tuple[float, float, float, float]]]:
+    """Return the scores by the number of layers."""
+    return {layers: ranks.run(expected_scores, layers, world_size=1)[0] for layers in (2, 4)}
 
 
-@pytest.mark.parametrize(("world_size", "cuts"), LAYOUTS)
-def test_scores_are_those_of_whole_rows_in_every_layout_fused_or_not(ranks, expected, world_size, cuts):
-    of_replica: dict[tuple[int, ...], list[list[Scores]]] = {}
-    for mine, by_fusion in ranks.run(scores_in_layout, cuts, world_size=world_size):
-        assert of_replica.setdefault(tuple(mine), by_fusion) == by_fusion, "ranks of a replica disagree"
-        materialised = by_fusion[0]
-        for fusion, scores in zip(FUSIONS, by_fusion, strict=True):
-            for i, score, plain in zip(mine, scores, materialised, strict=True):
-                got = dataclasses.astuple(score)
-                assert got == pytest.approx(expected[i], abs=2e-5), f"context {i}, {fusion}"
-                assert got == pytest.approx(dataclasses.astuple(plain), abs=1e-6), f"context {i}, {fusion}"
+@combinations(name=list(LAYOUTS), quick={"name": QUICK}, strength=1)
+def test_scores_are_those_of_whole_rows_in_every_layout_fused_or_not(ranks, expected, name):
+    """A model that is its own teacher scores as a copy of the model would."""
+    world_size, cuts = LAYOUTS[name]
+    fusions = FUSIONS + (CHUNKS if name == "one rank" else [])
+    of_replica: dict[tuple[int, ...], Scored] = {}
+    for found in ranks.run(scores_in_layout, cuts, fusions, world_size=world_size):
+        assert of_replica.setdefault(tuple(found.contexts), found) == found, "ranks of a replica disagree"
+        materialised = found.by_other[0]
+        wanted = [expected[num_layers_of(cuts)][i] for i in found.contexts]
+        for fusion, by_other, by_itself in zip(fusions, found.by_other, found.by_itself, strict=True):
+            assert_near(by_other, wanted, 2e-5, f"of whole rows, {fusion}")
+            # A few float32 digits of 7 nats.
+            assert_near(by_other, astuples(materialised), 3e-6, f"as without fusion, {fusion}")
+            assert_near(by_itself, astuples(found.by_copy), 3e-6, f"by a model that is its own teacher, {fusion}")
     assert sorted(i for mine in of_replica for i in mine) == list(range(7))
 
 
-def scores_of_one_model(cuts: dict) -> tuple[list[list[Scores]], list[Scores]]:
-    """Return the scores by each of `FUSIONS` with the student as teacher, and with a teacher of other chunks."""
-    student, teacher, grid = student_and_teacher(cuts)
-    models.fill_from_names(teacher, seed=0)
-    everything = list(range(7))
-    own = [scored(everything, student, student, grid, fusion) for fusion in FUSIONS]
-    return own, scored(everything, student, teacher, grid, None)
+def astuples(scores: list[Scores]) -> list[tuple[float, ...]]:
+    return [dataclasses.astuple(score) for score in scores]
 
 
-@pytest.mark.parametrize(("world_size", "cuts"), [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2})])
-def test_a_model_that_is_its_own_teacher_scores_as_a_copy_of_it_would(ranks, world_size, cuts):
-    for own, by_copy in ranks.run(scores_of_one_model, cuts, world_size=world_size):
-        for fusion, scores in zip(FUSIONS, own, strict=True):
-            for score, copy in zip(scores, by_copy, strict=True):
-                got, wanted = dataclasses.astuple(score), dataclasses.astuple(copy)
-                assert got == pytest.approx(wanted, abs=3e-6), str(fusion)  # a few float32 digits of 7 nats
+def assert_near(got: list[Scores], wanted: list[tuple[float, ...]], tolerance: float, what: str) -> None:
+    for score, values in zip(got, wanted, strict=True):
+        assert dataclasses.astuple(score) == pytest.approx(values, abs=tolerance), what
 
 
-COLUMNS, CHUNK = 8192, 3  # of the columns 61 are no padding: the logits are large, and the passes' temporaries small
+COLUMNS, CHUNK = 4096, 3  # of the columns 61 are no padding: the logits are large, and the passes' temporaries small
+MEMORY_FUSIONS = [None, Fusion("low_memory", CHUNK), Fusion("keep_gradient", CHUNK)]
 
 
-def bytes_while_scoring(cuts: dict, fusion: Fusion | None) -> tuple[int, float, float]:
-    """On this rank, besides weights: the most bytes alive; what a run says of its logits; one tensor of all logits."""
-    student, teacher, grid = student_and_teacher(cuts, make_vocab_size_divisible_by=COLUMNS // cuts.get("tp", 1))
+def bytes_while_scoring(cuts: dict) -> list[tuple[int, float, float]]:
+    """Return the most bytes alive besides weights, those of a run's logits, and of all logits, for each fusion.
+
+    A run announces the bytes of its logits.
+    """
+    changes = {"make_vocab_size_divisible_by": COLUMNS // cuts.get("tp", 1)}
+    student, teacher, grid = student_and_teacher(cuts, num_layers=1, **changes)
     known = [tensor for chunk in (*student, *teacher) for tensor in (*chunk.parameters(), *chunk.buffers())]
-    with BytesAlive(known) as alive:
-        scored(list(range(7)), student, teacher, grid, fusion, max_tokens=300)
     tokens = sum(len(context.response) for context in layouts.contexts())  # all in one microbatch
     token_bytes = 4 * COLUMNS // grid.tp_size
-    mode = MATERIALISED if fusion is None else fusion.mode
-    return alive.peak, OutputLayer(mode, CHUNK, 2, token_bytes, tokens).largest, tokens * token_bytes
+    found = []
+    for fusion in MEMORY_FUSIONS:
+        with BytesAlive(known) as alive:
+            scored(list(range(7)), student, teacher, grid, fusion, max_tokens=300)
+        mode = MATERIALISED if fusion is None else fusion.mode
+        found.append((alive.peak, OutputLayer(mode, CHUNK, 2, token_bytes, tokens).largest, tokens * token_bytes))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -144,11 +168,8 @@ def bytes_while_scoring(cuts: dict, fusion: Fusion | None) -> tuple[int, float, 
 )
 def test_logits_take_what_the_run_says_and_all_of_them_never_exist_where_the_layer_is_fused(ranks, world_size, cuts):
     """Both modes are the same here: there is no gradient to keep."""
-    by_fusion = [
-        ranks.run(bytes_while_scoring, cuts, fusion, world_size=world_size)
-        for fusion in (None, Fusion("low_memory", CHUNK), Fusion("keep_gradient", CHUNK))
-    ]
-    for (whole, of_all, one), low_memory, keep_gradient in zip(*by_fusion, strict=True):
+    for of_rank in ranks.run(bytes_while_scoring, cuts, world_size=world_size):
+        (whole, of_all, one), low_memory, keep_gradient = of_rank
         rest = one / 4  # activations
         assert of_all < whole < of_all + rest, "the materialised path"
         _, two_chunks, _ = low_memory
@@ -156,13 +177,16 @@ def test_logits_take_what_the_run_says_and_all_of_them_never_exist_where_the_lay
             assert two_chunks < peak < two_chunks + rest and two_chunks <= announced
 
 
-def test_a_replica_without_texts_waits_for_the_others_and_nobody_is_no_error(ranks, expected):
-    (_, first), (_, none) = ranks.run(scores_in_layout, {}, 1, world_size=2)
-    assert none == [[]] * len(FUSIONS)
-    for scores in first:
-        assert dataclasses.astuple(scores[0]) == pytest.approx(expected[0], abs=2e-5)
-    for _, scores in ranks.run(scores_in_layout, {}, 0, world_size=2):
-        assert scores == [[]] * len(FUSIONS)
+def scores_of_few(counts: list[int]) -> list[list[Scores]]:
+    """Return the scores of this replica's contexts of the first ``count``, for each count."""
+    student, teacher, grid = student_and_teacher({}, num_layers=2)
+    return [scored(list(range(count))[grid.dp_rank :: 2], student, teacher, grid, None) for count in counts]
+
+
+def test_a_replica_without_texts_waits_for_the_others_and_no_text_at_all_is_no_error(ranks, expected):
+    first, second = ranks.run(scores_of_few, [1, 0], world_size=2)
+    assert_near(first[0], expected[2][:1], 2e-5, "of the only text")
+    assert second[0] == first[1] == second[1] == []
 
 
 def test_learnability_is_the_difference_of_both_terms():
@@ -209,7 +233,7 @@ def test_the_scoring_teacher_is_shown_the_solution_or_else_the_answer(solution, 
     assert pair.response == [55, 36]
 
 
-def test_what_cannot_be_scored_is_said_in_a_sentence():
+def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match=r"^file.jsonl:7: expected a solution or an answer"):
         with_reference(problem("", None))
     with pytest.raises(ValueError, match=r"^file.jsonl:7: expected a teacher's prompt of at most 6 tokens"):
