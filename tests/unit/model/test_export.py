@@ -14,9 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from bytes_alive import BytesAlive
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -41,19 +43,22 @@ def sizes(**changes: Any) -> ParallelConfig:
 
 
 LAYOUTS = {
-    "TP1": ("gqa", {}, sizes(), 1),
-    "TP2xPP2": ("gqa", {}, sizes(tensor=2, pipeline=2), 4),
+    "TP1": ("shallow", {}, sizes(), 1),
+    "TP2xPP2": ("shallow", {}, sizes(tensor=2, pipeline=2), 4),
     "PP2xVPP2": ("gqa", {}, sizes(pipeline=2, virtual_pipeline=2), 2),
-    "TP2xPP2+SP, tied, biases": ("tied", {}, sizes(tensor=2, pipeline=2, sequence_parallel=True), 4),
-    "TP2xDP2": ("tied", {}, sizes(tensor=2), 4),
-    "CP2": ("gqa", {}, sizes(context=2), 2),
+    "TP2xPP2+SP, tied, biases": ("tied", {"num_layers": 2}, sizes(tensor=2, pipeline=2, sequence_parallel=True), 4),
+    "TP2xDP2": ("tied", {"num_layers": 2}, sizes(tensor=2), 4),
+    "CP2": ("shallow", {}, sizes(context=2), 2),
     "EP2": ("moe", {}, sizes(expert=2), 2),
     "EP2xPP2": ("moe", EXPERT_BIAS | ODD, sizes(expert=2, pipeline=2), 4),
     "EP4": ("moe", {}, sizes(expert=4), 4),
-    "TP2xEP2+SP": ("moe", SHARED_EXPERTS, sizes(tensor=2, expert=2, sequence_parallel=True), 4),
-    "TP2xEP2+SP, ETP1": ("moe", {}, sizes(tensor=2, expert=2, expert_tensor=1, sequence_parallel=True), 2),
+    "TP2xEP2+SP": ("moe", {}, sizes(tensor=2, expert=2, sequence_parallel=True), 4),
+    "TP2xEP2+SP, ETP1": ("moe", SHARED_EXPERTS, sizes(tensor=2, expert=2, expert_tensor=1, sequence_parallel=True), 2),
     "TP2xPP2+SP, ETP1": ("moe", MIXED, sizes(tensor=2, pipeline=2, expert_tensor=1, sequence_parallel=True), 4),
 }
+
+
+QUICK = ["PP2xVPP2", "TP2xPP2+SP, tied, biases", "CP2", "EP2", "TP2xEP2+SP, ETP1"]
 
 
 def rules_of(model: ModelConfig) -> list:
@@ -117,7 +122,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@combinations(layout=list(LAYOUTS), quick={"layout": QUICK}, strength=1)
 def test_every_rank_gets_the_original_tensors_to_the_last_bit(ranks, layout):
     kind, changes, parallel, world_size = LAYOUTS[layout]
     model = models.model_config(kind, **changes)
@@ -132,15 +137,15 @@ def test_every_rank_gets_the_original_tensors_to_the_last_bit(ranks, layout):
 
 
 def test_every_rank_gets_the_same_buckets_and_none_is_larger_than_allowed(ranks):
-    model = models.model_config("gqa")
-    per_rank = ranks.run(exported, model, sizes(tensor=2, pipeline=2), "fp32", (SOME,), world_size=4)
+    model = models.model_config("shallow")
+    per_rank = ranks.run(exported, model, sizes(tensor=2), "fp32", (SOME,), world_size=2)
     names = [[[name for name, _ in bucket] for bucket in buckets] for (buckets,) in per_rank]
     assert all(theirs == names[0] for theirs in names)
     for bucket in per_rank[0][0]:
         assert len(bucket) <= 3 or sum(t.nbytes for _, t in bucket) <= SOME  # q, k, v are one tensor of Megatron's
 
 
-@pytest.mark.parametrize("layout", ["TP2xPP2+SP, tied, biases", "EP2xPP2"])
+@combinations(layout=["TP2xPP2+SP, tied, biases", "EP2xPP2"], quick={"layout": ["EP2xPP2"]}, strength=1)
 def test_bf16_models_give_bf16_and_expert_biases_stay_float32(ranks, layout):
     kind, changes, parallel, world_size = LAYOUTS[layout]
     model = models.model_config(kind, **changes)
@@ -149,7 +154,12 @@ def test_bf16_models_give_bf16_and_expert_biases_stay_float32(ranks, layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "on_ranks"), [("TP2xPP2", [3]), ("TP2xDP2", [0, 1]), ("EP2xPP2", [1]), ("EP4", [2])]
+    ("layout", "on_ranks"),
+    [
+        ("TP2xDP2", [0, 1]),
+        ("EP2xPP2", [1]),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in [("TP2xPP2", [3]), ("EP4", [2])]),
+    ],
 )
 def test_ranks_that_do_not_want_tensors_get_as_many_empty_buckets(ranks, layout, on_ranks):
     kind, changes, parallel, world_size = LAYOUTS[layout]
@@ -165,13 +175,21 @@ def test_ranks_that_do_not_want_tensors_get_as_many_empty_buckets(ranks, layout,
 
 
 def transfers(
-    model: ModelConfig, parallel: ParallelConfig, bucket_bytes: int, on_ranks: list[int] | None
+    model: ModelConfig, parallel: ParallelConfig, bucket_bytes: list[int], on_ranks: list[int] | None
+) -> list[tuple[list[tuple[str, int]], int, int]]:
+    """Return the transfers of `stream` with their bytes, the buckets, and the bytes of all tensors on this rank.
+
+    They are returned for each size of buckets.
+    """
+    chunks, grid = models.build(model, parallel)
+    return [transfers_of(chunks, grid, rules_of(model), size, on_ranks) for size in bucket_bytes]
+
+
+def transfers_of(
+    chunks: list, grid: RankGrid, rules: list, bucket_bytes: int, on_ranks: list[int] | None
 ) -> tuple[list[tuple[str, int]], int, int]:
-    """Return the transfers of `stream` on this rank with their bytes, the buckets, and the bytes of all tensors."""
     from megatron_selfdistill.model.export import Exporter
 
-    chunks, grid = models.build(model, parallel)
-    rules = rules_of(model)
     exporter = Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
@@ -187,10 +205,10 @@ def transfers(
 
 
 def test_a_bucket_takes_two_transfers_and_a_replica_that_nobody_asks_none(ranks):
-    model = models.model_config("gqa")
-    per_rank = ranks.run(transfers, model, sizes(tensor=2, pipeline=2), SOME, [0], world_size=8)
-    num_buckets = per_rank[0][1]
-    counts = [len(calls) for calls, _, _ in per_rank]
+    model = models.model_config("shallow")
+    per_rank = ranks.run(transfers, model, sizes(tensor=2, pipeline=2), [SOME], [0], world_size=8)
+    num_buckets = per_rank[0][0][1]
+    counts = [len(calls) for ((calls, _, _),) in per_rank]
     # Megatron's order of ranks is TP, DP, PP: 0, 1 and 4, 5 are the replica of rank 0.
     assert num_buckets > 4
     assert counts[0] == counts[1] == 2 * num_buckets
@@ -198,15 +216,16 @@ def test_a_bucket_takes_two_transfers_and_a_replica_that_nobody_asks_none(ranks)
     assert [counts[rank] for rank in (2, 3, 6, 7)] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("bucket_bytes", "at_least"), [(EVERYTHING, 1), (50_000, 8), (ONE_BY_ONE, 0)])
-def test_experts_are_gathered_almost_without_padding(ranks, bucket_bytes, at_least):
+def test_experts_are_gathered_almost_without_padding(ranks):
     """Check that ranks with different experts share each bucket, and that a single holder sends its tensors alone."""
     model = models.model_config("moe", num_moe_experts=16)
-    for calls, _, total in ranks.run(transfers, model, sizes(expert=4), bucket_bytes, None, world_size=4):
-        assert sum(num_bytes for _, num_bytes in calls) <= 1.25 * total
-        names = [name for name, _ in calls]
-        assert names.count(GATHER) >= at_least
-        assert not at_least or "broadcast" not in names
+    at_least = {EVERYTHING: 1, 50_000: 8, ONE_BY_ONE: 0}
+    for of_rank in ranks.run(transfers, model, sizes(expert=4), list(at_least), None, world_size=4):
+        for gathers, (calls, _, total) in zip(at_least.values(), of_rank, strict=True):
+            assert sum(num_bytes for _, num_bytes in calls) <= 1.25 * total
+            names = [name for name, _ in calls]
+            assert names.count(GATHER) >= gathers
+            assert not gathers or "broadcast" not in names
 
 
 def bytes_alive(parallel: ParallelConfig, model: ModelConfig, bucket_bytes: int) -> tuple[int, int, int, int]:
@@ -237,6 +256,10 @@ def test_one_bucket_of_full_tensors_is_alive_at_a_time(ranks, kind, parallel):
         assert 2 * fullest <= peak <= 2.5 * fullest + 2 * largest
 
 
+def without_copies_of_each(kinds: list[str], parallel: ParallelConfig) -> list[tuple[bool, float]]:
+    return [without_copies(models.model_config(kind), parallel) for kind in kinds]
+
+
 def without_copies(model: ModelConfig, parallel: ParallelConfig) -> tuple[bool, float]:
     """Return whether the tensors are those of a stream of copies, and the share of bytes that the weights own."""
     from megatron_selfdistill.model.export import Exporter
@@ -252,16 +275,16 @@ def without_copies(model: ModelConfig, parallel: ParallelConfig) -> tuple[bool, 
     return list(views) == list(copied), lent / sum(t.nbytes for t in views.values())
 
 
-@pytest.mark.parametrize("kind", ["gqa", "tied", "moe"])
-def test_a_rank_that_holds_all_can_hand_out_its_weights_themselves(ranks, kind):
+def test_a_rank_that_holds_all_can_hand_out_its_weights_themselves(ranks):
     """All but what has to be put in another order."""
-    [(in_order, lent)] = ranks.run(without_copies, models.model_config(kind), ParallelConfig(), world_size=1)
-    assert in_order and lent > 0.75
+    (found,) = ranks.run(without_copies_of_each, ["shallow", "tied", "moe"], ParallelConfig(), world_size=1)
+    for in_order, lent in found:
+        assert in_order and lent > 0.75
 
 
 def test_a_rank_that_holds_a_part_hands_out_copies(ranks):
-    for in_order, lent in ranks.run(without_copies, models.model_config("gqa"), sizes(tensor=2), world_size=2):
-        assert in_order and lent == 0
+    for found in ranks.run(without_copies_of_each, ["shallow"], sizes(tensor=2), world_size=2):
+        assert found == [(True, 0.0)]
 
 
 def after_a_step(optimizer: OptimizerConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
@@ -269,7 +292,7 @@ def after_a_step(optimizer: OptimizerConfig) -> tuple[dict[str, Tensor], dict[st
     from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
     from megatron_selfdistill.model.export import Exporter
 
-    model = models.model_config("tied")
+    model = models.model_config("tied", num_layers=2)
     chunks, grid = models.build(model, ParallelConfig(), optimizer=optimizer)
     chunks = wrap_for_training(chunks, optimizer)
     megatron_optimizer, scheduler = build_optimizer(chunks, optimizer, 10)
@@ -312,26 +335,28 @@ def exported_then_changed(model: ModelConfig) -> bool:
 
 
 def test_exported_tensors_are_copies(ranks):
-    assert ranks.run(exported_then_changed, models.model_config("gqa"), world_size=1) == [True]
+    assert ranks.run(exported_then_changed, models.model_config("shallow"), world_size=1) == [True]
 
 
-def refused(parallel: ParallelConfig, fault: str) -> str:
+def refusals(parallel: ParallelConfig) -> list[str]:
+    """Return the message for each of `FAULTS`."""
     from megatron_selfdistill.model.export import Exporter
 
     model = models.model_config("gqa")
     chunks, grid = models.build(model, parallel)
     rules = rules_of(model)
-    if fault == "lost rule":
-        rules = [rule for rule in rules if rule.megatron.key != "decoder.final_layernorm.weight"]
-    elif fault == "too many layers":
-        rules = rules_of(dataclasses.replace(model, num_layers=5))
-    elif fault == "another width":
-        rules = rules_of(dataclasses.replace(model, ffn_hidden_size=72))
-    elif fault == "too large a vocabulary":
-        rules = rules_of(dataclasses.replace(model, vocab_size=1000))
-    with pytest.raises(ConfigError) as refusal:
-        Exporter(chunks, grid, rules, bucket_bytes=0 if fault == "no room" else SOME)
-    return str(refusal.value)
+    wrong_rules = {
+        "lost rule": [rule for rule in rules if rule.megatron.key != "decoder.final_layernorm.weight"],
+        "too many layers": rules_of(dataclasses.replace(model, num_layers=5)),
+        "another width": rules_of(dataclasses.replace(model, ffn_hidden_size=72)),
+        "too large a vocabulary": rules_of(dataclasses.replace(model, vocab_size=1000)),
+    }
+    messages = []
+    for fault in FAULTS:
+        with pytest.raises(ConfigError) as caught:
+            Exporter(chunks, grid, wrong_rules.get(fault, rules), bucket_bytes=0 if fault == "no room" else SOME)
+        messages.append(str(caught.value))
+    return messages
 
 
 QKV = r"decoder\.layers\.self_attention\.linear_qkv"
@@ -344,8 +369,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_rules_that_do_not_fit_are_one_sentence_on_every_rank(ranks, fault):
-    first, second = ranks.run(refused, sizes(pipeline=2), fault, world_size=2)
+def test_rules_that_do_not_fit_are_one_sentence_on_every_rank(ranks):
+    first, second = ranks.run(refusals, sizes(pipeline=2), world_size=2)
     assert first == second
-    assert re.search(FAULTS[fault], first), first
+    for expected, message in zip(FAULTS.values(), first, strict=True):
+        assert re.search(expected, message), message
