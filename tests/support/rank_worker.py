@@ -35,22 +35,32 @@ from typing import Any, cast
 DONE = "done"  # the last message of a rank that has left its process group
 
 _LOG_TAIL_CHARS = 6000
+# All that a run or a command imports: `megatron_selfdistill.train` itself imports torch only after its checks.
 PRELOADED = (
     "torch.distributed",
     "megatron_selfdistill.compat.cpu",
     "megatron.core.models.gpt",
+    "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
-    "megatron_selfdistill.train",
-    "megatron_selfdistill.trainer",
     "megatron_selfdistill.announcement",
+    "megatron_selfdistill.checkpoint.conversion",
     "megatron_selfdistill.checkpoint.run.resumption",
     "megatron_selfdistill.checkpoint.vocabulary",
+    "megatron_selfdistill.commands.solution_job",
+    "megatron_selfdistill.evaluation.held_out",
+    "megatron_selfdistill.evaluation.tables",
     "megatron_selfdistill.rollout.megatron.megatron_sampler",
+    "megatron_selfdistill.train",
+    "megatron_selfdistill.trainer",
+    "safetensors.torch",
+    "torch.utils.serialization",
     "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
 )
 
 ENVIRONMENT = {
