@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Compile the loss's Triton kernels without a GPU and print what the compiler made of them, as a Markdown table.
+"""Compile the loss's Triton kernels without a GPU and print the properties of the machine code, as a Markdown table.
 
     python tools/benchmarks/kernel_report.py [--arch 80 90 100] [--kernel NAME ...] [--third] [--json FILE]
 
 Every kernel is compiled as runs use it, with ptxas, for each architecture (80: A100, 90: H100 and H200, 100: B200).
-Exits with 1 where a kernel spills registers.  Rows of logits are taken to begin on 16-byte boundaries, as those do
+The script exits with 1 where a kernel spills registers.  Rows of logits begin on 16-byte boundaries here, like rows
 whose length is a multiple of 16.
 """
 
@@ -190,7 +190,7 @@ def _type(name: str, types: dict[str, str]) -> str:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Return the registers per thread, and the bytes of local memory and stack, which hold what did not fit."""
+    """Return the registers per thread, and the bytes of local memory and stack, which hold the rest of the values."""
     text = _cuobjdump("-res-usage", cubin)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]

@@ -26,7 +26,7 @@ from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_lo
 W = 0.75
 TARGET = Target(teacher_weight=W)
 Run = Callable[[], tuple[Tensor | None, Tensor | None]]
-"""Forward and backward: returns (loss per row, gradient); each is None where it is not this project's."""
+"""Forward and backward: returns (loss per row, gradient); each is None for another loss than this project's."""
 
 
 @dataclass

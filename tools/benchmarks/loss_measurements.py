@@ -81,7 +81,7 @@ def in_u(passes: float, case: Case) -> float:
 
 
 def measure(case: Case, entrants: list[Contender], repeats: int) -> list[Found]:
-    """Measure every contender; report a contender that fails anywhere with its failure, and go on with the others."""
+    """Measure every contender; report a contender that fails with its failure, and continue with the others."""
     seconds: dict[str, list[tuple[float, float]]] = {one.name: [] for one in entrants}
     found: dict[str, Found] = {}
     for repeat in range(repeats + 1):

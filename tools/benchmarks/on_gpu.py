@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Measures the loss, a training step and sampling on a GPU, and writes docs/benchmarks_gpu.md: ``make bench-gpu``.
+"""Measure the loss, a training step and sampling on a GPU, and write docs/benchmarks_gpu.md: ``make bench-gpu``.
 
     python tools/benchmarks/on_gpu.py                           one GPU, at most nine minutes
     python tools/benchmarks/on_gpu.py --gpus 8                  also five steps of the recipe qwen3_8b, on eight GPUs
     python tools/benchmarks/on_gpu.py --device cpu --out FILE   reduced sizes, to another file
 
-Each measurement is a script of tools/ in a process of its own with a limit; one that fails is a line of the page, and
-does not stop the next one.  Ends with 1 where one has failed.
+Each measurement is a script of tools/ in a process of its own with a limit.  A measurement that fails is a line of the
+page, and the next measurement follows.  The script ends with 1 where a measurement has failed.
 """
 
 from __future__ import annotations

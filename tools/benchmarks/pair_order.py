@@ -94,7 +94,7 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
 
 
 def _contexts(arguments: argparse.Namespace) -> list[Any]:
-    """One context per microbatch: student and teacher streams of equal length, half of it response."""
+    """Return one context per microbatch: student and teacher contexts of equal length, half of it response."""
     from megatron_selfdistill.data.contexts import ContextPair
 
     rng = random.Random(0)

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: int) -> dict[str, list[float]]:
-    """Seconds of each call, by sampler and kind."""
+    """Return the seconds of each call, by sampler and kind."""
     from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
     params = SamplingParams(max_new_tokens=arguments.new_tokens)  # no stop token: all responses have the same length

@@ -16,7 +16,7 @@ The script uses no pipeline, because the parts of stages overlap.
 
     output layer    the logits of teacher and student; with --fused low_memory those that backward makes again, too
     loss            its passes over the logits, the one that writes their gradient included
-    backward        all other backward, the output layer's included, and what is in no other part
+    backward        the rest of the backward pass, the output layer's part included, and the time in no other part
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class _Bench:
             project(unwrapped(chunk), states_at(hidden, positions, self.grid))
 
     def by_part(self) -> dict[str, float]:
-        """Seconds of each of `PARTS` in one step of self-distillation."""
+        """Return the seconds of each of `PARTS` in one step of self-distillation."""
         clock = Clock(on=True)
         with clock("weight sync"):
             self.sync()

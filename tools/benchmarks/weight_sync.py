@@ -11,9 +11,9 @@ been written before, so that both meet the same load of the machine; medians are
 On a CPU vLLM packs every weight anew for oneDNN's products, which takes as long as several copies; ``--unpacked``
 skips this work, as on a GPU, where layers compute with the parameters themselves.
 
-``--profile`` also prints where one sync spends its time.  *Export* is what the trainer does to have full tensors under
-their Hugging Face names; *load* is vLLM's weight loaders, *process* its kernels' layout of a layer, *place* its copy
-into the tensors that CUDA graphs read.
+``--profile`` also prints the parts of the time of one sync.  *Export* is the trainer's making of full tensors under
+their Hugging Face names; *load* is vLLM's weight loaders, *process* the kernels' layout of a layer, and *place* the
+copy into the tensors that CUDA graphs read.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _profiled() -> Iterator[dict[str, float]]:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """Return the wall seconds from when all ranks begin until this one has ended."""
+    """Return the wall seconds of ``work()`` on this rank, from the moment when all ranks begin."""
     dist.barrier()
     return seconds_of(work)
 
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="on a CPU, let vLLM compute with the weights as they are, as on a GPU, and not with packed copies of them",
     )
-    parser.add_argument("--profile", action="store_true", help="also say where one sync spends its time")
+    parser.add_argument("--profile", action="store_true", help="also print the parts of the time of one sync")
     return parser
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The functions that MkDocs calls: they generate the reference and keep links out of docs/ valid.
 
-Nothing that is generated is committed.  ``pages`` needs no MkDocs, so that tests read what the site will say.
+Nothing that is generated is committed.  ``pages`` needs no MkDocs, so that tests read the pages of the site.
 """
 
 from __future__ import annotations
