@@ -58,7 +58,7 @@ ORDER = {
         "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
         "vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
         "vllm.engine vllm.exchange vllm.pairs vllm.hf_directory "
-        "vllm.in_process vllm.colocated vllm.client vllm.dispatch vllm.server.server_nodes "
+        "vllm.in_process vllm.colocated vllm.patient_http vllm.client vllm.dispatch vllm.server.server_nodes "
         "vllm.server.server_process vllm.transfer_group vllm.transfer_buckets vllm.transfer vllm.transfer_choice "
         "vllm.weight_update vllm.server_pool vllm.server_sampler vllm.plugin.access vllm.plugin.pair_scheduler "
         "vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers vllm.plugin.weight_backend "

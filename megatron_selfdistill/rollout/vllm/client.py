@@ -3,30 +3,19 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import re
-import select
-import threading
-import time
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import FINISH_REASONS
 from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest, oldest_version
+from megatron_selfdistill.rollout.vllm.patient_http import PatientHttp
 
 MAX_IN_FLIGHT = 512
 """Number of requests that one server works on at once; further requests wait here."""
 
-_POLL_SECONDS = 1.0
-# Timeout of requests to a server that has let one request wait for `timeout_s`, until it answers again.
-_SILENT_TIMEOUT_SECONDS = 10.0
-_LOOKS = 4  # the number of times per `timeout_s` that a silent server must state its token count
-_TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)", re.MULTILINE)
 _SHOWN_CHARS = 500
 
 
@@ -38,24 +27,12 @@ class VllmServer:
     """The server at ``address`` (``http://host:port``); ``token`` is sent with every request unless it is empty.
 
     Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
-    connection, an answer of another form, an error of the server, and silence.  A server is silent when it gives no
-    answer to any request for ``timeout_s`` while an answer is due and, where the answer is a response, generates no
-    token either.
+    connection, an answer of another form, an error of the server, and silence (`PatientHttp`).
     """
 
     def __init__(self, address: str, token: str = "", timeout_s: float = 1200.0) -> None:
         self.address = address.rstrip("/")
-        self._url = urllib.parse.urlsplit(self.address)
-        self._headers = {"Content-Type": "application/json"}
-        if token:
-            self._headers["Authorization"] = f"Bearer {token}"
-        self.timeout_s = timeout_s
-        self._last_sign = 0.0
-        self._silent = False
-        self._interrupted = threading.Event()
-        self._looking = threading.Lock()
-        self._looked = 0.0
-        self._num_tokens: float | None = None
+        self._http = PatientHttp(self.address, token, timeout_s)
 
     def __repr__(self) -> str:
         return f"VllmServer({self.address!r})"  # without the token
@@ -63,12 +40,12 @@ class VllmServer:
     @property
     def host(self) -> str:
         """Name or number of the server's host, without the port."""
-        return self._url.hostname or ""
+        return self._http.host
 
     @property
     def port(self) -> int:
         """Port of the server, by default that of the scheme."""
-        return self._url.port or (443 if self._url.scheme == "https" else 80)
+        return self._http.port
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
         """Return one output per request, in order.
@@ -104,8 +81,7 @@ class VllmServer:
 
     def interrupt(self) -> None:
         """Let every request that waits in another thread raise `EngineError`; the server drops the request."""
-        self._interrupted.set()
-        self._interrupted = threading.Event()
+        self._http.interrupt()
 
     def health(self, timeout_s: float | None = None) -> None:
         """Return if the server is up and its engine alive, else raise `EngineError`."""
@@ -139,9 +115,7 @@ class VllmServer:
 
     def num_tokens(self, timeout_s: float | None = None) -> float | None:
         """Return the tokens that the server has read and generated since its start; None where it keeps no count."""
-        status, text = self._exchange("GET", "/metrics", None, timeout_s)
-        counts = _TOKENS.findall(text) if status == 200 else []
-        return sum(map(float, counts)) if counts else None
+        return self._http.num_tokens(timeout_s)
 
     # The calls of one weight update, in order.
 
@@ -187,8 +161,7 @@ class VllmServer:
         self, method: str, path: str, body: Any = None, timeout_s: float | None = None, generates: bool = False
     ) -> Any:
         """Return the parsed answer, or None where the answer is empty."""
-        status, text = self._exchange(method, path, body, timeout_s, generates)
-        self._last_sign = time.monotonic()
+        status, text = self._http.answer(method, path, body, timeout_s, generates)
         if status != 200:
             kind = RequestRefused if 400 <= status < 500 else EngineError
             raise kind(f"{self.address}: {method} {path} answered {status}: {_reason(text)}")
@@ -196,79 +169,6 @@ class VllmServer:
             return json.loads(text) if text.strip() else None
         except ValueError as error:
             raise self._error(f"{method} {path}: expected JSON, got {_shown(text)}") from error
-
-    def _exchange(
-        self, method: str, path: str, body: Any, timeout_s: float | None = None, generates: bool = False
-    ) -> tuple[int, str]:
-        """Return the status and the text of an answer.
-
-        ``generates``: whether the server generates tokens for the request.
-        """
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        if self._silent:
-            timeout_s = min(timeout_s, _SILENT_TIMEOUT_SECONDS)
-        interrupted = self._interrupted
-        connection = self._connection(min(timeout_s, self.timeout_s))
-        try:
-            payload = None if body is None else json.dumps(body)
-            connection.request(method, self._url.path + path, payload, self._headers)
-            self._wait(connection, timeout_s, interrupted, generates)
-            answer = connection.getresponse()
-            status, text = answer.status, answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            self._silent = self._silent or isinstance(error, TimeoutError)
-            raise self._error(f"{method} {path}: {type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
-        self._silent = False
-        return status, text.decode(errors="replace")
-
-    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-        return kind(self.host, self.port, timeout=timeout_s)
-
-    def _wait(
-        self, connection: http.client.HTTPConnection, timeout_s: float, interrupted: threading.Event, generates: bool
-    ) -> None:
-        """Return when the answer begins.
-
-        The time that a response takes is unknown, so the timeout starts again with each answer that another thread gets
-        and, where the server ``generates`` tokens for the request, whenever the server's count of tokens has grown.
-        """
-        poll = select.poll()
-        poll.register(connection.sock, select.POLLIN)
-        asked = time.monotonic()
-        while True:
-            left = max(asked, self._last_sign) + timeout_s - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"no {'token' if generates else 'answer'} within {timeout_s:g} s")
-            if interrupted.is_set():
-                raise ConnectionAbortedError("given up, since another request failed or the sampler was closed")
-            if poll.poll(1000 * min(left, _POLL_SECONDS, timeout_s / _LOOKS)):
-                return
-            if generates:
-                self._look(asked, left)
-
-    def _look(self, asked: float, timeout_s: float) -> None:
-        """Note a sign of life if the server's count of tokens has grown since the last look.
-
-        One of the waiting threads looks for all of them, and only if the server was silent for a while.
-        """
-        if not self._looking.acquire(blocking=False):
-            return
-        try:
-            heard = max(asked, self._last_sign, self._looked)
-            if time.monotonic() - heard < self.timeout_s / _LOOKS:
-                return
-            num_tokens = self.num_tokens(timeout_s)
-            self._looked = time.monotonic()
-            if num_tokens != self._num_tokens:
-                self._num_tokens, self._last_sign = num_tokens, self._looked
-                beat()
-        except EngineError:
-            self._looked = time.monotonic()  # no sign of life: the thread that waits times out
-        finally:
-            self._looking.release()
 
     def _output(self, answer: Any, request: EngineRequest) -> EngineOutput:
         """Return the output that an answer holds; raise `EngineError` if a part of it is missing or wrong."""

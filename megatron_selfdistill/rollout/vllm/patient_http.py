@@ -1,0 +1,146 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""HTTP requests to one vLLM server that wait as long as the server shows signs of life."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import select
+import threading
+import time
+import urllib.parse
+from typing import Any
+
+from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.errors import EngineError
+
+_POLL_SECONDS = 1.0
+# Timeout of requests to a server that has let one request wait for `timeout_s`, until it answers again.
+_SILENT_TIMEOUT_SECONDS = 10.0
+_LOOKS = 4  # the number of times per `timeout_s` that a silent server must state its token count
+_TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)", re.MULTILINE)
+
+
+class PatientHttp:
+    """The requests of this process to the server at ``address``, with ``token`` unless it is empty.
+
+    Any number of threads may use the object at once.  No connection, and silence, are an `EngineError` with the address
+    and the cause.  A server is silent when it gives no answer to any request for ``timeout_s`` while an answer is due
+    and, where the answer is a response, generates no token either.
+    """
+
+    def __init__(self, address: str, token: str, timeout_s: float) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._url = urllib.parse.urlsplit(address)
+        self._headers = {"Content-Type": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._last_sign = 0.0
+        self._silent = False
+        self._interrupted = threading.Event()
+        self._looking = threading.Lock()
+        self._looked = 0.0
+        self._num_tokens: float | None = None
+
+    @property
+    def host(self) -> str:
+        """Name or number of the server's host, without the port."""
+        return self._url.hostname or ""
+
+    @property
+    def port(self) -> int:
+        """Port of the server, by default that of the scheme."""
+        return self._url.port or (443 if self._url.scheme == "https" else 80)
+
+    def interrupt(self) -> None:
+        """Let every request that waits in another thread raise `EngineError`; the server drops the request."""
+        self._interrupted.set()
+        self._interrupted = threading.Event()
+
+    def answer(
+        self, method: str, path: str, body: Any = None, timeout_s: float | None = None, generates: bool = False
+    ) -> tuple[int, str]:
+        """Return the status and the text of an answer, which is a sign of life.
+
+        ``generates``: whether the server generates tokens for the request.
+        """
+        status, text = self._exchange(method, path, body, timeout_s, generates)
+        self._last_sign = time.monotonic()
+        return status, text
+
+    def num_tokens(self, timeout_s: float | None = None) -> float | None:
+        """Return the tokens that the server has read and generated since its start; None where it keeps no count."""
+        status, text = self._exchange("GET", "/metrics", None, timeout_s)
+        counts = _TOKENS.findall(text) if status == 200 else []
+        return sum(map(float, counts)) if counts else None
+
+    def _exchange(
+        self, method: str, path: str, body: Any, timeout_s: float | None = None, generates: bool = False
+    ) -> tuple[int, str]:
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        if self._silent:
+            timeout_s = min(timeout_s, _SILENT_TIMEOUT_SECONDS)
+        interrupted = self._interrupted
+        connection = self._connection(min(timeout_s, self.timeout_s))
+        try:
+            payload = None if body is None else json.dumps(body)
+            connection.request(method, self._url.path + path, payload, self._headers)
+            self._wait(connection, timeout_s, interrupted, generates)
+            answer = connection.getresponse()
+            status, text = answer.status, answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._silent = self._silent or isinstance(error, TimeoutError)
+            raise EngineError(f"{self.address}: {method} {path}: {type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+        self._silent = False
+        return status, text.decode(errors="replace")
+
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        return kind(self.host, self.port, timeout=timeout_s)
+
+    def _wait(
+        self, connection: http.client.HTTPConnection, timeout_s: float, interrupted: threading.Event, generates: bool
+    ) -> None:
+        """Return when the answer begins.
+
+        The time that a response takes is unknown, so the timeout starts again with each answer that another thread gets
+        and, where the server ``generates`` tokens for the request, whenever the server's count of tokens has grown.
+        """
+        poll = select.poll()
+        poll.register(connection.sock, select.POLLIN)
+        asked = time.monotonic()
+        while True:
+            left = max(asked, self._last_sign) + timeout_s - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no {'token' if generates else 'answer'} within {timeout_s:g} s")
+            if interrupted.is_set():
+                raise ConnectionAbortedError("given up, since another request failed or the sampler was closed")
+            if poll.poll(1000 * min(left, _POLL_SECONDS, timeout_s / _LOOKS)):
+                return
+            if generates:
+                self._look(asked, left)
+
+    def _look(self, asked: float, timeout_s: float) -> None:
+        """Note a sign of life if the server's count of tokens has grown since the last look.
+
+        One of the waiting threads looks for all of them, and only if the server was silent for a while.
+        """
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            heard = max(asked, self._last_sign, self._looked)
+            if time.monotonic() - heard < self.timeout_s / _LOOKS:
+                return
+            num_tokens = self.num_tokens(timeout_s)
+            self._looked = time.monotonic()
+            if num_tokens != self._num_tokens:
+                self._num_tokens, self._last_sign = num_tokens, self._looked
+                beat()
+        except EngineError:
+            self._looked = time.monotonic()  # no sign of life: the thread that waits times out
+        finally:
+            self._looking.release()
