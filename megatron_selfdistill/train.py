@@ -82,7 +82,7 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
     if arguments.print:
         print(configuration.to_yaml(config))
         return 0
-    given = configuration.given_keys(arguments.overrides, arguments.config_name, arguments.config_dir)
+    given = configuration.GivenKeys(arguments.overrides, arguments.config_name, arguments.config_dir)
     if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
         return plan(config, given, arguments.argv)
     with stop.interruptible():

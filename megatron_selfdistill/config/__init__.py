@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from megatron_selfdistill.config.checks import check_files
 from megatron_selfdistill.config.compose import (
+    GivenKeys,
     field_docs,
     from_mapping,
     given_keys,
@@ -45,6 +46,7 @@ __all__ = [
     "ConversationsConfig",
     "DataConfig",
     "EvaluationConfig",
+    "GivenKeys",
     "GuardsConfig",
     "LossConfig",
     "MetricsConfig",

@@ -10,7 +10,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
@@ -62,6 +62,28 @@ def given_keys(
 
 
 _UNSET = "???"  # omegaconf's mark of a missing value
+
+
+class GivenKeys(Collection[str]):
+    """The result of `given_keys`, which is computed when it is first used: a run without a checkpoint never uses it."""
+
+    def __init__(
+        self, overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()
+    ) -> None:
+        self._arguments = overrides, config_name, search_path
+
+    @functools.cached_property
+    def _keys(self) -> frozenset[str]:
+        return given_keys(*self._arguments)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def _compose(
