@@ -154,6 +154,12 @@ def write(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def config_of(directory: Path) -> dict[str, Any]:
+    """Return the config.json of a directory."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
 @torch.no_grad()
 def _randomise(model: torch.nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -175,7 +181,7 @@ def read(folder: Path, **changes: Any) -> tuple[Family, ModelConfig, list[Rule],
 
     ``changes`` replace fields of the configuration, whose vocabulary has little padding.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = config_of(folder)
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)

@@ -14,8 +14,9 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import Case, join, worst_difference
+from layouts import Case, Outcomes, worst_difference
 from models import model_config, parallel
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -97,23 +98,34 @@ def grouped_spec(config: Any, vp_stage: int | None = None, *, transformer_engine
     return block
 
 
-def run(case: Case, grouped: bool) -> layouts.Outcome:
-    with pytest.MonkeyPatch.context() as patch:
-        if grouped:
-            patch.setattr(build, "layer_spec", grouped_spec)
-        return layouts.run(case)
+def run_each(jobs: list[tuple[Case, bool]]) -> list[layouts.Outcome]:
+    outcomes = []
+    for case, grouped in jobs:
+        with pytest.MonkeyPatch.context() as patch:
+            if grouped:
+                patch.setattr(build, "layer_spec", grouped_spec)
+            outcomes.append(layouts.run(case))
+    return outcomes
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_gradients_of_grouped_experts_equal_those_of_experts_one_after_the_other(ranks, name):
+@pytest.fixture(scope="module")
+def outcomes(ranks) -> Outcomes:
+    return Outcomes(ranks, run_each)
+
+
+in_layouts = combinations(name=list(LAYOUTS), quick={"name": ["one rank", "EP2xTP2+SP", "ETP2"]}, strength=1)
+
+
+@in_layouts
+def test_gradients_of_grouped_experts_equal_those_of_experts_one_after_the_other(outcomes, name):
     cuts, world_size = LAYOUTS[name]
     case = Case(kind="moe", parallel=cuts)
     reference = dataclasses.replace(case, parallel=parallel(), extra_weightless=0)
-    expected = ranks.run(run, reference, False, world_size=1)
-    got = ranks.run(run, case, True, world_size=world_size)
-    assert got[0].loss == pytest.approx(expected[0].loss, rel=1e-5) and expected[0].loss > 0.05
-    assert got[0].grad_norm == pytest.approx(expected[0].grad_norm, rel=1e-5)
-    worst, where = worst_difference(join([o.grads for o in got]), join([o.grads for o in expected]))
+    alone, expected, _ = outcomes((reference, False))
+    outcome, got, _ = outcomes((case, True), world_size)
+    assert outcome.loss == pytest.approx(alone.loss, rel=1e-5) and alone.loss > 0.05
+    assert outcome.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
+    worst, where = worst_difference(got, expected)
     assert worst < 1e-5, f"{where} differs by {worst:.1e}"
 
 
@@ -137,10 +149,15 @@ def named(chunks: Any, grid: RankGrid, model: Any) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_grouped_experts_are_exported_under_the_same_names_with_the_same_values(ranks, name):
+@pytest.fixture(scope="module")
+def exported_alone(ranks) -> dict[str, Tensor]:
+    return ranks.run(exported, parallel(), False, world_size=1)[0]
+
+
+@in_layouts
+def test_grouped_experts_are_exported_under_the_same_names_with_the_same_values(ranks, exported_alone, name):
     cuts, world_size = LAYOUTS[name]
-    expected = ranks.run(exported, parallel(), False, world_size=1)[0]
+    expected = exported_alone
     got = ranks.run(exported, cuts, True, world_size=world_size)[0]
     assert got.keys() == expected.keys() and any(".experts.3." in key for key in got)
     assert all(got[key].equal(expected[key]) for key in got)
