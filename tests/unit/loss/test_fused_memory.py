@@ -107,11 +107,11 @@ def test_without_a_gradient_there_are_two_chunks_of_logits(mode: str, monkeypatc
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         stats = fused_distillation_loss(
-            torch.randn(512, 8, requires_grad=True),
-            torch.randn(512, 8),
+            torch.randn(192, 8, requires_grad=True),
+            torch.randn(192, 8),
             torch.randn(8192, 8, requires_grad=True),
             None,
-            torch.zeros(512, dtype=torch.int64),
+            torch.zeros(192, dtype=torch.int64),
             target=Target(),
             divergence=Divergence(),
             vocab=VocabShard(0, 8192, 8192),
@@ -134,7 +134,7 @@ def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
 
 def test_memory_is_one_tensor_of_logits_and_a_chunk_or_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shard_sums.CHUNK_BYTES, "cpu", 1 << 16)  # temporaries of the passes: a row or two each
-    num_tokens, chunk, columns = 512, 48, 8192
+    num_tokens, chunk, columns = 192, 48, 8192
     rest = 40  # rows: what has no column, both gradients of width 8, temporaries
     sizes = {mode: memory_of(mode, num_tokens, chunk, columns) for mode in (None, *FUSED_MODES)}
     left, in_forward, in_backward = sizes[None]

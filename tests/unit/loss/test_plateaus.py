@@ -52,19 +52,31 @@ def test_the_smallest_plateau_is_matched_at_k_1_32_and_is_not_capped(rule: str) 
     assert abs(stats.target_entropy - stats.student_entropy) <= 1e-6
 
 
-def on_a_rank(name: str) -> list[tuple[TokenStats, Tensor]]:
-    rows = needing_the_third_pass() if name == "third pass" else draw(name, num_columns=320)
-    return [run(rows, target, kind, dist.group.WORLD) for target in TARGETS.values() for kind in DIVERGENCES.values()]
+SHARDED = ["third pass", "forks, teacher 6 nats less sure, bf16", "two tied tops", "levels"]
+CASES = [(target, kind) for target in TARGETS.values() for kind in DIVERGENCES.values()]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", ["third pass", "forks, teacher 6 nats less sure, bf16", "two tied tops", "levels"])
+def sharded_rows(name: str) -> Inputs:
+    return needing_the_third_pass() if name == "third pass" else draw(name, num_columns=320)
+
+
+def on_a_rank() -> dict[str, list[tuple[TokenStats, Tensor]]]:
+    """Return the results of this rank for every class of `SHARDED` and every case of `CASES`."""
+    return {name: [run(sharded_rows(name), *case, dist.group.WORLD) for case in CASES] for name in SHARDED}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def of_ranks(ranks: RankPool, request: pytest.FixtureRequest) -> list[dict[str, list[tuple[TokenStats, Tensor]]]]:
+    """Return the results of each of 2 and of 4 ranks."""
+    return ranks.run(on_a_rank, world_size=request.param)
+
+
+@pytest.mark.parametrize("name", SHARDED)
 def test_shards_of_the_vocabulary_give_the_same_and_the_same_bits_on_every_rank(
-    ranks: RankPool, name: str, world_size: int
+    of_ranks: list[dict[str, list[tuple[TokenStats, Tensor]]]], name: str
 ) -> None:
-    rows = needing_the_third_pass() if name == "third pass" else draw(name, num_columns=320)
-    cases = [(target, kind) for target in TARGETS.values() for kind in DIVERGENCES.values()]
-    for (target, kind), *shards in zip(cases, *ranks.run(on_a_rank, name, world_size=world_size), strict=True):
+    rows = sharded_rows(name)
+    for (target, kind), *shards in zip(CASES, *(results[name] for results in of_ranks), strict=True):
         for field in fields(TokenStats):
             values = [getattr(stats, field.name) for stats, _ in shards]
             assert all(torch.equal(values[0], value) for value in values), field.name

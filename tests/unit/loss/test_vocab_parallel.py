@@ -253,15 +253,34 @@ def count_collectives(kind: Divergence, rule: Target, num_rows: int) -> tuple[li
     return forward, called[len(forward) :]
 
 
+Collectives = dict[tuple[str, str, int], tuple[list[str], list[str]]]
+
+
+def all_collectives() -> Collectives:
+    """Return the collectives of forward and backward of every divergence and target, without rows, too."""
+    sizes = [(rule, num_rows) for rule in ("capped", "strict", "fixed", "teacher alone") for num_rows in (3, 14)]
+    return {
+        (kind, rule, num_rows): count_collectives(DIVERGENCES[kind], TARGETS[rule], num_rows)
+        for kind in DIVERGENCES
+        for rule, num_rows in [*sizes, ("capped", 0)]
+    }
+
+
+@pytest.fixture(scope="module")
+def collectives(ranks: RankPool) -> list[Collectives]:
+    """Return the collectives of two ranks."""
+    return ranks.run(all_collectives, world_size=2)
+
+
 @pytest.mark.parametrize(("rule", "less"), [("capped", 0), ("strict", 0), ("fixed", 1), ("teacher alone", 1)])
 @pytest.mark.parametrize(("kind", "count"), [("reverse", 3), ("forward", 3), ("jsd", 4)])
 def test_three_collectives_forward_four_for_jsd_one_less_for_a_given_beta_and_none_backward(
-    ranks: RankPool, kind: str, count: int, rule: str, less: int
+    collectives: list[Collectives], kind: str, count: int, rule: str, less: int
 ) -> None:
     assert GATHER in COLLECTIVES and "all_reduce" in COLLECTIVES
     for num_rows in (3, 14):
-        for forward, backward in ranks.run(count_collectives, DIVERGENCES[kind], TARGETS[rule], num_rows, world_size=2):
-            assert forward == [GATHER] * (count - less) and backward == []
+        for of_rank in collectives:
+            assert of_rank[kind, rule, num_rows] == ([GATHER] * (count - less), [])
 
 
 def warnings_of_one_call() -> list[str]:
@@ -275,9 +294,9 @@ def test_the_collectives_are_called_by_names_that_this_torch_does_not_deprecate(
     assert ranks.run(warnings_of_one_call, world_size=2) == [[], []]
 
 
-def test_no_rows_need_no_collective_and_still_take_a_backward(ranks: RankPool) -> None:
-    for kind in DIVERGENCES.values():
-        assert ranks.run(count_collectives, kind, Target(), 0, world_size=2) == [([], []), ([], [])]
+def test_no_rows_need_no_collective_and_still_take_a_backward(collectives: list[Collectives]) -> None:
+    for kind in DIVERGENCES:
+        assert [of_rank[kind, "capped", 0] for of_rank in collectives] == [([], []), ([], [])]
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
