@@ -44,7 +44,7 @@ GATHER, REDUCE_SCATTER = (
 
 @every_tying
 @every_mode
-@pytest.mark.parametrize(("rule", "kind"), itertools.product(TARGETS, DIVERGENCES))
+@pytest.mark.parametrize(("rule", "kind"), [*itertools.product(TARGETS, DIVERGENCES)])
 def test_loss_dgrad_and_wgrad_equal_float64(rule: str, kind: str, mode: str, tied: bool) -> None:
     example = Example(tied)
     loss, dgrad, wgrad = reference(example, TARGETS[rule], DIVERGENCES[kind])
