@@ -31,14 +31,14 @@ SOURCES = (
 
 
 def main(source: str | None) -> int:
-    with tempfile.TemporaryDirectory(prefix="selfdistill_apex_") as folder:
+    with tempfile.TemporaryDirectory(prefix="selfdistill_apex_") as directory:
         why = missing(source)
-        if why or not held("apex's kernel against a product", partial(built, source, Path(folder))):
+        if why or not held("apex's kernel against a product", partial(built, source, Path(directory))):
             for name in ("apex's kernel against a product", *(f"apex: {name}" for name in cases.FUSED_WGRAD)):
                 if why:
                     held(name, lambda: Outcome(not_done=why))
             return 0 if why else 1
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, os.environ["PYTHONPATH"]])}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([directory, os.environ["PYTHONPATH"]])}
         command = [sys.executable, "-m", "tests.gpu.layout_stage", "apex", "staged", "--seconds", "60"]
         return subprocess.run(command, env=environment).returncode
 
@@ -51,18 +51,18 @@ def missing(source: str | None) -> str:
         return ""
     if source is None:
         return "apex is not installed, and neither APEX_SOURCE nor --apex-source names its sources"
-    folder = Path(source) / "csrc" / "megatron"
-    absent = [name for name in SOURCES if not (folder / name).exists()]
+    directory = Path(source) / "csrc" / "megatron"
+    absent = [name for name in SOURCES if not (directory / name).exists()]
     if absent:
-        return f"expected apex's sources in {folder}, which lacks {', '.join(absent)}"
+        return f"expected apex's sources in {directory}, which lacks {', '.join(absent)}"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     if shutil.which("nvcc") is None and not Path(home, "bin", "nvcc").exists():
         return "nvcc, which compiles apex's kernel, is neither on PATH nor in CUDA_HOME"
     return ""
 
 
-def built(source: str | None, folder: Path) -> Outcome:
-    """Build the kernel into ``folder`` unless it is installed, and compare one product that it adds up."""
+def built(source: str | None, directory: Path) -> Outcome:
+    """Build the kernel into ``directory`` unless it is installed, and compare one product that it adds up."""
     if importlib.util.find_spec(MODULE) is None:
         from torch.utils.cpp_extension import load
 
@@ -70,8 +70,8 @@ def built(source: str | None, folder: Path) -> Outcome:
         sources = [str(Path(source) / "csrc" / "megatron" / name) for name in SOURCES]
         major, minor = torch.cuda.get_device_capability()
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
-        load(MODULE, sources, build_directory=str(folder), extra_cuda_cflags=["-O3"], verbose=True)
-        sys.path.insert(0, str(folder))
+        load(MODULE, sources, build_directory=str(directory), extra_cuda_cflags=["-O3"], verbose=True)
+        sys.path.insert(0, str(directory))
     kernel = importlib.import_module(MODULE)
     generator = torch.Generator("cuda").manual_seed(0)
     hidden, gradient = (torch.randn(512, n, generator=generator, device="cuda").bfloat16() for n in (256, 128))

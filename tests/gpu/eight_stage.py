@@ -36,13 +36,13 @@ QWEN3_8B = (
 
 def main(what: str, python: str | None) -> int:
     with tempfile.TemporaryDirectory(prefix="selfdistill_eight_", ignore_cleanup_errors=True) as path:
-        folder = Path(path)
-        tiny_run.write_data(folder)
+        directory = Path(path)
+        tiny_run.write_data(directory)
         checks = {
-            "hang": {"a rank that stops": partial(hang, folder)},
-            "colocated": {f"vLLM colocated, engines of {tp}": partial(colocated, folder, tp) for tp in (1, 2)},
-            "servers": {f"vLLM servers over {way}": partial(servers, folder, way, python) for way in WAYS},
-            "fp8": {"fp8 through Transformer Engine": partial(fp8, folder)},
+            "hang": {"a rank that stops": partial(hang, directory)},
+            "colocated": {f"vLLM colocated, engines of {tp}": partial(colocated, directory, tp) for tp in (1, 2)},
+            "servers": {f"vLLM servers over {way}": partial(servers, directory, way, python) for way in WAYS},
+            "fp8": {"fp8 through Transformer Engine": partial(fp8, directory)},
         }[what]
         sound = [held(name, check) for name, check in checks.items()]
     return 0 if all(sound) else 1
@@ -67,10 +67,10 @@ def launched(
     return done
 
 
-def hang(folder: Path) -> Outcome:
+def hang(directory: Path) -> Outcome:
     """Stop one of two ranks in its third step, and check that the run soon ends with status 5 and names the rank."""
-    run_dir = folder / "hang"
-    arguments = tiny_run.overrides(folder, run_dir, f"stop.hang_timeout_minutes={HANG_MINUTES}", *on_device())
+    run_dir = directory / "hang"
+    arguments = tiny_run.overrides(directory, run_dir, f"stop.hang_timeout_minutes={HANG_MINUTES}", *on_device())
     began = time.time()
     done = launched([str(REPOSITORY / "tests" / "hanging_run.py"), "is stopped", "1", *arguments], 2)
     verdict = run_dir / "stacks" / "verdict.txt"
@@ -91,13 +91,13 @@ def on_device() -> list[str]:
 
 
 def trained(
-    folder: Path, name: str, num_ranks: int, keys: list[str], environment: dict[str, str] | None = None
+    directory: Path, name: str, num_ranks: int, keys: list[str], environment: dict[str, str] | None = None
 ) -> Outcome:
     """Run three steps of an 8B model, and count them; compare log-probs of sampler and trainer."""
     from megatron_selfdistill.metrics import read_metrics
 
-    run_dir = folder / name
-    data = [f"run_dir={run_dir}", f"data.path={folder}/problems.jsonl", f"data.tokenizer={folder}/tokenizer"]
+    run_dir = directory / name
+    data = [f"run_dir={run_dir}", f"data.path={directory}/problems.jsonl", f"data.tokenizer={directory}/tokenizer"]
     began = time.monotonic()
     done = launched(["-m", "megatron_selfdistill.train", *QWEN3_8B, *data, *keys], num_ranks, environment)
     if done.returncode:
@@ -118,16 +118,16 @@ def without_vllm() -> bool:
     return importlib.util.find_spec("vllm") is None
 
 
-def colocated(folder: Path, engine_tp: int) -> Outcome:
+def colocated(directory: Path, engine_tp: int) -> Outcome:
     if without_vllm():
         return Outcome(not_done="vLLM is not installed in the environment of the trainer")
-    return trained(folder, f"colocated_{engine_tp}", 8, [f"rollout.engine_tp={engine_tp}"])
+    return trained(directory, f"colocated_{engine_tp}", 8, [f"rollout.engine_tp={engine_tp}"])
 
 
 WAYS = ("nccl", "gloo", "ipc")
 
 
-def servers(folder: Path, way: str, python: str | None) -> Outcome:
+def servers(directory: Path, way: str, python: str | None) -> Outcome:
     """Run four servers and four trainers; over ipc they share the same four GPUs."""
     if python is None and without_vllm():
         return Outcome(not_done="vLLM is not installed here, and --vllm-python names no Python that has it")
@@ -135,10 +135,10 @@ def servers(folder: Path, way: str, python: str | None) -> Outcome:
         *("rollout.placement=server", "rollout.num_servers=4", f"rollout.transfer={way}", "rollout.engine_tp=1"),
         *("cluster.num_gpus=4", *([f"rollout.server_python={python}"] if python else [])),
     ]
-    return trained(folder, f"servers_{way}", 4, keys)
+    return trained(directory, f"servers_{way}", 4, keys)
 
 
-def fp8(folder: Path) -> Outcome:
+def fp8(directory: Path) -> Outcome:
     """Compare the first loss of a run in fp8, which is refused unless asked for, with that of a run in bf16."""
     if importlib.util.find_spec("transformer_engine") is None:
         return Outcome(not_done="Transformer Engine, which has the fp8 layers, is not installed")
@@ -148,12 +148,12 @@ def fp8(folder: Path) -> Outcome:
     for name, keys in {"bf16": [], "fp8": ["+model.transformer.fp8=hybrid", "model.allow_untested_fp8=true"]}.items():
         sizes = ["model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4"]
         sizes += ["model.num_query_groups=2", "model.max_position_embeddings=128", "num_steps=2", *keys]
-        arguments = tiny_run.overrides(folder, folder / name, *sizes)
+        arguments = tiny_run.overrides(directory, directory / name, *sizes)
         arguments = [argument for argument in arguments if argument != "optimizer=fp32"]
         done = launched(["-m", "megatron_selfdistill.train", *arguments], 1)
         if done.returncode:
             raise RuntimeError(f"the run in {name} ended with {done.returncode}; see its output above")
-        losses[name] = next(iter(read_metrics(folder / name)))["loss/mean"]
+        losses[name] = next(iter(read_metrics(directory / name)))["loss/mean"]
     off = abs(losses["fp8"] - losses["bf16"]) / losses["bf16"]
     return Outcome((Figure("first loss in fp8 against bf16, relative", off, 0.1),))
 

@@ -61,10 +61,10 @@ def all_claims(claims: list[str]) -> Outcome:
     """Run the cases in several processes, and count those that ran and those that failed."""
     nodes = cases(claims)
     count = min(MOST_PROCESSES, os.cpu_count() or 1, len(nodes))
-    with tempfile.TemporaryDirectory(prefix="selfdistill_claims_") as folder:
+    with tempfile.TemporaryDirectory(prefix="selfdistill_claims_") as directory:
         started = []
         for number in range(count):
-            report = Path(folder) / f"{number}.xml"
+            report = Path(directory) / f"{number}.xml"
             command = [*PYTEST, "-v", f"--junitxml={report}", *nodes[number::count]]
             started.append((subprocess.Popen(command, cwd=REPOSITORY, env=environment()), report))
         statuses = [process.wait() for process, _ in started]
@@ -93,7 +93,7 @@ def verdicts(report: Path) -> list[tuple[str, str]]:
 
 
 def sanitizer() -> str | None:
-    """Return compute-sanitizer's path; CUDA's folder is often not on PATH."""
+    """Return compute-sanitizer's path; CUDA's directory is often not on PATH."""
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *(f"{h}/bin" for h in homes)]))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 
-def main(group: str, backend: str, rank: int, world_size: int, folder: Path, names: list[str]) -> None:
+def main(group: str, backend: str, rank: int, world_size: int, directory: Path, names: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
@@ -46,13 +46,13 @@ def main(group: str, backend: str, rank: int, world_size: int, folder: Path, nam
         torch.manual_seed(1234)
         dist.init_process_group(
             backend,
-            store=dist.FileStore(str(folder / f"store {group} {backend} {world_size} {number}"), world_size),
+            store=dist.FileStore(str(directory / f"store {group} {backend} {world_size} {number}"), world_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=90),
         )
         outcome = layouts.run(case)
-        path = folder / file_name(name, rank)
+        path = directory / file_name(name, rank)
         torch.save((outcome.loss, outcome.grads, outcome.params), path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
         leave(synchronize=True)

@@ -40,10 +40,10 @@ def main() -> int:
     names = options.names or list(group)
     deadline = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory(prefix="selfdistill_layouts_") as path:
-        folder = Path(path)
+        directory = Path(path)
         same = references(options.group, names)
         reference = start(
-            options.group, "gloo", 1, folder, [f"reference/{name}" for name in set(same.values())], NO_GPU
+            options.group, "gloo", 1, directory, [f"reference/{name}" for name in set(same.values())], NO_GPU
         )
         sizes = sorted({group[name].world_size for name in names})
         failures: dict[str, str] = {}
@@ -52,13 +52,13 @@ def main() -> int:
                 options.group,
                 options.backend,
                 size,
-                folder,
+                directory,
                 [n for n in names if group[n].world_size == size],
                 deadline,
             )
-        finish(reference, folder, deadline)
+        finish(reference, directory, deadline)
         sound = [
-            held(f"{options.group}: {name}", partial(compared, group[name], name, same[name], folder, failures))
+            held(f"{options.group}: {name}", partial(compared, group[name], name, same[name], directory, failures))
             for name in names
         ]
     return 0 if all(sound) else 1
@@ -74,7 +74,7 @@ def start(
     group: str,
     backend: str,
     world_size: int,
-    folder: Path,
+    directory: Path,
     names: Sequence[str],
     environment: dict[str, str] | None = None,
 ) -> list[subprocess.Popen]:
@@ -89,17 +89,17 @@ def start(
             backend,
             str(rank),
             str(world_size),
-            str(folder),
+            str(directory),
             *names,
         ]
-        with (folder / f"log {backend} {world_size} {rank}").open("w") as log:
+        with (directory / f"log {backend} {world_size} {rank}").open("w") as log:
             processes.append(
                 subprocess.Popen(command, env=os.environ | (environment or {}), stdout=log, stderr=subprocess.STDOUT)
             )
     return processes
 
 
-def run_all(group: str, backend: str, size: int, folder: Path, names: list[str], deadline: float) -> dict[str, str]:
+def run_all(group: str, backend: str, size: int, directory: Path, names: list[str], deadline: float) -> dict[str, str]:
     """Run every case of one world size and return the reason for each case that failed.
 
     After a failure, new ranks start with the cases that follow.
@@ -107,17 +107,17 @@ def run_all(group: str, backend: str, size: int, folder: Path, names: list[str],
     failures: dict[str, str] = {}
     left = list(names)
     while left:
-        why = wait(start(group, backend, size, folder, left), deadline)
-        left = [name for name in left if not all((folder / file_name(name, r)).exists() for r in range(size))]
+        why = wait(start(group, backend, size, directory, left), deadline)
+        left = [name for name in left if not all((directory / file_name(name, r)).exists() for r in range(size))]
         if not left:
             break
         failed = left.pop(0)
-        log = (folder / f"log {backend} {size} {why[1]}").read_text(errors="replace")
+        log = (directory / f"log {backend} {size} {why[1]}").read_text(errors="replace")
         print(f"--- {failed}, rank {why[1]}:\n{log[-3000:]}", flush=True)
         failures[failed] = f"{why[0]}: {(log.strip().splitlines() or ['no output'])[-1][:200]}"
         if time.monotonic() > deadline:
             return failures | dict.fromkeys(left, "not reached within the limit")
-        for file in folder.glob(f"store {group} {backend} {size} *"):
+        for file in directory.glob(f"store {group} {backend} {size} *"):
             file.unlink()
     return failures
 
@@ -141,20 +141,20 @@ def wait(processes: Sequence[subprocess.Popen], deadline: float) -> tuple[str, i
     return why
 
 
-def finish(reference: Sequence[subprocess.Popen], folder: Path, deadline: float) -> None:
+def finish(reference: Sequence[subprocess.Popen], directory: Path, deadline: float) -> None:
     """Wait for the references; a failure is printed, and each case that lacks its reference fails."""
     if wait(reference, deadline)[0]:
-        print(f"--- references:\n{(folder / 'log gloo 1 0').read_text(errors='replace')[-3000:]}", flush=True)
+        print(f"--- references:\n{(directory / 'log gloo 1 0').read_text(errors='replace')[-3000:]}", flush=True)
 
 
-def compared(one: cases.Compared, name: str, reference: str, folder: Path, failures: dict[str, str]) -> Outcome:
+def compared(one: cases.Compared, name: str, reference: str, directory: Path, failures: dict[str, str]) -> Outcome:
     """Compare the gradients, or the changes of the parameters, and the loss with those of the reference."""
     if name in failures:
         return Outcome(error=failures[name])
-    if not (folder / file_name(f"reference/{reference}", 0)).exists():
+    if not (directory / file_name(f"reference/{reference}", 0)).exists():
         return Outcome(error="the reference on one CPU rank did not end within the limit, or failed: see above")
-    ranks = [torch.load(folder / file_name(name, rank), weights_only=False) for rank in range(one.world_size)]
-    expected = torch.load(folder / file_name(f"reference/{reference}", 0), weights_only=False)
+    ranks = [torch.load(directory / file_name(name, rank), weights_only=False) for rank in range(one.world_size)]
+    expected = torch.load(directory / file_name(f"reference/{reference}", 0), weights_only=False)
     losses = {loss for loss, _, _ in ranks}
     index, bound = (2, cases.PARAMETER_BOUND) if one.parameters else (1, one.bound or BOUND)
     own = layouts.join([rank[index] for rank in ranks])

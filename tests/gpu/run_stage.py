@@ -35,13 +35,13 @@ def main() -> int:
     set_environment()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="selfdistill_runs_", ignore_cleanup_errors=True) as path:
-        folder = Path(path)
-        tiny_run.write_data(folder)
+        directory = Path(path)
+        tiny_run.write_data(directory)
         checks = {
-            "teacher offloaded to host memory": partial(offloaded_teacher, folder),
-            "saving in the background and resuming": partial(background_saves, folder),
+            "teacher offloaded to host memory": partial(offloaded_teacher, directory),
+            "saving in the background and resuming": partial(background_saves, directory),
             "guided sampling in process": guided_sampling,
-            "memory against the plan": partial(planned_memory, folder),
+            "memory against the plan": partial(planned_memory, directory),
         }
         sound = [held(name, check) for name, check in checks.items()]
     return 0 if all(sound) else 1
@@ -81,24 +81,24 @@ def _apart(a: float, b: float) -> float:
     return 0.0 if a == b or (math.isnan(a) and math.isnan(b)) else abs(a - b)
 
 
-def offloaded_teacher(folder: Path) -> Outcome:
+def offloaded_teacher(directory: Path) -> Outcome:
     """Compare a run whose teacher's weights and rows rest in host memory with one whose teacher stays on the device."""
     keys = ["teacher.weights=frozen", "checkpoint.save_every=6"]
-    resident, offloaded = folder / "resident", folder / "offloaded"
-    run(tiny_run.overrides(folder, resident, *keys))
-    run(tiny_run.overrides(folder, offloaded, *keys, "teacher.offload=cpu", "schedule.teacher_store_gb=0"))
+    resident, offloaded = directory / "resident", directory / "offloaded"
+    run(tiny_run.overrides(directory, resident, *keys))
+    run(tiny_run.overrides(directory, offloaded, *keys, "teacher.offload=cpu", "schedule.teacher_store_gb=0"))
     return Outcome(differences(resident, offloaded))
 
 
-def background_saves(folder: Path) -> Outcome:
+def background_saves(directory: Path) -> Outcome:
     """Compare a run that resumes from a checkpoint saved in the background with the run that never stopped."""
-    whole, halves = folder / "whole", folder / "halves"
+    whole, halves = directory / "whole", directory / "halves"
     keys = ["checkpoint.async_save=true", "teacher.weights=ema"]
-    run(tiny_run.overrides(folder, whole, *keys))
+    run(tiny_run.overrides(directory, whole, *keys))
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "checkpoints" / "iter_0000006")
     (halves / "checkpoints" / tiny_run.TRACKER).write_text("3")
-    run(tiny_run.overrides(folder, halves, *keys))
+    run(tiny_run.overrides(directory, halves, *keys))
     return Outcome(differences(whole, halves))
 
 
@@ -166,14 +166,14 @@ PLANNED = (
 """0.4e9 parameters in bf16."""
 
 
-def planned_memory(folder: Path) -> Outcome:
+def planned_memory(directory: Path) -> Outcome:
     """Compare the most memory that a run has allocated on the device with the dry run's figure, reserved room aside."""
     if not ON_GPU:
         return Outcome(not_done="the plan is about a GPU's memory, and this is a CPU")
     from megatron_selfdistill.metrics import read_metrics
 
-    run_dir = folder / "planned"
-    arguments = [a for a in tiny_run.overrides(folder, run_dir, *PLANNED) if a != "optimizer=fp32"]
+    run_dir = directory / "planned"
+    arguments = [a for a in tiny_run.overrides(directory, run_dir, *PLANNED) if a != "optimizer=fp32"]
     code = f"import sys; from tests.gpu.run_stage import print_plan; print_plan({arguments!r})"
     planned = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if planned.returncode:

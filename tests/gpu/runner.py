@@ -51,8 +51,8 @@ def run_stages(stages: Sequence[Stage], say: Callable[[str], None] = print) -> l
 def run_stage(stage: Stage, limit_s: float, say: Callable[[str], None] = print) -> list[Result]:
     """Run one stage, kill all its processes at ``limit_s``, and return a result for each of its checks at least."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="selfdistill_gpu_") as folder:
-        path = Path(folder) / "results.jsonl"
+    with tempfile.TemporaryDirectory(prefix="selfdistill_gpu_") as directory:
+        path = Path(directory) / "results.jsonl"
         why, _ = run_process(stage, limit_s, say, {results.VARIABLE: str(path)})
         found = results.read(path)
     reported = {result.check for result in found}

@@ -17,9 +17,9 @@ SHAPE = (4, 3)
 GRADIENT = torch.arange(12.0).view(SHAPE) + 1
 
 
-def write(folder: Path, name: str, gradient: torch.Tensor, loss: float = 0.5) -> None:
+def write(directory: Path, name: str, gradient: torch.Tensor, loss: float = 0.5) -> None:
     grads = {"w@(0, 0)": ("w", SHAPE, (0, 0), 0, gradient)}
-    torch.save((loss, grads, grads), folder / file_name(name, 0))
+    torch.save((loss, grads, grads), directory / file_name(name, 0))
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_a_case_without_its_reference_is_an_error_of_that_case(tmp_path):
 def test_after_a_case_that_fails_the_ranks_start_anew_with_the_next_ones(tmp_path, monkeypatch):
     started: list[list[str]] = []
 
-    def start(group: str, backend: str, size: int, folder: Path, names: list[str]) -> list[str]:
+    def start(group: str, backend: str, size: int, directory: Path, names: list[str]) -> list[str]:
         started.append(list(names))
-        (folder / "log staged 1 0").write_text("Traceback\nValueError: this one is wrong\n")
+        (directory / "log staged 1 0").write_text("Traceback\nValueError: this one is wrong\n")
         for name in names:
             if name == "second":
                 break
-            write(folder, name, GRADIENT)
+            write(directory, name, GRADIENT)
         return names
 
     monkeypatch.setattr(layout_stage, "start", start)

@@ -109,7 +109,7 @@ def test_no_rows_and_rows_of_one_column_have_no_loss() -> None:
             assert (stats.loss == 0).all() and (gradient == 0).all() and gradient.shape == student.shape
 
 
-def rank_of_two(rank: int, store: str, folder: str) -> None:
+def rank_of_two(rank: int, store: str, directory: str) -> None:
     """Compute the loss of one rank's half of 370 columns padded to 512, so that the two ranks hold unequal numbers."""
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", rank)
     if not INTERPRETED:
@@ -133,7 +133,7 @@ def rank_of_two(rank: int, store: str, folder: str) -> None:
         assert leaf.grad is not None
         values = [getattr(stats, field.name).detach().cpu().tolist() for field in fields(TokenStats)]
         outcomes.append((values, leaf.grad.cpu().tolist()))
-    torch.save(outcomes, f"{folder}/rank{rank}.pt")
+    torch.save(outcomes, f"{directory}/rank{rank}.pt")
     dist.destroy_process_group()
 
 

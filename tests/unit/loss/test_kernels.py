@@ -42,13 +42,13 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package trit
 Outcomes = dict[str, list[tuple[str, str]]]
 
 
-def outcomes(folder: Path, *, interpreted: bool, marks: str = "", seconds: float = 3600) -> Outcomes:
+def outcomes(directory: Path, *, interpreted: bool, marks: str = "", seconds: float = 3600) -> Outcomes:
     """Return, for every test of CLAIM_FILES, (passed, failed or skipped, message) of each of its cases.
 
     Raises: subprocess.TimeoutExpired after so many seconds, far more than the tests take: some wait for other
     processes.
     """
-    report = folder / "claims.xml"
+    report = directory / "claims.xml"
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1" if interpreted else "0"}
     command = [
@@ -127,10 +127,10 @@ def all_compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return measured(tmp_path_factory.mktemp("compiled"))
 
 
-def measured(folder: Path, *arguments: str) -> list[dict]:
-    process = kernel_report("--json", str(folder / "report.json"), *arguments)
+def measured(directory: Path, *arguments: str) -> list[dict]:
+    process = kernel_report("--json", str(directory / "report.json"), *arguments)
     assert process.returncode == 0, process.stdout + process.stderr
-    entries = json.loads((folder / "report.json").read_text())
+    entries = json.loads((directory / "report.json").read_text())
     assert process.stdout.count("\n") == 2 + len(entries)
     assert {entry["arch"] for entry in entries} == {80, 90, 100}
     return entries

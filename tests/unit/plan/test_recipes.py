@@ -187,7 +187,7 @@ def test_the_architecture_is_that_of_the_public_config(recipe):
 
 
 @pytest.mark.parametrize("recipe", REAL_SIZES)
-def test_the_tensors_of_a_hugging_face_folder_add_up_to_the_same_model(recipe):
+def test_the_tensors_of_a_hugging_face_directory_add_up_to_the_same_model(recipe):
     model = config_of(recipe).model
     total = 0
     for rule in family_of(HF_CONFIGS[recipe]).rules(model):

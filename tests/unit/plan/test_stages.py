@@ -90,7 +90,7 @@ def test_an_allocation_is_seen():
     assert allocations.bytes == 4000
 
 
-def test_what_megatron_refuses_to_build_is_one_sentence_with_the_stage():
+def test_what_megatron_refuses_to_build_is_a_message_of_one_line_with_the_stage():
     model = model_config("moe", transformer={"moe_layer_freq": [0, 1, 1]})  # of 2 layers
     with pytest.raises(
         ConfigError, match=r"^Megatron Core cannot build pipeline stage 0: .*moe_layer_pattern"
