@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from responses import chi_square_p_value
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
@@ -69,35 +68,37 @@ def test_a_token_is_drawn_where_the_targets_cdf_passes_the_uniform(name: str, dt
 # Two contexts that disagree: w = 0.70 instead of 0.75 moves 0.5 to 2 % of each probability.
 STUDENT = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 0.3, 1.2, -2.0])
 TEACHER = torch.tensor([-1.0, 0.5, 2.5, -0.5, 1.5, 2.0, -1.5, 0.0, -2.0, 1.0])
-NUM_DRAWS = 1_000_000
+NUM_DRAWS = 20_000
 
 
-def draw_many(target: Target) -> Tensor:
-    uniforms = torch.rand(NUM_DRAWS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+def frequencies(target: Target) -> Tensor:
+    """Return the share of each token among draws by uniforms of equal distances: its probability, up to one draw."""
+    uniforms = (torch.arange(NUM_DRAWS, dtype=torch.float64) + 0.5) / NUM_DRAWS
     student, teacher = (logits.expand(NUM_DRAWS, -1) for logits in (STUDENT, TEACHER))
-    return select_mixed_tokens(student, teacher, uniforms, target, greedy=False).token_ids
+    tokens = select_mixed_tokens(student, teacher, uniforms, target, greedy=False).token_ids
+    return torch.bincount(tokens, minlength=len(STUDENT)).double() / NUM_DRAWS
+
+
+def distance(found: Tensor, target: Target) -> float:
+    """Return the largest difference of a share from the target's probability."""
+    expected = mixed_target(STUDENT.double(), TEACHER.double(), target).log_q.exp()
+    return (found - expected).abs().max().item()
 
 
 @pytest.mark.parametrize("rule", ["entropy_matched", "fixed", "teacher_alone"])
-def test_a_million_draws_tell_the_weight_of_the_teacher_from_one_that_is_a_twentieth_less(rule: str) -> None:
+def test_draws_tell_the_weight_of_the_teacher_from_one_that_is_a_twentieth_less(rule: str) -> None:
     target = Target(rule=rule)
-    tokens = draw_many(target)
-
-    def p_value(expected: Target) -> float:
-        return chi_square_p_value(tokens, mixed_target(STUDENT.double(), TEACHER.double(), expected).log_q.exp())
-
-    assert p_value(target) > 1e-3
+    found = frequencies(target)
+    assert distance(found, target) < 1.5 / NUM_DRAWS
     if rule == "entropy_matched":
-        assert p_value(dataclasses.replace(target, teacher_weight=0.70)) < 1e-6
+        assert distance(found, dataclasses.replace(target, teacher_weight=0.70)) > 15 / NUM_DRAWS
         # What a solver that stops at its first guess would draw from.
-        assert p_value(Target(rule="fixed")) < 1e-6
-    assert p_value(Target(rule="fixed", teacher_weight=0.70)) < 1e-6
+        assert distance(found, Target(rule="fixed")) > 15 / NUM_DRAWS
+    assert distance(found, Target(rule="fixed", teacher_weight=0.70)) > 15 / NUM_DRAWS
 
 
-def test_a_million_draws_at_a_smaller_weight_are_not_taken_for_the_right_one() -> None:
-    tokens = draw_many(Target(teacher_weight=0.70))
-    expected = mixed_target(STUDENT.double(), TEACHER.double(), Target()).log_q.exp()
-    assert chi_square_p_value(tokens, expected) < 1e-6
+def test_draws_at_a_smaller_weight_are_not_taken_for_the_right_one() -> None:
+    assert distance(frequencies(Target(teacher_weight=0.70)), Target()) > 15 / NUM_DRAWS
 
 
 def test_equal_logits_behind_both_prompts_draw_what_plain_sampling_draws() -> None:
@@ -131,14 +132,14 @@ def test_a_column_that_does_not_exist_is_never_drawn() -> None:
         assert torch.isfinite(drawn.mixed_log_probs).all()
 
 
-def test_a_row_with_nan_spoils_itself_only() -> None:
+def test_a_row_with_nan_corrupts_itself_only() -> None:
     student, teacher, uniforms = random_logits(6, 20)
     whole = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False)
     student[2, 3], teacher[4, 0] = torch.nan, torch.nan
     drawn = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False)
-    sound = torch.tensor([0, 1, 3, 5])
+    others = torch.tensor([0, 1, 3, 5])
     for field in dataclasses.fields(MixedTokens):
-        assert torch.equal(getattr(drawn, field.name)[sound], getattr(whole, field.name)[sound])
+        assert torch.equal(getattr(drawn, field.name)[others], getattr(whole, field.name)[others])
     assert drawn.mixed_log_probs[[2, 4]].isnan().all()
     assert (drawn.token_ids < 20).all()
 
@@ -186,7 +187,7 @@ def test_a_vocabulary_in_shards_gives_the_same_solution(ranks) -> None:
         torch.testing.assert_close(log_normaliser, whole.log_normaliser, rtol=0, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
+def test_what_does_not_fit_is_refused_with_a_message() -> None:
     student, teacher, uniforms = random_logits(4, 8)
     with pytest.raises(ValueError, match=r"one shape; got student \(4, 8\) and teacher \(4, 7\)"):
         select_mixed_tokens(student, teacher[:, :7], uniforms, Target(), greedy=False)

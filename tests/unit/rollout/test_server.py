@@ -24,7 +24,7 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Request, SamplingParams
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
-MODEL = models.model_config("gqa")
+MODEL = models.model_config("gqa", num_layers=2)
 TIMEOUT = 120.0
 
 
@@ -54,11 +54,11 @@ def sampler(addresses: list[str], layout: dict[str, int], **options: Any) -> Ite
     from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
     chunks, grid = models.build(MODEL, models.parallel(**layout))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         built = ServerSampler(
             chunks,
             grid,
-            Path(folder),
+            Path(directory),
             family_of_model(MODEL).rules(MODEL),
             RolloutConfig(
                 engine="vllm",
@@ -66,14 +66,14 @@ def sampler(addresses: list[str], layout: dict[str, int], **options: Any) -> Ite
                 servers=addresses,
                 **{
                     "transfer": "shared_memory",
-                    "transfer_dir": folder,
+                    "transfer_dir": directory,
                     "bucket_mb": 0.02,
                     "timeout_s": 60.0,
                     **options,
                 },
             ),
             max_length=64,
-            run_dir=Path(folder),
+            run_dir=Path(directory),
         )
         try:
             yield built, grid
@@ -191,16 +191,16 @@ def test_what_a_failing_server_does_not_answer_another_one_does(ranks, fakes, fa
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_when_all_servers_fail_every_rank_says_so_and_why(ranks, fakes, world_size):
-    [(kind, sentence)] = run(ranks, fakes, [[{"die_at": 3}, {"status": 500, "says": "no memory"}]], world_size)
+    [(kind, message)] = run(ranks, fakes, [[{"die_at": 3}, {"status": 500, "says": "no memory"}]], world_size)
     assert kind == "EngineError"
-    assert sentence.startswith("no vLLM server is left for") and "no memory" in sentence
-    assert all(fake.address in sentence for fake in fakes)
+    assert message.startswith("no vLLM server is left for") and "no memory" in message
+    assert all(fake.address in message for fake in fakes)
 
 
 def test_responses_of_other_weights_are_never_used(ranks, fakes):
-    [(kind, sentence)] = run(ranks, fakes, [[{"writes_version": "1"}, {"writes_version": "default"}]])
+    [(kind, message)] = run(ranks, fakes, [[{"writes_version": "1"}, {"writes_version": "default"}]])
     assert kind == "EngineError"
-    assert "weights of version 1, expected 0" in sentence and "weights of version None, expected 0" in sentence
+    assert "weights of version 1, expected 0" in message and "weights of version None, expected 0" in message
 
 
 def test_a_server_that_comes_back_is_used_after_the_next_weights_and_not_before(ranks, fakes):
@@ -219,8 +219,8 @@ def test_a_server_that_does_not_take_the_weights_is_dropped(ranks, fakes):
 
 def test_when_no_server_takes_the_weights_every_rank_raises(ranks, fakes):
     fault = {"fail_at": "/finish_weight_update"}
-    _, (kind, sentence) = run(ranks, fakes, [[], [fault, fault]], 2)
-    assert kind == "EngineError" and sentence.startswith("no vLLM server took the weights: ")
+    _, (kind, message) = run(ranks, fakes, [[], [fault, fault]], 2)
+    assert kind == "EngineError" and message.startswith("no vLLM server took the weights: ")
 
 
 def test_in_a_group_the_others_get_the_weights_though_one_dies(ranks, fakes):
@@ -265,7 +265,7 @@ def refused(addresses: list[str], requests: list[Request], options: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("requests", "told", "wanted_"),
+    ("requests", "faults", "wanted_"),
     [
         ([Request([1] * 61, 0)], {}, ("ValueError", "the longest prompt has 61 tokens")),
         ([Request([1], 0, [2])], {}, ("ValueError", "the vLLM servers were built without guided")),
@@ -276,9 +276,9 @@ def refused(addresses: list[str], requests: list[Request], options: dict[str, An
     ],
     ids=["length", "guided", "max_model_len", "stats", "token", "refused"],
 )
-def test_what_no_server_can_do_is_an_error_on_all_ranks(ranks, fakes, requests, told, wanted_):
+def test_what_no_server_can_do_is_an_error_on_all_ranks(ranks, fakes, requests, faults, wanted_):
     for fake in fakes:
-        for name, value in told.items():
+        for name, value in faults.items():
             setattr(fake, name, value)
     found = ranks.run(refused, [f.address for f in fakes], requests, {}, world_size=2, timeout=TIMEOUT)
     assert found[0] == found[1]

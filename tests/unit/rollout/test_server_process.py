@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import stat
 import subprocess
@@ -28,10 +29,11 @@ from megatron_selfdistill.rollout.vllm.server.server_process import (
 )
 
 GIB = 2**30
+ALONE = {"world_size": 1, "init_process_group": False}
 
 
 def started(
-    folder: Path,
+    directory: Path,
     python: Path | str | None,
     count: int = 1,
     shares_gpus: bool = False,
@@ -55,8 +57,8 @@ def started(
             },
             transfer="ipc" if shares_gpus else None,
         ),
-        directory=folder / "servers",
-        hf_config=folder,
+        directory=directory / "servers",
+        hf_config=directory,
         token="secret",
         dtype=torch.bfloat16,
         max_model_len=77,
@@ -64,15 +66,15 @@ def started(
     )
 
 
-def script(folder: Path, text: str) -> Path:
+def script(directory: Path, text: str) -> Path:
     """Return a program that stands in for Python: it runs the shell script ``text``, whatever its arguments."""
-    path = folder / "python"
+    path = directory / "python"
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
 
-def test_a_server_is_told_everything_and_nothing_secret_stands_in_its_command(tmp_path, monkeypatch):
+def test_a_server_gets_all_settings_and_its_command_holds_no_secret(tmp_path, monkeypatch):
     for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "PYTHONHOME"):
         monkeypatch.setenv(name, "7")
     [one] = started(tmp_path, script(tmp_path, 'echo "$@"; env'))
@@ -90,7 +92,7 @@ def test_a_server_is_told_everything_and_nothing_secret_stands_in_its_command(tm
     assert [path.name for path in Path(variables["PYTHONPATH"]).iterdir()] == ["megatron_selfdistill"]
 
 
-def test_servers_on_the_trainers_gpus_are_told_so_and_how_large_the_weights_are(tmp_path):
+def test_servers_on_the_trainers_gpus_learn_how_large_the_weights_are(tmp_path):
     [one] = started(tmp_path, script(tmp_path, 'echo "$@"'), shares_gpus=True)
     one.process.wait(20)
     words = one.log.read_text().split()
@@ -243,7 +245,7 @@ def test_a_server_without_a_token_listens_on_loopback_only(host, token, allowed)
     assert refusal is None or TOKEN_VARIABLE in refusal
 
 
-def test_vllm_is_told_where_weights_come_from_and_that_requests_alone_say_how_to_sample():
+def test_vllm_learns_where_weights_come_from_and_that_requests_alone_set_the_sampling():
     options = serve.parser().parse_args(["--hf-config=/model", "--max-model-len=9", "--kv-cache-gb=0.5", "--guided"])
     arguments = serve.engine_arguments(options, on_cpu=False)
     for argument in (
@@ -272,24 +274,34 @@ def test_vllm_on_a_trainers_gpu_gets_what_is_free_there(kv_cache_gb, kv_cache_by
 
 
 def import_without(package: str, *modules: str) -> None:
-    """Run an import in a Python of its own, where ``package`` cannot be imported."""
-    code = f"import sys; sys.modules[{package!r}] = None; import {', '.join(modules)}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """Import the modules anew in this process, where ``package`` cannot be imported from now on."""
+    for name in list(sys.modules):
+        if name.split(".")[0] == "megatron_selfdistill":
+            del sys.modules[name]
+        elif name.split(".")[0] == package:
+            sys.modules[name] = None  # type: ignore[assignment]
+    sys.modules[package] = None  # type: ignore[assignment]
+    for name in modules:
+        importlib.import_module(name)
 
 
-def test_the_trainer_side_of_servers_imports_no_vllm():
-    import_without(
+def test_the_trainer_side_of_servers_imports_no_vllm(ranks):
+    ranks.run(
+        import_without,
         "vllm",
         "megatron_selfdistill.rollout.vllm.server_sampler",
         "megatron_selfdistill.rollout.vllm.server.serve",
         "megatron_selfdistill.rollout.vllm.plugin.access",
+        **ALONE,
     )
 
 
-def test_the_servers_side_imports_no_megatron():
-    import_without(
+def test_the_servers_side_imports_no_megatron(ranks):
+    ranks.run(
+        import_without,
         "megatron",
         "megatron_selfdistill.rollout.vllm.server.serve",
         "megatron_selfdistill.rollout.vllm.plugin.access",
         "megatron_selfdistill.rollout.vllm.protocol",
+        **ALONE,
     )
