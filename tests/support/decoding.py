@@ -14,6 +14,7 @@ import torch
 from models import VOCAB_SIZE
 from torch import Tensor
 
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed, sample_uniforms
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
@@ -51,7 +52,7 @@ def make_pairs(count: int = len(PAIR_LENGTHS), vocab_size: int = VOCAB_SIZE) -> 
     ]
 
 
-def sampler_of(chunks, grid, kv_cache_gb=None) -> MegatronSampler:
+def sampler_of(chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: float | None = None) -> MegatronSampler:
     """Return the sampler of a model of models.py."""
     return MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb)
 
@@ -60,7 +61,8 @@ def sampler_of(chunks, grid, kv_cache_gb=None) -> MegatronSampler:
 def logits_of(model: torch.nn.Module, tokens: Sequence[int]) -> Tensor:
     """Return the logits ``[len(tokens), vocabulary]`` in float64 of a whole model, without a cache."""
     ids = torch.tensor([list(tokens)])
-    return model(ids, torch.arange(len(tokens))[None], None)[0, :, :VOCAB_SIZE].double()
+    logits: Tensor = model(ids, torch.arange(len(tokens))[None], None)
+    return logits[0, :, :VOCAB_SIZE].double()
 
 
 def log_softmax_after(model: torch.nn.Module, tokens: Sequence[int]) -> Tensor:
@@ -83,7 +85,8 @@ def both_logits(
 
 def log_probs_at(log_probs: Tensor, token_ids: Sequence[int]) -> list[float]:
     """Return the log-prob of each token under its row of ``log_probs``."""
-    return log_probs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    found: list[float] = log_probs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    return found
 
 
 def check_argmax(logits: Tensor, response: Response, gap: float) -> None:
