@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 from checkpointed_run import Setup
+from tiers import combinations
 
 from megatron_selfdistill.checkpoint.formats import torch_dist_writer
 from megatron_selfdistill.checkpoint.formats.full_weights import NOT_WEIGHTS, open_weights
@@ -32,7 +33,7 @@ def save(setup: Setup, run_dir: Path) -> None:
 
 @pytest.fixture(scope="module", params=["gqa", "moe"])
 def saved(request, ranks, tmp_path_factory) -> tuple[str, Path]:
-    """Return the kind of a model, and a checkpoint of the model with this program's names."""
+    """Return the kind of a model, and a checkpoint of the model with this program's names, saved by one rank."""
     run_dir = tmp_path_factory.mktemp("run")
     ranks.run(save, Setup(kind=request.param, teacher="current"), run_dir, world_size=1)
     return request.param, run_dir / "checkpoints" / "iter_0000001"
@@ -88,17 +89,28 @@ def load(model: ModelConfig, parallel: ParallelConfig, path: Path) -> dict:
     return layouts.shards(chunks, lambda p: p.detach().clone())
 
 
-@pytest.mark.parametrize("rename", [by_stock_local_layers, by_unfused_layers, with_numbered_layers, with_more])
-def test_names_of_other_layers_and_versions_are_understood(ranks, saved, tmp_path, rename):
+@pytest.fixture(scope="module")
+def expected(ranks, saved) -> dict:
+    """Return the weights of `saved`, as one rank loads them."""
     kind, path = saved
-    model = models.model_config(kind)
+    return layouts.join(ranks.run(load, models.model_config(kind), ParallelConfig(), path, world_size=1))
+
+
+@combinations(
+    rename={
+        rename.__name__: rename
+        for rename in (by_stock_local_layers, by_unfused_layers, with_numbered_layers, with_more)
+    },
+    parallel={"TP2": TP2, "PP2": PP2},
+    strength=1,
+)
+def test_names_of_other_layers_and_versions_are_understood(ranks, saved, expected, tmp_path, rename, parallel):
+    kind, path = saved
     other = rewritten(path, tmp_path, rename)
-    expected = layouts.join(ranks.run(load, model, ParallelConfig(), path, world_size=1))
-    for parallel in (TP2, PP2):
-        if kind == "moe" and parallel is TP2:
-            parallel = dataclasses.replace(TP2, sequence_parallel=True)
-        loaded = ranks.run(load, model, parallel, other, world_size=2)
-        assert layouts.worst_difference(layouts.join(loaded), expected)[0] == 0
+    if kind == "moe" and parallel is TP2:
+        parallel = dataclasses.replace(TP2, sequence_parallel=True)
+    loaded = ranks.run(load, models.model_config(kind), parallel, other, world_size=2)
+    assert layouts.worst_difference(layouts.join(loaded), expected)[0] == 0
 
 
 @pytest.mark.parametrize("rename", [by_stock_local_layers, by_unfused_layers, with_numbered_layers])
@@ -131,7 +143,13 @@ def go_on_as_another_run(setup: Setup, run_dir: Path, out: Path) -> dict:
     return run.parameters()
 
 
-@pytest.mark.parametrize("optimizer", [checkpointed_run.ADAM, PLAIN_ADAM], ids=["distributed", "plain"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(checkpointed_run.ADAM, id="distributed"),
+        pytest.param(PLAIN_ADAM, id="plain", marks=pytest.mark.full),
+    ],
+)
 def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, optimizer):
     setup = Setup(teacher="current", optimizer=optimizer)
     ended = ranks.run(
@@ -144,11 +162,11 @@ def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, optimi
     assert layouts.worst_difference(layouts.join(taken), expected)[0] < 1e-6
 
 
-def refuse_optimizer(setup: Setup, path: Path, out: Path, sentence: str) -> None:
+def refuse_optimizer(setup: Setup, path: Path, out: Path, message: str) -> None:
     from megatron_selfdistill.checkpoint.run.external import load_weights_and_optimizer
 
     run = checkpointed_run.start(setup, out)
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=message):
         load_weights_and_optimizer(path, run.chunks, run.optimizer)
 
 

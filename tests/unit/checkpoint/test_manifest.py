@@ -59,9 +59,10 @@ def distcp(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_it_holds_every_file_as_it_is(ranks, tmp_path, async_save):
-    ranks.run(save_two, tmp_path, async_save, world_size=2)
-    path = newest(tmp_path)
+def test_it_holds_every_file_as_it_is(ranks, saved, tmp_path, async_save):
+    if async_save:
+        ranks.run(save_two, tmp_path, async_save, world_size=2)
+    path = newest(tmp_path if async_save else saved)
     entries = manifest.read(path)
     assert entries is not None
     assert set(entries) == {file.name for file in path.iterdir()} - {manifest.NAME}
@@ -143,7 +144,7 @@ def resumed_step(run_dir: Path) -> int:
     return checkpointed_run.start(PLAIN, run_dir).load_latest()["step"]
 
 
-def start_from(path: Path) -> str:
+def refusal_of(path: Path) -> str:
     from megatron_selfdistill.checkpoint.run.external import load_weights
 
     chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
@@ -152,15 +153,19 @@ def start_from(path: Path) -> str:
     return str(caught.value)
 
 
+def resumed_step_and_refusals(run_dir: Path) -> tuple[int, list[str]]:
+    """Return the step at which the run goes on, and the refusals of its newest checkpoint for another run."""
+    return resumed_step(run_dir), [refusal_of(path) for path in (newest(run_dir), newest(run_dir).parent)]
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_taken(ranks, run_dir, damage: Callable[[Path], str]):
-    sentence = damage(newest(run_dir))
-    assert ranks.run(resumed_step, run_dir, world_size=1) == [1]
-    for path in (newest(run_dir), newest(run_dir).parent):
-        (said,) = ranks.run(start_from, path, world_size=1)
-
-        assert re.search(sentence, said), said
-        assert said.endswith(f"the newest complete one is {newest(run_dir).with_name('iter_0000001')}")
+    message = damage(newest(run_dir))
+    ((step, refusals),) = ranks.run(resumed_step_and_refusals, run_dir, world_size=1)
+    assert step == 1
+    for refusal in refusals:
+        assert re.search(message, refusal), refusal
+        assert refusal.endswith(f"the newest complete one is {newest(run_dir).with_name('iter_0000001')}")
 
 
 def faults_of_damaged_files(path: Path, names: list[str]) -> list[str | None]:
@@ -199,10 +204,12 @@ def test_sizes_alone_miss_flipped_bytes(ranks, run_dir):
     ranks.run(take_without_checksums, run_dir, world_size=1)
 
 
-def take_unverified(run_dir: Path) -> None:
+def steps_and_refusal(run_dir: Path) -> tuple[int, int, str]:
+    """Return the step at which the run goes on, the step without verification, and the refusal of the newest step."""
     run = checkpointed_run.start(PLAIN, run_dir)
+    verified = run.load_latest()["step"]
     run.checkpointer.verify = "none"
-    assert run.load_latest()["step"] == 2
+    return verified, run.load_latest()["step"], refusal_of(newest(run_dir))
 
 
 def test_sizes_alone_find_a_file_that_is_cut_or_gone(tmp_path):
@@ -231,10 +238,9 @@ def test_a_flipped_bit_changes_the_checksum_in_every_block_of_a_file(tmp_path, p
 
 def test_a_checkpoint_that_lost_its_manifest_is_passed_over_unless_asked_for(ranks, run_dir):
     (newest(run_dir) / manifest.NAME).unlink()
-    assert ranks.run(resumed_step, run_dir, world_size=1) == [1]
-    (said,) = ranks.run(start_from, newest(run_dir), world_size=1)
-    assert "has no manifest.json, which this program saved with it" in said and "checkpoint.verify=none" in said
-    ranks.run(take_unverified, run_dir, world_size=1)
+    ((verified, unverified, refusal),) = ranks.run(steps_and_refusal, run_dir, world_size=1)
+    assert (verified, unverified) == (1, 2)
+    assert "has no manifest.json, which this program saved with it" in refusal and "checkpoint.verify=none" in refusal
 
 
 def start_from_another_programs(path: Path) -> None:
@@ -261,9 +267,9 @@ def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
     from megatron_selfdistill.checkpoint.formats.full_weights import open_weights, verify_checksums
 
     (newest(run_dir) / manifest.NAME).unlink()
-    said: list[str] = []
-    verify_checksums(open_weights(newest(run_dir)), said.append)
-    assert said == [
+    reports: list[str] = []
+    verify_checksums(open_weights(newest(run_dir)), reports.append)
+    assert reports == [
         f"{newest(run_dir)} has no manifest.json, although this program saved one: its contents cannot be checked"
     ]
     assert describe(newest(run_dir))["manifest"] == "lost (this program wrote one)"
@@ -298,7 +304,7 @@ def fill_up(run_dir: Path, async_save: bool) -> None:
     assert run.checkpointer.latest() == newest(run_dir).with_name(f"iter_{step - 1:07d}")
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_full_disk_stops_the_run_and_leaves_the_one_before(ranks, small_disk, async_save):
     disk = small_disk("3m")
     ranks.run(fill_up, disk, async_save, world_size=1)

@@ -14,6 +14,7 @@ import layouts
 import pytest
 import torch
 from checkpointed_run import ADAM, Setup
+from tiers import combinations
 
 BF16 = dataclasses.replace(ADAM, precision="bf16")
 WHOLE = Setup(optimizer=BF16, teacher="current")
@@ -80,7 +81,7 @@ def described(setup: Setup, run_dir: Path) -> tuple[dict, dict]:
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@combinations(name=list(LAYOUTS), quick={"name": ["DP2", "PP2xDP2 tied", "EP2xDP2"]}, strength=1)
 def test_the_ranks_together_write_what_megatron_writes(ranks, tmp_path, name):
     world_size, setup = LAYOUTS[name]
     ours: dict = {}
