@@ -1,15 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Saving and loading: what lies on disk, what is refused, and what a killed or failing save leaves behind."""
+"""Saving and loading: what lies on disk, other kinds of runs, and optimizers that have not stepped."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import shutil
-import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,30 +13,12 @@ import models
 import pytest
 import torch
 from checkpointed_run import ADAM, Setup
-from ranks import RankError
+from saved_checkpoints import checkpoint_names, raises, tensor_keys
 from tiers import combinations
 
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 
-PLAIN = Setup(teacher="current")
-
-
-def tensor_keys(path: Path) -> set[str]:
-    from megatron.core import dist_checkpointing
-
-    return set(dist_checkpointing.load_tensors_metadata(str(path)))
-
-
-def checkpoint_names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-
-
-@contextlib.contextmanager
-def raises(sentence: str) -> Iterator[None]:
-    from megatron_selfdistill.errors import CheckpointError
-
-    with pytest.raises(CheckpointError, match=sentence):
-        yield
+PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
 
 
 # What lies on disk
@@ -58,7 +34,7 @@ def save_three(run_dir: Path, async_save: bool) -> None:
     run.checkpointer.finish()  # nothing left to do
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.full), True])
 def test_the_last_two_are_kept_and_nothing_else_is_left(ranks, tmp_path, async_save):
     ranks.run(save_three, tmp_path, async_save, world_size=2)
     expected = ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
@@ -165,91 +141,6 @@ def test_every_size_tells_one_layout_from_another(name):
     assert state.layout(SimpleNamespace(**one)) != state.layout(SimpleNamespace(**(one | {name: 4})))
 
 
-# Teachers
-
-
-def save_frozen_teacher_once(run_dir: Path) -> None:
-    teacher_files = run_dir / "teacher"
-    run = checkpointed_run.start(Setup(teacher="frozen"), run_dir)
-    run.step(1)
-    run.save(1)
-    inode = teacher_files.stat().st_ino
-    run.step(2)
-    run.save(2)
-    assert not any("teacher" in key for key in tensor_keys(run_dir / "checkpoints" / "iter_0000002"))
-    kept = run.teacher_weights()
-
-    resumed = checkpointed_run.start(Setup(teacher="frozen", seed=3), run_dir)
-    resumed.load_latest()
-    assert layouts.worst_difference(layouts.join([resumed.teacher_weights()]), layouts.join([kept]))[0] == 0
-    resumed.step(3)
-    resumed.save(3)
-
-    again = checkpointed_run.start(Setup(teacher="frozen"), run_dir)  # from the start, with the same weights
-    again.save(1)
-    assert teacher_files.stat().st_ino == inode
-
-    other = checkpointed_run.start(Setup(teacher="frozen", seed=4), run_dir)
-    other.save(4)
-    assert teacher_files.stat().st_ino != inode
-    with raises("not the teacher that this checkpoint was trained with"):
-        other.load(run_dir / "checkpoints" / "iter_0000003")
-
-
-def test_a_frozen_teacher_is_written_once_and_known_again(ranks, tmp_path):
-    ranks.run(save_frozen_teacher_once, tmp_path, world_size=1)
-
-
-def lose_the_teacher(run_dir: Path) -> None:
-    run = checkpointed_run.start(Setup(teacher="frozen"), run_dir, steps=1)
-    run.save(1)
-    kept = layouts.join([run.teacher_weights()])
-    for damage in (shutil.rmtree, lambda teacher: max(teacher.glob("*.distcp")).unlink()):
-        damage(run_dir / "teacher")
-        run.save(2)
-        for step in (1, 2):
-            resumed = checkpointed_run.start(Setup(teacher="frozen", seed=3), run_dir)
-            assert resumed.load(run_dir / "checkpoints" / f"iter_{step:07d}")["step"] == step
-            assert layouts.worst_difference(layouts.join([resumed.teacher_weights()]), kept)[0] == 0
-
-
-def test_a_frozen_teacher_that_is_lost_is_written_again_for_old_and_new_checkpoints(ranks, tmp_path):
-    ranks.run(lose_the_teacher, tmp_path, world_size=1)
-
-
-def lose_the_manifest_of_the_teacher(run_dir: Path) -> None:
-    checkpointed_run.start(Setup(teacher="frozen"), run_dir, steps=1).save(1)
-    (run_dir / "teacher" / "manifest.json").unlink()
-    run = checkpointed_run.start(Setup(teacher="frozen"), run_dir)
-    with raises("teacher has no manifest.json, which this program saved with it"):
-        run.load_latest()
-    run.checkpointer.verify = "none"
-    run.load_latest()
-
-
-def test_a_frozen_teacher_without_its_manifest_is_refused_unless_asked_for(ranks, tmp_path):
-    ranks.run(lose_the_manifest_of_the_teacher, tmp_path, world_size=1)
-
-
-def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:
-    from megatron_selfdistill.checkpoint.run.frozen_teacher import load_frozen_teacher, save_frozen_teacher
-
-    run = checkpointed_run.start(dataclasses.replace(setup, seed=0 if save else 8), run_dir)
-    if save:
-        assert save_frozen_teacher(run_dir, run.teacher) == save_frozen_teacher(run_dir, run.teacher)
-    else:
-        load_frozen_teacher(run_dir, run.teacher)
-    return run.teacher_weights()
-
-
-def test_a_frozen_teacher_loads_in_another_layout(ranks, tmp_path):
-    moe = Setup(kind="moe", teacher="frozen", optimizer=dataclasses.replace(ADAM, precision="bf16"))
-    split = moe.cut(expert_model_parallel_size=2)
-    saved = ranks.run(frozen_teacher_in_another_layout, split, tmp_path, True, world_size=2)
-    loaded = ranks.run(frozen_teacher_in_another_layout, moe, tmp_path, False, world_size=1)
-    assert layouts.worst_difference(layouts.join(loaded), layouts.join(saved))[0] == 0
-
-
 def load_with_another_kind(run_dir: Path) -> None:
     checkpointed_run.start(Setup(teacher="ema"), run_dir).save(1)
     with raises("teacher.weights=ema, this run has frozen"):
@@ -312,128 +203,3 @@ def test_overlapped_parameters_are_gathered_before_they_are_saved(ranks, tmp_pat
     results = ranks.run(overlapped_weights_on_disk, tmp_path, world_size=2)
     on_disk, updated = (layouts.join([result[i] for result in results]) for i in (0, 1))
     assert layouts.worst_difference(on_disk, updated)[0] == 0
-
-
-# Failures
-
-
-def fail_on_rank_1(run_dir: Path) -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    run = checkpointed_run.start(PLAIN.cut(tensor_model_parallel_size=2), run_dir, steps=1)
-    run.save(1)
-    with pytest.MonkeyPatch.context() as patch:
-        if run.grid.rank == 1:
-            patch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(failing_writer))
-        with raises("could not write .*iter_0000002"):
-            run.save(2)
-    assert run.checkpointer.latest() == run_dir / "checkpoints" / "iter_0000001"
-    with pytest.MonkeyPatch.context() as patch:
-        if run.grid.rank == 0:
-            patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 17}))
-        with raises(r"needs [\d,]+ bytes but .* has 17 free"):
-            run.save(2)
-    run.save(2)
-    names = ["iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt"]
-    assert checkpoint_names(run_dir) == names
-
-
-def failing_writer(transforms, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **_):
-    results_queue.put((local_proc_idx, OSError("the disk is on fire")))
-    count_queue.get()
-    count_queue.task_done()
-
-
-def test_a_rank_that_cannot_write_stops_all_and_the_next_save_works(ranks, tmp_path):
-    ranks.run(fail_on_rank_1, tmp_path, world_size=2)
-
-
-def lose_a_background_save(run_dir: Path) -> None:
-    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=True)
-    run.save(1)
-    if run.grid.rank == 0:
-        shutil.rmtree(run_dir)
-    torch.distributed.barrier()
-    with raises("was removed while a checkpoint was being written there in the background"):
-        run.checkpointer.finish()
-    run.save(2)
-    run.checkpointer.finish()
-    torch.distributed.barrier()
-    assert checkpoint_names(run_dir) == ["iter_0000002", "latest_checkpointed_iteration.txt"]
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_background_save_whose_directory_is_removed_is_an_error_unless_another_one_follows(
-    ranks, tmp_path, world_size
-):
-    ranks.run(lose_a_background_save, tmp_path / "run", world_size=world_size)
-
-
-def missing_psutil(run_dir: Path) -> None:
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        raises("need psutil"),
-    ):
-        patch.setattr("megatron.core.dist_checkpointing.strategies.filesystem_async.HAVE_PSUTIL", False)
-        checkpointed_run.start(PLAIN, run_dir)
-
-
-def test_a_missing_psutil_is_told_at_the_start(ranks, tmp_path):
-    ranks.run(missing_psutil, tmp_path, world_size=1)
-
-
-def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
-    """Save step 1; then die while the writers of step 2 are half way, and leave them behind, stuck."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=async_save)
-    run.save(1)
-    run.checkpointer.finish()
-    rank = os.getpid()
-
-    def half_written(transforms, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **_):
-        Path(write_bucket[0]).write_bytes(b"half")
-        (run_dir / f"writer_{local_proc_idx}").write_text(str(os.getpid()))
-        for descriptor in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # the pool waits for the rank's pipes to close
-                if not os.readlink(f"/proc/self/fd/{descriptor}").endswith(".lock"):
-                    os.close(int(descriptor))
-        time.sleep(0.3)  # let the other writer come as far
-        for pid in (rank, os.getppid()):
-            if pid != 1:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(600)
-
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(half_written)
-    run.step(2)
-    run.save(2)
-    run.checkpointer.finish()
-
-
-def resume_and_save(run_dir: Path, step: int) -> None:
-    run = checkpointed_run.start(dataclasses.replace(PLAIN, seed=1), run_dir)
-    assert run.load_latest()["step"] == step
-    run.step(step + 1)
-    run.save(step + 1)
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("async_save", [False, True])
-def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
-    directory = tmp_path / "checkpoints"
-    with pytest.raises(RankError, match="exit code -9"):
-        ranks.run(killed_in_a_save, tmp_path, async_save, world_size=1)
-    writers = [int(path.read_text()) for path in tmp_path.glob("writer_*")]
-    assert writers
-    try:
-        ranks.run(resume_and_save, tmp_path, 1, world_size=1)
-        (left,) = directory.glob(".writing_iter_0000002_????????")
-        assert any(path.suffix == ".distcp" for path in left.iterdir())  # its writers live: it is not touched
-    finally:
-        for writer in writers:
-            os.kill(writer, signal.SIGKILL)
-    time.sleep(0.1)
-    ranks.run(resume_and_save, tmp_path, 2, world_size=1)
-    steps = [f"iter_000000{step}" for step in (1, 2, 3)]
-    assert checkpoint_names(tmp_path) == [*steps, "latest_checkpointed_iteration.txt"]

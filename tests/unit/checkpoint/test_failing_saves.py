@@ -1,0 +1,143 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a failing or killed save leaves behind: the checkpoint before it, from which the next run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import checkpointed_run
+import pytest
+import torch
+from checkpointed_run import Setup
+from ranks import RankError
+from saved_checkpoints import checkpoint_names, raises
+
+PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
+
+
+def fail_on_rank_1(run_dir: Path) -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    run = checkpointed_run.start(PLAIN.cut(tensor_model_parallel_size=2), run_dir, steps=1)
+    run.save(1)
+    with pytest.MonkeyPatch.context() as patch:
+        if run.grid.rank == 1:
+            patch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(failing_writer))
+        with raises("could not write .*iter_0000002"):
+            run.save(2)
+    assert run.checkpointer.latest() == run_dir / "checkpoints" / "iter_0000001"
+    with pytest.MonkeyPatch.context() as patch:
+        if run.grid.rank == 0:
+            patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 17}))
+        with raises(r"needs [\d,]+ bytes but .* has 17 free"):
+            run.save(2)
+    run.save(2)
+    names = ["iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt"]
+    assert checkpoint_names(run_dir) == names
+
+
+def failing_writer(transforms, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **_):
+    results_queue.put((local_proc_idx, OSError("the disk is on fire")))
+    count_queue.get()
+    count_queue.task_done()
+
+
+def test_a_rank_that_cannot_write_stops_all_and_the_next_save_works(ranks, tmp_path):
+    ranks.run(fail_on_rank_1, tmp_path, world_size=2)
+
+
+def lose_a_background_save(run_dir: Path) -> None:
+    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=True)
+    run.save(1)
+    if run.grid.rank == 0:
+        shutil.rmtree(run_dir)
+    torch.distributed.barrier()
+    with raises("was removed while a checkpoint was being written there in the background"):
+        run.checkpointer.finish()
+    run.save(2)
+    run.checkpointer.finish()
+    torch.distributed.barrier()
+    assert checkpoint_names(run_dir) == ["iter_0000002", "latest_checkpointed_iteration.txt"]
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
+def test_a_background_save_whose_directory_is_removed_is_an_error_unless_another_one_follows(
+    ranks, tmp_path, world_size
+):
+    ranks.run(lose_a_background_save, tmp_path / "run", world_size=world_size)
+
+
+def missing_psutil(run_dir: Path) -> None:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        raises("need psutil"),
+    ):
+        patch.setattr("megatron.core.dist_checkpointing.strategies.filesystem_async.HAVE_PSUTIL", False)
+        checkpointed_run.start(PLAIN, run_dir)
+
+
+def test_a_missing_psutil_is_reported_at_the_start(ranks, tmp_path):
+    ranks.run(missing_psutil, tmp_path, world_size=1)
+
+
+def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
+    """Save step 1; then die while the writers of step 2 are half way, and leave them behind, stuck."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=async_save)
+    run.save(1)
+    run.checkpointer.finish()
+    rank = os.getpid()
+
+    def half_written(transforms, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **_):
+        Path(write_bucket[0]).write_bytes(b"half")
+        (run_dir / f"writer_{local_proc_idx}").write_text(str(os.getpid()))
+        for descriptor in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # the pool waits for the rank's pipes to close
+                if not os.readlink(f"/proc/self/fd/{descriptor}").endswith(".lock"):
+                    os.close(int(descriptor))
+        time.sleep(0.3)  # let the other writer come as far
+        for pid in (rank, os.getppid()):
+            if pid != 1:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(600)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(half_written)
+    run.step(2)
+    run.save(2)
+    run.checkpointer.finish()
+
+
+def resume_and_save(run_dir: Path, step: int) -> None:
+    run = checkpointed_run.start(dataclasses.replace(PLAIN, seed=1), run_dir)
+    assert run.load_latest()["step"] == step
+    run.step(step + 1)
+    run.save(step + 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.full), True])
+def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
+    directory = tmp_path / "checkpoints"
+    with pytest.raises(RankError, match="exit code -9"):
+        ranks.run(killed_in_a_save, tmp_path, async_save, world_size=1)
+    writers = [int(path.read_text()) for path in tmp_path.glob("writer_*")]
+    assert writers
+    try:
+        ranks.run(resume_and_save, tmp_path, 1, world_size=1)
+        (left,) = directory.glob(".writing_iter_0000002_????????")
+        assert any(path.suffix == ".distcp" for path in left.iterdir())  # its writers live: it is not touched
+    finally:
+        for writer in writers:
+            os.kill(writer, signal.SIGKILL)
+    time.sleep(0.1)
+    ranks.run(resume_and_save, tmp_path, 2, world_size=1)
+    steps = [f"iter_000000{step}" for step in (1, 2, 3)]
+    assert checkpoint_names(tmp_path) == [*steps, "latest_checkpointed_iteration.txt"]

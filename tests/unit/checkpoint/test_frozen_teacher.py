@@ -1,0 +1,97 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A frozen teacher is saved once beside the checkpoints, known again, and written again where it is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import checkpointed_run
+import layouts
+from checkpointed_run import ADAM, Setup
+from saved_checkpoints import raises, tensor_keys
+
+FROZEN = Setup(teacher="frozen", model_changes={"num_layers": 2})
+
+
+def save_frozen_teacher_once(run_dir: Path) -> None:
+    teacher_files = run_dir / "teacher"
+    run = checkpointed_run.start(FROZEN, run_dir)
+    run.step(1)
+    run.save(1)
+    inode = teacher_files.stat().st_ino
+    run.step(2)
+    run.save(2)
+    assert not any("teacher" in key for key in tensor_keys(run_dir / "checkpoints" / "iter_0000002"))
+    kept = run.teacher_weights()
+
+    resumed = checkpointed_run.start(dataclasses.replace(FROZEN, seed=3), run_dir)
+    resumed.load_latest()
+    assert layouts.worst_difference(layouts.join([resumed.teacher_weights()]), layouts.join([kept]))[0] == 0
+    resumed.step(3)
+    resumed.save(3)
+
+    again = checkpointed_run.start(FROZEN, run_dir)  # from the start, with the same weights
+    again.save(1)
+    assert teacher_files.stat().st_ino == inode
+
+    other = checkpointed_run.start(dataclasses.replace(FROZEN, seed=4), run_dir)
+    other.save(4)
+    assert teacher_files.stat().st_ino != inode
+    with raises("not the teacher that this checkpoint was trained with"):
+        other.load(run_dir / "checkpoints" / "iter_0000003")
+
+
+def test_a_frozen_teacher_is_written_once_and_known_again(ranks, tmp_path):
+    ranks.run(save_frozen_teacher_once, tmp_path, world_size=1)
+
+
+def lose_the_teacher(run_dir: Path) -> None:
+    run = checkpointed_run.start(FROZEN, run_dir, steps=1)
+    run.save(1)
+    kept = layouts.join([run.teacher_weights()])
+    for damage in (shutil.rmtree, lambda teacher: max(teacher.glob("*.distcp")).unlink()):
+        damage(run_dir / "teacher")
+        run.save(2)
+        for step in (1, 2):
+            resumed = checkpointed_run.start(dataclasses.replace(FROZEN, seed=3), run_dir)
+            assert resumed.load(run_dir / "checkpoints" / f"iter_{step:07d}")["step"] == step
+            assert layouts.worst_difference(layouts.join([resumed.teacher_weights()]), kept)[0] == 0
+
+
+def test_a_frozen_teacher_that_is_lost_is_written_again_for_old_and_new_checkpoints(ranks, tmp_path):
+    ranks.run(lose_the_teacher, tmp_path, world_size=1)
+
+
+def lose_the_manifest_of_the_teacher(run_dir: Path) -> None:
+    checkpointed_run.start(FROZEN, run_dir, steps=1).save(1)
+    (run_dir / "teacher" / "manifest.json").unlink()
+    run = checkpointed_run.start(FROZEN, run_dir)
+    with raises("teacher has no manifest.json, which this program saved with it"):
+        run.load_latest()
+    run.checkpointer.verify = "none"
+    run.load_latest()
+
+
+def test_a_frozen_teacher_without_its_manifest_is_refused_unless_asked_for(ranks, tmp_path):
+    ranks.run(lose_the_manifest_of_the_teacher, tmp_path, world_size=1)
+
+
+def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:
+    from megatron_selfdistill.checkpoint.run.frozen_teacher import load_frozen_teacher, save_frozen_teacher
+
+    run = checkpointed_run.start(dataclasses.replace(setup, seed=0 if save else 8), run_dir)
+    if save:
+        assert save_frozen_teacher(run_dir, run.teacher) == save_frozen_teacher(run_dir, run.teacher)
+    else:
+        load_frozen_teacher(run_dir, run.teacher)
+    return run.teacher_weights()
+
+
+def test_a_frozen_teacher_loads_in_another_layout(ranks, tmp_path):
+    moe = Setup(kind="moe", teacher="frozen", optimizer=dataclasses.replace(ADAM, precision="bf16"))
+    split = moe.cut(expert_model_parallel_size=2)
+    saved = ranks.run(frozen_teacher_in_another_layout, split, tmp_path, True, world_size=2)
+    loaded = ranks.run(frozen_teacher_in_another_layout, moe, tmp_path, False, world_size=1)
+    assert layouts.worst_difference(layouts.join(loaded), layouts.join(saved))[0] == 0
