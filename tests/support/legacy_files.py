@@ -16,8 +16,8 @@ from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.model.build import unwrapped
 
 
-def save(folder: Path, model: ModelConfig, parallel: ParallelConfig, names: str, **changes: Any) -> None:
-    """Write this rank's file below ``folder``.
+def save(directory: Path, model: ModelConfig, parallel: ParallelConfig, names: str, **changes: Any) -> None:
+    """Write this rank's file below ``directory``.
 
     ``names`` is local or te, the layer spec whose parameter names the file has; ``changes`` replace stored arguments.
     """
@@ -27,20 +27,20 @@ def save(folder: Path, model: ModelConfig, parallel: ParallelConfig, names: str,
         setattr(args, f"{name}_model_parallel_size", getattr(parallel, f"{name}_model_parallel_size"))
     for name, value in changes.items():
         setattr(args, name, value)
-    directory = f"mp_rank_{grid.tp_rank:02d}"
+    rank_name = f"mp_rank_{grid.tp_rank:02d}"
     if grid.pp_size > 1:
-        directory += f"_{grid.pp_rank:03d}"
+        rank_name += f"_{grid.pp_rank:03d}"
     if grid.ep_size > 1:
-        directory += f"_{grid.ep_group.rank():03d}"
+        rank_name += f"_{grid.ep_group.rank():03d}"
     states = [unwrapped(chunk).state_dict() for chunk in chunks]
     if names == "te":
         states = [_te_names(state, moe=model.num_moe_experts is not None) for state in states]
     content: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": 4, "optimizer": {"state": {}}}
     content |= {"model": states[0]} if len(states) == 1 else {f"model{i}": state for i, state in enumerate(states)}
-    file = folder / "iter_0000004" / directory / "model_optim_rng.pt"
+    file = directory / "iter_0000004" / rank_name / "model_optim_rng.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, file)
-    (folder / "latest_checkpointed_iteration.txt").write_text("4")
+    (directory / "latest_checkpointed_iteration.txt").write_text("4")
 
 
 def _te_names(state: dict[str, Any], moe: bool) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_an_unreadable_tracker_file_leaves_the_newest(checkpoints):
     assert directory.latest(checkpoints) == checkpoints / "iter_0000002"
 
 
-def test_a_legacy_checkpoint_is_told_from_none(tmp_path):
+def test_a_legacy_checkpoint_is_distinguished_from_none(tmp_path):
     (tmp_path / "iter_0000005" / "mp_rank_00").mkdir(parents=True)
     (tmp_path / directory.TRACKER).write_text("5")
     with pytest.raises(CheckpointError, match=r"legacy format.*--ckpt-format torch_dist"):
@@ -171,7 +171,7 @@ def test_a_crash_at_any_moment_leaves_a_latest_that_loads(checkpoints, complete,
     assert names(checkpoints) == ["iter_0000004", directory.TRACKER]
 
 
-def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path):
+def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path):
     with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes but .* has [\d,]+ free"):
         directory.begin(tmp_path, "iter_0000001", 10**18)
     assert names(tmp_path) == []

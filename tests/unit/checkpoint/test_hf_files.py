@@ -46,10 +46,10 @@ def change_config(directory: Path, **fields: Any) -> None:
 
 def there_and_back(directory: Path, **options: Any) -> tuple[Path, list[str]]:
     """Convert ``directory`` to Megatron and back; returns the new directory and what was reported on the way."""
-    said: list[str] = []
+    reports: list[str] = []
     out = directory.parent
-    hf_to_megatron(directory, out / "megatron", progress=Progress(report=said.append), **options)
-    return megatron_to_hf(out / "megatron", out / "back", progress=Progress(report=said.append), **options), said
+    hf_to_megatron(directory, out / "megatron", progress=Progress(report=reports.append), **options)
+    return megatron_to_hf(out / "megatron", out / "back", progress=Progress(report=reports.append), **options), reports
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -167,12 +167,12 @@ def test_everything_but_weights_is_copied_both_ways(directory):
     secret.write_text("a key")
     (directory / "notes.txt").symlink_to("../secret")
     (directory / "linked").symlink_to("..")
-    back, said = there_and_back(directory)
+    back, reports = there_and_back(directory)
     for name, content in files.items():
         assert (back / name).read_text() == content
     copied = {str(file.relative_to(back)) for file in back.rglob("*") if file.is_file()}
     assert copied == {"config.json", "generation_config.json", "model.safetensors", *files}
-    assert [line for line in said if line.startswith("notes.txt is not copied: it is a symbolic link")]
+    assert [line for line in reports if line.startswith("notes.txt is not copied: it is a symbolic link")]
 
 
 MODELING = """
@@ -224,9 +224,9 @@ def test_a_model_with_remote_code_loads_when_it_comes_back(directory, tmp_path, 
 def test_remote_code_that_is_already_lost_is_dropped_from_auto_map_and_reported(directory):
     hub = "someone/model--modeling_hub.Model"
     change_config(directory, auto_map={"AutoModelForCausalLM": "modeling_own.Own", "AutoModel": hub})
-    back, said = there_and_back(directory)
+    back, reports = there_and_back(directory)
     assert config_of(back)["auto_map"] == {"AutoModel": hub}
-    assert [line for line in said if "AutoModelForCausalLM of auto_map are dropped" in line]
+    assert [line for line in reports if "AutoModelForCausalLM of auto_map are dropped" in line]
     transformers.AutoModelForCausalLM.from_pretrained(back)
 
 
@@ -241,19 +241,19 @@ def test_types_that_differ_between_tensors_come_back(directory):
     wide = {"norm", "lm_head"}
     tensors = {n: t if any(part in n for part in wide) else t.bfloat16() for n, t in tensors_of(directory).items()}
     save(directory, tensors)
-    back, said = there_and_back(directory)
+    back, reports = there_and_back(directory)
     assert_equal(tensors_of(back), tensors)
     assert config_of(back)["dtype"] == "bfloat16"
-    assert not [line for line in said if "become" in line]
+    assert not [line for line in reports if "become" in line]
 
 
 def test_types_that_differ_within_one_tensor_of_megatrons_are_widened_and_reported(directory):
     narrow = "model.layers.2.self_attn.k_proj.weight"
     tensors = tensors_of(directory) | {narrow: tensors_of(directory)[narrow].bfloat16()}
     save(directory, tensors)
-    back, said = there_and_back(directory)
+    back, reports = there_and_back(directory)
     assert torch.equal(tensors_of(back)[narrow], tensors[narrow].float())
-    assert f"{narrow} become float32, like the other tensors of their keys" in said
+    assert f"{narrow} become float32, like the other tensors of their keys" in reports
 
 
 def test_half_precision_is_recorded_as_such(directory):
@@ -284,9 +284,9 @@ def test_weights_that_are_not_finite_are_converted_and_reported_on_request(direc
     tensors = tensors_of(directory)
     tensors[NORM][3] = float("nan")
     save(directory, tensors)
-    back, said = there_and_back(directory, allow_non_finite=True)
+    back, reports = there_and_back(directory, allow_non_finite=True)
     assert tensors_of(back)[NORM][3].isnan() and torch.equal(tensors_of(back)[EMBEDDING], tensors[EMBEDDING])
-    assert len([line for line in said if f"{NORM} of" in line]) == 2  # on the way there and on the way back
+    assert len([line for line in reports if f"{NORM} of" in line]) == 2  # on the way there and on the way back
     with pytest.raises(CheckpointError, match=rf"{NORM} of .*release has NaN .* --allow-non-finite"):
         megatron_to_hf(directory.parent / "megatron", directory.parent / "refused")
 
@@ -327,7 +327,7 @@ def test_fields_that_change_nothing_are_kept(hf_directory, tmp_path, kind, field
 # The first mistake
 
 
-def test_a_hugging_face_directory_as_checkpoint_is_told_how_to_be_converted(hf_directory):
+def test_a_hugging_face_directory_as_checkpoint_is_refused_with_the_command_that_converts_it(hf_directory):
     from megatron_selfdistill.checkpoint.formats.stored_model import stored_args
 
     directory = hf_directory(KIND)

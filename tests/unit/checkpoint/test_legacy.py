@@ -120,18 +120,18 @@ def saved(ranks, tmp_path_factory) -> Path:
     return directory
 
 
-def refuse(model: ModelConfig, path: Path, sentence: str) -> None:
+def refuse(model: ModelConfig, path: Path, message: str) -> None:
     from megatron_selfdistill.checkpoint.run.external import load_weights
 
     chunks, _ = models.build(model, ONE, seed=9)
     before = [p.detach().clone() for p in chunks[0].parameters()]
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=message):
         load_weights(path, chunks)
     assert all(torch.equal(a, b) for a, b in zip(before, chunks[0].parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
-    "model, sentence",
+    "model, message",
     [
         (models.model_config("gqa", num_layers=3), r"linear_proj.weight\[3\] is unexpected"),
         (models.model_config("gqa", num_layers=5), r"linear_proj.weight\[4\] is missing"),
@@ -142,8 +142,8 @@ def refuse(model: ModelConfig, path: Path, sentence: str) -> None:
         (models.model_config("gqa", add_qkv_bias=True), r"linear_qkv.bias\[0\] is missing"),
     ],
 )
-def test_another_model_is_refused_before_anything_is_loaded(ranks, saved, model, sentence):
-    ranks.run(refuse, model, saved, sentence, world_size=1)
+def test_another_model_is_refused_before_anything_is_loaded(ranks, saved, model, message):
+    ranks.run(refuse, model, saved, message, world_size=1)
 
 
 def test_a_missing_or_damaged_file_is_named(saved, tmp_path):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Starting from weights alone, as Megatron-LM writes them; and the sentence where they do not fit."""
+"""A run starts from weights alone, as Megatron-LM writes them; a message says where the weights do not fit."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def load(model: ModelConfig, parallel: ParallelConfig, path: Path, vocab_size: i
     return layouts.shards(chunks, lambda p: p.detach().clone())
 
 
-def refuse(model: ModelConfig, path: Path, sentence: str, vocab_size: int | None = None) -> None:
+def refuse(model: ModelConfig, path: Path, message: str, vocab_size: int | None = None) -> None:
     from megatron_selfdistill.checkpoint.run.external import load_weights
     from megatron_selfdistill.errors import CheckpointError
 
     chunks, _ = models.build(model, ParallelConfig(), seed=9)
     before = layouts.join([layouts.shards(chunks, lambda p: p.detach().clone())])
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=message):
         load_weights(path, chunks, vocab_size)
     after = layouts.join([layouts.shards(chunks, lambda p: p.detach().clone())])
     assert layouts.worst_difference(after, before)[0] == 0, "something was loaded all the same"
@@ -101,8 +101,8 @@ MISFITS = {
 
 @pytest.mark.parametrize("change", MISFITS)
 def test_weights_that_do_not_fit_are_named_before_anything_is_loaded(ranks, saved, change):
-    model, sentence = MISFITS[change]
-    ranks.run(refuse, model, saved[0], sentence, world_size=1)
+    model, message = MISFITS[change]
+    ranks.run(refuse, model, saved[0], message, world_size=1)
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(ranks, saved):
@@ -129,20 +129,20 @@ def save_with_nan(setup: Setup, run_dir: Path, where: dict[str, int]) -> None:
     run.save(3)
 
 
-def load_non_finite(path: Path, sentence: str, vocab_size: int | None) -> None:
+def load_non_finite(path: Path, message: str, vocab_size: int | None) -> None:
     from megatron_selfdistill.checkpoint.run.external import load_weights
     from megatron_selfdistill.errors import CheckpointError
 
     chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(pipeline_model_parallel_size=2), seed=9)
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=message):
         load_weights(path, chunks, vocab_size)
 
 
 def test_a_nan_in_the_weights_is_found_when_they_are_loaded_and_its_tensor_is_named_on_every_rank(ranks, tmp_path):
     where = {"layers.2.mlp.linear_fc2.weight": 5}
     ranks.run(save_with_nan, Setup(teacher="current"), tmp_path, where, world_size=1)
-    sentence = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2.weight\[2\]: .* take an earlier"
-    ranks.run(load_non_finite, tmp_path / "checkpoints", sentence, models.VOCAB_SIZE, world_size=2)
+    message = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2.weight\[2\]: .* take an earlier"
+    ranks.run(load_non_finite, tmp_path / "checkpoints", message, models.VOCAB_SIZE, world_size=2)
 
 
 def load_finite(path: Path) -> None:

@@ -125,15 +125,15 @@ IMPOSSIBLE_MODELS = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE_MODELS)
-def test_what_megatron_lm_cannot_be_given_is_one_sentence(case):
-    changes, sentence = IMPOSSIBLE_MODELS[case]
-    (said,) = megatron_flags(ModelConfig(vocab_size=64, **changes)).not_expressible
-    assert re.search(sentence, said)
+def test_what_megatron_lm_cannot_be_given_is_one_message(case):
+    changes, message = IMPOSSIBLE_MODELS[case]
+    (reason,) = megatron_flags(ModelConfig(vocab_size=64, **changes)).not_expressible
+    assert re.search(message, reason)
     assert not megatron_flags(ModelConfig(vocab_size=64, rope_scaling=True, rope_scaling_factor=8.0)).not_expressible
 
 
 @pytest.mark.parametrize(("activation", "unfused"), [("gelu", True), ("gelu_tanh", False)])
-def test_megatron_lm_is_told_which_gelu_it_is(activation, unfused):
+def test_the_flags_name_the_gelu_of_the_model(activation, unfused):
     flags = megatron_flags(ModelConfig(activation=activation, gated_linear_unit=False, add_bias_linear=True))
     assert not flags.not_expressible
     assert (("--no-bias-gelu-fusion",) in flags.flags) is unfused

@@ -103,7 +103,7 @@ def test_what_megatron_lm_stores_is_understood(stored, name, value):
 
 
 @pytest.mark.parametrize(
-    "stored, sentence",
+    "stored, message",
     [
         ({"squared_relu": True}, r"a squared ReLU \(squared_relu=True\)"),
         ({"hybrid_override_pattern": "M-M*"}, "a hybrid of Mamba and attention"),
@@ -111,8 +111,8 @@ def test_what_megatron_lm_stores_is_understood(stored, name, value):
         ({"position_embedding_type": "mrope"}, "position_embedding_type must be one of"),
     ],
 )
-def test_what_is_not_built_here_is_refused(stored, sentence):
-    with pytest.raises(CheckpointError, match=sentence):
+def test_what_is_not_built_here_is_refused(stored, message):
+    with pytest.raises(CheckpointError, match=message):
         architecture_from_args(args(**stored))
 
 
@@ -148,10 +148,10 @@ def test_arguments_then_tokenizer_then_rows_decide(stored, tokenizer, rows, expe
     ],
 )
 def test_a_contradiction_shows_all_three(stored, tokenizer, rows):
-    said = "nothing" if stored["vocab_size"] is None else stored["vocab_size"]
+    stored_size = "nothing" if stored["vocab_size"] is None else stored["vocab_size"]
     tokens = "nothing" if tokenizer is None else tokenizer
     with pytest.raises(
-        CheckpointError, match=rf"say {said} \(.*, the tokenizer has {tokens} tokens, {rows} rows are on"
+        CheckpointError, match=rf"say {stored_size} \(.*, the tokenizer has {tokens} tokens, {rows} rows are on"
     ):
         true_vocab_size(args(**stored), tokenizer, rows)
 
@@ -184,7 +184,7 @@ def test_the_checkpoint_gives_the_whole_architecture(checkpoint):
     assert model.vocab_size == models.VOCAB_SIZE and model.make_vocab_size_divisible_by == 8
 
 
-def test_what_is_said_again_or_is_no_architecture_is_kept(checkpoint):
+def test_what_is_set_again_or_is_no_architecture_is_kept(checkpoint):
     model = loaded(
         checkpoint,
         "model.num_layers=2",
@@ -198,7 +198,7 @@ def test_what_is_said_again_or_is_no_architecture_is_kept(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "override, sentence",
+    "override, message",
     [
         ("model.layernorm_epsilon=1e-5", "layernorm_epsilon is 1e-05, but the checkpoint was saved with 1e-06"),
         ("model.rotary_base=500000", "rotary_base is 500000, but the checkpoint was saved with 10000"),
@@ -211,22 +211,22 @@ def test_what_is_said_again_or_is_no_architecture_is_kept(checkpoint):
         ),
     ],
 )
-def test_a_contradiction_shows_both_also_where_it_is_the_default(checkpoint, override, sentence):
-    with pytest.raises(ConfigError, match=sentence):
+def test_a_contradiction_shows_both_also_where_it_is_the_default(checkpoint, override, message):
+    with pytest.raises(ConfigError, match=message):
         loaded(checkpoint, override)
 
 
-def test_a_run_that_contradicts_its_checkpoint_ends_with_one_sentence(checkpoint, capfd):
+def test_a_run_that_contradicts_its_checkpoint_ends_with_one_message(checkpoint, capfd):
     from megatron_selfdistill.train import main
 
-    for override, sentence in (("model.layernorm_epsilon=1e-5", "1e-05, but"), ("checkpoint.load=/gone", "not exist")):
+    for override, message in (("model.layernorm_epsilon=1e-5", "1e-05, but"), ("checkpoint.load=/gone", "not exist")):
         inputs = ["data.path=unread", "data.tokenizer=unread"]
         assert main([f"checkpoint.load={checkpoint}", "run_dir=/nowhere", *inputs, override]) == 2
         error = capfd.readouterr().err.strip()
-        assert sentence in error and error.startswith("[rank 0] ") and len(error.splitlines()) == 1
+        assert message in error and error.startswith("[rank 0] ") and len(error.splitlines()) == 1
 
 
-def test_without_a_record_of_what_was_set_defaults_count_as_not_said(checkpoint):
+def test_without_a_record_of_what_was_set_defaults_count_as_not_set(checkpoint):
     config = Config(run_dir="/nowhere", checkpoint=CheckpointConfig(load=str(checkpoint)))
     assert with_stored_architecture(config).model.num_moe_experts == 4
     wrong = Config(

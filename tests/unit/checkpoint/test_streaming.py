@@ -118,7 +118,7 @@ def test_a_piece_that_is_not_what_was_announced_is_refused(tmp_path):
         torch_dist_writer.write(tmp_path, [wrong], {})
 
 
-def test_what_is_not_covered_is_told(tmp_path):
+def test_what_is_not_covered_is_reported(tmp_path):
     full = torch.zeros(4, 3)
     torch_dist_writer.write(tmp_path, cut("key", full, (2, 3))[:1], {})
     with pytest.raises(CheckpointError, match=r"holds only parts of key"):

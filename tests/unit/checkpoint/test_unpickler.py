@@ -123,7 +123,7 @@ def test_classes_of_another_megatron_become_inert(tmp_path, monkeypatch):
     assert "of_a_lab.Kind" in repr(args.kind)
 
 
-def test_a_damaged_file_is_one_sentence(tmp_path):
+def test_a_damaged_file_gives_one_message(tmp_path):
     torch.save({"weight": torch.zeros(1000)}, tmp_path / "state.pt")
     (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"state\.pt is corrupt or no PyTorch file"):

@@ -76,13 +76,13 @@ def test_another_tokenizer_is_refused_with_both_names_unless_it_is_allowed(check
     letters, added, difference = OTHERS[other]
     save_tokenizer(tmp_path, letters, added)
     stored = checkpoint / "release" / "huggingface"
-    sentence = (
+    message = (
         f"data.tokenizer={tmp_path} is not the checkpoint's tokenizer in {stored}: {difference}; "
         f"set data.tokenizer={stored}, or data.allow_other_tokenizer=true if you mean this"
     )
     with pytest.raises(ConfigError) as error:
         require_same_tokenizer(config_of(checkpoint, tmp_path))
-    assert str(error.value) == sentence
+    assert str(error.value) == message
     require_same_tokenizer(config_of(checkpoint, tmp_path, allow_other_tokenizer=True))
 
 
@@ -108,7 +108,7 @@ def test_without_a_run_directory_only_the_checkpoint_to_load_counts(checkpoint, 
     require_same_tokenizer(from_mapping({"data": {"tokenizer": str(save_tokenizer(tmp_path / "other", "_$xyz"))}}))
 
 
-def test_a_run_ends_with_the_sentence_before_it_reads_problems(checkpoint, tmp_path, capsys):
+def test_a_run_ends_with_the_message_before_it_reads_problems(checkpoint, tmp_path, capsys):
     from megatron_selfdistill.train import main
 
     save_tokenizer(tmp_path / "other", "_$xyz")

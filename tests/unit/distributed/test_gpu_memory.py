@@ -93,7 +93,7 @@ def test_segments_are_set_before_anything_touches_a_gpu(monkeypatch, on_cpu, sha
     monkeypatch.setattr(ranks.os, "environ", dict(os.environ))  # a copy, which keeps what is set below
     with pytest.raises(InterruptedError):
         ranks.initialize(load([]).parallel, 1, shares_memory=shares)
-    assert [bool(re.search("expandable_segments:True", said)) for said in seen] == [grows]
+    assert [bool(re.search("expandable_segments:True", output)) for output in seen] == [grows]
 
 
 @pytest.mark.parametrize(

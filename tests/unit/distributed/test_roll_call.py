@@ -57,11 +57,11 @@ def fails(who: list[int], messages: list[str]) -> Any:
         ([0], ["a", "", ""], [True, 4, 4]),
     ],
 )
-def test_a_failure_releases_the_others_and_each_sentence_has_one_speaker(ranks, who, messages, outcomes):
+def test_a_failure_releases_the_others_and_each_message_has_one_speaker(ranks, who, messages, outcomes):
     assert run(ranks, fails, who, messages) == outcomes
 
 
-def test_of_several_ranks_with_a_sentence_that_rank_0_lacks_one_speaks(ranks):
+def test_of_several_ranks_with_a_message_that_rank_0_lacks_one_speaks(ranks):
     status, *spoke = run(ranks, fails, [1, 2], ["", "b", "b"])
     assert status == 4 and sorted(spoke) == [False, True]
 
@@ -88,7 +88,7 @@ def absent() -> str:
     return str(caught.value)
 
 
-def test_a_rank_that_does_not_come_is_a_sentence(ranks):
+def test_a_rank_that_does_not_come_gives_a_message(ranks):
     assert run(ranks, absent, world_size=2)[0].startswith("waited 0.2 s for all 2 ranks to get ready (inputs)")
 
 
