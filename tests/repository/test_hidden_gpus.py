@@ -43,7 +43,7 @@ def probed(folder: Path, **environment: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "pretended", "-p", "tests.conftest"]
     command += ["-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", str(folder), str(folder / "test_probes.py")]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_V", "SELFDISTILL_"))}
-    environment = inherited | {"PYTHONPATH": paths} | environment
+    environment = inherited | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

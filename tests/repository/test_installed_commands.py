@@ -127,6 +127,7 @@ def test_plan_finds_its_recipe_and_shows_how_to_launch_it(use):
     assert "torchrun --standalone" in done.stdout and " recipe=qwen3_8b data.global_batch_size=64 " in done.stdout
 
 
+@pytest.mark.full
 def test_convert_converts_and_inspects(use, programs, folder):
     done = use("convert")
     assert done.returncode == 0, done.stderr
@@ -150,6 +151,7 @@ def test_solutions_samples_for_every_problem(use, folder):
     assert (folder / "own.jsonl").is_file()
 
 
+@pytest.mark.full
 def test_doctor_knows_the_versions_that_are_needed(use):
     done = use("doctor")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -54,15 +54,10 @@ exit $status
 """
 # A head says that it is healthy until the trainer has been there; nothing else stays.
 PYTHON = """
-import http.server, json, os, pathlib, signal, sys, threading, time
+import json, os, pathlib, signal, sys, threading, time
 
 def option(name):
     return next((each.split("=", 1)[1] for each in sys.argv if each.startswith(f"--{name}=")), None)
-
-class Healthy(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
 
 folder = pathlib.Path(os.environ["FAKE_RECORD"])
 node, port = os.environ["FAKE_NODE"], option("port")
@@ -75,6 +70,13 @@ if doctor:
 elif port is None:
     (folder / "trained").touch()
 elif option("node-rank") == "0":
+    import http.server
+
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
     server = http.server.HTTPServer((f"127.0.0.1{node[1:]}", int(port)), Healthy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     while not (folder / "trained").exists():
@@ -112,7 +114,7 @@ def submitted(folder: Path, script: str = "rollout_nodes", **parameters: str) ->
     for new in (fakes, record):
         new.mkdir()
     shell = "#!/bin/bash\n"
-    texts = {"scontrol": shell + SCONTROL, "srun": shell + SRUN, "python": f"#!{sys.executable}\n{PYTHON}"}
+    texts = {"scontrol": shell + SCONTROL, "srun": shell + SRUN, "python": f"#!{sys.executable} -IS\n{PYTHON}"}
     for name, text in texts.items():
         (fakes / name).write_text(text)
         (fakes / name).chmod(0o755)

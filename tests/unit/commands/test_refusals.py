@@ -206,7 +206,9 @@ def test_a_refusal_imports_nothing_heavy_and_writes_nothing(folder, case):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", [PROGRAM, TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], ids=lambda c: Path(c).stem)
+@combinations(
+    command=[PROGRAM, TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], quick={"command": [PROGRAM, DOCTOR]}, strength=1
+)
 def test_help_imports_nothing_heavy(folder, command):
     assert run(folder, command, "--help")[:2] == (0, [])
 
