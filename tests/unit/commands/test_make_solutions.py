@@ -18,6 +18,7 @@ import pytest
 import tiny_run
 from ranks import RankError
 from record_sources import load_problems
+from tiers import combinations
 
 from megatron_selfdistill.checkpoint import conversion
 from megatron_selfdistill.commands import solution_journal, solutions
@@ -42,6 +43,11 @@ def run_tool(arguments: list[str], dies_in_group: int | None = None) -> tuple[in
             patch.setattr(solution_journal.Journal, "append", dying_append(dies_in_group))
         status = solutions.main(arguments)
     return status, shown.getvalue() if status == 0 else said.getvalue()
+
+
+def run_tool_often(command_lines: list[list[str]]) -> list[tuple[int, str]]:
+    """Return the exit status and the output of `run_tool` for each of the command lines."""
+    return [run_tool(arguments) for arguments in command_lines]
 
 
 def dying_append(dies_in_group: int) -> Callable[[Any, list[dict]], None]:
@@ -192,7 +198,7 @@ def test_what_is_done_is_not_done_again(ranks, folder, summary):
     assert (folder / "own.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@combinations(layout=LAYOUTS.keys(), quick={"layout": ["DP2", "TP2"]}, strength=1)
 def test_every_layout_writes_the_same_solutions(ranks, folder, summary, layout):
     name = f"{layout}.jsonl"
     arguments = arguments_of(folder, name, "--pick", "learnable", *LAYOUTS[layout])
@@ -237,57 +243,62 @@ def test_its_samples_are_no_rollouts_and_depend_on_the_seed(ranks, folder, summa
     assert sample_seed(0, 0, "p0", 0) != sample_seed(0, 0, "solution/p0", 0)
 
 
-def refusal(ranks, arguments: list[str]) -> str:
-    ((status, shown),) = ranks.run(run_tool, arguments, world_size=1, init_process_group=False)
-    assert status == 2 and len(shown.strip().splitlines()) == 1, shown
-    return shown
+def refusals(ranks, command_lines: list[list[str]]) -> list[str]:
+    """Assert that every command line is refused with one line, and return the lines; one rank tries all."""
+    (results,) = ranks.run(run_tool_often, command_lines, world_size=1, init_process_group=False)
+    assert all(status == 2 and len(shown.strip().splitlines()) == 1 for status, shown in results), results
+    return [shown for _, shown in results]
+
+
+OTHER_SETTINGS = {
+    "was begun with keep = 2, and now it is 3": ["--pick", "learnable", "--keep", "3"],
+    "was begun with prompts = ": ["--pick", "shortest"],
+    "was begun with sampling = ": ["--pick", "learnable", "rollout.temperature=0.5"],
+    "was begun with data = ": ["--pick", "learnable", "--num-problems", "4"],
+}
 
 
 def test_a_file_of_other_settings_is_not_continued(ranks, folder, summary):
     before = (folder / "own.attempts.jsonl").read_bytes()
-    for more, words in [
-        (["--pick", "learnable", "--keep", "3"], "was begun with keep = 2, and now it is 3"),
-        (["--pick", "shortest"], "was begun with prompts = "),
-        (["--pick", "learnable", "rollout.temperature=0.5"], "was begun with sampling = "),
-        (["--pick", "learnable", "--num-problems", "4"], "was begun with data = "),
-    ]:
-        assert words in refusal(ranks, arguments_of(folder, "own.jsonl", *more))
-    assert (folder / "own.attempts.jsonl").read_bytes() == before
     (folder / "foreign.jsonl").write_text("{}\n")
-    assert "exists without foreign.attempts.jsonl beside it" in refusal(ranks, arguments_of(folder, "foreign.jsonl"))
     (folder / "broken.attempts.jsonl").write_text("[1]\n")
-    assert "is not a journal of this command" in refusal(ranks, arguments_of(folder, "broken.jsonl"))
+    expected = [*OTHER_SETTINGS, "exists without foreign.attempts.jsonl beside it", "is not a journal of this command"]
+    command_lines = [arguments_of(folder, "own.jsonl", *more) for more in OTHER_SETTINGS.values()]
+    command_lines += [arguments_of(folder, name) for name in ("foreign.jsonl", "broken.jsonl")]
+    for words, shown in zip(expected, refusals(ranks, command_lines), strict=True):
+        assert words in shown
+    assert (folder / "own.attempts.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("more", "model", "words"),
-    [
-        ([], "", "expected one model: either --hf DIR or checkpoint.load=DIR"),
-        (["--hf", "hf"], "checkpoint.load={}/megatron", "expected one model"),
-        (["--hf", "nowhere"], "", "nowhere"),
-        ([], "checkpoint.load={}/nowhere", "nowhere"),
-        (["data.path=nowhere.jsonl"], "checkpoint.load={}/megatron", "nowhere.jsonl"),
-        (["evaluation.verifier=no_such.thing"], "checkpoint.load={}/megatron", "evaluation.verifier must be"),
-        (["rolout.top_k=3"], "checkpoint.load={}/megatron", "rollout"),
-        (["--alpha", "-1"], "checkpoint.load={}/megatron", "solutions.alpha must be at least 0"),
-        (
-            ["data.path={}/unanswered.jsonl", "evaluation.verifier=exact_match"],
-            "checkpoint.load={}/megatron",
-            "unanswered.jsonl:1: expected an answer",
-        ),
-        (
-            ["data.path={}/unanswered.jsonl", "--pick", "learnable"],
-            "checkpoint.load={}/megatron",
-            "unanswered.jsonl:1: expected a solution or an answer",
-        ),
-        (
-            ["--pick", "learnable", "loss.backend=triton"],
-            "checkpoint.load={}/megatron",
-            "loss.backend=triton cannot be",
-        ),
-    ],
-)
-def test_bad_input_is_one_sentence(ranks, folder, more, model, words):
-    more = [argument.format(folder) for argument in more]
-    assert words in refusal(ranks, arguments_of(folder, "refused.jsonl", *more, model=model))
+CHECKPOINT = "checkpoint.load={}/megatron"
+BAD_INPUT = {
+    "no model": ([], "", "expected one model: either --hf DIR or checkpoint.load=DIR"),
+    "two models": (["--hf", "hf"], CHECKPOINT, "expected one model"),
+    "no such Hugging Face directory": (["--hf", "nowhere"], "", "nowhere"),
+    "no such checkpoint": ([], "checkpoint.load={}/nowhere", "nowhere"),
+    "no such problems": (["data.path=nowhere.jsonl"], CHECKPOINT, "nowhere.jsonl"),
+    "no such verifier": (["evaluation.verifier=no_such.thing"], CHECKPOINT, "evaluation.verifier must be"),
+    "an unknown key": (["rolout.top_k=3"], CHECKPOINT, "rollout"),
+    "a negative alpha": (["--alpha", "-1"], CHECKPOINT, "solutions.alpha must be at least 0"),
+    "problems without an answer": (
+        ["data.path={}/unanswered.jsonl", "evaluation.verifier=exact_match"],
+        CHECKPOINT,
+        "unanswered.jsonl:1: expected an answer",
+    ),
+    "problems with nothing to learn": (
+        ["data.path={}/unanswered.jsonl", "--pick", "learnable"],
+        CHECKPOINT,
+        "unanswered.jsonl:1: expected a solution or an answer",
+    ),
+    "kernels on a CPU": (["--pick", "learnable", "loss.backend=triton"], CHECKPOINT, "loss.backend=triton cannot be"),
+}
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(ranks, folder):
+    command_lines = [
+        arguments_of(folder, "refused.jsonl", *(argument.format(folder) for argument in more), model=model)
+        for more, model, _ in BAD_INPUT.values()
+    ]
+    for (name, (_, _, words)), shown in zip(BAD_INPUT.items(), refusals(ranks, command_lines), strict=True):
+        assert words in shown, name
     assert not (folder / "refused.jsonl").exists() and not (folder / "refused.attempts.jsonl").exists()
