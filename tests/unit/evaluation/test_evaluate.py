@@ -1,11 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Evaluation gives the same result in every layout; verifiers and pass@k keep their word."""
+"""Evaluation gives the same result in every layout; pass@k and majority@k are what their definitions say."""
 
 from __future__ import annotations
 
 import itertools
 import random
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,6 +12,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from answers import problem_with
 from characters import ONE_RANK, STOP, Characters
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,12 +21,10 @@ from megatron_selfdistill.config import Config, EvaluationConfig
 from megatron_selfdistill.data.contexts import ContextCounts
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation import verify as module
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, Verdict
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
-from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer
+from megatron_selfdistill.evaluation.verify import exact_match, load_verifier
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.run_data import RunData
 
@@ -103,10 +101,6 @@ def failing_run() -> str:
     with pytest.raises(RuntimeError) as failure:
         run(sums(), ranks.initialize(ParallelConfig(), 0), verifier=verifier_that_fails_on_p1)
     return str(failure.value)
-
-
-def problem_with(answer: str | None) -> Problem:
-    return Problem("p", ({"role": "user", "content": "?"},), "so", answer, "file.jsonl:7")
 
 
 def test_accuracies_lengths_and_shares_are_counted_from_the_transcripts():
@@ -319,134 +313,10 @@ def test_majority_at_k_needs_enough_samples(k):
         majority_at_k(["a", "b", "a"], [True, False, True], k)
 
 
-@pytest.mark.parametrize(
-    ("response", "by_text", "by_meaning"),
-    [
-        ("so\n  4  2 ", "4 2", "2"),
-        (r"it is $\frac{1}{2}$", r"it is $\frac{1}{2}$", "0.5"),
-        ("it is 0.5", "it is 0.5", "0.5"),
-        (r"\boxed{2.0}", "2.0", "2"),
-        (r"\boxed{1/3}", "1/3", "0.333333"),
-        (r"\boxed{0.3333333}", "0.3333333", "0.333333"),
-        (r"\boxed{1+x^2}", "1+x^2", "x**2 + 1"),
-        (r"\boxed{1} </think> \boxed{2}", "2", "2"),
-        ("who knows", "who knows", "who knows"),
-        ("  ", None, None),
-        ("so\n\n</think>\n", None, None),
-    ],
-)
-def test_a_response_votes_for_its_final_answer(response, by_text, by_meaning):
-    assert voted_answer(response, exact_match) == by_text
-    assert voted_answer(response, math_verify) == by_meaning
-
-
-def test_a_number_too_large_to_write_out_is_a_vote_of_its_own():
-    answers = [voted_answer(rf"\boxed{{{text}}}", math_verify) for text in ("9999999!", "9999998!", "2^{20000}")]
-    assert len(set(answers)) == 3 and None not in answers
-
-
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
 def test_pass_at_k_needs_enough_samples(n, c, k):
     with pytest.raises(ValueError, match="generate at least k samples"):
         pass_at_k(n, c, k)
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "right"),
-    [
-        ("092", "092", True),
-        ("  092\n", " 092 ", True),
-        ("092", "92", False),
-        ("first 1\nthen 2\n\n42\n", "42", True),
-        ("42\nthen 2", "42", False),
-        ("so it is 42", "42", False),
-        (r"so \boxed{41}, no, \boxed{42}. Done", "42", True),
-        (r"so \boxed{42}, no, \boxed{41}" + "\n42", "42", False),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
-        (r"\boxed{42} or \boxed{4", "42", True),
-        ("3 + 4 = 7\n#### 7", "7", True),
-        ("#### 7\n#### 8", "7", False),
-        ("42\n</think>\nno idea", "42", False),
-        (r"\boxed{7}</think> it is" + "\n42", "42", True),
-        ("a  b\nc", "a b c", True),
-        ("", "42", False),
-    ],
-)
-def test_exact_match_compares_the_final_answer(response, answer, right):
-    assert exact_match(response, problem_with(answer)) is right
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "right"),
-    [
-        (r"so it is $\frac{1}{2}$", "1/2", True),
-        ("the answer is 0.5", r"\frac{1}{2}", True),
-        (r"\boxed{1+x^2}", "x^2+1", True),
-        (r"\boxed{1+x^3}", "x^2+1", False),
-        ("the answer is 12345", "12,345", True),
-        (r"\boxed{2^{1/2}}", r"$\sqrt{2}$", True),
-        ("it is 41", "42", False),
-        (r"\boxed{42}</think> it is 41", "42", False),
-        (r"$\boxed{\text{Monday}}$", r"\text{Monday}", True),
-        ("", "42", False),
-        ("85 + 78 = 163, so the answer is 163.", "163", True),
-        ("85 + 78 = 163, so the answer is 163.", "85", False),
-        ("#### 7", "7.0", True),
-        ("Paris", "Paris", True),
-        (r"it is \boxed{Paris}", "Paris", True),
-        (r"it is \boxed{Spair}", "Paris", False),
-        ("It is Paris.", "Paris", False),
-        ("so\nNew  York", "New York", True),
-        ("so\n12:30", "12:30", True),
-        (r"\boxed{x}", "x", True),
-        (r"\boxed{2 y}", "2y", True),
-    ],
-)
-def test_math_verify_compares_what_is_meant(response, answer, right):
-    assert math_verify(response, problem_with(answer)) is right
-
-
-def test_math_verify_gives_up_on_an_expression_that_takes_for_ever(monkeypatch):
-    monkeypatch.setattr(module, "MATH_TIMEOUT_SECONDS", 1)
-    assert math_verify(r"\boxed{9999999!}", problem_with("42")) is False
-
-
-def test_math_verify_works_in_a_thread():
-    found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(math_verify("it is 42", problem_with("42"))))
-    thread.start()
-    thread.join()
-    assert found == [True]
-
-
-def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
-    (tmp_path / "lab_verifiers.py").write_text("def even(text, problem):\n    return int(text) % 2 == 0\n\nlimit = 3\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert load_verifier("lab_verifiers.even")("4", problem_with(None))
-    for name, message in [
-        ("lab_verifiers.odd", "no attribute 'odd'"),
-        ("lab_verifiers.limit", "which is a int"),
-        ("no_such_lab.even", "PYTHONPATH"),
-        ("exactmatch", "must be exact_match, math_verify or the dotted path"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            load_verifier(name)
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "mentions"),
-    [
-        ("so the answer is 163.", "163", True),
-        ("so  New\nYork!", "New York", True),
-        ("1631 or 0.163 or 163.5 or x163", "163", False),
-        ("163</think> no idea", "163", False),
-        (r"it is \frac{1}{2}.", r"\frac{1}{2}", True),
-        ("", "163", False),
-        ("anything", None, False),
-    ],
-)
-def test_an_answer_is_mentioned_as_whole_words_or_a_whole_number(response, answer, mentions):
-    assert module.mentions_answer(response, problem_with(answer)) is mentions
 
 
 class Talkative(FakeSampler):
@@ -510,11 +380,3 @@ def test_the_log_of_a_run_says_what_its_verifier_overlooked(monkeypatch, show_co
 class Silent(FakeSampler):
     def answer(self, request: Request, params: SamplingParams) -> Response:
         return Response([STOP], [0.0], [0.0], "stop")
-
-
-def test_the_default_verifier_takes_answers_in_a_sentence():
-    assert load_verifier(EvaluationConfig().verifier)("so the answer is 163.", problem_with("163"))
-
-
-def test_the_built_in_verifiers_have_names():
-    assert load_verifier("exact_match") is exact_match and load_verifier("math_verify") is math_verify

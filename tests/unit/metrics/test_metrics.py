@@ -1,36 +1,25 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Metrics cover the global batch in any layout, are equal on all ranks, and are logged once per step."""
+"""Metrics cover the global batch in any layout, and are equal on all ranks; phases add up."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import math
-import re
-import shutil
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from host_traffic import host_traffic
-from rich.console import Console
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.metrics import (
-    COLUMNS,
-    MetricsLog,
     Phases,
     batch_entropies,
-    pace,
-    read_metrics,
     rollout_metrics,
     step_metrics,
 )
@@ -337,236 +326,3 @@ def test_phases_of_a_gpu_wait_for_it_once_per_step(monkeypatch):
     assert found["tokens_per_second/train"] == 20 and found["memory/peak_gib"] == 1
     assert "seconds/train" not in phases.metrics()
     assert queue.waits == 1, "nothing was timed"
-
-
-def log_steps(run_dir: Path, steps: range, done: int, **options: Any) -> None:
-    options = {"tensorboard": False, "console": False, "num_steps": 9} | options
-    with MetricsLog(run_dir, **options) as log:
-        log.resume(done)
-        for step in steps:
-            log.log(step, {"loss/mean": step / 10, "response/length_mean": 22.0})
-
-
-def test_numbers_that_json_lacks_come_back(tmp_path):
-    with MetricsLog(tmp_path, num_steps=3, tensorboard=False, console=False) as log:
-        log.resume(0)
-        log.log(1, {"loss/mean": math.nan, "gradient_norm": math.inf, "k/mean": -math.inf, "lr": 1e-4})
-    line = (tmp_path / "metrics.jsonl").read_text()
-    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    (values,) = read_metrics(tmp_path)
-    assert math.isnan(values["loss/mean"]) and values["gradient_norm"] == math.inf
-    assert values["k/mean"] == -math.inf and values["lr"] == 1e-4 and values["step"] == 1
-
-
-def test_a_resumed_run_logs_no_step_twice(tmp_path):
-    log_steps(tmp_path, range(1, 6), done=0)  # killed after step 5; the checkpoint is of step 3
-    log_steps(tmp_path, range(4, 9), done=3)
-    assert [values["step"] for values in read_metrics(tmp_path)] == list(range(1, 9))
-
-
-def test_a_run_that_starts_again_forgets_everything(tmp_path):
-    log_steps(tmp_path, range(3), done=0)
-    log_steps(tmp_path, range(1), done=0)
-    assert [values["step"] for values in read_metrics(tmp_path)] == [0]
-
-
-@pytest.mark.parametrize("missing", [1, 7])
-def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, missing):
-    log_steps(tmp_path, range(1, 4), done=0)
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text()[:-missing])
-    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2]
-    log_steps(tmp_path, range(4, 5), done=3)
-    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2, 4]
-
-
-def test_only_the_reporter_writes(tmp_path):
-    log_steps(tmp_path / "run", range(3), done=0, enabled=False, tensorboard=True, console=True)
-    assert not (tmp_path / "run").exists()
-
-
-def test_logging_before_resume_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="resume"):
-        MetricsLog(tmp_path, num_steps=3, console=False).log(1, {})
-
-
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log_steps(tmp_path, range(1, 6), done=0, tensorboard=True)
-    time.sleep(1.1)  # event files are named by the second
-    log_steps(tmp_path, range(4, 8), done=3, tensorboard=True)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/mean")
-    assert [event.step for event in events] == list(range(1, 8))
-
-
-@pytest.mark.parametrize("tensorboard", [False, True])
-def test_what_was_logged_is_written_again_where_the_folder_is_deleted(tmp_path, caplog, tensorboard):
-    with MetricsLog(tmp_path / "run", num_steps=9, tensorboard=tensorboard, console=False) as log:
-        log.resume(0)
-        for step in range(1, 6):
-            if step == 4:
-                shutil.rmtree(tmp_path / "run")
-            log.log(step, {"loss/mean": step / 10})
-    assert [values["step"] for values in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    assert [record.getMessage().endswith("it is written again") for record in caplog.records] == [True]
-    if tensorboard:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("loss/mean")
-        assert [event.step for event in events] == [1, 2, 3, 4, 5]
-
-
-def lose_events(run_dir: Path, log: MetricsLog) -> None:
-    """Delete the folder and let TensorBoard's thread find out, which it otherwise does at a time of its own."""
-    while run_dir.exists():  # the thread may write into the folder while it is being removed
-        shutil.rmtree(run_dir, ignore_errors=True)
-    with pytest.raises(FileNotFoundError):
-        for _ in range(1000):
-            log._writer.add_scalar("lost", 0.0, 1)
-            log._writer.flush()
-
-
-def test_tensorboard_goes_on_where_its_thread_has_found_the_folder_gone(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsLog(tmp_path / "run", num_steps=9, console=False) as log:
-        log.resume(0)
-        log.log(1, {"loss/mean": 0.1})
-        lose_events(tmp_path / "run", log)
-        log.log(2, {"loss/mean": 0.2})
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("loss/mean")
-    assert [event.step for event in events] == [1, 2]
-
-
-def test_a_folder_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
-    with MetricsLog(tmp_path / "run", num_steps=9, console=False) as log:
-        log.resume(0)
-        log.log(1, {"loss/mean": 0.1})
-        lose_events(tmp_path / "run", log)
-    assert f"{tmp_path}/run may lack the last lines" in caplog.text
-
-
-def test_a_file_that_takes_the_name_of_the_metrics_is_kept(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, console=False) as log:
-        log.resume(0)
-        log.log(1, {"loss/mean": 0.1})
-        path.unlink()
-        path.write_text("somebody else's\n")
-        log.log(2, {"loss/mean": 0.2})
-    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2]
-    assert (tmp_path / "metrics.replaced.jsonl").read_text() == "somebody else's\n"
-
-
-def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
-    output = Console(file=io.StringIO(), force_terminal=False, width=40)
-    log_steps(tmp_path, range(1, 10), done=0, console=True, console_every=4, output=output)
-    lines = output.file.getvalue().splitlines()
-    assert [line.split(" of ")[0] for line in lines[1:]] == ["step 4", "step 8", "step 9"]
-    assert "\x1b" not in output.file.getvalue()
-    assert "left" in lines[1] and "loss 0.4000" in lines[1] and "length 22.0" in lines[1]
-
-
-def test_on_a_terminal_there_is_a_progress_bar_and_it_is_taken_down(tmp_path):
-    output = Console(file=io.StringIO(), force_terminal=True, width=100)
-    log_steps(tmp_path, range(4, 7), done=3, console=True, output=output)
-    text = output.file.getvalue()
-    assert "3/9" in text and "6/9" in text and "step 5  loss 0.5000" in text
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
-
-
-EVERY_COLUMN = {
-    "loss/mean": 0.1,
-    "entropy/student": 0.2,
-    "k/mean": 1.4,
-    "top1_agreement": 0.9,
-    "response/length_mean": 20.0,
-    "response/truncated_share": 0.5,
-    "gradient_norm": 1.5,
-    "learning_rate": 1e-6,
-    "seconds/step": 3.25,
-}
-
-
-def console_lines(tmp_path: Path, metrics: dict[str, float]) -> list[str]:
-    output = Console(file=io.StringIO(), force_terminal=False, width=40)
-    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, output=output) as log:
-        log.resume(0)
-        for step in (1, 2, 3):
-            log.log(step, metrics)
-    return output.file.getvalue().splitlines()
-
-
-def test_every_column_of_the_console_is_explained(tmp_path):
-    line = console_lines(tmp_path, EVERY_COLUMN)[-1]
-    place, *columns = line.split("  ")
-    assert place.endswith(" left:") and len(columns) == len(EVERY_COLUMN)
-    explained = dict(re.findall(r"^  (\S+) +(\S.*)$", COLUMNS, re.MULTILINE))
-    assert explained.keys() == {column.rpartition(" ")[0] for column in columns} | {"left"}
-    for (key, value), column in zip(EVERY_COLUMN.items(), columns, strict=True):
-        label, _, shown = column.rpartition(" ")
-        assert float(shown) == value and explained[label].endswith(f"({key})")
-
-
-def test_a_legend_of_the_columns_is_printed_once_before_the_first_line(tmp_path):
-    legend, *lines = console_lines(tmp_path, {"loss/mean": 0.1, "learning_rate": 1e-6})
-    assert legend == "columns: loss = mean loss per response token (nats); lr = learning rate"
-    assert len(lines) == 3 and all(line.startswith("step ") for line in lines)
-
-
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Stop the clock of `Pace`; what is returned moves it on."""
-    now = [1000.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
-    return lambda seconds: now.__setitem__(0, now[0] + seconds)
-
-
-@pytest.mark.parametrize("done", [0, 40])
-def test_the_time_left_does_not_extrapolate_the_first_step_of_a_launch(monkeypatch, done):
-    wait, speed, left = clock(monkeypatch), pace.Pace(done + 20), []
-    for step, seconds in enumerate([315.0, 2.0, 4.0, 3.0], done + 1):
-        wait(seconds)
-        speed.advance(step)
-        left.append(speed.left)
-    assert left == ["", "", "0:51 left", "0:48 left"]
-
-
-def test_the_time_left_counts_hours(monkeypatch):
-    wait, speed = clock(monkeypatch), pace.Pace(1003)
-    for step in (1, 2, 3):
-        wait(7.509)
-        speed.advance(step)
-    assert speed.left == "2:05:09 left"
-
-
-def test_the_console_shows_no_time_left_before_the_third_step(tmp_path):
-    _, *lines = console_lines(tmp_path, {"loss/mean": 0.1})
-    assert [" left" in line for line in lines] == [False, False, True]
-    output = Console(file=io.StringIO(), force_terminal=True, width=100)
-    log_steps(tmp_path, range(1, 4), done=0, console=True, output=output)
-    assert "3/9" in output.file.getvalue().rpartition(" left")[0]
-
-
-def test_messages_hide_what_the_environment_held_and_numbers_stay(tmp_path, monkeypatch):
-    from megatron_selfdistill.config import load
-
-    monkeypatch.setenv("LAB_DIGITS", "0.1000")
-    load(["data.path='${oc.env:LAB_DIGITS}'"])
-    output = Console(file=io.StringIO(), force_terminal=False)
-    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, output=output) as log:
-        log.resume(0)
-        log.message("starts from /a/0.1000")
-        log.log(1, {"loss/mean": 0.1})
-    first, _, step = output.file.getvalue().splitlines()
-    assert first == "starts from /a/${oc.env:LAB_DIGITS}" and step == "step 1 of 9:  loss 0.1000"
-
-
-def test_an_evaluation_is_logged_with_all_its_numbers(tmp_path):
-    output = Console(file=io.StringIO(), force_terminal=False)
-    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, output=output) as log:
-        log.resume(0)
-        log.log_evaluation(0, {"evaluation/greedy_accuracy": 0.35})
-        log.message("[saved] as it is")
-    assert read_metrics(tmp_path) == [{"step": 0, "evaluation/greedy_accuracy": 0.35}]
-    assert output.file.getvalue() == "step 0: evaluation/greedy_accuracy 0.35\n[saved] as it is\n"
