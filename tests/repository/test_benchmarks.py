@@ -41,16 +41,16 @@ def run_on_this_rank(tool: str, arguments: list[str]) -> None:
     runpy.run_path(str(TOOLS / tool), run_name="__main__")
 
 
-def measure(ranks: RankPool, folder: Path, *arguments: str, world_size: int = 1) -> None:
-    options = ["--repeats=1", f"--out={folder}/found", *arguments]
+def measure(ranks: RankPool, directory: Path, *arguments: str, world_size: int = 1) -> None:
+    options = ["--repeats=1", f"--out={directory}/found", *arguments]
     ranks.run(run_on_this_rank, "loss_time.py", options, world_size=world_size, init_process_group=False)
 
 
-def measurements(folder: Path) -> dict[str, list[dict]]:
+def measurements(directory: Path) -> dict[str, list[dict]]:
     """Return the measurements of each contender in every size."""
-    assert (folder / "found.md").read_text().count("collectives") > 0
+    assert (directory / "found.md").read_text().count("collectives") > 0
     by_name: dict[str, list[dict]] = {}
-    for size in json.loads((folder / "found.json").read_text())["sizes"]:
+    for size in json.loads((directory / "found.json").read_text())["sizes"]:
         for found in size["found"]:
             by_name.setdefault(found["name"], []).append(found)
     return by_name

@@ -22,16 +22,16 @@ FILES = {
 }
 
 
-def session(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    full: minutes\naddopts = -m 'not full'\n")
+def session(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (directory / "pytest.ini").write_text("[pytest]\nmarkers =\n    full: minutes\naddopts = -m 'not full'\n")
     for name, text in FILES.items():
-        (folder / name).write_text(text)
+        (directory / name).write_text(text)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "cpu_seconds", *arguments]
     paths = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # importing all takes 1 s
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
         environment.pop(name, None)
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("workers", [[], ["-p", "xdist", "-n", "2", "--dist", "loadfile"]], ids=["alone", "xdist"])

@@ -102,8 +102,8 @@ PYTHON_FILES = [
     REPOSITORY / "setup.py",
     *(
         path
-        for folder in (PACKAGE, "tests", "tools", "examples")
-        for path in sorted((REPOSITORY / folder).rglob("*.py"))
+        for directory in (PACKAGE, "tests", "tools", "examples")
+        for path in sorted((REPOSITORY / directory).rglob("*.py"))
     ),
 ]
 
@@ -137,7 +137,7 @@ def wrong_way_imports(source: str, module: str) -> list[str]:
 def place_of(name: str) -> float | None:
     """Return where a module, or the module that holds a name, stands in `ORDER`; None where it stands nowhere.
 
-    A room's or a folder's own file stands behind all of its files, and the package's own file before everything.
+    A room's or a directory's own file stands behind all of its files, and the package's own file before everything.
     """
     parts = name.removesuffix(".__init__").split(".")[1:]
     if not parts:
@@ -154,15 +154,15 @@ def place_of(name: str) -> float | None:
 
 def module_of(path: Path) -> str:
     parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    # The package's own file stays megatron_selfdistill; a folder's is megatron_selfdistill.folder.__init__,
-    # so that one dot in it means the folder.
+    # The package's own file stays megatron_selfdistill; a directory's is megatron_selfdistill.directory.__init__,
+    # so that one dot in it means the directory.
     return parts[0] if parts == (PACKAGE, "__init__") else ".".join(parts)
 
 
-def foreign_imports(folder: str, name: str = "*.py") -> dict[str, set[str]]:
-    """Third-party packages that each file of a folder of the package imports."""
+def foreign_imports(directory: str, name: str = "*.py") -> dict[str, set[str]]:
+    """Third-party packages that each file of a directory of the package imports."""
     found = {}
-    for path in sorted((REPOSITORY / PACKAGE / folder).rglob(name)):
+    for path in sorted((REPOSITORY / PACKAGE / directory).rglob(name)):
         tops = {imported.split(".")[0] for imported in imported_names(path.read_text(), module_of(path))}
         found[path.name] = tops - sys.stdlib_module_names - {PACKAGE, "__future__"}
     return found

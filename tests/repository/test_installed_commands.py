@@ -37,24 +37,24 @@ def run(*command: str | Path, cwd: Path) -> Done:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    tree = folder / "source"  # a build leaves files in the tree that it builds from
+    directory = tmp_path_factory.mktemp("wheel")
+    tree = directory / "source"  # a build leaves files in the tree that it builds from
     tree.mkdir()
     for name in "setup.py pyproject.toml MANIFEST.in LICENSE README.md configs megatron_selfdistill".split():
-        done = run("cp", "-r", REPOSITORY / name, tree / name, cwd=folder)
+        done = run("cp", "-r", REPOSITORY / name, tree / name, cwd=directory)
         assert done.returncode == 0, done.stderr
-    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
-    done = run(sys.executable, "-m", "pip", "wheel", *options, tree, cwd=folder)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", directory)
+    done = run(sys.executable, "-m", "pip", "wheel", *options, tree, cwd=directory)
     assert done.returncode == 0, done.stderr
-    return next(folder.glob("*.whl"))
+    return next(directory.glob("*.whl"))
 
 
-def environment(folder: Path, wheel: Path) -> Path:
+def environment(directory: Path, wheel: Path) -> Path:
     """Make an environment with the wheel and nothing else, and return its directory of programs."""
-    venv.create(folder, with_pip=False)
-    programs = folder / "bin"
+    venv.create(directory, with_pip=False)
+    programs = directory / "bin"
     install = ("install", "--quiet", "--no-deps", wheel)
-    done = run(sys.executable, "-m", "pip", "--python", programs / "python", *install, cwd=folder)
+    done = run(sys.executable, "-m", "pip", "--python", programs / "python", *install, cwd=directory)
     assert done.returncode == 0, done.stderr
     return programs
 
@@ -67,27 +67,27 @@ def bare(wheel, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def programs(wheel, tmp_path_factory) -> Path:
     """Make an environment with the wheel and with the packages of these tests' own environment."""
-    folder = tmp_path_factory.mktemp("environment")
-    programs = environment(folder, wheel)
+    directory = tmp_path_factory.mktemp("environment")
+    programs = environment(directory, wheel)
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    # Python does not read the .pth files of these folders, and so not this project's editable installation either.
-    (next(folder.rglob("site-packages")) / "packages.pth").write_text("".join(f"{path}\n" for path in packages))
+    # Python does not read the .pth files of these directories, and so not this project's editable installation either.
+    (next(directory.rglob("site-packages")) / "packages.pth").write_text("".join(f"{path}\n" for path in packages))
     return programs
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Problems, and an untrained model as a Hugging Face folder with its tokenizer."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_run.write_data(folder, 4)
-    hf_models.write("qwen3", folder / "hf", vocab_size=23)
-    for path in (folder / "tokenizer").iterdir():
-        (folder / "hf" / path.name).write_bytes(path.read_bytes())
-    return folder
+def directory(tmp_path_factory) -> Path:
+    """Problems, and an untrained model as a Hugging Face directory with its tokenizer."""
+    directory = tmp_path_factory.mktemp("inputs")
+    tiny_run.write_data(directory, 4)
+    hf_models.write("qwen3", directory / "hf", vocab_size=23)
+    for path in (directory / "tokenizer").iterdir():
+        (directory / "hf" / path.name).write_bytes(path.read_bytes())
+    return directory
 
 
 @pytest.fixture(scope="module")
-def use(programs, folder) -> Callable[[str], Done]:
+def use(programs, directory) -> Callable[[str], Done]:
     """Return a function that runs one small use of the command of that name."""
     data, model = "problems.jsonl", ["--hf", "hf"]
     commands = {
@@ -100,7 +100,7 @@ def use(programs, folder) -> Callable[[str], Done]:
         "serve": ["--help"] if HAS_VLLM else ["--hf-config", "hf"],
     }
     assert commands.keys() == COMMANDS.keys()
-    return lambda name: run(programs / "selfdistill", name, *commands[name], cwd=folder)
+    return lambda name: run(programs / "selfdistill", name, *commands[name], cwd=directory)
 
 
 def test_the_program_is_that_of_the_wheel(programs, tmp_path):
@@ -115,10 +115,10 @@ def test_help_shows_an_example(programs, tmp_path, name):
 
 
 @pytest.mark.full
-def test_train_trains(use, folder):
+def test_train_trains(use, directory):
     done = use("train")
     assert done.returncode == 0, done.stderr
-    assert (folder / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file()
+    assert (directory / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file()
 
 
 def test_plan_finds_its_recipe_and_shows_how_to_launch_it(use):
@@ -128,27 +128,27 @@ def test_plan_finds_its_recipe_and_shows_how_to_launch_it(use):
 
 
 @pytest.mark.full
-def test_convert_converts_and_inspects(use, programs, folder):
+def test_convert_converts_and_inspects(use, programs, directory):
     done = use("convert")
     assert done.returncode == 0, done.stderr
     assert "load it with checkpoint.load=megatron" in done.stdout
-    inspected = run(programs / "selfdistill", "convert", "inspect", "megatron", cwd=folder)
+    inspected = run(programs / "selfdistill", "convert", "inspect", "megatron", cwd=directory)
     assert inspected.returncode == 0 and "Qwen3ForCausalLM" in inspected.stdout, inspected.stderr
 
 
 @pytest.mark.full
-def test_evaluate_evaluates(use, folder):
+def test_evaluate_evaluates(use, directory):
     done = use("evaluate")
     assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "results" / "summary.json").read_text())["data"]["num_problems"] == 4
+    assert json.loads((directory / "results" / "summary.json").read_text())["data"]["num_problems"] == 4
 
 
 @pytest.mark.full
-def test_solutions_samples_for_every_problem(use, folder):
+def test_solutions_samples_for_every_problem(use, directory):
     done = use("solutions")
     assert done.returncode == 0, done.stderr
-    assert len((folder / "own.attempts.jsonl").read_text().splitlines()) == 1 + 4
-    assert (folder / "own.jsonl").is_file()
+    assert len((directory / "own.attempts.jsonl").read_text().splitlines()) == 1 + 4
+    assert (directory / "own.jsonl").is_file()
 
 
 @pytest.mark.full

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The configs and the version are found from a wheel, an editable install and a checkout, from any folder."""
+"""The configs and the version are found from a wheel, an editable install and a checkout, from any directory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ import megatron_selfdistill
 installed = list(importlib.metadata.distributions(name="megatron_selfdistill"))
 sys.path += DEPENDENCIES
 from megatron_selfdistill.config.paths import config_dir
-folder = config_dir()
+directory = config_dir()
 print(json.dumps({
     "package": megatron_selfdistill.__file__,
     "version": megatron_selfdistill.__version__,
-    "config_dir": str(folder),
-    "configs": sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml")),
+    "config_dir": str(directory),
+    "configs": sorted(str(path.relative_to(directory)) for path in directory.rglob("*.yaml")),
     "scripts": [f"{script.name} = {script.value}" for it in installed for script in it.entry_points],
 }))
 """.replace("DEPENDENCIES", repr([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
@@ -55,7 +55,7 @@ def pip(*arguments: str, cwd: Path) -> None:
 def found(cwd: Path, *, path: Path | None = None, site: Path | None = None) -> dict:
     """Return the output of `WHAT_IS_FOUND` in a fresh Python, in another directory and without site-packages.
 
-    It sees the folder ``path`` on its path, or ``site`` as its only site-packages.
+    It sees the directory ``path`` on its path, or ``site`` as its only site-packages.
     """
     start = f"import sys; sys.path.append('{path}')" if path else f"import site; site.addsitedir('{site}')"
     command = [sys.executable, "-I", "-S", "-c", f"{start}\n{WHAT_IS_FOUND}"]
@@ -80,18 +80,18 @@ def source_tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdist(source_tree, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sdist")
+    directory = tmp_path_factory.mktemp("sdist")
     code = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=source_tree, check=True, capture_output=True)
-    return next(folder.glob("*.tar.gz"))
+    subprocess.run([sys.executable, "-c", code, str(directory)], cwd=source_tree, check=True, capture_output=True)
+    return next(directory.glob("*.tar.gz"))
 
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
     """Built from the sdist, so a file that the sdist lacks is missed here."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(sdist), cwd=folder)
-    return next(folder.glob("*.whl"))
+    directory = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(sdist), cwd=directory)
+    return next(directory.glob("*.whl"))
 
 
 def test_the_sdist_holds_the_configs_and_the_licence(sdist):
@@ -142,7 +142,7 @@ def test_an_editable_install_finds_the_configs_of_the_checkout(source_tree, tmp_
     assert not (source_tree / "megatron_selfdistill/configs").exists()
 
 
-def test_a_checkout_finds_its_configs_from_any_folder(tmp_path):
+def test_a_checkout_finds_its_configs_from_any_directory(tmp_path):
     result = found(tmp_path, path=REPOSITORY)
     assert result["config_dir"] == str(REPOSITORY / "configs")
     assert result["version"] == __version__

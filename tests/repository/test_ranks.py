@@ -175,7 +175,7 @@ def test_a_skip_inside_a_rank_skips_the_test(ranks):
         ranks.run(skip_everywhere, world_size=1)
 
 
-def test_functions_inside_functions_are_refused_with_a_sentence(ranks):
+def test_functions_inside_functions_are_refused_with_a_message(ranks):
     with pytest.raises(ValueError, match="expected a function at the top of a module"):
         ranks.run(lambda: None, world_size=1)
     with pytest.raises(ValueError, match="expected a world_size from 1 to 8, got 9"):

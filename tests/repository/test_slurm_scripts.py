@@ -59,16 +59,16 @@ import json, os, pathlib, signal, sys, threading, time
 def option(name):
     return next((each.split("=", 1)[1] for each in sys.argv if each.startswith(f"--{name}=")), None)
 
-folder = pathlib.Path(os.environ["FAKE_RECORD"])
+directory = pathlib.Path(os.environ["FAKE_RECORD"])
 node, port = os.environ["FAKE_NODE"], option("port")
-told = {"node": node, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "arguments": sys.argv[1:]}
+started = {"node": node, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "arguments": sys.argv[1:]}
 doctor = sys.argv[1:4] == ["-m", "megatron_selfdistill", "doctor"]
-(folder / f"{node}-{'doctor' if doctor else port or 'trainer'}.json").write_text(json.dumps(told))
+(directory / f"{node}-{'doctor' if doctor else port or 'trainer'}.json").write_text(json.dumps(started))
 if doctor:
     end = os.environ["FAKE_DOCTOR"] if node == "n1" else "0"
     os.kill(os.getpid(), signal.SIGTERM) if end == "TERM" else sys.exit(int(end))
 elif port is None:
-    (folder / "trained").touch()
+    (directory / "trained").touch()
 elif option("node-rank") == "0":
     import http.server
 
@@ -79,7 +79,7 @@ elif option("node-rank") == "0":
 
     server = http.server.HTTPServer((f"127.0.0.1{node[1:]}", int(port)), Healthy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    while not (folder / "trained").exists():
+    while not (directory / "trained").exists():
         time.sleep(0.02)
 """
 
@@ -109,8 +109,8 @@ class Submitted:
     """srun's arguments."""
 
 
-def submitted(folder: Path, script: str = "rollout_nodes", **parameters: str) -> Submitted:
-    fakes, record = folder / "bin", folder / "record"
+def submitted(directory: Path, script: str = "rollout_nodes", **parameters: str) -> Submitted:
+    fakes, record = directory / "bin", directory / "record"
     for new in (fakes, record):
         new.mkdir()
     shell = "#!/bin/bash\n"
@@ -127,7 +127,7 @@ def submitted(folder: Path, script: str = "rollout_nodes", **parameters: str) ->
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.10",
         "FAKE_DOCTOR": "0",
-        "RUN_DIR": str(folder / "run"),
+        "RUN_DIR": str(directory / "run"),
         "HF_CONFIG": "/model",
         "RUN_DOCTOR": "0",
         "SERVER_START_MINUTES": "1",
@@ -207,7 +207,7 @@ def test_nodes_that_do_not_add_up_are_refused_before_anything_starts(tmp_path, p
 
 
 @pytest.mark.parametrize("script", ["one_node", "many_nodes", "rollout_nodes"])
-def test_a_container_sees_the_repository_and_the_run_folder_however_it_is_named_and_what_else_is_given(
+def test_a_container_sees_the_repository_and_the_run_directory_however_it_is_named_and_what_else_is_given(
     tmp_path, script
 ):
     """Check that a relative directory becomes absolute, since pyxis takes only sources that begin with / or a dot."""

@@ -36,21 +36,23 @@ def run_tool(arguments: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Problems, an untrained model as a Hugging Face folder with its tokenizer, and the same as a checkpoint."""
+def directory(tmp_path_factory) -> Path:
+    """Problems, an untrained model as a Hugging Face directory with its tokenizer, and the same as a checkpoint."""
     from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
 
-    folder = tmp_path_factory.mktemp("evaluate")
-    tiny_run.write_data(folder, 12)
-    hf_models.write("qwen3", folder / "hf", vocab_size=23)
-    for path in (folder / "tokenizer").iterdir():
-        shutil.copy(path, folder / "hf" / path.name)
-    hf_to_megatron(folder / "hf", folder / "megatron")
-    return folder
+    directory = tmp_path_factory.mktemp("evaluate")
+    tiny_run.write_data(directory, 12)
+    hf_models.write("qwen3", directory / "hf", vocab_size=23)
+    for path in (directory / "tokenizer").iterdir():
+        shutil.copy(path, directory / "hf" / path.name)
+    hf_to_megatron(directory / "hf", directory / "megatron")
+    return directory
 
 
-def arguments(folder: Path, out: Path, *more: str, model: str = "megatron", data: str = "problems.jsonl") -> list[str]:
-    model_and_data = [f"--{model}", str(folder / model), "--data", str(folder / data)]
+def arguments(
+    directory: Path, out: Path, *more: str, model: str = "megatron", data: str = "problems.jsonl"
+) -> list[str]:
+    model_and_data = [f"--{model}", str(directory / model), "--data", str(directory / data)]
     return [*model_and_data, "--out", str(out), "--num-samples", "4", *SETTINGS, *more]
 
 
@@ -59,10 +61,12 @@ def evaluate(ranks, *args, world_size: int = 1, **kwargs) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder, ranks) -> Path:
+def alone(directory, ranks) -> Path:
     """Evaluate the checkpoint on one rank."""
-    out = folder / "results" / "alone"
-    assert evaluate(ranks, folder, out, "--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15") == [0]
+    out = directory / "results" / "alone"
+    assert evaluate(
+        ranks, directory, out, "--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15"
+    ) == [0]
     return out
 
 
@@ -70,9 +74,9 @@ def summary_of(out: Path) -> dict:
     return json.loads((out / SUMMARY).read_text())
 
 
-def test_the_files_say_what_was_measured(folder, alone):
+def test_the_files_say_what_was_measured(directory, alone):
     summary, lines = summary_of(alone), [json.loads(line) for line in (alone / PROBLEMS).read_text().splitlines()]
-    ids = [json.loads(line)["id"] for line in (folder / "problems.jsonl").read_text().splitlines()]
+    ids = [json.loads(line)["id"] for line in (directory / "problems.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ids and {len(line["samples"]) for line in lines} == {4}
     metrics, samples = summary["metrics"], [sample for line in lines for sample in line["samples"]]
     assert metrics["avg_at_4"] == sum(sample["correct"] for sample in samples) / 48 > 0
@@ -82,42 +86,44 @@ def test_the_files_say_what_was_measured(folder, alone):
     assert {name for name in metrics if "_at_" in name} == set(
         "avg_at_4 pass_at_1 pass_at_2 pass_at_4 majority_at_3".split()
     )
-    assert summary["model"] == {"format": "megatron", "path": str(folder / "megatron" / "release"), "iteration": 0}
+    assert summary["model"] == {"format": "megatron", "path": str(directory / "megatron" / "release"), "iteration": 0}
     assert summary["settings"]["top_k"] == 15 and summary["data"]["num_problems"] == 12
     assert {path.name for path in alone.iterdir()} == {SUMMARY, PROBLEMS}
     assert [path.name for path in alone.parent.iterdir() if path.name.startswith(".")] == []
 
 
 @combinations(layout=["tensor", "pipeline", None], quick={"layout": ["tensor"]}, strength=1)
-def test_two_ranks_write_the_same_files(folder, alone, ranks, layout, tmp_path):
+def test_two_ranks_write_the_same_files(directory, alone, ranks, layout, tmp_path):
     cut = [f"parallel.{layout}_model_parallel_size=2"] if layout else []
     options = ("--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15", *cut)
-    assert evaluate(ranks, folder, tmp_path / "two", *options, world_size=2) == [0, 0]
+    assert evaluate(ranks, directory, tmp_path / "two", *options, world_size=2) == [0, 0]
     for name in (SUMMARY, PROBLEMS):
         assert (tmp_path / "two" / name).read_bytes() == (alone / name).read_bytes(), name
 
 
 @pytest.mark.full
-def test_a_hugging_face_folder_gives_the_results_of_its_checkpoint_and_leaves_nothing_behind(folder, alone, tmp_path):
+def test_a_hugging_face_directory_gives_the_results_of_its_checkpoint_and_leaves_nothing_behind(
+    directory, alone, tmp_path
+):
     options = ("--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15")
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(TOOL)]
-    command += arguments(folder, tmp_path / "results" / "hf", *options, model="hf")
+    command += arguments(directory, tmp_path / "results" / "hf", *options, model="hf")
     paths = os.pathsep.join([str(tiny_run.REPOSITORY), str(tiny_run.REPOSITORY / "tests" / "support")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("majority_at_3") == 1, "one rank prints"
     hf, megatron = summary_of(tmp_path / "results" / "hf"), summary_of(alone)
-    assert hf.pop("model") == {"format": "hugging_face", "path": str(folder / "hf"), "iteration": None}
+    assert hf.pop("model") == {"format": "hugging_face", "path": str(directory / "hf"), "iteration": None}
     megatron.pop("model")
     assert hf == megatron
     assert (tmp_path / "results" / "hf" / PROBLEMS).read_bytes() == (alone / PROBLEMS).read_bytes()
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["hf"]
 
 
-def test_another_seed_draws_others_and_responses_are_written_when_asked(folder, alone, ranks, tmp_path):
+def test_another_seed_draws_others_and_responses_are_written_when_asked(directory, alone, ranks, tmp_path):
     options = ("rollout.top_k=15", "--responses", "2")
-    assert evaluate(ranks, folder, tmp_path / "other", *options, "seed=1") == [0]
+    assert evaluate(ranks, directory, tmp_path / "other", *options, "seed=1") == [0]
     samples, others = (
         [json.loads(line)["samples"] for line in (out / PROBLEMS).read_text().splitlines()]
         for out in (alone, tmp_path / "other")
@@ -129,31 +135,31 @@ def test_another_seed_draws_others_and_responses_are_written_when_asked(folder, 
     assert set(summary_of(tmp_path / "other")["metrics"]) >= {"pass_at_4", "majority_at_4"}
 
 
-def test_problems_need_no_solutions_unless_they_are_shown(folder, alone, ranks, tmp_path, capfd):
-    records = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+def test_problems_need_no_solutions_unless_they_are_shown(directory, alone, ranks, tmp_path, capfd):
+    records = [json.loads(line) for line in (directory / "problems.jsonl").read_text().splitlines()]
     for record in records:
         del record["solution"]
-    (folder / "bare.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (directory / "bare.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ("--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15")
-    assert evaluate(ranks, folder, tmp_path / "bare", *options, data="bare.jsonl") == [0]
+    assert evaluate(ranks, directory, tmp_path / "bare", *options, data="bare.jsonl") == [0]
     assert (tmp_path / "bare" / PROBLEMS).read_bytes() == (alone / PROBLEMS).read_bytes()
     assert summary_of(tmp_path / "bare")["data"]["fingerprint"] == summary_of(alone)["data"]["fingerprint"]
-    assert run_tool(arguments(folder, tmp_path / "hinted", "--hinted", data="bare.jsonl")) == 2
+    assert run_tool(arguments(directory, tmp_path / "hinted", "--hinted", data="bare.jsonl")) == 2
     assert "bare.jsonl:1: field 'solution'" in capfd.readouterr().err
 
 
-def test_hinted_evaluation_shows_the_solution(folder, ranks, tmp_path):
+def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     template = "data.teacher_template='{problem}H{solution}|'"
     options = ("--hinted", template, "--responses", "1", "--num-samples", "0")
-    assert evaluate(ranks, folder, tmp_path / "hinted", *options) == [0]
+    assert evaluate(ranks, directory, tmp_path / "hinted", *options) == [0]
     response = json.loads((tmp_path / "hinted" / RESPONSES).read_text())
     assert "H" in response["prompt"] and response["prompt"].endswith("|")
     metrics = summary_of(tmp_path / "hinted")["metrics"]
     assert set(metrics) == {f"greedy_{name}" for name in ("accuracy", "mean_length", "truncated_share")}
 
 
-def test_two_evaluations_are_compared(folder, alone, ranks, tmp_path, capfd):
-    assert evaluate(ranks, folder, tmp_path / "b", "seed=1", "--num-samples", "8", "rollout.temperature=0.5") == [0]
+def test_two_evaluations_are_compared(directory, alone, ranks, tmp_path, capfd):
+    assert evaluate(ranks, directory, tmp_path / "b", "seed=1", "--num-samples", "8", "rollout.temperature=0.5") == [0]
     assert run_tool(["compare", str(alone), str(tmp_path / "b"), "--out", str(tmp_path / "c" / "c.json")]) == 0
     shown = capfd.readouterr().out
     assert "avg_at_k" in shown and "temperature is 1.0 in A and 0.5 in B" in shown
@@ -165,7 +171,7 @@ def test_two_evaluations_are_compared(folder, alone, ranks, tmp_path, capfd):
     assert compared["num_problems"] == 12
 
 
-def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(folder, tmp_path, monkeypatch, capsys):
+def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(directory, tmp_path, monkeypatch, capsys):
     from contextlib import nullcontext
 
     from megatron_selfdistill.data.problems import Problem
@@ -180,7 +186,7 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(folde
     )
     monkeypatch.setattr(evaluations, "write_evaluation", lambda *_: {})
     monkeypatch.setattr(tables, "show_summary", lambda *_: print("the table"))
-    given = evaluation_arguments(arguments(folder, tmp_path / "x", "evaluation.verifier=exact_match"))
+    given = evaluation_arguments(arguments(directory, tmp_path / "x", "evaluation.verifier=exact_match"))
     config = tool._configured(given, tool._model(given))
     inputs = SimpleNamespace(builder=None, tokenizer=None, evaluation=[problem], stop_token_ids=(), max_length=9)
     tool._evaluate_with(config, inputs, SimpleNamespace(is_reporter=True), given, {})
@@ -207,31 +213,31 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_sentence_and_leaves_nothing(folder, tmp_path, capfd, name):
+def test_bad_input_is_one_line_and_leaves_nothing(directory, tmp_path, capfd, name):
     options, expected = BAD_INPUT[name]
-    assert run_tool(arguments(folder, tmp_path / "results" / "x", *options)) == 2
+    assert run_tool(arguments(directory, tmp_path / "results" / "x", *options)) == 2
     error = capfd.readouterr().err.strip()
     assert expected in error and len(error.splitlines()) == 1
     assert list(tmp_path.rglob("*.json*")) == [] and not any(tmp_path.glob("results/*"))
 
 
-def test_results_are_overwritten_only_when_asked(folder, alone, ranks, tmp_path, capfd):
+def test_results_are_overwritten_only_when_asked(directory, alone, ranks, tmp_path, capfd):
     out = tmp_path / "results"
     shutil.copytree(alone, out)
     (out / RESPONSES).write_text("of the model before\n")
-    assert run_tool(arguments(folder, out)) == 2
+    assert run_tool(arguments(directory, out)) == 2
     assert "add --overwrite" in capfd.readouterr().err
-    assert evaluate(ranks, folder, out, "--overwrite", "seed=1", "--num-samples", "1") == [0]
+    assert evaluate(ranks, directory, out, "--overwrite", "seed=1", "--num-samples", "1") == [0]
     assert summary_of(out)["settings"]["num_samples"] == 1 and not (out / RESPONSES).exists()
 
 
-def test_iteration_with_a_hugging_face_folder_and_a_checkpoint_without_tokenizer(folder, tmp_path, capfd):
-    assert run_tool(arguments(folder, tmp_path / "x", "--iteration", "3", model="hf")) == 2
+def test_iteration_with_a_hugging_face_directory_and_a_checkpoint_without_tokenizer(directory, tmp_path, capfd):
+    assert run_tool(arguments(directory, tmp_path / "x", "--iteration", "3", model="hf")) == 2
     assert "--iteration chooses among Megatron checkpoints" in capfd.readouterr().err
-    shutil.copytree(folder / "megatron", tmp_path / "megatron")
+    shutil.copytree(directory / "megatron", tmp_path / "megatron")
     shutil.rmtree(tmp_path / "megatron" / "release" / HF_ASSETS)
     bare = ["--megatron", str(tmp_path / "megatron")]
-    assert run_tool([*arguments(folder, tmp_path / "x"), *bare]) == 2
+    assert run_tool([*arguments(directory, tmp_path / "x"), *bare]) == 2
     assert "data.tokenizer=DIR" in capfd.readouterr().err
 
 

@@ -37,12 +37,12 @@ LAYOUTS = {
 
 def run_tool(arguments: list[str], dies_in_group: int | None = None) -> tuple[int, str]:
     """(exit status, what was printed or complained of) on this rank; it may be killed while it writes a group down."""
-    shown, said = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
         if dies_in_group is not None:
             patch.setattr(solution_journal.Journal, "append", dying_append(dies_in_group))
         status = solutions.main(arguments)
-    return status, shown.getvalue() if status == 0 else said.getvalue()
+    return status, output.getvalue() if status == 0 else errors.getvalue()
 
 
 def run_tool_often(command_lines: list[list[str]]) -> list[tuple[int, str]]:
@@ -67,41 +67,41 @@ def dying_append(dies_in_group: int) -> Callable[[Any, list[dict]], None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Problems without solutions, a tokenizer, and a random model as a Hugging Face folder and as a checkpoint."""
+def directory(tmp_path_factory) -> Path:
+    """Problems without solutions, a tokenizer, and a random model as a Hugging Face directory and as a checkpoint."""
     from _lib import subtraction
     from _lib.pretraining import write_tokenizer
 
-    folder = tmp_path_factory.mktemp("make_solutions")
-    tiny_run.write_data(folder, NUM_PROBLEMS)
-    records = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    directory = tmp_path_factory.mktemp("make_solutions")
+    tiny_run.write_data(directory, NUM_PROBLEMS)
+    records = [json.loads(line) for line in (directory / "problems.jsonl").read_text().splitlines()]
     for number, record in enumerate(records):
         record["id"] = f"p{number}"
         del record["solution"]
-    write(folder / "problems.jsonl", records)
-    write(folder / "unanswered.jsonl", [{"problem": "1-1:"}])
-    hf_models.write("qwen3", folder / "hf", vocab_size=len(subtraction.ALPHABET), max_position_embeddings=128)
-    write_tokenizer(folder / "hf", subtraction.ALPHABET)
-    conversion.hf_to_megatron(folder / "hf", folder / "megatron")
-    return folder
+    write(directory / "problems.jsonl", records)
+    write(directory / "unanswered.jsonl", [{"problem": "1-1:"}])
+    hf_models.write("qwen3", directory / "hf", vocab_size=len(subtraction.ALPHABET), max_position_embeddings=128)
+    write_tokenizer(directory / "hf", subtraction.ALPHABET)
+    conversion.hf_to_megatron(directory / "hf", directory / "megatron")
+    return directory
 
 
 def write(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def arguments_of(folder: Path, name: str, *more: str, model: str = "checkpoint.load={}/megatron") -> list[str]:
+def arguments_of(directory: Path, name: str, *more: str, model: str = "checkpoint.load={}/megatron") -> list[str]:
     return [
-        *("--out", str(folder / name)),
+        *("--out", str(directory / name)),
         *("--num-samples", str(NUM_SAMPLES), "--keep", "2", "--group-size", "4"),
-        f"data.path={folder}/problems.jsonl",
-        f"data.tokenizer={folder}/tokenizer",
+        f"data.path={directory}/problems.jsonl",
+        f"data.tokenizer={directory}/tokenizer",
         "data.teacher_template='{problem}H{solution}|'",
         "rollout.max_new_tokens=28",
         "schedule.max_tokens=256",
         "optimizer=fp32",
         "evaluation.verifier=tiny_run.starts_with_an_even_token",
-        *([model.format(folder)] if model else []),
+        *([model.format(directory)] if model else []),
         *more,
     ]
 
@@ -117,17 +117,17 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def summary(folder, ranks) -> str:
+def summary(directory, ranks) -> str:
     """Return the summary of own.jsonl, which one rank makes without interruption."""
-    return made(ranks, arguments_of(folder, "own.jsonl", "--pick", "learnable"))
+    return made(ranks, arguments_of(directory, "own.jsonl", "--pick", "learnable"))
 
 
-def test_every_solution_is_right_and_the_file_is_one_that_a_run_reads(folder, summary):
-    records = lines_of(folder / "own.jsonl")
-    data = {"path": f"{folder}/own.jsonl", "tokenizer": f"{folder}/tokenizer"}
+def test_every_solution_is_right_and_the_file_is_one_that_a_run_reads(directory, summary):
+    records = lines_of(directory / "own.jsonl")
+    data = {"path": f"{directory}/own.jsonl", "tokenizer": f"{directory}/tokenizer"}
     read = RunData.load(from_mapping({"data": data, "rollout": {"max_new_tokens": 28}})).problems.problems
     assert [(p.id, p.solution, p.answer) for p in read] == [(r["id"], r["solution"], r["answer"]) for r in records]
-    asked = {p.id: p.messages for p in load_problems(folder / "problems.jsonl", fields={"solution": None}).problems}
+    asked = {p.id: p.messages for p in load_problems(directory / "problems.jsonl", fields={"solution": None}).problems}
     assert len(records) > len({record["problem_id"] for record in records}) >= NUM_PROBLEMS // 2
     for problem, record in zip(read, records, strict=True):
         assert problem.messages == asked[record["problem_id"]]
@@ -137,10 +137,10 @@ def test_every_solution_is_right_and_the_file_is_one_that_a_run_reads(folder, su
         assert record["num_correct"] == sum(record["verdicts"]) and len(record["verdicts"]) == NUM_SAMPLES
 
 
-def test_each_line_says_where_it_comes_from(folder, summary):
-    for record in lines_of(folder / "own.jsonl"):
+def test_each_line_says_where_it_comes_from(directory, summary):
+    for record in lines_of(directory / "own.jsonl"):
         source = record["provenance"]
-        assert source["model"] == str(folder / "megatron" / "release") and source["iteration"] == 0
+        assert source["model"] == str(directory / "megatron" / "release") and source["iteration"] == 0
         assert (source["seed"], source["num_samples"], source["pick"]) == (0, NUM_SAMPLES, "learnable")
         assert source["sampling"]["temperature"] == 1.0 and source["sampling"]["max_new_tokens"] == 28
         assert (
@@ -149,13 +149,13 @@ def test_each_line_says_where_it_comes_from(folder, summary):
             and record["mean_log_prob"] < 0
         )
     best, second = {}, {}
-    for record in lines_of(folder / "own.jsonl"):
+    for record in lines_of(directory / "own.jsonl"):
         (second if record["id"].endswith("#2") else best)[record["problem_id"]] = record["learnability"]
     assert second and all(best[name] >= value for name, value in second.items())
 
 
-def test_the_summary_counts_what_the_attempts_say(folder, summary):
-    _, *attempts = lines_of(folder / "own.attempts.jsonl")
+def test_the_summary_counts_what_the_attempts_say(directory, summary):
+    _, *attempts = lines_of(directory / "own.attempts.jsonl")
     assert [attempt["problem_id"] for attempt in attempts] == [f"p{i}" for i in range(NUM_PROBLEMS)]
     rows = [line.split("│")[1:4] for line in summary.splitlines() if line.startswith("│")]
     counted = [sum(attempt["num_correct"] == right for attempt in attempts) for right in range(NUM_SAMPLES + 1)]
@@ -167,16 +167,16 @@ def test_the_summary_counts_what_the_attempts_say(folder, summary):
 
 
 @pytest.mark.parametrize("dies_in_group", [2, pytest.param(3, marks=pytest.mark.full)])
-def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, folder, summary, dies_in_group):
+def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, directory, summary, dies_in_group):
     name = f"killed_{dies_in_group}.jsonl"
-    arguments = arguments_of(folder, name, "--pick", "learnable")
+    arguments = arguments_of(directory, name, "--pick", "learnable")
     with pytest.raises(RankError):
         made(ranks, arguments, dies_in_group=dies_in_group)
-    assert not (folder / name).exists()
+    assert not (directory / name).exists()
     assert made(ranks, arguments).splitlines()[:-1] == summary.splitlines()[:-1]
-    assert (folder / name).read_text() == (folder / "own.jsonl").read_text()
+    assert (directory / name).read_text() == (directory / "own.jsonl").read_text()
     attempts = f"{name.removesuffix('.jsonl')}.attempts.jsonl"
-    assert (folder / attempts).read_text() == (folder / "own.attempts.jsonl").read_text()
+    assert (directory / attempts).read_text() == (directory / "own.attempts.jsonl").read_text()
 
 
 def test_a_group_that_was_cut_is_done_again_as_a_whole(tmp_path):
@@ -191,19 +191,19 @@ def test_a_group_that_was_cut_is_done_again_as_a_whole(tmp_path):
     assert journal.begin(10) == 10 and list(journal.lines()) == lines
 
 
-def test_what_is_done_is_not_done_again(ranks, folder, summary):
-    before = (folder / "own.jsonl").read_bytes()
-    arguments = arguments_of(folder, "own.jsonl", "--pick", "learnable")
+def test_what_is_done_is_not_done_again(ranks, directory, summary):
+    before = (directory / "own.jsonl").read_bytes()
+    arguments = arguments_of(directory, "own.jsonl", "--pick", "learnable")
     assert made(ranks, arguments, dies_in_group=1) == summary
-    assert (folder / "own.jsonl").read_bytes() == before
+    assert (directory / "own.jsonl").read_bytes() == before
 
 
 @combinations(layout=LAYOUTS.keys(), quick={"layout": ["DP2", "TP2"]}, strength=1)
-def test_every_layout_writes_the_same_solutions(ranks, folder, summary, layout):
+def test_every_layout_writes_the_same_solutions(ranks, directory, summary, layout):
     name = f"{layout}.jsonl"
-    arguments = arguments_of(folder, name, "--pick", "learnable", *LAYOUTS[layout])
+    arguments = arguments_of(directory, name, "--pick", "learnable", *LAYOUTS[layout])
     assert made(ranks, arguments, world_size=2).splitlines()[:-1] == summary.splitlines()[:-1]
-    for expected, got in zip(lines_of(folder / "own.jsonl"), lines_of(folder / name), strict=True):
+    for expected, got in zip(lines_of(directory / "own.jsonl"), lines_of(directory / name), strict=True):
         for key in ("learnability", "mean_log_prob"):
             assert got.pop(key) == pytest.approx(expected.pop(key), abs=1e-4)
         assert got == expected
@@ -216,28 +216,30 @@ def run_tool_without_projecting(arguments: list[str]) -> tuple[int, str]:
         return run_tool(arguments)
 
 
-def test_where_the_output_layer_is_fused_candidates_are_scored_in_chunks(ranks, folder, summary):
-    arguments = arguments_of(folder, "fused.jsonl", "--pick", "learnable", "loss.fused=low_memory")
+def test_where_the_output_layer_is_fused_candidates_are_scored_in_chunks(ranks, directory, summary):
+    arguments = arguments_of(directory, "fused.jsonl", "--pick", "learnable", "loss.fused=low_memory")
     arguments.append("loss.fused_chunk_tokens=5")
     ((status, shown),) = ranks.run(run_tool_without_projecting, arguments, world_size=1, init_process_group=False)
     assert status == 0 and shown.splitlines()[:-1] == summary.splitlines()[:-1]
-    for expected, got in zip(lines_of(folder / "own.jsonl"), lines_of(folder / "fused.jsonl"), strict=True):
+    for expected, got in zip(lines_of(directory / "own.jsonl"), lines_of(directory / "fused.jsonl"), strict=True):
         assert got.pop("learnability") == pytest.approx(expected.pop("learnability"), abs=1e-6)
         assert got == expected
 
 
-def test_a_hugging_face_folder_gives_the_solutions_of_its_checkpoint(ranks, folder, summary):
-    bare = [a for a in arguments_of(folder, "hf.jsonl", "--hf", f"{folder}/hf", model="") if "data.tokenizer" not in a]
+def test_a_hugging_face_directory_gives_the_solutions_of_its_checkpoint(ranks, directory, summary):
+    bare = [
+        a for a in arguments_of(directory, "hf.jsonl", "--hf", f"{directory}/hf", model="") if "data.tokenizer" not in a
+    ]
     made(ranks, [*bare, "--pick", "learnable"])
-    assert lines_of(folder / "hf.attempts.jsonl")[0]["model"] == str(folder / "hf")
-    assert lines_of(folder / "hf.attempts.jsonl")[1:] == lines_of(folder / "own.attempts.jsonl")[1:]
-    assert not list(folder.glob(".hf.jsonl*")), "the converted model was removed"
+    assert lines_of(directory / "hf.attempts.jsonl")[0]["model"] == str(directory / "hf")
+    assert lines_of(directory / "hf.attempts.jsonl")[1:] == lines_of(directory / "own.attempts.jsonl")[1:]
+    assert not list(directory.glob(".hf.jsonl*")), "the converted model was removed"
 
 
-def test_its_samples_are_no_rollouts_and_depend_on_the_seed(ranks, folder, summary):
-    made(ranks, arguments_of(folder, "seed.jsonl", "--pick", "learnable", "seed=1"))
+def test_its_samples_are_no_rollouts_and_depend_on_the_seed(ranks, directory, summary):
+    made(ranks, arguments_of(directory, "seed.jsonl", "--pick", "learnable", "seed=1"))
     lengths = [
-        [line["lengths"] for line in lines_of(folder / f"{name}.attempts.jsonl")[1:]] for name in ("own", "seed")
+        [line["lengths"] for line in lines_of(directory / f"{name}.attempts.jsonl")[1:]] for name in ("own", "seed")
     ]
     assert lengths[0] != lengths[1]
     assert sample_seed(0, 0, "p0", 0) != sample_seed(0, 0, "solution/p0", 0)
@@ -258,16 +260,16 @@ OTHER_SETTINGS = {
 }
 
 
-def test_a_file_of_other_settings_is_not_continued(ranks, folder, summary):
-    before = (folder / "own.attempts.jsonl").read_bytes()
-    (folder / "foreign.jsonl").write_text("{}\n")
-    (folder / "broken.attempts.jsonl").write_text("[1]\n")
+def test_a_file_of_other_settings_is_not_continued(ranks, directory, summary):
+    before = (directory / "own.attempts.jsonl").read_bytes()
+    (directory / "foreign.jsonl").write_text("{}\n")
+    (directory / "broken.attempts.jsonl").write_text("[1]\n")
     expected = [*OTHER_SETTINGS, "exists without foreign.attempts.jsonl beside it", "is not a journal of this command"]
-    command_lines = [arguments_of(folder, "own.jsonl", *more) for more in OTHER_SETTINGS.values()]
-    command_lines += [arguments_of(folder, name) for name in ("foreign.jsonl", "broken.jsonl")]
+    command_lines = [arguments_of(directory, "own.jsonl", *more) for more in OTHER_SETTINGS.values()]
+    command_lines += [arguments_of(directory, name) for name in ("foreign.jsonl", "broken.jsonl")]
     for words, shown in zip(expected, refusals(ranks, command_lines), strict=True):
         assert words in shown
-    assert (folder / "own.attempts.jsonl").read_bytes() == before
+    assert (directory / "own.attempts.jsonl").read_bytes() == before
 
 
 CHECKPOINT = "checkpoint.load={}/megatron"
@@ -294,11 +296,11 @@ BAD_INPUT = {
 }
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(ranks, folder):
+def test_bad_input_is_one_line_and_leaves_nothing(ranks, directory):
     command_lines = [
-        arguments_of(folder, "refused.jsonl", *(argument.format(folder) for argument in more), model=model)
+        arguments_of(directory, "refused.jsonl", *(argument.format(directory) for argument in more), model=model)
         for more, model, _ in BAD_INPUT.values()
     ]
     for (name, (_, _, words)), shown in zip(BAD_INPUT.items(), refusals(ranks, command_lines), strict=True):
         assert words in shown, name
-    assert not (folder / "refused.jsonl").exists() and not (folder / "refused.attempts.jsonl").exists()
+    assert not (directory / "refused.jsonl").exists() and not (directory / "refused.attempts.jsonl").exists()

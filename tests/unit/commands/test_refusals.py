@@ -57,8 +57,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, missing problems to evaluate": ([TRAIN, *RUNNABLE, "evaluation.path=nope.jsonl"], "got nope.jsonl"),
     "train, a missing tokenizer": ([TRAIN, *RUNNABLE, "data.tokenizer=./nope"], "got ./nope, which does not exist"),
     "train, a missing checkpoint": ([TRAIN, *RUNNABLE, "checkpoint.load=nope"], NO_CHECKPOINT),
-    "train, an empty folder": ([TRAIN, *RUNNABLE, "checkpoint.load=empty"], "empty has no metadata.json"),
-    "train, a Hugging Face folder": ([TRAIN, *RUNNABLE, "checkpoint.load=hf"], "hf is a Hugging Face directory"),
+    "train, an empty directory": ([TRAIN, *RUNNABLE, "checkpoint.load=empty"], "empty has no metadata.json"),
+    "train, a Hugging Face directory": ([TRAIN, *RUNNABLE, "checkpoint.load=hf"], "hf is a Hugging Face directory"),
     "train, a layout": ([TRAIN, *RUNNABLE, THREE], NOT_CUT),
     "train, another number of ranks": ([TRAIN, *RUNNABLE, "cluster.num_gpus=16"], "but the launch has 1 ranks"),
     "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),
@@ -70,18 +70,18 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a plan, no vocabulary": ([TRAIN, *PLAN, "model.vocab_size=null"], "the vocabulary's size is not known"),
     "a plan, a checkpoint": ([TRAIN, *PLAN, "checkpoint.load=nope"], NO_CHECKPOINT),
     "convert, no command": ([CONVERT], "the following arguments are required: COMMAND"),
-    "convert, a missing folder": ([CONVERT, "hf-to-megatron", "--hf", "nope", *OUT], "it has no config.json"),
+    "convert, a missing directory": ([CONVERT, "hf-to-megatron", "--hf", "nope", *OUT], "it has no config.json"),
     "convert, no weights": ([CONVERT, "hf-to-megatron", "--hf", "no_weights", *OUT], "no_weights has no weights"),
-    "convert, a folder in the way": (
+    "convert, a directory in the way": (
         [CONVERT, "hf-to-megatron", "--hf", "hf", "--out", "full"],
         "full exists and is not overwritten",
     ),
-    "convert back, a missing folder": ([CONVERT, "megatron-to-hf", "--megatron", "nope", *OUT], NO_CHECKPOINT),
+    "convert back, a missing directory": ([CONVERT, "megatron-to-hf", "--megatron", "nope", *OUT], NO_CHECKPOINT),
     "convert back, an iteration": (
         [CONVERT, "megatron-to-hf", "--megatron", "empty", "--iteration", "7", *OUT],
         "empty has no iteration 7; it has none",
     ),
-    "convert back, a folder in the way": (
+    "convert back, a directory in the way": (
         [CONVERT, "megatron-to-hf", "--megatron", "empty", "--out", "full"],
         "full exists and is not",
     ),
@@ -90,7 +90,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "evaluate, an option": ([EVALUATE, *OUT], "the following arguments are required: --data"),
     "evaluate, a reserved key": ([EVALUATE, *EVALUATED, "run_dir=x"], "run_dir cannot be set here"),
     "evaluate, a missing file": ([EVALUATE, "--hf", "hf", "--data", "nope.jsonl", *OUT], "got nope.jsonl"),
-    "evaluate, a missing folder": ([EVALUATE, "--hf", "nope", "--data", "data.jsonl", *OUT], "has no config.json"),
+    "evaluate, a missing directory": ([EVALUATE, "--hf", "nope", "--data", "data.jsonl", *OUT], "has no config.json"),
     "evaluate, a missing checkpoint": ([EVALUATE, "--megatron", "nope", "--data", "data.jsonl", *OUT], NO_CHECKPOINT),
     "evaluate, results in the way": ([EVALUATE, *EVALUATED[:4], "--out", "full"], "add --overwrite"),
     "evaluate, too few samples": (
@@ -101,7 +101,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "compare": ([EVALUATE, "compare", "nope", "empty"], "expected an evaluation in nope, got no summary.json"),
     "solutions, a key": ([SOLUTIONS, *SOLVED, "rollot.top_p=1"], "did you mean"),
     "solutions, a missing file": ([SOLUTIONS, *SOLVED[:4], "data.path=nope.jsonl"], "got nope.jsonl"),
-    "solutions, a missing folder": ([SOLUTIONS, *SOLVED[:3], "nope", SOLVED[4]], "it has no config.json"),
+    "solutions, a missing directory": ([SOLUTIONS, *SOLVED[:3], "nope", SOLVED[4]], "it has no config.json"),
     "solutions, no model": ([SOLUTIONS, *SOLVED[:2], SOLVED[4]], "expected one model"),
     "solutions, a layout": ([SOLUTIONS, *SOLVED, THREE], NOT_CUT),
     "plan, an unknown number of GPUs": ([PROGRAM, "plan"], "a dry run without a launch needs cluster.num_gpus"),
@@ -121,29 +121,29 @@ CASES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    (folder / "data.jsonl").write_text('{"problem": "1 + 1", "solution": "2", "answer": "2"}\n')
+def directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    (directory / "data.jsonl").write_text('{"problem": "1 + 1", "solution": "2", "answer": "2"}\n')
     for name in ("hf", "no_weights", "empty", "full"):
-        (folder / name).mkdir()
+        (directory / name).mkdir()
     for name in ("hf", "no_weights"):
-        (folder / name / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    (folder / "hf" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    (folder / "full" / "file").write_text("")
-    return folder
+        (directory / name / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (directory / "hf" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (directory / "full" / "file").write_text("")
+    return directory
 
 
-def run(folder: Path, *command: str) -> tuple[int, list[str], str]:
+def run(directory: Path, *command: str) -> tuple[int, list[str], str]:
     """Status, heavy modules that were imported, and what stands on standard error."""
-    return run_and_read(folder, *command)[:3]
+    return run_and_read(directory, *command)[:3]
 
 
-def run_and_read(folder: Path, *command: str) -> tuple[int, list[str], str, str]:
+def run_and_read(directory: Path, *command: str) -> tuple[int, list[str], str, str]:
     """`run`, and what stands on standard output."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-c", RUN, *command],
-        cwd=folder,
+        cwd=directory,
         env=environment | {"PYTHONPATH": str(REPOSITORY)},
         input=json.dumps(HEAVY),
         capture_output=True,
@@ -167,10 +167,10 @@ SERVE = "megatron_selfdistill.rollout.vllm.server.serve"
     ],
     ids=["an option", "a host", "a node"],
 )
-def test_a_server_refuses_before_it_imports_anything_heavy(folder, arguments, words):
-    status, heavy, error = run(folder, SERVE, *arguments)
+def test_a_server_refuses_before_it_imports_anything_heavy(directory, arguments, words):
+    status, heavy, error = run(directory, SERVE, *arguments)
     assert status != 0 and heavy == []
-    assert words in f"{status}{error}" and "Traceback" not in error  # sys.exit takes a sentence for its status
+    assert words in f"{status}{error}" and "Traceback" not in error  # sys.exit takes a message for its status
 
 
 @combinations(
@@ -182,8 +182,8 @@ def test_a_server_refuses_before_it_imports_anything_heavy(folder, arguments, wo
             "train, heads",
             "train, too long contexts",
             "a plan, engines",
-            "convert, a folder in the way",
-            "convert back, a missing folder",
+            "convert, a directory in the way",
+            "convert back, a missing directory",
             "inspect",
             "evaluate, too few samples",
             "compare",
@@ -197,28 +197,28 @@ def test_a_server_refuses_before_it_imports_anything_heavy(folder, arguments, wo
     },
     strength=1,
 )
-def test_a_refusal_imports_nothing_heavy_and_writes_nothing(folder, case):
+def test_a_refusal_imports_nothing_heavy_and_writes_nothing(directory, case):
     command, words = CASES[case]
-    before = sorted(folder.rglob("*"))
-    status, heavy, error = run(folder, *command)
+    before = sorted(directory.rglob("*"))
+    status, heavy, error = run(directory, *command)
     assert (status, heavy) == (2, []), error
     assert words in error and "Traceback" not in error
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(directory.rglob("*")) == before
 
 
 @combinations(
     command=[PROGRAM, TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], quick={"command": [PROGRAM, DOCTOR]}, strength=1
 )
-def test_help_imports_nothing_heavy(folder, command):
-    assert run(folder, command, "--help")[:2] == (0, [])
+def test_help_imports_nothing_heavy(directory, command):
+    assert run(directory, command, "--help")[:2] == (0, [])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(folder, name):
-    status, heavy, _, said = run_and_read(folder, PROGRAM, name, "--help")
+def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(directory, name):
+    status, heavy, _, output = run_and_read(directory, PROGRAM, name, "--help")
     assert (status, heavy) == (0, [])
-    assert f"usage: selfdistill {name} " in said
-    assert re.search(rf"^ +selfdistill {name}\b", said, re.MULTILINE), "an example"
+    assert f"usage: selfdistill {name} " in output
+    assert re.search(rf"^ +selfdistill {name}\b", output, re.MULTILINE), "an example"
 
 
 def test_a_run_with_checkpoints_of_its_own_needs_neither_the_one_that_it_started_from_nor_its_architecture(tmp_path):

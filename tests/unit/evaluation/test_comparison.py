@@ -74,7 +74,7 @@ def test_fewer_than_two_problems_have_no_interval():
         bootstrap(np.ones((1, 3)))
 
 
-def write(folder: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[str] | None = None, **settings) -> Path:
+def write(directory: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[str] | None = None, **settings) -> Path:
     """Return an evaluation with these verdicts: per problem the greedy verdict, then the samples' verdicts."""
     names = ids or [f"p{i}" for i in range(len(outcomes))]
     verdicts = [[Verdict(bool(right), 3 + i, False, str(right)) for i, right in enumerate(row)] for row in outcomes]
@@ -96,8 +96,8 @@ def write(folder: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[str
         transcripts=[],
     )
     data = {"path": "p.jsonl", "fingerprint": "-".join(names), "num_problems": len(problems)}
-    write_evaluation(folder, result, {"model": {}, "data": data, "settings": settings})
-    return folder
+    write_evaluation(directory, result, {"model": {}, "data": data, "settings": settings})
+    return directory
 
 
 def outcomes_of(seed: int, num_problems: int = 40, num_samples: int = 4, gain: float = 0.0) -> list[list[bool]]:
@@ -200,26 +200,26 @@ def test_other_problems_are_refused_in_one_sentence(tmp_path):
         compare(one, one)
 
 
-def test_a_folder_without_a_whole_evaluation_is_refused(tmp_path):
-    folder = write(tmp_path / "a", outcomes_of(1, 3))
-    lines = (folder / PROBLEMS).read_text().splitlines()
-    (folder / PROBLEMS).write_text("\n".join(lines[:2]) + "\n")
+def test_a_directory_without_a_whole_evaluation_is_refused(tmp_path):
+    directory = write(tmp_path / "a", outcomes_of(1, 3))
+    lines = (directory / PROBLEMS).read_text().splitlines()
+    (directory / PROBLEMS).write_text("\n".join(lines[:2]) + "\n")
     with pytest.raises(ConfigError, match="2 lines for 3 problems"):
-        read_evaluation(folder)
-    (folder / PROBLEMS).write_text("\n".join([*lines[:2], lines[2][:20]]))
+        read_evaluation(directory)
+    (directory / PROBLEMS).write_text("\n".join([*lines[:2], lines[2][:20]]))
     with pytest.raises(ConfigError, match="JSONDecodeError"):
-        read_evaluation(folder)
-    (folder / PROBLEMS).unlink()
+        read_evaluation(directory)
+    (directory / PROBLEMS).unlink()
     with pytest.raises(ConfigError, match=f"got no {PROBLEMS}"):
-        read_evaluation(folder)
+        read_evaluation(directory)
 
 
 def test_only_an_evaluation_is_overwritten(tmp_path):
     require_free(tmp_path / "new", overwrite=False)
-    folder = write(tmp_path / "a", outcomes_of(1, 3))
+    directory = write(tmp_path / "a", outcomes_of(1, 3))
     with pytest.raises(ConfigError, match="add --overwrite"):
-        require_free(folder, overwrite=False)
-    require_free(folder, overwrite=True)
+        require_free(directory, overwrite=False)
+    require_free(directory, overwrite=True)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("1")
     with pytest.raises(ConfigError, match=f"which has no {SUMMARY}"):

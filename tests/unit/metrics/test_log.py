@@ -86,7 +86,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])
-def test_what_was_logged_is_written_again_where_the_folder_is_deleted(tmp_path, caplog, tensorboard):
+def test_what_was_logged_is_written_again_where_the_directory_is_deleted(tmp_path, caplog, tensorboard):
     with MetricsLog(tmp_path / "run", num_steps=9, tensorboard=tensorboard, console=False) as log:
         log.resume(0)
         for step in range(1, 6):
@@ -103,8 +103,8 @@ def test_what_was_logged_is_written_again_where_the_folder_is_deleted(tmp_path, 
 
 
 def lose_events(run_dir: Path, log: MetricsLog) -> None:
-    """Delete the folder and let TensorBoard's thread find out, which it otherwise does at a time of its own."""
-    while run_dir.exists():  # the thread may write into the folder while it is being removed
+    """Delete the directory and let TensorBoard's thread find out, which it otherwise does at a time of its own."""
+    while run_dir.exists():  # the thread may write into the directory while it is being removed
         shutil.rmtree(run_dir, ignore_errors=True)
     with pytest.raises(FileNotFoundError):
         for _ in range(1000):
@@ -112,7 +112,7 @@ def lose_events(run_dir: Path, log: MetricsLog) -> None:
             log._writer.flush()
 
 
-def test_tensorboard_goes_on_where_its_thread_has_found_the_folder_gone(tmp_path):
+def test_tensorboard_goes_on_where_its_thread_has_found_the_directory_gone(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with MetricsLog(tmp_path / "run", num_steps=9, console=False) as log:
@@ -124,7 +124,7 @@ def test_tensorboard_goes_on_where_its_thread_has_found_the_folder_gone(tmp_path
     assert [event.step for event in events] == [1, 2]
 
 
-def test_a_folder_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
+def test_a_directory_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
     with MetricsLog(tmp_path / "run", num_steps=9, console=False) as log:
         log.resume(0)
         log.log(1, {"loss/mean": 0.1})

@@ -10,10 +10,10 @@ import pytest
 from megatron_selfdistill.report.curves import ENTROPY, GREEDY, Panel, curve, plot_curves
 
 
-def write_run(folder, lines):
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+def write_run(directory, lines):
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
 
 
 def test_a_curve_has_the_lines_that_hold_its_metric():
