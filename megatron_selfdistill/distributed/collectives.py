@@ -116,7 +116,7 @@ def raise_on_all_ranks(unexpected: type[Exception] = CheckpointError) -> Iterato
 
 
 def run_on_each_rank(work: Callable[[], T], unexpected: type[Exception] = CheckpointError) -> T:
-    """Return what ``work`` returns on this rank, after `raise_on_all_ranks`."""
+    """Return the result of ``work`` on this rank, after `raise_on_all_ranks`."""
     results: list[T] = []
     with raise_on_all_ranks(unexpected):
         results.append(work())

@@ -61,7 +61,7 @@ def _logit(entropies: Tensor, max_entropy: float) -> Tensor:
 
 
 def _monotone_cubic_root(positions: list[float], heights: list[float]) -> float:
-    """Return where the monotone cubic through falling heights is 0; without a root, the nearer end."""
+    """Return the position at which the monotone cubic through falling heights is 0; without a root, the nearer end."""
     if heights[0] <= 0:
         return positions[0]
     if heights[-1] >= 0:

@@ -88,7 +88,7 @@ def _sampled(trainer: Trainer, prompts: Sequence[PromptPair], version: int) -> l
 
 
 def _compared(trainer: Trainer, prompts: Sequence[PromptPair], responses: Sequence[Response]) -> SyncDifferences:
-    """Return how these responses compare with one forward pass of the trainer's present weights."""
+    """Return the comparison of these responses with one forward pass of the trainer's present weights."""
     trainer.sampler.sleep()
     learner, grid = trainer.learner, trainer.grid
     packed = learner.pack(build_contexts(prompts, responses))

@@ -68,7 +68,7 @@ class Prompts(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what steps have changed, as plain values."""
+        """Return the changes that steps have made, as plain values."""
         ...
 
     def restored(self, state: Mapping[str, Any]) -> Prompts:

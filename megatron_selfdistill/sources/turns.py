@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Logged turns in a step: how likely they are for the student, and what they weigh in the loss."""
+"""Logged turns in a step: their likelihood under the student, and their weights in the loss."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ PAGES = {
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (
         "Data",
-        "data.problems data.tokenizer data.prompts data.contexts data.chat.conversations data.chat.acceptance",
+        "data.problems data.records data.tokenizer data.prompts data.contexts data.chat.conversations "
+        "data.chat.acceptance",
     ),
     "config": ("Configuration", "config.compose config.bound_keys"),
     "evaluation": (

@@ -2,7 +2,7 @@
 """The output layer fused with the loss: from hidden states to divergences without the logits of all tokens at once.
 
 Student and teacher are projected chunk of tokens by chunk of tokens, and the passes of vocab_parallel.py run on each
-chunk.  The mode says what is kept for backward:
+chunk.  The mode determines the tensors that are kept for backward:
 
     keep_gradient   the gradient of the student's logits for a loss of 1 per token, one tensor [R, V / tp]: backward
                     is one dgrad and one wgrad GEMM, and the incoming gradient multiplies tensors of width h
@@ -42,7 +42,7 @@ class WeightGradient(Protocol):
         """
 
     def for_autograd(self) -> Tensor | None:
-        """Return what autograd receives as the weight's gradient, once everything is added."""
+        """Return the tensor that autograd receives as the weight's gradient, once everything is added."""
 
 
 def fused_distillation_loss(

@@ -33,7 +33,9 @@ class ServerPool:
         return len(self.servers) - len(self._failed)
 
     def reachable(self, forget: Callable[[VllmServer], None]) -> list[VllmServer]:
-        """Return the servers that answer now; call ``forget`` for each server that has lost what it had received.
+        """Return the servers that answer now.
+
+        ``forget`` is called for each server that has lost the weights that it had received.
 
         Raises: `EngineError` if no server answers.
         """

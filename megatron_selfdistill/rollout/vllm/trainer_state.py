@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Restore what vLLM changes in the trainer's process, which vLLM takes for its own, after every call of an engine."""
+"""Restore the state of the trainer's process after every call of an engine, since vLLM changes it like its own."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class WorkerExtension:
             self.weight_transfer_engine.reset_weight_update_target()
 
     def place(self: Any) -> dict[str, Any]:
-        """Return where this worker runs and how it could receive weights, as `VllmServer.workers` describes."""
+        """Return the place of this worker and its ways to receive weights, as `VllmServer.workers` describes."""
         return {
             "host": socket.gethostname(),
             "boot_id": boot_id(),
