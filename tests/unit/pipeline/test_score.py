@@ -139,7 +139,7 @@ def assert_near(got: list[Scores], wanted: list[tuple[float, ...]], tolerance: f
         assert dataclasses.astuple(score) == pytest.approx(values, abs=tolerance), what
 
 
-COLUMNS, CHUNK = 4096, 3  # of the columns 61 are no padding: the logits are large, and the passes' temporaries small
+COLUMNS, CHUNK = 8192, 3  # of the columns 61 are no padding: the logits are large, and the passes' temporaries small
 MEMORY_FUSIONS = [None, Fusion("low_memory", CHUNK), Fusion("keep_gradient", CHUNK)]
 
 
