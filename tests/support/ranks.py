@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,14 @@ class RankError(AssertionError):
 class RankPool:
     """A server process, started when first needed, that forks up to `MAX_WORLD_SIZE` gloo ranks for each call.
 
-    The server imports ``preloaded`` once; each rank imports further modules for itself.
+    The server imports ``preloaded`` once, in an ``environment`` that has further variables; each rank imports further
+    modules for itself.
     """
 
-    def __init__(self, preloaded: Sequence[str] = rank_worker.PRELOADED) -> None:
-        self._preloaded = tuple(preloaded)
+    def __init__(
+        self, preloaded: Sequence[str] = rank_worker.PRELOADED, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._preloaded, self._environment = tuple(preloaded), dict(environment or {})
         self._folder = Path(tempfile.mkdtemp(prefix="selfdistill_ranks_"))
         self._num_calls = 0
         self._server: subprocess.Popen[bytes] | None = None
@@ -141,7 +144,8 @@ class RankPool:
         here = Path(__file__).resolve().parent
         inherited = os.environ.get("PYTHONPATH")
         paths = [str(here), str(here.parents[1]), *([inherited] if inherited else [])]
-        environment = os.environ | rank_worker.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
+        environment = os.environ | rank_worker.ENVIRONMENT | self._environment
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         requests, answers = connection.Pipe()
         code = f"import rank_worker; rank_worker.serve({answers.fileno()}, {self._preloaded})"
         with answers, (self._folder / "server.log").open("wb") as log:

@@ -15,7 +15,7 @@ from megatron_selfdistill.commands import evaluate as evaluate_command
 from megatron_selfdistill.evaluation.comparison import compare
 from megatron_selfdistill.evaluation.evaluations import read_evaluation
 
-TIMEOUT = 600.0  # the first call on a rank imports vLLM
+TIMEOUT = 600.0
 SETTINGS = (
     "optimizer=fp32",
     "rollout.max_new_tokens=14",
@@ -25,38 +25,45 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluation")
-    tiny_run.write_data(folder, 12)
-    hf_models.write("qwen3", folder / "hf", vocab_size=23, head_dim=32)  # vLLM on a CPU has no smaller heads
-    for path in (folder / "tokenizer").iterdir():
-        shutil.copy(path, folder / "hf" / path.name)
-    return folder
+def directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("evaluation")
+    tiny_run.write_data(directory, 12)
+    hf_models.write("qwen3", directory / "hf", vocab_size=23, head_dim=32)  # vLLM on a CPU has no smaller heads
+    for path in (directory / "tokenizer").iterdir():
+        shutil.copy(path, directory / "hf" / path.name)
+    return directory
 
 
 def run_command(arguments: list[str]) -> int:
     return evaluate_command.main(arguments)
 
 
-def evaluate(ranks, folder: Path, name: str, *options: str, world_size: int = 1) -> Path:
-    arguments = ["--hf", str(folder / "hf"), "--data", str(folder / "problems.jsonl"), "--out", str(folder / name)]
+def evaluate(ranks, directory: Path, name: str, *options: str, world_size: int = 1) -> Path:
+    arguments = [
+        "--hf",
+        str(directory / "hf"),
+        "--data",
+        str(directory / "problems.jsonl"),
+        "--out",
+        str(directory / name),
+    ]
     arguments += ["--num-samples", "8", *SETTINGS, *options]
     assert (
         ranks.run(run_command, arguments, world_size=world_size, init_process_group=False, timeout=TIMEOUT)
         == [0] * world_size
     )
-    return folder / name
+    return directory / name
 
 
 def greedy_verdicts(out: Path) -> list[dict]:
     return [json.loads(line)["greedy"] for line in (out / "problems.jsonl").read_text().splitlines()]
 
 
-def test_either_sampler_evaluates_a_hugging_face_folder(ranks, folder):
-    trainers = evaluate(ranks, folder, "megatron")
-    vllms = evaluate(ranks, folder, "vllm", "rollout.engine=vllm")
+def test_either_sampler_evaluates_a_hugging_face_directory(ranks, directory):
+    trainers = evaluate(ranks, directory, "megatron")
+    vllms = evaluate(ranks, directory, "vllm", "rollout.engine=vllm")
     on_two = evaluate(
-        ranks, folder, "two", "rollout.engine=vllm", "parallel.tensor_model_parallel_size=2", world_size=2
+        ranks, directory, "two", "rollout.engine=vllm", "parallel.tensor_model_parallel_size=2", world_size=2
     )
     assert greedy_verdicts(trainers) == greedy_verdicts(vllms)
     assert any(verdict["answer"] for verdict in greedy_verdicts(vllms))

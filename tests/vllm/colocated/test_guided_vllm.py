@@ -12,25 +12,23 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from guided_reference import assert_each_token_is_the_references, mixed_log_q
 from ranks import RankPool
 from responses import chi_square_p_value
-from torch import Tensor
 
 pytest.importorskip("vllm")
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from vllm import SamplingParams as EngineParams
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.sample.logits_processor import BatchUpdate
 
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed, sample_uniforms
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.vllm import pairs
 from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, PairHalf, generate_guided
@@ -52,7 +50,7 @@ GREEDY = replace(SAMPLED, temperature=0.0)
 class LLMEngine:
     """vLLM's ``LLM`` in this process as an `Engine`; keeps what it was asked and answered last."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, directory: Path, **settings: Any) -> None:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
         )
@@ -72,7 +70,7 @@ class LLMEngine:
             "seed": 0,
         }
         self._sampling_params = vllm.SamplingParams
-        self.llm = vllm.LLM(str(folder), **{**defaults, **pairs.GUIDED_ENGINE_ARGS, **settings})
+        self.llm = vllm.LLM(str(directory), **{**defaults, **pairs.GUIDED_ENGINE_ARGS, **settings})
         self.outputs: list[EngineOutput] = []
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
@@ -128,7 +126,7 @@ def model() -> Qwen2ForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def folder(model: Qwen2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(model: Qwen2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     Qwen2ForCausalLM(model.config).float().save_pretrained(path)  # for its config.json
     from safetensors.torch import save_file
@@ -140,7 +138,7 @@ def folder(model: Qwen2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Callable[[str], LLMEngine]]:
+def engine(directory: Path) -> Iterator[Callable[[str], LLMEngine]]:
     """Return a function that gives the engine of some settings; all engines live until the end.
 
     The end of one engine would tear down vLLM's process groups, which the other engines share.
@@ -149,7 +147,7 @@ def engine(folder: Path) -> Iterator[Callable[[str], LLMEngine]]:
 
     def get(name: str) -> LLMEngine:
         if name not in engines:
-            engines[name] = LLMEngine(folder, **SETTINGS[name])
+            engines[name] = LLMEngine(directory, **SETTINGS[name])
         return engines[name]
 
     yield get
@@ -166,61 +164,6 @@ def make_requests(count: int = 16, seed: int = 0) -> list[Request]:
         )
         for index in range(count)
     ]
-
-
-@torch.no_grad()
-def reference_logits(model: Qwen2ForCausalLM, prompt: list[int], token_ids: list[int]) -> Tensor:
-    """``[n, V]`` float64: row i predicts token i."""
-    logits = model(torch.tensor([prompt + token_ids])).logits[0].double()
-    return logits[len(prompt) - 1 : -1]
-
-
-def mixed_log_q(student: Tensor, teacher: Tensor, w: float) -> Tensor:
-    """Return log q of rows ``[.., V]`` at the entropy-matched k, by bisection in [(1 + w) / 16, 1 + w], H(q) = H(p)."""
-
-    def entropy(log_p: Tensor) -> Tensor:
-        return -(log_p.exp() * log_p).sum(-1)
-
-    mix, wanted = w * teacher + student, entropy(student.log_softmax(-1))
-    low, high = torch.full_like(wanted, (1 + w) / 16), torch.full_like(wanted, 1 + w)
-    for _ in range(60):
-        k = (low + high) / 2
-        too_sharp = entropy((mix / k[..., None]).log_softmax(-1)) < wanted
-        low, high = torch.where(too_sharp, k, low), torch.where(too_sharp, high, k)
-    return (mix / high[..., None]).log_softmax(-1)
-
-
-def assert_each_token_is_the_references(
-    model: Qwen2ForCausalLM, requests: Sequence[Request], responses: Sequence[Response], params: SamplingParams
-) -> int:
-    """Compare every token with the reference, and return the number of tokens that were compared."""
-    wrong, total = [], 0
-    for number, (request, response) in enumerate(zip(requests, responses, strict=True)):
-        assert request.teacher_prompt is not None and response.teacher_log_probs is not None
-        tokens = torch.tensor(response.token_ids)
-        student = reference_logits(model, request.prompt, response.token_ids)
-        teacher = reference_logits(model, request.teacher_prompt, response.token_ids)
-        log_q = mixed_log_q(student, teacher, 0.75)
-        if params.temperature == 0:
-            expected = (0.75 * teacher + student).argmax(-1)
-            mixed_log_probs = torch.zeros(len(tokens), dtype=torch.float64)
-        else:
-            uniforms = torch.from_numpy(sample_uniforms(request.seed, len(tokens)))
-            expected = torch.searchsorted(log_q.exp().cumsum(-1), uniforms[:, None], right=True)[:, 0]
-            mixed_log_probs = log_q.gather(-1, tokens[:, None])[:, 0]
-        wrong += [(number, position) for position in (tokens != expected).nonzero().flatten().tolist()]
-        for got, log_p in [(response.log_probs, student), (response.teacher_log_probs, teacher)]:
-            own = log_p.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), own, rtol=0, atol=2e-4)
-        sampled = torch.tensor(response.sampled_log_probs, dtype=torch.float64)
-        torch.testing.assert_close(sampled, mixed_log_probs, rtol=0, atol=5e-4)
-        assert not set(response.token_ids[:-1]) & set(params.stop_token_ids)
-        ended = response.token_ids[-1] in params.stop_token_ids
-        assert response.finish_reason == ("stop" if ended else "length")
-        assert ended or len(response.token_ids) == params.max_new_tokens
-        total += len(tokens)
-    assert not wrong, f"{len(wrong)} of {total} tokens differ, the first at (response, position) {wrong[0]}"
-    return total
 
 
 def token_ids(responses: Sequence[Response]) -> list[list[int]]:
@@ -365,8 +308,8 @@ def test_first_tokens_fit_the_weight_they_were_drawn_with_and_not_a_slightly_sma
         last = model(prompts).logits[:, -1].double()
     student, teacher = last[:100, None].expand(-1, 100, -1), last[None, 100:].expand(100, -1, -1)
     right, wrong = (mixed_log_q(student, teacher, w).exp() for w in (0.75, 0.70))
-    told = ((right - wrong) ** 2 / wrong.clamp_min(1e-3)).sum(-1)
-    i, j = divmod(int(told.argmax()), 100)
+    information = ((right - wrong) ** 2 / wrong.clamp_min(1e-3)).sum(-1)
+    i, j = divmod(int(information.argmax()), 100)
     requests = [
         Request(prompts[i].tolist(), sample_seed(0, 1, "chi", n), prompts[100 + j].tolist()) for n in range(NUM_DRAWS)
     ]
@@ -379,7 +322,7 @@ def test_first_tokens_fit_the_weight_they_were_drawn_with_and_not_a_slightly_sma
     assert p_wrong < 1e-6
 
 
-def write_with_two_ranks(ident: str, folder: str, requests: list[Request], params: SamplingParams) -> list[Response]:
+def write_with_two_ranks(ident: str, directory: str, requests: list[Request], params: SamplingParams) -> list[Response]:
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     rank = dist.get_rank()
@@ -388,7 +331,7 @@ def write_with_two_ranks(ident: str, folder: str, requests: list[Request], param
         where = (f"env://:{ident}", rank, rank)
         patch.setattr(ExecutorWithExternalLauncher, "_distributed_args", lambda self: where)
         used = LLMEngine(
-            Path(folder),
+            Path(directory),
             tensor_parallel_size=2,
             distributed_executor_backend="external_launcher",
             max_num_batched_tokens=512,
@@ -396,132 +339,16 @@ def write_with_two_ranks(ident: str, folder: str, requests: list[Request], param
         return generate_guided(used, requests, params)
 
 
-@pytest.fixture
-def own_ranks() -> Iterator[RankPool]:
-    """Return a pool of processes for this test alone: vLLM leaves its groups behind."""
-    pool = RankPool()
-    yield pool
-    pool.close()
-
-
 def test_an_engine_of_two_ranks_writes_the_same_tokens_on_both(
-    model: Qwen2ForCausalLM, folder: Path, own_ranks: RankPool
+    model: Qwen2ForCausalLM, directory: Path, ranks: RankPool
 ) -> None:
     requests, ident = make_requests(16), uuid.uuid4().hex
     try:
-        first, second = own_ranks.run(
-            write_with_two_ranks, ident, str(folder), requests, SAMPLED, world_size=2, timeout=400
+        first, second = ranks.run(
+            write_with_two_ranks, ident, str(directory), requests, SAMPLED, world_size=2, timeout=400
         )
     finally:
         for left in Path("/dev/shm").glob(f"{ident}*"):  # the ranks end by a signal
             left.unlink()
     assert first == second
     assert assert_each_token_is_the_references(model, requests, first, SAMPLED) > 200
-
-
-def make_vllm_config(**changes: Any) -> SimpleNamespace:
-    """Return the settings that are checked, all valid but for ``changes``."""
-    good: dict[str, Any] = {
-        "async_scheduling": False,
-        "max_num_seqs": 64,
-        "max_num_batched_tokens": 2048,
-        "pipeline_parallel_size": 1,
-        "data_parallel_size": 1,
-        "tensor_parallel_size": 1,
-        "enable_prefix_caching": True,
-        "block_size": 32,
-        "scheduler_cls": pairs.GUIDED_ENGINE_ARGS["scheduler_cls"],
-    }
-    section = SimpleNamespace(**{**good, **changes})
-    return SimpleNamespace(
-        scheduler_config=section,
-        parallel_config=section,
-        cache_config=section,
-        use_v2_model_runner=changes.get("use_v2_model_runner", False),
-        speculative_config=changes.get("speculative_config"),
-    )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"async_scheduling": True},
-        {"use_v2_model_runner": True},
-        {"speculative_config": "ngram"},
-        {"pipeline_parallel_size": 2},
-        {"data_parallel_size": 2},
-        {"enable_prefix_caching": False},
-        {"max_num_seqs": 63},
-        {"scheduler_cls": None},
-        {"max_num_batched_tokens": 63},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_an_engine_that_cannot_keep_halves_in_step_is_refused(change: dict[str, Any]) -> None:
-    guided_processor.refuse_settings(make_vllm_config())
-    with pytest.raises(ValueError, match=r"guidance=mixed needs an engine with: [^;]+$"):
-        guided_processor.GuidedProcessor(make_vllm_config(**change), torch.device("cpu"), False)
-
-
-def test_a_half_that_could_end_by_itself_is_refused() -> None:
-    half = PairHalf("a", "student", 7, 0, 40, 1, Target(), greedy=False)
-    fitting = {"temperature": 0.0, "max_tokens": 40, "stop_token_ids": [1], "extra_args": half.extra_args()}
-    guided_processor.GuidedProcessor.validate_params(EngineParams(**fitting))
-    guided_processor.GuidedProcessor.validate_params(EngineParams(temperature=0.7))
-    for change in ({"temperature": 0.5}, {"stop_token_ids": [2]}, {"max_tokens": 41}, {"min_tokens": 3}):
-        with pytest.raises(ValueError, match="half of a guided pair"):
-            guided_processor.GuidedProcessor.validate_params(EngineParams(**{**fitting, **change}))
-
-
-def test_a_pair_that_is_given_up_while_it_writes_leaves_the_next_ones_log_alone() -> None:
-    """Its rows stay in the batch until the engine hears of it; their slot is another pair's by then."""
-
-    def added(row: int, pair: str, role: str) -> tuple[int, Any, None, list[int]]:
-        return row, EngineParams(**lone_half(pair, role)), None, []
-
-    logits = torch.randn(4, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    logs = []
-    for names in (["given up", "next"], ["next"]):
-        processor = guided_processor.GuidedProcessor(make_vllm_config(), torch.device("cpu"), False)
-        for name in names:
-            row = 2 * ["next", "given up"].index(name)
-            rows = [added(row, name, "student"), added(row + 1, name, "teacher")]
-            processor.update_state(BatchUpdate(4, removed=[], added=rows, moved=[]))
-            processor.apply(logits.clone())
-            if name == "given up":
-                processor.pop([name])
-                processor.update_state(None)
-                processor.apply(logits.clone())
-        processor.update_state(None)
-        processor.apply(logits.clone())
-        logs.append(processor.pop(["next"])[0])
-    assert logs[0].forced == logs[1].forced == [-1, -1]
-    np.testing.assert_array_equal(logs[0].log_probs, logs[1].log_probs)
-
-
-def make_half(name: str, max_tokens: int = 100) -> PairHalf:
-    return PairHalf(name, "student", 5, 2, max_tokens, 1, Target(), greedy=False)
-
-
-def test_the_store_forgets_what_nobody_pops_but_nothing_that_is_live() -> None:
-    store = PairStore(torch.device("cpu"), max_bytes=32 * 100 * 12)
-    for index in range(200):
-        store.admit(make_half(f"dead-{index}"), live=())
-    assert len(store) <= 32 and store.num_bytes <= 32 * 100 * 12
-    live = [f"live-{index}" for index in range(100)]
-    slots = [store.admit(make_half(name), live) for name in live]
-    assert len(set(slots)) == 100
-    assert None not in store.pop(live)
-
-
-def test_the_store_keeps_each_pairs_uniforms_and_log_while_it_grows() -> None:
-    store = PairStore(torch.device("cpu"))
-    for index in range(40):
-        half = replace(make_half(f"{index}", max_tokens=index + 1), seed=index)
-        slot = store.admit(half, live=())
-        assert store.admit(replace(half, role="teacher"), live=()) == slot
-        np.testing.assert_array_equal(store.uniforms[slot, : index + 1], sample_uniforms(index, index + 3)[2:])
-        store.log(np.array([slot]), np.array([0]), torch.full((1, 3), float(index)))
-    logs = store.pop([f"{index}" for index in range(40)])
-    assert [log.log_probs.tolist() for log in logs if log] == [[[float(index)] * 3] for index in range(40)]
-    assert len(store) == store.num_bytes == 0

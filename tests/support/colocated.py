@@ -1,0 +1,64 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Tiny models that vLLM's kernels on a CPU can run, requests, and `ColocatedSampler` on them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+
+from megatron_selfdistill.config import ModelConfig, RolloutConfig
+from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
+
+TIMEOUT = 600.0
+MAX_LENGTH = 320
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 512}
+MODELS = {
+    "gqa": models.model_config("gqa", **SIZES, num_query_groups=2),
+    "tied": models.model_config("tied", **SIZES, num_query_groups=2),
+    "moe": models.model_config("moe", **SIZES, num_query_groups=2),
+}
+GREEDY = SamplingParams(max_new_tokens=40, temperature=0.0)
+DRAWN = SamplingParams(max_new_tokens=24)
+
+
+def requests(count: int = 8) -> list[Request]:
+    """Return two samples for each prompt; every other prompt exceeds a block of vLLM's prefix cache (128 tokens)."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [
+        torch.randint(models.VOCAB_SIZE, (270 if i % 2 else 5 + i,), generator=generator).tolist()
+        for i in range(count // 2)
+    ]
+    return [Request(prompts[i // 2], sample_seed(3, 0, f"p{i // 2}", i % 2)) for i in range(count)]
+
+
+@contextmanager
+def sampler(
+    model: ModelConfig, chunks: Any, grid: Any, vocab_size: int = models.VOCAB_SIZE, **options: Any
+) -> Iterator[Any]:
+    """Yield a `ColocatedSampler` of the model; ``options`` are fields of `RolloutConfig`."""
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
+
+    family = family_of_model(model)
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(family.hf_config(model, "float32")))
+        built = ColocatedSampler(
+            chunks,
+            grid,
+            Path(directory),
+            family.rules(model),
+            RolloutConfig(engine="vllm", **{"kv_cache_gb": 0.1, **options}),
+            vocab_size=vocab_size,
+            max_length=MAX_LENGTH,
+        )
+        try:
+            yield built
+        finally:
+            built.close()

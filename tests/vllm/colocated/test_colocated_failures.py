@@ -1,0 +1,162 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""`ColocatedSampler` with the real vLLM where an engine fails, and where the settings cannot work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+import torch
+from colocated import DRAWN, MODELS, TIMEOUT, requests, sampler
+from responses import own, tokens
+
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
+
+
+def refusals() -> list[str]:
+    """Return the errors of a broken engine on this rank, and whether the next batch is right again."""
+    chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
+    messages = []
+    mine = own(grid, requests())
+    with sampler(MODELS["gqa"], chunks, grid) as it:
+        engine = it._engine
+
+        def refused(kind: type, share: list[Request], params: SamplingParams = DRAWN) -> None:
+            with pytest.raises(kind) as error:
+                it.generate(share, params)
+            assert type(error.value) is kind
+            messages.append(str(error.value))
+
+        refused(EngineError, mine)
+        it.update_weights(4)
+        right = it.generate(mine, DRAWN)
+        refused(ValueError, [*mine, Request([], 1)] if grid.rank else mine)
+        refused(ValueError, [Request([1] * 310, 1)] if grid.rank else mine)
+        refused(ValueError, [replace(mine[0], teacher_prompt=[1])] if grid.rank else mine)
+        llm = engine._llm
+        if grid.rank == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                steps = iter(range(3))
+                step = llm.llm_engine.step
+                patch.setattr(llm.llm_engine, "step", lambda: step() if next(steps, None) is not None else 1 / 0)
+                refused(EngineError, mine)
+            generate = llm.generate
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(llm, "generate", lambda *a, **k: generate(*a, **k)[:-1])
+                refused(EngineError, mine)
+            llm.update_weight_version("3")
+        else:
+            refused(EngineError, mine)
+            refused(EngineError, mine)
+        refused(EngineError, mine)
+        it._max_staleness = 1
+        late = it.generate(mine, DRAWN)
+        assert it.metrics()["rollout/staleness_max"] == 1.0
+        assert it.metrics()["rollout/staleness_max"] == 0.0
+        it._max_staleness = 0
+        with pytest.raises(EngineError, match=r"refused the weights: .*breaks off"):
+            engine.load(breaking_off(it), 4)
+        refused(EngineError, mine)
+        it.update_weights(5)
+        again = it.generate(mine, DRAWN)
+        assert tokens(again) == tokens(late) == tokens(right)
+        assert {response.weight_version for response in again} == {5}
+    it.close()
+    with pytest.raises(EngineError, match="is closed"):
+        it._engine.generate([None])  # type: ignore[list-item]
+    return messages
+
+
+def breaking_off(it: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Other weights, up to the middle of a layer, on every rank alike."""
+    whole = True
+    for name, tensor in it._tensors():
+        whole = whole and not name.endswith("1.self_attn.k_proj.weight")
+        if whole:
+            yield name, 2 * tensor
+    raise RuntimeError("the export breaks off")
+
+
+REFUSALS = [
+    "the vLLM engines have no weights yet: call update_weights before generate",
+    "a request has an empty prompt; a prompt needs at least one token",
+    r"the longest prompt has 310 tokens and max_new_tokens is 24, together more than the 320 that .*",
+    r"a request has a teacher's prompt, but the vLLM engines were built without guided .*guidance=mixed",
+    "rank 1: the vLLM engine of rank 1 failed in mid-batch: division by zero",
+    "rank 1: the vLLM engine of rank 1 was asked for 4 responses and gave 3",
+    r"rank 1: the vLLM engine of rank 1 generated a response with weights of version 3, expected 4 "
+    r"\(rollout.max_staleness=0\)",
+    "rank 0: the vLLM engine of rank 0 has a part of its weights: their update has failed; "
+    "rank 1: the vLLM engine of rank 1 has a part of its weights: their update has failed",
+]
+
+
+def test_an_engine_that_fails_is_one_message_on_all_ranks_and_the_next_batch_is_whole(ranks):
+    first, second = ranks.run(refusals, world_size=2, timeout=TIMEOUT)
+    assert first == second
+    for message, expected in zip(first, REFUSALS, strict=True):
+        assert re.fullmatch(expected, message), message
+
+
+STARTS = InProcessEngine.__init__
+
+
+def fails_to_start(self: Any, *arguments: Any, **options: Any) -> None:
+    STARTS(self, *arguments, **options)
+    self.close()
+    raise MemoryError("no room")
+
+
+def settings_refused() -> list[str]:
+    chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
+    messages = []
+    for options in (
+        {"kv_cache_gb": 3e-4},
+        {"engine_args": {"max_num_sequences": 3}},
+        {"engine_args": {"pipeline_parallel_size": 2}},
+        {"engine_args": {"tensor_parallel_size": 2}},
+        {"engine_tp": 4},
+        {"vocab_size": 60},
+    ):
+        with pytest.raises(ConfigError) as error, sampler(MODELS["gqa"], chunks, grid, **options):
+            pass
+        messages.append(str(error.value))
+    with pytest.MonkeyPatch.context() as patch:
+        if grid.rank == 1:
+            patch.setattr("megatron_selfdistill.rollout.vllm.in_process.InProcessEngine.__init__", fails_to_start)
+        with pytest.raises(EngineError) as failure, sampler(MODELS["gqa"], chunks, grid, engine_args={"seed": 1}):
+            pass
+        messages.append(str(failure.value))
+    with sampler(MODELS["gqa"], chunks, grid, engine_args={"max_num_seqs": 2}) as it:
+        it.update_weights(1)
+        assert len(it.generate(requests(), DRAWN)) == 8
+        assert it._engine._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 2
+        with pytest.raises(ConfigError) as error, sampler(MODELS["gqa"], chunks, grid):
+            pass
+        messages.append(str(error.value))
+    return messages
+
+
+SETTINGS_REFUSED = [
+    r"vLLM cannot run this model with rollout.kv_cache_gb and rollout.engine_args as set: .*cache.*",
+    r"vLLM cannot run .*unexpected keyword argument 'max_num_sequences'",
+    r"rollout.engine_args.pipeline_parallel_size=2: a colocated engine runs on .*",
+    r"rollout.engine_args.tensor_parallel_size=2: a colocated engine runs on .*",
+    r"rollout.engine_tp=4 ranks form one engine, but the world size 2 is no multiple of it; .*",
+    r".*/config.json has vocab_size=61, but the model has 60 tokens",
+    r"rank 1: MemoryError: no room",
+    r"this process has a vLLM engine already: close its sampler before the next one is built",
+]
+
+
+def test_settings_that_cannot_work_are_one_message_and_leave_room_for_those_that_do(ranks):
+    for messages in ranks.run(settings_refused, world_size=2, timeout=TIMEOUT):
+        for message, expected in zip(messages, SETTINGS_REFUSED, strict=True):
+            assert re.fullmatch(expected, message), message
