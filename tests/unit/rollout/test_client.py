@@ -117,7 +117,7 @@ def test_a_server_that_writes_no_token_is_given_up_in_time(fake):
 
 
 def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
-    fake.seconds, fake.gets_on = 7.0, True
+    fake.seconds, fake.gets_on = 4.0, True
     before = watchdog._signs.count
     assert len(VllmServer(fake.address, timeout_s=3.0).generate([request_of(1), request_of(2)])) == 2
     assert watchdog._signs.count > before
@@ -125,7 +125,7 @@ def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
 
 def test_a_slow_server_is_waited_for_while_it_answers_others(fake):
     server = VllmServer(fake.address, timeout_s=3.0)
-    fake.seconds, fake.counts = 5.0, False
+    fake.seconds, fake.counts = 4.0, False
     stop = threading.Event()
 
     def others() -> None:
