@@ -9,6 +9,9 @@ from __future__ import annotations
 TARGET_RULES = ("entropy_matched", "fixed", "batch", "teacher_alone")
 """Values of target.rule, the rule for k, the temperature of the mix."""
 
+ANCHORS = ("student", "reference")
+"""Values of target.anchor, the model that the teacher is mixed with, and of target.match, whose entropy is matched."""
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 """Values of loss.divergence."""
 

@@ -38,7 +38,7 @@ def status_given(beta: Tensor) -> Tensor:
 
 
 def token_status(
-    student_entropy: Tensor,
+    wanted_entropy: Tensor,
     target_entropy: Tensor,
     beta: Tensor,
     low: float,
@@ -48,16 +48,17 @@ def token_status(
 ) -> Tensor:
     """Return the status of tokens whose beta was solved for within [low, high]: int64, the shape of beta.
 
+    wanted_entropy: the entropy that beta is to give to the target.
     lowest_is_bound: whether ``low`` is 1 / k_max.
     unconverged: bool, the tokens whose root lies inside the range and was not reached; None if the solver reaches every
     root.
     """
-    apart = (target_entropy - student_entropy).abs() > MATCH_TOLERANCE
+    apart = (target_entropy - wanted_entropy).abs() > MATCH_TOLERANCE
     at_low, at_high = apart & (beta <= low), apart & (beta >= high)
     status = torch.full(beta.shape, int(Status.MATCHED), dtype=torch.int64, device=beta.device)
     status.masked_fill_(at_low, int(Status.CAPPED if lowest_is_bound else Status.OUT_OF_RANGE))
     status.masked_fill_(at_high, int(Status.OUT_OF_RANGE))
     if unconverged is not None:
         status.masked_fill_(unconverged, int(Status.UNCONVERGED))
-    determined = (student_entropy >= MIN_ENTROPY) & torch.isfinite(beta)
+    determined = (wanted_entropy >= MIN_ENTROPY) & torch.isfinite(beta)
     return status.masked_fill_(~determined, int(Status.UNDETERMINED))

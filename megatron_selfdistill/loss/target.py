@@ -2,9 +2,13 @@
 """The target of a response token, which is the method.
 
     p = softmax(s)               the student; s: the student's logits of the token
-    m = w t + s                  the mix; t: the teacher's logits of the token, w: teacher_weight
+    m = w t + a                  the mix; t: the teacher's logits of the token, w: teacher_weight
     q = softmax(m / k)           the target, a constant: no gradient flows through it
     k : H(q) = H(p), k <= k_max  one k per token; H: the entropy in nats
+
+The anchor a is s, or with anchor=reference the logits r of frozen weights that read the student's own context.  While
+the student learns, a mix with s follows the student, and a mix with r stands still.  With match=reference k gives q the
+entropy of softmax(r) instead of H(p).
 
 k is the temperature of the mix, and beta = 1 / k is its inverse, for which the code solves.  H(softmax(beta m)) falls
 monotonically in beta, from log(number of valid columns) to log(number of ties at the maximum), so there is one root.
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.choices import TARGET_RULES
+from megatron_selfdistill.choices import ANCHORS, TARGET_RULES
 from megatron_selfdistill.loss.status import MIN_ENTROPY, status_given, token_status
 
 RANGE = 16.0
@@ -35,11 +39,15 @@ class Target:
     """The way to k: entropy_matched (per token, H(q) = H(p)), fixed (``k``), batch (``k``, which the run takes from the
     mean entropies of the step before, see `solve_batch_k`) or teacher_alone (q = softmax(t), without a mix)."""
     teacher_weight: float = 0.75
-    """w in m = w t + s."""
+    """w in m = w t + a."""
     k_max: float | str | None = "1 + w"
     """The largest k of entropy_matched and batch; "1 + w" is the k of the geometric mean, None is no bound."""
     k: float | None = None
     """k of fixed and batch; None is 1 + w."""
+    anchor: str = "student"
+    """The logits a in m = w t + a: student (s) or reference (r)."""
+    match: str | None = None
+    """The model whose entropy the target has: student or, with anchor=reference, reference; None is the anchor."""
 
     def __post_init__(self) -> None:
         if self.rule not in TARGET_RULES:
@@ -56,6 +64,28 @@ class Target:
             )
         if self.k is not None and not (math.isfinite(self.k) and self.k > 0):
             raise ValueError(f"Target.k must be a finite number > 0, or None for 1 + w; got {self.k}.")
+        if self.anchor not in ANCHORS or self.match not in (None, "student", self.anchor):
+            raise ValueError(
+                f"Target.anchor must be one of {', '.join(ANCHORS)}, and Target.match None, student or the anchor; "
+                f"got {self.anchor!r} and {self.match!r}."
+            )
+        if self.is_anchored and self.rule == "teacher_alone":
+            raise ValueError("Target.anchor must be student with the rule teacher_alone, whose target is no mix.")
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the teacher is mixed with a frozen reference."""
+        return self.anchor == "reference"
+
+    @property
+    def matches_reference(self) -> bool:
+        """Whether the entropy that k gives to the target is the reference's."""
+        return (self.match or self.anchor) == "reference"
+
+    @property
+    def needs_reference_entropy(self) -> bool:
+        """Whether k is solved from the reference's entropy: per token, or once per step."""
+        return self.matches_reference and self.rule in ("entropy_matched", "batch")
 
     @property
     def geometric_k(self) -> float:
@@ -78,7 +108,7 @@ class Target:
 
     @property
     def mix_weights(self) -> tuple[float, float]:
-        """(weight of t, weight of s) in m."""
+        """(weight of t, weight of a) in m."""
         return (1.0, 0.0) if self.rule == "teacher_alone" else (self.teacher_weight, 1.0)
 
     @property
@@ -103,37 +133,43 @@ class TargetDistribution:
 
 
 @torch.no_grad()
-def mixed_target(student_logits: Tensor, teacher_logits: Tensor, target: Target) -> TargetDistribution:
+def mixed_target(
+    student_logits: Tensor, teacher_logits: Tensor, target: Target, reference_logits: Tensor | None = None
+) -> TargetDistribution:
     """Return the target of every token, with beta by bisection to machine precision; no gradient flows through it.
 
-    Shapes: both logits [..., V], full rows, -inf at columns that do not exist.  float64 gives float64; what is narrower
+    Shapes: all logits [..., V], full rows, -inf at columns that do not exist.  float64 gives float64; what is narrower
     than float32 is computed in float32.  A token whose logits hold NaN or +inf has beta NaN and log_q NaN.
-    Raises: ValueError if the logits have different shapes.
+    ``reference_logits``: given if and only if the target is anchored to a reference.
+    Raises: ValueError if the logits have different shapes, or if the reference's are missing or not asked for.
     """
-    if student_logits.shape != teacher_logits.shape:
+    if target.is_anchored != (reference_logits is not None):
+        raise ValueError(f"mixed_target: reference_logits must be given with anchor=reference only; got {target}.")
+    anchor_logits = student_logits if reference_logits is None else reference_logits
+    if not student_logits.shape == teacher_logits.shape == anchor_logits.shape:
         raise ValueError(
-            "mixed_target: student_logits and teacher_logits must have one shape; "
-            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
+            "mixed_target: all logits must have one shape; got "
+            f"{tuple(student_logits.shape)}, {tuple(teacher_logits.shape)} and {tuple(anchor_logits.shape)}."
         )
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
-    mix = mixed_logits(student, teacher, *target.mix_weights)
-    student_entropy = entropy(student.log_softmax(-1))
+    student, teacher, anchor = (logits.to(dtype) for logits in (student_logits, teacher_logits, anchor_logits))
+    mix = mixed_logits(anchor, teacher, *target.mix_weights)
+    wanted = entropy((anchor if target.matches_reference else student).log_softmax(-1))
     if target.given_beta is not None:
-        beta = torch.full_like(student_entropy, target.given_beta)
+        beta = torch.full_like(wanted, target.given_beta)
         return TargetDistribution((beta[..., None] * mix).log_softmax(-1), beta, status_given(beta))
     low, high = target.beta_range
-    beta = _matching_beta(mix, student_entropy.clamp(min=MIN_ENTROPY), low, high)
+    beta = _matching_beta(mix, wanted.clamp(min=MIN_ENTROPY), low, high)
     log_q = (beta[..., None] * mix).log_softmax(-1)
-    status = token_status(student_entropy, entropy(log_q), beta, low, high, target.lowest_is_bound)
+    status = token_status(wanted, entropy(log_q), beta, low, high, target.lowest_is_bound)
     return TargetDistribution(log_q, beta, status)
 
 
-def mixed_logits(student: Tensor, teacher: Tensor, teacher_weight: float, student_weight: float) -> Tensor:
-    """Return m = w t + s, or t or s alone where the other weight is 0, because 0 * (-inf) is NaN."""
-    if student_weight == 0:
+def mixed_logits(anchor: Tensor, teacher: Tensor, teacher_weight: float, anchor_weight: float) -> Tensor:
+    """Return m = w t + a, or t or a alone where the other weight is 0, because 0 * (-inf) is NaN."""
+    if anchor_weight == 0:
         return teacher
-    return student if teacher_weight == 0 else torch.add(student, teacher, alpha=teacher_weight)
+    return anchor if teacher_weight == 0 else torch.add(anchor, teacher, alpha=teacher_weight)
 
 
 def entropy(log_probs: Tensor) -> Tensor:

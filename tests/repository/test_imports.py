@@ -32,7 +32,7 @@ ORDER = {
         "sharded.gathered_hidden triton.block_loads triton.kernel_math triton.first_pass_kernel triton.solver_kernels "
         "triton.pass_kernels triton.merge_kernels triton.pass_launches triton.statistics_kernels "
         "triton.solver_launches "
-        "sharded.backend sharded.vocab_parallel sharded.fused_linear"
+        "sharded.backend sharded.vocab_parallel sharded.vocab_entropy sharded.fused_linear"
     ),
     "data": (
         "data_files records problems chat.acceptance chat.conversations tokenizer prompts hints pieces contexts "

@@ -28,7 +28,13 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.backend import Backend, chosen
 from megatron_selfdistill.loss.sharded.gathered_hidden import HiddenPlacement, gather_width
 from megatron_selfdistill.loss.sharded.shard_sums import Shard, TokenConstants
-from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, make_shard, run_forward
+from megatron_selfdistill.loss.sharded.vocab_parallel import (
+    TokenStats,
+    VocabShard,
+    check_reference_entropy,
+    make_shard,
+    run_forward,
+)
 from megatron_selfdistill.loss.target import Target
 
 
@@ -55,6 +61,7 @@ def fused_distillation_loss(
     target: Target,
     divergence: Divergence,
     vocab: VocabShard,
+    reference_entropy: Tensor | None = None,
     chunk_tokens: int = 4096,
     mode: str = "keep_gradient",
     gather_indices: Tensor | None = None,
@@ -68,6 +75,8 @@ def fused_distillation_loss(
     student_hidden: [R, h], equal on all ranks of ``vocab.group``.  With gather_indices [R] int64 it is [n, h], the
     rank's own rows, see `HiddenPlacement`.  Then only the rank's own rows are kept, and gathered once more in backward.
     teacher_hidden: [R, h], equal on all ranks; or [R, h / tp], cut by width in rank order.
+    Reference: with ``target.is_anchored`` teacher_hidden are the states of the mix, (w h_t + h_r) / (1 + w), of one
+    output weight that teacher and reference share; reference_entropy [R]: as for `distillation_loss`.
     chunk_tokens, mode: see the module; the result depends on them by rounding only.
     Gradient: to student_hidden (summed over the ranks; with gather_indices the gradient of the rank's own rows, 0 for
     rows without a token) and to student_weight.  The incoming gradient may differ between tokens.
@@ -92,12 +101,13 @@ def fused_distillation_loss(
         weight_gradient,
     )
     _check(layer, mode, student_hidden, teacher_hidden, student_weight, teacher_weight, response_tokens)
+    check_reference_entropy(reference_entropy, len(response_tokens), target)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
         all_hidden = placement.start_gather(student_hidden)()
         logits = _Logits(layer, all_hidden, teacher_hidden, student_weight, teacher_weight, keep)
-        stats, constants, kl_value = _forward_chunks(layer, logits, response_tokens)
+        stats, constants, kl_value = _forward_chunks(layer, logits, response_tokens, reference_entropy)
     if not trained:
         return stats
     kept: tuple[Any, ...] = (logits.kept, None, None, None, None)
@@ -189,7 +199,7 @@ class _Logits:
 
 
 def _forward_chunks(
-    layer: _Layer, logits: _Logits, response_tokens: Tensor
+    layer: _Layer, logits: _Logits, response_tokens: Tensor, reference_entropy: Tensor | None
 ) -> tuple[TokenStats, TokenConstants, Tensor]:
     """Return the statistics of all tokens, and the constants and KL values that backward needs.
 
@@ -200,7 +210,13 @@ def _forward_chunks(
         student_logits, teacher_logits = logits.of(tokens)
         shard = layer.shard(student_logits, teacher_logits)
         forward = run_forward(
-            shard, response_tokens[tokens], layer.target, layer.divergence, layer.vocab, layer.backend
+            shard,
+            response_tokens[tokens],
+            layer.target,
+            layer.divergence,
+            layer.vocab,
+            layer.backend,
+            reference_entropy=None if reference_entropy is None else reference_entropy[tokens],
         )
         if logits.kept is not None:
             unit = torch.ones_like(forward.kl_value)

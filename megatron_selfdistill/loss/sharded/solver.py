@@ -139,9 +139,7 @@ class BetaSolution:
             converged=torch.where(condition, self.converged, others.converged),
         )
 
-    def refined(
-        self, here: Cumulants, student_entropy: Tensor, max_entropy: Tensor, dtype: torch.dtype
-    ) -> BetaSolution:
+    def refined(self, here: Cumulants, wanted_entropy: Tensor, max_entropy: Tensor, dtype: torch.dtype) -> BetaSolution:
         """Return the solution after a pass over the logits at ``beta``, at which the cumulants are ``here``.
 
         The bracket shrinks to the side of ``beta`` on which the root lies.  The new beta is the root of the polynomial
@@ -150,7 +148,7 @@ class BetaSolution:
         converged when both agree to ESTIMATE_TOLERANCE at a distance of at most LONGEST_STEP.
         Tokens that are not inside keep their beta.
         """
-        wanted = student_entropy.clamp(min=MIN_ENTROPY)
+        wanted = wanted_entropy.clamp(min=MIN_ENTROPY)
         soft = here.entropy > wanted
         left, right = here.where(soft, self.left), self.right.where(soft, here)
         root = _root_between(left, right, wanted, max_entropy)
@@ -164,18 +162,18 @@ class BetaSolution:
 
 
 def solve_on_grid(
-    grid: Cumulants, student_entropy: Tensor, max_entropy: Tensor, *, favoured: int, dtype: torch.dtype
+    grid: Cumulants, wanted_entropy: Tensor, max_entropy: Tensor, *, favoured: int, dtype: torch.dtype
 ) -> BetaSolution:
     """Return the beta of every token, by inverting the entropies on the grid.
 
     grid: [T, J], at J >= 2 rising betas.
-    student_entropy, max_entropy: [T] float64.
+    wanted_entropy, max_entropy: [T] float64.
     favoured: where several grid points match to rounding, the point nearest to this index is the root.
     dtype: the dtype of the sums behind the cumulants; it sets the size of a rounding error, and beta is rounded to it.
     H(p) is raised to MIN_ENTROPY first.  A root outside the grid gives the nearer end; NaN gives NaN.
     """
     num_betas, entropies = grid.beta.shape[1], grid.entropy
-    wanted = student_entropy.clamp(min=MIN_ENTROPY)
+    wanted = wanted_entropy.clamp(min=MIN_ENTROPY)
     soft = entropies > wanted[:, None]
     cell = ((~soft).int().argmax(1) - 1).clamp(0, num_betas - 2)
     left, right = grid.at(cell), grid.at(cell + 1)
@@ -188,7 +186,7 @@ def solve_on_grid(
     nearest = torch.where(matches, distance, num_betas).argmin(1)
     has_match, has_root = matches.any(1), soft[:, 0] & ~soft[:, -1]
     point = grid.at(torch.where(has_match, nearest, torch.where(soft[:, 0], num_betas - 1, 0)))
-    broken = ~torch.isfinite(student_entropy + entropies[:, 0])
+    broken = ~torch.isfinite(wanted_entropy + entropies[:, 0])
     inside = has_root & ~has_match & ~broken
     return BetaSolution(
         beta=torch.where(inside, root, point.beta).masked_fill(broken, torch.nan),

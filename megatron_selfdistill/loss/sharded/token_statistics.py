@@ -47,31 +47,33 @@ class SolverState:
     """Every token between two passes.
 
     sums: the merged sums of the first pass.
+    wanted: [T] float64, the entropy that beta is to give to the target.
     constants: the input of the next pass.
     final: after the second pass, the values at ``solution.beta``.
     unconverged: after the second pass, [T] bool, the tokens that need a third pass.
     """
 
     sums: MergedSums
+    wanted: Tensor
     solution: BetaSolution
     constants: TokenConstants
     final: ValuesAtBeta | None = None
     unconverged: Tensor | None = None
 
 
-def solve_tokens(gathered: Tensor, grid: BetaGrid) -> SolverState:
+def solve_tokens(gathered: Tensor, grid: BetaGrid, reference_entropy: Tensor | None = None) -> SolverState:
     """Merge the parts of ``first_pass``, and find the beta of every token on the grid.
 
     gathered: [parts, T, ...] in rank order.
+    reference_entropy: [T] the entropy that the target is to have; None is the student's.
     """
     sums = MergedSums.merge(gathered.double(), grid)
+    wanted = sums.student.entropy if reference_entropy is None else reference_entropy.double()
     if grid.given:
         solution = BetaSolution.given(sums.mix.at(torch.full_like(sums.student.argmax, len(grid.betas) - 1).long()))
     else:
-        solution = solve_on_grid(
-            sums.mix, sums.student.entropy, sums.max_entropy, favoured=grid.favoured, dtype=grid.dtype
-        )
-    return SolverState(sums, solution, sums.constants(solution.beta, solution.log_sum, grid.dtype))
+        solution = solve_on_grid(sums.mix, wanted, sums.max_entropy, favoured=grid.favoured, dtype=grid.dtype)
+    return SolverState(sums, wanted, solution, sums.constants(solution.beta, solution.log_sum, grid.dtype))
 
 
 def finish_tokens(
@@ -97,7 +99,7 @@ def finish_tokens(
     if not grid.given:
         ends = grid.betas[0], grid.betas[grid.num_grid - 1]
         status = token_status(
-            sums.student.entropy, final.entropy, solution.beta, *ends, grid.lowest_is_bound, ~solution.converged
+            solver_state.wanted, final.entropy, solution.beta, *ends, grid.lowest_is_bound, ~solution.converged
         )
     highest = mixed_logits(sums.student.maximum, sums.teacher.maximum, *grid.mix_weights) + sums.mix_max
     constants = sums.constants(solution.beta, solution.log_sum, dtype)
@@ -117,7 +119,8 @@ def finish_tokens(
         top1_agreement=sums.top1_agreement,
         grid_entropies=sums.mix.entropy[:, : grid.num_grid].to(dtype),
     )
-    return results, SolverState(sums, solution, constants, final, status == Status.UNCONVERGED)
+    unconverged = status == Status.UNCONVERGED
+    return results, SolverState(sums, solver_state.wanted, solution, constants, final, unconverged)
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,7 @@ def _moved(solver_state: SolverState, gathered: Tensor, dtype: torch.dtype) -> t
     )
     # ``tops`` has the largest column of each part; the largest of all parts is 1.
     here = Cumulants.from_sums(beta, tail - 1, *moments)
-    solution = solver_state.solution.refined(here, sums.student.entropy, sums.max_entropy, dtype)
+    solution = solver_state.solution.refined(here, solver_state.wanted, sums.max_entropy, dtype)
     step, rise = solution.beta - beta, solution.log_sum - here.log_sum
     log_ratio = here.log_sum - assumed  # log of the sum of q with the normaliser of this pass
 

@@ -93,9 +93,12 @@ class TokenStats:
     student_entropy: Tensor
     """[T] H(p)."""
     teacher_entropy: Tensor
-    """[T] H(softmax(t))."""
+    """[T] H(softmax(t)).  With a reference this, ``teacher_log_prob`` and ``top1_agreement`` describe no teacher: the
+    loss receives the mix in place of t and sets the two numbers to NaN and the agreement to False."""
     target_entropy: Tensor
     """[T] H(q)."""
+    wanted_entropy: Tensor
+    """[T] the entropy that k is to give to the target: H(p), or the reference's."""
     beta: Tensor
     """[T] 1 / k; 1 under teacher_alone, where q = softmax(t)."""
     status: Tensor
@@ -129,6 +132,7 @@ def distillation_loss(
     target: Target,
     divergence: Divergence,
     vocab: VocabShard,
+    reference_entropy: Tensor | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> TokenStats:
@@ -137,6 +141,9 @@ def distillation_loss(
     The loss equals ``divergence(log_softmax(s), mixed_target(s, t, target).log_q, divergence)`` on the valid columns of
     all ranks together.
     Shapes: both logits [T, vocab.size], any float dtype; response_tokens [T] int64, global ids.
+    Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, (w t + r) / (1 + w), and the loss
+    equals ``mixed_target(s, t, target, r)``.  reference_entropy: [T] H(softmax(r)) in nats, given if and only if
+    ``target.needs_reference_entropy``.
     Ranks: T and response_tokens are equal on all ranks of ``vocab.group``, and so is the result.
     Gradient: to ``student_logits`` only, in their dtype; the target is a constant; 0 at padding columns.
     inplace_backward: backward writes the gradient over the student's logits, which nobody may read afterwards.
@@ -153,10 +160,13 @@ def distillation_loss(
     """
     _check_logits("distillation_loss", student_logits, teacher_logits, vocab)
     _check_tokens(student_logits, response_tokens)
+    check_reference_entropy(reference_entropy, len(response_tokens), target)
     chosen_backend = chosen(backend, student_logits, teacher_logits)
     with torch.no_grad():
         shard = make_shard(student_logits, teacher_logits, target, vocab)
-        forward = run_forward(shard, response_tokens, target, divergence, vocab, chosen_backend)
+        forward = run_forward(
+            shard, response_tokens, target, divergence, vocab, chosen_backend, reference_entropy=reference_entropy
+        )
     loss = _HandWrittenBackward.apply(  # type: ignore[no-untyped-call]
         student_logits,
         teacher_logits,
@@ -190,6 +200,17 @@ def _check_tokens(student_logits: Tensor, response_tokens: Tensor) -> None:
         )
 
 
+def check_reference_entropy(entropy: Tensor | None, num_tokens: int, target: Target) -> None:
+    """Raise ValueError unless the entropy of the reference is given exactly where the target needs it, [T]."""
+    needed = target.needs_reference_entropy
+    if (entropy is not None) != needed or (entropy is not None and tuple(entropy.shape) != (num_tokens,)):
+        raise ValueError(
+            f"distillation_loss: reference_entropy must be {f'[{num_tokens}]' if needed else 'None'} with rule "
+            f"{target.rule}, anchor {target.anchor} and match {target.match}; "
+            f"got {None if entropy is None else tuple(entropy.shape)}."
+        )
+
+
 @dataclass(frozen=True)
 class TargetSolution:
     """The target of T tokens in two numbers per token: log q = beta m - log_normaliser.
@@ -211,8 +232,10 @@ def solve_target(
     Shapes, ranks, backend, -inf and NaN: as `distillation_loss`; there is no response token, no divergence and no
     gradient.
     Collectives: three all-gathers over ``vocab.group``, two where the rule gives beta.
-    Raises: ValueError if shapes do not fit, or for a backend that cannot run.
+    Raises: ValueError if shapes do not fit, for a backend that cannot run, or for a target with a reference.
     """
+    if target.is_anchored:
+        raise ValueError("solve_target: the target must be anchored to the student; got anchor=reference.")
     _check_logits("solve_target", student_logits, teacher_logits, vocab)
     with torch.no_grad():
         shard = make_shard(student_logits, teacher_logits, target, vocab)
@@ -225,7 +248,7 @@ def make_shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, v
     """Return the valid columns of both logits on this rank, and how the target mixes them."""
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     valid = slice(0, vocab.num_valid)
-    return Shard(student_logits[:, valid], teacher_logits[:, valid], target.mix_weights, dtype)
+    return Shard(student_logits[:, valid], teacher_logits[:, valid], BetaGrid.of(target, dtype).mix_weights, dtype)
 
 
 def solve_shard(
@@ -236,6 +259,7 @@ def solve_shard(
     backend: Backend,
     *,
     forward_kl: bool,
+    reference_entropy: Tensor | None = None,
 ) -> tuple[Shard, TokenResults]:
     """Return the shard as the passes cut it, and the results of every token.
 
@@ -243,11 +267,11 @@ def solve_shard(
     """
     shard = replace(shard, num_parts=backend.num_parts(shard.student.shape[0], vocab.size))
     sums, mix_argmax = backend.first_pass(shard, grid, response_tokens, vocab.start)
-    solver_state = backend.solve_tokens(_gather(sums, vocab.group), grid)
+    solver_state = backend.solve_tokens(gather_parts(sums, vocab.group), grid, reference_entropy)
     status: Tensor | None = None
     for _ in range(1 if grid.given else 2):
         sums = backend.second_pass(shard, solver_state.constants, mix_argmax, forward_kl=forward_kl, status=status)
-        gathered = _gather(sums, vocab.group)
+        gathered = gather_parts(sums, vocab.group)
         results, solver_state = backend.finish_tokens(solver_state, gathered, grid, response_tokens, vocab.vocab_size)
         status = results.status
     return shard, results
@@ -273,18 +297,22 @@ def run_forward(
     divergence: Divergence,
     vocab: VocabShard,
     backend: Backend,
+    *,
+    reference_entropy: Tensor | None = None,
 ) -> ForwardResult:
     """Return the statistics of all tokens of a shard, and what backward needs besides the logits.
 
     Collectives: as `distillation_loss`.
     """
     grid, forward_kl = BetaGrid.of(target, shard.dtype), divergence.kind == "forward_kl"
-    shard, results = solve_shard(shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl)
+    shard, results = solve_shard(
+        shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl, reference_entropy=reference_entropy
+    )
     loss = kl_value = results.reverse_kl
     if forward_kl:
         loss = results.forward_kl
     elif divergence.kind == "jsd":
-        parts = _gather(backend.jsd_pass(shard, results.constants, divergence.jsd_lambda), vocab.group)
+        parts = gather_parts(backend.jsd_pass(shard, results.constants, divergence.jsd_lambda), vocab.group)
         loss, kl_value = parts.double().sum(0).to(shard.dtype).unbind(1)
         loss = loss.clamp(min=0)
     stats = TokenStats(
@@ -293,19 +321,28 @@ def run_forward(
         student_entropy=results.student_entropy,
         teacher_entropy=results.teacher_entropy,
         target_entropy=results.target_entropy,
-        beta=results.beta.to(shard.dtype),
+        wanted_entropy=results.student_entropy if reference_entropy is None else reference_entropy.to(shard.dtype),
+        beta=(results.beta / grid.unit).to(shard.dtype),
         status=results.status,
         student_log_prob=results.student_log_prob,
         teacher_log_prob=results.teacher_log_prob,
         target_log_prob=results.target_log_prob,
         top1_agreement=results.top1_agreement,
-        grid_betas=grid.on(loss.device)[: grid.num_grid],
+        grid_betas=grid.reported(loss.device),
         grid_entropies=results.grid_entropies,
     )
+    if target.is_anchored:
+        unknown = torch.full_like(loss, torch.nan)
+        stats = replace(
+            stats,
+            teacher_entropy=unknown,
+            teacher_log_prob=unknown,
+            top1_agreement=torch.zeros_like(results.top1_agreement),
+        )
     return ForwardResult(stats, results.constants, kl_value)
 
 
-def _gather(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_parts(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Gather [n, T, columns] of every rank into [tp_size * n, T, columns], in rank order.
 
     Each rank sums this result over the ranks by itself: an all-reduce need not give every rank the same bits.

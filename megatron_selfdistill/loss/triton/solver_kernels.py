@@ -64,7 +64,7 @@ def nothing_yet(like):
 
 
 @triton.jit
-def with_point(solved, point, student_entropy, distance, is_first):
+def with_point(solved, point, wanted_entropy, distance, is_first):
     """Return the state of the search on the grid after one more point of the grid.
 
     The state holds the first point, the last point so far, both ends of the first cell in which H falls below H(p), the
@@ -72,7 +72,7 @@ def with_point(solved, point, student_entropy, distance, is_first):
     The points come one at a time: all points of a grid would not fit into registers.
     """
     first, last, left, right, match, nearest = solved
-    wanted, entropy = at_least(student_entropy, _MIN_ENTROPY), entropy_of(point)
+    wanted, entropy = at_least(wanted_entropy, _MIN_ENTROPY), entropy_of(point)
     crosses = (entropy_of(last) > wanted) & ~(entropy > wanted) & (left[0] == 0) & ~is_first
     noise = _SNAP * _EPS * (entropy + point[0] * point[0] * point[3])
     matches = (tl.abs(entropy - wanted) <= at_most(noise, _SNAP_LIMIT)) & (distance < nearest)
@@ -87,17 +87,17 @@ def with_point(solved, point, student_entropy, distance, is_first):
 
 
 @triton.jit
-def on_grid(solved, student_entropy, max_entropy, GIVEN: tl.constexpr):
+def on_grid(solved, wanted_entropy, max_entropy, GIVEN: tl.constexpr):
     """Compute `solver.solve_on_grid`: beta, log_sum, left, right, inside."""
     first, last, left, right, match, nearest = solved
     if GIVEN:
         beta, log_sum, inside = last[0], last[1], last[0] != last[0]
     else:
-        wanted = at_least(student_entropy, _MIN_ENTROPY)
+        wanted = at_least(wanted_entropy, _MIN_ENTROPY)
         soft, hard, matches = entropy_of(first) > wanted, ~(entropy_of(last) > wanted), nearest < 1e9
         root = as_float32(root_between(left, right, wanted, max_entropy))
         point = where(matches, match, where(soft, last[:3], first))
-        finite = is_finite(student_entropy + entropy_of(first))
+        finite = is_finite(wanted_entropy + entropy_of(first))
         inside = soft & hard & ~matches & finite
         beta = tl.where(finite, tl.where(inside, root, point[0]), float("nan"))
         log_sum = tl.where(inside, log_sum_between(left, right, root), point[1])
@@ -106,9 +106,9 @@ def on_grid(solved, student_entropy, max_entropy, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def refined(here, left, right, inside, student_entropy, max_entropy):
+def refined(here, left, right, inside, wanted_entropy, max_entropy):
     """Compute `BetaSolution.refined`: beta, log_sum, entropy, left, right, converged."""
-    wanted = at_least(student_entropy, _MIN_ENTROPY)
+    wanted = at_least(wanted_entropy, _MIN_ENTROPY)
     soft = entropy_of(here) > wanted
     left, right = where(soft, here, left), where(soft, right, here)
     root = root_between(left, right, wanted, max_entropy)

@@ -56,7 +56,7 @@ class KernelState:
     outputs: _Outputs | None = None
 
 
-def solve_tokens(gathered: Tensor, grid: BetaGrid) -> KernelState:
+def solve_tokens(gathered: Tensor, grid: BetaGrid, reference_entropy: Tensor | None = None) -> KernelState:
     """Launch the kernel of `token_statistics.solve_tokens`."""
     num_parts, num_rows, _ = gathered.shape
     state, shift = (gathered.new_empty(n, num_rows, dtype=torch.float64) for n in (NUM_STATE.value, num_parts))
@@ -66,6 +66,7 @@ def solve_tokens(gathered: Tensor, grid: BetaGrid) -> KernelState:
         with launching_on(gathered):
             solve_kernel[programs](
                 gathered,
+                gathered if reference_entropy is None else reference_entropy.contiguous(),
                 grid.on(gathered.device),
                 state,
                 shift,
@@ -79,6 +80,7 @@ def solve_tokens(gathered: Tensor, grid: BetaGrid) -> KernelState:
                 NUM_GRID=grid.num_grid,
                 FAVOURED=grid.favoured,
                 GIVEN=grid.given,
+                MATCH_REFERENCE=reference_entropy is not None,
                 **sizes,
             )
     return KernelState(state, shift, TokenConstants(*constants.unbind(0)), entropies)

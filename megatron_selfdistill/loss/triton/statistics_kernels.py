@@ -28,8 +28,8 @@ from megatron_selfdistill.loss.triton.merge_kernels import (
 )
 from megatron_selfdistill.loss.triton.solver_kernels import entropy_of, nothing_yet, on_grid, refined, with_point
 
-NUM_STATE = tl.constexpr(26)
-"""The numbers of a token that ``finish_kernel`` receives, float64: 6 constants, 2 points of 5 numbers, and 10 that
+NUM_STATE = tl.constexpr(27)
+"""The numbers of a token that ``finish_kernel`` receives, float64: 6 constants, 2 points of 5 numbers, and 11 that
 stay."""
 _FLOOR = tl.constexpr(FLOOR)
 _UNCONVERGED = tl.constexpr(int(Status.UNCONVERGED))
@@ -42,6 +42,7 @@ _UNDETERMINED, _GIVEN = tl.constexpr(int(Status.UNDETERMINED)), tl.constexpr(int
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def solve_kernel(
     gathered,
+    reference_entropies,
     betas,
     state,
     shifts,
@@ -55,32 +56,37 @@ def solve_kernel(
     NUM_GRID: tl.constexpr,
     FAVOURED: tl.constexpr,
     GIVEN: tl.constexpr,
+    MATCH_REFERENCE: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Compute `token_statistics.solve_tokens` of a few tokens.
 
     gathered: [parts, T, 14 + 4 J], the columns of `shard_sums.first_pass`.
+    reference_entropies: [T] the entropies to match with MATCH_REFERENCE, otherwise not read.
     """
     rows, inside, place, there = rows_and_parts(num_rows, num_parts, ROWS, PARTS)
     at = gathered + place * (14 + 4 * J)
     student, teacher, mix_max, shift, only_student, only_mix, max_entropy = merged_rows(at, there, mix_weight, MIX)
     tl.store(shifts + place, shift, mask=there)
+    wanted = student[2]
+    if MATCH_REFERENCE:
+        wanted = tl.load(reference_entropies + rows, mask=inside, other=0.0).to(tl.float64)
     solved = nothing_yet(max_entropy)
     for j in range(J):
         beta = tl.load(betas + j).to(tl.float64)
         here = merged_moments(at + 12 + 4 * j, there, shift, beta)
         entropy = entropy_of(here).to(tl.float32)
         tl.store(grid_entropies + rows * NUM_GRID + j, entropy, mask=inside & (j < NUM_GRID))
-        solved = with_point(solved, here, student[2], tl.abs(j - FAVOURED), j == 0)
-    beta, log_sum, left, right, sought = on_grid(solved, student[2], max_entropy, GIVEN)
+        solved = with_point(solved, here, wanted, tl.abs(j - FAVOURED), j == 0)
+    beta, log_sum, left, right, sought = on_grid(solved, wanted, max_entropy, GIVEN)
     log_sum = as_float32(log_sum)
     values = (student[0], teacher[0], mix_max, student[1], beta, log_sum)
     for i in tl.static_range(6):
         tl.store(constants + i * num_rows + rows, values[i].to(tl.float32), mask=inside)
     student_token, teacher_token = token_logits(at + 12 + 4 * J, there)
     values = values + left + right + (sought.to(tl.float64), teacher[1], student[2], teacher[2], max_entropy)
-    values = values + (student_token, teacher_token, only_student, only_mix, _agree(student, teacher))
+    values = values + (student_token, teacher_token, only_student, only_mix, _agree(student, teacher), wanted)
     for i in tl.static_range(NUM_STATE):
         tl.store(state + i * num_rows + rows, values[i], mask=inside)
 
@@ -133,13 +139,14 @@ def finish_kernel(
     left, right, sought = known[6:11], known[11:16], known[16] > 0
     teacher_log_sum, student_entropy, teacher_entropy, max_entropy = known[17:21]
     student_token, teacher_token, only_student, only_mix, agree = known[21:26]
+    wanted = known[26]
     part = ()
     for i in tl.static_range(NUM_COLUMNS):
         part = part + (tl.sum(column(gathered + place * NUM_COLUMNS + i, there, 0.0), 1),)
 
     shift = tl.load(shifts + place, mask=there, other=_FLOOR)
     here = merged_second(part, shift, old_beta, assumed)
-    moved = refined(here, left, right, sought, student_entropy, max_entropy)
+    moved = refined(here, left, right, sought, wanted, max_entropy)
     beta, log_sum, entropy, left, right, converged = moved
     step, log_ratio = beta - old_beta, here[1] - assumed
     reverse_kl = part[4] - exp_minus_one_64(log_ratio) + log_ratio + (log_sum - here[1]) - step * part[5]
@@ -157,7 +164,7 @@ def finish_kernel(
     _store_numbers(results, kls + (student_entropy, teacher_entropy, entropy), rows, inside, num_rows)
     height = mixed(student_max, teacher_max, weight, MIX) + mix_max
     _store_exact(exact, constants, student, teacher, mix_max, beta, log_sum, height, rows, inside, num_rows)
-    status = _status(betas, beta, student_entropy, entropy, converged, NUM_GRID, GIVEN, LOWEST_IS_BOUND)
+    status = _status(betas, beta, wanted, entropy, converged, NUM_GRID, GIVEN, LOWEST_IS_BOUND)
     tl.store(statuses + rows, status.to(tl.int64), mask=inside)
     tl.store(agreements + rows, agree.to(tl.uint8), mask=inside)
     if not SOME_ROWS and not GIVEN:
@@ -226,7 +233,7 @@ def _taylor_of_mean_y(here, part, log_ratio, step):
 def _status(
     betas,
     beta,
-    student_entropy,
+    wanted,
     entropy,
     converged,
     NUM_GRID: tl.constexpr,
@@ -237,10 +244,10 @@ def _status(
     status = tl.zeros_like(beta).to(tl.int32) + (_GIVEN if GIVEN else _MATCHED)
     if not GIVEN:
         low, high = tl.load(betas).to(tl.float64), tl.load(betas + NUM_GRID - 1).to(tl.float64)
-        apart = tl.abs(entropy - student_entropy) > _MATCH_TOLERANCE
+        apart = tl.abs(entropy - wanted) > _MATCH_TOLERANCE
         status = tl.where(apart & (beta <= low), _CAPPED if LOWEST_IS_BOUND else _OUT_OF_RANGE, status)
         status = tl.where(apart & (beta >= high), _OUT_OF_RANGE, status)
         status = tl.where(converged, status, _UNCONVERGED)
-        determined = (student_entropy >= _MIN_ENTROPY) & is_finite(beta)
+        determined = (wanted >= _MIN_ENTROPY) & is_finite(beta)
         status = tl.where(determined, status, _UNDETERMINED)
     return status

@@ -42,6 +42,7 @@ from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
 from megatron_selfdistill.loss.sharded.shard_sums import Shard
 from megatron_selfdistill.loss.sharded.solver import BetaSolution
 from megatron_selfdistill.loss.sharded.token_statistics import MergedSums
+from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
 from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -390,3 +391,32 @@ def test_of_equal_maxima_also_in_several_parts_the_lowest_column_counts(parts: i
     teacher[0, 7] = teacher[1, 590] = 100.0
     stats, _ = run(student, teacher, tokens, Target(), Divergence())
     assert stats.top1_agreement.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "target", after(1, [Target(anchor="reference"), Target(anchor="reference", match="student", k_max=None)])
+)
+def test_with_a_reference_every_statistic_and_the_gradient_equal_pytorchs(target: Target) -> None:
+    student, mix, tokens = logits(8, 333)
+    reference, _, _ = logits(8, 333, seed=1)
+    vocab, results = VocabShard(0, 333, 300), []
+    for name in ("triton", "torch"):
+        leaf = student.clone().requires_grad_()
+        entropy = vocab_entropy(reference, vocab, backend=name)
+        stats = distillation_loss(
+            leaf,
+            mix,
+            tokens,
+            target=target,
+            divergence=Divergence(),
+            vocab=vocab,
+            reference_entropy=entropy if target.needs_reference_entropy else None,
+            backend=name,
+        )
+        stats.loss.sum().backward()
+        results.append((replace(stats, loss=stats.loss.detach()), leaf.grad, entropy))
+    (ours, gradient, entropy), (theirs, their_gradient, their_entropy) = results
+    assert_same(ours, theirs)
+    torch.testing.assert_close(gradient, their_gradient, rtol=1e-4, atol=3e-6)
+    torch.testing.assert_close(entropy, their_entropy, rtol=1e-6, atol=1e-6)
+    assert (ours.status == Status.MATCHED).any()
