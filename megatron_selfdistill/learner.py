@@ -111,40 +111,53 @@ class Learner:
             pair_order=self.pair_order,
             with_teacher=self.has_teacher,
             grid=self.grid,
+            with_reference=self.config.is_anchored,
             seq_multiple=token_multiple(unwrapped(self.chunks[0]).config),
         )
 
     def forward_backward(
-        self, packed: PackedBatch, token_weights: schedule.TokenWeights | None = None
+        self,
+        packed: PackedBatch,
+        token_weights: schedule.TokenWeights | None = None,
+        *,
+        measure_teacher: bool = True,
     ) -> schedule.StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 
+        ``measure_teacher``: whether a step with a reference computes the statistics of the teacher alone, which cost
+        two more projections; without a reference the statistics always include the teacher.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._distillation_loss(self._target()) if self.has_teacher else schedule.next_token
+        reference = self._reference(self._target(), measure_teacher)
         with self.teacher.on_device() as teacher:
-            return self._schedule(packed, teacher if self.has_teacher else None, loss, token_weights=token_weights)
+            chunks = teacher if self.has_teacher else None
+            return self._schedule(packed, chunks, loss, reference=reference, token_weights=token_weights)
 
     def measure(self, contexts: Sequence[ContextPair]) -> schedule.StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained."""
         packed = self.pack(contexts)
         with self.teacher.on_device() as teacher:
-            return self._schedule(packed, teacher, self._distillation_loss(self._target()), forward_only=True)
+            loss, reference = self._distillation_loss(self._target()), self._reference(self._target(), True)
+            return self._schedule(packed, teacher, loss, reference=reference, forward_only=True)
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
         """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
 
-        It is 0 where sharding, packing and exchange work in this layout.  Collective.
+        With a reference the student is its own reference, too.  The loss is 0 where sharding, packing and exchange work
+        in this layout.  Collective.
 
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
         answered = [context for context in contexts if context.response][:IDENTITY_CONTEXTS]
         same = [replace(context, teacher_prompt=context.student_prompt) for context in answered]
-        loss = self._distillation_loss(Target(teacher_weight=self.config.target.teacher_weight))
-        output = self._schedule(self.pack(same), self.chunks, loss, forward_only=True)
+        anchor = "reference" if self.config.is_anchored else "student"
+        target = Target(teacher_weight=self.config.target.teacher_weight, anchor=anchor)
+        loss, reference = self._distillation_loss(target), self._reference(target, measure_teacher=True)
+        output = self._schedule(self.pack(same), self.chunks, loss, reference=reference, forward_only=True)
         return step_metrics(output, None, self.grid)["loss/mean"]
 
     def gradient_norm(self) -> float:
@@ -199,6 +212,16 @@ class Learner:
             pair_order=self.pair_order,
             teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
             **options,
+        )
+
+    def _reference(self, target: Target, measure_teacher: bool) -> schedule.Reference | None:
+        if not self.config.is_anchored:
+            return None
+        return schedule.Reference(
+            target,
+            self._distillation_loss(Target("teacher_alone")) if measure_teacher else None,
+            self.config.loss.fused_chunk_tokens,
+            self.config.loss.backend,
         )
 
     def _target(self) -> Target:

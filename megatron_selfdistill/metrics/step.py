@@ -34,24 +34,24 @@ MAX_GRID = 16
 _NUM_BINS = math.ceil(2 * math.log(K_RANGE) / math.log1p(K_RESOLUTION))
 
 # The count that divides the sum of each mean, by key: all response tokens, the tokens with a target (a baseline has
-# none), the tokens with a log-prob of the sampler, or the tokens with a weight.
+# none), the tokens at which the teacher is measured, those with a log-prob of the sampler, or those with a weight.
 _OVER = {
     "loss/mean": "tokens/response",
     "student_nll": "tokens/response",
     "loss/reverse_kl": "targets",
     "entropy/student": "targets",
-    "entropy/teacher": "targets",
+    "entropy/teacher": "measured",
     "entropy/target": "targets",
     "entropy/target_minus_student": "targets",
     "k/mean": "targets",
     **{f"status/{status.name.lower()}": "targets" for status in Status},
-    "top1_agreement": "targets",
-    "teacher_cross_entropy": "targets",
+    "top1_agreement": "measured",
+    "teacher_cross_entropy": "measured",
     "sampler/log_prob_mean_abs_diff": "sampled",
     "correction/weight_mean": "weighted",
     "correction/capped": "weighted",
 }
-_SUMS = ("tokens/response", "targets", "sampled", "weighted", *_OVER)
+_SUMS = ("tokens/response", "targets", "measured", "sampled", "weighted", *_OVER)
 
 
 def step_metrics(
@@ -70,7 +70,8 @@ def step_metrics(
         sampler/log_prob_{mean,max}_abs_diff
         correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
 
-    A loss without a target (`schedule.next_token`) has only the first line.  The sampler's keys need
+    A loss without a target (`schedule.next_token`) has only the first line.  With a reference, entropy/teacher and the
+    two metrics of the teacher exist only on steps that measure the teacher.  The sampler's keys need
     ``sampler_log_probs``, and the correction's keys need token weights.  A token with NaN makes each mean that includes
     the token NaN; percentiles skip the token.
     Collectives over the world: as in `over_all_ranks`, for 1,400 sums and 3 maxima; the host waits once.
@@ -78,7 +79,7 @@ def step_metrics(
     sums = torch.zeros(len(_SUMS) + _NUM_BINS, dtype=torch.float64, device=grid.device)
     maxima = torch.full((3,), -math.inf, dtype=torch.float64, device=grid.device)
     if output.stats is not None and _holds_tokens(grid):
-        by_key = _token_values(output.stats, output.response_ids, sampler_log_probs)
+        by_key = _token_values(output.stats, output.response_ids, sampler_log_probs, output.measures_teacher)
         if output.weights is not None:
             weights = output.weights.double()
             by_key |= {"weighted": torch.ones_like(weights), "correction/weight_mean": weights}
@@ -113,7 +114,9 @@ def step_metrics(
 
 
 def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[float], list[float]]:
-    """Return (mean H(p), betas, mean H(softmax(beta m)) at each beta) over the global batch, equal on all ranks.
+    """Return (mean entropy that is wanted, betas, mean H(softmax(beta m)) at each beta) over the global batch.
+
+    The wanted entropy is `TokenStats.wanted_entropy`.  The results are equal on all ranks.
 
     `loss.batch_k.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
     Collectives as in `step_metrics`.
@@ -125,7 +128,7 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
     if stats is not None and _holds_tokens(grid):
         num_betas = len(stats.grid_betas)
         betas[:num_betas] = stats.grid_betas.double()
-        entropies = torch.cat([stats.student_entropy[:, None], stats.grid_entropies], dim=1).double()
+        entropies = torch.cat([stats.wanted_entropy[:, None], stats.grid_entropies], dim=1).double()
         known = torch.isfinite(entropies).all(1)
         sums[0] = known.sum()
         sums[1 : 2 + num_betas] = torch.where(known[:, None], entropies, 0.0).sum(0)
@@ -185,7 +188,9 @@ def _holds_tokens(grid: RankGrid) -> bool:
     return grid.is_last_stage and grid.tp_rank == 0
 
 
-def _token_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None) -> dict[str, Tensor]:
+def _token_values(
+    stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None, measures_teacher: bool
+) -> dict[str, Tensor]:
     """Return the summands of `_SUMS`, [R] float64 each, without the numbers that this loss does not have."""
     student_log_prob = stats.student_log_prob.double()
     one = torch.ones_like(student_log_prob)
@@ -196,13 +201,17 @@ def _token_values(stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | No
             "targets": one,
             "loss/reverse_kl": stats.reverse_kl.double(),
             "entropy/student": student_entropy,
-            "entropy/teacher": stats.teacher_entropy.double(),
             "entropy/target": target_entropy,
             "entropy/target_minus_student": target_entropy - student_entropy,
             "k/mean": 1 / stats.beta.double(),
-            "top1_agreement": stats.top1_agreement.double(),
-            "teacher_cross_entropy": -stats.teacher_log_prob.double(),
         }
+        if measures_teacher:
+            values |= {
+                "measured": one,
+                "entropy/teacher": stats.teacher_entropy.double(),
+                "top1_agreement": stats.top1_agreement.double(),
+                "teacher_cross_entropy": -stats.teacher_log_prob.double(),
+            }
         values |= {f"status/{status.name.lower()}": (stats.status == status).double() for status in Status}
     if sampler_log_probs is not None:
         theirs = sampler_log_probs[ids].double()

@@ -95,6 +95,7 @@ class FusedLoss:
         response_tokens: Tensor,
         vocab: VocabShard,
         grid: RankGrid,
+        reference_entropy: Tensor | None = None,
     ) -> TokenStats:
         """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
 
@@ -116,6 +117,7 @@ class FusedLoss:
             target=self.target,
             divergence=self.divergence,
             vocab=vocab,
+            reference_entropy=reference_entropy,
             chunk_tokens=self.fusion.chunk_tokens,
             mode=self.fusion.mode,
             gather_indices=positions.gathered,

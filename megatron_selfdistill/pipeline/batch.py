@@ -29,6 +29,7 @@ def pack_everywhere(
     pair_order: str,
     with_teacher: bool,
     grid: RankGrid,
+    with_reference: bool = False,
     seq_multiple: int | None = None,
 ) -> PackedBatch:
     """Return this replica's contexts, packed into sequences of at most ``max_tokens``.
@@ -49,9 +50,11 @@ def pack_everywhere(
     batch = pack(contexts, rules, seq_length=seq_length)
     counts = max(len(batch.student), 1), max(len(batch.teacher), 1)
     num_student, num_teacher = max_over_ranks(counts, grid.dp_group)
-    while (num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):
-        num_student += 1
-        num_teacher += paired
+    # The reference reads the student's microbatches, so that one more of these is two more in all.
+    student_roles = 2 if with_reference else 1
+    while (student_roles * num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):
+        num_student += paired or not with_reference
+        num_teacher += paired or with_reference
     return pad_to_count(batch, num_student, num_teacher)
 
 

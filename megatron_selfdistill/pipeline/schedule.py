@@ -3,15 +3,17 @@
 
 A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` returns a zero gradient for it, so that
 the schedule's sends and receives match.  On the last stage the teacher leaves its final hidden states at response
-positions in a `TeacherHiddenStates`.  When the student's microbatch arrives, the states of both models are projected to
-logits, and the loss is computed; a fused output layer does both in one piece (model/output_layer.py).
+positions in a `TeacherHiddenStates`.  With a target that is anchored to a reference, there are also reference
+microbatches: the student's contexts through the teacher's weights, whose states are mixed with the teacher's.  When the
+student's microbatch arrives, the states of both models are projected to logits, and the loss is computed; a fused
+output layer does both in one piece (model/output_layer.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,10 +31,11 @@ from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.forward import hidden_states, project, states_at, uses_local_attention
+from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, states_at, uses_local_attention
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicrobatch
 from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
@@ -42,13 +45,34 @@ class NoResponseTokens(RuntimeError):
     """The global batch has no response token, so there is nothing to train on."""
 
 
-TokenLoss = Callable[[Tensor, Tensor | None, Tensor, VocabShard], TokenStats]
-"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient."""
+TokenLoss = Callable[..., TokenStats]
+"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient.
+
+With a reference whose entropy the target matches, the loss also takes ``reference_entropy [R]``.
+"""
 TokenWeights = Callable[[Tensor, Tensor], Tensor]
 """(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, as constants.
 
 loss/weighting.py has such functions.
 """
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen model on the student's contexts, whose logits the target mixes with the teacher's.
+
+    The reference has the teacher's weights, so that one output layer projects the mix of their hidden states.
+    """
+
+    target: Target
+    """The target, which is anchored to a reference."""
+    teacher_alone: TokenLoss | FusedLoss | None = None
+    """A loss under the rule teacher_alone, whose statistics describe the teacher; None on steps that do not measure
+    the teacher."""
+    chunk_tokens: int = 4096
+    """The number of tokens whose logits exist at a time while the reference's entropy is computed."""
+    backend: str | None = None
+    """As for `distillation_loss`."""
 
 
 @dataclass
@@ -67,6 +91,8 @@ class StepOutput:
     """Statistics of the R tokens, detached, the loss without weights; None on the other stages."""
     weights: Tensor | None = None
     """Weights [R] of the tokens' losses; None where all weights are 1."""
+    measures_teacher: bool = True
+    """Whether ``stats`` describe the teacher; False on a step with a `Reference` that does not measure the teacher."""
 
 
 def self_distillation(
@@ -84,7 +110,13 @@ def self_distillation(
     if fusion is not None:
         return FusedLoss(target, divergence, fusion, backend)
 
-    def loss(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
+    def loss(
+        student: Tensor,
+        teacher: Tensor | None,
+        response_tokens: Tensor,
+        vocab: VocabShard,
+        reference_entropy: Tensor | None = None,
+    ) -> TokenStats:
         assert teacher is not None
         return distillation_loss(
             student,
@@ -93,6 +125,7 @@ def self_distillation(
             target=target,
             divergence=divergence,
             vocab=vocab,
+            reference_entropy=reference_entropy,
             inplace_backward=True,
             backend=backend,
         )
@@ -125,6 +158,7 @@ def run(
     grid: RankGrid,
     vocab: VocabShard,
     *,
+    reference: Reference | None = None,
     token_weights: TokenWeights | None = None,
     pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
@@ -136,8 +170,9 @@ def run(
     every layout; without ``token_weights`` all weights are 1.
 
     ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
-    None for a loss without a teacher, which ignores ``batch.teacher``.  All ranks of a replica hold the same ``batch``;
-    all replicas have the same number of microbatches and ``seq_length``.
+    None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
+    to a reference, for which the teacher's chunks also run each student microbatch, without gradients.  All ranks of a
+    replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
@@ -145,7 +180,7 @@ def run(
     num_response_tokens, num_weighted = _global_counts(batch, grid)
     if num_response_tokens == 0:
         raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
-    order = _order(batch, pair_order, with_teacher=teacher is not None)
+    order = _order(batch, pair_order, with_teacher=teacher is not None, with_reference=reference is not None)
     on_device = DeviceBatch.of(
         batch, grid, with_teacher=teacher is not None, local_attention=uses_local_attention(student)
     )
@@ -156,6 +191,7 @@ def run(
         teacher=list(teacher or ()),
         batch=on_device,
         token_loss=token_loss,
+        reference=reference,
         token_weights=token_weights,
         grid=grid,
         vocab=vocab,
@@ -164,7 +200,8 @@ def run(
     )
     with _auxiliary_losses_per_weighted_microbatch(student, len(order) * grid.dp_size / max(num_weighted, 1)):
         step.run(order, batch.seq_length, forward_only)
-    return StepOutput(num_response_tokens, *step.collected())
+    measures_teacher = reference is None or reference.teacher_alone is not None
+    return StepOutput(num_response_tokens, *step.collected(), measures_teacher)
 
 
 def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
@@ -181,13 +218,14 @@ def microbatch_multiple(grid: RankGrid) -> int:
     return grid.pp_size if grid.virtual_pipeline_model_parallel_size else 1
 
 
-def _order(batch: PackedBatch, pair_order: str, with_teacher: bool) -> list[tuple[str, int]]:
+def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_reference: bool) -> list[tuple[str, int]]:
     students = [("student", i) for i in range(len(batch.student))]
     if not with_teacher:
         return students
     teachers = [("teacher", i) for i in range(len(batch.teacher))]
+    references = [("reference", i) for i in range(len(batch.student))] if with_reference else []
     if pair_order == "teacher_first":
-        return teachers + students
+        return teachers + references + students
     if pair_order != "alternating":
         raise ValueError(f"pair_order must be one of {', '.join(PAIR_ORDERS)}, got {pair_order!r}")
     if len(students) != len(teachers):
@@ -195,7 +233,8 @@ def _order(batch: PackedBatch, pair_order: str, with_teacher: bool) -> list[tupl
             f"pair_order=alternating needs as many teacher as student microbatches (pack with paired=True), "
             f"got {len(teachers)} and {len(students)}"
         )
-    return [item for pair in zip(teachers, students, strict=True) for item in pair]
+    streams = [teachers, references, students] if with_reference else [teachers, students]
+    return [item for items in zip(*streams, strict=True) for item in items]
 
 
 @dataclass
@@ -206,6 +245,7 @@ class _Step:
     teacher: list[torch.nn.Module]
     batch: DeviceBatch
     token_loss: TokenLoss | FusedLoss
+    reference: Reference | None
     token_weights: TokenWeights | None
     grid: RankGrid
     vocab: VocabShard
@@ -214,6 +254,8 @@ class _Step:
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    reference_entropies: dict[int, Tensor] = field(default_factory=dict)
+    """By student microbatch, [R] float64 nats, until the student's microbatch takes it."""
 
     def run(self, order: Sequence[tuple[str, int]], seq_length: int, forward_only: bool) -> None:
         """Run the microbatches of ``order``, each a role and an index, through Megatron's schedule."""
@@ -235,7 +277,9 @@ class _Step:
         role, index = next(iterator)
         if role == "student":
             return self._student(index, chunk)
-        return self._teacher(index, chunk)
+        if role == "teacher":
+            return self._without_gradient(self.batch.teacher[index].inputs, chunk, lambda h: self._bank.put(index, h))
+        return self._without_gradient(self.batch.student[index].inputs, chunk, lambda h: self._mix(index, h))
 
     def _student(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         model = unwrapped(chunk)
@@ -257,21 +301,78 @@ class _Step:
 
     def _stats(self, index: int, model: GPTModel, hidden: Tensor, microbatch: StudentMicrobatch) -> TokenStats:
         """Return the loss of the microbatch's response tokens; ``hidden [s / cp (/ tp), 1, h]``."""
-        positions, tokens = microbatch.positions, microbatch.response_tokens
         dtype = model.config.params_dtype
-        if isinstance(self.token_loss, FusedLoss):
-            if self.bank is None:
-                raise ValueError("a fused distillation loss needs a teacher, got none")
-            teacher, block = unwrapped(self.teacher[-1]), self.bank.take_slice(index, dtype)
-            return self.token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid)
-        teacher_logits = None
-        if self.bank is not None:
+        entropy = self.reference_entropies.pop(index, None)
+        extra = {} if entropy is None else {"reference_entropy": entropy}
+        alone = None
+        if self.reference is not None and self.reference.teacher_alone is not None:
             with torch.no_grad():
-                teacher_logits = project(unwrapped(self.teacher[-1]), self.bank.take(index, dtype))
-        student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
-        return self.token_loss(student_logits, teacher_logits, tokens, self.vocab)
+                own = self._bank.take_teacher(index)
+                alone = self._loss_of(self.reference.teacher_alone, model, hidden, own, microbatch)
+        block = self.bank.take_slice(index, dtype) if self.bank is not None else None
+        stats = self._loss_of(self.token_loss, model, hidden, block, microbatch, **extra)
+        if alone is None:
+            return stats
+        return replace(
+            stats,
+            teacher_entropy=alone.teacher_entropy,
+            teacher_log_prob=alone.teacher_log_prob,
+            top1_agreement=alone.top1_agreement,
+        )
 
-    def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    def _loss_of(
+        self,
+        token_loss: TokenLoss | FusedLoss,
+        model: GPTModel,
+        hidden: Tensor,
+        block: Tensor | None,
+        microbatch: StudentMicrobatch,
+        **extra: Tensor,
+    ) -> TokenStats:
+        """Return ``token_loss`` of the student's ``hidden`` and of the teacher's states ``block [R, h / tp]``."""
+        positions, tokens = microbatch.positions, microbatch.response_tokens
+        if isinstance(token_loss, FusedLoss):
+            if block is None:
+                raise ValueError("a fused distillation loss needs a teacher, got none")
+            teacher = unwrapped(self.teacher[-1])
+            return token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid, **extra)
+        teacher_logits = None
+        if block is not None:
+            with torch.no_grad():
+                teacher_logits = project(unwrapped(self.teacher[-1]), self._bank.at_full_width(block))
+        student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
+        return token_loss(student_logits, teacher_logits, tokens, self.vocab, **extra)
+
+    @property
+    def _bank(self) -> TeacherHiddenStates:
+        assert self.bank is not None, "only a step with a teacher has teacher and reference microbatches"
+        return self.bank
+
+    def _mix(self, index: int, hidden: Tensor) -> None:
+        """Mix the reference's states of student microbatch ``index`` into the teacher's; ``hidden`` as in `_stats`."""
+        assert self.reference is not None
+        states = states_at(hidden, self.batch.student[index].positions.in_sequence, self.grid)
+        target = self.reference.target
+        if target.needs_reference_entropy:
+            self.reference_entropies[index] = self._reference_entropy(states)
+        measures = self.reference.teacher_alone is not None
+        self._bank.mix(index, states, target.teacher_weight, keep_teacher=measures)
+
+    def _reference_entropy(self, states: Tensor) -> Tensor:
+        """Return the entropy [R] of the reference at its ``states [R, 1, h]``, projected chunk by chunk."""
+        assert self.reference is not None
+        model = unwrapped(self.teacher[-1])
+        with torch.no_grad():
+            parts = [
+                vocab_entropy(project(model, chunk), self.vocab, backend=self.reference.backend)
+                for chunk in states.split(self.reference.chunk_tokens)
+            ]
+        return torch.cat(parts)
+
+    def _without_gradient(
+        self, inputs: ModelInputs, chunk: torch.nn.Module, keep: Callable[[Tensor], None]
+    ) -> tuple[Tensor, Any]:
+        """Run the teacher's weights on ``inputs``; on the last stage ``keep`` receives the final hidden states."""
         model = unwrapped(chunk)
         # The schedule gave the received activations to the student's chunk; the teacher's chunk reads the same tensor.
         input_tensor = None if model.pre_process else model.decoder.input_tensor
@@ -282,13 +383,12 @@ class _Step:
         if teacher_chunk is not chunk and input_tensor is not None:
             unwrapped(teacher_chunk).set_input_tensor(input_tensor)
         with torch.no_grad():
-            hidden = hidden_states(teacher_chunk, self.batch.teacher[index].inputs, self.grid)
+            hidden = hidden_states(teacher_chunk, inputs, self.grid)
         if not model.post_process:
             return _Bridge.apply(hidden, edge), None  # type: ignore[no-untyped-call]
 
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            assert self.bank is not None
-            self.bank.put(index, hidden)
+            keep(hidden)
             loss = torch.zeros((), device=self.grid.device)
             return _Bridge.apply(loss, edge), {}  # type: ignore[no-untyped-call]
 

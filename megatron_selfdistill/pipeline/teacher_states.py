@@ -1,5 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The teacher's hidden states, on their way from a teacher microbatch to the student microbatches that need them."""
+"""The teacher's hidden states, on their way from a teacher microbatch to the student microbatches that need them.
+
+With a reference, the reference's microbatches turn these states into the states of the mix.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,9 @@ class TeacherHiddenStates:
     choice on all tensor-parallel ranks.  States beyond ``store_bytes`` rest in pinned host memory; neither direction
     waits for the device.
 
+    With a reference, `mix` replaces the teacher's states h_t by (w h_t + h_r) / (1 + w).  Teacher and reference share
+    one linear output layer, so the projection of these states is (w t + r) / (1 + w).
+
     Collectives, per teacher microbatch under context parallelism: one all-to-all that sends each state to the rank
     whose student holds the same response token.  No autograd.
     """
@@ -45,9 +51,29 @@ class TeacherHiddenStates:
         for route in microbatch.routes:
             self._keep(route, states if route.chosen is None else states.index_select(0, route.chosen))
 
-    def take(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Return the states of student microbatch ``index`` at full width, ``[R, 1, h]``, and forget them."""
-        block = self.take_slice(index, dtype)
+    def mix(self, index: int, reference_states: Tensor, teacher_weight: float, *, keep_teacher: bool) -> None:
+        """Replace the teacher's states of student microbatch ``index`` by the mix's, rounded once to their dtype.
+
+        ``reference_states [R, 1, h]``: the reference's states of the same response tokens, equal on all
+        tensor-parallel ranks.  ``keep_teacher``: whether `take_teacher` will ask for the teacher's own states.
+        """
+        theirs = reference_states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width)
+        teacher = self.take_slice(index, theirs.dtype)
+        mixed = theirs.float().add_(teacher, alpha=teacher_weight).div_(1 + teacher_weight).to(theirs.dtype)
+        self._keep(RoutedStates(index, None, None), mixed)
+        if keep_teacher:
+            self.shelves[index].teacher = teacher
+
+    def take_teacher(self, index: int) -> Tensor:
+        """Return this rank's slice ``[R, h / tp]`` of the teacher's own states, which `mix` has kept, and forget it."""
+        teacher = self.shelves[index].teacher
+        if teacher is None:
+            raise RuntimeError(f"the teacher's own states of student microbatch {index} were not kept")
+        self.shelves[index].teacher = None
+        return teacher
+
+    def at_full_width(self, block: Tensor) -> Tensor:
+        """Return the states ``[R, 1, h]`` of which every tensor-parallel rank holds a slice ``block [R, h / tp]``."""
         states: Tensor = gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group)
         return states.unsqueeze(1)
 
@@ -99,3 +125,5 @@ class _Shelf:
     """Pairs of states [n, h / tp] and their places [n] among the R of the microbatch; None for all in order."""
     num_states: int = 0
     bytes_on_device: int = 0
+    teacher: Tensor | None = None
+    """The teacher's own states [n, h / tp] beside those of the mix; None where nobody needs them."""

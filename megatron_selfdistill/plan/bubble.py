@@ -33,11 +33,15 @@ class Simulated:
     """The largest number of student microbatches (of one chunk each) whose activations a stage holds, per stage."""
 
 
-def order(num_student: int, num_teacher: int, pair_order: str) -> list[str]:
-    """Return the roles of the microbatches of a step, in the order in which schedule.py gives them to Megatron."""
+def order(num_student: int, num_teacher: int, pair_order: str, *, with_reference: bool = False) -> list[str]:
+    """Return the roles of the microbatches of a step, in the order in which schedule.py gives them to Megatron.
+
+    ``with_reference``: a reference reads each student microbatch; it takes the time of a teacher, and has its role.
+    """
+    references = [TEACHER] if with_reference else []
     if pair_order == "alternating" and num_teacher:
-        return [TEACHER, STUDENT] * num_student
-    return [TEACHER] * num_teacher + [STUDENT] * num_student
+        return [TEACHER, *references, STUDENT] * num_student
+    return [TEACHER] * num_teacher + references * num_student + [STUDENT] * num_student
 
 
 def simulate(streams: Sequence[str], pp_size: int, num_chunks: int = 1, times: Times | None = None) -> Simulated:

@@ -188,7 +188,7 @@ class _PlannedStep:
         num_microbatches = microbatches(config, contexts, seq_length // max_length)
         pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
         schedule = bubble.simulate(
-            bubble.order(*num_microbatches, pair_order),
+            bubble.order(*num_microbatches, pair_order, with_reference=config.is_anchored),
             pp_size,
             p.virtual_pipeline_model_parallel_size or 1,
             bubble.Times(backward=3.0 if config.schedule.recompute_granularity == "full" else 2.0),
@@ -200,15 +200,17 @@ def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int,
     """Return the numbers of the student's and of the teacher's packed sequences for contexts of full length.
 
     ``per_sequence``: the contexts in each packed sequence.  With an interleaved schedule the sum is a multiple of the
-    stages; pipeline/batch.py raises the numbers in the same way.
+    stages; pipeline/batch.py raises the numbers in the same way.  A reference reads the student's sequences once more.
     """
     p = config.parallel
     multiple = p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
     num_student = math.ceil(contexts / per_sequence)
     num_teacher = num_student if config.objective == "self_distillation" else 0
-    while (num_student + num_teacher) % multiple:
-        num_student += 1
-        num_teacher += bool(num_teacher) and config.schedule.pair_order == "alternating"
+    student_roles = 2 if config.is_anchored else 1
+    paired = bool(num_teacher) and config.schedule.pair_order == "alternating"
+    while (student_roles * num_student + num_teacher) % multiple:
+        num_student += paired or not config.is_anchored
+        num_teacher += paired or config.is_anchored
     return num_student, num_teacher
 
 

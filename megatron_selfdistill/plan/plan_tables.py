@@ -36,6 +36,7 @@ def summary(plan: Plan) -> list[str]:
     nodes = "1 node" if num_nodes(config) == 1 else f"{num_nodes(config)} nodes"
     experts = f", EP {p.expert_model_parallel_size}" if config.model.num_moe_experts else ""
     student, teacher = plan.num_microbatches
+    reference = f"{student} reference, " if config.is_anchored else ""
     what = f"problems x {config.rollout.num_samples} responses of at most {config.rollout.max_new_tokens} tokens"
     data = "data.path is not set" if plan.num_problems is None else f"{plan.num_problems} problems fit"
     if config.logged:
@@ -47,7 +48,8 @@ def summary(plan: Plan) -> list[str]:
         f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
         f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in packed "
         f"sequences of at most {plan.seq_length}; {data}",
-        f"a replica's microbatches at full length: {student} student, {teacher} teacher, {plan.pair_order}; "
+        f"a replica's microbatches at full length: {student} student, {reference}{teacher} teacher, "
+        f"{plan.pair_order}; "
         f"bubble {plan.schedule.bubble:.1%} of the step",
         *([plan.about_prompts] if plan.about_prompts else []),
         str(plan.output_layer),

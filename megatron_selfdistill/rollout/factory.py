@@ -63,4 +63,11 @@ def configured_target(target: TargetConfig, batch_k: float | None = None) -> Tar
 
     ``batch_k`` is the k that the rule "batch" has solved for this step; None before the first solution.
     """
-    return Target(target.rule, target.teacher_weight, target.k_max, batch_k if target.rule == "batch" else target.k)
+    return Target(
+        rule=target.rule,
+        teacher_weight=target.teacher_weight,
+        k_max=target.k_max,
+        k=batch_k if target.rule == "batch" else target.k,
+        anchor=target.anchor,
+        match=target.match,
+    )

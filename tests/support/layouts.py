@@ -53,6 +53,7 @@ class Case:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     model_changes: dict[str, Any] = field(default_factory=dict)
     divergence: str = "reverse_kl"
+    target: Target = field(default_factory=Target)
     pair_order: str = "teacher_first"
     paired: bool = False
     max_tokens: int = MAX_TOKENS
@@ -106,8 +107,10 @@ def packed(case: Case, grid: RankGrid) -> PackedBatch:
     length = _max(required_seq_length(mine, PackingRules(**arguments), seq_quantum=case.seq_quantum), grid)
     batch = pack(mine, PackingRules(**arguments), seq_length=length)
     counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
-    while sum(counts) % schedule.microbatch_multiple(grid):
-        counts = [n + 1 for n in counts] if case.paired else [counts[0] + 1, counts[1]]
+    roles = (2, 1) if case.target.is_anchored else (1, 1)  # the reference reads the student's microbatches
+    while sum(n * m for n, m in zip(counts, roles, strict=True)) % schedule.microbatch_multiple(grid):
+        grown = (1, 1) if case.paired else (0, 1) if case.target.is_anchored else (1, 0)
+        counts = [n + m for n, m in zip(counts, grown, strict=True)]
     return pad_to_count(batch, *counts)
 
 
@@ -139,9 +142,10 @@ def run(case: Case) -> Outcome:
                 student,
                 teacher.chunks,
                 batch,
-                schedule.self_distillation(Target(), Divergence(case.divergence), fusion=case.fusion),
+                schedule.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
                 grid,
                 vocab,
+                reference=reference(case),
                 pair_order=case.pair_order,
             )
             if outcome is None:
@@ -207,6 +211,14 @@ def joined(per_rank: Sequence[Outcome]) -> Joined:
     assert len(losses) == 1, f"ranks disagree about the loss: {losses}"
     grads = join([outcome.grads for outcome in per_rank])
     return per_rank[0], grads, join([outcome.params for outcome in per_rank])
+
+
+def reference(case: Case) -> schedule.Reference | None:
+    """Return the reference of the case's target, with the statistics of the teacher; None without a reference."""
+    if not case.target.is_anchored:
+        return None
+    alone = schedule.self_distillation(Target("teacher_alone"), Divergence(), fusion=case.fusion)
+    return schedule.Reference(case.target, alone, chunk_tokens=5)
 
 
 def first_step(

@@ -162,9 +162,9 @@ class _ActivationMeter:
                 super().put(index, hidden)
                 meter.add(self.bytes_on_device - before)
 
-            def take(self, index: int, dtype: torch.dtype) -> torch.Tensor:
+            def take_slice(self, index: int, dtype: torch.dtype) -> torch.Tensor:
                 before = self.bytes_on_device
-                block: torch.Tensor = super().take(index, dtype)
+                block: torch.Tensor = super().take_slice(index, dtype)
                 meter.add(self.bytes_on_device - before)
                 return block
 

@@ -59,6 +59,10 @@ class MetricsConfig:
     """Whether the console shows a progress bar, and a line every console_every steps."""
     console_every: int = 1
     """Number of steps between console lines."""
+    teacher_every: int = 10
+    """Number of steps between measurements of the teacher alone (entropy/teacher, top1_agreement,
+    teacher_cross_entropy) with target.anchor=reference, whose loss does not see the teacher's own logits; the first
+    step, and steps with samples, are always measured.  With target.anchor=student every step has these metrics."""
     show_samples: int = 2
     """Number of problems of a step whose first response is shown as text, with a mark at each token for the teacher's
     disagreement: on the console, in TensorBoard, and in full in samples.jsonl in the run directory; 0 is none.
@@ -68,8 +72,12 @@ class MetricsConfig:
 
     def __post_init__(self) -> None:
         normalise("metrics", self)
-        at_least(1, "metrics", self, "console_every show_samples_every")
+        at_least(1, "metrics", self, "console_every show_samples_every teacher_every")
         at_least(0, "metrics", self, "show_samples")
+
+    def teacher_due(self, step: int) -> bool:
+        """Return whether ``step``, counted from 1, measures the teacher alone."""
+        return step == 1 or step % self.teacher_every == 0 or self.samples_due(step)
 
     def samples_due(self, step: int) -> bool:
         """Return whether samples of ``step``, counted from 1, are to be shown."""

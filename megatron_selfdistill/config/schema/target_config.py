@@ -6,23 +6,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.choices import TARGET_RULES, TEACHER_OFFLOADS, TEACHER_WEIGHTS
+from megatron_selfdistill.choices import ANCHORS, TARGET_RULES, TEACHER_OFFLOADS, TEACHER_WEIGHTS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """The target q = softmax((w * teacher_logits + student_logits) / k)."""
+    """The target q = softmax((w * teacher_logits + anchor_logits) / k)."""
 
     rule: str = "entropy_matched"
     """The rule for k, the temperature of the mix: entropy_matched (per token), fixed, batch (one k per step), or
     teacher_alone (no mix: the target is the teacher)."""
     teacher_weight: float = 0.75
-    """Weight w of the teacher's logits; the weight of the student's logits is 1."""
+    """Weight w of the teacher's logits; the weight of the anchor's logits is 1."""
     k_max: Any = "1 + w"
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: float | None = None
     """The value of k under rule=fixed; null is 1 + w."""
+    anchor: str = "student"
+    """The model that the teacher is mixed with, on the student's context: student (the weights that are trained) or
+    reference (the weights at the start of the run, so that the target stands still; needs teacher.weights=frozen)."""
+    match: str | None = None
+    """The model whose entropy the target has: student, or with anchor=reference reference; null is the anchor."""
 
     def __post_init__(self) -> None:
         normalise("target", self)
@@ -34,6 +39,15 @@ class TargetConfig:
             f"target.k_max must be '1 + w', a positive number or null, got {self.k_max!r}",
         )
         require(self.k is None or self.k > 0, f"target.k must be positive or null, got {self.k}")
+        one_of("target.anchor", self.anchor, ANCHORS)
+        require(
+            self.match in (None, "student", self.anchor),
+            f"target.match must be null, student or target.anchor, got {self.match!r} with target.anchor={self.anchor}",
+        )
+        require(
+            self.anchor == "student" or self.rule != "teacher_alone",
+            "target.rule=teacher_alone mixes the teacher with nothing: leave target.anchor=student",
+        )
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class Config:
             self._check_conversations()
         if self.loss.rollout_correction != "none":
             self._check_correction()
+        if self.target.anchor == "reference":
+            self._check_reference()
         require(
             self.objective == "self_distillation" or self.loss.fused in (None, "none"),
             f"loss.fused={self.loss.fused} fuses the output layer with the distillation loss, but objective="
@@ -119,6 +121,11 @@ class Config:
         return self.data.kind == "conversations" and self.conversations.responses == "logged"
 
     @property
+    def is_anchored(self) -> bool:
+        """Whether the target mixes the teacher with a frozen reference, whose weights are the frozen teacher's."""
+        return self.objective == "self_distillation" and self.target.anchor == "reference"
+
+    @property
     def samples(self) -> bool:
         """Whether anything is sampled: responses, or answers to held-out problems."""
         evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
@@ -128,6 +135,18 @@ class Config:
     def shows_contents(self) -> bool:
         """Whether problems and responses may be shown as text (conversations: conversations.show_contents)."""
         return self.data.kind != "conversations" or self.conversations.show_contents
+
+    def _check_reference(self) -> None:
+        require(
+            self.teacher.weights == "frozen",
+            f"target.anchor=reference needs teacher.weights=frozen, whose weights are also the reference's; "
+            f"got {self.teacher.weights}",
+        )
+        require(
+            self.rollout.guidance == "none",
+            "target.anchor=reference cannot be sampled from, since a sampler has no frozen weights: set "
+            "rollout.guidance=none, or target.anchor=student",
+        )
 
     def _check_conversations(self) -> None:
         require(

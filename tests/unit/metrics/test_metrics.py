@@ -73,7 +73,7 @@ def some_rows(stats: TokenStats, rows: Any) -> TokenStats:
 def output_of(stats: TokenStats | None, ids: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> Any:
     if ids is None:
         ids = torch.arange(0 if stats is None else len(stats.loss))
-    return SimpleNamespace(stats=stats, response_ids=ids, weights=weights)
+    return SimpleNamespace(stats=stats, response_ids=ids, weights=weights, measures_teacher=True)
 
 
 def sampler_log_probs(stats: TokenStats) -> torch.Tensor:
@@ -204,6 +204,15 @@ def test_a_nan_token_shows_in_the_means_and_not_in_the_percentiles():
     assert math.isfinite(found["entropy/student"]) and math.isfinite(found["k/p99"])
 
 
+def test_a_step_that_does_not_measure_the_teacher_has_no_metric_of_the_teacher():
+    output = output_of(all_rows())
+    measured = step_metrics(output, None, ONE_RANK)
+    output.measures_teacher = False
+    unmeasured = step_metrics(output, None, ONE_RANK)
+    assert measured.keys() - unmeasured.keys() == {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
+    assert all(measured[key] == value for key, value in unmeasured.items())
+
+
 def test_a_loss_without_target_reports_only_itself():
     stats = all_rows()
     unknown = {
@@ -239,9 +248,9 @@ def test_one_k_solved_from_batch_entropies_matches_the_mean_entropy():
 
 def test_batch_entropies_leave_out_nan_and_need_a_target():
     stats = all_rows()
-    broken = stats.student_entropy.clone()
+    broken = stats.wanted_entropy.clone()
     broken[:7] = math.nan
-    mean, _, _ = batch_entropies(output_of(dataclasses.replace(stats, student_entropy=broken)), ONE_RANK)
+    mean, _, _ = batch_entropies(output_of(dataclasses.replace(stats, wanted_entropy=broken)), ONE_RANK)
     assert mean == pytest.approx(float(stats.student_entropy[7:].mean()), rel=1e-12)
     with pytest.raises(ValueError, match="needs a distillation loss"):
         batch_entropies(output_of(None), ONE_RANK)

@@ -15,7 +15,9 @@ SHARES = [[3, 4], [0, 1, 2, 5, 6]]
 """The contexts of each of two replicas."""
 
 
-def packed_share(shares: list[list[int]], pair_order: str, cuts: dict) -> tuple[int, int, int, torch.Tensor]:
+def packed_share(
+    shares: list[list[int]], pair_order: str, cuts: dict, with_reference: bool = False
+) -> tuple[int, int, int, torch.Tensor]:
     """Return the length and numbers of microbatches, and the response tokens in the order of the student's ids."""
     grid = initialize(models.parallel(**cuts), seed=1)
     batch = pack_everywhere(
@@ -24,6 +26,7 @@ def packed_share(shares: list[list[int]], pair_order: str, cuts: dict) -> tuple[
         pair_order=pair_order,
         with_teacher=True,
         grid=grid,
+        with_reference=with_reference,
     )
     ids = torch.cat([microbatch.response_ids for microbatch in batch.student]).sort().values
     assert ids.equal(torch.arange(len(batch.response_tokens)))
@@ -40,11 +43,11 @@ def test_replicas_with_different_contexts_get_microbatches_of_one_number_and_len
         assert tokens.tolist() == [token for i in share for token in layouts.contexts()[i].response]
 
 
+@pytest.mark.parametrize("with_reference", [False, True])
 @pytest.mark.parametrize("pair_order", ["teacher_first", "alternating"])
-def test_the_interleaved_schedule_gets_a_multiple_of_its_stages(ranks, pair_order):
-    shares = [[0, 1, 2]]
-    for _, num_student, num_teacher, _ in ranks.run(
-        packed_share, shares, pair_order, {"pp": 2, "vpp": 2}, world_size=2
-    ):
-        assert (num_student + num_teacher) % 2 == 0
+def test_the_interleaved_schedule_gets_a_multiple_of_its_stages(ranks, pair_order, with_reference):
+    """A reference reads the student's microbatches, which then count twice."""
+    arguments = [[0, 1, 2]], pair_order, {"pp": 2, "vpp": 2}, with_reference
+    for _, num_student, num_teacher, _ in ranks.run(packed_share, *arguments, world_size=2):
+        assert (num_student * (1 + with_reference) + num_teacher) % 2 == 0
         assert pair_order == "teacher_first" or num_student == num_teacher

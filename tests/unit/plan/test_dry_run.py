@@ -228,6 +228,8 @@ def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleav
     assert microbatches(load(interleaved), 10, 4) == (5, 3)
     assert microbatches(load([*interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
     assert microbatches(load(["objective=sft"]), 10, 4) == (3, 0)
+    assert microbatches(load([*interleaved, "target=anchored"]), 10, 4) == (3, 6)
+    assert microbatches(load([*interleaved, "target=anchored", "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
 
 
 def test_one_node_is_launched_alone_and_several_meet_at_the_head():

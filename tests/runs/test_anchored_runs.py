@@ -1,0 +1,54 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whole runs whose target mixes the teacher with a frozen reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import assert_resumes_equal, overrides, train
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import ConfigError
+
+OPTIONS = ["target=anchored", "metrics.teacher_every=3", "metrics.show_samples=0", "model.num_layers=2"]
+TEACHER = {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_equals_one_that_never_stopped_and_measures_the_teacher_when_due(ranks, data, tmp_path):
+    """The teacher alone is measured at steps 1 and 3, whether the run was resumed or not."""
+    whole, options = tmp_path / "whole", [*OPTIONS, "num_steps=4", "checkpoint.save_every=2"]
+    train(ranks, overrides(data, whole, *options))
+    assert_resumes_equal(ranks, whole, lambda run_dir: overrides(data, run_dir, *options), step=2, num_steps=4)
+
+    lines = metrics(whole)
+    measured = {line["step"] for line in lines if TEACHER <= line.keys()}
+    assert measured == {1, 3}
+    assert not any(TEACHER & line.keys() for line in lines if line["step"] not in measured)
+    assert lines[-1]["entropy/target"] != pytest.approx(lines[-1]["entropy/student"], rel=1e-6)
+
+
+def test_one_k_per_step_comes_from_the_references_entropy(ranks, data, tmp_path):
+    train(ranks, overrides(data, tmp_path / "run", *OPTIONS, "target.rule=batch", "num_steps=2"))
+    first, second = metrics(tmp_path / "run")
+    assert first["k/mean"] == pytest.approx(1.75), "no step has solved k yet"
+    assert second["k/mean"] != pytest.approx(1.75, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("teacher.weights=ema", "target.anchor=reference needs teacher.weights=frozen"),
+        ("rollout.guidance=mixed", "target.anchor=reference cannot be sampled from"),
+        ("target.rule=teacher_alone", "leave target.anchor=student"),
+        ("target.match=teacher", "target.match must be null, student or target.anchor"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(data, tmp_path, key, message):
+    with pytest.raises(ConfigError, match=message):
+        load(overrides(data, tmp_path / "run", *OPTIONS, key))
