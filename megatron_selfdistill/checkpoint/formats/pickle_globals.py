@@ -12,6 +12,7 @@ import enum
 import importlib
 import io
 import pickle
+import signal
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -35,7 +36,9 @@ ALLOWED: frozenset[str] = frozenset(
         *("collections.OrderedDict", "collections.defaultdict", "argparse.Namespace", "types.SimpleNamespace"),
         *("builtins.object", "_io.BytesIO", "io.BytesIO"),
         *(f"pathlib.{name}" for name in "PosixPath PurePosixPath Path".split()),
-        *("datetime.timedelta", "datetime.datetime", "signal.Signals"),
+        *("datetime.timedelta", "datetime.datetime"),
+        # The exit signal of Megatron-LM's arguments: some versions of Python store it by its name.
+        *("signal.Signals", *(f"signal.{name}" for name in signal.Signals.__members__)),
         # tensors
         *(f"torch._utils.{name}" for name in "_rebuild_tensor_v2 _rebuild_tensor _rebuild_parameter".split()),
         *("torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter"),

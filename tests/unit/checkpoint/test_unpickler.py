@@ -61,6 +61,11 @@ def test_what_megatron_stores_comes_back(tmp_path):
     assert torch.equal(load_pickled(tmp_path / "old.pt")["model"]["weight"], state["model"]["weight"])
 
 
+@pytest.mark.parametrize("pickled", [b"csignal\nSIGTERM\n.", b"csignal\nSignals\n(I15\ntR."])
+def test_a_signal_is_read_in_both_forms_in_which_versions_of_python_store_it(pickled):
+    assert loads_pickled(pickled, "args") is signal.SIGTERM
+
+
 class Calls:
     """A pickle that calls a function when it is read."""
 
