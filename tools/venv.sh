@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${1:-.venv}
 KIND=${2:-project}
-OLDEST=$([ "$KIND" = vllm ] && echo 11 || echo 10) # of Python 3
+OLDEST=11 # of Python 3
 TORCH_VERSION=${TORCH_VERSION:-2.13.0}
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -84,7 +84,7 @@ create() {
 
 suitable() { "$1" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null; }
 
-# Sets FOUND to the first Python 3.10 (vLLM: 3.11) to 3.13 that can make virtual environments: PATH first, then pyenv's.
+# Sets FOUND to the first Python 3.11 to 3.13 that can make virtual environments: PATH first, then pyenv's.
 find_python() {
     local candidate without_venv="" seen=""
     if [[ "${PYTHON:-}" =~ ^3\.[0-9]+$ ]]; then
@@ -94,8 +94,8 @@ find_python() {
         suitable "$PYTHON" || fail "expected Python 3.$OLDEST to 3.13, got PYTHON=$PYTHON ($("$PYTHON" --version 2>&1 || true))"
         set -- "$PYTHON"
     else
-        set -- python3 python3.13 python3.12 python3.11 python3.10 python /usr/bin/python3 \
-            "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[0-3]*/bin/python3
+        set -- python3 python3.13 python3.12 python3.11 python /usr/bin/python3 \
+            "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[1-3]*/bin/python3
     fi
     for candidate in "$@"; do
         seen="$seen $candidate"

@@ -25,7 +25,7 @@ from typing import Any
 from megatron_selfdistill.doctor.imports import IMPORT_LIMIT_S, ImportResult, importing
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-PYTHONS = ((3, 10), (3, 13))
+PYTHONS = ((3, 11), (3, 13))
 SHARED_MEMORY, SHARED_MEMORY_GB = Path("/dev/shm"), 1.0
 SIGNALS = "--signals-to-handle"
 """The option of torchrun, since torch 2.10, that leaves signals to the ranks."""
@@ -98,7 +98,7 @@ def python() -> Finding:
     version = f"{platform.python_version()} ({sys.executable})"
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         return Finding("python", version, short=platform.python_version())
-    return Finding("python", version, FAILURE, "use Python 3.10 to 3.13: make venv PYTHON=/path/to/python3")
+    return Finding("python", version, FAILURE, "use Python 3.11 to 3.13: make venv PYTHON=/path/to/python3")
 
 
 # -- GPUs ------------------------------------------------------------------------------------------------------------

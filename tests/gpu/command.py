@@ -90,7 +90,7 @@ def record(path: Path, found: Sequence[Result], where: dict[str, str]) -> None:
 
 def now() -> str:
     """Return the time in UTC, to the second, as ISO 8601 writes it."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def device_name(options: argparse.Namespace) -> str:
