@@ -277,9 +277,7 @@ class _Step:
         role, index = next(iterator)
         if role == "student":
             return self._student(index, chunk)
-        if role == "teacher":
-            return self._without_gradient(self.batch.teacher[index].inputs, chunk, lambda h: self._bank.put(index, h))
-        return self._without_gradient(self.batch.student[index].inputs, chunk, lambda h: self._mix(index, h))
+        return self._teacher(index, chunk) if role == "teacher" else self._reference(index, chunk)
 
     def _student(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         model = unwrapped(chunk)
@@ -368,6 +366,14 @@ class _Step:
                 for chunk in states.split(self.reference.chunk_tokens)
             ]
         return torch.cat(parts)
+
+    def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        inputs = self.batch.teacher[index].inputs
+        return self._without_gradient(inputs, chunk, lambda hidden: self._bank.put(index, hidden))
+
+    def _reference(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        inputs = self.batch.student[index].inputs
+        return self._without_gradient(inputs, chunk, lambda hidden: self._mix(index, hidden))
 
     def _without_gradient(
         self, inputs: ModelInputs, chunk: torch.nn.Module, keep: Callable[[Tensor], None]

@@ -25,7 +25,7 @@ LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
     "CP2xPP2": ("gqa", parallel(cp=2, pp=2), 4),
     "EP2xTP2+SP": ("moe", parallel(ep=2, tp=2, etp=1, sp=True), 2),
 }
-QUICK = ["TP2+SP", "PP2 tied", "PP2xVPP2", "CP2", "DP2", "EP2"]
+QUICK = ["TP2+SP", "PP2xVPP2", "CP2"]
 ORDERS = {"teacher first": {}, "alternating": {"pair_order": "alternating", "paired": True}}
 OUTPUT_LAYERS = {"materialised": None, "fused": Fusion("keep_gradient", 4), "low memory": Fusion("low_memory", 4)}
 

@@ -297,7 +297,7 @@ def test_alternating_needs_paired_microbatches():
     batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     assert len(batch.student) != len(batch.teacher)
     with pytest.raises(ValueError, match="paired=True"):
-        schedule._order(batch, "alternating", with_teacher=True)
+        schedule._order(batch, "alternating", with_teacher=True, with_reference=False)
 
 
 def nothing_to_learn() -> None:
@@ -315,7 +315,7 @@ def test_a_batch_without_response_tokens_is_refused(ranks):
 
 def left_in_autograd(case: Case) -> dict[str, int]:
     """Return the numbers that autograd saves for the backward pass in the microbatches of each role."""
-    saved = {"teacher": 0, "student": 0}
+    saved = {"teacher": 0, "student": 0} | ({"reference": 0} if case.target.is_anchored else {})
     forward = {role: getattr(schedule._Step, f"_{role}") for role in saved}
 
     def counted(role: str) -> Any:
@@ -343,9 +343,12 @@ def left_in_autograd(case: Case) -> dict[str, int]:
 )
 def test_a_teacher_microbatch_keeps_no_activations(ranks, teacher, cuts, world_size):
     """On one rank frozen weights keep none even with gradients enabled: nothing that they read has a gradient."""
-    case = Case(kind="shallow", parallel=cuts, teacher=teacher)
-    saved = ranks.run(left_in_autograd, case, world_size=world_size)
-    assert [rank["teacher"] for rank in saved] == [0] * world_size
+    target = Target(anchor="reference" if teacher == "frozen" else "student")
+    saved = ranks.run(
+        left_in_autograd, Case(kind="shallow", parallel=cuts, teacher=teacher, target=target), world_size=world_size
+    )
+    without_gradient = [rank[role] for rank in saved for role in rank.keys() - {"student"}]
+    assert without_gradient == [0] * world_size * (2 if target.is_anchored else 1)
     assert min(rank["student"] for rank in saved) > 0, "what autograd saves must be seen"
 
 

@@ -159,7 +159,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
             }
             score.score_texts([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
         else:
-            config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8))
+            config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8), is_anchored=False)
             me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
             learner.Learner.pack(me, [])
     assert seen == [("multiple of", "student")]
