@@ -4,7 +4,7 @@
 #   DOCS_VENV=DIR where that of the documentation lies (default .venv-docs)
 #   PYTHON=EXE    which Python it is made with, or its version, as 3.12 (default: the first suitable one found)
 #   TESTS=...     which tests make test and make test-all run (default tests)
-#   WORKERS=N     how many processes run them (default 2)
+#   WORKERS=N     how many processes run them (default 3: tests that wait leave a core idle)
 #   PYTHON_GPU=EXE  the Python of test-gpu and bench-gpu, which then make no virtual environment
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
 
@@ -14,7 +14,7 @@ VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
 ARGS ?=
 TESTS ?= tests
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := $(VENV)/bin
 PYTHON_GPU ?=
 GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
