@@ -1,12 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """A plugin of pytest: the CPU seconds of every test file, and an error where ``make test`` spends too many on one.
 
-Counted are the seconds of this process and of all its descendants, also of those that have ended, so that neither
-waiting nor a busy machine counts.  With pytest-xdist each worker counts its own files, and the main process joins them.
+Counted are the seconds of this process and of all its descendants, also of those that have ended, so that waiting does
+not count.  A slow or busy machine takes more seconds for the same work: after every file, a fixed piece of work tells how
+much slower the machine is than the one on which the limit was chosen, and the file's seconds are divided by this number.
+With pytest-xdist each worker counts its own files, and the main process joins them.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from typing import Any
@@ -14,7 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-LIMIT_S = 40.0  # twice what a file shall take: a busy machine counts more seconds for the same work
+LIMIT_S = 20.0
+REFERENCE_S = 0.02
+"""The CPU seconds of the work of `slowdown` on an idle core of the machine on which the limit was chosen."""
 _THIS_PROCESS = psutil.Process()
 _SECONDS: pytest.StashKey[defaultdict[str, float]] = pytest.StashKey()
 _BEFORE: pytest.StashKey[float] = pytest.StashKey()
@@ -32,11 +37,19 @@ def cpu_seconds() -> float:
     return total
 
 
+def slowdown() -> float:
+    """Return how many times longer than `REFERENCE_S` this machine takes for the same work at present; at least 1."""
+    before, total = time.process_time(), 0
+    for number in range(100_000):
+        total += number % 7
+    return max(1.0, (time.process_time() - before) / REFERENCE_S)
+
+
 def too_slow(seconds: Mapping[str, float], limit: float) -> list[str]:
     """Return one message for each file that took longer than the limit."""
     return [
         f"{file} took {spent:.1f} CPU seconds, expected at most {limit:g} in make test: make its tests cheaper, or "
-        "mark some of them full; on a slow machine raise the limit with --file-seconds"
+        "mark some of them full"
         for file, spent in sorted(seconds.items())
         if spent > limit
     ]
@@ -47,7 +60,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--file-seconds",
         type=float,
         default=LIMIT_S,
-        help="CPU seconds that a file may take without its tests that are marked full (default: %(default)s)",
+        help="CPU seconds that a file may take without its tests that are marked full, on the machine for which they "
+        "were chosen (default: %(default)s)",
     )
 
 
@@ -65,8 +79,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is None or nextitem.path != item.path:
         stash, now = item.config.stash, cpu_seconds()
         if item.get_closest_marker("external") is None:  # make test runs none of these
-            stash[_SECONDS][item.nodeid.split("::")[0]] += now - stash[_BEFORE]
-        stash[_BEFORE] = now
+            stash[_SECONDS][item.nodeid.split("::")[0]] += (now - stash[_BEFORE]) / slowdown()
+        stash[_BEFORE] = cpu_seconds()
     return result
 
 
