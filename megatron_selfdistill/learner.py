@@ -29,7 +29,7 @@ from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_fo
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
 from megatron_selfdistill.model.output_layer import FusedLoss
-from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities
 from megatron_selfdistill.rollout.base import Response
@@ -118,7 +118,7 @@ class Learner:
     def forward_backward(
         self,
         packed: PackedBatch,
-        token_weights: schedule.TokenWeights | None = None,
+        token_weights: token_losses.TokenWeights | None = None,
         *,
         measure_teacher: bool = True,
     ) -> schedule.StepOutput:
@@ -131,7 +131,7 @@ class Learner:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._distillation_loss(self._target()) if self.has_teacher else schedule.next_token
+        loss = self._distillation_loss(self._target()) if self.has_teacher else token_losses.next_token
         reference = self._reference(self._target(), measure_teacher)
         with self.teacher.on_device() as teacher:
             chunks = teacher if self.has_teacher else None
@@ -199,7 +199,7 @@ class Learner:
         self,
         packed: PackedBatch,
         teacher: Sequence[torch.nn.Module] | None,
-        token_loss: schedule.TokenLoss | FusedLoss,
+        token_loss: token_losses.TokenLoss | FusedLoss,
         **options: Any,
     ) -> schedule.StepOutput:
         return schedule.run(
@@ -227,10 +227,10 @@ class Learner:
     def _target(self) -> Target:
         return configured_target(self.config.target, self.batch_k)
 
-    def _distillation_loss(self, target: Target) -> schedule.TokenLoss | FusedLoss:
+    def _distillation_loss(self, target: Target) -> token_losses.TokenLoss | FusedLoss:
         loss = self.config.loss
         divergence = Divergence(loss.divergence, loss.jsd_lambda)
-        return schedule.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
+        return token_losses.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
 
 
 def loss_backend(config: Config, grid: RankGrid) -> str:

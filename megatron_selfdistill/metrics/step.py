@@ -70,8 +70,8 @@ def step_metrics(
         sampler/log_prob_{mean,max}_abs_diff
         correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
 
-    A loss without a target (`schedule.next_token`) has only the first line.  With a reference, entropy/teacher and the
-    two metrics of the teacher exist only on steps that measure the teacher.  The sampler's keys need
+    A loss without a target (`token_losses.next_token`) has only the first line.  With a reference, entropy/teacher and
+    the two metrics of the teacher exist only on steps that measure the teacher.  The sampler's keys need
     ``sampler_log_probs``, and the correction's keys need token weights.  A token with NaN makes each mean that includes
     the token NaN; percentiles skip the token.
     Collectives over the world: as in `over_all_ranks`, for 1,400 sums and 3 maxima; the host waits once.

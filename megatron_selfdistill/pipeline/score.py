@@ -41,7 +41,7 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
-from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import over_last_stage, pack_everywhere
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
@@ -82,9 +82,9 @@ class ScoringModels:
     max_tokens: int
     """Largest number of tokens of a packed sequence."""
     fusion: Fusion | None
-    """As for `schedule.self_distillation`, and equal on all ranks."""
+    """As for `token_losses.self_distillation`, and equal on all ranks."""
     backend: str | None
-    """As for `schedule.self_distillation`, and equal on all ranks."""
+    """As for `token_losses.self_distillation`, and equal on all ranks."""
 
 
 def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Scores]:
@@ -200,9 +200,9 @@ def with_reference(problem: Problem) -> Problem:
     return replace(problem, solution=reference)
 
 
-def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> schedule.TokenLoss | FusedLoss:
+def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> token_losses.TokenLoss | FusedLoss:
     """Return the loss whose statistics hold both log-probs at the lowest cost: its target needs no beta."""
-    return schedule.self_distillation(Target("teacher_alone"), Divergence(), backend, fusion=fusion)
+    return token_losses.self_distillation(Target("teacher_alone"), Divergence(), backend, fusion=fusion)
 
 
 def _to_whole_replica(both: Tensor, grid: RankGrid) -> None:

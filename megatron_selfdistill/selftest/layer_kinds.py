@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (must come before megatron.core)
-from megatron_selfdistill.pipeline import schedule  # isort: skip  (must come before megatron.core)
+from megatron_selfdistill.pipeline import schedule, token_losses  # isort: skip  (must come before megatron.core)
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -86,7 +86,7 @@ def _read(chunks: Sequence[torch.nn.Module], grid: RankGrid) -> _Reading:
 
     def next_token(student: Tensor, teacher: Tensor | None, tokens: Tensor, vocab: VocabShard) -> TokenStats:
         logits.append(student[:, : vocab.num_valid].detach().clone())
-        return schedule.next_token(student, teacher, tokens, vocab)
+        return token_losses.next_token(student, teacher, tokens, vocab)
 
     pairs = contexts(grid, same_prompt=False)
     batch = pack_everywhere(pairs, max_tokens=MAX_TOKENS, pair_order="teacher_first", with_teacher=False, grid=grid)

@@ -15,7 +15,7 @@ from megatron_selfdistill.data.contexts import PromptPair, build_contexts
 from megatron_selfdistill.data.problems import shard
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
-from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
@@ -98,7 +98,7 @@ def _compared(trainer: Trainer, prompts: Sequence[PromptPair], responses: Sequen
         largest = student[:, : vocab.num_valid].float().amax(-1) if vocab.num_valid else _lowest(student)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=grid.tp_group)
         best.append(largest - _logit(student, tokens, vocab, grid))
-        return schedule.next_token(student, None, tokens, vocab)  # which writes over the logits
+        return token_losses.next_token(student, None, tokens, vocab)  # which writes over the logits
 
     output = schedule.run(learner.chunks, None, packed, greedy, grid, learner.vocab, forward_only=True)
     if output.stats is None or not len(output.response_ids):

@@ -18,7 +18,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.model.build import unwrapped, wrap_for_training
-from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
 from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, LaunchUnderTest, contexts
@@ -66,7 +66,7 @@ class Pair:
         """Run forward and backward and return the results."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        token_loss = schedule.self_distillation(target, divergence)
+        token_loss = token_losses.self_distillation(target, divergence)
         output = schedule.run(
             self.chunks, self.teacher.chunks, batch, token_loss, self.grid, self.vocab, pair_order=pair_order
         )

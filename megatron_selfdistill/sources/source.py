@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
-from megatron_selfdistill.pipeline.schedule import StepOutput, TokenWeights
+from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.token_losses import TokenWeights
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.problem_prompts import Prompts
 

@@ -23,7 +23,7 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import Fusion
-from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline import schedule, token_losses
 
 
 def reverse_kl_to_capped_mix(s: torch.Tensor, t: torch.Tensor, w: float = 0.75) -> torch.Tensor:
@@ -103,7 +103,7 @@ def gradients_of_plain_autograd() -> tuple[dict, dict]:
     vocab, ours = layouts.vocab_shard(student, grid), {}
     for cap, fusion in itertools.product(CAPS, FUSIONS):
         clear(student)
-        loss_of = schedule.self_distillation(Target(), Divergence(), fusion=fusion)
+        loss_of = token_losses.self_distillation(Target(), Divergence(), fusion=fusion)
         weight = TruncatedImportance(sampled, cap) if cap is not None else None
         output = schedule.run(student, teacher, batch, loss_of, grid, vocab, token_weights=weight)
         if cap is not None:
@@ -142,7 +142,7 @@ def next_token_gradient() -> tuple[float, float, dict, dict]:
     student = wrapped(chunks)
     batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     shard = layouts.vocab_shard(student, grid)
-    output = schedule.run(student, None, batch, schedule.next_token, grid, shard)
+    output = schedule.run(student, None, batch, token_losses.next_token, grid, shard)
     return float(loss), float(output.stats.loss.mean()), plain, main_grads(student)
 
 
@@ -164,7 +164,7 @@ def identities() -> list[tuple[float, float]]:
     vocab, found = layouts.vocab_shard(student, grid), []
     for rule in RULES:
         clear(student)
-        loss_of = schedule.self_distillation(Target(rule), Divergence())
+        loss_of = token_losses.self_distillation(Target(rule), Divergence())
         output = schedule.run(student, student, batch, loss_of, grid, vocab, pair_order="alternating")
         largest = max(float(gradient.abs().max()) for gradient in main_grads(student).values())
         found.append((float(output.stats.loss.abs().max()), largest))
@@ -218,7 +218,7 @@ def auxiliary_gradient(
     tokens = torch.cat([batch.response_tokens for batch in batches])
     joined = dataclasses.replace(batches[0], **streams, response_tokens=tokens, num_contexts=len(batches))
     joined = pad_to_count(joined, len(batches) + weightless, len(batches) + weightless + more_teachers)
-    loss_of = schedule.self_distillation(Target(), Divergence())
+    loss_of = token_losses.self_distillation(Target(), Divergence())
     if not finalize:  # finalizing turns the counts into expert biases
         student[0].config.finalize_model_grads_func = lambda *args, **kwargs: None
     schedule.run(student, student, joined, loss_of, grid, layouts.vocab_shard(student, grid))
@@ -304,7 +304,7 @@ def nothing_to_learn() -> None:
     chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
     student = wrapped(chunks)
     batch = pad_to_count(pack([], PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True)), 1, 1)
-    loss_of = schedule.self_distillation(Target(), Divergence())
+    loss_of = token_losses.self_distillation(Target(), Divergence())
     with pytest.raises(RuntimeError, match="no response tokens"):
         schedule.run(student, student, batch, loss_of, grid, layouts.vocab_shard(student, grid))
 

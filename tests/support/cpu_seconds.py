@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """A plugin of pytest: the CPU seconds of every test file, and an error where ``make test`` spends too many on one.
 
-Counted are the seconds of this process and of all its descendants, also of those that have ended, so that waiting does
-not count.  A slow or busy machine takes more seconds for the same work: after every file, a fixed piece of work tells how
-much slower the machine is than the one on which the limit was chosen, and the file's seconds are divided by this number.
-With pytest-xdist each worker counts its own files, and the main process joins them.
+Counted are the seconds of this process and of all its descendants, also of those that have ended; waiting does not
+count.  A slow or busy machine takes more seconds for the same work: after every file, a fixed piece of work shows how
+much slower the machine is than the one on which the limit was chosen, and the file's seconds are divided by this
+number.  With pytest-xdist each worker counts its own files, and the main process joins them.
 """
 
 from __future__ import annotations

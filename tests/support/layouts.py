@@ -30,7 +30,7 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import Fusion
-from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def run(case: Case) -> Outcome:
                 student,
                 teacher.chunks,
                 batch,
-                schedule.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
+                token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
                 grid,
                 vocab,
                 reference=reference(case),
@@ -217,7 +217,7 @@ def reference(case: Case) -> schedule.Reference | None:
     """Return the reference of the case's target, with the statistics of the teacher; None without a reference."""
     if not case.target.is_anchored:
         return None
-    alone = schedule.self_distillation(Target("teacher_alone"), Divergence(), fusion=case.fusion)
+    alone = token_losses.self_distillation(Target("teacher_alone"), Divergence(), fusion=case.fusion)
     return schedule.Reference(case.target, alone, chunk_tokens=5)
 
 

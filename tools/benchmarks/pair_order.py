@@ -59,7 +59,7 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
     from megatron_selfdistill.loss.target import Target
     from megatron_selfdistill.model.build import unwrapped, wrap_for_training
-    from megatron_selfdistill.pipeline import schedule
+    from megatron_selfdistill.pipeline import schedule, token_losses
     from megatron_selfdistill.teacher import Teacher
 
     cuts = ParallelConfig(pipeline_model_parallel_size=arguments.pp)
@@ -75,7 +75,7 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     if arguments.stage_ms:
         _wait_in_every_stage(chunks, teacher, *(ms / 1000 for ms in arguments.stage_ms))
 
-    token_loss = schedule.self_distillation(Target(), Divergence())
+    token_loss = token_losses.self_distillation(Target(), Divergence())
     found: dict[str, dict[str, list[float]]] = {order: {"seconds": [], "peak_mib": []} for order in ORDERS}
     for repeat in range(arguments.repeats + 1):
         for order in ORDERS:

@@ -119,7 +119,7 @@ class _Bench:
         from megatron_selfdistill.loss.target import Target
         from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
         from megatron_selfdistill.model.output_layer import Fusion
-        from megatron_selfdistill.pipeline import schedule
+        from megatron_selfdistill.pipeline import token_losses
         from megatron_selfdistill.teacher import Teacher
 
         cuts = ParallelConfig(
@@ -146,7 +146,7 @@ class _Bench:
             optimizer=build_optimizer(chunks, llama.optimizer, num_steps=1000)[0],
             sampler=_sampler(arguments, llama, chunks, length),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group),
-            token_loss=schedule.self_distillation(Target(), Divergence(), fusion=fusion),
+            token_loss=token_losses.self_distillation(Target(), Divergence(), fusion=fusion),
             arguments=arguments,
         )
         for _ in range(arguments.problems):
@@ -195,13 +195,13 @@ class _Bench:
     def train(self, batch: Any, distil: bool = True, clock: Clock | None = None) -> None:
         """Run forward, backward and the optimizer's step."""
         from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
-        from megatron_selfdistill.pipeline import schedule
+        from megatron_selfdistill.pipeline import schedule, token_losses
 
         clock = clock or Clock()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        token_loss = self.token_loss if distil else schedule.next_token
+        token_loss = self.token_loss if distil else token_losses.next_token
         schedule.run(
             self.chunks,
             self.teacher.chunks if distil else None,

@@ -15,7 +15,7 @@ from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model.output_layer import Fusion, OutputLayer, choose_output_layer
-from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline import token_losses
 
 GIB = 2**30
 ROWS = 16384
@@ -73,7 +73,7 @@ def bytes_of_next_token_training(dtype: torch.dtype, num_valid: int) -> tuple[in
     weight = torch.randn(PADDED, WIDTH, dtype=dtype, requires_grad=True)
     tokens = torch.arange(NEXT_TOKEN_ROWS)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        stats = schedule.next_token(hidden @ weight.t(), None, tokens, VocabShard(0, PADDED, num_valid))
+        stats = token_losses.next_token(hidden @ weight.t(), None, tokens, VocabShard(0, PADDED, num_valid))
         stats.loss.sum().backward()
     now = peak = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]

@@ -1,0 +1,84 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The losses of response tokens that a step trains on: self-distillation, or the next token for the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
+
+TokenLoss = Callable[..., TokenStats]
+"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient.
+
+With a reference whose entropy the target matches, the loss also takes ``reference_entropy [R]``.
+"""
+TokenWeights = Callable[[Tensor, Tensor], Tensor]
+"""(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, as constants.
+
+loss/weighting.py has such functions.
+"""
+
+
+def self_distillation(
+    target: Target,
+    divergence: Divergence,
+    backend: str | None = None,
+    *,
+    fusion: Fusion | None = None,
+) -> TokenLoss | FusedLoss:
+    """Return the distillation loss with this target and divergence.
+
+    It takes logits (vocab_parallel.py) or, with ``fusion``, hidden states (fused_linear.py).  ``backend``: as for
+    `distillation_loss`.
+    """
+    if fusion is not None:
+        return FusedLoss(target, divergence, fusion, backend)
+
+    def loss(
+        student: Tensor,
+        teacher: Tensor | None,
+        response_tokens: Tensor,
+        vocab: VocabShard,
+        reference_entropy: Tensor | None = None,
+    ) -> TokenStats:
+        assert teacher is not None
+        return distillation_loss(
+            student,
+            teacher,
+            response_tokens,
+            target=target,
+            divergence=divergence,
+            vocab=vocab,
+            reference_entropy=reference_entropy,
+            inplace_backward=True,
+            backend=backend,
+        )
+
+    return loss
+
+
+def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
+    """Return -log p(response token) over the valid vocabulary, in nats, by Megatron's vocab-parallel cross entropy.
+
+    The function overwrites ``student``: the padding becomes -inf, and in float32 the logits become the softmax and then
+    the gradient.  In bf16 the softmax and the gradient take the place of a float32 copy
+    (`output_layer.next_token_copies`).
+    """
+    with torch.no_grad():
+        student[:, vocab.num_valid :] = float("-inf")
+    loss = vocab_parallel_cross_entropy(student.float().unsqueeze(1), response_tokens.unsqueeze(1)).squeeze(1)
+    unknown = torch.full_like(loss.detach(), float("nan"))
+    values = {f.name: unknown for f in fields(TokenStats)}
+    values |= {"loss": loss, "student_log_prob": -loss.detach(), "status": torch.zeros_like(response_tokens)}
+    values |= {"grid_betas": unknown[:0], "grid_entropies": unknown.new_empty(len(loss), 0)}
+    return TokenStats(**values)
