@@ -32,7 +32,7 @@ def timed_parts(clock: Clock) -> Iterator[None]:
     """
     from megatron_selfdistill.loss.sharded import fused_linear, vocab_parallel
     from megatron_selfdistill.model.output_layer import FusedLoss
-    from megatron_selfdistill.pipeline import schedule
+    from megatron_selfdistill.pipeline import schedule, token_losses
 
     def of_model() -> str:
         return "student forward" if torch.is_grad_enabled() else "teacher forward"
@@ -41,7 +41,7 @@ def timed_parts(clock: Clock) -> Iterator[None]:
         (schedule, "hidden_states", of_model),
         (schedule, "project", "output layer"),
         (fused_linear._Logits, "of", "output layer"),
-        (schedule, "distillation_loss", "loss"),
+        (token_losses, "distillation_loss", "loss"),
         (FusedLoss, "__call__", "loss"),
         (vocab_parallel._HandWrittenBackward, "backward", "loss"),
         (fused_linear._Backward, "backward", "loss"),

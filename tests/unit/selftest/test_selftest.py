@@ -91,8 +91,8 @@ def pairs_in_another_sequence(patch: pytest.MonkeyPatch) -> None:
 
     order = schedule._order
 
-    def other_order(batch: Any, pair_order: str, with_teacher: bool) -> list[tuple[str, int]]:
-        right = order(batch, pair_order, with_teacher)
+    def other_order(batch: Any, pair_order: str, with_teacher: bool, **options: bool) -> list[tuple[str, int]]:
+        right = order(batch, pair_order, with_teacher=with_teacher, **options)
         if pair_order == "alternating" and with_teacher:
             return [item for i in range(len(right) - 2, -1, -2) for item in right[i : i + 2]]
         return right
