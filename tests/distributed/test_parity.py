@@ -161,7 +161,7 @@ def test_gradients_do_not_depend_on_how_microbatches_are_cut(outcomes):
         compare(got, alone)
 
 
-@pytest.mark.parametrize("name", ["EP2xTP2+SP", "CP2 experts"])
+@combinations(name=["EP2xTP2+SP", "CP2 experts"], quick={"name": ["CP2 experts"]}, strength=1)
 def test_the_balancing_loss_of_real_tokens_has_the_same_gradient_however_a_row_is_cut(outcomes, name):
     """The loss balances a microbatch, so all contexts are in one row.  Another one has nothing but padding."""
     case, world_size = case_of(name, model_changes={"moe_aux_loss_coeff": 0.05}, max_tokens=300)
@@ -184,7 +184,8 @@ RECOMPUTED = {
 }
 
 
-@combinations(name=["PP2xVPP2", "TP2xPP2+SP"], quick={"name": ["PP2xVPP2"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["PP2xVPP2", "TP2xPP2+SP"])
 def test_recomputing_activations_changes_no_gradient(outcomes, name):
     case, world_size = case_of(name)
     cases = [dataclasses.replace(case, schedule=recompute) for recompute in RECOMPUTED.values()]
