@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 from ranks import RankPool  # noqa: E402
 
 if TYPE_CHECKING:
-    from shared import SharedFolders
+    from shared import SharedDirectories
 
 pytest.register_assert_rewrite("tiny_run")  # before it is imported: its assertions are those of tests
 
@@ -36,11 +36,13 @@ NEEDS = {
         "SELFDISTILL_TEST_SLURM=1 and the packages slurmctld, slurmd and slurm-client (make test-slurm)",
     ),
 }
-collect_ignore = [folder for folder, (there, _) in NEEDS.items() if not there]
+collect_ignore = [directory for directory, (there, _) in NEEDS.items() if not there]
 
 
 def pytest_report_header() -> list[str]:
-    return [f"skipped: tests/{folder}, which needs {what}" for folder, (there, what) in NEEDS.items() if not there]
+    return [
+        f"skipped: tests/{directory}, which needs {what}" for directory, (there, what) in NEEDS.items() if not there
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +54,7 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def data(shared: SharedFolders) -> Path:
+def data(shared: SharedDirectories) -> Path:
     """40 problems with answers as hints, and a tokenizer: see tiny_run.py.  All tests read it; none writes into it."""
     import tiny_run
 
@@ -66,16 +68,16 @@ def own_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(ranks: RankPool, data: Path, shared: SharedFolders) -> Path:
+def finished(ranks: RankPool, data: Path, shared: SharedDirectories) -> Path:
     """Return the directory of a run of 6 steps with checkpoints of steps 3 and 6; tests must not change it."""
     import tiny_run
 
-    return shared.get("finished_run", lambda folder: tiny_run.train(ranks, tiny_run.overrides(data, folder)))
+    return shared.get("finished_run", lambda directory: tiny_run.train(ranks, tiny_run.overrides(data, directory)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if any(item.path.is_relative_to(TESTS / folder) for folder in NEEDS):
+        if any(item.path.is_relative_to(TESTS / directory) for directory in NEEDS):
             item.add_marker(pytest.mark.external)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not hidden_gpus.number(VISIBLE):

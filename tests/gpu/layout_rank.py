@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """One rank of gpu/layout_stage.py, which runs the cases in turn and saves its shards of the results.
 
-    python -m tests.gpu.layout_rank GROUP BACKEND RANK WORLD_SIZE FOLDER NAME ...
+    python -m tests.gpu.layout_rank GROUP BACKEND RANK WORLD_SIZE DIRECTORY NAME ...
 
 BACKEND is staged or nccl on GPUs, and staged or gloo on a CPU.  The name "reference/NAME" means that case's reference.
 """

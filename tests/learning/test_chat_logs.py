@@ -48,11 +48,11 @@ def test_a_base_learns_from_its_own_logs_without_sampling(load_example, root, mo
     monkeypatch.setattr(example, "NUM_SESSIONS", 60)
     monkeypatch.setattr(subtraction_chats, "PRETRAINING_STEPS", 100)
     assert example.main(["--steps", "2", "--directory", str(root)]) == 0
-    folder = root / "chat_logs" / "seed5"
-    records = [json.loads(line) for line in (folder / "conversations.jsonl").read_text().splitlines()]
+    directory = root / "chat_logs" / "seed5"
+    records = [json.loads(line) for line in (directory / "conversations.jsonl").read_text().splitlines()]
     assert len(records) == 60 and all(record["messages"][0]["role"] == "user" for record in records)
     logged, likely, sampled = (
-        read_metrics(folder / name) for name in ("chat_logs", "chat_logs__likely_turns", "sampled_anew")
+        read_metrics(directory / name) for name in ("chat_logs", "chat_logs__likely_turns", "sampled_anew")
     )
     assert any("turns/unlikely_share" in line for line in likely)
     assert any("turns/log_prob_mean" in line for line in logged)

@@ -15,11 +15,11 @@ def test_guided_rollouts_are_right_where_the_student_never_is(load_example, base
     monkeypatch.setattr(example, "VARIANTS", (variants.SELF_DISTILLATION,))
     monkeypatch.setattr(subtraction, "NUM_HELD_OUT_HARD", 40)
     assert example.main(["--steps", "2", "--directory", str(root)]) == 0
-    folder = root / "guided_rollouts" / "megatron" / "seed5"
-    answers = {record["id"]: record["answer"] for record in example.records(folder / "train.jsonl")}
+    directory = root / "guided_rollouts" / "megatron" / "seed5"
+    answers = {record["id"]: record["answer"] for record in example.records(directory / "train.jsonl")}
     right = {}
     for title in ("self-distillation", "self-distillation-guided"):
-        written = example.records(folder / f"{title}.jsonl")
+        written = example.records(directory / f"{title}.jsonl")
         assert len(written) == 64 and all((r["teacher_log_probs"] is None) == ("guided" not in title) for r in written)
         right[title] = sum(example.is_right(r, answers[r["problem_id"]], base) for r in written) / len(written)
     assert right["self-distillation"] < 0.3 and right["self-distillation-guided"] > 0.6, right

@@ -36,8 +36,8 @@ def test_every_test_that_the_page_names_exists():
 def test_every_refusal_that_the_page_quotes_is_one():
     quoted = re.findall(r'refused: "([^"]+)"', PAGE)
     assert len(quoted) > 8
-    said = sentences()
-    assert [quote for quote in quoted if quote not in said] == []
+    known = sentences()
+    assert [quote for quote in quoted if quote not in known] == []
 
 
 def test_every_row_says_what_happens_here():

@@ -52,7 +52,7 @@ def test_a_run_on_one_node_completes_with_a_report_of_the_environment_first(slur
     assert job.saved_step() == 2 and "DP 2" in job.text()
 
 
-def with_servers(data: Path, folder: Path, *more: str, server_nodes: int = 1, **environment: str) -> Job:
+def with_servers(data: Path, directory: Path, *more: str, server_nodes: int = 1, **environment: str) -> Job:
     """Return a run with one server, on one node or over two nodes."""
     if "SELFDISTILL_VLLM_PYTHON" not in os.environ:
         pytest.skip("needs SELFDISTILL_VLLM_PYTHON, a Python with vLLM")
@@ -60,7 +60,7 @@ def with_servers(data: Path, folder: Path, *more: str, server_nodes: int = 1, **
         "ROLLOUT_NODES": str(server_nodes),
         "SERVER_NODES": str(server_nodes),
         "SERVER_GPUS": str(server_nodes),
-        "HF_CONFIG": str(config_of_the_tiny_model(folder / "hf", data)),
+        "HF_CONFIG": str(config_of_the_tiny_model(directory / "hf", data)),
         "SERVER_PYTHON": os.environ["SELFDISTILL_VLLM_PYTHON"],
         "SERVER_ARGS": "--dtype=float32 --max-model-len=128 --kv-cache-gb=0.2",
         "SERVER_HOST": "127.0.0.1",
@@ -68,7 +68,7 @@ def with_servers(data: Path, folder: Path, *more: str, server_nodes: int = 1, **
         "MKL_NUM_THREADS": "1",
     }
     options = ["--nodes=3", "--partition=wide"] if server_nodes == 2 else []
-    return Job("rollout_nodes", data, folder / "run", *FOR_VLLM, *more, options=options, **parameters | environment)
+    return Job("rollout_nodes", data, directory / "run", *FOR_VLLM, *more, options=options, **parameters | environment)
 
 
 def test_a_server_over_two_rollout_nodes_serves_a_run(slurm, data, tmp_path):
@@ -111,8 +111,8 @@ def assert_served(job: Job, steps: int) -> None:
     assert metrics["rollout/servers_alive"] == 1 and metrics["rollout/sync_bytes"] > 0
 
 
-def logs(folder: Path) -> str:
-    return "\n".join(path.read_text(errors="replace")[-4000:] for path in folder.glob("*.log"))
+def logs(directory: Path) -> str:
+    return "\n".join(path.read_text(errors="replace")[-4000:] for path in directory.glob("*.log"))
 
 
 def preempt() -> None:

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Tiny random transformers models of every family, saved on disk, and this project's model filled from their weights.
 
-    write("qwen3", folder)                                   # config.json and model.safetensors, by save_pretrained
-    family, model, rules, tensors = read(folder)
+    write("qwen3", directory)                                   # config.json and model.safetensors, by save_pretrained
+    family, model, rules, tensors = read(directory)
     chunks, grid = models.build(model, ParallelConfig()); fill(chunks, rules, tensors)
 
 The sizes are unusual on purpose: fewer groups than heads, channels that differ from hidden / heads, a vocabulary of
@@ -140,7 +140,7 @@ def hf_config(kind: str, **changes: Any) -> Any:
     return getattr(transformers, name)(**{**arguments, **changes})
 
 
-def write(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
+def write(kind: str, directory: Path, seed: int = 0, **changes: Any) -> Any:
     """Save a random model of this kind with ``save_pretrained``; return the model (float32, in eval mode)."""
     import transformers
 
@@ -150,7 +150,7 @@ def write(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Any:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(hf_config(kind, **changes)).eval()
         _randomise(model)
-    model.save_pretrained(folder)
+    model.save_pretrained(directory)
     return model
 
 
@@ -176,14 +176,14 @@ def _randomise(model: torch.nn.Module) -> None:
             tensor.copy_(1.5 * tensor.shape[-1] ** -0.5 * noise)
 
 
-def read(folder: Path, **changes: Any) -> tuple[Family, ModelConfig, list[Rule], dict[str, Tensor]]:
+def read(directory: Path, **changes: Any) -> tuple[Family, ModelConfig, list[Rule], dict[str, Tensor]]:
     """Return family, configuration, rules and tensors of a Hugging Face directory.
 
     ``changes`` replace fields of the configuration, whose vocabulary has little padding.
     """
-    config = config_of(folder)
+    config = config_of(directory)
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
     family = family_of(config)
     model = dataclasses.replace(family.model_config(config), **{"make_vocab_size_divisible_by": 8, **changes})

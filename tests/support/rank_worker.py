@@ -88,7 +88,7 @@ class Task:
     timeout: float  # seconds that the call may take
     grace: float  # seconds that the other ranks may take to notice the failure of a rank
     init_process_group: bool  # False: the function makes its own group
-    folder: str  # holds one log per rank
+    directory: str  # holds one log per rank
     master_port: int
     sys_path: list[str]
     cwd: str
@@ -149,7 +149,7 @@ def serve(requests_fd: int, preloaded: Sequence[str]) -> None:
 
 def _fork(task: Task, rank: int, alive: tuple[int, int], listener: socket.socket, import_error: str | None) -> _Rank:
     """Start one rank; its messages end when it does."""
-    log = Path(task.folder) / f"rank_{rank}.log"
+    log = Path(task.directory) / f"rank_{rank}.log"
     log.write_text("")
     messages, answers = connection.Pipe(duplex=False)
     arguments = (task, rank, alive, listener, answers, log, import_error)
@@ -262,7 +262,7 @@ def _run(task: Task, rank: int, listener: socket.socket, import_error: str | Non
             join_group(listener, rank, task.world_size, timedelta(seconds=2 * task.timeout + 60))
         result = pickle.dumps(fn(*args, **kwargs))
         return Outcome(time.monotonic(), result=result)
-    except BaseException as error:  # pytest's outcomes and SystemExit are no Exceptions, and must be told too
+    except BaseException as error:  # pytest's outcomes and SystemExit are no Exceptions, and must be reported, too
         name = type(error).__name__
         text = str(error) if name == "Skipped" else traceback.format_exc()
         return Outcome(time.monotonic(), error=text, error_name=name)

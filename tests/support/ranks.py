@@ -54,7 +54,7 @@ class RankPool:
         self, preloaded: Sequence[str] = rank_worker.PRELOADED, environment: Mapping[str, str] | None = None
     ) -> None:
         self._preloaded, self._environment = tuple(preloaded), dict(environment or {})
-        self._folder = Path(tempfile.mkdtemp(prefix="selfdistill_ranks_"))
+        self._directory = Path(tempfile.mkdtemp(prefix="selfdistill_ranks_"))
         self._num_calls = 0
         self._server: subprocess.Popen[bytes] | None = None
         self._requests: connection.Connection | None = None
@@ -85,13 +85,13 @@ class RankPool:
         try:
             reply = self._reply(task)
         finally:
-            shutil.rmtree(task.folder, ignore_errors=True)
+            shutil.rmtree(task.directory, ignore_errors=True)
         return _results(reply, f"{fn.__module__}.{fn.__qualname__}", world_size, timeout)
 
     def close(self) -> None:
         """End the server and its ranks and remove their files; may be called twice."""
         self._end_server()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _task(
         self,
@@ -107,8 +107,8 @@ class RankPool:
                 f"expected a function at the top of a module, got {fn.__qualname__}; ranks import it by name"
             )
         self._num_calls += 1
-        folder = self._folder / f"call_{self._num_calls}"
-        folder.mkdir()
+        directory = self._directory / f"call_{self._num_calls}"
+        directory.mkdir()
         return rank_worker.Task(
             module=fn.__module__,
             file=sys.modules[fn.__module__].__file__,
@@ -118,7 +118,7 @@ class RankPool:
             timeout=timeout,
             grace=_GRACE_SECONDS,
             init_process_group=init_process_group,
-            folder=str(folder),
+            directory=str(directory),
             master_port=free_port(),
             sys_path=list(sys.path),
             cwd=os.getcwd(),
@@ -133,7 +133,7 @@ class RankPool:
             return reply
         except (EOFError, ConnectionError):
             self._end_server()
-            log = (self._folder / "server.log").read_text(errors="replace")
+            log = (self._directory / "server.log").read_text(errors="replace")
             raise RankError(f"the process that forks the ranks has ended by itself:\n{log}") from None
         except BaseException:  # an interruption: the call goes on there, and ends with the server
             self._end_server()
@@ -148,7 +148,7 @@ class RankPool:
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         requests, answers = connection.Pipe()
         code = f"import rank_worker; rank_worker.serve({answers.fileno()}, {self._preloaded})"
-        with answers, (self._folder / "server.log").open("wb") as log:
+        with answers, (self._directory / "server.log").open("wb") as log:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", code],
                 env=environment,

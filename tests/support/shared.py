@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Folders that all tests of a run read and none changes: models, data, finished runs, each made once."""
+"""Directories that all tests of a run read and none changes: models, data, finished runs, each made once."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import pytest
 from filelock import FileLock
 
 
-class SharedFolders:
-    """Folders below one root, which the workers of pytest-xdist have in common."""
+class SharedDirectories:
+    """Directories below one root, which the workers of pytest-xdist have in common."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def get(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Return the folder of that name; the first call of any worker makes it with ``make(folder)``."""
-        folder, made = self._root / name, self._root / f"{name}.made"
+        """Return the directory of that name; the first call of any worker makes it with ``make(directory)``."""
+        directory, made = self._root / name, self._root / f"{name}.made"
         with FileLock(self._root / f"{name}.lock"):
             if not made.exists():
-                make(folder)
+                make(directory)
                 made.touch()
-        return folder
+        return directory
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> SharedFolders:
-    """`SharedFolders` of this run of pytest."""
+def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> SharedDirectories:
+    """`SharedDirectories` of this run of pytest."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if hasattr(request.config, "workerinput") else base) / "shared"
     root.mkdir(exist_ok=True)
-    return SharedFolders(root)
+    return SharedDirectories(root)

@@ -162,16 +162,16 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
-def config_of_the_tiny_model(folder: Path, data: Path) -> Path:
-    """Write the config.json of the jobs' model, which vLLM can run on a CPU, into ``folder``; return ``folder``."""
+def config_of_the_tiny_model(directory: Path, data: Path) -> Path:
+    """Write the config.json of the jobs' model, which vLLM can run on a CPU, and return its ``directory``."""
     from megatron_selfdistill.config import load
     from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.run_data import RunData
 
-    config = load(overrides(data, folder / "unused", *FOR_VLLM))
+    config = load(overrides(data, directory / "unused", *FOR_VLLM))
     model = replace(config.model, vocab_size=RunData.load(config).vocab_size)
     family = family_of_model(model)
     described = {"architectures": [family.architecture], **family.hf_config(model, "float32")}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(described))
-    return folder
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(described))
+    return directory

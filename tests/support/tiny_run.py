@@ -28,15 +28,15 @@ NOT_REPRODUCIBLE = ("seconds/", "tokens_per_second/", "memory/")
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def write_data(folder: Path, num_problems: int = 40) -> None:
-    """Write a tokenizer and problems with answers as hints into ``folder``."""
+def write_data(directory: Path, num_problems: int = 40) -> None:
+    """Write a tokenizer and problems with answers as hints into ``directory``."""
     from _lib import subtraction
     from _lib.pretraining import write_records, write_tokenizer
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder / "tokenizer", subtraction.ALPHABET)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(directory / "tokenizer", subtraction.ALPHABET)
     pairs = subtraction.distinct(num_problems, "train", seed=1)
-    write_records(folder / "problems.jsonl", [subtraction.record(a, b) for a, b in pairs])
+    write_records(directory / "problems.jsonl", [subtraction.record(a, b) for a, b in pairs])
 
 
 def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
@@ -176,9 +176,11 @@ def recorded(path: Path, step: int) -> dict[tuple[str, int], list[int]]:
     return {(r["problem_id"], r["sample_index"]): r["token_ids"] for r in records if r["step"] == step}
 
 
-def bytes_of(folder: Path) -> dict[str, bytes]:
+def bytes_of(directory: Path) -> dict[str, bytes]:
     """Return the contents of every file below a directory, by relative path."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()
+    }
 
 
 def saved_step(run_dir: Path) -> int:

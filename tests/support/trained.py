@@ -33,12 +33,12 @@ class Reach:
     hf_config: Path
 
 
-def write_config(folder: Path) -> Path:
-    """Write the config.json of `MODEL` into ``folder``; return ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_config(directory: Path) -> Path:
+    """Write the config.json of `MODEL` into ``directory``; return ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
     architecture = {"architectures": [FAMILY.architecture]}
-    (folder / "config.json").write_text(json.dumps({**architecture, **FAMILY.hf_config(MODEL, "float32")}))
-    return folder
+    (directory / "config.json").write_text(json.dumps({**architecture, **FAMILY.hf_config(MODEL, "float32")}))
+    return directory
 
 
 def requests(count: int, longest: int = 150) -> list[Request]:

@@ -19,36 +19,36 @@ PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHARACTERS = "0123456789-=b.,;:|H$_"
 
 
-def character_tokenizer(folder: Path, **special: str) -> str:
-    """Write a Hugging Face folder with one token per character."""
+def character_tokenizer(directory: Path, **special: str) -> str:
+    """Write a Hugging Face directory with one token per character."""
     words = {character: i for i, character in enumerate(CHARACTERS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_", **special).save_pretrained(folder)
-    return str(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_", **special).save_pretrained(directory)
+    return str(directory)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def directory(tmp_path_factory) -> Path:
     """Problems of one length and solutions of 3, 8 and 60 characters, and two tokenizers."""
-    folder = tmp_path_factory.mktemp("run_data")
-    write(folder / "problems.jsonl", [{"problem": "500-408=", "solution": "0" * n} for n in (3, 8, 60)])
-    write(folder / "held_out.jsonl", [{"problem": "1-1=", "solution": "0", "answer": "0"}] * 3)
-    character_tokenizer(folder / "tokenizer", eos_token="$")
-    character_tokenizer(folder / "endless")
-    return folder
+    directory = tmp_path_factory.mktemp("run_data")
+    write(directory / "problems.jsonl", [{"problem": "500-408=", "solution": "0" * n} for n in (3, 8, 60)])
+    write(directory / "held_out.jsonl", [{"problem": "1-1=", "solution": "0", "answer": "0"}] * 3)
+    character_tokenizer(directory / "tokenizer", eos_token="$")
+    character_tokenizer(directory / "endless")
+    return directory
 
 
 def write(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def config_of(folder: Path, *overrides: str) -> Config:
+def config_of(directory: Path, *overrides: str) -> Config:
     """Contexts of at most 40 tokens, 10 for the response: 9 of the wording leave 21 for a solution."""
     values = {
         "data": {
-            "path": str(folder / "problems.jsonl"),
-            "tokenizer": str(folder / "tokenizer"),
+            "path": str(directory / "problems.jsonl"),
+            "tokenizer": str(directory / "tokenizer"),
             "chat_template": PLAIN,
             "teacher_template": "{problem}{solution}|",
             "max_length": 40,
@@ -67,9 +67,9 @@ def sentence_of(config: Config) -> str:
     return text
 
 
-def test_what_is_read_is_what_the_files_say(folder):
-    held_out = folder / "held_out.jsonl"
-    run_data = RunData.load(config_of(folder, f"evaluation.path={held_out}", "evaluation.limit=2"))
+def test_what_is_read_is_what_the_files_say(directory):
+    held_out = directory / "held_out.jsonl"
+    run_data = RunData.load(config_of(directory, f"evaluation.path={held_out}", "evaluation.limit=2"))
     assert [p.solution for p in run_data.problems.problems] == ["000", "0" * 8]
     assert len(run_data.evaluation) == 2 and run_data.evaluation[0].answer == "0"
     assert (run_data.vocab_size, run_data.max_length) == (len(CHARACTERS), 40)
@@ -81,16 +81,16 @@ def test_what_is_read_is_what_the_files_say(folder):
     [
         (["data.path=null"], "data.path is not set"),
         (["data.tokenizer=null"], "data.tokenizer is not set"),
-        (["data.path={folder}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
-        (["data.tokenizer={folder}/nothing"], "/nothing, which does not exist; correct data.tokenizer"),
+        (["data.path={directory}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
+        (["data.tokenizer={directory}/nothing"], "/nothing, which does not exist; correct data.tokenizer"),
         (["data.tokenizer=../nothing/at/all"], "got ../nothing/at/all, which does not exist; correct data.tokenizer"),
-        (["data.tokenizer={folder}/problems.jsonl"], "problems.jsonl, another kind of file; name its directory"),
-        (["data.tokenizer={folder}/nothing.model"], "nothing.model, which is no file"),
-        (["data.chat_template={folder}/no_template.jinja"], "no_template.jinja"),
-        (["data.chat_template={folder}"], "data.chat_template: expected a Jinja template or a file that holds one"),
+        (["data.tokenizer={directory}/problems.jsonl"], "problems.jsonl, another kind of file; name its directory"),
+        (["data.tokenizer={directory}/nothing.model"], "nothing.model, which is no file"),
+        (["data.chat_template={directory}/no_template.jinja"], "no_template.jinja"),
+        (["data.chat_template={directory}"], "data.chat_template: expected a Jinja template or a file that holds one"),
         (["data.chat_template=null"], "has no chat template: set data.chat_template"),
         (["data.teacher_template='{{problem}}'"], "{solution}"),
-        (["data.tokenizer={folder}/endless"], "has no end-of-sequence token"),
+        (["data.tokenizer={directory}/endless"], "has no end-of-sequence token"),
         (["model.vocab_size=20"], "model.vocab_size is 20, but"),
         (
             ["schedule.max_tokens=39"],
@@ -114,14 +114,14 @@ def test_what_is_read_is_what_the_files_say(folder):
             ["data.on_long_context=error"],
             "problems.jsonl:3: expected a teacher's prompt of at most 30 tokens",
         ),
-        (["evaluation.path={folder}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
+        (["evaluation.path={directory}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
         (["data.fields.answer=result"], "fields.answer names the column 'result'"),
         (["data.limit=0"], "data.limit must be at least 1"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(folder, overrides, words):
+def test_what_cannot_be_read_is_one_sentence(directory, overrides, words):
     with pytest.raises(ConfigError) as caught:
-        RunData.load(config_of(folder, *(o.replace("{folder}", str(folder)) for o in overrides)))
+        RunData.load(config_of(directory, *(o.replace("{directory}", str(directory)) for o in overrides)))
     text = str(caught.value)
     assert words.lower() in text.lower() and "\n" not in text
 
@@ -134,37 +134,37 @@ def test_what_cannot_be_read_is_one_sentence(folder, overrides, words):
         ("truncate_end", [3, 8, 60], (2, 1, 0)),
     ],
 )
-def test_each_policy_counts_what_it_keeps_truncates_and_drops(folder, policy, lengths, counts):
-    run_data = RunData.load(config_of(folder, f"data.on_long_context={policy}"))
+def test_each_policy_counts_what_it_keeps_truncates_and_drops(directory, policy, lengths, counts):
+    run_data = RunData.load(config_of(directory, f"data.on_long_context={policy}"))
     assert [len(p.solution) for p in run_data.problems.problems] == lengths
     assert (run_data.counts.kept, run_data.counts.truncated, run_data.counts.dropped) == counts
 
 
-def test_bad_records_are_skipped_and_counted_when_asked(folder, tmp_path):
+def test_bad_records_are_skipped_and_counted_when_asked(directory, tmp_path):
     records = tmp_path / "bad.jsonl"
     write(records, [{"problem": "1-1=", "solution": "0"}, {"problem": "2-1="}])
-    assert "bad.jsonl:2" in sentence_of(config_of(folder, f"data.path={records}"))
-    run_data = RunData.load(config_of(folder, f"data.path={records}", "data.on_bad_record=skip"))
+    assert "bad.jsonl:2" in sentence_of(config_of(directory, f"data.path={records}"))
+    run_data = RunData.load(config_of(directory, f"data.path={records}", "data.on_bad_record=skip"))
     assert len(run_data.problems) == 1 and len(run_data.problems.skipped) == 1
 
 
-def test_the_chat_template_may_be_a_file(folder, tmp_path):
+def test_the_chat_template_may_be_a_file(directory, tmp_path):
     (tmp_path / "template.jinja").write_text(PLAIN)
-    by_text = RunData.load(config_of(folder))
-    by_file = RunData.load(config_of(folder, f"data.chat_template={tmp_path / 'template.jinja'}"))
+    by_text = RunData.load(config_of(directory))
+    by_file = RunData.load(config_of(directory, f"data.chat_template={tmp_path / 'template.jinja'}"))
     problem = by_text.problems.problems[0]
     assert by_file.builder.prompt_pair(problem) == by_text.builder.prompt_pair(problem)
 
 
-def test_more_stop_tokens_join_the_tokenizers_own_and_may_replace_a_missing_one(folder):
-    both = RunData.load(config_of(folder, "rollout.stop_token_ids=[3,19,3]"))
-    alone = RunData.load(config_of(folder, f"data.tokenizer={folder / 'endless'}", "rollout.stop_token_ids=[3]"))
+def test_more_stop_tokens_join_the_tokenizers_own_and_may_replace_a_missing_one(directory):
+    both = RunData.load(config_of(directory, "rollout.stop_token_ids=[3,19,3]"))
+    alone = RunData.load(config_of(directory, f"data.tokenizer={directory / 'endless'}", "rollout.stop_token_ids=[3]"))
     assert both.stop_token_ids == (CHARACTERS.index("$"), 3)
     assert alone.stop_token_ids == (3,)
 
 
-def test_a_models_own_vocabulary_may_be_larger_than_the_tokenizers(folder):
-    assert RunData.load(config_of(folder, "model.vocab_size=32")).vocab_size == 32
+def test_a_models_own_vocabulary_may_be_larger_than_the_tokenizers(directory):
+    assert RunData.load(config_of(directory, "model.vocab_size=32")).vocab_size == 32
 
 
 @pytest.mark.parametrize(
@@ -178,13 +178,20 @@ def test_a_models_own_vocabulary_may_be_larger_than_the_tokenizers(folder):
         ([], 40),
     ],
 )
-def test_the_longest_context_is_the_least_of_model_row_and_wish(folder, overrides, longest):
-    assert longest_context(config_of(folder, *overrides)) == longest
+def test_the_longest_context_is_the_least_of_model_row_and_wish(directory, overrides, longest):
+    assert longest_context(config_of(directory, *overrides)) == longest
 
 
-def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_its_own(folder, tmp_path):
-    said = [("user", "1-1="), ("assistant", "1"), ("user", "0"), ("assistant", "00"), ("user", "."), ("assistant", "3")]
-    chat = [{"role": role, "content": text} for role, text in said]
+def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_its_own(directory, tmp_path):
+    turns = [
+        ("user", "1-1="),
+        ("assistant", "1"),
+        ("user", "0"),
+        ("assistant", "00"),
+        ("user", "."),
+        ("assistant", "3"),
+    ]
+    chat = [{"role": role, "content": text} for role, text in turns]
     write(tmp_path / "chats.jsonl", [{"chat": chat, "liked": 3}, {"chat": chat}, {"chat": chat[:1], "liked": 0}])
     write(tmp_path / "held_out.jsonl", [{"task": "1-1=", "solution": "0", "answer": "0"}])
     template = tmp_path / "template.jinja"
@@ -192,7 +199,7 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     options = ["data.kind=conversations", "data.on_bad_record=skip", f"data.path={tmp_path}/chats.jsonl"]
     fields = ["data.fields.messages=chat", "data.fields.accepted=liked", "data.fields.problem=task"]
     evaluated = f"evaluation.path={tmp_path}/held_out.jsonl"
-    run_data = RunData.load(config_of(folder, *options, *fields, evaluated, f"data.chat_template={template}"))
+    run_data = RunData.load(config_of(directory, *options, *fields, evaluated, f"data.chat_template={template}"))
     assert [(p.solution, p.reply.message["content"]) for p in run_data.problems.problems] == [("00", "1"), ("00", "00")]
     assert [p.messages[0]["content"] for p in run_data.evaluation] == ["1-1="]
     assert [line.rpartition("chats.jsonl:")[2][:2] for line in run_data.skipped] == ["2:", "3:"]
@@ -204,9 +211,9 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     assert "5 logged tokens, 0.600 of them in accepted turns" in run_data.about_conversations[1]
 
 
-def test_a_rule_that_is_nowhere_is_a_sentence(folder):
+def test_a_rule_that_is_nowhere_is_a_sentence(directory):
     rule = "conversations.accepted_rule=nowhere.rule"
-    assert "No module named 'nowhere'" in sentence_of(config_of(folder, "data.kind=conversations", rule))
+    assert "No module named 'nowhere'" in sentence_of(config_of(directory, "data.kind=conversations", rule))
 
 
 EMPTY = "{% for m in messages %}x{% endfor %}"
@@ -220,23 +227,25 @@ HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
         ([f"data.chat_template='{EMPTY}'"], "problems.jsonl:1: expected the student's prompt to show the problem"),
         ([f'data.chat_template="{HALF}"'], "problems.jsonl:1: expected the teacher's prompt to show the solution, got"),
         (
-            [f'data.chat_template="{HALF}"', "evaluation.path={folder}/held_out.jsonl", "objective=sft"],
+            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/held_out.jsonl", "objective=sft"],
             None,  # no teacher reads a prompt
         ),
         (
-            [f'data.chat_template="{HALF}"', "evaluation.path={folder}/cut.jsonl", "objective=sft"],
+            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/cut.jsonl", "objective=sft"],
             "cut.jsonl:2: expected the student's prompt to show the problem",
         ),
         (
-            [f'data.chat_template="{HALF}"', "data.solutions=own", "data.path={folder}/held_out.jsonl"],
+            [f'data.chat_template="{HALF}"', "data.solutions=own", "data.path={directory}/held_out.jsonl"],
             "held_out.jsonl:1: expected the teacher's prompt to show the solution, got the 4 tokens of the student's",
         ),
     ],
 )
-def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_start(folder, overrides, words):
-    write(folder / "cut.jsonl", [{"problem": text, "solution": "0"} for text in ("1-1=", "1|2-1=")])
-    more = [o.replace("{folder}", str(folder)) for o in ("data.teacher_template='{problem}|{solution}'", *overrides)]
-    config = config_of(folder, *more)
+def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_start(directory, overrides, words):
+    write(directory / "cut.jsonl", [{"problem": text, "solution": "0"} for text in ("1-1=", "1|2-1=")])
+    more = [
+        o.replace("{directory}", str(directory)) for o in ("data.teacher_template='{problem}|{solution}'", *overrides)
+    ]
+    config = config_of(directory, *more)
     if words is None:
         assert RunData.load(config).about_prompts is None
     else:
@@ -244,24 +253,24 @@ def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_s
 
 
 @pytest.mark.parametrize("policy", ["truncate_start", "truncate_end"])
-def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(folder, policy):
-    run_data = RunData.load(config_of(folder, f"data.on_long_context={policy}"))
+def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(directory, policy):
+    run_data = RunData.load(config_of(directory, f"data.on_long_context={policy}"))
     assert run_data.counts.truncated == 1, "and its prompt has passed the check"
     beginning = "{% for m in messages %}{{ m.content[:16] }}{% endfor %}"  # 8 of the problem, 8 of the solution
-    hidden = config_of(folder, f"data.on_long_context={policy}", f'data.chat_template="{beginning}"')
+    hidden = config_of(directory, f"data.on_long_context={policy}", f'data.chat_template="{beginning}"')
     assert "problems.jsonl:3: expected the teacher's prompt to show the solution" in sentence_of(hidden)
 
 
-def test_only_the_first_prompts_are_looked_at(folder, tmp_path):
+def test_only_the_first_prompts_are_looked_at(directory, tmp_path):
     problems = [{"problem": f"{n:04}-1=", "solution": "0"} for n in range(65)]
     write(tmp_path / "a.jsonl", [*problems[:64], {**problems[64], "problem": "1|2=", "solution": "00"}])
-    cut = config_of(folder, f"data.path={tmp_path}/a.jsonl", f'data.chat_template="{HALF}"')
+    cut = config_of(directory, f"data.path={tmp_path}/a.jsonl", f'data.chat_template="{HALF}"')
     assert len(RunData.load(cut).problems) == 65
     write(tmp_path / "a.jsonl", [*problems[:63], {**problems[64], "problem": "1|2=", "solution": "00"}])
     assert "a.jsonl:64: expected the student's prompt" in sentence_of(cut)
 
 
-def test_the_accepted_answer_of_a_log_must_be_in_the_teachers_prompt_and_is_not_quoted(folder, tmp_path):
+def test_the_accepted_answer_of_a_log_must_be_in_the_teachers_prompt_and_is_not_quoted(directory, tmp_path):
     chat = [{"role": role, "content": text} for role, text in [("user", "1-1="), ("assistant", "000"), ("user", ".")]]
     write(tmp_path / "chats.jsonl", [{"messages": chat, "accepted": 1}])
     template = tmp_path / "template.jinja"
@@ -269,41 +278,41 @@ def test_the_accepted_answer_of_a_log_must_be_in_the_teachers_prompt_and_is_not_
     reply = "{% if m.role == 'assistant' %}{{ m.content }}${% else %}"
     template.write_text("{% for m in messages %}" + reply + "{{ m.content[:4] }}{% endif %}{% endfor %}")
     for responses in ("logged", "sampled"):
-        config = config_of(folder, *of_template, f"conversations.responses={responses}")
+        config = config_of(directory, *of_template, f"conversations.responses={responses}")
         assert "chats.jsonl:1, message 1: expected the teacher's prompt to show the solution, got" in (
             sentence := sentence_of(config)
         )
         assert "000" not in sentence.replace("0000", "")
     template.write_text("{% for m in messages %}" + reply + "{{ m.content }}{% endif %}{% endfor %}")
-    assert "3 of the accepted answer (in 1 prompts)" in RunData.load(config_of(folder, *of_template)).about_prompts
+    assert "3 of the accepted answer (in 1 prompts)" in RunData.load(config_of(directory, *of_template)).about_prompts
 
 
-def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(folder):
-    path = f"evaluation.path={folder}/held_out.jsonl"
-    hidden = config_of(folder, path, f'data.chat_template="{HALF}"', "data.teacher_template='{problem}|{solution}'")
+def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(directory):
+    path = f"evaluation.path={directory}/held_out.jsonl"
+    hidden = config_of(directory, path, f'data.chat_template="{HALF}"', "data.teacher_template='{problem}|{solution}'")
     assert len(RunData.load_evaluation(hidden).evaluation) == 3
     with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the teacher's prompt to show the solution"):
         RunData.load_evaluation(hidden, with_solutions=True)
     with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the student's prompt to show the problem"):
-        RunData.load_evaluation(config_of(folder, path, f"data.chat_template='{EMPTY}'"))
+        RunData.load_evaluation(config_of(directory, path, f"data.chat_template='{EMPTY}'"))
 
 
-def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(folder):
-    run_data = RunData.load(config_of(folder, "data.teacher_template='{problem}==={solution}|'"))
+def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(directory):
+    run_data = RunData.load(config_of(directory, "data.teacher_template='{problem}==={solution}|'"))
     assert run_data.about_prompts == (
         "the teacher's prompt adds 4 tokens of wording (data.teacher_template) and on average 6 of the solution "
         "(in 2 prompts)"
     )
-    own = RunData.load(config_of(folder, "data.solutions=own", f"data.path={folder}/held_out.jsonl"))
+    own = RunData.load(config_of(directory, "data.solutions=own", f"data.path={directory}/held_out.jsonl"))
     assert "1 of the answer, until there are own solutions" in own.about_prompts
-    too_long = sentence_of(config_of(folder, "data.on_long_context=error"))
+    too_long = sentence_of(config_of(directory, "data.on_long_context=error"))
     assert "got 69 (8 of them in the student's prompt too, 1 of data.teacher_template, 60 of the solution)" in too_long
     assert "raise data.max_length, lower rollout.max_new_tokens, or set data.on_long_context to drop" in too_long
-    none = sentence_of(config_of(folder, "data.teacher_template='{problem}" + "=" * 30 + "{solution}'"))
+    none = sentence_of(config_of(directory, "data.teacher_template='{problem}" + "=" * 30 + "{solution}'"))
     assert "the problem takes 8 tokens, data.teacher_template 30 and the solution 3" in none
 
 
-def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(folder, tmp_path, monkeypatch):
+def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(directory, tmp_path, monkeypatch):
     import datasets
 
     calls = []
@@ -314,20 +323,20 @@ def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(f
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     hub = ["data.path=lab/sums", "data.subset=hard", "data.split=val", "evaluation.path=lab/sums"]
-    run_data = RunData.load(config_of(folder, *hub, "evaluation.subset=easy"))
+    run_data = RunData.load(config_of(directory, *hub, "evaluation.subset=easy"))
     assert calls == [("lab/sums", "hard", "val"), ("lab/sums", "easy", "test")]
     assert run_data.evaluation[0].location == "lab/sums[test]:1"
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.csv").write_text("problem,solution\n1-1=,0\n")
     (tmp_path / "shards" / "1.csv").write_text("problem,solution\n2-1=,1\n")
-    of_shards = config_of(folder, f"data.path={tmp_path}/shards", f"evaluation.path={tmp_path}/shards/1.csv")
+    of_shards = config_of(directory, f"data.path={tmp_path}/shards", f"evaluation.path={tmp_path}/shards/1.csv")
     run_data = RunData.load(of_shards)
     assert (len(run_data.problems), len(run_data.evaluation)) == (2, 1)
-    missing = sentence_of(config_of(folder, f"evaluation.path={folder}/held_out.jsonl", "evaluation.subset=easy"))
+    missing = sentence_of(config_of(directory, f"evaluation.path={directory}/held_out.jsonl", "evaluation.subset=easy"))
     assert "held_out.jsonl: expected the name of a hub data set with the subset 'easy'" in missing
 
 
-def test_a_bad_record_of_the_evaluation_is_not_said_to_be_skippable(folder, tmp_path):
+def test_a_bad_record_of_the_evaluation_is_not_said_to_be_skippable(directory, tmp_path):
     write(tmp_path / "bad.jsonl", [{"problem": "1-1="}])
-    assert sentence_of(config_of(folder, f"evaluation.path={tmp_path}/bad.jsonl")).endswith("or remove it.")
-    assert sentence_of(config_of(folder, f"data.path={tmp_path}/bad.jsonl")).endswith("set data.on_bad_record=skip.")
+    assert sentence_of(config_of(directory, f"evaluation.path={tmp_path}/bad.jsonl")).endswith("or remove it.")
+    assert sentence_of(config_of(directory, f"data.path={tmp_path}/bad.jsonl")).endswith("set data.on_bad_record=skip.")

@@ -38,7 +38,7 @@ def plain_template() -> str:
 
 
 @pytest.fixture(scope="session")
-def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a Hugging Face directory: byte-level BPE, roles, and a generation prompt that ends in ``<think>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
@@ -59,22 +59,22 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     wrapped.chat_template = CHAT_TEMPLATE
-    folder = tmp_path_factory.mktemp("chat")
-    wrapped.save_pretrained(folder)
-    return folder
+    directory = tmp_path_factory.mktemp("chat")
+    wrapped.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
-def character_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def character_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a Hugging Face directory without chat template: one token per character, ``$`` ends a text."""
     vocabulary = {character: i for i, character in enumerate("0123456789-=b.,;:|H$_")}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    folder = tmp_path_factory.mktemp("characters")
+    directory = tmp_path_factory.mktemp("characters")
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$", pad_token="_", unk_token="_")
-    wrapped.save_pretrained(folder)
-    return folder
+    wrapped.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -26,15 +26,15 @@ def problem(text: str, solution: str) -> Problem:
 
 
 @pytest.fixture(scope="module")
-def characters(character_folder: Path, plain_template: str) -> PromptBuilder:
+def characters(character_directory: Path, plain_template: str) -> PromptBuilder:
     """Return prompts with one token per character; the teacher's prompt is ``H<solution>|<problem>``."""
-    tokenizer = load_tokenizer(character_folder, chat_template=plain_template)
+    tokenizer = load_tokenizer(character_directory, chat_template=plain_template)
     return PromptBuilder(tokenizer, PromptTemplates(teacher="H{solution}|{problem}"))
 
 
 @pytest.fixture(scope="module")
-def bpe(chat_folder: Path) -> PromptBuilder:
-    return PromptBuilder(load_tokenizer(chat_folder), PromptTemplates())
+def bpe(chat_directory: Path) -> PromptBuilder:
+    return PromptBuilder(load_tokenizer(chat_directory), PromptTemplates())
 
 
 def fit(builder: PromptBuilder, which: Problem, max_length: int, policy: str) -> tuple[str, str, bool] | None:

@@ -29,9 +29,9 @@ def chat(*turns: tuple[str, str]) -> list[dict[str, Any]]:
     return [{"role": names[role], "content": content} for role, content in turns]
 
 
-def log(folder: Path, *entries: Any, **options: Any) -> ConversationSet:
+def log(directory: Path, *entries: Any, **options: Any) -> ConversationSet:
     """``entries``: records, or lists of messages."""
-    path = folder / "log.jsonl"
+    path = directory / "log.jsonl"
     entries = tuple({"messages": entry} if isinstance(entry, list) else entry for entry in entries)
     path.write_text("".join(f"{e if isinstance(e, str) else json.dumps(e)}\n" for e in entries))
     return load_conversations(path, **{"rule": closing_turn, **options})

@@ -26,15 +26,15 @@ SOLUTION = "  É: first the UNITS,\n\tthen  the tens; ﬁnally 92, that is 数�
 PROBLEM = Problem("p", ({"role": "user", "content": " Compute 500 - 408,\nin Full."},), SOLUTION, None, "sums.jsonl:7")
 
 
-def byte_level(folder: Path) -> Path:
+def byte_level(directory: Path) -> Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return saved(tokenizer, folder)
+    return saved(tokenizer, directory)
 
 
-def lower_casing_word_pieces(folder: Path) -> Path:
+def lower_casing_word_pieces(directory: Path) -> Path:
     """Return a tokenizer like BERT's: lower case, no accents, words in pieces, unknown words as one token."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.:;!?\\{}<>/-"
     pieces = ["[UNK]", "units", "the", "##he", *letters, *(f"##{letter}" for letter in letters)]
@@ -42,15 +42,15 @@ def lower_casing_word_pieces(folder: Path) -> Path:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    return saved(tokenizer, folder)
+    return saved(tokenizer, directory)
 
 
-def saved(tokenizer: Tokenizer, folder: Path) -> Path:
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    return folder
+def saved(tokenizer: Tokenizer, directory: Path) -> Path:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(directory)
+    return directory
 
 
-def normalising_sentencepiece(folder: Path) -> Path:
+def normalising_sentencepiece(directory: Path) -> Path:
     """NFKC, lower case, white space collapsed, a space put in front, and characters that it does not know."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -64,21 +64,21 @@ def normalising_sentencepiece(folder: Path) -> Path:
         normalization_rule_name="nmt_nfkc_cf",
         minloglevel=2,
     )
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    return folder
+    directory.mkdir()
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    return directory
 
 
 TOKENIZERS: list[Callable[[Path], Path]] = [byte_level, lower_casing_word_pieces, normalising_sentencepiece]
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS, ids=lambda make: make.__name__)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return request.param(tmp_path_factory.mktemp("tokenizer") / "it")
 
 
-def builder(folder: Path, template: str, **templates: str) -> PromptBuilder:
-    return PromptBuilder(load_tokenizer(folder, chat_template=template), PromptTemplates(**templates))
+def builder(directory: Path, template: str, **templates: str) -> PromptBuilder:
+    return PromptBuilder(load_tokenizer(directory, chat_template=template), PromptTemplates(**templates))
 
 
 def check(build: PromptBuilder, problem: Problem = PROBLEM, solution: str | None = None) -> None:
@@ -99,35 +99,35 @@ def refusal(build: PromptBuilder, problem: Problem = PROBLEM) -> str:
 
 @pytest.mark.parametrize("template", [PLAIN, TRIMMED])
 @pytest.mark.parametrize("wording", ["{problem}{solution}", "{solution}|{problem}", "数{problem}学{solution}数"])
-def test_prompts_that_show_both_texts_pass_with_any_tokenizer(folder: Path, template: str, wording: str) -> None:
-    build = builder(folder, template, teacher=wording)
+def test_prompts_that_show_both_texts_pass_with_any_tokenizer(directory: Path, template: str, wording: str) -> None:
+    build = builder(directory, template, teacher=wording)
     check(build)
     for solution in ("7", "042", "units 数学", "É the", "a" * 500):
         check(build, solution=solution)
 
 
-def test_a_template_without_contents_is_found_in_the_students_prompt(folder: Path) -> None:
-    assert "the student's prompt to show the problem" in refusal(builder(folder, EMPTY))
+def test_a_template_without_contents_is_found_in_the_students_prompt(directory: Path) -> None:
+    assert "the student's prompt to show the problem" in refusal(builder(directory, EMPTY))
 
 
-def test_a_teachers_prompt_that_is_the_students_is_named_as_that(folder: Path) -> None:
-    build = builder(folder, "{{ messages[-1].content.split('@')[0] }}", teacher="{problem}@{solution}")
+def test_a_teachers_prompt_that_is_the_students_is_named_as_that(directory: Path) -> None:
+    build = builder(directory, "{{ messages[-1].content.split('@')[0] }}", teacher="{problem}@{solution}")
     assert "to show the solution, got the " in (sentence := refusal(build)) and "of the student's prompt" in sentence
 
 
-def test_a_template_that_cuts_the_solution_or_the_problem_is_refused(folder: Path) -> None:
-    assert "to show the solution, got " in refusal(builder(folder, FIRST_WORDS, teacher="{problem}{solution}"))
-    hidden = builder(folder, LAST_WORDS, teacher="{problem} It is: {solution}")
+def test_a_template_that_cuts_the_solution_or_the_problem_is_refused(directory: Path) -> None:
+    assert "to show the solution, got " in refusal(builder(directory, FIRST_WORDS, teacher="{problem}{solution}"))
+    hidden = builder(directory, LAST_WORDS, teacher="{problem} It is: {solution}")
     short = Problem("p", ({"role": "user", "content": "5 - 4 and 8?"},), "that is 1", None, "sums.jsonl:7")
     assert "the teacher's prompt to show the problem" in refusal(hidden, short)
 
 
-def test_a_choice_that_stands_in_the_problem_anyway_must_change_the_prompt(folder: Path) -> None:
+def test_a_choice_that_stands_in_the_problem_anyway_must_change_the_prompt(directory: Path) -> None:
     choice = Problem("p", ({"role": "user", "content": "even or odd: units 500 - 408?"},), "odd", None, "sums.jsonl:7")
     hidden = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('-:')[0] }}</>{% endfor %}"
-    sentence = refusal(builder(folder, hidden, teacher="{problem}, first the tens -: {solution}"), choice)
+    sentence = refusal(builder(directory, hidden, teacher="{problem}, first the tens -: {solution}"), choice)
     assert "to show the solution, got the same " in sentence and "tokens with and without a solution" in sentence
-    check(builder(folder, PLAIN, teacher="{problem}, first the tens -: {solution}"), choice)
+    check(builder(directory, PLAIN, teacher="{problem}, first the tens -: {solution}"), choice)
 
 
 def test_a_solution_of_which_the_tokenizer_keeps_nothing_is_not_shown(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_a_solution_of_which_the_tokenizer_keeps_nothing_is_not_shown(tmp_path: 
     )
 
 
-def test_the_cost_is_the_wording_and_the_solution_in_tokens(chat_folder: Path) -> None:
-    build = PromptBuilder(load_tokenizer(chat_folder), PromptTemplates())
+def test_the_cost_is_the_wording_and_the_solution_in_tokens(chat_directory: Path) -> None:
+    build = PromptBuilder(load_tokenizer(chat_directory), PromptTemplates())
     student, teacher, empty = (
         build.student_prompt(PROBLEM),
         build.teacher_prompt(PROBLEM),

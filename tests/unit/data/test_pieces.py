@@ -11,9 +11,9 @@ from megatron_selfdistill.data.tokenizer import load_tokenizer
 TEXT = "What is the  sum?\n\n héllo 你好 🙂🙂 the answer<|im_end|> is seven"
 
 
-@pytest.mark.parametrize("folder", ["chat_folder", "sentencepiece_file"])
-def test_the_pieces_joined_are_the_decoded_text(folder, request):
-    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+@pytest.mark.parametrize("directory", ["chat_directory", "sentencepiece_file"])
+def test_the_pieces_joined_are_the_decoded_text(directory, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(directory))
     ids = tokenizer.encode(TEXT)
     found = pieces(ids, tokenizer)
     assert len(found) == len(ids)
@@ -23,9 +23,9 @@ def test_the_pieces_joined_are_the_decoded_text(folder, request):
     assert any(piece.startswith(" ") for piece in found), "leading spaces stay with their token"
 
 
-def test_bytes_that_are_no_text_are_decoded_a_few_at_a_time(chat_folder, monkeypatch):
+def test_bytes_that_are_no_text_are_decoded_a_few_at_a_time(chat_directory, monkeypatch):
     """A model gone wrong writes such responses, and a sample must not hold up the run."""
-    tokenizer = load_tokenizer(chat_folder)
+    tokenizer = load_tokenizer(chat_directory)
     first_byte = tokenizer.encode("🙂")[0]
     longest, decode = [], tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: longest.append(len(ids)) or decode(ids))
@@ -33,9 +33,9 @@ def test_bytes_that_are_no_text_are_decoded_a_few_at_a_time(chat_folder, monkeyp
     assert max(longest) <= 8
 
 
-@pytest.mark.parametrize("folder", ["chat_folder", "sentencepiece_file"])
-def test_a_response_cut_within_a_character_ends_in_a_replacement(folder, request):
-    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+@pytest.mark.parametrize("directory", ["chat_directory", "sentencepiece_file"])
+def test_a_response_cut_within_a_character_ends_in_a_replacement(directory, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(directory))
     ids = tokenizer.encode("so 🙂")[:-2]
     found = pieces(ids, tokenizer)
     assert "".join(found) == tokenizer.decode(ids) and "".join(found).startswith("so")

@@ -23,8 +23,8 @@ def chat(*turns: tuple[str, str], solution: str = "It is 7.") -> Problem:
     return Problem("p", messages, solution, None, "sums.jsonl:1")
 
 
-def builder(folder: Path, chat_template: str | None = None, **templates: Any) -> PromptBuilder:
-    return PromptBuilder(load_tokenizer(folder, chat_template=chat_template), PromptTemplates(**templates))
+def builder(directory: Path, chat_template: str | None = None, **templates: Any) -> PromptBuilder:
+    return PromptBuilder(load_tokenizer(directory, chat_template=chat_template), PromptTemplates(**templates))
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_the_default_wording_asks_for_a_hint_only_and_for_silence_about_it() -> 
         assert wish in DEFAULT_TEACHER_TEMPLATE.replace("\n", " ")
 
 
-def test_prompts_are_the_chat_template_around_the_wording(chat_folder: Path) -> None:
-    build = builder(chat_folder, teacher="{problem} Hint: {solution}", student="{problem} Think.")
+def test_prompts_are_the_chat_template_around_the_wording(chat_directory: Path) -> None:
+    build = builder(chat_directory, teacher="{problem} Hint: {solution}", student="{problem} Think.")
     decode = build.tokenizer.decode
     assert decode(build.student_prompt(PROBLEM)) == (
         "<|im_start|>user\nWhat is 3 + 4? Think.<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -62,36 +62,36 @@ def test_prompts_are_the_chat_template_around_the_wording(chat_folder: Path) -> 
     assert build.prompt_pair(PROBLEM) == (build.student_prompt(PROBLEM), build.teacher_prompt(PROBLEM))
 
 
-def test_special_tokens_are_single_ids(chat_folder: Path) -> None:
-    tokenizer = load_tokenizer(chat_folder)
-    ids = builder(chat_folder).student_prompt(PROBLEM)
+def test_special_tokens_are_single_ids(chat_directory: Path) -> None:
+    tokenizer = load_tokenizer(chat_directory)
+    ids = builder(chat_directory).student_prompt(PROBLEM)
     for special in ("<|im_start|>", "<|im_end|>", "<think>"):
         (token,) = tokenizer.encode(special)
         assert token in ids
     assert tokenizer.eos_id == tokenizer.encode("<|im_end|>")[0]
-    assert tokenizer.vocab_size == len(AutoTokenizer.from_pretrained(chat_folder))
+    assert tokenizer.vocab_size == len(AutoTokenizer.from_pretrained(chat_directory))
     assert tokenizer.apply_chat_template(list(PROBLEM.messages)) == ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nWhat is 3 + 4?\nassistant\n\n"
 
 
-def test_a_first_token_is_there_only_if_the_template_writes_it(chat_folder: Path, chat_template: str) -> None:
-    assert AutoTokenizer.from_pretrained(chat_folder)("x")["input_ids"][0] == 0, "tokenizing alone adds it"
-    assert 0 not in builder(chat_folder).student_prompt(PROBLEM)
-    assert builder(chat_folder, "<|endoftext|>" + chat_template).student_prompt(PROBLEM).count(0) == 1
+def test_a_first_token_is_there_only_if_the_template_writes_it(chat_directory: Path, chat_template: str) -> None:
+    assert AutoTokenizer.from_pretrained(chat_directory)("x")["input_ids"][0] == 0, "tokenizing alone adds it"
+    assert 0 not in builder(chat_directory).student_prompt(PROBLEM)
+    assert builder(chat_directory, "<|endoftext|>" + chat_template).student_prompt(PROBLEM).count(0) == 1
 
 
-def test_texts_with_braces_and_slots_are_left_alone(chat_folder: Path) -> None:
+def test_texts_with_braces_and_slots_are_left_alone(chat_directory: Path) -> None:
     problem = chat(("user", "Let {solution} be {x} in {{y}}."), solution=r"\boxed{7} {problem} {0}")
-    build = builder(chat_folder, teacher=r"{problem} / {solution} / \boxed{} {{answer}} {{}} { }")
+    build = builder(chat_directory, teacher=r"{problem} / {solution} / \boxed{} {{answer}} {{}} { }")
     text = build.tokenizer.decode(build.teacher_prompt(problem))
     wording = r"Let {solution} be {x} in {{y}}. / \boxed{7} {problem} {0} / \boxed{} {answer} {{}} { }"
     assert f"user\n{wording}<|im_end|>" in text
     assert "user\nLet {solution} be {x} in {{y}}.<" in build.tokenizer.decode(build.student_prompt(problem))
 
 
-def test_the_teachers_wording_replaces_the_last_user_message_only(chat_folder: Path) -> None:
+def test_the_teachers_wording_replaces_the_last_user_message_only(chat_directory: Path) -> None:
     problem = chat(("system", "S."), ("user", "one"), ("assistant", "a"), ("user", "two"), ("tool", "t"))
-    build = builder(chat_folder, teacher="[{problem}|{solution}]", system_prompt="unused")
+    build = builder(chat_directory, teacher="[{problem}|{solution}]", system_prompt="unused")
     assert build.tokenizer.decode(build.teacher_prompt(problem)).startswith(
         "<|im_start|>system\nS.<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         "<|im_start|>user\n[two|It is 7.]<|im_end|>\n<|im_start|>tool\nt<|im_end|>\n"
@@ -99,61 +99,61 @@ def test_the_teachers_wording_replaces_the_last_user_message_only(chat_folder: P
     assert problem.messages[3]["content"] == "two", "the problem itself is not changed"
 
 
-def test_the_system_prompt_goes_before_both(chat_folder: Path) -> None:
-    build = builder(chat_folder, system_prompt="Be brief.")
+def test_the_system_prompt_goes_before_both(chat_directory: Path) -> None:
+    build = builder(chat_directory, system_prompt="Be brief.")
     for prompt in build.prompt_pair(PROBLEM):
         assert build.tokenizer.decode(prompt).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
 
 
-def test_chat_template_kwargs_reach_the_template(chat_folder: Path) -> None:
-    build = builder(chat_folder, chat_template_kwargs={"enable_thinking": False})
+def test_chat_template_kwargs_reach_the_template(chat_directory: Path) -> None:
+    build = builder(chat_directory, chat_template_kwargs={"enable_thinking": False})
     for prompt in build.prompt_pair(PROBLEM):
         assert build.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
 
 
-def test_generation_prompts_that_differ_are_an_error(chat_folder: Path, chat_template: str) -> None:
+def test_generation_prompts_that_differ_are_an_error(chat_directory: Path, chat_template: str) -> None:
     switch = chat_template.replace(
         "{% if enable_thinking is not defined or enable_thinking %}",
         "{% if '/no_think' not in messages[-1].content %}",
     )
-    build = builder(chat_folder, switch)
+    build = builder(chat_directory, switch)
     build.prompt_pair(PROBLEM)
     with pytest.raises(ValueError, match=r"^sums.jsonl:1: expected both contexts to end in the same generation"):
         build.prompt_pair(chat(("user", "x"), solution="say /no_think"))
     counting = chat_template.replace("assistant\n", "assistant {{ messages[-1].content|length }}\n")
     with pytest.raises(ValueError, match="generation prompt"):
-        builder(chat_folder, counting).prompt_pair(PROBLEM)
+        builder(chat_directory, counting).prompt_pair(PROBLEM)
 
 
-def test_a_token_that_spans_message_and_generation_prompt_may_differ(chat_folder: Path) -> None:
+def test_a_token_that_spans_message_and_generation_prompt_may_differ(chat_directory: Path) -> None:
     plain = "{{ messages[-1].content }}{% if add_generation_prompt %}{{ '\n\n' }}assistant:{% endif %}"
-    build = builder(chat_folder, plain, teacher="{problem} {solution} truly.")
+    build = builder(chat_directory, plain, teacher="{problem} {solution} truly.")
     problem = chat(("user", "really?"))
     student, teacher = build.prompt_pair(problem)
     assert build.tokenizer.encode("?\n\n") == build.tokenizer.encode("really?\n\n")[-1:], "one token spans"
     tail = len(build.tokenizer.encode("assistant:"))
     assert student[-tail:] == teacher[-tail:] and student[-tail - 1] != teacher[-tail - 1]
     # One side spans, the other ends cleanly.
-    builder(chat_folder, plain, teacher="{problem} {solution} the end").prompt_pair(problem)
+    builder(chat_directory, plain, teacher="{problem} {solution} the end").prompt_pair(problem)
     late = plain.replace("assistant:", "assistant {{ messages[-1].content|length }}:")
     with pytest.raises(ValueError, match="generation prompt"):
-        builder(chat_folder, late, teacher="{problem} {solution} truly.").prompt_pair(problem)
+        builder(chat_directory, late, teacher="{problem} {solution} truly.").prompt_pair(problem)
 
 
-def test_a_tokenizer_without_chat_template_needs_one(character_folder: Path, sentencepiece_file: Path) -> None:
-    for path in (character_folder, sentencepiece_file):
+def test_a_tokenizer_without_chat_template_needs_one(character_directory: Path, sentencepiece_file: Path) -> None:
+    for path in (character_directory, sentencepiece_file):
         with pytest.raises(ValueError, match=r"has no chat template: set data\.chat_template"):
             builder(path).student_prompt(PROBLEM)
 
 
-def test_a_template_that_refuses_the_conversation_names_the_problem(chat_folder: Path) -> None:
+def test_a_template_that_refuses_the_conversation_names_the_problem(chat_directory: Path) -> None:
     refusing = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ValueError, match=r"^sums\.jsonl:1: the chat template refused .*System role not supported"):
-        builder(chat_folder, refusing).student_prompt(PROBLEM)
+        builder(chat_directory, refusing).student_prompt(PROBLEM)
 
 
-def test_plain_text_prompts_have_no_generation_prompt(character_folder: Path, plain_template: str) -> None:
-    build = builder(character_folder, plain_template, teacher="H{solution}|{problem}")
+def test_plain_text_prompts_have_no_generation_prompt(character_directory: Path, plain_template: str) -> None:
+    build = builder(character_directory, plain_template, teacher="H{solution}|{problem}")
     student, teacher = build.prompt_pair(chat(("user", "500-408:"), solution="092"))
     assert (build.tokenizer.decode(student), build.tokenizer.decode(teacher)) == ("500-408:", "H092|500-408:")
     assert len(student) == 8 and len(teacher) == 13
@@ -181,7 +181,7 @@ def test_sentencepiece_control_pieces_become_ids_only_as_a_whole(sentencepiece_f
 
 
 def test_sentencepiece_prompts_go_through_the_given_template(
-    sentencepiece_file: Path, chat_template: str, chat_folder: Path
+    sentencepiece_file: Path, chat_template: str, chat_directory: Path
 ) -> None:
     build = builder(sentencepiece_file, "{{ bos_token }}" + chat_template)
     student, teacher = build.prompt_pair(PROBLEM)
@@ -190,11 +190,11 @@ def test_sentencepiece_prompts_go_through_the_given_template(
     )
     for prompt in (student, teacher):
         assert prompt[0] == 1 and think in prompt[-3:]
-    hugging_face = builder(chat_folder, "<s>" + chat_template)
+    hugging_face = builder(chat_directory, "<s>" + chat_template)
     assert build.tokenizer.decode(teacher) == hugging_face.tokenizer.decode(hugging_face.teacher_prompt(PROBLEM))
 
 
-def test_a_folder_with_only_a_sentencepiece_model_is_one(sentencepiece_file: Path, tmp_path: Path) -> None:
+def test_a_directory_with_only_a_sentencepiece_model_is_one(sentencepiece_file: Path, tmp_path: Path) -> None:
     shutil.copy(sentencepiece_file, tmp_path)
     assert load_tokenizer(tmp_path).encode("seven") == load_tokenizer(sentencepiece_file).encode("seven")
 

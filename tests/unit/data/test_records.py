@@ -61,7 +61,7 @@ def refusal(path: object, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("ending", WRITERS)
-def test_every_format_alone_and_in_a_folder_of_shards_holds_the_same_problems(tmp_path: Path, ending: str) -> None:
+def test_every_format_alone_and_in_a_directory_of_shards_holds_the_same_problems(tmp_path: Path, ending: str) -> None:
     (tmp_path / "one.jsonl").write_bytes(as_jsonl(RECORDS))
     wanted = load_problems(tmp_path / "one.jsonl").fingerprint
     shards = tmp_path / "shards"
@@ -79,7 +79,7 @@ def test_every_format_alone_and_in_a_folder_of_shards_holds_the_same_problems(tm
     assert found.problems[2].location.startswith(f"{shards}/part-00001{ending}:")
 
 
-def test_a_glob_of_folders_and_their_files_reads_each_file_once(tmp_path: Path) -> None:
+def test_a_glob_of_directories_and_their_files_reads_each_file_once(tmp_path: Path) -> None:
     for number, record in enumerate(RECORDS):
         (tmp_path / f"shard{number}").mkdir()
         (tmp_path / f"shard{number}" / "data.jsonl").write_bytes(as_jsonl([record]))
@@ -87,7 +87,7 @@ def test_a_glob_of_folders_and_their_files_reads_each_file_once(tmp_path: Path) 
         assert [problem.id for problem in load_problems(f"{tmp_path}/{pattern}").problems] == ["r0", "r1", "r2"]
 
 
-def test_a_folder_of_several_formats_or_without_data_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_directory_of_several_formats_or_without_data_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     assert f"{tmp_path}, which has none; name the files of subdirectories with a glob" in refusal(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(RECORDS))

@@ -32,17 +32,17 @@ class EvilTokenizer(PreTrainedTokenizerFast):
 
 
 @pytest.fixture
-def folder(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def directory(chat_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the directory of problems and of a working tokenizer whose class is in evil.py."""
-    folder = tmp_path / "tokenizer"
-    shutil.copytree(chat_folder, folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    directory = tmp_path / "tokenizer"
+    shutil.copytree(chat_directory, directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
     (tmp_path / "problems.jsonl").write_text(json.dumps({"problem": "3+4?", "solution": "7", "answer": "7"}) + "\n")
     remote_code.keep_in(tmp_path / "modules", monkeypatch)
-    return folder
+    return directory
 
 
 @pytest.fixture(params=["a terminal that answers y", "no terminal"])
@@ -62,11 +62,11 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     os.close(ours)
 
 
-def config_of(folder: Path, **data: object):
-    problems = str(folder.parent / "problems.jsonl")
+def config_of(directory: Path, **data: object):
+    problems = str(directory.parent / "problems.jsonl")
     return from_mapping(
         {
-            "data": {"path": problems, "tokenizer": str(folder), **data},
+            "data": {"path": problems, "tokenizer": str(directory), **data},
             "evaluation": {"path": problems},
             "rollout": {"max_new_tokens": 10},
         }
@@ -74,30 +74,30 @@ def config_of(folder: Path, **data: object):
 
 
 @pytest.mark.parametrize("load", [RunData.load, RunData.load_evaluation], ids=["training", "evaluation"])
-def test_remote_code_never_runs_unless_the_key_allows_it(folder, terminal, load):
+def test_remote_code_never_runs_unless_the_key_allows_it(directory, terminal, load):
     with pytest.raises(ConfigError, match=r"auto_map names Python code .* set data\.trust_remote_code=true") as caught:
-        load(config_of(folder))
-    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-    assert not (folder.parent / "ran").exists()
-    assert type(load(config_of(folder, trust_remote_code=True)).tokenizer._tokenizer).__name__ == "EvilTokenizer"
-    assert (folder.parent / "ran").read_text() == "it ran"
+        load(config_of(directory))
+    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+    assert not (directory.parent / "ran").exists()
+    assert type(load(config_of(directory, trust_remote_code=True)).tokenizer._tokenizer).__name__ == "EvilTokenizer"
+    assert (directory.parent / "ran").read_text() == "it ran"
 
 
-def test_a_folder_whose_class_transformers_knows_loads_without_its_code(folder, terminal):
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+def test_a_directory_whose_class_transformers_knows_loads_without_its_code(directory, terminal):
+    config = json.loads((directory / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert load_tokenizer(folder).encode("seven")
-    assert not (folder.parent / "ran").exists()
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(directory).encode("seven")
+    assert not (directory.parent / "ran").exists()
 
 
-def test_remote_code_that_fails_is_one_sentence(folder):
-    (folder / "evil.py").write_text("raise RuntimeError('not today\\nnor tomorrow')\n")
+def test_remote_code_that_fails_is_one_sentence(directory):
+    (directory / "evil.py").write_text("raise RuntimeError('not today\\nnor tomorrow')\n")
     with pytest.raises(ConfigError, match=r"tokenizer: not today$"):
-        RunData.load(config_of(folder, trust_remote_code=True))
+        RunData.load(config_of(directory, trust_remote_code=True))
 
 
-def test_a_name_of_the_hub_that_cannot_be_loaded_is_said_to_be_no_folder_here(monkeypatch):
+def test_a_name_of_the_hub_that_cannot_be_loaded_is_said_to_be_no_directory_here(monkeypatch):
     def from_pretrained(name, **options):
         raise OSError("no connection\nwith details")
 
@@ -106,13 +106,13 @@ def test_a_name_of_the_hub_that_cannot_be_loaded_is_said_to_be_no_folder_here(mo
         load_tokenizer("lab/model")
 
 
-@pytest.mark.parametrize("folder_name", ["megatron_selfdistill", "tools"])
-def test_whatever_is_loaded_with_transformers_says_whether_it_trusts_the_folder(folder_name):
+@pytest.mark.parametrize("directory_name", ["megatron_selfdistill", "tools"])
+def test_whatever_is_loaded_with_transformers_says_whether_it_trusts_the_directory(directory_name):
     calls = [
         (path.name, node.lineno, {keyword.arg for keyword in node.keywords})
-        for path in sorted((REPOSITORY / folder_name).rglob("*.py"))
+        for path in sorted((REPOSITORY / directory_name).rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
     ]
-    assert bool(calls) == (folder_name == "megatron_selfdistill"), "the tools load nothing themselves"
+    assert bool(calls) == (directory_name == "megatron_selfdistill"), "the tools load nothing themselves"
     assert [call for call in calls if "trust_remote_code" not in call[2]] == []

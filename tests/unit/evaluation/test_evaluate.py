@@ -127,14 +127,14 @@ def test_accuracies_lengths_and_shares_are_counted_from_the_transcripts():
 
 def test_each_problem_has_its_verdicts_and_answers():
     result = run(sums(), num_transcripts=None, majority_at_k=[1, 6])
-    said = {(t.problem_id, t.sample): t for t in result.transcripts}
+    by_sample = {(t.problem_id, t.sample): t for t in result.transcripts}
     for number, problem in enumerate(result.problems):
         assert problem.id == f"p{number}" and len(problem.samples) == 6
         for sample, verdict in [(None, problem.greedy), *enumerate(problem.samples)]:
-            it = said[problem.id, sample]
+            it = by_sample[problem.id, sample]
             answer = None if it.truncated else it.response
             assert verdict == Verdict(it.correct, it.length, it.truncated, answer)
-    assert result.problems[1].num_correct == sum(said["p1", i].correct for i in range(6))
+    assert result.problems[1].num_correct == sum(by_sample["p1", i].correct for i in range(6))
     assert result.majority_at_k[1] == pytest.approx(result.sampled_accuracy)
     expected = [
         majority_by_enumeration([s.answer for s in p.samples], [s.correct for s in p.samples], 6)
@@ -367,14 +367,14 @@ def test_what_is_overlooked_is_said_without_responses_of_a_private_log_and_only_
 def test_the_log_of_a_run_says_what_its_verifier_overlooked(monkeypatch, show_contents, num_lines):
     from megatron_selfdistill import trainer as module
 
-    result, said, logged = run(sums(), sampler=Talkative(), max_length=1000), [], []
+    result, messages, logged = run(sums(), sampler=Talkative(), max_length=1000), [], []
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: result)
     config = Config(evaluation=EvaluationConfig(verifier="exact_match"))
     it = MagicMock(step=3, config=config)
     it.run_data.builder.show_contents = show_contents
-    it.log.message, it.log.log_evaluation = said.append, lambda step, metrics: logged.append(step)
+    it.log.message, it.log.log_evaluation = messages.append, lambda step, metrics: logged.append(step)
     assert module.Trainer.evaluate(it) is result and logged == [3]
-    assert len(said) == num_lines and "set evaluation.verifier=math_verify" in said[0]
+    assert len(messages) == num_lines and "set evaluation.verifier=math_verify" in messages[0]
 
 
 class Silent(FakeSampler):

@@ -189,12 +189,12 @@ def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch
     from megatron_selfdistill import trainer as module
     from megatron_selfdistill.sources.source import StepBatch
 
-    said = []
+    messages = []
     run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9))
-    run.log.message = said.append
+    run.log.message = messages.append
     run.sampler.metrics.return_value = run.phases.metrics.return_value = {}
     monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})
     monkeypatch.setattr(module, "tokens_read", lambda *_: 0.0)
     for _ in range(3):
         module.Trainer.finish_step(run, StepBatch(), None, {"loss/reverse_kl": 1e-9})
-        assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in said] == [True]
+        assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in messages] == [True]

@@ -24,21 +24,21 @@ def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str,
 
     grid = initialize(ParallelConfig(), seed=1)
     try:
-        folder, rules = engine_directory(config, vocab_size, run_dir, grid)
+        directory, rules = engine_directory(config, vocab_size, run_dir, grid)
     except ConfigError as error:
         return str(error)
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
-    return json.loads((folder / "config.json").read_text()), [name for rule in rules for name in rule.hf_names]
+    assert [path.name for path in directory.iterdir()] == ["config.json"]
+    return json.loads((directory / "config.json").read_text()), [name for rule in rules for name in rule.hf_names]
 
 
-def carried(folder: Path, **changes: Any) -> Path:
+def carried(directory: Path, **changes: Any) -> Path:
     """Return a checkpoint whose Hugging Face assets hold a config.json of `MODEL`."""
     from megatron_selfdistill.model.hf.mapping import family_of_model
 
     config = {**family_of_model(MODEL).hf_config(MODEL, "bfloat16"), "bos_token_id": 7, **changes}
-    (folder / "huggingface").mkdir(parents=True)
-    (folder / "huggingface" / "config.json").write_text(json.dumps(config))
-    return folder
+    (directory / "huggingface").mkdir(parents=True)
+    (directory / "huggingface" / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 def loading(checkpoint: Path, **changes: Any) -> Config:
@@ -63,7 +63,7 @@ def test_a_checkpoints_own_config_json_is_kept_but_for_vocabulary_type_and_quant
     assert "quantization_config" not in found
 
 
-def test_a_resumed_run_finds_it_in_its_folder_and_hf_config_goes_first(ranks, tmp_path):
+def test_a_resumed_run_finds_it_in_its_directory_and_hf_config_goes_first(ranks, tmp_path):
     run = carried(tmp_path / "run")
     other = carried(tmp_path / "other", bos_token_id=9) / "huggingface"
     config = Config(model=MODEL)

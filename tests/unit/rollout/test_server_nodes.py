@@ -149,22 +149,22 @@ def port() -> int:
     return neighbouring_ports()
 
 
-def said(one: subprocess.Popen[str]) -> str:
+def output_of(one: subprocess.Popen[str]) -> str:
     assert one.wait(PATIENCE_S) == 7 and one.stdout is not None
     return one.stdout.read()
 
 
 def test_when_the_head_is_killed_every_node_ends(nodes):
     nodes[0].kill()
-    assert [said(one) for one in nodes[1:]] == [
+    assert [output_of(one) for one in nodes[1:]] == [
         "the head of this server, 127.0.0.1, has ended, and this node ends with it\n"
     ] * 2
 
 
 def test_when_a_node_is_killed_the_head_ends_and_with_it_the_others(nodes):
     nodes[2].kill()
-    assert said(nodes[0]) == "node rank 2 of this server has ended, and this node ends with it\n"
-    assert "the head of this server" in said(nodes[1])
+    assert output_of(nodes[0]) == "node rank 2 of this server has ended, and this node ends with it\n"
+    assert "the head of this server" in output_of(nodes[1])
 
 
 def test_strangers_and_nodes_with_another_token_do_not_count(port):

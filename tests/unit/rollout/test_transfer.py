@@ -221,7 +221,7 @@ def test_a_bucket_is_packed_while_the_one_before_is_loaded(fakes, tmp_path, monk
     assert same(fakes[0].weights, tensors()) and fakes[0].version == "1"
 
 
-def test_a_folder_without_room_is_refused_before_it_is_written_to(tmp_path, monkeypatch):
+def test_a_directory_without_room_is_refused_before_it_is_written_to(tmp_path, monkeypatch):
     def full(*arguments: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -272,12 +272,12 @@ def test_workers_on_other_hosts_are_told_an_address_that_leads_out_of_this_one(f
     out = {"127.0.0.1": "127.0.0.1", "node7": "localhost"}
     monkeypatch.setattr(transfer_module, "own_address", lambda host, port: out[host])
     fakes[0].workers = [{**fakes[0].workers[0], "address": address} for address in ("127.0.0.1", "node7")]
-    told = []
-    fakes[0].take_part = lambda info: (told.append(info["arguments"]["host"]), FakeVllm.take_part(fakes[0], info))
+    hosts = []
+    fakes[0].take_part = lambda info: (hosts.append(info["arguments"]["host"]), FakeVllm.take_part(fakes[0], info))
     broadcast = BroadcastTransfer("gloo", 10.0)
     assert not broadcast.join(reach(fakes[:1]))
     broadcast.close()
-    assert told == ["localhost"]
+    assert hosts == ["localhost"]
 
 
 def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):

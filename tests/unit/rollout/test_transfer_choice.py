@@ -31,8 +31,8 @@ def fakes(monkeypatch) -> Iterator[list[FakeVllm]]:
         yield servers
 
 
-def choose(fakes: list[FakeVllm], name: str | None, folder: object, on_gpu: bool = False) -> str:
-    return choose_transfer(name, [VllmServer(fake.address) for fake in fakes], directory=str(folder), on_gpu=on_gpu)
+def choose(fakes: list[FakeVllm], name: str | None, directory: object, on_gpu: bool = False) -> str:
+    return choose_transfer(name, [VllmServer(fake.address) for fake in fakes], directory=str(directory), on_gpu=on_gpu)
 
 
 def test_without_a_name_it_is_nccl_on_gpus_else_files_where_all_workers_read_them(fakes, tmp_path):
@@ -57,7 +57,7 @@ def test_a_named_transfer_that_reaches_all_workers_is_taken(fakes, name, tmp_pat
         ([HERE, {**THERE, "nccl": "2.27.3"}], ["node7"], "gloo"),
         ([{**OLDER, "nccl": None, "gpus": []}], [], "shared_memory"),
     ],
-    ids=["its GPU is seen", "one host", "a shared folder", "two hosts", "a server on a CPU"],
+    ids=["its GPU is seen", "one host", "a shared directory", "two hosts", "a server on a CPU"],
 )
 def test_with_another_nccl_in_one_worker_it_is_the_best_other_way_and_the_log_has_both_versions(
     fakes, tmp_path, caplog, workers, blind, chosen
@@ -107,7 +107,7 @@ def test_shared_memory_that_a_worker_of_another_host_does_not_see_is_refused(fak
         choose(fakes, "shared_memory", tmp_path)
 
 
-def test_a_folder_that_hosts_share_serves_them(fakes, tmp_path):
+def test_a_directory_that_hosts_share_serves_them(fakes, tmp_path):
     fakes[1].workers = [HERE, THERE]
     assert choose(fakes, "shared_memory", tmp_path) == "shared_memory"
 
@@ -118,6 +118,6 @@ def test_ipc_to_a_worker_of_another_host_is_refused(fakes, tmp_path):
         choose(fakes, "ipc", tmp_path, on_gpu=True)
 
 
-def test_a_folder_that_is_not_there_is_named(fakes, tmp_path):
+def test_a_directory_that_is_not_there_is_named(fakes, tmp_path):
     with pytest.raises(ConfigError, match=r"rollout\.transfer_dir=.*/none cannot be written to"):
         choose(fakes, "shared_memory", tmp_path / "none")

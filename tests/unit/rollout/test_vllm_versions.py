@@ -60,7 +60,7 @@ def install(monkeypatch: pytest.MonkeyPatch, names: dict[str, list[str]], versio
 
 @pytest.mark.parametrize(("names", "version"), [(COMMON, "0.33.0"), (LAUNCHERS, "0.32.0")])
 def test_a_server_finds_vllms_command_line_where_the_version_has_it(monkeypatch, names, version):
-    install(monkeypatch, {**names, "vllm.entrypoints.common": []}, version)  # the folder is there in both
+    install(monkeypatch, {**names, "vllm.entrypoints.common": []}, version)  # the directory is there in both
     found = [function() for function in serve._command_line_of_vllm()]
     arguments, startup = names
     assert found == [arguments, arguments, startup]

@@ -48,9 +48,9 @@ def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path
 
 def test_a_resumed_run_sends_its_weights_before_the_first_rollout(ranks, data, tmp_path):
     run = overrides(data, tmp_path / "run", *VLLM, "checkpoint.save_every=2", "optimizer.lr=0.05")
-    (folder := tmp_path / "run").mkdir()
+    (directory := tmp_path / "run").mkdir()
     train(ranks, run, timeout=TIMEOUT)
-    (folder / "checkpoints" / TRACKER).write_text("2")
+    (directory / "checkpoints" / TRACKER).write_text("2")
     train(ranks, run, timeout=TIMEOUT)
     lines = reproducible_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]

@@ -29,8 +29,8 @@ class Servers:
 
 @pytest.fixture(scope="package")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    folder = tmp_path_factory.mktemp("servers")
-    hf_config = write_config(folder / "model")
+    directory = tmp_path_factory.mktemp("servers")
+    hf_config = write_config(directory / "model")
     token = secrets.token_urlsafe(16)
     processes = start_servers(
         RolloutConfig(
@@ -42,7 +42,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
             guidance="mixed",
             engine_args={"max_num_seqs": 32},
         ),
-        directory=folder,
+        directory=directory,
         hf_config=hf_config,
         token=token,
         dtype=torch.float32,

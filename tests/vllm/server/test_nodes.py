@@ -53,10 +53,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def server_of_two_nodes(folder: Path) -> Iterator[Server]:
-    hf_config, token = write_config(folder / "model"), secrets.token_urlsafe(16)
+def server_of_two_nodes(directory: Path) -> Iterator[Server]:
+    hf_config, token = write_config(directory / "model"), secrets.token_urlsafe(16)
     port, master_port = neighbouring_ports(), neighbouring_ports()
-    package = folder / "package"
+    package = directory / "package"
     package.mkdir()
     (package / "megatron_selfdistill").symlink_to(REPOSITORY / "megatron_selfdistill", target_is_directory=True)
     command = [
@@ -75,14 +75,14 @@ def server_of_two_nodes(folder: Path) -> Iterator[Server]:
         f"--master-port={master_port}",
     ]
     environment = {**os.environ, "PYTHONPATH": str(package), TOKEN_VARIABLE: token}
-    logs = [folder / f"{rank}.log" for rank in range(2)]
+    logs = [directory / f"{rank}.log" for rank in range(2)]
     commands = []
     for rank, log in enumerate(logs):
         with log.open("wb") as output:
             started = subprocess.Popen(
                 [*command, f"--node-rank={rank}"],
                 env=environment,
-                cwd=folder,
+                cwd=directory,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
