@@ -21,7 +21,7 @@ from ranks import RankPool  # noqa: E402
 if TYPE_CHECKING:
     from shared import SharedDirectories
 
-pytest.register_assert_rewrite("tiny_run")  # before it is imported: its assertions are those of tests
+pytest.register_assert_rewrite("tiny_run", "parity")  # before they are imported: their assertions are those of tests
 
 TESTS = Path(__file__).resolve().parent
 pytest_plugins = ["cpu_seconds", "shared"]
