@@ -188,16 +188,24 @@ class MainGrad:
         return make(weight.main_grad.shape, dtype=weight.dtype, device=weight.device)
 
 
-def unfusable(model: GPTModel) -> str | None:
-    """Return why the output layer of a last stage cannot be fused; None where it can be fused."""
+def nonlinear(model: GPTModel) -> str | None:
+    """Return why the logits of a last stage may be no linear function of its hidden states; None where they are one."""
     layer = model.output_layer
     if type(layer).forward is not layers.ColumnParallelLinear.forward or "forward" in vars(layer):
         return f"its {type(layer).__name__} does more than multiply by its weight"
+    return "it has hooks that expect its logits" if layer._forward_hooks else None
+
+
+def unfusable(model: GPTModel) -> str | None:
+    """Return why the output layer of a last stage cannot be fused; None where it can be fused."""
+    layer = model.output_layer
+    if (reason := nonlinear(model)) is not None:
+        return reason
     if layer.bias is not None:
         return "it has a bias"
     if layer.gather_output:
         return "it gathers its logits over the tensor-parallel ranks"
-    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if layer._backward_hooks or layer._backward_pre_hooks:
         return "it has hooks that expect its logits"
     return None
 
