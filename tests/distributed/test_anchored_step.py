@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import models
 import pytest
-from layouts import Case, Outcomes, worst_difference
+import torch
+from layouts import Case, Outcomes, contexts, worst_difference
 from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.target import Target, mixed_target
+from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.output_layer import Fusion
 
 ANCHORED = Case(target=Target(anchor="reference", teacher_weight=0.5))
@@ -52,3 +55,34 @@ def test_the_reference_changes_the_gradient(outcomes):
     _, with_reference, _ = outcomes(ANCHORED)
     _, without, _ = outcomes(dataclasses.replace(ANCHORED, target=Target(teacher_weight=0.5)))
     assert worst_difference(without, with_reference)[0] > 0.1
+
+
+def loss_by_definition(case: Case) -> float:
+    """Return the mean reverse KL from whole rows of logits in float64, one context after the other."""
+    model = models.model_config(case.kind)
+    student, grid = models.build(model, ParallelConfig())
+    teacher = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
+    models.fill_from_names(teacher, seed=1)
+    losses = []
+    for context in contexts():
+        rows = []
+        for chunk, prompt in (
+            (student[0], context.student_prompt),
+            (teacher[0], context.teacher_prompt),
+            (teacher[0], context.student_prompt),
+        ):
+            tokens = torch.tensor([prompt + context.response])
+            with torch.no_grad():
+                logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
+            rows.append(logits[len(prompt) - 1 : -1].double())
+        s, t, r = rows
+        log_p, log_q = s.log_softmax(-1), mixed_target(s, t, case.target, r).log_q
+        losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("kind", ["gqa", "tied"])
+def test_the_loss_of_a_step_is_that_of_the_definition(ranks, outcomes, kind):
+    case = dataclasses.replace(ANCHORED, kind=kind)
+    (expected,) = ranks.run(loss_by_definition, case, world_size=1)
+    assert outcomes(case)[0].loss == pytest.approx(expected, rel=1e-4)
