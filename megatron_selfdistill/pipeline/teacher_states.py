@@ -59,7 +59,7 @@ class TeacherHiddenStates:
         """
         theirs = reference_states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width)
         teacher = self.take_slice(index, theirs.dtype)
-        mixed = theirs.float().add_(teacher, alpha=teacher_weight).div_(1 + teacher_weight).to(theirs.dtype)
+        mixed = torch.add(theirs.float(), teacher, alpha=teacher_weight).div_(1 + teacher_weight).to(theirs.dtype)
         self._keep(RoutedStates(index, None, None), mixed)
         if keep_teacher:
             self.shelves[index].teacher = teacher

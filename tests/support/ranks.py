@@ -12,8 +12,8 @@
 Importing torch and megatron-core takes seconds, so one server process imports them and forks the ranks
 (rank_worker.py).  Each call has processes, a process group and an environment of its own, which end with the call:
 nothing that a function changes reaches another call.  A rank costs about 12 milliseconds, and with the groups of
-Megatron Core about 30.  What a function prints is
-shown when it fails.  The ranks never see a GPU; tests marked ``gpu`` do their work in pytest's own process.
+Megatron Core about 30.  What a function prints is shown when it fails.  The ranks never see a GPU; tests marked ``gpu``
+do their work in pytest's own process.
 """
 
 from __future__ import annotations
