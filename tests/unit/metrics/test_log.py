@@ -85,13 +85,18 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert [event.step for event in events] == list(range(1, 8))
 
 
+def delete(run_dir: Path) -> None:
+    """Delete the directory, into which TensorBoard's thread cannot write meanwhile because it has lost its name."""
+    shutil.rmtree(run_dir.rename(run_dir.with_name("deleted")))
+
+
 @pytest.mark.parametrize("tensorboard", [False, True])
 def test_what_was_logged_is_written_again_where_the_directory_is_deleted(tmp_path, caplog, tensorboard):
     with MetricsLog(tmp_path / "run", num_steps=9, tensorboard=tensorboard, console=False) as log:
         log.resume(0)
         for step in range(1, 6):
             if step == 4:
-                shutil.rmtree(tmp_path / "run")
+                delete(tmp_path / "run")
             log.log(step, {"loss/mean": step / 10})
     assert [values["step"] for values in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert [record.getMessage().endswith("it is written again") for record in caplog.records] == [True]
@@ -104,8 +109,7 @@ def test_what_was_logged_is_written_again_where_the_directory_is_deleted(tmp_pat
 
 def lose_events(run_dir: Path, log: MetricsLog) -> None:
     """Delete the directory and let TensorBoard's thread find out, which it otherwise does at a time of its own."""
-    while run_dir.exists():  # the thread may write into the directory while it is being removed
-        shutil.rmtree(run_dir, ignore_errors=True)
+    delete(run_dir)
     with pytest.raises(FileNotFoundError):
         for _ in range(1000):
             log._writer.add_scalar("lost", 0.0, 1)
