@@ -1,13 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The learner on one rank: the student, its teacher and its optimizer, and the loss between student and teacher."""
+"""The learner on one rank: student, teacher, reference and optimizer, and the loss between student and target."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +32,7 @@ from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import configured_target
@@ -41,8 +43,16 @@ IDENTITY_CONTEXTS = 8
 """Contexts per replica that `Learner.identity_loss` reads."""
 
 
+class TargetModels(NamedTuple):
+    """The chunks of the models that a target mixes with or without the student, on the device of this rank."""
+
+    teacher: Sequence[torch.nn.Module]
+    reference: Sequence[torch.nn.Module] | None
+    """The teacher's own chunks where one frozen copy serves as both; None without target.anchor=reference."""
+
+
 class Learner:
-    """Student, teacher and optimizer of one rank.
+    """Student, teacher, reference and optimizer of one rank.
 
     Every rank of the world makes the same calls in the same order.  `forward_backward` changes gradients only;
     `apply_gradients` changes the weights, the optimizer with its schedule, and the teacher; `solve_k` changes
@@ -70,13 +80,17 @@ class Learner:
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
+        weights, offload = config.teacher.weights if self.has_teacher else "current", config.teacher.offload == "cpu"
         self.teacher = Teacher(
-            config.teacher.weights if self.has_teacher else "current",
-            self.chunks,
-            initial_chunks,
-            ema_decay=config.teacher.ema_decay,
-            offload=config.teacher.offload == "cpu",
+            weights, self.chunks, initial_chunks, ema_decay=config.teacher.ema_decay, offload=offload
         )
+        self.reference: Teacher | None = None
+        """The initial weights that the target is anchored to: the teacher itself if it is frozen, else another copy."""
+        if config.is_anchored:
+            is_teacher = weights == "frozen"
+            self.reference = (
+                self.teacher if is_teacher else Teacher("frozen", self.chunks, initial_chunks, offload=offload)
+            )
         self.batch_k: float | None = None
         """For target.rule=batch: the k that was solved from the last step; None before the first step."""
 
@@ -98,7 +112,18 @@ class Learner:
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "teacher": self.teacher if self.has_teacher else None,
+            "reference": self.reference,
         }
+
+    @contextlib.contextmanager
+    def target_models(self) -> Iterator[TargetModels]:
+        """Yield the chunks of teacher and reference on the device, which offloaded chunks leave at the end."""
+        with contextlib.ExitStack() as stack:
+            teacher = stack.enter_context(self.teacher.on_device())
+            if self.reference is None or self.reference is self.teacher:
+                yield TargetModels(teacher, teacher if self.reference is self.teacher else None)
+            else:
+                yield TargetModels(teacher, stack.enter_context(self.reference.on_device()))
 
     def pack(self, contexts: Sequence[ContextPair]) -> PackedBatch:
         """Return the contexts of this replica as microbatches, alike in number and length on all replicas.
@@ -132,17 +157,18 @@ class Learner:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._distillation_loss(self._target()) if self.has_teacher else token_losses.next_token
-        reference = self._reference(self._target(), measure_teacher)
-        with self.teacher.on_device() as teacher:
-            chunks = teacher if self.has_teacher else None
-            return self._schedule(packed, chunks, loss, reference=reference, token_weights=token_weights)
+        with self.target_models() as models:
+            reference = self._reference(self._target(), models.reference, measure_teacher)
+            teacher = models.teacher if self.has_teacher else None
+            return self._schedule(packed, teacher, loss, reference=reference, token_weights=token_weights)
 
     def measure(self, contexts: Sequence[ContextPair]) -> schedule.StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained."""
         packed = self.pack(contexts)
-        with self.teacher.on_device() as teacher:
-            loss, reference = self._distillation_loss(self._target()), self._reference(self._target(), True)
-            return self._schedule(packed, teacher, loss, reference=reference, forward_only=True)
+        loss = self._distillation_loss(self._target())
+        with self.target_models() as models:
+            reference = self._reference(self._target(), models.reference, True)
+            return self._schedule(packed, models.teacher, loss, reference=reference, forward_only=True)
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
         """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
@@ -156,7 +182,7 @@ class Learner:
         same = [replace(context, teacher_prompt=context.student_prompt) for context in answered]
         anchor = "reference" if self.config.is_anchored else "student"
         target = Target(teacher_weight=self.config.target.teacher_weight, anchor=anchor)
-        loss, reference = self._distillation_loss(target), self._reference(target, measure_teacher=True)
+        loss, reference = self._distillation_loss(target), self._reference(target, self.chunks, True)
         output = self._schedule(self.pack(same), self.chunks, loss, reference=reference, forward_only=True)
         return step_metrics(output, None, self.grid)["loss/mean"]
 
@@ -214,11 +240,15 @@ class Learner:
             **options,
         )
 
-    def _reference(self, target: Target, measure_teacher: bool) -> schedule.Reference | None:
+    def _reference(
+        self, target: Target, chunks: Sequence[torch.nn.Module] | None, measure_teacher: bool
+    ) -> Reference | None:
         if not self.config.is_anchored:
             return None
-        return schedule.Reference(
+        assert chunks is not None
+        return Reference(
             target,
+            chunks,
             self._distillation_loss(Target("teacher_alone")) if measure_teacher else None,
             self.config.loss.fused_chunk_tokens,
             self.config.loss.backend,

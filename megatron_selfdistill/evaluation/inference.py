@@ -17,11 +17,10 @@ from megatron_selfdistill.checkpoint.run.external import load_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, unwrapped
-from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer, nonlinear, unfusable
+from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer, unfusable
 from megatron_selfdistill.rollout.base import Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData
@@ -87,15 +86,9 @@ def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn
 def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> OutputLayer:
     """Return `choose_output_layer` for the model of which this rank holds ``chunks``, equal on all ranks.
 
-    Collectives: one all_gather_object over the world, of the last stages' reasons against fusing and mixing states.
-    Raises: `ConfigError`, also for a target with a reference where the output layer is not linear.
+    Collectives: one all_gather_object over the world, of the last stages' reasons against fusing.
+    Raises: `ConfigError`.
     """
     last = unwrapped(chunks[-1])
-    reasons = gather_objects((unfusable(last), nonlinear(last)) if last.post_process else (None, None))
-    against_fusing, against_mixing = (next(filter(None, found), None) for found in zip(*reasons, strict=True))
-    if config.is_anchored and against_mixing is not None:
-        raise ConfigError(
-            "target.anchor=reference mixes the hidden states of teacher and reference, so the model's output layer "
-            f"must be linear, but {against_mixing}: set target.anchor=student"
-        )
-    return choose_output_layer(config, last.vocab_size, against_fusing)
+    reasons = gather_objects(unfusable(last) if last.post_process else None)
+    return choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))

@@ -96,12 +96,14 @@ class FusedLoss:
         vocab: VocabShard,
         grid: RankGrid,
         reference_entropy: Tensor | None = None,
+        reference: tuple[GPTModel, Tensor] | None = None,
     ) -> TokenStats:
         """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
 
         The gradients to ``hidden [s / cp (/ tp), 1, h]`` and to the student's output weight are also equal.
         ``student``, ``teacher``: the models of the last stage, one object where the current weights teach.
-        ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.
+        ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.  ``reference``: the model and
+        the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.
         Collectives over TP: see `fused_distillation_loss`.  With sequence parallelism the hidden states at response
         positions are gathered, and their gradient is reduce-scattered.
         """
@@ -118,6 +120,7 @@ class FusedLoss:
             divergence=self.divergence,
             vocab=vocab,
             reference_entropy=reference_entropy,
+            reference=None if reference is None else (reference[1], output_weight(reference[0], own)),
             chunk_tokens=self.fusion.chunk_tokens,
             mode=self.fusion.mode,
             gather_indices=positions.gathered,

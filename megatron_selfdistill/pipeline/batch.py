@@ -50,12 +50,28 @@ def pack_everywhere(
     batch = pack(contexts, rules, seq_length=seq_length)
     counts = max(len(batch.student), 1), max(len(batch.teacher), 1)
     num_student, num_teacher = max_over_ranks(counts, grid.dp_group)
-    # The reference reads the student's microbatches, so that one more of these is two more in all.
+    num_student, run_by_teacher = raised_to_multiple(
+        num_student,
+        num_teacher if with_teacher else 0,
+        microbatch_multiple(grid),
+        paired=paired,
+        with_reference=with_reference,
+    )
+    return pad_to_count(batch, num_student, run_by_teacher if with_teacher else num_teacher)
+
+
+def raised_to_multiple(
+    num_student: int, num_teacher: int, multiple: int, *, paired: bool, with_reference: bool
+) -> tuple[int, int]:
+    """Return both numbers of microbatches, raised until a step runs a multiple of ``multiple`` microbatches.
+
+    A reference reads the student's microbatches once more.  ``paired`` raises both numbers alike.
+    """
     student_roles = 2 if with_reference else 1
-    while (student_roles * num_student + (num_teacher if with_teacher else 0)) % microbatch_multiple(grid):
+    while (student_roles * num_student + num_teacher) % multiple:
         num_student += paired or not with_reference
         num_teacher += paired or with_reference
-    return pad_to_count(batch, num_student, num_teacher)
+    return num_student, num_teacher
 
 
 def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:

@@ -4,9 +4,9 @@
 A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` returns a zero gradient for it, so that
 the schedule's sends and receives match.  On the last stage the teacher leaves its final hidden states at response
 positions in a `TeacherHiddenStates`.  With a target that is anchored to a reference, there are also reference
-microbatches: the student's contexts through the teacher's weights, whose states are mixed with the teacher's.  When the
-student's microbatch arrives, the states of both models are projected to logits, and the loss is computed; a fused
-output layer does both in one piece (model/output_layer.py).
+microbatches: the student's contexts through the reference's weights, whose states are mixed with the teacher's or kept
+beside them.  When the student's microbatch arrives, the states of all models are projected to logits, and the loss is
+computed; a fused output layer does both in one piece (model/output_layer.py).
 """
 
 from __future__ import annotations
@@ -29,37 +29,18 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
-from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
-from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, states_at, uses_local_attention
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicrobatch
-from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
+from megatron_selfdistill.pipeline.reference import Reference
+from megatron_selfdistill.pipeline.teacher_states import KeptStates, TeacherHiddenStates
 from megatron_selfdistill.pipeline.token_losses import TokenLoss, TokenWeights
 
 
 class NoResponseTokens(RuntimeError):
     """The global batch has no response token, so there is nothing to train on."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The frozen model on the student's contexts, whose logits the target mixes with the teacher's.
-
-    The reference has the teacher's weights, so that one output layer projects the mix of their hidden states.
-    """
-
-    target: Target
-    """The target, which is anchored to a reference."""
-    teacher_alone: TokenLoss | FusedLoss | None = None
-    """A loss under the rule teacher_alone, whose statistics describe the teacher; None on steps that do not measure
-    the teacher."""
-    chunk_tokens: int = 4096
-    """The number of tokens whose logits exist at a time while the reference's entropy is computed."""
-    backend: str | None = None
-    """As for `distillation_loss`."""
 
 
 @dataclass
@@ -103,8 +84,8 @@ def run(
 
     ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
     None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
-    to a reference, for which the teacher's chunks also run each student microbatch, without gradients.  All ranks of a
-    replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
+    to a reference, whose chunks run each student microbatch, too, without gradients.  All ranks of a replica hold the
+    same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
@@ -186,8 +167,6 @@ class _Step:
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
-    reference_entropies: dict[int, Tensor] = field(default_factory=dict)
-    """By student microbatch, [R] float64 nats, until the student's microbatch takes it."""
 
     def run(self, order: Sequence[tuple[str, int]], seq_length: int, forward_only: bool) -> None:
         """Run the microbatches of ``order``, each a role and an index, through Megatron's schedule."""
@@ -231,16 +210,13 @@ class _Step:
 
     def _stats(self, index: int, model: GPTModel, hidden: Tensor, microbatch: StudentMicrobatch) -> TokenStats:
         """Return the loss of the microbatch's response tokens; ``hidden [s / cp (/ tp), 1, h]``."""
-        dtype = model.config.params_dtype
-        entropy = self.reference_entropies.pop(index, None)
-        extra = {} if entropy is None else {"reference_entropy": entropy}
+        kept = KeptStates() if self.bank is None else self.bank.take(index, model.config.params_dtype)
         alone = None
         if self.reference is not None and self.reference.teacher_alone is not None:
             with torch.no_grad():
-                own = self._bank.take_teacher(index)
+                own = KeptStates(teacher=kept.teacher)
                 alone = self._loss_of(self.reference.teacher_alone, model, hidden, own, microbatch)
-        block = self.bank.take_slice(index, dtype) if self.bank is not None else None
-        stats = self._loss_of(self.token_loss, model, hidden, block, microbatch, **extra)
+        stats = self._loss_of(self.token_loss, model, hidden, kept, microbatch)
         if alone is None:
             return stats
         return replace(
@@ -255,73 +231,81 @@ class _Step:
         token_loss: TokenLoss | FusedLoss,
         model: GPTModel,
         hidden: Tensor,
-        block: Tensor | None,
+        kept: KeptStates,
         microbatch: StudentMicrobatch,
-        **extra: Tensor,
     ) -> TokenStats:
-        """Return ``token_loss`` of the student's ``hidden`` and of the teacher's states ``block [R, h / tp]``."""
+        """Return ``token_loss`` of the student's ``hidden`` and of the states that were ``kept`` for its tokens."""
         positions, tokens = microbatch.positions, microbatch.response_tokens
+        block = kept.teacher if kept.mix is None else kept.mix
+        extra: dict[str, Any] = {}
+        if kept.reference_entropy is not None:
+            extra["reference_entropy"] = kept.reference_entropy
         if isinstance(token_loss, FusedLoss):
             if block is None:
                 raise ValueError("a fused distillation loss needs a teacher, got none")
+            if kept.reference is not None:
+                assert self.reference is not None
+                extra["reference"] = self.reference.last, kept.reference
             teacher = unwrapped(self.teacher[-1])
             return token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid, **extra)
-        teacher_logits = None
-        if block is not None:
-            with torch.no_grad():
-                teacher_logits = project(unwrapped(self.teacher[-1]), self._bank.at_full_width(block))
+        teacher_logits = None if block is None else self._target_logits(block, kept.reference)
         student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
         return token_loss(student_logits, teacher_logits, tokens, self.vocab, **extra)
+
+    @torch.no_grad()
+    def _target_logits(self, block: Tensor, reference_block: Tensor | None) -> Tensor:
+        """Return the logits [R, v / tp] of ``block``, the states of teacher or mix, with the reference mixed in."""
+        logits = project(unwrapped(self.teacher[-1]), self._bank.at_full_width(block))
+        if reference_block is not None:
+            assert self.reference is not None
+            self.reference.mix_into(logits, self._bank.at_full_width(reference_block))
+        return logits
 
     @property
     def _bank(self) -> TeacherHiddenStates:
         assert self.bank is not None, "only a step with a teacher has teacher and reference microbatches"
         return self.bank
 
-    def _mix(self, index: int, hidden: Tensor) -> None:
-        """Mix the reference's states of student microbatch ``index`` into the teacher's; ``hidden`` as in `_stats`."""
-        assert self.reference is not None
-        states = states_at(hidden, self.batch.student[index].positions.in_sequence, self.grid)
-        target = self.reference.target
-        if target.needs_reference_entropy:
-            self.reference_entropies[index] = self._reference_entropy(states)
-        measures = self.reference.teacher_alone is not None
-        self._bank.mix(index, states, target.teacher_weight, keep_teacher=measures)
-
-    def _reference_entropy(self, states: Tensor) -> Tensor:
-        """Return the entropy [R] of the reference at its ``states [R, 1, h]``, projected chunk by chunk."""
-        assert self.reference is not None
-        model = unwrapped(self.teacher[-1])
-        with torch.no_grad():
-            parts = [
-                vocab_entropy(project(model, chunk), self.vocab, backend=self.reference.backend)
-                for chunk in states.split(self.reference.chunk_tokens)
-            ]
-        return torch.cat(parts)
-
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         inputs = self.batch.teacher[index].inputs
-        return self._without_gradient(inputs, chunk, lambda hidden: self._bank.put(index, hidden))
+        return self._without_gradient(self.teacher, inputs, chunk, lambda hidden: self._bank.put(index, hidden))
 
     def _reference(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        inputs = self.batch.student[index].inputs
-        return self._without_gradient(inputs, chunk, lambda hidden: self._mix(index, hidden))
+        microbatch, reference = self.batch.student[index], self.reference
+        assert reference is not None
+
+        def keep(hidden: Tensor) -> None:
+            states = states_at(hidden, microbatch.positions.in_sequence, self.grid)
+            self._bank.add_reference(
+                index,
+                states,
+                reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
+                mix_weight=reference.target.teacher_weight if reference.mixes_states(teacher) else None,
+                keep_teacher=reference.teacher_alone is not None,
+            )
+
+        teacher = unwrapped(self.teacher[-1])
+        return self._without_gradient(reference.chunks, microbatch.inputs, chunk, keep)
 
     def _without_gradient(
-        self, inputs: ModelInputs, chunk: torch.nn.Module, keep: Callable[[Tensor], None]
+        self,
+        frozen: Sequence[torch.nn.Module],
+        inputs: ModelInputs,
+        chunk: torch.nn.Module,
+        keep: Callable[[Tensor], None],
     ) -> tuple[Tensor, Any]:
-        """Run the teacher's weights on ``inputs``; on the last stage ``keep`` receives the final hidden states."""
+        """Run the chunk of ``frozen`` in the student's place; on the last stage ``keep`` receives the final states."""
         model = unwrapped(chunk)
-        # The schedule gave the received activations to the student's chunk; the teacher's chunk reads the same tensor.
+        # The schedule gave the received activations to the student's chunk; the other chunk reads the same tensor.
         input_tensor = None if model.pre_process else model.decoder.input_tensor
         edge = torch.zeros((), device=self.grid.device) if input_tensor is None else input_tensor
         if torch.is_grad_enabled():
             edge.requires_grad_(True)
-        teacher_chunk = self.teacher[self.student.index(chunk)]
-        if teacher_chunk is not chunk and input_tensor is not None:
-            unwrapped(teacher_chunk).set_input_tensor(input_tensor)
+        runs = frozen[self.student.index(chunk)]
+        if runs is not chunk and input_tensor is not None:
+            unwrapped(runs).set_input_tensor(input_tensor)
         with torch.no_grad():
-            hidden = hidden_states(teacher_chunk, inputs, self.grid)
+            hidden = hidden_states(runs, inputs, self.grid)
         if not model.post_process:
             return _Bridge.apply(hidden, edge), None  # type: ignore[no-untyped-call]
 

@@ -1,12 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The teacher's hidden states, on their way from a teacher microbatch to the student microbatches that need them.
-
-With a reference, the reference's microbatches turn these states into the states of the mix.
-"""
+"""The hidden states of teacher and reference, on their way to the student microbatches that need them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,21 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.forward import states_at
-from megatron_selfdistill.pipeline.device_batch import DeviceBatch, RoutedStates, TeacherMicrobatch
+from megatron_selfdistill.pipeline.device_batch import DeviceBatch, TeacherMicrobatch
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """The states of the R response tokens of one student microbatch, ``[R, h / tp]`` each, on the device."""
+
+    teacher: Tensor | None = None
+    """The teacher's own states; None without a teacher, and where only the mix is needed."""
+    reference: Tensor | None = None
+    """The reference's states, where teacher and reference are projected apart."""
+    mix: Tensor | None = None
+    """The states (w h_t + h_r) / (1 + w) of the mix, where one projection serves teacher and reference."""
+    reference_entropy: Tensor | None = None
+    """The reference's entropy [R] in nats, float64, where the target matches it."""
 
 
 class TeacherHiddenStates:
@@ -28,8 +41,8 @@ class TeacherHiddenStates:
     choice on all tensor-parallel ranks.  States beyond ``store_bytes`` rest in pinned host memory; neither direction
     waits for the device.
 
-    With a reference, `mix` replaces the teacher's states h_t by (w h_t + h_r) / (1 + w).  Teacher and reference share
-    one linear output layer, so the projection of these states is (w t + r) / (1 + w).
+    With a reference, `add_reference` keeps the reference's states h_r beside the teacher's h_t.  Where both share one
+    linear output layer, it replaces both by (w h_t + h_r) / (1 + w), whose projection is (w t + r) / (1 + w).
 
     Collectives, per teacher microbatch under context parallelism: one all-to-all that sends each state to the rank
     whose student holds the same response token.  No autograd.
@@ -38,71 +51,88 @@ class TeacherHiddenStates:
     def __init__(self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float) -> None:
         self.batch, self.grid, self.store_bytes = batch, grid, store_bytes
         self.width = hidden_size // grid.tp_size
-        self.shelves = [_Shelf() for _ in batch.student]
+        self.shelves: list[dict[str, list[_Part]]] = [defaultdict(list) for _ in batch.student]
+        """The parts of every student microbatch by the field of `KeptStates` that they belong to."""
+        self.reference_entropies: dict[int, Tensor] = {}
         self.bytes_on_device = 0
 
     def put(self, index: int, hidden: Tensor) -> None:
         """Keep the response positions of teacher microbatch ``index``; ``hidden [s / cp (/ tp), 1, h]``."""
         microbatch = self.batch.teacher[index]
-        states = states_at(hidden, microbatch.positions.in_sequence, self.grid)
-        states = states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width).contiguous()
+        states = self._slice(states_at(hidden, microbatch.positions.in_sequence, self.grid))
         if self.grid.cp_size > 1:
             states = self._exchange(microbatch, states)
         for route in microbatch.routes:
-            self._keep(route, states if route.chosen is None else states.index_select(0, route.chosen))
+            chosen = states if route.chosen is None else states.index_select(0, route.chosen)
+            self._keep(route.student_index, "teacher", chosen, route.place)
 
-    def mix(self, index: int, reference_states: Tensor, teacher_weight: float, *, keep_teacher: bool) -> None:
-        """Replace the teacher's states of student microbatch ``index`` by the mix's, rounded once to their dtype.
+    def add_reference(
+        self,
+        index: int,
+        states: Tensor,
+        entropy: Tensor | None,
+        *,
+        mix_weight: float | None,
+        keep_teacher: bool,
+    ) -> None:
+        """Keep the reference's ``states [R, 1, h]`` and ``entropy [R]`` of student microbatch ``index``.
 
-        ``reference_states [R, 1, h]``: the reference's states of the same response tokens, equal on all
-        tensor-parallel ranks.  ``keep_teacher``: whether `take_teacher` will ask for the teacher's own states.
+        ``states`` are those of the teacher's response tokens, equal on all tensor-parallel ranks.  ``mix_weight``: the
+        teacher's weight w, with which the states of the mix, rounded once to their dtype, take the place of both
+        models' states; ``keep_teacher`` keeps the teacher's own states beside the mix.  None keeps both models' states.
         """
-        theirs = reference_states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width)
-        teacher = self.take_slice(index, theirs.dtype)
-        mixed = torch.add(theirs.float(), teacher, alpha=teacher_weight).div_(1 + teacher_weight).to(theirs.dtype)
-        self._keep(RoutedStates(index, None, None), mixed)
+        theirs = self._slice(states)
+        if entropy is not None:
+            self.reference_entropies[index] = entropy
+        if mix_weight is None:
+            self._keep(index, "reference", theirs)
+            return
+        teacher = self._take(index, "teacher", theirs.dtype)
+        mix = torch.add(theirs.float(), teacher, alpha=mix_weight).div_(1 + mix_weight).to(theirs.dtype)
+        self._keep(index, "mix", mix)
         if keep_teacher:
-            self.shelves[index].teacher = teacher
+            self._keep(index, "teacher", teacher)
 
-    def take_teacher(self, index: int) -> Tensor:
-        """Return this rank's slice ``[R, h / tp]`` of the teacher's own states, which `mix` has kept, and forget it."""
-        teacher = self.shelves[index].teacher
-        if teacher is None:
-            raise RuntimeError(f"the teacher's own states of student microbatch {index} were not kept")
-        self.shelves[index].teacher = None
-        return teacher
+    def take(self, index: int, dtype: torch.dtype) -> KeptStates:
+        """Return all states of student microbatch ``index``, and forget them.
+
+        Raises: RuntimeError where a teacher microbatch with some of its response tokens has not run.
+        """
+        kept = set(self.shelves[index])
+        taken = {name: self._take(index, name, dtype) for name in (kept if "mix" in kept else kept | {"teacher"})}
+        return KeptStates(**taken, reference_entropy=self.reference_entropies.pop(index, None))
 
     def at_full_width(self, block: Tensor) -> Tensor:
         """Return the states ``[R, 1, h]`` of which every tensor-parallel rank holds a slice ``block [R, h / tp]``."""
         states: Tensor = gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group)
         return states.unsqueeze(1)
 
-    def take_slice(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Return this rank's slice of the width of those states, ``[R, h / tp]``, on the device, and forget it."""
-        shelf, size = self.shelves[index], self.batch.num_states[index]
-        self.shelves[index] = _Shelf()
-        self.bytes_on_device -= shelf.bytes_on_device
-        if shelf.num_states != size:
-            raise RuntimeError(f"student microbatch {index} came before the teacher's microbatches with its responses")
-        parts = [(part.to(self.grid.device, non_blocking=True), place) for part, place in shelf.parts]
-        if len(parts) == 1 and parts[0][1] is None:
-            return parts[0][0]
+    def _slice(self, states: Tensor) -> Tensor:
+        """Return this rank's slice ``[R, h / tp]`` of the width of ``states [R, 1, h]``."""
+        return states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width).contiguous()
+
+    def _take(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
+        size, parts = self.batch.num_states[index], self.shelves[index].pop(name, [])
+        self.bytes_on_device -= sum(part.states.nbytes for part in parts if part.on_device)
+        if sum(len(part.states) for part in parts) != size:
+            raise RuntimeError(f"student microbatch {index} came before the {name}'s microbatches with its responses")
+        loaded = [(part.states.to(self.grid.device, non_blocking=True), part.place) for part in parts]
+        if len(loaded) == 1 and loaded[0][1] is None:
+            return loaded[0][0]
         block = torch.empty(size, self.width, dtype=dtype, device=self.grid.device)
-        for part, place in parts:
+        for states, place in loaded:
             assert place is not None, "a part that is everything is the only one"
-            block.index_copy_(0, place, part)
+            block.index_copy_(0, place, states)
         return block
 
-    def _keep(self, route: RoutedStates, states: Tensor) -> None:
-        shelf = self.shelves[route.student_index]
-        shelf.num_states += len(states)
-        if self.bytes_on_device + states.nbytes > self.store_bytes:
+    def _keep(self, index: int, name: str, states: Tensor, place: Tensor | None = None) -> None:
+        on_device = self.bytes_on_device + states.nbytes <= self.store_bytes
+        if on_device:
+            self.bytes_on_device += states.nbytes
+        else:
             on_host = torch.empty(states.shape, dtype=states.dtype, device="cpu", pin_memory=True)
             states = on_host.copy_(states, non_blocking=True)
-        else:
-            shelf.bytes_on_device += states.nbytes
-            self.bytes_on_device += states.nbytes
-        shelf.parts.append((states, route.place))
+        self.shelves[index][name].append(_Part(states, place, on_device))
 
     def _exchange(self, microbatch: TeacherMicrobatch, states: Tensor) -> Tensor:
         received = states.new_empty(sum(microbatch.receive_counts), states.size(1))
@@ -117,13 +147,10 @@ class TeacherHiddenStates:
         return received
 
 
-@dataclass
-class _Shelf:
-    """The states that are kept for one student microbatch."""
+class _Part(NamedTuple):
+    """The states [n, h / tp] of some or all of a student microbatch's R tokens."""
 
-    parts: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-    """Pairs of states [n, h / tp] and their places [n] among the R of the microbatch; None for all in order."""
-    num_states: int = 0
-    bytes_on_device: int = 0
-    teacher: Tensor | None = None
-    """The teacher's own states [n, h / tp] beside those of the mix; None where nobody needs them."""
+    states: Tensor
+    place: Tensor | None
+    """The places [n] among the R; None for all in order."""
+    on_device: bool

@@ -13,6 +13,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
+from megatron_selfdistill.pipeline.batch import raised_to_multiple
 from megatron_selfdistill.plan import bubble
 from megatron_selfdistill.plan.engines import Engines, engines
 from megatron_selfdistill.plan.host_memory import HostMemory, host_memory
@@ -200,18 +201,14 @@ def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int,
     """Return the numbers of the student's and of the teacher's packed sequences for contexts of full length.
 
     ``per_sequence``: the contexts in each packed sequence.  With an interleaved schedule the sum is a multiple of the
-    stages; pipeline/batch.py raises the numbers in the same way.  A reference reads the student's sequences once more.
+    stages.
     """
     p = config.parallel
     multiple = p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
     num_student = math.ceil(contexts / per_sequence)
     num_teacher = num_student if config.objective == "self_distillation" else 0
-    student_roles = 2 if config.is_anchored else 1
     paired = bool(num_teacher) and config.schedule.pair_order == "alternating"
-    while (student_roles * num_student + num_teacher) % multiple:
-        num_student += paired or not config.is_anchored
-        num_teacher += paired or config.is_anchored
-    return num_student, num_teacher
+    return raised_to_multiple(num_student, num_teacher, multiple, paired=paired, with_reference=config.is_anchored)
 
 
 def _vocab_size(config: Config, run_data: RunData | None) -> int:

@@ -43,7 +43,6 @@ def test_one_k_per_step_comes_from_the_references_entropy(ranks, data, tmp_path)
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("teacher.weights=ema", "target.anchor=reference needs teacher.weights=frozen"),
         ("rollout.guidance=mixed", "target.anchor=reference cannot be sampled from"),
         ("target.rule=teacher_alone", "leave target.anchor=student"),
         ("target.match=teacher", "target.match must be null, student or target.anchor"),

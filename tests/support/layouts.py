@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
@@ -31,6 +32,7 @@ from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -61,6 +63,12 @@ class Case:
     extra_weightless: int = 1
     steps: int = 0
     teacher: str = "frozen"
+    reference_copy: bool = False
+    """Whether the reference has chunks of its own, rather than the teacher's."""
+    reference_seed: int = 2
+    """The seed of the weights of the reference's own chunks; the teacher's seed is 1, unless it is current."""
+    soft_cap: float | None = None
+    """The bound of the logits of all models, as c tanh(logits / c)."""
     fusion: Fusion | None = None
     mutation: str | None = None
 
@@ -71,6 +79,8 @@ class Outcome:
 
     loss: float
     """Mean divergence over the response tokens of the global batch, nats."""
+    teacher_entropy: float
+    """Mean entropy of the teacher, nats; NaN where the step does not measure the teacher."""
     grad_norm: float
     grads: dict[str, torch.Tensor]
     """The shards of this rank, none with the distributed optimizer; `join` makes full tensors of all ranks' shards."""
@@ -119,11 +129,19 @@ def run(case: Case) -> Outcome:
     model = models.model_config(case.kind, **case.model_changes)
     chunks, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
     config = unwrapped(chunks[0]).config
-    student = wrap_for_training(chunks, case.optimizer)
+    student = wrap_for_training(soft_capped(chunks, case.soft_cap), case.optimizer)
     optimizer, scheduler = build_optimizer(student, case.optimizer, 10)
-    teacher = Teacher(case.teacher, student, lambda: build_chunks(model, config, grid, models.VOCAB_SIZE))
+
+    def another_copy() -> list[Any]:
+        return soft_capped(build_chunks(model, config, grid, models.VOCAB_SIZE), case.soft_cap)
+
+    teacher = Teacher(case.teacher, student, another_copy)
     if case.teacher != "current":
         models.fill_from_names(teacher.chunks, seed=1)
+    frozen = teacher.chunks
+    if case.reference_copy:
+        frozen = Teacher("frozen", student, another_copy).chunks
+        models.fill_from_names(frozen, seed=case.reference_seed)
     vocab = vocab_shard(student, grid)
     batch = packed(case, grid)
     with mutated(case.mutation, grid):
@@ -145,7 +163,7 @@ def run(case: Case) -> Outcome:
                 token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
                 grid,
                 vocab,
-                reference=reference(case),
+                reference=reference(case, frozen),
                 pair_order=case.pair_order,
             )
             if outcome is None:
@@ -162,6 +180,25 @@ def run(case: Case) -> Outcome:
             chunk.start_param_sync(force_sync=True) if case.optimizer.overlap_param_gather else None
         outcome.params = shards(student, lambda p: p.detach())
     return outcome
+
+
+class SoftCappedLayer(ColumnParallelLinear):
+    """An output layer whose logits are no linear function of its input."""
+
+    soft_cap: float
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the capped logits and the bias of the layer."""
+        logits, bias = super().forward(*args, **kwargs)
+        return self.soft_cap * torch.tanh(logits / self.soft_cap), bias
+
+
+def soft_capped(chunks: list[Any], soft_cap: float | None) -> list[Any]:
+    """Return ``chunks``, whose output layer now caps its logits; None caps nothing."""
+    for model in map(unwrapped, chunks):
+        if soft_cap is not None and model.post_process:
+            model.output_layer.__class__, model.output_layer.soft_cap = SoftCappedLayer, soft_cap
+    return chunks
 
 
 def run_each(cases: Sequence[Case]) -> list[Outcome]:
@@ -213,12 +250,12 @@ def joined(per_rank: Sequence[Outcome]) -> Joined:
     return per_rank[0], grads, join([outcome.params for outcome in per_rank])
 
 
-def reference(case: Case) -> schedule.Reference | None:
+def reference(case: Case, chunks: Sequence[Any]) -> Reference | None:
     """Return the reference of the case's target, with the statistics of the teacher; None without a reference."""
     if not case.target.is_anchored:
         return None
     alone = token_losses.self_distillation(Target("teacher_alone"), Divergence(), fusion=case.fusion)
-    return schedule.Reference(case.target, alone, chunk_tokens=5)
+    return Reference(case.target, chunks, alone, chunk_tokens=5)
 
 
 def first_step(
@@ -226,13 +263,15 @@ def first_step(
 ) -> Outcome:
     """Return loss, gradients and norm of a step whose gradients are not yet used."""
     optimizer.prepare_grads()
-    loss = torch.zeros(1, dtype=torch.float64, device=grid.device)
+    means = torch.zeros(2, dtype=torch.float64, device=grid.device)
     if output.stats is not None:
-        loss += output.stats.loss.double().sum() / output.num_response_tokens
-    dist.all_reduce(loss, group=grid.dp_cp_group)
-    dist.broadcast(loss, grid.last_stage_rank, group=grid.pp_group)
+        sums = [values.double().sum() for values in (output.stats.loss, output.stats.teacher_entropy)]
+        means += torch.stack(sums) / output.num_response_tokens
+    dist.all_reduce(means, group=grid.dp_cp_group)
+    dist.broadcast(means, grid.last_stage_rank, group=grid.pp_group)
     return Outcome(
-        loss=float(loss),
+        loss=float(means[0]),
+        teacher_entropy=float(means[1]),
         grad_norm=float(optimizer.get_grad_norm()),
         grads=shards(student, lambda p: p.main_grad),
         params={},

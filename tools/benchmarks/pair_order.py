@@ -162,11 +162,11 @@ class _ActivationMeter:
                 super().put(index, hidden)
                 meter.add(self.bytes_on_device - before)
 
-            def take_slice(self, index: int, dtype: torch.dtype) -> torch.Tensor:
+            def take(self, index: int, dtype: torch.dtype) -> teacher_states.KeptStates:
                 before = self.bytes_on_device
-                block: torch.Tensor = super().take_slice(index, dtype)
+                kept: teacher_states.KeptStates = super().take(index, dtype)
                 meter.add(self.bytes_on_device - before)
-                return block
+                return kept
 
         schedule.TeacherHiddenStates = Counted  # type: ignore[attr-defined]
         self.hooks = torch.autograd.graph.saved_tensors_hooks(_Kept.of(self), lambda kept: kept.tensor)

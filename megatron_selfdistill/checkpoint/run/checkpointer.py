@@ -118,6 +118,7 @@ class Checkpointer:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         teacher: TeacherState | None,
+        reference: TeacherState | None = None,
         trainer_state: dict[str, Any],
         args: argparse.Namespace,
     ) -> Path:
@@ -125,14 +126,15 @@ class Checkpointer:
 
         With ``async_save`` the method returns as soon as the tensors may change again; `poll` or `finish` completes the
         save.  ``trainer_state``: plain values (`saved_run.encode`), stored from rank 0.  ``args``: the result of
-        `megatron_args`.  The checkpoint holds an ``ema`` teacher; a ``frozen`` teacher is saved once, beside the
-        checkpoints, and the checkpoint refers to it.
+        `megatron_args`.  The checkpoint holds an ``ema`` teacher.  Frozen weights, those of a ``frozen`` teacher or of
+        the reference, are saved once, beside the checkpoints, and the checkpoint refers to them.
         """
         self._finalize(blocking=True)
         self._lost = None  # this save replaces the lost one
         target = self.directory / directory.iteration_name(step)
-        if teacher is not None and teacher.weights == "frozen":
-            self._save_frozen_teacher(teacher)
+        frozen = _frozen(teacher, reference)
+        if frozen is not None:
+            self._save_frozen(frozen)
         with state.gathered_parameters(chunks):
             model = state.model_state(chunks, state.CONTENT)
             contents = {
@@ -144,7 +146,7 @@ class Checkpointer:
                 "optimizer": state.optimizer_state(optimizer, model, state.CONTENT),
                 "opt_param_scheduler": scheduler.state_dict(),
                 **state.random_states(self.grid),
-                SECTION: self._own_state(trainer_state | {"step": step}, optimizer, teacher),
+                SECTION: self._own_state(trainer_state | {"step": step}, optimizer, teacher, frozen),
             }
             if teacher is not None and teacher.weights == "ema":
                 contents |= teacher.sharded_state_dict()
@@ -165,14 +167,16 @@ class Checkpointer:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         teacher: TeacherState | None,
+        reference: TeacherState | None = None,
     ) -> None:
-        """Restore weights, optimizer, schedule and teacher of `save`, in the same layout or another one.
+        """Restore weights, optimizer, schedule, teacher and reference of `save`, in the same layout or another one.
 
         ``saved`` holds the state of the trainer, which the caller restores.  Random states are restored in the layout
         that saved them only.
         """
         found, common, own = saved.path, saved.common, saved.own
-        self._require_same_kind(saved, optimizer, teacher)
+        frozen = _frozen(teacher, reference)
+        self._require_same_kind(saved, optimizer, teacher, frozen)
         content = common.get("content_metadata") or state.CONTENT
         same_layout = own["layout"] == state.layout(self.grid)
         with state.gathered_parameters(chunks):
@@ -191,9 +195,9 @@ class Checkpointer:
         scheduler.load_state_dict(common["opt_param_scheduler"])
         if teacher is not None and teacher.weights == "ema":
             teacher.load_state_dict(loaded)
-        if teacher is not None and teacher.weights == "frozen":
-            run_dir = found.parents[1]  # the teacher is always in the same run directory
-            self._teacher_id = load_frozen_teacher(run_dir, teacher, own["teacher_id"], self.verify)
+        if frozen is not None:
+            run_dir = found.parents[1]  # the frozen weights are always in the same run directory
+            self._teacher_id = load_frozen_teacher(run_dir, frozen, own["teacher_id"], self.verify)
         if same_layout:  # last, because no code may draw a random number afterwards
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
@@ -266,20 +270,23 @@ class Checkpointer:
                 self._pending = None
 
     def _own_state(
-        self, trainer_state: dict[str, Any], optimizer: MegatronOptimizer, teacher: TeacherState | None
+        self,
+        trainer_state: dict[str, Any],
+        optimizer: MegatronOptimizer,
+        teacher: TeacherState | None,
+        frozen: TeacherState | None,
     ) -> dict[str, Any]:
-        frozen = teacher is not None and teacher.weights == "frozen"
         return {
             "trainer_state": encode(trainer_state),
             "layout": state.layout(self.grid),
             "optimizer_steps": state.optimizer_steps(optimizer),
             "distributed_optimizer": state.uses_distributed_optimizer(optimizer),
             "teacher": teacher.weights if teacher is not None else None,
-            "teacher_id": self._teacher_id if frozen else None,
+            "teacher_id": self._teacher_id if frozen is not None else None,
         }
 
-    def _save_frozen_teacher(self, teacher: TeacherState) -> None:
-        """Save the frozen teacher at the first save, and again if its directory was removed since."""
+    def _save_frozen(self, frozen: TeacherState) -> None:
+        """Save the frozen weights at the first save, and again if their directory was removed since."""
         lost = self._teacher_id is not None and not run_on_rank_0(lambda: has_frozen_teacher(self.run_dir))
         if lost and self.grid.is_reporter:
             place = hidden(str(self.run_dir / frozen_teacher.NAME))
@@ -287,13 +294,19 @@ class Checkpointer:
         if lost or self._teacher_id is None:
             self._teacher_id = save_frozen_teacher(
                 self.run_dir,
-                teacher,
+                frozen,
                 self._teacher_id,
                 replicas=self.grid.dp_cp_group,
                 prove_ownership=self.prove_ownership,
             )
 
-    def _require_same_kind(self, saved: SavedRun, optimizer: MegatronOptimizer, teacher: TeacherState | None) -> None:
+    def _require_same_kind(
+        self,
+        saved: SavedRun,
+        optimizer: MegatronOptimizer,
+        teacher: TeacherState | None,
+        frozen: TeacherState | None,
+    ) -> None:
         """Raise CheckpointError unless the stored teacher and optimizer are of the kinds that this run has."""
         own, path = saved.own, saved.path
         weights = teacher.weights if teacher is not None else None
@@ -302,9 +315,21 @@ class Checkpointer:
                 f"{path} was saved with teacher.weights={own['teacher']}, this run has {weights}: set it back, or "
                 "start in a new run directory"
             )
+        if frozen is not None and own["teacher_id"] is None:
+            raise CheckpointError(
+                f"{path} was saved without the initial weights that target.anchor=reference needs: set "
+                "target.anchor=student, or start in a new run directory"
+            )
         distributed = state.uses_distributed_optimizer(optimizer)
         if own["distributed_optimizer"] != distributed:
             raise CheckpointError(
                 f"{path} was saved with optimizer.use_distributed_optimizer={own['distributed_optimizer']}, this run "
                 f"has {distributed}, which names its state differently: set it back"
             )
+
+
+def _frozen(teacher: TeacherState | None, reference: TeacherState | None) -> TeacherState | None:
+    """Return the frozen weights of a run, which may be its teacher, its reference or both; None without any."""
+    if reference is not None:
+        return reference
+    return teacher if teacher is not None and teacher.weights == "frozen" else None

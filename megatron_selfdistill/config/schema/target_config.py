@@ -25,7 +25,8 @@ class TargetConfig:
     """The value of k under rule=fixed; null is 1 + w."""
     anchor: str = "student"
     """The model that the teacher is mixed with, on the student's context: student (the weights that are trained) or
-    reference (the weights at the start of the run, so that the target stands still; needs teacher.weights=frozen)."""
+    reference (the weights at the start of the run, so that the target stands still with a frozen teacher, whose weights
+    are also the reference's; with another teacher the reference is one more copy of the weights)."""
     match: str | None = None
     """The model whose entropy the target has: student, or with anchor=reference reference; null is the anchor."""
 
@@ -60,7 +61,8 @@ class TeacherConfig:
     ema_decay: float = 0.99
     """Decay of the moving average per optimizer step."""
     offload: str = "none"
-    """The place of the teacher's weights between steps: none (on the device) or cpu (in host memory)."""
+    """The place of the teacher's weights, and of a reference's own copy, between steps: none (on the device) or cpu (in
+    host memory)."""
 
     def __post_init__(self) -> None:
         normalise("teacher", self)

@@ -122,8 +122,13 @@ class Config:
 
     @property
     def is_anchored(self) -> bool:
-        """Whether the target mixes the teacher with a frozen reference, whose weights are the frozen teacher's."""
+        """Whether the target mixes the teacher with a frozen reference."""
         return self.objective == "self_distillation" and self.target.anchor == "reference"
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference is a copy of the weights of its own; a frozen teacher's weights are the reference's."""
+        return self.is_anchored and self.teacher.weights != "frozen"
 
     @property
     def samples(self) -> bool:
@@ -137,11 +142,6 @@ class Config:
         return self.data.kind != "conversations" or self.conversations.show_contents
 
     def _check_reference(self) -> None:
-        require(
-            self.teacher.weights == "frozen",
-            f"target.anchor=reference needs teacher.weights=frozen, whose weights are also the reference's; "
-            f"got {self.teacher.weights}",
-        )
         require(
             self.rollout.guidance == "none",
             "target.anchor=reference cannot be sampled from, since a sampler has no frozen weights: set "

@@ -9,7 +9,8 @@ chunk.  The mode determines the tensors that are kept for backward:
     low_memory      a few numbers per token: backward projects each chunk again, without the loss's collectives, and
                     both GEMMs run per chunk
 
-keep_gradient takes 4 GEMMs of R x h x V / tp, and low_memory takes 6.  With chunks of c tokens, the logits of R + c or
+keep_gradient takes 4 GEMMs of R x h x V / tp, and low_memory takes 6; a reference that is projected apart from the
+teacher takes one more per projection of the teacher.  With chunks of c tokens, the logits of R + c or
 of 2 c tokens exist at a time; without fusion, the logits of 2 R tokens.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ def fused_distillation_loss(
     divergence: Divergence,
     vocab: VocabShard,
     reference_entropy: Tensor | None = None,
+    reference: tuple[Tensor, Tensor] | None = None,
     chunk_tokens: int = 4096,
     mode: str = "keep_gradient",
     gather_indices: Tensor | None = None,
@@ -76,7 +78,9 @@ def fused_distillation_loss(
     rank's own rows, see `HiddenPlacement`.  Then only the rank's own rows are kept, and gathered once more in backward.
     teacher_hidden: [R, h], equal on all ranks; or [R, h / tp], cut by width in rank order.
     Reference: with ``target.is_anchored`` teacher_hidden are the states of the mix, (w h_t + h_r) / (1 + w), of one
-    output weight that teacher and reference share; reference_entropy [R]: as for `distillation_loss`.
+    output weight that teacher and reference share.  Where the weights differ, teacher_hidden are the teacher's own
+    states, ``reference`` holds the reference's hidden states and weight, in the teacher's shapes, and the logits
+    (w t + r) / (1 + w) are the sum of two projections.  reference_entropy [R]: as for `distillation_loss`.
     chunk_tokens, mode: see the module; the result depends on them by rounding only.
     Gradient: to student_hidden (summed over the ranks; with gather_indices the gradient of the rank's own rows, 0 for
     rows without a token) and to student_weight.  The incoming gradient may differ between tokens.
@@ -84,9 +88,9 @@ def fused_distillation_loss(
     the weight's dtype, summed over chunks in float32, which takes a float32 copy of the weight's shape in low_memory.
     Statistics, ranks, backend, -inf and NaN: as `distillation_loss`.
     Collectives: per chunk the all-gathers of `distillation_loss` (three, JSD four, one less for a given beta), and one
-    of the teacher's hidden states where these are cut.  With gather_indices one all-gather in forward and another in
-    backward.  In backward one all-reduce of dgrad, or one reduce-scatter with gather_indices, while the last wgrad GEMM
-    runs; low_memory gathers the teacher's hidden states again.
+    each of the teacher's and the reference's hidden states where these are cut.  With gather_indices one all-gather in
+    forward and another in backward.  In backward one all-reduce of dgrad, or one reduce-scatter with gather_indices,
+    while the last wgrad GEMM runs; low_memory gathers the hidden states of teacher and reference again.
     Raises: ValueError if shapes or dtypes do not fit.
     """
     placement = HiddenPlacement(vocab.group, gather_indices)
@@ -100,19 +104,20 @@ def fused_distillation_loss(
         placement,
         weight_gradient,
     )
-    _check(layer, mode, student_hidden, teacher_hidden, student_weight, teacher_weight, response_tokens)
+    others = _Others(teacher_hidden, teacher_weight, *(reference or (None, None)))
+    _check(layer, mode, student_hidden, student_weight, others, response_tokens)
     check_reference_entropy(reference_entropy, len(response_tokens), target)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
         all_hidden = placement.start_gather(student_hidden)()
-        logits = _Logits(layer, all_hidden, teacher_hidden, student_weight, teacher_weight, keep)
+        logits = _Logits(layer, all_hidden, student_weight, others, keep)
         stats, constants, kl_value = _forward_chunks(layer, logits, response_tokens, reference_entropy)
     if not trained:
         return stats
-    kept: tuple[Any, ...] = (logits.kept, None, None, None, None)
+    kept: tuple[Any, ...] = (logits.kept, None, None)
     if not keep:
-        kept = (None, teacher_hidden, teacher_weight, constants, kl_value)
+        kept = (None, constants, kl_value, *others)
     loss = _Backward.apply(student_hidden, student_weight, stats.loss, layer, *kept)  # type: ignore[no-untyped-call]
     return replace(stats, loss=loss)
 
@@ -151,8 +156,19 @@ class _Layer:
         out[:, self.vocab.num_valid :] = 0
 
 
+class _Others(NamedTuple):
+    """The hidden states and output weights of the models that do not learn; a weight of None is the student's."""
+
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None
+    reference_hidden: Tensor | None
+    reference_weight: Tensor | None
+
+
 class _Logits:
     """The logits of student and teacher, one chunk after the other in the same memory.
+
+    With a reference of its own, the teacher's logits t become those of the mix, (w t + r) / (1 + w).
 
     kept: [R, V / tp] or None.  The student's logits of a chunk lie in the chunk's rows of ``kept``, where their
     gradient overwrites them.  The teacher's logits lie behind them, where the next chunk will be written, as long as
@@ -163,20 +179,18 @@ class _Logits:
         self,
         layer: _Layer,
         all_hidden: Tensor,
-        teacher_hidden: Tensor,
         student_weight: Tensor,
-        teacher_weight: Tensor | None,
+        others: _Others,
         keep: bool,
     ) -> None:
-        self.layer, self.all_hidden, self.teacher_hidden = layer, all_hidden, teacher_hidden
-        self.student_weight, self.teacher_weight = student_weight, teacher_weight
+        self.layer, self.all_hidden, self.student_weight, self.others = layer, all_hidden, student_weight, others
         longest, columns = min(layer.chunk_tokens, layer.num_tokens), student_weight.shape[0]
         self.kept = all_hidden.new_empty(layer.num_tokens, columns) if keep else None
         self.block = all_hidden.new_empty(longest if keep else 2 * longest, columns)
 
     def of(self, tokens: slice) -> tuple[Tensor, Tensor]:
         """Return the logits (student's, teacher's) [n, V / tp] of a chunk, valid until the next call."""
-        student, teacher = self.all_hidden[tokens], self._teacher_hidden_of(tokens)
+        student, others = self.all_hidden[tokens], self.others
         count = len(student)
         both = self.block if self.kept is None else self.kept[tokens.start :]
         if len(both) >= 2 * count:
@@ -186,13 +200,16 @@ class _Logits:
             assert self.kept is not None
             student_logits, teacher_logits = self.kept[tokens], self.block[:count]
         torch.mm(student, self.student_weight.t(), out=student_logits)
-        weight = self.student_weight if self.teacher_weight is None else self.teacher_weight
-        torch.mm(teacher, weight.t(), out=teacher_logits)
+        weight = self.student_weight if others.teacher_weight is None else others.teacher_weight
+        torch.mm(self._full_width(others.teacher_hidden[tokens]), weight.t(), out=teacher_logits)
+        if others.reference_hidden is not None and others.reference_weight is not None:
+            reference, scale = self._full_width(others.reference_hidden[tokens]), 1 / self.layer.target.geometric_k
+            # The product and the sum are float32 inside of the GEMM, and the sum is rounded once.
+            teacher_logits.addmm_(reference, others.reference_weight.t(), beta=1 - scale, alpha=scale)
         return student_logits, teacher_logits
 
-    def _teacher_hidden_of(self, tokens: slice) -> Tensor:
-        """Return the teacher's hidden states [n, h] of a chunk, gathered over the ranks where they are cut by width."""
-        part = self.teacher_hidden[tokens]
+    def _full_width(self, part: Tensor) -> Tensor:
+        """Return the hidden states [n, h] of a chunk, gathered over the ranks where ``part`` is cut by width."""
         if part.shape[1] == self.student_weight.shape[1]:
             return part
         return gather_width(part, self.layer.vocab.group)
@@ -239,41 +256,37 @@ class _Backward(torch.autograd.Function):
         loss: Tensor,
         layer: _Layer,
         gradient: Tensor | None,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
         constants: TokenConstants | None,
         kl_value: Tensor | None,
+        *others: Tensor | None,
     ) -> Tensor:
         per_token = constants.tensors() if constants is not None else ()
-        ctx.save_for_backward(
-            student_hidden, student_weight, gradient, teacher_hidden, teacher_weight, kl_value, *per_token
-        )
-        ctx.layer = layer
+        ctx.save_for_backward(student_hidden, student_weight, gradient, kl_value, *others, *per_token)
+        ctx.layer, ctx.num_others = layer, len(others)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        layer, (hidden, weight, kept, teacher_hidden, teacher_weight, kl_value, *constants) = (
-            ctx.layer,
-            ctx.saved_tensors,
-        )
+        layer, no_gradient = ctx.layer, (None,) * (5 + ctx.num_others)
+        hidden, weight, kept, kl_value, *rest = ctx.saved_tensors
+        others, constants = rest[: ctx.num_others], rest[ctx.num_others :]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if kept is not None:
             wait = layer.placement.start_gather(hidden) if needs_weight else None
             grads = _Gradients(layer, wait, hidden, weight, needs_hidden)
             grads.add(slice(0, layer.num_tokens), kept, scale=grad_loss[:, None], last=True)
-            return grads.of_hidden(), grads.of_weight(), *(None,) * 7
+            return grads.of_hidden(), grads.of_weight(), *no_gradient
         all_hidden = layer.placement.start_gather(hidden)()
         grads = _Gradients(layer, (lambda: all_hidden) if needs_weight else None, hidden, weight, needs_hidden)
-        logits = _Logits(layer, all_hidden, teacher_hidden, weight, teacher_weight, keep=False)
+        logits = _Logits(layer, all_hidden, weight, _Others(*others), keep=False)
         for tokens in layer.chunks():
             student_logits, teacher_logits = logits.of(tokens)
             shard = layer.shard(student_logits, teacher_logits)
             chunk = TokenConstants(*(values[tokens] for values in constants))
             layer.write_gradient(shard, chunk, kl_value[tokens], grad_loss[tokens].to(shard.dtype), student_logits)
             grads.add(tokens, student_logits, scale=None, last=tokens.stop == layer.num_tokens)
-        return grads.of_hidden(), grads.of_weight(), *(None,) * 7
+        return grads.of_hidden(), grads.of_weight(), *no_gradient
 
 
 class _Gradients:
@@ -338,13 +351,7 @@ class _Gradients:
 
 
 def _check(
-    layer: _Layer,
-    mode: str,
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_weight: Tensor | None,
-    response_tokens: Tensor,
+    layer: _Layer, mode: str, student_hidden: Tensor, student_weight: Tensor, others: _Others, response_tokens: Tensor
 ) -> None:
     """Check the arguments of `fused_distillation_loss`; raise ValueError if they do not fit."""
     name, size, width = "fused_distillation_loss", layer.vocab.size, student_weight.shape[-1]
@@ -354,24 +361,27 @@ def _check(
             f"{name}: mode must be one of {', '.join(FUSED_MODES)} and chunk_tokens at least 1; "
             f"got {mode!r} and {layer.chunk_tokens}."
         )
-    for weight in (student_weight, teacher_weight):
+    if others.reference_hidden is not None and not layer.target.is_anchored:
+        raise ValueError(f"{name}: reference must be None without anchor=reference; got {layer.target}.")
+    for weight in (student_weight, others.teacher_weight, others.reference_weight):
         if weight is not None and tuple(weight.shape) != (size, width):
             raise ValueError(
                 f"{name}: weights must be [{size}, {width}], the columns of this VocabShard; got {tuple(weight.shape)}."
             )
     held, cut = student_hidden.shape[0] if gather_indices is not None else num_tokens, width // layer.placement.size
-    shapes = tuple(student_hidden.shape), tuple(teacher_hidden.shape)
-    if shapes[0] != (held, width) or shapes[1] not in ((num_tokens, width), (num_tokens, cut)):
-        raise ValueError(
-            f"{name}: student_hidden must be [{held}, {width}] and teacher_hidden [{num_tokens}, {width}] or "
-            f"[{num_tokens}, {cut}]; got {shapes[0]} and {shapes[1]}."
-        )
+    for what, hidden in (("teacher_hidden", others.teacher_hidden), ("the reference's", others.reference_hidden)):
+        shapes = tuple(student_hidden.shape), tuple(hidden.shape) if hidden is not None else (num_tokens, cut)
+        if shapes[0] != (held, width) or shapes[1] not in ((num_tokens, width), (num_tokens, cut)):
+            raise ValueError(
+                f"{name}: student_hidden must be [{held}, {width}] and {what} [{num_tokens}, {width}] or "
+                f"[{num_tokens}, {cut}]; got {shapes[0]} and {shapes[1]}."
+            )
     for what, index in (("response_tokens", response_tokens), ("gather_indices", gather_indices)):
         if index is not None and (tuple(index.shape) != (num_tokens,) or index.dtype != torch.int64):
             raise ValueError(
                 f"{name}: {what} must be int64 of shape ({num_tokens},), one per token; "
                 f"got {index.dtype} of shape {tuple(index.shape)}."
             )
-    dtypes = {x.dtype for x in (student_hidden, teacher_hidden, student_weight, teacher_weight) if x is not None}
+    dtypes = {x.dtype for x in (student_hidden, student_weight, *others) if x is not None}
     if len(dtypes) > 1:
         raise ValueError(f"{name}: hidden states and weights must have one dtype; got {sorted(map(str, dtypes))}.")

@@ -19,10 +19,8 @@ from tiers import combinations
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, from_mapping
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.inference import decided_output_layer
 from megatron_selfdistill.model import architecture, build, output_layer
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.output_layer import Fusion, MainGrad, unfusable
@@ -296,20 +294,6 @@ def reasons() -> list[str | None]:
         of(lambda layer: layer.register_full_backward_hook(lambda *_: None)),
         of(lambda layer: layer.register_forward_pre_hook(lambda *_: None)),
     ]
-
-
-def refuse_to_mix() -> None:
-    chunks, _ = models.build(models.model_config("shallow"), ParallelConfig())
-    config = from_mapping({"target": {"anchor": "reference"}})
-    assert decided_output_layer(config, chunks).fusion is None
-    unwrapped(chunks[-1]).output_layer.forward = torch.tanh
-    with pytest.raises(ConfigError, match=r"output layer must be linear, but its .* set target\.anchor=student"):
-        decided_output_layer(config, chunks)
-    assert decided_output_layer(from_mapping({}), chunks).fusion is None
-
-
-def test_states_are_not_mixed_before_a_layer_that_is_not_linear(ranks):
-    ranks.run(refuse_to_mix, world_size=1)
 
 
 def test_a_layer_that_does_more_than_multiply_is_not_fused(ranks):

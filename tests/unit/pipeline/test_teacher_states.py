@@ -46,14 +46,14 @@ def test_the_student_finds_the_states_of_its_own_tokens(paired, store_bytes, mon
         for index in range(len(batch.teacher)):
             bank.put(index, hidden_of(batch, index))
             assert bank.bytes_on_device <= store_bytes
-        taken = [bank.take_slice(index, torch.float32) for index in range(len(batch.student))]
+        taken = [bank.take(index, torch.float32).teacher for index in range(len(batch.student))]
     for states, microbatch in zip(taken, batch.student, strict=True):
         assert torch.equal(states, microbatch.response_ids[:, None].float().expand(-1, WIDTH))
     assert any(pinned) == (store_bytes < float("inf"))
     assert found == [], "neither way may wait for the device"
     assert bank.bytes_on_device == 0
     with pytest.raises(RuntimeError, match="came before the teacher"):
-        bank.take_slice(0, torch.float32)
+        bank.take(0, torch.float32)
 
 
 def test_states_of_equal_microbatches_are_kept_without_another_copy():
@@ -69,5 +69,5 @@ def test_a_student_that_needs_no_state_gets_an_empty_tensor_of_the_asked_dtype()
     nothing = torch.empty(0, dtype=torch.int64)
     student = dataclasses.replace(batch.student[0], response_positions=nothing, response_ids=nothing)
     batch = dataclasses.replace(batch, student=[student])
-    states = bank_of(batch, 0).take_slice(0, torch.bfloat16)
+    states = bank_of(batch, 0).take(0, torch.bfloat16).teacher
     assert states.shape == (0, WIDTH) and states.dtype == torch.bfloat16

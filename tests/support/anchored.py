@@ -1,0 +1,72 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Steps whose target is anchored to a reference, the layouts that they run in, and their loss by its definition."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import models
+import torch
+from layouts import Case, contexts, soft_capped
+from models import parallel
+
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.loss.target import Target, mixed_target
+from megatron_selfdistill.model.build import build_chunks
+from megatron_selfdistill.model.output_layer import Fusion
+
+ANCHORED = Case(target=Target(anchor="reference", teacher_weight=0.5))
+APART = {
+    "average teacher": dataclasses.replace(ANCHORED, teacher="ema", reference_copy=True),
+    "current teacher": dataclasses.replace(ANCHORED, teacher="current", reference_copy=True),
+    "soft cap": dataclasses.replace(ANCHORED, soft_cap=3.0),
+}
+"""The cases in which one projection cannot serve teacher and reference."""
+LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
+    "TP2+SP": ("gqa", parallel(tp=2, sp=True), 2),
+    "PP2 tied": ("tied", parallel(pp=2), 2),
+    "PP2xVPP2": ("gqa", parallel(pp=2, vpp=2), 2),
+    "CP2": ("gqa", parallel(cp=2), 2),
+    "DP2": ("gqa", parallel(), 2),
+    "EP2": ("moe", parallel(ep=2), 2),
+    "CP2xPP2": ("gqa", parallel(cp=2, pp=2), 4),
+    "EP2xTP2+SP": ("moe", parallel(ep=2, tp=2, etp=1, sp=True), 2),
+}
+ORDERS = {"teacher first": {}, "alternating": {"pair_order": "alternating", "paired": True}}
+OUTPUT_LAYERS = {"materialised": None, "fused": Fusion("keep_gradient", 4), "low memory": Fusion("low_memory", 4)}
+
+
+def chunks_of(case: Case) -> list[torch.nn.Module]:
+    """Return whole models on one rank: student, teacher and reference of the case."""
+    model = models.model_config(case.kind)
+    (student,), grid = models.build(model, ParallelConfig())
+
+    def filled(seed: int) -> torch.nn.Module:
+        chunks = build_chunks(model, student.config, grid, models.VOCAB_SIZE)
+        models.fill_from_names(chunks, seed=seed)
+        return chunks[0]
+
+    teacher = student if case.teacher == "current" else filled(1)
+    reference = filled(case.reference_seed) if case.reference_copy else teacher
+    return soft_capped([student, teacher, reference], case.soft_cap)
+
+
+def loss_by_definition(case: Case) -> float:
+    """Return the mean reverse KL from whole rows of logits in float64, one context after the other."""
+    student, teacher, reference = chunks_of(case)
+    losses = []
+    for context in contexts():
+        rows = []
+        for chunk, prompt in (
+            (student, context.student_prompt),
+            (teacher, context.teacher_prompt),
+            (reference, context.student_prompt),
+        ):
+            tokens = torch.tensor([prompt + context.response])
+            with torch.no_grad():
+                logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
+            rows.append(logits[len(prompt) - 1 : -1].double())
+        s, t, r = rows
+        log_p, log_q = s.log_softmax(-1), mixed_target(s, t, case.target, r).log_q
+        losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return float(torch.cat(losses).mean())
