@@ -54,12 +54,18 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _received.clear()
 
 
 def ignore_signals() -> None:
     """Ignore `SIGNALS` from now on, outside of `listening`."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def asked() -> bool:
+    """Return whether a signal within `listening` has asked this process to end; not a collective."""
+    return bool(_received)
 
 
 def _take_note(number: int, frame: Any) -> None:

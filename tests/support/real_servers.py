@@ -37,22 +37,22 @@ def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[
         built.close()
 
 
-def command_lines(session: int) -> list[str]:
-    """Return the command lines of the processes of a session."""
-    found = []
+def processes_of(session: int) -> dict[int, str]:
+    """Return pid -> command line of the processes of a session."""
+    found = {}
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdecimal() and os.getsid(int(entry.name)) == session:
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
         except (OSError, ProcessLookupError):
             continue  # the process has ended meanwhile
-    return [line for line in found if line]  # a zombie has none
+    return {pid: line for pid, line in found.items() if line}  # a zombie has none
 
 
 def assert_session_ends(session: int) -> None:
     """Assert that all processes of a server end within a minute by themselves."""
     deadline = time.monotonic() + 60
     # The resource tracker of Python's multiprocessing ends when the last process that it serves has ended.
-    while left := command_lines(session):
+    while left := processes_of(session):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)

@@ -12,13 +12,17 @@ import time
 import urllib.parse
 from typing import Any
 
+from megatron_selfdistill.distributed import stop
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError
 
 _POLL_SECONDS = 1.0
 # Timeout of requests to a server that has let one request wait for `timeout_s`, until it answers again.
 _SILENT_TIMEOUT_SECONDS = 10.0
-_LOOKS = 4  # the number of times per `timeout_s` that a silent server must state its token count
+# The patience with a silent server once a signal has asked the run to end: the same signal may have ended the server,
+# and the run needs the rest of its time for a checkpoint.
+_LEAVING_SECONDS = 15.0
+_LOOKS = 4  # the number of times per timeout that a silent server must state its token count
 _TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)", re.MULTILINE)
 
 
@@ -27,7 +31,8 @@ class PatientHttp:
 
     Any number of threads may use the object at once.  No connection, and silence, are an `EngineError` with the address
     and the cause.  A server is silent when it gives no answer to any request for ``timeout_s`` while an answer is due
-    and, where the answer is a response, generates no token either.
+    and, where the answer is a response, generates no token either.  After a signal to end (distributed/stop.py), a
+    silence of a few seconds is enough.
     """
 
     def __init__(self, address: str, token: str, timeout_s: float) -> None:
@@ -112,30 +117,34 @@ class PatientHttp:
         """
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
-        asked = time.monotonic()
+        since, leaving = time.monotonic(), False
         while True:
-            left = max(asked, self._last_sign) + timeout_s - time.monotonic()
+            if stop.asked() and not leaving:  # a silence before the signal does not count
+                since, leaving, timeout_s = time.monotonic(), True, min(timeout_s, _LEAVING_SECONDS)
+            left = max(since, self._last_sign) + timeout_s - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"no {'token' if generates else 'answer'} within {timeout_s:g} s")
+                why = ", and a signal has asked the run to end" if leaving else ""
+                raise TimeoutError(f"no {'token' if generates else 'answer'} within {timeout_s:g} s{why}")
             if interrupted.is_set():
                 raise ConnectionAbortedError("given up, since another request failed or the sampler was closed")
             if poll.poll(1000 * min(left, _POLL_SECONDS, timeout_s / _LOOKS)):
                 return
             if generates:
-                self._look(asked, left)
+                self._look(since, left, timeout_s / _LOOKS)
 
-    def _look(self, asked: float, timeout_s: float) -> None:
+    def _look(self, since: float, left: float, pause_s: float) -> None:
         """Note a sign of life if the server's count of tokens has grown since the last look.
 
-        One of the waiting threads looks for all of them, and only if the server was silent for a while.
+        One of the waiting threads looks for all of them, and only if the server was silent for ``pause_s``.
+        ``since``: the time from which silence counts; ``left``: the seconds in which the server must state its count.
         """
         if not self._looking.acquire(blocking=False):
             return
         try:
-            heard = max(asked, self._last_sign, self._looked)
-            if time.monotonic() - heard < self.timeout_s / _LOOKS:
+            heard = max(since, self._last_sign, self._looked)
+            if time.monotonic() - heard < pause_s:
                 return
-            num_tokens = self.num_tokens(timeout_s)
+            num_tokens = self.num_tokens(left)
             self._looked = time.monotonic()
             if num_tokens != self._num_tokens:
                 self._num_tokens, self._last_sign = num_tokens, self._looked

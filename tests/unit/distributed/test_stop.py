@@ -203,7 +203,7 @@ def press_again_and_again():
 stop._SAME_PRESS_S = 0.0  # two presses are two, however soon the second one comes
 with stop.listening(), stop.interruptible(), stop.at_sudden_end(lambda: print("released", flush=True)):
     {body}
-print("noted", sorted(stop._received))
+    print("noted", sorted(stop._received))
 """
 WAIT_FOR_THE_END = "; time.sleep(60)"
 
@@ -250,6 +250,14 @@ def test_term_after_ctrl_c_is_torchruns_second_press_and_no_signal_elsewhere():
     by_slurm = presses(both, TORCHELASTIC_RUN_ID="x", TORCHELASTIC_SIGNALS_TO_HANDLE="SIGINT")
     assert by_slurm.stdout == "noted [2, 15]\n", "torchrun does not hand on TERM there, so it is Slurm's"
     assert presses("press(signal.SIGTERM, signal.SIGTERM)", TORCHELASTIC_RUN_ID="x").stdout == "noted [15]\n"
+
+
+def test_a_signal_counts_until_the_process_listens_no_more():
+    with listening():
+        assert not stop.asked()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.asked()
+    assert not stop.asked()
 
 
 def test_handlers_are_put_back():

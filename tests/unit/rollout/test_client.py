@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from fake_vllm import FakeVllm, answer_to, fake_servers, tokens_behind
 
-from megatron_selfdistill.distributed import watchdog
+from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.vllm import patient_http
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.rollout.vllm.engine import EngineRequest
 
@@ -126,10 +130,10 @@ def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
 def test_a_slow_server_is_waited_for_while_it_answers_others(fake):
     server = VllmServer(fake.address, timeout_s=3.0)
     fake.seconds, fake.counts = 4.0, False
-    stop = threading.Event()
+    done = threading.Event()
 
     def others() -> None:
-        while not stop.wait(0.2):
+        while not done.wait(0.2):
             server.health()
 
     thread = threading.Thread(target=others)
@@ -137,7 +141,7 @@ def test_a_slow_server_is_waited_for_while_it_answers_others(fake):
     try:
         assert len(server.generate([request_of(1)])) == 1
     finally:
-        stop.set()
+        done.set()
         thread.join()
 
 
@@ -161,6 +165,34 @@ def test_waiting_can_be_interrupted(fake):
     with pytest.raises(EngineError, match="given up"):
         server.generate([request_of(1)])
     assert time.monotonic() - started < 10
+
+
+@contextmanager
+def preempted(monkeypatch: pytest.MonkeyPatch, patience_s: float) -> Iterator[None]:
+    """Send SIGTERM to this process shortly, as Slurm does to a run and its servers when it preempts the job."""
+    monkeypatch.setattr(patient_http, "_LEAVING_SECONDS", patience_s)
+    with stop.listening():
+        signal_comes = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+        signal_comes.start()
+        yield
+        signal_comes.join()
+        assert stop.asked()
+
+
+@pytest.mark.parametrize("path", ["/update_weights", "/inference/v1/generate"])
+def test_a_run_that_shall_end_does_not_wait_for_a_server_that_has_fallen_silent(fake, monkeypatch, path):
+    """The signal may have ended the engine behind the server."""
+    fake.hangs_at = path
+    server, started = VllmServer(fake.address, timeout_s=600), time.monotonic()
+    with preempted(monkeypatch, 1.0), pytest.raises(EngineError, match="within 1 s, and a signal has asked"):
+        server.generate([request_of(1)]) if "generate" in path else server.update_weights(complete="")
+    assert 1.0 < time.monotonic() - started < 60
+
+
+def test_a_run_that_shall_end_waits_for_a_server_that_writes_tokens(fake, monkeypatch):
+    fake.seconds, fake.gets_on = 4.5, True
+    with preempted(monkeypatch, 3.0):
+        assert len(VllmServer(fake.address, timeout_s=600).generate([request_of(1), request_of(2)])) == 2
 
 
 def test_the_token_is_sent_and_never_shown(fake):

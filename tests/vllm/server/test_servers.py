@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import models
 import pytest
-from real_servers import assert_session_ends, command_lines, sampler
+from real_servers import assert_session_ends, processes_of, sampler
 from responses import own, tokens
 from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests
 
+from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
@@ -198,7 +200,9 @@ def test_without_the_token_nothing_but_health_is_answered(servers):
                 urllib.request.urlopen(urllib.request.Request(server + path, headers=headers), timeout=60)
             assert refused.value.code == 401, path
     assert all(servers.reach.token not in one.log.read_text() for one in servers.processes)
-    assert all(servers.reach.token not in command for command in command_lines(servers.processes[1].process.pid))
+    assert all(
+        servers.reach.token not in command for command in processes_of(servers.processes[1].process.pid).values()
+    )
 
 
 @pytest.mark.parametrize("more", [["--host", "0.0.0.0"], ["--", "--host=::"]])
@@ -239,3 +243,26 @@ def test_servers_that_a_run_starts_serve_it_and_end_with_it(servers, expected, t
         finally:
             run.kill()
     assert_session_ends(server)
+
+
+def test_a_server_ends_although_its_engine_never_answers_a_request(servers):
+    """The server waits for the answers to calls of methods that its engine had not finished when it was ended."""
+    process = servers.processes[1].process
+    [engine] = [pid for pid, line in processes_of(process.pid).items() if "EngineCore" in line]
+    failures: list[EngineError] = []
+
+    def ask() -> None:
+        try:
+            VllmServer(servers.processes[1].address, servers.reach.token, TIMEOUT).workers()
+        except EngineError as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask)
+    os.kill(engine, signal.SIGSTOP)
+    asking.start()
+    time.sleep(1.0)  # the request is with the engine
+    process.terminate()
+    asking.join(60)
+    assert failures, "the request was neither answered nor dropped"
+    process.wait(60)
+    assert_session_ends(process.pid)

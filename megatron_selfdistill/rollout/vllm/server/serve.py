@@ -51,12 +51,16 @@ from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
 
 _GIB = 2**30
 _GRACE_SECONDS = 15.0
+# Seconds in which the requests of an ending server are answered.  vLLM never answers calls of methods and of weights
+# that its engine had not finished when it ended, and waits for these answers for ever unless a limit is set.
+_ANSWER_SECONDS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or SIGINT, or until the parent process or another node of the server has ended.
 
-    The parent process is named by the environment variable SELFDISTILL_SERVER_PARENT.
+    The parent process is named by the environment variable SELFDISTILL_SERVER_PARENT.  A server that ends drops the
+    requests that it cannot answer within seconds.
     """
     own, vllm_arguments = _split(sys.argv[1:] if argv is None else list(argv))
     options = parser().parse_args(own)
@@ -98,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if token:
         # The last middleware is the outermost.
         parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.access.TokenRequired"]
-    uvloop.run(run_server(parsed))
+    uvloop.run(run_server(parsed, timeout_graceful_shutdown=_ANSWER_SECONDS))
 
 
 def parser() -> argparse.ArgumentParser:
