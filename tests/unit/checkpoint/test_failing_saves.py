@@ -6,12 +6,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
 
 import checkpointed_run
+import psutil
 import pytest
 import torch
 from checkpointed_run import Setup
@@ -56,7 +56,7 @@ def lose_a_background_save(run_dir: Path) -> None:
     run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=True)
     run.save(1)
     if run.grid.rank == 0:
-        shutil.rmtree(run_dir)
+        run_dir.rename(run_dir.with_name("removed"))  # a writer may make a file while rmtree removes the others
     torch.distributed.barrier()
     with raises("was removed while a checkpoint was being written there in the background"):
         run.checkpointer.finish()
@@ -97,7 +97,7 @@ def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
 
     def half_written(transforms, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **_):
         Path(write_bucket[0]).write_bytes(b"half")
-        (run_dir / f"writer_{local_proc_idx}").write_text(str(os.getpid()))
+        (run_dir / f"writer_{os.getpid()}").touch()
         for descriptor in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):  # the pool waits for the rank's pipes to close
                 if not os.readlink(f"/proc/self/fd/{descriptor}").endswith(".lock"):
@@ -115,6 +115,16 @@ def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
     run.checkpointer.finish()
 
 
+def wait_for_the_end_of(processes: list[int]) -> None:
+    """Return when the processes have released their files, which a busy machine does some time after SIGKILL."""
+    deadline = time.monotonic() + 60
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < deadline, f"process {process} has not ended"
+                time.sleep(0.01)
+
+
 def resume_and_save(run_dir: Path, step: int) -> None:
     run = checkpointed_run.start(dataclasses.replace(PLAIN, seed=1), run_dir)
     assert run.load_latest()["step"] == step
@@ -128,7 +138,7 @@ def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
     directory = tmp_path / "checkpoints"
     with pytest.raises(RankError, match="exit code -9"):
         ranks.run(killed_in_a_save, tmp_path, async_save, world_size=1)
-    writers = [int(path.read_text()) for path in tmp_path.glob("writer_*")]
+    writers = [int(path.name.removeprefix("writer_")) for path in tmp_path.glob("writer_*")]
     assert writers
     try:
         ranks.run(resume_and_save, tmp_path, 1, world_size=1)
@@ -137,7 +147,7 @@ def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
     finally:
         for writer in writers:
             os.kill(writer, signal.SIGKILL)
-    time.sleep(0.1)
+    wait_for_the_end_of(writers)
     ranks.run(resume_and_save, tmp_path, 2, world_size=1)
     steps = [f"iter_000000{step}" for step in (1, 2, 3)]
     assert checkpoint_names(tmp_path) == [*steps, "latest_checkpointed_iteration.txt"]

@@ -102,8 +102,11 @@ def test_rank_0s_result_reaches_every_rank_and_each_ranks_own_stays_there(ranks)
     assert ranks.run(results, world_size=2) == [("of 0", "of 0"), ("of 0", "of 1")]
 
 
-def run_long(seconds: float) -> tuple[Any, int]:
-    """Return the result of `run_long_on_rank_0` and the number of broadcasts in which the ranks met meanwhile."""
+def run_long(meetings: int) -> tuple[Any, int]:
+    """Return the result of `run_long_on_rank_0` and the number of broadcasts in which the ranks met.
+
+    The work on rank 0 ends after so many of these ``meetings``.
+    """
     rank, met = dist.get_rank(), []
     original = dist.broadcast
 
@@ -113,7 +116,8 @@ def run_long(seconds: float) -> tuple[Any, int]:
 
     def work() -> str:
         assert rank == 0
-        time.sleep(seconds)
+        while len(met) < meetings:
+            time.sleep(0.01)
         return "done"
 
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +127,7 @@ def run_long(seconds: float) -> tuple[Any, int]:
 
 
 def test_work_of_rank_0_may_take_longer_than_a_collective_may_wait(ranks):
-    first, second = ranks.run(run_long, 0.55, world_size=2)
+    first, second = ranks.run(run_long, 4, world_size=2)
     assert (first[0], second[0]) == ("done", None)
     assert first[1] == second[1] >= 4
 

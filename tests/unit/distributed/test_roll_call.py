@@ -17,20 +17,21 @@ def run(ranks: Any, function: Any, *arguments: Any, world_size: int = 3) -> list
     return ranks.run(function, *arguments, world_size=world_size, init_process_group=False)
 
 
-def answers() -> tuple[str, float]:
+def answers() -> tuple[str, float, float]:
+    """Return the common answer, when this rank came, and when it had the answer; rank 2 comes late."""
     ranks = RollCall()
     if ranks.rank == 2:
         time.sleep(0.5)
-    began = time.monotonic()
+    came = time.monotonic()  # one clock for all processes of a machine
     word = ranks.answer("directory", f"from {ranks.rank}")
-    seconds = time.monotonic() - began
+    answered = time.monotonic()
     ranks.leave()
-    return word, seconds
+    return word, came, answered
 
 
 def test_all_ranks_wait_for_the_last_one_and_get_rank_0s_word(ranks):
-    words, seconds = zip(*run(ranks, answers), strict=True)
-    assert words == ("from 0",) * 3 and min(seconds[:2]) > 0.3 > seconds[2]
+    words, came, answered = zip(*run(ranks, answers), strict=True)
+    assert words == ("from 0",) * 3 and min(answered) >= max(came)
 
 
 def fails(who: list[int], messages: list[str]) -> Any:
