@@ -231,6 +231,9 @@ class OutputLayer:
     """An addition to the line of the log."""
     copies: float = 1.0
     """The number of copies of the materialised logits that exist at a time."""
+    mix_copies: float = 0.0
+    """The number of copies of a chunk's logits that exist besides while the reference's materialised logits are mixed
+    into the teacher's: the reference's and the mix, in float32; 0 where the hidden states of both are mixed."""
 
     @property
     def largest(self) -> float:
@@ -246,7 +249,7 @@ class OutputLayer:
         """Return the number of tokens whose logits exist at a time, including gradients, of ``tokens`` tokens."""
         chunk = min(self.chunk_tokens, tokens)
         tokens_by_mode = {
-            MATERIALISED: self.num_models * self.copies * tokens,
+            MATERIALISED: self.num_models * self.copies * tokens + self.mix_copies * chunk,
             "keep_gradient": tokens + chunk,
             "low_memory": 2 * chunk,
         }
@@ -255,9 +258,11 @@ class OutputLayer:
     def tokens_with_states(self, tokens: float) -> float:
         """Return the number of tokens whose hidden states of full width exist at a time, of ``tokens`` tokens.
 
-        With the fused loss this includes, for one chunk, the teacher's states and the joined states of both models.
+        With the fused loss this includes, for one chunk, the teacher's states and the joined states of both models.  A
+        reference that is projected apart has the states of all tokens, or with the fused loss of one chunk.
         """
-        return self.num_models * tokens if self.fusion is None else tokens + 3 * min(self.chunk_tokens, tokens)
+        models, chunks = (self.num_models + 1, 4) if self.mix_copies else (self.num_models, 3)
+        return models * tokens if self.fusion is None else tokens + chunks * min(self.chunk_tokens, tokens)
 
     def __str__(self) -> str:
         fused = f"fused with the loss in chunks of {self.chunk_tokens} tokens, {self.mode}"
@@ -299,6 +304,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
         token_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
         max_tokens=config.schedule.max_tokens // parallel.context_parallel_size,
         copies=1.0 if has_teacher else next_token_copies(element_size),
+        mix_copies=2 * 4 / element_size if config.is_anchored and (config.copies_reference or cannot) else 0.0,
     )
     share = config.cluster.gpu_memory_gb * DEFAULT_LOGITS_SHARE
     limit = (share if loss.max_logits_gb is None else loss.max_logits_gb) * 2**30

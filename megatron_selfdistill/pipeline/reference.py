@@ -71,5 +71,4 @@ class Reference:
         for teacher, chunk in zip(
             teacher_logits.split(self.chunk_tokens), states.split(self.chunk_tokens), strict=True
         ):
-            mix = mixed_logits(project(self.last, chunk).float(), teacher, weight, 1.0)
-            teacher.copy_(mix.div_(1 + weight))
+            teacher.copy_(mixed_logits(project(self.last, chunk).float(), teacher, weight, 1.0).div_(1 + weight))

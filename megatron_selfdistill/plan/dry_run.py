@@ -33,6 +33,7 @@ _SERVED_SHARE = 0.8
 
 RECOMPUTE_ALL = "schedule.recompute_granularity=full schedule.recompute_method=uniform schedule.recompute_num_layers=1"
 """The keys with which a run keeps only the inputs of layers, in a form that can be pasted into a command."""
+_WITHOUT_SECOND_COPY = "set teacher.weights=frozen, whose copy of the weights is also the reference"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Plan:
             if trains
             else "raise rollout.engine_tp, lower rollout.kv_cache_gb, set teacher.offload=cpu, or sample on servers"
         )
+        if self.config.copies_reference:
+            advice += f", or {_WITHOUT_SECOND_COPY}"
         return (
             f"pipeline stage {stage} needs {most.peak:.1f} GiB per GPU while {'training' if trains else 'sampling'} "
             f"({parts}), but cluster.gpu_memory_gb is {room:g}: {advice}"
@@ -100,8 +103,10 @@ class Plan:
         if self.host.peak <= room:
             return None
         advice = ["plan for more nodes (cluster.num_gpus)"]
-        if self.host.resting["teacher"]:
+        if self.host.resting["teacher"] or self.host.resting["reference"]:
             advice.append("set teacher.offload=none")
+        if self.host.resting["reference"]:
+            advice.append(_WITHOUT_SECOND_COPY)
         if self.host.resting["teacher states"]:
             advice.append("raise schedule.teacher_store_gb")
         return (
@@ -160,7 +165,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         schedule=step.schedule,
         host=host_memory(config, transformer, built, load),
         output_layer=choose_output_layer(config, load.vocab_size),
-        engines=engines(config, transformer, built, num_gpus, kv_cache_gib) if samples else None,
+        engines=engines(config, transformer, built, num_gpus, kv_cache_gib, load.vocab_size) if samples else None,
     )
 
 

@@ -7,7 +7,7 @@ when the number of its sequences reaches the balance, or the number that the KV 
 
     balance  = `BALANCE` * all parameters / parameters that a token uses (fewer in a mixture of experts)
     rollout  = longest response * bytes of weights per GPU / bandwidth * max(1, sequences / full)
-    training = FLOPs per parameter and token * parameters used * response tokens / (GPUs * FLOP/s * `MFU`)
+    training = `training_flops` per token * response tokens / (GPUs * FLOP/s * `MFU`)
 
 The mean response and the mean prompt are assumed to be a third (`MEAN`) of the longest.
 """
@@ -22,6 +22,7 @@ from typing import Any
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.plan.memory import GIB, element_size, engine_weight_gib
 from megatron_selfdistill.plan.stages import Stage
+from megatron_selfdistill.rollout.factory import configured_target
 
 BANDWIDTH = 4.3e12
 """The bytes per second that an H200 copies within its own memory."""
@@ -77,11 +78,14 @@ class Engines:
         )
 
 
-def engines(config: Config, transformer: Any, built: Sequence[Stage], num_gpus: int, kv_cache_gib: float) -> Engines:
+def engines(
+    config: Config, transformer: Any, built: Sequence[Stage], num_gpus: int, kv_cache_gib: float, vocab_size: int
+) -> Engines:
     """Return the `Engines` of a configuration that samples with vLLM.
 
     ``transformer``: Megatron's configuration of the model.  ``built``: its stages.  ``kv_cache_gib``: GiB per GPU of a
-    colocated engine's KV cache; this function computes the KV cache of a server.
+    colocated engine's KV cache; this function computes the KV cache of a server.  ``vocab_size``: the rows of the
+    output layer's weight, padding included.
     """
     rollout, data = config.rollout, config.data
     colocated = rollout.placement == "colocated"
@@ -99,8 +103,8 @@ def engines(config: Config, transformer: Any, built: Sequence[Stage], num_gpus: 
     capacity = max(1, int(kv_cache_gib * GIB / kv_cache_bytes(config, transformer) / held))
     balance = BALANCE * parameters / active * element_size(config) / 2
     reading = rollout.max_new_tokens * weight_gib * GIB / BANDWIDTH
-    flops = 6 + 2 * (config.objective == "self_distillation") + 2 * (transformer.recompute_granularity == "full")
-    training = flops * active * MEAN * rollout.max_new_tokens * responses / (num_gpus * FLOPS * MFU)
+    flops = training_flops(config, transformer, active, vocab_size)
+    training = flops * MEAN * rollout.max_new_tokens * responses / (num_gpus * FLOPS * MFU)
     full = min(balance, capacity)
     enough = min(full, sequences * reading / training)
     return Engines(
@@ -111,6 +115,23 @@ def engines(config: Config, transformer: Any, built: Sequence[Stage], num_gpus: 
         seconds=(reading * max(1.0, sequences / full), training),
         batch=2 ** math.ceil(math.log2(max(1.0, data.global_batch_size * enough / sequences))),
     )
+
+
+def training_flops(config: Config, transformer: Any, parameters: float, vocab_size: int) -> float:
+    """Return the FLOPs per response token of a step: 2 per parameter and forward pass, and 4 of the backward pass.
+
+    The student, the teacher and the reference have one forward pass each, and recomputing all layers is another one.
+    Teacher and reference are projected once as a mix, or once each where their weights differ; the match with the
+    reference's entropy projects the reference once more.  ``parameters``: the parameters that a token uses.
+    """
+    models = 1 + (config.objective == "self_distillation") + config.is_anchored
+    passes = models + 2 + (transformer.recompute_granularity == "full")
+    flops = 2.0 * passes * parameters
+    if config.is_anchored:
+        matches = configured_target(config.target, None).needs_reference_entropy
+        projections = 1 + config.copies_reference + matches
+        flops += 2.0 * (projections - 2) * float(transformer.hidden_size) * vocab_size
+    return flops
 
 
 def kv_cache_bytes(config: Config, transformer: Any) -> float:

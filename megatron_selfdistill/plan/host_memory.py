@@ -26,7 +26,7 @@ class HostMemory:
     """The host memory in GiB of the node whose ranks hold most; parts of 0 GiB are listed, too."""
 
     resting: dict[str, float]
-    """The parts that always exist: the offloaded teacher and its hidden states (pinned), buckets of weights."""
+    """The parts that always exist: the offloaded teacher and reference, hidden states (pinned), buckets of weights."""
     saving: dict[str, float]
     """The parts that a save adds: copies of the optimizer state and the weights.  A save in the background keeps the
     copies while the run trains."""
@@ -61,19 +61,21 @@ def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence
 def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> dict[str, float]:
     """Return the bytes that one rank of ``stage`` holds permanently."""
     teacher = config.teacher
-    weights = states = 0.0
+    weights = reference = states = 0.0
     if config.objective == "self_distillation":
         if teacher.offload == "cpu" and teacher.weights != "current":
             weights = stage.parameters * (element_size(config) + (4 if teacher.weights == "ema" else 0))
+        if teacher.offload == "cpu" and config.copies_reference:
+            reference = stage.parameters * element_size(config)
         if stage.projects:
             states = max(teacher_state_bytes(config, transformer, load) - config.schedule.teacher_store_gb * GIB, 0.0)
-    return {"teacher": weights, "teacher states": states, "weight bucket": 0.0}
+    return {"teacher": weights, "reference": reference, "teacher states": states, "weight bucket": 0.0}
 
 
 def _saving(config: Config, stage: Stage) -> dict[str, float]:
     """Return the bytes that a save adds on one rank of ``stage``; each rank writes its share of replicated parts.
 
-    The frozen teacher, which is written once before the rest, takes less.
+    The frozen teacher or reference, which is written once before the rest, takes less.
     """
     optimizer = config.optimizer
     if optimizer.use_distributed_optimizer:

@@ -66,9 +66,9 @@ class Memory:
 def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> Memory:
     """Return the memory of the stage's first rank; a KV cache without a configured size takes a third of the rest."""
     resident = parameter_bytes(config, stage)
-    teacher = resident.pop("teacher")
+    frozen = {name: resident.pop(name) for name in ("teacher", "reference")}
     working = {
-        "teacher": teacher,
+        **frozen,
         "activations": activation_bytes(transformer, stage, load),
         "teacher states": teacher_state_bytes_on_device(config, transformer, load) if stage.projects else 0.0,
         "logits": logit_bytes(config, transformer, load) if stage.projects else 0.0,
@@ -77,7 +77,8 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     if not config.samples:
         return Memory(_gib(resident | working), {})
     offloaded = config.teacher.offload == "cpu"
-    engine = {"teacher": 0.0 if offloaded else teacher, "engine weights": 0.0, "weight bucket": 0.0}
+    engine = {name: 0.0 if offloaded else size for name, size in frozen.items()}
+    engine |= {"engine weights": 0.0, "weight bucket": 0.0}
     rollout = config.rollout
     if rollout.engine == "vllm":
         engine["weight bucket"] = rollout.bucket_mb * 2**20
@@ -104,11 +105,12 @@ def element_size(config: Config) -> int:
 
 
 def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
-    """Return the bytes of weights, gradients, optimizer state and teacher on this rank.
+    """Return the bytes of weights, gradients, optimizer state, teacher and reference on this rank.
 
     The gradients are float32.  The optimizer keeps two moments of Adam, or SGD's momentum, and in bf16 training a
-    float32 copy of the weights.  An average teacher also has a float32 master, unless it rests in host memory.  The
-    distributed optimizer divides its part over the ranks that hold the same parameters.
+    float32 copy of the weights.  An average teacher also has a float32 master, unless it rests in host memory.  A
+    frozen teacher is also the reference; beside another teacher the reference is one more copy.  The distributed
+    optimizer divides its part over the ranks that hold the same parameters.
     """
     optimizer, teacher = config.optimizer, config.teacher
     size = element_size(config)
@@ -123,6 +125,7 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
         "gradients": stage.parameters * 4,
         "optimizer": state * (stage.dense_parameters / sharers[0] + stage.expert_parameters / sharers[1]),
         "teacher": stage.parameters * taught,
+        "reference": stage.parameters * size if config.copies_reference else 0,
     }
 
 
@@ -231,12 +234,16 @@ def teacher_state_bytes_on_device(config: Config, transformer: TransformerConfig
 
 
 def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time."""
+    """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time.
+
+    With a reference the rank keeps as many of the reference, or, in steps that measure the teacher, of the mix.
+    """
     if config.objective != "self_distillation":
         return 0.0
     tokens = min(load.response_tokens, load.seq_length) if load.alternating else load.response_tokens
     width = transformer.hidden_size / transformer.tensor_model_parallel_size
-    return float(tokens / transformer.context_parallel_size * width * element_size(config))
+    num_models = 2 if config.is_anchored else 1
+    return float(num_models * tokens / transformer.context_parallel_size * width * element_size(config))
 
 
 def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import assert_resumes_equal, overrides, train
+from tiny_run import assert_resumes_equal, bytes_of, overrides, train
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
@@ -31,6 +31,17 @@ def test_a_resumed_run_equals_one_that_never_stopped_and_measures_the_teacher_wh
     assert measured == {1, 3}
     assert not any(TEACHER & line.keys() for line in lines if line["step"] not in measured)
     assert lines[-1]["entropy/target"] != pytest.approx(lines[-1]["entropy/student"], rel=1e-6)
+
+
+@pytest.mark.parametrize("teacher", ["ema", pytest.param("current", marks=pytest.mark.full)])
+def test_a_resumed_run_has_the_same_reference_beside_a_teacher_that_moves(ranks, data, tmp_path, teacher):
+    """The reference is stored once, beside the checkpoints."""
+    whole = tmp_path / "whole"
+    options = [*OPTIONS, f"teacher.weights={teacher}", "teacher.ema_decay=0.5", "teacher.offload=cpu", "num_steps=3"]
+    options += ["checkpoint.save_every=2", "optimizer.lr=1e-2"]
+    train(ranks, overrides(data, whole, *options))
+    halves = assert_resumes_equal(ranks, whole, lambda run_dir: overrides(data, run_dir, *options), step=2, num_steps=3)
+    assert bytes_of(halves / "teacher") == bytes_of(whole / "teacher") != {}
 
 
 def test_one_k_per_step_comes_from_the_references_entropy(ranks, data, tmp_path):

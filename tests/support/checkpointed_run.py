@@ -33,6 +33,8 @@ class Setup:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = ADAM
     teacher: str = "ema"
+    reference: bool = False
+    """Whether there is a reference besides the teacher, with the weights at the start."""
     seed: int = 0
     model_changes: dict[str, Any] = field(default_factory=dict)
 
@@ -56,6 +58,7 @@ class CheckpointedRun:
     optimizer: Any
     scheduler: Any
     teacher: Teacher
+    reference: Teacher | None
     checkpointer: Checkpointer
 
     @property
@@ -66,6 +69,7 @@ class CheckpointedRun:
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "teacher": self.teacher,
+            "reference": self.reference,
         }
 
     @property
@@ -121,6 +125,11 @@ class CheckpointedRun:
         with self.teacher.masters_in_place():
             return layouts.shards(self.teacher.chunks, lambda p: p.detach().float().clone())
 
+    def reference_weights(self) -> dict[str, Any]:
+        """Return the reference's weights; empty without a reference."""
+        chunks = self.reference.chunks if self.reference is not None else []
+        return layouts.shards(chunks, lambda p: p.detach().clone())
+
     def adam_steps(self) -> list[Tensor]:
         """Return the ``step`` tensor of every parameter's Adam state."""
         chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
@@ -136,14 +145,14 @@ def start(
     student = wrap_for_training(chunks, setup.optimizer)
     optimizer, scheduler = build_optimizer(student, setup.optimizer, 10)
     optimizer.reload_model_params()  # the weights were filled after the main parameters were made
-    teacher = Teacher(
-        setup.teacher,
-        student,
-        lambda: build_chunks(setup.model, config, grid, models.VOCAB_SIZE),
-        ema_decay=0.5,
-    )
+
+    def another_copy() -> list[Any]:
+        return build_chunks(setup.model, config, grid, models.VOCAB_SIZE)
+
+    teacher = Teacher(setup.teacher, student, another_copy, ema_decay=0.5)
+    reference = Teacher("frozen", student, another_copy) if setup.reference else None
     checkpointer = Checkpointer(run_dir, grid, keep_last=keep_last, async_save=async_save)
-    run = CheckpointedRun(setup, grid, student, optimizer, scheduler, teacher, checkpointer)
+    run = CheckpointedRun(setup, grid, student, optimizer, scheduler, teacher, reference, checkpointer)
     for index in range(1, steps + 1):
         run.step(index)
     return run
@@ -186,6 +195,7 @@ def end_of(run: CheckpointedRun, numbers: list[float]) -> dict[str, Any]:
         "parameters": run.parameters(),
         "weights": run.weights(),
         "teacher": run.teacher_weights(),
+        "reference": run.reference_weights(),
         "lr": run.optimizer.param_groups[0]["lr"],
         "random_numbers": numbers,
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import checkpointed_run
 import layouts
+import pytest
 from checkpointed_run import ADAM, Setup
 from saved_checkpoints import raises, tensor_keys
 
@@ -76,6 +77,41 @@ def lose_the_manifest_of_the_teacher(run_dir: Path) -> None:
 
 def test_a_frozen_teacher_without_its_manifest_is_refused_unless_asked_for(ranks, tmp_path):
     ranks.run(lose_the_manifest_of_the_teacher, tmp_path, world_size=1)
+
+
+def keep_a_reference(setup: Setup, run_dir: Path) -> None:
+    run = checkpointed_run.start(setup, run_dir, steps=1)
+    run.save(1)
+    kept = layouts.join([run.reference_weights()])
+    assert layouts.worst_difference(layouts.join([run.weights()]), kept)[0] > 0, "the student must have moved"
+
+    resumed = checkpointed_run.start(dataclasses.replace(setup, seed=3), run_dir)
+    resumed.load_latest()
+    assert layouts.worst_difference(layouts.join([resumed.reference_weights()]), kept)[0] == 0
+    assert layouts.worst_difference(layouts.join([resumed.teacher_weights()]), kept)[0] > 0
+
+    checkpointed_run.start(dataclasses.replace(setup, seed=4), run_dir).save(4)  # of a later start
+    with raises("not the teacher that this checkpoint was trained with"):
+        resumed.load(run_dir / "checkpoints" / "iter_0000001")
+
+
+@pytest.mark.parametrize("teacher", ["ema", "current"])
+def test_a_reference_beside_another_teacher_is_kept_like_a_frozen_teacher(ranks, tmp_path, teacher):
+    setup = dataclasses.replace(FROZEN, teacher=teacher, reference=True)
+    ranks.run(keep_a_reference, setup, tmp_path, world_size=1)
+
+
+def ask_for_a_reference(run_dir: Path) -> None:
+    setup = dataclasses.replace(FROZEN, teacher="ema")
+    checkpointed_run.start(setup, run_dir, steps=1).save(1)
+    checkpointed_run.start(FROZEN, run_dir).save(2)  # whose teacher must not become the reference
+    run = checkpointed_run.start(dataclasses.replace(setup, reference=True), run_dir)
+    with raises("was saved without the initial weights that target.anchor=reference needs"):
+        run.load(run_dir / "checkpoints" / "iter_0000001")
+
+
+def test_a_checkpoint_without_initial_weights_gives_no_reference(ranks, tmp_path):
+    ranks.run(ask_for_a_reference, tmp_path, world_size=1)
 
 
 def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:

@@ -13,6 +13,7 @@ from ranks import RankPool
 from tiers import combinations
 from torch import Tensor
 
+from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
@@ -238,6 +239,81 @@ def test_the_fused_layer_projects_the_mixed_states_once(mode: str) -> None:
     got.loss.sum().backward()
     torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fused.grad, plain.grad, rtol=1e-4, atol=1e-4)
+
+
+def fused_with_two_weights(mode: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return loss and gradient of the fused layer where teacher and reference have other weights, and of float64."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, reference = (torch.randn(11, 16, generator=generator).to(dtype) for _ in range(3))
+    group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+    vocab, target = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, group), TARGETS["reference's entropy"]
+    weights = [torch.randn(PADDED_VOCAB_SIZE, 16, generator=generator).to(dtype) for _ in range(3)]
+    own = [weight[vocab.start : vocab.start + vocab.size] for weight in weights]
+    tokens = torch.randint(VOCAB_SIZE, (11,), generator=generator)
+    s, t, r = (
+        h.double() @ w[:VOCAB_SIZE].double().t() for h, w in zip((student, teacher, reference), weights, strict=True)
+    )
+    hidden = student.double().clone().requires_grad_()
+    expected, of_logits, _ = oracle(s, t, r, target, "reverse_kl")
+    (gradient,) = torch.autograd.grad(hidden @ weights[0][:VOCAB_SIZE].double().t(), hidden, of_logits)
+
+    cut = slice(None)
+    if group is not None:  # each rank holds a slice of the width
+        width = 16 // dist.get_world_size()
+        cut = slice(dist.get_rank() * width, (dist.get_rank() + 1) * width)
+    trained = student.clone().requires_grad_()
+    got = fused_distillation_loss(
+        trained,
+        teacher[:, cut],
+        own[0],
+        own[1],
+        tokens,
+        target=target,
+        divergence=Divergence(),
+        vocab=vocab,
+        reference_entropy=vocab_entropy(reference @ own[2].t(), vocab),
+        reference=(reference[:, cut], own[2]),
+        chunk_tokens=4,
+        mode=mode,
+    )
+    got.loss.sum().backward()
+    assert trained.grad is not None
+    return got.loss.detach(), trained.grad, expected, gradient
+
+
+def fused_with_two_weights_in_each_mode() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    return [fused_with_two_weights(mode, torch.float32) for mode in FUSED_MODES]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_fused_layer_projects_a_reference_with_other_weights_apart(ranks: RankPool, world_size: int) -> None:
+    for rank in ranks.run(fused_with_two_weights_in_each_mode, world_size=world_size):
+        for loss, gradient, expected, expected_gradient in rank:
+            torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", FUSED_MODES)
+def test_two_projections_in_float64_equal_the_definition(mode: str) -> None:
+    loss, gradient, expected, expected_gradient = fused_with_two_weights(mode, torch.float64)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)  # beta is solved to 1e-5 nats
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reference_of_another_shape_or_without_its_target_is_refused() -> None:
+    student, weight = torch.randn(3, 16), torch.randn(PADDED_VOCAB_SIZE, 16)
+    vocab = VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE)
+    arguments = (student, student, weight, None, torch.zeros(3, dtype=torch.int64))
+    options = {"divergence": Divergence(), "vocab": vocab}
+    anchored = Target("fixed", anchor="reference")
+    for target, reference, words in (
+        (Target(), (student, weight), "reference must be None without anchor=reference"),
+        (anchored, (student[:2], weight), r"the reference's \[3, 16\]"),
+        (anchored, (student, weight[:5]), r"weights must be \[192, 16\]"),
+        (anchored, (student.double(), weight), "must have one dtype"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fused_distillation_loss(*arguments, target=target, reference=reference, **options)
 
 
 def test_the_entropy_of_a_vocabulary_is_that_of_its_valid_columns() -> None:

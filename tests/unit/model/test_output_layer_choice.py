@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import models
 import pytest
 import torch
 
@@ -14,8 +16,10 @@ from megatron_selfdistill.config.compose import from_mapping
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.output_layer import Fusion, OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline import token_losses
+from megatron_selfdistill.pipeline.reference import Reference
 
 GIB = 2**30
 ROWS = 16384
@@ -72,15 +76,24 @@ def bytes_of_next_token_training(dtype: torch.dtype, num_valid: int) -> tuple[in
     hidden = torch.randn(NEXT_TOKEN_ROWS, WIDTH, dtype=dtype, requires_grad=True)
     weight = torch.randn(PADDED, WIDTH, dtype=dtype, requires_grad=True)
     tokens = torch.arange(NEXT_TOKEN_ROWS)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+
+    def train() -> None:
         stats = token_losses.next_token(hidden @ weight.t(), None, tokens, VocabShard(0, PADDED, num_valid))
         stats.loss.sum().backward()
+
+    return peak_of(train), weight.nbytes
+
+
+def peak_of(work: Callable[[], None]) -> int:
+    """Return the largest number of bytes that ``work`` holds at a time, besides what it was given."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
     now = peak = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak, weight.nbytes
+    return peak
 
 
 PRECISIONS = {"bf16": (torch.bfloat16, 3), "fp32": (torch.float32, 1)}
@@ -104,6 +117,27 @@ def test_next_token_training_takes_the_rows_of_logits_that_a_run_announces(ranks
         dtype, copies = PRECISIONS[precision]
         assert announced == copies * NEXT_TOKEN_ROWS * PADDED * dtype.itemsize
         assert announced <= peak < announced + 2 * rest, num_valid
+
+
+def bytes_of_mixing(dtype: torch.dtype) -> int:
+    """Return the peak of memory while the reference's logits are mixed into the teacher's, in chunks of 16 tokens."""
+    (chunk,), _ = models.build(models.model_config("shallow", make_vocab_size_divisible_by=PADDED), ParallelConfig())
+    reference = Reference(Target(anchor="reference"), [chunk.to(dtype)], chunk_tokens=16)
+    teacher, states = torch.randn(NEXT_TOKEN_ROWS, PADDED).to(dtype), torch.randn(NEXT_TOKEN_ROWS, 1, 32).to(dtype)
+    return peak_of(lambda: reference.mix_into(teacher, states))
+
+
+def test_mixing_two_projections_takes_the_copies_of_a_chunk_that_a_run_announces(ranks):
+    for precision, (dtype, _) in PRECISIONS.items():
+        sections = {"target": {"anchor": "reference"}, "loss": {"fused_chunk_tokens": 16}}
+        layers = [
+            choose_output_layer(from_mapping(sections | more | {"optimizer": {"precision": precision}}), PADDED)
+            for more in ({}, {"teacher": {"weights": "ema"}})
+        ]
+        once, twice = (layer.tokens_with_logits(NEXT_TOKEN_ROWS) * layer.token_bytes for layer in layers)
+        (peak,) = ranks.run(bytes_of_mixing, dtype, world_size=1)
+        cast = 0 if precision == "fp32" else 16 * PADDED * 4  # a CPU makes a float32 copy of the teacher's logits
+        assert peak == pytest.approx(twice - once + cast, rel=0.02), precision
 
 
 def test_what_is_asked_for_is_taken_whatever_its_size():

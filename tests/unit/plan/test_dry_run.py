@@ -122,6 +122,34 @@ def test_the_first_part_that_does_not_fit_is_named(overrides, words):
     assert message is not None and words in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        ["schedule.max_tokens=65536"],
+        ["cluster.gpu_memory_gb=40"],
+        ["cluster.host_memory_gb=100", "teacher.offload=cpu"],
+    ],
+    ids=["training", "sampling", "host"],
+)
+def test_the_second_copy_of_a_reference_is_named_where_something_does_not_fit(part):
+    advice = "set teacher.weights=frozen, whose copy of the weights is also the reference"
+    anchored = ["recipe=qwen3_8b", "target=anchored", *part]
+    for weights in ("ema", "current"):
+        message = dry_run(load([*anchored, f"teacher.weights={weights}"])).misfit()
+        assert message is not None and message.endswith(f", or {advice}") and "\n" not in message
+    assert advice not in (dry_run(load(anchored)).misfit() or "")
+
+
+def test_a_run_that_fits_with_one_copy_does_not_fit_with_a_second_one():
+    small = ["recipe=qwen3_8b", "target=anchored", "rollout.kv_cache_gb=1"]
+    one, two = (dry_run(load([*small, f"teacher.weights={weights}"])) for weights in ("frozen", "ema"))
+    between = (max(each.peak for each in one.memory) + max(each.peak for each in two.memory)) / 2
+    small.append(f"cluster.gpu_memory_gb={between}")
+    assert dry_run(load(small)).misfit() is None
+    message = dry_run(load([*small, "teacher.weights=ema"])).misfit()
+    assert message is not None and "needs" in message
+
+
 def test_what_does_not_fit_is_refused_after_its_table(capsys):
     assert main(["recipe=qwen3_32b", "parallel.tensor_model_parallel_size=4", "dry_run=true"]) == EXIT_BAD_INPUT
     captured = capsys.readouterr()

@@ -34,6 +34,20 @@ def test_a_rollout_takes_the_reads_of_all_weights_for_each_token_whatever_the_ba
     assert many.seconds[1] == pytest.approx(8 * training, rel=1e-3)
 
 
+def test_a_reference_takes_a_forward_pass_and_its_projections():
+    recipe = ("recipe=qwen3_8b", "data.global_batch_size=64")
+    projection, parameters = 2 * 4096 * 151936, 8.190735e9
+    plain = engines_of(*recipe).seconds[1] / 8
+    for overrides, extra in {
+        (): 0,  # the mix is projected once, and the reference once for its entropy
+        ("target.match=student",): -1,
+        ("teacher.weights=ema",): 1,
+        ("teacher.weights=current", "target.match=student"): 0,
+    }.items():
+        found = engines_of(*recipe, "target=anchored", *overrides).seconds[1]
+        assert found / plain == pytest.approx(10 + extra * projection / parameters, rel=1e-3), overrides
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -9,7 +9,14 @@ import pytest
 import torch
 from models import build, model_config, parallel, planned
 
-from megatron_selfdistill.config import Config, OptimizerConfig, ScheduleConfig, TeacherConfig, from_mapping
+from megatron_selfdistill.config import (
+    Config,
+    OptimizerConfig,
+    ScheduleConfig,
+    TargetConfig,
+    TeacherConfig,
+    from_mapping,
+)
 from megatron_selfdistill.data.packing import _microbatch
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
@@ -87,6 +94,15 @@ def test_a_teacher_takes_its_copy_and_an_average_its_master(teacher, factor):
     assert parameter_bytes(config, stage)["teacher"] == factor * stage.parameters
     baseline = dataclasses.replace(config, objective="sft")
     assert parameter_bytes(baseline, stage)["teacher"] == 0
+
+
+@pytest.mark.parametrize(("weights", "copies"), [("frozen", 0), ("ema", 1), ("current", 1)])
+def test_a_frozen_teacher_is_the_reference_and_another_one_needs_a_second_copy(weights, copies):
+    (stage,) = planned(model_config(), parallel(), 1)
+    anchored = from_mapping({"target": {"anchor": "reference"}, "teacher": {"weights": weights}})
+    assert parameter_bytes(anchored, stage)["reference"] == copies * 2 * stage.parameters
+    for without in ({"objective": "sft"}, {"target": TargetConfig()}):
+        assert parameter_bytes(dataclasses.replace(anchored, **without), stage)["reference"] == 0
 
 
 def saved_bytes(model, tokens) -> int:
@@ -183,6 +199,12 @@ def test_rows_and_logits_are_the_last_stages():
     assert kept == ((1024 + 100) * 64 + (1024 + 3 * 100) * 32) * 2 / GIB
     made_again = planned_memory(loss={"fused": "low_memory", **chunk}).training["logits"]
     assert made_again == (2 * 100 * 64 + (1024 + 3 * 100) * 32) * 2 / GIB
+    reference = {"target": {"anchor": "reference"}, "teacher": {"weights": "current"}}
+    apart = planned_memory(**reference, loss={"fused": "none", **chunk}).training
+    assert apart["teacher states"] == 2 * last["teacher states"], "teacher and reference, or teacher and mix"
+    assert apart["logits"] == (2 * 1024 * 64 + 4 * 100 * 64 + 3 * 1024 * 32) * 2 / GIB
+    apart = planned_memory(**reference, loss={"fused": "keep_gradient", **chunk}).training
+    assert apart["logits"] == ((1024 + 100) * 64 + (1024 + 4 * 100) * 32) * 2 / GIB
     capped = planned_memory(schedule={"teacher_store_gb": 1e-6}).training
     assert capped["teacher states"] == pytest.approx(1e-6)
 
@@ -197,6 +219,11 @@ def test_a_colocated_engine_comes_beside_the_resident_parts_only():
     offloaded = planned_memory(rollout=kept, teacher={"offload": "cpu"})
     assert offloaded.rollout_peak == pytest.approx(found.rollout_peak - found.training["teacher"])
     assert offloaded.training_peak == found.training_peak
+    both = {"target": {"anchor": "reference"}, "teacher": {"weights": "ema"}}
+    resting = planned_memory(rollout=kept, target=both["target"], teacher={"weights": "ema", "offload": "cpu"})
+    assert resting.rollout_peak == pytest.approx(offloaded.rollout_peak), "the reference rests like the teacher"
+    held = planned_memory(rollout=kept, **both)
+    assert held.rollout["reference"] == held.training["reference"] == found.training["teacher"] > 0
 
 
 def test_servers_take_nothing_but_a_bucket_and_a_cache_of_no_stated_size_a_third_of_what_is_free():
