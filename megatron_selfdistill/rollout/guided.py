@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sampling of one guided token from the mixed target of the same weights under two prompts.
+"""The sampling of one guided token from the mixed target, out of the logits of several contexts.
 
-    q = softmax(beta (w l_T + l_S)),  beta as in the loss
+    q = softmax(beta (w l_T + a)),  beta as in the loss
 
-l_S are the logits under the student's prompt and l_T the logits under the teacher's prompt, both with the same response
-so far.  The module needs torch only, so that it also runs inside other engines' processes.
+l_T are the logits under the teacher's prompt, and a are the anchor's logits under the student's prompt, all with the
+same response so far.  The anchor is the student (l_S) or, with ``target.anchor=reference``, a frozen reference (l_R).
+The module needs torch only, so that it also runs inside other engines' processes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, solve_target
+from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
+from megatron_selfdistill.loss.sharded.vocab_parallel import TargetSolution, VocabShard, solve_target
 from megatron_selfdistill.loss.target import Target, mixed_logits
 from megatron_selfdistill.rollout.base import Request, SamplingParams, invert_cdf, token_log_probs
 
@@ -24,7 +26,7 @@ _MAX_ELEMENTS = {"cpu": 2**20, "other": 2**24}
 
 @dataclass(frozen=True)
 class MixedTokens:
-    """One token for each of b pairs of contexts; log-probabilities are ``[b]`` float64, in nats."""
+    """One token for each of b groups of contexts; log-probabilities are ``[b]`` float64, in nats."""
 
     token_ids: Tensor
     """Sampled token ids ``[b]`` int64."""
@@ -43,24 +45,35 @@ def select_mixed_tokens(
     target: Target,
     *,
     greedy: bool,
+    reference_logits: Tensor | None = None,
     backend: str | None = None,
 ) -> MixedTokens:
-    """Sample one token per pair of rows from the mixed target, by inverting its cumulative distribution in float64.
+    """Sample one token per group of rows from the mixed target, by inverting its cumulative distribution in float64.
 
-    token = min {v : sum_{i <= v} q_i > uniform}, with log q = log_softmax(beta m), m = w l_T + l_S and the beta that
-    `loss.solve_target` finds, whatever rule ``target`` names; greedy: the argmax of m, the lowest id among equals.
-    Equal logits in both rows give q = softmax(l_S), from which `base.select_tokens` samples.
+    token = min {v : sum_{i <= v} q_i > uniform}, with log q = log_softmax(beta m), m = w l_T + l_S, or w l_T + l_R
+    with a reference, and the beta that `loss.solve_target` finds, whatever rule ``target`` names; greedy: the argmax of
+    m, the lowest id among equals.  Equal logits in all rows give q = softmax(l_S), from which `base.select_tokens`
+    samples.
 
-    Shapes: both logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused
-    when greedy.  A row with NaN gives a valid token with log-probability NaN.  ``backend`` is the backend of
-    `solve_target`.
+    Shapes: all logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused
+    when greedy.  ``reference_logits``: given if and only if the target is anchored to a reference.  A row with NaN
+    gives a valid token with log-probability NaN.  ``backend`` is the backend of `solve_target`.
 
-    Raises: ValueError if shapes do not fit.
+    Raises: ValueError if shapes do not fit, or if the reference's logits are missing or not asked for.
     """
-    if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
+    if target.is_anchored != (reference_logits is not None):
         raise ValueError(
-            "select_mixed_tokens: both logits must be [b, V] of one shape; "
-            f"got student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}."
+            "select_mixed_tokens: reference_logits must be given if and only if the target is anchored to a reference; "
+            f"got anchor={target.anchor} and {'no ' if reference_logits is None else ''}reference_logits."
+        )
+    anchor_logits = student_logits if reference_logits is None else reference_logits
+    if student_logits.dim() != 2 or not student_logits.shape == teacher_logits.shape == anchor_logits.shape:
+        shapes = {"student": student_logits, "teacher": teacher_logits} | (
+            {} if reference_logits is None else {"reference": reference_logits}
+        )
+        raise ValueError(
+            "select_mixed_tokens: all logits must be [b, V] of one shape; got "
+            f"{' and '.join(f'{name} {tuple(logits.shape)}' for name, logits in shapes.items())}."
         )
     if uniforms.shape != student_logits.shape[:1]:
         raise ValueError(
@@ -69,18 +82,27 @@ def select_mixed_tokens(
         )
     limit = _MAX_ELEMENTS["cpu" if student_logits.device.type == "cpu" else "other"]
     rows = max(1, limit // max(1, student_logits.size(1)))
-    groups = zip(student_logits.split(rows), teacher_logits.split(rows), uniforms.split(rows), strict=True)
-    sampled = [_select(student, teacher, some, target, greedy, backend) for student, teacher, some in groups]
+    all_logits = (student_logits, teacher_logits, anchor_logits)
+    groups = zip(*(logits.split(rows) for logits in all_logits), uniforms.split(rows), strict=True)
+    sampled = [_select(*some_logits, some, target, greedy, backend) for *some_logits, some in groups]
     token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*sampled, strict=True))
     return MixedTokens(token_ids, student_log_probs, teacher_log_probs, mixed_log_probs)
 
 
-def refuse_unguidable(params: SamplingParams) -> None:
-    """Raise ValueError if ``params`` would change the distribution from which guided tokens are sampled."""
+def refuse_unguidable(params: SamplingParams, *, has_reference: bool = False) -> None:
+    """Raise ValueError if a sampler cannot sample guided tokens from the target itself with ``params``.
+
+    ``has_reference``: whether the sampler holds the frozen weights of a reference.
+    """
     if params.temperature not in (0, 1) or params.top_k != 0 or params.top_p != 1:
         raise ValueError(
             "guided responses are sampled from the mixed target itself: they need temperature 1 (or 0, greedy), "
             f"top_k 0 and top_p 1; got temperature {params.temperature}, top_k {params.top_k} and top_p {params.top_p}"
+        )
+    if params.target.is_anchored and not has_reference:
+        raise ValueError(
+            "guided responses with target.anchor=reference are sampled from frozen weights, which this sampler does "
+            "not hold: sample in process with the frozen weights (rollout.engine=megatron), or set target.anchor=student"
         )
 
 
@@ -90,18 +112,44 @@ def longest_prompt(request: Request) -> int:
 
 
 def _select(
-    student_logits: Tensor, teacher_logits: Tensor, uniforms: Tensor, target: Target, greedy: bool, backend: str | None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    anchor_logits: Tensor,
+    uniforms: Tensor,
+    target: Target,
+    greedy: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, teacher = student_logits.double(), teacher_logits.double()
-    mix = mixed_logits(student, teacher, *target.mix_weights)
+    student, teacher, anchor = student_logits.double(), teacher_logits.double(), anchor_logits.double()
+    mix = mixed_logits(anchor, teacher, *target.mix_weights)
     if greedy:
         tokens = mix.argmax(-1)  # torch: "the indices of the first maximal value"
         mixed_log_probs = mix.new_zeros(mix.size(0))
     else:
-        vocab_size = mix.size(-1)
-        vocab = VocabShard(0, vocab_size, vocab_size)
-        solution = solve_target(student_logits, teacher_logits, target, vocab, backend=backend)
+        solution = _solution(student_logits, teacher_logits, anchor_logits, mix, target, backend)
         # The normaliser has the accuracy of float32 sums; `invert_cdf` divides by what remains of it.
         log_q = torch.addcmul(-solution.log_normaliser[:, None], mix, solution.beta[:, None])
         tokens, mixed_log_probs = invert_cdf(log_q.exp_(), uniforms)
     return tokens, token_log_probs(student, tokens), token_log_probs(teacher, tokens), mixed_log_probs
+
+
+def _solution(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    anchor_logits: Tensor,
+    mix: Tensor,
+    target: Target,
+    backend: str | None,
+) -> TargetSolution:
+    """Return the beta and the normaliser of every token; ``mix [b, V]`` float64 is m."""
+    vocab = VocabShard(0, mix.size(-1), mix.size(-1))
+    if not target.is_anchored:
+        return solve_target(student_logits, teacher_logits, target, vocab, backend=backend)
+    # With a reference, the loss takes the mix of both frozen models in the unit of logits in place of the teacher.
+    dtype = torch.float32
+    for logits in (student_logits, teacher_logits, anchor_logits):
+        dtype = torch.promote_types(dtype, logits.dtype)
+    folded, wanted = (mix / target.geometric_k).to(dtype), None
+    if target.needs_reference_entropy:
+        wanted = vocab_entropy(anchor_logits, vocab, backend=backend)
+    return solve_target(student_logits.to(dtype), folded, target, vocab, reference_entropy=wanted, backend=backend)

@@ -200,12 +200,14 @@ def _check_tokens(student_logits: Tensor, response_tokens: Tensor) -> None:
         )
 
 
-def check_reference_entropy(entropy: Tensor | None, num_tokens: int, target: Target) -> None:
+def check_reference_entropy(
+    entropy: Tensor | None, num_tokens: int, target: Target, caller: str = "distillation_loss"
+) -> None:
     """Raise ValueError unless the entropy of the reference is given exactly where the target needs it, [T]."""
     needed = target.needs_reference_entropy
     if (entropy is not None) != needed or (entropy is not None and tuple(entropy.shape) != (num_tokens,)):
         raise ValueError(
-            f"distillation_loss: reference_entropy must be {f'[{num_tokens}]' if needed else 'None'} with rule "
+            f"{caller}: reference_entropy must be {f'[{num_tokens}]' if needed else 'None'} with rule "
             f"{target.rule}, anchor {target.anchor} and match {target.match}; "
             f"got {None if entropy is None else tuple(entropy.shape)}."
         )
@@ -213,7 +215,7 @@ def check_reference_entropy(entropy: Tensor | None, num_tokens: int, target: Tar
 
 @dataclass(frozen=True)
 class TargetSolution:
-    """The target of T tokens in two numbers per token: log q = beta m - log_normaliser.
+    """The target of T tokens in two numbers per token: log q = beta m - log_normaliser, with m = w t + a.
 
     Both are float64 and equal on all ranks of the group.
     """
@@ -225,23 +227,30 @@ class TargetSolution:
 
 
 def solve_target(
-    student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard, *, backend: str | None = None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Target,
+    vocab: VocabShard,
+    *,
+    reference_entropy: Tensor | None = None,
+    backend: str | None = None,
 ) -> TargetSolution:
     """Return the beta of every token and its normaliser as `distillation_loss` finds them, bit for bit.
 
-    Shapes, ranks, backend, -inf and NaN: as `distillation_loss`; there is no response token, no divergence and no
-    gradient.
+    Shapes, ranks, reference, backend, -inf and NaN: as `distillation_loss`; there is no response token, no divergence
+    and no gradient.
     Collectives: three all-gathers over ``vocab.group``, two where the rule gives beta.
-    Raises: ValueError if shapes do not fit, for a backend that cannot run, or for a target with a reference.
+    Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
-    if target.is_anchored:
-        raise ValueError("solve_target: the target must be anchored to the student; got anchor=reference.")
     _check_logits("solve_target", student_logits, teacher_logits, vocab)
+    check_reference_entropy(reference_entropy, len(student_logits), target, caller="solve_target")
     with torch.no_grad():
         shard = make_shard(student_logits, teacher_logits, target, vocab)
-        chosen_backend = chosen(backend, student_logits, teacher_logits)
-        _, results = solve_shard(shard, None, BetaGrid.of(target, shard.dtype), vocab, chosen_backend, forward_kl=False)
-        return TargetSolution(results.beta, results.log_normaliser)
+        chosen_backend, grid = chosen(backend, student_logits, teacher_logits), BetaGrid.of(target, shard.dtype)
+        _, results = solve_shard(
+            shard, None, grid, vocab, chosen_backend, forward_kl=False, reference_entropy=reference_entropy
+        )
+        return TargetSolution(results.beta / grid.unit, results.log_normaliser)
 
 
 def make_shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:

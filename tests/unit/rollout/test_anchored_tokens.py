@@ -1,0 +1,154 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The sampling of one guided token where the target mixes the teacher with a frozen reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from responses import chi_square_p_value
+from torch import Tensor
+
+from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
+from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
+from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
+from megatron_selfdistill.rollout.guided import MixedTokens, refuse_unguidable, select_mixed_tokens
+
+TARGETS = {
+    "reference's entropy": Target(anchor="reference"),
+    "reference's entropy, strict": Target(anchor="reference", k_max=None),
+    "student's entropy": Target(anchor="reference", match="student", teacher_weight=2.0),
+    "student's entropy, strict": Target(anchor="reference", match="student", k_max=None),
+    "geometric mean": Target("fixed", anchor="reference"),
+    "batch": Target("batch", k=1.6, anchor="reference"),
+    "w = 0": Target(anchor="reference", teacher_weight=0.0),
+}
+
+
+def rows(count: int, columns: int = 41, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return logits of student, teacher and reference, among them sharp, flat and tied rows, and uniforms."""
+    generator = torch.Generator().manual_seed(7)
+    scale = torch.linspace(0.3, 4.0, count)[:, None]
+    reference = scale * torch.randn(count, columns, generator=generator)
+    teacher = reference + 1.5 * torch.randn(count, columns, generator=generator)
+    student = reference + torch.randn(count, columns, generator=generator)
+    student[0] = teacher[0] = reference[0]
+    teacher[1] = 20 * reference[1]
+    reference[2, :2] = teacher[2, 5:7] = 12.0  # two forks, with other columns
+    reference[3] = 0.0
+    student[4] = 0.1 * reference[4]
+    uniforms = torch.rand(count, generator=generator, dtype=torch.float64)
+    return student.to(dtype), teacher.to(dtype), reference.to(dtype), uniforms
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_token_is_sampled_where_the_definitions_cdf_passes_the_uniform(name: str, dtype: torch.dtype) -> None:
+    target = TARGETS[name]
+    student, teacher, reference, uniforms = rows(500, dtype=dtype)
+    sampled = select_mixed_tokens(student, teacher, uniforms, target, greedy=False, reference_logits=reference)
+    log_q = mixed_target(student.double(), teacher.double(), target, reference.double()).log_q
+    cdf = log_q.exp().cumsum(-1)
+    sure = (cdf - uniforms[:, None]).abs().amin(-1) > 1e-5
+    assert sure.sum() > 480
+    assert torch.equal(sampled.token_ids[sure], (cdf <= uniforms[:, None]).sum(-1)[sure])
+    for mine, expected in (
+        (sampled.mixed_log_probs, log_q),
+        (sampled.student_log_probs, student.double().log_softmax(-1)),
+        (sampled.teacher_log_probs, teacher.double().log_softmax(-1)),
+    ):
+        assert mine.dtype == torch.float64
+        torch.testing.assert_close(mine, expected.gather(1, sampled.token_ids[:, None])[:, 0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_target_is_solved_as_the_loss_solves_it_bit_for_bit(name: str) -> None:
+    target = TARGETS[name]
+    student, teacher, reference, _ = rows(200, 64)
+    vocab, w = VocabShard(0, 64, 61), target.teacher_weight
+    folded = ((w * teacher.double() + reference.double()) / (1 + w)).float()
+    wanted = vocab_entropy(reference, vocab) if target.needs_reference_entropy else None
+    solution = solve_target(student, folded, target, vocab, reference_entropy=wanted)
+    tokens = torch.zeros(200, dtype=torch.int64)
+    stats = distillation_loss(
+        student, folded, tokens, target=target, divergence=Divergence(), vocab=vocab, reference_entropy=wanted
+    )
+    assert torch.equal(solution.beta.float(), stats.beta)
+    mix = (w * teacher.double() + reference.double())[:, :61]
+    normaliser = (solution.beta[:, None] * mix).logsumexp(-1)
+    torch.testing.assert_close(solution.log_normaliser, normaliser, rtol=0, atol=2e-5)
+
+
+NUM_SAMPLES = 20_000
+
+
+def test_samples_tell_the_reference_from_the_student_and_both_entropies_apart() -> None:
+    student, teacher, reference, _ = (values[300] for values in rows(500, 10))
+    generator = torch.Generator().manual_seed(1)
+    uniforms = torch.rand(NUM_SAMPLES, generator=generator, dtype=torch.float64)
+    many = [logits.expand(NUM_SAMPLES, -1) for logits in (student, teacher, reference)]
+    target = Target(anchor="reference")
+    tokens = select_mixed_tokens(*many[:2], uniforms, target, greedy=False, reference_logits=many[2]).token_ids
+
+    def p_value(other: Target, anchor: Tensor | None) -> float:
+        probs = mixed_target(student.double(), teacher.double(), other, anchor).log_q.exp()
+        return chi_square_p_value(tokens, probs)
+
+    assert p_value(target, reference.double()) > 1e-3
+    assert p_value(Target(), None) < 1e-6
+    assert p_value(dataclasses.replace(target, match="student"), reference.double()) < 1e-6
+    assert p_value(dataclasses.replace(target, teacher_weight=0.6), reference.double()) < 1e-6
+
+
+def test_equal_logits_of_all_three_sample_what_the_student_samples() -> None:
+    student, _, _, uniforms = rows(500)
+    plain = select_tokens(student, uniforms, SamplingParams(1))
+    for name in ("reference's entropy", "student's entropy, strict", "geometric mean", "w = 0"):
+        sampled = select_mixed_tokens(
+            student, student, uniforms, TARGETS[name], greedy=False, reference_logits=student.clone()
+        )
+        assert torch.equal(sampled.token_ids, plain[0])
+        torch.testing.assert_close(sampled.mixed_log_probs, plain[2], rtol=0, atol=2e-6)
+
+
+def test_greedy_is_the_argmax_of_teacher_and_reference_whatever_the_student_says() -> None:
+    student, teacher, reference, uniforms = rows(300)
+    sampled = select_mixed_tokens(
+        student, teacher, uniforms, TARGETS["reference's entropy"], greedy=True, reference_logits=reference
+    )
+    assert torch.equal(sampled.token_ids, (0.75 * teacher.double() + reference.double()).argmax(-1))
+    assert not torch.equal(sampled.token_ids, (0.75 * teacher.double() + student.double()).argmax(-1))
+    assert not sampled.mixed_log_probs.any()
+
+
+def test_a_row_with_nan_corrupts_itself_only_and_a_missing_column_is_never_sampled() -> None:
+    target = TARGETS["reference's entropy"]
+    student, teacher, reference, uniforms = rows(8)
+    for logits in (student, teacher, reference):
+        logits[:, [0, 40]] = -torch.inf
+    whole = select_mixed_tokens(student, teacher, uniforms, target, greedy=False, reference_logits=reference)
+    assert torch.isfinite(whole.mixed_log_probs).all()
+    assert not torch.isin(whole.token_ids, torch.tensor([0, 40])).any()
+    teacher[3, 4], reference[5, 1] = torch.nan, torch.nan
+    broken = select_mixed_tokens(student, teacher, uniforms, target, greedy=False, reference_logits=reference)
+    others = torch.tensor([0, 1, 2, 4, 6, 7])
+    for field in dataclasses.fields(MixedTokens):
+        assert torch.equal(getattr(broken, field.name)[others], getattr(whole, field.name)[others])
+    assert broken.mixed_log_probs[[3, 5]].isnan().all() and (broken.token_ids < 41).all()
+
+
+def test_logits_that_do_not_fit_the_target_are_refused_with_a_message() -> None:
+    student, teacher, reference, uniforms = (values[:4] for values in rows(5, 8))
+    anchored = TARGETS["reference's entropy"]
+    with pytest.raises(ValueError, match="got anchor=reference and no reference_logits"):
+        select_mixed_tokens(student, teacher, uniforms, anchored, greedy=False)
+    with pytest.raises(ValueError, match="got anchor=student and reference_logits"):
+        select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False, reference_logits=reference)
+    with pytest.raises(ValueError, match=r"teacher \(4, 8\) and reference \(4, 7\)"):
+        select_mixed_tokens(student, teacher, uniforms, anchored, greedy=False, reference_logits=reference[:, :7])
+    with pytest.raises(ValueError, match=r"solve_target: reference_entropy must be \[4\]"):
+        solve_target(student, teacher, anchored, VocabShard(0, 8, 8))
+    with pytest.raises(ValueError, match="which this sampler does not hold"):
+        refuse_unguidable(SamplingParams(8, target=anchored))
+    refuse_unguidable(SamplingParams(8, target=anchored), has_reference=True)
