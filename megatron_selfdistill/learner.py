@@ -36,6 +36,7 @@ from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import configured_target
+from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.teacher import Teacher
 
@@ -103,6 +104,16 @@ class Learner:
     def pair_order(self) -> str:
         """The order of microbatches: as configured, else teacher_first with a pipeline and alternating without."""
         return self.config.schedule.pair_order or ("teacher_first" if self.grid.pp_size > 1 else "alternating")
+
+    @property
+    def role_weights(self) -> list[RoleWeights]:
+        """The weights, other than the student's, with which a sampler guides responses; none without a reference."""
+        if self.reference is None:
+            return []
+        if self.reference is self.teacher:
+            return [_in_roles(self.teacher, "teacher", "reference")]
+        reference = _in_roles(self.reference, "reference")
+        return [reference] if self.teacher.weights == "current" else [_in_roles(self.teacher, "teacher"), reference]
 
     @property
     def stored_parts(self) -> dict[str, Any]:
@@ -261,6 +272,10 @@ class Learner:
         loss = self.config.loss
         divergence = Divergence(loss.divergence, loss.jsd_lambda)
         return token_losses.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
+
+
+def _in_roles(weights: Teacher, *roles: str) -> RoleWeights:
+    return RoleWeights(roles, weights.chunks, weights.on_device)
 
 
 def loss_backend(config: Config, grid: RankGrid) -> str:

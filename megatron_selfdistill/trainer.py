@@ -75,7 +75,9 @@ class Trainer:
         self.changes = found.changes if found is not None else ()  # of the configuration, for the log
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
         self.learner = Learner(config, self.run_data, grid, resumes=found is not None)
-        self.sampler = configured_sampler(config, self.run_data, self.learner.chunks, grid, self.phases)
+        self.sampler = configured_sampler(
+            config, self.run_data, self.learner.chunks, grid, self.phases, self.learner.role_weights
+        )
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self._score)
         self.guards = Guards(config.guards)
         self.step = 0

@@ -12,12 +12,21 @@ from megatron_selfdistill.config import Config, TargetConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Sampler, SamplingParams
+from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 
 
-def make_sampler(config: Config, run_data: RunData, chunks: Sequence[torch.nn.Module], grid: RankGrid) -> Sampler:
+def make_sampler(
+    config: Config,
+    run_data: RunData,
+    chunks: Sequence[torch.nn.Module],
+    grid: RankGrid,
+    role_weights: Sequence[RoleWeights] = (),
+) -> Sampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
+    ``role_weights``: the weights of teacher and reference, with which the sampler in process guides responses where the
+    target is anchored to a reference; other samplers do not take them.
     A sampler that keeps a copy of the weights has no weights yet: call `Sampler.update_weights` before the first
     response.
 
@@ -27,7 +36,9 @@ def make_sampler(config: Config, run_data: RunData, chunks: Sequence[torch.nn.Mo
     if rollout.engine == "megatron":
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
-        return MegatronSampler(chunks, grid, run_data.vocab_size, run_data.max_length, rollout.kv_cache_gb)
+        return MegatronSampler(
+            chunks, grid, run_data.vocab_size, run_data.max_length, rollout.kv_cache_gb, role_weights
+        )
     from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
 
     directory, rules = engine_directory(config, run_data.vocab_size, Path(config.run_dir), grid)

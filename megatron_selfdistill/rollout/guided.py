@@ -10,6 +10,8 @@ The module needs torch only, so that it also runs inside other engines' processe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,23 @@ from megatron_selfdistill.rollout.base import Request, SamplingParams, invert_cd
 
 # Elements of one float64 temporary: about what a core keeps in its cache, or what fills an accelerator.
 _MAX_ELEMENTS = {"cpu": 2**20, "other": 2**24}
+
+
+ROLES = ("student", "teacher", "reference")
+"""The roles of a guided request's contexts.  The teacher's context has a prompt of its own; the reference reads the
+student's prompt with other weights."""
+
+
+@dataclass(frozen=True)
+class RoleWeights:
+    """Weights other than the student's, which read some contexts of guided responses."""
+
+    roles: tuple[str, ...]
+    """The roles of `ROLES` that these weights have; roles that no weights have are the student's own."""
+    chunks: Sequence[torch.nn.Module]
+    """The chunks of this rank, cut like the student's; their weights may rest in host memory."""
+    on_device: Callable[[], AbstractContextManager[object]]
+    """Opens a context within which the weights are on the device."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +101,8 @@ def select_mixed_tokens(
         )
     limit = _MAX_ELEMENTS["cpu" if student_logits.device.type == "cpu" else "other"]
     rows = max(1, limit // max(1, student_logits.size(1)))
-    all_logits = (student_logits, teacher_logits, anchor_logits)
-    groups = zip(*(logits.split(rows) for logits in all_logits), uniforms.split(rows), strict=True)
-    sampled = [_select(*some_logits, some, target, greedy, backend) for *some_logits, some in groups]
+    parts = [values.split(rows) for values in (student_logits, teacher_logits, anchor_logits, uniforms)]
+    sampled = [_select(*part, target, greedy, backend) for part in zip(*parts, strict=True)]
     token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*sampled, strict=True))
     return MixedTokens(token_ids, student_log_probs, teacher_log_probs, mixed_log_probs)
 
@@ -92,7 +110,7 @@ def select_mixed_tokens(
 def refuse_unguidable(params: SamplingParams, *, has_reference: bool = False) -> None:
     """Raise ValueError if a sampler cannot sample guided tokens from the target itself with ``params``.
 
-    ``has_reference``: whether the sampler holds the frozen weights of a reference.
+    ``has_reference``: whether the sampler holds the weights of a reference.
     """
     if params.temperature not in (0, 1) or params.top_k != 0 or params.top_p != 1:
         raise ValueError(
@@ -101,9 +119,25 @@ def refuse_unguidable(params: SamplingParams, *, has_reference: bool = False) ->
         )
     if params.target.is_anchored and not has_reference:
         raise ValueError(
-            "guided responses with target.anchor=reference are sampled from frozen weights, which this sampler does "
-            "not hold: sample in process with the frozen weights (rollout.engine=megatron), or set target.anchor=student"
+            "guided responses with target.anchor=reference are sampled from the weights of a reference, which this "
+            "sampler does not hold: set rollout.engine=megatron, or target.anchor=student"
         )
+
+
+def guided_roles(target: Target) -> tuple[str, ...]:
+    """Return the roles of the contexts that a guided response has under ``target``.
+
+    The student's context is among them: ``Response.log_probs`` are the student's, whatever the target mixes.
+    """
+    return ROLES if target.is_anchored else ROLES[:2]
+
+
+def prompt_of(request: Request, role: str) -> list[int]:
+    """Return the prompt of a guided request's context in one of `ROLES`."""
+    if role != "teacher":
+        return request.prompt
+    assert request.teacher_prompt is not None, "only guided requests have a teacher"
+    return request.teacher_prompt
 
 
 def longest_prompt(request: Request) -> int:

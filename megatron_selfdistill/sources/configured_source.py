@@ -14,6 +14,7 @@ from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Sampler
 from megatron_selfdistill.rollout.factory import make_sampler
+from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
 from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
@@ -62,16 +63,22 @@ def configured_source(
 
 
 def configured_sampler(
-    config: Config, run_data: RunData, chunks: Sequence[torch.nn.Module], grid: RankGrid, phases: Phases
+    config: Config,
+    run_data: RunData,
+    chunks: Sequence[torch.nn.Module],
+    grid: RankGrid,
+    phases: Phases,
+    role_weights: Sequence[RoleWeights] = (),
 ) -> SyncedSampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
 
-    If the responses come from a log, the first evaluation, if there is any, builds the sampler.
+    ``role_weights``: as for `make_sampler`.  If the responses come from a log, the first evaluation, if there is any,
+    builds the sampler.
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
     if config.logged:
         return SyncedSampler(OnDemandSampler(lambda: make_sampler(config, run_data, chunks, grid)), phases)
-    return SyncedSampler(make_sampler(config, run_data, chunks, grid), phases)
+    return SyncedSampler(make_sampler(config, run_data, chunks, grid, role_weights), phases)
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:

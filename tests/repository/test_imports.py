@@ -55,6 +55,7 @@ ORDER = {
     "teacher": "",
     "rollout": (
         "base guided megatron.decoding megatron.kv_cache megatron.survivors megatron.generated "
+        "megatron.decoding_model megatron.forward_passes megatron.guided_rows "
         "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
         "vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
         "vllm.engine vllm.exchange vllm.pairs vllm.hf_directory "

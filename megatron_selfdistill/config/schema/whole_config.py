@@ -142,10 +142,18 @@ class Config:
         return self.data.kind != "conversations" or self.conversations.show_contents
 
     def _check_reference(self) -> None:
+        guided = self.rollout.guidance != "none"
         require(
-            self.rollout.guidance == "none",
-            "target.anchor=reference cannot be sampled from, since a sampler has no frozen weights: set "
-            "rollout.guidance=none, or target.anchor=student",
+            not guided or self.objective == "self_distillation",
+            "rollout.guidance=mixed with target.anchor=reference samples from the weights of teacher and reference, "
+            f"which only objective=self_distillation has, got {self.objective}: set rollout.guidance=none or "
+            "target.anchor=student",
+        )
+        require(
+            not guided or self.rollout.engine == "megatron",
+            "rollout.guidance=mixed with target.anchor=reference samples from the weights of teacher and reference, "
+            f"but rollout.engine={self.rollout.engine} has the trained weights only: set rollout.engine=megatron, "
+            "rollout.guidance=none or target.anchor=student",
         )
 
     def _check_conversations(self) -> None:

@@ -43,7 +43,7 @@ class GeneratedBatch:
 
     @staticmethod
     def guided(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> GeneratedBatch:
-        """Return an empty batch of responses without prompts: each response has two prompts, which the cache holds."""
+        """Return an empty batch of responses without prompts: each response has several prompts, which caches hold."""
         return _start(requests, [[] for _ in requests], 3, params, device)
 
     def append(self, live: Tensor, position: int, tokens: Tensor) -> None:
@@ -101,32 +101,31 @@ def _start(
 
 
 @dataclass(frozen=True)
-class PromptPairs:
-    """Both prompts of n guided requests, as 2n sequences: first the n students', then the n teachers'."""
+class PromptRows:
+    """The prompts of n guided requests in some roles, as rows: first the n prompts of the first role, and so on."""
 
     tokens: Tensor
-    """Token ids ``[2n, longest]`` int64, each prompt from column 0 on."""
+    """Token ids ``[roles * n, longest]`` int64, each prompt from column 0 on."""
     lengths: Tensor
-    """Number of tokens of each prompt, ``[2n]`` int64."""
-    longest_by_role: tuple[int, int]
-    """Number of tokens of the longest student's prompt and of the longest teacher's prompt."""
+    """Number of tokens of each prompt, ``[roles * n]`` int64."""
+    longest_by_role: tuple[int, ...]
+    """Number of tokens of the longest prompt of each role."""
 
     @staticmethod
-    def of(requests: Sequence[Request], device: torch.device) -> PromptPairs:
-        """Return both prompts of each request on ``device``."""
-        prompts = [request.prompt for request in requests]
-        prompts += [request.teacher_prompt for request in requests if request.teacher_prompt is not None]
+    def of(prompts_by_role: Sequence[Sequence[list[int]]], device: torch.device) -> PromptRows:
+        """Return the prompts on ``device``; ``prompts_by_role`` has the n prompts of each role."""
+        prompts = [prompt for of_role in prompts_by_role for prompt in of_role]
         lengths = [len(prompt) for prompt in prompts]
         tokens = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        return PromptPairs(
+        return PromptRows(
             tokens=torch.from_numpy(tokens).to(device),
             lengths=torch.tensor(lengths, device=device),
-            longest_by_role=(max(lengths[: len(requests)]), max(lengths[len(requests) :])),
+            longest_by_role=tuple(max(map(len, of_role)) for of_role in prompts_by_role),
         )
 
     @property
     def last_tokens(self) -> Tensor:
-        """Last token of each prompt, ``[2n]`` int64."""
+        """Last token of each prompt, ``[roles * n]`` int64."""
         return self.tokens.gather(1, self.lengths[:, None] - 1).squeeze(1)

@@ -53,12 +53,14 @@ class RaggedCache(StaticInferenceContext):
     """A KV cache in which each row has a column of its own.
 
     Prompts of unequal length are read as Megatron reads prompts of equal length: from column 0 on, with padding at the
-    end.  After `start_decoding` each row continues where its prompt ended (``with ragged_decoding(models, cache)``).
-    So the column of a token is its position in any batch, and no embedding of positions sees the padding.
+    end.  After `start_decoding` each row continues where its prompt ended (`RaggedAttention`).  So the column of a
+    token is its position in any batch, and no embedding of positions sees the padding.
     """
 
     columns: Tensor
     """Column in which the next pass, of one token per row, puts the keys and values of each row, ``[b]`` int64."""
+    decodes = False
+    """Whether prompts have been read, so that each pass reads one token per row."""
 
     def start_decoding(self, lengths: Tensor, num_columns: int) -> None:
         """Read one token per row in each pass from now on.
@@ -68,6 +70,7 @@ class RaggedCache(StaticInferenceContext):
         """
         self.columns = lengths - 1
         self.num_columns = num_columns
+        self.decodes = True
         self.enable_decode_mode()
         unread = (torch.arange(self.max_sequence_length, device=lengths.device)[:, None] >= lengths)[:, :, None, None]
         for memories in self.key_value_memory_dict.values():
@@ -105,36 +108,42 @@ class RaggedCache(StaticInferenceContext):
         return table[self.columns].transpose(0, 1)
 
 
-@contextlib.contextmanager
-def ragged_decoding(models: Sequence[torch.nn.Module], cache: RaggedCache) -> Iterator[None]:
-    """Let attention decode with ``cache``; Megatron's own cache has one offset for all rows and takes no mask.
+class RaggedAttention:
+    """The attention of a model that decodes with a `RaggedCache`: Megatron's own has one offset for all rows, no mask.
 
-    Two functions are replaced until the end: the step of each attention layer that writes and reads the cache and, in
+    Two functions are replaced during a pass: the step of each attention layer that writes and reads the cache and, in
     multi-latent attention, the table of rotary embeddings, which is applied before that step.
     """
-    replaced = {
-        id(m): (m, "_adjust_key_value_for_inference", _ragged_step(m, cache)) for m in _attention_layers(models)
-    }
-    for layer in _attention_layers(models):
-        if isinstance(layer, MultiLatentAttention):
-            rotary = layer.rotary_pos_emb
-            replaced[id(rotary)] = (rotary, "forward", _ragged_table(rotary, cache))
-    try:
-        for owner, name, replacement in replaced.values():
-            owner.__dict__[name] = replacement
-        yield
-    finally:
-        for owner, name, _ in replaced.values():
-            owner.__dict__.pop(name, None)
+
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+        self._caches: list[RaggedCache] = []  # of the present pass
+        self._replacements: dict[int, tuple[torch.nn.Module, str, Callable[..., Any]]] = {}
+        for layer in _attention_layers(models):
+            self._replacements[id(layer)] = layer, "_adjust_key_value_for_inference", _ragged_step(layer)
+            if isinstance(layer, MultiLatentAttention):
+                rotary = layer.rotary_pos_emb
+                self._replacements[id(rotary)] = rotary, "forward", _ragged_table(rotary, self._caches)
+
+    @contextlib.contextmanager
+    def reading(self, cache: RaggedCache) -> Iterator[None]:
+        """Let a pass of the model decode with ``cache``."""
+        self._caches.append(cache)
+        try:
+            for owner, name, replacement in self._replacements.values():
+                owner.__dict__[name] = replacement
+            yield
+        finally:
+            for owner, name, _ in self._replacements.values():
+                owner.__dict__.pop(name, None)
+            self._caches.clear()
 
 
-def _ragged_step(layer: Attention, cache: RaggedCache) -> Callable[..., tuple[Any, ...]]:
+def _ragged_step(layer: Attention) -> Callable[..., tuple[Any, ...]]:
     """Return ``Attention._adjust_key_value_for_inference`` with each row at its own column."""
 
     def adjust(
-        inference_context: RaggedCache, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_unused: Any
+        cache: RaggedCache, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_unused: Any
     ) -> tuple[Any, ...]:
-        assert inference_context is cache
         key, value = cache.write(layer.layer_number, key, value)
         if rotary_pos_emb is not None:
             of_queries, of_keys = cache.rows_of(rotary_pos_emb[0]), rotary_pos_emb[1][: cache.num_columns]
@@ -156,12 +165,15 @@ def _rotated(layer: Attention, query: Tensor, angles: Tensor) -> Tensor:
     return rotated.to(query.dtype)
 
 
-def _ragged_table(rotary: torch.nn.Module, cache: RaggedCache) -> Callable[..., Any]:
-    """Return the forward of a rotary embedding at the rows' positions only; YaRN's also returns a factor."""
+def _ragged_table(rotary: torch.nn.Module, caches: Sequence[RaggedCache]) -> Callable[..., Any]:
+    """Return the forward of a rotary embedding at the rows' positions only; YaRN's also returns a factor.
+
+    ``caches``: the cache of the pass in which the function is called.
+    """
     whole_table = rotary.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        table = whole_table(*args, **kwargs)
+        table, [cache] = whole_table(*args, **kwargs), caches
         return (cache.rows_of(table[0]), *table[1:]) if isinstance(table, tuple) else cache.rows_of(table)
 
     return forward

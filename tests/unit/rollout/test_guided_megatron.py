@@ -29,7 +29,7 @@ from tiers import combinations
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.rollout.base import Request, SamplingParams
-from megatron_selfdistill.rollout.megatron import megatron_sampler, survivors
+from megatron_selfdistill.rollout.megatron import forward_passes, survivors
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 
@@ -107,13 +107,13 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     both = sampler.generate(mingled, GREEDY_PAIRS)
     alone = sampler.generate(plain, GREEDY_PAIRS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megatron_sampler, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
+        patch.setattr(forward_passes, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
         early = sampler.generate(pairs, stopping)
     room = 2 * (40 + PAIR_TOKENS) + 12  # tokens: the longest pair, or two short ones
     small = sampler_of(chunks, grid, kv_cache_gb=room * sampler._bytes_per_token / 2**30)
     batches: list[list[Request]] = []
-    sample_pairs = small._sample_pairs
-    small._sample_pairs = lambda some, params: batches.append(some) or sample_pairs(some, params)
+    sample_guided = small._sample_guided
+    small._sample_guided = lambda some, params: batches.append(some) or sample_guided(some, params)
     split = small.generate(pairs[::-1], stopping)[::-1]
     drawn = sampler.generate(pairs, SAMPLED_PAIRS)
     held = [

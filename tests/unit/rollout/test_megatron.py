@@ -30,7 +30,7 @@ from tiers import combinations
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
-from megatron_selfdistill.rollout.megatron import megatron_sampler, survivors
+from megatron_selfdistill.rollout.megatron import forward_passes, survivors
 from megatron_selfdistill.rollout.megatron.megatron_sampler import split_batches
 
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.95)
@@ -83,7 +83,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     sampler = sampler_of(chunks, grid)
     whole = sampler.generate(requests, GREEDY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megatron_sampler, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
+        patch.setattr(forward_passes, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
         early = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
     per_token = sampler._bytes_per_token
     small = sampler_of(chunks, grid, kv_cache_gb=2.5 * (max(PROMPT_LENGTHS) + NEW_TOKENS) * per_token / 2**30)
