@@ -108,7 +108,7 @@ class Learner:
     @property
     def role_weights(self) -> list[RoleWeights]:
         """The weights, other than the student's, with which a sampler guides responses; none without a reference."""
-        if self.reference is None:
+        if self.reference is None or self.config.rollout.guidance == "none":
             return []
         if self.reference is self.teacher:
             return [_in_roles(self.teacher, "teacher", "reference")]

@@ -1,0 +1,242 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Guided decoding in process where other weights than the student's read the contexts of teacher and reference."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from decoding import (
+    GREEDY_PAIRS,
+    MAX_LENGTH,
+    PAIR_TOKENS,
+    SAMPLED_PAIRS,
+    check_argmax,
+    check_inversion,
+    check_pair_log_probs,
+    logits_of,
+    make_pairs,
+    predicting,
+)
+from models import VOCAB_SIZE, build, model_config, parallel
+from responses import cut_at, own, stops_of, tokens
+from tiers import combinations
+
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss import Target, mixed_target
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.guided import RoleWeights
+from megatron_selfdistill.rollout.megatron import forward_passes
+from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+ANCHORED, MATCHES_STUDENT = Target(anchor="reference"), Target(anchor="reference", match="student", k_max=None)
+GREEDY, SAMPLED = (dataclasses.replace(params, target=ANCHORED) for params in (GREEDY_PAIRS, SAMPLED_PAIRS))
+Roles = dict[tuple[str, ...], int]
+# The roles that other weights than the student's have, and the seeds of these weights; the student's seed is 0.
+TEACHERS: dict[str, Roles] = {
+    "frozen": {("teacher", "reference"): 1},
+    "ema": {("teacher",): 1, ("reference",): 2},
+    "current": {("reference",): 2},
+}
+
+
+def sampler_of(
+    kind: str, config: ParallelConfig, roles: Roles, kv_cache_gb: float | None = None
+) -> tuple[MegatronSampler, RankGrid]:
+    """Return a sampler whose student has the seed 0, and whose other weights have the seeds of ``roles``."""
+    chunks, grid = build(model_config(kind), config)
+    others = [
+        RoleWeights(names, built, contextlib.nullcontext)
+        for names, built in ((names, build(model_config(kind), config, seed=seed)[0]) for names, seed in roles.items())
+    ]
+    return MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb, others), grid
+
+
+def check_response(models: dict[str, Any], request: Request, response: Response, params: SamplingParams) -> None:
+    """Assert that one whole pass per role confirms every token and every log-prob of a response."""
+    assert request.teacher_prompt is not None
+    prompts = {"student": request.prompt, "teacher": request.teacher_prompt, "reference": request.prompt}
+    student, teacher, reference = (
+        predicting(lambda ids, model=models[role]: logits_of(model, ids), prompts[role], response.token_ids)
+        for role in prompts
+    )
+    if params.temperature == 0:
+        check_argmax(params.target.teacher_weight * teacher + reference, response, gap=1e-4)
+    else:
+        log_q = mixed_target(student, teacher, params.target, reference).log_q
+        check_inversion(log_q, request, response)
+        ids = torch.tensor(response.token_ids)[:, None]
+        assert response.sampled_log_probs == pytest.approx(log_q.gather(1, ids)[:, 0].tolist(), abs=1e-4)
+    check_pair_log_probs(student, teacher, response, 1e-4)
+
+
+def write_and_check(kind: str, teacher: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Return greedy and sampled texts of `make_pairs`, after whole passes have confirmed each token."""
+    sampler, _ = sampler_of(kind, parallel(), TEACHERS[teacher])
+    seeds = {role: seed for roles, seed in TEACHERS[teacher].items() for role in roles}
+    models = {}
+    for role in ("student", "teacher", "reference"):
+        [models[role]], _ = build(model_config(kind), parallel(), seed=seeds.get(role, 0))
+        models[role].eval()
+    found = []
+    for params in (GREEDY, SAMPLED, dataclasses.replace(SAMPLED, target=MATCHES_STUDENT)):
+        found.append(sampler.generate(make_pairs(), params))
+        for request, response in zip(make_pairs(), found[-1], strict=True):
+            check_response(models, request, response, params)
+    assert tokens(found[1]) != tokens(found[2]), "the entropy that the target has makes no difference"
+    return tokens(found[0]), tokens(found[1])
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(ranks):
+    """Return a function from a kind of model to the greedy and the sampled texts under a frozen teacher."""
+    known: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+
+    def get(kind: str) -> tuple[list[list[int]], list[list[int]]]:
+        if kind not in known:
+            [known[kind]] = ranks.run(write_and_check, kind, "frozen", world_size=1)
+        return known[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("teacher", ["ema", "current"])
+def test_every_token_is_the_one_that_whole_passes_of_all_roles_choose(ranks, on_one_rank, teacher):
+    """Texts differ between teachers, so no weights stand in for others."""
+    [texts] = ranks.run(write_and_check, "gqa", teacher, world_size=1)
+    assert all(mine != theirs for mine, theirs in zip(texts, on_one_rank("gqa"), strict=True))
+
+
+def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
+    sampler, grid = sampler_of(kind, config, TEACHERS["frozen"])
+    pairs = own(grid, make_pairs())
+    # Plain requests of unequal numbers: on every replica another model is wanted at the same time.
+    plain = [dataclasses.replace(r, teacher_prompt=None) for r in make_pairs()[: 5 if grid.dp_rank == 0 else 1]]
+    stopping = dataclasses.replace(GREEDY, stop_token_ids=stops)
+    both = sampler.generate([*plain, *pairs], GREEDY)
+    alone = sampler.generate(plain, GREEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_passes, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
+        early = sampler.generate(pairs if grid.dp_rank == 0 else pairs[::-1], stopping)
+    room = 3 * (40 + PAIR_TOKENS) + 12  # tokens: the longest request
+    small, _ = sampler_of(kind, config, TEACHERS["frozen"], room * sampler._bytes_per_token / 2**30)
+    return {
+        "replica": grid.dp_rank,
+        "replicas": grid.dp_size,
+        "whole": both[len(plain) :],
+        "plain": both[: len(plain)],
+        "alone": alone,
+        "early": early if grid.dp_rank == 0 else early[::-1],
+        "split": small.generate(pairs, stopping),
+        "sampled": sampler.generate(pairs, SAMPLED),
+    }
+
+
+LAYOUTS = {
+    "TP2": ("gqa", parallel(tp=2), 2),
+    "PP2xVPP2": ("gqa", parallel(pp=2, vpp=2), 2),
+    "TP2xPP2+SP": ("gqa", parallel(tp=2, pp=2, sp=True), 4),
+    "CP2": ("gqa", parallel(cp=2), 2),
+    "tied TP2+SP": ("tied", parallel(tp=2, sp=True), 2),
+    "MoE EP2": ("moe", parallel(ep=2), 2),
+    "MoE EP2xPP2": ("moe", parallel(ep=2, pp=2), 4),
+    "MoE EP2xCP2": ("moe", parallel(ep=2, cp=2), 2),
+}
+
+
+@combinations(layout=list(LAYOUTS), quick={"layout": ["PP2xVPP2", "CP2", "MoE EP2"]}, strength=1)
+def test_every_layout_writes_what_one_rank_writes(ranks, on_one_rank, layout):
+    kind, config, world_size = LAYOUTS[layout]
+    texts, sampled = on_one_rank(kind)
+    stops = stops_of(texts)
+    for result in ranks.run(write_in_layout, kind, config, stops, world_size=world_size):
+        share = slice(result["replica"], None, result["replicas"])
+        assert tokens(result["whole"]) == texts[share]
+        assert tokens(result["sampled"]) == sampled[share]
+        assert all(response.guided for response in result["whole"])
+        for name in ("early", "split"):
+            for text, response, whole in zip(texts[share], result[name], result["whole"], strict=True):
+                assert (response.token_ids, response.finish_reason) == cut_at(text, stops)
+                count = len(response.token_ids)
+                assert response.log_probs == pytest.approx(whole.log_probs[:count], abs=1e-4)
+                assert response.teacher_log_probs == pytest.approx(whole.teacher_log_probs[:count], abs=1e-4)
+        assert tokens(result["plain"]) == tokens(result["alone"])
+        assert not any(response.guided for response in result["plain"])
+
+
+def guide_with_equal_weights() -> tuple[list[Response], list[Response]]:
+    """Return guided responses where student, teacher and reference agree, and plain responses of the same seeds."""
+    sampler, _ = sampler_of("gqa", parallel(), {("teacher", "reference"): 0})
+    plain = [dataclasses.replace(request, teacher_prompt=None) for request in make_pairs(20)]
+    guided = [dataclasses.replace(request, teacher_prompt=list(request.prompt)) for request in plain]
+    return sampler.generate(guided, SAMPLED), sampler.generate(plain, SAMPLED)
+
+
+def test_equal_weights_and_prompts_sample_what_the_student_samples(ranks):
+    [(guided, plain)] = ranks.run(guide_with_equal_weights, world_size=1)
+    for mine, expected in zip(guided, plain, strict=True):
+        assert mine.token_ids == expected.token_ids
+        assert mine.log_probs == pytest.approx(expected.log_probs, abs=5e-5)
+        assert mine.teacher_log_probs == pytest.approx(expected.log_probs, abs=5e-5)
+        assert mine.sampled_log_probs == pytest.approx(expected.sampled_log_probs, abs=5e-5)
+
+
+def sample_with_resting_weights() -> tuple[list[int], list[list[int]], list[list[int]]]:
+    """Return how often the weights came to the device, and guided texts with weights that rest and that do not."""
+    always, _ = sampler_of("gqa", parallel(), TEACHERS["frozen"])
+    chunks, grid = build(model_config(), parallel())
+    frozen, _ = build(model_config(), parallel(), seed=1)
+    params = [p for chunk in frozen for p in chunk.parameters()]
+    weights, calls = [p.detach().clone() for p in params], []
+
+    @contextlib.contextmanager
+    def on_device() -> Iterator[Sequence[torch.nn.Module]]:
+        calls.append(1)
+        for param, value in zip(params, weights, strict=True):
+            param.data.copy_(value)
+        yield frozen
+        for param in params:
+            param.data.fill_(torch.nan)
+
+    for param in params:
+        param.data.fill_(torch.nan)
+    role_weights = [RoleWeights(("teacher", "reference"), frozen, on_device)]
+    resting = MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, None, role_weights)
+    counts = []
+    plain = [dataclasses.replace(request, teacher_prompt=None) for request in make_pairs()]
+    for requests, params_ in ((plain, SAMPLED), (make_pairs(), SAMPLED_PAIRS), ([], SAMPLED), (make_pairs(), SAMPLED)):
+        responses = resting.generate(requests, params_)
+        counts.append(len(calls))
+    return counts, tokens(responses), tokens(always.generate(make_pairs(), SAMPLED))
+
+
+def test_weights_that_rest_in_host_memory_come_to_the_device_for_the_responses_that_they_guide(ranks):
+    [(counts, rested, expected)] = ranks.run(sample_with_resting_weights, world_size=1)
+    assert counts == [0, 0, 0, 1], "neither plain responses nor a target without a reference need the weights"
+    assert rested == expected
+
+
+def refuse() -> list[str]:
+    sampler, _ = sampler_of("gqa", parallel(), TEACHERS["frozen"])
+    without, _ = sampler_of("gqa", parallel(), {})
+    [pair, *_] = make_pairs()
+    two_sequences = 2.5 * (31 + PAIR_TOKENS) * sampler._bytes_per_token / 2**30
+    small, _ = sampler_of("gqa", parallel(), TEACHERS["frozen"], two_sequences)
+    small.generate([pair], SAMPLED_PAIRS)  # without a reference the same request has two sequences
+    messages = []
+    for refused in (without, small):
+        with pytest.raises(ValueError) as caught:
+            refused.generate([pair], SAMPLED)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_guided_requests_that_cannot_be_served_are_refused_with_a_message(ranks):
+    [(without, small)] = ranks.run(refuse, world_size=1)
+    assert "weights of a reference, which this sampler does not hold" in without
+    assert "117 tokens (a guided request in three sequences)" in small
