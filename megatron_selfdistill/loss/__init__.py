@@ -14,13 +14,8 @@ from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.divergence import Divergence, divergence, divergence_gradient
 from megatron_selfdistill.loss.sharded.beta_grid import beta_grid
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.vocab_parallel import (
-    TargetSolution,
-    TokenStats,
-    VocabShard,
-    distillation_loss,
-    solve_target,
-)
+from megatron_selfdistill.loss.sharded.target_solution import TargetSolution, solve_target
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.status import Status
 from megatron_selfdistill.loss.target import Target, TargetDistribution, mixed_target
 

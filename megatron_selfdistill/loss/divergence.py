@@ -8,7 +8,9 @@ In the names, d = log q - log p, and M = lam q + (1 - lam) p is the mixture of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -40,6 +42,27 @@ class Divergence:
                 f"Divergence.jsd_lambda must lie strictly between 0 and 1; got {self.jsd_lambda}. "
                 "Use reverse_kl or forward_kl instead of 0 or 1, at which the JSD is 0 for every p."
             )
+
+
+TokenDivergences = Divergence | Sequence[tuple[int, Divergence]]
+"""The divergence of all tokens; or the divergences of consecutive groups of tokens, each with its number of tokens."""
+
+
+def token_groups(divergence: TokenDivergences, num_tokens: int) -> list[tuple[slice, Divergence]]:
+    """Return the consecutive slices of ``num_tokens`` tokens that have one divergence, each with its divergence.
+
+    There is no empty slice, except for a single one without tokens.
+    Raises: ValueError unless the numbers of tokens are at least 0 and add up to ``num_tokens``.
+    """
+    groups = [(num_tokens, divergence)] if isinstance(divergence, Divergence) else list(divergence)
+    counts = [count for count, _ in groups]
+    if not groups or min(counts) < 0 or sum(counts) != num_tokens:
+        raise ValueError(
+            f"the groups of tokens with one divergence must have {num_tokens} tokens together, got {counts}."
+        )
+    ends = list(accumulate(counts))
+    slices = [(slice(end - count, end), kind) for end, (count, kind) in zip(ends, groups, strict=True) if count]
+    return slices or [(slice(0, 0), groups[0][1])]
 
 
 def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:

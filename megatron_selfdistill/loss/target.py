@@ -19,7 +19,7 @@ This file is the definition, on full rows and by bisection.  `loss/sharded` comp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,20 @@ class Target:
             )
         if self.is_anchored and self.rule == "teacher_alone":
             raise ValueError("Target.anchor must be student with the rule teacher_alone, whose target is no mix.")
+
+    def with_teacher_weight(self, teacher_weight: float) -> Target:
+        """Return the target of tokens with another w: k_max "1 + w" follows w, and k keeps its ratio to 1 + w.
+
+        Raises: ValueError for a k of fixed or a k_max that is a number, which belongs to one w only.
+        """
+        key, bound = ("k", self.k) if self.rule == "fixed" else ("k_max", self.k_max)
+        if isinstance(bound, int | float):
+            raise ValueError(
+                f"Target.{key} must not be a number where tokens have different teacher weights, since a number "
+                f"belongs to one weight; got {bound:g}. Use {'None' if key == 'k' else repr('1 + w') + ' or None'}."
+            )
+        k = None if self.k is None else self.k * (1 + teacher_weight) / self.geometric_k
+        return replace(self, teacher_weight=teacher_weight, k=k)
 
     @property
     def is_anchored(self) -> bool:

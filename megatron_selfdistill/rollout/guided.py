@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.sharded.target_solution import TargetSolution, solve_target
 from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
-from megatron_selfdistill.loss.sharded.vocab_parallel import TargetSolution, VocabShard, solve_target
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target, mixed_logits
 from megatron_selfdistill.rollout.base import Request, SamplingParams, invert_cdf, token_log_probs
 

@@ -28,11 +28,12 @@ ORDER = {
     "distributed": "collectives launch_store roll_call watchdog ranks stop",
     "loss": (
         "status target batch_k divergence weighting "
-        "sharded.beta_grid sharded.solver sharded.shard_sums sharded.token_statistics "
-        "sharded.gathered_hidden triton.block_loads triton.kernel_math triton.first_pass_kernel triton.solver_kernels "
+        "sharded.beta_grid sharded.argument_checks sharded.solver sharded.shard_sums sharded.token_statistics "
+        "sharded.gathered_hidden sharded.projection_gradients "
+        "triton.block_loads triton.kernel_math triton.first_pass_kernel triton.solver_kernels "
         "triton.pass_kernels triton.merge_kernels triton.pass_launches triton.statistics_kernels "
         "triton.solver_launches "
-        "sharded.backend sharded.vocab_parallel sharded.vocab_entropy sharded.fused_linear"
+        "sharded.backend sharded.vocab_parallel sharded.target_solution sharded.vocab_entropy sharded.fused_linear"
     ),
     "data": (
         "data_files records problems chat.acceptance chat.conversations tokenizer prompts hints pieces contexts "

@@ -18,38 +18,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_selfdistill.choices import FUSED_MODES
-from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.divergence import Divergence, TokenDivergences, token_groups
+from megatron_selfdistill.loss.sharded.argument_checks import check_reference
 from megatron_selfdistill.loss.sharded.backend import Backend, chosen
 from megatron_selfdistill.loss.sharded.gathered_hidden import HiddenPlacement, gather_width
+from megatron_selfdistill.loss.sharded.projection_gradients import ProjectionGradients, WeightGradient
 from megatron_selfdistill.loss.sharded.shard_sums import Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
+    ForwardResult,
     TokenStats,
     VocabShard,
-    check_reference_entropy,
     make_shard,
     run_forward,
 )
 from megatron_selfdistill.loss.target import Target
-
-
-class WeightGradient(Protocol):
-    """A receiver of the output weight's gradient in one backward, in place of autograd."""
-
-    def add(self, hidden: Tensor, gradient: Tensor) -> None:
-        """Add ``gradient^T hidden`` to the weight's gradient.
-
-        hidden: [n, h]; gradient: [n, V / tp], the gradient of the logits; both contiguous.
-        """
-
-    def for_autograd(self) -> Tensor | None:
-        """Return the tensor that autograd receives as the weight's gradient, once everything is added."""
 
 
 def fused_distillation_loss(
@@ -60,10 +49,11 @@ def fused_distillation_loss(
     response_tokens: Tensor,
     *,
     target: Target,
-    divergence: Divergence,
+    divergence: TokenDivergences,
     vocab: VocabShard,
     reference_entropy: Tensor | None = None,
     reference: tuple[Tensor, Tensor] | None = None,
+    teacher_weights: Tensor | None = None,
     chunk_tokens: int = 4096,
     mode: str = "keep_gradient",
     gather_indices: Tensor | None = None,
@@ -80,7 +70,9 @@ def fused_distillation_loss(
     Reference: with ``target.is_anchored`` teacher_hidden are the states of the mix, (w h_t + h_r) / (1 + w), of one
     output weight that teacher and reference share.  Where the weights differ, teacher_hidden are the teacher's own
     states, ``reference`` holds the reference's hidden states and weight, in the teacher's shapes, and the logits
-    (w t + r) / (1 + w) are the sum of two projections.  reference_entropy [R]: as for `distillation_loss`.
+    (w t + r) / (1 + w) are the sum of two projections.
+    reference_entropy [R], teacher_weights [R] and groups of ``divergence``: as for `distillation_loss`; a chunk has
+    tokens of one group.
     chunk_tokens, mode: see the module; the result depends on them by rounding only.
     Gradient: to student_hidden (summed over the ranks; with gather_indices the gradient of the rank's own rows, 0 for
     rows without a token) and to student_weight.  The incoming gradient may differ between tokens.
@@ -96,7 +88,8 @@ def fused_distillation_loss(
     placement = HiddenPlacement(vocab.group, gather_indices)
     layer = _Layer(
         target,
-        divergence,
+        token_groups(divergence, len(response_tokens)),
+        teacher_weights,
         vocab,
         chosen(backend, student_hidden, teacher_hidden),
         chunk_tokens,
@@ -106,18 +99,19 @@ def fused_distillation_loss(
     )
     others = _Others(teacher_hidden, teacher_weight, *(reference or (None, None)))
     _check(layer, mode, student_hidden, student_weight, others, response_tokens)
-    check_reference_entropy(reference_entropy, len(response_tokens), target)
+    check_reference(target, len(response_tokens), reference_entropy, teacher_weights)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
         all_hidden = placement.start_gather(student_hidden)()
         logits = _Logits(layer, all_hidden, student_weight, others, keep)
-        stats, constants, kl_value = _forward_chunks(layer, logits, response_tokens, reference_entropy)
+        forward = _forward_chunks(layer, logits, response_tokens, reference_entropy)
+    stats = forward.stats
     if not trained:
         return stats
     kept: tuple[Any, ...] = (logits.kept, None, None)
     if not keep:
-        kept = (None, constants, kl_value, *others)
+        kept = (None, forward.constants, forward.kl_value, *others)
     loss = _Backward.apply(student_hidden, student_weight, stats.loss, layer, *kept)  # type: ignore[no-untyped-call]
     return replace(stats, loss=loss)
 
@@ -127,7 +121,8 @@ class _Layer:
     """The values that forward and backward of one call share, besides the tensors that autograd watches."""
 
     target: Target
-    divergence: Divergence
+    groups: list[tuple[slice, Divergence]]
+    teacher_weights: Tensor | None
     vocab: VocabShard
     backend: Backend
     chunk_tokens: int
@@ -135,24 +130,39 @@ class _Layer:
     placement: HiddenPlacement
     weight_gradient: WeightGradient | None
 
-    def chunks(self) -> Iterator[slice]:
-        """Yield the slices of tokens of the chunks; one empty slice where there are no tokens."""
-        for start in range(0, max(self.num_tokens, 1), self.chunk_tokens):
-            yield slice(start, min(start + self.chunk_tokens, self.num_tokens))
+    def chunks(self) -> Iterator[tuple[slice, Divergence]]:
+        """Yield the slices of tokens of the chunks with their divergence; one empty slice where there are no tokens."""
+        for group, divergence in self.groups:
+            for start in range(group.start, max(group.stop, 1), self.chunk_tokens):
+                yield slice(start, min(start + self.chunk_tokens, group.stop)), divergence
 
     def shard(self, student_logits: Tensor, teacher_logits: Tensor) -> Shard:
         """Return the shard of a chunk's logits, see `make_shard`."""
         return make_shard(student_logits, teacher_logits, self.target, self.vocab)
 
+    def gradients(
+        self, student_hidden: Callable[[], Tensor] | None, hidden: Tensor, weight: Tensor, needs_hidden: bool
+    ) -> ProjectionGradients:
+        """Return the gradients of one backward, which are still to be added, see `ProjectionGradients`."""
+        return ProjectionGradients(
+            self.num_tokens, self.placement, self.weight_gradient, student_hidden, hidden, weight, needs_hidden
+        )
+
     def write_gradient(
-        self, shard: Shard, constants: TokenConstants, kl_value: Tensor, grad_loss: Tensor, out: Tensor
+        self,
+        shard: Shard,
+        constants: TokenConstants,
+        kl_value: Tensor,
+        divergence: Divergence,
+        grad_loss: Tensor,
+        out: Tensor,
     ) -> None:
         """Write the gradient of the student's logits times grad_loss [n] into ``out`` [n, V / tp]; 0 at padding.
 
         ``out`` may be the student's logits.
         """
         valid = out[:, : self.vocab.num_valid]
-        self.backend.write_gradient(shard, constants, kl_value, self.divergence, grad_loss, valid)
+        self.backend.write_gradient(shard, constants, kl_value, divergence, grad_loss, valid)
         out[:, self.vocab.num_valid :] = 0
 
 
@@ -201,11 +211,19 @@ class _Logits:
             student_logits, teacher_logits = self.kept[tokens], self.block[:count]
         torch.mm(student, self.student_weight.t(), out=student_logits)
         weight = self.student_weight if others.teacher_weight is None else others.teacher_weight
-        torch.mm(self._full_width(others.teacher_hidden[tokens]), weight.t(), out=teacher_logits)
-        if others.reference_hidden is not None and others.reference_weight is not None:
-            reference, scale = self._full_width(others.reference_hidden[tokens]), 1 / self.layer.target.geometric_k
-            # The product and the sum are float32 inside of the GEMM, and the sum is rounded once.
-            teacher_logits.addmm_(reference, others.reference_weight.t(), beta=1 - scale, alpha=scale)
+        teacher = self._full_width(others.teacher_hidden[tokens])
+        if others.reference_hidden is None or others.reference_weight is None:
+            torch.mm(teacher, weight.t(), out=teacher_logits)
+            return student_logits, teacher_logits
+        reference, weights = self._full_width(others.reference_hidden[tokens]), self.layer.teacher_weights
+        beta, alpha = 1 - 1 / self.layer.target.geometric_k, 1 / self.layer.target.geometric_k
+        if weights is not None:  # a GEMM has one beta and one alpha, so each token's states are scaled
+            share = 1 / (1 + weights[tokens, None].float())
+            teacher, reference = ((1 - share) * teacher).to(teacher.dtype), (share * reference).to(reference.dtype)
+            beta = alpha = 1.0
+        torch.mm(teacher, weight.t(), out=teacher_logits)
+        # The product and the sum are float32 inside of the GEMM, and the sum is rounded once.
+        teacher_logits.addmm_(reference, others.reference_weight.t(), beta=beta, alpha=alpha)
         return student_logits, teacher_logits
 
     def _full_width(self, part: Tensor) -> Tensor:
@@ -216,33 +234,34 @@ class _Logits:
 
 
 def _forward_chunks(
-    layer: _Layer, logits: _Logits, response_tokens: Tensor, reference_entropy: Tensor | None
-) -> tuple[TokenStats, TokenConstants, Tensor]:
-    """Return the statistics of all tokens, and the constants and KL values that backward needs.
+    layer: _Layer,
+    logits: _Logits,
+    response_tokens: Tensor,
+    reference_entropy: Tensor | None,
+) -> ForwardResult:
+    """Return the statistics of all tokens, and what backward needs besides the logits.
 
     Where the gradient is kept, it is written into ``logits.kept``.
     """
-    stats, constants, kl_values = [], [], []
-    for tokens in layer.chunks():
+    parts = []
+    for tokens, divergence in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
         shard = layer.shard(student_logits, teacher_logits)
         forward = run_forward(
             shard,
             response_tokens[tokens],
             layer.target,
-            layer.divergence,
+            divergence,
             layer.vocab,
             layer.backend,
             reference_entropy=None if reference_entropy is None else reference_entropy[tokens],
+            teacher_weights=None if layer.teacher_weights is None else layer.teacher_weights[tokens],
         )
         if logits.kept is not None:
             unit = torch.ones_like(forward.kl_value)
-            layer.write_gradient(shard, forward.constants, forward.kl_value, unit, logits.kept[tokens])
-        stats.append(forward.stats)
-        constants.append(forward.constants.tensors())
-        kl_values.append(forward.kl_value)
-    joined = TokenConstants(*(torch.cat(parts) for parts in zip(*constants, strict=True)))
-    return TokenStats.concatenate(stats), joined, torch.cat(kl_values)
+            layer.write_gradient(shard, forward.constants, forward.kl_value, divergence, unit, logits.kept[tokens])
+        parts.append(forward)
+    return ForwardResult.concatenate(parts)
 
 
 class _Backward(torch.autograd.Function):
@@ -274,80 +293,19 @@ class _Backward(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if kept is not None:
             wait = layer.placement.start_gather(hidden) if needs_weight else None
-            grads = _Gradients(layer, wait, hidden, weight, needs_hidden)
+            grads = layer.gradients(wait, hidden, weight, needs_hidden)
             grads.add(slice(0, layer.num_tokens), kept, scale=grad_loss[:, None], last=True)
             return grads.of_hidden(), grads.of_weight(), *no_gradient
         all_hidden = layer.placement.start_gather(hidden)()
-        grads = _Gradients(layer, (lambda: all_hidden) if needs_weight else None, hidden, weight, needs_hidden)
+        grads = layer.gradients((lambda: all_hidden) if needs_weight else None, hidden, weight, needs_hidden)
         logits = _Logits(layer, all_hidden, weight, _Others(*others), keep=False)
-        for tokens in layer.chunks():
+        for tokens, divergence in layer.chunks():
             student_logits, teacher_logits = logits.of(tokens)
             shard = layer.shard(student_logits, teacher_logits)
-            chunk = TokenConstants(*(values[tokens] for values in constants))
-            layer.write_gradient(shard, chunk, kl_value[tokens], grad_loss[tokens].to(shard.dtype), student_logits)
+            chunk, scale = TokenConstants(*(values[tokens] for values in constants)), grad_loss[tokens].to(shard.dtype)
+            layer.write_gradient(shard, chunk, kl_value[tokens], divergence, scale, student_logits)
             grads.add(tokens, student_logits, scale=None, last=tokens.stop == layer.num_tokens)
         return grads.of_hidden(), grads.of_weight(), *no_gradient
-
-
-class _Gradients:
-    """The gradients of hidden states (dgrad) and weight (wgrad) in one backward, summed over its chunks.
-
-    student_hidden: a function that waits for the hidden states of all tokens, called from the first wgrad on; None
-    where the weight needs no gradient.
-    hidden: the tensor of hidden states that this rank holds.
-    """
-
-    def __init__(
-        self,
-        layer: _Layer,
-        student_hidden: Callable[[], Tensor] | None,
-        hidden: Tensor,
-        weight: Tensor,
-        needs_hidden: bool,
-    ) -> None:
-        self.layer, self.student_hidden, self.hidden, self.weight = layer, student_hidden, hidden, weight
-        self.dgrad = hidden.new_empty(layer.num_tokens, hidden.shape[1]) if needs_hidden else None
-        self.wgrad: Tensor | None = None
-        self.reduced: Callable[[], Tensor] | None = None
-
-    def add(self, tokens: slice, gradient: Tensor, scale: Tensor | None, last: bool) -> None:
-        """Add the gradient of the logits of a chunk of tokens, which is only read.
-
-        scale: [n, 1] float32, multiplied into tensors with h columns; None is 1.
-        last: whether this is the last chunk: the sum over ranks then starts between its two GEMMs.
-        """
-        if self.dgrad is not None:
-            torch.mm(gradient, self.weight, out=self.dgrad[tokens])
-            if scale is not None:
-                self.dgrad[tokens].mul_(scale)
-            if last:
-                self.reduced, self.dgrad = self.layer.placement.start_reduce(self.dgrad, self.hidden), None
-        if self.student_hidden is not None and len(gradient):
-            chunk = self.student_hidden()[tokens]
-            if scale is not None:
-                chunk = torch.mul(chunk, scale, out=torch.empty_like(chunk))
-            self._add_wgrad(chunk, gradient)
-
-    def _add_wgrad(self, hidden: Tensor, gradient: Tensor) -> None:
-        """Add the weight's gradient of one chunk."""
-        if self.layer.weight_gradient is not None:
-            self.layer.weight_gradient.add(hidden.contiguous(), gradient)
-            return
-        product = gradient.t().mm(hidden)
-        # float32 for several chunks: in bf16 each sum would round away what the earlier chunks have added.
-        self.wgrad = product if self.wgrad is None else self.wgrad.float().add_(product)
-
-    def of_hidden(self) -> Tensor | None:
-        """Return the gradient of the hidden states that this rank holds, once the sum over ranks is done."""
-        return self.reduced() if self.reduced is not None else None
-
-    def of_weight(self) -> Tensor | None:
-        """Return the weight's gradient for autograd; None where the weight needs none."""
-        if self.student_hidden is None:
-            return None
-        if self.layer.weight_gradient is not None:
-            return self.layer.weight_gradient.for_autograd()
-        return torch.zeros_like(self.weight) if self.wgrad is None else self.wgrad.to(self.weight.dtype)
 
 
 def _check(

@@ -11,7 +11,7 @@ the caller adds it in float64: so the entropy of an almost certain token keeps a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class Shard:
     mix_weights: tuple[float, float]
     dtype: torch.dtype
     num_parts: int = 1
+
+    def of_tokens(self, tokens: slice) -> Shard:
+        """Return the shard of a slice of the tokens; it shares the memory of the logits."""
+        return replace(self, student=self.student[tokens], teacher=self.teacher[tokens])
 
     def chunks(self, needed: Tensor | None = None) -> Iterable[Chunk]:
         """Return the chunks of rows that a pass works on.

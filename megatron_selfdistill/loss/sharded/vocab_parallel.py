@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.divergence import Divergence, TokenDivergences, token_groups
+from megatron_selfdistill.loss.sharded.argument_checks import check_logits, check_reference, check_tokens
 from megatron_selfdistill.loss.sharded.backend import Backend, chosen
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
 from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
@@ -112,7 +113,8 @@ class TokenStats:
     top1_agreement: Tensor
     """[T] bool: whether student and teacher have the same argmax; of equal maxima the lowest column counts."""
     grid_betas: Tensor
-    """[J] the betas at which the entropy of the mix was taken: ``beta_grid(target)``."""
+    """[J] the betas at which the entropy of the mix was taken: ``beta_grid(target)``.  The betas of a token with
+    its own w are ``beta_grid(target.with_teacher_weight(w))``, in proportion to 1 / (1 + w)."""
     grid_entropies: Tensor
     """[T, J] H(softmax(grid_betas[j] m))."""
 
@@ -130,9 +132,10 @@ def distillation_loss(
     response_tokens: Tensor,
     *,
     target: Target,
-    divergence: Divergence,
+    divergence: TokenDivergences,
     vocab: VocabShard,
     reference_entropy: Tensor | None = None,
+    teacher_weights: Tensor | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> TokenStats:
@@ -144,6 +147,9 @@ def distillation_loss(
     Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, (w t + r) / (1 + w), and the loss
     equals ``mixed_target(s, t, target, r)``.  reference_entropy: [T] H(softmax(r)) in nats, given if and only if
     ``target.needs_reference_entropy``.
+    Per token: teacher_weights [T], with a reference only: each token's own w >= 0, with which the caller has mixed; the
+    target of the token is ``target.with_teacher_weight(w)``.  ``divergence`` may have groups of consecutive tokens,
+    equal on all ranks; each group makes the collectives of a call.
     Ranks: T and response_tokens are equal on all ranks of ``vocab.group``, and so is the result.
     Gradient: to ``student_logits`` only, in their dtype; the target is a constant; 0 at padding columns.
     inplace_backward: backward writes the gradient over the student's logits, which nobody may read afterwards.
@@ -158,99 +164,40 @@ def distillation_loss(
     Kept for backward: both logits and seven numbers per token.  README.md in `loss` has reads, writes and temporaries.
     Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
-    _check_logits("distillation_loss", student_logits, teacher_logits, vocab)
-    _check_tokens(student_logits, response_tokens)
-    check_reference_entropy(reference_entropy, len(response_tokens), target)
+    check_logits("distillation_loss", student_logits, teacher_logits, vocab.size)
+    check_tokens(response_tokens, len(student_logits))
+    check_reference(target, len(response_tokens), reference_entropy, teacher_weights)
+    groups = token_groups(divergence, len(response_tokens))
     chosen_backend = chosen(backend, student_logits, teacher_logits)
     with torch.no_grad():
         shard = make_shard(student_logits, teacher_logits, target, vocab)
-        forward = run_forward(
-            shard, response_tokens, target, divergence, vocab, chosen_backend, reference_entropy=reference_entropy
-        )
+        parts = [
+            run_forward(
+                shard.of_tokens(tokens),
+                response_tokens[tokens],
+                target,
+                kind,
+                vocab,
+                chosen_backend,
+                reference_entropy=None if reference_entropy is None else reference_entropy[tokens],
+                teacher_weights=None if teacher_weights is None else teacher_weights[tokens],
+            )
+            for tokens, kind in groups
+        ]
+        forward = ForwardResult.concatenate(parts)
     loss = _HandWrittenBackward.apply(  # type: ignore[no-untyped-call]
         student_logits,
         teacher_logits,
         forward.stats.loss,
         forward.constants,
         forward.kl_value,
-        divergence,
+        groups,
         shard,
         inplace_backward,
         chosen_backend,
     )
     forward.stats.loss = loss
     return forward.stats
-
-
-def _check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, vocab: VocabShard) -> None:
-    shape = tuple(student_logits.shape)
-    if len(shape) != 2 or shape[1] != vocab.size or tuple(teacher_logits.shape) != shape:
-        raise ValueError(
-            f"{caller}: both logits must be [T, {vocab.size}], the columns of this VocabShard; "
-            f"got student {shape} and teacher {tuple(teacher_logits.shape)}."
-        )
-
-
-def _check_tokens(student_logits: Tensor, response_tokens: Tensor) -> None:
-    num_tokens = student_logits.shape[0]
-    if tuple(response_tokens.shape) != (num_tokens,) or response_tokens.dtype != torch.int64:
-        raise ValueError(
-            f"distillation_loss: response_tokens must be int64 of shape ({num_tokens},), one id per row of logits; "
-            f"got {response_tokens.dtype} of shape {tuple(response_tokens.shape)}."
-        )
-
-
-def check_reference_entropy(
-    entropy: Tensor | None, num_tokens: int, target: Target, caller: str = "distillation_loss"
-) -> None:
-    """Raise ValueError unless the entropy of the reference is given exactly where the target needs it, [T]."""
-    needed = target.needs_reference_entropy
-    if (entropy is not None) != needed or (entropy is not None and tuple(entropy.shape) != (num_tokens,)):
-        raise ValueError(
-            f"{caller}: reference_entropy must be {f'[{num_tokens}]' if needed else 'None'} with rule "
-            f"{target.rule}, anchor {target.anchor} and match {target.match}; "
-            f"got {None if entropy is None else tuple(entropy.shape)}."
-        )
-
-
-@dataclass(frozen=True)
-class TargetSolution:
-    """The target of T tokens in two numbers per token: log q = beta m - log_normaliser, with m = w t + a.
-
-    Both are float64 and equal on all ranks of the group.
-    """
-
-    beta: Tensor
-    """[T] 1 / k; 1 under teacher_alone."""
-    log_normaliser: Tensor
-    """[T] log of the sum of e^(beta m), to the accuracy of the sums (float32, or float64 for float64 logits)."""
-
-
-def solve_target(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Target,
-    vocab: VocabShard,
-    *,
-    reference_entropy: Tensor | None = None,
-    backend: str | None = None,
-) -> TargetSolution:
-    """Return the beta of every token and its normaliser as `distillation_loss` finds them, bit for bit.
-
-    Shapes, ranks, reference, backend, -inf and NaN: as `distillation_loss`; there is no response token, no divergence
-    and no gradient.
-    Collectives: three all-gathers over ``vocab.group``, two where the rule gives beta.
-    Raises: ValueError if shapes do not fit, or for a backend that cannot run.
-    """
-    _check_logits("solve_target", student_logits, teacher_logits, vocab)
-    check_reference_entropy(reference_entropy, len(student_logits), target, caller="solve_target")
-    with torch.no_grad():
-        shard = make_shard(student_logits, teacher_logits, target, vocab)
-        chosen_backend, grid = chosen(backend, student_logits, teacher_logits), BetaGrid.of(target, shard.dtype)
-        _, results = solve_shard(
-            shard, None, grid, vocab, chosen_backend, forward_kl=False, reference_entropy=reference_entropy
-        )
-        return TargetSolution(results.beta / grid.unit, results.log_normaliser)
 
 
 def make_shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:
@@ -298,6 +245,18 @@ class ForwardResult:
     constants: TokenConstants
     kl_value: Tensor
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[ForwardResult]) -> ForwardResult:
+        """Return the results of the tokens of all parts, at least one, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        constants = zip(*(part.constants.tensors() for part in parts), strict=True)
+        return cls(
+            TokenStats.concatenate([part.stats for part in parts]),
+            TokenConstants(*map(torch.cat, constants)),
+            torch.cat([part.kl_value for part in parts]),
+        )
+
 
 def run_forward(
     shard: Shard,
@@ -308,6 +267,7 @@ def run_forward(
     backend: Backend,
     *,
     reference_entropy: Tensor | None = None,
+    teacher_weights: Tensor | None = None,
 ) -> ForwardResult:
     """Return the statistics of all tokens of a shard, and what backward needs besides the logits.
 
@@ -324,6 +284,7 @@ def run_forward(
         parts = gather_parts(backend.jsd_pass(shard, results.constants, divergence.jsd_lambda), vocab.group)
         loss, kl_value = parts.double().sum(0).to(shard.dtype).unbind(1)
         loss = loss.clamp(min=0)
+    unit = grid.unit if teacher_weights is None else 1 + teacher_weights.double()
     stats = TokenStats(
         loss=loss,
         reverse_kl=results.reverse_kl,
@@ -331,7 +292,7 @@ def run_forward(
         teacher_entropy=results.teacher_entropy,
         target_entropy=results.target_entropy,
         wanted_entropy=results.student_entropy if reference_entropy is None else reference_entropy.to(shard.dtype),
-        beta=(results.beta / grid.unit).to(shard.dtype),
+        beta=(results.beta / unit).to(shard.dtype),
         status=results.status,
         student_log_prob=results.student_log_prob,
         teacher_log_prob=results.teacher_log_prob,
@@ -374,13 +335,13 @@ class _HandWrittenBackward(torch.autograd.Function):
         loss: Tensor,
         constants: TokenConstants,
         kl_value: Tensor,
-        divergence: Divergence,
+        groups: list[tuple[slice, Divergence]],
         shard: Shard,
         inplace: bool,
         backend: Backend,
     ) -> Tensor:
         ctx.save_for_backward(student_logits, teacher_logits, kl_value, *constants.tensors())
-        ctx.divergence, ctx.inplace, ctx.backend = divergence, inplace, backend
+        ctx.groups, ctx.inplace, ctx.backend = groups, inplace, backend
         ctx.num_valid, ctx.mix_weights, ctx.dtype = shard.student.shape[1], shard.mix_weights, shard.dtype
         return loss.clone()
 
@@ -391,13 +352,14 @@ class _HandWrittenBackward(torch.autograd.Function):
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
         valid = slice(0, ctx.num_valid)
         shard = Shard(student_logits.detach()[:, valid], teacher_logits[:, valid], ctx.mix_weights, ctx.dtype)
-        ctx.backend.write_gradient(
-            shard,
-            TokenConstants(*constants),
-            kl_value,
-            ctx.divergence,
-            grad_loss.to(ctx.dtype),
-            gradient[:, valid],
-        )
+        for tokens, divergence in ctx.groups:
+            ctx.backend.write_gradient(
+                shard.of_tokens(tokens),
+                TokenConstants(*(values[tokens] for values in constants)),
+                kl_value[tokens],
+                divergence,
+                grad_loss[tokens].to(ctx.dtype),
+                gradient[tokens, valid],
+            )
         gradient[:, ctx.num_valid :] = 0
         return gradient, *(None,) * 8
